@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter-efficient fine-tuning with Poly, VB-LoRA and LoKr: an independent implementation of the PEFT interface.
+
+Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others are imported where used.
+"""
+
+from ._version import __version__
+from .config import PeftConfig
+from .mapping import get_peft_config, inject_adapter_in_model
+from .mapping_func import get_peft_model
+from .peft_model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .tuners import *  # noqa: F403
+from .tuners import __all__ as _tuner_names
+from .utils import (
+    PeftType,
+    TaskType,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    register_peft_method,
+    set_peft_model_state_dict,
+)
+from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
+
+__all__ = [
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftError",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
+    "TaskType",
+    "__version__",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "register_peft_method",
+    "set_peft_model_state_dict",
+    *_tuner_names,
+]

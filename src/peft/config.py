@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PeftConfig`: a dataclass that is the same thing as an `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ._version import __version__
+from .utils.adapter_files import CONFIG_NAME, read_json, write_text
+from .utils.error import CheckpointError, PeftTypeError, PeftValueError
+from .utils.hub import find_file, split_hub_options
+from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter's config has.
+
+    Args:
+        task_type: A `TaskType` or its name; chooses the `PeftModelFor…` class, None the plain `PeftModel`.
+        peft_type: The method; each subclass sets its own.
+        auto_mapping: Class and library of the base model, written for adapters without a task type.
+        peft_version: Version that wrote the file.
+        base_model_name_or_path: Where the base model came from.
+        revision: The base model's revision.
+        inference_mode: True freezes the adapter.
+
+    Raises:
+        PeftValueError: A value is not allowed. All of a config's offences are in one message.
+    """
+
+    task_type: str | TaskType | None = field(default=None, metadata={"help": "What the model is used for."})
+    peft_type: str | PeftType | None = field(default=None, metadata={"help": "The method."})
+    auto_mapping: dict | None = field(default=None, metadata={"help": "Class and library of the base model."})
+    peft_version: str | None = field(default=None, metadata={"help": "Version that wrote the config."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model came from."})
+    revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
+    inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
+
+    # Which biases of the base model are trained too, and which modules whole: fields of the methods that have the choice.
+    bias: ClassVar[str] = "none"
+    modules_to_save: ClassVar[Any] = None
+    # Fields that this package adds to the interface, with what a file that lacks them means.
+    absent_values: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or __version__
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field; called on construction and again when the adapter is made.
+
+        Raises:
+            PeftValueError: Lists all offences.
+        """
+        problems = list(self._problems())
+        if problems:
+            raise PeftValueError(f"{type(self).__name__}: " + " ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        """The offences against this config's rules, a sentence each; subclasses add theirs."""
+        tasks = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in tasks:
+            yield f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(tasks)}."
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method prepends virtual tokens; none here does."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is an adaption prompt; none here is."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name. Sets stay sets; `save_pretrained` writes them as lists."""
+        return asdict(self)
+
+    def to_json(self, auto_mapping: dict | None = None) -> str:
+        """The text of `adapter_config.json`; what this package adds is left out where a file without it means the same."""
+        content = self.to_dict()
+        content = {k: v for k, v in content.items() if k not in self.absent_values or v != self.absent_values[k]}
+        content["peft_version"] = __version__
+        if auto_mapping is not None:
+            content["auto_mapping"] = auto_mapping
+        return json.dumps(content, indent=2, sort_keys=True, default=_plain)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a folder, made if missing.
+
+        Args:
+            save_directory: The folder.
+            auto_mapping_dict: What to write as `auto_mapping`.
+
+        Raises:
+            PeftValueError: `save_directory` is a file.
+        """
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise PeftTypeError(f"save_pretrained got unexpected keyword arguments: {', '.join(sorted(kwargs))}.")
+        folder = as_folder(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG_NAME, self.to_json(auto_mapping))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read the config of a saved adapter; the result has the class of its method.
+
+        Args:
+            pretrained_model_name_or_path: A local folder, or an id on the Hub.
+            subfolder: Folder inside it.
+            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's.
+
+        Raises:
+            CheckpointNotFoundError: No such config.
+            CheckpointError: The file is not a config.
+            PeftValueError: The method is not provided, or a value is not allowed.
+        """
+        hub, overrides = split_hub_options({**kwargs, "subfolder": subfolder})
+        path = find_file(pretrained_model_name_or_path, (CONFIG_NAME,), hub)
+        return cls._from_file_fields({**cls.from_json_file(path), **overrides})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The fields in a JSON file, as a dictionary.
+
+        Raises:
+            CheckpointError: The file is not a JSON object.
+        """
+        return read_json(Path(path_json_file))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Make a config of the class that `peft_type` names (or of this class), ignoring unknown fields with a warning."""
+        peft_type = kwargs.get("peft_type")
+        config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
+        if not issubclass(config_cls, cls):
+            raise PeftValueError(f"A config of type {peft_type!r} is no {cls.__name__}; read it as a {config_cls.__name__}.")
+        return config_cls(**config_cls.check_kwargs(**kwargs))
+
+    @classmethod
+    def _from_file_fields(cls, content: dict[str, Any]) -> PeftConfig:
+        """The config that a file's fields describe, where what they lack means what it meant to their writer."""
+        peft_type = content.get("peft_type")
+        if peft_type is None and cls is PeftConfig:
+            raise CheckpointError("The config has no `peft_type`; it is not an adapter's config.")
+        config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
+        return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
+
+    @classmethod
+    def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a file, put as this class wants them."""
+        return content
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str | os.PathLike, **hub_kwargs: Any) -> str:
+        """The method named in a saved adapter's config."""
+        hub, _ = split_hub_options(hub_kwargs)
+        return read_json(find_file(model_id, (CONFIG_NAME,), hub))["peft_type"]
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Those of `kwargs` that are fields; the others are named in a warning and dropped."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. This probably means that "
+                "the configuration file was saved by a newer version or by another implementation.",
+                stacklevel=3,
+            )
+        return {key: value for key, value in kwargs.items() if key in known}
+
+
+class TargetedConfig(PeftConfig):
+    """What configs share that adapt modules chosen by name: the rules for `target_modules` and its companions.
+
+    No dataclass itself: subclasses declare the fields, each in its documented order.
+    """
+
+    target_modules: Any
+    exclude_modules: Any
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        for name in ("target_modules", "exclude_modules"):
+            yield from name_patterns(name, getattr(self, name))
+        yield from name_list("modules_to_save", self.modules_to_save)
+
+
+class LayeredConfig(TargetedConfig):
+    """A targeted config whose adapter can be limited to some layers by index."""
+
+    layers_to_transform: Any
+    layers_pattern: Any
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        indices, pattern = self.layers_to_transform, self.layers_pattern
+        listed = [indices] if isinstance(indices, int) else indices
+        if listed is not None and not (isinstance(listed, (list, tuple, set)) and all(is_int(i) and i >= 0 for i in listed)):
+            yield f"`layers_to_transform`={indices!r} must be a non-negative integer, a list of them, or None."
+        if pattern and listed is None:
+            yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+        if isinstance(pattern, str):
+            yield from regex("layers_pattern", pattern)
+        else:
+            yield from name_list("layers_pattern", pattern)
+
+
+def as_folder(path: str | os.PathLike) -> Path:
+    """`path` as a folder's path.
+
+    Raises:
+        PeftValueError: It is a file.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")
+    return folder
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer proper (True and False are not)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# Rules for fields: each yields the offence, if any, as a sentence.
+
+
+def at_least(name: str, value: Any, least: int = 1) -> Iterator[str]:
+    """`value` must be an integer of at least `least`."""
+    if not is_int(value) or value < least:
+        yield f"`{name}`={value!r} must be an integer of at least {least}."
+
+
+def number(name: str, value: Any, *, positive: bool = False) -> Iterator[str]:
+    """`value` must be a finite number, `positive` if asked."""
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf") and value == value
+    if not finite or (positive and value <= 0):
+        yield f"`{name}`={value!r} must be a {'positive ' if positive else ''}finite number."
+
+
+def probability(name: str, value: Any) -> Iterator[str]:
+    """`value` must be a probability below one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        yield f"`{name}`={value!r} must be a probability of at least 0 and below 1."
+
+
+def boolean(name: str, value: Any) -> Iterator[str]:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        yield f"`{name}`={value!r} must be True or False."
+
+
+def choice(name: str, value: Any, allowed: Iterable[Any]) -> Iterator[str]:
+    """`value` must be one of `allowed`."""
+    allowed = list(allowed)
+    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
+        yield f"`{name}`={value!r} must be one of {', '.join(map(repr, allowed))}."
+
+
+def name_list(name: str, value: Any) -> Iterator[str]:
+    """`value` must be a collection of strings, or None."""
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
+        yield f"`{name}`={value!r} must be a list of strings or None."
+
+
+def name_patterns(name: str, value: Any) -> Iterator[str]:
+    """`value` must be a regular expression, a collection of names, or None."""
+    if isinstance(value, str):
+        yield from regex(name, value)
+    else:
+        yield from name_list(name, value)
+
+
+def regex(name: str, value: str) -> Iterator[str]:
+    """`value` must compile as a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        yield f"`{name}`={value!r} is not a valid regular expression: {error}."
+
+
+def pattern_dict(name: str, value: Any, rule: Any) -> Iterator[str]:
+    """`value` must map names or regular expressions to values that pass `rule`."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        yield f"`{name}`={value!r} must be a dictionary with names or regular expressions as keys."
+        return
+    for key, entry in value.items():
+        yield from regex(f"{name}[{key!r}]", key)
+        yield from rule(f"{name}[{key!r}]", entry)
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of what a config may hold beyond JSON's own types."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise PeftTypeError(f"{value!r} can't be written to a config file.")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From names to classes, and adapters for models that are to stay as they are, without a `PeftModel` around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import PeftConfig
+from .tuners._tuner import BaseTuner
+from .utils.error import PeftTypeError, PeftValueError
+from .utils.peft_types import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    lookup,
+)
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "inject_adapter_in_model",
+]
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """Make a config from its fields; `peft_type` chooses the class.
+
+    Raises:
+        PeftValueError: `peft_type` is missing or not provided, or a value is not allowed.
+    """
+    if "peft_type" not in config_dict:
+        raise PeftValueError("The config has no `peft_type`.")
+    return lookup(PEFT_TYPE_TO_CONFIG_MAPPING, config_dict["peft_type"]).from_peft_type(**config_dict)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place and return the model itself.
+
+    The model's attribute `peft_config` then holds the configs by adapter name; `get_peft_model_state_dict` and
+    `set_peft_model_state_dict` work on it. A new adapter becomes the active one of its method.
+
+    Args:
+        peft_config: The adapter's config.
+        model: The model.
+        adapter_name: A new name, without dots.
+        low_cpu_mem_usage: Make the adapter on the meta device, to be filled by `set_peft_model_state_dict`.
+        state_dict: Adapt the modules this checkpoint has parameters for, in place of those the config targets.
+
+    Raises:
+        PeftTypeError: Not a config.
+        PeftValueError: The name is taken, or the config is invalid or does not fit; the model is left as it was.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoKrConfig, inject_adapter_in_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> inject_adapter_in_model(LoKrConfig(target_modules=["0"]), model) is model
+        True
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    if adapter_name in configs:
+        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")
+    tuner_cls: type[BaseTuner] = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
+    tuner_cls(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict, shared_root=model)
+    configs[adapter_name] = peft_config
+    model.peft_config = configs  # type: ignore[assignment]
+    return model

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`get_peft_model`: the usual way to put an adapter on a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .config import PeftConfig
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .utils.error import PeftNotSupportedError, PeftTypeError
+from .utils.peft_types import TaskType
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put an adapter on a model and freeze the rest.
+
+    Args:
+        model: The base model, changed in place: it is what the result runs.
+        peft_config: The adapter's config; its `task_type` chooses the class of the result.
+        adapter_name: The adapter's name.
+        mixed: Refused; adapters of different methods on one model are not supported.
+        autocast_adapter_dtype: Keep the adapter in float32 where the base has 16 bits.
+        revision: The base model's revision, for the config.
+        low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
+
+    Raises:
+        PeftValueError: The config is invalid or does not fit; the model is left as it was.
+
+    Example:
+        >>> import torch
+        >>> from peft import PolyConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = get_peft_model(base, PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["0"]))
+        >>> model(torch.zeros(5, 8), task_ids=[0, 1, 2, 1, 0]).shape
+        torch.Size([5, 8])
+    """
+    if mixed:
+        raise PeftNotSupportedError("`mixed=True` is not supported: a model takes adapters of one method.")
+    if not isinstance(peft_config, PeftConfig):
+        raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+    model_cls = PeftModel
+    if peft_config.task_type is not None:
+        model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(peft_config.task_type)]
+    result = model_cls(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    if revision is not None:
+        peft_config.revision = revision
+    return result

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows kinds of layers: how large they are, where their weight lives, how it is stored, who bypasses them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.error import PeftNotSupportedError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Size and storage of a linear map `[in] → [out]`, over channels where the layer is a convolution.
+
+    Args:
+        out_features: Rows of the weight.
+        in_features: Columns of the weight: for a convolution, input channels of one group.
+        kernel_size: Empty for a plain linear map.
+        transposed: Whether the weight is stored `[in, out]` (transformers' `Conv1D`).
+    """
+
+    out_features: int
+    in_features: int
+    kernel_size: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the map slides over one or more spatial dimensions."""
+        return bool(self.kernel_size)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight `[out, in, *kernel]` in the layout of the layer's own."""
+        return weight.transpose(0, 1) if self.transposed else weight
+
+
+class Placement(NamedTuple):
+    """Where and in which precision an adapter's parameters are made."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def geometry(module: nn.Module) -> Geometry | None:
+    """The size of a supported layer, None for any other module.
+
+    Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantised linears), transformers'
+    `Conv1D`, and `nn.Conv1d/2d/3d`. An adapted layer has the size of the layer it adapts.
+    """
+    module = innermost(module)
+    if isinstance(module, _CONVOLUTIONS):
+        return Geometry(module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size))
+    if is_conv1d(module):
+        weight: Any = module.weight
+        rows, columns = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed ZeRO-3 empties the weight and keeps its shape
+        return Geometry(columns, rows, transposed=True)
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return Geometry(*sizes)  # type: ignore[arg-type]
+    return None
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The layer itself, below any adapters around it."""
+    while "base_layer" in module._modules:
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    return module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`; it can't be one before transformers is imported."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear map without a kernel."""
+    size = geometry(module)
+    return size is not None and not size.is_conv
+
+
+def describe(module: nn.Module) -> str:
+    """A module's kind and size, for messages."""
+    text = repr(innermost(module)).splitlines()
+    return text[0] if len(text) == 1 else type(module).__name__
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The floating-point weight of a layer, as stored.
+
+    Raises:
+        PeftNotSupportedError: The layer keeps it quantised.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or _is_packed(weight, module):
+        raise PeftNotSupportedError(
+            f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't be merged into; "
+            "load the base model without quantisation to merge."
+        )
+    return weight
+
+
+def _is_packed(weight: Tensor, module: nn.Module) -> bool:
+    """Whether a weight's shape is not the layer's (packed 4-bit formats)."""
+    size = geometry(module)
+    return size is None or weight.numel() != size.out_features * size.in_features * _prod(size.kernel_size)
+
+
+def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
+    """Where to make adapter parameters for a layer.
+
+    The device is the layer's own unless given. The precision is the layer's own, or float32 where that has less than 32 bits
+    and `autocast` is set, or where it is no precision to compute in (float8, quantised).
+    """
+    for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
+        dtype = tensor.dtype
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        usable = dtype.is_floating_point and dtype.itemsize > 1 and not (autocast and narrow)
+        return Placement(device or tensor.device, dtype if usable else torch.float32)
+    return Placement(device or torch.device("cpu"), torch.float32)
+
+
+def conv_options(module: nn.Module) -> dict[str, Any]:
+    """`stride`, `padding`, `dilation` and `groups` of a convolution whose input went through `pad_input`."""
+    conv: Any = innermost(module)
+    padding = conv.padding if conv.padding_mode == "zeros" else (0,) * len(conv.kernel_size)
+    return {"stride": conv.stride, "padding": padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+def pad_input(module: nn.Module, x: Tensor) -> Tensor:
+    """`x` with the padding that a convolution function can't do itself (reflect, replicate, circular)."""
+    conv: Any = innermost(module)
+    if conv.padding_mode == "zeros":
+        return x
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+
+
+def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
+    """Why an adapter at `parent.name` would never run, or None: some parents read a child's weight and skip its forward."""
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        return "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
+    if model_type in ("mamba", "falcon_mamba", "mamba2") and name in ("out_proj", "conv1d"):
+        return f"the fused kernels of {model_type} read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
+    return None
+
+
+def keep_off_fast_path(parent: nn.Module, layer: nn.Module) -> None:
+    """Have `nn.TransformerEncoderLayer` call its linear layers: its fused inference path, which reads their weights instead,
+    stands back when any module below it has a hook.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_no_operation)
+
+
+def _no_operation(module: nn.Module, args: Any) -> None:
+    return None
+
+
+def _prod(sizes: tuple[int, ...]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an injection is going to touch, decided and checked before it touches anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..utils.constants import OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
+from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
+from ..utils.other import ModulesToSaveWrapper, get_submodules, model_type
+from . import _geometry, _targets
+from ._layer import AdapterParameterDict, BaseTunerLayer
+
+if TYPE_CHECKING:
+    from ._tuner import BaseTuner
+
+
+@dataclass
+class Plan:
+    """The modules an adapter will have parts in.
+
+    Args:
+        adapter_name: The adapter's name.
+        config: Its config, with the targets resolved.
+        targets: Modules to adapt, by path.
+        trained_whole: Modules to make trainable copies of, by path.
+        places: Every path at which a targeted module sits in the model (more than one where it is shared).
+    """
+
+    adapter_name: str
+    config: Any
+    targets: dict[str, nn.Module] = field(default_factory=dict)
+    trained_whole: dict[str, nn.Module] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+
+def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Mapping[str, Tensor] | None) -> Plan:
+    """Decide what to adapt, and check all of it.
+
+    Raises:
+        PeftValueError: The name or the config can't be used.
+        NoMatchingPeftModuleError: No module is targeted.
+        UnsupportedModuleError: Modules are targeted that the method can't adapt; all are named.
+    """
+    config.validate()
+    _check_name(adapter_name, tuner)
+    _check_biases(config, tuner)
+    plan = Plan(adapter_name, config)
+    modules = _own_modules(tuner.model)
+    plan.trained_whole = _trained_whole(plan.config, modules)
+    candidates = {p: m for p, m in modules.items() if not any(_below(p, whole) for whole in plan.trained_whole)}
+    paths = _paths_in(state_dict, tuner) if state_dict else _targeted(tuner, plan.config, candidates, plan.trained_whole)
+    plan.targets = {path: candidates[path] for path in paths if path in candidates}
+    _check_modules(tuner, plan)
+    by_module: dict[int, list[str]] = {}
+    for path, module in tuner.model.named_modules(remove_duplicate=False):
+        by_module.setdefault(id(module), []).append(path)
+    plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
+    return plan
+
+
+def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
+    """Names of the biases that a config trains: all, those of the adapted layers, or none."""
+    if config.bias == "none":
+        return []
+    layers = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if config.bias == "all":
+        return names
+    return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
+
+
+def _check_name(name: str, tuner: BaseTuner) -> None:
+    if not isinstance(name, str):
+        raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
+    if not name or "." in name:
+        raise PeftValueError(f"The adapter's name {name!r} must be a non-empty string without dots.")
+    if hasattr(AdapterParameterDict(), name) or hasattr(nn.ModuleDict(), name):
+        raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
+    if name in tuner.peft_config:
+        raise PeftValueError(f"Adapter with name '{name}' already exists.")
+
+
+def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
+    if config.bias != "none" and any(other.bias != "none" for other in tuner.peft_config.values()):
+        raise PeftValueError(
+            f"{type(tuner).__name__} supports only 1 adapter with bias. "
+            "When using multiple adapters, set bias to 'none' for all adapters."
+        )
+
+
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by path, seen as if there were no adapters: what is inside adapted layers is left out."""
+    result: dict[str, nn.Module] = {}
+    hidden: list[str] = []
+    for path, module in model.named_modules():
+        if any(_below(path, outer) and path != outer for outer in hidden[-1:]):
+            continue
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            hidden.append(path)
+        if path and not isinstance(module, AdapterParameterDict):
+            result[path] = module
+    return result
+
+
+def _below(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` names, by path."""
+    names = config.modules_to_save
+    if not names:
+        return {}
+    found = {path: m for path, m in modules.items() if _targets.named(set(names), path)}
+    outermost = {p: m for p, m in found.items() if not any(p != other and _below(p, other) for other in found)}
+    missing = [n for n in names if not any(_targets.named([n], p) for p in found)]
+    missing = [n for n in missing if n not in (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)]
+    if missing:
+        warnings.warn(f"`modules_to_save` names {missing}, which the model does not have.", stacklevel=6)
+    return outermost
+
+
+def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the modules that the config targets; writes resolved defaults and "all-linear" into the config."""
+    if config.target_modules is None:
+        kind = model_type(tuner.model)
+        defaults = tuner.default_target_modules.get(kind or "")
+        if defaults is None:
+            raise PeftValueError(f"Please specify `target_modules` in `peft_config`: none are known for model type {kind!r}.")
+        config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+    if not config.target_modules:
+        raise PeftValueError("`target_modules` is empty; name at least one module, or use 'all-linear'.")
+    if config.target_modules == _targets.ALL_LINEAR:
+        linear = _all_linear(tuner.model, modules)
+        config.target_modules = set(_targets.select(linear, set(linear) or {""}, config.exclude_modules))
+    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    paths = _targets.select(modules, config.target_modules, config.exclude_modules, *layers)
+    if not paths:
+        _raise_unmatched(config, modules, whole, layers)
+    if config.exclude_modules and not any(_targets.named(config.exclude_modules, path) for path in modules):
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly.",
+            stacklevel=6,
+        )
+    return paths
+
+
+def _raise_unmatched(config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module], layers: Any) -> None:
+    if _targets.select(modules, config.target_modules, None, *layers) or _targets.select(whole, config.target_modules):
+        raise NoMatchingPeftModuleError(
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
+            "excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also have only "
+            "targeted modules that are marked to be saved (`modules_to_save`)."
+        )
+    message = _targets.unmatched(config.target_modules, list(modules))
+    if layers[0] is not None:
+        message += f" Note: You specified 'layers_to_transform': {layers[0]}."
+        message += f" You also specified 'layers_pattern': {layers[1]}." if layers[1] else ""
+    raise NoMatchingPeftModuleError(message)
+
+
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of all linear layers but the output head and those whose parent bypasses them."""
+    heads = set()
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            heads.add(id(model.get_output_embeddings()))  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            pass  # some transformers models have the method and no such layer
+        heads |= {id(getattr(model, name)) for name in OUTPUT_HEAD_NAMES if name in model._modules}
+    paths = []
+    for path, module in modules.items():
+        if not _geometry.is_linear(module) or id(module) in heads or id(_geometry.innermost(module)) in heads:
+            continue
+        parent, _, name = get_submodules(model, path)
+        reason = _geometry.bypass_reason(parent, name, model_type(model))
+        if reason:
+            warnings.warn(f"'all-linear' leaves out `{path}`: {reason}.", stacklevel=7)
+        else:
+            paths.append(path)
+    return paths
+
+
+def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> list[str]:
+    """Paths of the modules that a checkpoint has parameters for."""
+    holders = tuner.tuner_layer_cls.adapter_layer_names
+    paths: dict[str, None] = {}
+    for key in state_dict:
+        parts = key.removeprefix("base_model.model.").split(".")
+        for i, part in enumerate(parts):
+            if any(part == holder or part.startswith(f"{holder}_topk") for holder in holders):
+                paths[".".join(parts[:i])] = None
+                break
+    if not paths:
+        raise NoMatchingPeftModuleError(f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter.")
+    return list(paths)
+
+
+def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
+    """Check that every targeted module can be adapted as configured; report all that can't at once."""
+    unsupported, misfits = [], []
+    kind = model_type(tuner.model)
+    for path, module in plan.targets.items():
+        base = module.base_layer if isinstance(module, tuner.tuner_layer_cls) else module
+        parent, _, name = get_submodules(tuner.model, path)
+        reason = _geometry.bypass_reason(parent, name, kind)
+        if reason:
+            unsupported.append(f"`{path}`: {reason}.")
+        elif _geometry.geometry(base) is None or tuner.layer_class(plan.config, base) is None:
+            unsupported.append(f"`{path}`: Target module {_geometry.describe(base)} is not supported.")
+        else:
+            misfits += [f"`{path}`: {problem}" for problem in tuner.problems(plan.config, path, base)]
+    if unsupported:
+        raise UnsupportedModuleError(" ".join([*unsupported, f"{type(tuner).__name__} adapts {tuner.supported}."]))
+    if misfits:
+        raise PeftValueError(" ".join(misfits))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules a config means: pure string matching on module paths such as `model.layers.0.self_attn.q_proj`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+
+
+def named(names: str | Collection[str] | None, path: str) -> bool:
+    """Whether `names` means the module at `path`: a string matches as a whole regular expression, a list's entry as the whole
+    path or as its end after a dot.
+    """
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None) -> bool:
+    """Whether `path` lies in a layer of the given `indices` (None: any).
+
+    `pattern` names the list the index counts in (`layers`, `h`, or a regular expression); without it the outermost list counts.
+    """
+    if indices is None:
+        return True
+    wanted = {indices} if isinstance(indices, int) else set(indices)
+    containers = [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
+    for container in containers:
+        match = re.match(rf"(?:.*?\.)?(?:{container})\.(\d+)(?:\.|$)", path)
+        if match:
+            return int(match.group(1)) in wanted
+    return False
+
+
+def select(
+    paths: Iterable[str],
+    targets: str | Collection[str],
+    excluded: str | Collection[str] | None = None,
+    layers: int | Collection[int] | None = None,
+    layers_pattern: str | Collection[str] | None = None,
+) -> list[str]:
+    """The paths that a config targets, in order. A path that is listed whole is meant whatever its layer."""
+    whole = () if isinstance(targets, str) else targets
+    return [
+        path
+        for path in paths
+        if named(targets, path) and not named(excluded, path) and (path in whole or in_layers(path, layers, layers_pattern))
+    ]
+
+
+def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first pattern that means `path`, else `default`.
+
+    A pattern is a regular expression for the whole path or for its end after a dot; one that begins with `^` also means all
+    modules below the path it describes.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", path) or (pattern.startswith("^") and re.match(rf"(?:{pattern})(?:\.|$)", path)):
+            return value
+    return default
+
+
+def unmatched(targets: str | Collection[str], paths: Collection[str]) -> str:
+    """The message for targets that mean none of `paths`; names near misses."""
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    ends = {path.rsplit(".", 1)[-1] for path in paths}
+    near = sorted({match for name in wanted for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], ends, n=3)})
+    shown = near or sorted(ends)[:12]
+    hint = f"Did you mean {', '.join(map(repr, shown))}?" if near else f"Module names end in {', '.join(map(repr, shown))}."
+    return f"Target modules {_show(targets)} not found in the base model. Please check the target modules and try again. {hint}"
+
+
+def _show(targets: str | Collection[str]) -> str:
+    return repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets))) + "}"

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoKr: low-rank Kronecker products, `ΔW = (alpha / r) · (W1 ⊗ W2)`. Source: arXiv:2309.14859"""
+
+from ...utils.peft_types import register_peft_method
+from .config import LoKrConfig
+from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
+from .model import LoKrModel
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"]
+
+register_peft_method(name="lokr", config_cls=LoKrConfig, model_cls=LoKrModel, is_mixed_compatible=True)

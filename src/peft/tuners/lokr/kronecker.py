@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured Kronecker products: the pure maths of LoKr.
+
+`ΔW = scale · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`, `out = a·c`, `in = b·d` (a convolution's `in` is its
+`in_channels // groups`), and `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
+
+One picture serves everything here. Each side of the product is a *chain* of small linear maps `[to, from]`, the first
+applied first; one map of `W2` may carry a kernel:
+
+    W1             [a, b]                                b -> a
+    W1 low rank    w1_b [r, b], w1_a [a, r]              b -> r -> a
+    W2             [c, d, *kernel]                       d -> c
+    W2 low rank    w2_b [r, d, *kernel], w2_a [c, r]     d -> r -> c
+    W2 Tucker      w2_b [r, d], t2 [r, r, *kernel], w2_aᵀ [c, r]     d -> r -> r -> c
+
+Composing a chain gives the small dense matrix. Applying the product means reading the input's channels as a grid
+`b x d` and walking the left chain down one side of it and the right chain along the other. Every order of these moves
+gives the same result; `contraction_order` picks the cheapest. Nothing of size `out x in` ever exists.
+
+Source: arXiv:2309.14859, eq. 4 and appendix B.3 (LoKr); arXiv:2212.10650 (KronA)
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Chain = tuple[Tensor, ...]
+State = tuple[int, int]
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class KroneckerFactors(NamedTuple):
+    """One adapter's tensors on one layer; those it does not use are `None`.
+
+    Attributes:
+        w1: `[a, b]`, or None when low rank.
+        w1_a, w1_b: `[a, r]` and `[r, b]`, with `W1 = w1_a · w1_b`.
+        w2: `[c, d, *kernel]`, or None when low rank.
+        w2_a, w2_b: `[c, r]` and `[r, d · prod(kernel)]`, with `W2 = w2_a · w2_b`; beside `t2`: `[r, c]` and `[r, d]`.
+        t2: `[r, r, *kernel]` (one-dimensional kernels are stored `[r, r, k, 1]`), with
+            `W2[p, q, κ] = Σ_ij t2[i, j, κ] · w2_a[i, p] · w2_b[j, q]`.
+
+    Source: arXiv:2309.14859, eq. 4; `t2`: arXiv:2108.06098, proposition 3
+    """
+
+    w1: Tensor | None = None
+    w1_a: Tensor | None = None
+    w1_b: Tensor | None = None
+    w2: Tensor | None = None
+    w2_a: Tensor | None = None
+    w2_b: Tensor | None = None
+    t2: Tensor | None = None
+
+
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Split a dimension into two factors `m · k = dimension`.
+
+    A `factor` that divides `dimension` is taken as `m`, also above the square root. Otherwise `m` is the largest
+    divisor not above `factor` (-1: no limit) nor above the square root, so `m <= k`.
+
+    Args:
+        dimension: The size to split, at least 1.
+        factor: Wanted `m`; -1 asks for the pair nearest to the square root. Anything else below 1 gives `m = 1`.
+
+    Returns:
+        The pair `(m, k)`.
+
+    Example:
+        >>> factorization(128), factorization(128, 4), factorization(127), factorization(128, 16)
+        ((8, 16), (4, 32), (1, 127), (16, 8))
+
+    Source: arXiv:2309.14859, eq. 5; a factor above the square root as Hugging Face PEFT reads it
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
+    m = next((m for m in range(limit, 1, -1) if dimension % m == 0), 1)
+    return m, dimension // m
+
+
+def factor_shapes(
+    out_features: int,
+    in_features: int,
+    kernel: Sequence[int] = (),
+    *,
+    r: int,
+    decompose_both: bool = False,
+    decompose_factor: int = -1,
+    use_effective_conv2d: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Name and size the tensors of a new adapter; the keys are fields of `KroneckerFactors`.
+
+    `(a, c)` and `(b, d)` are the factorizations of `out` and `in`. `W1` is low rank iff `decompose_both` and
+    `r < max(a, b) / 2`, `W2` iff `r < max(c, d) / 2`; a low-rank `W2` with a kernel of more than one tap is Tucker iff
+    `use_effective_conv2d`.
+
+    Args:
+        out_features: `out`: features, or output channels of a convolution.
+        in_features: `in`: features, or `in_channels // groups` of a convolution.
+        kernel: Kernel size of a convolution, one number per spatial dimension; empty for a linear layer.
+        r: Rank, at least 1.
+        decompose_both: Let `W1` be low rank too. Off by default, since `W1` is the small side.
+        decompose_factor: `factor` of `factorization`.
+        use_effective_conv2d: Allow the Tucker form.
+
+    Returns:
+        Shapes by name.
+
+    Example:
+        >>> factor_shapes(32, 16, (3, 3), r=2, use_effective_conv2d=True)
+        {'w1': (4, 4), 'w2_a': (2, 8), 'w2_b': (2, 4), 't2': (2, 2, 3, 3)}
+
+    Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
+    """
+    (a, c), (b, d) = factorization(out_features, decompose_factor), factorization(in_features, decompose_factor)
+    kernel, taps = tuple(kernel), math.prod(kernel)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if decompose_both and 2 * r < max(a, b):
+        shapes |= {"w1_a": (a, r), "w1_b": (r, b)}
+    else:
+        shapes |= {"w1": (a, b)}
+    if 2 * r >= max(c, d):
+        shapes |= {"w2": (c, d, *kernel)}
+    elif use_effective_conv2d and taps > 1:
+        shapes |= {"w2_a": (r, c), "w2_b": (r, d), "t2": (r, r, *kernel, *([1] if len(kernel) == 1 else []))}
+    else:
+        shapes |= {"w2_a": (c, r), "w2_b": (r, d * taps)}
+    return shapes
+
+
+def left(f: KroneckerFactors) -> Tensor:
+    """Return the small dense `W1 [a, b]`; a low-rank pair costs `a·r·b` multiplications. Source: arXiv:2309.14859"""
+    return _compose(_left_chain(f))
+
+
+def right(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
+    """Return the small dense `W2 [c, d, *kernel]`, at `c·r·d·taps` multiplications, Tucker `(c + r)·r·d·taps`.
+
+    Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
+    """
+    return _compose(_right_chain(f, kernel))
+
+
+def kronecker_weight(f: KroneckerFactors, kernel: Sequence[int] = (), scale: float | Tensor = 1.0) -> Tensor:
+    """Return the dense `ΔW = scale · (W1 ⊗ W2)`, for merging: `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
+
+    Args:
+        f: The adapter's tensors.
+        kernel: Kernel size of a convolution; empty for a linear layer.
+        scale: A number or a zero-dimensional tensor.
+
+    Returns:
+        `[a·c, b·d, *kernel]`, at one multiplication per element.
+
+    Source: arXiv:2309.14859, eq. 4
+    """
+    return _kron(left(f) * scale, right(f, kernel))
+
+
+def flat_kronecker_weight(f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor = 1.0) -> Tensor:
+    """Return the dense `scale · (W2 ⊗ W1)`: `kronecker_weight` with the two sides swapped.
+
+    Hugging Face PEFT 0.21.2 computes `torch.kron(W1, W2).reshape(out, in, k)` for a full three-dimensional `W2`
+    (`nn.Conv1d`). The missing axis of `W1` is added in front, which pairs `a` with `d` and `b` with `k`; read back in
+    memory order the result is `ΔW[p·a + i, q·b + j] = scale · W1[i, j] · W2[p, q]`. So such a file is a true Kronecker
+    product too, in the other order, and every fast path holds for it (`kronecker_conv(flat=True)`).
+
+    Args:
+        f: The adapter's tensors.
+        kernel: Kernel size of the convolution.
+        scale: A number or a zero-dimensional tensor.
+
+    Returns:
+        `[c·a, d·b, *kernel]`, at one multiplication per element.
+
+    Source: arXiv:2309.14859, eq. 4, with the order of files written by Hugging Face PEFT
+    """
+    return _kron(right(f, kernel), left(f) * scale)
+
+
+def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Tensor:
+    """Apply `y = scale · (W1 ⊗ W2) x`, that is `Y = scale · W1 · X · W2ᵀ` with `X = x` read as `[b, d]`.
+
+    Multiplications per row, both sides full: `min(b·d·c + b·c·a, b·d·a + d·a·c)` in place of `a·b·c·d`; low-rank sides
+    are walked or multiplied out, whichever `contraction_order` finds cheaper.
+
+    Args:
+        x: `[..., in]`.
+        f: The adapter's tensors, in the dtype of `x` (or under autocast).
+        scale: A number or a zero-dimensional tensor; it goes into the smallest factor.
+
+    Returns:
+        `[..., out]`.
+
+    Example:
+        >>> f = KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[1.0, 1.0], [0.0, 3.0]]))
+        >>> kronecker_linear(torch.tensor([[1.0, 2.0]]), f)
+        tensor([[ 6., 12.]])
+
+    Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
+    """
+    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
+    rows = x.shape[:-1]
+    grid = x.reshape(math.prod(rows), 1, w1s[0].shape[1], 1, w2s[0].shape[1])
+    return _walk(grid, w1s, w2s).reshape(*rows, w1s[-1].shape[0] * w2s[-1].shape[0])
+
+
+def kronecker_conv(
+    x: Tensor,
+    f: KroneckerFactors,
+    *,
+    kernel: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    scale: float | Tensor = 1.0,
+    flat: bool = False,
+) -> Tensor:
+    """Convolve with `scale · (W1 ⊗ W2)` (no bias): `Y[i] = scale · Σ_j W1[i, j] · conv(X[j], W2)`.
+
+    The convolution runs on blocks of `d` channels with the block index in the batch, and only the map with the kernel
+    sees space; all others are pointwise. Multiplications per output position, both sides full:
+    `min(b·c·(d·taps) + b·c·a, σ·b·d·a + a·c·(d·taps))` in place of `a·b·c·d·taps`, where `taps = prod(kernel)` and
+    `σ = prod(stride)`.
+
+    With groups, `ΔW` is `[out, in // groups, *kernel]` and its rows are dealt out in order. Groups hold whole blocks
+    of `c` rows (`groups` divides `a`: group the left side), or blocks hold whole groups (`a` divides `groups`: group
+    the right side too); otherwise each group is cut into equal parts that read the same input until that is so. A
+    depthwise `ΔW` has one input column per row, no larger than an activation: that one is multiplied out.
+
+    Args:
+        x: `[batch, in_channels, *space]` or `[in_channels, *space]`, 1 to 3 spatial dimensions.
+        f: The adapter's tensors, in the dtype of `x` (or under autocast).
+        kernel: Kernel size, one number per spatial dimension.
+        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding is with zeros.
+        scale: A number or a zero-dimensional tensor; it goes into the smallest factor.
+        flat: Use the weight of `flat_kronecker_weight`.
+
+    Returns:
+        `[batch, out, *space']` or `[out, *space']`.
+
+    Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
+    """
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, kernel), scale)
+    (a, b), (c, d) = (w1s[-1].shape[0], w1s[0].shape[1]), (w2s[-1].shape[0], w2s[0].shape[1])
+    if b * d == 1:
+        weight = (flat_kronecker_weight if flat else kronecker_weight)(f, kernel, scale)
+        return _CONV[len(kernel)](x, weight, groups=groups, **options)
+    batched = x if x.dim() == len(kernel) + 2 else x[None]
+    major, sides = (c, (d, b)) if flat else (a, (b, d))  # the slow index of the channels; groups split it
+    if major % groups and groups % major:
+        parts = major // math.gcd(major, groups)
+        batched = batched.unflatten(1, (groups, -1)).repeat_interleave(parts, dim=1).flatten(1, 2)
+        groups *= parts
+    shared = math.gcd(major, groups)
+    grid = batched.unflatten(1, (shared, groups // shared, *sides)).movedim(2, 3)
+    positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
+    if flat:
+        y = _walk(grid.movedim((1, 2), (3, 4)), w1s, w2s, positions, **options).movedim((1, 2), (3, 4))
+    else:
+        y = _walk(grid, w1s, w2s, positions, **options)
+    y = y.flatten(1, 4)
+    return y if x.dim() == y.dim() else y[0]
+
+
+def contraction_order(
+    left: tuple[int, ...], right: tuple[int, ...], *, spatial: int = -1, taps: int = 1, stride: int = 1
+) -> tuple[int, tuple[State, ...]]:
+    """Find the order of contraction with the fewest multiplications: the one cost model of this file.
+
+    After `i` maps of the left chain and `j` of the right one the grid holds `left[i] · right[j]` elements per output
+    position, `stride` times that before the spatial map. A move takes the next map of either chain, or several next
+    maps multiplied into one, and costs the elements it produces times the elements each is summed from. Multiplying
+    maps together is not counted, as it does not grow with the input; hence the order depends on the adapter's shapes
+    alone, and a new batch size or sequence length neither recompiles nor rounds differently.
+
+    Args:
+        left: Sizes along the left chain, `(b, a)` or `(b, r, a)`; within one group.
+        right: Sizes along the right chain, `(d, c)`, `(d, r, c)` or `(d, r, r, c)`; within one group.
+        spatial: Which map of the right chain has the kernel; -1 for none.
+        taps: Number of elements of the kernel.
+        stride: Input positions per output position.
+
+    Returns:
+        The multiplications per output position (and group), and the states `(i, j)` to pass through after `(0, 0)`.
+
+    Example:
+        >>> contraction_order((4, 4), (1024, 8, 1024))  # down to rank 8, then W1, then up
+        (65664, ((0, 1), (1, 1), (1, 2)))
+
+    Source: arXiv:2309.14859, appendix B.3 (the product as linear layers); dynamic programming over their orders
+    """
+
+    def multiplications(i: int, j: int, to_i: int, to_j: int) -> int:
+        produced = left[to_i] * right[to_j] * (stride if to_j <= spatial else 1)
+        summed = left[i] if to_i > i else right[j] * (taps if j <= spatial < to_j else 1)
+        return produced * summed
+
+    end = len(left) - 1, len(right) - 1
+    cost: dict[State, int] = {end: 0}
+    order: dict[State, tuple[State, ...]] = {end: ()}
+    for i in range(end[0], -1, -1):
+        for j in range(end[1], -1, -1):
+            # Longest moves first: of two equally cheap orders the one with fewer operations wins.
+            moves = [(i, to) for to in range(end[1], j, -1)] + [(to, j) for to in range(end[0], i, -1)]
+            if moves:
+                totals = [multiplications(i, j, *to) + cost[to] for to in moves]
+                cost[i, j] = min(totals)
+                best = moves[totals.index(cost[i, j])]
+                order[i, j] = (best, *order[best])
+    return cost[0, 0], order[0, 0]
+
+
+_known_order = functools.cache(contraction_order)
+
+
+def _left_chain(f: KroneckerFactors) -> Chain:
+    """Maps `[to, from]` of `W1`, the first applied first."""
+    if f.w1 is not None:
+        return (f.w1,)
+    assert f.w1_a is not None and f.w1_b is not None
+    return f.w1_b, f.w1_a
+
+
+def _right_chain(f: KroneckerFactors, kernel: Sequence[int]) -> Chain:
+    """Maps `[to, from]` of `W2`, the first applied first; the one with the kernel is `[to, from, *kernel]`."""
+    if f.w2 is not None:
+        return (f.w2.reshape(*f.w2.shape[:2], *kernel),)
+    assert f.w2_a is not None and f.w2_b is not None
+    if f.t2 is not None:
+        return f.w2_b, f.t2.reshape(*f.t2.shape[:2], *kernel), f.w2_a.T
+    return f.w2_b.reshape(f.w2_b.shape[0], -1, *kernel), f.w2_a
+
+
+def _compose(chain: Chain) -> Tensor:
+    """Multiply neighbouring maps into one `[to, from, *kernel]`."""
+    return functools.reduce(lambda first, then: torch.einsum("tm...,ms...->ts...", then, first), chain)
+
+
+def _fold_scale(w1s: Chain, w2s: Chain, scale: float | Tensor) -> tuple[Chain, Chain]:
+    """Multiply the smallest tensor of both chains by `scale`."""
+    if not isinstance(scale, Tensor) and scale == 1:
+        return w1s, w2s
+    maps = [*w1s, *w2s]
+    sizes = [w.numel() for w in maps]
+    smallest = sizes.index(min(sizes))
+    maps[smallest] = maps[smallest] * scale
+    return tuple(maps[: len(w1s)]), tuple(maps[len(w1s) :])
+
+
+def _kron(major: Tensor, minor: Tensor) -> Tensor:
+    """`[a, b]` and `[c, d]`, one of them with `*kernel` behind, to `[a·c, b·d, *kernel]`."""
+    return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
+
+
+def _walk(z: Tensor, w1s: Chain, w2s: Chain, positions: int = 1, **conv: Any) -> Tensor:
+    """Apply both chains to `[n, g1, b, g2, d, *space]`, giving `[n, g1, a // g1, g2, c // g2, *space']`.
+
+    Groups share all maps of a chain but the last, whose rows they divide.
+    """
+    spatial = next((j for j, w in enumerate(w2s) if w.dim() > 2), -1)
+    plan = contraction_order if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
+    _, order = plan(
+        (*(w.shape[1] for w in w1s), w1s[-1].shape[0] // z.shape[1]),
+        (*(w.shape[1] for w in w2s), w2s[-1].shape[0] // z.shape[3]),
+        spatial=spatial,
+        taps=math.prod(w2s[spatial].shape[2:]),
+        stride=positions,
+    )
+    i = j = 0
+    for to_i, to_j in order:
+        if to_i > i:
+            z = _pointwise(z, _compose(w1s[i:to_i]), 2, z.shape[1] if to_i == len(w1s) else 1)
+        else:
+            w, groups = _compose(w2s[j:to_j]), z.shape[3] if to_j == len(w2s) else 1
+            z = _pointwise(z, w, 4, groups) if w.dim() == 2 else _spatial(z, w, groups, **conv)
+        i, j = to_i, to_j
+    return z
+
+
+def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
+    """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
+    if z.dim() == 5 and (axis == 4 or z.shape[4] < w.shape[0]):
+        # No space: one matrix product. The batched one below forms a weight gradient per row before summing.
+        return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
+    y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))
+    return y.unflatten(-1, z.shape[axis + 1 :])
+
+
+def _spatial(z: Tensor, w: Tensor, groups: int, **conv: Any) -> Tensor:
+    """Convolve `z [n, g1, s1, g2, from, *space]` with `w [groups · to, from, *kernel]`, all before `from` as batch."""
+    batch = z.shape[:3] if groups > 1 else z.shape[:4]
+    y = _CONV[w.dim() - 2](z.flatten(0, len(batch) - 1).flatten(1, -w.dim() + 1), w, groups=groups, **conv)
+    return y.reshape(*z.shape[:4], w.shape[0] // groups, *y.shape[2:])

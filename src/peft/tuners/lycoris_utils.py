@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the LyCORIS family of methods shares: alpha scaling, patterns by module, rank dropout and module dropout.
+
+Source: arXiv:2309.14859
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LayeredConfig, at_least, number, pattern_dict
+from ._layer import BaseTunerLayer
+from ._targets import pattern_value
+from ._tuner import BaseTuner
+
+
+@dataclass
+class LycorisConfig(LayeredConfig):
+    """Configuration that LyCORIS methods share.
+
+    Args:
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
+            end; one that begins with `^` also means all modules below the path it describes.
+        alpha_pattern: Likewise for `alpha`.
+    """
+
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Rank by module name or regular expression."})
+    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
+        yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
+
+
+class LycorisLayer(BaseTunerLayer):
+    """A layer whose adapters are scaled by `alpha / r`.
+
+    Attributes:
+        r, alpha: Rank and alpha by adapter name.
+        rank_dropout: Probability that an output row of the delta is dropped in training.
+        rank_dropout_scale: Whether rank dropout divides by the share that is kept.
+        module_dropout: Probability that a training forward goes without the adapter.
+    """
+
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "rank_dropout", "rank_dropout_scale", "module_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.rank_dropout: dict[str, float] = {}
+        self.rank_dropout_scale: dict[str, bool] = {}
+        self.module_dropout: dict[str, float] = {}
+
+    def set_hyperparameters(self, adapter_name: str, config: Any, r: int, alpha: float) -> None:
+        """Note an adapter's rank, scale and dropout rates."""
+        self.r[adapter_name] = r
+        self.alpha[adapter_name] = alpha
+        self.rank_dropout[adapter_name] = config.rank_dropout
+        self.rank_dropout_scale[adapter_name] = config.rank_dropout_scale
+        self.module_dropout[adapter_name] = config.module_dropout
+        self.scaling[adapter_name] = self.base_scaling(adapter_name)
+
+    def base_scaling(self, adapter_name: str) -> float:
+        """`alpha / r`."""
+        return self.alpha[adapter_name] / self.r[adapter_name]
+
+    def drop(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
+        """Rank and module dropout of what an adapter adds to the output; without effect outside training.
+
+        Dropping a row of ΔW is dropping an output feature of the delta. A dropped module is multiplied by zero and not skipped, so
+        that every parameter has a gradient on every process, and nothing waits for the device.
+
+        Args:
+            delta: The adapter's output.
+            dim: Where its features (channels) are.
+        """
+        if not self.training:
+            return delta
+        if p := self.rank_dropout[adapter_name]:
+            keep = (torch.rand(delta.shape[dim], device=delta.device) >= p).to(delta.dtype)
+            if self.rank_dropout_scale[adapter_name]:
+                keep = keep / keep.mean().clamp_min(1 / len(keep))
+            delta = delta * keep.view(-1, *[1] * (-1 - dim if dim < 0 else delta.dim() - 1 - dim))
+        if p := self.module_dropout[adapter_name]:
+            delta = delta * (torch.rand((), device=delta.device) >= p).to(delta.dtype)
+        return delta
+
+
+class LycorisTuner(BaseTuner):
+    """A tuner of LyCORIS layers: rank and alpha may be chosen by module."""
+
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = LycorisLayer
+
+    def layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
+        """Rank and alpha for the module at `path`."""
+        return {
+            "r": pattern_value(config.rank_pattern, path, config.r),
+            "alpha": pattern_value(config.alpha_pattern, path, config.alpha),
+        }

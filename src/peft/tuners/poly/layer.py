@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers with Poly adapters: they hold the skills and the router; the maths is in `mixing.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...utils.error import PeftNotSupportedError, PeftValueError
+from .._geometry import Placement
+from .._layer import AdapterParameterDict, BaseTunerLayer
+from .mixing import poly_delta, task_delta_weight
+from .router import InputRouter, TaskRouter, make_router
+from .routing import Routing
+
+
+class PolyLayer(BaseTunerLayer):
+    """A layer with Poly adapters, `Δ(x) = x·A_w·B_w / r`.
+
+    Args:
+        base_layer: The layer to adapt.
+        routing: The calls in progress on the model, shared by its layers.
+        stream: Which of the model's tokens the layer sees.
+
+    Attributes:
+        poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
+        poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
+        poly_router: Routers by adapter name.
+        r, n_tasks, n_skills, n_splits: As in the config, by adapter name.
+
+    Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits", "token_level")
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None, stream: str = "main") -> None:
+        super().__init__(base_layer)
+        self.poly_lora_A = AdapterParameterDict()
+        self.poly_lora_B = AdapterParameterDict()
+        self.poly_router = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.n_tasks: dict[str, int] = {}
+        self.n_skills: dict[str, int] = {}
+        self.n_splits: dict[str, int] = {}
+        self.token_level: dict[str, bool] = {}
+        self.routing = routing or Routing(base_layer)
+        self.stream = stream
+
+    def base_scaling(self, adapter_name: str) -> float:
+        """`1 / r`."""
+        return 1 / self.r[adapter_name]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        poly_config: Any,
+        inference_mode: bool = False,
+        placement: Placement | None = None,
+        initialise: bool = True,
+    ) -> None:
+        """Make an adapter's skills and router.
+
+        Args:
+            adapter_name: The adapter's name.
+            poly_config: Its config.
+            inference_mode: Leave it frozen.
+            placement: Device and dtype, by default the base layer's.
+            initialise: False leaves the memory as it is.
+        """
+        size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
+        placement = self._placement(placement)
+        device, dtype = placement
+        for container, shape in (
+            (self.poly_lora_A, (q, s, size.in_features // q, r)),
+            (self.poly_lora_B, (q, s, r, size.out_features // q)),
+        ):
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not inference_mode)
+            container[adapter_name] = parameter
+        self.r[adapter_name], self.n_skills[adapter_name], self.n_splits[adapter_name] = r, s, q
+        self.n_tasks[adapter_name] = poly_config.n_tasks
+        self.token_level[adapter_name] = poly_config.routing_level == "token"
+        self.scaling[adapter_name] = self.base_scaling(adapter_name)
+        router = make_router(poly_config, size.in_features, placement, initialise)
+        self.poly_router[adapter_name] = router.train(self.training).requires_grad_(not inference_mode)
+        if initialise:
+            self.reset_poly_parameters(adapter_name, poly_config.init_weights)
+
+    @torch.no_grad()
+    def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Draw the skills anew: `A` as `nn.Linear` would, `B` zero, or as `A` if not `init_weights`."""
+        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
+        A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
+        if init_weights:
+            B.zero_()
+        else:
+            B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
+
+    def forward(self, x: Tensor, *args: Any, task_ids: Any = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus that of the active adapters.
+
+        Args:
+            x: `[rows, *leading, in]`.
+            task_ids: A task for each row, where the layer is called by itself; inside a model they come with the model's call.
+        """
+        if task_ids is None:
+            return super().forward(x, *args, **kwargs)
+        with self.routing.using(task_ids, x):
+            return super().forward(x, *args, **kwargs)
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """`x·A_w·B_w / r` with the weights of each row's task or input."""
+        A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
+        x = self._cast_input_dtype(x, A.dtype)
+        weights = self.mixing_weights(adapter_name, x).to(A.dtype)
+        return poly_delta(x, weights, A, B, self.scaling[adapter_name])
+
+    def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
+        """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
+        of successive rows, or `[rows, *leading, n_splits, n_skills]` at token level.
+        """
+        router = self.poly_router[adapter_name]
+        if isinstance(router, TaskRouter):
+            return router(self._task_ids(adapter_name, x.shape[0]))
+        if self.token_level[adapter_name]:
+            return router(x)
+        call = self.routing.call
+        decisions = call.decisions if call is not None else None
+        if decisions is None:
+            return router(self.routing.pooled(x, self.stream))
+        key = (id(self), adapter_name)
+        if key not in decisions:
+            decisions[key] = router(self.routing.pooled(x, self.stream))
+        return decisions[key]
+
+    def _task_ids(self, adapter_name: str, rows: int) -> Tensor:
+        """The call's task ids, which must share out the rows evenly.
+
+        Raises:
+            PeftValueError: No ids, or the rows can't be shared out.
+        """
+        call = self.routing.call
+        if call is None or call.task_ids is None:
+            if self.n_tasks[adapter_name] == 1:
+                return torch.zeros(1, dtype=torch.long, device=self.poly_lora_A[adapter_name].device)
+            raise PeftValueError("task_ids should not be None: pass them to the model's call, one id for each sample.")
+        ids = call.task_ids
+        if self.training and ids.shape[0] == 1 and call.batch and rows % call.batch == 0:
+            ids = ids.expand(call.batch)  # each sample draws its own weights
+        if rows % ids.shape[0]:
+            raise PeftValueError(f"A layer sees {rows} rows, which {ids.shape[0]} task ids can't share out evenly.")
+        return ids.to(self.poly_lora_A[adapter_name].device)
+
+    def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
+        """The task to merge.
+
+        Raises:
+            PeftNotSupportedError: The adapter routes by input, so no weight holds its delta.
+            PeftValueError: There are several tasks and none is chosen, or it is out of range.
+        """
+        if isinstance(self.poly_router[adapter_name], InputRouter):
+            raise PeftNotSupportedError("An adapter that routes by input can't be merged: its delta depends on the input.")
+        n_tasks = self.n_tasks[adapter_name]
+        if task_id is None and n_tasks > 1:
+            raise PeftValueError(f"Pass `task_id`: the adapter has {n_tasks} tasks, each with a delta of its own.")
+        if not 0 <= (task_id or 0) < n_tasks:
+            raise PeftValueError(f"Only {n_tasks} tasks available. Found task id = {task_id}; ids count from 0.")
+        return task_id or 0
+
+    def merged_task(self, adapter_name: str) -> int:
+        """The task that is merged."""
+        return self.resolve_task(adapter_name, self._merges[adapter_name][0].get("task_id"))
+
+    def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
+        """One task's delta, of rank `r`, in the base weight's layout."""
+        task = self.resolve_task(adapter_name, task_id)
+        router: Any = self.poly_router[adapter_name]
+        A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
+        weights = router.task_weights()[task].to(A.dtype)
+        return self.geometry.as_stored(task_delta_weight(weights, A, B, self.scaling[adapter_name]))
+
+
+class Linear(PolyLayer):
+    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with Poly adapters.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: The first adapter's name.
+        poly_config: Its config.
+        routing: The calls in progress on the model, shared by its layers.
+        stream: Which of the model's tokens the layer sees.
+        **options: As for `update_layer`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        poly_config: Any,
+        routing: Routing | None = None,
+        stream: str = "main",
+        **options: Any,
+    ) -> None:
+        super().__init__(base_layer, routing, stream)
+        self.update_layer(adapter_name, poly_config, **options)
+        self.set_adapter(adapter_name)
+        if routing is None:
+            self.routing.configs[adapter_name] = poly_config
+            self.routing.probe = self
+
+
+def _bound(fan_in: int) -> float:
+    """The bound of `kaiming_uniform_(a=√5)`."""
+    return 1 / math.sqrt(fan_in)

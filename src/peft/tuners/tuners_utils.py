@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documented place of the base classes: `BaseTuner`, `BaseTunerLayer`."""
+
+from ._layer import AdapterParameterDict, BaseTunerLayer
+from ._tuner import BaseTuner
+
+__all__ = ["AdapterParameterDict", "BaseTuner", "BaseTunerLayer"]

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k composition from a vector bank: the arithmetic of VB-LoRA, as pure functions of tensors.
+
+A *position* is one tile of `vector_length` entries of a low-rank factor. It owns a row of `num_vectors` logits and is the
+mixture of the `topk` bank vectors it scores highest:
+
+    tile = sum_{i in top-k} softmax(logits[top-k])_i * bank[i]
+
+Shapes: `logits [..., num_vectors]`, `bank [num_vectors, vector_length]`, rank `r`.
+
+Source: arXiv:2405.15179
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+"""Where `embedding_bag` is known to have a gradient for its weights."""
+
+_INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
+    """Mix each position's `topk` best bank vectors.
+
+    `tile = sum_i softmax(logits[top-k])_i * bank[top-k_i]`, the softmax running over the chosen logits only, so that
+    all others get neither weight nor gradient.
+
+    Args:
+        logits: `[..., num_vectors]`; entries may be `-inf` as long as one of each row is finite.
+        bank: `[num_vectors, vector_length]`.
+        topk: between 1 and `num_vectors`; the paper finds 2 best.
+
+    Returns:
+        `[..., vector_length]` in the bank's dtype, computed in float32 at least. The cost is
+        `positions * topk * vector_length` multiplications, next to a pass over `logits` to select; no
+        `[..., topk, vector_length]` is held, now or for the backward (save off CPU and CUDA). First derivatives only.
+
+    Example:
+        >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> compose(torch.tensor([0.0, 0.0, -9.0]), bank, topk=2)
+        tensor([0.5000, 0.5000])
+
+    Source: arXiv:2405.15179
+    """
+    chosen, indices = logits.topk(topk, dim=-1)
+    # float32 even for a half bank: it rounds once, and CUDA has no bfloat16 gradient for the weights of a bag.
+    dtype = torch.promote_types(bank.dtype, torch.float32)
+    mixed = _weighted_sum(chosen.softmax(dim=-1, dtype=dtype), indices, bank.to(dtype))
+    return mixed.to(bank.dtype)
+
+
+def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Compose both low-rank factors of one layer, `delta_W = B @ A`.
+
+    `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]`, with `v = vector_length`: a tile always runs
+    along the feature dimension.
+
+    Args:
+        logits_A: `[r, in / vector_length, num_vectors]`.
+        logits_B: `[out / vector_length, r, num_vectors]`.
+        bank: `[num_vectors, vector_length]`.
+        topk: vectors mixed per position.
+
+    Returns:
+        `A [r, in]` and `B [out, r]`, at the cost of `compose` for `r * (in + out) / vector_length` positions.
+
+    Source: arXiv:2405.15179
+    """
+    A = compose(logits_A, bank, topk).flatten(-2)
+    B = compose(logits_B, bank, topk).transpose(-2, -1).flatten(0, 1)
+    return A, B
+
+
+def index_dtype(num_vectors: int) -> torch.dtype:
+    """Smallest of uint8, int16, int32 and int64 that holds the number `num_vectors` itself.
+
+    The largest index would fit one size lower at 256 and 32768 vectors; readers expect the boundary here.
+
+    Example:
+        >>> index_dtype(255), index_dtype(256)
+        (torch.uint8, torch.int16)
+
+    Source: arXiv:2405.15179
+    """
+    return next(dtype for dtype in _INDEX_DTYPES if num_vectors <= torch.iinfo(dtype).max)
+
+
+def compress(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Reduce logits to what inference needs: the chosen vectors and their weights.
+
+    Args:
+        logits: `[..., num_vectors]`.
+        topk: vectors kept per position.
+
+    Returns:
+        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`, always float32: the softmax of
+        the chosen logits without its last entry, which is one minus the others.
+
+    Example:
+        >>> compress(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
+        (tensor([2, 0], dtype=torch.uint8), tensor([0.6225]))
+
+    Source: arXiv:2405.15179
+    """
+    chosen, indices = logits.topk(topk, dim=-1)
+    weights = chosen.softmax(dim=-1, dtype=torch.float32)[..., :-1]
+    return indices.to(index_dtype(logits.shape[-1])), weights.contiguous()
+
+
+def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rebuild logits that compose to the same tiles as those that were compressed.
+
+    `logits[indices] = log(weights)`, `-inf` elsewhere: the softmax over the chosen ones gives the weights back.
+
+    Args:
+        indices: `[..., topk]`, any integer dtype.
+        weights: `[..., topk - 1]`, any floating dtype.
+        num_vectors: size of the bank.
+        dtype: of the result.
+
+    Returns:
+        `[..., num_vectors]`. A weight of zero (or a last one that rounding made negative) becomes the log of the smallest
+        normal float32, not `-inf`: no row is ever without a finite entry, and top-k finds every index again.
+
+    Example:
+        >>> expand(torch.tensor([2, 0]), torch.tensor([1.0]), num_vectors=3).softmax(-1)
+        tensor([1.1755e-38, 0.0000e+00, 1.0000e+00])
+
+    Source: arXiv:2405.15179
+    """
+    weights = weights.float()
+    last = 1 - weights.sum(dim=-1, keepdim=True)
+    full = torch.cat((weights, last), dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    logits = full.new_full((*indices.shape[:-1], num_vectors), -torch.inf)
+    return logits.scatter(-1, indices.long(), full.log()).to(dtype)
+
+
+def is_topk_only(logits: Tensor) -> bool:
+    """Whether `logits` came out of `expand` and so cannot be trained further.
+
+    Reads the values, which waits for the device: ask once, after loading, never in a forward. With
+    `topk == num_vectors` nothing was left out, and the answer is no.
+
+    Source: arXiv:2405.15179
+    """
+    return bool(torch.isneginf(logits).any())
+
+
+def savable_parameters(count: int, num_vectors: int, topk: int | None = None) -> float:
+    """Size in a checkpoint of one logits tensor, in float32 numbers.
+
+    Args:
+        count: entries of the logits tensor, `positions * num_vectors`.
+        num_vectors: size of the bank.
+        topk: vectors kept per position by the compact form; `None` for the full logits.
+
+    Returns:
+        `count`, or `positions * (topk - 1 + topk * itemsize / 4)` for indices of `itemsize` bytes. Fractions are meant to
+        be added up over the model before the sum is cut to an integer.
+
+    Example:
+        >>> savable_parameters(3 * 10, num_vectors=10), savable_parameters(3 * 10, num_vectors=10, topk=2)
+        (30.0, 4.5)
+
+    Source: arXiv:2405.15179
+    """
+    if topk is None:
+        return float(count)
+    index_size = torch.iinfo(index_dtype(num_vectors)).bits / torch.finfo(torch.float32).bits
+    return count // num_vectors * (topk - 1 + topk * index_size)
+
+
+def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
+    """`sum_k weights[..., k] * bank[indices[..., k]]`: two of `[..., topk]` and a bank to `[..., vector_length]`."""
+    if bank.device.type not in _FUSED_DEVICES:
+        return (weights.unsqueeze(-1) * F.embedding(indices, bank)).sum(dim=-2)
+    # One kernel, as fast as gather-and-sum (at half precision up to twice as fast) while the backward keeps `topk`
+    # numbers a position in place of `topk * vector_length`; a dense `[positions, num_vectors] @ bank` took 2 to 8 times
+    # as long for 256 to 2048 vectors.
+    topk = indices.shape[-1]
+    bags = F.embedding_bag(indices.reshape(-1, topk), bank, mode="sum", per_sample_weights=weights.reshape(-1, topk))
+    return bags.reshape(*indices.shape[:-1], bank.shape[-1])

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that stand for something: task heads, and the layers adapted by default in known architectures."""
+
+from __future__ import annotations
+
+# Heads a task class trains beside the adapter, since they start at random.
+SEQ_CLS_HEAD_NAMES = ("classifier", "score")
+QA_HEAD_NAMES = ("qa_outputs",)
+# Output heads that "all-linear" leaves alone, beside what the model's own `get_output_embeddings()` gives.
+OUTPUT_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+
+_QV_PROJ = ("q_proj", "v_proj")
+_QUERY_VALUE = ("query", "value")
+
+# model_type -> target modules, where a config names none: the query and value projections, as in the LoRA paper
+# (arXiv:2106.09685, section 4.2), or the fused projection that holds them.
+DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(
+        (
+            "bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral", "opt", "qwen2",
+            "qwen3", "stablelm",
+        ),
+        _QV_PROJ,
+    ),
+    **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "vit", "xlm-roberta"), _QUERY_VALUE),
+    **dict.fromkeys(("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"), ("query_key_value",)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    "blip-2": ("q", "v", *_QV_PROJ),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": (*_QV_PROJ, "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}  # fmt: skip

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding a checkpoint's files, in a local folder or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .error import CheckpointNotFoundError, PeftTypeError
+
+HUB_OPTIONS = frozenset(
+    {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "subfolder", "token", "user_agent"}
+)
+# Options that once steered downloads and no longer have an effect in huggingface_hub; callers still pass them.
+_OBSOLETE = frozenset({"proxies", "resume_download", "use_auth_token", "etag_timeout", "_commit_hash", "adapter_kwargs"})
+
+
+def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword arguments into (options for the Hub, the rest)."""
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    if options.get("use_auth_token") is not None:
+        hub.setdefault("token", options["use_auth_token"])
+    rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS and key not in _OBSOLETE}
+    return hub, rest
+
+
+def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
+    """The options for the Hub; any other is refused by name.
+
+    Raises:
+        PeftTypeError: An option is not known.
+    """
+    hub, rest = split_hub_options(options)
+    if rest:
+        raise PeftTypeError(f"{caller} got unexpected keyword arguments: {', '.join(sorted(rest))}.")
+    return hub
+
+
+def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:
+    """The folder `source` (and its `subfolder`) if it exists on this machine, else None."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    return folder / subfolder if subfolder else folder
+
+
+def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: dict[str, Any]) -> Path:
+    """The path of the first of `names` that `source` holds, downloaded if `source` is a Hub id.
+
+    Raises:
+        CheckpointNotFoundError: None of the files is there, or the Hub could not be reached.
+    """
+    options = dict(hub_options)
+    folder = local_folder(source, options.get("subfolder"))
+    if folder is not None:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        raise CheckpointNotFoundError(f"Can't find {' or '.join(map(repr, names))} in the folder '{folder}'.")
+    problem: Exception | None = None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    for name in names:
+        try:
+            return Path(hf_hub_download(str(source), name, **options))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            problem = error
+    raise CheckpointNotFoundError(
+        f"Can't find {' or '.join(map(repr, names))} at '{source}': it is neither a local folder that exists nor a model "
+        f"repository that could be read ({type(problem).__name__}: {problem})."
+    ) from problem

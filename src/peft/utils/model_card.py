@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md written beside an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from .adapter_files import write_text
+
+
+def update_model_card(folder: Path, config: Any, is_transformers_model: bool) -> None:
+    """Write a model card into `folder`, or bring the metadata of the one that is there up to date.
+
+    Args:
+        folder: Where it lies.
+        config: The adapter's config.
+        is_transformers_model: Whether the base is a transformers model.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else _body(config)
+    if not text.startswith("---"):
+        text = f"---\nlibrary_name: peft\n---\n\n{text}"
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    data["library_name"] = "peft"
+    tags = set(data.get("tags") or [])
+    if config.base_model_name_or_path:
+        data["base_model"] = config.base_model_name_or_path
+        tags.add(f"base_model:adapter:{config.base_model_name_or_path}")
+    if is_transformers_model:
+        tags.add("transformers")
+    if tags:
+        data["tags"] = sorted(tags)
+    card.data = ModelCardData(**data)
+    write_text(path, str(card))
+
+
+def _body(config: Any) -> str:
+    base = config.base_model_name_or_path or "its base model"
+    return (
+        f"# {config.peft_type.value} adapter\n\nAn adapter for {base}. "
+        "Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
+        f"### Framework versions\n\n- PEFT {__version__}\n"
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are trained whole beside an adapter (`modules_to_save`), and small helpers on module trees."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .error import PeftValueError
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """A module that has a trainable replacement for each of several adapters, used while that adapter is active.
+
+    Args:
+        module_to_save: The module as it was; it is used while no replacement is.
+        adapter_name: Adapter to make the first replacement for.
+
+    Attributes:
+        original_module: The module as it was.
+    """
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module_to_save
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self.train(module_to_save.training)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter whose replacement is in use, or an empty list."""
+        return self._active_adapter[0] if self._active_adapter else []
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapter whose replacement is in use, in a list."""
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original module is used whatever is active."""
+        return self._disable_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active replacement, or the original module."""
+        self._disable_adapters = not enabled
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`."""
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__(module_to_save)
+        self.modules_to_save = nn.ModuleDict()
+
+    @staticmethod
+    def copy_of(module: nn.Module) -> nn.Module:
+        """A trainable copy of a module (of the original one, if it is wrapped already)."""
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        fresh = copy.deepcopy(module)
+        for parameter in fresh.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return fresh
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return self._current()(*args, **kwargs)
+
+    def _current(self) -> nn.Module:
+        if self._disable_adapters or not self._active_adapter:
+            return self.original_module
+        return self.modules_to_save[self._active_adapter[0]]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self._current(), name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Use an adapter's copy and make it trainable (unless `inference_mode`); the other copies are frozen.
+
+        Raises:
+            PeftValueError: More than one of the adapters has a copy of this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        own = [name for name in names if name in self.modules_to_save]
+        if len(own) > 1:
+            raise PeftValueError(
+                f"Only one adapter can be set at a time for a module in `modules_to_save`; {own} each have a copy of it."
+            )
+        for name in self.modules_to_save:
+            self.set_requires_grad(name, name in own and not inference_mode)
+        self._active_adapter = own
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters' copies."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                for parameter in self.modules_to_save[name].parameters():
+                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each key of the wrapped module's state dict, the key of an adapter's copy."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, name in the parent) of the module at a path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(path), name
+
+
+_get_submodules = get_submodules  # the name clients import
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The architecture's name in a transformers config (object or dict), None for other models."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)

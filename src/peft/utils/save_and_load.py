@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between a model with adapters and a checkpoint: which tensors belong to an adapter, their keys, and putting them back.
+
+A checkpoint's keys are the parameters' names with the adapter's name left out: `…q_proj.lokr_w1.default` in the model is
+`…q_proj.lokr_w1` in the file. Loading never parses keys: it lists the adapter's tensors in the model by the key each would be saved
+under, checks the file against that list, and only then writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
+from .error import CheckpointError, PeftValueError
+from .hub import find_file, only_hub_options
+from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+
+ROOT = "base_model."
+MODEL_ROOT = "base_model.model."
+# What wrappers put into module paths: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class LoadResult(NamedTuple):
+    """What did not fit between a checkpoint and an adapter."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def checkpoint_key(name: str, adapter_name: str, holders: Collection[str]) -> str | None:
+    """The key under which a tensor of the model is saved, None if it does not belong to the adapter.
+
+    Args:
+        name: The tensor's name in the model.
+        adapter_name: The adapter.
+        holders: Names of the containers that have an entry for each adapter.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if parts[0] == "module" and f"{'.'.join(parts[1:2])}." == ROOT:
+        del parts[0]  # DistributedDataParallel
+    for i in range(len(parts) - 1):
+        if parts[i + 1] == adapter_name:
+            if parts[i] in holders:
+                return ".".join(parts[: i + 1] + parts[i + 2 :])
+            if parts[i] == "modules_to_save":
+                return ".".join(parts[:i] + parts[i + 2 :])
+    return None
+
+
+def adapter_tensors(
+    named: Iterable[tuple[str, Any]], config: Any, adapter_name: str, save_embedding_layers: bool = False
+) -> dict[str, Any]:
+    """Of a model's named tensors those that make up an adapter, by checkpoint key."""
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    holders = {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
+    tensors = dict(named)
+    result = {}
+    for name, tensor in tensors.items():
+        key = checkpoint_key(name, adapter_name, holders)
+        if key is not None:
+            result[key] = tensor
+    if config.bias != "none":
+        adapted = {name.rpartition(f".{holder}.")[0] for name in tensors for holder in holders if f".{holder}." in name}
+        for name, tensor in tensors.items():
+            layer = name.removesuffix(".base_layer.bias")
+            if name.endswith(".bias") and (config.bias == "all" or layer in adapted) and ".modules_to_save." not in name:
+                result[name] = tensor
+    if save_embedding_layers:
+        result.update({name: tensor for name, tensor in tensors.items() if is_embedding(name)})
+    return result
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is the weight of a token embedding or of the output head that mirrors it."""
+    parts = name.replace(".base_layer", "").split(".")
+    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in ("embed_tokens", "lm_head")
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors in the form and under the keys a checkpoint has.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        state_dict: Take the tensors from this state dict of the model (a gathered one, say) in place of the model's own.
+        adapter_name: The adapter.
+        unwrap_compiled: Accepted for compatibility; keys never have the prefixes of `torch.compile`.
+        save_embedding_layers: True adds the token embeddings. "auto" adds them if the adapter targets one.
+
+    Raises:
+        PeftValueError: The model has no such adapter.
+    """
+    config = _config(model, adapter_name)
+    if save_embedding_layers == "auto":
+        targets = config.target_modules
+        save_embedding_layers = not isinstance(targets, str) and any(is_embedding(f"x.{t}.weight") for t in targets or ())
+    named = (state_dict if state_dict is not None else model.state_dict()).items()
+    state = adapter_tensors(named, config, adapter_name, bool(save_embedding_layers))
+    return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Write a checkpoint's tensors into an adapter of a model.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        peft_model_state_dict: Tensors by checkpoint key.
+        adapter_name: The adapter.
+        ignore_mismatched_sizes: Leave out tensors of other shapes; they count as missing.
+        low_cpu_mem_usage: Accepted for compatibility; parameters on the meta device are always replaced.
+
+    Returns:
+        The adapter's keys that the checkpoint lacks, and the checkpoint's that the adapter has no place for.
+
+    Raises:
+        CheckpointError: A tensor has another shape or kind; nothing is changed.
+        PeftValueError: The model has no such adapter.
+    """
+    config = _config(model, adapter_name)
+    named = list(model.state_dict(keep_vars=True).items())
+    wants_embeddings = any(is_embedding(key) for key in peft_model_state_dict)
+    expected = adapter_tensors(named, config, adapter_name, wants_embeddings)
+    is_native = not any(key.startswith(ROOT) for key in expected)
+    state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
+    result = check_state(expected, state, ignore_mismatched_sizes)
+    write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
+    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).loaded(model, adapter_name)
+    return result
+
+
+def import_state(state: Mapping[str, Tensor], config: Any, remove: str = "") -> dict[str, Tensor]:
+    """A checkpoint's tensors in the form the model has them.
+
+    Args:
+        state: Tensors by checkpoint key.
+        config: The adapter's config.
+        remove: `base_model.` for a model that is not inside a `PeftModel`, whose names lack that prefix.
+    """
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    state = tuner._import_state(dict(state), config)
+    result = {}
+    for key, tensor in state.items():
+        end = key.removeprefix(MODEL_ROOT)
+        if end in tuner.shared_parameter_names:
+            key = ROOT + end  # some writers put the prefix of modules before it
+        if remove:
+            key = key.removeprefix(MODEL_ROOT).removeprefix(ROOT)
+        result[key] = tensor
+    return result
+
+
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False) -> LoadResult:
+    """Compare a checkpoint with the tensors it is for.
+
+    Raises:
+        CheckpointError: A tensor's shape or kind differs.
+    """
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    mismatched = []
+    for key, tensor in expected.items():
+        if key not in state:
+            continue
+        if state[key].shape != tensor.shape:
+            shapes = f"found shape {list(state[key].shape)} in the checkpoint and {list(tensor.shape)} in the model"
+            mismatched.append(f"size mismatch for {key}: {shapes}")
+        elif state[key].is_floating_point() != tensor.is_floating_point():
+            mismatched.append(f"dtype mismatch for {key}: found {state[key].dtype}, the model has {tensor.dtype}")
+    if mismatched and not ignore_mismatched_sizes:
+        raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + "; ".join(mismatched) + ".")
+    if mismatched:
+        warnings.warn("Not loaded, because you passed `ignore_mismatched_sizes=True`: " + "; ".join(mismatched), stacklevel=3)
+        missing += [message.split(": ")[0].rpartition(" ")[2] for message in mismatched]
+    return LoadResult(missing, unexpected)
+
+
+def check_complete(result: LoadResult, source: str) -> None:
+    """Insist that a checkpoint had every tensor of its adapter and no other.
+
+    Raises:
+        CheckpointError: It had not; keys are named.
+    """
+    if not result.missing_keys and not result.unexpected_keys:
+        return
+    parts = [f"'{source}' does not hold this adapter's weights; nothing was loaded."]
+    if result.missing_keys:
+        parts.append(f"Missing keys: {_some(result.missing_keys)}.")
+    if result.unexpected_keys:
+        parts.append(f"Unexpected keys: {_some(result.unexpected_keys)}.")
+    raise CheckpointError(" ".join(parts))
+
+
+@torch.no_grad()
+def write_state(model: nn.Module | None, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy checked tensors into place; parameters on the meta device become real, on the device of the model's other parameters."""
+    on_meta = {id(expected[key]): tensor for key, tensor in state.items() if expected[key].is_meta}
+    for key, tensor in state.items():
+        if not expected[key].is_meta:
+            expected[key].copy_(tensor)
+    if not on_meta or model is None:
+        return
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in on_meta:
+                value = on_meta[id(parameter)].to(device, parameter.dtype, copy=True)
+                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hub_options: Any,
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter.
+
+    Args:
+        model_id: A local folder, or an id on the Hub.
+        device: Where to put them, by default the CPU.
+        key_mapping: Renaming of keys: regular expression → replacement.
+        **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
+
+    Raises:
+        CheckpointNotFoundError: There is no weights file.
+        CheckpointError: It can't be read.
+    """
+    options = only_hub_options(hub_options, "load_peft_weights")
+    state = read_weights(find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options), device or "cpu")
+    for pattern, replacement in (key_mapping or {}).items():
+        state = {re.sub(pattern, replacement, key): tensor for key, tensor in state.items()}
+    return state
+
+
+def _config(model: Any, adapter_name: str) -> Any:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or adapter_name not in configs:
+        known = ", ".join(configs) if isinstance(configs, dict) else "none"
+        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {known or 'none'}.")
+    return configs[adapter_name]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
