@@ -15,7 +15,7 @@ applied first; one map of `W2` may carry a kernel:
 
 Composing a chain gives the small dense matrix. Applying the product means reading the input's channels as a grid
 `b x d` and walking the left chain down one side of it and the right chain along the other. Every order of these moves
-gives the same result; `contraction_order` picks the cheapest. Nothing of size `out x in` ever exists.
+gives the same result; `contraction_order` picks the cheapest. Nothing of size `out x in` exists on the way.
 
 Source: arXiv:2309.14859, eq. 4 and appendix B.3 (LoKr); arXiv:2212.10650 (KronA)
 """
@@ -119,11 +119,9 @@ def factor_shapes(
     """
     (a, c), (b, d) = factorization(out_features, decompose_factor), factorization(in_features, decompose_factor)
     kernel, taps = tuple(kernel), math.prod(kernel)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {"w1": (a, b)}
     if decompose_both and 2 * r < max(a, b):
-        shapes |= {"w1_a": (a, r), "w1_b": (r, b)}
-    else:
-        shapes |= {"w1": (a, b)}
+        shapes = {"w1_a": (a, r), "w1_b": (r, b)}
     if 2 * r >= max(c, d):
         shapes |= {"w2": (c, d, *kernel)}
     elif use_effective_conv2d and taps > 1:
@@ -279,7 +277,7 @@ def contraction_order(
     position, `stride` times that before the spatial map. A move takes the next map of either chain, or several next
     maps multiplied into one, and costs the elements it produces times the elements each is summed from. Multiplying
     maps together is not counted, as it does not grow with the input; hence the order depends on the adapter's shapes
-    alone, and a new batch size or sequence length neither recompiles nor rounds differently.
+    alone, and a new batch size or sequence length neither changes it nor recompiles.
 
     Args:
         left: Sizes along the left chain, `(b, a)` or `(b, r, a)`; within one group.

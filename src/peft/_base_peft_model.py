@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BasePeftModel`: a base model with adapters that can be run, trained, switched and counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .tuners._build import Build, Construction
+from .tuners._layer import BaseTunerLayer
+from .tuners._tuner import BaseTuner
+from .utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
+
+
+class BasePeftModel(nn.Module):
+    """A base model with one or more adapters of one method: all of `PeftModel` but the files.
+
+    Args:
+        model: The base model; adapters are put into it in place.
+        peft_config: The first adapter's config.
+        adapter_name: The first adapter's name.
+        autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
+        low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
+        initialise: False leaves the adapter's memory as it is, for `check` to fill.
+        check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
+
+    Raises:
+        PeftValueError: The config is invalid or does not fit the model, which is left as it was.
+
+    Attributes:
+        base_model: The tuner, which holds the base model as `model`.
+        peft_type: The method.
+    """
+
+    # Heads that a task trains beside the adapter because they start at random.
+    head_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        initialise: bool = True,
+        check: Callable[[Build], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, BasePeftModel):
+            raise PeftValueError("The model is a PeftModel already; use its `add_adapter` or `load_adapter`.")
+        if not isinstance(peft_config, PeftConfig):
+            raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            warnings.warn(
+                "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
+                "config, make sure to call `.unload()` before.",
+                stacklevel=3,
+            )
+        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
+        with self._with_heads(peft_config):
+            self.base_model: BaseTuner = tuner_cls(
+                model,
+                peft_config,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                initialise=initialise,
+                check=check,
+            )
+        self.peft_type = peft_config.peft_type
+        self.train(model.training)
+        if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+            self._let_checkpoints_see_gradients()
+
+    @contextmanager
+    def _with_heads(self, config: Any) -> Iterator[None]:
+        """Add the task's heads to the config's `modules_to_save`; take them back if the adapter can't be made."""
+        before = config.modules_to_save
+        if self.head_names:
+            config.modules_to_save = list(dict.fromkeys([*(before or []), *self.head_names]))
+        try:
+            yield
+        except BaseException:
+            config.modules_to_save = before
+            raise
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
+        self._refuse_adapter_names(kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
+        self._refuse_adapter_names(kwargs)
+        generate = self.base_model.generate
+        with self.base_model.call_context(args, kwargs):
+            return generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's inputs for one step, with what the method needs (`task_ids`) carried along."""
+        own = {name: kwargs.pop(name) for name in self.base_model.call_arguments if name in kwargs}
+        return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
+
+    def _refuse_adapter_names(self, arguments: dict[str, Any]) -> None:
+        """Raise rather than ignore a choice of adapter per sample."""
+        if arguments.get("adapter_names") is not None:
+            raise PeftNotSupportedError(
+                f"`adapter_names` (an adapter for each sample) is not supported for {self.peft_type}; use `set_adapter`."
+            )
+        arguments.pop("adapter_names", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """What this class lacks is read from the tuner, and what that lacks from the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, adapters in it."""
+        return self.base_model.model
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's method of that name; also lets gradients pass the frozen input, which checkpoints need to see."""
+        result = self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self._let_checkpoints_see_gradients()
+        return result
+
+    def _let_checkpoints_see_gradients(self) -> None:
+        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Each adapter's config, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The active adapter's config."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def prefix(self) -> str:
+        """How names of adapter parameters start."""
+        return lookup(PEFT_TYPE_TO_PREFIX_MAPPING, self.peft_type)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole."""
+        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, if it has one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter takes part in the forward."""
+        return bool(self.active_adapters) and not self.base_model.disabled
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
+
+        Args:
+            adapter_name: A new name, without dots.
+            peft_config: Its config.
+            low_cpu_mem_usage: Make it on the meta device, to be filled from a checkpoint.
+            autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
+
+        Raises:
+            PeftValueError: The name is taken, or the config is of another method or does not fit; nothing is changed.
+        """
+        device = torch.device("meta") if low_cpu_mem_usage else None
+        self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
+
+    def _add(self, name: str, config: PeftConfig, construction: Construction, check: Callable[[Build], None] | None = None) -> None:
+        if config.peft_type != self.peft_type:
+            raise PeftValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
+            )
+        with self._with_heads(config):
+            self.base_model.add_adapter(name, config, construction, check=check)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that add up, the active one and (unless `inference_mode`) the trainable one.
+
+        Raises:
+            PeftValueError: An unknown name; nothing is changed.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model computes what it did without adapters, and none of them is trainable."""
+        if self.base_model.disabled:
+            yield
+            return
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model.enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, the first of the others by name becomes active.
+
+        Raises:
+            PeftValueError: There is no such adapter.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters)."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # ZeRO-3 empties parameters
+            if type(parameter).__name__ == "Params4bit":
+                count = count * 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize  # two weights a byte
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of loading a saved adapter: read, check against the finished but not yet placed adapter, fill."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import PeftConfig
+from .tuners._build import Build
+from .utils.error import PeftNotSupportedError, PeftValueError
+from .utils.save_and_load import (
+    MODEL_ROOT,
+    ROOT,
+    adapter_tensors,
+    check_complete,
+    check_state,
+    import_state,
+    is_embedding,
+    write_state,
+)
+
+
+def refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise PeftNotSupportedError("`ephemeral_gpu_offload` is not supported; it concerns weight-decomposed LoRA.")
+
+
+def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: dict[str, Any]) -> PeftConfig:
+    if config is None:
+        return PeftConfig.from_pretrained(model_id, **kwargs)
+    if not isinstance(config, PeftConfig):
+        raise PeftValueError(f"The input config must be a PeftConfig, got {type(config)}")
+    return config
+
+
+def filler(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state: Mapping[str, Tensor], source: str
+) -> Callable[[Build], None]:
+    """A function that checks a checkpoint against a finished adapter and fills it, before the adapter is put in."""
+
+    def fill(build: Build) -> None:
+        named = {}
+        for name, tensor in build.named_tensors():
+            named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
+        paths = set(build.layers)
+        for name, tensor in model.named_parameters():  # for trained biases and saved embeddings
+            path, _, end = name.rpartition(".")
+            named[f"{MODEL_ROOT}{path}.base_layer.{end}" if path in paths else MODEL_ROOT + name] = tensor
+        expected = adapter_tensors(named.items(), config, adapter_name, any(is_embedding(key) for key in state))
+        incoming = import_state(state, config)
+        check_complete(check_state(expected, incoming), source)
+        write_state(None, expected, incoming)
+
+    return fill

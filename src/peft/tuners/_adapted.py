@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdaptedModel`: a model with adapters in it, and all that can be done with them: run, switch, merge, delete, take out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..utils.error import PeftValueError
+from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_submodules
+from . import _geometry
+from ._layer import AdapterParameterDict, BaseTunerLayer, names_to_merge
+
+
+class AdaptedModel(nn.Module):
+    """A model whose layers of class `tuner_layer_cls` carry adapters.
+
+    Args:
+        model: The model.
+        shared_root: Module that parameters shared by all layers are registered on, by default this one.
+
+    Attributes:
+        model: The model.
+        peft_config: Each adapter's config, by name.
+    """
+
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+    shared_parameter_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self._active: str | list[str] = []
+        self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
+        self.train(model.training)
+
+    def detach(self) -> None:
+        """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
+
+    # --- walking ------------------------------------------------------------------------------------------------------
+
+    def named_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """This method's layers, with their module paths."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, self.tuner_layer_cls):
+                yield path, module
+
+    def layers(self) -> Iterator[BaseTunerLayer]:
+        """This method's layers."""
+        return (layer for _, layer in self.named_layers())
+
+    def wrappers(self) -> Iterator[ModulesToSaveWrapper]:
+        """The modules that are trained whole."""
+        return (module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper))
+
+    def _parts(self) -> Iterator[BaseTunerLayer | ModulesToSaveWrapper]:
+        """All modules that have something for each adapter."""
+        yield from self.layers()
+        yield from self.wrappers()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, adapters included."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the tuner lacks is read from the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    # --- switching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or their list."""
+        return self._active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return [self._active] if isinstance(self._active, str) else list(self._active)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapters are switched off."""
+        return any(layer.disable_adapters for layer in self.layers())
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters that are merged into the base weights."""
+        return list(dict.fromkeys(name for layer in self.layers() for name in layer.merged_adapters))
+
+    def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
+        """The names as a list.
+
+        Raises:
+            PeftValueError: One is not an adapter of this model.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            if name not in self.peft_config:
+                raise PeftValueError(f"Adapter {name} not found; this model has {', '.join(self.peft_config) or 'none'}.")
+        return names
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that add up, the active one; others are frozen.
+
+        Args:
+            adapter_name: Name or list of names.
+            inference_mode: Leave the active adapters frozen too.
+
+        Raises:
+            PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
+        """
+        names = self.check_names(adapter_name)
+        for wrapper in self.wrappers():
+            if sum(name in wrapper.modules_to_save for name in names) > 1:
+                raise PeftValueError(f"Only one adapter can be set at a time where several train a copy of one module: {names}.")
+        if self.merged_adapters:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        for module in self._parts():
+            module.set_adapter(adapter_name, inference_mode)
+        for container in self._shared():
+            for name in container:
+                container[name].requires_grad_(name in names and not inference_mode)
+        self._active = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters, active or not.
+
+        Raises:
+            PeftValueError: An unknown name.
+        """
+        names = self.check_names(adapter_names)
+        for module in self._parts():
+            module.set_requires_grad(names, requires_grad)
+        for container in self._shared():
+            for name in names:
+                if name in container:
+                    container[name].requires_grad_(requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        self._enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off, so that the model computes what it did without them."""
+        for name in self.active_adapters:
+            if self.peft_config[name].bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{self.peft_config[name].bias}' does not "
+                    "produce the same output as the base model would without adaption.",
+                    stacklevel=2,
+                )
+        self._enable(False)
+
+    def _enable(self, enabled: bool) -> None:
+        for module in self._parts():
+            module.enable_adapters(enabled)
+
+    def _shared(self) -> Iterator[AdapterParameterDict]:
+        for name in self.shared_parameter_names:
+            container = self._shared_root[0]._modules.get(name)
+            if isinstance(container, AdapterParameterDict):
+                yield container
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the others that were stay so, else the first by name becomes active.
+
+        Raises:
+            PeftValueError: There is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {', '.join(self.peft_config) or 'none'}.")
+        active = self.active_adapters
+        del self.peft_config[adapter_name]
+        for module in self._parts():
+            module.delete_adapter(adapter_name)
+        for container in self._shared():
+            if adapter_name in container:
+                del container[adapter_name]
+        if adapter_name in active:
+            left = [name for name in active if name != adapter_name]
+            if not left and self.peft_config:
+                left = sorted(self.peft_config)[:1]
+                message = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
+                warnings.warn(message, stacklevel=2)
+            self.set_adapter(left[0] if len(left) == 1 else left)
+
+    # --- merging and removing -----------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
+        """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off again exactly.
+
+        Args:
+            adapter_names: Which adapters, by default the active ones.
+            safe_merge: Check first that every resulting weight is finite.
+            **options: What the method needs to know besides.
+
+        Raises:
+            PeftValueError: An unknown name, or a weight would break; nothing is merged then.
+            PeftNotSupportedError: A weight is quantised, or the method can't be merged.
+        """
+        if adapter_names is not None and not isinstance(adapter_names, str):
+            self.check_names(adapter_names)
+        names = names_to_merge(self, adapter_names)
+        layers = list(self.layers())
+        for layer in layers:
+            _geometry.dense_weight(layer.get_base_layer())
+            if safe_merge:
+                layer.check_merge(names, **options)
+        for layer in layers:
+            layer.merge(adapter_names=names, **options)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged deltas off the base weights again."""
+        merged = [layer for layer in self.layers() if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        for layer in merged:
+            layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """The base model with adapters merged into its weights, and nothing of this package left in it.
+
+        Args:
+            progressbar: Show one.
+            safe_merge: Check first that every resulting weight is finite.
+            adapter_names: Which adapters, by default the active ones.
+            **options: What the method needs to know besides.
+
+        Raises:
+            As `merge_adapter`.
+        """
+        if not (adapter_names is None and self.merged_adapters == self.active_adapters):
+            self.merge_adapter(adapter_names, safe_merge, **options)
+        return self._unload(progressbar, "Unloading and merging model", trained_copies=True)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was: adapters are taken out, merged ones taken off."""
+        if self.merged_adapters:
+            self.unmerge_adapter()
+        return self._unload(False, "Unloading model", trained_copies=False)
+
+    def _unload(self, progressbar: bool, description: str, trained_copies: bool) -> nn.Module:
+        modules = list(self.model.named_modules(remove_duplicate=False))
+        if progressbar:
+            from tqdm import tqdm
+
+            modules = tqdm(modules, desc=description)  # type: ignore[assignment]
+        for path, module in modules:
+            plain: nn.Module | None = None
+            if isinstance(module, self.tuner_layer_cls):
+                plain = module.base_layer
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                plain = module._current() if trained_copies and isinstance(module, ModulesToSaveWrapper) else None
+                plain = plain or module.original_module
+            if plain is not None:
+                parent, _, child = get_submodules(self.model, path)
+                setattr(parent, child, plain)
+        for name in self.shared_parameter_names:
+            self._shared_root[0]._modules.pop(name, None)
+        self.detach()
+        self.peft_config.clear()
+        self._active = []
+        return self.model
