@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .data import Data
+from .data import Data, Shape
 
 
 @dataclass
@@ -29,13 +29,14 @@ class Base:
         return (pixels - mean) / std
 
 
-def input_shape(model_folder: Path | None, data_folder: Path | None, side: int) -> tuple[int, int]:
-    """Side and channels: the model's own where there is one, else the digits' or what was asked for."""
-    if model_folder:
-        config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
-        size = getattr(config, "image_size", 224)
-        return (size if isinstance(size, int) else size[0]), getattr(config, "num_channels", 3)
-    return (side, 3) if data_folder else (8, 1)
+def input_shape(model_folder: Path | None, data_folder: Path | None, side: int) -> Shape:
+    """The model's own shape where there is one, else the digits' or a square of ``side`` in colour."""
+    if not model_folder:
+        return Shape(side, 3, {}) if data_folder else Shape(8, 1, {})
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
+    size = getattr(config, "image_size", 224)
+    side = size if isinstance(size, int) else size[0]
+    return Shape(side, getattr(config, "num_channels", 3), config.label2id)
 
 
 def small_vit(side: int, channels: int, classes: list[str]) -> ViTForImageClassification:

@@ -33,7 +33,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts and the classes' names, in the order of the labels."""
+    """The three parts and the classes' names."""
 
     pretrain: Images
     adapt: Images
@@ -95,7 +95,7 @@ def split(images: Images, classes: list[str], seed: int) -> Data:
     """Cut every class at random by ``SHARES``, so that all parts hold all classes."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {name: [] for name in SHARES}
-    for label in range(len(classes)):
+    for label in images.labels.unique():
         members = (images.labels == label).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
         first = max(1, round(SHARES["pretrain"] * len(members)))
@@ -105,7 +105,20 @@ def split(images: Images, classes: list[str], seed: int) -> Data:
     return Data(**{name: images.take(torch.cat(index)) for name, index in parts.items()}, classes=classes)
 
 
-def load_data(folder: Path | None, side: int, channels: int, seed: int) -> Data:
+@dataclass(frozen=True)
+class Shape:
+    """What the model takes: pixels ``[n, channels, side, side]``, and its own numbers for the classes, if it has any."""
+
+    side: int
+    channels: int
+    label_ids: dict[str, int]
+
+
+def load_data(folder: Path | None, shape: Shape, seed: int) -> Data:
     """The user's folder if there is one, else the digits; the same parts for the same seed, in any process."""
-    images, classes = load_folder(folder, side, channels) if folder else load_digits()
-    return split(fit_to(images, side, channels), classes, seed)
+    images, classes = load_folder(folder, shape.side, shape.channels) if folder else load_digits()
+    images = fit_to(images, shape.side, shape.channels)
+    if set(classes) <= set(shape.label_ids):
+        numbers = torch.tensor([shape.label_ids[name] for name in classes])
+        images = Images(images.pixels, numbers[images.labels])
+    return split(images, classes, seed)

@@ -10,6 +10,7 @@ to is put back first: its output tensors carry a hook that backward reaches befo
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,14 @@ class Call:
     decisions: dict[tuple[int, str], Tensor] | None = None
 
 
+class _Thread(threading.local):
+    """The calls of one thread: several may run the model at a time."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.replayed: Call | None = None
+
+
 class Routing:
     """The calls in progress on one model.
 
@@ -62,17 +71,19 @@ class Routing:
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        self._calls: list[Call] = []
-        self._replayed: Call | None = None
+        self._thread = _Thread()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with no call in progress."""
-        return {**vars(self), "_calls": [], "_replayed": None}
+        return {name: value for name, value in vars(self).items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _thread=_Thread())
 
     @property
     def call(self) -> Call | None:
         """The innermost call in progress, or the one whose backward is."""
-        return self._calls[-1] if self._calls else self._replayed
+        return self._thread.calls[-1] if self._thread.calls else self._thread.replayed
 
     # --- hooks on the model's root ------------------------------------------------------------------------------------
 
@@ -80,25 +91,25 @@ class Routing:
         """Take the routing's arguments out of a call and begin it."""
         own = {name: kwargs[name] for name in CALL_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        for i, call in enumerate(self._calls):
+        for i, call in enumerate(self._thread.calls):
             if call.owner is module:  # left over from a forward that raised
-                del self._calls[i:]
+                del self._thread.calls[i:]
                 break
-        outer = self._calls[-1] if self._calls else None
+        outer = self._thread.calls[-1] if self._thread.calls else None
         if outer is not None and not own:
             call = Call(module, outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
         else:
             call = self._begin(module, args, {**kwargs, **own})
         self._see_masks(call, args, {**kwargs, **own}, nested=outer is not None)
-        self._calls.append(call)
+        self._thread.calls.append(call)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a call; have backward put it back, should it run layers again."""
-        if not self._calls or self._calls[-1].owner is not module:
+        if not self._thread.calls or self._thread.calls[-1].owner is not module:
             return
-        call = self._calls.pop()
-        if torch.is_grad_enabled() and not self._calls and not torch.compiler.is_compiling():
+        call = self._thread.calls.pop()
+        if torch.is_grad_enabled() and not self._thread.calls and not torch.compiler.is_compiling():
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(_Replay(self, call))
@@ -111,20 +122,20 @@ class Routing:
         self._see_masks(call, args, arguments, nested=False)
         for name in CALL_ARGUMENTS:
             arguments.pop(name, None)
-        self._calls.append(call)
+        self._thread.calls.append(call)
         try:
             yield
         finally:
-            self._calls.remove(call)
+            self._thread.calls.remove(call)
 
     @contextmanager
     def using(self, task_ids: Any, x: Tensor) -> Iterator[None]:
         """A call of one layer by itself."""
-        self._calls.append(self._begin(self, (x,), {"task_ids": task_ids}))
+        self._thread.calls.append(self._begin(self, (x,), {"task_ids": task_ids}))
         try:
             yield
         finally:
-            self._calls.pop()
+            self._thread.calls.pop()
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -219,11 +230,11 @@ class Routing:
 
     def replay(self, call: Call) -> None:
         """Put a call back while its backward runs."""
-        self._replayed = call
+        self._thread.replayed = call
         torch.autograd.Variable._execution_engine.queue_callback(self._forget)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
-        self._replayed = None
+        self._thread.replayed = None
 
 
 class _Replay:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: for each method its adapter's configuration and its learning rates.
+
+Three ways of serving many tasks appear:
+
+- ``shared``: one adapter for all tasks, which is never told the task (the yardstick);
+- ``routed``: one adapter that holds skills, mixed for each sample by its task (Poly, multi-head Poly);
+- ``per task``: one small adapter a task, switched with ``set_adapter`` (VB-LoRA, LoKr know no tasks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from peft import LoKrConfig, PeftConfig, PolyConfig, VBLoRAConfig
+
+RANK = 4
+SKILLS = 4
+SPLITS = 4
+
+Mode = Literal["shared", "routed", "per task"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        key: Name of its folder.
+        label: Name in the table and the figures.
+        mode: How it serves many tasks; see the module's docstring.
+        config: Makes the adapter's configuration.
+        rates: Learning rate by a fragment of the parameter's name.
+    """
+
+    key: str
+    label: str
+    mode: Mode
+    config: Callable[[], PeftConfig]
+    rates: dict[str, float]
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """Last names of all linear layers but the head: for a ViT ``q_proj, k_proj, v_proj, o_proj, fc1, fc2``."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rsplit(".", 1)[-1] for name in names if "classifier" not in name})
+
+
+def tile_length(model: nn.Module, targets: list[str]) -> int:
+    """A quarter of the largest length that divides every side of every target."""
+    layers = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in targets]
+    whole = math.gcd(*(side for layer in layers for side in (layer.in_features, layer.out_features)))
+    return whole // math.gcd(4, whole)
+
+
+def all_methods(model: nn.Module, n_tasks: int) -> list[Method]:
+    """The five trained methods, for the linear layers of ``model``.
+
+    The shared adapter is a LoRA (Poly with one task and one skill) of rank ``RANK * SKILLS``: as many parameters as Poly's
+    inventory, so that a difference between the two is not one of size. Poly's router learns faster than its skills, as
+    in its authors' code (arXiv:2202.13914); VB-LoRA's logits learn ten times as fast as its bank, as in its paper
+    (arXiv:2405.15445). The rates themselves suit this small model; they were chosen on seeds 1 and 2, not on the default.
+    """
+    targets = target_names(model)
+    length = tile_length(model, targets)
+
+    def poly(tasks: int, skills: int, splits: int, rank: int) -> Callable[[], PeftConfig]:
+        return lambda: PolyConfig(
+            r=rank, n_tasks=tasks, n_skills=skills, n_splits=splits, target_modules=targets, init_weights=True
+        )
+
+    skills = {"poly_router": 1e-1, "poly_lora": 1e-2}
+    return [
+        Method("shared", f"one shared LoRA (r={RANK * SKILLS})", "shared", poly(1, 1, 1, RANK * SKILLS), skills),
+        Method("poly", "Poly", "routed", poly(n_tasks, SKILLS, 1, RANK), skills),
+        Method("mhr", "multi-head Poly", "routed", poly(n_tasks, SKILLS, SPLITS, RANK), skills),
+        Method(
+            "vblora",
+            "VB-LoRA",
+            "per task",
+            lambda: VBLoRAConfig(r=RANK, num_vectors=48, vector_length=length, topk=2, target_modules=targets),
+            {"vblora_logits": 2e-1, "vblora_vector_bank": 2e-2},
+        ),
+        Method(
+            "lokr",
+            "LoKr",
+            "per task",
+            lambda: LoKrConfig(r=8, alpha=8, target_modules=targets),
+            {"lokr": 2e-2},
+        ),
+    ]
