@@ -1,43 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixing of low-rank skills: the arithmetic of Polytropon and multi-head routing, as pure functions of tensors.
+
+Every sample owns routing weights over an inventory of skills, and applies the low-rank map that the weighted skills
+make together. With `n_splits > 1` features fall into that many blocks, each mixed by weights of its own:
+
+    A_w = stack over splits q of  sum_s w[q, s] A[q, s]     [in, r]
+    B_w = concat over splits q of sum_s w[q, s] B[q, s]     [r, out]
+    delta(x) = x @ A_w @ B_w * scale
+
+Shapes: `weights [batch, n_splits, n_skills]`, `A [n_splits, n_skills, in // n_splits, r]`,
+`B [n_splits, n_skills, r, out // n_splits]`.
+
+Source: arXiv:2202.13914, arXiv:2211.03831
+"""
+
+from __future__ import annotations
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...utils.error import PeftValueError
+
+_MOVE = 8
+"""Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
 
 
-def normalise(g, eps=1e-12):
-    return g / (g.sum(-1, keepdim=True) + eps)
+def gates(logits: Tensor, training: bool) -> Tensor:
+    """Open each skill's gate: a probability in eval, a differentiable random draw in training.
+
+    Eval: `sigmoid(l)`. Training, the relaxed Bernoulli of temperature 1: `sigmoid(l + log u - log(1 - u))` with `u`
+    uniform in (0, 1). The draws, the clamping and hence every bit are those of
+    `torch.distributions.RelaxedBernoulli(1, logits=l).rsample()`, without its checks of values.
+
+    Args:
+        logits: any shape.
+        training: whether to sample.
+
+    Returns:
+        The shape of `logits`, in float32 at least: half precision has too few numbers near 0 and 1.
+
+    Source: arXiv:2202.13914
+    """
+    logits = logits.to(_working_dtype(logits))
+    if not training:
+        return logits.sigmoid()
+    info = torch.finfo(logits.dtype)
+    p = logits.sigmoid().clamp(info.eps, 1 - info.eps)
+    u = torch.rand(p.shape, dtype=p.dtype, device=p.device).clamp(info.eps, 1 - info.eps)
+    relaxed = u.log() - (-u).log1p() + p.log() - (-p).log1p()
+    return relaxed.sigmoid().clamp(info.tiny, 1 - info.eps)
 
 
-def gates(l, training):
-    l = l.float()
-    if training:
-        u = torch.rand(l.shape, device=l.device).clamp(1.2e-7, 1 - 1.2e-7)
-        return torch.sigmoid(l + u.log() - (-u).log1p())
-    return l.sigmoid()
+def normalise(gates: Tensor, eps: float = 1e-12) -> Tensor:
+    """Make gates into mixing weights: `w[..., s] = gates[..., s] / (sum_s gates[..., s] + eps)`.
+
+    Args:
+        gates: `[..., n_skills]`, not negative.
+        eps: keeps a row of closed gates at zero weight.
+
+    Returns:
+        `[..., n_skills]`.
+
+    Example:
+        >>> normalise(torch.tensor([0.5, 0.5, 1.0]))
+        tensor([0.2500, 0.2500, 0.5000])
+
+    Source: arXiv:2202.13914
+    """
+    return gates / (gates.sum(dim=-1, keepdim=True) + eps)
 
 
-def poly_delta(x, w, A, B, scale):
-    if w.dim() > 3:
-        raise NotImplementedError
-    k = x.shape[0] // w.shape[0]
-    w = w.repeat_interleave(k, 0)
-    Aw = torch.einsum("bqs,qsir->bqir", w, A).flatten(1, 2)
-    Bw = torch.einsum("bqs,qsro->brqo", w, B).flatten(2, 3)
-    y = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-    y = y @ Aw @ Bw * scale
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mix the skills into one pair of factors per sample.
+
+    Args:
+        weights: `[batch, n_splits, n_skills]`, cast to the skills' dtype.
+        A: `[n_splits, n_skills, in // n_splits, r]`.
+        B: `[n_splits, n_skills, r, out // n_splits]`.
+        scale: goes into `B_w`, by way of its weights.
+
+    Returns:
+        `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r` multiplications.
+
+    Source: arXiv:2211.03831
+    """
+    weights = weights.to(A.dtype)
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", weights * scale, B).flatten(2, 3)
+    return A_w, B_w
 
 
-def task_delta_weight(w, A, B, scale):
-    Aw = torch.einsum("qs,qsir->qir", w, A).flatten(0, 1)
-    Bw = torch.einsum("qs,qsro->rqo", w, B).flatten(1, 2)
-    return (Aw @ Bw * scale).T
+def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Apply each sample's mixture of skills: `delta(x) = x @ A_w @ B_w * scale`.
+
+    Args:
+        x: `[rows, ..., in]`, in the skills' dtype (or under autocast).
+        weights: `[batch, n_splits, n_skills]` with `rows` a multiple of `batch`, where row `i` belongs to sample
+            `i // (rows // batch)`; or `[rows, ..., n_splits, n_skills]`, a weight for each token.
+        A: `[n_splits, n_skills, in // n_splits, r]`.
+        B: `[n_splits, n_skills, r, out // n_splits]`.
+        scale: factor on the result.
+
+    Returns:
+        `[rows, ..., out]`. Either the samples' matrices are mixed and then applied (`mix`), or all skills are applied
+        and mixed at rank `r`; `rank_space_pays` tells what each costs and chooses.
+
+    Raises:
+        PeftValueError: the leading sizes of `x` and `weights` do not fit together.
+
+    Source: arXiv:2211.03831, arXiv:2202.13914
+    """
+    samples, weights = _by_sample(x, weights)
+    features = A.shape[0] * (A.shape[2] + B.shape[3])
+    if rank_space_pays(samples.shape[0], samples.shape[1], features, A.shape[0], A.shape[1]):
+        delta = _apply_then_mix(samples, weights, A, B, scale)
+    else:
+        A_w, B_w = mix(weights, A, B, scale)
+        delta = samples.bmm(A_w).bmm(B_w)
+    return delta.reshape(*x.shape[:-1], delta.shape[-1])
 
 
-def grow_skills(l, A, B, n):
-    raise NotImplementedError
+def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:
+    """Whether applying all skills and mixing at rank `r` is cheaper than mixing matrices and applying them.
+
+    Costs per rank and feature, in multiplications; a number moved through memory counts as `_MOVE` = 8 of them:
+
+    - mixing matrices: `batch * n_skills` to mix, `batch * tokens` to apply, `batch` numbers written and read;
+    - rank space: `batch * tokens * n_skills` to apply, `n_skills / 2` numbers to reorder `A`, and four passes over the
+      `batch * tokens * n_splits * n_skills` numbers at rank `r`.
+
+    So a few tokens per sample go through rank space (at most 6 with 4 skills, 3 with 8), and so does token-level
+    routing, where each token is a sample and matrices for each are out of the question. Longer sequences mix matrices,
+    and so does a lone sample in decoding.
+
+    Args:
+        batch: samples, each with weights of its own.
+        tokens: per sample.
+        features: `in + out`.
+        n_splits: blocks of features.
+        n_skills: inventory size.
+
+    Source: arXiv:2211.03831
+    """
+    matrices = batch * (n_skills + tokens + 2 * _MOVE)
+    applied = batch * tokens * n_skills
+    rank_space = applied + _MOVE * n_skills + 4 * _MOVE * applied * n_splits / features
+    return rank_space < matrices
 
 
-def pool(x, mask):
-    return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
+def task_factors(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mix the skills of one task into a LoRA of rank `r`: `delta(x) = x @ A.T @ B.T`, exactly.
+
+    Args:
+        weights: `[n_splits, n_skills]`.
+        A: `[n_splits, n_skills, in // n_splits, r]`.
+        B: `[n_splits, n_skills, r, out // n_splits]`.
+        scale: goes into the returned `B`.
+
+    Returns:
+        `A [r, in]` and `B [out, r]`, the orientation of `nn.Linear.weight`, contiguous.
+
+    Source: arXiv:2202.13914
+    """
+    A_w, B_w = mix(weights.unsqueeze(0), A, B, scale)
+    return A_w[0].T.contiguous(), B_w[0].T.contiguous()
 
 
-def prompt_mask(a, l):
-    return a
+def task_delta_weight(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Weight update `[out, in]` of one task, of rank `r`; arguments as in `task_factors`.
+
+    Source: arXiv:2202.13914
+    """
+    factor_A, factor_B = task_factors(weights, A, B, scale)
+    return factor_B @ factor_A
+
+
+def grow_skills(
+    logits: Tensor, A: Tensor, B: Tensor, extra: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add `extra` skills to an inventory without changing any task's function in eval.
+
+    In each split the most used skills (by mean weight over tasks) are cloned, and each clone shares its parent's gate:
+    `sigmoid(l) = f * sigmoid(l) + (1 - f) * sigmoid(l)` with a random `f` in (0.25, 0.75) per task. Sums of gates and
+    mixtures stay what they were, while each twin is used, and trained, to a different degree by each task. If `extra`
+    exceeds the inventory it doubles first, as often as needed. (In training twins draw their gates apart, so a
+    task's random weights then scatter a little less than before.)
+
+    Args:
+        logits: `[n_tasks, n_splits * n_skills]`.
+        A: `[n_splits, n_skills, in // n_splits, r]`.
+        B: `[n_splits, n_skills, r, out // n_splits]`.
+        extra: skills to add, at least 0.
+        generator: for the fractions.
+
+    Returns:
+        `logits [n_tasks, n_splits * (n_skills + extra)]`, `A` and `B` with `n_skills + extra` skills, new ones last, in
+        their dtypes.
+
+    Source: arXiv:2202.13914
+    """
+    n_splits, n_skills = A.shape[:2]
+    clones = min(extra, n_skills)
+    if clones <= 0:
+        return logits, A, B
+
+    table = logits.reshape(-1, n_splits, n_skills)
+    usage = normalise(gates(table, training=False)).mean(dim=0)
+    parents = usage.topk(clones, dim=-1).indices
+    per_task = parents.expand(table.shape[0], -1, -1)
+    shared = table.gather(-1, per_task)
+    device = generator.device if generator is not None else shared.device
+    drawn = torch.rand(shared.shape, generator=generator, dtype=_working_dtype(shared), device=device)
+    fraction = 0.25 + 0.5 * drawn.to(shared.device)
+    kept = table.scatter(-1, per_task, _share_gate(shared, 1 - fraction))
+    grown = torch.cat((kept, _share_gate(shared, fraction)), dim=-1).flatten(-2)
+
+    split = torch.arange(n_splits, device=parents.device).unsqueeze(-1)
+    A = torch.cat((A, A[split, parents]), dim=1)
+    B = torch.cat((B, B[split, parents]), dim=1)
+    return grow_skills(grown, A, B, extra - clones, generator)
+
+
+def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean input of each row over its real tokens, for routing by input.
+
+    Args:
+        x: `[rows, ..., in]`; of `[rows, in]` there is nothing to pool.
+        mask: `[rows, tokens]`, true (or not 0) at real tokens; all are if `None`. What padded positions hold, NaN
+            included, has no effect.
+
+    Returns:
+        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without a real token.
+
+    Raises:
+        PeftValueError: `mask` has another size than the tokens of `x`.
+
+    Example:
+        >>> pool(torch.tensor([[[1.0], [3.0], [torch.nan]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[2.]])
+
+    Source: arXiv:2211.03831
+    """
+    if x.dim() == 2:
+        return x
+    tokens = x.flatten(1, -2)
+    if mask is None:
+        return (tokens.sum(dim=1, dtype=_working_dtype(x)) / max(tokens.shape[1], 1)).to(x.dtype)
+    if mask.shape != tokens.shape[:2]:
+        raise PeftValueError(
+            f"The mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: "
+            f"give one of shape {tuple(tokens.shape[:2])}, or none."
+        )
+    real = mask.bool().unsqueeze(-1)
+    # Not a product with the mask: 0 * NaN is NaN.
+    total = torch.where(real, tokens, 0).sum(dim=1, dtype=_working_dtype(x))
+    return (total / real.sum(dim=1).clamp(min=1)).to(x.dtype)
+
+
+def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+    """Tokens a causal LM may route by in training: what it will have before it generates.
+
+    The real tokens before the first supervised one (label other than -100); the first real token where there are none,
+    since generation starts from at least one.
+
+    Args:
+        attention_mask: `[batch, n]`, not 0 at real tokens; all are if `None`.
+        labels: `[batch, n]`, aligned with the input tokens (not shifted).
+
+    Returns:
+        Boolean `[batch, n]`.
+
+    Example:
+        >>> prompt_mask(None, torch.tensor([[-100, -100, 7], [5, 6, 7]]))
+        tensor([[ True,  True, False],
+                [ True, False, False]])
+
+    Source: arXiv:2211.03831
+    """
+    real = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    supervised = real & (labels != -100)
+    prompt = real & (supervised.cumsum(dim=-1) == 0)
+    first = real & (real.cumsum(dim=-1) == 1)
+    return prompt | first
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _by_sample(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """View the input as `[batch, tokens, in]` and the weights as `[batch, n_splits, n_skills]`."""
+    if weights.dim() > 3:
+        if weights.shape[:-2] != x.shape[:-1]:
+            raise PeftValueError(
+                f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape {tuple(x.shape)}: "
+                "all but their last two sizes must be all but its last one."
+            )
+        return x.reshape(-1, 1, x.shape[-1]), weights.flatten(0, -3)
+    rows, batch = x.shape[0], weights.shape[0]
+    # Checked, since a reshape would silently move tokens between samples.
+    if rows != batch and (batch == 0 or rows % batch != 0):
+        raise PeftValueError(
+            f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
+            "the rows must be a multiple of the samples."
+        )
+    tokens = x.shape[:-1].numel() // max(batch, 1)
+    # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
+    return x.reshape(batch, tokens, x.shape[-1]), weights
+
+
+def _apply_then_mix(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`[batch, tokens, in]` and `[batch, n_splits, n_skills]` to `[batch, tokens, out]`, mixing at rank `r`.
+
+    `h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`; splits lead, as
+    the batch of both products. What it holds on the way is `batch * tokens * n_splits * n_skills * r` and an `A` in
+    another order.
+    """
+    batch, tokens, _ = x.shape
+    n_splits, n_skills, width, r = A.shape
+    blocks = x.reshape(batch * tokens, n_splits, width).transpose(0, 1)
+    h = blocks.bmm(A.transpose(1, 2).flatten(2)).reshape(n_splits, batch, tokens, n_skills, r)
+    w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
+    z = (w * h).sum(dim=(0, 3), dtype=h.dtype)  # or autocast would widen it, and `spread` with it
+    spread = (w * scale) * z[None, :, :, None, :]
+    delta = spread.reshape(n_splits, batch * tokens, n_skills * r).bmm(B.flatten(1, 2))
+    return delta.transpose(0, 1).reshape(batch, tokens, n_splits * B.shape[3])
+
+
+def _share_gate(logits: Tensor, share: Tensor) -> Tensor:
+    """Logits of `share * sigmoid(logits)`, for shares well below 1; no gate is too small or too open for it."""
+    wide = logits.to(_working_dtype(logits))
+    return (share.log() + F.logsigmoid(wide) - torch.log1p(-share * wide.sigmoid())).to(logits.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k composition from a vector bank: the arithmetic of VB-LoRA, as pure functions of tensors.
 
-A *position* is one tile of `vector_length` entries of a low-rank factor. It owns a row of `num_vectors` logits and is the
-mixture of the `topk` bank vectors it scores highest:
+A *position* is one tile of `vector_length` entries of a low-rank factor. It owns a row of `num_vectors` logits and is
+the mixture of the `topk` bank vectors it scores highest:
 
     tile = sum_{i in top-k} softmax(logits[top-k])_i * bank[i]
 
@@ -56,8 +56,8 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Compose both low-rank factors of one layer, `delta_W = B @ A`.
 
-    `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]`, with `v = vector_length`: a tile always runs
-    along the feature dimension.
+    `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]`, with `v = vector_length`: a tile always
+    runs along the feature dimension.
 
     Args:
         logits_A: `[r, in / vector_length, num_vectors]`.
@@ -97,8 +97,8 @@ def compress(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         topk: vectors kept per position.
 
     Returns:
-        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`, always float32: the softmax of
-        the chosen logits without its last entry, which is one minus the others.
+        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`, always float32: the softmax
+        of the chosen logits without its last entry, which is one minus the others.
 
     Example:
         >>> compress(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
@@ -123,8 +123,8 @@ def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtyp
         dtype: of the result.
 
     Returns:
-        `[..., num_vectors]`. A weight of zero (or a last one that rounding made negative) becomes the log of the smallest
-        normal float32, not `-inf`: no row is ever without a finite entry, and top-k finds every index again.
+        `[..., num_vectors]`. A weight of zero (or a last one that rounding made negative) becomes the log of the
+        smallest normal float32, not `-inf`, so top-k finds every index again.
 
     Example:
         >>> expand(torch.tensor([2, 0]), torch.tensor([1.0]), num_vectors=3).softmax(-1)
@@ -159,8 +159,8 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None) ->
         topk: vectors kept per position by the compact form; `None` for the full logits.
 
     Returns:
-        `count`, or `positions * (topk - 1 + topk * itemsize / 4)` for indices of `itemsize` bytes. Fractions are meant to
-        be added up over the model before the sum is cut to an integer.
+        `count`, or `positions * (topk - 1 + topk * itemsize / 4)` for indices of `itemsize` bytes. Fractions are meant
+        to be added up over the model before the sum is cut to an integer.
 
     Example:
         >>> savable_parameters(3 * 10, num_vectors=10), savable_parameters(3 * 10, num_vectors=10, topk=2)
