@@ -40,7 +40,7 @@ class BasePeftModel(nn.Module):
     """
 
     # Heads that a task trains beside the adapter because they start at random.
-    head_names: ClassVar[tuple[str, ...]] = ()
+    _head_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class BasePeftModel(nn.Module):
     def _with_heads(self, config: Any) -> Iterator[None]:
         """Add the task's heads to the config's `modules_to_save`; take them back if the adapter can't be made."""
         before = config.modules_to_save
-        if self.head_names:
-            config.modules_to_save = list(dict.fromkeys([*(before or []), *self.head_names]))
+        if self._head_names:
+            config.modules_to_save = list(dict.fromkeys([*(before or []), *self._head_names]))
         try:
             yield
         except BaseException:
@@ -103,12 +103,12 @@ class BasePeftModel(nn.Module):
         """The base model's `generate` with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
         self._refuse_adapter_names(kwargs)
         generate = self.base_model.generate
-        with self.base_model.call_context(args, kwargs):
+        with self.base_model.adapter_call_context(args, kwargs):
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's inputs for one step, with what the method needs (`task_ids`) carried along."""
-        own = {name: kwargs.pop(name) for name in self.base_model.call_arguments if name in kwargs}
+        own = {name: kwargs.pop(name) for name in self.base_model.adapter_call_arguments if name in kwargs}
         return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
 
     def _refuse_adapter_names(self, arguments: dict[str, Any]) -> None:
@@ -185,7 +185,11 @@ class BasePeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether any adapter takes part in the forward."""
-        return bool(self.active_adapters) and not self.base_model.disabled
+        return bool(self.active_adapters) and not self.base_model.adapters_disabled
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be converted to LoRA; no conversion is provided."""
+        return False
 
     def add_adapter(
         self,
@@ -227,7 +231,7 @@ class BasePeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model computes what it did without adapters, and none of them is trainable."""
-        if self.base_model.disabled:
+        if self.base_model.adapters_disabled:
             yield
             return
         self.base_model.disable_adapter_layers()

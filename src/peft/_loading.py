@@ -37,6 +37,11 @@ def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: 
     return config
 
 
+def renamings(model: nn.Module) -> dict[str, str]:
+    """How transformers renamed the modules of a model between versions, for checkpoints written before."""
+    return dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
+
+
 def filler(
     model: nn.Module, config: PeftConfig, adapter_name: str, state: Mapping[str, Tensor], source: str
 ) -> Callable[[Build], None]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ._version import __version__
 from .utils.adapter_files import CONFIG_NAME, read_json, write_text
-from .utils.error import CheckpointError, PeftTypeError, PeftValueError
+from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 
@@ -123,7 +123,8 @@ class PeftConfig:
 
         Raises:
             CheckpointNotFoundError: No such config.
-            CheckpointError: The file is not a config.
+            CheckpointError: The file is not a JSON object.
+        PeftTypeError: It is not an adapter's config.
             PeftValueError: The method is not provided, or a value is not allowed.
         """
         hub, overrides = split_hub_options({**kwargs, "subfolder": subfolder})
@@ -132,12 +133,12 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
-        """The fields in a JSON file, as a dictionary.
+        """The fields in a JSON file, as a dictionary; what the file lacks of this class's additions has its meaning then.
 
         Raises:
             CheckpointError: The file is not a JSON object.
         """
-        return read_json(Path(path_json_file))
+        return {**cls.absent_values, **read_json(Path(path_json_file))}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -152,9 +153,12 @@ class PeftConfig:
     def _from_file_fields(cls, content: dict[str, Any]) -> PeftConfig:
         """The config that a file's fields describe, where what they lack means what it meant to their writer."""
         peft_type = content.get("peft_type")
-        if peft_type is None and cls is PeftConfig:
-            raise CheckpointError("The config has no `peft_type`; it is not an adapter's config.")
-        config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
+        if peft_type is None:
+            raise PeftTypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                "The file is not an adapter's config."
+            )
+        config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
 
     @classmethod

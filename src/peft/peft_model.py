@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base_peft_model import BasePeftModel
-from ._loading import filler, read_config, refuse_offload
+from ._loading import filler, read_config, refuse_offload, renamings
 from .config import PeftConfig, as_folder
 from .tuners._build import Construction
 from .utils.adapter_files import write_adapter
@@ -106,7 +106,7 @@ class PeftModel(BasePeftModel):
 
     def _config_text(self, adapter_name: str) -> str:
         """The adapter's config as it is written: frozen, and with what says which base model it is for."""
-        config = self.base_model.saved_config(adapter_name)
+        config = self.base_model.config_to_save(adapter_name)
         inference_mode, config.inference_mode = config.inference_mode, True
         try:
             return config.to_json(None if config.task_type is not None else self._auto_mapping())
@@ -150,7 +150,8 @@ class PeftModel(BasePeftModel):
             autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
             ephemeral_gpu_offload: Refused.
             low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint fills.
-            key_mapping: Renaming of the checkpoint's keys: regular expression → replacement.
+            key_mapping: Renaming of module paths in the checkpoint's keys: regular expression → replacement. By default what
+                the base model declares for checkpoints of its own earlier versions.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
@@ -160,13 +161,14 @@ class PeftModel(BasePeftModel):
         """
         refuse_offload(ephemeral_gpu_offload)
         config = read_config(model_id, config, kwargs)
+        key_mapping = key_mapping or renamings(model)
         state = load_peft_weights(model_id, key_mapping=key_mapping, **split_hub_options(kwargs)[0])
         config.inference_mode = not is_trainable
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
         check = filler(model, config, adapter_name, state, str(model_id))
         peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, initialise=False, check=check)
-        peft_model.base_model.loaded(model, adapter_name)
+        peft_model.base_model.note_loaded(model, adapter_name)
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -200,12 +202,13 @@ class PeftModel(BasePeftModel):
         hub = only_hub_options(kwargs, "load_adapter")
         known = self.peft_config.get(adapter_name)
         config = known or read_config(model_id, None, hub)
+        key_mapping = key_mapping or renamings(self.get_base_model())
         state = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
         if known is None:
             config.inference_mode = not is_trainable
             check = filler(self.get_base_model(), config, adapter_name, state, str(model_id))
             self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=False), check)
-            self.base_model.loaded(self, adapter_name)
+            self.base_model.note_loaded(self, adapter_name)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
             return LoadResult([], [])
@@ -222,19 +225,19 @@ class PeftModel(BasePeftModel):
 class PeftModelForSequenceClassification(PeftModel):
     """A `PeftModel` that classifies sequences; its head is trained beside the adapter."""
 
-    head_names = SEQ_CLS_HEAD_NAMES
+    _head_names = SEQ_CLS_HEAD_NAMES
 
 
 class PeftModelForTokenClassification(PeftModel):
     """A `PeftModel` that classifies tokens; its head is trained beside the adapter."""
 
-    head_names = SEQ_CLS_HEAD_NAMES
+    _head_names = SEQ_CLS_HEAD_NAMES
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """A `PeftModel` that finds answers in a text; its head is trained beside the adapter."""
 
-    head_names = QA_HEAD_NAMES
+    _head_names = QA_HEAD_NAMES
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -39,29 +39,29 @@ class AdaptedModel(nn.Module):
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
         self.train(model.training)
 
-    def detach(self) -> None:
+    def detach_adapters(self) -> None:
         """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
 
     # --- walking ------------------------------------------------------------------------------------------------------
 
-    def named_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+    def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """This method's layers, with their module paths."""
         for path, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield path, module
 
-    def layers(self) -> Iterator[BaseTunerLayer]:
+    def tuner_layers(self) -> Iterator[BaseTunerLayer]:
         """This method's layers."""
-        return (layer for _, layer in self.named_layers())
+        return (layer for _, layer in self.named_tuner_layers())
 
-    def wrappers(self) -> Iterator[ModulesToSaveWrapper]:
+    def auxiliary_wrappers(self) -> Iterator[ModulesToSaveWrapper]:
         """The modules that are trained whole."""
         return (module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper))
 
     def _parts(self) -> Iterator[BaseTunerLayer | ModulesToSaveWrapper]:
         """All modules that have something for each adapter."""
-        yield from self.layers()
-        yield from self.wrappers()
+        yield from self.tuner_layers()
+        yield from self.auxiliary_wrappers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, adapters included."""
@@ -89,14 +89,14 @@ class AdaptedModel(nn.Module):
         return [self._active] if isinstance(self._active, str) else list(self._active)
 
     @property
-    def disabled(self) -> bool:
+    def adapters_disabled(self) -> bool:
         """Whether the adapters are switched off."""
-        return any(layer.disable_adapters for layer in self.layers())
+        return any(layer.disable_adapters for layer in self.tuner_layers())
 
     @property
     def merged_adapters(self) -> list[str]:
         """Adapters that are merged into the base weights."""
-        return list(dict.fromkeys(name for layer in self.layers() for name in layer.merged_adapters))
+        return list(dict.fromkeys(name for layer in self.tuner_layers() for name in layer.merged_adapters))
 
     def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list.
@@ -121,9 +121,12 @@ class AdaptedModel(nn.Module):
             PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
         """
         names = self.check_names(adapter_name)
-        for wrapper in self.wrappers():
+        for wrapper in self.auxiliary_wrappers():
             if sum(name in wrapper.modules_to_save for name in names) > 1:
-                raise PeftValueError(f"Only one adapter can be set at a time where several train a copy of one module: {names}.")
+                raise PeftValueError(
+                    f"Only one adapter can be set at a time for {type(wrapper).__name__}: "
+                    f"several of {names} train a copy of the same module."
+                )
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -213,7 +216,7 @@ class AdaptedModel(nn.Module):
         if adapter_names is not None and not isinstance(adapter_names, str):
             self.check_names(adapter_names)
         names = names_to_merge(self, adapter_names)
-        layers = list(self.layers())
+        layers = list(self.tuner_layers())
         for layer in layers:
             _geometry.dense_weight(layer.get_base_layer())
             if safe_merge:
@@ -223,7 +226,7 @@ class AdaptedModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""
-        merged = [layer for layer in self.layers() if layer.merged]
+        merged = [layer for layer in self.tuner_layers() if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         for layer in merged:
@@ -275,7 +278,7 @@ class AdaptedModel(nn.Module):
                 setattr(parent, child, plain)
         for name in self.shared_parameter_names:
             self._shared_root[0]._modules.pop(name, None)
-        self.detach()
+        self.detach_adapters()
         self.peft_config.clear()
         self._active = []
         return self.model

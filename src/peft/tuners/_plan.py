@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..utils.constants import OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
+from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import ModulesToSaveWrapper, get_submodules, model_type
 from . import _geometry, _targets
@@ -137,7 +137,7 @@ def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], w
         config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
     if not config.target_modules:
         raise PeftValueError("`target_modules` is empty; name at least one module, or use 'all-linear'.")
-    if config.target_modules == _targets.ALL_LINEAR:
+    if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         linear = _all_linear(tuner.model, modules)
         config.target_modules = set(_targets.select(linear, set(linear) or {""}, config.exclude_modules))
     layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
@@ -214,11 +214,11 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
         reason = _geometry.bypass_reason(parent, name, kind)
         if reason:
             unsupported.append(f"`{path}`: {reason}.")
-        elif _geometry.geometry(base) is None or tuner.layer_class(plan.config, base) is None:
+        elif _geometry.geometry(base) is None or tuner.tuner_layer_class(plan.config, base) is None:
             unsupported.append(f"`{path}`: Target module {_geometry.describe(base)} is not supported.")
         else:
-            misfits += [f"`{path}`: {problem}" for problem in tuner.problems(plan.config, path, base)]
+            misfits += [f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)]
     if unsupported:
-        raise UnsupportedModuleError(" ".join([*unsupported, f"{type(tuner).__name__} adapts {tuner.supported}."]))
+        raise UnsupportedModuleError(" ".join([*unsupported, f"{type(tuner).__name__} adapts {tuner.supported_modules}."]))
     if misfits:
         raise PeftValueError(" ".join(misfits))

@@ -10,8 +10,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ALL_LINEAR = "all-linear"
-
 
 def named(names: str | Collection[str] | None, path: str) -> bool:
     """Whether `names` means the module at `path`: a string matches as a whole regular expression, a list's entry as the whole

@@ -51,9 +51,9 @@ class BaseTuner(AdaptedModel):
 
     prefix: ClassVar[str] = ""
     # Keyword arguments of the model's forward and generate that are meant for the method and not for the model.
-    call_arguments: ClassVar[tuple[str, ...]] = ()
-    # What `layer_class` accepts, for messages.
-    supported: ClassVar[str] = ""
+    adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
+    # What `tuner_layer_class` accepts, for messages.
+    supported_modules: ClassVar[str] = ""
     default_target_modules: ClassVar[Mapping[str, Any]] = DEFAULT_TARGET_MODULES
 
     def __init__(
@@ -81,30 +81,30 @@ class BaseTuner(AdaptedModel):
 
     # --- what a method supplies ---------------------------------------------------------------------------------------
 
-    def layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:
         """The class of layer that adapts `module`, None if the method can't."""
         raise NotImplementedError
 
-    def layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:
+    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:
         """Further arguments for making the layer at `path`."""
         return {}
 
-    def problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
         """What about the module at `path` conflicts with `config`, a sentence each."""
         yield from ()
 
-    def build_shared(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
+    def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
         """An adapter's parameters that all layers share, by attribute name."""
         return {}
 
-    def attach(self, build: Build) -> None:
+    def attach_adapter(self, build: Build) -> None:
         """Tie a finished adapter, now in the model, to what else the method needs there."""
 
     @classmethod
-    def loaded(cls, model: nn.Module, adapter_name: str) -> None:
+    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Take note that a checkpoint was written into an adapter of `model`."""
 
-    def call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A context for a whole call that runs the model many times (`generate`). The method takes its own entries out of
         `arguments`, the call's keyword arguments.
         """
@@ -120,7 +120,7 @@ class BaseTuner(AdaptedModel):
         """The tensors of a checkpoint in the form the adapter has."""
         return state
 
-    def saved_config(self, adapter_name: str) -> PeftConfig:
+    def config_to_save(self, adapter_name: str) -> PeftConfig:
         """The config to write beside an adapter's weights."""
         return self.peft_config[adapter_name]
 
@@ -154,12 +154,12 @@ class BaseTuner(AdaptedModel):
         for name in self.shared_parameter_names:
             build.containers[name] = root._modules.get(name) or AdapterParameterDict()  # type: ignore[assignment]
         first = _geometry.innermost(next(iter(plan.targets.values())))
-        build.shared = self.build_shared(plan.config, **construction.options(first))
+        build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
         for path, module in plan.targets.items():
             base = module.base_layer if isinstance(module, self.tuner_layer_cls) else module
-            layer_cls = self.layer_class(plan.config, base)
+            layer_cls = self.tuner_layer_class(plan.config, base)
             assert layer_cls is not None  # the plan saw to it
-            options = {**construction.options(base), **self.layer_options(plan.config, path, build)}
+            options = {**construction.options(base), **self.tuner_layer_options(plan.config, path, build)}
             build.layers[path] = layer_cls(base, plan.adapter_name, plan.config, **options)  # type: ignore[call-arg, arg-type]
         for path, module in plan.trained_whole.items():
             build.copies[path] = ModulesToSaveWrapper.copy_of(module)
@@ -195,7 +195,7 @@ class BaseTuner(AdaptedModel):
             self.set_adapter(name, inference_mode=build.config.inference_mode)
         else:
             self._join(build)
-        self.attach(build)
+        self.attach_adapter(build)
 
     def _join(self, build: Build) -> None:
         """Give the parts of a later adapter the state of the others: waiting and frozen."""
@@ -204,7 +204,7 @@ class BaseTuner(AdaptedModel):
             module: Any = self.model.get_submodule(path)
             if isinstance(module, BaseTunerLayer):
                 module._active_adapter = active
-                module._disable_adapters = self.disabled
+                module._disable_adapters = self.adapters_disabled
             module.set_requires_grad(build.adapter_name, False)
         for parameter in build.shared.values():
             parameter.requires_grad_(False)

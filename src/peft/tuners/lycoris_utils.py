@@ -99,7 +99,7 @@ class LycorisTuner(BaseTuner):
 
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = LycorisLayer
 
-    def layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
+    def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
         """Rank and alpha for the module at `path`."""
         return {
             "r": pattern_value(config.rank_pattern, path, config.r),

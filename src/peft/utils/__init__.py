@@ -2,12 +2,14 @@
 """Files, keys, names and helpers that know nothing of tuners."""
 
 from .adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
+from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules, infer_device
 from .peft_types import PeftType, TaskType, register_peft_method
 from .save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 __all__ = [
     "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
@@ -16,6 +18,7 @@ __all__ = [
     "TaskType",
     "_get_submodules",
     "get_peft_model_state_dict",
+    "infer_device",
     "load_peft_weights",
     "register_peft_method",
     "set_peft_model_state_dict",

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+# What `target_modules` says to mean all linear layers but the output head.
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+
 # Heads a task class trains beside the adapter, since they start at random.
 SEQ_CLS_HEAD_NAMES = ("classifier", "score")
 QA_HEAD_NAMES = ("qa_outputs",)

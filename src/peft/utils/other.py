@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from .error import PeftValueError
@@ -16,11 +17,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     Args:
         module_to_save: The module as it was; it is used while no replacement is.
-        adapter_name: Adapter to make the first replacement for.
 
     Attributes:
         original_module: The module as it was.
     """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__()
@@ -51,6 +54,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`."""
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__(module_to_save)
@@ -93,7 +98,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         own = [name for name in names if name in self.modules_to_save]
         if len(own) > 1:
             raise PeftValueError(
-                f"Only one adapter can be set at a time for a module in `modules_to_save`; {own} each have a copy of it."
+                f"Only one adapter can be set at a time for {type(self).__name__}; {own} each have a copy of the module."
             )
         for name in self.modules_to_save:
             self.set_requires_grad(name, name in own and not inference_mode)
@@ -126,6 +131,15 @@ def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, s
 
 
 _get_submodules = get_submodules  # the name clients import
+
+
+def infer_device() -> str:
+    """The name of the accelerator at hand, "cpu" if there is none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
 
 
 def model_type(model: nn.Module) -> str | None:

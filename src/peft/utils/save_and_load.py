@@ -143,7 +143,7 @@ def set_peft_model_state_dict(
     state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
     result = check_state(expected, state, ignore_mismatched_sizes)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
-    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).loaded(model, adapter_name)
+    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
     return result
 
 
@@ -237,7 +237,7 @@ def load_peft_weights(
     Args:
         model_id: A local folder, or an id on the Hub.
         device: Where to put them, by default the CPU.
-        key_mapping: Renaming of keys: regular expression → replacement.
+        key_mapping: Renaming of module paths in keys: regular expression → replacement; the first that applies counts.
         **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
 
     Raises:
@@ -246,9 +246,18 @@ def load_peft_weights(
     """
     options = only_hub_options(hub_options, "load_peft_weights")
     state = read_weights(find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options), device or "cpu")
-    for pattern, replacement in (key_mapping or {}).items():
-        state = {re.sub(pattern, replacement, key): tensor for key, tensor in state.items()}
-    return state
+    return {_renamed(key, key_mapping or {}): tensor for key, tensor in state.items()}
+
+
+def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
+    """A key after the first renaming that applies to the module path in it."""
+    prefix = MODEL_ROOT if key.startswith(MODEL_ROOT) else ""
+    path = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        renamed, count = re.subn(pattern, replacement, path)
+        if count:
+            return prefix + renamed
+    return key
 
 
 def _config(model: Any, adapter_name: str) -> Any:

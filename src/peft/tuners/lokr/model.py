@@ -32,18 +32,18 @@ class LoKrModel(LycorisTuner):
 
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
-    supported: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
 
-    def layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
-    def saved_config(self, adapter_name: str) -> LoKrConfig:
+    def config_to_save(self, adapter_name: str) -> LoKrConfig:
         """The config, its layout left out where no layer's tensors depend on it, so that others read the file without remark."""
         config: Any = self.peft_config[adapter_name]
         depends = any(
             adapter_name in layer.lokr_w2 and layer.lokr_w2[adapter_name].dim() == 3
-            for layer in self.layers()
+            for layer in self.tuner_layers()
             if isinstance(layer, LoKrLayer)
         )
         return config if depends else replace(config, kronecker_layout="flat")

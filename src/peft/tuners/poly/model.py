@@ -38,17 +38,17 @@ class PolyModel(BaseTuner):
 
     prefix: ClassVar[str] = "poly_"
     tuner_layer_cls = PolyLayer
-    call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
-    supported: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
+    supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
 
-    def layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
         return None if size is None or size.is_conv else Linear
 
-    def layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
-        return {"routing": self.routing, "stream": self.routing.stream_of(path)}
+    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
+        return {"routing": self.poly_routing, "stream": self.poly_routing.stream_of(path)}
 
-    def problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
         """Both sizes must be whole numbers of splits."""
         size = geometry(module)
         assert size is not None
@@ -62,44 +62,44 @@ class PolyModel(BaseTuner):
     # --- routing ------------------------------------------------------------------------------------------------------
 
     @property
-    def routing(self) -> Routing:
+    def poly_routing(self) -> Routing:
         """The calls in progress; one object for all of a model's Poly adapters, found through the layers that are there."""
-        if "_routing" not in vars(self):
+        if "_poly_routing" not in vars(self):
             layer = next((m for m in self.model.modules() if isinstance(m, PolyLayer)), None)
-            self._routing: Routing = layer.routing if layer is not None else Routing(self.model)
-        return self._routing
+            self._poly_routing: Routing = layer.routing if layer is not None else Routing(self.model)
+        return self._poly_routing
 
-    def attach(self, build: Build) -> None:
+    def attach_adapter(self, build: Build) -> None:
         """Have the model's root (and its encoder, which `generate` calls by itself) report calls to the routing."""
         config: Any = build.config
-        if self.routing.probe is None:
-            encoder = self.model.get_encoder() if self.routing.is_encoder_decoder else None  # type: ignore[operator]
+        if self.poly_routing.probe is None:
+            encoder = self.model.get_encoder() if self.poly_routing.is_encoder_decoder else None  # type: ignore[operator]
             for module in (self.model, encoder):
                 if isinstance(module, nn.Module):
-                    module.register_forward_pre_hook(self.routing.before, with_kwargs=True)
-                    module.register_forward_hook(self.routing.after)
-        self.routing.configs[build.adapter_name] = config
-        self.routing.probe = next(self.layers())
-        self.routing.is_causal |= config.task_type == "CAUSAL_LM"
+                    module.register_forward_pre_hook(self.poly_routing.before, with_kwargs=True)
+                    module.register_forward_hook(self.poly_routing.after)
+        self.poly_routing.configs[build.adapter_name] = config
+        self.poly_routing.probe = next(self.tuner_layers())
+        self.poly_routing.is_causal |= config.task_type == "CAUSAL_LM"
 
-    def detach(self) -> None:
+    def detach_adapters(self) -> None:
         """Take the hooks off again."""
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
-                    if getattr(hook, "__self__", None) is self.routing:
+                    if getattr(hook, "__self__", None) is self.poly_routing:
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
-        self.routing.configs.clear()
-        self.routing.probe = None
+        self.poly_routing.configs.clear()
+        self.poly_routing.probe = None
 
-    def call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
-        return self.routing.generating(args, arguments)
+        return self.poly_routing.generating(args, arguments)
 
     def delete_adapter(self, adapter_name: str) -> None:  # noqa: D102
         super().delete_adapter(adapter_name)
-        self.routing.configs.pop(adapter_name, None)
+        self.poly_routing.configs.pop(adapter_name, None)
 
     def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """How each layer mixes its skills for each task in evaluation.
@@ -130,7 +130,7 @@ class PolyModel(BaseTuner):
         return adapter_name
 
     def _layers_of(self, adapter_name: str) -> Iterator[tuple[str, PolyLayer]]:
-        for path, layer in self.named_layers():
+        for path, layer in self.named_tuner_layers():
             if isinstance(layer, PolyLayer) and adapter_name in layer.scaling:
                 yield path, layer
 

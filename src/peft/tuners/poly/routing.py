@@ -181,8 +181,9 @@ class Routing:
         if given is not None:
             call.masks["main"] = _as_mask(given)
         elif attention is not None or not nested:
-            is_prompt = self.is_causal and isinstance(labels, Tensor) and labels.dim() == 2
-            mask = prompt_mask(attention, labels) if is_prompt else attention  # type: ignore[arg-type]
+            mask = attention
+            if self.is_causal and isinstance(labels, Tensor) and labels.dim() == 2:
+                mask = prompt_mask(attention, labels)
             call.masks.pop("main", None)
             if mask is not None:
                 call.masks["main"] = mask

@@ -47,7 +47,7 @@ class VBLoRAModel(BaseTuner):
     prefix: ClassVar[str] = "vblora_"
     tuner_layer_cls = VBLoRALayer
     shared_parameter_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
-    supported: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
     default_target_modules: ClassVar[Mapping[str, Any]] = {
         **DEFAULT_TARGET_MODULES,
         "bart": _ATTENTION_AND_FEED_FORWARD,
@@ -57,14 +57,14 @@ class VBLoRAModel(BaseTuner):
         "t5": ("q", "k", "v", "o", "wi", "wo"),
     }
 
-    def layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
         return None if size is None or size.is_conv else Linear
 
-    def layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
+    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
         return {"vblora_vector_bank": build.containers["vblora_vector_bank"]}
 
-    def problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
         """Both sizes must be whole numbers of vectors."""
         size = geometry(module)
         assert size is not None
@@ -74,7 +74,7 @@ class VBLoRAModel(BaseTuner):
                 fitting = ", ".join(str(d) for d in range(1, features + 1) if features % d == 0)
                 yield f"`{name}` {features} must be divisible by `vector_length` {config.vector_length}; choose one of {fitting}."
 
-    def build_shared(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
+    def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
         """The bank, uniform within the config's bound."""
         device, dtype = placement
         bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype))
@@ -98,7 +98,7 @@ class VBLoRAModel(BaseTuner):
         return super()._build(plan, construction)
 
     @classmethod
-    def loaded(cls, model: nn.Module, adapter_name: str) -> None:  # noqa: D102
+    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:  # noqa: D102
         for module in model.modules():
             if isinstance(module, VBLoRALayer):
                 module.note_loaded(adapter_name)
@@ -140,6 +140,8 @@ class VBLoRAModel(BaseTuner):
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """What saving an adapter writes, in units of float32: (bank and logits, biases and whole modules).
 
+        Parameters of the base model that were unfrozen by hand count too, as something that needs saving.
+
         Raises:
             PeftValueError: There is no such adapter.
         """
@@ -147,11 +149,17 @@ class VBLoRAModel(BaseTuner):
         config: Any = self.peft_config[adapter]
         topk = config.topk if config.save_only_topk_weights else None
         own, other = 0.0, 0
-        for key, tensor in adapter_tensors(self.model.named_parameters(), config, adapter).items():
+        saved = adapter_tensors(self.model.named_parameters(), config, adapter)
+        for key, tensor in saved.items():
             if _is_logits(key):
                 own += savable_parameters(tensor.numel(), config.num_vectors, topk)
             elif key not in self.shared_parameter_names:
                 other += tensor.numel()
+        counted = {id(tensor) for tensor in saved.values()}
+        others = {id(p): p for layer in self.tuner_layers() for name in layer.scaling for p in layer.adapter_parameters(name)}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in counted and id(parameter) not in others:
+                other += parameter.numel()
         bank = self._shared_root[0].vblora_vector_bank[adapter].numel()  # type: ignore[index, union-attr, operator]
         return int(own) + bank, other
 
