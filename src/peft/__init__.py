@@ -4,6 +4,9 @@
 Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others are imported where used.
 """
 
+from typing import Any as _Any
+
+from ._markers import marker as _marker
 from ._version import __version__
 from .config import PeftConfig
 from .mapping import get_peft_config, inject_adapter_in_model
@@ -22,12 +25,21 @@ from .tuners import __all__ as _tuner_names
 from .utils import (
     PeftType,
     TaskType,
+    get_base_model_state_dict,
     get_peft_model_state_dict,
     load_peft_weights,
+    prepare_model_for_kbit_training,
     register_peft_method,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
+
+
+def __getattr__(name: str) -> _Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return _marker(name)
+
 
 __all__ = [
     "NoMatchingPeftModuleError",
@@ -44,12 +56,15 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "__version__",
+    "get_base_model_state_dict",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "register_peft_method",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     *_tuner_names,
 ]

@@ -78,7 +78,7 @@ class BasePeftModel(nn.Module):
         self.peft_type = peft_config.peft_type
         self.train(model.training)
         if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-            self._let_checkpoints_see_gradients()
+            self.prepare_model_for_gradient_checkpointing()
 
     @contextmanager
     def _with_heads(self, config: Any) -> Iterator[None]:
@@ -135,11 +135,12 @@ class BasePeftModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's method of that name; also lets gradients pass the frozen input, which checkpoints need to see."""
         result = self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
-        self._let_checkpoints_see_gradients()
+        self.prepare_model_for_gradient_checkpointing()
         return result
 
-    def _let_checkpoints_see_gradients(self) -> None:
-        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
+        """Let gradients pass the frozen input of the base model (or of `model`), without which checkpointed layers have none."""
+        enable = getattr(self.get_base_model() if model is None else model, "enable_input_require_grads", None)
         if enable is not None:
             enable()
 
@@ -231,9 +232,16 @@ class BasePeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model computes what it did without adapters, and none of them is trainable."""
-        if self.base_model.adapters_disabled:
+        states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
+        if states == {True}:
             yield
             return
+        if len(states) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. All of them will be enabled "
+                "at the end of the `disable_adapter` context.",
+                stacklevel=3,
+            )
         self.base_model.disable_adapter_layers()
         try:
             yield

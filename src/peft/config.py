@@ -44,8 +44,7 @@ class PeftConfig:
     revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
 
-    # Which biases of the base model are trained too, and which modules whole: fields of the methods that have the choice.
-    bias: ClassVar[str] = "none"
+    # Modules trained whole beside the adapter: a field of every method's config.
     modules_to_save: ClassVar[Any] = None
     # Fields that this package adds to the interface, with what a file that lacks them means.
     absent_values: ClassVar[dict[str, Any]] = {}
@@ -69,6 +68,11 @@ class PeftConfig:
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             yield f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(tasks)}."
+
+    @property
+    def trained_biases(self) -> str:
+        """Which biases of the base model are trained too: "none", "all", or (anything else) those of the adapted layers."""
+        return "none"
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -138,7 +142,9 @@ class PeftConfig:
         Raises:
             CheckpointError: The file is not a JSON object.
         """
-        return {**cls.absent_values, **read_json(Path(path_json_file))}
+        content = {**cls.absent_values, **read_json(Path(path_json_file))}
+        content.pop("runtime_config", None)  # how some other process ran; never part of a config
+        return content
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

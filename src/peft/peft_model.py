@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -121,7 +122,43 @@ class PeftModel(BasePeftModel):
         """Write README.md, or bring its metadata up to date."""
         if self.peft_config:
             config = next(iter(self.peft_config.values()))
-            update_model_card(Path(output_dir), config, hasattr(self.get_base_model(), "config"))
+            update_model_card(Path(output_dir), config, self.get_base_model())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_options: Any,
+    ) -> Any:
+        """Save the adapters to a repository on the Hub, made if missing.
+
+        Args:
+            repo_id: "user/name".
+            commit_message: By default "Upload adapter".
+            private: Whether a new repository is private.
+            token: Access token, by default the one stored by huggingface_hub.
+            revision: Branch to write to.
+            create_pr: Open a pull request in place of writing.
+            **save_options: As for `save_pretrained`.
+
+        Returns:
+            What huggingface_hub says of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = commit_message or "Upload adapter"
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
+            )
 
     @classmethod
     def from_pretrained(

@@ -29,6 +29,8 @@ class AdaptedModel(nn.Module):
     """
 
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+    # Clients ask whether a method works only inside a PeftModel; none here does.
+    uses_shared_state: ClassVar[bool] = False
     shared_parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
@@ -158,10 +160,11 @@ class AdaptedModel(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off, so that the model computes what it did without them."""
         for name in self.active_adapters:
-            if self.peft_config[name].bias != "none":
+            biases = self.peft_config[name].trained_biases
+            if biases != "none":
                 warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{self.peft_config[name].bias}' does not "
-                    "produce the same output as the base model would without adaption.",
+                    f"Careful, disabling adapter layers with bias configured to be '{biases}' does not produce the same output as the "
+                    "base model would without adaption.",
                     stacklevel=2,
                 )
         self._enable(False)
@@ -180,10 +183,13 @@ class AdaptedModel(nn.Module):
         """Remove an adapter. If it was active, the others that were stay so, else the first by name becomes active.
 
         Raises:
-            PeftValueError: There is no such adapter.
+            PeftValueError: There is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
-            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {', '.join(self.peft_config) or 'none'}.")
+            known = ", ".join(self.peft_config) or "none"
+            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {known}.")
+        if adapter_name in self.merged_adapters:
+            raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
         active = self.active_adapters
         del self.peft_config[adapter_name]
         for module in self._parts():
@@ -215,13 +221,12 @@ class AdaptedModel(nn.Module):
         """
         if adapter_names is not None and not isinstance(adapter_names, str):
             self.check_names(adapter_names)
-        names = names_to_merge(self, adapter_names)
-        layers = list(self.tuner_layers())
-        for layer in layers:
+        todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
+        for layer, names in todo:
             _geometry.dense_weight(layer.get_base_layer())
             if safe_merge:
                 layer.check_merge(names, **options)
-        for layer in layers:
+        for layer, names in todo:
             layer.merge(adapter_names=names, **options)
 
     def unmerge_adapter(self) -> None:

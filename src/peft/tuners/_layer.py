@@ -188,11 +188,13 @@ class BaseTunerLayer(nn.Module):
                 container[adapter_name] = entry
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. A delta that is merged stays in the weight, with a warning; a deleted adapter is active no more."""
+        """Remove an adapter, which is then active no more.
+
+        Raises:
+            PeftValueError: It is merged.
+        """
         if adapter_name in self.merged_adapters:
-            warnings.warn(f"Adapter {adapter_name} is deleted while merged: its delta stays in the weight.", stacklevel=2)
-            self.merged_adapters.remove(adapter_name)
-            self._merges.pop(adapter_name, None)
+            raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
         for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
             container = getattr(self, attribute)
             if adapter_name in container:

@@ -62,16 +62,17 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     for path, module in tuner.model.named_modules(remove_duplicate=False):
         by_module.setdefault(id(module), []).append(path)
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
+    _warn_of_ties(tuner.model, plan)
     return plan
 
 
 def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
     """Names of the biases that a config trains: all, those of the adapted layers, or none."""
-    if config.bias == "none":
+    if config.trained_biases == "none":
         return []
     layers = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    if config.bias == "all":
+    if config.trained_biases == "all":
         return names
     return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
 
@@ -88,7 +89,7 @@ def _check_name(name: str, tuner: BaseTuner) -> None:
 
 
 def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
-    if config.bias != "none" and any(other.bias != "none" for other in tuner.peft_config.values()):
+    if config.trained_biases != "none" and any(other.trained_biases != "none" for other in tuner.peft_config.values()):
         raise PeftValueError(
             f"{type(tuner).__name__} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."
@@ -187,6 +188,22 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         else:
             paths.append(path)
     return paths
+
+
+def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
+    """Say so where a weight is about to change in one place that the model shares with another."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for path, module in {**plan.targets, **plan.trained_whole}.items():
+        for parameter in module.parameters(recurse=False):
+            others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})
+            if others:
+                warnings.warn(
+                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it is: "
+                    "no implementation exists to tie the adapters. Merging changes it in both places.",
+                    stacklevel=6,
+                )
 
 
 def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> list[str]:

@@ -10,13 +10,13 @@ from .._version import __version__
 from .adapter_files import write_text
 
 
-def update_model_card(folder: Path, config: Any, is_transformers_model: bool) -> None:
+def update_model_card(folder: Path, config: Any, model: Any) -> None:
     """Write a model card into `folder`, or bring the metadata of the one that is there up to date.
 
     Args:
         folder: Where it lies.
         config: The adapter's config.
-        is_transformers_model: Whether the base is a transformers model.
+        model: The base model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -28,11 +28,10 @@ def update_model_card(folder: Path, config: Any, is_transformers_model: bool) ->
     data = card.data.to_dict()
     data["library_name"] = "peft"
     tags = set(data.get("tags") or [])
-    if config.base_model_name_or_path:
-        data["base_model"] = config.base_model_name_or_path
-        tags.add(f"base_model:adapter:{config.base_model_name_or_path}")
-    if is_transformers_model:
-        tags.add("transformers")
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers models
+    if name is not None:
+        data["base_model"] = name
+        tags.update(("transformers", f"base_model:adapter:{name}"))
     if tags:
         data["tags"] = sorted(tags)
     card.data = ModelCardData(**data)

@@ -61,6 +61,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__(module_to_save)
         self.modules_to_save = nn.ModuleDict()
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
     @staticmethod
     def copy_of(module: nn.Module) -> nn.Module:
         """A trainable copy of a module (of the original one, if it is wrapped already)."""
@@ -131,6 +135,27 @@ def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, s
 
 
 _get_submodules = get_submodules  # the name clients import
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> nn.Module:
+    """Freeze a quantised model and keep what is not quantised in float32, for stable training of adapters on it.
+
+    Args:
+        model: A transformers model, changed in place.
+        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the frozen input.
+        gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.to(torch.float32)
+    if use_gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+        options = {} if gradient_checkpointing_kwargs is None else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
+        model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
+    return model
 
 
 def infer_device() -> str:

@@ -35,17 +35,23 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers around modules put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if parts[:1] == ["module"] and len(parts) > 1 and f"{parts[1]}." == ROOT:
+        del parts[0]  # DistributedDataParallel
+    return ".".join(parts)
+
+
 def checkpoint_key(name: str, adapter_name: str, holders: Collection[str]) -> str | None:
     """The key under which a tensor of the model is saved, None if it does not belong to the adapter.
 
     Args:
-        name: The tensor's name in the model.
+        name: The tensor's name in the model, without what wrappers put into it.
         adapter_name: The adapter.
         holders: Names of the containers that have an entry for each adapter.
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if parts[0] == "module" and f"{'.'.join(parts[1:2])}." == ROOT:
-        del parts[0]  # DistributedDataParallel
+    parts = name.split(".")
     for i in range(len(parts) - 1):
         if parts[i + 1] == adapter_name:
             if parts[i] in holders:
@@ -59,19 +65,18 @@ def adapter_tensors(
     named: Iterable[tuple[str, Any]], config: Any, adapter_name: str, save_embedding_layers: bool = False
 ) -> dict[str, Any]:
     """Of a model's named tensors those that make up an adapter, by checkpoint key."""
-    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    holders = {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
-    tensors = dict(named)
+    holders = _holders(config)
+    tensors = {unwrapped(name): tensor for name, tensor in named}
     result = {}
     for name, tensor in tensors.items():
         key = checkpoint_key(name, adapter_name, holders)
         if key is not None:
             result[key] = tensor
-    if config.bias != "none":
+    if config.trained_biases != "none":
         adapted = {name.rpartition(f".{holder}.")[0] for name in tensors for holder in holders if f".{holder}." in name}
         for name, tensor in tensors.items():
             layer = name.removesuffix(".base_layer.bias")
-            if name.endswith(".bias") and (config.bias == "all" or layer in adapted) and ".modules_to_save." not in name:
+            if name.endswith(".bias") and (config.trained_biases == "all" or layer in adapted) and ".modules_to_save." not in name:
                 result[name] = tensor
     if save_embedding_layers:
         result.update({name: tensor for name, tensor in tensors.items() if is_embedding(name)})
@@ -141,9 +146,41 @@ def set_peft_model_state_dict(
     expected = adapter_tensors(named, config, adapter_name, wants_embeddings)
     is_native = not any(key.startswith(ROOT) for key in expected)
     state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
+    # Biases that the checkpoint's writer trained have a place here even if this adapter trains none.
+    expected.update({unwrapped(n): t for n, t in named if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()})
     result = check_state(expected, state, ignore_mismatched_sizes)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
+    return result
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The state dict the base model would have without adapters."""
+    holders = {"modules_to_save"}.union(*(_holders(config) for config in model.peft_config.values()))
+    result = {}
+    for name, tensor in model.get_base_model().state_dict().items():
+        parts = unwrapped(name).split(".")
+        if holders.isdisjoint(parts):
+            result[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+    return result
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Load weights of the base model as it is without adapters into one that has them.
+
+    Args:
+        model: A `PeftModel`.
+        state_dict: Tensors by the base model's own names.
+        strict: Whether names that do not fit are an error.
+
+    Raises:
+        CheckpointError: A shape differs, or a name and `strict`; nothing is changed.
+    """
+    expected = get_base_model_state_dict(model)
+    result = check_state(expected, state_dict)
+    if strict:
+        check_complete(result, "state_dict")
+    write_state(None, expected, {key: tensor for key, tensor in state_dict.items() if key in expected})
     return result
 
 
@@ -258,6 +295,12 @@ def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
         if count:
             return prefix + renamed
     return key
+
+
+def _holders(config: Any) -> set[str]:
+    """Names of the containers that have an entry for each adapter of a config's method."""
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    return {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
 
 
 def _config(model: Any, adapter_name: str) -> Any:

@@ -100,7 +100,7 @@ class Routing:
             call = Call(module, outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
         else:
             call = self._begin(module, args, {**kwargs, **own})
-        self._see_masks(call, args, {**kwargs, **own}, nested=outer is not None)
+        self._see_masks(call, {**kwargs, **own}, nested=outer is not None)
         self._thread.calls.append(call)
         return args, kwargs
 
@@ -119,7 +119,7 @@ class Routing:
         """A call of `generate`; takes the routing's arguments out of `arguments`."""
         call = self._begin(self, args, arguments)
         call.decisions = {}
-        self._see_masks(call, args, arguments, nested=False)
+        self._see_masks(call, arguments, nested=False)
         for name in CALL_ARGUMENTS:
             arguments.pop(name, None)
         self._thread.calls.append(call)
@@ -172,29 +172,27 @@ class Routing:
         if any(int(task) != merged for task in asked.flatten()):
             raise PeftValueError(f"Task {merged} is merged into the weights; call `unmerge_adapter` before using other tasks.")
 
-    def _see_masks(self, call: Call, args: tuple[Any, ...], arguments: Mapping[str, Any], nested: bool) -> None:
+    def _see_masks(self, call: Call, arguments: Mapping[str, Any], nested: bool) -> None:
         """Note which tokens input routing may look at."""
         if not any(config.poly_type == "mope" for config in self.configs.values()):
             return
-        attention, labels = _token_mask(arguments.get("attention_mask")), arguments.get("labels")
+        attention = _token_mask(arguments.get("attention_mask"))
+        labels = arguments.get("labels")
+        labels = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None  # of other tasks, they name no tokens
         given = arguments.get("routing_mask")
         if given is not None:
             call.masks["main"] = _as_mask(given)
         elif attention is not None or not nested:
-            mask = attention
-            if self.is_causal and isinstance(labels, Tensor) and labels.dim() == 2:
-                mask = prompt_mask(attention, labels)
+            mask = prompt_mask(attention, labels) if self.is_causal and labels is not None else attention
             call.masks.pop("main", None)
             if mask is not None:
                 call.masks["main"] = mask
         if self.is_encoder_decoder:
             # All that is known of the answer when it is begun: the labels say where that is, by default after the first token.
-            decoder = _token_mask(arguments.get("decoder_attention_mask"))
-            like = labels if isinstance(labels, Tensor) and labels.dim() == 2 else arguments.get("decoder_input_ids")
-            like = decoder if like is None else like
-            if isinstance(like, Tensor):
-                supervised = like if like is labels else torch.zeros_like(like)
-                call.masks["decoder"] = prompt_mask(decoder, supervised)
+            mask = _token_mask(arguments.get("decoder_attention_mask"))
+            tokens = [t for t in (labels, arguments.get("decoder_input_ids"), mask) if isinstance(t, Tensor)]
+            if tokens:
+                call.masks["decoder"] = prompt_mask(mask, tokens[0] if labels is not None else torch.zeros_like(tokens[0]))
 
     # --- what layers ask ----------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class VBLoRAConfig(LayeredConfig):
     save_only_topk_weights: bool = field(default=False, metadata={"help": "Save only the chosen vectors' indices and weights."})
     vblora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored [in, out]."})
-    bias: str = field(default="none", metadata={"help": "Which biases are trained."})  # type: ignore[misc]
+    bias: str = field(default="none", metadata={"help": "Which biases are trained."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
     init_vector_bank_bound: float = field(default=0.02, metadata={"help": "Bound of the bank's uniform start."})
     init_logits_std: float = field(default=0.1, metadata={"help": "Standard deviation of the logits' start."})
@@ -63,6 +63,10 @@ class VBLoRAConfig(LayeredConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.VBLORA
         super().__post_init__()
+
+    @property
+    def trained_biases(self) -> str:  # noqa: D102
+        return self.bias
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()

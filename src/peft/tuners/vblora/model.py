@@ -82,6 +82,10 @@ class VBLoRAModel(BaseTuner):
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
         return {"vblora_vector_bank": bank}
 
+    def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
+        """Draw an adapter's bank anew."""
+        nn.init.uniform_(self.vblora_vector_bank[adapter_name], -config.init_vector_bank_bound, config.init_vector_bank_bound)
+
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Say so if the layers store their weights otherwise than the config expects, and put the config right."""
         stored = {size.transposed for size in map(geometry, plan.targets.values()) if size is not None}
