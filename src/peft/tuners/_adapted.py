@@ -163,8 +163,8 @@ class AdaptedModel(nn.Module):
             biases = self.peft_config[name].trained_biases
             if biases != "none":
                 warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{biases}' does not produce the same output as the "
-                    "base model would without adaption.",
+                    f"Careful, disabling adapter layers with bias configured to be '{biases}' does not produce the same output as "
+                    "the base model would without adaption.",
                     stacklevel=2,
                 )
         self._enable(False)

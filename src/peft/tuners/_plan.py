@@ -200,8 +200,8 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
             others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})
             if others:
                 warnings.warn(
-                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it is: "
-                    "no implementation exists to tie the adapters. Merging changes it in both places.",
+                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it "
+                    "is: no implementation exists to tie the adapters. Merging changes it in both places.",
                     stacklevel=6,
                 )
 
