@@ -76,7 +76,7 @@ class BasePeftModel(nn.Module):
                 check=check,
             )
         self.peft_type = peft_config.peft_type
-        self.train(model.training)
+        self.training = model.training
         if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing()
 

@@ -39,7 +39,7 @@ class AdaptedModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: str | list[str] = []
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
-        self.train(model.training)
+        self.training = model.training
 
     def detach_adapters(self) -> None:
         """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
@@ -283,6 +283,7 @@ class AdaptedModel(nn.Module):
                 setattr(parent, child, plain)
         for name in self.shared_parameter_names:
             self._shared_root[0]._modules.pop(name, None)
+        _geometry.restore_fused_paths(self.model)
         self.detach_adapters()
         self.peft_config.clear()
         self._active = []

@@ -152,12 +152,31 @@ def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str |
     return None
 
 
-def keep_off_fast_path(parent: nn.Module, layer: nn.Module) -> None:
-    """Have `nn.TransformerEncoderLayer` call its linear layers: its fused inference path, which reads their weights instead,
-    stands back when any module below it has a hook.
+def avoid_fused_paths(model: nn.Module) -> None:
+    """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and stands
+    back where any module has a hook; the encoder's packing of padded batches is of use to that path alone.
     """
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        layer.register_forward_pre_hook(_no_operation)
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and _has_adapters(module):
+            if _no_operation not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_no_operation)
+            if getattr(module, "use_nested_tensor", False):
+                module.use_nested_tensor, module._packs_when_plain = False, True  # type: ignore[assignment]
+
+
+def restore_fused_paths(model: nn.Module) -> None:
+    """Undo `avoid_fused_paths`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _no_operation:
+                del module._forward_pre_hooks[key]
+        if "_packs_when_plain" in vars(module):
+            del module._packs_when_plain
+            module.use_nested_tensor = True  # type: ignore[assignment]
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any("base_layer" in inner._modules for inner in module.modules())
 
 
 def _no_operation(module: nn.Module, args: Any) -> None:

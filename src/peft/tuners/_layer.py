@@ -63,7 +63,7 @@ class BaseTunerLayer(nn.Module):
         self._paused: list[nn.Parameter] = []
         self._merges: dict[str, tuple[dict[str, Any], _merging.Correction]] = {}
         self.cast_input_dtype_enabled = True
-        self.train(base_layer.training)
+        self.training = base_layer.training
 
     # --- what a method supplies ---------------------------------------------------------------------------------------
 

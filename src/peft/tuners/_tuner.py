@@ -178,7 +178,7 @@ class BaseTuner(AdaptedModel):
             for place in plan.places[path]:
                 parent, _, child = get_submodules(self.model, place)
                 setattr(parent, child, layer)
-                _geometry.keep_off_fast_path(parent, layer)
+        _geometry.avoid_fused_paths(self.model)
         for path, module in build.copies.items():
             parent, existing, child = get_submodules(self.model, path)
             if not isinstance(existing, ModulesToSaveWrapper):

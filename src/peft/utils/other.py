@@ -30,7 +30,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self.original_module = module_to_save
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-        self.train(module_to_save.training)
+        self.training = module_to_save.training
 
     @property
     def active_adapter(self) -> str | list[str]:
