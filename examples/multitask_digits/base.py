@@ -67,9 +67,7 @@ def load_folder_model(folder: Path, classes: list[str]) -> tuple[Base, list[str]
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     known = set(classes) <= set(config.id2label.values())
     names = {} if known else {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    model = AutoModelForImageClassification.from_pretrained(
-        folder, local_files_only=True, ignore_mismatched_sizes=True, **names
-    )
+    model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, ignore_mismatched_sizes=True, **names)
     base = Base(model, *normalisation(folder, getattr(config, "num_channels", 3)))
     head = [name for name, _ in model.named_parameters() if "classifier" in name]
     return base, [] if known else head

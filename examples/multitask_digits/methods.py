@@ -64,7 +64,7 @@ def all_methods(model: nn.Module, n_tasks: int) -> list[Method]:
     The shared adapter is a LoRA (Poly with one task and one skill) of rank ``RANK * SKILLS``: as many parameters as Poly's
     inventory, so that a difference between the two is not one of size. Poly's router learns faster than its skills, as
     in its authors' code (arXiv:2202.13914); VB-LoRA's logits learn ten times as fast as its bank, as in its paper
-    (arXiv:2405.15445). The rates themselves suit this small model; they were chosen on seeds 1 and 2, not on the default.
+    (arXiv:2405.15179). The rates themselves suit this small model; they were chosen on seeds 1 and 2, not on the default.
     """
     targets = target_names(model)
     length = tile_length(model, targets)

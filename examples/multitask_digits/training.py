@@ -104,9 +104,7 @@ def joint_inputs(
         yield batch
 
 
-def train(
-    base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, seed: int
-) -> Adapted:
+def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, seed: int) -> Adapted:
     """Adapt a copy of the base to ``tasks`` with ``method``, from ``parts[i]`` for ``tasks[i]``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

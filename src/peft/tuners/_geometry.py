@@ -153,7 +153,7 @@ def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str |
 
 
 def avoid_fused_paths(model: nn.Module) -> None:
-    """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and stands
+    """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and
     back where any module has a hook; the encoder's packing of padded batches is of use to that path alone.
     """
     for module in model.modules():
