@@ -38,6 +38,7 @@ class AdaptedModel(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: str | list[str] = []
+        self._paused: list[nn.Parameter] = []
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
         self.training = model.training
 
@@ -137,6 +138,7 @@ class AdaptedModel(nn.Module):
         for container in self._shared():
             for name in container:
                 container[name].requires_grad_(name in names and not inference_mode)
+        self._paused = []
         self._active = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -172,6 +174,12 @@ class AdaptedModel(nn.Module):
     def _enable(self, enabled: bool) -> None:
         for module in self._parts():
             module.enable_adapters(enabled)
+        if not enabled and not self._paused:
+            self._paused = [p for container in self._shared() for p in container.values() if p.requires_grad]
+        for parameter in self._paused:
+            parameter.requires_grad_(enabled)
+        if enabled:
+            self._paused = []
 
     def _shared(self) -> Iterator[AdapterParameterDict]:
         for name in self.shared_parameter_names:

@@ -152,7 +152,8 @@ class BaseTuner(AdaptedModel):
         build = Build(plan.adapter_name, plan.config)
         root = self._shared_root[0]
         for name in self.shared_parameter_names:
-            build.containers[name] = root._modules.get(name) or AdapterParameterDict()  # type: ignore[assignment]
+            known: Any = root._modules.get(name)
+            build.containers[name] = AdapterParameterDict() if known is None else known
         first = _geometry.innermost(next(iter(plan.targets.values())))
         build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
         for path, module in plan.targets.items():
@@ -199,12 +200,12 @@ class BaseTuner(AdaptedModel):
 
     def _join(self, build: Build) -> None:
         """Give the parts of a later adapter the state of the others: waiting and frozen."""
-        active = self._active
+        active, disabled = self._active, self.adapters_disabled
         for path in (*build.layers, *build.copies):
             module: Any = self.model.get_submodule(path)
+            module._disable_adapters = disabled
             if isinstance(module, BaseTunerLayer):
                 module._active_adapter = active
-                module._disable_adapters = self.adapters_disabled
             module.set_requires_grad(build.adapter_name, False)
         for parameter in build.shared.values():
             parameter.requires_grad_(False)
