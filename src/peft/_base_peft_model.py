@@ -132,11 +132,15 @@ class BasePeftModel(nn.Module):
         """The base model, adapters in it."""
         return self.base_model.model
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's method of that name; also lets gradients pass the frozen input, which checkpoints need to see."""
-        result = self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
-        return result
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, by the name newer versions of transformers have for it."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.prepare_model_for_gradient_checkpointing()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
         """Let gradients pass the frozen input of the base model (or of `model`), without which checkpointed layers have none."""

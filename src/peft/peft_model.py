@@ -30,6 +30,7 @@ from .utils.save_and_load import (
     get_peft_model_state_dict,
     import_state,
     load_peft_weights,
+    own_state,
     set_peft_model_state_dict,
 )
 
@@ -254,7 +255,7 @@ class PeftModel(BasePeftModel):
             raise PeftValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {saved.peft_type}."
             )
-        expected = adapter_tensors(self.state_dict().items(), config, adapter_name)
+        expected = adapter_tensors(own_state(self).items(), config, adapter_name)
         check_complete(check_state(expected, import_state(state, config)), str(model_id))
         return set_peft_model_state_dict(self, state, adapter_name)
 

@@ -183,9 +183,14 @@ class AdaptedModel(nn.Module):
 
     def _shared(self) -> Iterator[AdapterParameterDict]:
         for name in self.shared_parameter_names:
-            container = self._shared_root[0]._modules.get(name)
+            container = self._shared_owner(name)._modules.get(name)
             if isinstance(container, AdapterParameterDict):
                 yield container
+
+    def _shared_owner(self, name: str) -> nn.Module:
+        """The module on which the layers' shared parameters of a name are, or will be, registered."""
+        root = self._shared_root[0]
+        return self if root is self else _geometry.place_for_shared(root, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the others that were stay so, else the first by name becomes active.
@@ -290,7 +295,7 @@ class AdaptedModel(nn.Module):
                 parent, _, child = get_submodules(self.model, path)
                 setattr(parent, child, plain)
         for name in self.shared_parameter_names:
-            self._shared_root[0]._modules.pop(name, None)
+            self._shared_owner(name)._modules.pop(name, None)
         _geometry.restore_fused_paths(self.model)
         self.detach_adapters()
         self.peft_config.clear()

@@ -68,6 +68,15 @@ def geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
+def place_for_shared(root: nn.Module, name: str) -> nn.Module:
+    """The module that parameters shared by a model's layers are registered on as `name`: the one that has them already, else the
+    root, or inside it where the root is a container that takes all its children for steps or items.
+    """
+    owners = [module for module in root.modules() if name in module._modules]
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next(iter(owners), next((module for module in root.modules() if not isinstance(module, containers)), root))
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The layer itself, below any adapters around it."""
     while "base_layer" in module._modules:

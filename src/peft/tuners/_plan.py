@@ -56,12 +56,14 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     plan.trained_whole = _trained_whole(plan.config, modules)
     candidates = {p: m for p, m in modules.items() if not any(_below(p, whole) for whole in plan.trained_whole)}
     paths = _paths_in(state_dict, tuner) if state_dict else _targeted(tuner, plan.config, candidates, plan.trained_whole)
-    plan.targets = {path: candidates[path] for path in paths if path in candidates}
-    _check_modules(tuner, plan)
     by_module: dict[int, list[str]] = {}
-    for path, module in tuner.model.named_modules(remove_duplicate=False):
+    for path, module in modules.items():
         by_module.setdefault(id(module), []).append(path)
+    # A module that sits in several places goes by its first path, as its parameters do.
+    firsts = dict.fromkeys(by_module[id(candidates[path])][0] for path in paths if path in candidates)
+    plan.targets = {path: modules[path] for path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
+    _check_modules(tuner, plan)
     _warn_of_ties(tuner.model, plan)
     return plan
 
@@ -97,10 +99,12 @@ def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
 
 
 def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path, seen as if there were no adapters: what is inside adapted layers is left out."""
+    """The model's modules by path (each path, where there are several), seen as if there were no adapters: what is inside adapted
+    layers is left out.
+    """
     result: dict[str, nn.Module] = {}
     hidden: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if any(_below(path, outer) and path != outer for outer in hidden[-1:]):
             continue
         if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):

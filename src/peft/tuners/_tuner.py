@@ -150,9 +150,8 @@ class BaseTuner(AdaptedModel):
     def _build(self, plan: _plan.Plan, construction: Construction) -> Build:
         """Make all parts of an adapter, away from the model."""
         build = Build(plan.adapter_name, plan.config)
-        root = self._shared_root[0]
         for name in self.shared_parameter_names:
-            known: Any = root._modules.get(name)
+            known: Any = self._shared_owner(name)._modules.get(name)
             build.containers[name] = AdapterParameterDict() if known is None else known
         first = _geometry.innermost(next(iter(plan.targets.values())))
         build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
@@ -186,9 +185,8 @@ class BaseTuner(AdaptedModel):
                 existing = ModulesToSaveWrapper(existing)
                 setattr(parent, child, existing)
             existing.modules_to_save[name] = module
-        root = self._shared_root[0]
         for attribute, parameter in build.shared.items():
-            root._modules.setdefault(attribute, build.containers[attribute])
+            self._shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
             build.containers[attribute][name] = parameter
         self.peft_config[name] = build.config
         self._train_biases(build.config)

@@ -43,17 +43,20 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
-def checkpoint_key(name: str, adapter_name: str, holders: Collection[str]) -> str | None:
+def checkpoint_key(name: str, adapter_name: str, holders: Collection[str], shared: Collection[str] = ()) -> str | None:
     """The key under which a tensor of the model is saved, None if it does not belong to the adapter.
 
     Args:
         name: The tensor's name in the model, without what wrappers put into it.
         adapter_name: The adapter.
         holders: Names of the containers that have an entry for each adapter.
+        shared: Those of them that all layers share; wherever they are registered, they are saved at the root.
     """
     parts = name.split(".")
     for i in range(len(parts) - 1):
         if parts[i + 1] == adapter_name:
+            if parts[i] in shared:
+                return (ROOT if name.startswith(ROOT) else "") + parts[i]
             if parts[i] in holders:
                 return ".".join(parts[: i + 1] + parts[i + 2 :])
             if parts[i] == "modules_to_save":
@@ -66,10 +69,11 @@ def adapter_tensors(
 ) -> dict[str, Any]:
     """Of a model's named tensors those that make up an adapter, by checkpoint key."""
     holders = _holders(config)
+    shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
     tensors = {unwrapped(name): tensor for name, tensor in named}
     result = {}
     for name, tensor in tensors.items():
-        key = checkpoint_key(name, adapter_name, holders)
+        key = checkpoint_key(name, adapter_name, holders, shared)
         if key is not None:
             result[key] = tensor
     if config.trained_biases != "none":
@@ -81,6 +85,12 @@ def adapter_tensors(
     if save_embedding_layers:
         result.update({name: tensor for name, tensor in tensors.items() if is_embedding(name)})
     return result
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict with the tensors themselves, each once: one that sits in several places by its first name."""
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in names}
 
 
 def is_embedding(name: str) -> bool:
@@ -112,7 +122,7 @@ def get_peft_model_state_dict(
     if save_embedding_layers == "auto":
         targets = config.target_modules
         save_embedding_layers = not isinstance(targets, str) and any(is_embedding(f"x.{t}.weight") for t in targets or ())
-    named = (state_dict if state_dict is not None else model.state_dict()).items()
+    named = (state_dict if state_dict is not None else own_state(model)).items()
     state = adapter_tensors(named, config, adapter_name, bool(save_embedding_layers))
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
 
@@ -141,7 +151,7 @@ def set_peft_model_state_dict(
         PeftValueError: The model has no such adapter.
     """
     config = _config(model, adapter_name)
-    named = list(model.state_dict(keep_vars=True).items())
+    named = list(own_state(model).items())
     wants_embeddings = any(is_embedding(key) for key in peft_model_state_dict)
     expected = adapter_tensors(named, config, adapter_name, wants_embeddings)
     is_native = not any(key.startswith(ROOT) for key in expected)

@@ -164,7 +164,7 @@ class VBLoRAModel(BaseTuner):
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in counted and id(parameter) not in others:
                 other += parameter.numel()
-        bank = self._shared_root[0].vblora_vector_bank[adapter].numel()  # type: ignore[index, union-attr, operator]
+        bank = next(self._shared())[adapter].numel()
         return int(own) + bank, other
 
     def print_savable_parameters(self) -> None:

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for an adapter of any registered method on any model."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import METHODS, TARGETS, gpt2, llama, mlp, t5
+from torch import nn
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def randomised(model, method, name):
+    """Add an adapter with values of its own."""
+    torch.manual_seed(hash(name) % 1000)
+    model.add_adapter(name, method.config(target_modules=TARGETS))
+    return model
+
+
+def test_a_fresh_adapter_changes_nothing(method):
+    x = torch.randn(5, 8)
+    base = mlp()
+    expected = base(x)
+    if method.no_op is None:
+        pytest.importorskip("torch")  # such a method is random by design; then it must change something
+        model = get_peft_model(base, method.config(target_modules=TARGETS))
+        assert not torch.allclose(model(x, **method.call), expected)
+    else:
+        model = get_peft_model(base, method.config(target_modules=TARGETS, **method.no_op))
+        torch.testing.assert_close(model.eval()(x, **method.call), expected)
+
+
+def test_only_the_adapter_is_trained(model, method):
+    model.train()
+    names = trainable(model)
+    assert names
+    assert all(model.prefix in name for name in names)
+    model(torch.randn(5, 8), **method.call).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == names
+
+
+def test_delta_weight_is_what_forward_adds(model, method):
+    x = torch.randn(5, 3, 8)
+    layer = model.base_model.model[0]
+    dense = x @ layer.get_delta_weight("default", **method.merge).T
+    with torch.no_grad():
+        whole = nn.Sequential(*list(model.base_model.model))
+        difference = model(x, **method.call)
+        layer.get_base_layer().weight.data += layer.get_delta_weight("default", **method.merge)
+        second = model.base_model.model[2]
+        second.get_base_layer().weight.data += second.get_delta_weight("default", **method.merge)
+        with model.disable_adapter():
+            torch.testing.assert_close(whole(x), difference, atol=1e-5, rtol=1e-4)
+    assert dense.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_and_unmerging(method, dtype):
+    x = torch.randn(5, 8, dtype=dtype)
+    base = mlp(dtype)
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, method.config(target_modules=TARGETS)).eval()
+    expected = model(x, **method.call)
+    model.merge_adapter(safe_merge=True, **method.merge)
+    assert all(layer.merged for layer in model.base_model.tuner_layers())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+    model.unmerge_adapter()
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_merge_and_unload_leaves_a_plain_model(model, method):
+    x = torch.randn(5, 8)
+    expected = model(x, **method.call)
+    plain = model.merge_and_unload(safe_merge=True, **method.merge)
+    assert [type(module) for module in plain] == [type(module) for module in mlp()]
+    assert not plain._forward_pre_hooks
+    torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unload_gives_back_the_modules_themselves(method):
+    base = mlp()
+    modules = list(base)
+    model = get_peft_model(base, method.config(target_modules=TARGETS))
+    assert list(model.unload()) == modules
+
+
+def test_several_adapters_add_up(model, method):
+    x = torch.randn(5, 8)
+    layer = model.base_model.model[0]
+    plain = layer.get_base_layer()(x)
+    randomised(model, method, "b")
+    options = {key: value for key, value in method.call.items() if key == "task_ids"}
+    deltas = {}
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        deltas[name] = layer(x, **options) - plain
+    model.set_adapter(["default", "b"])
+    assert model.active_adapters == ["default", "b"]
+    torch.testing.assert_close(layer(x, **options) - plain, deltas["default"] + deltas["b"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(deltas["default"], deltas["b"])
+
+
+def test_switching_moves_what_is_trainable(model, method):
+    first = trainable(model)
+    randomised(model, method, "b")
+    assert trainable(model) == first
+    model.set_adapter("b")
+    assert trainable(model) == {name.replace("default", "b") for name in first}
+    model.set_adapter("default", inference_mode=True)
+    assert trainable(model) == set()
+
+
+def test_disabling_restores_base_and_flags(model, method):
+    x = torch.randn(5, 8)
+    expected = mlp()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        outside = model(x, **method.call)
+        flags = trainable(model)
+        with model.disable_adapter():
+            assert trainable(model) == set()
+            with model.disable_adapter():
+                inside = model(x)
+            assert torch.equal(model(x), inside)
+        assert trainable(model) == flags
+        assert torch.equal(model(x, **method.call), outside)
+        assert not torch.allclose(inside, outside)
+        assert torch.equal(model.unload()(x), inside)
+    assert isinstance(expected, nn.Module)
+
+
+def test_deleting(model, method):
+    randomised(model, method, "b")
+    randomised(model, method, "c")
+    model.delete_adapter("c")
+    assert model.active_adapters == ["default"]
+    with pytest.warns(UserWarning, match="Adapter default was active which is now deleted. Setting active adapter to b"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert all("b" in name for name in trainable(model))
+    model.delete_adapter("b")
+    assert not any(model.prefix in name for name in model.state_dict())
+    model.add_adapter("again", method.config(target_modules=TARGETS))
+    assert model.active_adapters == ["again"]
+    assert trainable(model)
+
+
+def test_saving_and_loading(model, method, tmp_path):
+    x = torch.randn(5, 8)
+    randomised(model, method, "b")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    assert trainable(loaded) == set()
+    result = loaded.load_adapter(tmp_path / "b", "b")
+    assert result == ([], [])
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(model(x, **method.call), loaded(x, **method.call))
+    again = PeftModel.from_pretrained(loaded.unload(), tmp_path, subfolder="b", is_trainable=True)
+    assert trainable(again)
+
+
+def test_loading_into_an_existing_adapter(model, method, tmp_path):
+    model.save_pretrained(tmp_path)
+    state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if model.prefix in name:
+                parameter.add_(1)
+    model.load_adapter(tmp_path, "default")
+    restored = get_peft_model_state_dict(model)
+    assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
+
+
+def test_modules_to_save(method, tmp_path):
+    base = mlp()
+    model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"]))
+    assert "base_model.model.4.modules_to_save.default.weight" in trainable(model)
+    with torch.no_grad():
+        model.base_model.model[4].modules_to_save["default"].weight.zero_()
+    x = torch.randn(3, 8)
+    expected = model(x, **method.call)
+    torch.testing.assert_close(expected, base[4].original_module.bias.expand(3, -1))
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.4.weight" in get_peft_model_state_dict(model)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), expected)
+    original = model.base_model.model[4].original_module
+    assert model.unload()[4] is original
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(loaded(x, **method.call), expected)
+    assert torch.equal(loaded.merge_and_unload(**method.merge)[4].weight, torch.zeros(8, 16))
+
+
+@pytest.mark.parametrize(("autocast", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_precision_of_the_adapter(method, autocast, expected):
+    model = get_peft_model(mlp(torch.bfloat16), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+    output = model(torch.randn(5, 8, dtype=torch.bfloat16), **method.call)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+
+
+def test_low_cpu_mem_usage_is_filled_from_a_checkpoint(model, method):
+    state = get_peft_model_state_dict(model)
+    base = copy.deepcopy(model).unload()
+    empty = get_peft_model(base, method.config(target_modules=TARGETS), low_cpu_mem_usage=True)
+    assert {p.device.type for p in empty.parameters() if p.requires_grad} == {"meta"}
+    result = set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True)
+    assert result == ([], [])
+    x = torch.randn(5, 8)
+    assert torch.equal(empty.eval()(x, **method.call), model(x, **method.call))
+
+
+def test_copies_are_whole_and_apart(model, method):
+    x = torch.randn(5, 8)
+    expected = model(x, **method.call)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x, **method.call), expected)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+    assert torch.equal(model(x, **method.call), expected)
+
+
+def test_new_modules_take_the_layers_mode(method):
+    model = get_peft_model(mlp().eval(), method.config(target_modules=TARGETS))
+    assert not any(module.training for module in model.modules() if isinstance(module, BaseTunerLayer))
+    x = torch.randn(5, 8)
+    assert torch.equal(model(x, **method.call), model(x, **method.call))
+
+
+def test_scale(model):
+    layer = model.base_model.model[0]
+    start = layer.scaling["default"]
+    layer.set_scale("default", 3)
+    assert layer.scaling["default"] == pytest.approx(3 * start)
+    layer.scale_layer(2)
+    layer.unscale_layer(2)
+    assert layer.scaling["default"] == pytest.approx(3 * start)
+    layer.unscale_layer()
+    assert layer.scaling["default"] == start
+    layer.set_scale("unknown", 2)
+    assert layer.scaling == {"default": start}
+
+
+def test_attributes_fall_through(model):
+    assert model.base_model.model[0].weight is model.base_model.model[0].base_layer.weight
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+    model.get_base_model().answer = 42
+    assert model.answer == 42
+
+
+def test_injection_into_a_plain_model(method):
+    base = mlp()
+    assert inject_adapter_in_model(method.config(target_modules=TARGETS), base) is base
+    state = get_peft_model_state_dict(base)
+    assert state
+    assert not any(key.startswith("base_model") for key in state)
+    x = torch.randn(5, 8)
+    expected = base(x, **method.call)
+    other = mlp()
+    other.load_state_dict(
+        {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if method.config().peft_type.value.lower() not in k}
+    )
+    inject_adapter_in_model(method.config(target_modules=["none"]), other, state_dict=state)
+    set_peft_model_state_dict(other, {f"base_model.model.{key}": tensor for key, tensor in state.items()})
+    assert torch.equal(other.eval()(x, **method.call), expected)
+    inject_adapter_in_model(method.config(target_modules=TARGETS), base, adapter_name="b")
+    assert set(base.peft_config) == {"default", "b"}
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, t5])
+def test_generation_is_the_same_alone_and_in_a_batch(method, build):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D's orientation
+        model = get_peft_model(build(), method.config(target_modules="all-linear")).eval()
+    ids = torch.randint(3, 48, (3, 5))
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    tasks = [torch.tensor([0, 2, 1])] if method.call else [None]
+    for task_ids in tasks:
+        call = {} if task_ids is None else {"task_ids": task_ids}
+        together = model.generate(input_ids=ids, **call, **options)
+        for i in range(3):
+            alone = {} if task_ids is None else {"task_ids": task_ids[i : i + 1]}
+            assert torch.equal(model.generate(input_ids=ids[i : i + 1], **alone, **options), together[2 * i : 2 * i + 2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
+    model = get_peft_model(llama(), method.config(target_modules="all-linear")).train()
+    ids = torch.randint(3, 48, (3, 5))
+    calls = [{"task_ids": torch.tensor(tasks)} if method.call else {} for tasks in ([0, 2, 1], [1, 1, 0])]
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        losses = [model(input_ids=ids, labels=ids, use_cache=False, **call).loss for call in calls]
+        (losses[0] + 2 * losses[1]).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.requires_grad})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys() == trainable(model)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_compiles_whole_without_recompiling(method):
+    model = get_peft_model(llama(), method.config(target_modules="all-linear")).train()
+    ids = torch.randint(3, 48, (3, 5))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tasks in ([0, 2, 1], [1, 1, 2]):
+        call = {"task_ids": torch.tensor(tasks)} if method.call else {}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(input_ids=ids, labels=ids, **call).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_fused_encoder_path_does_not_bypass_adapters(method):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    nested = encoder.use_nested_tensor
+    model = get_peft_model(encoder, method.config(target_modules=["layers.1.linear1"])).eval()
+    slow = model(x, src_key_padding_mask=padding, **method.call)
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding, **method.call)
+        torch.testing.assert_close(fast[~padding], slow[~padding])
+        with model.disable_adapter():
+            assert not torch.allclose(model(x, src_key_padding_mask=padding)[~padding], slow[~padding])
+    plain = model.unload()
+    assert plain.use_nested_tensor == nested
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+
+
+def test_a_module_used_twice_is_adapted_in_both_places(method):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = get_peft_model(Twice(), method.config(target_modules=["second"]))
+    assert model.base_model.model.first is model.base_model.model.second
+    assert isinstance(model.base_model.model.first, BaseTunerLayer)
+    plain = model.unload()
+    assert type(plain.first) is nn.Linear
+    assert plain.first is plain.second
+
+
+def test_counting(model, capsys):
+    names = trainable(model)
+    count = sum(p.numel() for n, p in model.named_parameters() if n in names)
+    total = count + sum(p.numel() for p in mlp().parameters())
+    assert model.get_nb_trainable_parameters() == (count, total)
+    model.print_trainable_parameters()
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: {count:,d} || all params: {total:,d} || trainable%: {100 * count / total:.4f}\n"
+    )
+
+
+def test_the_hub_is_asked_by_id(method, model, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append((repo, name, options))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    base = copy.deepcopy(model).unload()
+    PeftModel.from_pretrained(base, "someone/something", revision="v1")
+    assert asked == [
+        ("someone/something", "adapter_config.json", {"revision": "v1"}),
+        ("someone/something", "adapter_model.safetensors", {"revision": "v1"}),
+    ]
+
+
+def test_all_methods_are_covered():
+    assert METHODS

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input gets an error of its own, and model, config, files and random state are as they were."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft
+from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
+
+CONFIGS = [
+    (PolyConfig, {"r": 0}, "`r`=0 must be an integer of at least 1"),
+    (PolyConfig, {"r": True}, "`r`=True must be an integer"),
+    (PolyConfig, {"r": 2.5}, "`r`=2.5 must be an integer"),
+    (PolyConfig, {"n_tasks": 0}, "`n_tasks`=0"),
+    (PolyConfig, {"n_skills": -1}, "`n_skills`=-1"),
+    (PolyConfig, {"n_splits": 0}, "`n_splits`=0"),
+    (PolyConfig, {"poly_type": "x"}, "`poly_type`='x' must be one of 'poly', 'mope'"),
+    (PolyConfig, {"init_weights": "no"}, "`init_weights`='no'"),
+    (PolyConfig, {"routing_level": "word"}, "`routing_level`='word'"),
+    (PolyConfig, {"task_names": ["a"], "n_tasks": 2}, "`task_names` must be 2 different names"),
+    (PolyConfig, {"task_type": "FOO"}, "Invalid task type: 'FOO'"),
+    (PolyConfig, {"target_modules": "(["}, "not a valid regular expression"),
+    (PolyConfig, {"target_modules": 3}, "`target_modules`=3"),
+    (PolyConfig, {"modules_to_save": "head"}, "`modules_to_save`='head' must be a list"),
+    (VBLoRAConfig, {"r": 0}, "`r`=0"),
+    (VBLoRAConfig, {"num_vectors": 0}, "`num_vectors`=0"),
+    (VBLoRAConfig, {"vector_length": 0}, "`vector_length`=0"),
+    (VBLoRAConfig, {"topk": 0}, "`topk`=0"),
+    (VBLoRAConfig, {"topk": 5, "num_vectors": 4}, "`topk`=5 must not be larger than `num_vectors`=4"),
+    (VBLoRAConfig, {"bias": "foo"}, "`bias`='foo'"),
+    (VBLoRAConfig, {"vblora_dropout": 1.0}, "`vblora_dropout`=1.0 must be a probability"),
+    (VBLoRAConfig, {"init_vector_bank_bound": 0}, "`init_vector_bank_bound`=0 must be a positive finite number"),
+    (VBLoRAConfig, {"init_logits_std": -1}, "`init_logits_std`=-1 must not be negative"),
+    (VBLoRAConfig, {"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+    (LoKrConfig, {"r": "8"}, "`r`='8'"),
+    (LoKrConfig, {"alpha": "x"}, "`alpha`='x' must be a finite number"),
+    (LoKrConfig, {"rank_dropout": 2}, "`rank_dropout`=2 must be a probability"),
+    (LoKrConfig, {"decompose_factor": 0}, "`decompose_factor`=0"),
+    (LoKrConfig, {"decompose_both": 1}, "`decompose_both`=1 must be True or False"),
+    (LoKrConfig, {"init_weights": "bad"}, "`init_weights`='bad'"),
+    (LoKrConfig, {"rank_pattern": {"a": 0}}, "`rank_pattern['a']`=0"),
+    (LoKrConfig, {"rank_pattern": ["a"]}, "`rank_pattern`=['a'] must be a dictionary"),
+    (LoKrConfig, {"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+    (LoKrConfig, {"layers_to_transform": [0]}, "`layers_pattern` must also be specified"),
+    (LoKrConfig, {"layers_to_transform": [-1], "layers_pattern": "h"}, "`layers_to_transform`=[-1]"),
+]
+
+
+@pytest.mark.parametrize(("config_cls", "fields", "message"), CONFIGS, ids=lambda value: str(value)[:40])
+def test_configs(config_cls, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_cls(**fields)
+
+
+def test_all_offences_are_in_one_message():
+    with pytest.raises(peft.PeftError, match="`r`=0.*`n_tasks`=0.*`poly_type`='x'"):
+        PolyConfig(r=0, n_tasks=0, poly_type="x")
+
+
+def test_a_config_spoilt_later_is_refused_at_injection(method):
+    config = method.config(target_modules=TARGETS)
+    config.r = -1
+    with pytest.raises(ValueError, match="`r`=-1"):
+        get_peft_model(mlp(), config)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"), [({}, ValueError, "no `peft_type`"), ({"peft_type": "LORA"}, ValueError, "LOKR, POLY, VBLORA")]
+)
+def test_configs_of_other_methods(content, error, message):
+    with pytest.raises(error, match=message):
+        get_peft_config(content)
+
+
+MODELS = [
+    ({"target_modules": ["lin"]}, "default", ValueError, "Target modules {'lin'} not found in the base model"),
+    ({"target_modules": ["1", "3"]}, "default", TypeError, "`1`: Target module ReLU.*`3`: Target module ReLU"),
+    ({"target_modules": []}, "default", ValueError, "`target_modules` is empty"),
+    ({}, "default", ValueError, "Please specify `target_modules` in `peft_config`"),
+    ({"target_modules": ["0"], "exclude_modules": ["0"]}, "default", ValueError, "No modules were targeted"),
+    ({"target_modules": ["0"]}, "a.b", ValueError, "'a.b' must be a non-empty string without dots"),
+    ({"target_modules": ["0"]}, "keys", ValueError, "'keys' is an attribute of torch's containers"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "error", "message"), MODELS, ids=lambda value: str(value)[:40])
+def test_targets_and_names(method, fields, name, error, message):
+    model, config = mlp(), method.config(**fields)
+    before, written = snapshot(model), dict(vars(config))
+    with pytest.raises(error, match=message.replace("{", r"\{")):
+        get_peft_model(model, config, adapter_name=name)
+    assert_unchanged(before, model)
+    assert vars(config) == written
+
+
+def test_near_misses_are_named():
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    with pytest.raises(peft.NoMatchingPeftModuleError, match="Did you mean.*'q_proj'"):
+        get_peft_model(model, LoKrConfig(target_modules=["q_prj"]))
+
+
+def test_sizes_that_do_not_divide_are_all_named():
+    model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 6))
+    with pytest.raises(
+        ValueError, match=r"`0`: `in_features`=10 is not divisible by `n_splits`=4; choose 1, 2, 5 or 10\..*`1`: `out_features`=6"
+    ):
+        get_peft_model(model, PolyConfig(n_splits=4, target_modules=["0", "1"]))
+    with pytest.raises(
+        ValueError, match=r"`0`: `in_features` 10 must be divisible by `vector_length` 8; choose one of 1, 2, 5, 10\."
+    ):
+        get_peft_model(model, VBLoRAConfig(vector_length=8, target_modules=["0", "1"]))
+
+
+def test_a_bypassed_layer_is_refused_by_name(method):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    with pytest.raises(TypeError, match=r"`attention.out_proj`: nn.MultiheadAttention reads this layer's weight"):
+        get_peft_model(model, method.config(target_modules=["out_proj", "linear"]))
+    with pytest.warns(UserWarning, match=r"leaves out `attention.out_proj`"):
+        get_peft_model(model, method.config(target_modules="all-linear"))
+
+
+def test_names_of_adapters(model, method):
+    before = snapshot(model)
+    for call, message in [
+        (lambda: model.add_adapter("default", method.config(target_modules=TARGETS)), "Adapter with name 'default' already exists"),
+        (lambda: model.set_adapter("zz"), "Adapter zz not found"),
+        (lambda: model.set_adapter(["default", "zz"]), "Adapter zz not found"),
+        (lambda: model.delete_adapter("zz"), "Adapter zz does not exist"),
+        (lambda: model.merge_adapter(adapter_names=["zz"]), "Adapter zz not found"),
+        (lambda: model.save_pretrained("x", selected_adapters=["zz"]), "invalid `selected_adapters`"),
+        (lambda: set_peft_model_state_dict(model, {}, adapter_name="zz"), "Adapter zz not found"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert_unchanged(before, model)
+
+
+def test_another_method_on_the_same_model(model):
+    other = next(m for m in METHODS.values() if m.config().peft_type != model.peft_type)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("b", other.config(target_modules=TARGETS))
+    assert_unchanged(before, model)
+
+
+def test_arguments_that_cannot_be_honoured(model, method):
+    x = torch.zeros(2, 8)
+    with pytest.raises(NotImplementedError, match="`adapter_names`"):
+        model(x, adapter_names=["default", "default"], **method.call)
+    with pytest.raises(TypeError):
+        model(x, no_such_argument=1, **method.call)
+    with pytest.raises(NotImplementedError, match="`mixed=True`"):
+        get_peft_model(mlp(), method.config(target_modules=TARGETS), mixed=True)
+    with pytest.raises(TypeError, match="must be a PeftConfig"):
+        get_peft_model(mlp(), {"r": 1})
+    with pytest.raises(TypeError, match="unexpected keyword arguments: foo"):
+        model.load_adapter("somewhere", "b", foo=1)
+    with pytest.raises(ValueError, match="PeftModel already"):
+        PeftModel(model, method.config(target_modules=TARGETS))
+    with pytest.raises(NotImplementedError, match="LoraConfig is not provided by this package; it provides LOKR"):
+        peft.LoraConfig(r=8)
+
+
+def test_a_broken_adapter_is_not_merged(model, method):
+    with torch.no_grad():
+        last = [p for n, p in model.named_parameters() if ".2." in n and p.requires_grad]
+        for parameter in last:
+            parameter.fill_(float("nan"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=True, **method.merge)
+    assert_unchanged(before, model)
+    assert not any(layer.merged for layer in model.base_model.tuner_layers())
+
+
+def _spoil(file, how):
+    content, state = file.read_bytes(), load_file(file)
+    first = sorted(state)[0]
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "foreign":
+        file.write_bytes(b"not a checkpoint")
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        if how == "missing key":
+            del state[first]
+        elif how == "extra key":
+            state["something"] = torch.zeros(2)
+        elif how == "other shape":
+            state[first] = torch.zeros(3, 5)
+        elif how == "other kind":
+            state[first] = state[first].to(torch.int32)
+        save_file(state, file)
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "empty", "missing key", "extra key", "other shape", "other kind"])
+def test_checkpoints_that_do_not_fit(model, tmp_path, how):
+    model.save_pretrained(tmp_path)
+    _spoil(tmp_path / "adapter_model.safetensors", how)
+    base = mlp()
+    for target, load in [
+        (base, lambda: PeftModel.from_pretrained(base, tmp_path)),
+        (model, lambda: model.load_adapter(tmp_path, "new")),
+        (model, lambda: model.load_adapter(tmp_path, "default")),
+    ]:
+        before = snapshot(target)
+        with pytest.raises(RuntimeError, match="adapter|checkpoint|weights"):
+            load()
+        assert_unchanged(before, target)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_state_dict_of_other_shapes(model):
+    state = {key: torch.zeros(3, 5) for key in peft.get_peft_model_state_dict(model)}
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(model, state)
+    assert_unchanged(before, model)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        result = set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
+    assert sorted(result.missing_keys) == sorted(state)
+    assert_unchanged(before, model)
+
+
+def test_files_that_are_not_there(model, tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+            PeftModel.from_pretrained(mlp(), path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"foo": 1}')
+    with pytest.raises(TypeError, match="missing required keys: {'peft_type'}"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        model.save_pretrained(tmp_path / "README.md")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was run')",))
+
+
+def test_a_legacy_file_can_not_run_code(model, method, tmp_path):
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path)
+    x = torch.randn(3, 8)
+    torch.manual_seed(0)
+    assert loaded(x, **method.call).shape == (3, 8)
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"x": Bomb()}))
+    with pytest.raises(RuntimeError, match="not a readable weights file"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+def test_unknown_keys_in_a_config_are_named_and_ignored(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{"from_the_future": 1,', 1))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['from_the_future'\]"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
