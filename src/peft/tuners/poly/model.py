@@ -28,6 +28,7 @@ class PolyModel(BaseTuner):
 
     Example:
         >>> import torch
+        >>> from peft import PolyConfig
         >>> config = PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["0"])
         >>> model = PolyModel(torch.nn.Sequential(torch.nn.Linear(4, 6)), config, "default")
         >>> model(torch.zeros(2, 4), task_ids=[0, 2]).shape

@@ -36,6 +36,7 @@ class VBLoRAModel(BaseTuner):
 
     Example:
         >>> import torch
+        >>> from peft import VBLoRAConfig
         >>> config = VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0"])
         >>> model = VBLoRAModel(torch.nn.Sequential(torch.nn.Linear(8, 8)), config, "default")
         >>> model.vblora_vector_bank["default"].shape, model.get_nb_savable_parameters()
