@@ -89,8 +89,8 @@ def adapter_tensors(
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state dict with the tensors themselves, each once: one that sits in several places by its first name."""
-    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in names}
+    names = {unwrapped(name) for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if unwrapped(name) in names}
 
 
 def is_embedding(name: str) -> bool:
