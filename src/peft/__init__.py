@@ -8,6 +8,15 @@ from typing import Any as _Any
 
 from ._markers import marker as _marker
 from ._version import __version__
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from .config import PeftConfig
 from .mapping import get_peft_config, inject_adapter_in_model
 from .mapping_func import get_peft_model
@@ -42,6 +51,13 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",

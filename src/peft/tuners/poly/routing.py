@@ -111,7 +111,7 @@ class Routing:
         call = self._thread.calls.pop()
         if torch.is_grad_enabled() and not self._thread.calls and not torch.compiler.is_compiling():
             for tensor in _tensors(output):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:
                     tensor.register_hook(_Replay(self, call))
 
     @contextmanager

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AutoPeftModel…`: load an adapter and the base model its config names, in one call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, ClassVar
+
+from .config import PeftConfig
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .utils.error import PeftValueError
+from .utils.hub import split_hub_options
+from .utils.peft_types import TaskType
+
+
+class AutoPeftModel:
+    """Loads a saved adapter together with its base model.
+
+    Example:
+        `model = AutoPeftModelForCausalLM.from_pretrained("my-adapter")`
+    """
+
+    # The task this class is for, and the transformers class that loads its base model.
+    _task: ClassVar[TaskType | None] = None
+    _auto_class: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load an adapter and its base model.
+
+        Args:
+            pretrained_model_name_or_path: The adapter: a local folder, or an id on the Hub.
+            adapter_name: Name for the adapter.
+            is_trainable: False freezes it and puts the model into eval mode.
+            config: Use this config in place of the saved one.
+            revision: The adapter's revision; the base model's is in its config.
+            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …); options for the Hub go to both.
+
+        Raises:
+            PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
+        """
+        hub, _ = split_hub_options(kwargs)
+        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
+        if config.base_model_name_or_path is None:
+            raise PeftValueError(
+                "The adapter's config does not name its base model; load that, then use PeftModel.from_pretrained."
+            )
+        subfolder = kwargs.pop("subfolder", None)
+        base = cls._base_class(config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
+        options = {**hub, "revision": revision, "subfolder": subfolder}
+        return model_cls.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig) -> Any:
+        """The class that loads the base model."""
+        if cls._auto_class is not None:
+            if config.task_type != cls._task:
+                raise PeftValueError(f"{cls.__name__} is for {cls._task}, the adapter for task type {config.task_type!r}.")
+            return getattr(importlib.import_module("transformers"), cls._auto_class)
+        if config.task_type is not None:
+            raise PeftValueError(
+                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
+                f"(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {config.task_type!r})"
+            )
+        mapping = config.auto_mapping or {}
+        if not {"parent_library", "base_model_class"} <= mapping.keys():
+            raise PeftValueError("The adapter's config has no `auto_mapping` that says what class its base model has.")
+        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """`AutoPeftModel` for text generation from left to right."""
+
+    _task, _auto_class = TaskType.CAUSAL_LM, "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """`AutoPeftModel` for text generation from text."""
+
+    _task, _auto_class = TaskType.SEQ_2_SEQ_LM, "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """`AutoPeftModel` for classification of sequences."""
+
+    _task, _auto_class = TaskType.SEQ_CLS, "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """`AutoPeftModel` for classification of tokens."""
+
+    _task, _auto_class = TaskType.TOKEN_CLS, "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """`AutoPeftModel` for finding answers in a text."""
+
+    _task, _auto_class = TaskType.QUESTION_ANS, "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """`AutoPeftModel` for features."""
+
+    _task, _auto_class = TaskType.FEATURE_EXTRACTION, "AutoModel"

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading an adapter together with its base model."""
+
+import pytest
+import torch
+from conftest import llama
+
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, get_peft_model
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_an_adapter_and_its_base(method, task_type, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, method.config(target_modules=["q_proj"], task_type=task_type)).eval()
+    ids = torch.randint(3, 48, (2, 5))
+    expected = model(input_ids=ids, **method.call).logits
+    model.save_pretrained(tmp_path / "adapter")
+    right, wrong = (AutoPeftModel, AutoPeftModelForSeq2SeqLM) if task_type is None else (AutoPeftModelForCausalLM, AutoPeftModel)
+    loaded = right.from_pretrained(tmp_path / "adapter")
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
+    with pytest.raises(ValueError, match="task type"):
+        wrong.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_config_that_names_no_base(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not name its base model"):
+        AutoPeftModel.from_pretrained(tmp_path)
