@@ -83,8 +83,10 @@ def all_methods(model: nn.Module, n_tasks: int) -> list[Method]:
             "vblora",
             "VB-LoRA",
             "per task",
-            lambda: VBLoRAConfig(r=RANK, num_vectors=48, vector_length=length, topk=2, target_modules=targets),
-            {"vblora_logits": 2e-1, "vblora_vector_bank": 2e-2},
+            lambda: VBLoRAConfig(
+                r=RANK, num_vectors=48, vector_length=length, topk=2, init_vector_bank_bound=0.1, target_modules=targets
+            ),
+            {"vblora_logits": 1e-1, "vblora_vector_bank": 2e-2},
         ),
         Method(
             "lokr",

@@ -34,8 +34,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of a transformers image classifier (default: a small ViT)")
     parser.add_argument("--side", type=int, default=32, help="size of --data-folder's pictures where no --model says it")
     parser.add_argument("--pretrain-epochs", type=int, default=30, help="passes over the upright pictures for a new base or head")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over each task's examples")
-    parser.add_argument("--examples", type=int, default=96, help="training examples of each task")
+    parser.add_argument("--epochs", type=int, default=14, help="passes over each task's examples")
+    parser.add_argument("--examples", type=int, default=240, help="training examples of each task")
     parser.add_argument("--shots", type=int, default=32, help="examples of the ninth task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)  # as fast for so small a model, and no slower when the other core is busy
     torch.manual_seed(options.seed)
     start = perf_counter()
     shutil.rmtree(options.output / "adapters", ignore_errors=True)

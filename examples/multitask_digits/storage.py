@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     return 0 if compare(options.output, options.data_folder, options.seed) else 1
 
 
