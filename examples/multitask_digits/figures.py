@@ -24,33 +24,42 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 
 def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
     """Mean accuracy over the tasks against bytes on disk, a labelled point a method, the worst task below it."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     trained = [row for row in rows if row.bytes]
-    for row in trained:
-        colour = COLOURS[row.mode]
-        worst = min(row.accuracies.values())
-        axes.plot([row.bytes] * 2, [worst, row.mean], color=colour, linewidth=1.5, alpha=0.5)
-        axes.scatter(row.bytes, worst, marker="_", s=90, color=colour, alpha=0.7)
-        axes.scatter(row.bytes, row.mean, s=80, color=colour, zorder=3)
-        label = f"{row.label}\n{100 * row.mean:.1f} %, {row.bytes / 1024:,.0f} KB"
-        axes.annotate(label, (row.bytes, row.mean), xytext=(9, 6), textcoords="offset points", fontsize=10, va="bottom")
     base = next(row for row in rows if not row.bytes)
+    sizes = sorted(row.bytes / 1024 for row in trained)
+    left, right = sizes[0], sizes[-1]
+    axes.set_xlim(0.85 * left, right + 0.75 * max(right - left, 0.2 * left))
+    height = 1.0
+    for row in sorted(trained, key=lambda row: -row.mean):
+        size, colour, worst = row.bytes / 1024, COLOURS[row.mode], min(row.accuracies.values())
+        axes.plot([size] * 2, [worst, row.mean], color=colour, linewidth=1.5, alpha=0.5)
+        axes.scatter(size, worst, marker="_", s=90, color=colour, alpha=0.7)
+        axes.scatter(size, row.mean, s=80, color=colour, zorder=3)
+        height = min(height - 0.07, row.mean)  # labels in a column of their own, none on top of another
+        axes.annotate(
+            f"{row.label}: {100 * row.mean:.1f} %, {size:,.0f} KB",
+            (size, row.mean),
+            xytext=(right + 0.06 * (right - left), height),
+            color=colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "shrinkB": 6, "relpos": (0, 0.5)},
+        )
     axes.axhline(base.mean, color="#666666", linewidth=1, linestyle=(0, (4, 3)))
-    left = min(row.bytes for row in trained) * 0.75
-    axes.set_xlim(left, max(row.bytes for row in trained) * 1.9)
     axes.annotate(
-        f"{base.label}, {100 * base.mean:.1f} %", (left, base.mean), xytext=(4, 5), textcoords="offset points", color="#444444"
+        f"{base.label}, {100 * base.mean:.1f} %",
+        (0.85 * left, base.mean),
+        xytext=(4, 5),
+        textcoords="offset points",
+        color="#444444",
     )
     for mode, colour in COLOURS.items():
         axes.scatter([], [], color=colour, label=MEANING[mode])
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))
-    axes.set_xscale("log")
-    ticks = [2**k * 1024 for k in range(20) if left <= 2**k * 1024 <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{tick // 1024:,} KB" for tick in ticks])
-    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f} KB")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_ylim(top=min(1.06, axes.get_ylim()[1] + 0.06))
-    axes.set_xlabel("bytes on disk for all tasks (log scale)")
+    axes.set_ylim(top=1.0)
+    axes.set_xlabel("bytes on disk for all tasks")
     axes.set_ylabel("accuracy on held-out pictures")
     axes.set_title("Mean over the eight tasks (dot) and the worst task (dash)", loc="left")
     _save(figure, file)
