@@ -15,7 +15,7 @@ from .config import PeftConfig
 from .tuners._build import Build, Construction
 from .tuners._layer import BaseTunerLayer
 from .tuners._tuner import BaseTuner
-from .utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from .utils.error import PeftTypeError, PeftValueError
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
 
 
@@ -96,12 +96,11 @@ class BasePeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
-        self._refuse_adapter_names(kwargs)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
-        self._refuse_adapter_names(kwargs)
+        self.base_model.refuse_adapter_names(kwargs)
         generate = self.base_model.generate
         with self.base_model.adapter_call_context(args, kwargs):
             return generate(*args, **kwargs)
@@ -110,14 +109,6 @@ class BasePeftModel(nn.Module):
         """The base model's inputs for one step, with what the method needs (`task_ids`) carried along."""
         own = {name: kwargs.pop(name) for name in self.base_model.adapter_call_arguments if name in kwargs}
         return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
-
-    def _refuse_adapter_names(self, arguments: dict[str, Any]) -> None:
-        """Raise rather than ignore a choice of adapter per sample."""
-        if arguments.get("adapter_names") is not None:
-            raise PeftNotSupportedError(
-                f"`adapter_names` (an adapter for each sample) is not supported for {self.peft_type}; use `set_adapter`."
-            )
-        arguments.pop("adapter_names", None)
 
     def __getattr__(self, name: str) -> Any:
         """What this class lacks is read from the tuner, and what that lacks from the base model."""

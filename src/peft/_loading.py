@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,25 @@ def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: 
     if not isinstance(config, PeftConfig):
         raise PeftValueError(f"The input config must be a PeftConfig, got {type(config)}")
     return config
+
+
+def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
+    """Insist that a checkpoint's tensors mean in an adapter what they meant to their writer.
+
+    Raises:
+        PeftValueError: The configs differ in a field that is part of what is computed; it is named.
+    """
+    # What a config says besides: whom it is for, which modules, how training starts and goes, how it is saved.
+    besides = {field.name for field in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
+    words = ("dropout", "init_", "modules", "layers_", "save_")
+    names = [f.name for f in fields(known) if f.name not in besides and not any(word in f.name for word in words)]
+    differing = [
+        f"`{n}`={getattr(saved, n)!r}, the adapter has {getattr(known, n)!r}"
+        for n in names
+        if getattr(saved, n) != getattr(known, n)
+    ]
+    if differing:
+        raise PeftValueError(f"The checkpoint has {'; '.join(differing)}; load it under a new name.")
 
 
 def renamings(model: nn.Module) -> dict[str, str]:

@@ -68,6 +68,7 @@ class PeftConfig:
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             yield f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(tasks)}."
+        yield from boolean("inference_mode", self.inference_mode)
 
     @property
     def trained_biases(self) -> str:
@@ -233,6 +234,8 @@ class LayeredConfig(TargetedConfig):
             yield from regex("layers_pattern", pattern)
         else:
             yield from name_list("layers_pattern", pattern)
+            for name in pattern if isinstance(pattern, (list, tuple, set)) else ():
+                yield from regex("layers_pattern", str(name))
 
 
 def as_folder(path: str | os.PathLike) -> Path:

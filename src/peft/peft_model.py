@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ._base_peft_model import BasePeftModel
-from ._loading import filler, read_config, refuse_offload, renamings
+from ._loading import check_same_function, filler, read_config, refuse_offload, renamings
 from .config import PeftConfig, as_folder
 from .tuners._build import Construction
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .utils.error import PeftNotSupportedError, PeftValueError
-from .utils.hub import only_hub_options, split_hub_options
+from .utils.hub import only_hub_options
 from .utils.model_card import update_model_card
 from .utils.peft_types import TaskType
 from .utils.save_and_load import (
@@ -198,14 +198,19 @@ class PeftModel(BasePeftModel):
             PeftValueError: The config does not fit the model.
         """
         refuse_offload(ephemeral_gpu_offload)
-        config = read_config(model_id, config, kwargs)
+        hub = only_hub_options(kwargs, "from_pretrained")
+        config = read_config(model_id, config, hub)
         key_mapping = key_mapping or renamings(model)
-        state = load_peft_weights(model_id, key_mapping=key_mapping, **split_hub_options(kwargs)[0])
-        config.inference_mode = not is_trainable
+        state = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
         check = filler(model, config, adapter_name, state, str(model_id))
-        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, initialise=False, check=check)
+        before, config.inference_mode = config.inference_mode, not is_trainable
+        try:
+            peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, initialise=False, check=check)
+        except BaseException:
+            config.inference_mode = before
+            raise
         peft_model.base_model.note_loaded(model, adapter_name)
         return peft_model if is_trainable else peft_model.eval()
 
@@ -255,6 +260,7 @@ class PeftModel(BasePeftModel):
             raise PeftValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {saved.peft_type}."
             )
+        check_same_function(self.base_model.config_to_save(adapter_name), saved)
         expected = adapter_tensors(own_state(self).items(), config, adapter_name)
         check_complete(check_state(expected, import_state(state, config)), str(model_id))
         return set_peft_model_state_dict(self, state, adapter_name)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..config import PeftConfig
-from ..utils.error import PeftValueError
+from ..utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_submodules
 from . import _geometry
 from ._layer import AdapterParameterDict, BaseTunerLayer, names_to_merge
@@ -31,6 +31,8 @@ class AdaptedModel(nn.Module):
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
     # Clients ask whether a method works only inside a PeftModel; none here does.
     uses_shared_state: ClassVar[bool] = False
+    # Arguments that merging takes beside the common ones.
+    merge_options: ClassVar[tuple[str, ...]] = ()
     shared_parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
@@ -67,7 +69,12 @@ class AdaptedModel(nn.Module):
         yield from self.auxiliary_wrappers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, adapters included."""
+        """The base model's forward, adapters included.
+
+        Raises:
+            PeftNotSupportedError: `adapter_names` chooses an adapter for each sample.
+        """
+        self.refuse_adapter_names(kwargs)
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,6 +85,12 @@ class AdaptedModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    @staticmethod
+    def refuse_adapter_names(arguments: dict[str, Any]) -> None:
+        """Raise rather than ignore a choice of adapter for each sample."""
+        if arguments.pop("adapter_names", None) is not None:
+            raise PeftNotSupportedError("`adapter_names` (an adapter for each sample) is not supported; use `set_adapter`.")
 
     # --- switching ----------------------------------------------------------------------------------------------------
 
@@ -232,6 +245,9 @@ class AdaptedModel(nn.Module):
             PeftValueError: An unknown name, or a weight would break; nothing is merged then.
             PeftNotSupportedError: A weight is quantised, or the method can't be merged.
         """
+        unknown = sorted(set(options) - set(self.merge_options))
+        if unknown:
+            raise PeftTypeError(f"Merging got unexpected keyword arguments: {', '.join(unknown)}.")
         if adapter_names is not None and not isinstance(adapter_names, str):
             self.check_names(adapter_names)
         todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
@@ -268,6 +284,8 @@ class AdaptedModel(nn.Module):
         Raises:
             As `merge_adapter`.
         """
+        if options and self.merged_adapters:
+            self.unmerge_adapter()  # what is merged may not be what is asked for
         if not (adapter_names is None and self.merged_adapters == self.active_adapters):
             self.merge_adapter(adapter_names, safe_merge, **options)
         return self._unload(progressbar, "Unloading and merging model", trained_copies=True)

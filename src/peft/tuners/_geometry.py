@@ -63,7 +63,9 @@ def geometry(module: nn.Module) -> Geometry | None:
         rows, columns = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed ZeRO-3 empties the weight and keeps its shape
         return Geometry(columns, rows, transposed=True)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+    # A module with others inside is a block that notes its sizes; one of size zero has not seen its input yet.
+    is_layer = isinstance(module, nn.Linear) or not module._modules
+    if is_layer and all(isinstance(size, int) and size > 0 for size in sizes):
         return Geometry(*sizes)  # type: ignore[arg-type]
     return None
 

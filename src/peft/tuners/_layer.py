@@ -61,7 +61,7 @@ class BaseTunerLayer(nn.Module):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._paused: list[nn.Parameter] = []
-        self._merges: dict[str, tuple[dict[str, Any], _merging.Correction]] = {}
+        self._merges: dict[str, tuple[dict[str, Any], float, _merging.Correction]] = {}
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
@@ -247,7 +247,7 @@ class BaseTunerLayer(nn.Module):
             delta = self.get_delta_weight(adapter_name, **options)
             merged, correction = _merging.add(dense_weight(base), delta)
             base.weight.data = merged
-            self._merges[adapter_name] = (options, correction)
+            self._merges[adapter_name] = (options, self.scaling[adapter_name], correction)
             self.merged_adapters.append(adapter_name)
 
     def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
@@ -268,8 +268,10 @@ class BaseTunerLayer(nn.Module):
         base = self.get_base_layer()
         while self.merged_adapters:
             adapter_name = self.merged_adapters[-1]
-            options, correction = self._merges[adapter_name]
+            options, scale, correction = self._merges[adapter_name]
+            scale, self.scaling[adapter_name] = self.scaling[adapter_name], scale  # what was merged is what comes off
             delta = self.get_delta_weight(adapter_name, **options)
+            self.scaling[adapter_name] = scale
             base.weight.data = _merging.subtract(dense_weight(base), delta, correction)
             self.merged_adapters.pop()
             del self._merges[adapter_name]

@@ -84,6 +84,8 @@ def _check_name(name: str, tuner: BaseTuner) -> None:
         raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
     if not name or "." in name:
         raise PeftValueError(f"The adapter's name {name!r} must be a non-empty string without dots.")
+    if name.startswith(("/", "\\")):
+        raise PeftValueError(f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name.")
     if hasattr(AdapterParameterDict(), name) or hasattr(nn.ModuleDict(), name):
         raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
     if name in tuner.peft_config:

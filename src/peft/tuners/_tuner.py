@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..utils.constants import DEFAULT_TARGET_MODULES
-from ..utils.error import PeftTypeError
+from ..utils.error import PeftRuntimeError, PeftTypeError
 from ..utils.other import ModulesToSaveWrapper, get_submodules
 from . import _geometry, _plan
 from ._adapted import AdaptedModel
@@ -99,6 +99,16 @@ class BaseTuner(AdaptedModel):
 
     def attach_adapter(self, build: Build) -> None:
         """Tie a finished adapter, now in the model, to what else the method needs there."""
+
+    @classmethod
+    def check_loadable(cls, model: nn.Module, adapter_name: str) -> None:
+        """Refuse new values for a merged adapter, whose old ones have to come off the weights first.
+
+        Raises:
+            PeftRuntimeError: It is merged.
+        """
+        if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for module in model.modules()):
+            raise PeftRuntimeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it.")
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:

@@ -48,6 +48,9 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, s
         config_text: JSON.
         safe_serialization: False writes the legacy pickle format, whose two files are replaced one after the other.
     """
+    empty = [key for key, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"`{empty[0]}` is on the meta device and has no values to save; nothing was written.")
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
     state = _unshared(state)

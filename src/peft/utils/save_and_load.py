@@ -159,6 +159,7 @@ def set_peft_model_state_dict(
     # Biases that the checkpoint's writer trained have a place here even if this adapter trains none.
     expected.update({unwrapped(n): t for n, t in named if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()})
     result = check_state(expected, state, ignore_mismatched_sizes)
+    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
     return result

@@ -41,6 +41,7 @@ class PolyModel(BaseTuner):
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    merge_options: ClassVar[tuple[str, ...]] = ("task_id",)
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
@@ -156,14 +157,20 @@ class PolyModel(BaseTuner):
             PeftNotSupportedError: The adapter routes by input, or a weight is quantised.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
-        if not isinstance(names, str):
-            for name in self.check_names(names):
-                config: Any = self.peft_config[name]
-                if task_id is not None and config.poly_type == "poly":
-                    task_id = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0])
-                for _, layer in self._layers_of(name):
-                    layer.resolve_task(name, task_id)  # type: ignore[arg-type]
-        super().merge_adapter(adapter_names, safe_merge, task_id=task_id, **options)
+        if isinstance(names, str) or task_id is None:
+            return super().merge_adapter(adapter_names, safe_merge, **options)
+        tasks = {}
+        for name in self.check_names(names):
+            config: Any = self.peft_config[name]
+            # A name may be another number in another adapter; an adapter that routes by input is refused by its layers.
+            by_task = config.poly_type == "poly"
+            tasks[name] = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0]) if by_task else 0
+            for _, layer in self._layers_of(name):
+                layer.resolve_task(name, tasks[name])
+        for task in dict.fromkeys(tasks.values()):
+            same = [name for name in names if tasks[name] == task]
+            super().merge_adapter(same, safe_merge, task_id=task, **options)
+        return None
 
     # --- growing ------------------------------------------------------------------------------------------------------
 

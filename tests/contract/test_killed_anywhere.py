@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saving process is killed at each of its system calls in turn; a reader sees the old adapter or the new one."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import TARGETS, mlp
+
+import peft
+from peft import LoKrConfig, PeftModel, get_peft_model
+
+EVENTS = {"open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "os.truncate", "os.link", "os.symlink", "tempfile.mkstemp"}
+KILLED = 77
+
+
+def adapter(rank):
+    torch.manual_seed(rank)
+    # Rank 2 has other tensors than rank 1 at these sizes, so weights of one never fit the config of the other.
+    return get_peft_model(mlp(), LoKrConfig(r=rank, alpha=rank * 8, target_modules=TARGETS, init_weights=False))
+
+
+def scaled(alpha):
+    """Adapters whose tensors have one shape and whose configs differ: a mixture would load without complaint."""
+    torch.manual_seed(int(alpha))
+    return get_peft_model(mlp(), LoKrConfig(r=1, alpha=alpha, target_modules=TARGETS, init_weights=False))
+
+
+def read(folder):
+    """What a reader has: config values and output, None where there is no adapter."""
+    torch.manual_seed(0)
+    try:
+        model = PeftModel.from_pretrained(mlp(), folder)
+    except FileNotFoundError:
+        return None
+    config = model.peft_config["default"]
+    return config.r, config.alpha, model(torch.ones(1, 8)).detach().numpy().tobytes()
+
+
+def run_killed(save, folder, step):
+    """Run `save` in a child that ends for good just before its `step`-th event in `folder`; how it ended."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def watch(event, arguments):
+            nonlocal seen
+            if event in EVENTS and any(str(folder) in str(argument) for argument in arguments):
+                if seen == step:
+                    os._exit(KILLED)
+                seen += 1
+
+        sys.addaudithook(watch)
+        try:
+            save()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_everywhere(tmp_path, make_old, make_new, old_options, new_options):
+    """For every step: state after the kill is old or new; the next save ends clean."""
+    old, new = make_old(), make_new()
+    reference = tmp_path / "reference"
+    values = []
+    for model, options in ((old, old_options), (new, new_options)):
+        if model is None:
+            values.append(None)
+            continue
+        model.save_pretrained(reference, **options)
+        values.append(read(reference))
+    clean = sorted(os.listdir(reference))
+    assert values[0] != values[1]
+    seen, left = [], set()
+    for step in range(200):
+        folder = tmp_path / f"step{step}"
+        if old is not None:
+            old.save_pretrained(folder, **old_options)
+        code = run_killed(lambda folder=folder: new.save_pretrained(folder, **new_options), folder, step)
+        assert code in (0, KILLED)
+        state = read(folder)
+        assert state in values, f"a mixture or nothing at step {step}"
+        seen.append(values.index(state))
+        new.save_pretrained(folder, **new_options)
+        assert read(folder) == values[1]
+        left |= set(os.listdir(folder)) - set(clean)
+        if code == 0:
+            assert step > 6
+            break
+    assert seen == sorted(seen)  # old, old, …, new, new: never back
+    assert set(seen) == {0, 1}
+    assert not left
+
+
+@pytest.mark.parametrize("make", [adapter, scaled])
+def test_an_adapter_is_replaced(tmp_path, make):
+    kill_everywhere(tmp_path, lambda: make(1), lambda: make(2), {}, {})
+
+
+def test_an_adapter_is_written_where_none_was(tmp_path):
+    kill_everywhere(tmp_path, lambda: None, lambda: adapter(2), {}, {})
+
+
+def test_a_legacy_adapter_is_replaced(tmp_path):
+    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {"safe_serialization": False}, {})
+
+
+def test_an_adapter_is_replaced_by_a_legacy_one(tmp_path):
+    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {}, {"safe_serialization": False})
+
+
+def test_a_legacy_adapter_is_replaced_by_a_legacy_one(tmp_path):
+    options = {"safe_serialization": False}
+    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), options, options)
+
+
+def test_leftovers_do_not_outlive_the_next_save(tmp_path):
+    adapter(1).save_pretrained(tmp_path)
+    expected = sorted(os.listdir(tmp_path))
+    for step in range(12):
+        run_killed(lambda: adapter(2).save_pretrained(tmp_path), tmp_path, step)
+    adapter(1).save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == expected
+    assert read(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_full_disk_is_an_error_and_keeps_the_old_adapter(tmp_path, monkeypatch, name):
+    scaled(1).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            scaled(2).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_config_saved_by_itself_is_the_one_that_is_read(tmp_path):
+    """Even in a folder where a killed save left its own."""
+    scaled(1).save_pretrained(tmp_path)
+    for step in range(4, 14):
+        folder = tmp_path / f"x{step}"
+        scaled(1).save_pretrained(folder)
+        run_killed(lambda folder=folder: scaled(2).save_pretrained(folder), folder, step)
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.alpha = 64
+        config.save_pretrained(folder)
+        assert peft.PeftConfig.from_pretrained(folder).alpha == 64

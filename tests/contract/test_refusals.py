@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More input that can't be honoured: refused with a message of its own; model, config, random state and files stay as they were."""
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+from conftest import TARGETS, assert_unchanged, gpt2, llama, mlp, snapshot
+from safetensors.torch import save_file
+from torch import nn
+
+import peft
+from peft import LoKrConfig, PeftConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_model, inject_adapter_in_model
+
+
+def everything(model, *configs, folder=None):
+    """The snapshot, with hooks, configs and files."""
+    hooks = {n: (list(m._forward_pre_hooks), list(m._forward_hooks)) for n, m in model.named_modules()}
+    fields = [copy.deepcopy(vars(config)) for config in configs]
+    files = {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder else {}
+    known = {name: copy.deepcopy(vars(c)) for name, c in getattr(model, "peft_config", {}).items()}
+    return snapshot(model), (hooks, fields, files, known)
+
+
+def assert_same(before, model, *configs, folder=None):
+    assert_unchanged(before[0], model)
+    assert everything(model, *configs, folder=folder)[1] == before[1]
+
+
+WRONG = [
+    (PolyConfig, {"n_tasks": 1.0}, "n_tasks"),
+    (PolyConfig, {"n_tasks": True}, "n_tasks"),
+    (PolyConfig, {"n_skills": "4"}, "n_skills"),
+    (PolyConfig, {"n_splits": None}, "n_splits"),
+    (PolyConfig, {"r": None}, "r"),
+    (PolyConfig, {"poly_type": None}, "poly_type"),
+    (PolyConfig, {"init_weights": 1}, "init_weights"),
+    (PolyConfig, {"exclude_modules": "(["}, "exclude_modules"),
+    (PolyConfig, {"modules_to_save": [1]}, "modules_to_save"),
+    (PolyConfig, {"target_modules": ["a", 1]}, "target_modules"),
+    (PolyConfig, {"inference_mode": "no"}, "inference_mode"),
+    (VBLoRAConfig, {"topk": True}, "topk"),
+    (VBLoRAConfig, {"topk": 1.5}, "topk"),
+    (VBLoRAConfig, {"num_vectors": "60"}, "num_vectors"),
+    (VBLoRAConfig, {"num_vectors": -1}, "num_vectors"),
+    (VBLoRAConfig, {"vector_length": True}, "vector_length"),
+    (VBLoRAConfig, {"bias": None}, "bias"),
+    (VBLoRAConfig, {"bias": "lora_only"}, "bias"),
+    (VBLoRAConfig, {"vblora_dropout": -0.1}, "vblora_dropout"),
+    (VBLoRAConfig, {"vblora_dropout": float("nan")}, "vblora_dropout"),
+    (VBLoRAConfig, {"save_only_topk_weights": "yes"}, "save_only_topk_weights"),
+    (VBLoRAConfig, {"init_logits_std": float("inf")}, "init_logits_std"),
+    (VBLoRAConfig, {"layers_to_transform": "0"}, "layers_to_transform"),
+    (VBLoRAConfig, {"layers_to_transform": True}, "layers_to_transform"),
+    (VBLoRAConfig, {"layers_to_transform": [0], "layers_pattern": ["(["]}, "layers_pattern"),
+    (LoKrConfig, {"r": 0}, "r"),
+    (LoKrConfig, {"r": True}, "r"),
+    (LoKrConfig, {"alpha": float("nan")}, "alpha"),
+    (LoKrConfig, {"alpha": True}, "alpha"),
+    (LoKrConfig, {"module_dropout": "0.1"}, "module_dropout"),
+    (LoKrConfig, {"rank_dropout_scale": None}, "rank_dropout_scale"),
+    (LoKrConfig, {"use_effective_conv2d": 0}, "use_effective_conv2d"),
+    (LoKrConfig, {"decompose_factor": -2}, "decompose_factor"),
+    (LoKrConfig, {"decompose_factor": 2.0}, "decompose_factor"),
+    (LoKrConfig, {"init_weights": None}, "init_weights"),
+    (LoKrConfig, {"rank_pattern": {"([": 4}}, "rank_pattern"),
+    (LoKrConfig, {"rank_pattern": {"a": True}}, "rank_pattern"),
+    (LoKrConfig, {"alpha_pattern": {"a": "x"}}, "alpha_pattern"),
+    (LoKrConfig, {"task_type": 3}, "task type"),
+]
+
+
+@pytest.mark.parametrize(("config_cls", "fields", "name"), WRONG, ids=lambda value: str(value)[:50])
+def test_config_values(config_cls, fields, name):
+    value = next(iter(fields.values()))
+    with pytest.raises(ValueError, match=name) as info:
+        config_cls(**fields)
+    assert isinstance(info.value, peft.PeftError)
+    if not isinstance(value, (list, dict)):  # of a collection, the entry that is wrong may be shown alone
+        assert str(value) in str(info.value)
+
+
+def test_unknown_arguments_of_a_config_are_refused(method):
+    with pytest.raises(TypeError, match="no_such_field"):
+        method.config(no_such_field=1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "mention"),
+    [
+        (nn.Embedding(8, 8), "Embedding"),
+        (nn.LayerNorm(8), "LayerNorm"),
+        (nn.Bilinear(8, 8, 8), "Bilinear"),
+        (nn.LSTM(8, 8), "LSTM"),
+        (nn.ConvTranspose1d(8, 8, 3), "ConvTranspose1d"),
+        (nn.LazyLinear(8), "LazyLinear"),
+        (nn.Sequential(nn.Linear(8, 8)), "Sequential"),
+        (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_that_cannot_be_adapted(method, layer, mention):
+    model = nn.ModuleDict({"fine": nn.Linear(8, 8), "odd": copy.deepcopy(layer)})
+    config = method.config(target_modules=["fine", "odd"])
+    uninitialised = mention == "LazyLinear"  # such a parameter can't be copied into a snapshot
+    before = None if uninitialised else everything(model, config)
+    with pytest.raises(TypeError, match=rf"`odd`.*{mention}") as info:
+        get_peft_model(model, config)
+    assert isinstance(info.value, peft.PeftError)
+    if uninitialised:
+        assert all(p.requires_grad for p in model.parameters())
+        assert type(model["fine"]) is nn.Linear
+    else:
+        assert_same(before, model, config)
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d"])
+def test_convolutions_are_adapted_or_refused_by_name(method, kind):
+    model = nn.ModuleDict({"conv": getattr(nn, kind)(8, 8, 3)})
+    config = method.config(target_modules=["conv"])
+    before = everything(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except TypeError as error:
+        assert kind in str(error)
+        assert_same(before, model, config)
+    else:
+        x = torch.randn(2, 8, *[4] * int(kind[4]))
+        layer = adapted.base_model.model["conv"]
+        assert not torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+def test_a_block_with_sizes_and_no_weight_is_no_linear_map(method):
+    """`all-linear` means layers whose weight is a linear map, not a block that notes its sizes."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 8
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x).relu()
+
+    model = get_peft_model(nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules="all-linear"))
+    assert set(model.peft_config["default"].target_modules) == {"0.linear", "1"}
+    with pytest.raises(TypeError, match="`0`"):
+        get_peft_model(nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules=["0"]))
+
+
+def test_every_offending_layer_is_named_at_once():
+    model = nn.ModuleDict({name: nn.Linear(10, 6) for name in ("a", "b", "c")} | {"d": nn.Linear(8, 8)})
+    for config, rule in [
+        (PolyConfig(n_splits=4, target_modules=list("abcd")), "n_splits"),
+        (VBLoRAConfig(vector_length=4, target_modules=list("abcd")), "vector_length"),
+    ]:
+        before = everything(model, config)
+        with pytest.raises(ValueError, match=rule) as info:
+            get_peft_model(model, config)
+        assert re.findall(r"`([abcd])`: `(in|out)_features", str(info.value)) == [(n, s) for n in "abc" for s in ("in", "out")]
+        assert_same(before, model, config)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", ".", "training", "parameters", 3, None])
+def test_bad_adapter_names(method, model, name):
+    config = method.config(target_modules=TARGETS)
+    before = everything(model, config)
+    with pytest.raises((ValueError, TypeError), match=re.escape(repr(name))) as info:
+        model.add_adapter(name, config)
+    assert isinstance(info.value, peft.PeftError)
+    assert_same(before, model, config)
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "0", "lokr", "model", "weight", "base_layer", "a/b"])
+def test_odd_adapter_names_work_everywhere(method, tmp_path, name):
+    x = torch.randn(3, 8)
+    model = get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"]), adapter_name=name).eval()
+    expected = model(x, **method.call)
+    model.save_pretrained(tmp_path)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name)
+    plain = peft.get_peft_model_state_dict(get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"])))
+    assert state.keys() == plain.keys()
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path, adapter_name=name, subfolder=name)
+    assert torch.equal(loaded(x, **method.call), expected)
+
+
+def test_an_adapters_name_does_not_lead_out_of_the_folder(method, tmp_path):
+    """Names become folders; one that is an absolute path must not write there."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    inside.mkdir()
+    try:
+        model = get_peft_model(mlp(), method.config(target_modules=TARGETS), adapter_name=str(outside))
+        model.save_pretrained(inside)
+    except ValueError as error:
+        assert "name" in str(error)
+    assert not outside.exists()
+
+
+def test_unknown_arguments_of_loading_are_refused(method, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"config": PeftConfig.from_pretrained(tmp_path)}):
+        base = mlp()
+        before = everything(base, folder=tmp_path)
+        with pytest.raises(TypeError, match="no_such_option"):
+            PeftModel.from_pretrained(base, tmp_path, no_such_option=1, **options)
+        assert_same(before, base, folder=tmp_path)
+    with pytest.raises(TypeError, match="no_such_option"):
+        model.save_pretrained(tmp_path, no_such_option=1)
+    with pytest.raises(TypeError, match="no_such_option"):
+        get_peft_model(mlp(), method.config(target_modules=TARGETS), no_such_option=1)
+
+
+def test_a_failed_load_leaves_the_given_config_alone(method, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = method.config(target_modules=["2", "4"])
+    base = mlp()
+    before = everything(base, config, folder=tmp_path)
+    with pytest.raises(RuntimeError, match="does not (fit|hold)"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert_same(before, base, config, folder=tmp_path)
+
+
+def test_a_config_of_another_method_is_refused(method, model, tmp_path):
+    from conftest import METHODS
+
+    model.save_pretrained(tmp_path)
+    other = next(m for m in METHODS.values() if m.config_cls is not method.config_cls)
+    config, base = other.config(target_modules=TARGETS), mlp()
+    before = everything(base, config, folder=tmp_path)
+    with pytest.raises((ValueError, RuntimeError)):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert_same(before, base, config, folder=tmp_path)
+    target = get_peft_model(mlp(), other.config(target_modules=TARGETS))
+    for name in ("default", "new"):
+        before = everything(target, folder=tmp_path)
+        with pytest.raises((ValueError, RuntimeError), match="peft types|adapter's weights"):
+            target.load_adapter(tmp_path, name)
+        assert_same(before, target, folder=tmp_path)
+
+
+def test_values_of_another_scale_are_not_loaded_under_the_old_one(tmp_path):
+    """A checkpoint whose config computes something else with the same tensors: its outputs, or an error that says so."""
+    x = torch.randn(3, 8)
+    fields = {"r": 2, "init_weights": False, "target_modules": TARGETS}
+    saved = get_peft_model(mlp(), LoKrConfig(alpha=2, **fields)).eval()
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(copy.deepcopy(saved).unload(), LoKrConfig(alpha=64, **fields)).eval()
+    before = everything(model)
+    try:
+        model.load_adapter(tmp_path, "default")
+    except (ValueError, RuntimeError) as error:
+        assert "alpha" in str(error)
+        assert_same(before, model)
+    else:
+        torch.testing.assert_close(model(x), saved(x))
+
+
+@pytest.mark.parametrize("entry", ["from_pretrained", "load_adapter"])
+def test_a_header_that_lies_about_its_size_is_refused(model, tmp_path, entry):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:8], content[:-1], b"\xff" * 8 + content[8:], content + b"\0" * 16):
+        path.write_bytes(damaged)
+        target = mlp() if entry == "from_pretrained" else model
+        before = everything(target, folder=tmp_path)
+        with pytest.raises(RuntimeError, match="not a readable weights file"):
+            PeftModel.from_pretrained(target, tmp_path) if entry == "from_pretrained" else target.load_adapter(tmp_path, "new")
+        assert_same(before, target, folder=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"peft_type": 3}', b'{"peft_type": null}'])
+def test_configs_that_are_none(model, tmp_path, content):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    for target, load in ((mlp(), PeftModel.from_pretrained), (model, lambda m, path: m.load_adapter(path, "new"))):
+        before = everything(target, folder=tmp_path)
+        with pytest.raises((ValueError, TypeError)) as info:
+            load(target, tmp_path)
+        assert isinstance(info.value, peft.PeftError)
+        assert_same(before, target, folder=tmp_path)
+
+
+def test_config_values_in_a_file_are_checked(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 2', '"r": -2'))
+    base = mlp()
+    before = everything(base, folder=tmp_path)
+    with pytest.raises(ValueError, match="`r`=-2"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_same(before, base, folder=tmp_path)
+
+
+def test_a_checkpoint_without_its_config_or_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+        for target, load in ((mlp(), PeftModel.from_pretrained), (model, lambda m, path: m.load_adapter(path, "new"))):
+            before = everything(target, folder=tmp_path)
+            with pytest.raises(FileNotFoundError, match=re.escape(name)):
+                load(target, tmp_path)
+            assert_same(before, target, folder=tmp_path)
+
+
+def test_the_wrong_file_of_a_pair_is_told_apart(method, tmp_path):
+    """Weights of the right shapes and foreign names."""
+    model = get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    state = {f"base_model.model.x{i}": t for i, t in enumerate(peft.get_peft_model_state_dict(model).values())}
+    save_file({key: tensor.detach().clone() for key, tensor in state.items()}, tmp_path / "adapter_model.safetensors")
+    base = mlp()
+    before = everything(base, folder=tmp_path)
+    with pytest.raises(RuntimeError, match=r"Missing keys: .*Unexpected keys: base_model.model.x0"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_same(before, base, folder=tmp_path)
+
+
+def test_injection_is_all_or_nothing(method):
+    base = mlp()
+    inject_adapter_in_model(method.config(target_modules=TARGETS), base)
+    for config, name, message in [
+        (method.config(target_modules=TARGETS), "default", "already exists"),
+        (method.config(target_modules=["nothing"]), "b", "not found"),
+        (method.config(target_modules=["0", "1"]), "b", "not supported"),
+    ]:
+        before = everything(base, config)
+        with pytest.raises((ValueError, TypeError), match=message):
+            inject_adapter_in_model(config, base, adapter_name=name)
+        assert_same(before, base, config)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate", "tuner"])
+def test_a_choice_of_adapter_per_sample_is_refused_at_every_door(method, call):
+    model = get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    ids = torch.randint(3, 48, (2, 4))
+    function = {"forward": model, "generate": model.generate, "tuner": model.base_model}[call]
+    before = everything(model)
+    with pytest.raises((NotImplementedError, TypeError, ValueError), match="adapter_names"):
+        function(input_ids=ids, adapter_names=["default", "default"], **method.call)
+    assert_same(before, model)
+
+
+def test_saving_to_where_a_file_is_changes_nothing(method, model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    before = everything(model, folder=tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        model.save_pretrained(tmp_path / "file" / "inside")
+    with pytest.raises(ValueError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="invalid `selected_adapters`"):
+        model.save_pretrained(tmp_path / "new", selected_adapters=["default", "zz"])
+    assert not (tmp_path / "new").exists()
+    assert_same(before, model, folder=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layer_indices_that_match_nothing(method):
+    if "layers_to_transform" not in vars(method.config()):
+        with pytest.raises(TypeError, match="layers_to_transform"):
+            method.config(layers_to_transform=[9])
+        return
+    model = gpt2()
+    config = method.config(target_modules=["c_attn"], layers_to_transform=[9], layers_pattern="h")
+    before = everything(model, config)
+    with pytest.raises(peft.NoMatchingPeftModuleError, match="layers_to_transform"):
+        get_peft_model(model, config)
+    assert_same(before, model, config)
+
+
+def test_saving_an_empty_adapter_is_refused(method, tmp_path):
+    """An adapter on the meta device has no values to save."""
+    model = get_peft_model(mlp(), method.config(target_modules=TARGETS), low_cpu_mem_usage=True)
+    with pytest.raises(peft.PeftError, match="meta"):
+        model.save_pretrained(tmp_path / "new")
+    assert not os.path.exists(tmp_path / "new" / "adapter_model.safetensors")

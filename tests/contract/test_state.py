@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter is made of: flags, tensors, names; and that wrappers, copies and files keep all of it."""
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from conftest import TARGETS, mlp
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import peft
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def own(model):
+    return {name: p for name, p in model.named_parameters() if model.prefix in name}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_new_modules_take_the_models_mode(method, training):
+    base = mlp().train(training)
+    model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"]))
+    model.add_adapter("b", method.config(target_modules=["0", "2"]))
+    assert [name for name, module in model.named_modules() if module.training != training] == []
+
+
+def test_a_mixed_mode_is_kept(method):
+    """A layer in eval mode inside a model in training stays so, adapter included."""
+    base = mlp().train()
+    base[0].eval()
+    model = get_peft_model(base, method.config(target_modules=TARGETS))
+    assert not model.base_model.model[0].training
+    assert model.base_model.model[2].training
+    assert not any(isinstance(m, BaseTunerLayer) and m.training for m in model.base_model.model[0].modules())
+
+
+def test_the_state_dict_restores_another_model(model, method):
+    x = torch.randn(5, 8)
+    torch.manual_seed(9)
+    other = get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    assert not torch.allclose(other(x, **method.call), model(x, **method.call))
+    assert other.load_state_dict(copy.deepcopy(model.state_dict())) == ([], [])
+    assert torch.equal(other(x, **method.call), model(x, **method.call))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    assert state.keys() == model.state_dict().keys()
+
+
+def test_names_in_the_model_carry_prefix_and_adapter(model, method):
+    """Clients tell an adapter's parameters from the base's by these two."""
+    names = own(model)
+    assert names.keys() == trainable(model)
+    assert all("default" in name.split(".") for name in names)
+    base = {name.replace(".base_layer", "").removeprefix("base_model.model.") for name in model.state_dict() if name not in names}
+    assert base == mlp().state_dict().keys()
+
+
+def test_no_tensor_is_in_the_state_dict_twice(model):
+    tensors = [tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values()]
+    assert len(tensors) == len(set(tensors))
+
+
+def test_adapters_on_different_layers(method, tmp_path):
+    x, close = torch.randn(5, 8), torch.testing.assert_close
+    model = get_peft_model(mlp(), method.config(target_modules=["0"])).eval()
+    model.add_adapter("b", method.config(target_modules=["2", "4"], r=1))
+    first = model(x, **method.call)
+    model.set_adapter("b")
+    second = model(x, **method.call)
+    assert all(".0." not in name or "vector_bank" in name for name in trainable(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "b", adapter_name="b")
+    close(loaded(x, **method.call), second)
+    loaded.load_adapter(tmp_path, "default")
+    loaded.set_adapter("default")
+    close(loaded(x, **method.call), first)
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        loaded.delete_adapter("default")
+    close(loaded(x, **method.call), second)
+    assert loaded.merge_and_unload(**method.merge)(x).sub(second).abs().max() < 1e-5
+
+
+def test_files_hold_contiguous_tensors_of_the_adapter_alone(model, tmp_path):
+    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "README.md",
+        "b/adapter_config.json",
+        "b/adapter_model.safetensors",
+    ]
+    state = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.") and "b" not in key.split(".") for key in state)
+    assert sum(t.numel() for t in state.values()) == sum(p.numel() for n, p in own(model).items() if "b" in n.split("."))
+    with safe_open(tmp_path / "b" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_nothing_is_written_by_other_processes(model, tmp_path):
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_saved_config_says_frozen_and_the_live_one_does_not(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).inference_mode is True
+    assert model.peft_config["default"].inference_mode is False
+    assert trainable(model)
+
+
+def test_a_trained_value_reaches_the_file(model, tmp_path, method):
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(torch.randn(5, 8), **method.call).square().sum().backward()
+    optimiser.step()
+    expected = {name: p.detach().clone() for name, p in own(model).items()}
+    model.save_pretrained(tmp_path)
+    loaded = own(PeftModel.from_pretrained(model.unload(), tmp_path))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_loaded_adapter_waits_unless_trainable(model, method, tmp_path):
+    model.save_pretrained(tmp_path)
+    first = trainable(model)
+    model.load_adapter(tmp_path, "frozen")
+    assert trainable(model) == first
+    assert model.active_adapters == ["default"]
+    assert model.peft_config["frozen"].inference_mode is True
+    model.load_adapter(tmp_path, "open", is_trainable=True)
+    assert trainable(model) == first | {name.replace("default", "open") for name in first}
+    assert model.peft_config["open"].inference_mode is False
+    base = mlp().train()
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert not loaded.training
+    assert not base.training
+    assert PeftModel.from_pretrained(mlp().train(), tmp_path, is_trainable=True).training
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_precision_through_a_file(method, tmp_path, autocast, dtype):
+    x = torch.randn(5, 8, dtype=dtype)
+    model = get_peft_model(mlp(dtype), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast).eval()
+    wanted = torch.float32 if autocast else dtype
+    model.save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {wanted}
+    expected = model(x, **method.call)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path, autocast_adapter_dtype=autocast)
+    assert {p.dtype for p in own(loaded).values()} == {wanted}
+    assert torch.equal(loaded(x, **method.call), expected)
+    loaded.load_adapter(tmp_path, "b", autocast_adapter_dtype=not autocast)
+    other = dtype if autocast else torch.float32
+    assert {p.dtype for n, p in own(loaded).items() if "b" in n.split(".")} == {other}
+
+
+def test_double_precision_is_kept(method):
+    model = get_peft_model(mlp(torch.float64), method.config(target_modules=TARGETS))
+    assert {p.dtype for p in own(model).values()} == {torch.float64}
+    assert model(torch.randn(3, 8, dtype=torch.float64), **method.call).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_parameters_and_gives_finite_gradients(model, method, dtype):
+    x = torch.randn(5, 8)
+    expected = model(x, **method.call)
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(x, **method.call)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+    output.float().square().sum().backward()
+    gradients = {p.grad.dtype for p in own(model).values()}
+    assert gradients == {torch.float32}
+    assert all(torch.isfinite(p.grad).all() for p in own(model).values())
+
+
+def test_a_model_cast_as_a_whole_still_runs(model, method):
+    x = torch.randn(5, 8)
+    expected = model(x, **method.call)
+    model.to(torch.bfloat16)
+    output = model(x.bfloat16(), **method.call)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=0.15, rtol=0.15)
+
+
+@pytest.mark.parametrize("where", ["base", "model", "layer"])
+def test_compiled_modules_leave_no_trace_in_files(method, tmp_path, where):
+    x = torch.randn(5, 8)
+    base = mlp()
+    if where == "base":
+        model = saver = get_peft_model(torch.compile(base, backend="eager"), method.config(target_modules=TARGETS))
+    else:
+        model = saver = get_peft_model(base, method.config(target_modules=TARGETS))
+        if where == "model":
+            saver = torch.compile(model, backend="eager")
+        else:
+            base[0] = torch.compile(base[0], backend="eager")
+    expected = model.eval()(x, **method.call)
+    reference = get_peft_model_state_dict(get_peft_model(mlp(), method.config(target_modules=TARGETS)))
+    saver.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == reference.keys()
+    plain = mlp()
+    plain.load_state_dict(
+        {
+            name.replace("_orig_mod.", "").replace("base_layer.", "").removeprefix("base_model.model."): tensor
+            for name, tensor in model.state_dict().items()
+            if model.prefix not in name
+        }
+    )
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)(x, **method.call), expected)
+
+
+def test_a_gathered_state_dict_with_wrappers_names(model, tmp_path):
+    """FSDP and DDP hand over a state dict whose names have their own parts."""
+    expected = get_peft_model_state_dict(model)
+    gathered = {f"module.{name}".replace(".model.", ".model._fsdp_wrapped_module."): t for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], tensor) for key, tensor in expected.items())
+
+
+def test_unloading_leaves_nothing_behind(method):
+    base = mlp()
+    before = {
+        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in base.named_modules()
+    }
+    tensors = {name: t.data_ptr() for name, t in base.state_dict().items()}
+    model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"]))
+    model(torch.randn(2, 8), **method.call)
+    plain = model.unload()
+    assert plain is base
+    assert {
+        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in base.named_modules()
+    } == before
+    assert {name: t.data_ptr() for name, t in base.state_dict().items()} == tensors
+    again = get_peft_model(plain, method.config(target_modules=TARGETS))
+    assert again.active_adapters == ["default"]
+
+
+def test_an_exception_inside_disable_adapter_restores_all(model, method):
+    x = torch.randn(3, 8)
+    expected, flags = model(x, **method.call), trainable(model)
+    with contextlib.suppress(KeyError), model.disable_adapter():
+        assert trainable(model) == set()
+        raise KeyError
+    assert trainable(model) == flags
+    assert torch.equal(model(x, **method.call), expected)
+
+
+def test_disabling_keeps_flags_set_by_hand(model, method):
+    model.add_adapter("b", method.config(target_modules=TARGETS))
+    model.base_model.set_requires_grad(["default", "b"], True)
+    flags = trainable(model)
+    assert any("b" in name.split(".") for name in flags)
+    with model.disable_adapter():
+        assert trainable(model) == set()
+    assert trainable(model) == flags
+
+
+def test_disabling_uses_the_original_head(method):
+    x = torch.randn(3, 8)
+    base = mlp()
+    expected = base(x)
+    model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"])).eval()
+    with torch.no_grad():
+        model.base_model.model[4].modules_to_save["default"].weight.add_(1)
+    flags = trainable(model)
+    with model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(model(x), expected)
+        assert trainable(model) == set()
+    assert trainable(model) == flags
+    model.add_adapter("plain", method.config(target_modules=["0"]))
+    model.set_adapter("plain")
+    assert not any("modules_to_save" in name for name in trainable(model))
+    head = model.base_model.model[4]
+    assert torch.equal(head(torch.ones(1, 16)), head.original_module(torch.ones(1, 16)))
+
+
+def test_deleting_all_leaves_the_base_function(method):
+    x = torch.randn(3, 8)
+    base = mlp()
+    expected = base(x)
+    model = get_peft_model(base, method.config(target_modules=TARGETS))
+    model.delete_adapter("default")
+    assert model.active_adapters == []
+    assert torch.equal(model(x), expected)
+    assert not any(model.prefix in name for name, _ in model.named_parameters())
+    assert model.unload() is base
+
+
+def test_deleting_one_of_several_active_keeps_the_others(model, method):
+    x = torch.randn(3, 8)
+    model.add_adapter("b", method.config(target_modules=TARGETS))
+    model.set_adapter("b")
+    expected = model(x, **method.call)
+    model.set_adapter(["default", "b"])
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert torch.equal(model(x, **method.call), expected)
+
+
+def test_a_second_injection_and_its_state(method):
+    """Two adapters on a plain model: each can be read, written and told apart; the second is the active one."""
+    x = torch.randn(3, 8)
+    base = mlp()
+    inject_adapter_in_model(method.config(target_modules=TARGETS), base, "a")
+    first = base(x, **method.call)
+    inject_adapter_in_model(method.config(target_modules=["2", "4"]), base, "b")
+    states = {name: get_peft_model_state_dict(base, adapter_name=name) for name in "ab"}
+    assert {name.split(".")[0] for name in states["a"]} - set("024") <= {"vblora_vector_bank"}
+    assert not any(name.startswith("0.") and "vector_bank" not in name for name in states["b"])
+    for layer in base.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter("a")
+    assert torch.equal(base(x, **method.call), first)
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in states["a"].items()}
+    assert set_peft_model_state_dict(base, zeros, adapter_name="a") == ([], [])
+    after = {name: get_peft_model_state_dict(base, adapter_name=name) for name in "ab"}
+    assert all(not tensor.any() for tensor in after["a"].values())
+    assert all(torch.equal(after["b"][key], tensor) for key, tensor in states["b"].items())
+
+
+def test_an_adapter_is_filled_on_a_base_that_has_no_memory_yet(model, method, tmp_path):
+    """Weights offloaded by device maps stand on the meta device; the adapter's come from the file nevertheless."""
+    model.save_pretrained(tmp_path)
+    expected = get_peft_model_state_dict(model)
+    loaded = PeftModel.from_pretrained(mlp().to("meta"), tmp_path)
+    state = get_peft_model_state_dict(loaded)
+    assert state.keys() == expected.keys()
+    assert all(not tensor.is_meta and torch.equal(tensor, expected[key]) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
+def test_loading_draws_no_random_numbers(model, tmp_path, options):
+    model.save_pretrained(tmp_path)
+    base = mlp()
+    before = torch.get_rng_state()
+    loaded = PeftModel.from_pretrained(base, tmp_path, **options)
+    loaded.load_adapter(tmp_path, "b", **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_an_adapter_added_on_meta_is_filled_by_its_state(model, method):
+    state = get_peft_model_state_dict(model)
+    x = torch.randn(3, 8)
+    expected = model(x, **method.call)
+    model.add_adapter("b", method.config(target_modules=TARGETS), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in own(model).items() if "b" in n.split(".")} == {"meta"}
+    assert set_peft_model_state_dict(model, state, adapter_name="b", low_cpu_mem_usage=True) == ([], [])
+    model.set_adapter("b")
+    assert torch.equal(model(x, **method.call), expected)
+    assert {name.replace(".b", ".default") for name in trainable(model)} <= set(model.state_dict())
+
+
+def test_a_subfolder_of_a_hub_repository(method, model, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model.add_adapter("b", method.config(target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo, name, subfolder=None, **options):
+        asked.append((repo, name, subfolder))
+        return str(tmp_path / subfolder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = PeftModel.from_pretrained(mlp(), "someone/something", subfolder="b")
+    assert asked == [("someone/something", name, "b") for name in ("adapter_config.json", "adapter_model.safetensors")]
+    expected = get_peft_model_state_dict(model, adapter_name="b")
+    assert all(torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items())
+
+
+def test_the_hubs_legacy_file_is_the_second_choice(method, model, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append(name)
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = PeftModel.from_pretrained(mlp(), "someone/something")
+    assert asked == ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    expected = get_peft_model_state_dict(model)
+    assert all(torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items())
+
+
+def test_a_hub_that_is_away_is_a_clear_error(monkeypatch):
+    import huggingface_hub
+
+    def download(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    base = mlp()
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json.*someone/something.*no network"):
+        PeftModel.from_pretrained(base, "someone/something")
+    assert [type(m) for m in base] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
