@@ -30,7 +30,10 @@ class Construction:
 
     def options(self, base_layer: nn.Module) -> dict:
         """The arguments for `update_layer`."""
-        return {"placement": placement(base_layer, self.autocast, self.device), "initialise": self.initialise}
+        place = placement(base_layer, self.autocast, self.device)
+        if not self.initialise and place.device.type == "meta":
+            place = place._replace(device=torch.device("cpu"))  # what a checkpoint fills needs memory, whatever the base has
+        return {"placement": place, "initialise": self.initialise}
 
 
 @dataclass

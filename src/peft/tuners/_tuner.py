@@ -162,7 +162,7 @@ class BaseTuner(AdaptedModel):
         build = Build(plan.adapter_name, plan.config)
         for name in self.shared_parameter_names:
             known: Any = self._shared_owner(name)._modules.get(name)
-            build.containers[name] = AdapterParameterDict() if known is None else known
+            build.containers[name] = AdapterParameterDict().train(self.training) if known is None else known
         first = _geometry.innermost(next(iter(plan.targets.values())))
         build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
         for path, module in plan.targets.items():
@@ -170,7 +170,10 @@ class BaseTuner(AdaptedModel):
             layer_cls = self.tuner_layer_class(plan.config, base)
             assert layer_cls is not None  # the plan saw to it
             options = {**construction.options(base), **self.tuner_layer_options(plan.config, path, build)}
-            build.layers[path] = layer_cls(base, plan.adapter_name, plan.config, **options)  # type: ignore[call-arg, arg-type]
+            layer = layer_cls(base, plan.adapter_name, plan.config, **options)  # type: ignore[call-arg, arg-type]
+            for attribute in layer.adapter_layer_names:
+                getattr(layer, attribute).train(layer.training)
+            build.layers[path] = layer
         for path, module in plan.trained_whole.items():
             build.copies[path] = ModulesToSaveWrapper.copy_of(module)
         return build

@@ -30,6 +30,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self.original_module = module_to_save
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self._paused: list[nn.Parameter] = []
         self.training = module_to_save.training
 
     @property
@@ -48,7 +49,14 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return self._disable_adapters
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active replacement, or the original module."""
+        """Use the active replacement, or the original module, while which the replacements are frozen."""
+        if not enabled and not self._disable_adapters:
+            own = (p for name in self.adapter_layer_names for p in getattr(self, name).parameters())
+            self._paused = [p for p in own if p.requires_grad]
+        for parameter in self._paused:
+            parameter.requires_grad_(enabled)
+        if enabled:
+            self._paused = []
         self._disable_adapters = not enabled
 
 
@@ -60,6 +68,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__(module_to_save)
         self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save.training = self.training
 
     @property
     def _adapters(self) -> set[str]:
@@ -104,6 +113,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             raise PeftValueError(
                 f"Only one adapter can be set at a time for {type(self).__name__}; {own} each have a copy of the module."
             )
+        self._paused = []
         for name in self.modules_to_save:
             self.set_requires_grad(name, name in own and not inference_mode)
         self._active_adapter = own
