@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ._version import __version__
-from .utils.adapter_files import CONFIG_NAME, read_json, write_text
+from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
@@ -113,7 +113,7 @@ class PeftConfig:
             raise PeftTypeError(f"save_pretrained got unexpected keyword arguments: {', '.join(sorted(kwargs))}.")
         folder = as_folder(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG_NAME, self.to_json(auto_mapping))
+        write_config(folder, self.to_json(auto_mapping))
 
     @classmethod
     def from_pretrained(

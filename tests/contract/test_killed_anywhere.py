@@ -107,15 +107,6 @@ def test_a_legacy_adapter_is_replaced(tmp_path):
     kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {"safe_serialization": False}, {})
 
 
-def test_an_adapter_is_replaced_by_a_legacy_one(tmp_path):
-    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {}, {"safe_serialization": False})
-
-
-def test_a_legacy_adapter_is_replaced_by_a_legacy_one(tmp_path):
-    options = {"safe_serialization": False}
-    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), options, options)
-
-
 def test_leftovers_do_not_outlive_the_next_save(tmp_path):
     adapter(1).save_pretrained(tmp_path)
     expected = sorted(os.listdir(tmp_path))

@@ -39,6 +39,13 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_config(folder: Path, text: str) -> None:
+    """Write a config by itself; it is what is read then, whatever a killed save left waiting."""
+    write_text(folder / CONFIG_NAME, text)
+    for leftover in folder.glob(".adapter_config.*.json"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, safe_serialization: bool = True) -> None:
     """Write an adapter's weights and config; a reader sees the old adapter or the new one, never a mixture.
 

@@ -25,7 +25,7 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
         ),
         _QV_PROJ,
     ),
-    **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "vit", "xlm-roberta"), _QUERY_VALUE),
+    **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "xlm-roberta"), _QUERY_VALUE),
     **dict.fromkeys(("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"), ("query_key_value",)),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
@@ -38,6 +38,7 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
     "mpt": ("Wqkv",),
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "phi": (*_QV_PROJ, "fc1", "fc2"),
+    "vit": (*_QUERY_VALUE, *_QV_PROJ),  # named so before transformers 5, and since
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }  # fmt: skip

@@ -157,19 +157,22 @@ class PolyModel(BaseTuner):
             PeftNotSupportedError: The adapter routes by input, or a weight is quantised.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str) or task_id is None:
+        if isinstance(names, str):
             return super().merge_adapter(adapter_names, safe_merge, **options)
-        tasks = {}
+        tasks: dict[str, Any] = {}
         for name in self.check_names(names):
             config: Any = self.peft_config[name]
             # A name may be another number in another adapter; an adapter that routes by input is refused by its layers.
-            by_task = config.poly_type == "poly"
-            tasks[name] = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0]) if by_task else 0
+            named = config.poly_type == "poly" and task_id is not None
+            tasks[name] = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0]) if named else None
             for _, layer in self._layers_of(name):
                 layer.resolve_task(name, tasks[name])
-        for task in dict.fromkeys(tasks.values()):
-            same = [name for name in names if tasks[name] == task]
-            super().merge_adapter(same, safe_merge, task_id=task, **options)
+                if safe_merge:
+                    layer.check_merge([name], task_id=tasks[name])
+        if len(set(tasks.values())) < 2:
+            return super().merge_adapter(adapter_names, safe_merge, task_id=next(iter(tasks.values()), None), **options)
+        for name, task in tasks.items():
+            super().merge_adapter([name], task_id=task, **options)
         return None
 
     # --- growing ------------------------------------------------------------------------------------------------------
