@@ -29,6 +29,7 @@ from .utils.save_and_load import (
     check_state,
     get_peft_model_state_dict,
     import_state,
+    is_embedding,
     load_peft_weights,
     own_state,
     set_peft_model_state_dict,
@@ -101,6 +102,7 @@ class PeftModel(BasePeftModel):
             )
         if not is_main_process:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             write_adapter(folder if name == "default" else folder / name, state, self._config_text(name), safe_serialization)
@@ -261,7 +263,7 @@ class PeftModel(BasePeftModel):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {saved.peft_type}."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
-        expected = adapter_tensors(own_state(self).items(), config, adapter_name)
+        expected = adapter_tensors(own_state(self).items(), config, adapter_name, any(is_embedding(key) for key in state))
         check_complete(check_state(expected, import_state(state, config)), str(model_id))
         return set_peft_model_state_dict(self, state, adapter_name)
 

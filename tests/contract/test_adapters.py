@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, gpt2, llama, mlp, t5
+from conftest import TARGETS, gpt2, llama, mlp, t5
 from torch import nn
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -20,7 +20,7 @@ def trainable(model):
 
 def randomised(model, method, name):
     """Add an adapter with values of its own."""
-    torch.manual_seed(hash(name) % 1000)
+    torch.manual_seed(ord(name[0]))
     model.add_adapter(name, method.config(target_modules=TARGETS))
     return model
 
@@ -30,7 +30,7 @@ def test_a_fresh_adapter_changes_nothing(method):
     base = mlp()
     expected = base(x)
     if method.no_op is None:
-        pytest.importorskip("torch")  # such a method is random by design; then it must change something
+        # Such a method is random by design; then it must change something.
         model = get_peft_model(base, method.config(target_modules=TARGETS))
         assert not torch.allclose(model(x, **method.call), expected)
     else:
@@ -122,8 +122,6 @@ def test_switching_moves_what_is_trainable(model, method):
 
 def test_disabling_restores_base_and_flags(model, method):
     x = torch.randn(5, 8)
-    expected = mlp()
-    torch.manual_seed(0)
     with torch.no_grad():
         outside = model(x, **method.call)
         flags = trainable(model)
@@ -136,7 +134,6 @@ def test_disabling_restores_base_and_flags(model, method):
         assert torch.equal(model(x, **method.call), outside)
         assert not torch.allclose(inside, outside)
         assert torch.equal(model.unload()(x), inside)
-    assert isinstance(expected, nn.Module)
 
 
 def test_deleting(model, method):
@@ -166,7 +163,7 @@ def test_saving_and_loading(model, method, tmp_path):
     for name in ("default", "b"):
         model.set_adapter(name)
         loaded.set_adapter(name)
-        assert torch.equal(model(x, **method.call), loaded(x, **method.call))
+        torch.testing.assert_close(model(x, **method.call), loaded(x, **method.call))
     again = PeftModel.from_pretrained(loaded.unload(), tmp_path, subfolder="b", is_trainable=True)
     assert trainable(again)
 
@@ -392,7 +389,3 @@ def test_the_hub_is_asked_by_id(method, model, tmp_path, monkeypatch):
         ("someone/something", "adapter_config.json", {"revision": "v1"}),
         ("someone/something", "adapter_model.safetensors", {"revision": "v1"}),
     ]
-
-
-def test_all_methods_are_covered():
-    assert METHODS

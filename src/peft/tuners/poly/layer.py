@@ -124,7 +124,7 @@ class PolyLayer(BaseTunerLayer):
         """
         router = self.poly_router[adapter_name]
         if isinstance(router, TaskRouter):
-            return router(self._task_ids(adapter_name, x.shape[0]))
+            return router(self._task_ids(adapter_name, x))
         if self.token_level[adapter_name]:
             return router(x)
         call = self.routing.call
@@ -136,23 +136,23 @@ class PolyLayer(BaseTunerLayer):
             decisions[key] = router(self.routing.pooled(x, self.stream))
         return decisions[key]
 
-    def _task_ids(self, adapter_name: str, rows: int) -> Tensor:
+    def _task_ids(self, adapter_name: str, x: Tensor) -> Tensor:
         """The call's task ids, which must share out the rows evenly.
 
         Raises:
             PeftValueError: No ids, or the rows can't be shared out.
         """
-        call = self.routing.call
+        rows, call = x.shape[0], self.routing.call
         if call is None or call.task_ids is None:
             if self.n_tasks[adapter_name] == 1:
-                return torch.zeros(1, dtype=torch.long, device=self.poly_lora_A[adapter_name].device)
+                return torch.zeros(1, dtype=torch.long, device=x.device)
             raise PeftValueError("task_ids should not be None: pass them to the model's call, one id for each sample.")
         ids = call.task_ids
         if self.training and ids.shape[0] == 1 and call.batch and rows % call.batch == 0:
             ids = ids.expand(call.batch)  # each sample draws its own weights
         if rows % ids.shape[0]:
             raise PeftValueError(f"A layer sees {rows} rows, which {ids.shape[0]} task ids can't share out evenly.")
-        return ids.to(self.poly_lora_A[adapter_name].device)
+        return ids.to(x.device)
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.
