@@ -33,12 +33,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts and the classes' names."""
+    """The three parts, and the classes' names by label."""
 
     pretrain: Images
     adapt: Images
     test: Images
-    classes: list[str]
+    classes: dict[int, str]
 
 
 def load_digits() -> tuple[Images, list[str]]:
@@ -91,7 +91,7 @@ def fit_to(images: Images, side: int, channels: int) -> Images:
     return Images(pixels, images.labels)
 
 
-def split(images: Images, classes: list[str], seed: int) -> Data:
+def split(images: Images, classes: dict[int, str], seed: int) -> Data:
     """Cut every class at random by ``SHARES``, so that all parts hold all classes."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {name: [] for name in SHARES}
@@ -118,7 +118,8 @@ def load_data(folder: Path | None, shape: Shape, seed: int) -> Data:
     """The user's folder if there is one, else the digits; the same parts for the same seed, in any process."""
     images, classes = load_folder(folder, shape.side, shape.channels) if folder else load_digits()
     images = fit_to(images, shape.side, shape.channels)
+    labels = list(range(len(classes)))
     if set(classes) <= set(shape.label_ids):
-        numbers = torch.tensor([shape.label_ids[name] for name in classes])
-        images = Images(images.pixels, numbers[images.labels])
-    return split(images, classes, seed)
+        labels = [shape.label_ids[name] for name in classes]
+        images = Images(images.pixels, torch.tensor(labels)[images.labels])
+    return split(images, dict(zip(labels, classes, strict=True)), seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as a table for people and as JSON for programs."""
+"""What was measured, as tables for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .ninth import Ninth
+from .late import Way
 from .tasks import Task
+
+SERVED = {
+    "none": "-",
+    "shared": "1 adapter, task unknown",
+    "routed": "1 adapter, routed",
+    "per task": "{n} adapters, switched",
+}
 
 
 @dataclass
@@ -20,9 +27,9 @@ class Row:
     label: str
     mode: str
     accuracies: dict[str, float]
-    trainable: int
-    bytes: int
-    seconds: float
+    trainable: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -30,46 +37,64 @@ class Row:
         return sum(self.accuracies.values()) / len(self.accuracies)
 
 
-def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
-    """A markdown table, accuracies in per cent."""
-    head = ["method", *(task.label for task in tasks), "mean", "trainable", "on disk", "seconds"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows:
-        scores = [f"{100 * row.accuracies[task.key]:.1f}" for task in tasks]
-        size = f"{row.bytes / 1024:,.0f} KB" if row.bytes else "-"
-        lines.append([row.label, *scores, f"{100 * row.mean:.1f}", f"{row.trainable:,}", size, f"{row.seconds:.0f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = []
-    for line in lines:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+def lay_out(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A markdown table that also reads well as it is; the first ``left`` columns are flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def cells(line: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text)
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join(map(cells, [head, rule, *lines]))
 
 
-def ninth_table(ninth: Ninth, task: Task) -> str:
-    """What the ninth task's few examples were good for."""
-    lines = [f"A ninth task ({task.label}), {ninth.shots} examples; its routing row has {ninth.row_parameters:,} parameters:"]
-    lines += [f"  {100 * score:5.1f} %  {name}" for name, score in ninth.accuracies.items()]
-    return "\n".join(lines)
+def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
+    """Accuracies in per cent, and what they cost."""
+    head = ["method", "tasks served by", *(task.label for task in tasks), "mean", "trainable", "bytes", "seconds"]
+    lines = []
+    for row in rows:
+        scores = [f"{100 * row.accuracies[task.key]:.0f}" for task in tasks]
+        cost = [f"{row.trainable:,}", f"{row.bytes:,}", f"{row.seconds:.1f}"]
+        served = SERVED[row.mode].format(n=len(tasks))
+        lines.append([row.label, served, *scores, f"{100 * row.mean:.1f}", *cost])
+    return lay_out(head, lines, left=2)
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """One sentence on who won, whatever the outcome."""
-    order = sorted(rows, key=lambda row: -row.mean)
-    poly = next(row for row in rows if row.key == "poly")
-    shared = next(row for row in rows if row.key == "shared")
-    verdict = "ahead of" if poly.mean > shared.mean else "behind" if poly.mean < shared.mean else "level with"
-    return (
-        f"Best mean: {order[0].label} ({100 * order[0].mean:.1f} %). Poly is {verdict} the adapter shared by all tasks "
-        f"({100 * poly.mean:.1f} % to {100 * shared.mean:.1f} %)."
+    """What the table says, whatever that is."""
+    by_key = {row.key: row for row in rows}
+    shared = by_key["shared"]
+    others = sorted((row for row in rows if row.key not in ("base", "shared")), key=lambda row: -row.mean)
+    text = [f"Mean accuracy, best first: {', '.join(f'{row.label} {100 * row.mean:.1f} %' for row in others)}."]
+    gaps = ", ".join(f"{row.label} {100 * (row.mean - shared.mean):+.1f}" for row in others)
+    text.append(f"Against one shared adapter ({100 * shared.mean:.1f} %), in points: {gaps}.")
+    kept = by_key["vblora"]
+    text.append(
+        f"VB-LoRA is saved in its top-k form ({kept.bytes:,} bytes), which infers and merges; to train on, "
+        f"its full logits would take about {4 * kept.trainable:,} bytes."
     )
+    return "\n".join(text)
 
 
-def write(output: Path, rows: Sequence[Row], tasks: Sequence[Task], ninth: Ninth, ninth_task: Task) -> None:
-    """Write `results.md` and `results.json`."""
-    text = f"{table(rows, tasks)}\n\n{conclusion(rows)}\n\n{ninth_table(ninth, ninth_task)}\n"
-    (output / "results.md").write_text(text, encoding="utf-8")
-    content = {"methods": [{**asdict(row), "mean": row.mean} for row in rows], "ninth": asdict(ninth)}
-    (output / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def late_table(ways: Sequence[Way], tasks: Sequence[Task]) -> str:
+    """Accuracies on the tasks that came later, in per cent."""
+    head = ["adapter", "way to meet the task", *(task.label for task in tasks), "trained"]
+    lines = [
+        [way.group or "-", way.label, *(f"{100 * way.accuracies[task.key]:.1f}" for task in tasks), f"{way.trainable:,}"]
+        for way in ways
+    ]
+    return lay_out(head, lines, left=2)
+
+
+def write(folder: Path, text: str, rows: Sequence[Row], ways: Sequence[Way], settings: dict) -> None:
+    """Write ``results.md`` and ``results.json``."""
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    content = {
+        "settings": settings,
+        "methods": [{**asdict(row), "mean": row.mean} for row in rows],
+        "late_tasks": [asdict(way) for way in ways],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole story: pretrain or load a base, adapt it in five ways to eight tasks, compare, save, reload, add a ninth task."""
+"""The whole story: a base, eight tasks in five ways, a table, two tasks that come later, and all of it read back from disk."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from time import perf_counter
@@ -15,83 +13,81 @@ from time import perf_counter
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from transformers.utils import logging
 
-from .base import input_shape, make_base, save_base
-from .data import load_data
-from .figures import accuracy_against_bytes, router_heat_map
+from . import figures, report
+from .base import Base, input_shape, make_base, save_base
+from .data import Data, load_data
+from .late import meet
 from .methods import all_methods
-from .ninth import learn_ninth
-from .report import Row, conclusion, ninth_table, table, write
-from .storage import check_in_fresh_process, save
-from .tasks import eight_tasks, ninth_task
-from .training import Budget, accuracy, predict, predict_tasks, train
+from .report import Row
+from .storage import LATE, check_in_fresh_process, check_merged, save
+from .tasks import Task, eight_tasks, late_tasks
+from .training import Adapted, Budget, accuracy, predict, predict_tasks, train
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m examples.multitask_digits", description=__doc__)
-    parser.add_argument("--data-folder", type=Path, help="your pictures: a sub-folder a class (default: scikit-learn's digits)")
-    parser.add_argument("--model", type=Path, help="folder of a transformers image classifier (default: a small ViT)")
-    parser.add_argument("--side", type=int, default=32, help="size of --data-folder's pictures where no --model says it")
-    parser.add_argument("--pretrain-epochs", type=int, default=30, help="passes over the upright pictures for a new base or head")
-    parser.add_argument("--epochs", type=int, default=14, help="passes over each task's examples")
-    parser.add_argument("--examples", type=int, default=240, help="training examples of each task")
-    parser.add_argument("--shots", type=int, default=32, help="examples of the ninth task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.multitask_digits",
+        description="Adapt one pretrained vision transformer to eight tasks with Poly, multi-head Poly, VB-LoRA and LoKr.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data-folder", type=Path, help="your pictures, a sub-folder a class; without it scikit-learn's digits")
+    add("--model", type=Path, help="folder of a transformers image classifier; without it a small ViT")
+    add("--side", type=int, default=32, help="size of --data-folder's pictures where no --model says it")
+    add("--pretrain-epochs", type=int, default=40, help="passes over the upright pictures for a new base or head")
+    add("--examples", type=int, default=240, help="labelled pictures of each task")
+    add("--epochs", type=int, default=20, help="passes over each task's examples")
+    add("--batch", type=int, default=64, help="pictures a step, of all tasks together")
+    add("--shots", type=int, default=32, help="labelled pictures of each late task")
+    add("--late-steps", type=int, default=80, help="steps on each late task")
+    add("--seed", type=int, default=0, help="of the split, the base and all training")
+    add(
+        "--threads",
+        type=int,
+        help="for torch; more than one is slower with a model this small (default: 1, or torch's with --model)",
+    )
+    add("--output", type=Path, default=Path("demo_output"), help="where adapters, tables and figures go")
+    add("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
+    if options.model and not (options.model / "config.json").is_file():
+        parser.error(f"--model {options.model}: no config.json there; give the folder of a model saved with save_pretrained")
+    if options.data_folder and not options.data_folder.is_dir():
+        parser.error(f"--data-folder {options.data_folder}: no such folder")
     if options.quick:
-        options.pretrain_epochs, options.epochs = 2, 1
+        options.pretrain_epochs, options.epochs, options.late_steps = 2, 1, 5
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run; 0 if every check held."""
-    options = parse(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)  # as fast for so small a model, and no slower when the other core is busy
+def set_up(options: argparse.Namespace) -> None:
+    """Threads, seed, quiet libraries, an output folder without an earlier run's adapters."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if options.threads or not options.model:
+        torch.set_num_threads(options.threads or 1)
     torch.manual_seed(options.seed)
-    start = perf_counter()
     shutil.rmtree(options.output / "adapters", ignore_errors=True)
     options.output.mkdir(parents=True, exist_ok=True)
 
-    data = load_data(options.data_folder, input_shape(options.model, options.data_folder, options.side), options.seed)
-    print(f"{len(data.pretrain)} pictures to pretrain on, {len(data.adapt)} to adapt on, {len(data.test)} to test on")
-    base = make_base(options.model, data, options.pretrain_epochs)
-    save_base(base, options.output / "base")
 
-    tasks = eight_tasks()
-    rows, adapted = measure(options, base, data, tasks)
-    print(f"\nAccuracy on {len(data.test)} held-out pictures, per cent:\n\n{table(rows, tasks)}\n\n{conclusion(rows)}\n")
+def measure(
+    options: argparse.Namespace, base: Base, data: Data, tasks: list[Task]
+) -> tuple[list[Row], dict[str, Adapted], dict[str, torch.Tensor]]:
+    """Train and save every method.
 
-    print("Reloading all adapters in a fresh process:")
-    held = check_in_fresh_process(options.output, options.data_folder, options.seed)
-
-    late = ninth_task()
-    steps = 5 if options.quick else 60
-    ninth = learn_ninth(base, adapted["poly"].model, late, data, options.shots, steps, options.seed)
-    print(f"\n{ninth_table(ninth, late)}\n")
-
-    write(options.output, rows, tasks, ninth, late)
-    accuracy_against_bytes(rows, options.output / "accuracy_against_bytes.png")
-    labels = [task.label for task in [*tasks, late]]
-    router_heat_map(adapted["poly"].model.get_router_weights(), labels, options.output / "router.png")
-    print(f"Table, figures and adapters are in {options.output}/ ({perf_counter() - start:.0f} s in all)")
-    return 0 if held else 1
-
-
-def measure(options: argparse.Namespace, base, data, tasks):
-    """Train and save every method; the rows of the table, the frozen base first."""
-    frozen = {task.key: accuracy(predict(base, base.model, task, data.test), data.test) for task in tasks}
-    rows = [Row("base", "frozen base", "none", frozen, 0, 0, 0.0)]
+    Returns:
+        The table's rows, the frozen base first; the adapted models by method; the frozen base's logits by task.
+    """
+    frozen = {task.key: predict(base, base.model, task, data.test) for task in tasks}
+    rows = [Row("base", "frozen base", "none", {key: accuracy(logits, data.test) for key, logits in frozen.items()})]
     adapted = {}
     generator = torch.Generator().manual_seed(options.seed)
-    # Every task has examples of its own: what is learned of a picture in one view is no help with it in another.
     count = min(options.examples, len(data.adapt))
     parts = [data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[:count]) for _ in tasks]
-    budget = Budget(count, options.epochs, 64)
+    budget = Budget(count, options.epochs, options.batch)
     for method in all_methods(base.model, len(tasks)):
         result = train(base, method, tasks, parts, budget, options.seed)
         result.logits = predict_tasks(base, method, result.model, tasks, data.test)
@@ -99,8 +95,79 @@ def measure(options: argparse.Namespace, base, data, tasks):
         scores = {key: accuracy(logits, data.test) for key, logits in result.logits.items()}
         rows.append(Row(method.key, method.label, method.mode, scores, result.trainable, size, result.seconds))
         adapted[method.key] = result
-    return rows, adapted
+    return rows, adapted, frozen
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def keep_late(options: argparse.Namespace, base: Base, data: Data, adapted: dict[str, Adapted], tasks: list[Task]) -> bool:
+    """Save the grown adapters; True if every old task still gives the very logits it gave before."""
+    held = True
+    for one in (one for one in adapted.values() if one.method.mode == "routed"):
+        before, one.logits = one.logits, predict_tasks(base, one.method, one.model, tasks, data.test)
+        held = all(torch.equal(one.logits[key], logits) for key, logits in before.items()) and held
+        save(one, options.output / "adapters" / (one.method.key + LATE))
+    print(f"  the eight old tasks' logits are {'the same, bit for bit' if held else 'DIFFERENT'}")
+    return held
+
+
+def draw(options: argparse.Namespace, rows: list[Row], adapted: dict, ways: list, frozen: dict, data: Data) -> None:
+    """All figures."""
+    tasks, late, output = eight_tasks(), late_tasks(), options.output
+    names = [task.label for task in tasks + late]
+    best = max((one for one in adapted.values() if one.method.mode == "routed"), key=lambda one: mean_accuracy(rows, one))
+    figures.accuracy_against_bytes(rows, output / "accuracy_against_bytes.png")
+    for key in ("poly", "mhr"):
+        one = adapted[key]
+        figures.router(one.model.get_router_weights(), names, len(tasks), one.method.label, output / f"router_{key}.png")
+    figures.late_tasks(ways, late, options.shots, output / "late_tasks.png")
+    figures.gallery(tasks, data, frozen, best, output / "tasks.png")
+
+
+def mean_accuracy(rows: list[Row], adapted: Adapted) -> float:
+    """The table's mean of a method."""
+    return next(row.mean for row in rows if row.key == adapted.method.key)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; 0 if every check held."""
+    options = parse(arguments)
+    start = perf_counter()
+    set_up(options)
+    try:
+        shape = input_shape(options.model, options.data_folder, options.side)
+        data = load_data(options.data_folder, shape, options.seed)
+    except (ValueError, OSError) as problem:
+        print(f"Nothing to start from: {problem}")
+        return 2
+    print(f"{len(data.pretrain)} pictures to pretrain on, {len(data.adapt)} to adapt on, {len(data.test)} held out from all of it")
+    base = make_base(options.model, data, options.pretrain_epochs)
+    save_base(base, options.output / "base")
+
+    tasks, late = eight_tasks(), late_tasks()
+    rows, adapted, frozen = measure(options, base, data, tasks)
+    examples = min(options.examples, len(data.adapt))
+    text = (
+        f"Accuracy in per cent on {len(data.test)} held-out pictures; {options.epochs} passes over {examples} examples a task:\n\n"
+    )
+    text += f"{report.table(rows, tasks)}\n\n{report.conclusion(rows)}"
+    print(f"\n{text}\n")
+
+    print("Merging one task of a routed adapter into the weights:")
+    merged = check_merged(base, adapted["mhr"], tasks, 1, data)
+    ways = meet(base, adapted, late, data, options.shots, options.late_steps, options.seed)
+    later = (
+        f"Two tasks that come later, from {options.shots} examples each; accuracy in per cent:\n\n{report.late_table(ways, late)}"
+    )
+    print(f"\n{later}\n")
+    print("Having learned the later tasks:")
+    unchanged = keep_late(options, base, data, adapted, tasks + late)
+
+    print("Reading everything back in a fresh process:", flush=True)
+    same = check_in_fresh_process(options.output, options.data_folder, options.seed)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    report.write(options.output, f"{text}\n\n{later}", rows, ways, settings)
+    draw(options, rows, adapted, ways, frozen, data)
+    print(f"\nTables, figures and adapters are in {options.output}/ ({perf_counter() - start:.0f} seconds in all)")
+    if not (merged and unchanged and same):
+        print("A CHECK FAILED, see above")
+        return 1
+    return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk: save them, weigh them, and read them back in a fresh process."""
+"""Adapters on disk: save them, weigh them, read them back in a fresh process, and merge one for good."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from peft import PeftModel
 
 from .base import Base, input_shape, load_folder_model
-from .data import load_data
+from .data import Data, load_data
 from .methods import Method, all_methods
-from .tasks import Task, eight_tasks
-from .training import Adapted, predict_tasks
+from .tasks import Task, eight_tasks, late_tasks
+from .training import Adapted, predict, predict_tasks
+
+TOLERANCE = 1e-3
+LATE = "-late"
 
 
 def save(adapted: Adapted, folder: Path) -> int:
@@ -29,8 +32,8 @@ def save(adapted: Adapted, folder: Path) -> int:
     Returns:
         Bytes of the adapters' weights and configs.
     """
-    for config in adapted.model.peft_config.values():
-        if adapted.method.key == "vblora":
+    if adapted.method.key == "vblora":
+        for config in adapted.model.peft_config.values():
             config.save_only_topk_weights = True  # the compact form; training is over
     adapted.model.save_pretrained(folder)
     save_file({task: logits.contiguous() for task, logits in adapted.logits.items()}, folder / "logits.safetensors")
@@ -48,9 +51,21 @@ def load(method: Method, base_model: nn.Module, folder: Path, tasks: Sequence[Ta
     return model
 
 
+def agree(label: str, now: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
+    """Say how far two sets of logits are apart. True if they predict the same, to within rounding."""
+    difference = max((now[key] - before[key]).abs().max().item() for key in before)
+    changed = sum(int((now[key].argmax(-1) != before[key].argmax(-1)).sum()) for key in before)
+    total = sum(len(logits) for logits in before.values())
+    predictions = f"all {total:,} predictions the same" if not changed else f"{changed} of {total:,} predictions DIFFER"
+    distance = "bit for bit" if difference == 0 else f"logits within {difference:.0e}"
+    print(f"  {label + ':':48s} {predictions}, {distance}", flush=True)
+    return not changed and difference < TOLERANCE
+
+
 def check_in_fresh_process(output: Path, data_folder: Path | None, seed: int) -> bool:
     """Have another process load everything from disk and compare its predictions with the saved ones."""
-    command = [sys.executable, "-m", "examples.multitask_digits.storage", str(output), "--seed", str(seed)]
+    command = [sys.executable, "-m", f"{__package__}.storage", str(output), "--seed", str(seed)]
+    command += ["--threads", str(torch.get_num_threads())]
     if data_folder:
         command += ["--data-folder", str(data_folder)]
     return subprocess.run(command, check=False).returncode == 0
@@ -58,21 +73,30 @@ def check_in_fresh_process(output: Path, data_folder: Path | None, seed: int) ->
 
 def compare(output: Path, data_folder: Path | None, seed: int) -> bool:
     """Predict with what is on disk; say by how much the logits differ from the saved ones."""
-    shape = input_shape(output / "base", data_folder, 0)
-    data = load_data(data_folder, shape, seed)
-    base, _ = load_folder_model(output / "base", data.classes)
+    data = load_data(data_folder, input_shape(output / "base", data_folder, 0), seed)
+    base, _ = load_folder_model(output / "base", list(data.classes.values()))
     tasks = eight_tasks()
     same = True
     for method in all_methods(base.model, len(tasks)):
-        folder = output / "adapters" / method.key
-        saved = load_file(folder / "logits.safetensors")
-        model = load(method, copy.deepcopy(base.model), folder, tasks)
-        again = predict_tasks(Base(base.model, base.mean, base.std), method, model, tasks, data.test)
-        difference = max((again[key] - saved[key]).abs().max().item() for key in saved)
-        equal = all((again[key].argmax(-1) == saved[key].argmax(-1)).all() for key in saved)
-        same = same and bool(equal)
-        print(f"  {method.label:24s} predictions {'equal' if equal else 'DIFFER'}, largest logit difference {difference:.1e}")
+        versions = {method.key: tasks}
+        if method.mode == "routed":
+            versions[method.key + LATE] = tasks + late_tasks()
+        for name, served in versions.items():
+            folder = output / "adapters" / name
+            model = load(method, copy.deepcopy(base.model), folder, served)
+            label = method.label + (" with its late tasks" if name.endswith(LATE) else "")
+            now = predict_tasks(base, method, model, served, data.test)
+            same = agree(label, now, load_file(folder / "logits.safetensors")) and same
     return same
+
+
+def check_merged(base: Base, adapted: Adapted, tasks: Sequence[Task], number: int, data: Data) -> bool:
+    """Merge one task of a routed adapter into plain weights; the result needs no adapter and predicts the same."""
+    task = tasks[number]
+    plain = copy.deepcopy(adapted.model).merge_and_unload(task_id=number)
+    now = {task.key: predict(base, plain, task, data.test)}
+    label = f"{adapted.method.label}, {task.label}, as a plain {type(plain).__name__}"
+    return agree(label, now, {task.key: adapted.logits[task.key]}) and not hasattr(plain, "peft_config")
 
 
 def main() -> int:
@@ -81,8 +105,13 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return 0 if compare(options.output, options.data_folder, options.seed) else 1
 
 

@@ -22,7 +22,13 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: every method sees each task's examples equally often."""
+    """How long to train: every method sees each task's examples equally often.
+
+    Args:
+        examples: Labelled pictures of each task.
+        epochs: Passes over them.
+        batch: Pictures a step: from all tasks for a joint adapter, from its one task (and half as many) for the others.
+    """
 
     examples: int
     epochs: int
@@ -81,7 +87,7 @@ def fit(model: nn.Module, rates: dict[str, float], steps: int, inputs: Iterator[
         schedule.step()
         bar.update()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
 
 
 def task_inputs(base: Base, task: Task, images: Images, rows: int, generator: torch.Generator) -> Iterator[dict]:
@@ -107,41 +113,56 @@ def joint_inputs(
 def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, seed: int) -> Adapted:
     """Adapt a copy of the base to ``tasks`` with ``method``, from ``parts[i]`` for ``tasks[i]``."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model_base = copy.deepcopy(base.model)
-    rows = max(1, budget.batch // len(tasks))
-    steps = budget.steps(rows)
+    run = train_per_task if method.mode == "per task" else train_jointly
     start = perf_counter()
-    if method.mode == "per task":
-        rows = min(2 * rows, budget.examples)
-        steps = budget.steps(rows)
-        model = get_peft_model(model_base, method.config(), adapter_name=tasks[0].key)
-        for task in tasks[1:]:
-            model.add_adapter(task.key, method.config())
-        trainable = 0
-        with tqdm(total=steps * len(tasks), desc=f"{method.label:24s}", unit="step") as bar:
-            for task, part in zip(tasks, parts, strict=True):
-                model.set_adapter(task.key)
-                fit(model, method.rates, steps, task_inputs(base, task, part, rows, generator), bar)
-                trainable += model.get_nb_trainable_parameters()[0]
-    else:
-        model = get_peft_model(model_base, method.config())
-        inputs = joint_inputs(base, tasks, parts, rows, method.mode == "routed", generator)
-        with tqdm(total=steps, desc=f"{method.label:24s}", unit="step") as bar:
-            fit(model, method.rates, steps, inputs, bar)
-        trainable = model.get_nb_trainable_parameters()[0]
+    model, trainable = run(base, method, tasks, parts, budget, torch.Generator().manual_seed(seed))
     return Adapted(method, model, trainable, perf_counter() - start)
 
 
+def train_jointly(
+    base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, generator: torch.Generator
+) -> tuple[PeftModel, int]:
+    """One adapter for all tasks, every batch from all of them. Returns the model and its trainable parameters."""
+    model = get_peft_model(copy.deepcopy(base.model), method.config())
+    rows = max(1, budget.batch // len(tasks))
+    steps = budget.steps(rows)
+    inputs = joint_inputs(base, tasks, parts, rows, method.mode == "routed", generator)
+    with progress(method.label, steps) as bar:
+        fit(model, method.rates, steps, inputs, bar)
+    return model, model.get_nb_trainable_parameters()[0]
+
+
+def train_per_task(
+    base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, generator: torch.Generator
+) -> tuple[PeftModel, int]:
+    """An adapter a task, all on one model, trained one after the other. Returns the model and their sum of parameters."""
+    model = get_peft_model(copy.deepcopy(base.model), method.config(), adapter_name=tasks[0].key)
+    for task in tasks[1:]:
+        model.add_adapter(task.key, method.config())
+    rows = min(max(1, budget.batch // 2), budget.examples)
+    steps, trainable = budget.steps(rows), 0
+    with progress(method.label, steps * len(tasks)) as bar:
+        for task, part in zip(tasks, parts, strict=True):
+            model.set_adapter(task.key)
+            fit(model, method.rates, steps, task_inputs(base, task, part, rows, generator), bar)
+            trainable += model.get_nb_trainable_parameters()[0]
+    return model, trainable
+
+
+def progress(label: str, steps: int) -> tqdm:
+    """A bar that lines up with the others."""
+    return tqdm(total=steps, desc=f"{label:28s}", unit="step", dynamic_ncols=True)
+
+
 @torch.no_grad()
-def predict(base: Base, model: nn.Module, task: Task, images: Images, **kwargs: Tensor | int) -> Tensor:
-    """Logits ``[len(images), classes]`` of ``images`` as seen by ``task``."""
+def predict(base: Base, model: nn.Module, task: Task, images: Images, **kwargs: int) -> Tensor:
+    """Logits ``[len(images), classes]`` of ``images`` as seen by ``task``; ``task_ids=<number>`` for a routed adapter."""
     model.eval()
     chunks = [base.prepare(task(pixels)) for pixels in images.pixels.split(256)]
     return torch.cat([model(pixel_values=chunk, **kwargs).logits for chunk in chunks])
 
 
-def predict_tasks(base: Base, method: Method, model: PeftModel, tasks: Sequence[Task], images: Images) -> dict:
+def predict_tasks(base: Base, method: Method, model: PeftModel, tasks: Sequence[Task], images: Images) -> dict[str, Tensor]:
     """Logits of every task, each the way that ``method`` serves it."""
     logits = {}
     for number, task in enumerate(tasks):
