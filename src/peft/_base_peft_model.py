@@ -100,7 +100,7 @@ class BasePeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
-        self.base_model.refuse_adapter_names(kwargs)
+        self.base_model.refuse_foreign_arguments(kwargs)
         generate = self.base_model.generate
         with self.base_model.adapter_call_context(args, kwargs):
             return generate(*args, **kwargs)

@@ -376,3 +376,27 @@ def test_saving_an_empty_adapter_is_refused(method, tmp_path):
     with pytest.raises(peft.PeftError, match="meta"):
         model.save_pretrained(tmp_path / "new")
     assert not os.path.exists(tmp_path / "new" / "adapter_model.safetensors")
+
+
+def test_an_argument_for_another_method_is_not_swallowed(method):
+    """transformers models take any keyword; `task_ids` must reach a method that knows it or be refused."""
+    model = get_peft_model(llama(), method.config(target_modules=["q_proj"])).eval()
+    ids = torch.randint(3, 48, (2, 4))
+    if method.call:
+        model(input_ids=ids, **method.call)
+        return
+    for function in (model, model.base_model, model.generate):
+        with pytest.raises(TypeError, match="`task_ids` is for another method"):
+            function(input_ids=ids, task_ids=torch.tensor([0, 1]))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x, task_ids):
+            return self.linear(x) + task_ids[:, None]
+
+    x = torch.randn(2, 8)
+    own = get_peft_model(Own(), method.config(target_modules=["linear"])).eval()
+    torch.testing.assert_close(own(x, task_ids=torch.tensor([1, 1])), own(x, task_ids=torch.tensor([0, 0])) + 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_submodules
+from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
 from ._layer import AdapterParameterDict, BaseTunerLayer, names_to_merge
 
@@ -31,6 +33,8 @@ class AdaptedModel(nn.Module):
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
     # Clients ask whether a method works only inside a PeftModel; none here does.
     uses_shared_state: ClassVar[bool] = False
+    # Keyword arguments of the model's forward and generate that are meant for the method and not for the model.
+    adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
     # Arguments that merging takes beside the common ones.
     merge_options: ClassVar[tuple[str, ...]] = ()
     shared_parameter_names: ClassVar[tuple[str, ...]] = ()
@@ -41,6 +45,9 @@ class AdaptedModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: str | list[str] = []
         self._paused: list[nn.Parameter] = []
+        known = {*self.adapter_call_arguments, *inspect.signature(model.forward).parameters}
+        every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
+        self._foreign_arguments = tuple(sorted(every - known))
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
         self.training = model.training
 
@@ -74,7 +81,7 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftNotSupportedError: `adapter_names` chooses an adapter for each sample.
         """
-        self.refuse_adapter_names(kwargs)
+        self.refuse_foreign_arguments(kwargs)
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -86,11 +93,17 @@ class AdaptedModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    @staticmethod
-    def refuse_adapter_names(arguments: dict[str, Any]) -> None:
-        """Raise rather than ignore a choice of adapter for each sample."""
+    def refuse_foreign_arguments(self, arguments: dict[str, Any]) -> None:
+        """Raise rather than ignore a choice of adapter for each sample, or what is for another method (`task_ids`): models that
+        take any keyword would swallow it.
+        """
         if arguments.pop("adapter_names", None) is not None:
             raise PeftNotSupportedError("`adapter_names` (an adapter for each sample) is not supported; use `set_adapter`.")
+        for name in self._foreign_arguments:
+            if arguments.get(name) is not None:
+                raise PeftTypeError(
+                    f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument."
+                )
 
     # --- switching ----------------------------------------------------------------------------------------------------
 

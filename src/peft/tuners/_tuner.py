@@ -50,8 +50,6 @@ class BaseTuner(AdaptedModel):
     """
 
     prefix: ClassVar[str] = ""
-    # Keyword arguments of the model's forward and generate that are meant for the method and not for the model.
-    adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
     # What `tuner_layer_class` accepts, for messages.
     supported_modules: ClassVar[str] = ""
     default_target_modules: ClassVar[Mapping[str, Any]] = DEFAULT_TARGET_MODULES
