@@ -20,6 +20,7 @@ from .auto import (
 from .config import PeftConfig
 from .mapping import get_peft_config, inject_adapter_in_model
 from .mapping_func import get_peft_model
+from .mixed_model import PeftMixedModel
 from .peft_model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -61,6 +62,7 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

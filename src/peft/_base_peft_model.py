@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from .config import PeftConfig
 from .tuners._build import Build, Construction
 from .tuners._layer import BaseTunerLayer
 from .tuners._tuner import BaseTuner
+from .utils.adapter_batch import ADAPTER_BATCHES
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
 
@@ -64,7 +65,7 @@ class BasePeftModel(nn.Module):
                 "config, make sure to call `.unload()` before.",
                 stacklevel=3,
             )
-        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
+        tuner_cls = self._tuner_class(peft_config)
         with self._with_heads(peft_config):
             self.base_model: BaseTuner = tuner_cls(
                 model,
@@ -79,6 +80,16 @@ class BasePeftModel(nn.Module):
         self.training = model.training
         if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing()
+
+    def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
+        return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+
+    def _check_method(self, config: PeftConfig) -> None:
+        """Insist that an adapter can be added to those that are there."""
+        if config.peft_type != self.peft_type:
+            raise PeftValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
+            )
 
     @contextmanager
     def _with_heads(self, config: Any) -> Iterator[None]:
@@ -95,14 +106,16 @@ class BasePeftModel(nn.Module):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
+        """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword, and so is
+        `adapter_names`: an adapter for each sample in place of the active ones, `"__base__"` for none.
+        """
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate` with the active adapters. What the method needs (`task_ids`) is passed by keyword."""
+        """The base model's `generate`, with the same keyword arguments besides as `forward`."""
         self.base_model.refuse_foreign_arguments(kwargs)
-        generate = self.base_model.generate
-        with self.base_model.adapter_call_context(args, kwargs):
+        generate, batch = self.base_model.generate, self.base_model.chosen_adapters(args, kwargs)
+        with nullcontext() if batch is None else ADAPTER_BATCHES.during(batch), self.base_model.adapter_call_context(args, kwargs):
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,10 +222,7 @@ class BasePeftModel(nn.Module):
         self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
 
     def _add(self, name: str, config: PeftConfig, construction: Construction, check: Callable[[Build], None] | None = None) -> None:
-        if config.peft_type != self.peft_type:
-            raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
-            )
+        self._check_method(config)
         with self._with_heads(config):
             self.base_model.add_adapter(name, config, construction, check=check)
 

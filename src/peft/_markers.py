@@ -73,7 +73,6 @@ _NAMES = frozenset(
         "OSFModel",
         "PeanutConfig",
         "PeanutModel",
-        "PeftMixedModel",
         "PrefixTuningConfig",
         "PromptEncoderConfig",
         "PromptLearningConfig",

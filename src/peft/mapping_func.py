@@ -6,8 +6,9 @@ from __future__ import annotations
 from torch import nn
 
 from .config import PeftConfig
+from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .utils.error import PeftNotSupportedError, PeftTypeError
+from .utils.error import PeftTypeError
 from .utils.peft_types import TaskType
 
 
@@ -26,7 +27,7 @@ def get_peft_model(
         model: The base model, changed in place: it is what the result runs.
         peft_config: The adapter's config; its `task_type` chooses the class of the result.
         adapter_name: The adapter's name.
-        mixed: Refused; adapters of different methods on one model are not supported.
+        mixed: Make a `PeftMixedModel`, to which adapters of other methods can be added.
         autocast_adapter_dtype: Keep the adapter in float32 where the base has 16 bits.
         revision: The base model's revision, for the config.
         low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
@@ -42,12 +43,10 @@ def get_peft_model(
         >>> model(torch.zeros(5, 8), task_ids=[0, 1, 2, 1, 0]).shape
         torch.Size([5, 8])
     """
-    if mixed:
-        raise PeftNotSupportedError("`mixed=True` is not supported: a model takes adapters of one method.")
     if not isinstance(peft_config, PeftConfig):
         raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
-    model_cls = PeftModel
-    if peft_config.task_type is not None:
+    model_cls = PeftMixedModel if mixed else PeftModel
+    if not mixed and peft_config.task_type is not None:
         model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(peft_config.task_type)]
     result = model_cls(
         model,

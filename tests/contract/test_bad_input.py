@@ -151,12 +151,8 @@ def test_another_method_on_the_same_model(model):
 
 def test_arguments_that_cannot_be_honoured(model, method):
     x = torch.zeros(2, 8)
-    with pytest.raises(NotImplementedError, match="`adapter_names`"):
-        model(x, adapter_names=["default", "default"], **method.call)
     with pytest.raises(TypeError):
         model(x, no_such_argument=1, **method.call)
-    with pytest.raises(NotImplementedError, match="`mixed=True`"):
-        get_peft_model(mlp(), method.config(target_modules=TARGETS), mixed=True)
     with pytest.raises(TypeError, match="must be a PeftConfig"):
         get_peft_model(mlp(), {"r": 1})
     with pytest.raises(TypeError, match="unexpected keyword arguments: foo"):

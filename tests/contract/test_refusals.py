@@ -332,17 +332,6 @@ def test_injection_is_all_or_nothing(method):
         assert_same(before, base, config)
 
 
-@pytest.mark.parametrize("call", ["forward", "generate", "tuner"])
-def test_a_choice_of_adapter_per_sample_is_refused_at_every_door(method, call):
-    model = get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
-    ids = torch.randint(3, 48, (2, 4))
-    function = {"forward": model, "generate": model.generate, "tuner": model.base_model}[call]
-    before = everything(model)
-    with pytest.raises((NotImplementedError, TypeError, ValueError), match="adapter_names"):
-        function(input_ids=ids, adapter_names=["default", "default"], **method.call)
-    assert_same(before, model)
-
-
 def test_saving_to_where_a_file_is_changes_nothing(method, model, tmp_path):
     (tmp_path / "file").write_text("x")
     before = everything(model, folder=tmp_path)

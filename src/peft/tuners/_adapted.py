@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..config import PeftConfig
-from ..utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
+from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_submodules
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
@@ -45,11 +46,13 @@ class AdaptedModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: str | list[str] = []
         self._paused: list[nn.Parameter] = []
-        known = {*self.adapter_call_arguments, *inspect.signature(model.forward).parameters}
         every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
-        self._foreign_arguments = tuple(sorted(every - known))
+        self._methods_arguments = tuple(sorted(every.difference(inspect.signature(model.forward).parameters)))
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
         self.training = model.training
+
+    def detach_adapter(self, adapter_name: str) -> None:
+        """Undo what ties an adapter to the model beside its layers, before it is deleted."""
 
     def detach_adapters(self) -> None:
         """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
@@ -78,11 +81,36 @@ class AdaptedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, adapters included.
 
+        Args:
+            adapter_names: An adapter for each sample in place of the active ones, `"__base__"` for none.
+            *args, **kwargs: For the base model.
+
         Raises:
-            PeftNotSupportedError: `adapter_names` chooses an adapter for each sample.
+            PeftTypeError: An argument is for another method.
+            PeftValueError: `adapter_names` does not fit the inputs or the model.
         """
         self.refuse_foreign_arguments(kwargs)
-        return self.model(*args, **kwargs)
+        batch = self.chosen_adapters(args, kwargs)
+        if batch is None:
+            return self.model(*args, **kwargs)
+        with ADAPTER_BATCHES.during(batch):
+            output = self.model(*args, **kwargs)
+        ADAPTER_BATCHES.replay_in_backward(batch, output)
+        return output
+
+    def chosen_adapters(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AdapterBatch | None:
+        """The choice of an adapter for each sample, taken out of a call's keyword arguments; None if it makes none.
+
+        Raises:
+            PeftValueError: It does not fit the inputs or the model, or adapters are merged.
+        """
+        names = arguments.pop("adapter_names", None)
+        if names is None:
+            return None
+        batch = adapter_batch(names, self.peft_config, args, arguments)
+        if self.merged_adapters:
+            raise PeftValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+        return batch
 
     def __getattr__(self, name: str) -> Any:
         """What the tuner lacks is read from the base model."""
@@ -94,13 +122,9 @@ class AdaptedModel(nn.Module):
             return getattr(self.model, name)
 
     def refuse_foreign_arguments(self, arguments: dict[str, Any]) -> None:
-        """Raise rather than ignore a choice of adapter for each sample, or what is for another method (`task_ids`): models that
-        take any keyword would swallow it.
-        """
-        if arguments.pop("adapter_names", None) is not None:
-            raise PeftNotSupportedError("`adapter_names` (an adapter for each sample) is not supported; use `set_adapter`.")
-        for name in self._foreign_arguments:
-            if arguments.get(name) is not None:
+        """Raise rather than ignore what is for another method (`task_ids`): models that take any keyword would swallow it."""
+        for name in self._methods_arguments:
+            if arguments.get(name) is not None and name not in self.adapter_call_arguments:
                 raise PeftTypeError(
                     f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument."
                 )
@@ -230,6 +254,7 @@ class AdaptedModel(nn.Module):
         if adapter_name in self.merged_adapters:
             raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
         active = self.active_adapters
+        self.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
         for module in self._parts():
             module.delete_adapter(adapter_name)
@@ -249,6 +274,9 @@ class AdaptedModel(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
         """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off again exactly.
 
+        Weights that bitsandbytes or torchao quantised are quantised again in their own form; the originals stay in memory until
+        they are unmerged or unloaded.
+
         Args:
             adapter_names: Which adapters, by default the active ones.
             safe_merge: Check first that every resulting weight is finite.
@@ -256,27 +284,35 @@ class AdaptedModel(nn.Module):
 
         Raises:
             PeftValueError: An unknown name, or a weight would break; nothing is merged then.
-            PeftNotSupportedError: A weight is quantised, or the method can't be merged.
+            PeftNotSupportedError: A weight is quantised in another form, or the method can't be merged.
         """
-        unknown = sorted(set(options) - set(self.merge_options))
-        if unknown:
-            raise PeftTypeError(f"Merging got unexpected keyword arguments: {', '.join(unknown)}.")
+        self.check_merge_options(options)
         if adapter_names is not None and not isinstance(adapter_names, str):
             self.check_names(adapter_names)
         todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
         for layer, names in todo:
-            _geometry.dense_weight(layer.get_base_layer())
+            _geometry.quantised_form(layer.get_base_layer())
             if safe_merge:
                 layer.check_merge(names, **options)
         for layer, names in todo:
             layer.merge(adapter_names=names, **options)
+
+    def check_merge_options(self, options: Iterable[str]) -> None:
+        """Insist that merging knows its options.
+
+        Raises:
+            PeftTypeError: One is unknown.
+        """
+        unknown = sorted(set(options) - set(self.merge_options))
+        if unknown:
+            raise PeftTypeError(f"Merging got unexpected keyword arguments: {', '.join(unknown)}.")
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""
         merged = [layer for layer in self.tuner_layers() if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        for layer in merged:
+        for layer in reversed(merged):  # of layers around each other the outer one was merged first
             layer.unmerge()
 
     def merge_and_unload(
@@ -315,10 +351,16 @@ class AdaptedModel(nn.Module):
             from tqdm import tqdm
 
             modules = tqdm(modules, desc=description)  # type: ignore[assignment]
+        inside: set[int] = set()
         for path, module in modules:
             plain: nn.Module | None = None
+            if id(module) in inside:
+                continue
             if isinstance(module, self.tuner_layer_cls):
                 plain = module.base_layer
+                while isinstance(plain, self.tuner_layer_cls):
+                    inside.add(id(plain))
+                    plain = plain.base_layer
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 plain = module._current() if trained_copies and isinstance(module, ModulesToSaveWrapper) else None
                 plain = plain or module.original_module

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.error import PeftNotSupportedError
+from . import _quantised
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,58 @@ def describe(module: nn.Module) -> str:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The floating-point weight of a layer, as stored.
+    """The weight of a layer in numbers, in the layer's layout: the parameter itself where it can be computed with, else (quantised
+    or float8) a copy in float32.
 
     Raises:
-        PeftNotSupportedError: The layer keeps it quantised.
+        PeftNotSupportedError: The layer keeps it in a form that is not known here.
     """
+    form = quantised_form(module)
+    if form is not None:
+        return form.read(innermost(module))
+    weight = stored_weight(module)
+    return weight.float() if weight.dtype.itemsize == 1 else weight
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The parameter that is a layer's weight, which is not quantised.
+
+    Raises:
+        PeftNotSupportedError: It is.
+    """
+    module = innermost(module)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or _is_packed(weight, module):
+    if not isinstance(weight, Tensor) or is_quantised(module):
         raise PeftNotSupportedError(
             f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't be merged into; "
             "load the base model without quantisation to merge."
         )
     return weight
+
+
+def quantised_form(module: nn.Module) -> _quantised.Form | None:
+    """How a layer's quantised weight is read and written; None where it is not quantised.
+
+    Raises:
+        PeftNotSupportedError: It is, in a form that is not known here.
+    """
+    module = innermost(module)
+    form = _quantised.form(module)
+    if form is None:
+        stored_weight(module)
+    return form
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight in anything but plain floating-point numbers; in float8 these are plain if nothing scales
+    them.
+    """
+    module = innermost(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or _is_packed(weight, module):
+        return True
+    scaled = weight.dtype.itemsize == 1 and any("scale" in name for name in (*module._parameters, *module._buffers))
+    return scaled or _quantised.is_coded(weight)
 
 
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from . import _merging
-from ._geometry import Geometry, Placement, dense_weight, geometry, innermost, placement
+from ._geometry import Geometry, Placement, dense_weight, geometry, innermost, placement, quantised_form, stored_weight
+from ._quantised import Form as QuantisedForm
 
 
 class AdapterParameterDict(nn.ParameterDict):
@@ -61,7 +63,7 @@ class BaseTunerLayer(nn.Module):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._paused: list[nn.Parameter] = []
-        self._merges: dict[str, tuple[dict[str, Any], float, _merging.Correction]] = {}
+        self._merges: dict[str, tuple[dict[str, Any], float, Any]] = {}  # options, scale, and what brings the weight back
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
@@ -86,12 +88,17 @@ class BaseTunerLayer(nn.Module):
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus that of the active adapters, in the base output's dtype."""
+        """The base layer's output plus that of the active adapters, in the base output's dtype. Where the call chose an adapter for
+        each sample, that one's part is added to the sample's rows instead.
+        """
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged_adapters:
             return result
+        batch = ADAPTER_BATCHES.current
+        if batch is not None:
+            return self._apply_by_sample(batch, x, result)
         dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.scaling:
@@ -101,6 +108,20 @@ class BaseTunerLayer(nn.Module):
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the adapter's part; a method whose part is not a sum overrides this."""
         return result + self.delta_activations(adapter_name, x)
+
+    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
+        """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""
+        return self.apply_adapter(adapter_name, x, result)
+
+    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with each sample's adapter applied to its rows: a gather for each adapter, one scatter for all."""
+        own = {name: rows for name, rows in batch.rows(x).items() if name in self.scaling}
+        if not own:
+            return result
+        parts = [
+            self.apply_to_samples(name, batch.samples[name], x[rows], result[rows]).to(result.dtype) for name, rows in own.items()
+        ]
+        return result.index_copy(0, torch.cat(list(own.values())), torch.cat(parts))
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in the adapter's precision, unless `helpers.disable_input_dtype_casting` turned that off."""
@@ -122,9 +143,9 @@ class BaseTunerLayer(nn.Module):
         return innermost(self)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or their list."""
-        return self._active_adapter
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`, by the name that diffusers' `model.active_adapters()` reads."""
+        return self.active_adapters
 
     @property
     def active_adapters(self) -> list[str]:
@@ -230,6 +251,9 @@ class BaseTunerLayer(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
         """Add adapters' deltas to the base weight.
 
+        A quantised weight is read, summed in float32 and quantised once more in its own form; the original stays in memory until
+        it is unmerged: a second copy of the packed weight, half a byte a number in 4 bits, one byte in 8.
+
         Args:
             safe_merge: Check first that no resulting weight is NaN or infinite.
             adapter_names: Which adapters, by default the active ones; those merged already are passed over with a warning.
@@ -237,50 +261,94 @@ class BaseTunerLayer(nn.Module):
 
         Raises:
             PeftValueError: `safe_merge` found a broken weight; nothing was changed.
-            PeftNotSupportedError: The layer's weight is quantised, or the method can't be merged.
+            PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the method can't be merged.
         """
         names = [name for name in names_to_merge(self, adapter_names) if name in self.scaling]
         if safe_merge:
             self.check_merge(names, **options)
         base = self.get_base_layer()
+        form = quantised_form(base)
+        if form is not None:
+            self._merge_quantised(form, names, options)
+            return
         for adapter_name in names:
             delta = self.get_delta_weight(adapter_name, **options)
-            merged, correction = _merging.add(dense_weight(base), delta)
+            merged, correction = _merging.add(stored_weight(base), delta)
             base.weight.data = merged
             self._merges[adapter_name] = (options, self.scaling[adapter_name], correction)
             self.merged_adapters.append(adapter_name)
 
+    @torch.no_grad()
+    def _merge_quantised(self, form: QuantisedForm, names: Sequence[str], options: dict[str, Any]) -> None:
+        """Merge into a quantised weight, starting from the original even if adapters are merged already: it is rounded once."""
+        base = self.get_base_layer()
+        before = form.get(base)
+        original = self._merges[self.merged_adapters[0]][2] if self.merged else before
+        added = {name: (options, self.scaling[name], original) for name in names}
+        form.put(base, original)
+        try:
+            weight = form.read(base)
+            for adapter_name, (own, scale, _) in {**self._merges, **added}.items():
+                weight += self._delta_at(adapter_name, own, scale)
+            merged = form.pack(base, weight)
+        finally:
+            form.put(base, before)
+        form.put(base, merged)
+        self._merges.update(added)
+        self.merged_adapters.extend(names)
+
     def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
         """Check that merging adapters is possible and would leave a finite weight, without changing anything."""
-        weight = dense_weight(self.get_base_layer())
+        base = self.get_base_layer()
+        weight = dense_weight(base) if quantised_form(base) is not None else stored_weight(base)
         for adapter_name in adapter_names:
             if adapter_name in self.scaling:
                 weight, _ = _merging.add(weight, self.get_delta_weight(adapter_name, **options))
-                if not torch.isfinite(weight).all():
+                if not torch.isfinite(weight.float()).all():
                     message = f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     raise PeftValueError(f"{message}; nothing was merged.")
 
     def unmerge(self) -> None:
-        """Take all merged adapters' deltas off the base weight again, which is then to the bit what it was."""
+        """Take all merged adapters' deltas off the base weight again, which is then to the bit what it was, quantised or not."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
+        form = quantised_form(base)
+        if form is not None:
+            form.put(base, self._merges[self.merged_adapters[0]][2])
+            self.merged_adapters.clear()
+            self._merges.clear()
         while self.merged_adapters:
             adapter_name = self.merged_adapters[-1]
             options, scale, correction = self._merges[adapter_name]
-            scale, self.scaling[adapter_name] = self.scaling[adapter_name], scale  # what was merged is what comes off
-            delta = self.get_delta_weight(adapter_name, **options)
-            self.scaling[adapter_name] = scale
-            base.weight.data = _merging.subtract(dense_weight(base), delta, correction)
+            delta = self._delta_at(adapter_name, options, scale)
+            base.weight.data = _merging.subtract(stored_weight(base), delta, correction)
             self.merged_adapters.pop()
             del self._merges[adapter_name]
+
+    def _delta_at(self, adapter_name: str, options: dict[str, Any], scale: float) -> Tensor:
+        """The delta that was merged: with the scale of then, whatever it is now."""
+        scale, self.scaling[adapter_name] = self.scaling[adapter_name], scale
+        try:
+            return self.get_delta_weight(adapter_name, **options)
+        finally:
+            self.scaling[adapter_name] = scale
 
     # --- making parameters --------------------------------------------------------------------------------------------
 
     def _placement(self, given: Placement | None) -> Placement:
         """Where to make parameters: as given, else as the base layer's."""
         return given or placement(self.base_layer, autocast=True)
+
+
+def layer_of(module: nn.Module, layer_cls: type[BaseTunerLayer]) -> BaseTunerLayer | None:
+    """The layer of a class among those around one base layer, from `module` inwards; None if there is none."""
+    while not isinstance(module, layer_cls):
+        if not isinstance(module, BaseTunerLayer):
+            return None
+        module = module.base_layer
+    return module
 
 
 def names_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

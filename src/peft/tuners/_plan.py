@@ -15,7 +15,7 @@ from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import ModulesToSaveWrapper, get_submodules, model_type
 from . import _geometry, _targets
-from ._layer import AdapterParameterDict, BaseTunerLayer
+from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
 
 if TYPE_CHECKING:
     from ._tuner import BaseTuner
@@ -232,7 +232,8 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
     unsupported, misfits = [], []
     kind = model_type(tuner.model)
     for path, module in plan.targets.items():
-        base = module.base_layer if isinstance(module, tuner.tuner_layer_cls) else module
+        existing = layer_of(module, tuner.tuner_layer_cls)
+        base = module if existing is None else existing.base_layer
         parent, _, name = get_submodules(tuner.model, path)
         reason = _geometry.bypass_reason(parent, name, kind)
         if reason:

@@ -23,7 +23,7 @@ from . import _geometry, _plan
 from ._adapted import AdaptedModel
 from ._build import Build, Construction
 from ._geometry import Placement
-from ._layer import AdapterParameterDict, BaseTunerLayer
+from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
 
 
 class BaseTuner(AdaptedModel):
@@ -31,7 +31,7 @@ class BaseTuner(AdaptedModel):
 
     Args:
         model: The base model; adapters are put into it in place.
-        peft_config: The first adapter's config, or a dictionary with its name as key.
+        peft_config: The first adapter's config, or a dictionary with its name as key. None for a tuner without adapters yet.
         adapter_name: The first adapter's name.
         low_cpu_mem_usage: Make the parameters on the meta device, to be filled from a checkpoint.
         state_dict: Adapt the modules this checkpoint has parameters for, in place of those the config targets.
@@ -57,8 +57,8 @@ class BaseTuner(AdaptedModel):
     def __init__(
         self,
         model: nn.Module,
-        peft_config: PeftConfig | dict[str, PeftConfig],
-        adapter_name: str,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None,
+        adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
         *,
@@ -68,6 +68,8 @@ class BaseTuner(AdaptedModel):
         check: Callable[[Build], None] | None = None,
     ) -> None:
         super().__init__(model, shared_root)
+        if peft_config is None:
+            return
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.add_adapter(
             adapter_name,
@@ -134,6 +136,10 @@ class BaseTuner(AdaptedModel):
 
     # --- putting adapters in ------------------------------------------------------------------------------------------
 
+    def method_of(self, config: PeftConfig) -> BaseTuner:
+        """The tuner that plans and builds an adapter: this one, unless it holds several methods."""
+        return self
+
     def add_adapter(
         self,
         adapter_name: str,
@@ -149,8 +155,9 @@ class BaseTuner(AdaptedModel):
             PeftValueError: As for the class; model and config are left as they were.
         """
         with _restored_on_error(config):
-            plan = _plan.make(self, adapter_name, config, state_dict)
-            build = self._build(plan, construction or Construction())
+            method = self.method_of(config)
+            plan = _plan.make(method, adapter_name, config, state_dict)
+            build = method._build(plan, construction or Construction())
             if check is not None:
                 check(build)
             self._swap(plan, build)
@@ -160,11 +167,14 @@ class BaseTuner(AdaptedModel):
         build = Build(plan.adapter_name, plan.config)
         for name in self.shared_parameter_names:
             known: Any = self._shared_owner(name)._modules.get(name)
+            if known is None:  # layers that another tuner put into the model have theirs
+                known = next((getattr(layer, name) for layer in self.tuner_layers()), None)
             build.containers[name] = AdapterParameterDict().train(self.training) if known is None else known
         first = _geometry.innermost(next(iter(plan.targets.values())))
         build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
         for path, module in plan.targets.items():
-            base = module.base_layer if isinstance(module, self.tuner_layer_cls) else module
+            existing = layer_of(module, self.tuner_layer_cls)
+            base = module if existing is None else existing.base_layer
             layer_cls = self.tuner_layer_class(plan.config, base)
             assert layer_cls is not None  # the plan saw to it
             options = {**construction.options(base), **self.tuner_layer_options(plan.config, path, build)}
@@ -179,12 +189,13 @@ class BaseTuner(AdaptedModel):
     def _swap(self, plan: _plan.Plan, build: Build) -> None:
         """Put a finished adapter in its place. Nothing here can fail."""
         name, first = build.adapter_name, not self.peft_config
+        method = self.method_of(build.config)
         if first:
             self._freeze_base()
         for path, layer in build.layers.items():
-            existing = self.model.get_submodule(path)
-            if isinstance(existing, self.tuner_layer_cls):
-                existing.adopt(layer)
+            known = layer_of(self.model.get_submodule(path), method.tuner_layer_cls)
+            if known is not None:
+                known.adopt(layer)
                 continue
             for place in plan.places[path]:
                 parent, _, child = get_submodules(self.model, place)
@@ -204,14 +215,15 @@ class BaseTuner(AdaptedModel):
         if first:
             self.set_adapter(name, inference_mode=build.config.inference_mode)
         else:
-            self._join(build)
-        self.attach_adapter(build)
+            self._join(build, method.tuner_layer_cls)
+        method.attach_adapter(build)
 
-    def _join(self, build: Build) -> None:
+    def _join(self, build: Build, layer_cls: type[BaseTunerLayer]) -> None:
         """Give the parts of a later adapter the state of the others: waiting and frozen."""
         active, disabled = self._active, self.adapters_disabled
         for path in (*build.layers, *build.copies):
             module: Any = self.model.get_submodule(path)
+            module = layer_of(module, layer_cls) or module
             module._disable_adapters = disabled
             if isinstance(module, BaseTunerLayer):
                 module._active_adapter = active

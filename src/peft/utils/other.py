@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .error import PeftValueError
+from .adapter_batch import ADAPTER_BATCHES
+from .error import PeftNotSupportedError, PeftValueError
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -84,8 +85,26 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             parameter.requires_grad_(parameter.is_floating_point())
         return fresh
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self._current()(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module in use, or for each sample that of the adapter its call chose for it."""
+        batch = ADAPTER_BATCHES.current
+        if batch is None or self._disable_adapters:
+            return self._current()(*args, **kwargs)
+        x, *rest = args
+        rows = batch.rows(x)
+        outputs = [self._of(name)(x[own], *rest, **kwargs) for name, own in rows.items()]
+        if not all(isinstance(output, torch.Tensor) for output in outputs):
+            raise PeftNotSupportedError(
+                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
+                "does not."
+            )
+        return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
+
+    def _of(self, adapter_name: str) -> nn.Module:
+        """An adapter's copy, or the original module if it has none."""
+        if adapter_name in self.modules_to_save:
+            return self.modules_to_save[adapter_name]
+        return self.original_module
 
     def _current(self) -> nn.Module:
         if self._disable_adapters or not self._active_adapter:

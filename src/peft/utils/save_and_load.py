@@ -58,7 +58,10 @@ def checkpoint_key(name: str, adapter_name: str, holders: Collection[str], share
             if parts[i] in shared:
                 return (ROOT if name.startswith(ROOT) else "") + parts[i]
             if parts[i] in holders:
-                return ".".join(parts[: i + 1] + parts[i + 2 :])
+                layer = parts[:i]
+                while layer[-1:] == ["base_layer"]:  # inside a layer of another method; alone, it would not be
+                    layer.pop()
+                return ".".join([*layer, parts[i], *parts[i + 2 :]])
             if parts[i] == "modules_to_save":
                 return ".".join(parts[:i] + parts[i + 2 :])
     return None

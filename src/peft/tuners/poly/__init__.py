@@ -8,4 +8,4 @@ from .model import PolyModel
 
 __all__ = ["Linear", "PolyConfig", "PolyLayer", "PolyModel"]
 
-register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel)
+register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True)

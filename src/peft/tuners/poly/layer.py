@@ -111,6 +111,11 @@ class PolyLayer(BaseTunerLayer):
         with self.routing.using(task_ids, x):
             return super().forward(x, *args, **kwargs)
 
+    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
+        """Each sample keeps its own task."""
+        with self.routing.narrowed(samples):
+            return self.apply_adapter(adapter_name, x, result)
+
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`x·A_w·B_w / r` with the weights of each row's task or input."""
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)

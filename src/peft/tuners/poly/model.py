@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .._build import Build
+from .._entry import name_arguments, restore_methods
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._tuner import BaseTuner
@@ -72,7 +73,9 @@ class PolyModel(BaseTuner):
         return self._poly_routing
 
     def attach_adapter(self, build: Build) -> None:
-        """Have the model's root (and its encoder, which `generate` calls by itself) report calls to the routing."""
+        """Have the model's root (and its encoder, which `generate` calls by itself) report calls to the routing, and name the
+        routing's arguments in its signatures.
+        """
         config: Any = build.config
         if self.poly_routing.probe is None:
             encoder = self.model.get_encoder() if self.poly_routing.is_encoder_decoder else None  # type: ignore[operator]
@@ -80,12 +83,15 @@ class PolyModel(BaseTuner):
                 if isinstance(module, nn.Module):
                     module.register_forward_pre_hook(self.poly_routing.before, with_kwargs=True)
                     module.register_forward_hook(self.poly_routing.after)
+            name_arguments(self.model, "forward", CALL_ARGUMENTS)
+            name_arguments(self.model, "generate", CALL_ARGUMENTS, self.poly_routing.generating)
         self.poly_routing.configs[build.adapter_name] = config
         self.poly_routing.probe = next(self.tuner_layers())
         self.poly_routing.is_causal |= config.task_type == "CAUSAL_LM"
 
     def detach_adapters(self) -> None:
-        """Take the hooks off again."""
+        """Take hooks and signatures off again."""
+        restore_methods(self.model)
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
@@ -99,8 +105,7 @@ class PolyModel(BaseTuner):
         """A call of `generate`, in which every row keeps its sample's task or decision."""
         return self.poly_routing.generating(args, arguments)
 
-    def delete_adapter(self, adapter_name: str) -> None:  # noqa: D102
-        super().delete_adapter(adapter_name)
+    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)
 
     def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:

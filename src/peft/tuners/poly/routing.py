@@ -10,26 +10,25 @@ to is put back first: its output tensors carry a hook that backward reaches befo
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, CallStack, first_input
 from ...utils.error import PeftTypeError, PeftValueError
 from .mixing import pool, prompt_mask
 
 # Arguments of a call that are for the routing and not for the model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs")
 # Projections in a decoder that read the encoder's output.
 _CROSS_ATTENTION = re.compile(r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of the model.
 
@@ -48,14 +47,6 @@ class Call:
     decisions: dict[tuple[int, str], Tensor] | None = None
 
 
-class _Thread(threading.local):
-    """The calls of one thread: several may run the model at a time."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.replayed: Call | None = None
-
-
 class Routing:
     """The calls in progress on one model.
 
@@ -71,19 +62,12 @@ class Routing:
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        self._thread = _Thread()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy starts with no call in progress."""
-        return {name: value for name, value in vars(self).items() if name != "_thread"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _thread=_Thread())
+        self.stack: CallStack[Call] = CallStack()
 
     @property
     def call(self) -> Call | None:
         """The innermost call in progress, or the one whose backward is."""
-        return self._thread.calls[-1] if self._thread.calls else self._thread.replayed
+        return self.stack.current
 
     # --- hooks on the model's root ------------------------------------------------------------------------------------
 
@@ -91,51 +75,54 @@ class Routing:
         """Take the routing's arguments out of a call and begin it."""
         own = {name: kwargs[name] for name in CALL_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        for i, call in enumerate(self._thread.calls):
+        calls = self.stack.calls
+        for i, call in enumerate(calls):
             if call.owner is module:  # left over from a forward that raised
-                del self._thread.calls[i:]
+                del calls[i:]
                 break
-        outer = self._thread.calls[-1] if self._thread.calls else None
+        outer = calls[-1] if calls else None
         if outer is not None and not own:
             call = Call(module, outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
         else:
             call = self._begin(module, args, {**kwargs, **own})
         self._see_masks(call, {**kwargs, **own}, nested=outer is not None)
-        self._thread.calls.append(call)
+        calls.append(call)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a call; have backward put it back, should it run layers again."""
-        if not self._thread.calls or self._thread.calls[-1].owner is not module:
-            return
-        call = self._thread.calls.pop()
-        if torch.is_grad_enabled() and not self._thread.calls and not torch.compiler.is_compiling():
-            for tensor in _tensors(output):
-                if tensor.grad_fn is not None:
-                    tensor.register_hook(_Replay(self, call))
+        calls = self.stack.calls
+        if calls and calls[-1].owner is module:
+            self.stack.replay_in_backward(calls.pop(), output)
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[None]:
         """A call of `generate`; takes the routing's arguments out of `arguments`."""
+        calls = self.stack.calls
+        if calls and calls[-1].owner is self and not any(name in arguments for name in CALL_ARGUMENTS):
+            yield  # a `PeftModel` began this call
+            return
         call = self._begin(self, args, arguments)
         call.decisions = {}
         self._see_masks(call, arguments, nested=False)
         for name in CALL_ARGUMENTS:
             arguments.pop(name, None)
-        self._thread.calls.append(call)
-        try:
+        with self.stack.during(call):
             yield
-        finally:
-            self._thread.calls.remove(call)
 
-    @contextmanager
-    def using(self, task_ids: Any, x: Tensor) -> Iterator[None]:
+    def using(self, task_ids: Any, x: Tensor) -> AbstractContextManager[Call]:
         """A call of one layer by itself."""
-        self._thread.calls.append(self._begin(self, (x,), {"task_ids": task_ids}))
-        try:
-            yield
-        finally:
-            self._thread.calls.pop()
+        return self.stack.during(self._begin(self, (x,), {"task_ids": task_ids}))
+
+    def narrowed(self, samples: list[int]) -> AbstractContextManager[Any]:
+        """The present call as a layer's adapter sees it that some of the samples run with."""
+        call = self.call
+        if call is None:
+            return nullcontext()
+        ids = call.task_ids
+        ids = ids if ids is None or ids.shape[0] == 1 else ids[samples]
+        masks = {stream: mask[samples] for stream, mask in call.masks.items()}
+        return self.stack.during(Call(call.owner, ids, len(samples), masks, call.decisions))
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -146,21 +133,43 @@ class Routing:
             PeftTypeError: Task ids of a wrong type.
             PeftValueError: Task ids missing, of a wrong number, or out of range.
         """
-        inputs = _inputs(args, arguments)
-        batch = inputs.shape[0] if inputs is not None and inputs.dim() else None
-        call = Call(owner, batch=batch)
+        inputs = first_input(args, arguments, CALL_ARGUMENTS)
+        call = Call(owner, batch=inputs.shape[0] if inputs is not None else None)
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
         if self.probe.merged_adapters:
             self._check_merged(task_ids)
             return call
-        active = [self.configs[name] for name in self.probe.active_adapters if name in self.configs]
-        by_task = [config for config in active if config.poly_type == "poly"]
-        if by_task:
-            device = inputs.device if inputs is not None else torch.device("cpu")
-            call.task_ids = as_task_ids(task_ids, by_task, batch, device)
+        device = inputs.device if inputs is not None else torch.device("cpu")
+        chosen = ADAPTER_BATCHES.current
+        if chosen is not None:
+            call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
+        elif by_task := self._by_task(self.probe.active_adapters):
+            call.task_ids = as_task_ids(task_ids, by_task, call.batch, device)
         return call
+
+    def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
+        """Configs of those of the adapters that route by task."""
+        known = (self.configs[name] for name in adapter_names if name in self.configs)
+        return [config for config in known if config.poly_type == "poly"]
+
+    def _ids_by_adapter(self, task_ids: Any, chosen: AdapterBatch, device: torch.device) -> Tensor | None:
+        """Task ids where each sample has an adapter of its own; those of samples whose adapter has no tasks are not looked at."""
+        if not self._by_task(chosen.samples):
+            return None
+        several = isinstance(task_ids, (list, tuple)) or (isinstance(task_ids, Tensor) and task_ids.dim() > 0)
+        several = several and len(task_ids) != 1
+        if several and len(task_ids) != chosen.size:
+            raise PeftValueError(f"`task_ids` has {len(task_ids)} entries; expected {chosen.size}, one for each sample.")
+        result = torch.zeros(chosen.size, dtype=torch.long, device=device)
+        for name, samples in chosen.samples.items():
+            for config in self._by_task([name]):
+                own = task_ids
+                if several:
+                    own = task_ids[samples] if isinstance(task_ids, Tensor) else [task_ids[i] for i in samples]
+                result[samples] = as_task_ids(own, [config], len(samples), device)
+        return result
 
     def _check_merged(self, task_ids: Any) -> None:
         """Task ids in a call of a merged model must say what was merged."""
@@ -227,24 +236,6 @@ class Routing:
         inside_decoder = self.is_encoder_decoder and "decoder" in path.split(".")
         return "decoder" if inside_decoder and not _CROSS_ATTENTION.fullmatch(path) else "main"
 
-    def replay(self, call: Call) -> None:
-        """Put a call back while its backward runs."""
-        self._thread.replayed = call
-        torch.autograd.Variable._execution_engine.queue_callback(self._forget)  # type: ignore[attr-defined]
-
-    def _forget(self) -> None:
-        self._thread.replayed = None
-
-
-class _Replay:
-    """A tensor hook that puts a call back."""
-
-    def __init__(self, routing: Routing, call: Call) -> None:
-        self.routing, self.call = routing, call
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.routing.replay(self.call)
-
 
 def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device) -> Tensor:
     """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will read them.
@@ -302,13 +293,6 @@ def _integers(task_ids: Any, configs: Sequence[Any]) -> Tensor:
     return task_ids
 
 
-def _inputs(args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Tensor | None:
-    """The tensor whose rows are the samples: the first positional argument, or the first that is known by name or is one."""
-    candidates = [*args, *(arguments.get(name) for name in _INPUTS)]
-    candidates += [value for name, value in arguments.items() if name not in CALL_ARGUMENTS]
-    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
-
-
 def _token_mask(mask: Any) -> Tensor | None:
     """An attention mask `[batch, tokens]` as booleans; None where it is of another form, from which tokens can't be read."""
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -318,15 +302,3 @@ def _as_mask(mask: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise PeftTypeError("`routing_mask` must be a tensor [batch, tokens] that is nonzero where the prompt is.")
     return mask.bool()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a model's output."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)

@@ -8,4 +8,4 @@ from .model import VBLoRAModel
 
 __all__ = ["Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAModel"]
 
-register_peft_method(name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel)
+register_peft_method(name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PeftMixedModel`: a base model with adapters of several methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import PeftConfig
+from .peft_model import PeftModel
+from .tuners._tuner import BaseTuner
+from .tuners.mixed import MixedModel
+
+
+class PeftMixedModel(PeftModel):
+    """A `PeftModel` whose adapters may be of different methods, active together or one for each sample of a batch.
+
+    Each adapter is saved as it would be by itself: "default" into the folder, the others into sub-folders of their names. To load
+    them again, give one to `from_pretrained` and the others to `load_adapter`.
+
+    Args:
+        As `PeftModel`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoKrConfig, PolyConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LoKrConfig(target_modules=["0"]), "style", mixed=True)
+        >>> model.add_adapter("tasks", PolyConfig(r=2, n_tasks=3, target_modules=["0"]))
+        >>> model(torch.zeros(2, 8), adapter_names=["style", "tasks"], task_ids=[0, 2]).shape
+        torch.Size([2, 8])
+    """
+
+    @property
+    def prefix(self) -> str:
+        """No common start of names of adapter parameters."""
+        return MixedModel.prefix
+
+    def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
+        return MixedModel
+
+    def _check_method(self, config: Any) -> None:
+        self.base_model.method_of(config)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks in batches: what a data set says of each sample's task, as the `task_ids` of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...utils.error import PeftValueError
+from .config import PolyConfig
+from .routing import as_task_ids
+
+
+class TaskCollator:
+    """A data collator around another, which never sees the tasks: names become ids, and all are checked before they reach a model.
+
+    Collators that pad with a tokenizer carry a column of whole numbers by themselves; this one is for columns of names, and for
+    collators that drop what they do not know.
+
+    Args:
+        collator: Makes a batch of the samples' other columns.
+        config: The adapter's config, for `n_tasks` and `task_names`.
+
+    Example:
+        >>> from peft import PolyConfig
+        >>> collator = TaskCollator(lambda samples: {"x": torch.tensor([s["x"] for s in samples])}, PolyConfig(
+        ...     n_tasks=2, task_names=["sum", "max"]))
+        >>> collator([{"x": 1, "task_ids": "max"}, {"x": 2, "task_ids": "sum"}])
+        {'x': tensor([1, 2]), 'task_ids': tensor([1, 0])}
+    """
+
+    def __init__(self, collator: Callable[..., Any], config: PolyConfig) -> None:
+        self.collator = collator
+        self.config = config
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        """A batch with `task_ids`, `[batch]`.
+
+        Args:
+            samples: Each with its task, by id or name, as `task_ids`.
+            *args, **kwargs: For the other collator.
+
+        Raises:
+            PeftTypeError: A task is neither a whole number nor a name.
+            PeftValueError: A sample has no task, or it is unknown.
+        """
+        without = [i for i, sample in enumerate(samples) if sample.get("task_ids") is None]
+        if without:
+            raise PeftValueError(f"Samples {without} of a batch have no `task_ids`; add a column of that name to the data set.")
+        tasks = [sample["task_ids"] for sample in samples]
+        ids = as_task_ids(tasks, [self.config], len(tasks), torch.device("cpu"))
+        batch = self.collator([{k: v for k, v in sample.items() if k != "task_ids"} for sample in samples], *args, **kwargs)
+        batch["task_ids"] = ids
+        return batch
