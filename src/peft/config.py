@@ -46,6 +46,8 @@ class PeftConfig:
 
     # Modules trained whole beside the adapter: a field of every method's config.
     modules_to_save: ClassVar[Any] = None
+    # Rows of token embeddings trained beside the adapter: likewise.
+    trainable_token_indices: ClassVar[Any] = None
     # Fields that this package adds to the interface, with what a file that lacks them means.
     absent_values: ClassVar[dict[str, Any]] = {}
 
@@ -86,13 +88,14 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name. Sets stay sets; `save_pretrained` writes them as lists."""
-        return asdict(self)
+        """All fields by name, but for what this package adds where a dictionary without it means the same, so that other packages can
+        make their config of it. Sets stay sets; `save_pretrained` writes them as lists.
+        """
+        return {k: v for k, v in asdict(self).items() if k not in self.absent_values or v != self.absent_values[k]}
 
     def to_json(self, auto_mapping: dict | None = None) -> str:
-        """The text of `adapter_config.json`; what this package adds is left out where a file without it means the same."""
+        """The text of `adapter_config.json`."""
         content = self.to_dict()
-        content = {k: v for k, v in content.items() if k not in self.absent_values or v != self.absent_values[k]}
         content["peft_version"] = __version__
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
@@ -214,6 +217,13 @@ class TargetedConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             yield from name_patterns(name, getattr(self, name))
         yield from name_list("modules_to_save", self.modules_to_save)
+        tokens = self.trainable_token_indices
+        for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens or [])]:
+            entry = f"`trainable_token_indices`{f'[{name!r}]' if name else ''}"
+            if not isinstance(indices, (list, tuple)) or not all(is_int(i) and i >= 0 for i in indices):
+                yield f"{entry}={indices!r} must be a list of token ids."
+            elif len(set(indices)) != len(indices):
+                yield f"{entry} names a token twice."
 
 
 class LayeredConfig(TargetedConfig):

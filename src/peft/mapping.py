@@ -76,7 +76,8 @@ def inject_adapter_in_model(
     if adapter_name in configs:
         raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")
     tuner_cls: type[BaseTuner] = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
-    tuner_cls(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict, shared_root=model)
-    configs[adapter_name] = peft_config
+    options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict, "shared_root": model}
+    tuner = tuner_cls(model, peft_config, adapter_name, **options)
+    configs[adapter_name] = tuner.config_to_save(adapter_name)  # it is the clients who will write it
     model.peft_config = configs  # type: ignore[assignment]
     return model

@@ -53,7 +53,9 @@ def test_each_sample_runs_with_its_adapter(method, names):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generate(method, family, beams):
-    model = three_adapters(getattr(conftest, family)(), method, target_modules={"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(family, ["q_proj", "v_proj"]))
+    model = three_adapters(
+        getattr(conftest, family)(), method, target_modules={"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(family, ["q_proj", "v_proj"])
+    )
     ids = torch.randint(3, 48, (6, 5))
     options = {"num_beams": beams, "max_new_tokens": 6, "do_sample": False}
     together = model.generate(input_ids=ids, adapter_names=NAMES, **options, **all_tasks(method, 6))

@@ -66,7 +66,9 @@ def test_what_methods_add_adds_up(pair):
             torch.testing.assert_close(model(x), layer_deltas(model, names, x))
         # One after the other on models of their own, where no layers overlap for "a" and "b" alone.
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trainable == {n for n, p in model.named_parameters() if n.split(".")[-1] in names or any(f".{a}." in n for a in names)}
+        assert trainable == {
+            n for n, p in model.named_parameters() if n.split(".")[-1] in names or any(f".{a}." in n for a in names)
+        }
     with model.disable_adapter():
         torch.testing.assert_close(model(x), mlp_like(model)(x))
 

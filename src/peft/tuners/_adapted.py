@@ -13,7 +13,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
 from ..utils.error import PeftTypeError, PeftValueError
-from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_submodules
+from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
 from ._layer import AdapterParameterDict, BaseTunerLayer, names_to_merge
@@ -69,11 +69,11 @@ class AdaptedModel(nn.Module):
         """This method's layers."""
         return (layer for _, layer in self.named_tuner_layers())
 
-    def auxiliary_wrappers(self) -> Iterator[ModulesToSaveWrapper]:
-        """The modules that are trained whole."""
-        return (module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper))
+    def auxiliary_wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
+        """The modules of which something is trained beside the adapters."""
+        return (module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
 
-    def _parts(self) -> Iterator[BaseTunerLayer | ModulesToSaveWrapper]:
+    def _parts(self) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
         """All modules that have something for each adapter."""
         yield from self.tuner_layers()
         yield from self.auxiliary_wrappers()
@@ -175,10 +175,9 @@ class AdaptedModel(nn.Module):
         """
         names = self.check_names(adapter_name)
         for wrapper in self.auxiliary_wrappers():
-            if sum(name in wrapper.modules_to_save for name in names) > 1:
+            if sum(name in wrapper.adapters for name in names) > 1:
                 raise PeftValueError(
-                    f"Only one adapter can be set at a time for {type(wrapper).__name__}: "
-                    f"several of {names} train a copy of the same module."
+                    f"Only one adapter can be set at a time for {type(wrapper).__name__}: several of {names} train the same module."
                 )
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
@@ -362,8 +361,7 @@ class AdaptedModel(nn.Module):
                     inside.add(id(plain))
                     plain = plain.base_layer
             elif isinstance(module, AuxiliaryTrainingWrapper):
-                plain = module._current() if trained_copies and isinstance(module, ModulesToSaveWrapper) else None
-                plain = plain or module.original_module
+                plain = module.plain(trained_copies)
             if plain is not None:
                 parent, _, child = get_submodules(self.model, path)
                 setattr(parent, child, plain)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ._geometry import placement
 from ._layer import AdapterParameterDict, BaseTunerLayer
+from ._trainable_tokens import TokenRows
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Build:
         config: Its config.
         layers: New layers around the model's own, by module path; each holds this adapter alone.
         copies: Trainable copies of the modules in `modules_to_save`, by module path.
+        tokens: Trainable rows of embeddings, by module path.
         shared: Parameters that all layers share, by attribute name.
         containers: Where `shared` will go, by attribute name; the layers refer to these already.
     """
@@ -53,6 +55,7 @@ class Build:
     config: PeftConfig
     layers: dict[str, BaseTunerLayer] = field(default_factory=dict)
     copies: dict[str, nn.Module] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     containers: dict[str, AdapterParameterDict] = field(default_factory=dict)
 
@@ -65,5 +68,7 @@ class Build:
         for path, module in self.copies.items():
             for name, tensor in module.state_dict(keep_vars=True).items():
                 yield f"{path}.modules_to_save.{self.adapter_name}.{name}", tensor
+        for path, tokens in self.tokens.items():
+            yield f"{path}.token_adapter.trainable_tokens_delta.{self.adapter_name}", tokens.rows
         for attribute, parameter in self.shared.items():
             yield f"{attribute}.{self.adapter_name}", parameter

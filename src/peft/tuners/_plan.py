@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
-from ..utils.other import ModulesToSaveWrapper, get_submodules, model_type
-from . import _geometry, _targets
+from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
+from . import _geometry, _targets, _trainable_tokens
 from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
+from ._trainable_tokens import TokenPlan
 
 if TYPE_CHECKING:
     from ._tuner import BaseTuner
@@ -31,6 +32,7 @@ class Plan:
         targets: Modules to adapt, by path.
         trained_whole: Modules to make trainable copies of, by path.
         places: Every path at which a targeted module sits in the model (more than one where it is shared).
+        tokens: Embeddings to train single rows of.
     """
 
     adapter_name: str
@@ -38,6 +40,7 @@ class Plan:
     targets: dict[str, nn.Module] = field(default_factory=dict)
     trained_whole: dict[str, nn.Module] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
 
 
 def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Mapping[str, Tensor] | None) -> Plan:
@@ -64,6 +67,7 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     plan.targets = {path: modules[path] for path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
     _check_modules(tuner, plan)
+    plan.tokens = _trainable_tokens.plan(plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole})
     _warn_of_ties(tuner.model, plan)
     return plan
 
@@ -109,7 +113,7 @@ def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules(remove_duplicate=False):
         if any(_below(path, outer) and path != outer for outer in hidden[-1:]):
             continue
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             hidden.append(path)
         if path and not isinstance(module, AdapterParameterDict):
             result[path] = module

@@ -24,6 +24,7 @@ from ._adapted import AdaptedModel
 from ._build import Build, Construction
 from ._geometry import Placement
 from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
+from ._trainable_tokens import TrainableTokensWrapper
 
 
 class BaseTuner(AdaptedModel):
@@ -184,6 +185,9 @@ class BaseTuner(AdaptedModel):
             build.layers[path] = layer
         for path, module in plan.trained_whole.items():
             build.copies[path] = ModulesToSaveWrapper.copy_of(module)
+        for path, indices in plan.tokens.indices.items():
+            module, how = self.model.get_submodule(path), construction
+            build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, how.autocast, how.device, how.initialise)
         return build
 
     def _swap(self, plan: _plan.Plan, build: Build) -> None:
@@ -207,6 +211,7 @@ class BaseTuner(AdaptedModel):
                 existing = ModulesToSaveWrapper(existing)
                 setattr(parent, child, existing)
             existing.modules_to_save[name] = module
+        self._swap_tokens(plan, build)
         for attribute, parameter in build.shared.items():
             self._shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
             build.containers[attribute][name] = parameter
@@ -218,10 +223,21 @@ class BaseTuner(AdaptedModel):
             self._join(build, method.tuner_layer_cls)
         method.attach_adapter(build)
 
+    def _swap_tokens(self, plan: _plan.Plan, build: Build) -> None:
+        """Put trainable rows beside embeddings, and those embeddings' rows beside the heads that share their weight."""
+        for path in (*build.tokens, *plan.tokens.tied):
+            parent, module, child = get_submodules(self.model, path)
+            if not isinstance(module, TrainableTokensWrapper):
+                owner: Any = self.model.get_submodule(plan.tokens.tied[path]) if path in plan.tokens.tied else None
+                module = TrainableTokensWrapper(module, owner)
+                setattr(parent, child, module)
+            if path in build.tokens:
+                module.add_rows(build.adapter_name, build.tokens[path])
+
     def _join(self, build: Build, layer_cls: type[BaseTunerLayer]) -> None:
         """Give the parts of a later adapter the state of the others: waiting and frozen."""
         active, disabled = self._active, self.adapters_disabled
-        for path in (*build.layers, *build.copies):
+        for path in (*build.layers, *build.copies, *build.tokens):
             module: Any = self.model.get_submodule(path)
             module = layer_of(module, layer_cls) or module
             module._disable_adapters = disabled

@@ -14,13 +14,10 @@ from .error import PeftNotSupportedError, PeftValueError
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module that has a trainable replacement for each of several adapters, used while that adapter is active.
+    """A module of which something is trained beside each of several adapters, and used while that adapter is active.
 
     Args:
-        module_to_save: The module as it was; it is used while no replacement is.
-
-    Attributes:
-        original_module: The module as it was.
+        module_to_save: The module as it was; it is used while no adapter's part is.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
@@ -28,20 +25,44 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__()
-        self.original_module = module_to_save
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._paused: list[nn.Parameter] = []
         self.training = module_to_save.training
 
+    # --- what a kind of wrapper supplies ------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that train something of this module."""
+        raise NotImplementedError
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """What an adapter trains."""
+        raise NotImplementedError
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's part."""
+        raise NotImplementedError
+
+    def plain(self, trained: bool) -> nn.Module:
+        """What to put in this wrapper's place: the module as it was or, if `trained`, as it is with the active adapter."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each key under which a part of an adapter is saved, the name it has in this module."""
+        raise NotImplementedError
+
+    # --- switching ----------------------------------------------------------------------------------------------------
+
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter whose replacement is in use, or an empty list."""
+        """The adapter whose part is in use, or an empty list."""
         return self._active_adapter[0] if self._active_adapter else []
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapter whose replacement is in use, in a list."""
+        """The adapter whose part is in use, in a list."""
         return self._active_adapter
 
     @property
@@ -50,26 +71,76 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return self._disable_adapters
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active replacement, or the original module, while which the replacements are frozen."""
+        """Use the active adapter's part, or the original module, while which all parts are frozen."""
         if not enabled and not self._disable_adapters:
-            own = (p for name in self.adapter_layer_names for p in getattr(self, name).parameters())
-            self._paused = [p for p in own if p.requires_grad]
+            self._paused = [p for name in self.adapters for p in self.parameters_of(name) if p.requires_grad]
         for parameter in self._paused:
             parameter.requires_grad_(enabled)
         if enabled:
             self._paused = []
         self._disable_adapters = not enabled
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts are frozen.
+
+        Raises:
+            PeftValueError: More than one of the adapters has a part in this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        own = [name for name in names if name in self.adapters]
+        if len(own) > 1:
+            raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
+        self._paused = []
+        for name in self.adapters:
+            self.set_requires_grad(name, name in own and not inference_mode)
+        self._active_adapter = own
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters' parts."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.parameters_of(name) if name in self.adapters else ():
+                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's part."""
+        if adapter_name in self.adapters:
+            self.remove(adapter_name)
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+    def _current(self) -> nn.Module:
+        """The module whose attributes this one shows."""
+        return self.original_module  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("original_module", "modules_to_save", "token_adapter"):
+                raise
+            return getattr(self._current(), name)
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
-    """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`."""
+    """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`.
+
+    Attributes:
+        original_module: The module as it was.
+        modules_to_save: The copies by adapter name.
+    """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__(module_to_save)
+        self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
         self.modules_to_save.training = self.training
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a copy."""
+        return list(self.modules_to_save)
 
     @property
     def _adapters(self) -> set[str]:
@@ -84,6 +155,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return fresh
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter's copy."""
+        return list(self.modules_to_save[adapter_name].parameters())
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's copy."""
+        del self.modules_to_save[adapter_name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module in use, or for each sample that of the adapter its call chose for it."""
@@ -100,6 +179,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
         return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
 
+    def plain(self, trained: bool) -> nn.Module:
+        """The copy in use if `trained`, else the original module."""
+        return self._current() if trained else self.original_module
+
     def _of(self, adapter_name: str) -> nn.Module:
         """An adapter's copy, or the original module if it has none."""
         if adapter_name in self.modules_to_save:
@@ -110,45 +193,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if self._disable_adapters or not self._active_adapter:
             return self.original_module
         return self.modules_to_save[self._active_adapter[0]]
-
-    def __getattr__(self, name: str) -> Any:
-        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in ("original_module", "modules_to_save"):
-                raise
-            return getattr(self._current(), name)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use an adapter's copy and make it trainable (unless `inference_mode`); the other copies are frozen.
-
-        Raises:
-            PeftValueError: More than one of the adapters has a copy of this module.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        own = [name for name in names if name in self.modules_to_save]
-        if len(own) > 1:
-            raise PeftValueError(
-                f"Only one adapter can be set at a time for {type(self).__name__}; {own} each have a copy of the module."
-            )
-        self._paused = []
-        for name in self.modules_to_save:
-            self.set_requires_grad(name, name in own and not inference_mode)
-        self._active_adapter = own
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters' copies."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.modules_to_save:
-                for parameter in self.modules_to_save[name].parameters():
-                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's copy."""
-        if adapter_name in self.modules_to_save:
-            del self.modules_to_save[adapter_name]
-        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """For each key of the wrapped module's state dict, the key of an adapter's copy."""

@@ -28,6 +28,10 @@ MODEL_ROOT = "base_model.model."
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
+# What adapters put between a module's path and the names of its own tensors.
+_INSIDE = ("base_layer", "original_module", "token_adapter")
+
+
 class LoadResult(NamedTuple):
     """What did not fit between a checkpoint and an adapter."""
 
@@ -98,7 +102,7 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is the weight of a token embedding or of the output head that mirrors it."""
-    parts = name.replace(".base_layer", "").split(".")
+    parts = name.replace(".token_adapter", "").replace(".base_layer", "").split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in ("embed_tokens", "lm_head")
 
 
@@ -147,7 +151,7 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: Accepted for compatibility; parameters on the meta device are always replaced.
 
     Returns:
-        The adapter's keys that the checkpoint lacks, and the checkpoint's that the adapter has no place for.
+        Names of the adapter's parameters that the checkpoint lacks, and its keys that the adapter has no place for.
 
     Raises:
         CheckpointError: A tensor has another shape or kind; nothing is changed.
@@ -165,7 +169,8 @@ def set_peft_model_state_dict(
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
-    return result
+    names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, wants_embeddings)
+    return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
@@ -175,7 +180,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     for name, tensor in model.get_base_model().state_dict().items():
         parts = unwrapped(name).split(".")
         if holders.isdisjoint(parts):
-            result[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+            result[".".join(part for part in parts if part not in _INSIDE)] = tensor
     return result
 
 
@@ -314,7 +319,7 @@ def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 def _holders(config: Any) -> set[str]:
     """Names of the containers that have an entry for each adapter of a config's method."""
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    return {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
+    return {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names, "trainable_tokens_delta"}
 
 
 def _config(model: Any, adapter_name: str) -> Any:

@@ -33,7 +33,10 @@ class LoKrConfig(LycorisConfig):
         layers_pattern: Name of the list those indices count in, such as "layers" or "h".
         modules_to_save: Modules to train whole and save beside the adapter.  # type: ignore[misc]
         kronecker_layout: "channels": `W1 ⊗ W2` over channels for every layer. "flat": for the full three-dimensional `W2` of an
-            `nn.Conv1d`, the order of elements that Hugging Face PEFT uses; a file without this field means that.
+            `nn.Conv1d`, the order of elements that Hugging Face PEFT uses. None is "flat" if `peft_version` is given, as for the
+            fields of a file that lacks this one, else "channels".
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
+            where it shares the weight); a dictionary names other modules: name → tokens.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -59,12 +62,17 @@ class LoKrConfig(LycorisConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
-    kronecker_layout: Literal["channels", "flat"] = field(default="channels", metadata={"help": "Order of elements."})
+    kronecker_layout: Literal["channels", "flat"] | None = field(default=None, metadata={"help": "Order of elements."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Tokens whose embedding is trained."}
+    )
 
-    absent_values: ClassVar[dict[str, Any]] = {"kronecker_layout": "flat"}
+    absent_values: ClassVar[dict[str, Any]] = {"kronecker_layout": "flat", "trainable_token_indices": None}
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOKR
+        if self.kronecker_layout is None:
+            self.kronecker_layout = "channels" if self.peft_version is None else "flat"
         super().__post_init__()
 
     def _problems(self) -> Iterator[str]:

@@ -30,6 +30,8 @@ class PolyConfig(TargetedConfig):
         task_names: Names of the tasks; `task_ids` may then use them.
         routing_level: With "mope": "sample" mixes once for each sample, from the mean of its prompt's tokens; "token" for each
             token from itself.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
+            where it shares the weight); a dictionary names other modules: name → tokens.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -52,8 +54,11 @@ class PolyConfig(TargetedConfig):
     n_splits: int = field(default=1, metadata={"help": "Number of heads that mix on their own."})
     task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks."})
     routing_level: Literal["sample", "token"] = field(default="sample", metadata={"help": "What an input mixes for."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Tokens whose embedding is trained."}
+    )
 
-    absent_values: ClassVar[dict[str, Any]] = {"task_names": None, "routing_level": "sample"}
+    absent_values: ClassVar[dict[str, Any]] = {"task_names": None, "routing_level": "sample", "trainable_token_indices": None}
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.POLY

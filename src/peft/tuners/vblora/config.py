@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ...config import LayeredConfig, at_least, boolean, choice, is_int, number, probability
 from ...utils.peft_types import PeftType
@@ -33,6 +34,8 @@ class VBLoRAConfig(LayeredConfig):
         init_logits_std: The logits start normal with this standard deviation.
         layers_to_transform: Index or indices of the layers to adapt.
         layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default the outermost.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
+            where it shares the weight); a dictionary names other modules: name → tokens.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -59,6 +62,11 @@ class VBLoRAConfig(LayeredConfig):
     init_logits_std: float = field(default=0.1, metadata={"help": "Standard deviation of the logits' start."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Tokens whose embedding is trained."}
+    )
+
+    absent_values: ClassVar[dict[str, Any]] = {"trainable_token_indices": None}
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.VBLORA
