@@ -16,6 +16,7 @@ from .utils.error import PeftNotSupportedError, PeftValueError
 from .utils.save_and_load import (
     MODEL_ROOT,
     ROOT,
+    LoadResult,
     adapter_tensors,
     check_complete,
     check_state,
@@ -63,9 +64,16 @@ def renamings(model: nn.Module) -> dict[str, str]:
 
 
 def filler(
-    model: nn.Module, config: PeftConfig, adapter_name: str, state: Mapping[str, Tensor], source: str
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    state: Mapping[str, Tensor],
+    source: str,
+    ignore_mismatched_sizes: bool = False,
 ) -> Callable[[Build], None]:
-    """A function that checks a checkpoint against a finished adapter and fills it, before the adapter is put in."""
+    """A function that checks a checkpoint against a finished adapter and fills it, before the adapter is put in. With
+    `ignore_mismatched_sizes` tensors of other shapes than the checkpoint's keep the values they have.
+    """
 
     def fill(build: Build) -> None:
         named = {}
@@ -77,7 +85,9 @@ def filler(
             named[f"{MODEL_ROOT}{path}.base_layer.{end}" if path in paths else MODEL_ROOT + name] = tensor
         expected = adapter_tensors(named.items(), config, adapter_name, any(is_embedding(key) for key in state))
         incoming = import_state(state, config)
-        check_complete(check_state(expected, incoming), source)
-        write_state(None, expected, incoming)
+        result = check_state(expected, incoming, ignore_mismatched_sizes)
+        mismatched = set(result.missing_keys) & incoming.keys()
+        check_complete(LoadResult([k for k in result.missing_keys if k not in mismatched], result.unexpected_keys), source)
+        write_state(None, expected, {key: tensor for key, tensor in incoming.items() if key not in mismatched})
 
     return fill

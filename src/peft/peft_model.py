@@ -175,6 +175,7 @@ class PeftModel(BasePeftModel):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter into a base model.
@@ -192,6 +193,8 @@ class PeftModel(BasePeftModel):
             low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint fills.
             key_mapping: Renaming of module paths in the checkpoint's keys: regular expression → replacement. By default what
                 the base model declares for checkpoints of its own earlier versions.
+            ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head with other classes, say) as
+                they start, with a warning.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
@@ -206,10 +209,11 @@ class PeftModel(BasePeftModel):
         state = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
-        check = filler(model, config, adapter_name, state, str(model_id))
+        check = filler(model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
         before, config.inference_mode = config.inference_mode, not is_trainable
         try:
-            peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, initialise=False, check=check)
+            options: Any = {"initialise": ignore_mismatched_sizes, "check": check}
+            peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, **options)
         except BaseException:
             config.inference_mode = before
             raise
@@ -226,6 +230,7 @@ class PeftModel(BasePeftModel):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadResult:
         """Load a saved adapter under a new name, or load new values into an adapter of this model.
@@ -235,10 +240,12 @@ class PeftModel(BasePeftModel):
             adapter_name: The name; if the model has such an adapter, its values are replaced.
             is_trainable: Whether a new adapter is trainable.
             torch_device: Where to read the file to.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs: As for `from_pretrained`.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, **kwargs: As
+                for `from_pretrained`.
 
         Returns:
-            Missing and unexpected keys, both empty: a checkpoint that does not fit is an error.
+            Missing and unexpected keys. A checkpoint that does not fit is an error, so there are none but those that
+            `ignore_mismatched_sizes` left out of an existing adapter.
 
         Raises:
             As for `from_pretrained`; model and adapters are left exactly as they were.
@@ -251,8 +258,8 @@ class PeftModel(BasePeftModel):
         state = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
         if known is None:
             config.inference_mode = not is_trainable
-            check = filler(self.get_base_model(), config, adapter_name, state, str(model_id))
-            self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=False), check)
+            check = filler(self.get_base_model(), config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
+            self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes), check)
             self.base_model.note_loaded(self, adapter_name)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
@@ -264,8 +271,11 @@ class PeftModel(BasePeftModel):
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
         expected = adapter_tensors(own_state(self).items(), config, adapter_name, any(is_embedding(key) for key in state))
-        check_complete(check_state(expected, import_state(state, config)), str(model_id))
-        return set_peft_model_state_dict(self, state, adapter_name)
+        incoming = import_state(state, config)
+        result = check_state(expected, incoming, ignore_mismatched_sizes)
+        missing = [key for key in result.missing_keys if key not in incoming]
+        check_complete(LoadResult(missing, result.unexpected_keys), str(model_id))
+        return set_peft_model_state_dict(self, state, adapter_name, ignore_mismatched_sizes)
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -412,3 +412,31 @@ def test_a_hub_that_is_away_is_a_clear_error(monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json.*someone/something.*no network"):
         PeftModel.from_pretrained(base, "someone/something")
     assert [type(m) for m in base] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_a_head_with_other_classes_is_left_out_on_request(method, tmp_path):
+    """`ignore_mismatched_sizes` takes all of a checkpoint but the tensors whose shape differs, which stay as they are made."""
+
+    def base(classes):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, classes)).eval()
+
+    config = method.config(target_modules=["0"], modules_to_save=["1"])
+    saved = get_peft_model(base(3), config)
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(base(5), tmp_path)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        model = PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+    expected = peft.get_peft_model_state_dict(saved)
+    got = peft.get_peft_model_state_dict(model)
+    heads = {key for key in expected if ".1." in key}
+    assert heads
+    assert all(torch.equal(got[key], expected[key]) for key in expected if key not in heads)
+    torch.testing.assert_close(got["base_model.model.1.weight"], base(5)[1].weight)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        result = model.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)
+    assert len(result.missing_keys) == len(heads)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
+    assert torch.isfinite(model.base_model.model[1].modules_to_save["b"].weight).all()
