@@ -112,7 +112,9 @@ def test_merging_all_and_taking_off(pair):
     x = torch.randn(5, 8)
     model.set_adapter(["a", "b", "c"])
     expected = model(x, **call(*pair))
-    model.merge_adapter(**merge(*pair))
+    model.merge_adapter(["b"], **merge(*pair))
+    with pytest.warns(UserWarning, match="Already following adapters were merged b"):
+        model.merge_adapter(**merge(*pair))
     assert sorted(model.base_model.merged_adapters) == ["a", "b", "c"]
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()

@@ -311,7 +311,7 @@ class AdaptedModel(nn.Module):
         merged = [layer for layer in self.tuner_layers() if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        for layer in reversed(merged):  # of layers around each other the outer one was merged first
+        for layer in merged:
             layer.unmerge()
 
     def merge_and_unload(
