@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks`: this package and its peers on the same work, by turns, as ratios to the frozen model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import report
+from .run import LIBRARIES, METHODS, measure
+from .work import Shape
+
+KINDS = ("train", "prefill", "decode")
+
+
+def main() -> None:
+    """Measure what the command line asks for and write the results."""
+    options = _parser().parse_args()
+    rows = []
+    for width in options.width:
+        shape = Shape(
+            width=width,
+            layers=options.layers,
+            batch=options.batch,
+            tokens=options.tokens,
+            decode_batch=options.decode_batch,
+            rank=options.rank,
+            tasks=options.tasks,
+            bank=options.bank,
+            dtype=options.dtype,
+            device=options.device,
+        )
+        for method in options.method:
+            for kind in options.mode:
+                found = measure(shape, method, kind, options.library, options.rounds, options.repeat, options.threads)
+                rows += found
+                for row in found:
+                    print(report.line(row), flush=True)
+    folder = Path(options.output)
+    report.write(folder, rows, options.threads)
+    print(f"\n{report.verdict(rows)}\nResults in {folder}/.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--mode", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
+    parser.add_argument("--width", nargs="+", type=int, default=[1024, 2048])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--decode-batch", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--tasks", type=int, default=10, help="tasks of a Poly adapter")
+    parser.add_argument("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="turns each library takes")
+    parser.add_argument("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()

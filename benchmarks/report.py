@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as a table, a file of numbers and a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# What this package wants to reach: the adapted step's time over the frozen one's.
+TARGETS = {
+    ("lokr", "train"): 1.05,
+    ("lokr", "prefill"): 1.05,
+    ("lokr", "decode"): 1.08,
+    ("vblora", "train"): 1.05,
+    ("vblora", "prefill"): 1.04,
+    ("vblora", "decode"): 1.08,
+    **{
+        (method, mode): wanted
+        for method in ("poly", "mhr")
+        for mode, wanted in (("train", 1.06), ("prefill", 1.06), ("decode", 1.10))
+    },
+}
+_HEAD = "| method | mode | width | library | time / frozen | quartiles | extra MB | wanted |"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    wanted = TARGETS.get((row["method"], row["mode"])) if row["library"] == "ours" else None
+    verdict = "" if wanted is None else f"{wanted:.2f}{'' if row['ratio'] <= wanted else ' (missed)'}"
+    return (
+        f"| {row['method']} | {row['mode']} | {row['width']} | {row['library']} | {row['ratio']:.3f} | "
+        f"{row['low']:.3f}-{row['high']:.3f} | {row['extra_MB']:.1f} | {verdict} |"
+    )
+
+
+def verdict(rows: list[Row]) -> str:
+    """Where this package is behind: a peer on the same work, Hugging Face PEFT's plain LoRA, or its own target."""
+    behind = []
+    for row in (row for row in rows if row["library"] == "ours"):
+        same = [other for other in rows if _work(other) == _work(row)]
+        where = f"{row['method']} {row['mode']} at width {row['width']}"
+        for other in same:
+            named_alike = other["method"] == row["method"] and other["library"] != "ours"
+            if (named_alike or (other["library"], other["method"]) == ("peft", "lora")) and other["ratio"] < row["low"]:
+                behind.append(f"{where}: {row['ratio']:.3f}, {other['library']}'s {other['method']} {other['ratio']:.3f}")
+        wanted = TARGETS.get((row["method"], row["mode"]))
+        if wanted is not None and row["ratio"] > wanted:
+            behind.append(f"{where}: {row['ratio']:.3f}, wanted {wanted:.2f}")
+    return "Behind nowhere." if not behind else "Behind:\n- " + "\n- ".join(behind)
+
+
+def _work(row: Row) -> tuple:
+    return tuple(row[name] for name in ("mode", "width", "layers", "dtype", "device"))
+
+
+def machine(threads: int) -> str:
+    """What the figures were measured on."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [text.partition(":")[2].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
+        name = models[0] if models else name
+    accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores ({threads} threads used){accelerator}, torch {torch.__version__}"
+
+
+def write(folder: Path, rows: list[Row], threads: int) -> None:
+    """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = machine(threads)
+    (folder / "results.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
+    table = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|", *map(line, rows)]
+    (folder / "table.md").write_text("\n".join([where, "", *table, "", verdict(rows), ""]))
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    _plot(folder / "ratios.png", rows, where)
+
+
+def _plot(path: Path, rows: list[Row], where: str) -> None:
+    import matplotlib.pyplot as plt
+
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure, axes = plt.subplots(1, len(modes), figsize=(4.5 * len(modes), 3.6), squeeze=False, layout="constrained")
+    colours = {"ours": "#1b6ca8", "peft": "#d9822b", "lycoris": "#7a9e3a"}
+    for axis, mode in zip(axes[0], modes, strict=True):
+        shown = [row for row in rows if row["mode"] == mode]
+        groups = list(dict.fromkeys((row["method"], row["width"]) for row in shown))
+        for row in shown:
+            libraries = list(colours)
+            place = groups.index((row["method"], row["width"])) + (libraries.index(row["library"]) - 1) * 0.27
+            spread = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
+            axis.bar(place, row["ratio"] - 1, 0.25, bottom=1, color=colours[row["library"]], yerr=spread, capsize=2)
+        axis.set_xticks(range(len(groups)), [f"{method}\n{width}" for method, width in groups], fontsize=7)
+        axis.set_title(mode)
+        axis.axhline(1, color="black", linewidth=0.8)
+    axes[0][0].set_ylabel("time over the frozen model's")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    axes[0][-1].legend(handles, list(colours), fontsize=8)
+    figure.suptitle(where, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that holds one library's adapted model and its frozen twin, and does what it is told: `time` or `memory`.
+
+Reads one JSON object a line, answers with one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks.work import Shape, Work, adapt, base_model, twin
+
+
+def main() -> None:
+    """Build what the first line asks for, then answer the others."""
+    warnings.simplefilter("ignore")
+    request = json.loads(sys.stdin.readline())
+    torch.set_num_threads(request["threads"])
+    shape = Shape(**request["shape"])
+    base = base_model(shape)
+    frozen = twin(base)
+    works = {"frozen": Work(request["kind"], shape, frozen, frozen, lambda batch: {})}
+    run, arguments = adapt(base, request["method"], shape)
+    works["adapted"] = Work(request["kind"], shape, base, run, arguments)
+    _answer({"ready": True})
+    for line in sys.stdin:
+        order = json.loads(line)
+        _answer({"time": _times, "memory": _memory}[order["do"]](works, order))
+
+
+def _answer(content: dict) -> None:
+    print("\x1e" + json.dumps(content), flush=True)
+
+
+def _times(works: dict[str, Work], order: dict) -> dict:
+    """Seconds of a step, the frozen model's and the adapted one's by turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        for _ in range(order["warmup"]):
+            work()
+    for i in range(order["repeat"]):
+        for name in sorted(works, reverse=bool(i % 2)):
+            start = time.perf_counter()
+            works[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _memory(works: dict[str, Work], order: dict) -> dict:
+    """Bytes that a step holds at most beyond what was held before it."""
+    return {name: _peak(work) for name, work in works.items()}
+
+
+def _peak(work: Work) -> int:
+    work()
+    if work.ids.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main()
