@@ -16,8 +16,6 @@ def test_short_form(tmp_path):
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "results.json").read_text())
     assert [row["mode"] for row in content["rows"]] == ["train", "decode"]
-        (m, k) for m in ("lokr", "mhr") for k in ("train", "prefill", "decode")
-    }
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in content["rows"])
     assert "| mhr | train | 128 | ours |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "ratios.png").stat().st_size > 1000
