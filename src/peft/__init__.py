@@ -6,6 +6,9 @@ Importing this package imports torch and nothing heavier; transformers, huggingf
 
 from typing import Any as _Any
 
+from . import functional as functional
+from . import helpers as helpers
+from . import import_utils as import_utils
 from ._markers import marker as _marker
 from ._version import __version__
 from .auto import (
@@ -18,10 +21,17 @@ from .auto import (
     AutoPeftModelForTokenClassification,
 )
 from .config import PeftConfig
-from .mapping import get_peft_config, inject_adapter_in_model
+from .mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    get_peft_config,
+    inject_adapter_in_model,
+)
 from .mapping_func import get_peft_model
 from .mixed_model import PeftMixedModel
 from .peft_model import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -29,12 +39,15 @@ from .peft_model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+    get_layer_status,
+    get_model_status,
 )
 from .tuners import *  # noqa: F403
 from .tuners import __all__ as _tuner_names
 from .utils import (
     PeftType,
     TaskType,
+    cast_mixed_precision_params,
     get_base_model_state_dict,
     get_peft_model_state_dict,
     load_peft_weights,
@@ -42,6 +55,7 @@ from .utils import (
     register_peft_method,
     set_base_model_state_dict,
     set_peft_model_state_dict,
+    shift_tokens_right,
 )
 from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
 
@@ -52,6 +66,10 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -74,7 +92,10 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "__version__",
+    "cast_mixed_precision_params",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -84,5 +105,6 @@ __all__ = [
     "register_peft_method",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
     *_tuner_names,
 ]

@@ -197,8 +197,8 @@ class BasePeftModel(nn.Module):
         return bool(self.active_adapters) and not self.base_model.adapters_disabled
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter can be converted to LoRA; no conversion is provided."""
-        return False
+        """Whether `convert_to_lora` can convert an adapter."""
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     def add_adapter(
         self,

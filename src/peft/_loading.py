@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .config import PeftConfig
 from .tuners._build import Build
+from .utils.adapter_files import CONFIG_NAME
 from .utils.error import PeftNotSupportedError, PeftValueError
+from .utils.hub import local_folder
 from .utils.save_and_load import (
     MODEL_ROOT,
     ROOT,
@@ -21,7 +23,6 @@ from .utils.save_and_load import (
     check_complete,
     check_state,
     import_state,
-    is_embedding,
     write_state,
 )
 
@@ -37,6 +38,16 @@ def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: 
     if not isinstance(config, PeftConfig):
         raise PeftValueError(f"The input config must be a PeftConfig, got {type(config)}")
     return config
+
+
+def own_place(model_id: str | os.PathLike, adapter_name: str, hub_options: dict[str, Any]) -> dict[str, Any]:
+    """Options that find the values of an adapter the model has: in the sub-folder of its name, where `save_pretrained` puts them,
+    rather than beside it. Trainers name the whole folder.
+    """
+    folder = local_folder(model_id, adapter_name)
+    if folder is None or adapter_name == "default" or "subfolder" in hub_options or not (folder / CONFIG_NAME).is_file():
+        return hub_options
+    return {**hub_options, "subfolder": adapter_name}
 
 
 def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
@@ -83,8 +94,8 @@ def filler(
         for name, tensor in model.named_parameters():  # for trained biases and saved embeddings
             path, _, end = name.rpartition(".")
             named[f"{MODEL_ROOT}{path}.base_layer.{end}" if path in paths else MODEL_ROOT + name] = tensor
-        expected = adapter_tensors(named.items(), config, adapter_name, any(is_embedding(key) for key in state))
         incoming = import_state(state, config)
+        expected = adapter_tensors(named.items(), config, adapter_name, incoming)
         result = check_state(expected, incoming, ignore_mismatched_sizes)
         mismatched = set(result.missing_keys) & incoming.keys()
         check_complete(LoadResult([k for k in result.missing_keys if k not in mismatched], result.unexpected_keys), source)

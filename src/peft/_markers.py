@@ -2,7 +2,7 @@
 """Names of the PEFT interface that this package does not provide.
 
 Client libraries import them at their own import and ask `isinstance(config, PrefixTuningConfig)`. They get a class that nothing is
-an instance of; making one raises an error that says what is provided.
+an instance of; making one, or calling what is a function elsewhere, raises an error that says what is provided.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _NAMES = frozenset(
         "AdaptionPromptConfig",
         "AdaptionPromptModel",
         "ArrowConfig",
-        "AutoPeftModel",
         "BOFTConfig",
         "BOFTModel",
         "BdLoraConfig",
@@ -31,7 +30,9 @@ _NAMES = frozenset(
         "C3AConfig",
         "C3AModel",
         "CPTConfig",
+        "CPTEmbedding",
         "CartridgeConfig",
+        "CartridgeEncoder",
         "DeftConfig",
         "DeftModel",
         "DeloraConfig",
@@ -59,24 +60,27 @@ _NAMES = frozenset(
         "LoHaConfig",
         "LoHaModel",
         "LoftQConfig",
-        "LoraConfig",
         "LoraGAConfig",
-        "LoraModel",
-        "LoraRuntimeConfig",
         "MissConfig",
         "MissModel",
         "MontecloraConfig",
         "MultitaskPromptTuningConfig",
+        "MultitaskPromptTuningInit",
         "OFTConfig",
         "OFTModel",
         "OSFConfig",
         "OSFModel",
         "PeanutConfig",
         "PeanutModel",
+        "PrefixEncoder",
         "PrefixTuningConfig",
+        "PromptEmbedding",
+        "PromptEncoder",
         "PromptEncoderConfig",
+        "PromptEncoderReparameterizationType",
         "PromptLearningConfig",
         "PromptTuningConfig",
+        "PromptTuningInit",
         "PsoftConfig",
         "PsoftModel",
         "PveraConfig",
@@ -104,21 +108,33 @@ _NAMES = frozenset(
         "WaveFTModel",
         "XLoraConfig",
         "XLoraModel",
+        "bloom_model_postprocess_past_key_value",
+        "compose_cartridge_adapters",
+        "create_arrow_model",
+        "find_kappa_target_modules",
+        "get_eva_state_dict",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "initialize_lora_eva_weights",
+        "preprocess_loraga",
+        "prompt_embeddings_from_past_key_values",
+        "replace_lora_weights_loftq",
     ]
 )
+_OF_HELPERS = frozenset(["DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"])
 
 
 @cache
-def marker(name: str) -> type:
-    """The class that stands for a name.
+def marker(name: str, module: str = "peft") -> type:
+    """The class that stands for a name of a module.
 
     Raises:
-        AttributeError: The interface has no such name.
+        AttributeError: In the interface the module has no such name.
     """
-    if name not in _NAMES:
-        raise AttributeError(f"module 'peft' has no attribute {name!r}")
+    if name not in {"peft": _NAMES, "peft.helpers": _OF_HELPERS}[module]:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise PeftNotSupportedError(f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.")
 
-    return type(name, (), {"__init__": refuse, "__module__": "peft", "__doc__": "Not provided by this package."})
+    return type(name, (), {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."})

@@ -99,7 +99,8 @@ class PeftConfig:
         content["peft_version"] = __version__
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
-        return json.dumps(content, indent=2, sort_keys=True, default=_plain)
+        # Only the fields are sorted: of patterns that fit the same module, the first counts.
+        return json.dumps(dict(sorted(content.items())), indent=2, default=_plain)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, made if missing.

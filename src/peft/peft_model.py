@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ._base_peft_model import BasePeftModel
-from ._loading import check_same_function, filler, read_config, refuse_offload, renamings
+from ._loading import check_same_function, filler, own_place, read_config, refuse_offload, renamings
 from .config import PeftConfig, as_folder
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners._build import Construction
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
@@ -29,11 +30,10 @@ from .utils.save_and_load import (
     check_state,
     get_peft_model_state_dict,
     import_state,
-    is_embedding,
     load_peft_weights,
-    own_state,
     set_peft_model_state_dict,
 )
+from .utils.sharding import is_distributed, own_state, whole
 
 
 class PeftModel(BasePeftModel):
@@ -84,12 +84,14 @@ class PeftModel(BasePeftModel):
             safe_serialization: False writes the legacy pickle format.
             selected_adapters: Which adapters, by default all.
             save_embedding_layers: True writes the token embeddings too; "auto" if an adapter targets one.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. Where tensors are DTensors (FSDP2), every process has to call, to gather them.
             path_initial_model_for_weight_conversion: Refused; it concerns methods this package does not provide.
             state_dict: Take the tensors from this state dict of the model (a gathered one, say).
 
         Raises:
-            PeftValueError: The path is a file, or an adapter is unknown.
+            CheckpointError: `state_dict` has no tensors of an adapter.
+        PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not given.
+        PeftValueError: The path is a file, or an adapter is unknown.
         """
         folder = as_folder(save_directory)
         if path_initial_model_for_weight_conversion is not None:
@@ -100,11 +102,16 @@ class PeftModel(BasePeftModel):
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {names}."
             )
+        tensors = self.parameters() if state_dict is None else state_dict.values()
+        if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
+            return
+        options: Any = {"save_embedding_layers": save_embedding_layers}
+        states = {name: get_peft_model_state_dict(self, state_dict, name, **options) for name in names}
+        states = {name: {key: whole(tensor) for key, tensor in state.items()} for name, state in states.items()}
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+        for name, state in states.items():
             write_adapter(folder if name == "default" else folder / name, state, self._config_text(name), safe_serialization)
         self.create_or_update_model_card(folder)
 
@@ -126,6 +133,14 @@ class PeftModel(BasePeftModel):
         if self.peft_config:
             config = next(iter(self.peft_config.values()))
             update_model_card(Path(output_dir), config, self.get_base_model())
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each layer with adapters, as `get_layer_status` gives it."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the adapters, summed up, as `get_model_status` gives it."""
+        return get_model_status(self)
 
     def push_to_hub(
         self,
@@ -237,7 +252,8 @@ class PeftModel(BasePeftModel):
 
         Args:
             model_id: A local folder, or an id on the Hub.
-            adapter_name: The name; if the model has such an adapter, its values are replaced.
+            adapter_name: The name; if the model has such an adapter, its values are replaced (by those in the sub-folder of its
+                name, if `save_pretrained` made one).
             is_trainable: Whether a new adapter is trainable.
             torch_device: Where to read the file to.
             autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, **kwargs: As
@@ -253,6 +269,7 @@ class PeftModel(BasePeftModel):
         refuse_offload(ephemeral_gpu_offload)
         hub = only_hub_options(kwargs, "load_adapter")
         known = self.peft_config.get(adapter_name)
+        hub = hub if known is None else own_place(model_id, adapter_name, hub)
         config = known or read_config(model_id, None, hub)
         key_mapping = key_mapping or renamings(self.get_base_model())
         state = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
@@ -270,8 +287,8 @@ class PeftModel(BasePeftModel):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {saved.peft_type}."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
-        expected = adapter_tensors(own_state(self).items(), config, adapter_name, any(is_embedding(key) for key in state))
         incoming = import_state(state, config)
+        expected = adapter_tensors(own_state(self).items(), config, adapter_name, incoming)
         result = check_state(expected, incoming, ignore_mismatched_sizes)
         missing = [key for key in result.missing_keys if key not in incoming]
         check_complete(LoadResult(missing, result.unexpected_keys), str(model_id))

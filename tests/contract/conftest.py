@@ -36,6 +36,7 @@ class Method:
 
 METHODS = {
     "LOKR": Method(peft.LoKrConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}),
+    "LORA": Method(peft.LoraConfig, {"r": 2, "lora_alpha": 3, "init_lora_weights": False}, no_op={"init_lora_weights": True}),
     "VBLORA": Method(
         peft.VBLoRAConfig, {"r": 2, "num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 1.0, "init_logits_std": 1.0}
     ),

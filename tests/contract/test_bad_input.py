@@ -159,8 +159,8 @@ def test_arguments_that_cannot_be_honoured(model, method):
         model.load_adapter("somewhere", "b", foo=1)
     with pytest.raises(ValueError, match="PeftModel already"):
         PeftModel(model, method.config(target_modules=TARGETS))
-    with pytest.raises(NotImplementedError, match="LoraConfig is not provided by this package; it provides LOKR"):
-        peft.LoraConfig(r=8)
+    with pytest.raises(NotImplementedError, match="AdaLoraConfig is not provided by this package; it provides LOKR, LORA"):
+        peft.AdaLoraConfig(r=8)
 
 
 def test_a_broken_adapter_is_not_merged(model, method):
@@ -221,7 +221,8 @@ def test_a_state_dict_of_other_shapes(model):
     assert_unchanged(before, model)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         result = set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
-    assert sorted(result.missing_keys) == sorted(state)
+    assert len(result.missing_keys) == len(state)
+    assert set(result.missing_keys) <= set(dict(model.named_parameters()))
     assert_unchanged(before, model)
 
 

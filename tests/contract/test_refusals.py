@@ -90,7 +90,7 @@ def test_unknown_arguments_of_a_config_are_refused(method):
 @pytest.mark.parametrize(
     ("layer", "mention"),
     [
-        (nn.Embedding(8, 8), "Embedding"),
+        (nn.EmbeddingBag(8, 8), "EmbeddingBag"),
         (nn.LayerNorm(8), "LayerNorm"),
         (nn.Bilinear(8, 8, 8), "Bilinear"),
         (nn.LSTM(8, 8), "LSTM"),

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from conftest import TARGETS, mlp
+from conftest import TARGETS, llama, mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -440,3 +440,36 @@ def test_a_head_with_other_classes_is_left_out_on_request(method, tmp_path):
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
     assert torch.isfinite(model.base_model.model[1].modules_to_save["b"].weight).all()
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_embeddings_and_heads_trained_whole(method, names, tmp_path):
+    """What an adapter trained of them comes back into its own copies, however it is loaded; the base's stay as they are."""
+    config = {"target_modules": ["q_proj"], "modules_to_save": names}
+    base = llama()
+    model, ids = get_peft_model(copy.deepcopy(base), method.config(**config)), torch.randint(3, 48, (2, 5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        expected, plain = model.eval()(ids, **method.call).logits, base(ids).logits
+    model.save_pretrained(tmp_path)
+
+    def replaced(again):
+        again.load_adapter(tmp_path, "default")
+        return again
+
+    def filled(again):
+        result = peft.set_peft_model_state_dict(again, peft.load_peft_weights(tmp_path))
+        assert result == ([], [])
+        return again
+
+    for again in (
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path),
+        replaced(get_peft_model(copy.deepcopy(base), method.config(**config))),
+        filled(get_peft_model(copy.deepcopy(base), method.config(**config))),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(again.eval()(ids, **method.call).logits, expected)
+            with again.disable_adapter():
+                torch.testing.assert_close(again(ids).logits, plain)

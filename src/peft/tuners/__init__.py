@@ -2,7 +2,21 @@
 """The methods. Each lives in a folder of its own; the line here that imports it also registers it and exports its names."""
 
 from .lokr import LoKrConfig, LoKrModel
+from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel
 from .vblora import VBLoRAConfig, VBLoRAModel
 
-__all__ = ["LoKrConfig", "LoKrModel", "PolyConfig", "PolyModel", "VBLoRAConfig", "VBLoRAModel"]
+__all__ = [
+    "LoKrConfig",
+    "LoKrModel",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "PolyConfig",
+    "PolyModel",
+    "VBLoRAConfig",
+    "VBLoRAModel",
+    "convert_to_lora",
+    "save_as_lora",
+    "save_tasks_as_lora",
+]

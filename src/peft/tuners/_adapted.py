@@ -16,7 +16,8 @@ from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
-from ._layer import AdapterParameterDict, BaseTunerLayer, names_to_merge
+from ._holder import AdapterParameterDict
+from ._layer import BaseTunerLayer, names_to_merge
 
 
 class AdaptedModel(nn.Module):
@@ -128,6 +129,11 @@ class AdaptedModel(nn.Module):
                 raise PeftTypeError(
                     f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument."
                 )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether all of an adapter's layers have low-rank factors."""
+        own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
+        return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)
 
     # --- switching ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +296,7 @@ class AdaptedModel(nn.Module):
             self.check_names(adapter_names)
         todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
         for layer, names in todo:
-            _geometry.quantised_form(layer.get_base_layer())
+            layer.check_mergeable(names)
             if safe_merge:
                 layer.check_merge(names, **options)
         for layer, names in todo:

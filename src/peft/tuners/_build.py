@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ._geometry import placement
-from ._layer import AdapterParameterDict, BaseTunerLayer
+from ._holder import AdapterParameterDict
+from ._layer import BaseTunerLayer
 from ._trainable_tokens import TokenRows
 
 

@@ -2,87 +2,92 @@
 """A model's own methods under signatures that also name what its adapters take out of a call.
 
 Trainers drop those columns of a data set, and `generate` refuses those keyword arguments, that `inspect.signature(model.forward)`
-does not name. An `Entry` takes the place of a model's `forward` or `generate` and names them. It belongs to the one model, not to
-its class, and goes with it through `copy.deepcopy` and pickle.
+does not name; and some libraries call `model.forward` itself, past all hooks. An `Entry` takes the place of a model's `forward` or
+`generate`. It belongs to the one model, not to its class, and goes with it through `copy.deepcopy` and pickle.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-Context = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
+Function = Callable[..., Any]
+# Carries a call out: (function, model, its positional and keyword arguments) → what the function returns.
+Conduct = Callable[[Function, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Entry:
     """A method with further keyword arguments in its signature.
 
     Args:
-        function: What is called; with a `module` as its first argument, as a method is.
+        function: What is called in the end, with the model as its first argument.
         names: The further arguments.
-        context: Entered for the whole of a call with its positional and keyword arguments; takes its own out of the latter. By
-            default they go on to `function`.
-        module: The model, None for the function by itself.
-        replaced: The attribute of the model whose place this takes, if the model rather than its class had one.
+        conduct: Carries a call out, and takes the further arguments out of it for that.
+        model: The model, None for the function by itself.
+        replaced: The attribute of the model whose place this takes, if the model and not only its class had one.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        names: tuple[str, ...],
-        context: Context | None = None,
-        module: nn.Module | None = None,
-        replaced: Any = None,
+        self, function: Function, names: tuple[str, ...], conduct: Conduct, model: nn.Module | None = None, replaced: Any = None
     ) -> None:
         self.function = function
         self.names = names
-        self.context = context
-        self.module = module
+        self.conduct = conduct
+        self.model = model
         self.replaced = replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = () if self.module is None else (self.module,)
-        if self.context is None:
-            return self.function(*own, *args, **kwargs)
-        with self.context(args, kwargs):
-            return self.function(*own, *args, **kwargs)
+        if self.model is None:
+            return self.conduct(self.function, args[0], args[1:], kwargs)
+        return self.conduct(self.function, self.model, args, kwargs)
 
     @property
     def __func__(self) -> Entry:
-        """The function below the method; what wraps a model's methods asks for it."""
-        if self.module is None:
+        """The function below the method, which is what wraps a model's methods asks for."""
+        if self.model is None:
             raise AttributeError("__func__")
-        return Entry(self.function, self.names, self.context)
+        return Entry(self.function, self.names, self.conduct)
 
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
-        given = list(signature.parameters.values())[0 if self.module is None else 1 :]
-        named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in self.names]
+        given = list(signature.parameters.values())[0 if self.model is None else 1 :]
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.names]
         own = [parameter for parameter in named if parameter.name not in signature.parameters]
         rest = [parameter for parameter in given if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         return signature.replace(parameters=[*given[: len(given) - len(rest)], *own, *rest])
 
 
-def name_arguments(model: nn.Module, method: str, names: tuple[str, ...], context: Context | None = None) -> None:
+class _Unbound:
+    """What is bound to its model already, as a function of the model."""
+
+    def __init__(self, bound: Function) -> None:
+        self.bound = bound
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.bound(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.bound)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return signature.replace(parameters=[first, *signature.parameters.values()])
+
+
+def put_entry(model: nn.Module, method: str, names: tuple[str, ...], conduct: Conduct) -> None:
     """Put an entry in the place of a model's method, if it has that."""
     present = getattr(model, method, None)
-    if isinstance(present, MethodType):
-        entry = Entry(present.__func__, names, context, model, vars(model).get(method))
-    elif callable(present):
-        entry = Entry(present, names, context, replaced=present)
-    else:
-        return
-    setattr(model, method, entry)
+    if callable(present):
+        function = present.__func__ if isinstance(present, MethodType) else _Unbound(present)
+        setattr(model, method, Entry(function, names, conduct, model, vars(model).get(method)))
 
 
-def restore_methods(model: nn.Module) -> None:
-    """Undo `name_arguments`, where nothing has wrapped an entry since."""
+def remove_entries(model: nn.Module) -> None:
+    """Give a model its methods back, where nothing has wrapped an entry since."""
     for method, entry in list(vars(model).items()):
         if isinstance(entry, Entry):
             delattr(model, method)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.error import PeftNotSupportedError
+from ..utils.sharding import cut_like, is_elsewhere, is_managed, whole
 from . import _quantised
 
 
@@ -71,6 +74,34 @@ def geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
+def table(module: nn.Module) -> Geometry | None:
+    """The size of an `nn.Embedding`, a linear map of one-hot vectors with its weight stored `[in, out]`; None for any other module.
+
+    It is apart from `geometry` since a layer around an embedding has to look rows up in place of multiplying.
+    """
+    module = innermost(module)
+    return Geometry(module.embedding_dim, module.num_embeddings, transposed=True) if isinstance(module, nn.Embedding) else None
+
+
+def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
+    """What a config's `fan_in_fan_out` should be: whether layers to be adapted store their weight `[in, out]`. A warning tells if
+    it says otherwise. Embeddings do not count, which all store it one way.
+    """
+    stored = {size.transposed for size in map(geometry, modules) if size is not None}
+    if True in stored and not fan_in_fan_out:
+        message = "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True."
+        warnings.warn(message, stacklevel=6)
+    elif stored == {False} and fan_in_fan_out:
+        message = "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False."
+        warnings.warn(message, stacklevel=6)
+    return True in stored if stored else fan_in_fan_out
+
+
+def embedding_scale(module: nn.Module) -> float | Tensor:
+    """What an embedding multiplies the rows it looks up by (in transformers' scaled word embeddings)."""
+    return getattr(innermost(module), "embed_scale", 1.0)
+
+
 def place_for_shared(root: nn.Module, name: str) -> nn.Module:
     """The module that parameters shared by a model's layers are registered on as `name`: the one that has them already, else the
     root, or inside it where the root is a container that takes all its children for steps or items.
@@ -115,7 +146,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     form = quantised_form(module)
     if form is not None:
         return form.read(innermost(module))
-    weight = stored_weight(module)
+    weight = whole(stored_weight(module))
     return weight.float() if weight.dtype.itemsize == 1 else weight
 
 
@@ -123,16 +154,30 @@ def stored_weight(module: nn.Module) -> Tensor:
     """The parameter that is a layer's weight, which is not quantised.
 
     Raises:
-        PeftNotSupportedError: It is.
+        PeftNotSupportedError: It is, or it is not all here.
     """
     module = innermost(module)
     weight = getattr(module, "weight", None)
+    if is_elsewhere(weight):
+        raise PeftNotSupportedError(
+            f"The weight of a {type(module).__name__} is spread over several processes, so that nothing can be merged into it; merge "
+            "inside `FullyShardedDataParallel.summon_full_params(...)` or `deepspeed.zero.GatheredParameters(...)`, or in one process."
+        )
     if not isinstance(weight, Tensor) or is_quantised(module):
         raise PeftNotSupportedError(
             f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't be merged into; "
             "load the base model without quantisation to merge."
         )
     return weight
+
+
+def put_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give a layer another weight, whole: in place where its memory belongs to an engine that shards it."""
+    own: Any = stored_weight(module)
+    if is_managed(own):
+        own.detach().copy_(cut_like(own, weight))
+    else:
+        own.data = weight
 
 
 def quantised_form(module: nn.Module) -> _quantised.Form | None:
@@ -162,7 +207,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:
     """Whether a weight's shape is not the layer's (packed 4-bit formats)."""
-    size = geometry(module)
+    size = geometry(module) or table(module)
     return size is None or weight.numel() != size.out_features * size.in_features * _prod(size.kernel_size)
 
 
@@ -206,8 +251,10 @@ def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str |
 
 def avoid_fused_paths(model: nn.Module) -> None:
     """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and
-    back where any module has a hook; the encoder's packing of padded batches is of use to that path alone.
+    back where any module has a hook; the encoder's packing of padded batches is of use to that path alone. Have 4-bit layers stay
+    in the form that gradients pass.
     """
+    _quantised.stay_differentiable(model)
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and _has_adapters(module):
             if _no_operation not in module._forward_pre_hooks.values():
@@ -218,6 +265,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
 
 def restore_fused_paths(model: nn.Module) -> None:
     """Undo `avoid_fused_paths`."""
+    _quantised.repack_again(model)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_operation:

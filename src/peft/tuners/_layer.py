@@ -8,61 +8,53 @@ parameters, `delta_activations` computes what the adapter adds to the output, `g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ..utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ..utils.error import PeftNotSupportedError, PeftValueError
+from ..utils.rank_room import RankRoom
+from ..utils.sharding import is_managed, whole
 from . import _merging
-from ._geometry import Geometry, Placement, dense_weight, geometry, innermost, placement, quantised_form, stored_weight
+from ._accumulate import add_product, may_write_to_output
+from ._geometry import (
+    Geometry,
+    Placement,
+    dense_weight,
+    geometry,
+    innermost,
+    placement,
+    put_weight,
+    quantised_form,
+    stored_weight,
+    table,
+)
+from ._holder import AdapterHolder
+from ._lowrank import LowRank, cut, dense_svd
+from ._merging import names_to_merge
 from ._quantised import Form as QuantisedForm
 
 
-class AdapterParameterDict(nn.ParameterDict):
-    """Parameters by adapter name, read by a call: `self.lokr_w1(adapter_name)`.
-
-    Being called as a module is what lets libraries that move weights in just before a forward (offloading, sharding) see that
-    they are needed; a plain `ParameterDict` is read behind their back.
-    """
-
-    __call__ = nn.Module.__call__
-
-    def forward(self, adapter_name: str) -> nn.Parameter:
-        return self[adapter_name]
-
-
-class BaseTunerLayer(nn.Module):
+class BaseTunerLayer(AdapterHolder):
     """A layer `base_layer` with any number of adapters, of which the active ones add up: `y = base(x) + Σ Δ(x)`.
 
     Args:
         base_layer: The layer to adapt. It stays as it is, below this one.
 
     Attributes:
-        adapter_layer_names: Attributes that hold parameters or modules by adapter name.
-        other_param_names: Attributes that hold plain values by adapter name.
-        base_layer: The adapted layer.
-        scaling: Factor on each adapter's output, by name; its keys are the adapters this layer has.
-        merged_adapters: Adapters whose delta is in the base weight at present, in the order they were merged.
+        base_layer: The adapted layer; the others as for `AdapterHolder`.
     """
-
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
-    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        size = geometry(base_layer)
+        size = geometry(base_layer) or table(base_layer)
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
             self.geometry: Geometry = size
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._active_adapter: str | list[str] = []
-        self._disable_adapters = False
-        self._paused: list[nn.Parameter] = []
         self._merges: dict[str, tuple[dict[str, Any], float, Any]] = {}  # options, scale, and what brings the weight back
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
@@ -77,13 +69,40 @@ class BaseTunerLayer(nn.Module):
         """What the adapter adds to the output for input `x`."""
         raise NotImplementedError
 
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`delta_activations` as a matrix product `p @ q` that is yet to be taken, in the output's order of elements; None where it
+        is no such product. It can then be added to the output as it is taken.
+        """
+        return None
+
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout."""
         raise PeftNotSupportedError(f"{type(self).__name__} has no delta that could be merged into a weight.")
 
-    def base_scaling(self, adapter_name: str) -> float:
-        """The factor that `scaling` starts from and `unscale_layer` returns to."""
-        return 1.0
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
+        """What merging multiplies the sum of weight and delta by, None for nothing; for a method whose part is not a sum."""
+        return None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter's delta is a matrix, of which there are low-rank factors."""
+        return type(self).get_delta_weight is not BaseTunerLayer.get_delta_weight
+
+    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+        """The adapter's delta as `B·A` of a rank: an integer, the share of energy to keep, or None for exact. A method whose delta
+        is low rank by its structure overrides this.
+        """
+        delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options))  # [out, in, *kernel]
+        return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
+
+    def rank_room(self, holder: str) -> RankRoom | None:
+        """Where a container's tensors can be filled up with zeros without a change to the delta; None if they can't be."""
+        return None
+
+    # --- base layer -----------------------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer itself, below all adapters."""
+        return innermost(self)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -107,7 +126,10 @@ class BaseTunerLayer(nn.Module):
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the adapter's part; a method whose part is not a sum overrides this."""
-        return result + self.delta_activations(adapter_name, x)
+        product = self.delta_product(adapter_name, x)
+        if product is None:
+            return result + self.delta_activations(adapter_name, x)
+        return add_product(result, *product, in_place=may_write_to_output(self.base_layer))
 
     def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
         """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""
@@ -136,117 +158,17 @@ class BaseTunerLayer(nn.Module):
                 raise
             return getattr(self.base_layer, name)
 
-    # --- adapters and which of them are active ------------------------------------------------------------------------
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged and is_managed(self.weight):
+            self.unmerge()  # in the forward it would be done to a copy that the engine gathered
+        super().enable_adapters(enabled)
 
-    def get_base_layer(self) -> nn.Module:
-        """The layer itself, below all adapters."""
-        return innermost(self)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same as `active_adapters`, by the name that diffusers' `model.active_adapters()` reads."""
-        return self.active_adapters
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off."""
-        return self._disable_adapters
+    # --- merging ------------------------------------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
         """Whether any adapter's delta is in the base weight."""
         return bool(self.merged_adapters)
-
-    def _all_available_adapter_names(self) -> list[str]:
-        return list(self.scaling)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; they become trainable unless `inference_mode`, the others are frozen."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._paused = []
-        for name in self.scaling:
-            self.set_requires_grad(name, name in names and not inference_mode)
-        self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters, active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
-
-    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """The parameters that belong to an adapter."""
-        for attribute in self.adapter_layer_names:
-            container = getattr(self, attribute)
-            if adapter_name in container:
-                entry = container[adapter_name]
-                yield from entry.parameters() if isinstance(entry, nn.Module) else (entry,)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, which also freezes them, or on, which unfreezes those that were frozen by that."""
-        if not enabled and not self._disable_adapters:
-            every = [p for name in self.scaling for p in self.adapter_parameters(name)]
-            self._paused = [p for p in every if p.requires_grad]
-            for parameter in self._paused:
-                parameter.requires_grad_(False)
-        elif enabled:
-            for parameter in self._paused:
-                parameter.requires_grad_(True)
-            self._paused = []
-        self._disable_adapters = not enabled
-
-    def adopt(self, fresh: BaseTunerLayer) -> None:
-        """Take over the adapters of another layer of this class that was made for the same base layer."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
-            container = getattr(self, attribute)
-            for adapter_name, entry in getattr(fresh, attribute).items():
-                container[adapter_name] = entry
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, which is then active no more.
-
-        Raises:
-            PeftValueError: It is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
-        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
-            container = getattr(self, attribute)
-            if adapter_name in container:
-                del container[adapter_name]
-        if adapter_name in self.active_adapters:
-            left = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(left or self._all_available_adapter_names()[:1])
-
-    # --- scale --------------------------------------------------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to `scale` times its configured one; an adapter this layer lacks is passed over."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.base_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.scaling:
-                self.scaling[adapter_name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters by `scale`; None returns to the configured one."""
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.scaling:
-                if scale is None:
-                    self.scaling[adapter_name] = self.base_scaling(adapter_name)
-                else:
-                    self.scaling[adapter_name] /= scale
-
-    # --- merging ------------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
         """Add adapters' deltas to the base weight.
@@ -264,6 +186,7 @@ class BaseTunerLayer(nn.Module):
             PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the method can't be merged.
         """
         names = [name for name in names_to_merge(self, adapter_names) if name in self.scaling]
+        self.check_mergeable(names)
         if safe_merge:
             self.check_merge(names, **options)
         base = self.get_base_layer()
@@ -272,10 +195,10 @@ class BaseTunerLayer(nn.Module):
             self._merge_quantised(form, names, options)
             return
         for adapter_name in names:
-            delta = self.get_delta_weight(adapter_name, **options)
-            merged, correction = _merging.add(stored_weight(base), delta)
-            base.weight.data = merged
-            self._merges[adapter_name] = (options, self.scaling[adapter_name], correction)
+            delta, scale = self.get_delta_weight(adapter_name, **options), float(self.scaling[adapter_name])
+            merged, correction = _merging.add(whole(stored_weight(base)), delta, self.merge_factor(adapter_name, scale))
+            put_weight(base, merged)
+            self._merges[adapter_name] = (options, scale, correction)
             self.merged_adapters.append(adapter_name)
 
     @torch.no_grad()
@@ -284,12 +207,14 @@ class BaseTunerLayer(nn.Module):
         base = self.get_base_layer()
         before = form.get(base)
         original = self._merges[self.merged_adapters[0]][2] if self.merged else before
-        added = {name: (options, self.scaling[name], original) for name in names}
+        added = {name: (options, float(self.scaling[name]), original) for name in names}
         form.put(base, original)
         try:
             weight = form.read(base)
             for adapter_name, (own, scale, _) in {**self._merges, **added}.items():
                 weight += self._delta_at(adapter_name, own, scale)
+                factor = self.merge_factor(adapter_name, scale)
+                weight *= 1 if factor is None else factor
             merged = form.pack(base, weight)
         finally:
             form.put(base, before)
@@ -297,13 +222,18 @@ class BaseTunerLayer(nn.Module):
         self._merges.update(added)
         self.merged_adapters.extend(names)
 
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """Raise if adapters can't be merged into this layer, whatever their values."""
+        quantised_form(self.get_base_layer())
+
     def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
         """Check that merging adapters is possible and would leave a finite weight, without changing anything."""
         base = self.get_base_layer()
-        weight = dense_weight(base) if quantised_form(base) is not None else stored_weight(base)
+        weight = dense_weight(base) if quantised_form(base) is not None else whole(stored_weight(base))
         for adapter_name in adapter_names:
             if adapter_name in self.scaling:
-                weight, _ = _merging.add(weight, self.get_delta_weight(adapter_name, **options))
+                factor = self.merge_factor(adapter_name, float(self.scaling[adapter_name]))
+                weight, _ = _merging.add(weight, self.get_delta_weight(adapter_name, **options), factor)
                 if not torch.isfinite(weight.float()).all():
                     message = f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     raise PeftValueError(f"{message}; nothing was merged.")
@@ -317,15 +247,28 @@ class BaseTunerLayer(nn.Module):
         form = quantised_form(base)
         if form is not None:
             form.put(base, self._merges[self.merged_adapters[0]][2])
-            self.merged_adapters.clear()
-            self._merges.clear()
-        while self.merged_adapters:
-            adapter_name = self.merged_adapters[-1]
+        else:
+            put_weight(base, self.unmerged_weight())
+        self.merged_adapters.clear()
+        self._merges.clear()
+
+    @torch.no_grad()
+    def unmerged_weight(self) -> Tensor:
+        """The base weight in numbers, to the bit as it is while nothing is merged."""
+        base = self.get_base_layer()
+        form = quantised_form(base)
+        if form is not None:
+            before = form.get(base)
+            form.put(base, self._merges[self.merged_adapters[0]][2] if self.merged else before)
+            try:
+                return form.read(base)
+            finally:
+                form.put(base, before)
+        weight = whole(stored_weight(base))
+        for adapter_name in reversed(self.merged_adapters):
             options, scale, correction = self._merges[adapter_name]
-            delta = self._delta_at(adapter_name, options, scale)
-            base.weight.data = _merging.subtract(stored_weight(base), delta, correction)
-            self.merged_adapters.pop()
-            del self._merges[adapter_name]
+            weight = _merging.subtract(weight, self._delta_at(adapter_name, options, scale), correction)
+        return weight
 
     def _delta_at(self, adapter_name: str, options: dict[str, Any], scale: float) -> Tensor:
         """The delta that was merged: with the scale of then, whatever it is now."""
@@ -349,24 +292,3 @@ def layer_of(module: nn.Module, layer_cls: type[BaseTunerLayer]) -> BaseTunerLay
             return None
         module = module.base_layer
     return module
-
-
-def names_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
-    """The adapters to merge into a layer (or into all layers of a tuner): those named, by default the active ones, less those
-    merged already, which a warning names.
-    """
-    if isinstance(adapter_names, str):
-        raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
-    names = list(layer.active_adapters) if adapter_names is None else list(adapter_names)
-    merged = [name for name in names if name in layer.merged_adapters]
-    if merged:
-        left = [name for name in names if name not in merged]
-        if left:
-            warnings.warn(
-                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.",
-                stacklevel=3,
-            )
-        else:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-        return left
-    return names

@@ -15,7 +15,8 @@ from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
 from . import _geometry, _targets, _trainable_tokens
-from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
+from ._holder import AdapterParameterDict
+from ._layer import BaseTunerLayer, layer_of
 from ._trainable_tokens import TokenPlan
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
         UnsupportedModuleError: Modules are targeted that the method can't adapt; all are named.
     """
     config.validate()
-    _check_name(adapter_name, tuner)
+    check_name(adapter_name, tuner)
     _check_biases(config, tuner)
     plan = Plan(adapter_name, config)
-    modules = _own_modules(tuner.model)
+    modules = own_modules(tuner.model)
     plan.trained_whole = _trained_whole(plan.config, modules)
     candidates = {p: m for p, m in modules.items() if not any(_below(p, whole) for whole in plan.trained_whole)}
     paths = _paths_in(state_dict, tuner) if state_dict else _targeted(tuner, plan.config, candidates, plan.trained_whole)
@@ -76,14 +77,17 @@ def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
     """Names of the biases that a config trains: all, those of the adapted layers, or none."""
     if config.trained_biases == "none":
         return []
-    layers = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    if config.trained_biases == "all":
-        return names
-    return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
+    names = []
+    for path, module in own_modules(model).items():
+        plain, name = module, path
+        while isinstance(plain, BaseTunerLayer):
+            plain, name = plain.base_layer, f"{name}.base_layer"
+        if plain._parameters.get("bias") is not None and (plain is not module or config.trained_biases == "all"):
+            names.append(f"{name}.bias")
+    return names
 
 
-def _check_name(name: str, tuner: BaseTuner) -> None:
+def check_name(name: str, tuner: BaseTuner) -> None:
     if not isinstance(name, str):
         raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
     if not name or "." in name:
@@ -104,7 +108,7 @@ def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
         )
 
 
-def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by path (each path, where there are several), seen as if there were no adapters: what is inside adapted
     layers is left out.
     """
@@ -242,7 +246,7 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
         reason = _geometry.bypass_reason(parent, name, kind)
         if reason:
             unsupported.append(f"`{path}`: {reason}.")
-        elif _geometry.geometry(base) is None or tuner.tuner_layer_class(plan.config, base) is None:
+        elif tuner.tuner_layer_class(plan.config, base) is None:
             unsupported.append(f"`{path}`: Target module {_geometry.describe(base)} is not supported.")
         else:
             misfits += [f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)]

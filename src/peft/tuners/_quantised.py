@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +34,11 @@ class Form(NamedTuple):
 
 def form(module: nn.Module) -> Form | None:
     """How a layer keeps its weight, None where that is no form known here (a plain weight is none)."""
-    weight = module._parameters.get("weight")
-    libraries = (sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("torchao.utils"))
-    bits, torchao = libraries
-    if bits is not None and isinstance(weight, bits.Int8Params):
-        return _INT8 if weight.dtype == torch.int8 else None
-    if bits is not None and isinstance(weight, bits.Params4bit):
+    weight: Any = module._parameters.get("weight")
+    bits, torchao = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("torchao.utils")
+    if bits is not None and isinstance(module, bits.Linear8bitLt):
+        return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
+    if bits is not None and isinstance(module, bits.Linear4bit):
         return _FOUR_BIT if _state_of(module) is not None else None
     if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
         plain = getattr(weight, "act_pre_scale", None) is None  # else inputs are scaled before they meet the weight
@@ -59,7 +58,7 @@ def is_coded(weight: Tensor) -> bool:
 
 def _int8_get(layer: Any) -> tuple[Tensor, Tensor]:
     """Codes `[out, in]` and scales `[out]`; the first forward moves the scales from the parameter to the layer's state."""
-    scale = layer.weight.SCB
+    scale = getattr(layer.weight, "SCB", None)
     return layer.weight.data, layer.state.SCB if scale is None else scale
 
 
@@ -111,16 +110,21 @@ def _four_bit_read(layer: Any) -> Tensor:
     return functional.dequantize_4bit(*_in_blocks(*_four_bit_get(layer))).float()
 
 
-def _in_blocks(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and state in the library's general form; evaluating on some CPUs repacks them, with scales in bfloat16."""
+def _in_blocks(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, Any]:
+    """Codes and state in the library's general form; evaluating on some CPUs repacks them, with scales in bfloat16.
+
+    Args:
+        nested: Quantise scales again that were before; to be read they need not be.
+    """
     if not getattr(state, "packing_format_for_cpu", False):
         return codes, state
     from bitsandbytes import functional
 
     state = copy.copy(state)
-    state.original_nested = False  # the scales are plain by now, and need no second quantisation to be read
+    state.original_nested = state.original_nested and nested
     codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
-    state.absmax = state.absmax.T.float().flatten()
+    if not state.nested:
+        state.absmax = state.absmax.T.float().flatten()
     return codes, state
 
 
@@ -140,6 +144,29 @@ def _four_bit_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Any]:
 
 
 _FOUR_BIT = Form(_four_bit_get, _four_bit_put, _four_bit_read, _four_bit_pack)
+
+
+def stay_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking themselves when they evaluate on a CPU with bfloat16 instructions: no gradient passes a
+    repacked layer from then on, it computes with rounded scales, and taking its state dict may spoil it.
+    """
+    for layer in _four_bit_layers(model):
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu, layer._repacks_when_plain = False, True
+            if getattr(_state_of(layer), "packing_format_for_cpu", False):
+                _four_bit_put(layer, _in_blocks(*_four_bit_get(layer), nested=True))
+
+
+def repack_again(model: nn.Module) -> None:
+    """Undo `stay_differentiable`."""
+    for layer in _four_bit_layers(model):
+        if vars(layer).pop("_repacks_when_plain", False):
+            layer.support_avx512bf16_for_cpu = True
+
+
+def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
+    bits = sys.modules.get("bitsandbytes.nn.modules")
+    return (module for module in model.modules() if bits is not None and isinstance(module, bits.Linear4bit))
 
 
 # --- torchao: tensors that quantise themselves, whatever layer they are in ---------------------------------------------

@@ -66,6 +66,27 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     return default
 
 
+def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], str | None]:
+    """`target_modules` and `exclude_modules` that mean the `chosen` of a model's module paths and no other.
+
+    Names where all modules of a name are chosen, whole paths else; what those mean besides by their ends is excluded.
+    """
+    paths, chosen = list(paths), dict.fromkeys(chosen)
+    others = {path.rpartition(".")[2] for path in paths if path not in chosen}
+    ends = ((path, path.rpartition(".")[2]) for path in chosen)
+    names = sorted({path if end in others else end for path, end in ends})
+    besides = [path for path in select(paths, names) if path not in chosen]
+    return names, "|".join(map(re.escape, besides)) or None
+
+
+def patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """The dictionary with which `pattern_value` gives each path its value, and others the default."""
+    differing = {path: value for path, value in values.items() if value != default}
+    ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
+    plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
+    return differing if plain else {f"^{re.escape(path)}": value for path, value in differing.items()}
+
+
 def unmatched(targets: str | Collection[str], paths: Collection[str]) -> str:
     """The message for targets that mean none of `paths`; names near misses."""
     wanted = [targets] if isinstance(targets, str) else sorted(targets)

@@ -19,7 +19,7 @@ from ..utils.error import PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper
 from . import _targets
 from ._geometry import placement
-from ._layer import AdapterParameterDict
+from ._holder import AdapterParameterDict
 
 
 class TokenRows(NamedTuple):

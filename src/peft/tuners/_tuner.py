@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..utils.constants import DEFAULT_TARGET_MODULES
-from ..utils.error import PeftRuntimeError, PeftTypeError
+from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.other import ModulesToSaveWrapper, get_submodules
-from . import _geometry, _plan
+from . import _combining, _geometry, _plan
 from ._adapted import AdaptedModel
 from ._build import Build, Construction
+from ._combining import Combination, Combined
 from ._geometry import Placement
-from ._layer import AdapterParameterDict, BaseTunerLayer, layer_of
+from ._holder import AdapterParameterDict
+from ._layer import BaseTunerLayer, layer_of
 from ._trainable_tokens import TrainableTokensWrapper
 
 
@@ -54,6 +56,12 @@ class BaseTuner(AdaptedModel):
     # What `tuner_layer_class` accepts, for messages.
     supported_modules: ClassVar[str] = ""
     default_target_modules: ClassVar[Mapping[str, Any]] = DEFAULT_TARGET_MODULES
+    # Tensors that a checkpoint may have in another form, with the names and dtypes of the parts `_import_state` makes them from.
+    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {}
+    # Containers of modules that have one parameter, whose name a checkpoint leaves out, with that name.
+    saved_bare: ClassVar[Mapping[str, str]] = {}
+    # What `add_weighted_adapter` can do with this method's adapters.
+    combination_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -131,9 +139,47 @@ class BaseTuner(AdaptedModel):
         """The tensors of a checkpoint in the form the adapter has."""
         return state
 
+    @classmethod
+    def of(cls, model: Any, config: PeftConfig) -> BaseTuner:
+        """The tuner of a model's adapters of this method: a `PeftModel`'s own, or one for a model that they were injected into."""
+        held = model._modules.get("base_model")
+        if isinstance(held, BaseTuner):
+            return held.method_of(config)
+        tuner = cls(model, None, shared_root=model)
+        tuner.peft_config = model.peft_config
+        return tuner
+
+    def build_for(self, adapter_name: str, config: PeftConfig, layers: Mapping[str, BaseTunerLayer]) -> Build:
+        """An adapter as a config describes it for layers of the model, without values and away from the model."""
+        return self._build(_plan.Plan(adapter_name, config, dict(layers)), Construction(initialise=False))
+
     def config_to_save(self, adapter_name: str) -> PeftConfig:
         """The config to write beside an adapter's weights."""
         return self.peft_config[adapter_name]
+
+    @classmethod
+    def conversion_options(cls, config: Any, **options: Any) -> dict[str, Any]:
+        """What `low_rank_factors` of the layers takes besides, checked and put as they take it.
+
+        Raises:
+            PeftTypeError: An option is for another method.
+        """
+        if foreign := sorted(name for name, value in options.items() if value is not None):
+            raise PeftTypeError(f"`{foreign[0]}` is for another method than {cls.__name__}.")
+        return {}
+
+    @classmethod
+    def conversion_tasks(cls, config: Any, tasks: Any) -> dict[str, Any]:
+        """The tasks of an adapter that has a delta for each: a name for a folder, and the task.
+
+        Raises:
+            PeftNotSupportedError: It has one delta.
+        """
+        raise PeftNotSupportedError(f"An adapter of {cls.__name__} has one delta and no tasks; use `save_as_lora`.")
+
+    def combine(self, request: Combination) -> Combined:
+        """A new adapter's tensors, made of those of others; `request` is one of the `combination_types`."""
+        raise NotImplementedError
 
     # --- putting adapters in ------------------------------------------------------------------------------------------
 
@@ -162,6 +208,45 @@ class BaseTuner(AdaptedModel):
             if check is not None:
                 check(build)
             self._swap(plan, build)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> dict[str, float]:
+        """Make an adapter out of others, which stay as they are. It waits, frozen, until `set_adapter`.
+
+        Args:
+            adapters: Names of adapters of one method.
+            weights: A factor for each, of any sign.
+            adapter_name: The new adapter's name.
+            combination_type: What the method's `combination_types` lists. "cat" is the weighted sum of the deltas, exactly; "svd"
+                the nearest to it that the method has of `svd_rank`.
+            svd_rank: Rank of an approximation, by default the largest of the adapters'.
+            svd_clamp: Quantile at which entries of singular vectors are cut off.
+            svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
+            density: Share of elements that a pruning combination keeps.
+            majority_sign_method: "total" or "frequency", for those that elect signs.
+
+        Returns:
+            For combinations that aim at the weighted sum, each layer's distance from it, relative to it in the Frobenius norm.
+
+        Raises:
+            PeftTypeError: Names are no list.
+            PeftValueError: A value is not allowed, or the method has no such combination, or the adapters do not fit together;
+                nothing is changed.
+        """
+        svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
+        request = Combination(adapters, list(weights), combination_type, *svd, density, majority_sign_method)
+        return _combining.add(self, adapter_name, request)
 
     def _build(self, plan: _plan.Plan, construction: Construction) -> Build:
         """Make all parts of an adapter, away from the model."""

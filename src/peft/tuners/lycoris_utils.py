@@ -72,6 +72,10 @@ class LycorisLayer(BaseTunerLayer):
         """`alpha / r`."""
         return self.alpha[adapter_name] / self.r[adapter_name]
 
+    def drops(self, adapter_name: str) -> bool:
+        """Whether dropout has an effect at present."""
+        return self.training and bool(self.rank_dropout[adapter_name] or self.module_dropout[adapter_name])
+
     def drop(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
         """Rank and module dropout of what an adapter adds to the output; without effect outside training.
 

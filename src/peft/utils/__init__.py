@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files, keys, names and helpers that know nothing of tuners."""
 
+from typing import Any as _Any
+
+from . import constants as _constants
 from .adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .error import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -18,23 +22,40 @@ from .save_and_load import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from .tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+
+
+def __getattr__(name: str) -> _Any:
+    """Tables of target modules, one for each method."""
+    if name.startswith("TRANSFORMERS_MODELS_TO_"):
+        return getattr(_constants, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "NoMatchingPeftModuleError",
+    "PeftError",
     "PeftType",
+    "PeftWarning",
     "TaskType",
     "_get_submodules",
+    "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
+    "id_tensor_storage",
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "register_peft_method",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
+    "transpose",
 ]

@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from typing import Any
+
+from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+
+# Layers that hold tokens: saved too where `save_embedding_layers` says so.
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # What `target_modules` says to mean all linear layers but the output head.
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 
@@ -42,3 +50,21 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: the layers that a method adapts by default, by model type. An entry
+    that is added there counts from then on.
+    """
+    method = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING", name)
+    if method is None or method[1] not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _own_defaults(PEFT_TYPE_TO_TUNER_MAPPING[method[1]])
+
+
+@cache
+def _own_defaults(tuner: Any) -> dict[str, list[str] | str]:
+    """A method's defaults as a dictionary of its own."""
+    entries = tuner.default_target_modules.items()
+    tuner.default_target_modules = {kind: names if isinstance(names, str) else list(names) for kind, names in entries}
+    return tuner.default_target_modules

@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapter_batch import ADAPTER_BATCHES
 from .error import PeftNotSupportedError, PeftValueError
+from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -211,7 +212,10 @@ _get_submodules = get_submodules  # the name clients import
 
 
 def prepare_model_for_kbit_training(
-    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantised model and keep what is not quantised in float32, for stable training of adapters on it.
 
@@ -219,11 +223,14 @@ def prepare_model_for_kbit_training(
         model: A transformers model, changed in place.
         use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the frozen input.
         gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
+        auto_clear_cache: Give the memory of what was cast back to the accelerator's driver.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and infer_device() != "cpu":
+        getattr(torch, infer_device()).empty_cache()
     if use_gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
         options = {} if gradient_checkpointing_kwargs is None else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +21,17 @@ from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .error import CheckpointError, PeftValueError
 from .hub import find_file, only_hub_options
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .rank_room import without_filling
+from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 
 ROOT = "base_model."
 MODEL_ROOT = "base_model.model."
-# What wrappers put into module paths: torch.compile, FSDP, activation checkpointing.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
 # What adapters put between a module's path and the names of its own tensors.
 _INSIDE = ("base_layer", "original_module", "token_adapter")
+# A module that an adapter trains whole is saved under its own path. Other writers, saving all biases, repeat its bias under these.
+_COPIES = frozenset(["modules_to_save", "original_module"])
+# Names of token embeddings and of the output head that mirrors them.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class LoadResult(NamedTuple):
@@ -37,14 +39,6 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers around modules put into it."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if parts[:1] == ["module"] and len(parts) > 1 and f"{parts[1]}." == ROOT:
-        del parts[0]  # DistributedDataParallel
-    return ".".join(parts)
 
 
 def checkpoint_key(name: str, adapter_name: str, holders: Collection[str], shared: Collection[str] = ()) -> str | None:
@@ -72,9 +66,11 @@ def checkpoint_key(name: str, adapter_name: str, holders: Collection[str], share
 
 
 def adapter_tensors(
-    named: Iterable[tuple[str, Any]], config: Any, adapter_name: str, save_embedding_layers: bool = False
+    named: Iterable[tuple[str, Any]], config: Any, adapter_name: str, embeddings: bool | Container[str] = False
 ) -> dict[str, Any]:
-    """Of a model's named tensors those that make up an adapter, by checkpoint key."""
+    """Of a model's named tensors those that make up an adapter, by checkpoint key; with them all token embeddings, or those whose
+    keys are given.
+    """
     holders = _holders(config)
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
     tensors = {unwrapped(name): tensor for name, tensor in named}
@@ -85,25 +81,28 @@ def adapter_tensors(
             result[key] = tensor
     if config.trained_biases != "none":
         adapted = {name.rpartition(f".{holder}.")[0] for name in tensors for holder in holders if f".{holder}." in name}
+        inside = {*_COPIES, *holders}  # biases in there are an adapter's own
         for name, tensor in tensors.items():
             layer = name.removesuffix(".base_layer.bias")
-            if name.endswith(".bias") and (config.trained_biases == "all" or layer in adapted) and ".modules_to_save." not in name:
-                result[name] = tensor
-    if save_embedding_layers:
-        result.update({name: tensor for name, tensor in tensors.items() if is_embedding(name)})
+            if name.endswith(".bias") and (config.trained_biases == "all" or layer in adapted) and inside.isdisjoint(name.split(".")):
+                result.setdefault(name, tensor)  # a copy of the module in `modules_to_save` has a bias of this key
+    for name, tensor in tensors.items():
+        if is_embedding(name) and (embeddings is True or (not isinstance(embeddings, bool) and name in embeddings)):
+            result.setdefault(name, tensor)  # an adapter's own copy of the module comes first
     return result
 
 
-def own_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict with the tensors themselves, each once: one that sits in several places by its first name."""
-    names = {unwrapped(name) for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if unwrapped(name) in names}
+def companion_tensors(named: Iterable[tuple[str, Any]], config: Any, adapter_name: str) -> dict[str, Any]:
+    """What an adapter has beside its layers' own tensors, by checkpoint key: whole modules, rows of embeddings, trained biases."""
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    own = {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
+    return {key: tensor for key, tensor in adapter_tensors(named, config, adapter_name).items() if own.isdisjoint(key.split("."))}
 
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is the weight of a token embedding or of the output head that mirrors it."""
     parts = name.replace(".token_adapter", "").replace(".base_layer", "").split(".")
-    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in ("embed_tokens", "lm_head")
+    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _EMBEDDINGS
 
 
 def get_peft_model_state_dict(
@@ -116,21 +115,32 @@ def get_peft_model_state_dict(
     """An adapter's tensors in the form and under the keys a checkpoint has.
 
     Args:
-        model: A `PeftModel`, or a model that adapters were injected into.
+        model: A `PeftModel`, or a model that adapters were injected into; where FSDP1 shards it, its outermost FSDP module.
         state_dict: Take the tensors from this state dict of the model (a gathered one, say) in place of the model's own.
         adapter_name: The adapter.
         unwrap_compiled: Accepted for compatibility; keys never have the prefixes of `torch.compile`.
-        save_embedding_layers: True adds the token embeddings. "auto" adds them if the adapter targets one.
+        save_embedding_layers: True adds the token embeddings. "auto" adds those that the adapter adapts.
+
+    Returns:
+        Tensors by checkpoint key: DTensors where FSDP2 shards the model; from FSDP1 whole, in pieces or only on the first process, as
+        it is set to give state dicts.
 
     Raises:
+        CheckpointError: `state_dict` holds nothing of the adapter, in a form from which it can be read.
+        PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere.
         PeftValueError: The model has no such adapter.
     """
-    config = _config(model, adapter_name)
-    if save_embedding_layers == "auto":
-        targets = config.target_modules
-        save_embedding_layers = not isinstance(targets, str) and any(is_embedding(f"x.{t}.weight") for t in targets or ())
-    named = (state_dict if state_dict is not None else own_state(model)).items()
-    state = adapter_tensors(named, config, adapter_name, bool(save_embedding_layers))
+    model = unparallel(model)
+    config = adapter_config(model, adapter_name)
+    named = own_values(model) if state_dict is None else state_dict
+    embeddings: bool | set[str] = save_embedding_layers is True
+    if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in _EMBEDDINGS):
+        embeddings = {name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name}
+    found = adapter_tensors(named.items(), config, adapter_name, embeddings)
+    if named and not found:
+        some = ", ".join(f"`{name}`" for name in list(named)[:3])
+        raise CheckpointError(f"The state dict has no tensors of adapter {adapter_name}; it holds {some}, …")
+    state = without_filling(read(model, found), config)
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
 
 
@@ -144,8 +154,8 @@ def set_peft_model_state_dict(
     """Write a checkpoint's tensors into an adapter of a model.
 
     Args:
-        model: A `PeftModel`, or a model that adapters were injected into.
-        peft_model_state_dict: Tensors by checkpoint key.
+        model: A `PeftModel`, or a model that adapters were injected into; where FSDP1 shards it, its outermost FSDP module.
+        peft_model_state_dict: Tensors by checkpoint key, the same on all processes: whole, or in pieces as a sharded model gives them.
         adapter_name: The adapter.
         ignore_mismatched_sizes: Leave out tensors of other shapes; they count as missing.
         low_cpu_mem_usage: Accepted for compatibility; parameters on the meta device are always replaced.
@@ -154,22 +164,25 @@ def set_peft_model_state_dict(
         Names of the adapter's parameters that the checkpoint lacks, and its keys that the adapter has no place for.
 
     Raises:
-        CheckpointError: A tensor has another shape or kind; nothing is changed.
+        CheckpointError: A tensor has another shape or kind, or a parameter would stay on the meta device; nothing is changed.
+        PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere; nothing is changed.
         PeftValueError: The model has no such adapter.
     """
-    config = _config(model, adapter_name)
+    model = unparallel(model)
+    config = adapter_config(model, adapter_name)
     named = list(own_state(model).items())
-    wants_embeddings = any(is_embedding(key) for key in peft_model_state_dict)
-    expected = adapter_tensors(named, config, adapter_name, wants_embeddings)
-    is_native = not any(key.startswith(ROOT) for key in expected)
+    is_native = not any(key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name))
     state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
+    expected = adapter_tensors(named, config, adapter_name, state)
     # Biases that the checkpoint's writer trained have a place here even if this adapter trains none.
     expected.update({unwrapped(n): t for n, t in named if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()})
     result = check_state(expected, state, ignore_mismatched_sizes)
+    if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
+        raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {_some(empty)}.")
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
-    names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, wants_embeddings)
+    names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
     return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
 
 
@@ -215,6 +228,8 @@ def import_state(state: Mapping[str, Tensor], config: Any, remove: str = "") -> 
     state = tuner._import_state(dict(state), config)
     result = {}
     for key, tensor in state.items():
+        if key.endswith(".bias") and not _COPIES.isdisjoint(key.split(".")):
+            continue
         end = key.removeprefix(MODEL_ROOT)
         if end in tuner.shared_parameter_names:
             key = ROOT + end  # some writers put the prefix of modules before it
@@ -229,7 +244,9 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ign
 
     Raises:
         CheckpointError: A tensor's shape or kind differs.
+        PeftRuntimeError: ZeRO-3 has emptied one.
     """
+    refuse_empty(expected)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     mismatched = []
@@ -268,17 +285,15 @@ def check_complete(result: LoadResult, source: str) -> None:
 @torch.no_grad()
 def write_state(model: nn.Module | None, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy checked tensors into place; parameters on the meta device become real, on the device of the model's other parameters."""
-    on_meta = {id(expected[key]): tensor for key, tensor in state.items() if expected[key].is_meta}
-    for key, tensor in state.items():
-        if not expected[key].is_meta:
-            expected[key].copy_(tensor)
+    on_meta = {id(expected[key]): tensor for key, tensor in state.items() if is_without_memory(expected[key])}
+    write(model, [(expected[key], tensor) for key, tensor in state.items() if id(expected[key]) not in on_meta])
     if not on_meta or model is None:
         return
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in on_meta:
-                value = on_meta[id(parameter)].to(device, parameter.dtype, copy=True)
+                value = cut_like(parameter, on_meta[id(parameter)].to(device, parameter.dtype, copy=True))
                 module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
@@ -322,7 +337,12 @@ def _holders(config: Any) -> set[str]:
     return {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names, "trainable_tokens_delta"}
 
 
-def _config(model: Any, adapter_name: str) -> Any:
+def adapter_config(model: Any, adapter_name: str) -> Any:
+    """The config of an adapter in a model.
+
+    Raises:
+        PeftValueError: There is no such adapter.
+    """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or adapter_name not in configs:
         known = ", ".join(configs) if isinstance(configs, dict) else "none"

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .order import State, contraction_order, known_order
+
 Chain = tuple[Tensor, ...]
-State = tuple[int, int]
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -202,10 +203,32 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
     Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
     """
+    grid, w1s, w2s = _grid(x, f, scale)
+    return _walk(grid, w1s, w2s, _order(grid, w1s, w2s)).reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0])
+
+
+def kronecker_product(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor] | None:
+    """`kronecker_linear` up to its last matrix product.
+
+    Returns:
+        `p [rows·a, k]` and `q [k, c]` with `y = p @ q` in the order of elements of `[..., out]`; None where the cheapest order ends
+        with the left side.
+
+    Source: arXiv:2309.14859, eq. 4
+    """
+    grid, w1s, w2s = _grid(x, f, scale)
+    order = _order(grid, w1s, w2s)
+    before = order[-2] if len(order) > 1 else (0, 0)
+    if before[1] == order[-1][1]:
+        return None
+    grid = _walk(grid, w1s, w2s, order[:-1])
+    return grid.reshape(-1, grid.shape[-1]), _compose(w2s[before[1] :]).T
+
+
+def _grid(x: Tensor, f: KroneckerFactors, scale: float | Tensor) -> tuple[Tensor, Chain, Chain]:
+    """The input of a linear layer as `[rows, 1, b, 1, d]`, and both chains."""
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    rows = x.shape[:-1]
-    grid = x.reshape(math.prod(rows), 1, w1s[0].shape[1], 1, w2s[0].shape[1])
-    return _walk(grid, w1s, w2s).reshape(*rows, w1s[-1].shape[0] * w2s[-1].shape[0])
+    return x.reshape(math.prod(x.shape[:-1]), 1, w1s[0].shape[1], 1, w2s[0].shape[1]), w1s, w2s
 
 
 def kronecker_conv(
@@ -260,63 +283,10 @@ def kronecker_conv(
     shared = math.gcd(major, groups)
     grid = batched.unflatten(1, (shared, groups // shared, *sides)).movedim(2, 3)
     positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
-    if flat:
-        y = _walk(grid.movedim((1, 2), (3, 4)), w1s, w2s, positions, **options).movedim((1, 2), (3, 4))
-    else:
-        y = _walk(grid, w1s, w2s, positions, **options)
-    y = y.flatten(1, 4)
+    grid = grid.movedim((1, 2), (3, 4)) if flat else grid
+    y = _walk(grid, w1s, w2s, _order(grid, w1s, w2s, positions), **options)
+    y = (y.movedim((1, 2), (3, 4)) if flat else y).flatten(1, 4)
     return y if x.dim() == y.dim() else y[0]
-
-
-def contraction_order(
-    left: tuple[int, ...], right: tuple[int, ...], *, spatial: int = -1, taps: int = 1, stride: int = 1
-) -> tuple[int, tuple[State, ...]]:
-    """Find the order of contraction with the fewest multiplications: the one cost model of this file.
-
-    After `i` maps of the left chain and `j` of the right one the grid holds `left[i] · right[j]` elements per output
-    position, `stride` times that before the spatial map. A move takes the next map of either chain, or several next
-    maps multiplied into one, and costs the elements it produces times the elements each is summed from. Multiplying
-    maps together is not counted, as it does not grow with the input; hence the order depends on the adapter's shapes
-    alone, and a new batch size or sequence length neither changes it nor recompiles.
-
-    Args:
-        left: Sizes along the left chain, `(b, a)` or `(b, r, a)`; within one group.
-        right: Sizes along the right chain, `(d, c)`, `(d, r, c)` or `(d, r, r, c)`; within one group.
-        spatial: Which map of the right chain has the kernel; -1 for none.
-        taps: Number of elements of the kernel.
-        stride: Input positions per output position.
-
-    Returns:
-        The multiplications per output position (and group), and the states `(i, j)` to pass through after `(0, 0)`.
-
-    Example:
-        >>> contraction_order((4, 4), (1024, 8, 1024))  # down to rank 8, then W1, then up
-        (65664, ((0, 1), (1, 1), (1, 2)))
-
-    Source: arXiv:2309.14859, appendix B.3 (the product as linear layers); dynamic programming over their orders
-    """
-
-    def multiplications(i: int, j: int, to_i: int, to_j: int) -> int:
-        produced = left[to_i] * right[to_j] * (stride if to_j <= spatial else 1)
-        summed = left[i] if to_i > i else right[j] * (taps if j <= spatial < to_j else 1)
-        return produced * summed
-
-    end = len(left) - 1, len(right) - 1
-    cost: dict[State, int] = {end: 0}
-    order: dict[State, tuple[State, ...]] = {end: ()}
-    for i in range(end[0], -1, -1):
-        for j in range(end[1], -1, -1):
-            # Longest moves first: of two equally cheap orders the one with fewer operations wins.
-            moves = [(i, to) for to in range(end[1], j, -1)] + [(to, j) for to in range(end[0], i, -1)]
-            if moves:
-                totals = [multiplications(i, j, *to) + cost[to] for to in moves]
-                cost[i, j] = min(totals)
-                best = moves[totals.index(cost[i, j])]
-                order[i, j] = (best, *order[best])
-    return cost[0, 0], order[0, 0]
-
-
-_known_order = functools.cache(contraction_order)
 
 
 def _left_chain(f: KroneckerFactors) -> Chain:
@@ -358,20 +328,24 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
     return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
 
 
-def _walk(z: Tensor, w1s: Chain, w2s: Chain, positions: int = 1, **conv: Any) -> Tensor:
-    """Apply both chains to `[n, g1, b, g2, d, *space]`, giving `[n, g1, a // g1, g2, c // g2, *space']`.
-
-    Groups share all maps of a chain but the last, whose rows they divide.
-    """
+def _order(z: Tensor, w1s: Chain, w2s: Chain, positions: int = 1) -> tuple[State, ...]:
+    """The states to pass through for an input `z`, as `_walk` takes it, with `positions` input positions per output position."""
     spatial = next((j for j, w in enumerate(w2s) if w.dim() > 2), -1)
-    plan = contraction_order if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
-    _, order = plan(
+    plan = contraction_order if torch.compiler.is_compiling() else known_order  # the compiler warns about caches
+    return plan(
         (*(w.shape[1] for w in w1s), w1s[-1].shape[0] // z.shape[1]),
         (*(w.shape[1] for w in w2s), w2s[-1].shape[0] // z.shape[3]),
         spatial=spatial,
         taps=math.prod(w2s[spatial].shape[2:]),
         stride=positions,
-    )
+    )[1]
+
+
+def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any) -> Tensor:
+    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end.
+
+    Groups share all maps of a chain but the last, whose rows they divide.
+    """
     i = j = 0
     for to_i, to_j in order:
         if to_i > i:

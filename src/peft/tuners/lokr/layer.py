@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._geometry import Placement, conv_options, pad_input
-from .._layer import AdapterParameterDict
+from .._holder import AdapterParameterDict
+from .._lowrank import LowRank
 from ..lycoris_utils import LycorisLayer
 from .kronecker import (
     KroneckerFactors,
@@ -19,8 +20,10 @@ from .kronecker import (
     flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
+    kronecker_product,
     kronecker_weight,
 )
+from .lowrank import kronecker_low_rank
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrLayer", "factorization"]
 
@@ -112,6 +115,11 @@ class LoKrLayer(LycorisLayer):
         delta = product(self.factors(adapter_name), self.geometry.kernel_size, self.scaling[adapter_name])
         return self.geometry.as_stored(delta)
 
+    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`."""
+        kernel, flat = self.geometry.kernel_size, self.flat_layout[adapter_name]
+        return kronecker_low_rank(self.factors(adapter_name), kernel, float(self.scaling[adapter_name]), rank, flat)
+
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`ΔW x`, without building ΔW."""
         factors = self.factors(adapter_name)
@@ -129,6 +137,13 @@ class Linear(LoKrLayer):
 
     def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:  # noqa: D102
         return kronecker_linear(x, factors, self.scaling[adapter_name])
+
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        if self.drops(adapter_name):
+            return None
+        factors = self.factors(adapter_name)
+        dtype = next(factor.dtype for factor in factors if factor is not None)
+        return kronecker_product(self._cast_input_dtype(x, dtype), factors, self.scaling[adapter_name])
 
 
 class _Conv(LoKrLayer):

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .._combining import Combination, Combined
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from ..lycoris_utils import LycorisTuner
+from . import combining
 from .config import LoKrConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 
@@ -33,10 +35,14 @@ class LoKrModel(LycorisTuner):
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
     supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
+
+    def combine(self, request: Combination) -> Combined:  # noqa: D102
+        return combining.combine(self, request)
 
     def config_to_save(self, adapter_name: str) -> LoKrConfig:
         """The config, its layout left out where no layer's tensors depend on it, so that others read the file without remark."""

@@ -22,6 +22,8 @@ class TaskCollator:
     Args:
         collator: Makes a batch of the samples' other columns.
         config: The adapter's config, for `n_tasks` and `task_names`.
+        copies: How many rows of the batch a sample becomes, where the collator stacks all samples so many times: 2 for pairs of a
+            chosen and a rejected answer, as TRL stacks them.
 
     Example:
         >>> from peft import PolyConfig
@@ -31,12 +33,20 @@ class TaskCollator:
         {'x': tensor([1, 2]), 'task_ids': tensor([1, 0])}
     """
 
-    def __init__(self, collator: Callable[..., Any], config: PolyConfig) -> None:
+    def __init__(self, collator: Callable[..., Any], config: PolyConfig, copies: int = 1) -> None:
         self.collator = collator
         self.config = config
+        self.copies = copies
+
+    def __getattr__(self, name: str) -> Any:
+        """What trainers ask of a collator is the other's."""
+        if name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """A batch with `task_ids`, `[batch]`.
+        """A batch with `task_ids`, `[batch]`, in the order of its rows. Where each sample has several texts, in columns `…_input_ids`,
+        each of them has the sample's task, in a column `…_task_ids`.
 
         Args:
             samples: Each with its task, by id or name, as `task_ids`.
@@ -48,9 +58,14 @@ class TaskCollator:
         """
         without = [i for i, sample in enumerate(samples) if sample.get("task_ids") is None]
         if without:
-            raise PeftValueError(f"Samples {without} of a batch have no `task_ids`; add a column of that name to the data set.")
+            raise PeftValueError(
+                f"Samples {without} of a batch have no `task_ids`; add a column of that name to the data set, and have "
+                "the trainer keep it (`remove_unused_columns=False`)."
+            )
         tasks = [sample["task_ids"] for sample in samples]
         ids = as_task_ids(tasks, [self.config], len(tasks), torch.device("cpu"))
         batch = self.collator([{k: v for k, v in sample.items() if k != "task_ids"} for sample in samples], *args, **kwargs)
-        batch["task_ids"] = ids
+        texts = [] if "input_ids" in batch else [key for key in batch if key.endswith("_input_ids") and key != "decoder_input_ids"]
+        for prefix in ("", *(key.removesuffix("input_ids") for key in texts)):
+            batch[f"{prefix}task_ids"] = ids.repeat(self.copies)
         return batch

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
 from .._geometry import Placement
-from .._layer import AdapterParameterDict, BaseTunerLayer
-from .mixing import poly_delta, task_delta_weight
+from .._holder import AdapterParameterDict
+from .._layer import BaseTunerLayer
+from .._lowrank import LowRank, approximate
+from .mixing import poly_delta, poly_product, task_delta_weight, task_factors
 from .router import InputRouter, TaskRouter, make_router
 from .routing import Routing
 
@@ -118,10 +121,16 @@ class PolyLayer(BaseTunerLayer):
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`x·A_w·B_w / r` with the weights of each row's task or input."""
+        return poly_delta(*self._operands(adapter_name, x))
+
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        return poly_product(*self._operands(adapter_name, x))
+
+    def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
+        """What `poly_delta` takes."""
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         x = self._cast_input_dtype(x, A.dtype)
-        weights = self.mixing_weights(adapter_name, x).to(A.dtype)
-        return poly_delta(x, weights, A, B, self.scaling[adapter_name])
+        return x, self.mixing_weights(adapter_name, x).to(A.dtype), A, B, self.scaling[adapter_name]
 
     def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
         """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
@@ -186,6 +195,29 @@ class PolyLayer(BaseTunerLayer):
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         weights = router.task_weights()[task].to(A.dtype)
         return self.geometry.as_stored(task_delta_weight(weights, A, B, self.scaling[adapter_name]))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter routes by task: its delta is the same for every input then."""
+        return isinstance(self.poly_router[adapter_name], TaskRouter)
+
+    def low_rank_factors(
+        self,
+        adapter_name: str,
+        rank: int | float | None = None,
+        task_id: int | Mapping[int, float] | None = None,
+        **options: Any,
+    ) -> LowRank:
+        """One task's delta as `B·A`, exact of rank `r`; or that of a mixture of tasks, whose skills are mixed by the sum of the
+        tasks' weights, each times its share.
+        """
+        shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
+        router: Any = self.poly_router[adapter_name]
+        tasks = {self.resolve_task(adapter_name, task): share for task, share in shares.items()}
+        every = router.task_weights().detach()
+        weights = sum(every[task] * share for task, share in tasks.items())
+        A, B = (holder(adapter_name).detach() for holder in (self.poly_lora_A, self.poly_lora_B))
+        A, B = task_factors(weights, A, B, float(self.scaling[adapter_name]))
+        return approximate(B, A, rank)
 
 
 class Linear(PolyLayer):

@@ -16,6 +16,8 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,14 +113,34 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
+    p, q = _last_product(x, weights, A, B, scale)
+    delta = p.bmm(q)
+    if delta.shape[-1] < A.shape[0] * B.shape[3]:
+        delta = delta.transpose(0, 1)  # splits lead
+    return delta.reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
+
+
+def poly_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor] | None:
+    """`poly_delta` up to its last matrix product.
+
+    Returns:
+        `p [n, rows, k]` and `q [n, k, out]` with `delta = p @ q` in the order of elements of `[rows, ..., out]`; None where the
+        splits are the batch of that product.
+
+    Source: arXiv:2211.03831, arXiv:2202.13914
+    """
+    p, q = _last_product(x, weights, A, B, scale)
+    return None if q.shape[-1] < A.shape[0] * B.shape[3] else (p, q)
+
+
+def _last_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`p` and `q` whose product is the delta `[batch, tokens, out]`, in rank space `[n_splits, batch * tokens, out / n_splits]`."""
     samples, weights = _by_sample(x, weights)
     features = A.shape[0] * (A.shape[2] + B.shape[3])
     if rank_space_pays(samples.shape[0], samples.shape[1], features, A.shape[0], A.shape[1]):
-        delta = _apply_then_mix(samples, weights, A, B, scale)
-    else:
-        A_w, B_w = mix(weights, A, B, scale)
-        delta = samples.bmm(A_w).bmm(B_w)
-    return delta.reshape(*x.shape[:-1], delta.shape[-1])
+        return _apply_then_mix(samples, weights, A, B, scale)
+    A_w, B_w = mix(weights, A, B, scale)
+    return samples.bmm(A_w), B_w
 
 
 def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:
@@ -143,10 +165,19 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
 
     Source: arXiv:2211.03831
     """
-    matrices = batch * (n_skills + tokens + 2 * _MOVE)
     applied = batch * tokens * n_skills
-    rank_space = applied + _MOVE * n_skills + 4 * _MOVE * applied * n_splits / features
-    return rank_space < matrices
+    matrices = features * batch * (n_skills + tokens + 2 * _MOVE)
+    rank_space = features * (applied + _MOVE * n_skills) + 4 * _MOVE * applied * n_splits
+    return _certainly(matrices - rank_space > 0)
+
+
+def _certainly(condition: bool) -> bool:
+    """A comparison of sizes. While a graph for free sizes is made, whether it holds for all of them: one graph then does for all."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def task_factors(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -306,13 +337,14 @@ def _by_sample(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
             "the rows must be a multiple of the samples."
         )
-    tokens = x.shape[:-1].numel() // max(batch, 1)
+    tokens = math.prod(x.shape[:-1]) // max(batch, 1)
     # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
     return x.reshape(batch, tokens, x.shape[-1]), weights
 
 
-def _apply_then_mix(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`[batch, tokens, in]` and `[batch, n_splits, n_skills]` to `[batch, tokens, out]`, mixing at rank `r`.
+def _apply_then_mix(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Mix at rank `r`: `[batch, tokens, in]` and `[batch, n_splits, n_skills]` to `[n_splits, batch * tokens, n_skills * r]` and
+    `[n_splits, n_skills * r, out // n_splits]`, whose product is the delta.
 
     `h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`; splits lead, as
     the batch of both products. What it holds on the way is `batch * tokens * n_splits * n_skills * r` and an `A` in
@@ -325,8 +357,7 @@ def _apply_then_mix(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: flo
     w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
     z = (w * h).sum(dim=(0, 3), dtype=h.dtype)  # or autocast would widen it, and `spread` with it
     spread = (w * scale) * z[None, :, :, None, :]
-    delta = spread.reshape(n_splits, batch * tokens, n_skills * r).bmm(B.flatten(1, 2))
-    return delta.transpose(0, 1).reshape(batch, tokens, n_splits * B.shape[3])
+    return spread.reshape(n_splits, batch * tokens, n_skills * r), B.flatten(1, 2)
 
 
 def _share_gate(logits: Tensor, share: Tensor) -> Tensor:

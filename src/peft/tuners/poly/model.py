@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .._build import Build
-from .._entry import name_arguments, restore_methods
+from .._combining import Combination, Combined
+from .._entry import put_entry, remove_entries
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._tuner import BaseTuner
+from . import combining
 from .layer import Linear, PolyLayer
 from .mixing import grow_skills
-from .routing import CALL_ARGUMENTS, Routing, as_task_ids
+from .routing import CALL_ARGUMENTS, Routing, as_task_ids, conduct_forward, conduct_generate
 
 
 class PolyModel(BaseTuner):
@@ -42,6 +44,7 @@ class PolyModel(BaseTuner):
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     merge_options: ClassVar[tuple[str, ...]] = ("task_id",)
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
@@ -78,28 +81,35 @@ class PolyModel(BaseTuner):
         """
         config: Any = build.config
         if self.poly_routing.probe is None:
+            self._release_model()
             encoder = self.model.get_encoder() if self.poly_routing.is_encoder_decoder else None  # type: ignore[operator]
             for module in (self.model, encoder):
                 if isinstance(module, nn.Module):
                     module.register_forward_pre_hook(self.poly_routing.before, with_kwargs=True)
                     module.register_forward_hook(self.poly_routing.after)
-            name_arguments(self.model, "forward", CALL_ARGUMENTS)
-            name_arguments(self.model, "generate", CALL_ARGUMENTS, self.poly_routing.generating)
+            self.model._poly_routing = self.poly_routing  # type: ignore[assignment]
+            put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
+            put_entry(self.model, "generate", CALL_ARGUMENTS, conduct_generate)
         self.poly_routing.configs[build.adapter_name] = config
         self.poly_routing.probe = next(self.tuner_layers())
         self.poly_routing.is_causal |= config.task_type == "CAUSAL_LM"
 
     def detach_adapters(self) -> None:
         """Take hooks and signatures off again."""
-        restore_methods(self.model)
+        self._release_model()
+        self.poly_routing.configs.clear()
+        self.poly_routing.probe = None
+
+    def _release_model(self) -> None:
+        """Take off hooks and signatures, also those of layers that a client took out by itself."""
+        remove_entries(self.model)
+        vars(self.model).pop("_poly_routing", None)
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
-                    if getattr(hook, "__self__", None) is self.poly_routing:
+                    if isinstance(getattr(hook, "__self__", None), Routing):
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
-        self.poly_routing.configs.clear()
-        self.poly_routing.probe = None
 
     def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
@@ -179,6 +189,47 @@ class PolyModel(BaseTuner):
         for name, task in tasks.items():
             super().merge_adapter([name], task_id=task, **options)
         return None
+
+    # --- converting and combining -------------------------------------------------------------------------------------
+
+    @classmethod
+    def conversion_options(cls, config: Any, *, task_id: Any = None, **options: Any) -> dict[str, Any]:
+        """The task, or the share of each of several: {task: share}, each by id or name.
+
+        Raises:
+            PeftNotSupportedError: The adapter routes by input.
+            PeftValueError: The task is unknown, or missing where there are several.
+        """
+        super().conversion_options(config, **options)
+        if config.poly_type != "poly":
+            raise PeftNotSupportedError("An adapter that routes by input can't be converted: its delta depends on the input.")
+        if isinstance(task_id, Mapping):
+            shares: dict[int, float] = {}
+            for task, share in task_id.items():
+                number = cls._task_number(config, task)
+                shares[number] = shares.get(number, 0.0) + float(share)
+            return {"task_id": shares}
+        return {"task_id": cls._task_number(config, task_id)}
+
+    @classmethod
+    def conversion_tasks(cls, config: Any, tasks: Any) -> dict[str, Any]:
+        """The tasks by name, or as "task_0", "task_1", … where they have none.
+
+        Raises:
+            PeftNotSupportedError: The adapter routes by input.
+            PeftValueError: A task is unknown.
+        """
+        chosen = range(config.n_tasks) if tasks is None else [tasks] if isinstance(tasks, (int, str)) else tasks
+        ids = [cls.conversion_options(config, task_id=task)["task_id"] for task in chosen]
+        return {config.task_names[i] if config.task_names else f"task_{i}": i for i in ids}
+
+    @staticmethod
+    def _task_number(config: Any, task: Any) -> int:
+        ids = as_task_ids(task, [config], 1, torch.device("cpu"))
+        return int(ids[0])
+
+    def combine(self, request: Combination) -> Combined:  # noqa: D102
+        return combining.combine(self, request)
 
     # --- growing ------------------------------------------------------------------------------------------------------
 

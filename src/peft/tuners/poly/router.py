@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.sharding import whole
 from .._geometry import Placement
 from .mixing import gates, normalise
 
@@ -63,7 +64,7 @@ class TaskRouter(Router):
 
     def task_weights(self) -> Tensor:
         """The weights each task has in evaluation, `[n_tasks, n_splits, n_skills]`."""
-        logits = self.module_logits.unflatten(-1, (self.n_splits, self.n_skills))
+        logits = whole(self.module_logits).unflatten(-1, (self.n_splits, self.n_skills))
         return normalise(gates(logits, False))
 
 

@@ -10,7 +10,7 @@ to is put back first: its output tensors carry a hook that backward reaches befo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ class Call:
         batch: Number of samples, if known.
         masks: Tokens to pool over, `[batch, tokens]` by stream ("main", "decoder").
         decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a plain forward.
+        entered: Whether the owner's forward has begun.
     """
 
     owner: Any
@@ -45,6 +46,7 @@ class Call:
     batch: int | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[tuple[int, str], Tensor] | None = None
+    entered: bool = False
 
 
 class Routing:
@@ -94,6 +96,23 @@ class Routing:
         calls = self.stack.calls
         if calls and calls[-1].owner is module:
             self.stack.replay_in_backward(calls.pop(), output)
+
+    def forward(self, function: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own forward, in the call that a hook began, or in one of its own if it is called past all hooks."""
+        calls = self.stack.calls
+        hooked = bool(calls) and calls[-1].owner is model and not calls[-1].entered
+        if not hooked:
+            args, kwargs = self.before(model, args, kwargs)
+        call = calls[-1]
+        call.entered = True
+        try:
+            output = function(model, *args, **kwargs)
+        except BaseException:
+            del calls[calls.index(call) :]
+            raise
+        if not hooked:
+            self.after(model, args, output)
+        return output
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[None]:
@@ -145,9 +164,14 @@ class Routing:
         chosen = ADAPTER_BATCHES.current
         if chosen is not None:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
-        elif by_task := self._by_task(self.probe.active_adapters):
+        elif (by_task := self._by_task(self.probe.active_adapters)) and (task_ids is not None or self._has_layers(owner)):
             call.task_ids = as_task_ids(task_ids, by_task, call.batch, device)
         return call
+
+    def _has_layers(self, owner: Any) -> bool:
+        """Whether any of the layers are still in the model: some clients put the layers below them back by themselves."""
+        inner = owner.modules() if isinstance(owner, nn.Module) else [self.probe]
+        return any(vars(module).get("routing") is self for module in inner)
 
     def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
         """Configs of those of the adapters that route by task."""
@@ -235,6 +259,19 @@ class Routing:
         """Which tokens the layer at a path sees."""
         inside_decoder = self.is_encoder_decoder and "decoder" in path.split(".")
         return "decoder" if inside_decoder and not _CROSS_ATTENTION.fullmatch(path) else "main"
+
+
+def conduct_forward(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a model's forward, which its routing may have to begin."""
+    routing: Routing | None = vars(model).get("_poly_routing")
+    return function(model, *args, **kwargs) if routing is None else routing.forward(function, model, args, kwargs)
+
+
+def conduct_generate(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a model's `generate`."""
+    routing: Routing | None = vars(model).get("_poly_routing")
+    with nullcontext() if routing is None else routing.generating(args, kwargs):
+        return function(model, *args, **kwargs)
 
 
 def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device) -> Tensor:

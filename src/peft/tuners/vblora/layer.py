@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftRuntimeError
 from .._geometry import Placement
-from .._layer import AdapterParameterDict, BaseTunerLayer
+from .._holder import AdapterParameterDict
+from .._layer import BaseTunerLayer
+from .._lowrank import LowRank, approximate
 from .bank import compose_factors, is_topk_only
 
 
@@ -47,6 +50,21 @@ class VBLoRALayer(BaseTunerLayer):
     def vblora_vector_bank(self) -> AdapterParameterDict:
         """The banks by adapter name, shared by all layers."""
         return self._bank[0]
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Also the adapter's bank, so that it is frozen and unfrozen by who goes from layer to layer and knows nothing of it."""
+        yield from super().adapter_parameters(adapter_name)
+        if adapter_name in self.vblora_vector_bank:
+            yield self.vblora_vector_bank[adapter_name]
+
+    def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:
+        """Also of the banks, for the same reason. transformers freezes its own models layer by layer after it has loaded an adapter
+        into their parameters, and says no more of that.
+        """
+        self.vblora_vector_bank.requires_grad_(requires_grad)
+        super().requires_grad_(requires_grad)
+        _note_all(self)
+        return self
 
     def update_layer(
         self,
@@ -93,15 +111,25 @@ class VBLoRALayer(BaseTunerLayer):
             self.topk[adapter_name],
         )
         scale = self.scaling[adapter_name]
-        return A, B if scale == 1 else B * scale
+        return A, B * scale if isinstance(scale, Tensor) or scale != 1 else B
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """`B·A` in the base weight's layout."""
         A, B = self.factors(adapter_name)
         return self.geometry.as_stored(B @ A)
 
+    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+        """`B·A` as composed, exact of rank `r`."""
+        A, B = self.factors(adapter_name)
+        return approximate(B.detach(), A.detach(), rank)
+
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`x·Aᵀ·Bᵀ`, with dropout on `x` in training.
+        """`x·Aᵀ·Bᵀ`, with dropout on `x` in training."""
+        p, q = self.delta_product(adapter_name, x)
+        return (p @ q).view(*x.shape[:-1], q.shape[1])
+
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x·Aᵀ` and `Bᵀ`.
 
         Raises:
             PeftRuntimeError: In training, if the logits came from a top-k checkpoint.
@@ -112,7 +140,7 @@ class VBLoRALayer(BaseTunerLayer):
             )
         A, B = self.factors(adapter_name)
         x = F.dropout(self._cast_input_dtype(x, A.dtype), self.vblora_dropout[adapter_name], self.training)
-        return F.linear(F.linear(x, A), B)
+        return F.linear(x, A).view(-1, A.shape[0]), B.T
 
 
 class Linear(VBLoRALayer):
@@ -139,6 +167,6 @@ class Linear(VBLoRALayer):
         self.set_adapter(adapter_name)
 
 
-def _note_all(layer: VBLoRALayer, incompatible_keys: Any) -> None:
+def _note_all(layer: VBLoRALayer, incompatible_keys: Any = None) -> None:
     for adapter_name in layer.scaling:
         layer.note_loaded(adapter_name)

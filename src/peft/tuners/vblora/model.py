@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -14,10 +13,12 @@ from ...utils.constants import DEFAULT_TARGET_MODULES
 from ...utils.error import CheckpointError
 from ...utils.save_and_load import adapter_tensors
 from .._build import Build, Construction
-from .._geometry import Placement, geometry
+from .._combining import Combination, Combined
+from .._geometry import Placement, expected_layout, geometry
 from .._layer import BaseTunerLayer
 from .._plan import Plan
 from .._tuner import BaseTuner
+from . import combining
 from .bank import compress, expand, savable_parameters
 from .layer import Linear, VBLoRALayer
 
@@ -48,7 +49,11 @@ class VBLoRAModel(BaseTuner):
     prefix: ClassVar[str] = "vblora_"
     tuner_layer_cls = VBLoRALayer
     shared_parameter_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
+    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
+        name: {name + _INDICES: torch.int64, name + _WEIGHTS: torch.float32} for name in VBLoRALayer.adapter_layer_names
+    }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     default_target_modules: ClassVar[Mapping[str, Any]] = {
         **DEFAULT_TARGET_MODULES,
         "bart": _ATTENTION_AND_FEED_FORWARD,
@@ -89,18 +94,11 @@ class VBLoRAModel(BaseTuner):
 
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Say so if the layers store their weights otherwise than the config expects, and put the config right."""
-        stored = {size.transposed for size in map(geometry, plan.targets.values()) if size is not None}
-        if True in stored and not plan.config.fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.", stacklevel=5
-            )
-        elif stored == {False} and plan.config.fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
-                stacklevel=5,
-            )
-        plan.config.fan_in_fan_out = True in stored
+        plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
         return super()._build(plan, construction)
+
+    def combine(self, request: Combination) -> Combined:  # noqa: D102
+        return combining.combine(self, request)
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:  # noqa: D102

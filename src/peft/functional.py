@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other libraries do with adapters in a model of their own, as plain functions: no `PeftModel` is needed around it.
+
+The adapters may be of several methods; all of an adapter is found, what its layers share included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._base_peft_model import BasePeftModel
+from .mapping import inject_adapter_in_model
+from .tuners._adapted import AdaptedModel
+from .tuners._layer import BaseTunerLayer
+from .tuners.mixed import MixedModel
+from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | list[str],
+    inference_mode: bool = False,
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> None:
+    """Make one adapter, or several that add up, the active one; others are frozen.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        adapter_name: Name or list of names.
+        inference_mode: Leave the active adapters frozen too.
+        layer_cls: Switch layers of this class only.
+
+    Raises:
+        PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
+    """
+    _adapted(model, layer_cls).set_adapter(adapter_name, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Unfreeze or freeze adapters, active or not.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        adapter_names: Name or names.
+        requires_grad: False freezes them.
+
+    Raises:
+        PeftValueError: An unknown name; nothing is changed.
+    """
+    _adapted(model).set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+) -> list[str]:
+    """Remove an adapter and its config. If it was active, the others that were stay so, else the first by name becomes active.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        adapter_name: The adapter.
+        prefix: How names of its parameters start; accepted for compatibility, they are found without.
+        layer_cls: Remove it from layers of this class only.
+
+    Returns:
+        Names of the adapters that are active then.
+
+    Raises:
+        PeftValueError: There is no such adapter, or it is merged; nothing is changed.
+    """
+    adapted = _adapted(model, layer_cls)
+    adapted.delete_adapter(adapter_name)
+    return adapted.active_adapters
+
+
+@torch.no_grad()
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Keep an adapter in float32 where it has fewer bits, for stable training.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        adapter_name: The adapter.
+        autocast_adapter_dtype: False leaves it as it is.
+
+    Raises:
+        PeftValueError: There is no such adapter.
+    """
+    adapted = _adapted(model)
+    adapted.check_names(adapter_name)
+    own = [p for layer in adapted.tuner_layers() if adapter_name in layer.scaling for p in layer.adapter_parameters(adapter_name)]
+    own += [container[adapter_name] for container in adapted._shared() if adapter_name in container]
+    for parameter in own if autocast_adapter_dtype else ():
+        if parameter.is_floating_point() and parameter.element_size() < 4:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _adapted(model: Any, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> AdaptedModel:
+    """The adapters in a model, of whatever methods."""
+    if isinstance(model, BasePeftModel):
+        model = model.base_model
+    if isinstance(model, AdaptedModel):
+        return model
+    adapted = MixedModel(model, None, shared_root=model)
+    adapted.peft_config = getattr(model, "peft_config", {})
+    for config in adapted.peft_config.values():
+        adapted.method_of(config)
+    adapted.tuner_layer_cls = layer_cls  # type: ignore[misc]
+    active = dict.fromkeys(name for layer in adapted.tuner_layers() for name in layer.active_adapters)
+    adapted._active = [name for name in active if name in adapted.peft_config]
+    return adapted

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdapterHolder`: the adapters of a layer, which of them are active and trainable, and how strong they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..utils.error import PeftValueError
+from ..utils.sharding import whole
+
+
+class AdapterParameterDict(nn.ParameterDict):
+    """Parameters by adapter name, read by a call: `self.lokr_w1(adapter_name)`.
+
+    Being called as a module is what lets libraries that move weights in just before a forward (offloading, sharding) see that
+    they are needed; a plain `ParameterDict` is read behind their back.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, adapter_name: str) -> Tensor:
+        # FSDP2, told to shard this container by itself, changes its class, and takes the memory back after this call.
+        parameter = whole(self[adapter_name])
+        return parameter if type(self) is AdapterParameterDict else parameter.clone()
+
+
+class AdapterHolder(nn.Module):
+    """A module with a part for each of several adapters.
+
+    Attributes:
+        adapter_layer_names: Attributes that hold parameters or modules by adapter name.
+        other_param_names: Attributes that hold plain values by adapter name.
+        scaling: Factor on each adapter's output, by name; its keys are the adapters there are.
+        merged_adapters: Adapters whose delta is in the base weight at present, in the order they were merged.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self._paused: list[nn.Parameter] = []
+
+    def base_scaling(self, adapter_name: str) -> float:
+        """The factor that `scaling` starts from and `unscale_layer` returns to."""
+        return 1.0
+
+    # --- adapters and which of them are active ------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`, by the name that diffusers' `model.active_adapters()` reads."""
+        return self.active_adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(self.scaling)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; they become trainable unless `inference_mode`, the others are frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._paused = []
+        for name in self.scaling:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """The parameters that belong to an adapter."""
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                entry = container[adapter_name]
+                yield from entry.parameters() if isinstance(entry, nn.Module) else (entry,)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, which also freezes them, or on, which unfreezes those that were frozen by that."""
+        if not enabled and not self._disable_adapters:
+            every = [p for name in self.scaling for p in self.adapter_parameters(name)]
+            self._paused = [p for p in every if p.requires_grad]
+            for parameter in self._paused:
+                parameter.requires_grad_(False)
+        elif enabled:
+            for parameter in self._paused:
+                parameter.requires_grad_(True)
+            self._paused = []
+        self._disable_adapters = not enabled
+
+    def adopt(self, fresh: AdapterHolder) -> None:
+        """Take over the adapters of another layer of this class that was made for the same base layer."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
+            container = getattr(self, attribute)
+            for adapter_name, entry in getattr(fresh, attribute).items():
+                container[adapter_name] = entry
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, which is then active no more.
+
+        Raises:
+            PeftValueError: It is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
+        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                del container[adapter_name]
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(left or self._all_available_adapter_names()[:1])
+
+    # --- scale --------------------------------------------------------------------------------------------------------
+
+    def hold_scale(self, adapter_name: str, scale: float) -> None:
+        """Set an adapter's scale. One that is held in a tensor stays in it, so that a compiled model sees the new value."""
+        if isinstance(self.scaling[adapter_name], Tensor):
+            self.scaling[adapter_name].fill_(scale)  # type: ignore[attr-defined]
+        else:
+            self.scaling[adapter_name] = scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to `scale` times its configured one; an adapter this layer lacks is passed over."""
+        if adapter in self.scaling:
+            self.hold_scale(adapter, scale * self.base_scaling(adapter))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.hold_scale(adapter_name, self.scaling[adapter_name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters by `scale`; None returns to the configured one."""
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                present = self.scaling[adapter_name]
+                self.hold_scale(adapter_name, self.base_scaling(adapter_name) if scale is None else present / scale)

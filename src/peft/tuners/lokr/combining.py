@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted sums of LoKr adapters: each layer's nearest Kronecker product to the sum of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+from ...utils.error import PeftValueError
+from .._combining import Combination, Combined, layers_of, shared_value
+from .kronecker import factor_shapes
+from .lowrank import nearest_product
+
+if TYPE_CHECKING:
+    from .model import LoKrModel
+
+
+def combine(tuner: LoKrModel, request: Combination) -> Combined:
+    """The nearest Kronecker product, with `W2` of rank `svd_rank` where the config decomposes it.
+
+    Raises:
+        PeftValueError: The adapters split layers differently.
+    """
+    shared_value(tuner, request, "decompose_factor", "kronecker_layout")
+    layers = layers_of(tuner, request)
+    r = request.svd_rank or max(layer.r[name] for _, layer in layers for name in request.adapters if name in layer.scaling)
+    config: Any = tuner.peft_config[request.adapters[0]]
+    # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1, no Tucker form.
+    changes = {"decompose_both": False, "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {}}
+    config = replace(config, r=r, alpha=r, **changes)
+    result = Combined(config)
+    for path, layer in layers:
+        size = layer.geometry
+        shapes = factor_shapes(size.out_features, size.in_features, size.kernel_size, r=r, decompose_factor=config.decompose_factor)
+        present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
+        if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
+            raise PeftValueError(
+                f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` is whole in all of them and in "
+                "the result; choose a larger `svd_rank`."
+            )
+        terms = [(weight * float(layer.scaling[name]), layer.factors(name)) for name, weight in present]
+        nearest = nearest_product(terms, None if "w2" in shapes else r)
+        result.errors[path] = nearest.error
+        result.tensors[f"{path}.lokr_w1"] = nearest.W1
+        if "w2" in shapes:
+            result.tensors[f"{path}.lokr_w2"] = (nearest.W2_a @ nearest.W2_b).view(shapes["w2"])
+        else:
+            missing = r - nearest.W2_a.shape[1]  # a side smaller than the rank has fewer singular values
+            result.tensors[f"{path}.lokr_w2_a"] = F.pad(nearest.W2_a, (0, missing))
+            result.tensors[f"{path}.lokr_w2_b"] = F.pad(nearest.W2_b, (0, 0, 0, missing))
+    return result
+
+
+def _flat(config: Any, shapes: Any) -> bool:
+    return len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"

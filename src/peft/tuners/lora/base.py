@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LoraLayer`: what layers with LoRA adapters share, DoRA's lengths included; the maths is in `factors.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...utils.error import PeftNotSupportedError
+from ...utils.rank_room import RankRoom
+from ...utils.sharding import whole
+from .._accumulate import add_product
+from .._geometry import Placement, dense_weight, is_quantised
+from .._holder import AdapterParameterDict
+from .._layer import BaseTunerLayer
+from .._lowrank import LowRank, approximate
+from .factors import Factors, draw, row_norms, scaled
+
+
+class Magnitude(nn.Module):
+    """DoRA's lengths of the weight's rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        """The lengths; a call, so that libraries which move weights in on use see the use."""
+        return whole(self.weight)
+
+
+class Up(nn.Linear):
+    """`B`, which maps `r → out` and can add to another tensor as it does."""
+
+    def forward(self, h: Tensor, result: Tensor | None = None, in_place: bool = False) -> Tensor:  # type: ignore[override]
+        """`B·h`, or `result + B·h`, in the memory of `result` if it may be written to."""
+        if result is None:
+            return super().forward(h)
+        return add_product(result, h.reshape(-1, h.shape[-1]), self.weight.mT, in_place)
+
+
+class Start(nn.Module):
+    """Factors `A₀ [r, in]` and `B₀ [out, r]` of what an adapter starts with and is not to count twice. They follow from the base
+    weight and are no part of a state dict.
+    """
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        self.register_buffer("A", factors.A, persistent=False)
+        self.register_buffer("B", factors.B, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B₀·A₀·x`."""
+        return F.linear(F.linear(x, self.A), self.B)  # type: ignore[arg-type]
+
+
+class LoraLayer(BaseTunerLayer):
+    """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters, `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: The first adapter's name.
+        config: Its config.
+        **options: As for `update_layer`.
+
+    Attributes:
+        lora_A, lora_B: Modules that map `in → r` and `r → out`, by adapter name.
+        lora_embedding_A, lora_embedding_B: `[r, tokens]` and `[dim, r]` by adapter name, where the layer is an embedding.
+        lora_magnitude_vector: DoRA's `m` by adapter name, with one entry for each output feature.
+        lora_dropout: Dropout on the input by adapter name.
+        lora_start: What adapters that start from the base weight started with, by adapter name.
+        r, lora_alpha, use_rslora, use_dora, lora_bias: As in the configs, by adapter name.
+
+    Source: arXiv:2106.09685, section 4.1; arXiv:2402.09353, section 4
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "lora_start",
+    )
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = AdapterParameterDict()
+        self.lora_embedding_B = AdapterParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_start = nn.ModuleDict()
+        self._bias_before: Tensor | None = None
+        self._is_plain = not is_quantised(base_layer)
+        self.update_layer(adapter_name, config, **options)
+        self.set_adapter(adapter_name)
+        for name in ("lora_dropout", "lora_start"):
+            getattr(self, name).train(self.training)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+        placement: Placement | None = None,
+        initialise: bool = True,
+    ) -> None:
+        """Make an adapter's factors.
+
+        Args:
+            adapter_name: The adapter's name.
+            config: Its config.
+            r: Rank, by default the config's.
+            lora_alpha: Alpha, by default the config's.
+            placement: Device and dtype, by default the base layer's.
+            initialise: False leaves the memory as it is.
+        """
+        self.r[adapter_name] = r or config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.scaling[adapter_name] = self.base_scaling(adapter_name)
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout.train(self.training)
+        place = self._placement(placement)
+        self._make(adapter_name, place)
+        if initialise:
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if config.starts_from_weight:
+            self._start_from_weight(adapter_name, config.init_lora_weights, initialise)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._first_magnitude(adapter_name, place, initialise))
+
+    def base_scaling(self, adapter_name: str) -> float:
+        """`lora_alpha / r`, or over the root of `r` with `use_rslora`."""
+        r = self.r[adapter_name]
+        return self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+
+    # --- what kinds of layers supply ----------------------------------------------------------------------------------
+
+    def _make(self, adapter_name: str, place: Placement) -> None:
+        """Make an adapter's containers, without values."""
+        raise NotImplementedError
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        """Draw an adapter's factors anew."""
+        how = init_lora_weights if init_lora_weights in ("gaussian", "orthogonal") else bool(init_lora_weights)
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        draw(A.weight, B.weight, how)  # type: ignore[arg-type]
+        if B.bias is not None:
+            bound = 0.0 if how else 1 / math.sqrt(self.r[adapter_name])
+            nn.init.uniform_(B.bias, -bound, bound)  # type: ignore[arg-type]
+
+    def factors(self, adapter_name: str) -> Factors:
+        """An adapter's `A` and `B`, with the start's in the same product."""
+        raise NotImplementedError
+
+    def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
+        """`s·B·A·x` for an input that has its dropout."""
+        h = self.lora_A[adapter_name](x)
+        scale: Any = self.scaling[adapter_name]
+        if self.lora_bias[adapter_name]:
+            return self.lora_B[adapter_name](h) * scale
+        return self.lora_B[adapter_name](scaled(h, scale))
+
+    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """`result + s·B·A·x` for an input that has its dropout."""
+        return result + self._delta(adapter_name, x)
+
+    def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
+        """Set an adapter to a part of the base weight, and note the part."""
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """`s·B·A·x`, with dropout on `x` in training."""
+        return self._delta(adapter_name, self._dropped(adapter_name, x))
+
+    def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        """The input in the adapter's precision, after its dropout."""
+        x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)  # type: ignore[arg-type]
+        return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
+
+    def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+            return x  # autocast would cast it back before the first product
+        return super()._cast_input_dtype(x, dtype)
+
+    def _drops(self, adapter_name: str) -> bool:
+        dropout = self.lora_dropout[adapter_name]
+        return dropout.training and not isinstance(dropout, nn.Identity)
+
+    def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with the adapter's part: a sum or, with DoRA, `f ⊙ (result - b + s·B·A·x) + b` with `f = m / ‖W + s·B·A‖`.
+
+        Where the adapter has dropout in training, DoRA's part of the base output is computed from the same dropped input:
+        `result + (f - 1) ⊙ W·x' + f ⊙ s·B·A·x'`. Several such adapters apply one after the other.
+
+        Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
+        """
+        dropped = self._dropped(adapter_name, x)
+        if adapter_name not in self.lora_magnitude_vector:
+            return self._add(adapter_name, dropped, result)
+        factor = self._by_channel(self.magnitude_factor(adapter_name, self.scaling[adapter_name]))
+        bias = self.get_base_layer()._parameters.get("bias")
+        if self._drops(adapter_name):
+            part = self.base_layer(dropped.to(x.dtype))
+            part = part if bias is None else part - self._by_channel(bias)
+            return result + (factor - 1) * part + factor * self._delta(adapter_name, dropped)
+        total = self._add(adapter_name, dropped, result)
+        if bias is None:
+            return factor * total
+        return torch.addcmul((1 - factor) * self._by_channel(bias), factor, total)
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """`[out]` in a shape that multiplies outputs."""
+        return values.view(-1, *[1] * len(self.geometry.kernel_size))
+
+    # --- magnitudes ---------------------------------------------------------------------------------------------------
+
+    def magnitude_factor(self, adapter_name: str, scale: float) -> Tensor:
+        """What DoRA multiplies the rows of `W + s·B·A` by, `[out]`."""
+        return self.lora_magnitude_vector[adapter_name]().flatten() / self._row_norms(adapter_name, scale)
+
+    def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
+        """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
+        A, B = self.factors(adapter_name)
+        weight = self.unmerged_weight() if self.merged else self._weight()
+        return row_norms(self.geometry.as_stored(weight).flatten(1), A, B, scale)
+
+    def _weight(self) -> Tensor:
+        """The base weight in numbers, as stored."""
+        base = self.get_base_layer()
+        return whole(base.weight) if self._is_plain and base.weight.dtype.itemsize > 1 else dense_weight(base)  # type: ignore
+
+    def _first_magnitude(self, adapter_name: str, place: Placement, initialise: bool) -> Tensor:
+        """The lengths as they are at the start, `[out]`, or memory for them."""
+        shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
+        if not initialise or place.device.type == "meta":
+            return torch.empty(self.geometry.out_features, device=place.device, dtype=place.dtype).view(shape)
+        return self._row_norms(adapter_name, self.scaling[adapter_name]).to(place.dtype).view(shape)
+
+    # --- merging ------------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
+        """`s·B·A` in the base weight's layout; with DoRA this is what is added before the rows get their lengths."""
+        A, B = self.factors(adapter_name)
+        delta = (B @ A) * self.scaling[adapter_name]
+        return self.geometry.as_stored(delta.view(-1, self.geometry.in_features, *self.geometry.kernel_size))
+
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
+        """With DoRA the factor on each row."""
+        if adapter_name not in self.lora_magnitude_vector:
+            return None
+        factor = self.magnitude_factor(adapter_name, scale).detach()
+        return self.geometry.as_stored(factor.view(-1, *[1] * (1 + len(self.geometry.kernel_size))))
+
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """A merged `lora_bias` needs a base layer with a bias, and no DoRA adapter after it.
+
+        Raises:
+            PeftNotSupportedError: An adapter can't be merged.
+        """
+        super().check_mergeable(adapter_names)
+        names = [name for name in (*self.merged_adapters, *adapter_names) if name in self.scaling]
+        biased = [name for name in names if self.lora_bias[name]]
+        if biased and self.get_base_layer()._parameters.get("bias") is None:
+            raise PeftNotSupportedError(f"Adapter {biased[0]} has `lora_bias=True` and the base layer no bias to merge it into.")
+        if biased and any(self.use_dora[name] for name in names[names.index(biased[0]) :]):
+            raise PeftNotSupportedError(f"A DoRA adapter can't be merged after {biased[0]}, which has `lora_bias=True`.")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
+        """As for all methods, and `lora_bias` into the base layer's bias."""
+        before = len(self.merged_adapters)
+        super().merge(safe_merge, adapter_names, **options)
+        for name in self.merged_adapters[before:]:
+            if self.lora_bias[name]:
+                bias: Any = self.get_base_layer().bias
+                self._bias_before = bias.data if self._bias_before is None else self._bias_before
+                bias.data = (bias.data + self.lora_B[name].bias.data * float(self.scaling[name])).to(bias.dtype)  # type: ignore
+
+    def unmerge(self) -> None:
+        """As for all methods; the base layer's bias is what it was."""
+        super().unmerge()
+        if self._bias_before is not None:
+            bias: Any = self.get_base_layer().bias
+            bias.data, self._bias_before = self._bias_before.to(bias.device), None
+
+    def rank_room(self, holder: str) -> RankRoom | None:
+        """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a share for each."""
+        groups = getattr(self.get_base_layer(), "groups", 1)
+        if holder in ("lora_A", "lora_embedding_A"):
+            return RankRoom(0, blocks=groups)
+        return RankRoom(1, share=groups) if holder in ("lora_B", "lora_embedding_B") else None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter is a product of two factors and nothing besides."""
+        return not (self.use_dora[adapter_name] or self.lora_bias[adapter_name])
+
+    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight)."""
+        A, B = self.factors(adapter_name)
+        return approximate(B.detach() * self.scaling[adapter_name], A.detach(), rank)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
+from ...utils.error import PeftNotSupportedError
+from ...utils.peft_types import PeftType
+
+# What `init_lora_weights` may say, beside "pissa_niter_<n>".
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """How a process runs adapters; never part of a file.
+
+    Args:
+        ephemeral_gpu_offload: Not provided; False.
+    """
+
+    ephemeral_gpu_offload: bool = field(default=False, metadata={"help": "Not provided."})
+
+
+# Fields of the interface whose features are not here, with the one value they may have.
+_NOT_PROVIDED: dict[str, Any] = {
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "runtime_config": LoraRuntimeConfig(),
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+}
+
+
+@dataclass
+class LoraConfig(LayeredConfig):
+    """Configuration of LoRA, `ΔW = s · B·A` with `A [r, in]`, `B [out, r]` and `s = lora_alpha / r`.
+
+    Args:
+        r: Rank.
+        target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
+            defaults.
+        exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
+        lora_alpha: The delta is scaled by `lora_alpha / r`.
+        lora_dropout: Dropout on the input, in training; embeddings have none.
+        fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The layer itself decides; this only
+            states what is expected.
+        bias: Which biases are trained: "none", "all" of the model's, or "lora_only", those of adapted layers.
+        use_rslora: Scale by `lora_alpha / √r`, which keeps the learning rate right for large ranks (rank-stabilised LoRA).
+        modules_to_save: Modules to train whole and save beside the adapter.
+        init_lora_weights: How an adapter starts. True: without effect, `A` uniform and `B` zero (of embeddings `A` is zero).
+            "gaussian": the same with `A` normal. "orthogonal": without effect though neither is zero; even ranks only. "pissa": at
+            the `r` largest singular values of the weight, `B₀·A₀`, and without effect since that part is taken off again:
+            `ΔW = s · (B·A - B₀·A₀)`; "pissa_niter_<n>" finds them faster, by `n` rounds of subspace iteration. "olora": likewise at
+            the first `r` columns of the weight's QR decomposition. These are for linear layers; embeddings start as with True.
+            False: at random, with an effect.
+        layers_to_transform: Index or indices of the layers to adapt.
+        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default the outermost.
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
+            end; one that begins with `^` also means all modules below the path it describes.
+        alpha_pattern: Likewise for `lora_alpha`.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
+            where it shares the weight); a dictionary names other modules: name → tokens.
+        use_dora: Train the length of each row of the weight by itself, beside its direction (DoRA).
+        lora_bias: Give `B` a bias. Not for embeddings, and not with `use_dora`.
+        megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config, velora_config,
+        alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
+        target_parameters, use_bdlora, arrow_config, kasa_config, ensure_weight_tying: Of features that are not provided; they have
+            their defaults.
+
+    Raises:
+        PeftValueError: A value is not allowed.
+        PeftNotSupportedError: A feature is asked for that is not provided.
+
+    Example:
+        >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True).peft_type.value
+        'LORA'
+
+    Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`: arXiv:2402.09353; "pissa": arXiv:2404.02948;
+    "olora": arXiv:2406.01775
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    lora_alpha: float = field(default=8, metadata={"help": "The delta is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored [in, out]."})
+    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases are trained."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha over the root of r."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
+    init_lora_weights: bool | str = field(default=True, metadata={"help": "How the factors start."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Rank by module name or regular expression."})
+    alpha_pattern: dict | None = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
+    megatron_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    megatron_core: str | None = field(default="megatron.core", metadata={"help": "Not provided."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Rows of token embeddings to train."}
+    )
+    loftq_config: dict = field(default_factory=dict, metadata={"help": "Not provided."})
+    eva_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    corda_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    lora_ga_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the weight's rows by themselves."})
+    velora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata={"help": "Not provided."})
+    use_qalora: bool = field(default=False, metadata={"help": "Not provided."})
+    qalora_group_size: int = field(default=16, metadata={"help": "Not provided."})
+    monteclora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Not provided."})
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata={"help": "Not provided."})
+    lora_bias: bool = field(default=False, metadata={"help": "Give B a bias."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not provided."})
+    use_bdlora: dict | None = field(default=None, metadata={"help": "Not provided."})
+    arrow_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Not provided."})
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        super().__post_init__()
+
+    @property
+    def trained_biases(self) -> str:  # noqa: D102
+        return self.bias
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the adapter starts with a part of the base weight."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name but `runtime_config`, which is no part of an adapter."""
+        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
+
+    def validate(self) -> None:
+        """Check every field, first whether a feature is asked for that is not here.
+
+        Raises:
+            PeftNotSupportedError: One is.
+            PeftValueError: Lists all offences.
+        """
+        asked = [name for name, value in _NOT_PROVIDED.items() if getattr(self, name) != value]
+        if asked:
+            named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
+            raise PeftNotSupportedError(
+                f"LoraConfig: {named} asks for what this package does not provide. It provides LoRA with `use_rslora`, `use_dora`, "
+                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of `init_lora_weights`; leave the default."
+            )
+        super().validate()
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from at_least("r", self.r)
+        yield from number("lora_alpha", self.lora_alpha)
+        yield from probability("lora_dropout", self.lora_dropout)
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
+            yield from boolean(name, getattr(self, name))
+        yield from choice("bias", self.bias, ("none", "all", "lora_only"))
+        yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
+        yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
+        yield from self._start_problems()
+        if self.use_dora and self.lora_bias:
+            yield "`lora_bias`=True does not go with `use_dora`=True; choose one of them."
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            yield f"`lora_bias`=True goes with `init_lora_weights` True or False, found {self.init_lora_weights!r}."
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    yield f"`{name}` cannot be used when `target_modules` is a str; put the layers into the regular expression."
+
+    def _start_problems(self) -> Iterator[str]:
+        start = self.init_lora_weights
+        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
+            yield from choice("init_lora_weights", start, (*INITIALISATIONS, "pissa_niter_<n>"))
+        if self.starts_from_weight and isinstance(self.lora_alpha, (int, float)) and self.lora_alpha <= 0:
+            yield f"`init_lora_weights`={start!r} needs a positive `lora_alpha`."
+
+    @classmethod
+    def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """A file says how its adapter started; after EVA, which draws `A` from data and leaves the base as it is, that no longer
+        matters.
+        """
+        if content.get("init_lora_weights") == "eva":
+            return {**content, "init_lora_weights": True, "eva_config": None}
+        return content

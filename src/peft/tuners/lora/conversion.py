@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any adapter as a LoRA adapter, for programs that know no other: serving engines, exporters, other implementations.
+
+Every layer that has a delta knows it as a product of two thin factors (`low_rank_factors`), exact where the method's structure is
+low rank. Here these become the tensors and the config of a LoRA adapter whose scaling is 1 everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import as_folder
+from ...utils.adapter_files import write_adapter
+from ...utils.error import PeftError, PeftValueError, UnsupportedModuleError
+from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ...utils.save_and_load import MODEL_ROOT, companion_tensors
+from ...utils.sharding import own_state
+from .. import _targets
+from .._adapted import AdaptedModel
+from .._combining import outer_path
+from .._geometry import geometry
+from .._layer import BaseTunerLayer
+from .._lowrank import LowRank, approximate, check_rank, total_error
+from .._plan import own_modules
+from .config import LoraConfig
+
+# How many tasks `save_tasks_as_lora` holds in memory at a time.
+_TASKS_AT_ONCE = 16
+
+
+class _Pair(NamedTuple):
+    config: LoraConfig
+    state_dict: dict[str, Tensor]
+
+
+class LoraConversion(_Pair):
+    """A LoRA adapter made of another: the pair `(config, state_dict)`, and how near it is.
+
+    Attributes:
+        config: Its config.
+        state_dict: Its tensors by checkpoint key.
+        errors: For each layer `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm; 0 where the conversion is exact.
+        error: The same for all layers together.
+    """
+
+    errors: dict[str, float]
+    error: float
+
+    @classmethod
+    def of(cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: dict[str, LowRank]) -> LoraConversion:
+        """The conversion whose layers have these factors."""
+        result = cls(config, state_dict)
+        result.errors = {path: part.error for path, part in parts.items()}
+        result.error = total_error(parts.values())
+        return result
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+    *,
+    task_id: Any = None,
+) -> LoraConversion:
+    """The LoRA adapter that is nearest to an adapter of any method. The model is left as it is.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        rank: An integer: the rank of every layer. A fraction: in each layer the smallest rank that keeps this share of the energy,
+            the sum of squared singular values. None: exact, of the smallest rank that the method's structure gives (Poly and
+            VB-LoRA `r`, LoKr `rank(W1) · rank(W2)`).
+        adapter_name: The adapter.
+        progressbar: Show one.
+        compile_kwargs: Accepted for compatibility; everything is computed on thin factors, and there is nothing to compile.
+        task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary with the share of each of several.
+
+    Returns:
+        `(config, state_dict)`, to be written by `save_as_lora` or loaded with `set_peft_model_state_dict`; with `errors` by layer
+        and the total `error`.
+
+    Raises:
+        PeftValueError: There is no such adapter, a rank is not allowed or larger than a layer's weight, or values are not finite.
+        PeftTypeError: `task_id` for a method without tasks.
+        PeftNotSupportedError: The adapter's delta depends on the input.
+        UnsupportedModuleError: A layer has no delta that a LoRA adapter could be.
+
+    Example:
+        >>> from peft import LoKrConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoKrConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> config, state_dict = converted = convert_to_lora(model, rank=4)
+        >>> config.r, state_dict["base_model.model.0.lora_A.weight"].shape, 0 < converted.error < 1
+        (4, torch.Size([4, 16]), True)
+    """
+    check_rank(rank)
+    config = _config_of(model, adapter_name)
+    options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(config, task_id=task_id)
+    return _convert(model, config, adapter_name, rank, [options], progressbar)[0]
+
+
+def save_as_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+    *,
+    task_id: Any = None,
+) -> LoraConversion:
+    """Convert an adapter to LoRA and write it to a folder, as `save_pretrained` writes adapters.
+
+    Args:
+        path: The folder, made if missing.
+        model, rank, adapter_name, progressbar, compile_kwargs, task_id: As for `convert_to_lora`.
+
+    Returns:
+        What was written, with its errors.
+
+    Raises:
+        As `convert_to_lora`; nothing is written then.
+    """
+    folder = as_folder(path)
+    converted = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id)
+    _write(folder, model, converted)
+    return converted
+
+
+def save_tasks_as_lora(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    tasks: Sequence[int | str] | None = None,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+) -> dict[str, float]:
+    """Write each task of an adapter as a LoRA adapter of its own, going through the layers once for many tasks.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        folder: Each task gets a folder in it: its name, or "task_0", "task_1", … where tasks have no names.
+        tasks: Ids or names, by default all.
+        rank: As for `convert_to_lora`; exact by default.
+        adapter_name: The adapter.
+        progressbar: Show one.
+
+    Returns:
+        The total error of each task's conversion, by the name of its folder.
+
+    Raises:
+        PeftValueError: As `convert_to_lora`, or a task's name can't be a folder's. Nothing is written then.
+        PeftNotSupportedError: The adapter has no tasks.
+    """
+    check_rank(rank)
+    parent = as_folder(folder)
+    config = _config_of(model, adapter_name)
+    tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    chosen: dict[str, Any] = tuner_cls.conversion_tasks(config, tasks)
+    for name in chosen:
+        if name in ("", ".", "..") or set(name) & set("/\\:\0"):
+            raise PeftValueError(f"The task's name {name!r} can't be a folder's; write it with `save_as_lora` where you want it.")
+    names, errors = list(chosen), {}
+    for begin in range(0, len(names), _TASKS_AT_ONCE):
+        some = names[begin : begin + _TASKS_AT_ONCE]
+        options = [tuner_cls.conversion_options(config, task_id=chosen[name]) for name in some]
+        for name, converted in zip(some, _convert(model, config, adapter_name, rank, options, progressbar), strict=True):
+            _write(parent / name, model, converted)
+            errors[name] = converted.error
+    return errors
+
+
+def _config_of(model: Any, adapter_name: str) -> Any:
+    """The config of an adapter of a `PeftModel` or of a model with injected adapters."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
+    if adapter_name not in configs:
+        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(configs) or 'none'}.")
+    return configs[adapter_name]
+
+
+def _convert(
+    model: nn.Module, config: Any, adapter_name: str, rank: int | float | None, views: list[dict[str, Any]], progressbar: bool
+) -> list[LoraConversion]:
+    """An adapter's conversion for each of several options of `low_rank_factors`, in one pass over the layers."""
+    root, prefix = _root(model)
+    layers = dict(_layers(root, adapter_name))
+    unfit = sorted({type(layer).__name__ for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
+    if unfit or not layers:
+        raise UnsupportedModuleError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
+            if unfit
+            else f"Could not detect any layer of adapter {adapter_name} that supports LoRA conversion."
+        )
+    parts: list[dict[str, LowRank]] = [{} for _ in views]
+    tensors: list[dict[str, Tensor]] = [{} for _ in views]
+    for path, layer in _shown(layers, progressbar):
+        for part, state, options in zip(parts, tensors, views, strict=True):
+            try:
+                factors = _factors(layer, adapter_name, rank, options)
+            except PeftError as error:
+                raise type(error)(f"`{path}`: {error}") from None
+            part[path] = factors
+            state |= {
+                f"{prefix}{path}.{name}": tensor
+                for name, tensor in lora_tensors(layer, factors.A.detach(), factors.B.detach()).items()
+            }
+    companions = companion_tensors(own_state(model).items(), config, adapter_name)
+    return [
+        LoraConversion.of(
+            _lora_config(root, config, layers, part),
+            {**state, **{key: tensor.detach().clone() for key, tensor in companions.items()}},
+            part,
+        )
+        for part, state in zip(parts, tensors, strict=True)
+    ]
+
+
+def _root(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and what its checkpoint keys begin with."""
+    tuner: Any = getattr(model, "base_model", None)
+    return (tuner.model, MODEL_ROOT) if isinstance(tuner, AdaptedModel) else (model, "")
+
+
+def _layers(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The layers that have an adapter, by the path of the module they stand for."""
+    for path, module in root.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
+            if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
+                raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")
+            yield outer_path(path), module
+
+
+def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
+    if not progressbar:
+        return layers.items()
+    from tqdm import tqdm
+
+    return tqdm(layers.items(), desc="Converting to LoRA")
+
+
+def _factors(layer: BaseTunerLayer, adapter_name: str, rank: int | float | None, options: dict[str, Any]) -> LowRank:
+    """An adapter's delta in a layer as the factors of a LoRA layer of the same kind; of exactly the rank, if that is a number.
+
+    Raises:
+        PeftValueError: The layer's weight has no such rank.
+    """
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    if groups > 1:
+        return _in_groups(layer.low_rank_factors(adapter_name, None, **options), groups, rank)
+    factors = layer.low_rank_factors(adapter_name, rank, **options)
+    return _of_rank(factors, rank) if isinstance(rank, int) else factors
+
+
+def _of_rank(factors: LowRank, rank: int) -> LowRank:
+    """Factors filled up with zeros."""
+    A, B = factors.A, factors.B
+    largest = min(A.shape[1], B.shape[0])
+    if rank > largest:
+        raise PeftValueError(f"The chosen rank {rank} is larger than the weight shape ({largest}), please choose a lower rank.")
+    missing = rank - A.shape[0]
+    return factors._replace(A=F.pad(A, (0, 0, 0, missing)), B=F.pad(B, (0, missing)))
+
+
+def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRank:
+    """Factors of a convolution in groups. In a LoRA layer only `B` is in groups, so that each group needs rows of `A` to itself,
+    which are zero on the channels of the others.
+
+    Args:
+        factors: Exact, `A [r, in // groups · taps]` and `B [out, r]`.
+        groups: Number of groups.
+        rank: Over all groups.
+
+    Returns:
+        `A [groups · k, in · taps]` and `B [out, k]`.
+    """
+    if isinstance(rank, int) and rank % groups:
+        raise PeftValueError(f"`rank`={rank} must be a multiple of the layer's {groups} groups.")
+    each = rank // groups if isinstance(rank, int) else 1.0 if rank is None else rank
+    parts = [approximate(B, factors.A, each) for B in factors.B.chunk(groups)]
+    k = each if isinstance(each, int) else max(part.rank for part in parts)
+    parts = [_of_rank(part, k) for part in parts]
+    A = factors.A.new_zeros(groups, k, groups, factors.A.shape[1])
+    for group, part in enumerate(parts):
+        A[group, :, group] = part.A
+    return LowRank(A.flatten(2).flatten(0, 1), torch.cat([part.B for part in parts]), total_error(parts), factors.norm)
+
+
+def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same module, by the end of their keys."""
+    if isinstance(layer.get_base_layer(), nn.Embedding):
+        return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
+    kernel = layer.geometry.kernel_size
+    if kernel:
+        A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *[1] * len(kernel))
+    return {"lora_A.weight": A.contiguous(), "lora_B.weight": B.contiguous()}
+
+
+def _lora_config(root: nn.Module, config: Any, layers: dict[str, BaseTunerLayer], parts: dict[str, LowRank]) -> LoraConfig:
+    """The config of a conversion: its largest rank, with a pattern for layers of another, and scaling 1."""
+    ranks = {path: part.rank for path, part in parts.items()}
+    r = max(ranks.values())
+    pattern = _targets.patterns(ranks, r)
+    targets, excluded = _targets.exactly(layers, own_modules(root))
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=targets,
+        exclude_modules=excluded,
+        modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
+        trainable_token_indices=config.trainable_token_indices,
+        bias={"none": "none", "all": "all"}.get(config.trained_biases, "lora_only"),  # type: ignore[arg-type]
+        fan_in_fan_out=any(getattr(geometry(layer), "transposed", False) for layer in layers.values()),
+        task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+    )
+
+
+def _write(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
+    """Write a conversion as `save_pretrained` writes an adapter."""
+    config, state = converted
+    root, prefix = _root(model)
+    state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
+    mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+    text = replace(config, inference_mode=True).to_json(None if config.task_type is not None else mapping)
+    write_adapter(folder, state, text)

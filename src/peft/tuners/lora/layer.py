@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of layers that LoRA adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...utils.error import PeftNotSupportedError
+from ...utils.sharding import whole
+from .._accumulate import may_write_to_output
+from .._geometry import Placement, embedding_scale, innermost
+from .base import LoraLayer, Start, Up
+from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa, scaled
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
+
+
+class Linear(LoraLayer):
+    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoRA adapters."""
+
+    def _make(self, adapter_name: str, place: Placement) -> None:
+        r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
+        self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **place._asdict())
+        self.lora_B[adapter_name] = nn.utils.skip_init(Up, r, self.out_features, bias=biased, **place._asdict())
+
+    def factors(self, adapter_name: str) -> Factors:  # noqa: D102
+        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        if adapter_name not in self.lora_start:
+            return Factors(A, B)
+        start: Any = self.lora_start[adapter_name]
+        return Factors(torch.cat([A, start.A]), torch.cat([B, -start.B], dim=1))
+
+    def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
+        delta = super()._delta(adapter_name, x)
+        if adapter_name in self.lora_start:
+            delta = delta - self.lora_start[adapter_name](x) * self.scaling[adapter_name]
+        return delta
+
+    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        B = self.lora_B[adapter_name]
+        if self.lora_bias[adapter_name] or adapter_name in self.lora_start or not isinstance(B, Up):
+            return super()._add(adapter_name, x, result)
+        return B(scaled(self.lora_A[adapter_name](x), self.scaling[adapter_name]), result, may_write_to_output(self.base_layer))
+
+    def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
+        """Set an adapter to the largest singular values of the base weight ("pissa") or its first QR columns ("olora").
+
+        Raises:
+            PeftNotSupportedError: The base weight is not there yet.
+        """
+        weight = self.geometry.as_stored(self.unmerged_weight() if self.merged else self._weight())
+        if weight.is_meta:
+            raise PeftNotSupportedError(
+                f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device yet; load it."
+            )
+        r, scale = self.r[adapter_name], self.base_scaling(adapter_name)
+        rounds = how.removeprefix("pissa_niter_")
+        start = olora(weight, r) if how == "olora" else pissa(weight, r, scale, int(rounds) if rounds.isdigit() else None)
+        A: Any = self.lora_A[adapter_name].weight
+        B: Any = self.lora_B[adapter_name].weight
+        start = Factors(*(tensor.to(A.dtype) for tensor in start))
+        self.lora_start[adapter_name] = Start(start)
+        if initialise:
+            A.data.copy_(start.A)
+            B.data.copy_(start.B)
+
+
+class Embedding(LoraLayer):
+    """`nn.Embedding` with LoRA adapters; it has no dropout."""
+
+    def _make(self, adapter_name: str, place: Placement) -> None:
+        r, (device, dtype) = self.r[adapter_name], place
+        self.lora_embedding_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_embedding_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        """Draw an adapter's factors anew; all starts but False are the same."""
+        draw_for_embedding(self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name], init_lora_weights)
+
+    def factors(self, adapter_name: str) -> Factors:  # noqa: D102
+        return Factors(self.lora_embedding_A(adapter_name), self.lora_embedding_B(adapter_name))
+
+    def _drops(self, adapter_name: str) -> bool:
+        return False
+
+    def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        return x
+
+    def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
+        """`s·B·A[:, x]`, times what the base embedding multiplies its rows by."""
+        A, B = self.factors(adapter_name)
+        base: Any = self.get_base_layer()
+        h = F.embedding(x, A.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        return F.linear(scaled(h, embedding_scale(base) * self.scaling[adapter_name]), B)
+
+
+class _Conv(LoraLayer):
+    """A convolution with LoRA adapters: `A` is a convolution to `r` channels, `B` one over single points."""
+
+    def _make(self, adapter_name: str, place: Placement) -> None:
+        base: Any = self.get_base_layer()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(self.geometry.kernel_size) - 1]
+        r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
+        options = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        self.lora_A[adapter_name] = nn.utils.skip_init(
+            kind, base.in_channels, r, base.kernel_size, bias=False, **options, **place._asdict()
+        )
+        self.lora_B[adapter_name] = nn.utils.skip_init(
+            kind, r, base.out_channels, 1, groups=base.groups, bias=biased, **place._asdict()
+        )
+
+    def factors(self, adapter_name: str) -> Factors:
+        """`A [r, in · taps]` and `B [out, r]`; in groups `B [out, r / groups]`."""
+        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        return Factors(A.flatten(1), B.flatten(1))
+
+    def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
+        if not self._is_grouped:
+            return super()._row_norms(adapter_name, scale)
+        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        return grouped_row_norms(self._weight(), A, B, scale)
+
+    @property
+    def _is_grouped(self) -> bool:
+        return innermost(self).groups > 1  # type: ignore[return-value, operator]
+
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """A convolution in groups can't take a delta across them.
+
+        Raises:
+            PeftNotSupportedError: It is one, or an adapter can't be merged.
+        """
+        if self._is_grouped and any(name in self.scaling for name in adapter_names):
+            raise PeftNotSupportedError(
+                f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with groups > 1, which can't hold a "
+                "delta that goes across them."
+            )
+        super().check_mergeable(adapter_names)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Not in groups, whose delta has no place in the weight."""
+        return not self._is_grouped and super().supports_lora_conversion(adapter_name)
+
+
+class Conv1d(_Conv):
+    """`nn.Conv1d` with LoRA adapters."""
+
+
+class Conv2d(_Conv):
+    """`nn.Conv2d` with LoRA adapters."""
+
+
+class Conv3d(_Conv):
+    """`nn.Conv3d` with LoRA adapters."""

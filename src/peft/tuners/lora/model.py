@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .._build import Build, Construction
+from .._combining import Combination, Combined
+from .._geometry import conv_options, expected_layout, geometry, table
+from .._layer import BaseTunerLayer
+from .._plan import Plan
+from .._targets import pattern_value
+from .._tuner import BaseTuner
+from . import combining
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters: `W + s·B·A` in every adapted layer.
+
+    Args:
+        As `BaseTuner`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> model = LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]), "default")
+        >>> model.model[0].lora_A["default"].weight.shape, model.model[0].scaling
+        (torch.Size([2, 4]), {'default': 4.0})
+
+    Source: arXiv:2106.09685, section 4.1
+    """
+
+    prefix: ClassVar[str] = "lora_"
+    tuner_layer_cls = LoraLayer
+    saved_bare: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
+    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+
+    combination_types: ClassVar[tuple[str, ...]] = combining.KINDS
+
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+        size = geometry(module)
+        if size is None:
+            return Embedding if table(module) else None
+        return (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
+
+    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:
+        """Rank and alpha for the module at `path`."""
+        return {
+            "r": pattern_value(config.rank_pattern, path, config.r),
+            "lora_alpha": pattern_value(config.alpha_pattern, path, config.lora_alpha),
+        }
+
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+        """Ranks that do not fit, and options that a kind of layer does not have."""
+        size, lookup = geometry(module), table(module)
+        r = pattern_value(config.rank_pattern, path, config.r)
+        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        start = config.init_lora_weights
+        if config.use_dora and isinstance(module, BaseTunerLayer):
+            yield "`use_dora`=True is for layers that no other method adapts."
+        if lookup is not None:
+            if config.lora_bias:
+                yield "`lora_bias`=True is not supported for embeddings."
+            if getattr(module, "max_norm", None) is not None:
+                yield "an embedding with `max_norm` rewrites its rows when they are looked up; an adapter would not be rescaled."
+        elif size is not None and size.is_conv:
+            groups = conv_options(module)["groups"]
+            if r % groups:
+                yield f"`r`={r} must be divisible by the convolution's groups, {groups}; choose another rank or target."
+            if config.starts_from_weight:
+                yield f"`init_lora_weights`={start!r} is for linear layers, not for convolutions."
+        elif size is not None and config.starts_from_weight:
+            if r > min(size.in_features, size.out_features):
+                yield f"`r`={r} is more than the {min(size.in_features, size.out_features)} singular values of the weight."
+            if alpha <= 0:
+                yield f"`init_lora_weights`={start!r} needs a positive alpha, found {alpha!r}."
+        if lookup is None and start == "orthogonal" and r % 2:
+            yield f"`init_lora_weights`='orthogonal' needs an even rank, found {r}."
+
+    def _build(self, plan: Plan, construction: Construction) -> Build:
+        """Put the config right where it expects weights to be stored otherwise than they are."""
+        plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
+        return super()._build(plan, construction)
+
+    def combine(self, request: Combination) -> Combined:  # noqa: D102
+        return combining.combine(self, request)
+
+    @classmethod
+    def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """A checkpoint has DoRA's lengths under the container's name."""
+        return {key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t for key, t in state.items()}
+
+    @classmethod
+    def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The layers have DoRA's lengths in modules."""
+        return {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in state.items()}

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted sums of Poly adapters, exact for every task: their skills side by side in one inventory, each with ranks of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...utils.error import PeftNotSupportedError
+from .._combining import Combination, Combined, layers_of, shared_value
+from .._lowrank import wide
+
+if TYPE_CHECKING:
+    from .model import PolyModel
+
+
+class Inventory(NamedTuple):
+    """What an adapter has in one layer, with a factor on its delta.
+
+    Attributes:
+        factor: `f`, of any sign: the delta is `f · x·A_w·B_w`.
+        weights: `[n_tasks, n_splits, n_skills]`, each row's sum one.
+        A: `[n_splits, n_skills, in // n_splits, r]`.
+        B: `[n_splits, n_skills, r, out // n_splits]`.
+    """
+
+    factor: float
+    weights: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def side_by_side(parts: Sequence[Inventory], with_rest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """One inventory whose delta for each task is the sum of those of several: `x·A'_w·B'_w / R = Σ_i f_i · x·A_w,i·B_w,i`.
+
+    Skills and ranks are put side by side, so that no skill of one part meets the ranks of another. The gates of `m` parts are their
+    mixing weights divided by `2m`, which add up to a half in every task; so each skill has an `m`-th of the weight it had. The
+    factors are enlarged by `m`, and share out `f_i · R` evenly.
+
+    Args:
+        parts: With the same number of tasks; numbers of splits may differ, and have their least common multiple in the result.
+        with_rest: Add a skill of zeros that takes what weights lack to one, as they do where all gates are closed (`has_rest`).
+
+    Returns:
+        `logits [n_tasks, n_splits · n_skills]`, `A` and `B` with as many skills as all parts, of rank `R = Σ r`; with the skill of
+        zeros, one more.
+
+    Source: arXiv:2202.13914, section 3 (mixing weights); the construction follows from it
+    """
+    n_splits = math.lcm(*(part.A.shape[0] for part in parts))
+    parts = [_refined(part, n_splits // part.A.shape[0]) for part in parts]
+    ranks, skills = [part.A.shape[3] for part in parts], [part.A.shape[1] for part in parts]
+    R, S, first = sum(ranks), sum(skills) + with_rest, parts[0]
+    A = first.A.new_zeros(n_splits, S, first.A.shape[2], R, dtype=wide(first.A).dtype)
+    B = first.B.new_zeros(n_splits, S, R, first.B.shape[3], dtype=A.dtype)
+    s = r = 0
+    for part, n, k in zip(parts, skills, ranks, strict=True):
+        share = len(parts) * math.sqrt(abs(part.factor) * R)
+        A[:, s : s + n, :, r : r + k] = wide(part.A) * share
+        B[:, s : s + n, r : r + k] = wide(part.B) * math.copysign(share, part.factor)
+        s, r = s + n, r + k
+    gates = torch.cat([wide(part.weights) / (2 * len(parts)) for part in parts], dim=-1)
+    if with_rest:
+        gates = torch.cat([gates, 0.5 - gates.sum(-1, keepdim=True)], dim=-1)
+    return gates.clamp(min=torch.finfo(torch.float32).tiny).logit().flatten(1), A, B
+
+
+def has_rest(part: Inventory) -> bool:
+    """Whether some weights add up to less than one, beyond rounding."""
+    return bool((part.weights.sum(-1) < 1 - 1e-6).any())
+
+
+def combine(tuner: PolyModel, request: Combination) -> Combined:
+    """The weighted sum of adapters that route by task.
+
+    Raises:
+        PeftNotSupportedError: One routes by input, so that its share can't be kept.
+        PeftValueError: Their tasks differ.
+    """
+    configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
+    for name, config in zip(request.adapters, configs, strict=True):
+        if config.poly_type != "poly":
+            raise PeftNotSupportedError(f"Adapter {name} routes by input; only adapters that route by task can be combined.")
+    shared_value(tuner, request, "n_tasks", "task_names")
+    parts = {
+        path: [_inventory(layer, name, weight, tuner.peft_config[name]) for name, weight in request.terms()]
+        for path, layer in layers_of(tuner, request)
+    }
+    with_rest = any(has_rest(part) for several in parts.values() for part in several)
+    result = Combined(
+        replace(
+            configs[0],
+            r=sum(config.r for config in configs),
+            n_skills=sum(config.n_skills for config in configs) + with_rest,
+            n_splits=math.lcm(*(config.n_splits for config in configs)),
+        )
+    )
+    for path, several in parts.items():
+        logits, A, B = side_by_side(several, with_rest)
+        result.tensors |= {
+            f"{path}.poly_lora_A": A,
+            f"{path}.poly_lora_B": B,
+            f"{path}.poly_router.module_logits": logits,
+        }
+        result.errors[path] = 0.0
+    return result
+
+
+def _inventory(layer: Any, name: str, weight: float, config: Any) -> Inventory:
+    """What an adapter has in a layer; in one that it does not adapt, skills without effect."""
+    if name in layer.scaling:
+        A, B = layer.poly_lora_A(name), layer.poly_lora_B(name)
+        return Inventory(weight * float(layer.scaling[name]), layer.poly_router[name].task_weights(), A, B)
+    q, s, r, size = config.n_splits, config.n_skills, config.r, layer.geometry
+    like = next(layer.poly_lora_A(other) for other in layer.scaling)
+    even = like.new_full((config.n_tasks, q, s), 1 / s)
+    nothing = like.new_zeros(q, s, size.in_features // q, r), like.new_zeros(q, s, r, size.out_features // q)
+    return Inventory(0.0, even, *nothing)
+
+
+def _refined(part: Inventory, times: int) -> Inventory:
+    """The same inventory with each split cut into several of the same weights."""
+    A = part.A.unflatten(2, (times, -1)).transpose(1, 2).flatten(0, 1)
+    B = part.B.unflatten(3, (times, -1)).movedim(3, 1).flatten(0, 1)
+    return part._replace(weights=part.weights.repeat_interleave(times, dim=1), A=A, B=B)

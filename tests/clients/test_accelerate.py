@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate with every method: prepared models, mixed precision, states, offloading, dispatch, and its launcher."""
+
+import copy
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import METHODS, llama, mlp
+
+import peft
+from peft import get_peft_model
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model, infer_auto_device_map  # noqa: E402
+from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.utils import is_peft_model, set_seed  # noqa: E402
+
+LLAMA = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=["PeftModel", "model of its own class"])
+def model(method, request):
+    config = method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
+    return get_peft_model(llama(), config) if request.param == "PeftModel" else peft.inject_adapter_in_model(config, llama())
+
+
+def batches(method, number=4):
+    generator = torch.Generator().manual_seed(1)
+    for i in range(number):
+        ids = torch.randint(3, 48, (2, 5), generator=generator)
+        tasks = {"task_ids": torch.tensor([i % 3, (i + 1) % 3])} if "task_ids" in method.call else {}
+        yield {"input_ids": ids, "labels": ids, **tasks}
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(first, second, **tolerance):
+    assert first
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, **tolerance)
+
+
+def train(model, data, accelerator=None, lr=1e-2, steps_each=1):
+    """A loop as accelerate's documentation has it; without an accelerator, as torch's has it."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if accelerator is not None:
+        model, optimiser = accelerator.prepare(model, optimiser)
+    for number, batch in enumerate(data):
+        if accelerator is None:
+            (model(**batch).loss / steps_each).backward()
+            if (number + 1) % steps_each == 0:
+                optimiser.step()
+                optimiser.zero_grad()
+            continue
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            optimiser.step()
+            optimiser.zero_grad()
+    return model, optimiser
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_prepared_model_trains_as_it_does_by_itself(method, model, accumulation):
+    by_hand = copy.deepcopy(model)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    prepared, _ = train(model, batches(method), accelerator)
+    train(by_hand, batches(method), steps_each=accumulation)
+    assert is_peft_model(prepared) == isinstance(model, peft.PeftModel)
+    assert accelerator.unwrap_model(prepared) is model
+    assert_close(weights(by_hand), weights(model), rtol=0, atol=0)
+
+
+def test_mixed_precision(method, model):
+    """The forward runs in bfloat16 and hands out float32; an unwrapped model computes as before."""
+    model.eval()
+    batch = next(batches(method))
+    before = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).logits.float()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    logits = prepared(**batch).logits
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+    assert not torch.equal(logits, before)
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain is model
+    assert torch.equal(plain(**batch).logits, before)
+    core = plain.get_base_model() if is_peft_model(plain) else plain
+    assert method.call.keys() <= inspect.signature(core.forward).parameters.keys()
+    again = copy.deepcopy(plain)
+    assert torch.equal(again(**batch).logits, before)
+
+
+def test_a_saved_state_goes_on_as_if_never_stopped(method, model, tmp_path):
+    data = list(batches(method, 6))
+    second = copy.deepcopy(model)
+    accelerator = Accelerator(cpu=True)
+    set_seed(5)
+    model.train()
+    prepared, optimiser = train(model, data[:3], accelerator)
+    accelerator.save_state(str(tmp_path / "state"))
+
+    def go_on(model, optimiser):
+        for batch in data[3:]:
+            model(**batch).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return weights(model)
+
+    expected = go_on(prepared, optimiser)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    other = Accelerator(cpu=True)
+    with torch.no_grad():
+        [p.normal_() for p in second.parameters() if p.requires_grad]
+    second.train()
+    prepared, optimiser = train(second, [], other)
+    other.load_state(str(tmp_path / "state"))
+    assert_close(expected, go_on(prepared, optimiser), rtol=0, atol=0)
+
+
+def test_a_saved_model_has_every_tensor_once(method, model, tmp_path):
+    from safetensors.torch import load_file
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(model), str(tmp_path))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+OFFLOADING = {
+    "cpu": lambda model, folder: cpu_offload(model, execution_device="cpu"),
+    "disk": lambda model, folder: disk_offload(model, str(folder), execution_device="cpu"),
+    "dispatched": lambda model, folder: dispatch_model(
+        model, devices(model), main_device="cpu", offload_dir=str(folder), force_hooks=True
+    ),
+}
+
+
+def devices(model):
+    """What accelerate itself chooses where the CPU has room for half of the model."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return infer_auto_device_map(model, max_memory={"cpu": size // 2, "disk": size}, no_split_module_classes=["LlamaDecoderLayer"])
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+@torch.no_grad()
+def test_weights_come_back_for_each_call(method, model, kind, tmp_path):
+    model.eval()
+    batch = next(batches(method))
+    expected = model(**batch).logits
+    tokens = {"input_ids": batch["input_ids"], "max_new_tokens": 3, "do_sample": False, **method.call}
+    written = model.generate(**tokens)
+    OFFLOADING[kind](model, tmp_path)
+    away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    adapter = {name for name, _ in model.named_parameters() if ".default" in name}
+    assert away >= ({name for name in adapter if ".layers.1." in name} if kind == "dispatched" else adapter)
+    assert torch.equal(model(**batch).logits, expected)
+    assert torch.equal(model.generate(**tokens), written)
+    remove_hook_from_submodules(model)
+    if kind == "cpu":
+        assert torch.equal(model(**batch).logits, expected)
+
+
+SCRIPT = """
+import json, sys
+import torch
+from accelerate import Accelerator
+sys.path[:0] = json.loads(sys.argv[1])
+from conftest import METHODS, mlp
+import peft
+
+torch.manual_seed(0)
+method = METHODS[sys.argv[2]]
+model = peft.get_peft_model(mlp(), method.config(target_modules=["0", "2"]))
+accelerator = Accelerator(cpu=True)
+data = torch.utils.data.DataLoader(torch.arange(32.0).view(4, 8) / 8, batch_size=2)
+optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+model, optimiser, data = accelerator.prepare(model.eval(), optimiser, data)
+for x in data:
+    accelerator.backward(model(x, **method.call).square().mean())
+    optimiser.step()
+    optimiser.zero_grad()
+accelerator.unwrap_model(model).save_pretrained(sys.argv[3], is_main_process=accelerator.is_main_process)
+"""
+
+
+def test_the_launcher(tmp_path):
+    """One method is enough: what a launched script is given of accelerate is the same for all."""
+    name = "LOKR"
+    (tmp_path / "train.py").write_text(SCRIPT)
+    conftest = os.path.dirname(sys.modules["conftest"].__file__)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(tmp_path / "train.py")]
+    folder = tmp_path / "adapter"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, json.dumps([conftest]), name, str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    torch.manual_seed(0)
+    model = get_peft_model(mlp(), METHODS[name].config(target_modules=["0", "2"])).eval()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in (torch.arange(32.0).view(4, 8) / 8).split(2):
+        model(x).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    loaded = peft.load_peft_weights(folder)
+    assert_close(dict(peft.get_peft_model_state_dict(model)), loaded)

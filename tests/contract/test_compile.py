@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`torch.compile` of adapted models: whole graphs, none made twice without need, and what an eager model computes."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from conftest import METHODS, llama, mlp
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from peft import get_peft_model, get_peft_model_state_dict
+
+TARGETS = ["0", "2"]
+
+
+@dataclass
+class Case:
+    """A variant of a method.
+
+    Args:
+        method: Its name in the contract table.
+        fields: Fields of its config besides.
+        conv: Whether the layers are convolutions.
+        routes_by_input: Whether it has no tasks and no weight that could be merged.
+    """
+
+    method: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    conv: bool = False
+    routes_by_input: bool = False
+
+    def config(self, **more):
+        return METHODS[self.method].config(**{"target_modules": TARGETS, **self.fields, **more})
+
+    def call(self, *tasks):
+        """The arguments of a call, task ids as a tensor."""
+        by_task = METHODS[self.method].call and not self.routes_by_input
+        return {"task_ids": torch.tensor(tasks)} if by_task else {}
+
+    @property
+    def merge(self):
+        return METHODS[self.method].merge
+
+    def base(self):
+        if not self.conv:
+            return mlp()
+        return nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+
+    def input(self):
+        return torch.randn(3, 8, 4, 4) if self.conv else torch.randn(3, 8)
+
+    def model(self):
+        return get_peft_model(self.base(), self.config())
+
+
+DROPOUT = {"rank_dropout": 0.3, "rank_dropout_scale": True, "module_dropout": 0.3}
+CASES = {
+    **{name: Case(name) for name in METHODS},
+    "POLY by sample": Case("POLY", {"poly_type": "mope"}, routes_by_input=True),
+    "POLY by token": Case("POLY", {"poly_type": "mope", "routing_level": "token"}, routes_by_input=True),
+    "POLY one head": Case("POLY", {"n_splits": 1}),
+    "LOKR dropout": Case("LOKR", DROPOUT),
+    "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),
+    "VBLORA dropout": Case("VBLORA", {"vblora_dropout": 0.3}),
+}
+some_cases = pytest.mark.parametrize("case", [*METHODS, "POLY by sample", "LOKR conv"], indirect=True)
+methods = pytest.mark.parametrize("case", sorted(METHODS), indirect=True)
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counted(backend="eager"):
+    return CompileCounterWithBackend(backend)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+TASKS = [(0, 2, 1), (1, 1, 0), (2, 2, 2)]
+
+
+STEPS = [(name, True) for name in CASES] + [(name, False) for name in METHODS]
+
+
+@pytest.mark.parametrize(
+    ("case", "training"), STEPS, indirect=["case"], ids=lambda value: {True: "train", False: "eval"}.get(value)
+)
+def test_one_graph_for_all_tasks_and_steps(case, training):
+    """Forward, backward and an optimiser's step, three times with other tasks; values are those of the eager model."""
+    eager = case.model().train(training)
+    model = copy.deepcopy(eager)
+    backend = counted("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    optimisers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (eager, model)]
+    for tasks in TASKS:
+        x, call, outputs = case.input(), case.call(*tasks), []
+        for run in (eager, compiled):
+            torch.manual_seed(9)  # what training draws
+            outputs.append(run(x, **call))
+            outputs[-1].square().mean().backward()
+        torch.testing.assert_close(outputs[1], outputs[0])
+        expected = gradients(eager)
+        assert expected
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+    assert backend.frame_count == 1
+
+
+@some_cases
+def test_scales_cost_one_more_graph_at_most(case):
+    """The second value makes it a variable of the graph."""
+    model = case.model().eval()
+    backend = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, call = case.input(), case.call(0, 1, 2)
+    outputs = []
+    for scale in (1.0, 2.0, 3.5, 0.25, -1.0):
+        for layer in model.base_model.tuner_layers():
+            layer.set_scale("default", scale)
+        outputs.append(compiled(x, **call))
+        torch.testing.assert_close(outputs[-1], model(x, **call))
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert backend.frame_count <= 2
+
+
+@some_cases
+def test_batches_of_any_size_share_a_graph(case):
+    model = case.model().eval()
+    backend = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for size in (3, 5, 2, 7):
+        x = torch.randn(size, *case.input().shape[1:])
+        call = case.call(*[i % 3 for i in range(size)])
+        torch.testing.assert_close(compiled(x, **call), model(x, **call))
+    assert backend.frame_count == 1
+
+
+@some_cases
+def test_switching_and_disabling(case):
+    """Each state is compiled once, and seen at once."""
+    model = case.model().eval()
+    model.add_adapter("b", case.config(target_modules=["2"]))
+    eager, backend = copy.deepcopy(model), counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, call = case.input(), case.call(0, 1, 2)
+
+    def check(**arguments):
+        torch.testing.assert_close(compiled(x, **arguments), eager(x, **arguments))
+        return backend.frame_count
+
+    counts = []
+    for _ in range(2):
+        for names in ("default", "b", ["default", "b"]):
+            for m in (model, eager):
+                m.base_model.set_adapter(names)
+            check(**call)
+        with model.disable_adapter(), eager.disable_adapter():
+            check()
+            assert torch.equal(eager(x), case_base(eager, x))
+        counts.append(check(**call))
+    assert counts[0] == counts[1] == 4
+
+
+def case_base(model, x):
+    """The output of the base layers by themselves."""
+    for layer in model.get_base_model():
+        x = layer.get_base_layer()(x) if hasattr(layer, "get_base_layer") else layer(x)
+    return x
+
+
+@pytest.mark.parametrize("case", [*METHODS, "LOKR conv"], indirect=True)
+def test_merging_while_compiled(case):
+    model = case.model().eval()
+    backend = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, call = case.input(), case.call(1, 1, 1)
+    with torch.no_grad():
+        expected = model(x, **call)
+        base = case_base(model, x)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, **call), expected)
+            model.merge_adapter(**case.merge)
+            torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(compiled(x), model(x))
+            model.unmerge_adapter()
+            torch.testing.assert_close(compiled(x, **call), expected)
+        model.merge_adapter(**case.merge)
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(x), base)
+        torch.testing.assert_close(compiled(x, **call), expected)
+        model.merge_adapter(**case.merge)
+        plain = model.merge_and_unload()
+        torch.testing.assert_close(torch.compile(plain, fullgraph=True, backend="eager")(x), expected, atol=1e-4, rtol=1e-4)
+
+
+class Model(nn.Module):
+    """A model whose forward is not torch's own, as those are compiled part by part."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@methods
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_a_base_that_was_compiled_before(case, where):
+    """As `torch.compile(base)`, which wraps it, or `base.compile()`, which does not."""
+    config = case.config(target_modules=["layers.0", "layers.2"])
+    eager, base, backend = get_peft_model(Model(case.base()), config).eval(), Model(case.base()), counted()
+    if where == "around":
+        base = torch.compile(base, fullgraph=True, backend=backend)
+    else:
+        base.compile(fullgraph=True, backend=backend)
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), eager.parameters(), strict=True):
+            parameter.copy_(other)
+    counts = []
+    for tasks in TASKS:
+        x, call = case.input(), case.call(*tasks)
+        torch.testing.assert_close(model(x, **call), eager(x, **call))
+        counts.append(backend.frame_count)
+    assert counts[0] == counts[-1] >= 1
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(eager).keys()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("case", [*METHODS, "POLY by sample"], indirect=True)
+def test_equal_blocks_share_their_graphs(case):
+    """Compiled one by one, five blocks need what one needs: a graph for an input that no gradient flows to, one for any other."""
+    base = nn.Sequential(*(Block() for _ in range(5)))
+    eager = get_peft_model(base, case.config(target_modules=["up", "down"])).train()
+    model, backend = copy.deepcopy(eager), counted()
+    for block in model.get_base_model():
+        block.compile(fullgraph=True, backend=backend)
+    for tasks in TASKS:
+        x, call, outputs = torch.randn(3, 8), case.call(*tasks), []
+        for run in (eager, model):
+            torch.manual_seed(9)
+            outputs.append(run(x, **call))
+            outputs[-1].square().sum().backward()
+        torch.testing.assert_close(outputs[1], outputs[0])
+    for key, gradient in gradients(eager).items():
+        torch.testing.assert_close(gradients(model)[key], gradient, atol=1e-4, rtol=1e-4)
+    assert backend.frame_count == 2
+    assert not any("_orig_mod" in key for key in model.state_dict())
+
+
+@some_cases
+def test_checkpointed_blocks_inside_a_graph(case):
+    """Gradient checkpointing of a part, compiled with the whole."""
+
+    class Checkpointed(Model):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
+
+    plain = get_peft_model(Checkpointed(case.base()), case.config(target_modules=["layers.0", "layers.2"])).eval()
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, call = case.input(), case.call(0, 2, 1)
+    for run in (plain, compiled):
+        run(x, **call).square().sum().backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["LOKR", "POLY", "POLY by sample"], indirect=True)
+def test_generation_with_a_compiled_forward(case):
+    base = llama()
+    base.model.layers = base.model.layers[:1]
+    model = get_peft_model(base, case.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    ids, call = torch.randint(3, 48, (2, 4)), case.call(0, 2)
+    options = {"max_new_tokens": 3, "do_sample": False, **call}
+    expected = model.generate(input_ids=ids, **options)
+    base.forward = torch.compile(base.forward, fullgraph=True, backend="eager")
+    assert torch.equal(model.generate(input_ids=ids, **options), expected)

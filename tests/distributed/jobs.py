@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of the pool do; each function is run by all of them at the same time."""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from conftest import METHODS, llama
+from torch import nn
+
+import peft
+from peft import get_peft_model, get_peft_model_state_dict
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+STEPS = 3
+
+
+def adapted(method, seed=0, **fields):
+    """A small model with an adapter, the same for the same seed."""
+    torch.manual_seed(0)
+    base = llama()
+    torch.manual_seed(1 + seed)
+    config = METHODS[method].config(target_modules=TARGETS, task_type="CAUSAL_LM", **fields)
+    return get_peft_model(base, config).train()
+
+
+def batch(method, step, rank):
+    """A process's part of a step's batch: two samples, with other tasks than the other process has."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    ids = torch.randint(2, 48, (2, 7), generator=generator)
+    call = {"task_ids": torch.tensor([[0, 0], [1, 0]][rank])} if "task_ids" in METHODS[method].call else {}
+    return {"input_ids": ids, "labels": ids, **call}
+
+
+def seed_draws(step, rank):
+    """Seed what a process draws in a step (Poly's routing, dropout)."""
+    torch.manual_seed(1000 * step + rank)
+
+
+def optimiser_of(model, lr=0.5):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.5)
+
+
+def train(model, method, optimiser, steps=range(STEPS)):
+    """Train on this process's part of each batch; the mean loss of all processes in each step."""
+    losses = []
+    for step in steps:
+        seed_draws(step, dist.get_rank())
+        optimiser.zero_grad()
+        loss = model(**batch(method, step, dist.get_rank())).loss
+        loss.backward()
+        optimiser.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return losses
+
+
+def reference(method, steps=STEPS, **fields):
+    """The same training in one process: (losses, adapter, the base's weights)."""
+    model = adapted(method, **fields)
+    optimiser = optimiser_of(model)
+    losses = []
+    for step in range(steps):
+        optimiser.zero_grad()
+        total = 0.0
+        for rank in range(2):
+            seed_draws(step, rank)
+            loss = model(**batch(method, step, rank)).loss / 2
+            loss.backward()
+            total += loss.item()
+        optimiser.step()
+        losses.append(total)
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return losses, {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}, frozen
+
+
+def ddp(method, **fields):
+    model = adapted(method, seed=dist.get_rank(), **fields)  # rank 0's adapter is what counts
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    losses = train(wrapped, method, optimiser_of(wrapped))
+    grads = [name for name, p in model.named_parameters() if p.grad is not None]
+    return losses, dict(get_peft_model_state_dict(model)), grads
+
+
+def whole(state):
+    """Copies of a state's tensors, gathered where they are sharded."""
+    return {key: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for key, t in state.items()}
+
+
+def fsdp2_model(method, per_layer=True, seed=0, fields=None, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(method, seed=seed, **(fields or {}))
+    if per_layer:
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp2(method, **options):
+    model = fsdp2_model(method, **options)
+    losses = train(model, method, optimiser_of(model))
+    grads = [name for name, p in model.named_parameters() if p.grad is not None]
+    return losses, whole(get_peft_model_state_dict(model)), grads
+
+
+def fsdp1_model(method, policy=None, seed=0, fields=None, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = adapted(method, seed=seed, **(fields or {}))
+    if policy == "layers":
+        options["auto_wrap_policy"] = ModuleWrapPolicy({LlamaDecoderLayer})
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **options)
+
+
+def fsdp1(method, **options):
+    model = fsdp1_model(method, **options)
+    losses = train(model, method, optimiser_of(model))
+    grads = [name for name, p in model.named_parameters() if p.grad is not None]
+    return losses, whole(get_peft_model_state_dict(model)), grads
+
+
+def roundtrip(engine, method, **options):
+    """Read an adapter out of a sharded model and write it into another; what each step gave."""
+    make = {"fsdp1": fsdp1_model, "fsdp2": fsdp2_model}[engine]
+    first, second = make(method, **options), make(method, seed=5, **options)
+    before = whole(get_peft_model_state_dict(second))
+    state = get_peft_model_state_dict(first)
+    if options.pop("gathered", True):
+        state = whole(state)
+    result = peft.set_peft_model_state_dict(second, state, adapter_name=second.active_adapter)
+    after = whole(get_peft_model_state_dict(second))
+    outputs = []
+    for model in (first, second):
+        seed_draws(0, 0)
+        outputs.append(model(**batch(method, 0, 0)).logits.detach())
+    return before, whole(state), after, result, outputs
+
+
+def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fields=None, steps=2, **options):
+    """Train with accelerate's FSDP, save as it does, load into a fresh model, and go on; the same without the break."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+    from accelerate.utils.fsdp_utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+
+    AcceleratorState._reset_state(True)
+    PartialState(cpu=True)
+    # It offers FSDP on GPUs only, which have numbers.
+    PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu"))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        state_dict_type=kind,
+        use_orig_params=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        **options,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.distributed_type == DistributedType.FSDP
+
+    def prepared(seed):
+        model = adapted(method, seed=seed)
+        return accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+
+    try:
+        model, optimiser = prepared(0)
+        losses = train(model, method, optimiser, range(steps))
+        save_fsdp_model(plugin, accelerator, model, folder, adapter_only=adapter_only)
+        save_fsdp_optimizer(plugin, accelerator, optimiser, model, folder)
+        losses += train(model, method, optimiser, range(steps, steps + 2))
+        again, optimiser = prepared(5)
+        load_fsdp_model(plugin, accelerator, again, folder, adapter_only=adapter_only)
+        load_fsdp_optimizer(plugin, accelerator, optimiser, again, folder, adapter_only=adapter_only)
+        resumed = train(again, method, optimiser, range(steps, steps + 2))
+        return type(model).__name__, losses, resumed
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def holders(method, version):
+    """Train with a unit around each container of adapter parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from peft.tuners.tuners_utils import AdapterParameterDict
+
+    model = adapted(method)
+    if version == 2:
+        for module in list(model.modules()):
+            if isinstance(module, AdapterParameterDict) and len(module):
+                fully_shard(module)
+        model = fully_shard(model)
+    else:
+        model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({AdapterParameterDict}),
+            device_id=torch.device("cpu"),
+            use_orig_params=version == 1,
+        )
+    losses = train(model, method, optimiser_of(model))
+    return losses, whole(get_peft_model_state_dict(model))
+
+
+def merging(method, engine, **options):
+    """Logits while an adapter is merged into a sharded model, and after, beside those before; and what refuses it."""
+    make = {"fsdp1": fsdp1_model, "fsdp2": fsdp2_model}[engine]
+    model = make(method, **options).eval()
+    options = METHODS[method].merge
+    data = batch(method, 0, 0)
+    data.update({name: 1 for name in data if name == "task_ids"})
+
+    def logits():
+        with torch.no_grad():
+            return model(**data).logits.clone()
+
+    inside = functools.partial(type(model).summon_full_params, model) if engine == "fsdp1" else nullcontext
+    outputs = [logits()]
+    if engine == "fsdp1":
+        try:
+            model.merge_adapter(**options)
+        except Exception as error:
+            outputs.append(f"{type(error).__name__}: {error}")
+    with inside():
+        model.merge_adapter(safe_merge=True, **options)
+    outputs.append(logits())
+    with inside():
+        model.unmerge_adapter()
+    outputs.append(logits())
+    with inside():
+        model.merge_adapter(**options)
+        context = model.disable_adapter()
+        context.__enter__()
+    outputs.append(logits())
+    context.__exit__(None, None, None)
+    outputs.append(logits())
+    return outputs
+
+
+def save_from_all(method, folder, times=20):
+    """Every process saves into the same folder, as scripts do that do not ask which one they are."""
+    model = adapted(method)
+    for _ in range(times):
+        dist.barrier()
+        model.save_pretrained(folder)
+
+
+def save_sharded(method, folder, topk=False):
+    fields = {"save_only_topk_weights": True} if topk else {}
+    model = fsdp2_model(method, fields=fields)
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    again = fsdp2_model(method, seed=5, fields=fields)
+    again.load_adapter(folder, "default")
+    return whole(get_peft_model_state_dict(again))

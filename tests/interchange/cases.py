@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random adapters for the interchange tests: what each consists of, as plain data made from a seed.
+
+A case is a base model, one or two configs, and a way to write and to read the files. Only what Hugging Face PEFT can make is in here;
+where it can't, a comment says so.
+"""
+
+import random
+
+TARGETS = {
+    "mlp": [["first"], ["first", "second"], r"(first|block\.second)", "all-linear"],
+    "conv": [["conv0"], ["conv0", "conv1"], r"conv\d"],
+    "embedder": [["table"], ["table", "lin"]],
+    "llama": [["q_proj", "v_proj"], ["down_proj"], r".*\.(k_proj|up_proj)", "all-linear", None],
+    "gpt2": [["c_attn"], ["c_attn", "mlp.c_proj"], ["c_fc"], None],
+    "bert": [["query", "value"], ["attention.output.dense"], None],
+    "t5": [["q", "v"], ["wi", "wo"], r"decoder.*\.[qk]", None],
+}
+SAVED = {"mlp": ["head"], "conv": ["head"], "embedder": ["head"], "llama": ["lm_head"], "gpt2": ["wte"], "bert": ["LayerNorm"], "t5": ["lm_head"]}
+# The lists of layers that `layers_to_transform` counts in.
+LAYERS = {"llama": "layers", "gpt2": "h", "bert": "layer"}
+# Bases whose embedding can have rows trained.
+EMBEDDINGS = ("llama", "gpt2", "bert")
+# Modules for rank and alpha patterns.
+NAMED = {
+    "mlp": ["first", r".*second"],
+    "conv": ["conv0", r"conv[1-9]"],
+    "embedder": ["table"],
+    "llama": ["q_proj", "layers.1.mlp.down_proj", r".*\.1\..*"],
+    "gpt2": ["c_attn", "h.2.mlp.c_fc"],
+    "bert": ["query", "layer.1.attention.self.value"],
+    "t5": ["q", "block.1.layer.0.SelfAttention.v"],
+}
+TRANSFORMERS = {
+    "llama": [("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"), ("Model", "FEATURE_EXTRACTION"), ("ForCausalLM", None)],
+    "gpt2": [("LMHeadModel", "CAUSAL_LM"), ("ForTokenClassification", "TOKEN_CLS")],
+    "bert": [("ForTokenClassification", "TOKEN_CLS"), ("ForSequenceClassification", "SEQ_CLS"), ("Model", None)],
+    "t5": [("ForConditionalGeneration", "SEQ_2_SEQ_LM")],
+}
+
+
+class Maker:
+    """Makes one case; each draw comes from the case's own generator."""
+
+    def __init__(self, method, index, seed):
+        self.method, self.index = method, index
+        self.random = random.Random(f"{method} {index} {seed}")
+        self.tasks = self.random.choice([2, 3, 5])
+        self.pick, self.chance = self.random.choice, lambda share: self.random.random() < share
+
+    def case(self):
+        """The case as a dictionary of plain data."""
+        method, task, self.trains_bias = self.method, None, False
+        kind = self.pick(KINDS[method])
+        if kind in TRANSFORMERS:
+            heads = TRANSFORMERS[kind]
+            # Poly there takes `task_ids` only in the classes that a task type chooses.
+            head, task = self.pick([pair for pair in heads if pair[1]] if method == "Poly" else heads)
+            base = [kind, head]
+        elif kind == "mlp":
+            base = [kind, self.pick([8, 12, 16]), self.pick([12, 20, 24])]
+        elif kind == "conv":
+            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoKr and LoHa there have no Conv3d
+            # LoRA there does not follow dilation, and can't merge into groups or into a Conv3d with a kernel of one.
+            dilation, groups = (1, 1) if method == "Lora" else (self.pick([1, 2]), self.pick([1, 2]))
+            base = [kind, dimensions, self.pick([1, 2, 3] if dimensions < 3 else [2, 3]), self.pick([1, 2]), dilation, groups]
+        else:
+            base = [kind]
+        first = self.config(base, task)
+        adapters = {"default": first}
+        # Two adapters can't both train biases, and both would train the head of a task of its own.
+        if not self.trains_bias and task not in ("SEQ_CLS", "TOKEN_CLS") and self.chance(0.35):
+            adapters["other"] = self.config(base, task, alone=False)
+        return {
+            "id": f"{method.lower()}-{self.index:02}",
+            "config_class": f"{method}Config",
+            "seed": self.random.randrange(10**6),
+            "base": base,
+            "adapters": adapters,
+            "file": self.pick(["safetensors", "safetensors", "safetensors", "bin"]),
+            "reader": self.pick(["from_pretrained", "from_pretrained", "state_dict"]),
+            "task_ids": [self.random.randrange(self.tasks) for _ in range(3)] if method == "Poly" else None,
+        }
+
+    def config(self, base, task, alone=True):
+        """Arguments of a config."""
+        kind = base[0]
+        # By default only LoRA there has targets for every type of model. A second adapter may not target what the first trains whole.
+        unfit = [] if self.method == "Lora" else [None]
+        targets = self.pick([t for t in TARGETS[kind] if t not in [*unfit, *([] if alone else ["all-linear"])]])
+        config = {"target_modules": targets, "task_type": task, **getattr(self, self.method.lower())(base, alone)}
+        if self.chance(0.25) and not config.get("trainable_token_indices") and not (kind == "bert" and task is None) and not (alone is False):
+            saved = SAVED[kind] if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION") else ["embed_tokens"]
+            config["modules_to_save"] = list(saved)
+        if self.chance(0.2):
+            config["exclude_modules"] = self.pick([r".*\.0\..*", ["nothing_of_this_name"]])
+        if kind in LAYERS and self.method != "Poly" and not isinstance(targets, str) and self.chance(0.3):
+            config.update(layers_to_transform=self.pick([1, [0, 2]]), layers_pattern=LAYERS[kind])
+        return config
+
+    def patterns(self, kind):
+        """Ranks and alphas of single modules."""
+        # In alphabetical order, for a file written there has them in it, and of those that fit a module the first counts.
+        ranks = {name: self.pick([1, 2, 3]) for name in sorted(NAMED[kind]) if self.chance(0.4)}
+        alphas = {name: self.pick([1, 5]) for name in sorted(NAMED[kind]) if self.chance(0.4)}
+        return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+    def bias(self, own, alone):
+        """What biases are trained."""
+        choice = self.pick(["none", "none", "none", "all", own]) if alone else "none"
+        self.trains_bias = self.trains_bias or choice != "none"
+        return choice
+
+    def lokr(self, base, alone):
+        """LoKr."""
+        # The Tucker form of a Conv1d can't be initialised there.
+        tucker = base[0] == "conv" and base[1] == 2 and self.chance(0.5)
+        return {
+            "r": self.pick([1, 2, 3, 6]),
+            "alpha": self.pick([1, 4, 8]),
+            "decompose_both": self.chance(0.5),
+            "decompose_factor": self.pick([-1, -1, 2, 4]),
+            "use_effective_conv2d": tucker,
+            "rank_dropout": self.pick([0.0, 0.3]),
+            "module_dropout": self.pick([0.0, 0.3]),
+            "rank_dropout_scale": self.chance(0.3),
+            "init_weights": self.pick([True, "lycoris", False]),
+            **self.patterns(base[0]),
+        }
+
+    def loha(self, base, alone):
+        """LoHa."""
+        return {
+            "r": self.pick([1, 2, 4]),
+            "alpha": self.pick([1, 4, 8]),
+            "use_effective_conv2d": base[0] == "conv" and base[1] == 2 and self.chance(0.5),
+            "rank_dropout": self.pick([0.0, 0.3]),
+            "module_dropout": self.pick([0.0, 0.3]),
+            "init_weights": self.pick([True, False]),
+            **self.patterns(base[0]),
+        }
+
+    def vblora(self, base, alone):
+        """VB-LoRA."""
+        vectors = self.pick([6, 16, 300])
+        return {
+            "r": self.pick([1, 2, 4]),
+            "num_vectors": vectors,
+            "vector_length": self.pick([2, 4]),
+            "topk": self.pick([1, 2, 3]),
+            "save_only_topk_weights": self.chance(0.4),
+            "fan_in_fan_out": base[0] == "gpt2",
+            "vblora_dropout": self.pick([0.0, 0.1]),
+            "bias": self.bias("vblora_only", alone),
+        }
+
+    def poly(self, base, alone):
+        """Poly."""
+        return {
+            "r": self.pick([1, 2, 4]),
+            "n_tasks": self.tasks,
+            "n_skills": self.pick([1, 2, 4]),
+            "n_splits": self.pick([1, 2, 4]),
+            "init_weights": self.chance(0.5),
+        }
+
+    def lora(self, base, alone):
+        """LoRA."""
+        dora = base[0] != "embedder" and self.chance(0.25)
+        return {
+            "r": self.pick([1, 2, 4]),
+            "lora_alpha": self.pick([1, 4, 8]),
+            "lora_dropout": self.pick([0.0, 0.1]),
+            "use_rslora": self.chance(0.3),
+            "use_dora": dora,
+            "bias": self.bias("lora_only", alone),
+            "fan_in_fan_out": base[0] == "gpt2",
+            "init_lora_weights": self.pick([True, False, "gaussian"]),
+            "lora_bias": not dora and base[0] in ("mlp", "llama") and self.chance(0.2),
+            "trainable_token_indices": [1, 5] if base[0] in EMBEDDINGS and alone and self.chance(0.3) else None,
+            **self.patterns(base[0]),
+        }
+
+
+KINDS = {
+    "LoKr": ["mlp", "conv", "conv", "llama", "bert", "t5"],
+    "LoHa": ["mlp", "conv", "llama"],
+    "VBLoRA": ["mlp", "llama", "gpt2", "gpt2", "bert", "t5"],
+    "Poly": ["llama", "bert", "t5"],
+    "Lora": ["mlp", "conv", "embedder", "llama", "gpt2", "bert", "t5"],
+}
+COUNTS = {"LoKr": 40, "LoHa": 12, "VBLoRA": 40, "Poly": 40, "Lora": 40}
+
+
+def make_cases(seed):
+    """All cases; the methods that can be are also written as LoRA adapters."""
+    return [Maker(method, index, seed).case() for method, count in COUNTS.items() for index in range(count)]

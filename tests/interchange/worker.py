@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes or reads the adapters of the interchange tests with whichever `peft` the process finds, and measures what they do.
+
+    python worker.py write|read PACKAGE_FOLDER JOB RESULT
+
+JOB is a JSON file: the cases, and the folder they are written to or read from. RESULT gets a dictionary of tensors and plain data.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from bases import make_base, make_inputs
+
+import peft
+
+
+def values(key, shape, seed):
+    """Values for a tensor that depend on its key alone, so that both packages give an adapter the same ones."""
+    digest = hashlib.sha256(f"{key} {seed}".encode()).digest()
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))) * 0.3
+    return tensor.abs() + 0.5 if "magnitude_vector" in key else tensor
+
+
+def plain_name(name, adapter):
+    """A parameter's name as both packages have it: the place of the adapter's name and of a shared bank left out."""
+    name = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
+    return "vblora_vector_bank" if name.endswith("vblora_vector_bank") else name
+
+
+def own_tensors(model, adapter):
+    """What a file of the adapter holds. The peer repeats the biases of modules that are trained whole, and adds the frozen ones."""
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter)
+    return {key: t for key, t in state.items() if not key.endswith((".modules_to_save.bias", ".original_module.bias"))}
+
+
+def call(model, case):
+    """The model's output."""
+    args, kwargs = make_inputs(case["base"], case["seed"])
+    if case["task_ids"] is not None:
+        kwargs["task_ids"] = torch.tensor(case["task_ids"])
+    result = model(*args, **kwargs)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def fill(model, adapter, case):
+    """Give an adapter its values."""
+    config = model.peft_config[adapter]
+    sparse = getattr(config, "save_only_topk_weights", False)
+    if sparse:
+        config.save_only_topk_weights = False
+    with torch.no_grad():
+        for key, tensor in own_tensors(model, adapter).items():
+            tensor.copy_(values(key, tensor.shape, case["seed"]))
+    if sparse:
+        config.save_only_topk_weights = True
+
+
+def make_config(case, adapter):
+    """The config; new LoKr adapters of this project are asked for the peer's order of a Conv1d's elements."""
+    config_class = getattr(peft, case["config_class"])
+    same_order = {"kronecker_layout": "flat"} if "kronecker_layout" in config_class.__dataclass_fields__ else {}
+    return config_class(**case["adapters"][adapter], **same_order)
+
+
+def write(case, folder):
+    """Make a case's adapters and save them."""
+    first, *others = case["adapters"]
+    model = peft.get_peft_model(make_base(case["base"], case["seed"]), make_config(case, first), first).eval()
+    for name in others:
+        model.add_adapter(name, make_config(case, name))
+    for name in case["adapters"]:
+        fill(model, name, case)
+    model.save_pretrained(folder, safe_serialization=case["file"] == "safetensors")
+    return model.eval()
+
+
+def read(case, folder):
+    """Load a case's adapters into a fresh base model."""
+    first, *others = case["adapters"]
+    base = make_base(case["base"], case["seed"])
+    if case["reader"] == "from_pretrained":
+        model = peft.PeftModel.from_pretrained(base, folder, first, is_trainable=True)
+        for name in others:
+            model.load_adapter(folder / name, name, is_trainable=True)
+        return model.eval()
+    model = None
+    for name in case["adapters"]:
+        path = folder if name == first else folder / name
+        config = peft.PeftConfig.from_pretrained(path)
+        config.inference_mode = False
+        if model is None:
+            model = peft.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+        result = peft.set_peft_model_state_dict(model, peft.load_peft_weights(path), name)
+        assert not result.unexpected_keys, result.unexpected_keys
+    return model.eval()
+
+
+def measure(model, case):
+    """Everything about a model with adapters that the two packages should agree on."""
+    result = {}
+    for name in case["adapters"]:
+        model.set_adapter(name)
+        result[f"state {name}"] = {key: tensor.clone() for key, tensor in own_tensors(model, name).items()}
+        result[f"output {name}"] = call(model, case).detach()
+        result[f"gradients {name}"] = gradients(model, name, case)
+        with model.disable_adapter():
+            result[f"disabled {name}"] = call(model, case).detach()
+    if len(case["adapters"]) > 1:
+        model.base_model.set_adapter(list(case["adapters"]))
+        result["output of both"] = call(model, case).detach()
+    if case["task_ids"] is None:
+        model.merge_adapter()
+        result["merged"] = call(model, case).detach()
+        model.unmerge_adapter()
+        result["unmerged"] = call(model, case).detach()
+        result["merged and unloaded"] = call(model.merge_and_unload(safe_merge=True), case).detach()
+    return result
+
+
+def gradients(model, adapter, case):
+    """Gradients of a training step without its random parts, by plain name. Indices and weights of vectors can't be trained."""
+    if any(config.get("save_only_topk_weights") for config in case["adapters"].values()):
+        return {}
+    output = call(model, case)
+    (output * values("loss", output.shape, case["seed"])).sum().backward()
+    result = {plain_name(n, adapter): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    return result
+
+
+def run(verb, case, folder):
+    """One case's result; an error is a result too."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = {"write": write, "read": read}[verb](case, folder)
+        except Exception:
+            return {"error": traceback.format_exc(limit=-3)}
+        seen = [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return {"warnings": seen, **measure(model, case)}
+        except Exception:
+            return {"error": traceback.format_exc(limit=-3)}
+
+
+def main():
+    verb, package, job, result = sys.argv[1:]
+    assert Path(peft.__file__).is_relative_to(package), f"`peft` came from {peft.__file__}, not from {package}"
+    torch.set_num_threads(1)
+    job = json.loads(Path(job).read_text())
+    results = {case["id"]: run(verb, case, Path(job["folder"]) / case["id"]) for case in job["cases"]}
+    torch.save({"version": importlib.metadata.version("peft"), "cases": results}, result)
+
+
+if __name__ == "__main__":
+    main()
