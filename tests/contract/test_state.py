@@ -473,3 +473,34 @@ def test_embeddings_and_heads_trained_whole(method, names, tmp_path):
             torch.testing.assert_close(again.eval()(ids, **method.call).logits, expected)
             with again.disable_adapter():
                 torch.testing.assert_close(again(ids).logits, plain)
+
+
+def test_a_resized_vocabulary_is_saved_with_the_adapter(method, tmp_path):
+    """The base model's folder tells how many tokens there were; the new embeddings can be had nowhere else."""
+    from transformers import LlamaForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    base.resize_token_embeddings(50)
+    model = get_peft_model(base, method.config(target_modules=["q_proj"])).eval()
+    with pytest.warns(UserWarning, match="has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved["base_model.model.model.embed_tokens.weight"].shape == (50, 16)
+    assert saved["base_model.model.lm_head.weight"].shape == (50, 16)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    again.resize_token_embeddings(50)
+    ids = torch.tensor([[3, 49, 48]])
+    loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits)
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    assert not any("embed_tokens" in key for key in load_file(tmp_path / "without" / "adapter_model.safetensors"))
+
+
+def test_an_unchanged_vocabulary_is_not_saved(method, tmp_path, recwarn):
+    from transformers import LlamaForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), method.config(target_modules=["q_proj"]))
+    assert not any("embed_tokens" in key for key in get_peft_model_state_dict(model))
+    assert not any("resized" in str(warning.message) for warning in recwarn)

@@ -23,6 +23,7 @@ from .hub import find_file, only_hub_options
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
+from .vocabulary import was_resized
 
 ROOT = "base_model."
 MODEL_ROOT = "base_model.model."
@@ -31,7 +32,7 @@ _INSIDE = ("base_layer", "original_module", "token_adapter")
 # A module that an adapter trains whole is saved under its own path. Other writers, saving all biases, repeat its bias under these.
 _COPIES = frozenset(["modules_to_save", "original_module"])
 # Names of token embeddings and of the output head that mirrors them.
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
 
 class LoadResult(NamedTuple):
@@ -119,7 +120,8 @@ def get_peft_model_state_dict(
         state_dict: Take the tensors from this state dict of the model (a gathered one, say) in place of the model's own.
         adapter_name: The adapter.
         unwrap_compiled: Accepted for compatibility; keys never have the prefixes of `torch.compile`.
-        save_embedding_layers: True adds the token embeddings. "auto" adds those that the adapter adapts.
+        save_embedding_layers: True adds the token embeddings. "auto" adds those that the adapter adapts, and all, with a warning,
+            if the vocabulary was resized since the base model was loaded.
 
     Returns:
         Tensors by checkpoint key: DTensors where FSDP2 shards the model; from FSDP1 whole, in pieces or only on the first process, as
@@ -136,6 +138,11 @@ def get_peft_model_state_dict(
     embeddings: bool | set[str] = save_embedding_layers is True
     if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in _EMBEDDINGS):
         embeddings = {name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name}
+    elif save_embedding_layers == "auto" and was_resized(model, config):
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.", stacklevel=2
+        )
+        embeddings = True
     found = adapter_tensors(named.items(), config, adapter_name, embeddings)
     if named and not found:
         some = ", ".join(f"`{name}`" for name in list(named)[:3])
