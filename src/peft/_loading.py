@@ -90,10 +90,10 @@ def filler(
         named = {}
         for name, tensor in build.named_tensors():
             named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
-        paths = set(build.layers)
+        inside = {**dict.fromkeys(build.layers, ".base_layer"), **dict.fromkeys(build.tokens, ".token_adapter.base_layer")}
         for name, tensor in model.named_parameters():  # for trained biases and saved embeddings
             path, _, end = name.rpartition(".")
-            named[f"{MODEL_ROOT}{path}.base_layer.{end}" if path in paths else MODEL_ROOT + name] = tensor
+            named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = tensor
         incoming = import_state(state, config)
         expected = adapter_tensors(named.items(), config, adapter_name, incoming)
         result = check_state(expected, incoming, ignore_mismatched_sizes)

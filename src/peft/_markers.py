@@ -95,6 +95,7 @@ _NAMES = frozenset(
         "ShiraModel",
         "SupertuningConfig",
         "SupertuningModel",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "TinyLoraConfig",
         "TinyLoraModel",
         "TrainableTokensConfig",

@@ -88,8 +88,8 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, but for what this package adds where a dictionary without it means the same, so that other packages can
-        make their config of it. Sets stay sets; `save_pretrained` writes them as lists.
+        """All fields by name, but for what this package adds where a dictionary without it means the same, so that others can make
+        their config of it. Sets stay sets; `save_pretrained` writes them as lists.
         """
         return {k: v for k, v in asdict(self).items() if k not in self.absent_values or v != self.absent_values[k]}
 

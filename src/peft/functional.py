@@ -64,9 +64,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     _adapted(model).set_requires_grad(adapter_names, requires_grad)
 
 
-def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
-) -> list[str]:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> list[str]:
     """Remove an adapter and its config. If it was active, the others that were stay so, else the first by name becomes active.
 
     Args:

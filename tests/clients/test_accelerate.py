@@ -188,6 +188,86 @@ def test_weights_come_back_for_each_call(method, model, kind, tmp_path):
         assert torch.equal(model(**batch).logits, expected)
 
 
+def shuffled(method, seed):
+    """A `PeftModel` on the one base model, its adapter's values by the seed."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM")).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+@torch.no_grad()
+def test_adapters_of_an_offloaded_model_are_saved_loaded_and_added(method, kind, tmp_path):
+    ids = next(batches(method))["input_ids"]
+    model, other = shuffled(method, 1), shuffled(method, 2)
+    first, second = (m(ids, **method.call).logits for m in (model, other))
+    other.save_pretrained(tmp_path / "other")
+    expected = peft.get_peft_model_state_dict(model)
+    OFFLOADING[kind](model, tmp_path / "weights")
+    saved = peft.get_peft_model_state_dict(model)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    model.load_adapter(str(tmp_path / "other"), "added")
+    torch.testing.assert_close(model(ids, **method.call).logits, first)
+    model.set_adapter("added")
+    torch.testing.assert_close(model(ids, **method.call).logits, second)
+    model.load_adapter(str(tmp_path / "other"), "default")
+    model.set_adapter("default")
+    torch.testing.assert_close(model(ids, **method.call).logits, second)
+    model.delete_adapter("added")
+    torch.testing.assert_close(model(ids, **method.call).logits, second)
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+@torch.no_grad()
+def test_an_offloaded_model_is_merged(method, kind, tmp_path):
+    ids = next(batches(method))["input_ids"]
+    model = shuffled(method, 1)
+    with model.disable_adapter():
+        base = model(ids).logits
+    adapted = model(ids, **method.call).logits
+    OFFLOADING[kind](model, tmp_path)
+    model.merge_adapter(safe_merge=True, **method.merge)
+    torch.testing.assert_close(model(ids, **method.call).logits, adapted, atol=1e-4, rtol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(model(ids, **method.call).logits, adapted)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base)
+    plain = model.merge_and_unload(**method.merge)
+    torch.testing.assert_close(plain(ids).logits, adapted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_an_offloaded_base_gets_an_adapter_and_trains_it(method, kind, tmp_path):
+    losses = []
+    for offloaded in (False, True):
+        base = llama_with_seed()
+        if offloaded:
+            OFFLOADING[kind](base, tmp_path)
+        torch.manual_seed(1)
+        model = get_peft_model(base, method.config(target_modules=LLAMA, task_type="CAUSAL_LM")).eval()
+        assert not any(p.is_meta for name, p in model.named_parameters() if ".default" in name)
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses.append([])
+        for batch in batches(method):
+            loss = model(**batch).loss
+            losses[-1].append(loss.item())
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    assert losses[0] == losses[1]
+
+
+def llama_with_seed():
+    torch.manual_seed(0)
+    return llama()
+
+
 SCRIPT = """
 import json, sys
 import torch

@@ -232,7 +232,8 @@ def test_sft_with_tokens_from_another_chat_template(method, tmp_path):
     moved = (embedding(ids) != before).any(-1).nonzero().flatten().tolist()
     assert new in moved
     assert set(moved) <= set(config.trainable_token_indices["embed_tokens"])
-    trainer.save_model(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        trainer.save_model(tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(len(plain))
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

@@ -3,11 +3,18 @@
 
 import pytest
 import torch
-from conftest import TARGETS, assert_unchanged, llama, mlp, snapshot
+from conftest import METHODS, TARGETS, assert_unchanged, llama, mlp, snapshot
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
+from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+
+
+@pytest.fixture(params=sorted(name for name in METHODS if PEFT_TYPE_TO_TUNER_MAPPING[name].combination_types))
+def method(request):
+    return METHODS[request.param]
 
 
 def kinds(model):
@@ -191,8 +198,13 @@ def test_every_method_says_what_it_has(two, method):
     for kind in lacking:
         with pytest.raises(ValueError, match=rf"Invalid combination_type: '{kind}'; .* has '{kinds(two)[0]}'"):
             two.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", kind, density=0.5)
-    assert kinds(two)
     assert bool(lacking) == (method.config_cls is not peft.LoraConfig)
+
+
+def test_a_method_without_any(two, monkeypatch):
+    monkeypatch.setattr(type(two.base_model), "combination_types", BaseTuner.combination_types)
+    with pytest.raises(ValueError, match="Invalid combination_type: 'cat'; .*Model has no combinations"):
+        two.add_weighted_adapter(["a"], [1.0], "new", "cat")
 
 
 def test_two_copies_of_a_module_can_not_be_summed(method):

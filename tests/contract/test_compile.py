@@ -2,70 +2,16 @@
 """`torch.compile` of adapted models: whole graphs, none made twice without need, and what an eager model computes."""
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from conftest import METHODS, llama, mlp
+from conftest import METHODS, llama
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from variants import CASES, TASKS, Model
 
 from peft import get_peft_model, get_peft_model_state_dict
 
-TARGETS = ["0", "2"]
-
-
-@dataclass
-class Case:
-    """A variant of a method.
-
-    Args:
-        method: Its name in the contract table.
-        fields: Fields of its config besides.
-        conv: Whether the layers are convolutions.
-        routes_by_input: Whether it has no tasks and no weight that could be merged.
-    """
-
-    method: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    conv: bool = False
-    routes_by_input: bool = False
-
-    def config(self, **more):
-        return METHODS[self.method].config(**{"target_modules": TARGETS, **self.fields, **more})
-
-    def call(self, *tasks):
-        """The arguments of a call, task ids as a tensor."""
-        by_task = METHODS[self.method].call and not self.routes_by_input
-        return {"task_ids": torch.tensor(tasks)} if by_task else {}
-
-    @property
-    def merge(self):
-        return METHODS[self.method].merge
-
-    def base(self):
-        if not self.conv:
-            return mlp()
-        return nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
-
-    def input(self):
-        return torch.randn(3, 8, 4, 4) if self.conv else torch.randn(3, 8)
-
-    def model(self):
-        return get_peft_model(self.base(), self.config())
-
-
-DROPOUT = {"rank_dropout": 0.3, "rank_dropout_scale": True, "module_dropout": 0.3}
-CASES = {
-    **{name: Case(name) for name in METHODS},
-    "POLY by sample": Case("POLY", {"poly_type": "mope"}, routes_by_input=True),
-    "POLY by token": Case("POLY", {"poly_type": "mope", "routing_level": "token"}, routes_by_input=True),
-    "POLY one head": Case("POLY", {"n_splits": 1}),
-    "LOKR dropout": Case("LOKR", DROPOUT),
-    "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),
-    "VBLORA dropout": Case("VBLORA", {"vblora_dropout": 0.3}),
-}
 some_cases = pytest.mark.parametrize("case", [*METHODS, "POLY by sample", "LOKR conv"], indirect=True)
 methods = pytest.mark.parametrize("case", sorted(METHODS), indirect=True)
 
@@ -88,9 +34,6 @@ def counted(backend="eager"):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-TASKS = [(0, 2, 1), (1, 1, 0), (2, 2, 2)]
 
 
 STEPS = [(name, True) for name in CASES] + [(name, False) for name in METHODS]
@@ -208,17 +151,6 @@ def test_merging_while_compiled(case):
         model.merge_adapter(**case.merge)
         plain = model.merge_and_unload()
         torch.testing.assert_close(torch.compile(plain, fullgraph=True, backend="eager")(x), expected, atol=1e-4, rtol=1e-4)
-
-
-class Model(nn.Module):
-    """A model whose forward is not torch's own, as those are compiled part by part."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 @methods

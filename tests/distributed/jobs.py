@@ -2,6 +2,7 @@
 """What the processes of the pool do; each function is run by all of them at the same time."""
 
 import functools
+import os
 from contextlib import nullcontext
 
 import torch
@@ -16,13 +17,16 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 3
 
 
-def adapted(method, seed=0, **fields):
+def adapted(method, seed=0, dtype=torch.float32, checkpointing=False, **fields):
     """A small model with an adapter, the same for the same seed."""
     torch.manual_seed(0)
-    base = llama()
+    base = llama().to(dtype)
     torch.manual_seed(1 + seed)
     config = METHODS[method].config(target_modules=TARGETS, task_type="CAUSAL_LM", **fields)
-    return get_peft_model(base, config).train()
+    model = get_peft_model(base, config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def batch(method, step, rank):
@@ -257,3 +261,167 @@ def save_sharded(method, folder, topk=False):
     again = fsdp2_model(method, seed=5, fields=fields)
     again.load_adapter(folder, "default")
     return whole(get_peft_model_state_dict(again))
+
+
+def dcp(method, folder, adapter_only):
+    """Train, checkpoint in shards, and go on; in another model, load the shards and go on."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(ignore_frozen_params=adapter_only, strict=not adapter_only)
+
+    def adamw(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    model = fsdp2_model(method)
+    optimiser = adamw(model)
+    train(model, method, optimiser, range(2))
+    state, moments = get_state_dict(model, optimiser, options=options)
+    checkpoint.save({"model": state, "optimiser": moments}, checkpoint_id=folder)
+    losses = train(model, method, optimiser, range(2, 4))
+    again = fsdp2_model(method, seed=5)
+    optimiser = adamw(again)
+    state, moments = get_state_dict(again, optimiser, options=options)
+    checkpoint.load({"model": state, "optimiser": moments}, checkpoint_id=folder)
+    set_state_dict(again, optimiser, model_state_dict=state, optim_state_dict=moments, options=options)
+    return losses, train(again, method, optimiser, range(2, 4)), sorted(state)
+
+
+def dcp_adapter(method, folder):
+    """An adapter's own state dict in shards."""
+    import torch.distributed.checkpoint as checkpoint
+
+    model, again = fsdp2_model(method), fsdp2_model(method, seed=5)
+    checkpoint.save(get_peft_model_state_dict(model), checkpoint_id=folder)
+    state = get_peft_model_state_dict(again)
+    checkpoint.load(state, checkpoint_id=folder)
+    result = peft.set_peft_model_state_dict(again, state)
+    return result, whole(get_peft_model_state_dict(model)), whole(get_peft_model_state_dict(again))
+
+
+def gathered(method, folder):
+    """Whole tensors on the first process, saved; and broadcast from there into another model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    model, again = fsdp2_model(method), fsdp2_model(method, seed=5)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+    dist.barrier()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(again, state, options=options)
+    return len(state), whole(get_peft_model_state_dict(again))
+
+
+def meta(method):
+    """A model whose adapter has no memory until it is loaded, after sharding."""
+    torch.manual_seed(0)
+    base = llama()
+    config = METHODS[method].config(target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    state = {key: tensor.detach() for key, tensor in get_peft_model_state_dict(adapted(method)).items()}
+    result = peft.set_peft_model_state_dict(model, state)
+    losses = train(model.train(), method, optimiser_of(model))
+    return result, losses
+
+
+class Rows(torch.utils.data.Dataset):
+    """The samples of all steps, in an order that gives each process what `batch` does."""
+
+    def __init__(self, method, steps=STEPS):
+        self.rows = [row for step in range(steps) for rank in range(2) for row in self.split(batch(method, step, rank))]
+
+    @staticmethod
+    def split(data):
+        return [{name: tensor[i] for name, tensor in data.items()} for i in range(2)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def prepared(method):
+    """Train what `Accelerator.prepare` makes of model, optimiser and data."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = Accelerator(cpu=True)
+        model = adapted(method, seed=dist.get_rank())
+        loader = torch.utils.data.DataLoader(Rows(method), batch_size=2)
+        model, optimiser, loader = accelerator.prepare(model, optimiser_of(model), loader)
+        losses = []
+        for step, data in enumerate(loader):
+            seed_draws(step, dist.get_rank())
+            optimiser.zero_grad()
+            loss = model(**data).loss
+            accelerator.backward(loss)
+            optimiser.step()
+            losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+        plain = accelerator.unwrap_model(model)
+        state = accelerator.get_state_dict(model)
+        return type(model).__name__, losses, dict(get_peft_model_state_dict(plain, state_dict=state))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def trainer(method, folder, fsdp=None):
+    """Train with transformers' Trainer, and once more from a checkpoint."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Seed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seed_draws(state.global_step, dist.get_rank())
+
+    def make(seed):
+        model = adapted(method, seed=seed)
+        arguments = TrainingArguments(
+            folder,
+            use_cpu=True,
+            ddp_backend="gloo",
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            save_steps=2,
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **({"fsdp": True, "fsdp_config": fsdp} if fsdp else {}),
+        )
+        if fsdp:
+            PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu"))
+        made = Trainer(model, arguments, train_dataset=Rows(method, 4), callbacks=[Seed()])
+        made._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(made.train_dataset)
+        return made
+
+    def losses(made):
+        return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+    AcceleratorState._reset_state(True)
+    try:
+        first = make(0 if fsdp else dist.get_rank())
+        first.train()
+        first.save_model(f"{folder}/last")
+        second = make(5)
+        second.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+        states = [whole(get_peft_model_state_dict(made.model_wrapped)) for made in (first, second)]
+        return losses(first), losses(second), *states
+    finally:
+        AcceleratorState._reset_state(True)
+        for name in list(os.environ):
+            if "FSDP" in name:
+                del os.environ[name]

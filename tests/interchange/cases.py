@@ -50,7 +50,7 @@ class Maker:
 
     def case(self):
         """The case as a dictionary of plain data."""
-        method, task, self.trains_bias = self.method, None, False
+        method, task, self.single = self.method, None, False
         kind = self.pick(KINDS[method])
         if kind in TRANSFORMERS:
             heads = TRANSFORMERS[kind]
@@ -68,9 +68,11 @@ class Maker:
             base = [kind]
         first = self.config(base, task)
         adapters = {"default": first}
-        # Two adapters can't both train biases, and both would train the head of a task of its own.
-        if not self.trains_bias and task not in ("SEQ_CLS", "TOKEN_CLS") and self.chance(0.35):
+        # Two adapters can't both train biases or, as a rule, the head of a task; nor there can one have rows of an embedding alone.
+        if not self.single and task not in ("SEQ_CLS", "TOKEN_CLS") and self.chance(0.35):
             adapters["other"] = self.config(base, task, alone=False)
+        # What can be made a LoRA there: linear layers without trained biases.
+        convertible = method in ("LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and not self.single
         return {
             "id": f"{method.lower()}-{self.index:02}",
             "config_class": f"{method}Config",
@@ -79,6 +81,7 @@ class Maker:
             "adapters": adapters,
             "file": self.pick(["safetensors", "safetensors", "safetensors", "bin"]),
             "reader": self.pick(["from_pretrained", "from_pretrained", "state_dict"]),
+            "lora_rank": self.pick([None, 1, 3, 0.9]) if convertible else None,
             "task_ids": [self.random.randrange(self.tasks) for _ in range(3)] if method == "Poly" else None,
         }
 
@@ -108,7 +111,7 @@ class Maker:
     def bias(self, own, alone):
         """What biases are trained."""
         choice = self.pick(["none", "none", "none", "all", own]) if alone else "none"
-        self.trains_bias = self.trains_bias or choice != "none"
+        self.single = self.single or choice != "none"
         return choice
 
     def lokr(self, base, alone):
@@ -167,6 +170,10 @@ class Maker:
     def lora(self, base, alone):
         """LoRA."""
         dora = base[0] != "embedder" and self.chance(0.25)
+        # A bias of the adapter needs one of the layer to be merged into.
+        biased = not dora and base[0] == "bert" and self.chance(0.4)
+        rows = [1, 5] if base[0] in EMBEDDINGS and alone and self.chance(0.3) else None
+        self.single = self.single or rows is not None
         return {
             "r": self.pick([1, 2, 4]),
             "lora_alpha": self.pick([1, 4, 8]),
@@ -175,9 +182,9 @@ class Maker:
             "use_dora": dora,
             "bias": self.bias("lora_only", alone),
             "fan_in_fan_out": base[0] == "gpt2",
-            "init_lora_weights": self.pick([True, False, "gaussian"]),
-            "lora_bias": not dora and base[0] in ("mlp", "llama") and self.chance(0.2),
-            "trainable_token_indices": [1, 5] if base[0] in EMBEDDINGS and alone and self.chance(0.3) else None,
+            "init_lora_weights": self.pick([True, False] if biased else [True, False, "gaussian"]),
+            "lora_bias": biased,
+            "trainable_token_indices": rows,
             **self.patterns(base[0]),
         }
 

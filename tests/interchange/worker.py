@@ -42,10 +42,11 @@ def own_tensors(model, adapter):
 def call(model, case):
     """The model's output."""
     args, kwargs = make_inputs(case["base"], case["seed"])
+    args = [arg.double() if arg.is_floating_point() else arg for arg in args]
     if case["task_ids"] is not None:
         kwargs["task_ids"] = torch.tensor(case["task_ids"])
     result = model(*args, **kwargs)
-    return result if isinstance(result, torch.Tensor) else result[0]
+    return result if isinstance(result, torch.Tensor) else result[0]  # transformers' outputs have what is of interest first
 
 
 def fill(model, adapter, case):
@@ -77,6 +78,8 @@ def write(case, folder):
     for name in case["adapters"]:
         fill(model, name, case)
     model.save_pretrained(folder, safe_serialization=case["file"] == "safetensors")
+    if case["lora_rank"] is not None:
+        peft.save_as_lora(folder / "as_lora", model, case["lora_rank"], adapter_name=first)
     return model.eval()
 
 
@@ -104,8 +107,9 @@ def read(case, folder):
 
 
 def measure(model, case):
-    """Everything about a model with adapters that the two packages should agree on."""
+    """Everything about a model with adapters that the two packages should agree on, in float64 to tell faults from rounding."""
     result = {}
+    model.double()
     for name in case["adapters"]:
         model.set_adapter(name)
         result[f"state {name}"] = {key: tensor.clone() for key, tensor in own_tensors(model, name).items()}
@@ -123,6 +127,13 @@ def measure(model, case):
         result["unmerged"] = call(model, case).detach()
         result["merged and unloaded"] = call(model.merge_and_unload(safe_merge=True), case).detach()
     return result
+
+
+def measure_conversion(case, folder):
+    """What the LoRA adapter does that the writer made of the first adapter. Its factors are defined but for signs."""
+    model = peft.PeftModel.from_pretrained(make_base(case["base"], case["seed"]), folder / "as_lora")
+    shapes = {key: torch.tensor(tensor.shape) for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    return {"shapes as LoRA": shapes, "output as LoRA": call(model.eval().double(), case).detach()}
 
 
 def gradients(model, adapter, case):
@@ -148,7 +159,8 @@ def run(verb, case, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return {"warnings": seen, **measure(model, case)}
+            converted = measure_conversion(case, folder) if case["lora_rank"] is not None else {}
+            return {"warnings": seen, **measure(model, case), **converted}
         except Exception:
             return {"error": traceback.format_exc(limit=-3)}
 

@@ -33,7 +33,8 @@ def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
         In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
     """
     same = result.dtype == p.dtype == q.dtype and result.is_contiguous()
-    if not (in_place and same) or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    if traced or not (in_place and same):
         return result + (p @ q).view(result.shape)
     if torch.is_grad_enabled():
         return _AddProduct.apply(result, p, q)

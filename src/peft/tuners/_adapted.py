@@ -13,6 +13,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
 from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
@@ -296,11 +297,13 @@ class AdaptedModel(nn.Module):
             self.check_names(adapter_names)
         todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
         for layer, names in todo:
-            layer.check_mergeable(names)
-            if safe_merge:
-                layer.check_merge(names, **options)
+            with at_hand(layer):
+                layer.check_mergeable(names)
+                if safe_merge:
+                    layer.check_merge(names, **options)
         for layer, names in todo:
-            layer.merge(adapter_names=names, **options)
+            with at_hand(layer):
+                layer.merge(adapter_names=names, **options)
 
     def check_merge_options(self, options: Iterable[str]) -> None:
         """Insist that merging knows its options.
@@ -318,7 +321,8 @@ class AdaptedModel(nn.Module):
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         for layer in merged:
-            layer.unmerge()
+            with at_hand(layer):
+                layer.unmerge()
 
     def merge_and_unload(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,11 @@ class Entry:
         return Entry(self.function, self.names, self.conduct)
 
     @property
+    def __code__(self) -> CodeType:
+        """The method's own code; `torch.export` asks a model's forward where it is written."""
+        return self.function.__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
         given = list(signature.parameters.values())[0 if self.model is None else 1 :]
@@ -70,6 +75,10 @@ class _Unbound:
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.bound(*args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        return self.bound.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.error import PeftNotSupportedError
+from ..utils.offload import execution_device
 from ..utils.sharding import cut_like, is_elsewhere, is_managed, whole
 from . import _quantised
 
@@ -214,14 +215,16 @@ def _is_packed(weight: Tensor, module: nn.Module) -> bool:
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
     """Where to make adapter parameters for a layer.
 
-    The device is the layer's own unless given. The precision is the layer's own, or float32 where that has less than 32 bits
-    and `autocast` is set, or where it is no precision to compute in (float8, quantised).
+    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless given. The precision is the
+    layer's own, or float32 where that has less than 32 bits and `autocast` is set, or where it is no precision to compute in
+    (float8, quantised).
     """
     for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
         dtype = tensor.dtype
         narrow = dtype in (torch.float16, torch.bfloat16)
         usable = dtype.is_floating_point and dtype.itemsize > 1 and not (autocast and narrow)
-        return Placement(device or tensor.device, dtype if usable else torch.float32)
+        own = execution_device(innermost(module)) or tensor.device
+        return Placement(device or own, dtype if usable else torch.float32)
     return Placement(device or torch.device("cpu"), torch.float32)
 
 

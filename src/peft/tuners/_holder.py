@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..utils.error import PeftValueError
+from ..utils.offload import bring_back
 from ..utils.sharding import whole
 
 
@@ -112,6 +113,8 @@ class AdapterHolder(nn.Module):
         """Take over the adapters of another layer of this class that was made for the same base layer."""
         for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
             container = getattr(self, attribute)
+            if isinstance(container, nn.Module):
+                bring_back(container)
             for adapter_name, entry in getattr(fresh, attribute).items():
                 container[adapter_name] = entry
 

@@ -79,6 +79,11 @@ class BaseTunerLayer(AdapterHolder):
         """What the adapter adds to the base weight, in the base weight's layout."""
         raise PeftNotSupportedError(f"{type(self).__name__} has no delta that could be merged into a weight.")
 
+    @property
+    def needs_layer_alone(self) -> bool:
+        """Whether another method can't adapt the same layer: an adapter's part is not a sum."""
+        return False
+
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
         """What merging multiplies the sum of weight and delta by, None for nothing; for a method whose part is not a sum."""
         return None

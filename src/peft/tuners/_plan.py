@@ -248,6 +248,8 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
             unsupported.append(f"`{path}`: {reason}.")
         elif tuner.tuner_layer_class(plan.config, base) is None:
             unsupported.append(f"`{path}`: Target module {_geometry.describe(base)} is not supported.")
+        elif isinstance(base, BaseTunerLayer) and base.needs_layer_alone:
+            misfits.append(f"`{path}`: {type(base).__name__} has an adapter that needs the layer for itself.")
         else:
             misfits += [f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)]
     if unsupported:

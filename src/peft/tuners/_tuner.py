@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..utils.constants import DEFAULT_TARGET_MODULES
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
+from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
 from . import _combining, _geometry, _plan
 from ._adapted import AdaptedModel
@@ -299,6 +300,7 @@ class BaseTuner(AdaptedModel):
         self._swap_tokens(plan, build)
         for attribute, parameter in build.shared.items():
             self._shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
+            bring_back(build.containers[attribute])
             build.containers[attribute][name] = parameter
         self.peft_config[name] = build.config
         self._train_biases(build.config)

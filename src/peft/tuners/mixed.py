@@ -12,7 +12,7 @@ from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ._build import Build
-from ._layer import names_to_merge
+from ._merging import names_to_merge
 from ._tuner import BaseTuner
 
 

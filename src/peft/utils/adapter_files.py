@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,31 @@ WEIGHTS_NAME = "adapter_model.bin"
 _DIGEST = "adapter_config_sha256"
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A context in which no other process writes an adapter to a folder: all processes of a training run may save at once. Where the
+    file system knows no locks, or one is held for a minute, it goes on without.
+    """
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        for _ in range(600):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -41,9 +68,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_config(folder: Path, text: str) -> None:
     """Write a config by itself; it is what is read then, whatever a killed save left waiting."""
-    write_text(folder / CONFIG_NAME, text)
-    for leftover in folder.glob(".adapter_config.*.json"):
-        leftover.unlink(missing_ok=True)
+    with alone_in(folder):
+        write_text(folder / CONFIG_NAME, text)
+        for leftover in folder.glob(".adapter_config.*.json"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, safe_serialization: bool = True) -> None:
@@ -61,6 +89,11 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, s
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
     state = _unshared(state)
+    with alone_in(folder):
+        _write_adapter(folder, state, config_text, safe_serialization)
+
+
+def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool) -> None:
     if not safe_serialization:
         _replace(folder / WEIGHTS_NAME, lambda temporary: torch.save(state, temporary))
         (folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)

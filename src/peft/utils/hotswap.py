@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hotswapping: another adapter's weights in the place of a loaded one's, without new layers, and without compiling a model anew.
 
-A checkpoint is read by what its own config says of it: the adapter that this describes is made for the model's layers, though without
-values, and tells what shapes and scales the tensors have. All of it is checked before anything is changed.
+A checkpoint is read by what its own config says of it: the adapter that this describes is made for the model's layers, though
+without values, and tells what shapes and scales the tensors have. All of it is checked before anything is changed.
 
 Tensors of the same shape are swapped in place, whatever the method. Where zeros that fill up a rank are without effect (a layer's
-`rank_room`) a tensor of smaller rank is filled up with them and one of larger rank replaces the present one; saving leaves out again
-what was filled up. Any other difference is an error that names it.
+`rank_room`) a tensor of smaller rank is filled up with them and one of larger rank replaces the present one; saving leaves out
+again what was filled up. Any other difference is an error that names it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .error import CheckpointError, PeftValueError
 from .hub import only_hub_options
 from .peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from .rank_room import RankRoom, filled_up
-from .save_and_load import MODEL_ROOT, ROOT, adapter_config, adapter_tensors, import_state, load_peft_weights
-from .sharding import is_without_memory, own_state, unparallel, unwrapped, write
+from .save_and_load import MODEL_ROOT, ROOT, adapter_config, adapter_tensors, import_state, load_peft_weights, write_state
+from .sharding import is_without_memory, own_state, unparallel, unwrapped
 
 __all__ = [
     "check_hotswap_configs_compatible",
@@ -208,6 +208,15 @@ class _Adapter:
         found = next((i for i, part in enumerate(parts) if part in holders), None)
         return None if found is None else (".".join(parts[:found]), parts[found])
 
+    def correct_sizes(self) -> None:
+        """Have the modules that adapters are made of say what sizes their weights have now."""
+        holders = [getattr(layer, name) for layer in self.layers.values() for name in layer.adapter_layer_names]
+        for module in (module for holder in holders for module in holder.modules()):
+            if isinstance(module, nn.Linear) and module.weight.dim() == 2:
+                module.out_features, module.in_features = module.weight.shape
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight.dim() > 2:
+                module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+
     def room(self, key: str) -> RankRoom | None:
         """Where a tensor has a rank that can be filled up."""
         place = self.place(key)
@@ -236,16 +245,8 @@ def _make_room(model: Any, target_rank: int) -> None:
     for config, key, tensor, room in todo:
         filled_up(config).setdefault(key, (room, tensor.shape[room.dim]))
         tensor.data = room.filled(tensor.data, room.size(target_rank))
-        _correct_sizes(model, tensor)
-
-
-def _correct_sizes(model: nn.Module, weight: Any) -> None:
-    """Have the module that a weight belongs to say what sizes it has now."""
-    for module in model.modules():
-        if module._parameters.get("weight") is weight and isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        elif module._parameters.get("weight") is weight and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    for name, config in model.peft_config.items():
+        _Adapter(model, name, config).correct_sizes()
 
 
 class _Swap:
@@ -334,8 +335,6 @@ class _Swap:
             return "the checkpoint lacks it"
         if value.shape != new.shape:
             return f"the checkpoint has shape {list(value.shape)}, which its config says is {list(new.shape)}"
-        if is_without_memory(old):
-            return "the adapter in the model has no values yet; load it before swapping"
         if old.is_floating_point() != value.is_floating_point():
             return f"the checkpoint has dtype {value.dtype}, the adapter in the model {old.dtype}"
         if value.shape == old.shape or (room is not None and room.fits(value, old) and type(old) is nn.Parameter):
@@ -346,19 +345,20 @@ class _Swap:
     def carry_out(self) -> None:
         """Swap. Nothing here can fail."""
         own: dict[str, tuple[RankRoom, int]] = {key: (self.adapter.room(key), 0) for key in self.silent}  # type: ignore[misc]
-        pairs = [(tensor, torch.zeros_like(tensor)) for tensor in self.silent.values()]
+        targets = {**self.silent, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
+        values = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in self.silent.items()}
         for key, (tensor, value) in self.pairs.items():
             room = self.adapter.room(key)
-            if room is None or value.shape == tensor.shape:
-                pairs.append((tensor, value))
-            elif value.shape[room.dim] < tensor.shape[room.dim]:
+            if room is not None and value.dim() > room.dim and value.shape[room.dim] < tensor.shape[room.dim]:
                 own[key] = (room, value.shape[room.dim])
-                pairs.append((tensor, room.filled(value, tensor.shape[room.dim])))
+                value = room.filled(value, tensor.shape[room.dim])
+            if value.shape == tensor.shape or is_without_memory(tensor):
+                values[key] = value
             else:
                 tensor.data, tensor.grad = value.to(tensor.device, tensor.dtype, copy=True), None
-                _correct_sizes(self.adapter.model, tensor)
+        write_state(self.adapter.model, targets, values)
+        self.adapter.correct_sizes()
         swapped = {place[0] for place in map(self.adapter.place, self.pairs) if place is not None}
-        write(self.adapter.model, pairs)
         for path, fresh in self.build.layers.items():
             if path in swapped:
                 self._adopt_values(self.adapter.layers[path], fresh)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from .adapter_files import write_text
+from .adapter_files import alone_in, write_text
 
 
 def update_model_card(folder: Path, config: Any, model: Any) -> None:
@@ -35,7 +35,8 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
     if tags:
         data["tags"] = sorted(tags)
     card.data = ModelCardData(**data)
-    write_text(path, str(card))
+    with alone_in(folder):
+        write_text(path, str(card))
 
 
 def _body(config: Any) -> str:

@@ -54,8 +54,8 @@ class RankRoom(NamedTuple):
 
 
 def filled_up(config: Any) -> dict[str, tuple[RankRoom, int]]:
-    """What is the adapter's own of tensors that are filled up, by checkpoint key: so many entries, none of a tensor that stands for a
-    layer the adapter does not have. To be changed by what fills up.
+    """How many entries of tensors that are filled up are the adapter's own, by checkpoint key: none of a layer that it does not
+    have. To be changed by what fills up.
     """
     return vars(config).setdefault("_filled_up", {})
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .error import CheckpointError, PeftValueError
 from .hub import find_file, only_hub_options
+from .offload import bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
@@ -147,6 +148,8 @@ def get_peft_model_state_dict(
     if named and not found:
         some = ", ".join(f"`{name}`" for name in list(named)[:3])
         raise CheckpointError(f"The state dict has no tensors of adapter {adapter_name}; it holds {some}, …")
+    offloaded = stored(model, {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)})
+    found = {key: offloaded.get(id(tensor), tensor) for key, tensor in found.items()}
     state = without_filling(read(model, found), config)
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
 
@@ -300,7 +303,9 @@ def write_state(model: nn.Module | None, expected: Mapping[str, Tensor], state: 
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in on_meta:
-                value = cut_like(parameter, on_meta[id(parameter)].to(device, parameter.dtype, copy=True))
+                place = execution_device(module) or device
+                bring_back(module)
+                value = cut_like(parameter, on_meta[id(parameter)].to(place, parameter.dtype, copy=True))
                 module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 

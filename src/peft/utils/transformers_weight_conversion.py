@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .error import PeftRuntimeError
 from .peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
@@ -29,7 +28,7 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
         peft_config: Its config; None makes rules for every method.
 
     Returns:
-        `WeightRenaming`s, `WeightConverter`s for what is saved in another form, and what is in `weight_conversions`; empty if that is.
+        `WeightRenaming`s, `WeightConverter`s for what is saved in another form, and `weight_conversions`; empty if that is.
 
     Raises:
         PeftValueError: The config's method is not provided.
@@ -46,11 +45,12 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
     shared = [name for method in methods for name in lookup(PEFT_TYPE_TO_TUNER_MAPPING, method).shared_parameter_names]
     bare = {name: p for method in methods for name, p in lookup(PEFT_TYPE_TO_TUNER_MAPPING, method).saved_bare.items()}
     prefixes = sorted({lookup(PEFT_TYPE_TO_PREFIX_MAPPING, method) for method in methods})
+    alone = "" if len(prefixes) == 1 else r"(?<!\w)"  # one method's prefix may be inside another's
     return [
         WeightRenaming(f"{MODEL_ROOT}model.", "model."),
         WeightRenaming(MODEL_ROOT, ""),
         *(WeightRenaming(f"{ROOT}{name}", name) for name in shared),
-        *(WeightRenaming(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}") for prefix in prefixes),
+        *(WeightRenaming(rf"({alone}{prefix}[^\.]*)", rf"\1.{adapter_name}") for prefix in prefixes),
         *(WeightRenaming(rf"({name}\.{adapter_name})$", rf"\1.{parameter}") for name, parameter in bare.items()),
         *([] if peft_config is None else _converters(adapter_name, peft_config)),
         *weight_conversions,
@@ -63,13 +63,13 @@ def _converters(adapter_name: str, config: Any) -> list[Any]:
 
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
 
-    class Import(ConversionOps):  # type: ignore[misc]
+    class Import(ConversionOps):
         """One of an adapter's tensors, made from those that a checkpoint has for it."""
 
         def __init__(self, name: str, parts: Mapping[str, torch.dtype]) -> None:
             self.name, self.parts = name, parts
 
-        def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
             if not config.inference_mode:
                 raise PeftRuntimeError(f"The checkpoint has `{self.name}` in a form that can't be trained; load it for inference.")
             saved = {part: input_dict[f"{part}.{adapter_name}"] for part in self.parts if f"{part}.{adapter_name}" in input_dict}

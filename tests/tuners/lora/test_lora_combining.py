@@ -147,14 +147,50 @@ def test_an_adapter_that_starts_from_the_weight_is_the_sum_it_is():
     torch.testing.assert_close(layer.get_delta_weight("new"), expected)
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}])
-def test_what_is_more_than_two_factors(fields):
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"], **fields))
-    assert not model.supports_lora_conversion()
-    with pytest.raises(ValueError, match="`0`: adapter default is more than a product of two factors"):
-        model.add_weighted_adapter(["default"], [1.0], "new", "cat")
+def dora(base, targets):
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, use_dora=True, target_modules=targets)).eval()
+    with torch.no_grad():
+        for layer in model.base_model.tuner_layers():
+            layer.lora_magnitude_vector["default"].weight.mul_(1.3)
+    return model
+
+
+def test_what_is_more_than_two_factors():
+    torch.manual_seed(0)
+    model = dora(nn.Sequential(nn.Linear(4, 6)), ["0"])
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    for name in ("default", "b"):
+        with pytest.raises(ValueError, match=f"`0`: adapter {name} is more than a product of two factors"):
+            model.add_weighted_adapter([name], [1.0], "new", "cat")
+    assert not model.supports_lora_conversion("b")
     with pytest.raises(TypeError, match=r"do not support LoRA conversion: Linear\."):
-        convert_to_lora(model, 2)
+        convert_to_lora(model, 2, "b")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_dora_does_to_the_weight_is_approximated(merged):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8, 6))
+    before = [base[0].weight.detach().clone(), base[2].weight.detach().clone()]
+    model = dora(base, ["0", "2"])
+    if merged:
+        model.merge_adapter()
+    assert model.supports_lora_conversion()
+    exact, cut = convert_to_lora(model), convert_to_lora(model, 3)
+    plain = model.merge_and_unload()
+    for path, weight in zip("02", before, strict=True):
+        expected = (plain.get_submodule(path).weight - weight).detach().flatten(1)
+        values = torch.linalg.svdvals(expected)
+        products = [
+            c.state_dict[f"base_model.model.{path}.lora_B.weight"].flatten(1)
+            @ c.state_dict[f"base_model.model.{path}.lora_A.weight"].flatten(1)
+            for c in (exact, cut)
+        ]
+        torch.testing.assert_close(products[0], expected, rtol=1e-4, atol=1e-5)
+        best = float(values[3:].norm() / values.norm())
+        assert best > 0.01
+        assert float((products[1] - expected).norm() / values.norm()) == pytest.approx(best, abs=1e-5)
+        assert cut.errors[path] == pytest.approx(best, abs=1e-5)
 
 
 def test_a_lora_adapter_is_its_own_conversion(several, tmp_path):

@@ -18,7 +18,7 @@ from .._accumulate import add_product
 from .._geometry import Placement, dense_weight, is_quantised
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, approximate
+from .._lowrank import LowRank, approximate, cut, dense_svd, wide
 from .factors import Factors, draw, row_norms, scaled
 
 
@@ -243,7 +243,7 @@ class LoraLayer(BaseTunerLayer):
 
     def magnitude_factor(self, adapter_name: str, scale: float) -> Tensor:
         """What DoRA multiplies the rows of `W + s·B·A` by, `[out]`."""
-        return self.lora_magnitude_vector[adapter_name]().flatten() / self._row_norms(adapter_name, scale)
+        return whole(self.lora_magnitude_vector[adapter_name]()).flatten() / self._row_norms(adapter_name, scale)
 
     def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
         """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
@@ -261,7 +261,7 @@ class LoraLayer(BaseTunerLayer):
         shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
         if not initialise or place.device.type == "meta":
             return torch.empty(self.geometry.out_features, device=place.device, dtype=place.dtype).view(shape)
-        return self._row_norms(adapter_name, self.scaling[adapter_name]).to(place.dtype).view(shape)
+        return self._row_norms(adapter_name, self.scaling[adapter_name]).to(place.device, place.dtype).view(shape)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -270,6 +270,11 @@ class LoraLayer(BaseTunerLayer):
         A, B = self.factors(adapter_name)
         delta = (B @ A) * self.scaling[adapter_name]
         return self.geometry.as_stored(delta.view(-1, self.geometry.in_features, *self.geometry.kernel_size))
+
+    @property
+    def needs_layer_alone(self) -> bool:
+        """Whether there is a DoRA adapter, whose factor would be on what another method adds too."""
+        return any(self.use_dora.values())
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
         """With DoRA the factor on each row."""
@@ -317,10 +322,21 @@ class LoraLayer(BaseTunerLayer):
         return RankRoom(1, share=groups) if holder in ("lora_B", "lora_embedding_B") else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter is a product of two factors and nothing besides."""
-        return not (self.use_dora[adapter_name] or self.lora_bias[adapter_name])
+        """Whether an adapter's delta is a matrix and nothing besides; `lora_bias` is."""
+        return not self.lora_bias[adapter_name]
+
+    def is_product(self, adapter_name: str) -> bool:
+        """Whether an adapter's delta is the product of its two factors: not with DoRA, nor `lora_bias`, nor across groups."""
+        return self.supports_lora_conversion(adapter_name) and not self.use_dora[adapter_name]
 
     def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
-        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight)."""
+        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight). What DoRA does to the weight,
+        `f ⊙ (W + s·B·A) - W`, has no such structure and is decomposed whole.
+        """
         A, B = self.factors(adapter_name)
-        return approximate(B.detach() * self.scaling[adapter_name], A.detach(), rank)
+        scale = float(self.scaling[adapter_name])
+        if adapter_name not in self.lora_magnitude_vector:
+            return approximate(B.detach() * scale, A.detach(), rank)
+        weight = wide(self.geometry.as_stored(self.unmerged_weight() if self.merged else self._weight())).flatten(1)
+        factor = wide(self.magnitude_factor(adapter_name, scale)).unsqueeze(1)
+        return cut(dense_svd(factor * (weight + wide(B) @ wide(A) * scale) - weight), rank, A.dtype)

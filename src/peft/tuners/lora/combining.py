@@ -152,7 +152,7 @@ def _made(terms: Sequence[Term], request: Combination, rank: int, transposed: bo
 def _terms(path: str, layer: LoraLayer, request: Combination) -> list[Term]:
     """The adapters that a layer has."""
     own = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
-    unfit = [name for name, _ in own if not layer.supports_lora_conversion(name)]
+    unfit = [name for name, _ in own if not layer.is_product(name)]
     if unfit:
         raise PeftValueError(
             f"`{path}`: adapter {unfit[0]} is more than a product of two factors (`use_dora`, `lora_bias`, or a convolution in "

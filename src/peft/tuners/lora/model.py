@@ -74,7 +74,7 @@ class LoraModel(BaseTuner):
             groups = conv_options(module)["groups"]
             if r % groups:
                 yield f"`r`={r} must be divisible by the convolution's groups, {groups}; choose another rank or target."
-            if config.starts_from_weight:
+            if config.starts_from_weight or start == "orthogonal":
                 yield f"`init_lora_weights`={start!r} is for linear layers, not for convolutions."
         elif size is not None and config.starts_from_weight:
             if r > min(size.in_features, size.out_features):

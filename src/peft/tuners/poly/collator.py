@@ -45,7 +45,7 @@ class TaskCollator:
         return getattr(self.collator, name)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """A batch with `task_ids`, `[batch]`, in the order of its rows. Where each sample has several texts, in columns `…_input_ids`,
+        """A batch with `task_ids`, `[batch]`, in the order of its rows. Where a sample has several texts, in columns `…_input_ids`,
         each of them has the sample's task, in a column `…_task_ids`.
 
         Args:

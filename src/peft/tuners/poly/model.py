@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.offload import at_hand
 from .._build import Build
 from .._combining import Combination, Combined
 from .._entry import put_entry, remove_entries
@@ -183,7 +184,8 @@ class PolyModel(BaseTuner):
             for _, layer in self._layers_of(name):
                 layer.resolve_task(name, tasks[name])
                 if safe_merge:
-                    layer.check_merge([name], task_id=tasks[name])
+                    with at_hand(layer):
+                        layer.check_merge([name], task_id=tasks[name])
         if len(set(tasks.values())) < 2:
             return super().merge_adapter(adapter_names, safe_merge, task_id=next(iter(tasks.values()), None), **options)
         for name, task in tasks.items():

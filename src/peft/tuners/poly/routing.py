@@ -301,7 +301,7 @@ def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device
         raise PeftValueError(f"`task_ids` has shape {list(ids.shape)}; expected {wanted}.")
     if torch.compiler.is_compiling():
         torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`task_ids` must be at least 0 and below {n_tasks}.")
-    else:
+    elif not torch._C._functorch.is_functorch_wrapped_tensor(ids):  # values inside `vmap` can't be read
         lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
             raise PeftValueError(

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface's names: all can be imported, those that are provided have its signatures, the others say that they are not."""
+
+import inspect
+import itertools
+import subprocess
+import sys
+
+import conftest
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp.wrap import _or_policy
+
+import peft
+import peft.functional
+import peft.import_utils
+import peft.utils.hotswap
+import peft.utils.other
+import peft.utils.transformers_weight_conversion
+from peft import _markers
+from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
+
+
+def words(text):
+    return text.split()
+
+
+# Every public name of `peft` in Hugging Face PEFT 0.21.2, config and model classes apart.
+NAMES = words("""
+    AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
+    AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification CPTEmbedding CartridgeEncoder
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING MultitaskPromptTuningInit NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftConfig PeftError PeftMixedModel PeftModel PeftModelForCausalLM
+    PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification
+    PeftModelForTokenClassification PeftType PeftWarning PrefixEncoder PromptEmbedding PromptEncoder
+    PromptEncoderReparameterizationType PromptTuningInit TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TaskType
+    bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters convert_to_lora create_arrow_model
+    find_kappa_target_modules get_base_model_state_dict get_eva_state_dict get_layer_status get_model_status get_peft_config
+    get_peft_model get_peft_model_state_dict initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+    initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training preprocess_loraga
+    prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora set_base_model_state_dict
+    set_peft_model_state_dict shift_tokens_right
+""")
+CLASSES = words("""
+    AdaLora Adamss AdaptionPrompt BOFT Beft C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 LNTuning Lily LoHa LoKr Lora Miss
+    OFT OSF Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora
+""")
+CONFIGS = words("""
+    Arrow BdLora CPT Cartridge Eva Kasa LoftQ LoraGA LoraRuntime Monteclora MultitaskPromptTuning PrefixTuning PromptEncoder
+    PromptLearning PromptTuning Velora
+""")
+
+ALL = [*NAMES, *(f"{name}Config" for name in (*CLASSES, *CONFIGS)), *(f"{name}Model" for name in CLASSES)]
+
+SIGNATURES = {
+    "peft.helpers": {
+        "check_if_peft_model": "model_name_or_path",
+        "disable_input_dtype_casting": "model, active=True",
+        "rescale_adapter_scale": "model, multiplier",
+        "update_forward_signature": "model",
+        "update_generate_signature": "model",
+        "update_signature": "model, method='all'",
+    },
+    "peft.functional": {
+        "cast_adapter_dtype": "model, adapter_name, autocast_adapter_dtype=True",
+        "delete_adapter": "model, adapter_name, prefix, layer_cls=BaseTunerLayer",
+        "get_peft_model_state_dict": (
+            "model, state_dict=None, adapter_name='default', unwrap_compiled=False, save_embedding_layers='auto'"
+        ),
+        "inject_adapter_in_model": "peft_config, model, adapter_name='default', low_cpu_mem_usage=False, state_dict=None",
+        "set_adapter": "model, adapter_name, inference_mode=False, layer_cls=BaseTunerLayer",
+        "set_peft_model_state_dict": (
+            "model, peft_model_state_dict, adapter_name='default', ignore_mismatched_sizes=False, low_cpu_mem_usage=False"
+        ),
+        "set_requires_grad": "model, adapter_names, requires_grad=True",
+    },
+    "peft.utils.hotswap": {
+        "check_hotswap_configs_compatible": "config0, config1",
+        "hotswap_adapter": "model, model_name_or_path, adapter_name, torch_device=None, **kwargs",
+        "hotswap_adapter_from_state_dict": "model, state_dict, adapter_name, config, parameter_prefix='lora_'",
+        "prepare_model_for_compiled_hotswap": "model, *, target_rank=None, config=None, check_compiled='error'",
+    },
+    "peft.utils.transformers_weight_conversion": {
+        "build_peft_weight_mapping": "weight_conversions, adapter_name, peft_config=None",
+    },
+    "peft.utils.other": {"fsdp_auto_wrap_policy": "model"},
+    "peft.utils": {
+        "cast_mixed_precision_params": "model, dtype",
+        "id_tensor_storage": "tensor",
+        "shift_tokens_right": "input_ids, pad_token_id, decoder_start_token_id",
+        "transpose": "weight, fan_in_fan_out",
+        "prepare_model_for_kbit_training": (
+            "model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, auto_clear_cache=True"
+        ),
+    },
+    "peft": {
+        "get_layer_status": "model",
+        "get_model_status": "model",
+        "get_peft_config": "config_dict",
+        "get_peft_model": (
+            "model, peft_config, adapter_name='default', mixed=False, autocast_adapter_dtype=True, revision=None, "
+            "low_cpu_mem_usage=False"
+        ),
+        "get_base_model_state_dict": "model",
+        "set_base_model_state_dict": "model, state_dict, strict=True",
+    },
+}
+
+
+def written(function):
+    """A signature without annotations."""
+    parts = []
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        default = p.default.__name__ if isinstance(p.default, type) and p.default is not p.empty else repr(p.default)
+        stars = "**" if p.kind is p.VAR_KEYWORD else ""
+        parts.append(stars + p.name + ("" if p.default is p.empty else f"={default}"))
+    return ", ".join(parts)
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_functions_are_called_as_the_interface_says(module):
+    for name, expected in SIGNATURES[module].items():
+        assert written(getattr(sys.modules[module], name)) == expected, name
+
+
+def test_every_name_can_be_imported():
+    for name in ALL:
+        assert getattr(peft, name) is not None
+    assert not _markers._NAMES - set(ALL)
+    assert not _markers._NAMES & set(peft.__all__)
+
+
+def test_what_is_not_provided_is_a_class_that_nothing_is_of():
+    for name in sorted(_markers._NAMES):
+        marker = getattr(peft, name)
+        assert marker is getattr(peft, name)
+        assert not isinstance(peft.LoKrConfig(), marker)
+        assert not issubclass(peft.PeftModel, marker)
+        with pytest.raises(NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"):
+            marker(1, a=2)
+    with pytest.raises(AttributeError, match="module 'peft' has no attribute 'Nothing'"):
+        _ = peft.Nothing
+
+
+def test_every_method_of_the_registry_is_no_marker():
+    for name in registered_methods():
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(name)]
+        assert tuner.__name__ in peft.__all__
+
+
+PLACES = {
+    "peft.tuners.loha.layer": "LoHaLayer",
+    "peft.tuners.loha": "LoHaLayer",
+    "peft.tuners.lokr.layer": "LoKrLayer",
+    "peft.tuners.lora.layer": "LoraLayer, Linear",
+    "peft.tuners.lora": "LoraLayer, Linear",
+    "peft.tuners.poly.layer": "PolyLayer",
+    "peft.tuners.vblora.layer": "VBLoRALayer",
+    "peft.tuners.tuners_utils": "BaseTunerLayer, BaseTuner",
+    "peft.peft_model": "get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus",
+    "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
+    "peft.utils.warning": "PeftWarning",
+    "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy",
+    "peft.utils": "ModulesToSaveWrapper, _get_submodules, get_peft_model_state_dict",
+}
+
+
+def test_modules_are_where_clients_look():
+    script = "".join(f"from {path} import {names}\n" for path, names in PLACES.items())
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+def test_layer_classes_tell_what_their_parameters_are_called():
+    from peft.tuners.loha.layer import LoHaLayer
+    from peft.tuners.lora import LoraLayer
+
+    assert LoHaLayer.adapter_layer_names == ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(LoraLayer.adapter_layer_names)
+    with pytest.raises(NotImplementedError, match="LoHa is not provided by this package; it provides LOKR"):
+        LoHaLayer(nn.Linear(2, 2))
+
+
+def test_subpackages_come_with_the_package():
+    script = "import peft; print(peft.helpers.__name__, peft.functional.__name__, peft.import_utils.__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "peft.helpers peft.functional peft.import_utils\n"
+
+
+# --- small functions --------------------------------------------------------------------------------------------------
+
+
+def test_installed_libraries_are_found_and_missing_ones_not():
+    from importlib.metadata import version
+
+    utils = peft.import_utils
+    functions = [getattr(utils, name) for name in vars(utils) if name.startswith("is_")]
+    assert len(functions) == 15
+    for function in functions:
+        assert function() in (True, False)
+    assert not utils.is_eetq_available()
+    assert not utils.is_te_pytorch_available()
+    parts = version("transformers").split(".")
+    assert getattr(utils, f"is_transformers_ge_v{parts[0]}")
+    assert getattr(utils, f"is_transformers_ge_v{'_'.join(parts[:3])}")
+    assert not getattr(utils, f"is_transformers_ge_v{int(parts[0]) + 1}_0_0")
+    assert not utils.is_transformers_le_4_53
+    with pytest.raises(AttributeError, match="has no attribute 'is_nothing'"):
+        _ = utils.is_nothing
+
+
+@pytest.mark.parametrize("method", sorted(conftest.METHODS))
+def test_the_tables_of_target_modules_count(method, monkeypatch):
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(method)]
+    table = getattr(peft.utils, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
+    assert table["llama"] == ["q_proj", "v_proj"]
+    assert table is tuner.default_target_modules
+    monkeypatch.setitem(table, "llama", ["o_proj"])
+    model = peft.get_peft_model(conftest.llama(), conftest.METHODS[method].config(task_type="CAUSAL_LM"))
+    assert {status.name.rpartition(".")[2] for status in model.get_layer_status()} == {"o_proj"}
+    others = [PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(other)] for other in conftest.METHODS if other != method]
+    assert all(list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others)
+    with pytest.raises(AttributeError):
+        _ = peft.utils.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
+
+
+def test_tokens_are_shifted():
+    labels = torch.tensor([[5, -100, 7], [1, 2, 3]])
+    assert peft.shift_tokens_right(labels, 0, 9).tolist() == [[9, 5, 0], [9, 1, 2]]
+    assert labels.tolist() == [[5, -100, 7], [1, 2, 3]]
+    with pytest.raises(ValueError, match="`pad_token_id` has to be defined"):
+        peft.shift_tokens_right(labels, None, 9)
+
+
+def test_weights_are_transposed():
+    weight = nn.Parameter(torch.arange(6.0).view(2, 3))
+    assert peft.utils.transpose(weight, False) is weight
+    turned = peft.utils.transpose(weight, True)
+    assert isinstance(turned, nn.Parameter)
+    assert torch.equal(turned, weight.T)
+    assert not isinstance(peft.utils.transpose(weight.data, True), nn.Parameter)
+
+
+def test_tensors_that_share_memory_are_known():
+    weight = torch.zeros(4, 4)
+    identify = peft.utils.id_tensor_storage
+    assert identify(weight) == identify(weight[1:]) == identify(weight.T)
+    assert identify(weight) != identify(weight.clone())
+
+
+def test_trainable_parameters_are_cast_up_and_frozen_ones_down(method):
+    model = peft.get_peft_model(conftest.mlp(), method.config(target_modules=["0"]), autocast_adapter_dtype=False).bfloat16()
+    peft.cast_mixed_precision_params(model, torch.float16)
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.float16)
+
+
+# --- FSDP -------------------------------------------------------------------------------------------------------------
+
+
+def wrapped(policy, model):
+    return {name for name, module in model.named_modules() if policy(module=module, recurse=False, nonwrapped_numel=0)}
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
+    return peft.get_peft_model(
+        conftest.llama(), conftest.METHODS["LOKR"].config(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+
+
+def test_blocks_and_trainable_leaves_are_wrapped(sharded, monkeypatch):
+    policy = peft.utils.other.fsdp_auto_wrap_policy(sharded)
+    assert policy.func is _or_policy
+    assert policy(module=sharded, recurse=True, nonwrapped_numel=0)
+    blocks = {f"base_model.model.model.layers.{i}" for i in range(2)}
+    head = "base_model.model.lm_head.modules_to_save.default"
+    assert wrapped(policy, sharded) == {*blocks, head}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,LlamaAttention")
+    policy = peft.utils.other.fsdp_auto_wrap_policy(sharded)
+    parts = {f"{block}.{part}" for block, part in itertools.product(blocks, ("mlp", "self_attn"))}
+    assert wrapped(policy, sharded) == {*parts, head}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nothing")
+    with pytest.raises(TypeError, match="Could not find the transformer layer class to wrap in the model: Nothing"):
+        peft.utils.other.fsdp_auto_wrap_policy(sharded)
+
+
+def test_factors_that_are_leaves_are_wrapped_by_themselves():
+    model = peft.get_peft_model(conftest.mlp(), conftest.METHODS["LORA"].config(target_modules=["0"]))
+    found = wrapped(peft.utils.other.fsdp_auto_wrap_policy(model), model)
+    assert found == {f"base_model.model.0.lora_{part}.default" for part in "AB"}
