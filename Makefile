@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test check lint types bench clean
 
 # torch goes first and by itself: what depends on it is then content with the build that is there.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -18,7 +18,13 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(INSTALL) -e '.[demo,test]'
+	$(INSTALL) -e '.[demo,test,clients]'
+	touch $@
+
+# Hugging Face PEFT, in a folder of its own, for the tests that exchange files with it.
+.peer/.version: constraints.txt | $(VENV)/.base
+	rm -rf .peer
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer peft==0.21.2
 	touch $@
 
 demo: $(VENV)/.demo ## train, compare, save, reload: eight tasks on handwritten digits
@@ -31,10 +37,18 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-test: $(VENV)/.test ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.test .peer/.version ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: lint types test ## what has to pass before a change goes in
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) .peer .peer-lycoris demo_output
+
+# Peers of the benchmark are in folders of their own too.
+.peer-lycoris/.version: | $(VENV)/.base
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer-lycoris lycoris-lora==4.1.3
+	touch $@
+
+bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter costs, by turns with the peers
+	$(BIN)/python -m benchmarks
