@@ -15,6 +15,7 @@ from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from . import _geometry
 from ._holder import AdapterParameterDict
@@ -47,7 +48,7 @@ class AdaptedModel(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: str | list[str] = []
-        self._paused: list[nn.Parameter] = []
+        self._paused: Pause | None = None
         every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
         self._methods_arguments = tuple(sorted(every.difference(inspect.signature(model.forward).parameters)))
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
@@ -194,7 +195,7 @@ class AdaptedModel(nn.Module):
         for container in self._shared():
             for name in container:
                 container[name].requires_grad_(name in names and not inference_mode)
-        self._paused = []
+        self._paused = None
         self._active = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -230,12 +231,12 @@ class AdaptedModel(nn.Module):
     def _enable(self, enabled: bool) -> None:
         for module in self._parts():
             module.enable_adapters(enabled)
-        if not enabled and not self._paused:
-            self._paused = [p for container in self._shared() for p in container.values() if p.requires_grad]
-        for parameter in self._paused:
-            parameter.requires_grad_(enabled)
-        if enabled:
-            self._paused = []
+        if not enabled and self._paused is None:
+            self._paused = Pause()
+            self._paused.begin(self._shared(), [p for container in self._shared() for p in container.values()])
+        elif enabled and self._paused is not None:
+            self._paused.end()
+            self._paused = None
 
     def _shared(self) -> Iterator[AdapterParameterDict]:
         for name in self.shared_parameter_names:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..utils.error import PeftValueError
 from ..utils.offload import bring_back
+from ..utils.pause import Pause
 from ..utils.sharding import whole
 
 
@@ -47,7 +48,7 @@ class AdapterHolder(nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self._paused: list[nn.Parameter] = []
+        self._paused = Pause()
 
     def base_scaling(self, adapter_name: str) -> float:
         """The factor that `scaling` starts from and `unscale_layer` returns to."""
@@ -76,7 +77,7 @@ class AdapterHolder(nn.Module):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; they become trainable unless `inference_mode`, the others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._paused = []
+        self._paused.forget()
         for name in self.scaling:
             self.set_requires_grad(name, name in names and not inference_mode)
         self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
@@ -99,14 +100,9 @@ class AdapterHolder(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, which also freezes them, or on, which unfreezes those that were frozen by that."""
         if not enabled and not self._disable_adapters:
-            every = [p for name in self.scaling for p in self.adapter_parameters(name)]
-            self._paused = [p for p in every if p.requires_grad]
-            for parameter in self._paused:
-                parameter.requires_grad_(False)
+            self._paused.begin([self], [p for name in self.scaling for p in self.adapter_parameters(name)])
         elif enabled:
-            for parameter in self._paused:
-                parameter.requires_grad_(True)
-            self._paused = []
+            self._paused.end()
         self._disable_adapters = not enabled
 
     def adopt(self, fresh: AdapterHolder) -> None:

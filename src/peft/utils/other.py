@@ -12,6 +12,8 @@ from torch import nn
 from .adapter_batch import ADAPTER_BATCHES
 from .error import PeftNotSupportedError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
+from .pause import Pause
+from .sharding import gathered
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -28,7 +30,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         super().__init__()
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-        self._paused: list[nn.Parameter] = []
+        self._paused = Pause()
         self.training = module_to_save.training
 
     # --- what a kind of wrapper supplies ------------------------------------------------------------------------------
@@ -74,11 +76,9 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's part, or the original module, while which all parts are frozen."""
         if not enabled and not self._disable_adapters:
-            self._paused = [p for name in self.adapters for p in self.parameters_of(name) if p.requires_grad]
-        for parameter in self._paused:
-            parameter.requires_grad_(enabled)
-        if enabled:
-            self._paused = []
+            self._paused.begin([self], [p for name in self.adapters for p in self.parameters_of(name)])
+        elif enabled:
+            self._paused.end()
         self._disable_adapters = not enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -91,7 +91,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         own = [name for name in names if name in self.adapters]
         if len(own) > 1:
             raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
-        self._paused = []
+        self._paused.forget()
         for name in self.adapters:
             self.set_requires_grad(name, name in own and not inference_mode)
         self._active_adapter = own
@@ -152,7 +152,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """A trainable copy of a module (of the original one, if it is wrapped already)."""
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
-        fresh = copy.deepcopy(module)
+        with gathered(module.parameters()):
+            fresh = copy.deepcopy(module)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return fresh

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -147,6 +147,19 @@ def refuse_empty(tensors: Mapping[str, Any]) -> None:
                 "`deepspeed.zero.GatheredParameters(...)`, or pass the gathered tensors (`accelerator.get_state_dict(model)`) as "
                 "`state_dict`."
             )
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A context in which parameters that ZeRO-3 has emptied are whole, to be read."""
+    emptied = [parameter for parameter in parameters if _is_emptied(parameter)]
+    if not emptied:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(emptied):
+        yield
 
 
 def is_without_memory(tensor: Tensor) -> bool:
