@@ -128,6 +128,19 @@ def test_whole_modules_and_token_rows_go_along(method, tmp_path):
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path), x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_embeddings_of_a_resized_vocabulary_go_along(method, tmp_path):
+    """As `save_pretrained` writes them, so that the file says all of what the model computes."""
+    llama().save_pretrained(tmp_path / "base")
+    base = llama()
+    base.resize_token_embeddings(52, mean_resizing=False)
+    model = get_peft_model(base, method.config(target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        state = convert_to_lora(model, **method.merge).state_dict
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(state[f"base_model.model.{name}.weight"], base.get_submodule(name).weight)
+
+
 @pytest.mark.parametrize("biases", ["all", "only"])
 def test_trained_biases_go_along(biases, tmp_path):
     torch.manual_seed(0)

@@ -86,7 +86,8 @@ def adapter_tensors(
         inside = {*_COPIES, *holders}  # biases in there are an adapter's own
         for name, tensor in tensors.items():
             layer = name.removesuffix(".base_layer.bias")
-            if name.endswith(".bias") and (config.trained_biases == "all" or layer in adapted) and inside.isdisjoint(name.split(".")):
+            is_trained = config.trained_biases == "all" or layer in adapted
+            if name.endswith(".bias") and is_trained and inside.isdisjoint(name.split(".")):
                 result.setdefault(name, tensor)  # a copy of the module in `modules_to_save` has a bias of this key
     for name, tensor in tensors.items():
         if is_embedding(name) and (embeddings is True or (not isinstance(embeddings, bool) and name in embeddings)):
@@ -125,8 +126,8 @@ def get_peft_model_state_dict(
             if the vocabulary was resized since the base model was loaded.
 
     Returns:
-        Tensors by checkpoint key: DTensors where FSDP2 shards the model; from FSDP1 whole, in pieces or only on the first process, as
-        it is set to give state dicts.
+        Tensors by checkpoint key: DTensors where FSDP2 shards the model; from FSDP1 whole, in pieces or only on the first
+        process, as it is set to give state dicts.
 
     Raises:
         CheckpointError: `state_dict` holds nothing of the adapter, in a form from which it can be read.
@@ -137,7 +138,8 @@ def get_peft_model_state_dict(
     config = adapter_config(model, adapter_name)
     named = own_values(model) if state_dict is None else state_dict
     embeddings: bool | set[str] = save_embedding_layers is True
-    if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in _EMBEDDINGS):
+    # Other writers of the format add the weight of adapted embeddings under these two names only.
+    if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in ("embed_tokens", "lm_head")):
         embeddings = {name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name}
     elif save_embedding_layers == "auto" and was_resized(model, config):
         warnings.warn(
@@ -165,7 +167,7 @@ def set_peft_model_state_dict(
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; where FSDP1 shards it, its outermost FSDP module.
-        peft_model_state_dict: Tensors by checkpoint key, the same on all processes: whole, or in pieces as a sharded model gives them.
+        peft_model_state_dict: Tensors by checkpoint key, the same on all processes: whole, or in pieces as from a sharded model.
         adapter_name: The adapter.
         ignore_mismatched_sizes: Leave out tensors of other shapes; they count as missing.
         low_cpu_mem_usage: Accepted for compatibility; parameters on the meta device are always replaced.

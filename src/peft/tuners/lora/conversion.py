@@ -21,8 +21,7 @@ from ...config import as_folder
 from ...utils.adapter_files import write_adapter
 from ...utils.error import PeftError, PeftValueError, UnsupportedModuleError
 from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ...utils.save_and_load import MODEL_ROOT, companion_tensors
-from ...utils.sharding import own_state
+from ...utils.save_and_load import MODEL_ROOT, get_peft_model_state_dict
 from .. import _targets
 from .._adapted import AdaptedModel
 from .._combining import outer_path
@@ -214,7 +213,7 @@ def _convert(
                 f"{prefix}{path}.{name}": tensor
                 for name, tensor in lora_tensors(layer, factors.A.detach(), factors.B.detach()).items()
             }
-    companions = companion_tensors(own_state(model).items(), config, adapter_name)
+    companions = _companions(model, config, adapter_name)
     return [
         LoraConversion.of(
             _lora_config(root, config, layers, part),
@@ -223,6 +222,14 @@ def _convert(
         )
         for part, state in zip(parts, tensors, strict=True)
     ]
+
+
+def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter's checkpoint has beside its layers' own tensors: whole modules, biases, rows of embeddings or all of them."""
+    tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    own = (*tuner_cls.tuner_layer_cls.adapter_layer_names, *tuner_cls.shared_parameter_names)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: tensor for key, tensor in state.items() if not any(part.startswith(own) for part in key.split("."))}
 
 
 def _root(model: nn.Module) -> tuple[nn.Module, str]:

@@ -45,7 +45,9 @@ class Linear(LoraLayer):
         B = self.lora_B[adapter_name]
         if self.lora_bias[adapter_name] or adapter_name in self.lora_start or not isinstance(B, Up):
             return super()._add(adapter_name, x, result)
-        return B(scaled(self.lora_A[adapter_name](x), self.scaling[adapter_name]), result, may_write_to_output(self.base_layer))
+        # Where there are gradients a plain sum is as fast, and its graph costs less to make.
+        in_place = not torch.is_grad_enabled() and may_write_to_output(self.base_layer)
+        return B(scaled(self.lora_A[adapter_name](x), self.scaling[adapter_name]), result, in_place)
 
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
         """Set an adapter to the largest singular values of the base weight ("pissa") or its first QR columns ("olora").
