@@ -137,9 +137,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """A context in which adapters compute in the precision of their input in place of casting it to that of their parameters.
+    """A context in which adapters do not cast their input to the precision of their parameters where that is narrower.
 
-    It is for who casts parameters when they are used, and keeps them in a narrower format until then.
+    It is for who keeps parameters in a narrow format and casts them when they are used.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.

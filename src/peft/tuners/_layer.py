@@ -69,9 +69,10 @@ class BaseTunerLayer(AdapterHolder):
         """What the adapter adds to the output for input `x`."""
         raise NotImplementedError
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`delta_activations` as a matrix product `p @ q` that is yet to be taken, in the output's order of elements; None where it
-        is no such product. It can then be added to the output as it is taken.
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """`delta_activations` as a matrix product `p @ q` yet to be taken, in the output's order of elements: it can be added to
+        the output as it is taken. The delta itself and None where it turned out not to end in one; None by itself, before anything
+        is computed, for a method whose never does.
         """
         return None
 
@@ -134,7 +135,8 @@ class BaseTunerLayer(AdapterHolder):
         product = self.delta_product(adapter_name, x)
         if product is None:
             return result + self.delta_activations(adapter_name, x)
-        return add_product(result, *product, in_place=may_write_to_output(self.base_layer))
+        p, q = product
+        return result + p if q is None else add_product(result, p, q, in_place=may_write_to_output(self.base_layer))
 
     def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
         """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""
@@ -151,8 +153,10 @@ class BaseTunerLayer(AdapterHolder):
         return result.index_copy(0, torch.cat(list(own.values())), torch.cat(parts))
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in the adapter's precision, unless `helpers.disable_input_dtype_casting` turned that off."""
-        return x.to(dtype) if self.cast_input_dtype_enabled else x
+        """`x` in the adapter's precision, but where `helpers.disable_input_dtype_casting` says so not in a narrower one than its
+        own: that is for storage then.
+        """
+        return x.to(dtype) if self.cast_input_dtype_enabled or dtype.itemsize >= x.dtype.itemsize else x
 
     def __getattr__(self, name: str) -> Any:
         """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …), private names apart."""

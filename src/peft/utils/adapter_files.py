@@ -38,8 +38,9 @@ _DIGEST = "adapter_config_sha256"
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A context in which no other process writes an adapter to a folder: all processes of a training run may save at once. Where the
-    file system knows no locks, or one is held for a minute, it goes on without.
+    """A context in which no other process writes an adapter to a folder: all processes of a training run may save at once.
+
+    Where the file system knows no locks, or one is held for a minute, it goes on without.
     """
     handle = None
     try:

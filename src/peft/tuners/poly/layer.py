@@ -123,7 +123,7 @@ class PolyLayer(BaseTunerLayer):
         """`x·A_w·B_w / r` with the weights of each row's task or input."""
         return poly_delta(*self._operands(adapter_name, x))
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102
         return poly_product(*self._operands(adapter_name, x))
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:

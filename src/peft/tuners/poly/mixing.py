@@ -113,24 +113,23 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    p, q = _last_product(x, weights, A, B, scale)
-    delta = p.bmm(q)
-    if delta.shape[-1] < A.shape[0] * B.shape[3]:
-        delta = delta.transpose(0, 1)  # splits lead
-    return delta.reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
+    p, q = poly_product(x, weights, A, B, scale)
+    return p if q is None else p.bmm(q).reshape(*x.shape[:-1], q.shape[-1])
 
 
-def poly_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor] | None:
+def poly_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """`poly_delta` up to its last matrix product.
 
     Returns:
-        `p [n, rows, k]` and `q [n, k, out]` with `delta = p @ q` in the order of elements of `[rows, ..., out]`; None where the
-        splits are the batch of that product.
+        `p [n, rows, k]` and `q [n, k, out]` with `delta = p @ q` in the order of elements of `[rows, ..., out]`; where the
+        splits are the batch of that product, the delta and None.
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
     p, q = _last_product(x, weights, A, B, scale)
-    return None if q.shape[-1] < A.shape[0] * B.shape[3] else (p, q)
+    if q.shape[-1] == A.shape[0] * B.shape[3]:
+        return p, q
+    return p.bmm(q).transpose(0, 1).reshape(*x.shape[:-1], A.shape[0] * B.shape[3]), None  # splits lead
 
 
 def _last_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -172,7 +171,7 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
 
 
 def _certainly(condition: bool) -> bool:
-    """A comparison of sizes. While a graph for free sizes is made, whether it holds for all of them: one graph then does for all."""
+    """A comparison of sizes; while a graph for free sizes is made, whether it holds for all of them: so one graph does."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
