@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from bases import make_base, make_inputs
+from interchange_bases import make_base, make_inputs
 
 import peft
 

@@ -16,7 +16,15 @@ TARGETS = {
     "bert": [["query", "value"], ["attention.output.dense"], None],
     "t5": [["q", "v"], ["wi", "wo"], r"decoder.*\.[qk]", None],
 }
-SAVED = {"mlp": ["head"], "conv": ["head"], "embedder": ["head"], "llama": ["lm_head"], "gpt2": ["wte"], "bert": ["LayerNorm"], "t5": ["lm_head"]}
+SAVED = {
+    "mlp": ["head"],
+    "conv": ["head"],
+    "embedder": ["head"],
+    "llama": ["lm_head"],
+    "gpt2": ["wte"],
+    "bert": ["LayerNorm"],
+    "t5": ["lm_head"],
+}
 # The lists of layers that `layers_to_transform` counts in.
 LAYERS = {"llama": "layers", "gpt2": "h", "bert": "layer"}
 # Bases whose embedding can have rows trained.
@@ -32,7 +40,12 @@ NAMED = {
     "t5": ["q", "block.1.layer.0.SelfAttention.v"],
 }
 TRANSFORMERS = {
-    "llama": [("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"), ("Model", "FEATURE_EXTRACTION"), ("ForCausalLM", None)],
+    "llama": [
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("Model", "FEATURE_EXTRACTION"),
+        ("ForCausalLM", None),
+    ],
     "gpt2": [("LMHeadModel", "CAUSAL_LM"), ("ForTokenClassification", "TOKEN_CLS")],
     "bert": [("ForTokenClassification", "TOKEN_CLS"), ("ForSequenceClassification", "SEQ_CLS"), ("Model", None)],
     "t5": [("ForConditionalGeneration", "SEQ_2_SEQ_LM")],
@@ -60,7 +73,7 @@ class Maker:
         elif kind == "mlp":
             base = [kind, self.pick([8, 12, 16]), self.pick([12, 20, 24])]
         elif kind == "conv":
-            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoKr and LoHa there have no Conv3d
+            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoKr there has no Conv3d
             # LoRA there does not follow dilation, and can't merge into groups or into a Conv3d with a kernel of one.
             dilation, groups = (1, 1) if method == "Lora" else (self.pick([1, 2]), self.pick([1, 2]))
             base = [kind, dimensions, self.pick([1, 2, 3] if dimensions < 3 else [2, 3]), self.pick([1, 2]), dilation, groups]
@@ -71,8 +84,9 @@ class Maker:
         # Two adapters can't both train biases or, as a rule, the head of a task; nor there can one have rows of an embedding alone.
         if not self.single and task not in ("SEQ_CLS", "TOKEN_CLS") and self.chance(0.35):
             adapters["other"] = self.config(base, task, alone=False)
-        # What can be made a LoRA there: linear layers without trained biases.
-        convertible = method in ("LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and not self.single
+        # What can be made a LoRA there: linear layers without trained biases, all layers that the config's names fit, one adapter.
+        alone = len(adapters) == 1 and not self.single and "exclude_modules" not in first
+        convertible = method in ("LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and alone
         return {
             "id": f"{method.lower()}-{self.index:02}",
             "config_class": f"{method}Config",
@@ -92,8 +106,15 @@ class Maker:
         unfit = [] if self.method == "Lora" else [None]
         targets = self.pick([t for t in TARGETS[kind] if t not in [*unfit, *([] if alone else ["all-linear"])]])
         config = {"target_modules": targets, "task_type": task, **getattr(self, self.method.lower())(base, alone)}
-        if self.chance(0.25) and not config.get("trainable_token_indices") and not (kind == "bert" and task is None) and not (alone is False):
-            saved = SAVED[kind] if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION") else ["embed_tokens"]
+        if (
+            self.chance(0.25)
+            and not config.get("trainable_token_indices")
+            and not (kind == "bert" and task is None)
+            and not (alone is False)
+        ):
+            saved = (
+                SAVED[kind] if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION") else ["embed_tokens"]
+            )
             config["modules_to_save"] = list(saved)
         if self.chance(0.2):
             config["exclude_modules"] = self.pick([r".*\.0\..*", ["nothing_of_this_name"]])
@@ -128,18 +149,6 @@ class Maker:
             "module_dropout": self.pick([0.0, 0.3]),
             "rank_dropout_scale": self.chance(0.3),
             "init_weights": self.pick([True, "lycoris", False]),
-            **self.patterns(base[0]),
-        }
-
-    def loha(self, base, alone):
-        """LoHa."""
-        return {
-            "r": self.pick([1, 2, 4]),
-            "alpha": self.pick([1, 4, 8]),
-            "use_effective_conv2d": base[0] == "conv" and base[1] == 2 and self.chance(0.5),
-            "rank_dropout": self.pick([0.0, 0.3]),
-            "module_dropout": self.pick([0.0, 0.3]),
-            "init_weights": self.pick([True, False]),
             **self.patterns(base[0]),
         }
 
@@ -191,12 +200,11 @@ class Maker:
 
 KINDS = {
     "LoKr": ["mlp", "conv", "conv", "llama", "bert", "t5"],
-    "LoHa": ["mlp", "conv", "llama"],
     "VBLoRA": ["mlp", "llama", "gpt2", "gpt2", "bert", "t5"],
     "Poly": ["llama", "bert", "t5"],
     "Lora": ["mlp", "conv", "embedder", "llama", "gpt2", "bert", "t5"],
 }
-COUNTS = {"LoKr": 40, "LoHa": 12, "VBLoRA": 40, "Poly": 40, "Lora": 40}
+COUNTS = {"LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
 
 
 def make_cases(seed):

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters written by this package are read by Hugging Face PEFT, and the other way round, to the same outputs and gradients.
+
+Both packages are called `peft`, so each works in processes of its own: `worker.py` with the one or the other on its path. Hugging Face
+PEFT is looked for in the folder that `PEFT_PEER` names, `.peer` by default, where `make test` installs it. Where it is missing the tests
+are skipped; on CI that is an error. `PEFT_INTERCHANGE_SEED` makes other random adapters.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from interchange_cases import make_cases
+from safetensors.torch import load_file
+
+import peft
+
+pytestmark = pytest.mark.xdist_group("interchange")
+
+PEER = Path(os.environ.get("PEFT_PEER", Path(__file__).parents[2] / ".peer")).resolve()
+PEER_VERSION = "0.21.2"
+PACKAGES = {"ours": Path(peft.__file__).resolve().parents[1], "theirs": PEER}
+CASES = {case["id"]: case for case in make_cases(int(os.environ.get("PEFT_INTERCHANGE_SEED", "0")))}
+EXACT, SPARSE, CONVERTED = 1e-9, 1e-5, 1e-4
+
+
+def work(verb, package, folder, result):
+    """Have a package write all cases to a folder or read them from it."""
+    job = result.with_suffix(".json")
+    job.write_text(json.dumps({"cases": list(CASES.values()), "folder": str(folder)}))
+    options = {
+        "PYTHONPATH": str(PACKAGES[package]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, Path(__file__).with_name("worker.py"), verb, PACKAGES[package], job, result]
+    done = subprocess.run(command, env={**os.environ, **options}, cwd=result.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(result)
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """What each package measured, by what it did, who it is, and case; and the folders that each wrote to."""
+    if not (PEER / "peft").is_dir():
+        message = f"Hugging Face PEFT is not in {PEER}; `make test` puts it there."
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    root = tmp_path_factory.mktemp("interchange")
+    found = {"folders": {name: root / f"by {name}" for name in PACKAGES}}
+    with ThreadPoolExecutor(2) as pool:
+        for verb, source in ("write", {"ours": "ours", "theirs": "theirs"}), ("read", {"ours": "theirs", "theirs": "ours"}):
+            jobs = {
+                name: pool.submit(work, verb, name, found["folders"][source[name]], root / f"{verb} {name}.pt") for name in PACKAGES
+            }
+            for name, job in jobs.items():
+                result = job.result()
+                assert result["version"] == {"ours": peft.__version__, "theirs": PEER_VERSION}[name]
+                found[verb, name] = result["cases"]
+    return found
+
+
+def outcome(results, verb, package, case):
+    """One result; that there is one is part of the test."""
+    result = results[verb, package][case]
+    assert "error" not in result, f"{package}, asked to {verb} {CASES[case]}:\n{result['error']}"
+    return result
+
+
+def assert_same(found, expected, case):
+    """Two measurements agree, in every tensor there is."""
+    # Weights of chosen vectors are float32 and go through a logarithm and back.
+    sparse = any(config.get("save_only_topk_weights") for config in CASES[case]["adapters"].values())
+    assert found.keys() == expected.keys()
+    for name, theirs in expected.items():
+        if name == "warnings":
+            continue
+        if isinstance(theirs, dict):
+            assert found[name].keys() == theirs.keys()
+            pairs = [(f"{name}: {key}", found[name][key], tensor) for key, tensor in theirs.items()]
+        else:
+            pairs = [(name, found[name], theirs)]
+        limit = CONVERTED if name == "output as LoRA" else SPARSE if sparse else EXACT
+        for label, ours, tensor in pairs:
+            assert ours.shape == tensor.shape, f"{label} of {CASES[case]}"
+            if tensor.numel():
+                ours, tensor = ours.double(), tensor.double()
+                difference, size = (ours - tensor).abs().max(), tensor.abs().max()
+                assert difference <= limit * (1 + size), f"{label} differs by {difference:.2g} of {size:.2g}: {CASES[case]}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_write_the_same_files(results, case):
+    outcome(results, "write", "ours", case), outcome(results, "write", "theirs", case)
+    for adapter in CASES[case]["adapters"]:
+        fields, tensors = {}, {}
+        for package, folder in results["folders"].items():
+            folder = folder / case / ("" if adapter == "default" else adapter)
+            fields[package] = json.loads((folder / "adapter_config.json").read_text())
+            if CASES[case]["file"] == "safetensors":
+                tensors[package] = load_file(folder / "adapter_model.safetensors")
+            else:
+                tensors[package] = torch.load(folder / "adapter_model.bin", weights_only=True)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            for package in PACKAGES:
+                value = fields[package].get(name)
+                fields[package][name] = sorted(value) if isinstance(value, list) else value
+        assert fields["ours"].pop("peft_version") == peft.__version__
+        assert fields["theirs"].pop("peft_version") == PEER_VERSION
+        if CASES[case]["adapters"][adapter]["target_modules"] == "all-linear":  # the names are written out, at different lengths
+            assert fields["ours"].pop("target_modules"), fields["theirs"].pop("target_modules")
+        assert fields["ours"] == fields["theirs"]
+        # With all biases, the peer repeats those of modules that are trained whole, and adds the frozen ones.
+        repeated = {key for key in tensors["theirs"] if key.endswith((".modules_to_save.bias", ".original_module.bias"))}
+        assert tensors["ours"].keys() == tensors["theirs"].keys() - repeated
+        for key, tensor in tensors["ours"].items():
+            assert tensor.dtype == tensors["theirs"][key].dtype
+            torch.testing.assert_close(tensor, tensors["theirs"][key], rtol=0, atol=1e-6 if key.endswith("_topk_weights") else 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_compute_the_same(results, case):
+    assert_same(outcome(results, "write", "ours", case), outcome(results, "write", "theirs", case), case)
+
+
+@pytest.mark.parametrize(("reader", "writer"), [("ours", "theirs"), ("theirs", "ours")])
+@pytest.mark.parametrize("case", CASES)
+def test_one_reads_what_the_other_wrote(results, case, reader, writer):
+    read, written = outcome(results, "read", reader, case), outcome(results, "write", writer, case)
+    assert_same(read, written, case)
+    # A config may earn a remark, about a pattern that fits nothing for example; that another package wrote it may not.
+    assert set(read["warnings"]) <= set(outcome(results, "write", reader, case)["warnings"])
