@@ -12,15 +12,18 @@ from torch import nn
 
 import peft
 from peft import get_peft_model, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 3
 
 
-def adapted(method, seed=0, dtype=torch.float32, checkpointing=False, **fields):
-    """A small model with an adapter, the same for the same seed."""
+def adapted(method, seed=0, dtype=torch.float32, checkpointing=False, shard=None, **fields):
+    """A small model with an adapter, the same for the same seed; `shard` is called with the base."""
     torch.manual_seed(0)
     base = llama().to(dtype)
+    if shard is not None:
+        shard(base)
     torch.manual_seed(1 + seed)
     config = METHODS[method].config(target_modules=TARGETS, task_type="CAUSAL_LM", **fields)
     model = get_peft_model(base, config).train()
@@ -46,10 +49,15 @@ def optimiser_of(model, lr=0.5):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.5)
 
 
-def train(model, method, optimiser, steps=range(STEPS)):
-    """Train on this process's part of each batch; the mean loss of all processes in each step."""
+def train(model, method, optimiser, steps=range(STEPS), plain=None):
+    """Train on this process's part of each batch; the mean loss of all processes in each step. With `plain`, the `PeftModel`, its
+    base is asked in between, as trainers do for a reference.
+    """
     losses = []
     for step in steps:
+        if plain is not None:
+            with plain.disable_adapter(), torch.no_grad():
+                model(**batch(method, step, dist.get_rank()))
         seed_draws(step, dist.get_rank())
         optimiser.zero_grad()
         loss = model(**batch(method, step, dist.get_rank())).loss
@@ -80,12 +88,12 @@ def reference(method, steps=STEPS, **fields):
     return losses, {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}, frozen
 
 
-def ddp(method, **fields):
-    model = adapted(method, seed=dist.get_rank(), **fields)  # rank 0's adapter is what counts
+def ddp(method, ask_base=False, fields=None):
+    model = adapted(method, seed=dist.get_rank(), **(fields or {}))  # rank 0's adapter is what counts
     wrapped = nn.parallel.DistributedDataParallel(model)
-    losses = train(wrapped, method, optimiser_of(wrapped))
+    losses = train(wrapped, method, optimiser_of(wrapped), plain=model if ask_base else None)
     grads = [name for name, p in model.named_parameters() if p.grad is not None]
-    return losses, dict(get_peft_model_state_dict(model)), grads
+    return losses, dict(get_peft_model_state_dict(wrapped)), grads
 
 
 def whole(state):
@@ -103,9 +111,9 @@ def fsdp2_model(method, per_layer=True, seed=0, fields=None, **options):
     return fully_shard(model, **options)
 
 
-def fsdp2(method, **options):
+def fsdp2(method, ask_base=False, **options):
     model = fsdp2_model(method, **options)
-    losses = train(model, method, optimiser_of(model))
+    losses = train(model, method, optimiser_of(model), plain=model if ask_base else None)
     grads = [name for name, p in model.named_parameters() if p.grad is not None]
     return losses, whole(get_peft_model_state_dict(model)), grads
 
@@ -118,12 +126,14 @@ def fsdp1_model(method, policy=None, seed=0, fields=None, **options):
     model = adapted(method, seed=seed, **(fields or {}))
     if policy == "layers":
         options["auto_wrap_policy"] = ModuleWrapPolicy({LlamaDecoderLayer})
-    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **options)
+    elif policy == "peft":
+        options["auto_wrap_policy"] = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
 
 
-def fsdp1(method, **options):
+def fsdp1(method, ask_base=False, **options):
     model = fsdp1_model(method, **options)
-    losses = train(model, method, optimiser_of(model))
+    losses = train(model, method, optimiser_of(model), plain=model if ask_base else None)
     grads = [name for name, p in model.named_parameters() if p.grad is not None]
     return losses, whole(get_peft_model_state_dict(model)), grads
 
@@ -425,3 +435,152 @@ def trainer(method, folder, fsdp=None):
         for name in list(os.environ):
             if "FSDP" in name:
                 del os.environ[name]
+
+
+def engine_of(model, stage):
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimiser_of(model), config=config)[0]
+
+
+def train_engine(engine, method, steps=range(STEPS)):
+    losses = []
+    for step in steps:
+        seed_draws(step, dist.get_rank())
+        loss = engine(**batch(method, step, dist.get_rank())).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return losses
+
+
+def zero_init(method):
+    """Adapt a base model whose weights ZeRO-3 has distributed as they were made; merge while it gathers them."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    shard = functools.partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=torch.float32)
+    model = adapted(method, shard=shard, modules_to_save=["lm_head"])
+    engine = engine_of(model, 3)
+    losses = train_engine(engine, method)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+        model.merge_adapter(**METHODS[method].merge)
+        weight = model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight
+        merged = weight.detach().clone()
+        model.unmerge_adapter()
+        plain = weight.detach().clone()
+    return losses, state, merged, plain
+
+
+def zero(method, stage, folder):
+    """Train with ZeRO; read the adapter, save and load it in each way there is."""
+    import deepspeed
+
+    model = adapted(method)
+    engine = engine_of(model, stage)
+    losses = train_engine(engine, method)
+    refused = []
+    if stage == 3:
+        for call in (
+            lambda: get_peft_model_state_dict(model),
+            lambda: model.save_pretrained(f"{folder}/never"),
+            lambda: peft.set_peft_model_state_dict(model, {}),
+            lambda: model.merge_adapter(**METHODS[method].merge),
+        ):
+            try:
+                call()
+            except peft.PeftError as error:
+                refused.append(str(error))
+    context = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0) if stage == 3 else nullcontext()
+    with context:
+        state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(engine).items()}
+        peft.set_peft_model_state_dict(model, {key: tensor + 1 for key, tensor in state.items()})
+        peft.set_peft_model_state_dict(model, state)
+    whole_model = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module_state_dict()
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0, state_dict=whole_model)
+    engine.save_checkpoint(f"{folder}/engine", exclude_frozen_parameters=True)
+    losses += train_engine(engine, method, range(STEPS, STEPS + 2))
+    again = engine_of(adapted(method, seed=5), stage)
+    again.load_checkpoint(f"{folder}/engine", load_module_strict=False)
+    resumed = train_engine(again, method, range(STEPS, STEPS + 2))
+    return losses, state, refused, resumed
+
+
+def generation(method):
+    """What a sharded model and a plain one generate."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    tokens = batch(method, 0, 0)
+    tokens.pop("labels")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = adapted(method).eval().generate(**tokens, **options)
+    model = fsdp2_model(method).eval()
+    register_fsdp_forward_method(model, "generate")
+    return expected, model.generate(**tokens, **options)
+
+
+def native(method, engine):
+    """Adapters in a model of another class than `PeftModel`."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def make(seed):
+        torch.manual_seed(0)
+        base = llama()
+        torch.manual_seed(1 + seed)
+        model = peft.inject_adapter_in_model(METHODS[method].config(target_modules=TARGETS), base)
+        if engine == "ddp":
+            return nn.parallel.DistributedDataParallel(model)
+        return fully_shard(model) if engine == "fsdp2" else FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+    model, again = make(0), make(5)
+    state = whole(get_peft_model_state_dict(model))
+    result = peft.set_peft_model_state_dict(again, state)
+    return result, state, whole(get_peft_model_state_dict(again))
+
+
+def misfit(method, engine):
+    """A checkpoint that does not fit, and slices seen from inside."""
+    make = {"fsdp1": functools.partial(fsdp1_model, policy="layers"), "fsdp2": fsdp2_model}[engine]
+    model = make(method)
+    state = whole(get_peft_model_state_dict(model))
+    bad = dict(state)
+    bad[next(iter(bad))] = torch.zeros(3, 5, 7)
+    messages = []
+    calls = [lambda: peft.set_peft_model_state_dict(model, bad)]
+    if engine == "fsdp1":
+        calls += [lambda: get_peft_model_state_dict(model.module), lambda: model.module.save_pretrained("never")]
+        calls += [lambda: peft.set_peft_model_state_dict(model.module, state)]
+    for call in calls:
+        try:
+            call()
+        except peft.PeftError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages, state, whole(get_peft_model_state_dict(model))
+
+
+def traffic(method):
+    """How many numbers data parallelism averages in a step, and how many parameters are trainable."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model = adapted(method)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    sizes = []
+
+    def hook(state, bucket):
+        sizes.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    train(wrapped, method, optimiser_of(wrapped), range(1))
+    return sum(sizes), model.get_nb_trainable_parameters()[0]

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes against one: the same losses and adapters, whole and sharded checkpoints, and resuming."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS
+
+sys.path.insert(0, str(Path(__file__).parent))
+import jobs
+from pool import Pool
+
+pytestmark = pytest.mark.xdist_group("distributed")
+ENGINES = {
+    "ddp": ("ddp", {}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2 root": ("fsdp2", {"per_layer": False}),
+    "fsdp1 layers": ("fsdp1", {"policy": "layers"}),
+    "fsdp1 policy": ("fsdp1", {"policy": "peft"}),
+    "fsdp1 root": ("fsdp1", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def pool():
+    pool = Pool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def references():
+    """The training in one process, once for each method."""
+    known = {}
+
+    def reference(name):
+        if name not in known:
+            known[name] = jobs.reference(name)
+        return known[name]
+
+    return reference
+
+
+def close(left, right):
+    assert left.keys() == right.keys()
+    for key, tensor in right.items():
+        torch.testing.assert_close(left[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one(pool, references, name, engine):
+    job, options = ENGINES[engine]
+    losses, adapter, _ = references(name)
+    for found, state, gradients in pool.run(job, name, **options):
+        assert found == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+        assert gradients or engine.startswith("fsdp1")
+        assert not any("base_layer" in parameter or "embed_tokens" in parameter for parameter in gradients)
+
+
+@pytest.mark.parametrize(("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"}), ("fsdp1", {})])
+def test_an_adapter_goes_from_one_sharded_model_to_another(pool, name, engine, options):
+    for before, state, after, result, (expected, logits) in pool.run("roundtrip", engine, name, **options):
+        assert state
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert any(not torch.equal(before[key], state[key]) for key in state)
+        close(after, state)
+        torch.testing.assert_close(logits, expected)
+
+
+def test_sharded_checkpoints_resume(pool, name, tmp_path):
+    for kind in (True, False):
+        for expected, resumed, _ in pool.run("dcp", name, str(tmp_path / str(kind)), kind):
+            assert resumed == pytest.approx(expected, rel=1e-5)
+    for result, expected, loaded in pool.run("dcp_adapter", name, str(tmp_path / "adapter")):
+        assert not result.missing_keys
+        close(loaded, expected)
+
+
+def test_a_gathered_state_is_an_ordinary_checkpoint(pool, name, tmp_path):
+    expected = dict(jobs.get_peft_model_state_dict(jobs.adapted(name)))
+    for _, state in pool.run("gathered", name, str(tmp_path)):
+        close(state, expected)
+    from safetensors.torch import load_file
+
+    close(load_file(tmp_path / "adapter_model.safetensors"), expected)
+
+
+def test_saving_a_sharded_model(pool, name, tmp_path):
+    for state in pool.run("save_sharded", name, str(tmp_path)):
+        close(state, dict(jobs.get_peft_model_state_dict(jobs.adapted(name))))
+
+
+def test_merging_a_sharded_model(pool, name):
+    for before, merged, after, off, again in pool.run("merging", name, "fsdp2"):
+        torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after, before)
+        torch.testing.assert_close(again, before)
+        assert not torch.allclose(off, before, atol=1e-4)
+
+
+@pytest.mark.parametrize(("version", "kind"), [(1, "SHARDED_STATE_DICT"), (1, "FULL_STATE_DICT"), (2, "SHARDED_STATE_DICT")])
+def test_accelerate_saves_and_resumes(pool, name, tmp_path, version, kind):
+    for _, losses, resumed in pool.run("accelerate_fsdp", name, str(tmp_path), version, kind):
+        assert resumed == pytest.approx(losses[2:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(pool, references, name, tmp_path, stage):
+    losses, adapter, _ = references(name)
+    for found, state, refused, resumed in pool.run("zero", name, stage, str(tmp_path)):
+        assert found[: jobs.STEPS] == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+        assert resumed == pytest.approx(found[jobs.STEPS :], rel=1e-4)
+        assert len(refused) == (4 if stage == 3 else 0)
+
+
+def test_trainer_in_two_processes(pool, name, tmp_path):
+    for first, second, state, resumed in pool.run("trainer", name, str(tmp_path)):
+        assert second[-2:] == pytest.approx(first[-2:], rel=1e-4)
+        close(resumed, state)
