@@ -460,6 +460,10 @@ def test_forward_called_past_all_hooks():
         for call in (model, model.forward):
             with pytest.raises((IndexError, RuntimeError)):
                 call(IDS + 1000, task_ids=ids)
+            written = model.generate(IDS, task_ids=ids, max_new_tokens=2, do_sample=False)
+            assert torch.equal(written, wrapped.generate(input_ids=IDS, task_ids=ids, max_new_tokens=2, do_sample=False))
+            with pytest.raises((IndexError, RuntimeError)):
+                call(IDS + 1000, task_ids=ids)
             with pytest.raises(ValueError, match="task_ids should not be None"):
                 model.forward(IDS)
             with pytest.raises(ValueError, match="task_ids should not be None"):

@@ -45,7 +45,10 @@ KINDS = {
     "embedding": (lambda: nn.Embedding(10, 6), ids),
     "scaled embedding": (scaled_embedding, ids),
     "conv1d": (lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 9).double()),
-    "conv2d dilated": (lambda: nn.Conv2d(4, 8, (1, 3), padding="same", dilation=2, bias=False), lambda: torch.randn(2, 4, 6, 6).double()),
+    "conv2d dilated": (
+        lambda: nn.Conv2d(4, 8, (1, 3), padding="same", dilation=2, bias=False),
+        lambda: torch.randn(2, 4, 6, 6).double(),
+    ),
     "conv2d circular": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), lambda: torch.randn(2, 4, 6, 6).double()),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 3, 3, 3).double()),
 }
@@ -398,6 +401,7 @@ def test_the_scale_and_rank_of_each_layer():
     layers = get_peft_model(base, LoraConfig(**fields)).base_model.model
     assert [layer.scaling["default"] for layer in layers] == [1.5, 3.0, 0.25]
     assert [layer.lora_A["default"].weight.shape[0] for layer in layers] == [4, 2, 4]
+    base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     layers = get_peft_model(base, LoraConfig(**fields, use_rslora=True)).base_model.model
     assert [layer.scaling["default"] for layer in layers] == [3.0, 6 / math.sqrt(2), 0.5]
     layers[0].set_scale("default", 2)
@@ -462,7 +466,9 @@ def test_autocast_and_mixed_precision():
 
 
 @pytest.mark.parametrize("kind", ["linear", "transformers.Conv1D", "embedding", "scaled embedding", "conv2d circular"])
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}], ids=["lora", "dora", "dropout"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}], ids=["lora", "dora", "dropout"]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_whole(kind, fields, training):
     torch._dynamo.reset()

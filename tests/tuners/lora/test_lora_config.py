@@ -122,7 +122,10 @@ def test_features_that_are_not_provided(name, value):
         ({"alpha_pattern": {"q": "a"}}, r"`alpha_pattern\['q'\]`='a'"),
         ({"use_dora": True, "lora_bias": True}, "does not go with `use_dora`"),
         ({"lora_bias": True, "init_lora_weights": "gaussian"}, "goes with `init_lora_weights` True or False, found 'gaussian'"),
-        ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
+        (
+            {"target_modules": ".*q", "layers_to_transform": [0]},
+            "`layers_to_transform` cannot be used when `target_modules` is a str",
+        ),
         ({"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
         ({"use_rslora": 1}, "`use_rslora`=1 must be True or False"),
     ],
@@ -210,7 +213,10 @@ def test_biases_and_whole_modules(tmp_path):
 
 def test_an_adapted_embedding_is_saved_with_its_weight(tmp_path):
     """Its vocabulary may have been extended before; other embeddings are left out."""
-    for target, saved in (["embed_tokens"], {"model.embed_tokens"}), (["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}):
+    for target, saved in (
+        (["embed_tokens"], {"model.embed_tokens"}),
+        (["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
+    ):
         model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", *target]))
         with torch.no_grad():
             for layer in model.modules():
