@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_short_form(tmp_path):
     options = "--width 128 --layers 1 --tokens 4 --batch 2 --decode-batch 2 --rounds 1 --repeat 3 --threads 1 --library ours"
-    command = [sys.executable, "-m", "benchmarks", *options.split(), "--method", "mhr", "--mode", "train", "decode", "--output", str(tmp_path)]
+    options += f" --method mhr --mode train decode --output {tmp_path}"
+    command = [sys.executable, "-m", "benchmarks", *options.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "results.json").read_text())

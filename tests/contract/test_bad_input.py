@@ -71,7 +71,8 @@ def test_a_config_spoilt_later_is_refused_at_injection(method):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"), [({}, ValueError, "no `peft_type`"), ({"peft_type": "IA3"}, ValueError, "LOKR, LORA, POLY, VBLORA")]
+    ("content", "error", "message"),
+    [({}, ValueError, "no `peft_type`"), ({"peft_type": "IA3"}, ValueError, "LOKR, LORA, POLY, VBLORA")],
 )
 def test_configs_of_other_methods(content, error, message):
     with pytest.raises(error, match=message):

@@ -541,7 +541,11 @@ def native(method, engine):
         model = peft.inject_adapter_in_model(METHODS[method].config(target_modules=TARGETS), base)
         if engine == "ddp":
             return nn.parallel.DistributedDataParallel(model)
-        return fully_shard(model) if engine == "fsdp2" else FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        return (
+            fully_shard(model)
+            if engine == "fsdp2"
+            else FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        )
 
     model, again = make(0), make(5)
     state = whole(get_peft_model_state_dict(model))

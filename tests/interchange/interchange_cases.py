@@ -110,7 +110,7 @@ class Maker:
             self.chance(0.25)
             and not config.get("trainable_token_indices")
             and not (kind == "bert" and task is None)
-            and not (alone is False)
+            and alone is not False
         ):
             saved = (
                 SAVED[kind] if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION") else ["embed_tokens"]

@@ -161,8 +161,9 @@ def stored_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     if is_elsewhere(weight):
         raise PeftNotSupportedError(
-            f"The weight of a {type(module).__name__} is spread over several processes, so that nothing can be merged into it; merge "
-            "inside `FullyShardedDataParallel.summon_full_params(...)` or `deepspeed.zero.GatheredParameters(...)`, or in one process."
+            f"The weight of a {type(module).__name__} is spread over several processes, so that nothing can be merged into it; "
+            "merge inside `FullyShardedDataParallel.summon_full_params(...)` or `deepspeed.zero.GatheredParameters(...)`, or in "
+            "one process."
         )
     if not isinstance(weight, Tensor) or is_quantised(module):
         raise PeftNotSupportedError(

@@ -9,8 +9,9 @@ from torch import nn
 
 
 class Pause:
-    """Which parameters are frozen for a while, by the places they have in modules: FSDP2 puts other tensors there to compute with, and
-    what is trainable in a forward is decided by those.
+    """Which parameters are frozen for a while, by the places they have in modules.
+
+    FSDP2 puts other tensors there to compute with, and what is trainable in a forward is decided by those.
     """
 
     def __init__(self) -> None:

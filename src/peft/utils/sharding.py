@@ -118,9 +118,9 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
             if getattr(options, "rank0_only", False) and unit.rank != 0:
                 continue
             for name, tensor in unit.named_parameters():
-                key = wanted[id(unit)].get(unwrapped(name))
-                if key is not None:
-                    result[key] = tensor.detach().to("cpu" if options.offload_to_cpu else tensor.device, copy=True)
+                found = wanted[id(unit)].get(unwrapped(name))
+                if found is not None:
+                    result[found] = tensor.detach().to("cpu" if options.offload_to_cpu else tensor.device, copy=True)
     return {key: result[key] for key in tensors if key in result}
 
 
@@ -203,7 +203,8 @@ def cut_like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_emptied(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and hasattr(tensor, "ds_id") and tensor.numel() == 0 != tensor.ds_numel
+    numel = getattr(tensor, "ds_numel", 0)  # what DeepSpeed notes of a parameter that it distributes
+    return isinstance(tensor, Tensor) and tensor.numel() == 0 != numel
 
 
 def _detached(value: Any) -> Any:
@@ -243,7 +244,7 @@ def _stand_ins(units: Mapping[str, Any]) -> list[tuple[Tensor, Place]]:
     """A tensor without memory for each parameter that FSDP1 holds."""
     result = []
     for path, unit in units.items():
-        flat = None if unit._handle is None else unit._handle.flat_param
+        flat: Any = None if unit._handle is None else unit._handle.flat_param
         for name, shape in () if flat is None else zip(flat._fqns, flat._shapes, strict=True):
             tensor: Any = torch.empty(shape, dtype=flat.dtype, device="meta")
             tensor._peft_place = Place(unit, unwrapped(name), _fsdp1_key(f"{path}.{name}".lstrip(".")))
