@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from .tuners._tuner import BaseTuner
 from .utils.adapter_batch import ADAPTER_BATCHES
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .utils.warning import warn
 
 
 class BasePeftModel(nn.Module):
@@ -60,10 +60,9 @@ class BasePeftModel(nn.Module):
         if not isinstance(peft_config, PeftConfig):
             raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            warnings.warn(
+            warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
                 "config, make sure to call `.unload()` before.",
-                stacklevel=3,
             )
         tuner_cls = self._tuner_class(peft_config)
         with self._with_heads(peft_config):
@@ -242,10 +241,9 @@ class BasePeftModel(nn.Module):
             yield
             return
         if len(states) > 1:
-            warnings.warn(
+            warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. All of them will be enabled "
                 "at the end of the `disable_adapter` context.",
-                stacklevel=3,
             )
         self.base_model.disable_adapter_layers()
         try:

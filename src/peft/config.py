@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
+from .utils.warning import warn
 
 
 @dataclass
@@ -128,17 +128,18 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path: A local folder, or an id on the Hub.
             subfolder: Folder inside it.
-            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's.
+            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's. Others are
+                passed over: callers hand on what they load the base model with.
 
         Raises:
             CheckpointNotFoundError: No such config.
             CheckpointError: The file is not a JSON object.
-        PeftTypeError: It is not an adapter's config.
+            PeftTypeError: It is not an adapter's config.
             PeftValueError: The method is not provided, or a value is not allowed.
         """
         hub, overrides = split_hub_options({**kwargs, "subfolder": subfolder})
         path = find_file(pretrained_model_name_or_path, (CONFIG_NAME,), hub)
-        return cls._from_file_fields({**cls.from_json_file(path), **overrides})
+        return cls._from_file_fields(cls.from_json_file(path), overrides)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class PeftConfig:
         return config_cls(**config_cls.check_kwargs(**kwargs))
 
     @classmethod
-    def _from_file_fields(cls, content: dict[str, Any]) -> PeftConfig:
+    def _from_file_fields(cls, content: dict[str, Any], overrides: dict[str, Any]) -> PeftConfig:
         """The config that a file's fields describe, where what they lack means what it meant to their writer."""
         peft_type = content.get("peft_type")
         if peft_type is None:
@@ -170,7 +171,8 @@ class PeftConfig:
                 "The file is not an adapter's config."
             )
         config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
-        return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
+        own = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
+        return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade({**content, **own})})
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
@@ -189,10 +191,9 @@ class PeftConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            warnings.warn(
+            warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. This probably means that "
                 "the configuration file was saved by a newer version or by another implementation.",
-                stacklevel=3,
             )
         return {key: value for key, value in kwargs.items() if key in known}
 

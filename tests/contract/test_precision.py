@@ -13,6 +13,7 @@ from variants import CASES, Case, Model
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners._geometry import dense_weight
+from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -109,16 +110,20 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("order", ["cast first", "adapt first"])
 def test_weights_that_are_cast_when_used(case, storage, order):
-    """diffusers' layerwise casting: float8 between calls, bfloat16 in them. Adapters keep their own precision."""
+    """diffusers' layerwise casting: float8 between calls, bfloat16 in them. Adapters keep their own precision, since its models pass
+    over what adapters name.
+    """
     from diffusers.hooks import apply_layerwise_casting
 
     base, fields = Model(case.base()), {"target_modules": ["layers.0", "layers.2"]}
+    options = {"storage_dtype": storage, "compute_dtype": torch.bfloat16}
+    options["skip_modules_pattern"] = PEFT_TYPE_TO_TUNER_MAPPING[case.config().peft_type].tuner_layer_cls.adapter_layer_names
     if order == "cast first":
-        apply_layerwise_casting(base, storage_dtype=storage, compute_dtype=torch.bfloat16)
+        apply_layerwise_casting(base, **options)
         model = get_peft_model(base, case.config(**fields)).eval()
     else:
         model = get_peft_model(base, case.config(**fields)).eval()
-        apply_layerwise_casting(base, storage_dtype=storage, compute_dtype=torch.bfloat16)
+        apply_layerwise_casting(base, **options)
     layers = list(model.base_model.tuner_layers())
     assert all(layer.get_base_layer().weight.dtype == storage for layer in layers)
     plain = get_peft_model(Model(case.base()).to(torch.bfloat16), case.config(**fields)).eval()

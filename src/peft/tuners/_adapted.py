@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from ..utils.warning import warn
 from . import _geometry
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, names_to_merge
@@ -188,7 +188,7 @@ class AdaptedModel(nn.Module):
                     f"Only one adapter can be set at a time for {type(wrapper).__name__}: several of {names} train the same module."
                 )
         if self.merged_adapters:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         for module in self._parts():
             module.set_adapter(adapter_name, inference_mode)
@@ -221,10 +221,9 @@ class AdaptedModel(nn.Module):
         for name in self.active_adapters:
             biases = self.peft_config[name].trained_biases
             if biases != "none":
-                warnings.warn(
+                warn(
                     f"Careful, disabling adapter layers with bias configured to be '{biases}' does not produce the same output as "
                     "the base model would without adaption.",
-                    stacklevel=2,
                 )
         self._enable(False)
 
@@ -273,7 +272,7 @@ class AdaptedModel(nn.Module):
             if not left and self.peft_config:
                 left = sorted(self.peft_config)[:1]
                 message = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
-                warnings.warn(message, stacklevel=2)
+                warn(message)
             self.set_adapter(left[0] if len(left) == 1 else left)
 
     # --- merging and removing -----------------------------------------------------------------------------------------
@@ -320,7 +319,7 @@ class AdaptedModel(nn.Module):
         """Take all merged deltas off the base weights again."""
         merged = [layer for layer in self.tuner_layers() if layer.merged]
         if not merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
         for layer in merged:
             with at_hand(layer):
                 layer.unmerge()

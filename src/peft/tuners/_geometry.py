@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..utils.error import PeftNotSupportedError
 from ..utils.offload import execution_device
 from ..utils.sharding import cut_like, is_elsewhere, is_managed, whole
+from ..utils.warning import warn
 from . import _quantised
 
 
@@ -91,10 +91,10 @@ def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
     stored = {size.transposed for size in map(geometry, modules) if size is not None}
     if True in stored and not fan_in_fan_out:
         message = "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True."
-        warnings.warn(message, stacklevel=6)
+        warn(message)
     elif stored == {False} and fan_in_fan_out:
         message = "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False."
-        warnings.warn(message, stacklevel=6)
+        warn(message)
     return True in stored if stored else fan_in_fan_out
 
 

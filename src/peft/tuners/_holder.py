@@ -97,10 +97,14 @@ class AdapterHolder(nn.Module):
                 entry = container[adapter_name]
                 yield from entry.parameters() if isinstance(entry, nn.Module) else (entry,)
 
+    def adapter_owners(self) -> Iterator[nn.Module]:
+        """The modules that `adapter_parameters` are in."""
+        yield self
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, which also freezes them, or on, which unfreezes those that were frozen by that."""
         if not enabled and not self._disable_adapters:
-            self._paused.begin([self], [p for name in self.scaling for p in self.adapter_parameters(name)])
+            self._paused.begin(self.adapter_owners(), [p for name in self.scaling for p in self.adapter_parameters(name)])
         elif enabled:
             self._paused.end()
         self._disable_adapters = not enabled

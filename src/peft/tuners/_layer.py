@@ -7,7 +7,6 @@ parameters, `delta_activations` computes what the adapter adds to the output, `g
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..utils.error import PeftNotSupportedError, PeftValueError
 from ..utils.rank_room import RankRoom
 from ..utils.sharding import is_managed, whole
+from ..utils.warning import warn
 from . import _merging
 from ._accumulate import add_product, may_write_to_output
 from ._geometry import (
@@ -250,7 +250,7 @@ class BaseTunerLayer(AdapterHolder):
     def unmerge(self) -> None:
         """Take all merged adapters' deltas off the base weight again, which is then to the bit what it was, quantised or not."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         base = self.get_base_layer()
         form = quantised_form(base)

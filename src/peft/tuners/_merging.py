@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..utils.error import PeftTypeError
+from ..utils.warning import warn
 
 
 class Correction(NamedTuple):
@@ -73,11 +73,10 @@ def names_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]
     if merged:
         left = [name for name in names if name not in merged]
         if left:
-            warnings.warn(
+            warn(
                 f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.",
-                stacklevel=3,
             )
         else:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+            warn("All adapters are already merged, nothing to do.")
         return left
     return names

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
+from ..utils.warning import warn
 from . import _geometry, _targets, _trainable_tokens
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, layer_of
@@ -138,7 +138,7 @@ def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, n
     missing = [n for n in names if not any(_targets.named([n], p) for p in found)]
     missing = [n for n in missing if n not in (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)]
     if missing:
-        warnings.warn(f"`modules_to_save` names {missing}, which the model does not have.", stacklevel=6)
+        warn(f"`modules_to_save` names {missing}, which the model does not have.")
     return outermost
 
 
@@ -160,10 +160,9 @@ def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], w
     if not paths:
         _raise_unmatched(config, modules, whole, layers)
     if config.exclude_modules and not any(_targets.named(config.exclude_modules, path) for path in modules):
-        warnings.warn(
+        warn(
             f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded. "
             "Please check that exclude_modules was set correctly.",
-            stacklevel=6,
         )
     return paths
 
@@ -198,7 +197,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         parent, _, name = get_submodules(model, path)
         reason = _geometry.bypass_reason(parent, name, model_type(model))
         if reason:
-            warnings.warn(f"'all-linear' leaves out `{path}`: {reason}.", stacklevel=7)
+            warn(f"'all-linear' leaves out `{path}`: {reason}.")
         else:
             paths.append(path)
     return paths
@@ -213,10 +212,9 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
         for parameter in module.parameters(recurse=False):
             others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})
             if others:
-                warnings.warn(
+                warn(
                     f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it "
                     "is: no implementation exists to tie the adapters. Merging changes it in both places.",
-                    stacklevel=6,
                 )
 
 

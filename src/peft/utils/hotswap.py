@@ -12,7 +12,6 @@ again what was filled up. Any other difference is an error that names it.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from .peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from .rank_room import RankRoom, filled_up
 from .save_and_load import MODEL_ROOT, ROOT, adapter_config, adapter_tensors, import_state, load_peft_weights, write_state
 from .sharding import is_without_memory, own_state, unparallel, unwrapped
+from .warning import warn
 
 __all__ = [
     "check_hotswap_configs_compatible",
@@ -140,7 +140,7 @@ def prepare_model_for_compiled_hotswap(
         message = "Call `prepare_model_for_compiled_hotswap` before compiling the model; it is compiled already"
         if check_compiled == "error":
             raise PeftValueError(f"{message}.")
-        warnings.warn(f"{message}, and its next call compiles it anew.", stacklevel=2)
+        warn(f"{message}, and its next call compiles it anew.")
     kinds = tuple(tuner.tuner_layer_cls for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values())  # type: ignore[attr-defined]
     layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     if not layers:

@@ -6,13 +6,13 @@ Source: arXiv:2212.04089 (task arithmetic), arXiv:2306.01708 (TIES), arXiv:2311.
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .error import PeftValueError
+from .warning import warn
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"]
         tensor([ 0., -4.,  2.,  0.])
     """
     if density >= 1:
-        warnings.warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.", stacklevel=2)
+        warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
         return tensor
     if density < 0:
         raise PeftValueError(f"Density should be >= 0, got {density}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .vocabulary import was_resized
+from .warning import warn
 
 ROOT = "base_model."
 MODEL_ROOT = "base_model.model."
@@ -142,9 +142,7 @@ def get_peft_model_state_dict(
     if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in ("embed_tokens", "lm_head")):
         embeddings = {name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name}
     elif save_embedding_layers == "auto" and was_resized(model, config):
-        warnings.warn(
-            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.", stacklevel=2
-        )
+        warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.")
         embeddings = True
     found = adapter_tensors(named.items(), config, adapter_name, embeddings)
     if named and not found:
@@ -273,7 +271,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ign
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + "; ".join(mismatched) + ".")
     if mismatched:
-        warnings.warn("Not loaded, because you passed `ignore_mismatched_sizes=True`: " + "; ".join(mismatched), stacklevel=3)
+        warn("Not loaded, because you passed `ignore_mismatched_sizes=True`: " + "; ".join(mismatched))
         missing += [message.split(": ")[0].rpartition(" ")[2] for message in mismatched]
     return LoadResult(missing, unexpected)
 

@@ -203,8 +203,8 @@ def cut_like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_emptied(tensor: Any) -> bool:
-    numel = getattr(tensor, "ds_numel", 0)  # what DeepSpeed notes of a parameter that it distributes
-    return isinstance(tensor, Tensor) and tensor.numel() == 0 != numel
+    full = getattr(tensor, "ds_numel", 0)  # what DeepSpeed notes of a parameter that it distributes
+    return bool(full) and tensor.numel() == 0
 
 
 def _detached(value: Any) -> Any:

@@ -57,6 +57,11 @@ class VBLoRALayer(BaseTunerLayer):
         if adapter_name in self.vblora_vector_bank:
             yield self.vblora_vector_bank[adapter_name]
 
+    def adapter_owners(self) -> Iterator[nn.Module]:
+        """Also the banks' owner."""
+        yield from super().adapter_owners()
+        yield self.vblora_vector_bank
+
     def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:
         """Also of the banks, for the same reason. transformers freezes its own models layer by layer after it has loaded an adapter
         into their parameters, and says no more of that.
