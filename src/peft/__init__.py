@@ -9,6 +9,7 @@ from typing import Any as _Any
 from . import functional as functional
 from . import helpers as helpers
 from . import import_utils as import_utils
+from . import optimizers as optimizers
 from ._markers import marker as _marker
 from ._version import __version__
 from .auto import (

@@ -123,6 +123,7 @@ _NAMES = frozenset(
     ]
 )
 _OF_HELPERS = frozenset(["DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"])
+_OF_OPTIMIZERS = frozenset(["create_lorafa_optimizer", "create_riemannian_optimizer"])
 
 
 @cache
@@ -132,7 +133,7 @@ def marker(name: str, module: str = "peft") -> type:
     Raises:
         AttributeError: In the interface the module has no such name.
     """
-    if name not in {"peft": _NAMES, "peft.helpers": _OF_HELPERS}[module]:
+    if name not in {"peft": _NAMES, "peft.helpers": _OF_HELPERS, "peft.optimizers": _OF_OPTIMIZERS}[module]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:

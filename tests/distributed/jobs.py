@@ -588,3 +588,27 @@ def traffic(method):
     wrapped.register_comm_hook(None, hook)
     train(wrapped, method, optimiser_of(wrapped), range(1))
     return sum(sizes), model.get_nb_trainable_parameters()[0]
+
+
+def roles(method):
+    """The names of the parameters in each role, under every engine; and what a flat parameter gives."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    from peft.optimizers import parameter_groups
+    from peft.utils.sharding import unwrapped
+
+    found = {}
+    plain, ddp_model = adapted(method), DistributedDataParallel(adapted(method))
+    models = {"one": plain, "ddp": ddp_model, "fsdp2": fsdp2_model(method), "fsdp1": fsdp1_model(method, policy="layers")}
+    for engine, model in models.items():
+        names = {id(parameter): unwrapped(name) for name, parameter in model.named_parameters()}
+        found[engine] = {}
+        for group in parameter_groups(model, 0.3):
+            found[engine].setdefault((group["name"], group["lr"]), []).extend(names[id(p)] for p in group["params"])
+    try:
+        flat = FullyShardedDataParallel(adapted(method).requires_grad_(True), device_id=torch.device("cpu"), use_orig_params=False)
+        parameter_groups(flat)
+    except RuntimeError as error:
+        return found, str(error)
+    return found, ""

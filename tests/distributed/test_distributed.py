@@ -127,3 +127,9 @@ def test_trainer_in_two_processes(pool, name, tmp_path):
     for first, second, state, resumed in pool.run("trainer", name, str(tmp_path)):
         assert second[-2:] == pytest.approx(first[-2:], rel=1e-4)
         close(resumed, state)
+
+
+def test_roles_are_known_under_every_engine(pool, name):
+    for found, message in pool.run("roles", name):
+        assert found["one"] == found["ddp"] == found["fsdp2"] == found["fsdp1"]
+        assert "use_orig_params=True" in message

@@ -27,6 +27,7 @@ from ._combining import Combination, Combined
 from ._geometry import Placement
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, layer_of
+from ._roles import Role
 from ._trainable_tokens import TrainableTokensWrapper
 
 
@@ -61,6 +62,8 @@ class BaseTuner(AdaptedModel):
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {}
     # Containers of modules that have one parameter, whose name a checkpoint leaves out, with that name.
     saved_bare: ClassVar[Mapping[str, str]] = {}
+    # What the parameters of its containers are for, by role; an optimiser gives each role a rate.
+    parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # What `add_weighted_adapter` can do with this method's adapters.
     combination_types: ClassVar[tuple[str, ...]] = ()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from .._combining import Combination, Combined
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
+from .._roles import Role
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig
@@ -34,6 +36,11 @@ class LoKrModel(LycorisTuner):
 
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "A": Role(("lokr_w1_b", "lokr_w2_b")),
+        "B": Role(("lokr_w1_a", "lokr_w2_a")),
+        "full": Role(("lokr_w1", "lokr_w2", "lokr_t2")),
+    }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 

@@ -13,6 +13,7 @@ from .._combining import Combination, Combined
 from .._geometry import conv_options, expected_layout, geometry, table
 from .._layer import BaseTunerLayer
 from .._plan import Plan
+from .._roles import Role
 from .._targets import pattern_value
 from .._tuner import BaseTuner
 from . import combining
@@ -40,6 +41,12 @@ class LoraModel(BaseTuner):
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls = LoraLayer
     saved_bare: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "A": Role(("lora_A",)),
+        "B": Role(("lora_B",)),
+        "embedding": Role(("lora_embedding_A", "lora_embedding_B")),
+        "magnitude": Role((_MAGNITUDE,), decays=False),
+    }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
 
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS

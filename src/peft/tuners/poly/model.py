@@ -17,6 +17,7 @@ from .._combining import Combination, Combined
 from .._entry import put_entry, remove_entries
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
+from .._roles import Role
 from .._tuner import BaseTuner
 from . import combining
 from .layer import Linear, PolyLayer
@@ -44,6 +45,11 @@ class PolyModel(BaseTuner):
     prefix: ClassVar[str] = "poly_"
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "router": Role(("poly_router.module_logits",), lr=0.1),
+        "input_router": Role(("poly_router.weight",)),
+        "skills": Role(("poly_lora_A", "poly_lora_B"), lr=1e-3),
+    }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     merge_options: ClassVar[tuple[str, ...]] = ("task_id",)

@@ -17,6 +17,7 @@ from .._combining import Combination, Combined
 from .._geometry import Placement, expected_layout, geometry
 from .._layer import BaseTunerLayer
 from .._plan import Plan
+from .._roles import Role
 from .._tuner import BaseTuner
 from . import combining
 from .bank import compress, expand, savable_parameters
@@ -51,6 +52,10 @@ class VBLoRAModel(BaseTuner):
     shared_parameter_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
         name: {name + _INDICES: torch.int64, name + _WEIGHTS: torch.float32} for name in VBLoRALayer.adapter_layer_names
+    }
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "bank": Role(("vblora_vector_bank",), lr=1e-3, decays=False),
+        "logits": Role(VBLoRALayer.adapter_layer_names, lr=1e-2, decays=False),
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
