@@ -179,7 +179,11 @@ def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fi
 
     def prepared(seed):
         model = adapted(method, seed=seed)
-        return accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Of FSDP1, accelerate reads a sharded optimiser state into a fresh optimiser as empty, and torch on CPU gathers both of Adam's
+        # moments into the same memory, with any model: without moments, what is resumed is the adapter.
+        optimiser = torch.optim.SGD(trained, lr=0.5) if version == 1 else torch.optim.AdamW(trained, lr=0.01)
+        return accelerator.prepare(model, optimiser)
 
     try:
         model, optimiser = prepared(0)

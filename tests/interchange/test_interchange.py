@@ -113,7 +113,8 @@ def test_both_write_the_same_files(results, case):
         assert fields["ours"].pop("peft_version") == peft.__version__
         assert fields["theirs"].pop("peft_version") == PEER_VERSION
         if CASES[case]["adapters"][adapter]["target_modules"] == "all-linear":  # the names are written out, at different lengths
-            assert fields["ours"].pop("target_modules"), fields["theirs"].pop("target_modules")
+            assert fields["ours"].pop("target_modules")
+            assert fields["theirs"].pop("target_modules")
         assert fields["ours"] == fields["theirs"]
         # With all biases, the peer repeats those of modules that are trained whole, and adds the frozen ones.
         repeated = {key for key in tensors["theirs"] if key.endswith((".modules_to_save.bias", ".original_module.bias"))}
