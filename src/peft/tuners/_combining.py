@@ -130,6 +130,24 @@ def add(tuner: BaseTuner, adapter_name: str, request: Combination) -> dict[str, 
     companions = _companions(tuner, request)
     with torch.no_grad():
         combined = method.combine(request)
+    put(tuner, adapter_name, request, combined, companions)
+    return combined.errors
+
+
+def derive(tuner: BaseTuner, adapter_name: str, source: str, combined: Combined) -> None:
+    """Put an adapter into the model that a method made of one other; what that trains beside its layers comes along.
+
+    Raises:
+        PeftValueError: The name can't be used.
+    """
+    _plan.check_name(adapter_name, tuner)
+    request = Combination([source], [1.0])
+    put(tuner, adapter_name, request, combined, _companions(tuner, request))
+
+
+def put(tuner: BaseTuner, adapter_name: str, request: Combination, combined: Combined, companions: dict[str, Tensor]) -> None:
+    """Put a combined adapter into the model; it waits, frozen."""
+    method = tuner.method_of(tuner.peft_config[request.adapters[0]])
     paths = [path for path, _ in layers_of(method, request)]
     targets, excluded = _targets.exactly(paths, _plan.own_modules(tuner.model))
     configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
@@ -145,7 +163,6 @@ def add(tuner: BaseTuner, adapter_name: str, request: Combination) -> dict[str, 
     tensors = {**combined.tensors, **companions}
     tuner.add_adapter(adapter_name, config, Construction(initialise=False), check=lambda build: fill(method, build, tensors))
     method.note_loaded(tuner.model, adapter_name)
-    return combined.errors
 
 
 def fill(method: BaseTuner, build: Build, tensors: Mapping[str, Tensor]) -> None:

@@ -64,8 +64,8 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     for path, module in modules.items():
         by_module.setdefault(id(module), []).append(path)
     # A module that sits in several places goes by its first path, as its parameters do.
-    firsts = dict.fromkeys(by_module[id(candidates[path])][0] for path in paths if path in candidates)
-    plan.targets = {path: modules[path] for path in firsts}
+    firsts = {by_module[id(candidates[path])][0] for path in paths if path in candidates}
+    plan.targets = {path: module for path, module in modules.items() if path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
     _check_modules(tuner, plan)
     plan.tokens = _trainable_tokens.plan(plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole})

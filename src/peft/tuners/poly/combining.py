@@ -84,7 +84,7 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
     """
     configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
     for name, config in zip(request.adapters, configs, strict=True):
-        if config.poly_type != "poly":
+        if config.routes_by_input:
             raise PeftNotSupportedError(f"Adapter {name} routes by input; only adapters that route by task can be combined.")
     shared_value(tuner, request, "n_tasks", "task_names")
     parts = {

@@ -4,11 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from ...config import TargetedConfig, at_least, boolean, choice, name_list
+from ...config import TargetedConfig, at_least, boolean, choice, is_int, name_list, number, pattern_dict, probability
 from ...utils.peft_types import PeftType
+from .. import _targets
+
+GRANULARITIES = ("linear", "layer", "block", "coder", "model")
+# Fields that have a value for each layer, by the field with their patterns.
+_PATTERNS = {"rank_pattern": "r", "n_skills_pattern": "n_skills", "n_splits_pattern": "n_splits"}
+# What an entry of `routing_pattern` stands for.
+_ROUTING = {
+    "learned": {"poly_type": "poly", "routing": "learned"},
+    "fixed": {"poly_type": "poly", "routing": "fixed"},
+    "input": {"poly_type": "mope", "routing": "learned"},
+}
 
 
 @dataclass
@@ -32,6 +44,20 @@ class PolyConfig(TargetedConfig):
             token from itself.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
             where it shares the weight); a dictionary names other modules: name → tokens.
+        alpha: The adapter's output is scaled by `alpha / r`.
+        relaxed_bernoulli: Training draws each gate from a relaxed Bernoulli distribution. False takes the sigmoid, as the published
+            models of multi-head routing do.
+        straight_through: Gates are 0 or 1, the rounded sigmoid (or draw); gradients pass as if they were not rounded.
+        router_dropout: Probability in training that a sample does without a skill.
+        n_shared_skills: How many of the `n_skills`, the last ones, are always on, for every task.
+        eval_top_k: In evaluation each split keeps its largest weights only, so many; a lone sample then reads that share of the
+            skills. None keeps all.
+        router_granularity: What has one router: each "linear" layer; each "layer", the module around them (attention, MLP); each
+            "block"; the encoder and the decoder ("coder"); the whole "model".
+        routing: "learned"; or "fixed": all skills have the same weight, or those that `set_router_weights` gives them.
+        rank_pattern: Other values of `r` for some modules: name or regular expression → value. The first that fits counts.
+        n_skills_pattern, n_splits_pattern: The same for `n_skills` and `n_splits`.
+        routing_pattern: The same for how weights come about: "learned" for each task, "fixed", or by "input".
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -58,7 +84,38 @@ class PolyConfig(TargetedConfig):
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 
-    absent_values: ClassVar[dict[str, Any]] = {"task_names": None, "routing_level": "sample", "trainable_token_indices": None}
+    alpha: float = field(default=1.0, metadata={"help": "The output is scaled by alpha / r."})
+    relaxed_bernoulli: bool = field(default=True, metadata={"help": "Whether training draws the gates."})
+    straight_through: bool = field(default=False, metadata={"help": "Whether gates are 0 or 1."})
+    router_dropout: float = field(default=0.0, metadata={"help": "Probability in training that a gate is shut."})
+    n_shared_skills: int = field(default=0, metadata={"help": "How many skills are always on."})
+    eval_top_k: int | None = field(default=None, metadata={"help": "How many skills of a split keep their weight in evaluation."})
+    router_granularity: Literal["linear", "layer", "block", "coder", "model"] = field(
+        default="linear", metadata={"help": "What has a router of its own."}
+    )
+    routing: Literal["learned", "fixed"] = field(default="learned", metadata={"help": "Whether the weights of tasks are trained."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other ranks for some modules."})
+    n_skills_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of skills for some modules."})
+    n_splits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of heads for some modules."})
+    routing_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Other routing for some modules."})
+
+    absent_values: ClassVar[dict[str, Any]] = {
+        "task_names": None,
+        "routing_level": "sample",
+        "trainable_token_indices": None,
+        "alpha": 1.0,
+        "relaxed_bernoulli": True,
+        "straight_through": False,
+        "router_dropout": 0.0,
+        "n_shared_skills": 0,
+        "eval_top_k": None,
+        "router_granularity": "linear",
+        "routing": "learned",
+        "rank_pattern": {},
+        "n_skills_pattern": {},
+        "n_splits_pattern": {},
+        "routing_pattern": {},
+    }
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.POLY
@@ -75,3 +132,66 @@ class PolyConfig(TargetedConfig):
         names = self.task_names
         if isinstance(names, (list, tuple)) and (len(names) != self.n_tasks or len(set(names)) != len(names)):
             yield f"`task_names` must be {self.n_tasks} different names, one for each of `n_tasks`; got {names!r}."
+        yield from self._routing_problems()
+
+    def _routing_problems(self) -> Iterator[str]:
+        """Offences against the rules for what is beyond the interface's own fields."""
+        yield from number("alpha", self.alpha, positive=True)
+        for name in ("relaxed_bernoulli", "straight_through"):
+            yield from boolean(name, getattr(self, name))
+        yield from probability("router_dropout", self.router_dropout)
+        yield from at_least("n_shared_skills", self.n_shared_skills, 0)
+        if self.eval_top_k is not None:
+            yield from at_least("eval_top_k", self.eval_top_k)
+        yield from choice("router_granularity", self.router_granularity, GRANULARITIES)
+        yield from choice("routing", self.routing, ("learned", "fixed"))
+        for name in _PATTERNS:
+            yield from pattern_dict(name, getattr(self, name), at_least)
+        yield from pattern_dict("routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING))
+        if self.routing == "fixed" and self.poly_type == "mope":
+            yield "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not have."
+        counts = [self.n_skills, *(self.n_skills_pattern.values() if isinstance(self.n_skills_pattern, dict) else ())]
+        counts = [count for count in counts if is_int(count)]
+        if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):
+            yield f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: `n_skills` is {min(counts)}."
+        differing = [name for name in ("n_skills_pattern", "n_splits_pattern", "routing_pattern") if getattr(self, name)]
+        if self.router_granularity != "linear" and (differing or self.poly_type == "mope"):
+            cause = f"`{differing[0]}`" if differing else "`poly_type`='mope'"
+            yield f"`router_granularity`={self.router_granularity!r} has layers share a router, which {cause} makes different."
+
+    @property
+    def routes_by_task(self) -> bool:
+        """Whether any layer mixes skills by task."""
+        return self.poly_type == "poly" or any(kind != "input" for kind in self.routing_pattern.values())
+
+    @property
+    def routes_by_input(self) -> bool:
+        """Whether any layer mixes skills by its input."""
+        return self.poly_type == "mope" or "input" in self.routing_pattern.values()
+
+    def at(self, path: str) -> PolyConfig:
+        """The config as it is for the module at `path`, without patterns."""
+        given: dict[str, Any] = {
+            name: _targets.pattern_value(getattr(self, pattern), path, getattr(self, name)) for pattern, name in _PATTERNS.items()
+        }
+        given |= _ROUTING.get(_targets.pattern_value(self.routing_pattern, path, ""), {})
+        if all(getattr(self, name) == value for name, value in given.items()):
+            return self
+        given |= {name: {} for name in (*_PATTERNS, "routing_pattern")}
+        return replace(self, **given)
+
+    def router_group(self, path: str) -> str:
+        """The part of a module's path that modules with the same router have in common."""
+        parts = path.split(".")
+        match self.router_granularity:
+            case "linear":
+                return path
+            case "layer":
+                return ".".join(parts[:-1])
+            case "block":
+                number_at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+                return ".".join(parts[: number_at + 1])
+            case "coder":
+                return next((part for part in parts if part in ("encoder", "decoder")), "")
+            case _:
+                return ""

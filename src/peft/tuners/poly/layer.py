@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +15,14 @@ from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
+from .gating import only_used
 from .mixing import poly_delta, poly_product, task_delta_weight, task_factors
-from .router import InputRouter, TaskRouter, make_router
+from .router import InputRouter, Router, TaskRouter, make_router
 from .routing import Routing
 
 
 class PolyLayer(BaseTunerLayer):
-    """A layer with Poly adapters, `Δ(x) = x·A_w·B_w / r`.
+    """A layer with Poly adapters, `Δ(x) = (alpha / r) · x·A_w·B_w`.
 
     Args:
         base_layer: The layer to adapt.
@@ -31,14 +32,14 @@ class PolyLayer(BaseTunerLayer):
     Attributes:
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
         poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
-        poly_router: Routers by adapter name.
-        r, n_tasks, n_skills, n_splits: As in the config, by adapter name.
+        poly_router: Routers by adapter name; layers may share one.
+        r, alpha, n_tasks, n_skills, n_splits: As in the config, by adapter name.
 
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router")
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits", "token_level")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "n_tasks", "n_skills", "n_splits", "token_level")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None, stream: str = "main") -> None:
         super().__init__(base_layer)
@@ -46,6 +47,7 @@ class PolyLayer(BaseTunerLayer):
         self.poly_lora_B = AdapterParameterDict()
         self.poly_router = nn.ModuleDict()
         self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
         self.n_tasks: dict[str, int] = {}
         self.n_skills: dict[str, int] = {}
         self.n_splits: dict[str, int] = {}
@@ -54,8 +56,8 @@ class PolyLayer(BaseTunerLayer):
         self.stream = stream
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`1 / r`."""
-        return 1 / self.r[adapter_name]
+        """`alpha / r`."""
+        return self.alpha[adapter_name] / self.r[adapter_name]
 
     def update_layer(
         self,
@@ -64,15 +66,17 @@ class PolyLayer(BaseTunerLayer):
         inference_mode: bool = False,
         placement: Placement | None = None,
         initialise: bool = True,
+        router: Router | None = None,
     ) -> None:
         """Make an adapter's skills and router.
 
         Args:
             adapter_name: The adapter's name.
-            poly_config: Its config.
+            poly_config: Its config, as it is for this layer.
             inference_mode: Leave it frozen.
             placement: Device and dtype, by default the base layer's.
             initialise: False leaves the memory as it is.
+            router: The router of another layer, to share.
         """
         size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
         placement = self._placement(placement)
@@ -84,11 +88,11 @@ class PolyLayer(BaseTunerLayer):
             parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not inference_mode)
             container[adapter_name] = parameter
         self.r[adapter_name], self.n_skills[adapter_name], self.n_splits[adapter_name] = r, s, q
-        self.n_tasks[adapter_name] = poly_config.n_tasks
+        self.n_tasks[adapter_name], self.alpha[adapter_name] = poly_config.n_tasks, poly_config.alpha
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        router = make_router(poly_config, size.in_features, placement, initialise)
-        self.poly_router[adapter_name] = router.train(self.training).requires_grad_(not inference_mode)
+        router = router or make_router(poly_config, size.in_features, placement, initialise).train(self.training)
+        self.poly_router[adapter_name] = router.requires_grad_(not inference_mode and not is_fixed(router))
         if initialise:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
 
@@ -101,6 +105,18 @@ class PolyLayer(BaseTunerLayer):
             B.zero_()
         else:
             B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained by themselves are no more."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        routers = [self.poly_router[name] for name in names if name in self.poly_router]
+        for router in routers:
+            if isinstance(router, TaskRouter):
+                router.close_rows()
+        super().set_requires_grad(names, requires_grad)
+        for router in routers:
+            if is_fixed(router):
+                router.requires_grad_(False)
 
     def forward(self, x: Tensor, *args: Any, task_ids: Any = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus that of the active adapters.
@@ -120,7 +136,7 @@ class PolyLayer(BaseTunerLayer):
             return self.apply_adapter(adapter_name, x, result)
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`x·A_w·B_w / r` with the weights of each row's task or input."""
+        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input."""
         return poly_delta(*self._operands(adapter_name, x))
 
     def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102
@@ -130,7 +146,10 @@ class PolyLayer(BaseTunerLayer):
         """What `poly_delta` takes."""
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         x = self._cast_input_dtype(x, A.dtype)
-        return x, self.mixing_weights(adapter_name, x).to(A.dtype), A, B, self.scaling[adapter_name]
+        weights, kept = self.mixing_weights(adapter_name, x), self.poly_router[adapter_name].kept
+        if kept is not None:
+            weights, A, B = only_used(weights, A, B, kept)  # type: ignore[arg-type]
+        return x, weights.to(A.dtype), A, B, self.scaling[adapter_name]
 
     def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
         """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
@@ -229,6 +248,7 @@ class Linear(PolyLayer):
         poly_config: Its config.
         routing: The calls in progress on the model, shared by its layers.
         stream: Which of the model's tokens the layer sees.
+        at: The config as it is for this layer, where that has patterns.
         **options: As for `update_layer`.
     """
 
@@ -239,14 +259,20 @@ class Linear(PolyLayer):
         poly_config: Any,
         routing: Routing | None = None,
         stream: str = "main",
+        at: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(base_layer, routing, stream)
-        self.update_layer(adapter_name, poly_config, **options)
+        self.update_layer(adapter_name, at or poly_config, **options)
         self.set_adapter(adapter_name)
         if routing is None:
             self.routing.configs[adapter_name] = poly_config
             self.routing.probe = self
+
+
+def is_fixed(router: Any) -> bool:
+    """Whether a router is one that is never trained."""
+    return isinstance(router, TaskRouter) and router.fixed
 
 
 def _bound(fan_in: int) -> float:

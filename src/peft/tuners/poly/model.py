@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.error import PeftNotSupportedError
 from ...utils.offload import at_hand
 from .._build import Build
 from .._combining import Combination, Combined
@@ -18,14 +18,13 @@ from .._entry import put_entry, remove_entries
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._roles import Role
-from .._tuner import BaseTuner
 from . import combining
+from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
-from .mixing import grow_skills
 from .routing import CALL_ARGUMENTS, Routing, as_task_ids, conduct_forward, conduct_generate
 
 
-class PolyModel(BaseTuner):
+class PolyModel(AdaptingTuner):
     """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is one task, or input decides).
 
     Args:
@@ -59,11 +58,16 @@ class PolyModel(BaseTuner):
         return None if size is None or size.is_conv else Linear
 
     def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
-        return {"routing": self.poly_routing, "stream": self.poly_routing.stream_of(path)}
+        options = {"routing": self.poly_routing, "stream": self.poly_routing.stream_of(path), "at": config.at(path)}
+        if config.router_granularity != "linear":
+            group = config.router_group(path)
+            others: Any = (layer for other, layer in build.layers.items() if config.router_group(other) == group)
+            options["router"] = next((layer.poly_router[build.adapter_name] for layer in others), None)
+        return options
 
     def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
         """Both sizes must be whole numbers of splits."""
-        size = geometry(module)
+        size, config = geometry(module), config.at(path)
         assert size is not None
         for name in ("in_features", "out_features"):
             features = getattr(size, name)
@@ -125,39 +129,6 @@ class PolyModel(BaseTuner):
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)
 
-    def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """How each layer mixes its skills for each task in evaluation.
-
-        Args:
-            adapter_name: By default the active adapter.
-
-        Returns:
-            `[n_tasks, n_splits, n_skills]` by module path; sums to one over the skills.
-
-        Raises:
-            PeftValueError: There is no such adapter.
-            PeftNotSupportedError: It routes by input.
-        """
-        name = self._task_routed(adapter_name)
-        return {path: layer.poly_router[name].task_weights().detach() for path, layer in self._layers_of(name)}  # type: ignore[operator]
-
-    def _task_routed(self, adapter_name: str | None) -> str:
-        """The name of an adapter that routes by task, by default the active one."""
-        if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise PeftValueError(f"Name one adapter: the active ones are {self.active_adapters}.")
-            adapter_name = self.active_adapters[0]
-        self.check_names(adapter_name)
-        config: Any = self.peft_config[adapter_name]
-        if config.poly_type != "poly":
-            raise PeftNotSupportedError(f"Adapter {adapter_name} routes by input; it has no tasks.")
-        return adapter_name
-
-    def _layers_of(self, adapter_name: str) -> Iterator[tuple[str, PolyLayer]]:
-        for path, layer in self.named_tuner_layers():
-            if isinstance(layer, PolyLayer) and adapter_name in layer.scaling:
-                yield path, layer
-
     # --- merging ------------------------------------------------------------------------------------------------------
 
     def merge_adapter(
@@ -185,9 +156,9 @@ class PolyModel(BaseTuner):
         for name in self.check_names(names):
             config: Any = self.peft_config[name]
             # A name may be another number in another adapter; an adapter that routes by input is refused by its layers.
-            named = config.poly_type == "poly" and task_id is not None
+            named = config.routes_by_task and task_id is not None
             tasks[name] = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0]) if named else None
-            for _, layer in self._layers_of(name):
+            for _, layer in self.poly_layers(name):
                 layer.resolve_task(name, tasks[name])
                 if safe_merge:
                     with at_hand(layer):
@@ -209,7 +180,7 @@ class PolyModel(BaseTuner):
             PeftValueError: The task is unknown, or missing where there are several.
         """
         super().conversion_options(config, **options)
-        if config.poly_type != "poly":
+        if config.routes_by_input:
             raise PeftNotSupportedError("An adapter that routes by input can't be converted: its delta depends on the input.")
         if isinstance(task_id, Mapping):
             shares: dict[int, float] = {}
@@ -238,80 +209,3 @@ class PolyModel(BaseTuner):
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
-
-    # --- growing ------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def add_tasks(self, tasks: int | Sequence[str], init: str | int = "mean", adapter_name: str | None = None) -> None:
-        """Append tasks to an adapter. What existing tasks compute does not change by a bit.
-
-        The router's parameters are replaced: make the optimiser afterwards.
-
-        Args:
-            tasks: How many, or their names (if the adapter has names, or has none yet and all get one).
-            init: "mean": start from the mean of all tasks' logits. "uniform": from equal weights. A task's id or name: from
-                that task.
-            adapter_name: By default the active adapter.
-
-        Raises:
-            PeftTypeError: `tasks` is neither a number nor names.
-            PeftValueError: Nothing to add, names that are taken or missing, or an unknown `init`.
-        """
-        name = self._task_routed(adapter_name)
-        config: Any = self.peft_config[name]
-        extra, names = self._new_tasks(config, tasks)
-        source = None if init in ("mean", "uniform") else int(as_task_ids(init, [config], 1, torch.device("cpu"))[0])
-        for _, layer in self._layers_of(name):
-            router: Any = layer.poly_router[name]
-            logits = router.module_logits
-            row = logits.mean(0) if init == "mean" else torch.zeros_like(logits[0]) if source is None else logits[source]
-            rows = torch.cat([logits, row.expand(extra, -1)])
-            router.module_logits = nn.Parameter(rows, requires_grad=logits.requires_grad)
-            layer.n_tasks[name] = len(rows)
-        config.n_tasks += extra
-        config.task_names = names
-
-    @staticmethod
-    def _new_tasks(config: Any, tasks: Any) -> tuple[int, list[str] | None]:
-        """How many tasks to add, and the names of all tasks then."""
-        if isinstance(tasks, int) and not isinstance(tasks, bool):
-            if tasks < 1:
-                raise PeftValueError(f"`tasks`={tasks} must be at least 1.")
-            if config.task_names is not None:
-                raise PeftValueError(f"The adapter's tasks have names; pass {tasks} names in place of their number.")
-            return tasks, None
-        if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
-            raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.")
-        old = config.task_names or [str(i) for i in range(config.n_tasks)]
-        if not tasks or len({*old, *tasks}) != len(old) + len(tasks):
-            raise PeftValueError(f"`tasks`={list(tasks)} must be new, different names; the adapter has {old}.")
-        return len(tasks), [*old, *tasks]
-
-    @torch.no_grad()
-    def add_skills(self, n: int, adapter_name: str | None = None) -> None:
-        """Add skills to every layer's inventory. What tasks compute in evaluation changes by rounding only.
-
-        The most used skills are cloned, and each task shares its weight out between original and clone at random, so that gradients
-        reach both and tell them apart. Parameters are replaced: make the optimiser afterwards.
-
-        Args:
-            n: How many.
-            adapter_name: By default the active adapter.
-
-        Raises:
-            PeftValueError: `n` is below 1, or there is no such adapter.
-        """
-        name = self._task_routed(adapter_name)
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise PeftValueError(f"`n`={n!r} must be an integer of at least 1.")
-        for _, layer in self._layers_of(name):
-            router: Any = layer.poly_router[name]
-            old = router.module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name]
-            logits, A, B = (
-                nn.Parameter(new, requires_grad=o.requires_grad) for new, o in zip(grow_skills(*old, n), old, strict=True)
-            )
-            layer.poly_lora_A[name], layer.poly_lora_B[name] = A, B
-            router.module_logits = logits
-            router.n_skills += n
-            layer.n_skills[name] += n
-        self.peft_config[name].n_skills += n  # type: ignore[attr-defined]

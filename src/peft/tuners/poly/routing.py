@@ -176,7 +176,7 @@ class Routing:
     def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
         """Configs of those of the adapters that route by task."""
         known = (self.configs[name] for name in adapter_names if name in self.configs)
-        return [config for config in known if config.poly_type == "poly"]
+        return [config for config in known if config.routes_by_task]
 
     def _ids_by_adapter(self, task_ids: Any, chosen: AdapterBatch, device: torch.device) -> Tensor | None:
         """Task ids where each sample has an adapter of its own; those of samples whose adapter has no tasks are not looked at."""
@@ -207,7 +207,7 @@ class Routing:
 
     def _see_masks(self, call: Call, arguments: Mapping[str, Any], nested: bool) -> None:
         """Note which tokens input routing may look at."""
-        if not any(config.poly_type == "mope" for config in self.configs.values()):
+        if not any(config.routes_by_input for config in self.configs.values()):
             return
         attention = _token_mask(arguments.get("attention_mask"))
         labels = arguments.get("labels")
