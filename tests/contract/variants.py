@@ -59,6 +59,11 @@ CASES = {
     "POLY by sample": Case("POLY", {"poly_type": "mope"}, routes_by_input=True),
     "POLY by token": Case("POLY", {"poly_type": "mope", "routing_level": "token"}, routes_by_input=True),
     "POLY one head": Case("POLY", {"n_splits": 1}),
+    "POLY one hard router": Case(
+        "POLY",
+        {"n_skills": 3, "straight_through": True, "router_dropout": 0.2, "n_shared_skills": 1, "router_granularity": "model"},
+    ),
+    "POLY top 1": Case("POLY", {"n_skills": 6, "eval_top_k": 1, "rank_pattern": {"2": 3}}),
     "LOKR dropout": Case("LOKR", DROPOUT),
     "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),
     "VBLORA dropout": Case("VBLORA", {"vblora_dropout": 0.3}),

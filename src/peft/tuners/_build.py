@@ -61,14 +61,11 @@ class Build:
     containers: dict[str, AdapterParameterDict] = field(default_factory=dict)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with the name it will have in the model, once; shared parameters lie at the root."""
-        seen: set[int] = set()
+        """Each tensor with the name it will have in the model; shared parameters lie at the root."""
         for path, layer in self.layers.items():
             for attribute in layer.adapter_layer_names:
                 for name, tensor in getattr(layer, attribute).state_dict(keep_vars=True).items():
-                    if id(tensor) not in seen:  # layers may share a module, which is saved with the first of them
-                        seen.add(id(tensor))
-                        yield f"{path}.{attribute}.{name}", tensor
+                    yield f"{path}.{attribute}.{name}", tensor
         for path, module in self.copies.items():
             for name, tensor in module.state_dict(keep_vars=True).items():
                 yield f"{path}.modules_to_save.{self.adapter_name}.{name}", tensor

@@ -6,7 +6,8 @@ from .collator import TaskCollator
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
 from .model import PolyModel
+from .regimes import REGIMES
 
-__all__ = ["Linear", "PolyConfig", "PolyLayer", "PolyModel", "TaskCollator"]
+__all__ = ["REGIMES", "Linear", "PolyConfig", "PolyLayer", "PolyModel", "TaskCollator"]
 
 register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True)

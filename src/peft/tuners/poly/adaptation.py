@@ -86,7 +86,7 @@ class AdaptingTuner(InventoryTuner):
         for _, layer in self.poly_layers(name):
             for holder in (layer.poly_lora_A, layer.poly_lora_B):
                 holder[name].requires_grad_(skills)
-            router: Any = layer.poly_router[name]
+            router = layer.router(name)
             if every and not is_fixed(router):
                 router.requires_grad_(True)
             elif numbers and isinstance(router, TaskRouter) and not is_fixed(router) and router.opened != sorted(set(numbers)):
@@ -208,7 +208,7 @@ class AdaptingTuner(InventoryTuner):
         """An adapter's routers, each once, with the path of the first layer that has it."""
         seen: set[int] = set()
         for path, layer in self.poly_layers(name):
-            router = layer.poly_router[name]
+            router = layer.router(name)
             if id(router) not in seen:
                 seen.add(id(router))
                 yield _combining.outer_path(path), router
@@ -220,7 +220,7 @@ class AdaptingTuner(InventoryTuner):
             PeftValueError: Some layer routes by input.
         """
         routers = self.task_routers(name)
-        by_input = [path for path, layer in self.poly_layers(name) if isinstance(layer.poly_router[name], InputRouter)]
+        by_input = [path for path, layer in self.poly_layers(name) if isinstance(layer.router(name), InputRouter)]
         if by_input:
             raise PeftValueError(f"`{by_input[0]}` routes by input; there are no weights to make one skill with.")
         return routers

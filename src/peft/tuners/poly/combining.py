@@ -14,9 +14,14 @@ from torch import Tensor
 from ...utils.error import PeftNotSupportedError
 from .._combining import Combination, Combined, layers_of, shared_value
 from .._lowrank import wide
+from .._targets import patterns
 
 if TYPE_CHECKING:
     from .model import PolyModel
+
+
+# Fields of a config that are for what an adapter trains beside its layers.
+_COMPANIONS = ("trainable_token_indices",)
 
 
 class Inventory(NamedTuple):
@@ -92,14 +97,22 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
         for path, layer in layers_of(tuner, request)
     }
     with_rest = any(has_rest(part) for several in parts.values() for part in several)
-    result = Combined(
-        replace(
-            configs[0],
-            r=sum(config.r for config in configs),
-            n_skills=sum(config.n_skills for config in configs) + with_rest,
-            n_splits=math.lcm(*(config.n_splits for config in configs)),
-        )
-    )
+    # How the adapters' weights came about is in the weights; what mixes them from now on is plain.
+    plain = {name: value for name, value in type(configs[0]).absent_values.items() if name not in ("task_names", *_COMPANIONS)}
+    sizes: dict[str, dict[str, int]] = {
+        path: {
+            "r": sum(part.A.shape[3] for part in several),
+            "n_skills": sum(part.A.shape[1] for part in several) + with_rest,
+            "n_splits": math.lcm(*(part.A.shape[0] for part in several)),
+        }
+        for path, several in parts.items()
+    }
+    largest = {name: max(size[name] for size in sizes.values()) for name in ("r", "n_skills", "n_splits")}
+    differing = {
+        "rank_pattern" if name == "r" else f"{name}_pattern": patterns({path: size[name] for path, size in sizes.items()}, value)
+        for name, value in largest.items()
+    }
+    result = Combined(replace(configs[0], **{**plain, **largest, **differing}))
     for path, several in parts.items():
         logits, A, B = side_by_side(several, with_rest)
         result.tensors |= {
@@ -115,8 +128,9 @@ def _inventory(layer: Any, name: str, weight: float, config: Any) -> Inventory:
     """What an adapter has in a layer; in one that it does not adapt, skills without effect."""
     if name in layer.scaling:
         A, B = layer.poly_lora_A(name), layer.poly_lora_B(name)
-        return Inventory(weight * float(layer.scaling[name]), layer.poly_router[name].task_weights(), A, B)
+        return Inventory(weight * float(layer.scaling[name]), layer.router(name).task_weights(), A, B)
     q, s, r, size = config.n_splits, config.n_skills, config.r, layer.geometry
+    q = q if size.in_features % q == size.out_features % q == 0 else 1
     like = next(layer.poly_lora_A(other) for other in layer.scaling)
     even = like.new_full((config.n_tasks, q, s), 1 / s)
     nothing = like.new_zeros(q, s, size.in_features // q, r), like.new_zeros(q, s, r, size.out_features // q)

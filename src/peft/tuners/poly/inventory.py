@@ -56,7 +56,7 @@ class InventoryTuner(BaseTuner):
 
     def task_routers(self, adapter_name: str) -> dict[str, TaskRouter]:
         """The routers of an adapter that route by task, by module path; one that layers share comes with each of them."""
-        routers = {path: layer.poly_router[adapter_name] for path, layer in self.poly_layers(adapter_name)}
+        routers = {path: layer.router(adapter_name) for path, layer in self.poly_layers(adapter_name)}
         return {path: router for path, router in routers.items() if isinstance(router, TaskRouter)}
 
     def poly_layers(self, adapter_name: str) -> Iterator[tuple[str, PolyLayer]]:
@@ -71,7 +71,9 @@ class InventoryTuner(BaseTuner):
         Raises:
             PeftTypeError, PeftValueError: As in a call.
         """
-        return as_task_ids(tasks, [self.peft_config[adapter_name]], None, torch.device("cpu")).tolist()
+        each = tasks if isinstance(tasks, (list, tuple)) and tasks else [tasks]
+        configs, cpu = [self.peft_config[adapter_name]], torch.device("cpu")
+        return [number for task in each for number in as_task_ids(task, configs, None, cpu).tolist()]
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class InventoryTuner(BaseTuner):
             >>> config = PolyConfig(n_tasks=2, n_skills=2, routing="fixed", target_modules=["0"])
             >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
             >>> model.set_router_weights([[1.0, 0.0], [0.25, 0.75]])
-            >>> model.get_router_weights()["0"].squeeze(1)
+            >>> model.get_router_weights()["0"].squeeze(1).round(decimals=4)
             tensor([[1.0000, 0.0000],
                     [0.2500, 0.7500]])
         """
@@ -225,7 +227,7 @@ class InventoryTuner(BaseTuner):
             cause = f"`{other[0]}`={getattr(config, other[0])!r}" if other else "routing by input"
             raise PeftNotSupportedError(f"Skills can't be added to adapter {name} without a change of what it computes: {cause}.")
         for _, layer in self.poly_layers(name):
-            router: Any = layer.poly_router[name]
+            router = layer.router(name)
             router.close_rows()
             old = router.module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name]
             logits, A, B = (

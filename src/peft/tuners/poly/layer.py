@@ -17,7 +17,7 @@ from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .gating import only_used
 from .mixing import poly_delta, poly_product, task_delta_weight, task_factors
-from .router import InputRouter, Router, TaskRouter, make_router
+from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
 
 
@@ -32,7 +32,7 @@ class PolyLayer(BaseTunerLayer):
     Attributes:
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
         poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
-        poly_router: Routers by adapter name; layers may share one.
+        poly_router: Routers by adapter name; `router` finds those that layers share.
         r, alpha, n_tasks, n_skills, n_splits: As in the config, by adapter name.
 
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
@@ -91,8 +91,8 @@ class PolyLayer(BaseTunerLayer):
         self.n_tasks[adapter_name], self.alpha[adapter_name] = poly_config.n_tasks, poly_config.alpha
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        router = router or make_router(poly_config, size.in_features, placement, initialise).train(self.training)
-        self.poly_router[adapter_name] = router.requires_grad_(not inference_mode and not is_fixed(router))
+        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, placement, initialise)
+        self.poly_router[adapter_name] = own.train(self.training).requires_grad_(not inference_mode and not is_fixed(own))
         if initialise:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
 
@@ -105,6 +105,11 @@ class PolyLayer(BaseTunerLayer):
             B.zero_()
         else:
             B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
+
+    def router(self, adapter_name: str) -> Any:
+        """An adapter's router, be it that of another layer."""
+        entry = self.poly_router[adapter_name]
+        return entry.router if isinstance(entry, SharedRouter) else entry
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained by themselves are no more."""
@@ -146,16 +151,16 @@ class PolyLayer(BaseTunerLayer):
         """What `poly_delta` takes."""
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         x = self._cast_input_dtype(x, A.dtype)
-        weights, kept = self.mixing_weights(adapter_name, x), self.poly_router[adapter_name].kept
+        weights, kept = self.mixing_weights(adapter_name, x), self.router(adapter_name).kept
         if kept is not None:
-            weights, A, B = only_used(weights, A, B, kept)  # type: ignore[arg-type]
+            weights, A, B = only_used(weights, A, B, kept)
         return x, weights.to(A.dtype), A, B, self.scaling[adapter_name]
 
     def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
         """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
         of successive rows, or `[rows, *leading, n_splits, n_skills]` at token level.
         """
-        router = self.poly_router[adapter_name]
+        router = self.router(adapter_name)
         if isinstance(router, TaskRouter):
             return router(self._task_ids(adapter_name, x))
         if self.token_level[adapter_name]:
@@ -194,7 +199,7 @@ class PolyLayer(BaseTunerLayer):
             PeftNotSupportedError: The adapter routes by input, so no weight holds its delta.
             PeftValueError: There are several tasks and none is chosen, or it is out of range.
         """
-        if isinstance(self.poly_router[adapter_name], InputRouter):
+        if isinstance(self.router(adapter_name), InputRouter):
             raise PeftNotSupportedError("An adapter that routes by input can't be merged: its delta depends on the input.")
         n_tasks = self.n_tasks[adapter_name]
         if task_id is None and n_tasks > 1:
@@ -210,14 +215,14 @@ class PolyLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
         """One task's delta, of rank `r`, in the base weight's layout."""
         task = self.resolve_task(adapter_name, task_id)
-        router: Any = self.poly_router[adapter_name]
+        router = self.router(adapter_name)
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         weights = router.task_weights()[task].to(A.dtype)
         return self.geometry.as_stored(task_delta_weight(weights, A, B, self.scaling[adapter_name]))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter routes by task: its delta is the same for every input then."""
-        return isinstance(self.poly_router[adapter_name], TaskRouter)
+        return isinstance(self.router(adapter_name), TaskRouter)
 
     def low_rank_factors(
         self,
@@ -230,7 +235,7 @@ class PolyLayer(BaseTunerLayer):
         tasks' weights, each times its share.
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
-        router: Any = self.poly_router[adapter_name]
+        router = self.router(adapter_name)
         tasks = {self.resolve_task(adapter_name, task): share for task, share in shares.items()}
         every = router.task_weights().detach()
         weights = sum(every[task] * share for task, share in tasks.items())

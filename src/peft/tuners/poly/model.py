@@ -45,7 +45,7 @@ class PolyModel(AdaptingTuner):
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     parameter_roles: ClassVar[Mapping[str, Role]] = {
-        "router": Role(("poly_router.module_logits",), lr=0.1),
+        "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),  # the table, and rows that train by themselves
         "input_router": Role(("poly_router.weight",)),
         "skills": Role(("poly_lora_A", "poly_lora_B"), lr=1e-3),
     }
@@ -62,7 +62,7 @@ class PolyModel(AdaptingTuner):
         if config.router_granularity != "linear":
             group = config.router_group(path)
             others: Any = (layer for other, layer in build.layers.items() if config.router_group(other) == group)
-            options["router"] = next((layer.poly_router[build.adapter_name] for layer in others), None)
+            options["router"] = next((layer.router(build.adapter_name) for layer in others), None)
         return options
 
     def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:

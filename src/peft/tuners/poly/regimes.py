@@ -17,7 +17,7 @@ class Regime(NamedTuple):
         routing: Whether the new tasks' routing trains.
         skills: Whether skills train.
         needs_tasks: Whether the adapter keeps its tasks, so that the new ones have to be named.
-        rates: The paper's learning rates, by what the parameters' names have in them.
+        rates: The paper's learning rates by role, as `peft.optimizers.create_optimizer` uses them too.
 
     Source: arXiv:2211.03831, sections 3.3 and 4
     """
@@ -30,7 +30,7 @@ class Regime(NamedTuple):
     rates: dict[str, float]
 
 
-_ROUTER, _SKILLS = {"poly_router": 0.1}, {"poly_lora": 1e-3}
+_ROUTER, _SKILLS = {"router": 0.1}, {"skills": 1e-3}
 
 REGIMES = {
     regime.name: regime

@@ -228,6 +228,23 @@ class InputRouter(Router):
         return self.weights(nn.functional.linear(x.to(self.weight.dtype), self.weight))
 
 
+class SharedRouter(nn.Module):
+    """The place of a router in a layer that shares the router of another, which alone has it as a part.
+
+    Args:
+        router: The other layer's.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self._held = (router,)  # in a tuple, torch does not see it
+
+    @property
+    def router(self) -> Router:
+        """The router itself."""
+        return self._held[0]
+
+
 def make_router(config: Any, in_features: int, placement: Placement, initialise: bool) -> Router:
     """The router that a config asks for."""
     fixed = config.routing == "fixed"

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that come and go, training in part, the paper's regimes, and fitting a task's routing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import assert_unchanged, llama, mlp, snapshot
+from torch import nn
+
+from peft import PeftModel, PolyConfig, get_peft_model
+from peft.optimizers import parameter_groups
+from peft.tuners.poly import REGIMES
+from peft.tuners.poly.layer import PolyLayer
+
+TARGETS = ["0", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def config(**fields):
+    return PolyConfig(
+        **{"r": 2, "n_tasks": 4, "n_skills": 3, "n_splits": 2, "init_weights": False, "target_modules": TARGETS, **fields}
+    )
+
+
+def poly(**fields):
+    model = get_peft_model(mlp(), config(task_names=["a", "b", "c", "d"], **fields)).eval()
+    with torch.no_grad():
+        [p.normal_() for n, p in model.named_parameters() if "module_logits" in n]
+    return model
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("granularity", ["linear", "model"])
+def test_removing_and_reordering_moves_no_other_task(granularity, tmp_path):
+    model = poly(router_granularity=granularity)
+    x = torch.randn(4, 8)
+    before, of_two = model(x, task_ids=["a", "b", "c", "d"]), model(x, task_ids=["c", "d", "d", "c"])
+    model.reorder_tasks(["d", 0, "c", "b"])
+    assert model.peft_config["default"].task_names == ["d", "a", "c", "b"]
+    assert torch.equal(model(x, task_ids=["a", "b", "c", "d"]), before)
+    assert torch.equal(model(x, task_ids=[1, 3, 2, 0]), before)
+    model.remove_tasks(["a", 3])
+    assert model.peft_config["default"].task_names == ["d", "c"]
+    assert torch.equal(model(x, task_ids=["c", "d", "d", "c"]), of_two)
+    assert all(w.shape == (2, 2, 3) for w in model.get_router_weights().values())
+    with pytest.raises(ValueError, match="Unknown task names"):
+        model(x, task_ids="a")
+    model.add_tasks(["e"], init="d")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(loaded(x, task_ids=["c", "d", "e", "c"]), of_two)
+
+
+BAD = [
+    ("remove_tasks", ["a", "nobody"], ValueError, "Unknown task names"),
+    ("remove_tasks", ["a", "b", "c", "d"], ValueError, "needs a task"),
+    ("remove_tasks", [4], ValueError, "Only 4 tasks"),
+    ("remove_tasks", [1.5], TypeError, "integers"),
+    ("reorder_tasks", ["a", "b", "c"], ValueError, "each of the adapter's 4 tasks once"),
+    ("reorder_tasks", ["a", "a", "c", "d"], ValueError, "each of the adapter's 4 tasks once"),
+    ("set_router_weights", [[1.0, 2.0]], ValueError, r"shape \[1, 2\] must be \[4, 3\] or \[4, 2, 3\]"),
+    ("set_router_weights", -torch.ones(4, 3), ValueError, "not negative"),
+    ("set_router_weights", {"nowhere": torch.ones(4, 3)}, ValueError, "no paths of layers"),
+    ("begin_regime", "Y", ValueError, "must be one of 'Z'"),
+    ("begin_regime", "Z", ValueError, "takes the new tasks"),
+    ("extract_tasks", "default", TypeError, "required positional"),
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "error", "message"), BAD, ids=lambda value: str(value)[:20])
+def test_what_cannot_be_done_changes_nothing(method, argument, error, message):
+    model = poly()
+    before, fields = snapshot(model), vars(model.peft_config["default"]).copy()
+    with pytest.raises(error, match=message):
+        getattr(model, method)(argument)
+    assert_unchanged(before, model)
+    assert vars(model.peft_config["default"]) == fields
+
+
+OPTIMISERS = [
+    lambda ps: torch.optim.AdamW(ps, lr=0.1, weight_decay=0.5),
+    lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.5),
+    lambda ps: torch.optim.Adafactor(ps, lr=0.1, weight_decay=0.5),
+]
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("skills", [False, True])
+def test_only_the_rows_asked_for_move(optimiser, skills):
+    """What steps do to the rows is what they do to a table of those rows alone, decay and state included."""
+    model = poly(relaxed_bernoulli=False)
+    model.add_tasks(["e", "f"])
+    model.train_only(tasks=["e", "f", "b"], skills=skills)
+    names = trainable(model)
+    assert sum("rows" in name for name in names) == 4 and sum("lora" in name for name in names) == 4 * skills
+    x, y = torch.randn(8, 8), torch.randn(8, 8)
+    tasks = [0, 1, 2, 3, 4, 5, 4, 1]  # closed rows are used too
+    layers = [m for m in model.modules() if isinstance(m, PolyLayer)]
+    before = [layer.poly_router["default"].module_logits.detach().clone() for layer in layers]
+    reference = copy.deepcopy(model)
+    reference.set_adapter("default")
+    alone = [p for n, p in reference.named_parameters() if "module_logits" in n]
+    mine = optimiser([p for p in model.parameters() if p.requires_grad and p.dim() == 2])
+    for _ in range(3):
+        mine.zero_grad()
+        model(x, task_ids=tasks).sub(y).square().sum().backward()
+        mine.step()
+    closed = [0, 2, 3]
+    for layer, old in zip(layers, before, strict=True):
+        router = layer.poly_router["default"]
+        assert torch.equal(router.module_logits[closed], old[closed])
+        assert (router.module_logits[[1, 4, 5]] != old[[1, 4, 5]]).any(1).all()
+        assert router.module_logits.grad is None
+        assert torch.equal(router.table(), router.module_logits)
+    assert {id(p) for p in mine.state} == {id(row) for layer in layers for row in layer.poly_router["default"].rows}
+    if skills:
+        return
+    # The slow way: step the rows as tensors of their own, with gradients of the whole table.
+    rows = [[p.detach()[1:2].clone(), p.detach()[4:6].clone()] for p in alone]
+    theirs = optimiser([row for pair in rows for row in pair])
+    for _ in range(3):
+        reference.zero_grad()
+        reference(x, task_ids=tasks).sub(y).square().sum().backward()
+        for p, (one, two) in zip(alone, rows, strict=True):
+            one.grad, two.grad = p.grad[1:2].clone(), p.grad[4:6].clone()
+        theirs.step()
+        with torch.no_grad():
+            for p, (one, two) in zip(alone, rows, strict=True):
+                p[1:2], p[4:6] = one, two
+    for layer, p in zip(layers, alone, strict=True):
+        torch.testing.assert_close(layer.poly_router["default"].module_logits, p)
+
+
+def test_open_rows_stay_in_the_table_wherever_the_model_goes(tmp_path):
+    model = poly(relaxed_bernoulli=False)
+    model.train_only(tasks="c")
+    x = torch.randn(3, 8)
+    for moved in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        assert "base_model.model.0.poly_router.default.rows.0" in trainable(moved)
+        optimizer = torch.optim.SGD([p for p in moved.parameters() if p.requires_grad], lr=1.0)
+        moved(x, task_ids=2).sum().backward()
+        optimizer.step()
+        for layer in moved.base_model.tuner_layers():
+            router = layer.poly_router["default"]
+            assert torch.equal(router.module_logits, router.table()) and router.rows[0].grad.abs().sum() > 0
+        assert not any("rows" in name for name in moved.state_dict())
+        output = moved(x, task_ids=2)
+        assert not torch.equal(output, model(x, task_ids=2))
+        moved.save_pretrained(tmp_path)
+        target = copy.deepcopy(model)
+        target.load_adapter(tmp_path, "default")
+        assert torch.equal(target(x, task_ids=2), output)
+        target = copy.deepcopy(model)
+        target.load_state_dict(moved.state_dict(), assign=True)
+        assert torch.equal(target(x, task_ids=2), output)
+
+
+def test_open_rows_follow_their_tasks():
+    model = poly()
+    model.train_only(tasks=["b", "c"])
+    model.add_tasks(["e"])
+    model.reorder_tasks(["c", "e", "d", "b", "a"])
+    routers = list(model.base_model.task_routers("default").values())
+    assert [router.opened for router in routers] == [[0, 3]] * 2
+    model.remove_tasks("c")
+    assert [router.opened for router in routers] == [[2]] * 2
+    model.train_only(tasks="all", skills=True)
+    everything = trainable(model)
+    model.set_adapter("default")
+    assert trainable(model) == everything and not any(router.runs for router in routers)
+    model.train_only()
+    assert not trainable(model)
+
+
+def test_rows_train_in_mixed_batches_checkpoints_and_compiled():
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], relaxed_bernoulli=False))
+    model.add_adapter("other", config(target_modules=["q_proj"], n_tasks=2, relaxed_bernoulli=False))
+    model.train_only(tasks=[3], adapter_name="default")
+    ids = torch.randint(3, 48, (4, 5))
+    call = {"input_ids": ids, "task_ids": [3, 1, 0, 3], "adapter_names": ["default", "other", "default", "__base__"]}
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**call).logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert len(gradients[0]) == 4 and all(g.abs().sum() > 0 for g in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    small = poly(relaxed_bernoulli=False, eval_top_k=2)
+    small.train_only(tasks=["b", "d"])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+        x = torch.randn(2, 8)
+        for tasks in ([0, 1], [3, 3], [2, 0]):
+            torch.testing.assert_close(compiled(x, task_ids=torch.tensor(tasks)), small(x, task_ids=tasks))
+
+
+# Regimes
+
+
+def test_regimes():
+    assert list(REGIMES) == ["Z", "full", "mu-Z", "mu", "random", "shared"]
+    expected = {
+        "Z": ("rows",),
+        "full": ("lora", "rows"),
+        "mu-Z": ("lora",),
+        "mu": ("lora",),
+        "random": ("lora", "rows"),
+        "shared": ("lora",),
+    }
+    x = torch.randn(3, 8)
+    for name, regime in REGIMES.items():
+        model = poly()
+        model.add_tasks(["new"])
+        old = model(x, task_ids=["a", "c", "new"])
+        chosen = model.begin_regime(name, ["new"] if regime.needs_tasks else None)
+        assert chosen is regime
+        parts = {next(part for part in ("rows", "lora", "module_logits") if part in name) for name in trainable(model)}
+        assert tuple(sorted(parts)) == expected[name]
+        active = model.active_adapter
+        assert all(f".{active}" in parameter for parameter in trainable(model))
+        kwargs = {"task_ids": "new"} if regime.needs_tasks else {}
+        groups = parameter_groups(model, weight_decay=0.1)
+        assert {group["name"]: group["lr"] for group in groups} == regime.rates
+        optimizer = torch.optim.AdamW(groups)
+        model.train()
+        (model(x, **kwargs) + 1).square().sum().backward()
+        optimizer.step()
+        model.eval()
+        model.set_adapter("default")
+        now = model(x, task_ids=["a", "c", "new"])
+        assert torch.equal(now[:2], old[:2]) == (name not in ("full", "mu-Z"))
+    with pytest.raises(ValueError, match="takes no tasks"):
+        poly().begin_regime("μ", ["a"])
+
+
+def test_the_mean_of_all_skills():
+    model = poly(alpha=3.0)
+    model.average_skills("mean")
+    for layer in model.base_model.tuner_layers():
+        A, B = layer.poly_lora_A["default"].double(), layer.poly_lora_B["default"].double()
+        left = torch.cat([sum(A[q, s] for s in range(3)) / 3 for q in range(2)], 0)
+        right = torch.cat([sum(B[q, s] for s in range(3)) / 3 for q in range(2)], 1)
+        torch.testing.assert_close(layer.get_delta_weight("mean").double(), (left @ right * 1.5).T, atol=1e-6, rtol=1e-5)
+    new = model.peft_config["mean"]
+    assert (new.n_tasks, new.n_skills, new.n_splits, new.r, new.alpha, new.task_names) == (1, 1, 1, 2, 3.0, None)
+
+
+@pytest.mark.parametrize("granularity", ["linear", "layer"])
+def test_extracting_tasks(granularity, tmp_path):
+    model = poly(router_granularity=granularity, rank_pattern={"2": 3})
+    x = torch.randn(2, 8)
+    expected = model(x, task_ids=["d", "b"])
+    model.extract_tasks("few", ["d", "b"])
+    model.extract_tasks("one", {"b": 1.0})
+    model.extract_tasks("blend", {"d": 0.25, "b": 0.75})
+    model.set_adapter("few")
+    assert model.peft_config["few"].task_names == ["d", "b"] and torch.equal(model(x, task_ids=[0, 1]), expected)
+    model.set_adapter("one")
+    torch.testing.assert_close(model(x[1:]), expected[1:])
+    for layer in model.base_model.tuner_layers():
+        low = layer.low_rank_factors("default", task_id={3: 0.25, 1: 0.75})
+        torch.testing.assert_close(layer.get_delta_weight("blend"), low.B @ low.A)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "few")
+    assert torch.equal(loaded(x, task_ids=["d", "b"]), expected)
+    with pytest.raises(ValueError, match="a task twice"):
+        poly().extract_tasks("x", ["a", "a"])
+    with pytest.raises(ValueError, match="already exists"):
+        poly().extract_tasks("default", ["a"])
+
+
+# Fitting a task
+
+
+@pytest.mark.parametrize("init", [None, "best", "equal"])
+def test_fitting_finds_the_routing_of_a_task(init):
+    model = poly()
+    x = torch.randn(64, 8)
+    y = model(x, task_ids="c").detach()
+    model.add_tasks(["copy"], init="mean")
+    model.train()
+    model.train_only(tasks="a")
+    before = snapshot(model)
+    untouched = model.base_model.task_routers("default")["0"].module_logits[:4].clone()
+    parameters = {id(p) for p in model.parameters()}
+    fit = model.fit_task("copy", lambda: (model(x, task_ids="copy") - y).square().mean(), steps=30, init=init)
+    after = snapshot(model)
+    assert {id(p) for p in model.parameters()} == parameters
+    for key in ("requires_grad", "modules", "rng"):
+        assert torch.equal(after[key], before[key]) if key == "rng" else after[key] == before[key]
+    assert torch.equal(model.base_model.task_routers("default")["0"].module_logits[:4], untouched)
+    changed = {n for n, t in after["state"].items() if not torch.equal(t, before["state"][n])}
+    assert len(fit.losses) == 31 and fit.seconds > 0 and fit.task == 4
+    if init == "best":
+        assert fit.start == 2 and fit.losses[0] < 1e-10
+    else:
+        assert min(fit.losses) < fit.losses[0] / 5
+    assert all("module_logits" in name for name in changed) and changed
+    final = (model.eval()(x, task_ids="copy") - y).square().mean()
+    assert abs(float(final.detach()) - min(fit.losses)) <= 1e-6
+
+
+def test_fitting_with_batches_of_a_language_model():
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 48, (3, 2, 6))]
+    model.add_tasks(1)
+    fit = model.fit_task(4, batches, steps=9, lr=1.0, init="best")
+    assert len(fit.losses) == 10 and sum(fit.losses[6:9]) < sum(fit.losses[:3])
+    for bad in (3, [], ["text"]):
+        with pytest.raises(TypeError, match="function without arguments, or batches"):
+            model.fit_task(4, bad)
+    with pytest.raises(ValueError, match="`steps`=-1"):
+        model.fit_task(4, batches, steps=-1)
+    model.add_adapter("idle", config(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="must be active"):
+        model.fit_task(0, batches, adapter_name="idle")
+
+
+def test_a_fit_that_fails_leaves_the_model_as_it_was():
+    model = poly()
+    before = snapshot(model)
+
+    def broken():
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        model.fit_task("a", broken)
+    assert_unchanged(before, model)
+
+
+class Sequence(nn.Module):
+    """A model with a head that an adapter trains whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = mlp(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_companions_train_on_request():
+    model = get_peft_model(Sequence(), config(target_modules=["body.0"], modules_to_save=["head"]))
+    model.train_only(tasks=[1])
+    assert not any("head" in name for name in trainable(model))
+    model.train_only(tasks=[1], companions=True)
+    assert sum("head" in name for name in trainable(model)) == 2
