@@ -128,8 +128,8 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path: A local folder, or an id on the Hub.
             subfolder: Folder inside it.
-            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's. Others are
-                passed over: callers hand on what they load the base model with.
+            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's.
+                Others are passed over: callers hand on what they load the base model with.
 
         Raises:
             CheckpointNotFoundError: No such config.

@@ -200,26 +200,17 @@ def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fi
         AcceleratorState._reset_state(True)
 
 
-def holders(method, version):
+def holders(method):
     """Train with a unit around each container of adapter parameters."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.fsdp import fully_shard
 
     from peft.tuners.tuners_utils import AdapterParameterDict
 
     model = adapted(method)
-    if version == 2:
-        for module in list(model.modules()):
-            if isinstance(module, AdapterParameterDict) and len(module):
-                fully_shard(module)
-        model = fully_shard(model)
-    else:
-        model = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy({AdapterParameterDict}),
-            device_id=torch.device("cpu"),
-            use_orig_params=version == 1,
-        )
+    for module in list(model.modules()):
+        if isinstance(module, AdapterParameterDict) and len(module):
+            fully_shard(module)
+    model = fully_shard(model)
     losses = train(model, method, optimiser_of(model))
     return losses, whole(get_peft_model_state_dict(model))
 

@@ -65,6 +65,64 @@ def test_two_processes_train_as_one(pool, references, name, engine):
         assert not any("base_layer" in parameter or "embed_tokens" in parameter for parameter in gradients)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 root", "fsdp1 layers"])
+def test_asking_the_base_between_steps(pool, references, name, engine):
+    """As trainers do for a reference: adapters are off and frozen meanwhile, and train on as if nothing had been."""
+    job, options = ENGINES[engine]
+    losses, adapter, _ = references(name)
+    for found, state, _ in pool.run(job, name, ask_base=True, **options):
+        assert found == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+
+
+def test_containers_as_units_of_their_own(pool, references, name):
+    losses, adapter, _ = references(name)
+    for found, state in pool.run("holders", name):
+        assert found == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+
+
+def test_each_trainable_number_is_averaged_once(pool, name):
+    """The bank that all layers share too."""
+    for averaged, trainable in pool.run("traffic", name):
+        assert averaged == trainable
+
+
+def test_what_accelerate_prepares(pool, references, name):
+    losses, adapter, _ = references(name)
+    for kind, found, state in pool.run("prepared", name):
+        assert kind == "DistributedDataParallel"
+        assert found == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+
+
+def test_an_adapter_loaded_after_sharding(pool, references, name):
+    for result, losses in pool.run("meta", name):
+        assert not result.missing_keys
+        assert losses == pytest.approx(references(name)[0], rel=1e-4)
+
+
+def test_generating_with_a_sharded_model(pool, name):
+    for expected, written in pool.run("generation", name):
+        assert torch.equal(expected, written)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2"])
+def test_adapters_in_a_model_of_its_own_class(pool, name, engine):
+    for result, state, loaded in pool.run("native", name, engine):
+        assert not result.missing_keys
+        assert state
+        close(loaded, state)
+
+
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2"])
+def test_a_checkpoint_that_does_not_fit(pool, name, engine):
+    for messages, before, after in pool.run("misfit", name, engine):
+        assert "size mismatch" in messages[0]
+        assert len(messages) == (4 if engine == "fsdp1" else 1)
+        close(after, before)
+
+
 @pytest.mark.parametrize(("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"}), ("fsdp1", {})])
 def test_an_adapter_goes_from_one_sharded_model_to_another(pool, name, engine, options):
     for before, state, after, result, (expected, logits) in pool.run("roundtrip", engine, name, **options):
@@ -94,13 +152,25 @@ def test_a_gathered_state_is_an_ordinary_checkpoint(pool, name, tmp_path):
     close(load_file(tmp_path / "adapter_model.safetensors"), expected)
 
 
+def test_all_processes_save_into_one_folder(pool, name, tmp_path):
+    pool.run("save_from_all", name, str(tmp_path))
+    from safetensors.torch import load_file
+
+    close(load_file(tmp_path / "adapter_model.safetensors"), dict(jobs.get_peft_model_state_dict(jobs.adapted(name))))
+    assert not [path for path in tmp_path.iterdir() if "adapter" in path.name and path.suffix not in (".json", ".safetensors")]
+
+
 def test_saving_a_sharded_model(pool, name, tmp_path):
     for state in pool.run("save_sharded", name, str(tmp_path)):
         close(state, dict(jobs.get_peft_model_state_dict(jobs.adapted(name))))
 
 
-def test_merging_a_sharded_model(pool, name):
-    for before, merged, after, off, again in pool.run("merging", name, "fsdp2"):
+@pytest.mark.parametrize(("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"})])
+def test_merging_a_sharded_model(pool, name, engine, options):
+    for outputs in pool.run("merging", name, engine, **options):
+        if engine == "fsdp1":
+            assert "summon_full_params" in outputs.pop(1)
+        before, merged, after, off, again = outputs
         torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(after, before)
         torch.testing.assert_close(again, before)
@@ -123,6 +193,14 @@ def test_deepspeed(pool, references, name, tmp_path, stage):
         assert len(refused) == (4 if stage == 3 else 0)
 
 
+def test_a_base_that_zero3_distributes_as_it_is_made(pool, name):
+    losses = jobs.reference(name, modules_to_save=["lm_head"])[0]
+    for found, state, merged, plain in pool.run("zero_init", name):
+        assert found == pytest.approx(losses, rel=1e-4)
+        assert any("lm_head" in key for key in state)
+        assert not torch.allclose(merged, plain)
+
+
 def test_trainer_in_two_processes(pool, name, tmp_path):
     for first, second, state, resumed in pool.run("trainer", name, str(tmp_path)):
         assert second[-2:] == pytest.approx(first[-2:], rel=1e-4)
@@ -133,3 +211,12 @@ def test_roles_are_known_under_every_engine(pool, name):
     for found, message in pool.run("roles", name):
         assert found["one"] == found["ddp"] == found["fsdp2"] == found["fsdp1"]
         assert "use_orig_params=True" in message
+
+
+def test_trainer_shards(pool, name, tmp_path):
+    """By the Trainer's own settings, with FSDP2. (Of FSDP1 on a CPU, torch crashes in the whole state dict that it asks for.)"""
+    wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    config = {"version": 2, "sync_module_states": False, "cpu_ram_efficient_loading": False, **wrapped}
+    for first, second, state, resumed in pool.run("trainer", name, str(tmp_path), config):
+        assert second[-2:] == pytest.approx(first[-2:], rel=1e-3)
+        close(resumed, state)

@@ -9,19 +9,20 @@ from torch import nn
 
 
 class Pause:
-    """Which parameters are frozen for a while, by the places they have in modules.
+    """Which parameters are frozen for a while.
 
-    FSDP2 puts other tensors there to compute with, and what is trainable in a forward is decided by those.
+    They are known by the places they have in modules too: FSDP2 puts other tensors there to compute with. Those decide what is
+    trainable in a forward, and take that over from the parameter itself when they are next put there.
     """
 
     def __init__(self) -> None:
-        self._places: list[tuple[nn.Module, str]] = []
+        self._paused: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def begin(self, roots: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> None:
         """Freeze those of some parameters that are trainable; they are somewhere in the modules `roots`."""
         trainable = {id(parameter) for parameter in parameters if parameter.requires_grad}
         for module in dict.fromkeys(module for root in roots for module in root.modules()):
-            self._places += [(module, name) for name, p in module._parameters.items() if id(p) in trainable]
+            self._paused += [(module, name, p) for name, p in module._parameters.items() if p is not None and id(p) in trainable]
         self._require_grad(False)
 
     def end(self) -> None:
@@ -31,10 +32,10 @@ class Pause:
 
     def forget(self) -> None:
         """Leave them as they are."""
-        self._places = []
+        self._paused = []
 
     def _require_grad(self, required: bool) -> None:
-        for module, name in self._places:
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(required)
+        for module, name, parameter in self._paused:
+            in_place = module._parameters.get(name)
+            for tensor in (parameter, parameter if in_place is None else in_place):
+                tensor.requires_grad_(required)
