@@ -19,7 +19,7 @@ from ..utils.rank_room import RankRoom
 from ..utils.sharding import is_managed, whole
 from ..utils.warning import warn
 from . import _merging
-from ._accumulate import add_product, may_write_to_output
+from ._accumulate import Steps, add_steps, can_share_input, may_write_to_output, run_with_steps
 from ._geometry import (
     Geometry,
     Placement,
@@ -69,10 +69,9 @@ class BaseTunerLayer(AdapterHolder):
         """What the adapter adds to the output for input `x`."""
         raise NotImplementedError
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """`delta_activations` as a matrix product `p @ q` yet to be taken, in the output's order of elements: it can be added to
-        the output as it is taken. The delta itself and None where it turned out not to end in one; None by itself, before anything
-        is computed, for a method whose never does.
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
+        """`delta_activations` as steps from its first matrix product to its last, which are then taken together with the base
+        layer's; None, before anything is computed, where it is not to be had so.
         """
         return None
 
@@ -116,27 +115,32 @@ class BaseTunerLayer(AdapterHolder):
         """The base layer's output plus that of the active adapters, in the base output's dtype. Where the call chose an adapter for
         each sample, that one's part is added to the sample's rows instead.
         """
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        base: Any = self._modules["base_layer"]
         if self._disable_adapters or self.merged_adapters:
-            return result
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return base(x, *args, **kwargs)
         batch = ADAPTER_BATCHES.current
         if batch is not None:
-            return self._apply_by_sample(batch, x, result)
-        dtype = result.dtype
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.scaling:
-                result = self.apply_adapter(adapter_name, x, result)
-        return result.to(dtype)
+            return self._apply_by_sample(batch, x, base(x, *args, **kwargs))
+        names = [name for name in self.active_adapters if name in self.scaling]
+        together = names and not (args or kwargs) and can_share_input(base, x)
+        steps = self.delta_steps(names[0], x) if together else None
+        if steps is None:
+            result = base(x, *args, **kwargs)
+            dtype = result.dtype
+        else:
+            result, dtype, names = run_with_steps(base, x, steps), x.dtype, names[1:]
+        for adapter_name in names:
+            result = self.apply_adapter(adapter_name, x, result)
+        return result if result.dtype == dtype else result.to(dtype)
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the adapter's part; a method whose part is not a sum overrides this."""
-        product = self.delta_product(adapter_name, x)
-        if product is None:
+        steps = self.delta_steps(adapter_name, x)
+        if steps is None:
             return result + self.delta_activations(adapter_name, x)
-        p, q = product
-        return result + p if q is None else add_product(result, p, q, in_place=may_write_to_output(self.base_layer))
+        return add_steps(steps, result, may_write_to_output(self._modules["base_layer"]))  # type: ignore[arg-type]
 
     def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
         """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._accumulate import Steps
 from .order import State, contraction_order, known_order
 
 Chain = tuple[Tensor, ...]
@@ -203,32 +204,29 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
     Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
     """
-    grid, w1s, w2s = _grid(x, f, scale)
-    return _walk(grid, w1s, w2s, _order(grid, w1s, w2s)).reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0])
+    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
+    grid = x.reshape(math.prod(x.shape[:-1]), 1, w1s[0].shape[1], 1, w2s[0].shape[1])
+    return _walk(grid, w1s, w2s, _order(w1s, w2s)).reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0])
 
 
-def kronecker_product(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor] | None:
-    """`kronecker_linear` up to its last matrix product.
-
-    Returns:
-        `p [rows·a, k]` and `q [k, c]` with `y = p @ q` in the order of elements of `[..., out]`; None where the cheapest order ends
-        with the left side.
+def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Steps:
+    """`kronecker_linear` in steps: first `x.view(rows·b, d)` times `[d, k]`, where the cheapest order begins with the right side,
+    and last `[rows·a, k]` times `[k, c]`, where it ends with that.
 
     Source: arXiv:2309.14859, eq. 4
     """
-    grid, w1s, w2s = _grid(x, f, scale)
-    order = _order(grid, w1s, w2s)
-    before = order[-2] if len(order) > 1 else (0, 0)
-    if before[1] == order[-1][1]:
-        return None
-    grid = _walk(grid, w1s, w2s, order[:-1])
-    return grid.reshape(-1, grid.shape[-1]), _compose(w2s[before[1] :]).T
-
-
-def _grid(x: Tensor, f: KroneckerFactors, scale: float | Tensor) -> tuple[Tensor, Chain, Chain]:
-    """The input of a linear layer as `[rows, 1, b, 1, d]`, and both chains."""
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    return x.reshape(math.prod(x.shape[:-1]), 1, w1s[0].shape[1], 1, w2s[0].shape[1]), w1s, w2s
+    rows, b, (*_, before, end) = math.prod(x.shape[:-1]), w1s[0].shape[1], ((0, 0), *(order := _order(w1s, w2s)))
+    begins_right, ends_right = order[0][1] > 0, before[1] < end[1]
+    begun, path = order[0] if begins_right else (0, 0), order[begins_right : len(order) - ends_right]
+
+    def then(z: Tensor) -> tuple[Tensor, Tensor | None]:
+        grid = _walk(z.reshape(rows, 1, b, 1, -1), w1s, w2s, path, begun)
+        if ends_right:
+            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[before[1] :]).T
+        return grid.reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0]), None
+
+    return Steps(x, _compose(w2s[: begun[1]]).T if begins_right else None, then)
 
 
 def kronecker_conv(
@@ -284,7 +282,8 @@ def kronecker_conv(
     grid = batched.unflatten(1, (shared, groups // shared, *sides)).movedim(2, 3)
     positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
     grid = grid.movedim((1, 2), (3, 4)) if flat else grid
-    y = _walk(grid, w1s, w2s, _order(grid, w1s, w2s, positions), **options)
+    order = _order(w1s, w2s, grid.shape[1], grid.shape[3], positions)
+    y = _walk(grid, w1s, w2s, order, **options)
     y = (y.movedim((1, 2), (3, 4)) if flat else y).flatten(1, 4)
     return y if x.dim() == y.dim() else y[0]
 
@@ -328,25 +327,26 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
     return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
 
 
-def _order(z: Tensor, w1s: Chain, w2s: Chain, positions: int = 1) -> tuple[State, ...]:
-    """The states to pass through for an input `z`, as `_walk` takes it, with `positions` input positions per output position."""
+def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1) -> tuple[State, ...]:
+    """The states to pass through, with `positions` input positions per output position."""
     spatial = next((j for j, w in enumerate(w2s) if w.dim() > 2), -1)
     plan = contraction_order if torch.compiler.is_compiling() else known_order  # the compiler warns about caches
     return plan(
-        (*(w.shape[1] for w in w1s), w1s[-1].shape[0] // z.shape[1]),
-        (*(w.shape[1] for w in w2s), w2s[-1].shape[0] // z.shape[3]),
+        (*(w.shape[1] for w in w1s), w1s[-1].shape[0] // left_groups),
+        (*(w.shape[1] for w in w2s), w2s[-1].shape[0] // right_groups),
         spatial=spatial,
         taps=math.prod(w2s[spatial].shape[2:]),
         stride=positions,
     )[1]
 
 
-def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any) -> Tensor:
-    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end.
+def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], begun: State = (0, 0), **conv: Any) -> Tensor:
+    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end;
+    what comes before the state `begun` is done already.
 
     Groups share all maps of a chain but the last, whose rows they divide.
     """
-    i = j = 0
+    i, j = begun
     for to_i, to_j in order:
         if to_i > i:
             z = _pointwise(z, _compose(w1s[i:to_i]), 2, z.shape[1] if to_i == len(w1s) else 1)
@@ -359,8 +359,8 @@ def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any
 
 def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
     """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
-    if z.dim() == 5 and (axis == 4 or z.shape[4] < w.shape[0]):
-        # No space: one matrix product. The batched one below forms a weight gradient per row before summing.
+    if z.dim() == 5 and (axis == 4 or (z.shape[4] < w.shape[0] and torch.is_grad_enabled())):
+        # No space: one matrix product. The batched one below is quicker, but forms a weight gradient per row before summing.
         return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
     y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))
     return y.unflatten(-1, z.shape[axis + 1 :])

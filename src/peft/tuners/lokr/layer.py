@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._accumulate import Steps
 from .._geometry import Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank
@@ -20,7 +21,7 @@ from .kronecker import (
     flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
-    kronecker_product,
+    kronecker_steps,
     kronecker_weight,
 )
 from .lowrank import kronecker_low_rank
@@ -138,12 +139,12 @@ class Linear(LoKrLayer):
     def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:  # noqa: D102
         return kronecker_linear(x, factors, self.scaling[adapter_name])
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
         if self.drops(adapter_name):
             return None
         factors = self.factors(adapter_name)
         dtype = next(factor.dtype for factor in factors if factor is not None)
-        return kronecker_product(self._cast_input_dtype(x, dtype), factors, self.scaling[adapter_name])
+        return kronecker_steps(self._cast_input_dtype(x, dtype), factors, self.scaling[adapter_name])
 
 
 class _Conv(LoKrLayer):

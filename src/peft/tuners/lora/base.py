@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
-from .._accumulate import add_product
 from .._geometry import Placement, dense_weight, is_quantised
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -32,16 +31,6 @@ class Magnitude(nn.Module):
     def forward(self) -> Tensor:
         """The lengths; a call, so that libraries which move weights in on use see the use."""
         return whole(self.weight)
-
-
-class Up(nn.Linear):
-    """`B`, which maps `r → out` and can add to another tensor as it does."""
-
-    def forward(self, h: Tensor, result: Tensor | None = None, in_place: bool = False) -> Tensor:  # type: ignore[override]
-        """`B·h`, or `result + B·h`, in the memory of `result` if it may be written to."""
-        if result is None:
-            return super().forward(h)
-        return add_product(result, h.reshape(-1, h.shape[-1]), self.weight.mT, in_place)
 
 
 class Start(nn.Module):
@@ -186,10 +175,6 @@ class LoraLayer(BaseTunerLayer):
             return self.lora_B[adapter_name](h) * scale
         return self.lora_B[adapter_name](scaled(h, scale))
 
-    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result + s·B·A·x` for an input that has its dropout."""
-        return result + self._delta(adapter_name, x)
-
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
         """Set an adapter to a part of the base weight, and note the part."""
 
@@ -221,16 +206,16 @@ class LoraLayer(BaseTunerLayer):
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
         """
-        dropped = self._dropped(adapter_name, x)
         if adapter_name not in self.lora_magnitude_vector:
-            return self._add(adapter_name, dropped, result)
+            return super().apply_adapter(adapter_name, x, result)
+        dropped = self._dropped(adapter_name, x)
         factor = self._by_channel(self.magnitude_factor(adapter_name, self.scaling[adapter_name]))
         bias = self.get_base_layer()._parameters.get("bias")
         if self._drops(adapter_name):
             part = self.base_layer(dropped.to(x.dtype))
             part = part if bias is None else part - self._by_channel(bias)
             return result + (factor - 1) * part + factor * self._delta(adapter_name, dropped)
-        total = self._add(adapter_name, dropped, result)
+        total = result + self._delta(adapter_name, dropped)
         if bias is None:
             return factor * total
         return torch.addcmul((1 - factor) * self._by_channel(bias), factor, total)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError
 from ...utils.sharding import whole
-from .._accumulate import may_write_to_output
+from .._accumulate import Steps, is_bare
 from .._geometry import Placement, embedding_scale, innermost
-from .base import LoraLayer, Start, Up
+from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa, scaled
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
@@ -26,7 +26,7 @@ class Linear(LoraLayer):
     def _make(self, adapter_name: str, place: Placement) -> None:
         r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
         self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **place._asdict())
-        self.lora_B[adapter_name] = nn.utils.skip_init(Up, r, self.out_features, bias=biased, **place._asdict())
+        self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=biased, **place._asdict())
 
     def factors(self, adapter_name: str) -> Factors:  # noqa: D102
         A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
@@ -41,13 +41,19 @@ class Linear(LoraLayer):
             delta = delta - self.lora_start[adapter_name](x) * self.scaling[adapter_name]
         return delta
 
-    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        B = self.lora_B[adapter_name]
-        if self.lora_bias[adapter_name] or adapter_name in self.lora_start or not isinstance(B, Up):
-            return super()._add(adapter_name, x, result)
-        # Where there are gradients a plain sum is as fast, and its graph costs less to make.
-        in_place = not torch.is_grad_enabled() and may_write_to_output(self.base_layer)
-        return B(scaled(self.lora_A[adapter_name](x), self.scaling[adapter_name]), result, in_place)
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
+        """`A·x`, then `s·B`, where that is all and nothing watches the modules that hold them."""
+        modules: Any = self._modules
+        A, B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
+        if (
+            adapter_name in modules["lora_magnitude_vector"]._modules
+            or adapter_name in modules["lora_start"]._modules
+            or not (is_bare(A, nn.Linear) and is_bare(B, nn.Linear))
+            or B.bias is not None
+        ):
+            return None
+        up, scale = B.weight, self.scaling[adapter_name]
+        return Steps(self._dropped(adapter_name, x), A.weight.mT, lambda h: (scaled(h, scale), up.mT))
 
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
         """Set an adapter to the largest singular values of the base weight ("pissa") or its first QR columns ("olora").

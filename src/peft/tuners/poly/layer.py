@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
+from .._accumulate import Steps
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .gating import only_used
-from .mixing import poly_delta, poly_product, task_delta_weight, task_factors
+from .mixing import poly_delta, poly_steps, task_delta_weight, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
 
@@ -144,8 +145,8 @@ class PolyLayer(BaseTunerLayer):
         """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input."""
         return poly_delta(*self._operands(adapter_name, x))
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102
-        return poly_product(*self._operands(adapter_name, x))
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:  # noqa: D102
+        return poly_steps(*self._operands(adapter_name, x))
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...utils.error import PeftValueError
+from .._accumulate import Steps
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
@@ -113,33 +114,36 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    p, q = poly_product(x, weights, A, B, scale)
-    return p if q is None else p.bmm(q).reshape(*x.shape[:-1], q.shape[-1])
+    return poly_steps(x, weights, A, B, scale).part().reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
 
 
-def poly_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """`poly_delta` up to its last matrix product.
-
-    Returns:
-        `p [n, rows, k]` and `q [n, k, out]` with `delta = p @ q` in the order of elements of `[rows, ..., out]`; where the
-        splits are the batch of that product, the delta and None.
+def poly_steps(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Steps:
+    """`poly_delta` in steps: first `x` times `[batch, in, r]`, or in rank space `[in, n_skills·r]`. Splits in rank space, each with
+    factors of its own, do not begin and end with one product.
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    p, q = _last_product(x, weights, A, B, scale)
-    if q.shape[-1] == A.shape[0] * B.shape[3]:
-        return p, q
-    return p.bmm(q).transpose(0, 1).reshape(*x.shape[:-1], A.shape[0] * B.shape[3]), None  # splits lead
+    batch, tokens, weights = _by_sample(x, weights)
+    n_splits, n_skills, width, r = A.shape
+    if not rank_space_pays(batch, tokens, n_splits * (width + B.shape[3]), n_splits, n_skills):
+        A_w, B_w = mix(weights, A, B, scale)
+        return Steps(x, A_w, lambda h: (h, B_w))
 
+    def spread(h: Tensor) -> Tensor:
+        """`z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`, `[n_splits, rows, n_skills * r]`."""
+        w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
+        z = (w * h.view(n_splits, batch, tokens, n_skills, r)).sum(dim=(0, 3), dtype=h.dtype)  # or autocast would widen it
+        return ((w * scale) * z[None, :, :, None, :]).reshape(n_splits, batch * tokens, n_skills * r)
 
-def _last_product(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`p` and `q` whose product is the delta `[batch, tokens, out]`, in rank space `[n_splits, batch * tokens, out / n_splits]`."""
-    samples, weights = _by_sample(x, weights)
-    features = A.shape[0] * (A.shape[2] + B.shape[3])
-    if rank_space_pays(samples.shape[0], samples.shape[1], features, A.shape[0], A.shape[1]):
-        return _apply_then_mix(samples, weights, A, B, scale)
-    A_w, B_w = mix(weights, A, B, scale)
-    return samples.bmm(A_w), B_w
+    by_split, B_all = A.transpose(1, 2).flatten(2), B.flatten(1, 2)  # [n_splits, in / n_splits, n_skills * r] and its like
+    if n_splits == 1:
+        return Steps(x, by_split[0], lambda h: (spread(h)[0], B_all[0]))
+
+    def delta(x: Tensor) -> tuple[Tensor, None]:
+        blocks = x.reshape(batch * tokens, n_splits, width).transpose(0, 1)
+        return (spread(blocks @ by_split) @ B_all).transpose(0, 1).reshape(*x.shape[:-1], n_splits * B.shape[3]), None
+
+    return Steps(x, None, delta)
 
 
 def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:
@@ -320,15 +324,15 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _by_sample(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """View the input as `[batch, tokens, in]` and the weights as `[batch, n_splits, n_skills]`."""
+def _by_sample(x: Tensor, weights: Tensor) -> tuple[int, int, Tensor]:
+    """The input's samples and tokens, with weights `[batch, n_splits, n_skills]`."""
     if weights.dim() > 3:
         if weights.shape[:-2] != x.shape[:-1]:
             raise PeftValueError(
                 f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape {tuple(x.shape)}: "
                 "all but their last two sizes must be all but its last one."
             )
-        return x.reshape(-1, 1, x.shape[-1]), weights.flatten(0, -3)
+        return math.prod(x.shape[:-1]), 1, weights.flatten(0, -3)
     rows, batch = x.shape[0], weights.shape[0]
     # Checked, since a reshape would silently move tokens between samples.
     if rows != batch and (batch == 0 or rows % batch != 0):
@@ -336,27 +340,8 @@ def _by_sample(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
             "the rows must be a multiple of the samples."
         )
-    tokens = math.prod(x.shape[:-1]) // max(batch, 1)
     # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
-    return x.reshape(batch, tokens, x.shape[-1]), weights
-
-
-def _apply_then_mix(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Mix at rank `r`: `[batch, tokens, in]` and `[batch, n_splits, n_skills]` to `[n_splits, batch * tokens, n_skills * r]` and
-    `[n_splits, n_skills * r, out // n_splits]`, whose product is the delta.
-
-    `h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`; splits lead, as
-    the batch of both products. What it holds on the way is `batch * tokens * n_splits * n_skills * r` and an `A` in
-    another order.
-    """
-    batch, tokens, _ = x.shape
-    n_splits, n_skills, width, r = A.shape
-    blocks = x.reshape(batch * tokens, n_splits, width).transpose(0, 1)
-    h = blocks.bmm(A.transpose(1, 2).flatten(2)).reshape(n_splits, batch, tokens, n_skills, r)
-    w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
-    z = (w * h).sum(dim=(0, 3), dtype=h.dtype)  # or autocast would widen it, and `spread` with it
-    spread = (w * scale) * z[None, :, :, None, :]
-    return spread.reshape(n_splits, batch * tokens, n_skills * r), B.flatten(1, 2)
+    return batch, math.prod(x.shape[:-1]) // max(batch, 1), weights
 
 
 def _share_gate(logits: Tensor, share: Tensor) -> Tensor:

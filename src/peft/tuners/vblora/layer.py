@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils.error import PeftRuntimeError
+from .._accumulate import Steps
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -130,11 +131,11 @@ class VBLoRALayer(BaseTunerLayer):
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`x·Aᵀ·Bᵀ`, with dropout on `x` in training."""
-        p, q = self.delta_product(adapter_name, x)
-        return (p @ q).view(*x.shape[:-1], q.shape[1])
+        part = self.delta_steps(adapter_name, x).part()
+        return part.view(*x.shape[:-1], part.shape[1])
 
-    def delta_product(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x·Aᵀ` and `Bᵀ`.
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:
+        """`x·Aᵀ`, then `Bᵀ`.
 
         Raises:
             PeftRuntimeError: In training, if the logits came from a top-k checkpoint.
@@ -144,8 +145,10 @@ class VBLoRALayer(BaseTunerLayer):
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
             )
         A, B = self.factors(adapter_name)
-        x = F.dropout(self._cast_input_dtype(x, A.dtype), self.vblora_dropout[adapter_name], self.training)
-        return F.linear(x, A).view(-1, A.shape[0]), B.T
+        x = self._cast_input_dtype(x, A.dtype)
+        if self.training and (dropout := self.vblora_dropout[adapter_name]):
+            x = F.dropout(x, dropout)
+        return Steps(x, A.T, lambda h: (h, B.T))
 
 
 class Linear(VBLoRALayer):
