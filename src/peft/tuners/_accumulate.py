@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-# Layers whose output is made anew by every call and kept by nobody for backward.
-_FRESH: tuple[type, ...] = (nn.Linear,)
-
 
 class Steps(NamedTuple):
     """How an adapter computes its part, from its first matrix product to its last.
@@ -75,16 +72,21 @@ def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
     return _add_last(steps, product, result, in_place=True)
 
 
-def may_write_to_output(layer: nn.Module) -> bool:
+def may_write_to_output(layer: Any) -> bool:
     """Whether a layer's output belongs to its caller alone: hooks may have kept it, and other kinds of layers themselves."""
-    return type(layer) in _FRESH and not (layer._forward_hooks or _hooks._global_forward_hooks)
+    return type(layer) is nn.Linear and not (
+        layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _hooks._global_forward_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
 
 
-def is_bare(module: Any, kind: type) -> bool:
-    """Whether calling a module does no more than its class `kind` says: nothing is hooked in or put in the place of its forward."""
-    if type(module) is not kind:
-        return False
-    return not (
+def is_bare(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module does what its class `kind` says and no more: nothing is hooked in, its forward is not replaced."""
+    return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
