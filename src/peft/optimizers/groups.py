@@ -133,7 +133,8 @@ def create_optimizer(
     if not isinstance(optimizer_cls, type) or not issubclass(optimizer_cls, torch.optim.Optimizer):
         raise PeftTypeError(f"`optimizer_cls`={optimizer_cls!r} must be a class of torch optimisers, such as `torch.optim.AdamW`.")
     groups = parameter_groups(model, lr, rates=rates, ratios=ratios, weight_decay=weight_decay)
-    optimiser = optimizer_cls(groups, **({} if lr is None else {"lr": lr}), **options)
+    given: dict[str, Any] = options if lr is None else {"lr": lr, **options}
+    optimiser = optimizer_cls(groups, **given)
     keep_embeddings_wide(model, optimizer_cls)
     return optimiser
 

@@ -60,6 +60,7 @@ def create_loraplus_optimizer(
         groups[name if name in groups else "A"]["params"].append(trained.parameter)
     if "B" not in roles:
         raise PeftValueError(f"No trainable parameter has the role 'B' that LoRA+ is about; there are {', '.join(sorted(roles))}.")
-    optimiser = optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+    given: dict[str, Any] = {"lr": lr, **kwargs}
+    optimiser = optimizer_cls(list(groups.values()), **given)
     keep_embeddings_wide(model, optimizer_cls)
     return optimiser
