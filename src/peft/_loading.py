@@ -58,6 +58,7 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
     """
     # What a config says besides: whom it is for, which modules, how training starts and goes, how it is saved.
     besides = {field.name for field in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
+    besides |= {field.name for field in fields(known) if field.metadata.get("besides")}
     words = ("dropout", "init_", "modules", "layers_", "save_")
     names = [f.name for f in fields(known) if f.name not in besides and not any(word in f.name for word in words)]
     differing = [

@@ -169,7 +169,7 @@ def _plain(model: Any) -> nn.Module:
 def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
     """The state of a layer, or of a module trained beside adapters."""
     is_layer = isinstance(layer, BaseTunerLayer)
-    read = layer.adapter_parameters if is_layer else layer.parameters_of
+    read = layer.adapter_tensors if is_layer else layer.parameters_of
     parameters = {name: list(read(name)) for name in sorted(layer.scaling if is_layer else layer.adapters)}
     names = [name for name, own in parameters.items() if own]  # a head may use the rows of the embedding it is tied to
     return TunerLayerStatus(

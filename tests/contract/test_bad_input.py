@@ -112,9 +112,11 @@ def test_sizes_that_do_not_divide_are_all_named():
         ValueError, match=r"`0`: `in_features`=10 is not divisible by `n_splits`=4; choose 1, 2, 5 or 10\..*`1`: `out_features`=6"
     ):
         get_peft_model(model, PolyConfig(n_splits=4, target_modules=["0", "1"]))
-    with pytest.raises(
-        ValueError, match=r"`0`: `in_features` 10 must be divisible by `vector_length` 8; choose one of 1, 2, 5, 10\."
-    ):
+    message = (
+        r"`0`: `in_features` 10 must be divisible by `vector_length` 8\. `1`: `out_features` 6 .*"
+        r"Lengths that divide all targeted sizes are 1, 2; or set `pad_last_tile=True`"
+    )
+    with pytest.raises(ValueError, match=message):
         get_peft_model(model, VBLoRAConfig(vector_length=8, target_modules=["0", "1"]))
 
 

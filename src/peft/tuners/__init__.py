@@ -4,7 +4,7 @@
 from .lokr import LoKrConfig, LoKrModel
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel
-from .vblora import VBLoRAConfig, VBLoRAModel
+from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank
 
 __all__ = [
     "LoKrConfig",
@@ -16,6 +16,7 @@ __all__ = [
     "PolyModel",
     "VBLoRAConfig",
     "VBLoRAModel",
+    "VectorBank",
     "convert_to_lora",
     "save_as_lora",
     "save_tasks_as_lora",

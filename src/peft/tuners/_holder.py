@@ -91,6 +91,10 @@ class AdapterHolder(nn.Module):
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that belong to an adapter."""
+        return (tensor for tensor in self.adapter_tensors(adapter_name) if isinstance(tensor, nn.Parameter))
+
+    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
+        """All tensors that belong to an adapter: its parameters, and what nobody trains."""
         for attribute in self.adapter_layer_names:
             container = getattr(self, attribute)
             if adapter_name in container:

@@ -53,6 +53,7 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
         UnsupportedModuleError: Modules are targeted that the method can't adapt; all are named.
     """
     config.validate()
+    tuner.complete(config)
     check_name(adapter_name, tuner)
     _check_biases(config, tuner)
     plan = Plan(adapter_name, config)
@@ -253,4 +254,5 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
     if unsupported:
         raise UnsupportedModuleError(" ".join([*unsupported, f"{type(tuner).__name__} adapts {tuner.supported_modules}."]))
     if misfits:
-        raise PeftValueError(" ".join(misfits))
+        remedy = tuner.target_remedy(plan.config, [_geometry.innermost(module) for module in plan.targets.values()])
+        raise PeftValueError(" ".join([*misfits, remedy]).strip())

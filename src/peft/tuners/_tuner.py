@@ -8,7 +8,7 @@ its tensors and their form in a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -106,6 +106,17 @@ class BaseTuner(AdaptedModel):
         """What about the module at `path` conflicts with `config`, a sentence each."""
         yield from ()
 
+    def target_remedy(self, config: Any, modules: Sequence[nn.Module]) -> str:
+        """A sentence after all of the targets' problems: what would suit all of them."""
+        return ""
+
+    def complete(self, config: Any) -> None:
+        """Fill in what a config says by reference to something else; called before anything is decided by it.
+
+        Raises:
+            PeftError: What it refers to can't be had.
+        """
+
     def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
         """An adapter's parameters that all layers share, by attribute name."""
         return {}
@@ -153,8 +164,10 @@ class BaseTuner(AdaptedModel):
         tuner.peft_config = model.peft_config
         return tuner
 
-    def build_for(self, adapter_name: str, config: PeftConfig, layers: Mapping[str, BaseTunerLayer]) -> Build:
-        """An adapter as a config describes it for layers of the model, without values and away from the model."""
+    def build_for(self, adapter_name: str, config: PeftConfig, layers: Mapping[str, BaseTunerLayer], known: PeftConfig) -> Build:
+        """An adapter as a config describes it for layers of the model, without values and away from the model; in the form in which
+        the model holds the adapter of config `known`, where a method has several.
+        """
         return self._build(_plan.Plan(adapter_name, config, dict(layers)), Construction(initialise=False))
 
     def config_to_save(self, adapter_name: str) -> PeftConfig:

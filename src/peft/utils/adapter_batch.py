@@ -7,6 +7,7 @@ of an adapter for each sample, `adapter_names`, travels this way for all methods
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,8 @@ class AdapterBatch:
         for sample, name in enumerate(names):
             self.samples.setdefault(name, []).append(sample)
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._numbers: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._owners: dict[tuple[tuple[str, ...], int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, tensor: Tensor) -> dict[str, Tensor]:
         """The rows of a layer's input, by adapter. Each sample has the same number of successive rows: its beams, or its tokens
@@ -125,6 +128,33 @@ class AdapterBatch:
                 for name, samples in self.samples.items()
             }
         return self._rows[key]
+
+    def part(self, samples: dict[str, list[int]]) -> AdapterBatch:
+        """The same call, of which only some samples run with an adapter."""
+        part = copy.copy(self)
+        part.samples = samples
+        part._rows = {key: {name: rows[name] for name in samples} for key, rows in self._rows.items()}
+        return part
+
+    def numbers(self, values: tuple[int, ...], device: torch.device) -> Tensor:
+        """Integers as a tensor, which all layers of a call that ask for the same share: making one waits for the device."""
+        key = values, device
+        if key not in self._numbers:
+            self._numbers[key] = torch.tensor(values, device=device)
+        return self._numbers[key]
+
+    def owners(self, names: tuple[str, ...], tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, of a layer's input, of the samples that run with some adapters, and the number of the adapter that each has;
+        in the order of the rows.
+        """
+        key = names, tensor.shape[0], tensor.device
+        if key not in self._owners:
+            rows = self.rows(tensor)
+            own = torch.cat([rows[name] for name in names])
+            number = torch.cat([torch.full_like(rows[name], i) for i, name in enumerate(names)])
+            order = own.argsort()
+            self._owners[key] = own[order], number[order]
+        return self._owners[key]
 
 
 ADAPTER_BATCHES: CallStack[AdapterBatch] = CallStack()

@@ -112,11 +112,16 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, saf
     _sync_folder(folder)
 
 
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace a safetensors file in one step."""
+    _replace(path, lambda temporary: save_file(dict(state), temporary, metadata={"format": "pt", **metadata}))
+
+
 def read_config_text(path: Path) -> str:
     """The text of the config that belongs to the weights beside `path`, an `adapter_config.json`."""
     weights = path.parent / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
-        digest = _metadata(weights).get(_DIGEST)
+        digest = read_metadata(weights).get(_DIGEST)
         if digest:
             try:
                 return _waiting_config(path.parent, digest).read_text(encoding="utf-8")
@@ -163,7 +168,7 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     return state
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty where it can't be read, which reading the weights will report."""
     try:
         with safe_open(path, framework="pt") as file:

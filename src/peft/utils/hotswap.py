@@ -153,7 +153,7 @@ def prepare_model_for_compiled_hotswap(
     for layer in layers:
         for name, scale in layer.scaling.items():
             if not isinstance(scale, Tensor):
-                device = next(iter(layer.adapter_parameters(name))).device
+                device = next(iter(layer.adapter_tensors(name))).device
                 layer.scaling[name] = torch.tensor(float(scale), device=device)
 
 
@@ -276,7 +276,7 @@ class _Swap:
             self.problems += [f"`{path}`: {problem}" for problem in tuner.target_problems(config, path, layer.base_layer)]
         self._insist()
         self.incoming_name = f"{adapter_name}_incoming"  # of its own: layers may share what belongs to a name
-        self.build = tuner.build_for(self.incoming_name, config, layers)
+        self.build = tuner.build_for(self.incoming_name, config, layers, known)
         self._compare(import_state(state, config, "" if self.adapter.root else ROOT))
         self._insist()
 

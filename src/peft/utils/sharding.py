@@ -67,8 +67,10 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
     named = [(name, tensor) for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named]
     flattened = [name for name, tensor in named if getattr(tensor, "_fsdp_flattened", False)]
     if not units and not flattened:
-        names = {unwrapped(name) for name, _ in named}
-        return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if unwrapped(name) in names}
+        everywhere = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        again = {unwrapped(name) for every in everywhere for name, _ in every} - {unwrapped(name) for name, _ in named}
+        state = model.state_dict(keep_vars=True)
+        return {name: t for name, t in state.items() if isinstance(t, Tensor) and unwrapped(name) not in again}
     stand_ins = {place.key: tensor for tensor, place in _stand_ins(units)}
     flat = {f"{path}.{_FLAT}".lstrip(".") for path in units}
     outside = [name for name in flattened if name not in flat and _fsdp1_key(name) not in stand_ins]

@@ -53,6 +53,57 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     return mixed.to(bank.dtype)
 
 
+def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    """Tiles of positions of which it is known what they chose: `tile = sum_i weights_i * bank[indices_i]`.
+
+    Args:
+        indices: `[..., topk]`, any integer dtype.
+        weights: `[..., topk]`.
+        bank: `[num_vectors, vector_length]`.
+
+    Returns:
+        `[..., vector_length]` in the bank's dtype, computed in float32 at least; nothing of size `num_vectors` is made.
+
+    Example:
+        >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> mix(torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0.25, 0.75]), bank)
+        tensor([0.2500, 0.7500])
+
+    Source: arXiv:2405.15179
+    """
+    dtype = torch.promote_types(bank.dtype, torch.float32)
+    return _weighted_sum(weights.to(dtype), indices.int(), bank.to(dtype)).to(bank.dtype)
+
+
+def all_weights(weights: Tensor) -> Tensor:
+    """The weights `[..., topk]` of which a compact file lacks the last: one minus the others, or zero if rounding made it less.
+
+    Example:
+        >>> all_weights(torch.tensor([[0.75], [1.0]], dtype=torch.float16))
+        tensor([[0.7500, 0.2500],
+                [1.0000, 0.0000]])
+
+    Source: arXiv:2405.15179
+    """
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return torch.cat((weights, (1 - weights.sum(dim=-1, keepdim=True)).clamp(min=0)), dim=-1)
+
+
+def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay tiles side by side: `A[..., j, t*v + e] = tiles_A[..., j, t, e]`, `B[..., t*v + e, j] = tiles_B[..., t, j, e]`.
+
+    Args:
+        tiles_A: `[..., r, in / v, v]`.
+        tiles_B: `[..., out / v, r, v]`.
+
+    Returns:
+        `A [..., r, in]` and `B [..., out, r]`.
+
+    Source: arXiv:2405.15179
+    """
+    return tiles_A.flatten(-2), tiles_B.transpose(-2, -1).flatten(-3, -2)
+
+
 def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Compose both low-rank factors of one layer, `delta_W = B @ A`.
 
@@ -70,9 +121,7 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
 
     Source: arXiv:2405.15179
     """
-    A = compose(logits_A, bank, topk).flatten(-2)
-    B = compose(logits_B, bank, topk).transpose(-2, -1).flatten(0, 1)
-    return A, B
+    return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
 
 
 def index_dtype(num_vectors: int) -> torch.dtype:
@@ -89,16 +138,37 @@ def index_dtype(num_vectors: int) -> torch.dtype:
     return next(dtype for dtype in _INDEX_DTYPES if num_vectors <= torch.iinfo(dtype).max)
 
 
-def compress(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """What each position chooses.
+
+    Args:
+        logits: `[..., num_vectors]`.
+        topk: vectors chosen per position.
+
+    Returns:
+        `indices [..., topk]` in `index_dtype`, best first, and their logits `[..., topk]`.
+
+    Example:
+        >>> choose(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
+        (tensor([2, 0], dtype=torch.uint8), tensor([1.5000, 1.0000]))
+
+    Source: arXiv:2405.15179
+    """
+    chosen, indices = logits.topk(topk, dim=-1)
+    return indices.to(index_dtype(logits.shape[-1])), chosen
+
+
+def compress(logits: Tensor, topk: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Reduce logits to what inference needs: the chosen vectors and their weights.
 
     Args:
         logits: `[..., num_vectors]`.
         topk: vectors kept per position.
+        dtype: of the weights; other readers want float32.
 
     Returns:
-        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`, always float32: the softmax
-        of the chosen logits without its last entry, which is one minus the others.
+        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`: the softmax of the chosen
+        logits without its last entry, which is one minus the others.
 
     Example:
         >>> compress(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
@@ -106,9 +176,17 @@ def compress(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
     Source: arXiv:2405.15179
     """
-    chosen, indices = logits.topk(topk, dim=-1)
+    indices, chosen = choose(logits, topk)
     weights = chosen.softmax(dim=-1, dtype=torch.float32)[..., :-1]
-    return indices.to(index_dtype(logits.shape[-1])), weights.contiguous()
+    return indices, weights.to(dtype).contiguous()
+
+
+def chosen_logits(weights: Tensor) -> Tensor:
+    """Logits `[..., topk]` of chosen vectors whose softmax is their weights, of which `weights [..., topk - 1]` lacks the last.
+
+    Source: arXiv:2405.15179
+    """
+    return all_weights(weights).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,11 +210,9 @@ def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtyp
 
     Source: arXiv:2405.15179
     """
-    weights = weights.float()
-    last = 1 - weights.sum(dim=-1, keepdim=True)
-    full = torch.cat((weights, last), dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    logits = full.new_full((*indices.shape[:-1], num_vectors), -torch.inf)
-    return logits.scatter(-1, indices.long(), full.log()).to(dtype)
+    chosen = chosen_logits(weights)
+    logits = chosen.new_full((*indices.shape[:-1], num_vectors), -torch.inf)
+    return logits.scatter(-1, indices.long(), chosen).to(dtype)
 
 
 def is_topk_only(logits: Tensor) -> bool:
@@ -150,17 +226,18 @@ def is_topk_only(logits: Tensor) -> bool:
     return bool(torch.isneginf(logits).any())
 
 
-def savable_parameters(count: int, num_vectors: int, topk: int | None = None) -> float:
+def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dtype: torch.dtype = torch.float32) -> float:
     """Size in a checkpoint of one logits tensor, in float32 numbers.
 
     Args:
         count: entries of the logits tensor, `positions * num_vectors`.
         num_vectors: size of the bank.
         topk: vectors kept per position by the compact form; `None` for the full logits.
+        dtype: of the compact form's weights.
 
     Returns:
-        `count`, or `positions * (topk - 1 + topk * itemsize / 4)` for indices of `itemsize` bytes. Fractions are meant
-        to be added up over the model before the sum is cut to an integer.
+        `count`, or `positions * ((topk - 1) * weightsize / 4 + topk * itemsize / 4)` for indices of `itemsize` bytes.
+        Fractions are meant to be added up over the model before the sum is cut to an integer.
 
     Example:
         >>> savable_parameters(3 * 10, num_vectors=10), savable_parameters(3 * 10, num_vectors=10, topk=2)
@@ -170,8 +247,7 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None) ->
     """
     if topk is None:
         return float(count)
-    index_size = torch.iinfo(index_dtype(num_vectors)).bits / torch.finfo(torch.float32).bits
-    return count // num_vectors * (topk - 1 + topk * index_size)
+    return count // num_vectors * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
 
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...utils.error import PeftNotSupportedError
 from .._combining import Combination, Combined, layers_of, shared_value, uniform_scale
 from .._lowrank import wide
 
@@ -84,23 +85,30 @@ def combine(tuner: VBLoRAModel, request: Combination) -> Combined:
 
     Raises:
         PeftValueError: Their vectors differ in length, or layers are scaled each in its own way.
+        PeftNotSupportedError: One has an output gate.
     """
     shared_value(tuner, request, "vector_length")
+    gated = [name for name in request.adapters if tuner.peft_config[name].output_gate]  # type: ignore[attr-defined]
+    if gated:
+        raise PeftNotSupportedError(
+            f"Adapters with an output gate ({', '.join(gated)}) have a factor in each layer; merge them instead."
+        )
     configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
     layers = layers_of(tuner, request)
     weights = [weight * uniform_scale([layer for _, layer in layers], name) for name, weight in request.terms()]
-    banks = [layers[0][1].vblora_vector_bank[name].detach() for name in request.adapters]
+    banks = [next(layer for _, layer in layers if name in layer.scaling).bank(name).detach() for name in request.adapters]
     incomplete = any(name not in layer.scaling for _, layer in layers for name in request.adapters)
     bank = JoinedBank(banks, weights, incomplete)
     n, topk = len(bank.vectors), max(config.topk for config in configs)
-    result = Combined(replace(configs[0], r=sum(config.r for config in configs), num_vectors=n, topk=topk))
+    own_bank = {"bank": None, "bank_sha256": None, "output_gate": False}
+    result = Combined(replace(configs[0], r=sum(config.r for config in configs), num_vectors=n, topk=topk, **own_bank))
     result.tensors["vblora_vector_bank"] = bank.vectors
     for path, layer in layers:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for i, (name, config) in enumerate(zip(request.adapters, configs, strict=True)):
-            tiles = layer.geometry.in_features // config.vector_length, layer.geometry.out_features // config.vector_length
+            tiles = config.tiles(layer.geometry.in_features), config.tiles(layer.geometry.out_features)
             if name in layer.scaling:
-                own = layer.vblora_logits_A(name), layer.vblora_logits_B(name), config.topk, bank.for_A[i], bank.for_B[i]
+                own = *layer.logits(name), config.topk, bank.for_A[i], bank.for_B[i]
             else:
                 like = banks[i]
                 own = like.new_zeros(config.r, tiles[0], 1), like.new_zeros(tiles[1], config.r, 1), 1, bank.zero, bank.zero

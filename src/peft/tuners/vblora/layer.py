@@ -10,51 +10,91 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
 from .._accumulate import Steps
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
-from .bank import compose_factors, is_topk_only
+from .._packed import PackedTensors
+from .bank import all_weights, compose_factors, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
+from .config import Form
+
+LOGITS = ("vblora_logits_A", "vblora_logits_B")
+INDICES, WEIGHTS, GATE = "_topk_indices", "_topk_weights", "vblora_gate"
 
 
 class VBLoRALayer(BaseTunerLayer):
-    """A layer with VB-LoRA adapters, `Δ(x) = x·Aᵀ·Bᵀ`.
+    """A layer with VB-LoRA adapters, `Δ(x) = x·Aᵀ·Bᵀ`, or `g·x·Aᵀ·Bᵀ` with a gate.
 
     Args:
         base_layer: The layer to adapt.
-        vblora_vector_bank: The banks, `[num_vectors, vector_length]` by adapter name. Not registered here: it has one owner.
+        vblora_vector_bank: The adapters' own banks, `[num_vectors, vector_length]` by adapter name. Not registered here: they have
+            one owner.
+        vblora_shared_banks: Banks that adapters share, by digest; likewise.
 
     Attributes:
         vblora_logits_A: `[r, in / vector_length, num_vectors]` by adapter name.
-        vblora_logits_B: `[out / vector_length, r, num_vectors]` by adapter name.
+        vblora_logits_B: `[out / vector_length, r, num_vectors]`. Both are `[…, topk]` for what is trained on from a compact file.
+        vblora_logits_A_topk_indices, vblora_logits_B_topk_indices: The vectors that positions chose, `[…, topk]`, of adapters that
+            the model has in compact form.
+        vblora_logits_A_topk_weights, vblora_logits_B_topk_weights: Their weights but the last, `[…, topk - 1]`, of those that are
+            only run.
+        vblora_gate: `[1]` by adapter name, of adapters with a gate.
+        form: How each adapter's choice is held.
 
     Source: arXiv:2405.15179, section 3
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("vblora_logits_A", "vblora_logits_B")
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "topk", "vblora_dropout", "topk_only")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+        *LOGITS,
+        *(name + end for end in (INDICES, WEIGHTS) for name in LOGITS),
+        GATE,
+    )
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "topk", "num_vectors", "vblora_dropout", "topk_only", "form", "bank_key")
 
-    def __init__(self, base_layer: nn.Module, vblora_vector_bank: AdapterParameterDict) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        vblora_vector_bank: AdapterParameterDict,
+        vblora_shared_banks: AdapterParameterDict | None = None,
+    ) -> None:
         super().__init__(base_layer)
-        self.vblora_logits_A = AdapterParameterDict()
-        self.vblora_logits_B = AdapterParameterDict()
+        for name in LOGITS:
+            setattr(self, name, AdapterParameterDict())
+            setattr(self, name + INDICES, PackedTensors())
+            setattr(self, name + WEIGHTS, PackedTensors())
+        self.vblora_gate = AdapterParameterDict()
         self.r: dict[str, int] = {}
         self.topk: dict[str, int] = {}
+        self.num_vectors: dict[str, int] = {}
         self.vblora_dropout: dict[str, float] = {}
         self.topk_only: dict[str, bool] = {}
-        self._bank = (vblora_vector_bank,)  # in a tuple, not to be registered
+        self.form: dict[str, Form] = {}
+        self.bank_key: dict[str, str | None] = {}
+        shared = AdapterParameterDict() if vblora_shared_banks is None else vblora_shared_banks
+        self._bank = (vblora_vector_bank, shared)  # in a tuple, not to be registered
         self.register_load_state_dict_post_hook(_note_all)
 
     @property
     def vblora_vector_bank(self) -> AdapterParameterDict:
-        """The banks by adapter name, shared by all layers."""
+        """The adapters' own banks by adapter name, one for all layers."""
         return self._bank[0]
 
-    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Also the adapter's bank, so that it is frozen and unfrozen by who goes from layer to layer and knows nothing of it."""
-        yield from super().adapter_parameters(adapter_name)
+    @property
+    def vblora_shared_banks(self) -> AdapterParameterDict:
+        """Banks that adapters share, by digest."""
+        return self._bank[1]
+
+    def bank(self, adapter_name: str) -> Tensor:
+        """The bank of an adapter, its own or the shared one."""
+        key = self.bank_key[adapter_name]
+        return self._bank[0](adapter_name) if key is None else self._bank[1](key)
+
+    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
+        """Also the adapter's own bank, so that it is frozen and unfrozen by who goes from layer to layer and knows of no bank."""
+        yield from super().adapter_tensors(adapter_name)
         if adapter_name in self.vblora_vector_bank:
             yield self.vblora_vector_bank[adapter_name]
 
@@ -64,8 +104,8 @@ class VBLoRALayer(BaseTunerLayer):
         yield self.vblora_vector_bank
 
     def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:
-        """Also of the banks, for the same reason. transformers freezes its own models layer by layer after it has loaded an adapter
-        into their parameters, and says no more of that.
+        """Also of the adapters' own banks, for the same reason. transformers freezes its own models layer by layer after it has
+        loaded an adapter into their parameters, and says no more of that.
         """
         self.vblora_vector_bank.requires_grad_(requires_grad)
         super().requires_grad_(requires_grad)
@@ -78,46 +118,104 @@ class VBLoRALayer(BaseTunerLayer):
         config: Any,
         placement: Placement | None = None,
         initialise: bool = True,
+        bank_key: str | None = None,
     ) -> None:
-        """Make an adapter's logits.
+        """Make an adapter's logits, or what stands for them.
 
         Args:
             adapter_name: The adapter's name.
             config: Its config.
             placement: Device and dtype, by default the base layer's.
             initialise: False leaves the memory as it is.
+            bank_key: The digest of the shared bank that it uses; None for its own.
         """
         self.r[adapter_name] = config.r
         self.topk[adapter_name] = config.topk
+        self.num_vectors[adapter_name] = config.num_vectors
         self.vblora_dropout[adapter_name] = config.vblora_dropout
-        self.topk_only[adapter_name] = False
+        self.form[adapter_name] = config.form
+        self.bank_key[adapter_name] = bank_key
+        self.topk_only[adapter_name] = config.form is Form.WEIGHTS
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         device, dtype = self._placement(placement)
-        tiles_in = self.geometry.in_features // config.vector_length
-        tiles_out = self.geometry.out_features // config.vector_length
-        for container, shape in (
-            (self.vblora_logits_A, (config.r, tiles_in, config.num_vectors)),
-            (self.vblora_logits_B, (tiles_out, config.r, config.num_vectors)),
-        ):
-            container[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        tiles_in, tiles_out = config.tiles(self.geometry.in_features), config.tiles(self.geometry.out_features)
+        for name, positions in zip(LOGITS, ((config.r, tiles_in), (tiles_out, config.r)), strict=True):
+            if config.form is not Form.LOGITS:
+                indices = torch.zeros(*positions, config.topk, device=device, dtype=index_dtype(config.num_vectors))
+                getattr(self, name + INDICES)[adapter_name] = indices
+            if config.form is Form.WEIGHTS:
+                weights = torch.zeros(*positions, config.topk - 1, device=device, dtype=config.weights_dtype)
+                getattr(self, name + WEIGHTS)[adapter_name] = weights
+                continue
+            length = config.num_vectors if config.form is Form.LOGITS else config.topk
+            logits = nn.Parameter(torch.empty(*positions, length, device=device, dtype=dtype))
+            getattr(self, name)[adapter_name] = logits
             if initialise:
-                nn.init.normal_(container[adapter_name], 0, config.init_logits_std)
+                nn.init.normal_(logits, 0, config.init_logits_std)
+        if config.output_gate:
+            self.vblora_gate[adapter_name] = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def note_loaded(self, adapter_name: str) -> None:
         """See whether an adapter's logits came from a top-k checkpoint, which can't be trained on."""
-        if adapter_name in self.scaling:
+        if adapter_name in self.scaling and self.form[adapter_name] is Form.LOGITS:
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
-    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """`A [r, in]` and `B [out, r]`, the layer's scale in `B`."""
-        A, B = compose_factors(
-            self.vblora_logits_A(adapter_name),
-            self.vblora_logits_B(adapter_name),
-            self.vblora_vector_bank(adapter_name),
-            self.topk[adapter_name],
+    def savable_parameters(self, adapter_name: str, config: Any) -> float:
+        """What saving an adapter's part in this layer writes, in float32 numbers."""
+        topk = config.topk if config.save_only_topk_weights else None
+        n = config.num_vectors
+        count = 0.0 if adapter_name not in self.vblora_gate else 1.0
+        for name in LOGITS:
+            if self.form[adapter_name] is Form.LOGITS:
+                positions = getattr(self, name)[adapter_name].numel() // n
+            else:
+                positions = getattr(self, name + INDICES)[adapter_name].numel() // config.topk
+            count += savable_parameters(positions * n, n, topk, config.weights_dtype)
+        return count
+
+    def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Logits `[…, num_vectors]` for `A` and `B`, rebuilt where the adapter is held in compact form."""
+        if self.form[adapter_name] is Form.LOGITS:
+            return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
+        A, B = (expand(i, w[..., :-1], self.num_vectors[adapter_name], w.dtype) for i, w in self.chosen(adapter_name))
+        return A, B
+
+    def chosen(self, adapter_name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Indices and weights `[…, topk]` that an adapter in compact form has, for `A` and for `B`."""
+        dtype = torch.promote_types(self.bank(adapter_name).dtype, torch.float32)
+        if self.form[adapter_name] is Form.WEIGHTS:
+            weights_A = all_weights(self.vblora_logits_A_topk_weights(adapter_name).to(dtype))
+            weights_B = all_weights(self.vblora_logits_B_topk_weights(adapter_name).to(dtype))
+        else:
+            weights_A = self.vblora_logits_A(adapter_name).softmax(-1, dtype)
+            weights_B = self.vblora_logits_B(adapter_name).softmax(-1, dtype)
+        return (
+            (self.vblora_logits_A_topk_indices(adapter_name), weights_A),
+            (self.vblora_logits_B_topk_indices(adapter_name), weights_B),
         )
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """`A [r, in]` and `B [out, r]`, the layer's scale and the gate in `B`."""
+        bank = self.bank(adapter_name)
+        if self.form[adapter_name] is Form.LOGITS:
+            logits = self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
+            A, B = compose_factors(*logits, bank, self.topk[adapter_name])
+        else:
+            of_A, of_B = self.chosen(adapter_name)
+            A, B = place_tiles(mix(*of_A, bank), mix(*of_B, bank))
+        A, B = self._to_size(A, B)
+        if adapter_name in self.vblora_gate:
+            B = B * self.vblora_gate(adapter_name)
         scale = self.scaling[adapter_name]
         return A, B * scale if isinstance(scale, Tensor) or scale != 1 else B
+
+    def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors `[…, r, in]` and `[…, out, r]` without what their last tiles have too much."""
+        if A.shape[-1] != self.geometry.in_features:
+            A = A[..., : self.geometry.in_features]
+        if B.shape[-2] != self.geometry.out_features:
+            B = B[..., : self.geometry.out_features, :]
+        return A, B
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """`B·A` in the base weight's layout."""
@@ -150,6 +248,59 @@ class VBLoRALayer(BaseTunerLayer):
             x = F.dropout(x, dropout)
         return Steps(x, A.T, lambda h: (h, B.T))
 
+    # --- an adapter for each sample -----------------------------------------------------------------------------------
+
+    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+        """Compact adapters over one shared bank are composed and applied all at once, the others one by one."""
+        together: dict[Any, list[str]] = {}
+        for name in batch.samples:
+            kind = self._kind(name)
+            if kind is not None:
+                together.setdefault(kind, []).append(name)
+        done: set[str] = set()
+        for names in together.values():
+            if len(names) > 1:
+                result = self._apply_together(tuple(names), batch, x, result)
+                done.update(names)
+        return super()._apply_by_sample(batch, x, result) if not done else self._apply_rest(batch, x, result, done)
+
+    def _apply_rest(self, batch: AdapterBatch, x: Tensor, result: Tensor, done: set[str]) -> Tensor:
+        rest = {name: samples for name, samples in batch.samples.items() if name not in done and name in self.scaling}
+        return super()._apply_by_sample(batch.part(rest), x, result) if rest else result
+
+    def _kind(self, adapter_name: str) -> Any:
+        """What adapters have in common that are applied together; None for one that is applied by itself."""
+        if self.form.get(adapter_name) is not Form.WEIGHTS or self.training:
+            return None
+        key, scale = self.bank_key[adapter_name], self.scaling[adapter_name]
+        if key is None or isinstance(scale, Tensor) or scale != 1 or adapter_name in self.vblora_gate:
+            return None
+        indices_A, indices_B = self.vblora_logits_A_topk_indices, self.vblora_logits_B_topk_indices
+        weights_A, weights_B = self.vblora_logits_A_topk_weights, self.vblora_logits_B_topk_weights
+        return key, *(holder.place(adapter_name)[0] for holder in (indices_A, weights_A, indices_B, weights_B))
+
+    def _apply_together(self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
+        bank = self.bank(names[0])
+        tiles = []
+        for name in LOGITS:
+            indices, weights = (self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS))
+            tiles.append(mix(indices, all_weights(weights), bank))
+        A, B = self._to_size(*place_tiles(*tiles))  # [names, r, in] and [names, out, r]
+        rows, owner = batch.owners(names, x)
+        every = len(rows) == len(x)
+        own = x if every else x[rows]
+        own = self._cast_input_dtype(own, A.dtype).reshape(len(rows), -1, x.shape[-1])
+        delta = (own @ A[owner].mT @ B[owner].mT).view(len(rows), *result.shape[1:]).to(result.dtype)
+        return result + delta if every else result.index_add(0, rows, delta)
+
+    @staticmethod
+    def _rows_of(holder: PackedTensors, names: tuple[str, ...], batch: AdapterBatch) -> Tensor:
+        """The entries of adapters that are in one buffer, `[names, …]`."""
+        places = [holder.place(name) for name in names]
+        pack = holder.pack(places[0][0])
+        return pack[batch.numbers(tuple(row for _, row in places), pack.device)]
+
 
 class Linear(VBLoRALayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantised) with VB-LoRA adapters.
@@ -158,7 +309,8 @@ class Linear(VBLoRALayer):
         base_layer: The layer to adapt.
         adapter_name: The first adapter's name.
         config: Its config.
-        vblora_vector_bank: The banks by adapter name.
+        vblora_vector_bank: The adapters' own banks by adapter name.
+        vblora_shared_banks: Banks that adapters share, by digest.
         **options: As for `update_layer`.
     """
 
@@ -168,9 +320,10 @@ class Linear(VBLoRALayer):
         adapter_name: str,
         config: Any,
         vblora_vector_bank: AdapterParameterDict,
+        vblora_shared_banks: AdapterParameterDict | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(base_layer, vblora_vector_bank)
+        super().__init__(base_layer, vblora_vector_bank, vblora_shared_banks)
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
 

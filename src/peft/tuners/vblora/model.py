@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,12 @@ from .._plan import Plan
 from .._roles import Role
 from .._tuner import BaseTuner
 from . import combining
-from .bank import compress, expand, savable_parameters
-from .layer import Linear, VBLoRALayer
+from .config import Form
+from .files import export_state, import_state
+from .layer import GATE, INDICES, LOGITS, WEIGHTS, Linear, VBLoRALayer
+from .shared import FoundBank, find_bank
 
-_INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+_BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
 _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -49,13 +52,14 @@ class VBLoRAModel(BaseTuner):
 
     prefix: ClassVar[str] = "vblora_"
     tuner_layer_cls = VBLoRALayer
-    shared_parameter_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
+    shared_parameter_names: ClassVar[tuple[str, ...]] = (_BANK, _SHARED)
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
-        name: {name + _INDICES: torch.int64, name + _WEIGHTS: torch.float32} for name in VBLoRALayer.adapter_layer_names
+        name: {name + INDICES: torch.int64, name + WEIGHTS: torch.float32} for name in LOGITS
     }
     parameter_roles: ClassVar[Mapping[str, Role]] = {
-        "bank": Role(("vblora_vector_bank",), lr=1e-3, decays=False),
-        "logits": Role(VBLoRALayer.adapter_layer_names, lr=1e-2, decays=False),
+        "bank": Role((_BANK, _SHARED), lr=1e-3, decays=False),
+        "logits": Role(VBLoRALayer.adapter_layer_names[:-1], lr=1e-2, decays=False),
+        "gate": Role((GATE,), lr=1e-2, decays=False),
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
@@ -73,25 +77,79 @@ class VBLoRAModel(BaseTuner):
         return None if size is None or size.is_conv else Linear
 
     def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
-        return {"vblora_vector_bank": build.containers["vblora_vector_bank"]}
+        containers = {name: build.containers[name] for name in self.shared_parameter_names}
+        return {**containers, "bank_key": _at_hand(config).key if config.shares_bank else None}
 
     def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
-        """Both sizes must be whole numbers of vectors."""
+        """Both sizes must be whole numbers of vectors, unless the last tile may be cut."""
         size = geometry(module)
         assert size is not None
-        for name in ("in_features", "out_features"):
-            features = getattr(size, name)
-            if features % config.vector_length:
-                fitting = ", ".join(str(d) for d in range(1, features + 1) if features % d == 0)
-                yield f"`{name}` {features} must be divisible by `vector_length` {config.vector_length}; choose one of {fitting}."
+        for name in () if config.pad_last_tile else ("in_features", "out_features"):
+            if getattr(size, name) % config.vector_length:
+                yield f"`{name}` {getattr(size, name)} must be divisible by `vector_length` {config.vector_length}."
+
+    def target_remedy(self, config: Any, modules: Sequence[nn.Module]) -> str:
+        """The lengths that divide all sizes."""
+        sizes = [size for module in modules if (size := geometry(module)) is not None]
+        common = math.gcd(*(size.in_features for size in sizes), *(size.out_features for size in sizes))
+        fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+        return (
+            f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, which cuts the last tile to size."
+        )
+
+    def complete(self, config: Any) -> None:
+        """Have the shared bank at hand that a config names, and put its size into the config.
+
+        Raises:
+            CheckpointNotFoundError: It is nowhere.
+            CheckpointError: It is another one than the adapter was trained over.
+        """
+        if config.shares_bank:
+            found = find_bank(config, self._shared_banks())
+            vars(config)["_bank"] = found
+            if config.bank_sha256 is None:
+                config.bank_sha256, (config.num_vectors, config.vector_length) = found.key, found.vectors.shape
+                config.validate()
+
+    def _shared_banks(self) -> Mapping[str, Tensor]:
+        """The shared banks that the model has, by digest."""
+        known = self._shared_owner(_SHARED)._modules.get(_SHARED)
+        if known is None:
+            known = next((layer.vblora_shared_banks for layer in self.tuner_layers()), None)
+        return {} if known is None else dict(known.items())  # type: ignore[operator]
 
     def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
-        """The bank, uniform within the config's bound."""
+        """The adapter's own bank, uniform within the config's bound. A shared one is put where the adapter is."""
         device, dtype = placement
+        if config.shares_bank:
+            found = _at_hand(config)
+            place = torch.device("cpu") if device.type == "meta" else device
+            vars(config)["_bank"] = found._replace(vectors=found.vectors if found.is_resident else found.vectors.to(place, dtype))
+            return {}
         bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype))
         if initialise:
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
-        return {"vblora_vector_bank": bank}
+        return {_BANK: bank}
+
+    def attach_adapter(self, build: Build) -> None:
+        """Register the shared bank that a new adapter brought with it."""
+        found = vars(build.config).pop("_bank", None)
+        if found is not None:
+            self._keep_bank(build.containers[_SHARED], found.key, found.vectors)
+
+    def _keep_bank(self, container: Any, key: str, vectors: Tensor) -> None:
+        self._shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
+        if key not in container:
+            container[key] = nn.Parameter(vectors, requires_grad=False)
+
+    def detach_adapter(self, adapter_name: str) -> None:
+        """Let go of a shared bank that no other adapter uses."""
+        keys = {layer.bank_key.get(adapter_name) for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)} - {None}
+        others = [layer.bank_key for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)]
+        container: Any = self._shared_owner(_SHARED)._modules.get(_SHARED)
+        for key in keys:
+            if not any(other == key for banks in others for name, other in banks.items() if name != adapter_name):
+                del container[key]
 
     def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
         """Draw an adapter's bank anew."""
@@ -99,8 +157,27 @@ class VBLoRAModel(BaseTuner):
 
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Say so if the layers store their weights otherwise than the config expects, and put the config right."""
-        plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
+        config = plan.config
+        config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
+        if "_form" not in vars(config) and config.save_only_topk_weights and not construction.initialise:
+            if config.inference_mode:
+                config.form = Form.WEIGHTS
+            elif config.train_topk_weights:
+                config.form = Form.CHOSEN
         return super()._build(plan, construction)
+
+    def build_for(self, adapter_name: str, config: Any, layers: Any, known: Any) -> Build:
+        """Over the same shared bank, if there is one.
+
+        Raises:
+            CheckpointError: It is over another.
+        """
+        if config.bank_sha256 != known.bank_sha256:
+            banks = f"{config.bank_sha256 or 'one of its own'}, the adapter has {known.bank_sha256 or 'one of its own'}"
+            raise CheckpointError(f"The checkpoint needs the vector bank {banks}; nothing was changed.")
+        config.form = known.form
+        self.complete(config)
+        return super().build_for(adapter_name, config, layers, known)
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
@@ -114,68 +191,50 @@ class VBLoRAModel(BaseTuner):
     @classmethod
     def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Full logits, or indices and weights of the chosen vectors, as the config has it now."""
-        if not config.save_only_topk_weights:
-            return state
-        result: dict[str, Tensor] = {}
-        for key, tensor in state.items():
-            if _is_logits(key):
-                result[key + _INDICES], result[key + _WEIGHTS] = compress(tensor, config.topk)
-            else:
-                result[key] = tensor
-        return result
+        return export_state(state, config)
 
     @classmethod
     def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Logits, rebuilt where the checkpoint has indices and weights.
+        """The tensors of the form in which the model holds the adapter, of whichever form the checkpoint has.
 
         Raises:
-            CheckpointError: Indices without weights, or beyond the bank.
+            CheckpointError: Indices without weights, or beyond the bank; or a bank where there should be none, or none.
         """
-        result: dict[str, Tensor] = {}
-        for key, tensor in state.items():
-            if key.endswith(_INDICES):
-                name = key.removesuffix(_INDICES)
-                weights = state.get(name + _WEIGHTS)
-                if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != tuple(tensor.shape):
-                    raise CheckpointError(f"`{key}` has no `{name + _WEIGHTS}` that goes with it; nothing was loaded.")
-                if tensor.is_floating_point() or not all(0 <= int(i) < config.num_vectors for i in tensor.aminmax()):
-                    raise CheckpointError(f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded.")
-                result[name] = expand(tensor, weights, config.num_vectors, torch.float32)
-            elif not key.endswith(_WEIGHTS):
-                result[key] = tensor
-        return result
+        return import_state(state, config)
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """What saving an adapter writes, in units of float32: (bank and logits, biases and whole modules).
 
-        Parameters of the base model that were unfrozen by hand count too, as something that needs saving.
+        A bank that is shared is not written with the adapter. Parameters of the base model that were unfrozen by hand count too, as
+        something that needs saving.
 
         Raises:
             PeftValueError: There is no such adapter.
         """
         self.check_names(adapter)
         config: Any = self.peft_config[adapter]
-        topk = config.topk if config.save_only_topk_weights else None
-        own, other = 0.0, 0
-        saved = adapter_tensors(self.model.named_parameters(), config, adapter)
-        for key, tensor in saved.items():
-            if _is_logits(key):
-                own += savable_parameters(tensor.numel(), config.num_vectors, topk)
-            elif key not in self.shared_parameter_names:
+        own, other, counted = 0.0, 0, set()
+        for layer in self.tuner_layers():
+            if isinstance(layer, VBLoRALayer) and adapter in layer.scaling:
+                own += layer.savable_parameters(adapter, config)
+                counted |= {id(tensor) for tensor in layer.adapter_tensors(adapter)}
+        for tensor in adapter_tensors(self.model.named_parameters(), config, adapter).values():
+            if id(tensor) not in counted:
                 other += tensor.numel()
-        counted = {id(tensor) for tensor in saved.values()}
-        others = {id(p): p for layer in self.tuner_layers() for name in layer.scaling for p in layer.adapter_parameters(name)}
+                counted.add(id(tensor))
+        others = {id(p) for layer in self.tuner_layers() for name in layer.scaling for p in layer.adapter_parameters(name)}
         for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in counted and id(parameter) not in others:
+            if parameter.requires_grad and id(parameter) not in counted | others:
                 other += parameter.numel()
-        bank = next(self._shared())[adapter].numel()
+        bank = 0 if config.shares_bank else next(self._shared())[adapter].numel()
         return int(own) + bank, other
 
-    def print_savable_parameters(self) -> None:
-        """Print how much saving the active adapter writes."""
-        own, other = self.get_nb_savable_parameters(self.active_adapters[0])
+    def print_savable_parameters(self, adapter: str | None = None) -> None:
+        """Print how much saving an adapter writes, by default the active one."""
+        own, other = self.get_nb_savable_parameters(adapter or self.active_adapters[0])
         print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}")
 
 
-def _is_logits(key: str) -> bool:
-    return key.rpartition(".")[2] in VBLoRALayer.adapter_layer_names
+def _at_hand(config: Any) -> FoundBank:
+    """The shared bank that `complete` found for a config."""
+    return vars(config)["_bank"]
