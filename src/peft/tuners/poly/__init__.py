@@ -5,9 +5,25 @@ from ...utils.peft_types import register_peft_method
 from .collator import TaskCollator
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
+from .losses import recorded_routing, routing_loss
 from .model import PolyModel
 from .regimes import REGIMES
+from .report import RoutingReport, routing_report
+from .sampling import TaskSampler, metrics_by_task
 
-__all__ = ["REGIMES", "Linear", "PolyConfig", "PolyLayer", "PolyModel", "TaskCollator"]
+__all__ = [
+    "REGIMES",
+    "Linear",
+    "PolyConfig",
+    "PolyLayer",
+    "PolyModel",
+    "RoutingReport",
+    "TaskCollator",
+    "TaskSampler",
+    "metrics_by_task",
+    "recorded_routing",
+    "routing_loss",
+    "routing_report",
+]
 
 register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True)

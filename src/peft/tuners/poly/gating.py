@@ -38,8 +38,32 @@ class Gating(NamedTuple):
     top_k: int | None = None
 
 
+def open_gates(logits: Tensor, how: Gating, training: bool) -> Tensor:
+    """Gates of logits, in [0, 1]: what mixing weights are before they are divided by their sum.
+
+    Args:
+        logits: `[..., n_splits, n_skills]`.
+        how: The settings.
+        training: Whether gates are drawn and dropped.
+
+    Returns:
+        The shape of `logits`, in float32 at least.
+
+    Source: arXiv:2202.13914, section 3 (relaxed Bernoulli); arXiv:1308.3432 (straight-through)
+    """
+    g = gates(logits, training and how.relaxed)
+    if how.hard:
+        g = g + (g.round() - g).detach()
+    if training and how.dropout:
+        g = F.dropout(g, how.dropout)
+    if how.always_on:
+        learned, held = g.split([g.shape[-1] - how.always_on, how.always_on], dim=-1)
+        g = torch.cat([learned, torch.ones_like(held)], dim=-1)
+    return g
+
+
 def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
-    """Mixing weights of logits.
+    """Mixing weights of logits: `open_gates` divided by their sum over the skills, and in evaluation the largest of them.
 
     Args:
         logits: `[..., n_splits, n_skills]`.
@@ -53,17 +77,9 @@ def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
         >>> mixing_weights(torch.tensor([[2.0, -1.0, 0.5]]), Gating(hard=True, always_on=1), training=False)
         tensor([[0.5000, 0.0000, 0.5000]])
 
-    Source: arXiv:2202.13914, section 3 (relaxed Bernoulli); arXiv:1308.3432 (straight-through)
+    Source: arXiv:2202.13914, section 3
     """
-    g = gates(logits, training and how.relaxed)
-    if how.hard:
-        g = g + (g.round() - g).detach()
-    if training and how.dropout:
-        g = F.dropout(g, how.dropout)
-    if how.always_on:
-        learned, held = g.split([g.shape[-1] - how.always_on, how.always_on], dim=-1)
-        g = torch.cat([learned, torch.ones_like(held)], dim=-1)
-    w = normalise(g)
+    w = normalise(open_gates(logits, how, training))
     return w if training or how.top_k is None else keep_largest(w, how.top_k)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...utils.error import PeftRuntimeError
 from ...utils.sharding import cut_like, is_distributed, is_managed, whole
 from .._geometry import Placement
-from .gating import Gating, mixing_weights
+from .gating import Gating, mixing_weights, open_gates
 
 
 class Router(nn.Module):
@@ -110,10 +110,17 @@ class TaskRouter(Router):
             end = stop
         return torch.cat([*pieces, self.module_logits[end:]])
 
+    def logits(self) -> Tensor:
+        """The table as `[n_tasks, n_splits, n_skills]`, whole."""
+        return whole(self.table()).unflatten(-1, (self.n_splits, self.n_skills))
+
     def task_weights(self) -> Tensor:
         """The weights each task has in evaluation, `[n_tasks, n_splits, n_skills]`."""
-        logits = whole(self.table()).unflatten(-1, (self.n_splits, self.n_skills))
-        return mixing_weights(logits, self.how, False)
+        return mixing_weights(self.logits(), self.how, False)
+
+    def task_gates(self) -> Tensor:
+        """The gates that the weights are made of, likewise."""
+        return open_gates(self.logits(), self.how, False)
 
     # --- rows that are trained ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures, terms for the loss, the report and the callback, against loops, exact counting and scipy."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import mlp
+
+from peft import PolyConfig, get_peft_model
+from peft.tuners.poly import TaskSampler, metrics, metrics_by_task, recorded_routing, routing_loss, routing_report
+from peft.tuners.poly.report import join_closest
+
+TARGETS = ["0", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def poly(**fields):
+    options = {"r": 2, "n_tasks": 5, "n_skills": 3, "n_splits": 2, "init_weights": False, "target_modules": TARGETS, **fields}
+    model = get_peft_model(mlp(), PolyConfig(**options)).eval()
+    with torch.no_grad():
+        [p.normal_().mul_(2) for n, p in model.named_parameters() if "router" in n]
+    return model
+
+
+def test_measures_one_number_at_a_time():
+    gates = torch.rand(4, 2, 3, dtype=torch.float64)
+    weights = gates / gates.sum(-1, keepdim=True)
+    flat = [float(g) for g in gates.flatten()]
+    bits = [-(g * math.log2(g) + (1 - g) * math.log2(1 - g)) for g in flat]
+    assert math.isclose(float(metrics.discreteness(gates)), sum(bits) / 24, rel_tol=1e-12)
+    assert math.isclose(float(metrics.sparsity(gates)), sum(g > 0.5 for g in flat) / 24)
+    use = [sum(float(weights[t, q, s]) for t in range(4) for q in range(2)) / 8 for s in range(3)]
+    torch.testing.assert_close(metrics.usage(weights).tolist(), use)
+    for t, q in itertools.product(range(4), range(2)):
+        expected = -sum(float(w) * math.log(float(w)) for w in weights[t, q]) / math.log(3)
+        assert math.isclose(float(metrics.entropy(weights)[t, q]), expected, rel_tol=1e-12)
+    uneven = []
+    for q in range(2):
+        u = [sum(float(weights[t, q, s]) for t in range(4)) / 4 for s in range(3)]
+        mean = sum(u) / 3
+        uneven.append(sum((v - mean) ** 2 for v in u) / 3 / mean**2)  # squared coefficient of variation
+    assert math.isclose(float(metrics.balance(weights)), sum(uneven) / 2, rel_tol=1e-9)
+    one = torch.zeros(4, 2, 3)
+    one[..., 1] = 1
+    assert float(metrics.balance(one)) == 2 and float(metrics.entropy(one).max()) == float(metrics.discreteness(one)) == 0
+
+
+def test_the_prior_against_the_buffet():
+    """Customers come one by one: the probability of what they take, summed over the orders of dishes that make no difference."""
+    alpha, n = 1.3, 3
+    for columns in itertools.combinations([c for c in itertools.product([0, 1], repeat=n) if any(c)], 2):
+        Z = torch.tensor(columns, dtype=torch.float64).T
+        log_p, taken = 0.0, [0] * 2
+        for i in range(n):
+            new = 0
+            for k in range(2):
+                if taken[k]:
+                    p = taken[k] / (i + 1)
+                    log_p += math.log(p if Z[i, k] else 1 - p)
+                    taken[k] += int(Z[i, k])
+                elif Z[i, k]:
+                    new += 1
+                    taken[k] = 1
+            rate = alpha / (i + 1)
+            log_p += new * math.log(rate) - rate - math.lgamma(new + 1)
+        # How many orders of new dishes lead to the same two different columns: those who came together may be swapped.
+        firsts = [next(i for i in range(n) if column[i]) for column in columns]
+        log_p += math.log(2) if firsts[0] == firsts[1] else 0.0
+        assert math.isclose(float(metrics.ibp_energy(Z, alpha)), -log_p, rel_tol=1e-9), columns
+    gates = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: metrics.ibp_energy(g, 2.0), gates)
+
+
+def test_terms_are_means_over_routers_and_have_gradients():
+    model = poly()
+    weights = list(model.get_router_weights().values())
+    torch.testing.assert_close(
+        routing_loss(model, entropy=0.5), 0.5 * torch.stack([metrics.entropy(w).mean() for w in weights]).mean()
+    )
+    torch.testing.assert_close(routing_loss(model, balance=2.0), 2 * torch.stack([metrics.balance(w) for w in weights]).mean())
+    logits = [router.logits().detach().sigmoid() for router in model.base_model.task_routers("default").values()]
+    expected = torch.stack([metrics.ibp_energy(g[:, q], 1.5) for g in logits for q in range(2)]).mean()
+    torch.testing.assert_close(routing_loss(model, ibp=1.0, ibp_alpha=1.5), expected)
+    before = float(routing_loss(model, entropy=1.0).detach())
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "router" in n], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        routing_loss(model, entropy=1.0, balance=1.0, ibp=0.01).backward()
+        optimizer.step()
+    assert float(routing_loss(model, entropy=1.0).detach()) < before / 2
+    model.train_only(tasks=[1])
+    optimizer.zero_grad()
+    routing_loss(model, entropy=1.0).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("level", ["sample", "token"])
+def test_terms_on_routing_by_input(level):
+    model = poly(poly_type="mope", routing_level=level, n_tasks=1)
+    x = torch.randn(4, 5, 8)
+    with pytest.raises(ValueError, match="pass what `recorded_routing` kept"):
+        routing_loss(model, balance=1.0)
+    with recorded_routing(model) as record:
+        model(x).sum().backward()
+    assert len(record) == 2
+    shape = (4, 2, 3) if level == "sample" else (4, 5, 2, 3)
+    assert all(weights.shape == shape for (weights,) in record.values())
+    with recorded_routing(model) as record:
+        loss = model(x).square().mean()
+    model.zero_grad()
+    (loss * 0 + routing_loss(model, balance=1.0, entropy=0.1, record=record)).backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "router" in n)
+    assert not any(module._forward_hooks for module in model.modules() if type(module).__name__ == "InputRouter")
+    with pytest.raises(ValueError, match="prior is for routing by task"):
+        routing_loss(model, ibp=1.0, record=record)
+    with pytest.raises(ValueError, match="no Poly adapter 'other'"):
+        routing_loss(model, adapter_name="other")
+
+
+def test_the_tree_against_scipy():
+    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
+    from scipy.spatial.distance import squareform
+
+    rows = torch.randn(12, 7, dtype=torch.float64)
+    similarity = metrics.task_similarity(rows)
+    torch.testing.assert_close(similarity, _cosines(rows))
+    merges, order = join_closest(similarity)
+    distance = (1 - similarity).numpy()
+    expected = hierarchy.linkage(squareform(distance.clip(min=0), checks=False), "average")
+    for mine, theirs in zip(merges, expected, strict=True):
+        assert {mine[0], mine[1]} == {int(theirs[0]), int(theirs[1])} and mine[3] == theirs[3]
+        assert math.isclose(mine[2], theirs[2], rel_tol=1e-9)
+    assert sorted(order) == list(range(12))
+    assert join_closest(torch.ones(1, 1)) == ([], [0])
+
+
+def _cosines(rows):
+    centred = rows - rows.mean(0)
+    return torch.stack([torch.stack([a @ b / (a.norm() * b.norm()) for b in centred]) for a in centred])
+
+
+def test_a_report(tmp_path):
+    model = poly(task_names=["a", "b", "c", "d", "e"])
+    with torch.no_grad():
+        for router in model.base_model.task_routers("default").values():
+            router.module_logits[3] = router.module_logits[0] + 0.01
+    report = routing_report(model)
+    assert report.tasks == ["a", "b", "c", "d", "e"] and list(report.weights) == ["0", "2"]
+    assert report.merges[0][:2] == (0, 3) and abs(report.order.index(0) - report.order.index(3)) == 1
+    assert float(report.similarity[0, 3]) > 0.99
+    for path, table in report.weights.items():
+        assert torch.equal(table, model.get_router_weights()[path])
+        torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
+        assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-6)
+    frames = report.to_pandas()
+    assert len(frames["weights"]) == 2 * 5 * 2 * 3 and list(frames["layers"].index) == ["0", "2"]
+    row = frames["weights"].query("layer == '2' and task == 'c' and split == 1 and skill == 2")
+    assert math.isclose(row["weight"].item(), float(report.weights["2"][2, 1, 2]))
+    assert list(frames["similarity"].columns) == [report.tasks[i] for i in report.order]
+    assert frames["usage"].shape == (2, 3)
+    report.save_json(tmp_path / "routing.json")
+    saved = json.loads((tmp_path / "routing.json").read_text())
+    assert saved["order"] == report.order and len(saved["weights"]["0"]) == 5
+    figure = report.plot(tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG") and len(figure.axes) == 5
+    with pytest.raises(ValueError, match="no Poly adapter 'x'"):
+        routing_report(model, "x")
+    shared = routing_report(poly(router_granularity="model", n_tasks=1))
+    assert list(shared.weights) == ["0"] and shared.merges == [] and shared.plot().axes
+
+
+# Sampling
+
+
+def test_tasks_are_drawn_as_asked():
+    tasks = ["a"] * 900 + ["b"] * 90 + ["c"] * 10
+    for temperature, power in ((1, 1.0), (2, 0.5), (math.inf, 0.0)):
+        sampler = TaskSampler(tasks, temperature, num_samples=20000)
+        shares = {t: n**power for t, n in (("a", 900), ("b", 90), ("c", 10))}
+        drawn = [tasks[i] for i in sampler]
+        for task, share in shares.items():
+            p = share / sum(shares.values())
+            assert math.isclose(sampler.probabilities[task], p)
+            assert abs(drawn.count(task) / 20000 - p) < 4 * math.sqrt(p * (1 - p) / 20000)
+    few = [i for i in TaskSampler(tasks, math.inf, num_samples=24, seed=3) if tasks[i] == "c"]
+    assert len(set(few[:10])) == min(len(few), 10)  # none again before all were seen
+    sampler = TaskSampler(torch.tensor([0, 0, 1]), seed=1)
+    first, second = list(sampler), list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first and len(sampler) == 3 and sorted(sampler.groups) == [0, 1]
+    sampler.set_epoch(1)
+    assert list(sampler) == second
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options"), [([], {}), ([1], {"temperature": 0.5}), ([1], {"temperature": math.nan}), ([1], {"num_samples": 0})]
+)
+def test_samplers_that_are_refused(tasks, options):
+    with pytest.raises(ValueError, match="`"):
+        TaskSampler(tasks, **options)
+
+
+# In transformers' Trainer
+
+
+class Regression(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x, labels=None):
+        out = self.body(x)
+        return {"loss": (out - labels).square().mean(), "logits": out}
+
+
+def test_in_a_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from peft.tuners.poly.callbacks import RoutingCallback
+
+    config = PolyConfig(r=2, n_tasks=3, n_skills=2, task_names=["x", "y", "z"], target_modules=["body.0", "body.2"])
+    model = get_peft_model(Regression(), config)
+    data = [{"x": torch.randn(8), "labels": torch.randn(8), "task_ids": i % 3} for i in range(12)]
+
+    def error(prediction):
+        return {"closeness": -float(((prediction.predictions - prediction.label_ids) ** 2).mean())}
+
+    class Balanced(Trainer):
+        def _get_train_sampler(self, *args):
+            return TaskSampler([sample["task_ids"] for sample in self.train_dataset], math.inf)
+
+    options = {"max_steps": 4, "logging_steps": 2, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4}
+    arguments = TrainingArguments(str(tmp_path), label_names=["labels", "task_ids"], remove_unused_columns=False, **options)
+    callback = RoutingCallback()
+    trainer = Balanced(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=metrics_by_task(error, config.task_names),
+        callbacks=[callback],
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "routing/entropy" in entry]
+    assert logged[0]["step"] == 2 and logged[0]["routing/entropy"] > 0.99
+    assert {f"routing/{k}" for k in ("usage_entropy", "discreteness", "sparsity", "least_used", "most_used")} <= set(logged[0])
+    assert [entry["step"] for entry in callback.history][:2] == [2, 4] and set(callback.history[0]["layers"]) == {
+        "body.0",
+        "body.2",
+    }
+    found = trainer.evaluate()
+    model.eval()
+    each = {}
+    for i, name in enumerate("xyz"):
+        mine = [sample for sample in data if sample["task_ids"] == i]
+        with torch.no_grad():
+            out = model(torch.stack([s["x"] for s in mine]), task_ids=[i] * 4, labels=torch.stack([s["labels"] for s in mine]))
+        each[name] = -float(out["loss"])
+        assert math.isclose(found[f"eval_closeness_{name}"], each[name], rel_tol=1e-5)
+    assert math.isclose(found["eval_closeness_worst"], min(each.values()), rel_tol=1e-5)
+    assert math.isclose(found["eval_closeness"], sum(each.values()) / 3, rel_tol=1e-5)
+    plain = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options)
+    with pytest.raises(TypeError, match="set `label_names="):
+        Trainer(model, plain, eval_dataset=data, compute_metrics=metrics_by_task(error)).evaluate()
+    with pytest.warns(UserWarning, match=r"skills \[0\] are hardly used by any task"):
+        _judged(model, callback, [0.02, 0.98], 0.99)
+    with pytest.warns(UserWarning, match="skill 1 has 98% of the use"):
+        _judged(model, RoutingCallback(), [0.02, 0.98], 0.95)
+    with pytest.raises(ValueError, match="`dead_below`=1"):
+        RoutingCallback(dead_below=1)
+
+
+def _judged(model, callback, weights, collapsed_above):
+    """The callback's warnings where every task of a layer has the same weights."""
+    from types import SimpleNamespace
+
+    callback.dead_below, callback.collapsed_above = 0.05, collapsed_above
+    model.set_router_weights({"body.2": [weights] * 3})
+    logs = {}
+    callback.on_log(None, SimpleNamespace(global_step=9, log_history=[]), None, model=model, logs=logs)
+    assert math.isclose(logs["routing/least_used"], min(weights), rel_tol=1e-4)
