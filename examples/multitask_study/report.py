@@ -24,10 +24,13 @@ def one_line(method: Method, numbers: dict[str, Any]) -> str:
     """A method's numbers of one seed, in brief."""
     scores = list(numbers["accuracies"].values())
     late = {
-        way: [round(100 * mean(r["accuracy"] for r in numbers["new"] if (r["way"], r["shots"]) == (way, s)), 1) for s in SHOTS]
+        (way, shots): mean(r["accuracy"] for r in numbers["new"] if r["way"] == way and r["shots"] == shots)
         for way in method.ways
+        for shots in SHOTS
     }
-    return f"{method.key:7s} {100 * mean(scores):5.1f} % mean {100 * min(scores):5.1f} % worst  {numbers['seconds']:5.1f} s  new {late}"
+    new = ", ".join(f"{way} {shots}: {100 * score:.0f}" for (way, shots), score in late.items())
+    seconds = numbers["seconds"]
+    return f"{method.key:7s} mean {100 * mean(scores):.1f} %, worst {100 * min(scores):.1f} %, {seconds:.1f} s; new tasks: {new}"
 
 
 def over_seeds(results: dict[str, Any], key: str, of: Callable[[dict[str, Any]], float]) -> list[float]:
@@ -51,17 +54,17 @@ def tables(results: dict[str, Any], methods: Sequence[Method]) -> str:
     here = [method for method in methods if any(method.key in numbers for numbers in results["seeds"].values())]
     count = len(next(iter(next(iter(results["seeds"].values())).values()))["accuracies"])
     lines = [
-        f"Accuracy in per cent on held-out pictures over {count} tasks, mean ± standard deviation over {len(results['seeds'])} seeds.",
+        f"Accuracy in per cent over {count} tasks, mean ± standard deviation over {len(results['seeds'])} seeds; seconds are the "
+        "processor's, with one thread.",
         "",
         "| method | parameters | mean of tasks | worst task | training, s |",
         "|---|---:|---:|---:|---:|",
     ]
     for method in here:
         one = lambda of, key=method.key: over_seeds(results, key, of)  # noqa: E731
-        lines.append(
-            f"| {method.label} | {int(mean(one(lambda n: n['parameters']))):,} | {cell(one(lambda n: mean(n['accuracies'].values())))} | "
-            f"{cell(one(lambda n: min(n['accuracies'].values())))} | {cell(one(lambda n: n['seconds']), 1, 0)} |"
-        )
+        means, worst = one(lambda n: mean(n["accuracies"].values())), one(lambda n: min(n["accuracies"].values()))
+        size, seconds = int(mean(one(lambda n: n["parameters"]))), cell(one(lambda n: n["seconds"]), 1, 0).split(" ")[0]
+        lines.append(f"| {method.label} | {size:,} | {cell(means)} | {cell(worst)} | {seconds} |")
     for kind, heading in (
         ("pairs", "New tasks that combine a geometry and a light that the trained tasks have, from so many examples"),
         ("novel", "New tasks that have nothing of the trained ones"),

@@ -10,7 +10,16 @@ import torch
 from conftest import mlp
 
 from peft import PolyConfig, get_peft_model
-from peft.tuners.poly import TaskSampler, metrics, metrics_by_task, recorded_routing, routing_loss, routing_report
+from peft.tuners.poly import (
+    RoutingWatch,
+    TaskSampler,
+    metrics,
+    metrics_by_task,
+    recorded_routing,
+    routing_callback,
+    routing_loss,
+    routing_report,
+)
 from peft.tuners.poly.report import join_closest
 
 TARGETS = ["0", "2"]
@@ -223,8 +232,6 @@ class Regression(torch.nn.Module):
 def test_in_a_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    from peft.tuners.poly.callbacks import RoutingCallback
-
     config = PolyConfig(r=2, n_tasks=3, n_skills=2, task_names=["x", "y", "z"], target_modules=["body.0", "body.2"])
     model = get_peft_model(Regression(), config)
     data = [{"x": torch.randn(8), "labels": torch.randn(8), "task_ids": i % 3} for i in range(12)]
@@ -238,7 +245,7 @@ def test_in_a_trainer(tmp_path):
 
     options = {"max_steps": 4, "logging_steps": 2, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4}
     arguments = TrainingArguments(str(tmp_path), label_names=["labels", "task_ids"], remove_unused_columns=False, **options)
-    callback = RoutingCallback()
+    callback = routing_callback()
     trainer = Balanced(
         model,
         arguments,
@@ -251,7 +258,7 @@ def test_in_a_trainer(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "routing/entropy" in entry]
     assert logged[0]["step"] == 2 and logged[0]["routing/entropy"] > 0.99
     assert {f"routing/{k}" for k in ("usage_entropy", "discreteness", "sparsity", "least_used", "most_used")} <= set(logged[0])
-    assert [entry["step"] for entry in callback.history][:2] == [2, 4] and set(callback.history[0]["layers"]) == {
+    assert [entry["step"] for entry in callback.watch.history][:2] == [2, 4] and set(callback.watch.history[0]["layers"]) == {
         "body.0",
         "body.2",
     }
@@ -270,19 +277,14 @@ def test_in_a_trainer(tmp_path):
     with pytest.raises(TypeError, match="set `label_names="):
         Trainer(model, plain, eval_dataset=data, compute_metrics=metrics_by_task(error)).evaluate()
     with pytest.warns(UserWarning, match=r"skills \[0\] are hardly used by any task"):
-        _judged(model, callback, [0.02, 0.98], 0.99)
+        _judged(model, RoutingWatch(collapsed_above=0.99), [0.02, 0.98])
     with pytest.warns(UserWarning, match="skill 1 has 98% of the use"):
-        _judged(model, RoutingCallback(), [0.02, 0.98], 0.95)
+        _judged(model, RoutingWatch(), [0.02, 0.98])
     with pytest.raises(ValueError, match="`dead_below`=1"):
-        RoutingCallback(dead_below=1)
+        RoutingWatch(dead_below=1)
 
 
-def _judged(model, callback, weights, collapsed_above):
-    """The callback's warnings where every task of a layer has the same weights."""
-    from types import SimpleNamespace
-
-    callback.dead_below, callback.collapsed_above = 0.05, collapsed_above
+def _judged(model, watch, weights):
+    """The warnings where every task of a layer has the same weights."""
     model.set_router_weights({"body.2": [weights] * 3})
-    logs = {}
-    callback.on_log(None, SimpleNamespace(global_step=9, log_history=[]), None, model=model, logs=logs)
-    assert math.isclose(logs["routing/least_used"], min(weights), rel_tol=1e-4)
+    assert math.isclose(watch.look(model, 9)["least_used"], min(weights), rel_tol=1e-4)

@@ -10,6 +10,7 @@ from .model import PolyModel
 from .regimes import REGIMES
 from .report import RoutingReport, routing_report
 from .sampling import TaskSampler, metrics_by_task
+from .watching import RoutingWatch, routing_callback
 
 __all__ = [
     "REGIMES",
@@ -18,10 +19,12 @@ __all__ = [
     "PolyLayer",
     "PolyModel",
     "RoutingReport",
+    "RoutingWatch",
     "TaskCollator",
     "TaskSampler",
     "metrics_by_task",
     "recorded_routing",
+    "routing_callback",
     "routing_loss",
     "routing_report",
 ]
