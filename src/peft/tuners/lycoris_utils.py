@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayeredConfig, at_least, number, pattern_dict
+from ._decomposed import DecomposedLayer
 from ._layer import BaseTunerLayer
 from ._targets import pattern_value
 from ._tuner import BaseTuner
@@ -39,7 +40,7 @@ class LycorisConfig(LayeredConfig):
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
 
 
-class LycorisLayer(BaseTunerLayer):
+class LycorisLayer(DecomposedLayer):
     """A layer whose adapters are scaled by `alpha / r`.
 
     Attributes:
@@ -88,11 +89,19 @@ class LycorisLayer(BaseTunerLayer):
         """
         if not self.training:
             return delta
+        return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta, dim))
+
+    def drop_rows(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
+        """Rank dropout, in training."""
         if p := self.rank_dropout[adapter_name]:
             keep = (torch.rand(delta.shape[dim], device=delta.device) >= p).to(delta.dtype)
             if self.rank_dropout_scale[adapter_name]:
                 keep = keep / keep.mean().clamp_min(1 / len(keep))
             delta = delta * keep.view(-1, *[1] * (-1 - dim if dim < 0 else delta.dim() - 1 - dim))
+        return delta
+
+    def drop_module(self, adapter_name: str, delta: Tensor) -> Tensor:
+        """Module dropout, in training."""
         if p := self.module_dropout[adapter_name]:
             delta = delta * (torch.rand((), device=delta.device) >= p).to(delta.dtype)
         return delta

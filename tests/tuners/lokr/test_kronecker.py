@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft.tuners.lokr.kronecker import (
     KroneckerFactors,
     contraction_order,
-    factor_shapes,
-    factorization,
     flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
@@ -25,6 +23,7 @@ from peft.tuners.lokr.kronecker import (
     left,
     right,
 )
+from peft.tuners.lokr.shapes import factor_shapes, factorization
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

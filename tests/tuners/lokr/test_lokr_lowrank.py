@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
-from peft.tuners.lokr.kronecker import KroneckerFactors, factor_shapes, flat_kronecker_weight, kronecker_weight
+from peft.tuners.lokr.kronecker import KroneckerFactors, flat_kronecker_weight, kronecker_weight
 from peft.tuners.lokr.lowrank import kronecker_low_rank, nearest_product
+from peft.tuners.lokr.shapes import factor_shapes
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 
 SHAPES = [

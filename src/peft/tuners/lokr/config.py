@@ -5,11 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from ...config import at_least, boolean, choice, is_int, number, probability
+from ...config import at_least, boolean, choice, is_int, number, pattern_dict, probability
 from ...utils.peft_types import PeftType
 from ..lycoris_utils import LycorisConfig
+
+_SWITCHES = (
+    "use_effective_conv2d",
+    "decompose_both",
+    "rank_dropout_scale",
+    "full_matrix",
+    "unbalanced_factorization",
+    "use_scalar",
+    "rs_lora",
+    "weight_decompose",
+    "wd_on_output",
+)
+_TENSORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 
 
 @dataclass
@@ -37,6 +51,20 @@ class LoKrConfig(LycorisConfig):
             fields of a file that lacks this one, else "channels".
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
             where it shares the weight); a dictionary names other modules: name → tokens.
+        full_matrix: Leave `W1` and `W2` whole in every layer; the delta is not scaled then, whatever `r` and `alpha`.
+        unbalanced_factorization: Give `W1` the larger factor of `out`, in place of the smaller.
+        use_scalar: Multiply the delta by a trained number, which starts at zero in place of a factor.
+        rs_lora: Scale by `alpha / √r`.
+        weight_decompose: Train the lengths of the weight's rows apart from their direction (DoRA).
+        wd_on_output: False: the lengths are those of columns, one for each input feature, at the cost of the base layer once more.
+        conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with kernels of more than one element;
+            None for the same as of others.
+        factor_pattern: `decompose_factor` for modules by name or regular expression, as in `rank_pattern`; a pair `[a, b]` says the
+            size of `W1` itself.
+        tensor_shapes: For modules by name or regular expression, the shapes of all tensors, `{"w1": [a, b], "w2_a": [c, r], …}`,
+            where they come from a file and follow no rule.
+        row_offsets: For modules by name or regular expression, whose product has more rows than the layer has outputs (it was for
+            several layers in one): the first row that is the layer's.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -45,7 +73,8 @@ class LoKrConfig(LycorisConfig):
         >>> LoKrConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).peft_type.value
         'LOKR'
 
-    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3
+    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3; `rs_lora`: arXiv:2312.03732;
+    `weight_decompose`: arXiv:2402.09353
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the decomposed factors."})
@@ -66,8 +95,35 @@ class LoKrConfig(LycorisConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
+    full_matrix: bool = field(default=False, metadata={"help": "Leave both factors whole, without a scale."})
+    unbalanced_factorization: bool = field(default=False, metadata={"help": "Give W1 the larger factor of the outputs."})
+    use_scalar: bool = field(default=False, metadata={"help": "Multiply the delta by a trained number."})
+    rs_lora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
+    weight_decompose: bool = field(default=False, metadata={"help": "Train lengths apart from directions (DoRA)."})
+    wd_on_output: bool = field(default=True, metadata={"help": "Whether lengths are those of rows; else of columns."})
+    conv_r: int | None = field(default=None, metadata={"help": "Rank for convolutions with a kernel."})
+    conv_alpha: float | None = field(default=None, metadata={"help": "Alpha for convolutions with a kernel."})
+    conv_factor: int | None = field(default=None, metadata={"help": "Wanted size of W1 for convolutions with a kernel."})
+    factor_pattern: dict = field(default_factory=dict, metadata={"help": "Size of W1 by module name or regular expression."})
+    tensor_shapes: dict = field(default_factory=dict, metadata={"help": "Shapes of all tensors by module name."})
+    row_offsets: dict = field(default_factory=dict, metadata={"help": "First row of a product for several layers, by module."})
 
-    absent_values: ClassVar[dict[str, Any]] = {"kronecker_layout": "flat", "trainable_token_indices": None}
+    absent_values: ClassVar[dict[str, Any]] = {
+        "kronecker_layout": "flat",
+        "trainable_token_indices": None,
+        "full_matrix": False,
+        "unbalanced_factorization": False,
+        "use_scalar": False,
+        "rs_lora": False,
+        "weight_decompose": False,
+        "wd_on_output": True,
+        "conv_r": None,
+        "conv_alpha": None,
+        "conv_factor": None,
+        "factor_pattern": {},
+        "tensor_shapes": {},
+        "row_offsets": {},
+    }
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOKR
@@ -81,10 +137,17 @@ class LoKrConfig(LycorisConfig):
         yield from number("alpha", self.alpha)
         for name in ("rank_dropout", "module_dropout"):
             yield from probability(name, getattr(self, name))
-        for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale"):
+        for name in _SWITCHES:
             yield from boolean(name, getattr(self, name))
-        if not is_int(self.decompose_factor) or not (self.decompose_factor == -1 or self.decompose_factor >= 1):
-            yield f"`decompose_factor`={self.decompose_factor!r} must be -1 or a positive integer."
+        yield from _factor("decompose_factor", self.decompose_factor)
+        yield from () if self.conv_r is None else at_least("conv_r", self.conv_r)
+        yield from () if self.conv_alpha is None else number("conv_alpha", self.conv_alpha)
+        yield from () if self.conv_factor is None else _factor("conv_factor", self.conv_factor)
+        yield from pattern_dict("factor_pattern", self.factor_pattern, _factor_or_pair)
+        yield from pattern_dict("tensor_shapes", self.tensor_shapes, _shapes)
+        yield from pattern_dict("row_offsets", self.row_offsets, partial(at_least, least=0))
+        if self.full_matrix and (self.decompose_both or self.use_effective_conv2d):
+            yield "`full_matrix` leaves nothing to decompose; it can't go with `decompose_both` or `use_effective_conv2d`."
         yield from choice("init_weights", self.init_weights, (True, False, "lycoris"))
         yield from choice("kronecker_layout", self.kronecker_layout, ("channels", "flat"))
         if self.layers_to_transform is not None and not self.layers_pattern:
@@ -96,3 +159,22 @@ class LoKrConfig(LycorisConfig):
         if content.get("layers_to_transform") is not None and not content.get("layers_pattern"):
             return {**content, "layers_pattern": r"[^.]+"}
         return content
+
+
+def _factor(name: str, value: Any) -> Iterator[str]:
+    if not is_int(value) or not (value == -1 or value >= 1):
+        yield f"`{name}`={value!r} must be -1 or a positive integer."
+
+
+def _factor_or_pair(name: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, (list, tuple)):
+        yield from _factor(name, value)
+    elif len(value) != 2 or not all(is_int(size) and size >= 1 for size in value):
+        yield f"`{name}`={value!r} must be a factor or a pair of positive integers, the size of `W1`."
+
+
+def _shapes(name: str, value: Any) -> Iterator[str]:
+    sizes = value.values() if isinstance(value, dict) else ()
+    listed = all(isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 1 for size in shape) for shape in sizes)
+    if not isinstance(value, dict) or not set(value) <= set(_TENSORS) or not listed:
+        yield f"`{name}`={value!r} must be a dictionary of shapes, with keys among {', '.join(_TENSORS)}."

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with LoKr adapters: they hold the factors; the maths is in `kronecker.py`."""
+"""Layers with LoKr adapters: they hold the factors; the maths is in `kronecker.py` and `norms.py`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,10 @@ from torch import Tensor, nn
 from .._accumulate import Steps
 from .._geometry import Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
-from .._lowrank import LowRank
+from .._lowrank import LowRank, approximate, cut, dense_svd, wide
 from ..lycoris_utils import LycorisLayer
 from .kronecker import (
     KroneckerFactors,
-    factor_shapes,
-    factorization,
     flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
@@ -25,12 +24,14 @@ from .kronecker import (
     kronecker_weight,
 )
 from .lowrank import kronecker_low_rank
+from .norms import column_norms, product_norm, row_norms
+from .shapes import Shapes, factor_shapes, factorization
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrLayer", "factorization"]
 
 
 class LoKrLayer(LycorisLayer):
-    """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`.
+    """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`, or decomposed, `W' = m ⊙ (W + ΔW) / ‖W + ΔW‖`.
 
     Args:
         base_layer: The layer to adapt.
@@ -42,18 +43,37 @@ class LoKrLayer(LycorisLayer):
         lokr_w1: `[a, b]`; where decomposed `lokr_w1_a [a, r]`, `lokr_w1_b [r, b]`.
         lokr_w2: `[c, d, *kernel]`; where decomposed `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`; in Tucker's form
             `lokr_t2 [r, r, *kernel]`, `lokr_w2_a [r, c]`, `lokr_w2_b [r, d]`.
+        lokr_scalar: `[1]`, a factor on the delta, of adapters with `use_scalar`.
+        lokr_magnitude: `m`, `[out]` or `[in]`, of adapters with `weight_decompose`.
+        flat_layout, full_matrix, rs_lora, wd_on_output: As in the configs, by adapter name.
+        row_offset: By adapter name, None, or the first row of the product that is the layer's (of a product for fused layers).
 
-    Source: arXiv:2309.14859, section 3.2
+    Source: arXiv:2309.14859, section 3.2; arXiv:2402.09353, section 4
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
-    other_param_names: ClassVar[tuple[str, ...]] = (*LycorisLayer.other_param_names, "flat_layout")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+        *(f"lokr_{name}" for name in KroneckerFactors._fields),
+        "lokr_scalar",
+        "lokr_magnitude",
+    )
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        *LycorisLayer.other_param_names,
+        "flat_layout",
+        "full_matrix",
+        "rs_lora",
+        "wd_on_output",
+        "row_offset",
+    )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
         super().__init__(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, AdapterParameterDict())
         self.flat_layout: dict[str, bool] = {}
+        self.full_matrix: dict[str, bool] = {}
+        self.rs_lora: dict[str, bool] = {}
+        self.wd_on_output: dict[str, bool] = {}
+        self.row_offset: dict[str, int | None] = {}
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
 
@@ -65,6 +85,9 @@ class LoKrLayer(LycorisLayer):
         alpha: float | None = None,
         placement: Placement | None = None,
         initialise: bool = True,
+        factor: int | Sequence[int] | None = None,
+        shapes: Shapes | None = None,
+        row_offset: int | None = None,
     ) -> None:
         """Make an adapter's factors.
 
@@ -75,76 +98,203 @@ class LoKrLayer(LycorisLayer):
             alpha: Alpha, by default the config's.
             placement: Device and dtype, by default the base layer's.
             initialise: False leaves the memory as it is.
+            factor: `decompose_factor`, by default the config's.
+            shapes: Shapes of the factors by name, by default as the config's rules have them.
+            row_offset: Which rows of the product are the layer's; by default it has no others.
         """
+        self.full_matrix[adapter_name], self.rs_lora[adapter_name] = config.full_matrix, config.rs_lora
+        self.wd_on_output[adapter_name], self.row_offset[adapter_name] = config.wd_on_output, row_offset
         self.set_hyperparameters(adapter_name, config, r or config.r, config.alpha if alpha is None else alpha)
+        shapes = shapes or self.shapes_of(config, self.r[adapter_name], factor)
+        self.flat_layout[adapter_name] = len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
+        place = self._placement(placement)
+        for name, shape in shapes.items():
+            self._hold(f"lokr_{name}", adapter_name, torch.empty(shape, device=place.device, dtype=place.dtype))
+        if config.use_scalar:
+            self._hold("lokr_scalar", adapter_name, torch.empty(1, device=place.device, dtype=place.dtype))
+        if initialise:
+            self.reset_adapter_parameters(adapter_name, config.init_weights)
+        if config.weight_decompose:
+            known = initialise and place.device.type != "meta"
+            size = self.out_features if config.wd_on_output else self.in_features
+            lengths = self.lengths(adapter_name, self.scale(adapter_name)) if known else None
+            self._hold("lokr_magnitude", adapter_name, self.first_lengths(lengths, size, place))
+
+    def shapes_of(self, config: Any, r: int, factor: int | Sequence[int] | None = None) -> Shapes:
+        """The factors that a config's rules give this layer."""
         size = self.geometry
-        shapes = factor_shapes(
+        return factor_shapes(
             size.out_features,
             size.in_features,
             size.kernel_size,
-            r=self.r[adapter_name],
+            r=r,
             decompose_both=config.decompose_both,
-            decompose_factor=config.decompose_factor,
+            decompose_factor=config.decompose_factor if factor is None else factor,
             use_effective_conv2d=config.use_effective_conv2d,
+            full_matrix=config.full_matrix,
+            unbalanced_factorization=config.unbalanced_factorization,
         )
-        self.flat_layout[adapter_name] = len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
-        device, dtype = self._placement(placement)
-        for name, shape in shapes.items():
-            container: AdapterParameterDict = getattr(self, f"lokr_{name}")
-            container[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        if initialise:
-            self.reset_adapter_parameters(adapter_name, config.init_weights)
+
+    def _hold(self, attribute: str, adapter_name: str, tensor: Tensor) -> None:
+        container: AdapterParameterDict = getattr(self, attribute)
+        container[adapter_name] = nn.Parameter(tensor)
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, one of them zero so that the adapter starts without effect."""
+        """Draw the factors anew: `kaiming_uniform_(a=√5)`, one of them zero so that the adapter starts without effect; with a
+        scalar it is that which is zero.
+        """
+        scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
-        if init_weights:
+        if init_weights and not scalar:
             zero = ("w2", "w2_b") if init_weights == "lycoris" else ("w1", "w1_a")
         for name, factor in self.factors(adapter_name)._asdict().items():
             if factor is not None:
                 nn.init.zeros_(factor) if name in zero else nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if scalar:
+            nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
+
+    def base_scaling(self, adapter_name: str) -> float:
+        """`alpha / r`, with `rs_lora` over the root of `r`; 1 with `full_matrix`, which has no rank."""
+        if self.full_matrix[adapter_name]:
+            return 1.0
+        r = self.r[adapter_name]
+        return self.alpha[adapter_name] / (math.sqrt(r) if self.rs_lora[adapter_name] else r)
+
+    def scale(self, adapter_name: str) -> Any:
+        """The factor on the product: `scaling`, times the trained scalar."""
+        scaling = self.scaling[adapter_name]
+        return scaling * self.lokr_scalar(adapter_name).view(()) if adapter_name in self.lokr_scalar else scaling
 
     def factors(self, adapter_name: str) -> KroneckerFactors:
         """An adapter's factors."""
-        containers = (getattr(self, name) for name in self.adapter_layer_names)
+        containers = (getattr(self, f"lokr_{name}") for name in KroneckerFactors._fields)
         return KroneckerFactors(*(c(adapter_name) if adapter_name in c else None for c in containers))
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """ΔW in the base weight's layout: the dense product, which only merging needs."""
+        """ΔW in the base weight's layout: the dense product, which only merging needs; what a decomposed adapter adds before rows
+        or columns get their lengths.
+        """
         product = flat_kronecker_weight if self.flat_layout[adapter_name] else kronecker_weight
-        delta = product(self.factors(adapter_name), self.geometry.kernel_size, self.scaling[adapter_name])
-        return self.geometry.as_stored(delta)
+        delta = product(self.factors(adapter_name), self.geometry.kernel_size, self.scale(adapter_name))
+        return self.geometry.as_stored(self._own_rows(adapter_name, delta, 0))
+
+    def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
+        """The part of a product for fused layers that is this layer's."""
+        offset = self.row_offset[adapter_name]
+        return product if offset is None else product.narrow(dim, offset, self.out_features)
 
     def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
-        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`."""
-        kernel, flat = self.geometry.kernel_size, self.flat_layout[adapter_name]
-        return kronecker_low_rank(self.factors(adapter_name), kernel, float(self.scaling[adapter_name]), rank, flat)
+        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`. What a decomposed adapter does to the weight,
+        `f ⊙ (W + ΔW) - W`, has no such structure and is decomposed whole.
+        """
+        kernel, flat, scale = self.geometry.kernel_size, self.flat_layout[adapter_name], self.scale(adapter_name)
+        if adapter_name in self.lokr_magnitude:
+            weight, delta = wide(self.base_weight()), wide(self.get_delta_weight(adapter_name))
+            factor = self.merge_factor(adapter_name, self.scaling[adapter_name])
+            assert factor is not None
+            change = self.geometry.as_stored(wide(factor) * (weight + delta) - weight)
+            return cut(dense_svd(change.flatten(1)), rank, self._dtype(adapter_name))
+        part = self.row_offset[adapter_name] is not None
+        exact = kronecker_low_rank(self.factors(adapter_name), kernel, float(scale), None if part else rank, flat)
+        return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank) if part else exact
+
+    def _dtype(self, adapter_name: str) -> torch.dtype:
+        return next(factor.dtype for factor in self.factors(adapter_name) if factor is not None)
+
+    # --- forward ------------------------------------------------------------------------------------------------------
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`ΔW x`, without building ΔW."""
         factors = self.factors(adapter_name)
         dtype = next(factor.dtype for factor in factors if factor is not None)
-        delta = self.apply_product(adapter_name, self._cast_input_dtype(x, dtype), factors)
-        return self.drop(adapter_name, delta, -1 - len(self.geometry.kernel_size))
+        dim = -1 - len(self.geometry.kernel_size)
+        product = self.apply_product(adapter_name, self._cast_input_dtype(x, dtype), factors)
+        delta = self._own_rows(adapter_name, product, dim)
+        if self.training and adapter_name in self.lokr_magnitude:
+            return self.drop_rows(adapter_name, delta, dim)
+        return self.drop(adapter_name, delta, dim)
 
     def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:
-        """`ΔW x` for this kind of layer."""
+        """`(W1 ⊗ W2) x` with its scale, for this kind of layer."""
         raise NotImplementedError
+
+    def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with the adapter's part: a sum or, if it is decomposed, `f ⊙ (result - b + ΔW x) + b` with
+        `f = m / ‖W + ΔW‖` for lengths of rows; for those of columns `(W + ΔW)(f ⊙ x) + b`, which takes the base layer once more.
+
+        Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
+        """
+        if adapter_name not in self.lokr_magnitude:
+            return super().apply_adapter(adapter_name, x, result)
+        factor = self.magnitude_factor(adapter_name, self.scale(adapter_name))
+        if self.wd_on_output[adapter_name]:
+            changed = self.rescaled(super().apply_adapter(adapter_name, x, result), factor)
+        else:
+            factor = self.by_channel(factor.repeat(getattr(self.get_base_layer(), "groups", 1)))
+            more = self.without_bias((x * (factor - 1)).to(x.dtype))
+            changed = super().apply_adapter(adapter_name, x * factor, result + more)
+        if not self.training or not self.module_dropout[adapter_name]:
+            return changed
+        return result + self.drop_module(adapter_name, changed - result)
+
+    # --- lengths ------------------------------------------------------------------------------------------------------
+
+    def lengths(self, adapter_name: str, scale: Any) -> Tensor:
+        """The lengths of the rows of `W + ΔW`, or of its columns."""
+        weight = self.geometry.as_stored(self.base_weight())
+        norms = row_norms if self.wd_on_output[adapter_name] else column_norms
+        more = self.flat_layout[adapter_name], self.row_offset[adapter_name] or 0
+        return norms(weight, self.factors(adapter_name), self.geometry.kernel_size, scale, *more)
+
+    def magnitude_factor(self, adapter_name: str, scale: Any) -> Tensor:
+        """What the rows, or the columns, of `W + ΔW` are multiplied by."""
+        return self.lokr_magnitude(adapter_name) / self.lengths(adapter_name, scale)
+
+    @property
+    def needs_layer_alone(self) -> bool:
+        """Whether there is a decomposed adapter, whose factor would be on what another method adds too."""
+        return len(self.lokr_magnitude) > 0
+
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
+        """The factor on each row or column, of a decomposed adapter."""
+        if adapter_name not in self.lokr_magnitude:
+            return None
+        if adapter_name in self.lokr_scalar:
+            scale = scale * self.lokr_scalar(adapter_name).view(())  # type: ignore[assignment]
+        factor = self.magnitude_factor(adapter_name, scale).detach()
+        shape = [1] * (2 + len(self.geometry.kernel_size))
+        shape[0 if self.wd_on_output[adapter_name] else 1] = -1
+        return self.geometry.as_stored(factor.view(shape))
+
+    @torch.no_grad()
+    def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:
+        """Scale the factors, all alike, so that `‖ΔW‖` is at most `largest` in the Frobenius norm.
+
+        Returns:
+            The norm then, and whether it was larger.
+        """
+        norm = float(product_norm(self.factors(adapter_name), self.geometry.kernel_size) * abs(self.scale(adapter_name)))
+        if norm <= largest:
+            return norm, False
+        own = [factor for factor in self.factors(adapter_name) if factor is not None]
+        for factor in own:
+            factor.mul_((largest / norm) ** (1 / len(own)))
+        return largest, True
 
 
 class Linear(LoKrLayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoKr adapters."""
 
     def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:  # noqa: D102
-        return kronecker_linear(x, factors, self.scaling[adapter_name])
+        return kronecker_linear(x, factors, self.scale(adapter_name))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
-        if self.drops(adapter_name):
+        if self.drops(adapter_name) or self.row_offset[adapter_name] is not None:
             return None
         factors = self.factors(adapter_name)
         dtype = next(factor.dtype for factor in factors if factor is not None)
-        return kronecker_steps(self._cast_input_dtype(x, dtype), factors, self.scaling[adapter_name])
+        return kronecker_steps(self._cast_input_dtype(x, dtype), factors, self.scale(adapter_name))
 
 
 class _Conv(LoKrLayer):
@@ -155,7 +305,7 @@ class _Conv(LoKrLayer):
             pad_input(self.base_layer, x),
             factors,
             kernel=self.geometry.kernel_size,
-            scale=self.scaling[adapter_name],
+            scale=self.scale(adapter_name),
             flat=self.flat_layout[adapter_name],
             **conv_options(self.base_layer),
         )

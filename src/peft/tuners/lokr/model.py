@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
+from ...utils.error import PeftValueError
 from .._combining import Combination, Combined
-from .._geometry import geometry
+from .._geometry import Geometry, geometry
 from .._layer import BaseTunerLayer
 from .._roles import Role
+from .._targets import pattern_value
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
+from .shapes import shape_problems
 
 
 class LoKrModel(LycorisTuner):
@@ -40,6 +43,7 @@ class LoKrModel(LycorisTuner):
         "A": Role(("lokr_w1_b", "lokr_w2_b")),
         "B": Role(("lokr_w1_a", "lokr_w2_a")),
         "full": Role(("lokr_w1", "lokr_w2", "lokr_t2")),
+        "magnitude": Role(("lokr_magnitude", "lokr_scalar"), decays=False),
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
@@ -47,6 +51,50 @@ class LoKrModel(LycorisTuner):
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
+
+    def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
+        """Rank, alpha and how the factors are split for the module at `path`."""
+        return layer_options(config, path, geometry(self.model.get_submodule(path)))
+
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:  # noqa: D102
+        size = geometry(module)
+        assert size is not None
+        options = layer_options(config, path, size)
+        factor, shapes, offset = options["factor"], options["shapes"], options["row_offset"]
+        if shapes is not None:
+            problem = shape_problems(shapes, size.out_features, size.in_features, size.kernel_size, offset or 0)
+            if problem:
+                yield f"`tensor_shapes`: {problem}."
+        elif not isinstance(factor, int) and (size.out_features % factor[0] or size.in_features % factor[1]):
+            yield f"`factor_pattern`={list(factor)} does not divide its sizes, {size.out_features} and {size.in_features}."
+        if offset is not None and (shapes is None or getattr(module, "groups", 1) > 1):
+            yield "`row_offsets` needs `tensor_shapes`, and a layer without groups."
+
+    def clip_weight_norms(self, largest: float, adapter_name: str | None = None) -> dict[str, float]:
+        """Scale down the factors of every layer whose delta is larger than `largest` in the Frobenius norm (LyCORIS's
+        `scale_weight_norms`); to be called after an optimiser's step.
+
+        Args:
+            largest: Above zero.
+            adapter_name: Which adapter, by default the active ones.
+
+        Returns:
+            The norm of each delta then, by module path; of several adapters the largest.
+
+        Raises:
+            PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is changed.
+
+        Source: computed as `|scale| · ‖W1‖ · ‖W2‖`, from the factors
+        """
+        if not 0 < largest < float("inf"):
+            raise PeftValueError(f"`largest`={largest!r} must be a positive finite number.")
+        names = self.active_adapters if adapter_name is None else self.check_names(adapter_name)
+        norms: dict[str, float] = {}
+        for path, layer in self.named_tuner_layers():
+            for name in names:
+                if isinstance(layer, LoKrLayer) and name in layer.scaling:
+                    norms[path] = max(layer.clip_norm(name, largest)[0], norms.get(path, 0.0))
+        return norms
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
@@ -60,3 +108,20 @@ class LoKrModel(LycorisTuner):
             if isinstance(layer, LoKrLayer)
         )
         return config if depends else replace(config, kronecker_layout="flat")
+
+
+def layer_options(config: Any, path: str, size: Geometry | None) -> dict[str, Any]:
+    """How a config wants the adapter of one layer: patterns first, then what it says of convolutions, then of all."""
+    r, alpha, factor = config.r, config.alpha, config.decompose_factor
+    if size is not None and any(n > 1 for n in size.kernel_size):
+        r = config.conv_r or r
+        alpha = alpha if config.conv_alpha is None else config.conv_alpha
+        factor = factor if config.conv_factor is None else config.conv_factor
+    shapes: Any = pattern_value(config.tensor_shapes, path, None)
+    return {
+        "r": pattern_value(config.rank_pattern, path, r),
+        "alpha": pattern_value(config.alpha_pattern, path, alpha),
+        "factor": pattern_value(config.factor_pattern, path, factor),
+        "shapes": shapes and {name: tuple(shape) for name, shape in shapes.items()},
+        "row_offset": pattern_value(config.row_offsets, path, None),
+    }

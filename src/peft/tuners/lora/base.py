@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
-from .._geometry import Placement, dense_weight, is_quantised
+from .._decomposed import DecomposedLayer
+from .._geometry import Placement
 from .._holder import AdapterParameterDict
-from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
 from .factors import Factors, draw, row_norms, scaled
 
@@ -48,7 +48,7 @@ class Start(nn.Module):
         return F.linear(F.linear(x, self.A), self.B)  # type: ignore[arg-type]
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(DecomposedLayer):
     """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters, `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
 
     Args:
@@ -101,7 +101,6 @@ class LoraLayer(BaseTunerLayer):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_start = nn.ModuleDict()
         self._bias_before: Tensor | None = None
-        self._is_plain = not is_quantised(base_layer)
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
         for name in ("lora_dropout", "lora_start"):
@@ -209,20 +208,11 @@ class LoraLayer(BaseTunerLayer):
         if adapter_name not in self.lora_magnitude_vector:
             return super().apply_adapter(adapter_name, x, result)
         dropped = self._dropped(adapter_name, x)
-        factor = self._by_channel(self.magnitude_factor(adapter_name, self.scaling[adapter_name]))
-        bias = self.get_base_layer()._parameters.get("bias")
+        factor = self.magnitude_factor(adapter_name, self.scaling[adapter_name])
         if self._drops(adapter_name):
-            part = self.base_layer(dropped.to(x.dtype))
-            part = part if bias is None else part - self._by_channel(bias)
-            return result + (factor - 1) * part + factor * self._delta(adapter_name, dropped)
-        total = result + self._delta(adapter_name, dropped)
-        if bias is None:
-            return factor * total
-        return torch.addcmul((1 - factor) * self._by_channel(bias), factor, total)
-
-    def _by_channel(self, values: Tensor) -> Tensor:
-        """`[out]` in a shape that multiplies outputs."""
-        return values.view(-1, *[1] * len(self.geometry.kernel_size))
+            factor = self.by_channel(factor)
+            return result + (factor - 1) * self.without_bias(dropped.to(x.dtype)) + factor * self._delta(adapter_name, dropped)
+        return self.rescaled(result + self._delta(adapter_name, dropped), factor)
 
     # --- magnitudes ---------------------------------------------------------------------------------------------------
 
@@ -233,20 +223,14 @@ class LoraLayer(BaseTunerLayer):
     def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
         """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
         A, B = self.factors(adapter_name)
-        weight = self.unmerged_weight() if self.merged else self._weight()
-        return row_norms(self.geometry.as_stored(weight).flatten(1), A, B, scale)
-
-    def _weight(self) -> Tensor:
-        """The base weight in numbers, as stored."""
-        base = self.get_base_layer()
-        return whole(base.weight) if self._is_plain and base.weight.dtype.itemsize > 1 else dense_weight(base)  # type: ignore
+        return row_norms(self.geometry.as_stored(self.base_weight()).flatten(1), A, B, scale)
 
     def _first_magnitude(self, adapter_name: str, place: Placement, initialise: bool) -> Tensor:
         """The lengths as they are at the start, `[out]`, or memory for them."""
         shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
-        if not initialise or place.device.type == "meta":
-            return torch.empty(self.geometry.out_features, device=place.device, dtype=place.dtype).view(shape)
-        return self._row_norms(adapter_name, self.scaling[adapter_name]).to(place.device, place.dtype).view(shape)
+        known = initialise and place.device.type != "meta"
+        lengths = self._row_norms(adapter_name, self.scaling[adapter_name]) if known else None
+        return self.first_lengths(lengths, self.geometry.out_features, place).view(shape)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -322,6 +306,6 @@ class LoraLayer(BaseTunerLayer):
         scale = float(self.scaling[adapter_name])
         if adapter_name not in self.lora_magnitude_vector:
             return approximate(B.detach() * scale, A.detach(), rank)
-        weight = wide(self.geometry.as_stored(self.unmerged_weight() if self.merged else self._weight())).flatten(1)
+        weight = wide(self.geometry.as_stored(self.base_weight())).flatten(1)
         factor = wide(self.magnitude_factor(adapter_name, scale)).unsqueeze(1)
         return cut(dense_svd(factor * (weight + wide(B) @ wide(A) * scale) - weight), rank, A.dtype)

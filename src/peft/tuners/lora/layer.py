@@ -61,7 +61,7 @@ class Linear(LoraLayer):
         Raises:
             PeftNotSupportedError: The base weight is not there yet.
         """
-        weight = self.geometry.as_stored(self.unmerged_weight() if self.merged else self._weight())
+        weight = self.geometry.as_stored(self.base_weight())
         if weight.is_meta:
             raise PeftNotSupportedError(
                 f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device yet; load it."
@@ -131,7 +131,7 @@ class _Conv(LoraLayer):
         if not self._is_grouped:
             return super()._row_norms(adapter_name, scale)
         A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
-        return grouped_row_norms(self._weight(), A, B, scale)
+        return grouped_row_norms(self.base_weight(), A, B, scale)
 
     @property
     def _is_grouped(self) -> bool:

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lengths of rows and columns of `W + s·(W1 ⊗ W2)`, and of the product itself: pure maths on LoKr's factors.
+
+`‖w + s·δ‖² = ‖w‖² + 2s·⟨w, δ⟩ + s²·‖δ‖²` for each row (or column) `w` of `W` and `δ` of the product. The last term is one of `W1`
+times one of `W2`; the middle one reads `W` as `[a, c, b, d, taps]` and sums it against one factor after the other. The product is
+never built.
+
+Source: arXiv:2402.09353, eq. 5, on the factors of arXiv:2309.14859
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .kronecker import KroneckerFactors, left, right
+
+_TERMS = {  # against W1, then against W2; and what is left of the squares of both
+    "rows": ("acbdt,ab->acdt", "acdt,cdt->ac", ("ab->a", "cdt->c", "a,c->ac")),
+    "columns": ("acbdt,ab->cbdt", "cbdt,cdt->bd", ("ab->b", "cdt->d", "b,d->bd")),
+}
+
+
+def row_norms(
+    W: Tensor,
+    f: KroneckerFactors,
+    kernel: tuple[int, ...] = (),
+    scale: float | Tensor = 1.0,
+    flat: bool = False,
+    row_offset: int = 0,
+) -> Tensor:
+    """The lengths of the rows of `W + s·ΔW`, without a gradient.
+
+    Args:
+        W: `[out, in, *kernel]`, of any floating-point format.
+        f: The adapter's tensors.
+        kernel: Kernel size of a convolution; empty for a linear layer.
+        scale: `s`.
+        flat: The product's elements are in the order of `flat_kronecker_weight`.
+        row_offset: `ΔW` is the rows of the product from here on.
+
+    Returns:
+        `[out]`, above zero, in float32 or wider, at `out · in · taps` multiplications.
+
+    Example:
+        >>> f = KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[0.0, 2.0]]))
+        >>> row_norms(torch.tensor([[3.0, 0.0]]), f)  # of (3, 4)
+        tensor([5.])
+
+    Source: arXiv:2402.09353, eq. 5
+    """
+    return _norms("rows", W, f, kernel, scale, flat, row_offset)
+
+
+def column_norms(
+    W: Tensor,
+    f: KroneckerFactors,
+    kernel: tuple[int, ...] = (),
+    scale: float | Tensor = 1.0,
+    flat: bool = False,
+    row_offset: int = 0,
+) -> Tensor:
+    """The lengths of the columns of `W + s·ΔW`, a column being all that one input feature (or channel of a group) is multiplied by.
+
+    Args:
+        W, f, kernel, scale, flat, row_offset: As for `row_norms`.
+
+    Returns:
+        `[in]`, above zero, in float32 or wider.
+    """
+    return _norms("columns", W, f, kernel, scale, flat, row_offset)
+
+
+def product_norm(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
+    """`‖W1 ⊗ W2‖ = ‖W1‖ · ‖W2‖` in the Frobenius norm, without a gradient.
+
+    Example:
+        >>> product_norm(KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[3.0, 4.0]])))
+        tensor(10.)
+    """
+    W1, W2 = left(f).detach(), right(f, kernel).detach()
+    wide = torch.promote_types(W1.dtype, torch.float32)
+    return torch.linalg.vector_norm(W1, dtype=wide) * torch.linalg.vector_norm(W2, dtype=wide)
+
+
+@torch.no_grad()
+def _norms(
+    what: str, W: Tensor, f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor, flat: bool, row_offset: int
+) -> Tensor:
+    wide, taps = torch.promote_types(W.dtype, torch.float32), math.prod(kernel)
+    with torch.autocast(W.device.type, enabled=False):
+        W1, W2 = left(f), right(f, kernel)
+        W2 = W2.flatten(2) if kernel else W2.unsqueeze(-1)
+        (a, b), (c, d) = W1.shape, W2.shape[:2]
+        out = W.shape[0]
+        if a * c != out:  # the rows that the layer does not have count as zero
+            padded = W.new_zeros(a * c, *W.shape[1:])
+            padded[row_offset : row_offset + out] = W
+            W = padded
+        grid = W.view(c, a, d, b, taps).permute(1, 0, 3, 2, 4) if flat else W.reshape(a, c, b, d, taps)
+        by_left, by_right, (square1, square2, both) = _TERMS[what]
+        partial = torch.einsum(by_left, grid, W1.to(W.dtype)).to(wide)
+        W1, W2 = W1.to(wide), W2.to(wide)
+        overlap = torch.einsum(by_right, partial, W2)
+        if what == "columns" and a * c != out:
+            squares = _columns_within(W1, W2, row_offset, out)
+        else:
+            squares = torch.einsum(both, torch.einsum(square1, W1.square()), torch.einsum(square2, W2.square()))
+        own = torch.linalg.vector_norm(W, dim=[0, *range(2, W.dim())] if what == "columns" else [*range(1, W.dim())], dtype=wide)
+        added = 2 * scale * overlap + scale * scale * squares
+        result = own.square() + (added.mT if flat else added).flatten()
+        result = result[row_offset : row_offset + out] if what == "rows" else result
+    return result.clamp_min(torch.finfo(wide).tiny).sqrt()
+
+
+def _columns_within(W1: Tensor, W2: Tensor, first: int, count: int) -> Tensor:
+    """The squared lengths `[b, d]` of the product's columns over some of its rows."""
+    a, c = W1.shape[0], W2.shape[0]
+    inside = torch.zeros(a * c, device=W1.device, dtype=W1.dtype)
+    inside[first : first + count] = 1
+    return torch.einsum("ac,ab,cdt->bd", inside.view(a, c), W1.square(), W2.square())
