@@ -96,9 +96,12 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
     before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     with torch.no_grad():
         deltas = [layer.get_delta_weight("default", **case.merge) for layer in layers]
+    factors = [layer.merge_factor("default", float(layer.scaling["default"])) for layer in layers]
     model.merge_adapter(**case.merge)
-    for layer, weight, delta in zip(layers, before, deltas, strict=True):
-        assert torch.equal(layer.get_base_layer().weight, (weight.double() + delta.double()).to(dtype))
+    for layer, weight, delta, factor in zip(layers, before, deltas, factors, strict=True):
+        total = weight.double() + delta.double()
+        total = total if factor is None else total.float() * factor.float()  # as wide as two factors need
+        assert torch.equal(layer.get_base_layer().weight, total.to(dtype))
     model.unmerge_adapter()
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(layer.get_base_layer().weight, weight)

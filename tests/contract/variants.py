@@ -66,6 +66,8 @@ CASES = {
     "POLY top 1": Case("POLY", {"n_skills": 6, "eval_top_k": 1, "rank_pattern": {"2": 3}}),
     "LOKR dropout": Case("LOKR", DROPOUT),
     "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),
+    "LOKR decomposed": Case("LOKR", {"weight_decompose": True, "use_scalar": True, "module_dropout": 0.3}),
+    "LOKR columns": Case("LOKR", {"weight_decompose": True, "wd_on_output": False, "full_matrix": True}, conv=True),
     "VBLORA dropout": Case("VBLORA", {"vblora_dropout": 0.3}),
 }
 TASKS = [(0, 2, 1), (1, 1, 0), (2, 2, 2)]

@@ -41,15 +41,19 @@ class DecomposedLayer(BaseTunerLayer):
             total: The base layer's output plus the adapter's part.
             factor: `f [out]`.
         """
-        bias = self.get_base_layer()._parameters.get("bias")
-        factor = self.by_channel(factor)
-        return factor * total if bias is None else torch.addcmul((1 - factor) * self.by_channel(bias), factor, total)
+        bias, factor = self._bias(total.dtype), self.by_channel(factor)
+        return factor * total if bias is None else torch.addcmul((1 - factor) * bias, factor, total)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The base layer's output less its bias."""
-        bias = self.get_base_layer()._parameters.get("bias")
         output = self.base_layer(x)
-        return output if bias is None else output - self.by_channel(bias)
+        bias = self._bias(output.dtype)
+        return output if bias is None else output - bias
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The base layer's bias as outputs take it; it may be stored in a format that is no precision to compute in."""
+        bias = self.get_base_layer()._parameters.get("bias")
+        return None if bias is None else self.by_channel(bias).to(dtype)
 
     def first_lengths(self, lengths: Tensor | None, size: int, place: tuple[torch.device, torch.dtype]) -> Tensor:
         """The lengths that an adapter starts with, where it is made; memory for them if there are none yet."""
