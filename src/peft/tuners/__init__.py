@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. Each lives in a folder of its own; the line here that imports it also registers it and exports its names."""
 
-from .lokr import LoKrConfig, LoKrModel
+from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank
@@ -18,6 +18,9 @@ __all__ = [
     "VBLoRAModel",
     "VectorBank",
     "convert_to_lora",
+    "inspect_lokr_file",
+    "load_lokr_file",
     "save_as_lora",
+    "save_lokr_file",
     "save_tasks_as_lora",
 ]

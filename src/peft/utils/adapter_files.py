@@ -94,6 +94,19 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, s
         _write_adapter(folder, state, config_text, safe_serialization)
 
 
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace a safetensors file in one step.
+
+    Raises:
+        CheckpointError: A tensor is on the meta device; nothing is written.
+    """
+    empty = [key for key, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"`{empty[0]}` is on the meta device and has no values to save; nothing was written.")
+    own = _unshared({key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()})
+    _replace(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata)))
+
+
 def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool) -> None:
     if not safe_serialization:
         _replace(folder / WEIGHTS_NAME, lambda temporary: torch.save(state, temporary))

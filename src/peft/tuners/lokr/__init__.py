@@ -3,9 +3,21 @@
 
 from ...utils.peft_types import register_peft_method
 from .config import LoKrConfig
+from .files import inspect_lokr_file, load_lokr_file, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .model import LoKrModel
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Linear",
+    "LoKrConfig",
+    "LoKrLayer",
+    "LoKrModel",
+    "inspect_lokr_file",
+    "load_lokr_file",
+    "save_lokr_file",
+]
 
 register_peft_method(name="lokr", config_cls=LoKrConfig, model_cls=LoKrModel, is_mixed_compatible=True)

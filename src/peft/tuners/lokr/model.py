@@ -62,7 +62,7 @@ class LoKrModel(LycorisTuner):
         options = layer_options(config, path, size)
         factor, shapes, offset = options["factor"], options["shapes"], options["row_offset"]
         if shapes is not None:
-            problem = shape_problems(shapes, size.out_features, size.in_features, size.kernel_size, offset or 0)
+            problem = shape_problems(shapes, size.out_features, size.in_features, size.kernel_size, offset)
             if problem:
                 yield f"`tensor_shapes`: {problem}."
         elif not isinstance(factor, int) and (size.out_features % factor[0] or size.in_features % factor[1]):

@@ -119,14 +119,14 @@ def sides(shapes: Mapping[str, Sequence[int]], taps: int = 1) -> tuple[tuple[int
 
 
 def shape_problems(
-    shapes: Mapping[str, Sequence[int]], out_features: int, in_features: int, kernel: Sequence[int] = (), row_offset: int = 0
+    shapes: Mapping[str, Sequence[int]], out_features: int, in_features: int, kernel: Sequence[int] = (), row_offset: int | None = None
 ) -> str | None:
     """What is wrong with tensors of these shapes for a layer; None if they make a delta of its size.
 
     Args:
         shapes: By name.
         out_features, in_features, kernel: As for `factor_shapes`.
-        row_offset: The layer's delta is the rows of the product from here on.
+        row_offset: The layer's delta is the rows of the product from here on; None: the product has no others.
 
     Example:
         >>> shape_problems({"w1": (2, 2), "w2": (4, 4)}, 8, 10)
@@ -152,6 +152,6 @@ def shape_problems(
             return f"w2_b is of shape {list(right)}, which does not fit a kernel of {list(kernel)}"
     (a, b), (c, d) = sides(shapes, taps)
     rows = a * c
-    if b * d != in_features or (rows != out_features if not row_offset else rows < row_offset + out_features):
+    if b * d != in_features or (rows != out_features if row_offset is None else rows < row_offset + out_features):
         return f"its factors make a weight of {rows} x {b * d}, the layer has {out_features} x {in_features}"
     return None

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a LoKr file: what is in it, what each of its modules would become in a model, and putting that in."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json, read_metadata, read_weights
+from ....utils.error import CheckpointError, PeftValueError
+from ..._adapted import AdaptedModel
+from ..._build import Build, Construction
+from ..config import LoKrConfig
+from ..model import LoKrModel
+from .keys import split_key
+from .parts import FileModule
+from .placing import Placement, place
+
+
+@dataclass
+class LoKrFile:
+    """The contents of a LoKr file of any writer.
+
+    Args:
+        source: Where it was.
+        metadata: Of the file's header.
+        modules: By component and name.
+        unknown: Keys that belong to no LoKr module.
+    """
+
+    source: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    modules: dict[tuple[str, str], FileModule] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def components(self) -> dict[str, list[FileModule]]:
+        """The modules by component."""
+        result: dict[str, list[FileModule]] = {}
+        for (component, _), module in self.modules.items():
+            result.setdefault(component, []).append(module)
+        return result
+
+    @property
+    def writer(self) -> str:
+        """Who wrote the file: as its header says, else as its names suggest."""
+        return _writer(self.metadata, set(self.components))
+
+
+@dataclass
+class LoKrReport:
+    """What a file holds and, if a model was given, what of it goes where.
+
+    Args:
+        file: The file.
+        placement: None without a model.
+    """
+
+    file: LoKrFile
+    placement: Placement | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of the file can be put into the model; False without one."""
+        return self.placement is not None and not self.placement.problems and not self.file.unknown
+
+    @property
+    def config(self) -> LoKrConfig:
+        """The config that describes the adapter in the model.
+
+        Raises:
+            CheckpointError: There is no model, or nothing of the file can be placed in it.
+        """
+        if self.placement is None or not self.placement.placed:
+            raise CheckpointError(f"'{self.file.source}': nothing of it is placed in a model, so that there is no config.")
+        return self.placement.config()
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that can't be placed, a sentence each."""
+        unknown = self.file.unknown
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        own = [f"Keys of no LoKr module: {', '.join(map(repr, unknown[:5]))}{more}."] if unknown else []
+        return own + ([] if self.placement is None else self.placement.problems)
+
+    def __str__(self) -> str:
+        file, lines = self.file, [f"{self.file.source}: LoKr, written by {self.file.writer}"]
+        for component, modules in file.components.items():
+            ranks = sorted({module.rank for module in modules} - {None})  # type: ignore[type-var]
+            whole = sum(module.rank is None for module in modules)
+            text = [f"ranks {', '.join(map(str, ranks))}"] if ranks else []
+            text += [f"{whole} of whole factors"] if whole else []
+            text += ["weight decomposition"] if any(module.dora_scale is not None for module in modules) else []
+            lines.append(f"  {component or '(no prefix)'}: {len(modules)} modules; {'; '.join(text)}")
+        if self.placement is not None:
+            lines += self.placement.lines()
+        return "\n".join([*lines, *(f"  ! {problem}" for problem in self.problems)])
+
+
+def inspect_lokr_file(
+    file: str | os.PathLike | dict[str, Tensor], model: nn.Module | None = None, component: str | None = None
+) -> LoKrReport:
+    """Say what is in a LoKr file of any writer and, for a model, what each module of it would become; nothing is changed.
+
+    Args:
+        file: A `.safetensors` (or `.bin`) file, a folder that `save_pretrained` made, or tensors by key.
+        model: The model it is for, with or without other adapters.
+        component: Which part of the file is for this model (`"lora_unet"`, `"lora_te1"`, `"transformer"`, …), where it holds
+            several; by default the one that fits.
+
+    Returns:
+        A report to print; `fits`, `problems` and `config` say the same to a program.
+
+    Raises:
+        CheckpointError: The file can't be read or holds no LoKr modules.
+        PeftValueError: The file has no such component.
+
+    Example:
+        >>> tensors = {"lycoris_0.lokr_w1": torch.ones(2, 2), "lycoris_0.lokr_w2": torch.ones(4, 3)}
+        >>> print(inspect_lokr_file(tensors, nn.Sequential(nn.Linear(6, 8))))
+        tensors: LoKr, written by LyCORIS (or SimpleTuner, ai-toolkit)
+          lycoris: 1 modules; 1 of whole factors
+          0 <- 0: 2x2 (x) 4x3, scale 1
+
+    Source: arXiv:2309.14859, section 3.2
+    """
+    contents = read_lokr_file(file)
+    if model is None:
+        return LoKrReport(contents)
+    chosen = [component] if component is not None else list(contents.components)
+    if unknown := [name for name in chosen if name not in contents.components]:
+        known = ", ".join(map(repr, contents.components))
+        raise PeftValueError(f"'{contents.source}' has no component {unknown[0]!r}; it has {known}.")
+    saved = _saved_config(contents)
+    placements = [place(contents.components[name], _base(model), saved) for name in chosen]
+    fitting = [p for p in placements if not p.problems]
+    if len(chosen) > 1 and len(fitting) != 1:
+        counts = ", ".join(f"{name!r} ({len(p.placed)} of {p.count})" for name, p in zip(chosen, placements, strict=True))
+        best = max(placements, key=lambda p: len(p.placed))
+        best.problems.insert(0, f"Several components could be meant; pass `component`. Modules that fit: {counts}.")
+        return LoKrReport(contents, best)
+    return LoKrReport(contents, fitting[0] if fitting else placements[0])
+
+
+def load_lokr_file(
+    model: nn.Module,
+    file: str | os.PathLike | dict[str, Tensor],
+    adapter_name: str = "default",
+    component: str | None = None,
+    *,
+    is_trainable: bool = False,
+    ignore_unplaced: bool = False,
+) -> LoKrReport:
+    """Put a LoKr file of any writer into a model as an adapter: all of it, or nothing.
+
+    The adapter is an ordinary one: it can be trained, switched, merged, saved with its config, and written by `save_lokr_file`.
+
+    Args:
+        model: A `PeftModel`, or a model to put the adapter into in place. diffusers' and transformers' own methods for adapters
+            work on it then.
+        file, component: As for `inspect_lokr_file`.
+        adapter_name: A new name.
+        is_trainable: Whether the adapter is.
+        ignore_unplaced: Leave out what can't be placed, in place of raising; the report names it.
+
+    Returns:
+        As `inspect_lokr_file`.
+
+    Raises:
+        CheckpointError: As `inspect_lokr_file`, or something can't be placed; all of it is named and the model left as it was.
+        PeftValueError: The name is taken.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(6, 8))
+        >>> tensors = {"lora_unet_0.lokr_w1": torch.ones(2, 2), "lora_unet_0.lokr_w2": torch.ones(4, 3)}
+        >>> load_lokr_file(base, tensors).fits, base[0].get_delta_weight("default").sum()
+        (True, tensor(48.))
+    """
+    report = inspect_lokr_file(file, model, component)
+    assert report.placement is not None
+    if report.problems and not (ignore_unplaced and report.placement.placed):
+        raise CheckpointError(
+            f"'{report.file.source}' does not fit the model; nothing was loaded. {' '.join(report.problems)} "
+            "`inspect_lokr_file` shows what fits; `ignore_unplaced=True` leaves out what does not."
+        )
+    config = report.config
+    config.inference_mode = not is_trainable
+    _put_in(model, config, adapter_name, report.placement)
+    return report
+
+
+def read_lokr_file(file: str | os.PathLike | dict[str, Tensor]) -> LoKrFile:
+    """The contents of a file.
+
+    Raises:
+        CheckpointError: It can't be read, or holds no LoKr modules.
+    """
+    if isinstance(file, dict):
+        tensors, result = file, LoKrFile("tensors")
+    else:
+        path = Path(file) / SAFETENSORS_WEIGHTS_NAME if Path(file).is_dir() else Path(file)
+        tensors, result = read_weights(path), LoKrFile(str(path), read_metadata(path))
+    for name, tensor in tensors.items():
+        key = split_key(name)
+        if key is None or (key.tensor == "alpha" and tensor.numel() != 1):
+            result.unknown.append(name)
+            continue
+        module = result.modules.setdefault((key.component, key.name), FileModule(key.name, key.component, key.flat))
+        if key.tensor == "alpha":
+            module.alpha = float(tensor)
+        elif key.tensor == "dora_scale":
+            module.dora_scale = tensor
+        else:
+            module.factors[key.tensor.removeprefix("lokr_")] = tensor
+    for owner, module in list(result.modules.items()):
+        if not module.factors:  # alpha or dora_scale of another method's module
+            result.unknown.append(".".join(filter(None, owner)))
+            del result.modules[owner]
+    if not result.modules:
+        some = ", ".join(map(repr, list(tensors)[:3]))
+        raise CheckpointError(f"'{result.source}' holds no LoKr modules; its keys are {some or 'none'}, …")
+    return result
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model in which modules have the paths that files know them by."""
+    tuner: Any = model._modules.get("base_model")
+    return tuner.model if isinstance(tuner, AdaptedModel) else model
+
+
+def _saved_config(file: LoKrFile) -> LoKrConfig | None:
+    """The config in a file's header, where diffusers writes it, or beside the file, where Hugging Face PEFT does."""
+    text = file.metadata.get("lora_adapter_metadata")
+    beside = Path(file.source).parent / CONFIG_NAME
+    if text is not None:
+        fields = json.loads(text)
+        fields = {name.rpartition(".")[2]: value for name, value in fields.items()}  # pipelines put a component before each name
+    elif Path(file.source).name == SAFETENSORS_WEIGHTS_NAME and beside.is_file():
+        fields = read_json(beside)
+    else:
+        return None
+    return LoKrConfig(**LoKrConfig.check_kwargs(**{**LoKrConfig.absent_values, **LoKrConfig._upgrade(fields)}))
+
+
+def _writer(metadata: dict[str, str], components: set[str]) -> str:
+    module = metadata.get("ss_network_module", "")
+    if module:
+        return f"sd-scripts with {module}"
+    if "ai-toolkit" in metadata.get("software", ""):
+        return "ai-toolkit"
+    if any(name.startswith("ot_") for name in metadata):
+        return "OneTrainer"
+    if "lora_adapter_metadata" in metadata:
+        return "diffusers"
+    suggested = {
+        "Hugging Face PEFT": {"base_model.model", "unet.base_model.model"},
+        "LyCORIS in kohya's layout": {"lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_prior_unet"},
+        "LyCORIS (or SimpleTuner, ai-toolkit)": {"lycoris", "lycoris_unet"},
+        "ai-toolkit (or for ComfyUI)": {"diffusion_model", "model.diffusion_model"},
+        "OneTrainer": {"lora_transformer"},
+        "diffusers (or SimpleTuner)": {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3"},
+    }
+    return next((writer for writer, own in suggested.items() if own & components), "an unknown program")
+
+
+def _put_in(model: nn.Module, config: LoKrConfig, adapter_name: str, placement: Placement) -> None:
+    """Add the adapter to a model, filled."""
+
+    @torch.no_grad()
+    def fill(build: Build) -> None:
+        for path, tensors in placement.tensors().items():
+            for name, tensor in tensors.items():
+                getattr(build.layers[path], name)[adapter_name].copy_(tensor)
+
+    tuner: Any = model._modules.get("base_model")
+    if isinstance(tuner, AdaptedModel):
+        peft_model: Any = model
+        peft_model._add(adapter_name, config, Construction(initialise=False), fill)
+        return
+    configs: Any = vars(model).get("peft_config", {})
+    if adapter_name in configs:
+        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")
+    tuner = LoKrModel(model, config, adapter_name, shared_root=model, initialise=False, check=fill)
+    model.peft_config = {**configs, adapter_name: tuner.config_to_save(adapter_name)}  # type: ignore[assignment]
+    if getattr(model, "_hf_peft_config_loaded", None) is False:  # what the methods of diffusers and transformers ask for
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]

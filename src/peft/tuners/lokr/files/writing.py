@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a LoKr adapter in the layout that another program reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ....utils.adapter_files import write_tensors
+from ....utils.error import PeftNotSupportedError, PeftValueError
+from ..._adapted import AdaptedModel
+from ..._combining import outer_path
+from ..layer import LoKrLayer
+from .keys import join_key
+from .names import Names
+from .parts import FileModule, Piece, join
+
+
+class Layout(NamedTuple):
+    """How a program wants LoKr tensors named.
+
+    Attributes:
+        component: What it puts before modules of an image model.
+        flat: Whether paths have `_` for dots.
+        with_alpha: Whether it reads alpha; else the scale goes into the tensors.
+    """
+
+    component: str
+    flat: bool
+    with_alpha: bool = True
+
+
+LAYOUTS = {
+    "kohya": Layout("lora_unet", True),
+    "lycoris": Layout("lycoris", True),
+    "simpletuner": Layout("lycoris", True),
+    "onetrainer": Layout("lora_transformer", True),
+    "comfyui": Layout("diffusion_model", False),
+    "ai-toolkit": Layout("diffusion_model", False),
+    "diffusers": Layout("transformer", False, with_alpha=False),
+}
+
+
+def save_lokr_file(
+    model: nn.Module,
+    path: str | os.PathLike,
+    layout: str = "lycoris",
+    adapter_name: str = "default",
+    component: str | None = None,
+    *,
+    original_names: bool = False,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write a LoKr adapter to one file in the layout that another program reads.
+
+    Values are written as they are. Only where the layout has no room for it a trained scalar, or a scale that the reader would not
+    apply, is multiplied into `W1`.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        path: A `.safetensors` file, replaced if there.
+        layout: "kohya" (sd-scripts, also read by ComfyUI, Forge and others), "lycoris" (LyCORIS itself; SimpleTuner, ai-toolkit and
+            ComfyUI read it), "simpletuner", "onetrainer", "comfyui", "ai-toolkit" or "diffusers".
+        adapter_name: The adapter.
+        component: What to put before modules' names, by default what the layout has for image models: "lora_unet", "lycoris",
+            "lora_transformer", "diffusion_model" or "transformer". For text encoders "lora_te1", "text_encoder" and so on.
+        original_names: Name modules as the original implementation of the model does (Stable Diffusion XL, Flux) where diffusers
+            has other names; layers that it has in one are joined, if they are exactly one Kronecker product.
+        dtype: Of the tensors, by default that of the adapter.
+        metadata: For the file's header.
+
+    Returns:
+        The keys written.
+
+    Raises:
+        PeftValueError: There is no such layout or adapter; nothing is written.
+        PeftNotSupportedError: Something of the adapter has no place in such a file; it is named and nothing is written.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import LoKrConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoKrConfig(r=1, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lokr_file(model, f"{folder}/lokr.safetensors", "kohya")
+        ['lora_unet_0.alpha', 'lora_unet_0.lokr_w1', 'lora_unet_0.lokr_w2_a', 'lora_unet_0.lokr_w2_b']
+    """
+    if layout not in LAYOUTS:
+        raise PeftValueError(
+            f"`layout`={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}; `save_pretrained` writes Hugging Face PEFT's."
+        )
+    form = LAYOUTS[layout]
+    form = form if component is None else form._replace(component=component)
+    layers = _layers(model, adapter_name)
+    modules = _modules(layers, adapter_name, original_names, form)
+    tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
+    own = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "lokr"})} if layout == "kohya" else {}
+    write_tensors(Path(path), tensors, {"format": "pt", **own, **(metadata or {})})
+    return sorted(tensors)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoKrLayer]:
+    """The layers that have the adapter, by the path of the module they stand for.
+
+    Raises:
+        PeftValueError: There is no such LoKr adapter.
+        PeftNotSupportedError: It has more than layers.
+    """
+    tuner: Any = model._modules.get("base_model")
+    root = tuner.model if isinstance(tuner, AdaptedModel) else model
+    layers = {
+        outer_path(path): module
+        for path, module in root.named_modules()
+        if isinstance(module, LoKrLayer) and adapter_name in module.scaling
+    }
+    if not layers:
+        raise PeftValueError(f"The model has no LoKr adapter named {adapter_name!r}.")
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if config is not None and getattr(config, name):
+            raise PeftNotSupportedError(f"The adapter has `{name}`, which LoKr files have no place for; use `save_pretrained`.")
+    return layers
+
+
+def _modules(layers: Mapping[str, LoKrLayer], adapter_name: str, original_names: bool, form: Layout) -> dict[str, FileModule]:
+    """The adapter as modules of a file, by name."""
+    pieces = {path: _piece(path, layer, adapter_name, form) for path, layer in layers.items()}
+    result: dict[str, FileModule] = {}
+    if original_names:
+        for name, paths in Names(layers).originals():
+            own = [pieces[path] for path in paths]
+            sizes, kernel = [layers[path].out_features for path in paths], layers[paths[0]].geometry.kernel_size
+            whole = own[0].module if len(own) == 1 else join(own, sizes, kernel)
+            if whole is None:
+                raise PeftNotSupportedError(
+                    f"{', '.join(f'`{path}`' for path in paths)} are one layer, {name!r}, under original names, and no "
+                    "Kronecker product is exactly what they are; write the file with the model's own names."
+                )
+            result[name] = whole
+            for path in paths:
+                del pieces[path]
+    parts = sorted(path for path, piece in pieces.items() if piece.row_offset is not None)
+    if parts:
+        raise PeftNotSupportedError(
+            f"`{parts[0]}`{f' and {len(parts) - 1} more' if len(parts) > 1 else ''}: the adapter came from a layer that was "
+            "several in one, of whose product this layer has some rows; pass `original_names=True` to write it as it was."
+        )
+    return {**result, **{path: piece.module for path, piece in pieces.items()}}
+
+
+def _piece(path: str, layer: LoKrLayer, adapter_name: str, form: Layout) -> Piece:
+    """A layer's adapter as other programs understand it: the scale in alpha, or in the tensors where it has no place there."""
+    if layer.flat_layout[adapter_name]:
+        raise PeftNotSupportedError(
+            f"`{path}`: a one-dimensional convolution in the order of elements of Hugging Face PEFT (`kronecker_layout`='flat'), "
+            "which no LoKr file has; use `save_pretrained`."
+        )
+    factors = {n: t.detach() for n, t in layer.factors(adapter_name)._asdict().items() if t is not None}
+    scale, r = layer.base_scaling(adapter_name), layer.r[adapter_name]
+    module = FileModule(path, "", False, factors)
+    left = "w1" if "w1" in factors else "w1_a"
+    if "t2" in factors and form.with_alpha:  # of a one-dimensional kernel without the second axis that Hugging Face PEFT adds
+        factors["t2"] = factors["t2"].view(*factors["t2"].shape[:2], *layer.geometry.kernel_size)
+    if adapter_name in layer.lokr_scalar:
+        factors[left] = factors[left] * layer.lokr_scalar[adapter_name].detach()
+    if module.rank is None:
+        module.alpha = float(layer.alpha[adapter_name] if scale == 1 else r)
+        factors[left] = factors[left] if scale == 1 else factors[left] * scale
+    else:
+        plain = module.rank == r and scale == layer.alpha[adapter_name] / r
+        module.alpha = float(layer.alpha[adapter_name]) if plain else scale * module.rank
+    if adapter_name in layer.lokr_magnitude:
+        shape = [1] * (2 + len(layer.geometry.kernel_size))
+        shape[0 if layer.wd_on_output[adapter_name] else 1] = -1
+        module.dora_scale = layer.lokr_magnitude[adapter_name].detach().view(shape)
+    return Piece(module, layer.row_offset[adapter_name])
+
+
+def _tensors(name: str, module: FileModule, form: Layout, dtype: torch.dtype | None) -> Iterable[tuple[str, Tensor]]:
+    """A module's tensors by key."""
+    factors = dict(module.factors)
+    kind = next(iter(factors.values())).dtype
+    if form.with_alpha:
+        yield join_key(form.component, name, form.flat, "alpha"), torch.tensor(module.alpha, dtype=dtype or kind)
+    elif module.scale != 1:
+        left = "w1" if "w1" in factors else "w1_a"
+        factors[left] = factors[left] * module.scale
+    for factor, tensor in factors.items():
+        yield join_key(form.component, name, form.flat, f"lokr_{factor}"), tensor.to(dtype or kind)
+    if module.dora_scale is not None:
+        yield join_key(form.component, name, form.flat, "dora_scale"), module.dora_scale.to(dtype or kind)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes LoKr files with the real LyCORIS, and what the models give with them.
+
+    python lycoris_worker.py FOLDER
+
+FOLDER gets `<case>.safetensors` for each case and `outputs.pt`.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import torch
+from image_models import MODELS, output
+
+sys.modules.setdefault("toml", types.ModuleType("toml"))  # LyCORIS reads preset files with it, of which there are none here
+
+CASES = {
+    "unet": ("unet", {"linear_dim": 2, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 2, "factor": 2}),
+    "unet-full": (
+        "unet",
+        {"linear_dim": 10000, "linear_alpha": 1, "conv_dim": 10000, "conv_alpha": 1, "full_matrix": True, "factor": 2},
+    ),
+    "unet-whole-by-rank": ("unet", {"linear_dim": 64, "linear_alpha": 1, "conv_dim": 64, "conv_alpha": 1}),
+    "unet-both": ("unet", {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "decompose_both": True}),
+    "unet-tucker": ("unet", {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "use_tucker": True}),
+    "unet-dora": ("unet", {"linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "dora_wd": True}),
+    "unet-dora-in": ("unet", {"linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "dora_wd": True, "wd_on_output": False}),
+    "flux": ("flux", {"linear_dim": 3, "linear_alpha": 5, "factor": 4}),
+    "flux-rs": ("flux", {"linear_dim": 2, "linear_alpha": 5, "rs_lora": True, "factor": 16, "unbalanced_factorization": True}),
+    "flux-scalar": ("flux", {"linear_dim": 2, "linear_alpha": 2, "use_scalar": True}),
+    "kohya-unet": ("unet", {"lora_dim": 2, "alpha": 3, "conv_lora_dim": 1, "conv_alpha": 1, "factor": 2}),
+}
+
+
+def build(kind, options):
+    """A model under LyCORIS and its network, with values."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    model = MODELS[kind][0]()
+    targets = ["FluxTransformerBlock", "FluxSingleTransformerBlock"] if kind == "flux" else None
+    options = dict(options)
+    if targets:
+        LycorisNetwork.apply_preset({"target_module": targets, "target_name": []})
+        network = LycorisNetwork(
+            model,
+            lora_dim=options.pop("linear_dim"),
+            conv_lora_dim=0,
+            alpha=options.pop("linear_alpha"),
+            network_module="lokr",
+            warn_on_unmatched=False,
+            **options,
+        )
+    else:
+        network = create_lycoris(model, 1.0, algo="lokr", preset="full", bypass_mode=False, warn_on_unmatched=False, **options)
+    return model, network
+
+
+def kohya(options):
+    """A UNet and a text encoder in kohya's layout."""
+    from lycoris.kohya import LycorisNetworkKohya
+
+    unet, clip = MODELS["unet"][0](), MODELS["clip"][0]()
+    LycorisNetworkKohya.apply_preset({"unet_target_module": ["Transformer2DModel", "ResnetBlock2D"], "unet_target_name": []})
+    network = LycorisNetworkKohya([clip], unet, network_module="lokr", warn_on_unmatched=False, **options)
+    return unet, clip, network
+
+
+def fill(network):
+    torch.manual_seed(7)
+    loras = (
+        list(network.loras) if "loras" in vars(network) and network.loras else [*network.unet_loras, *network.text_encoder_loras]
+    )
+    for lora in loras:
+        for name, parameter in lora.named_parameters():
+            parameter.data = (
+                torch.rand_like(parameter) * parameter.abs() + 0.5 if name == "dora_scale" else torch.randn_like(parameter) * 0.4
+            )
+    return loras
+
+
+def main():
+    folder = Path(sys.argv[1])
+    outputs = {}
+    for case, (kind, options) in CASES.items():
+        if case.startswith("kohya"):
+            unet, clip, network = kohya(options)
+            loras = fill(network)
+            network.eval()
+            for lora in loras:
+                lora.apply_to()
+                network.add_module(lora.lora_name, lora)
+            outputs[case] = output(unet, "unet")
+            outputs["kohya-clip"] = output(clip, "clip")
+        else:
+            model, network = build(kind, options)
+            loras = fill(network)
+            network.eval()
+            network.apply_to()
+            outputs[case] = output(model, kind)
+        assert len(loras) > 4, case
+        network.save_weights(
+            str(folder / f"{case}.safetensors"), None, {"ss_network_module": "lycoris.kohya"} if "kohya" in case else {}
+        )
+    torch.save(outputs, folder / "outputs.pt")
+
+
+if __name__ == "__main__":
+    main()
