@@ -119,7 +119,11 @@ def sides(shapes: Mapping[str, Sequence[int]], taps: int = 1) -> tuple[tuple[int
 
 
 def shape_problems(
-    shapes: Mapping[str, Sequence[int]], out_features: int, in_features: int, kernel: Sequence[int] = (), row_offset: int | None = None
+    shapes: Mapping[str, Sequence[int]],
+    out_features: int,
+    in_features: int,
+    kernel: Sequence[int] = (),
+    row_offset: int | None = None,
 ) -> str | None:
     """What is wrong with tensors of these shapes for a layer; None if they make a delta of its size.
 
