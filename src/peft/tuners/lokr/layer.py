@@ -290,7 +290,7 @@ class Linear(LoKrLayer):
         return kronecker_linear(x, factors, self.scale(adapter_name))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
-        if self.drops(adapter_name) or self.row_offset[adapter_name] is not None:
+        if self.drops(adapter_name) or self.row_offset[adapter_name] is not None or adapter_name in self.lokr_magnitude:
             return None
         factors = self.factors(adapter_name)
         dtype = next(factor.dtype for factor in factors if factor is not None)
