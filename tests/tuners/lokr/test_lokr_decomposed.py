@@ -30,7 +30,7 @@ FORMS = {
     "full": {"full_matrix": True, "decompose_factor": 2},
     "both": {"r": 1, "decompose_both": True, "decompose_factor": 4},
     "tucker": {"r": 1, "alpha": 2, "use_effective_conv2d": True},
-    "scalar": {"r": 1, "use_scalar": True, "rs_lora": True},
+    "scalar": {"r": 1, "use_scalar": True, "use_rslora": True},
     "flat": {"r": 16, "kronecker_layout": "flat"},
 }
 
@@ -134,7 +134,11 @@ def test_module_dropout_leaves_a_decomposed_adapter_out():
 
 @pytest.mark.parametrize(
     ("fields", "scale"),
-    [({"r": 4, "alpha": 6}, 1.5), ({"r": 4, "alpha": 6, "rs_lora": True}, 3.0), ({"r": 4, "alpha": 6, "full_matrix": True}, 1.0)],
+    [
+        ({"r": 4, "alpha": 6}, 1.5),
+        ({"r": 4, "alpha": 6, "use_rslora": True}, 3.0),
+        ({"r": 4, "alpha": 6, "full_matrix": True}, 1.0),
+    ],
 )
 def test_scales(fields, scale):
     model = get_peft_model(mlp(), LoKrConfig(target_modules=["0"], init_weights=False, **fields))
@@ -236,7 +240,7 @@ def test_shapes_by_rule_fit_their_layer(kernel, options):
         ({"factor_pattern": {"a": [1, 2, 3]}}, "a factor or a pair"),
         ({"tensor_shapes": {"a": {"w3": [1]}}}, "a dictionary of shapes"),
         ({"row_offsets": {"a": -1}}, "`row_offsets"),
-        ({"rs_lora": 1}, "`rs_lora`=1 must be True or False"),
+        ({"use_rslora": 1}, "`use_rslora`=1 must be True or False"),
     ],
 )
 def test_fields_that_are_not_allowed(fields, message):

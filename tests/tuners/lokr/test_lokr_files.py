@@ -372,7 +372,7 @@ def test_tucker_of_one_dimension_and_axes_of_one(tmp_path):
 def test_our_own_features_in_their_files(tmp_path):
     """What a layout has no number for goes into the tensors."""
     config = LoKrConfig(
-        r=2, alpha=5, target_modules=["0", "2"], use_scalar=True, rs_lora=True, init_weights=False, weight_decompose=True
+        r=2, alpha=5, target_modules=["0", "2"], use_scalar=True, use_rslora=True, init_weights=False, weight_decompose=True
     )
     config.rank_pattern = {"2": 32}
     model, x = get_peft_model(mlp(), config).eval(), torch.randn(3, 8)

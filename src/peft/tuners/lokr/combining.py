@@ -29,7 +29,7 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
     r = request.svd_rank or max(layer.r[name] for _, layer in layers for name in request.adapters if name in layer.scaling)
     config: Any = tuner.peft_config[request.adapters[0]]
     # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1, no Tucker form.
-    changes = {"decompose_both": False, "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {}, "rs_lora": False}
+    changes = {"decompose_both": False, "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config = replace(config, r=r, alpha=r, conv_r=None, conv_alpha=None, use_scalar=False, **changes)
     result = Combined(config)
     for path, layer in layers:

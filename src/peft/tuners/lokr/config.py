@@ -19,7 +19,7 @@ _SWITCHES = (
     "full_matrix",
     "unbalanced_factorization",
     "use_scalar",
-    "rs_lora",
+    "use_rslora",
     "weight_decompose",
     "wd_on_output",
 )
@@ -54,7 +54,7 @@ class LoKrConfig(LycorisConfig):
         full_matrix: Leave `W1` and `W2` whole in every layer; the delta is not scaled then, whatever `r` and `alpha`.
         unbalanced_factorization: Give `W1` the larger factor of `out`, in place of the smaller.
         use_scalar: Multiply the delta by a trained number, which starts at zero in place of a factor.
-        rs_lora: Scale by `alpha / √r`.
+        use_rslora: Scale by `alpha / √r`.
         weight_decompose: Train the lengths of the weight's rows apart from their direction (DoRA).
         wd_on_output: False: the lengths are those of columns, one for each input feature, at the cost of the base layer once more.
         conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with kernels of more than one element;
@@ -73,7 +73,7 @@ class LoKrConfig(LycorisConfig):
         >>> LoKrConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).peft_type.value
         'LOKR'
 
-    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3; `rs_lora`: arXiv:2312.03732;
+    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3; `use_rslora`: arXiv:2312.03732;
     `weight_decompose`: arXiv:2402.09353
     """
 
@@ -98,7 +98,7 @@ class LoKrConfig(LycorisConfig):
     full_matrix: bool = field(default=False, metadata={"help": "Leave both factors whole, without a scale."})
     unbalanced_factorization: bool = field(default=False, metadata={"help": "Give W1 the larger factor of the outputs."})
     use_scalar: bool = field(default=False, metadata={"help": "Multiply the delta by a trained number."})
-    rs_lora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
     weight_decompose: bool = field(default=False, metadata={"help": "Train lengths apart from directions (DoRA)."})
     wd_on_output: bool = field(default=True, metadata={"help": "Whether lengths are those of rows; else of columns."})
     conv_r: int | None = field(default=None, metadata={"help": "Rank for convolutions with a kernel."})
@@ -114,7 +114,7 @@ class LoKrConfig(LycorisConfig):
         "full_matrix": False,
         "unbalanced_factorization": False,
         "use_scalar": False,
-        "rs_lora": False,
+        "use_rslora": False,
         "weight_decompose": False,
         "wd_on_output": True,
         "conv_r": None,

@@ -45,7 +45,7 @@ class LoKrLayer(LycorisLayer):
             `lokr_t2 [r, r, *kernel]`, `lokr_w2_a [r, c]`, `lokr_w2_b [r, d]`.
         lokr_scalar: `[1]`, a factor on the delta, of adapters with `use_scalar`.
         lokr_magnitude: `m`, `[out]` or `[in]`, of adapters with `weight_decompose`.
-        flat_layout, full_matrix, rs_lora, wd_on_output: As in the configs, by adapter name.
+        flat_layout, full_matrix, use_rslora, wd_on_output: As in the configs, by adapter name.
         row_offset: By adapter name, None, or the first row of the product that is the layer's (of a product for fused layers).
 
     Source: arXiv:2309.14859, section 3.2; arXiv:2402.09353, section 4
@@ -60,7 +60,7 @@ class LoKrLayer(LycorisLayer):
         *LycorisLayer.other_param_names,
         "flat_layout",
         "full_matrix",
-        "rs_lora",
+        "use_rslora",
         "wd_on_output",
         "row_offset",
     )
@@ -71,7 +71,7 @@ class LoKrLayer(LycorisLayer):
             setattr(self, name, AdapterParameterDict())
         self.flat_layout: dict[str, bool] = {}
         self.full_matrix: dict[str, bool] = {}
-        self.rs_lora: dict[str, bool] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.wd_on_output: dict[str, bool] = {}
         self.row_offset: dict[str, int | None] = {}
         self.update_layer(adapter_name, config, **options)
@@ -102,7 +102,7 @@ class LoKrLayer(LycorisLayer):
             shapes: Shapes of the factors by name, by default as the config's rules have them.
             row_offset: Which rows of the product are the layer's; by default it has no others.
         """
-        self.full_matrix[adapter_name], self.rs_lora[adapter_name] = config.full_matrix, config.rs_lora
+        self.full_matrix[adapter_name], self.use_rslora[adapter_name] = config.full_matrix, config.use_rslora
         self.wd_on_output[adapter_name], self.row_offset[adapter_name] = config.wd_on_output, row_offset
         self.set_hyperparameters(adapter_name, config, r or config.r, config.alpha if alpha is None else alpha)
         shapes = shapes or self.shapes_of(config, self.r[adapter_name], factor)
@@ -155,11 +155,11 @@ class LoKrLayer(LycorisLayer):
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`alpha / r`, with `rs_lora` over the root of `r`; 1 with `full_matrix`, which has no rank."""
+        """`alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which has no rank."""
         if self.full_matrix[adapter_name]:
             return 1.0
         r = self.r[adapter_name]
-        return self.alpha[adapter_name] / (math.sqrt(r) if self.rs_lora[adapter_name] else r)
+        return self.alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
 
     def scale(self, adapter_name: str) -> Any:
         """The factor on the product: `scaling`, times the trained scalar."""

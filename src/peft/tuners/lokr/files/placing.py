@@ -189,7 +189,7 @@ def _known(saved: LoKrConfig, path: str, size: Geometry) -> tuple[int, float]:
     """`r` and `alpha` of a layer, put so that their quotient is the scale."""
     options = layer_options(saved, path, size)
     r, alpha = options["r"], options["alpha"]
-    return r, r if saved.full_matrix else alpha * math.sqrt(r) if saved.rs_lora else alpha
+    return r, r if saved.full_matrix else alpha * math.sqrt(r) if saved.use_rslora else alpha
 
 
 def _unresolved(module: FileModule, targets: set[Target]) -> str:
