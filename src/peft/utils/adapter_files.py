@@ -104,7 +104,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     if empty:
         raise CheckpointError(f"`{empty[0]}` is on the meta device and has no values to save; nothing was written.")
     own = _unshared({key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()})
-    _replace(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata)))
+    _replace(path, lambda temporary: save_file(own, temporary, metadata={"format": "pt", **metadata}))
 
 
 def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool) -> None:
@@ -123,11 +123,6 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, saf
         leftover.unlink(missing_ok=True)
     (folder / WEIGHTS_NAME).unlink(missing_ok=True)
     _sync_folder(folder)
-
-
-def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replace a safetensors file in one step."""
-    _replace(path, lambda temporary: save_file(dict(state), temporary, metadata={"format": "pt", **metadata}))
 
 
 def read_config_text(path: Path) -> str:

@@ -101,7 +101,7 @@ def save_lokr_file(
     modules = _modules(layers, adapter_name, original_names, form)
     tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
     own = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "lokr"})} if layout == "kohya" else {}
-    write_tensors(Path(path), tensors, {"format": "pt", **own, **(metadata or {})})
+    write_tensors(Path(path), tensors, {**own, **(metadata or {})})
     return sorted(tensors)
 
 
