@@ -3,7 +3,7 @@
 
 from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
-from .poly import PolyConfig, PolyModel
+from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank
 
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "VBLoRAModel",
     "VectorBank",
     "convert_to_lora",
+    "convert_to_poly",
     "inspect_lokr_file",
     "load_lokr_file",
+    "routing_report",
     "save_as_lora",
+    "save_as_poly",
     "save_lokr_file",
     "save_tasks_as_lora",
 ]

@@ -8,7 +8,7 @@ low rank. Here these become the tensors and the config of a LoRA adapter whose s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from ...config import as_folder
 from ...utils.adapter_files import write_adapter
-from ...utils.error import PeftError, PeftValueError, UnsupportedModuleError
+from ...utils.error import PeftError, PeftValueError
 from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...utils.save_and_load import MODEL_ROOT, get_peft_model_state_dict
 from .. import _targets
-from .._adapted import AdaptedModel
-from .._combining import outer_path
+from .._converting import check_convertible, config_of, layers_with, root_of
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate, check_rank, total_error
@@ -101,7 +100,7 @@ def convert_to_lora(
         (4, torch.Size([4, 16]), True)
     """
     check_rank(rank)
-    config = _config_of(model, adapter_name)
+    config = config_of(model, adapter_name)
     options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(config, task_id=task_id)
     return _convert(model, config, adapter_name, rank, [options], progressbar)[0]
 
@@ -161,7 +160,7 @@ def save_tasks_as_lora(
     """
     check_rank(rank)
     parent = as_folder(folder)
-    config = _config_of(model, adapter_name)
+    config = config_of(model, adapter_name)
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     chosen: dict[str, Any] = tuner_cls.conversion_tasks(config, tasks)
     for name in chosen:
@@ -177,29 +176,13 @@ def save_tasks_as_lora(
     return errors
 
 
-def _config_of(model: Any, adapter_name: str) -> Any:
-    """The config of an adapter of a `PeftModel` or of a model with injected adapters."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict):
-        raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
-    if adapter_name not in configs:
-        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(configs) or 'none'}.")
-    return configs[adapter_name]
-
-
 def _convert(
     model: nn.Module, config: Any, adapter_name: str, rank: int | float | None, views: list[dict[str, Any]], progressbar: bool
 ) -> list[LoraConversion]:
     """An adapter's conversion for each of several options of `low_rank_factors`, in one pass over the layers."""
-    root, prefix = _root(model)
-    layers = dict(_layers(root, adapter_name))
-    unfit = sorted({type(layer).__name__ for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
-    if unfit or not layers:
-        raise UnsupportedModuleError(
-            f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
-            if unfit
-            else f"Could not detect any layer of adapter {adapter_name} that supports LoRA conversion."
-        )
+    root, prefix = root_of(model)
+    layers = dict(layers_with(root, adapter_name))
+    check_convertible(layers, adapter_name)
     parts: list[dict[str, LowRank]] = [{} for _ in views]
     tensors: list[dict[str, Tensor]] = [{} for _ in views]
     for path, layer in _shown(layers, progressbar):
@@ -230,21 +213,6 @@ def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, T
     own = (*tuner_cls.tuner_layer_cls.adapter_layer_names, *tuner_cls.shared_parameter_names)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: tensor for key, tensor in state.items() if not any(part.startswith(own) for part in key.split("."))}
-
-
-def _root(model: nn.Module) -> tuple[nn.Module, str]:
-    """The base model, and what its checkpoint keys begin with."""
-    tuner: Any = getattr(model, "base_model", None)
-    return (tuner.model, MODEL_ROOT) if isinstance(tuner, AdaptedModel) else (model, "")
-
-
-def _layers(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """The layers that have an adapter, by the path of the module they stand for."""
-    for path, module in root.named_modules():
-        if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
-            if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
-                raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")
-            yield outer_path(path), module
 
 
 def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
@@ -339,7 +307,7 @@ def _lora_config(root: nn.Module, config: Any, layers: dict[str, BaseTunerLayer]
 def _write(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
     """Write a conversion as `save_pretrained` writes an adapter."""
     config, state = converted
-    root, prefix = _root(model)
+    root, prefix = root_of(model)
     state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
     mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     text = replace(config, inference_mode=True).to_json(None if config.task_type is not None else mapping)

@@ -4,6 +4,7 @@
 from ...utils.peft_types import register_peft_method
 from .collator import TaskCollator
 from .config import PolyConfig
+from .conversion import PolyConversion, convert_to_poly, save_as_poly
 from .layer import Linear, PolyLayer
 from .losses import recorded_routing, routing_loss
 from .model import PolyModel
@@ -16,17 +17,20 @@ __all__ = [
     "REGIMES",
     "Linear",
     "PolyConfig",
+    "PolyConversion",
     "PolyLayer",
     "PolyModel",
     "RoutingReport",
     "RoutingWatch",
     "TaskCollator",
     "TaskSampler",
+    "convert_to_poly",
     "metrics_by_task",
     "recorded_routing",
     "routing_callback",
     "routing_loss",
     "routing_report",
+    "save_as_poly",
 ]
 
 register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True)

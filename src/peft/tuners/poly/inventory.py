@@ -85,7 +85,7 @@ class InventoryTuner(BaseTuner):
 
         Args:
             tasks: How many, or their names (if the adapter has names, or has none yet and all get one).
-            init: "mean": start from the mean of all tasks' logits. "uniform": from equal weights. A task's id or name: from
+            init: "mean": start from the mean of all tasks' gates. "uniform": from equal weights. A task's id or name: from
                 that task.
             adapter_name: By default the active adapter.
 
@@ -100,7 +100,8 @@ class InventoryTuner(BaseTuner):
         old = list(range(config.n_tasks))
 
         def grown(logits: Tensor) -> Tensor:
-            row = logits.mean(0) if init == "mean" else torch.zeros_like(logits[0]) if source is None else logits[source]
+            mean = logits.double().sigmoid().mean(0).clamp(1e-30, 1 - 1e-15).logit().to(logits)
+            row = mean if init == "mean" else torch.zeros_like(logits[0]) if source is None else logits[source]
             return torch.cat([logits, row.expand(extra, -1)])
 
         self._replace_tasks(name, grown, [*old, *[None] * extra], names)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What conversions of adapters between methods share: where a model's layers are, and their deltas as thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..utils.error import PeftValueError, UnsupportedModuleError
+from ..utils.save_and_load import MODEL_ROOT
+from ._adapted import AdaptedModel
+from ._combining import outer_path
+from ._layer import BaseTunerLayer
+
+
+def config_of(model: Any, adapter_name: str) -> Any:
+    """The config of an adapter of a `PeftModel` or of a model with injected adapters.
+
+    Raises:
+        UnsupportedModuleError: The model has no adapters.
+        PeftValueError: It has no such adapter.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
+    if adapter_name not in configs:
+        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(configs) or 'none'}.")
+    return configs[adapter_name]
+
+
+def root_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and what its checkpoint keys begin with."""
+    tuner: Any = getattr(model, "base_model", None)
+    return (tuner.model, MODEL_ROOT) if isinstance(tuner, AdaptedModel) else (model, "")
+
+
+def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The layers that have an adapter, by the path of the module they stand for.
+
+    Raises:
+        PeftValueError: The adapter has no values yet.
+    """
+    for path, module in root.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
+            if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
+                raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")
+            yield outer_path(path), module
+
+
+def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
+    """Insist on layers that all have a delta.
+
+    Raises:
+        UnsupportedModuleError: One has none, or there are no layers.
+    """
+    unfit = sorted({type(layer).__name__ for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
+    if unfit or not layers:
+        raise UnsupportedModuleError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
+            if unfit
+            else f"Could not detect any layer of adapter {adapter_name} that supports LoRA conversion."
+        )
