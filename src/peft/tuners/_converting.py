@@ -60,5 +60,5 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
         raise UnsupportedModuleError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
             if unfit
-            else f"Could not detect any layer of adapter {adapter_name} that supports LoRA conversion."
+            else f"Could not detect any layer that supports LoRA conversion and has adapter {adapter_name}."
         )
