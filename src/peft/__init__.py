@@ -10,7 +10,6 @@ from . import functional as functional
 from . import helpers as helpers
 from . import import_utils as import_utils
 from . import optimizers as optimizers
-from ._markers import marker as _marker
 from ._version import __version__
 from .auto import (
     AutoPeftModel,
@@ -59,6 +58,10 @@ from .utils import (
     shift_tokens_right,
 )
 from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
+from .utils.markers import install as _install
+from .utils.markers import marker as _marker
+
+_install()
 
 
 def __getattr__(name: str) -> _Any:

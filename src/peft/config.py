@@ -143,12 +143,12 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
-        """The fields in a JSON file, as a dictionary; what the file lacks of this class's additions has its meaning then.
+        """The fields in a JSON file, as a dictionary.
 
         Raises:
             CheckpointError: The file is not a JSON object.
         """
-        content = {**cls.absent_values, **read_json(Path(path_json_file))}
+        content = read_json(Path(path_json_file))
         content.pop("runtime_config", None)  # how some other process ran; never part of a config
         return content
 

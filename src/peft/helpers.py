@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from ._base_peft_model import BasePeftModel
-from ._markers import marker
 from .config import PeftConfig
 from .tuners._layer import BaseTunerLayer
 from .utils.error import PeftTypeError, PeftValueError
+from .utils.markers import marker
 
 __all__ = [
     "check_if_peft_model",
@@ -121,10 +121,15 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise PeftTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}.")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
-        raise PeftValueError("The model has no adapters whose scale could be changed.")
+        raise PeftValueError(
+            "The model has no adapters whose scale could be changed: scaling is only supported for models with `LoraLayer`s, or "
+            "layers of another method of this package."
+        )
     if any(layer.merged for layer in layers):
         raise PeftValueError("Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first.")
     before = [(layer, name, float(scale)) for layer in layers for name, scale in layer.scaling.items()]
+    for layer in layers:
+        layer.scaling = dict(layer.scaling)  # callers may hold the one that was, to compare
     try:
         for layer, name, scale in before:
             layer.hold_scale(name, scale * multiplier)

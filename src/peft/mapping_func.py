@@ -10,6 +10,7 @@ from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .utils.error import PeftTypeError
 from .utils.peft_types import TaskType
+from .utils.warning import warn
 
 
 def get_peft_model(
@@ -57,5 +58,7 @@ def get_peft_model(
     )
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")
         peft_config.revision = revision
     return result

@@ -383,6 +383,9 @@ def test_the_model_card_and_what_is_pushed(method, tmp_path, monkeypatch):
     card = (tmp_path / "README.md").read_text()
     assert "library_name: peft" in card
     assert "base_model: someone/base" in card
+    assert "pipeline_tag: text-generation" in card
+    for tag in ("base_model:adapter:someone/base", "transformers", model.peft_type.value.lower()):
+        assert f"- {tag}\n" in card
 
 
 # Generation during evaluation

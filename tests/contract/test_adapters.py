@@ -10,8 +10,9 @@ import torch
 from conftest import TARGETS, gpt2, llama, mlp, t5
 from torch import nn
 
+import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, inspect_matched_modules
 
 
 def trainable(model):
@@ -389,3 +390,37 @@ def test_the_hub_is_asked_by_id(method, model, tmp_path, monkeypatch):
         ("someone/something", "adapter_config.json", {"revision": "v1"}),
         ("someone/something", "adapter_model.safetensors", {"revision": "v1"}),
     ]
+
+
+def test_a_checkpoint_for_other_modules_than_the_config_means(method):
+    """The checkpoint decides; that the config means others is said."""
+    first = inject_adapter_in_model(method.config(target_modules=TARGETS), mlp())
+    state = get_peft_model_state_dict(first)
+    config = method.config(target_modules=["2", "4"])
+    with (
+        pytest.warns(RuntimeWarning, match=r"PEFT config contained these additional target modules: \['4'\]"),
+        pytest.warns(RuntimeWarning, match=r"state_dict contained these additional target modules: \['0'\]"),
+    ):
+        second = inject_adapter_in_model(config, mlp(), state_dict=state)
+    assert get_peft_model_state_dict(second).keys() == state.keys()
+    plain = mlp()
+    with pytest.raises(peft.NoMatchingPeftModuleError, match="no parameters of a .* for modules of this model"):
+        inject_adapter_in_model(config, plain, state_dict={f"elsewhere.{key}": value for key, value in state.items()})
+    assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
+
+
+def test_a_checkpoint_is_injected_into_a_compiled_model(method):
+    state = get_peft_model_state_dict(inject_adapter_in_model(method.config(target_modules=TARGETS), mlp()))
+    model = inject_adapter_in_model(method.config(target_modules=TARGETS), torch.compile(mlp()), state_dict=state)
+    assert get_peft_model_state_dict(model).keys() == state.keys()
+
+
+def test_the_model_tells_what_was_targeted(method):
+    model = get_peft_model(mlp(), method.config(target_modules=["4"]))
+    model.add_adapter("b", method.config(target_modules=["0", "4"]))
+    assert model.targeted_module_names == model.base_model.targeted_module_names == ["4", "0"]
+    matched = inspect_matched_modules(model, "b")
+    assert matched["matched"] == ["0", "4"] and "2" in matched["unmatched"]
+    with pytest.raises(ValueError, match="Adapter c not found"):
+        inspect_matched_modules(model, "c")
+    assert BaseTuner.get_model_config(model.get_base_model()) == {"model_type": "custom"}

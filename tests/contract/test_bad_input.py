@@ -158,8 +158,8 @@ def test_arguments_that_cannot_be_honoured(model, method):
         model(x, no_such_argument=1, **method.call)
     with pytest.raises(TypeError, match="must be a PeftConfig"):
         get_peft_model(mlp(), {"r": 1})
-    with pytest.raises(TypeError, match="unexpected keyword arguments: foo"):
-        model.load_adapter("somewhere", "b", foo=1)
+    with pytest.warns(UserWarning, match="unexpected keyword arguments: foo; they"), pytest.raises(FileNotFoundError):
+        model.load_adapter("somewhere", "b", foo=1, torch_dtype=torch.float16, device_map="auto")
     with pytest.raises(ValueError, match="PeftModel already"):
         PeftModel(model, method.config(target_modules=TARGETS))
     with pytest.raises(NotImplementedError, match="AdaLoraConfig is not provided by this package; it provides LOKR, LORA"):
@@ -267,3 +267,25 @@ def test_unknown_keys_in_a_config_are_named_and_ignored(model, tmp_path):
     path.write_text(path.read_text().replace("{", '{"from_the_future": 1,', 1))
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['from_the_future'\]"):
         PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList([nn.Linear(2, 2)]), nn.ParameterDict({"a": nn.Parameter(torch.zeros(1))})])
+def test_containers_are_no_modules_to_save(method, container):
+    model = mlp()
+    model.add_module("some", container)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"modules_to_save cannot be applied to modules of type <class 'torch.*'> \(`some`\)"):
+        get_peft_model(model, method.config(target_modules=TARGETS, modules_to_save=["some"]))
+    assert_unchanged(before, model)
+
+
+def test_everything_is_excluded(method):
+    with pytest.raises(ValueError, match="All modules were excluded"):
+        get_peft_model(mlp(), method.config(target_modules=TARGETS, exclude_modules=".*"))
+
+
+def test_another_revision_is_said(method):
+    config = method.config(target_modules=TARGETS, revision="a")
+    with pytest.warns(UserWarning, match="already set base model revision to a, overwriting with revision b"):
+        get_peft_model(mlp(), config, revision="b")
+    assert config.revision == "b"

@@ -92,6 +92,7 @@ def test_a_share_of_energy_gives_each_layer_its_rank(model, method, share, tmp_p
             == wanted
             == pattern_value(config.alpha_pattern, path, config.lora_alpha)
         )
+    assert (config.r, config.lora_alpha, len(config.rank_pattern), len(state)) == (1, 1, len(state) // 2, len(state))
     assert 1 - converted.error**2 >= share - 1e-6
     loaded = PeftModel.from_pretrained(mlp(), tmp_path)
     assert {scale for layer in loaded.base_model.tuner_layers() for scale in layer.scaling.values()} == {1}

@@ -44,8 +44,9 @@ def test_rescaling_multiplies_what_the_adapter_adds(method, multiplier):
     full = model(x, **method.call)
     with model.disable_adapter():
         base = model(x, **method.call)
-    before = [dict(layer.scaling) for layer in adapter_layers(model)]
+    before, held = [dict(layer.scaling) for layer in adapter_layers(model)], [layer.scaling for layer in adapter_layers(model)]
     with rescale_adapter_scale(model, multiplier):
+        assert before == held and (multiplier == 1 or held != [layer.scaling for layer in adapter_layers(model)])
         torch.testing.assert_close(model(x, **method.call), base + multiplier * (full - base))
         with rescale_adapter_scale(model, 3):
             torch.testing.assert_close(model(x, **method.call), base + 3 * multiplier * (full - base))

@@ -18,7 +18,7 @@ import peft.import_utils
 import peft.utils.hotswap
 import peft.utils.other
 import peft.utils.transformers_weight_conversion
-from peft import _markers
+from peft.utils import markers as _markers
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
 
 
@@ -145,6 +145,42 @@ def test_what_is_not_provided_is_a_class_that_nothing_is_of():
         _ = peft.Nothing
 
 
+ABSENT = """
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.ia3.layer import IA3Layer
+from peft.tuners.lora import EvaConfig, Linear4bit
+from peft.tuners.lora.bnb import Linear8bitLt
+from peft.tuners.lora.config import CordaConfig
+from peft.utils.integrations import dequantize_module_weight
+import peft
+for name, marker in list(globals().items()):
+    if isinstance(marker, type) and not name.startswith("_"):
+        assert not isinstance(peft.LoraConfig(), marker) and not issubclass(peft.PeftModel, marker)
+        try:
+            marker()
+        except NotImplementedError as error:
+            assert f"{name} is not provided by this package" in str(error)
+            continue
+        raise AssertionError(name)
+for absent in ("peft.tuners.nothing", "peft.tuners.adalora.layer.deeper", "peft.nothing"):
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(absent)
+try:
+    from peft.tuners.lora import Nothing
+except ImportError:
+    Nothing = None
+assert Nothing is None
+"""
+
+
+def test_modules_that_are_not_provided_hold_such_classes():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ABSENT], check=True)
+
+
 def test_every_method_of_the_registry_is_no_marker():
     for name in registered_methods():
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(name)]
@@ -159,9 +195,10 @@ PLACES = {
     "peft.tuners.lora": "LoraLayer, Linear",
     "peft.tuners.poly.layer": "PolyLayer",
     "peft.tuners.vblora.layer": "VBLoRALayer",
-    "peft.tuners.tuners_utils": "BaseTunerLayer, BaseTuner",
+    "peft.tuners.tuners_utils": "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules",
     "peft.peft_model": "get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus",
     "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
+    "peft.utils.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
     "peft.utils.warning": "PeftWarning",
     "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy",
     "peft.utils": "ModulesToSaveWrapper, _get_submodules, get_peft_model_state_dict",

@@ -3,7 +3,7 @@
 
 from typing import Any as _Any
 
-from .._markers import marker as _marker
+from ..utils.markers import marker as _marker
 from .groups import create_optimizer, parameter_groups, trainer_optimizer
 from .loraplus import create_loraplus_optimizer
 

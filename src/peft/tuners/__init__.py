@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. Each lives in a folder of its own; the line here that imports it also registers it and exports its names."""
 
+from typing import Any as _Any
+
+from ..utils.markers import marker as _marker
 from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank
+
+
+def __getattr__(name: str) -> _Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return _marker(name, __name__)
+
 
 __all__ = [
     "LoKrConfig",

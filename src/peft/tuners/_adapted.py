@@ -32,6 +32,7 @@ class AdaptedModel(nn.Module):
     Attributes:
         model: The model.
         peft_config: Each adapter's config, by name.
+        targeted_module_names: Paths of the modules that its adapters were put into, each once.
     """
 
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
@@ -47,6 +48,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
+        self.targeted_module_names: list[str] = []
         self._active: str | list[str] = []
         self._paused: Pause | None = None
         every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}

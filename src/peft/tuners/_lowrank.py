@@ -54,11 +54,19 @@ def check_rank(rank: int | float | None) -> None:
     """
     if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         return
-    if not isinstance(rank, float) or not 0 < rank <= 1:
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return
+    rule = (
+        f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a fraction between 0 and 1, or None for "
+        "an exact product."
+    )
+    if rank == 0:
+        raise PeftValueError(f"Passing a rank of 0 doesn't make sense: {rule}")
+    if isinstance(rank, float):
         raise PeftValueError(
-            f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a fraction between 0 and 1, or None "
-            "for an exact product."
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}: {rule}"
         )
+    raise PeftValueError(rule)
 
 
 def kept(values: Tensor, rank: int | float | None) -> int:

@@ -13,6 +13,7 @@ from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
+from ..utils.sharding import unwrapped
 from ..utils.warning import warn
 from . import _geometry, _targets, _trainable_tokens
 from ._holder import AdapterParameterDict
@@ -21,6 +22,10 @@ from ._trainable_tokens import TokenPlan
 
 if TYPE_CHECKING:
     from ._tuner import BaseTuner
+
+
+# What has no forward, so that nothing can stand in its place.
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass
@@ -60,7 +65,9 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     modules = own_modules(tuner.model)
     plan.trained_whole = _trained_whole(plan.config, modules)
     candidates = {p: m for p, m in modules.items() if not any(_below(p, whole) for whole in plan.trained_whole)}
-    paths = _paths_in(state_dict, tuner) if state_dict else _targeted(tuner, plan.config, candidates, plan.trained_whole)
+    paths = (
+        _saved(state_dict, tuner, config, candidates) if state_dict else _targeted(tuner, config, candidates, plan.trained_whole)
+    )
     by_module: dict[int, list[str]] = {}
     for path, module in modules.items():
         by_module.setdefault(id(module), []).append(path)
@@ -136,6 +143,9 @@ def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, n
         return {}
     found = {path: m for path, m in modules.items() if _targets.named(set(names), path)}
     outermost = {p: m for p, m in found.items() if not any(p != other and _below(p, other) for other in found)}
+    if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
+        named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())
+        raise PeftTypeError(f"modules_to_save cannot be applied to modules of type {named}; name the modules in it.")
     missing = [n for n in names if not any(_targets.named([n], p) for p in found)]
     missing = [n for n in missing if n not in (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)]
     if missing:
@@ -169,7 +179,11 @@ def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], w
 
 
 def _raise_unmatched(config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module], layers: Any) -> None:
-    if _targets.select(modules, config.target_modules, None, *layers) or _targets.select(whole, config.target_modules):
+    if config.exclude_modules and all(_targets.named(config.exclude_modules, path) for path in modules):
+        raise NoMatchingPeftModuleError(
+            f"All modules were excluded by `exclude_modules`={config.exclude_modules!r}; leave out those that are to be adapted."
+        )
+    if whole or _targets.select(modules, config.target_modules, None, *layers):
         raise NoMatchingPeftModuleError(
             "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
             "excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also have only "
@@ -219,19 +233,42 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
                 )
 
 
-def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> list[str]:
-    """Paths of the modules that a checkpoint has parameters for."""
+def _saved(state_dict: Mapping[str, Tensor], tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the modules that a checkpoint has parameters for; warns where the config targets others."""
+    saved = _paths_in(state_dict, tuner)
+    paths = [path for path in modules if unwrapped(path) in saved]
+    if not paths:
+        raise NoMatchingPeftModuleError(
+            f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter for modules of this model."
+            + (f" It has some for {', '.join(sorted(saved)[:3])}." if saved else "")
+        )
+    targets = config.target_modules or tuner.default_target_modules.get(model_type(tuner.model) or "") or ()
+    if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        targets = _all_linear(tuner.model, modules)
+    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    meant = _targets.select(modules, targets, config.exclude_modules, *layers)
+    for place, others in (("PEFT config", set(meant).difference(paths)), ("state_dict", set(paths).difference(meant))):
+        if others:
+            warn(
+                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+                "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+                f"The {place} contained these additional target modules: {sorted(others)}. The state_dict decides.",
+                RuntimeWarning,
+            )
+    return paths
+
+
+def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> set[str]:
+    """Paths of the modules that a checkpoint has parameters for, without what wrappers put into them."""
     holders = tuner.tuner_layer_cls.adapter_layer_names
-    paths: dict[str, None] = {}
+    paths = set()
     for key in state_dict:
-        parts = key.removeprefix("base_model.model.").split(".")
+        parts = unwrapped(key.removeprefix("base_model.model.")).split(".")
         for i, part in enumerate(parts):
             if any(part == holder or part.startswith(f"{holder}_topk") for holder in holders):
-                paths[".".join(parts[:i])] = None
+                paths.add(".".join(parts[:i]))
                 break
-    if not paths:
-        raise NoMatchingPeftModuleError(f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter.")
-    return list(paths)
+    return paths
 
 
 def _check_modules(tuner: BaseTuner, plan: Plan) -> None:

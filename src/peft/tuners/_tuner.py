@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..utils.constants import DEFAULT_TARGET_MODULES
+from ..utils.constants import DEFAULT_TARGET_MODULES, DUMMY_MODEL_CONFIG
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
@@ -91,6 +92,14 @@ class BaseTuner(AdaptedModel):
             state_dict=state_dict,
             check=check,
         )
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """A model's config as a dictionary; of a model without one, that its type is "custom"."""
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if is_dataclass(config) and not isinstance(config, type):
+            return asdict(config)
+        return config if isinstance(config, dict) else config.to_dict()
 
     # --- what a method supplies ---------------------------------------------------------------------------------------
 
@@ -298,6 +307,7 @@ class BaseTuner(AdaptedModel):
         method = self.method_of(build.config)
         if first:
             self._freeze_base()
+        self.targeted_module_names += [path for path in build.layers if path not in self.targeted_module_names]
         for path, layer in build.layers.items():
             known = layer_of(self.model.get_submodule(path), method.tuner_layer_cls)
             if known is not None:

@@ -1,8 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented place of the base classes: `BaseTuner`, `BaseTunerLayer`."""
+"""The documented place of the base classes, `BaseTuner` and `BaseTunerLayer`, and how to see what a config targets."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import PeftConfig
+from ..utils.error import PeftValueError
+from ..utils.markers import marker
+from . import _targets
+from ._adapted import AdaptedModel
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
+from ._plan import own_modules
 from ._tuner import BaseTuner
 
-__all__ = ["AdapterParameterDict", "BaseTuner", "BaseTunerLayer"]
+__all__ = ["AdapterParameterDict", "BaseTuner", "BaseTunerLayer", "check_target_module_exists", "inspect_matched_modules"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return marker(name, __name__)
+
+
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
+    """Whether a config's `target_modules`, `exclude_modules` and layers mean the module at a path.
+
+    Example:
+        >>> from peft import LoKrConfig
+        >>> check_target_module_exists(LoKrConfig(target_modules=["q"], layers_to_transform=[1]), "layers.1.q")
+        True
+    """
+    options: Any = config
+    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    return bool(_targets.select([key], options.target_modules or (), options.exclude_modules, *layers))
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Which modules of a model an adapter's config means: `{"matched": paths, "unmatched": paths}`.
+
+    Args:
+        tuner: A `PeftModel` or its tuner.
+        adapter_name: The adapter.
+
+    Raises:
+        PeftValueError: There is no such adapter.
+    """
+    tuner = tuner if isinstance(tuner, AdaptedModel) else tuner.base_model
+    if adapter_name not in tuner.peft_config:
+        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(tuner.peft_config)}.")
+    config, paths = tuner.peft_config[adapter_name], list(own_modules(tuner.model))
+    matched = [path for path in paths if check_target_module_exists(config, path)]
+    return {"matched": matched, "unmatched": [path for path in paths if path not in set(matched)]}

@@ -7,6 +7,10 @@ import re
 from functools import cache
 from typing import Any
 
+from .adapter_files import CONFIG_NAME as CONFIG_NAME
+from .adapter_files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from .adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
+from .markers import marker
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 # Layers that hold tokens: saved too where `save_embedding_layers` says so.
@@ -19,6 +23,9 @@ SEQ_CLS_HEAD_NAMES = ("classifier", "score")
 QA_HEAD_NAMES = ("qa_outputs",)
 # Output heads that "all-linear" leaves alone, beside what the model's own `get_output_embeddings()` gives.
 OUTPUT_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+
+# What `BaseTuner.get_model_config` says of a model without a config.
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 _QV_PROJ = ("q_proj", "v_proj")
 _QUERY_VALUE = ("query", "value")
@@ -58,7 +65,7 @@ def __getattr__(name: str) -> Any:
     """
     method = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING", name)
     if method is None or method[1] not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return marker(name, __name__)
     return _own_defaults(PEFT_TYPE_TO_TUNER_MAPPING[method[1]])
 
 

@@ -7,13 +7,41 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .error import CheckpointNotFoundError, PeftTypeError
+from .error import CheckpointNotFoundError
+from .warning import warn
 
 HUB_OPTIONS = frozenset(
     {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "subfolder", "token", "user_agent"}
 )
 # Options that once steered downloads and no longer have an effect in huggingface_hub; callers still pass them.
 _OBSOLETE = frozenset({"proxies", "resume_download", "use_auth_token", "etag_timeout", "_commit_hash", "adapter_kwargs"})
+# Options for loading the base model, which callers pass on to the adapter, where they have no effect.
+_FOR_THE_BASE = frozenset(
+    [
+        "attn_implementation",
+        "config",
+        "device_map",
+        "dtype",
+        "ignore_mismatched_sizes",
+        "load_in_4bit",
+        "load_in_8bit",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_buffers",
+        "offload_dir",
+        "offload_folder",
+        "offload_index",
+        "offload_state_dict",
+        "quantization_config",
+        "torch_device",
+        "torch_dtype",
+        "trust_remote_code",
+        "use_flash_attention_2",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    ]
+)
 
 
 def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,14 +54,10 @@ def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
-    """The options for the Hub; any other is refused by name.
-
-    Raises:
-        PeftTypeError: An option is not known.
-    """
+    """The options for the Hub; those that nobody knows are named in a warning and passed over."""
     hub, rest = split_hub_options(options)
-    if rest:
-        raise PeftTypeError(f"{caller} got unexpected keyword arguments: {', '.join(sorted(rest))}.")
+    if unknown := sorted(rest.keys() - _FOR_THE_BASE):
+        warn(f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect.")
     return hub
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from .._version import __version__
 from .adapter_files import alone_in, write_text
 
+# What hosting sites call the use of a model that is certain by its task type.
+_PIPELINES = {"CAUSAL_LM": "text-generation"}
+
 
 def update_model_card(folder: Path, config: Any, model: Any) -> None:
     """Write a model card into `folder`, or bring the metadata of the one that is there up to date.
@@ -32,8 +35,10 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
     if name is not None:
         data["base_model"] = name
         tags.update(("transformers", f"base_model:adapter:{name}"))
-    if tags:
-        data["tags"] = sorted(tags)
+    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    data["tags"] = sorted({*tags, method})
+    if config.task_type in _PIPELINES:
+        data.setdefault("pipeline_tag", _PIPELINES[config.task_type])
     card.data = ModelCardData(**data)
     with alone_in(folder):
         write_text(path, str(card))
@@ -42,7 +47,7 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
 def _body(config: Any) -> str:
     base = config.base_model_name_or_path or "its base model"
     return (
-        f"# {config.peft_type.value} adapter\n\nAn adapter for {base}. "
+        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\nAn adapter for {base}. "
         "Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
         f"### Framework versions\n\n- PEFT {__version__}\n"
     )

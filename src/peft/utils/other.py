@@ -12,8 +12,14 @@ from torch import nn
 from .adapter_batch import ADAPTER_BATCHES
 from .error import PeftNotSupportedError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
+from .markers import marker
 from .pause import Pause
 from .sharding import gathered
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return marker(name, __name__)
 
 
 class AuxiliaryTrainingWrapper(nn.Module):

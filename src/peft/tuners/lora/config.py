@@ -11,10 +11,16 @@ from typing import Any, Literal
 
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
 from ...utils.error import PeftNotSupportedError
+from ...utils.markers import marker
 from ...utils.peft_types import PeftType
 
 # What `init_lora_weights` may say, beside "pissa_niter_<n>".
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return marker(name, __name__)
 
 
 @dataclass

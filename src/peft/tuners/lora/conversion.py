@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ...config import as_folder
 from ...utils.adapter_files import write_adapter
 from ...utils.error import PeftError, PeftValueError
-from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...utils.save_and_load import MODEL_ROOT, get_peft_model_state_dict
+from ...utils.warning import warn
 from .. import _targets
 from .._converting import check_convertible, config_of, layers_with, root_of
 from .._geometry import geometry
@@ -101,6 +102,8 @@ def convert_to_lora(
     """
     check_rank(rank)
     config = config_of(model, adapter_name)
+    if config.peft_type == PeftType.LORA:
+        warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need to, but for another rank.")
     options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(config, task_id=task_id)
     return _convert(model, config, adapter_name, rank, [options], progressbar)[0]
 
@@ -199,7 +202,7 @@ def _convert(
     companions = _companions(model, config, adapter_name)
     return [
         LoraConversion.of(
-            _lora_config(root, config, layers, part),
+            _lora_config(root, config, layers, part, isinstance(rank, float)),
             {**state, **{key: tensor.detach().clone() for key, tensor in companions.items()}},
             part,
         )
@@ -280,11 +283,15 @@ def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tenso
     return {"lora_A.weight": A.contiguous(), "lora_B.weight": B.contiguous()}
 
 
-def _lora_config(root: nn.Module, config: Any, layers: dict[str, BaseTunerLayer], parts: dict[str, LowRank]) -> LoraConfig:
-    """The config of a conversion: its largest rank, with a pattern for layers of another, and scaling 1."""
+def _lora_config(
+    root: nn.Module, config: Any, layers: dict[str, BaseTunerLayer], parts: dict[str, LowRank], by_energy: bool
+) -> LoraConfig:
+    """The config of a conversion, with scaling 1: its largest rank and a pattern for layers of another or, where each layer has the
+    rank that its energy asks for, a pattern for all layers.
+    """
     ranks = {path: part.rank for path, part in parts.items()}
-    r = max(ranks.values())
-    pattern = _targets.patterns(ranks, r)
+    r = 1 if by_energy else max(ranks.values())
+    pattern = _targets.patterns(ranks, None if by_energy else r)
     targets, excluded = _targets.exactly(layers, own_modules(root))
     return LoraConfig(
         r=r,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError
+from ...utils.markers import marker
 from ...utils.sharding import whole
 from .._accumulate import Steps, is_bare
 from .._geometry import Placement, embedding_scale, innermost
@@ -18,6 +19,11 @@ from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa, scaled
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the interface that are not provided here, as classes that no object is of."""
+    return marker(name, __name__)
 
 
 class Linear(LoraLayer):

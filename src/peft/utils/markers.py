@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the PEFT interface that this package does not provide.
+
+Client libraries import them at their own import and ask `isinstance(config, PrefixTuningConfig)`. They get a class that nothing is
+an instance of; making one, or calling what is a function elsewhere, raises an error that says what is provided. Modules that this
+package lacks can be imported too, and all that is in them is such a class.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache, partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from .error import PeftNotSupportedError
+from .peft_types import registered_methods
+
+_NAMES = frozenset(
+    [
+        "AdaLoraConfig",
+        "AdaLoraModel",
+        "AdamssConfig",
+        "AdamssModel",
+        "AdaptionPromptConfig",
+        "AdaptionPromptModel",
+        "ArrowConfig",
+        "BOFTConfig",
+        "BOFTModel",
+        "BdLoraConfig",
+        "BeftConfig",
+        "BeftModel",
+        "C3AConfig",
+        "C3AModel",
+        "CPTConfig",
+        "CPTEmbedding",
+        "CartridgeConfig",
+        "CartridgeEncoder",
+        "DeftConfig",
+        "DeftModel",
+        "DeloraConfig",
+        "DeloraModel",
+        "EvaConfig",
+        "FourierFTConfig",
+        "FourierFTModel",
+        "FrodConfig",
+        "FrodModel",
+        "GloraConfig",
+        "GloraModel",
+        "GraloraConfig",
+        "GraloraModel",
+        "HRAConfig",
+        "HRAModel",
+        "HiraConfig",
+        "HiraModel",
+        "IA3Config",
+        "IA3Model",
+        "KasaConfig",
+        "LNTuningConfig",
+        "LNTuningModel",
+        "LilyConfig",
+        "LilyModel",
+        "LoHaConfig",
+        "LoHaModel",
+        "LoftQConfig",
+        "LoraGAConfig",
+        "MissConfig",
+        "MissModel",
+        "MontecloraConfig",
+        "MultitaskPromptTuningConfig",
+        "MultitaskPromptTuningInit",
+        "OFTConfig",
+        "OFTModel",
+        "OSFConfig",
+        "OSFModel",
+        "PeanutConfig",
+        "PeanutModel",
+        "PrefixEncoder",
+        "PrefixTuningConfig",
+        "PromptEmbedding",
+        "PromptEncoder",
+        "PromptEncoderConfig",
+        "PromptEncoderReparameterizationType",
+        "PromptLearningConfig",
+        "PromptTuningConfig",
+        "PromptTuningInit",
+        "PsoftConfig",
+        "PsoftModel",
+        "PveraConfig",
+        "PveraModel",
+        "RandLoraConfig",
+        "RandLoraModel",
+        "RoadConfig",
+        "RoadModel",
+        "ShadowConfig",
+        "ShadowModel",
+        "ShiraConfig",
+        "ShiraModel",
+        "SupertuningConfig",
+        "SupertuningModel",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "TinyLoraConfig",
+        "TinyLoraModel",
+        "TrainableTokensConfig",
+        "TrainableTokensModel",
+        "UniLoraConfig",
+        "UniLoraModel",
+        "VeloraConfig",
+        "VeraConfig",
+        "VeraModel",
+        "WaveFTConfig",
+        "WaveFTModel",
+        "XLoraConfig",
+        "XLoraModel",
+        "bloom_model_postprocess_past_key_value",
+        "compose_cartridge_adapters",
+        "create_arrow_model",
+        "find_kappa_target_modules",
+        "get_eva_state_dict",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "initialize_lora_eva_weights",
+        "preprocess_loraga",
+        "prompt_embeddings_from_past_key_values",
+        "replace_lora_weights_loftq",
+    ]
+)
+_LORA_CONFIGS = """
+    ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig
+"""
+# Names in modules that are here, of features that are not.
+_IN_MODULES = {
+    "peft": _NAMES,
+    "peft.helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules",
+    "peft.optimizers": "create_lorafa_optimizer create_riemannian_optimizer",
+    "peft.tuners": _NAMES,
+    "peft.tuners.lora": f"""{_LORA_CONFIGS} AqlmLoraLinear EetqLoraLinear GPTQLoraLinear HqqLoraLinear IncLoraLinear Linear4bit
+        Linear8bitLt LoraParallelLinear MultiheadAttention ParamWrapper QuantLinear TorchaoLoraLinear create_arrow_model
+        get_eva_state_dict initialize_lora_eva_weights preprocess_loraga""",
+    "peft.tuners.lora.config": _LORA_CONFIGS,
+    "peft.tuners.lora.layer": "MultiheadAttention ParamWrapper _ConvNd _LoraFactorsProxy",
+    "peft.tuners.tuners_utils": """BufferDict _filter_state_dict_by_key_prefixes _find_minimal_target_modules
+        _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers""",
+    "peft.utils.constants": "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "peft.utils.other": "_get_module_names_tied_with_embedding _get_no_split_modules",
+}
+# Folders of methods, and modules of features, that are not here. Whatever is asked of them is a marker.
+_METHODS = """
+    adalora adamss adaption_prompt beft boft c3a cartridge cpt deft delora fourierft frod glora gralora hira hra ia3
+    lily ln_tuning miss multitask_prompt_tuning oft osf p_tuning peanut prefix_tuning prompt_tuning psoft pvera
+    randlora road shadow shira supertuning tinylora trainable_tokens unilora vera waveft xlora
+"""
+_FEATURES = """
+    peft.optimizers.lorafa peft.optimizers.riemannian peft.tuners._buffer_dict peft.tuners.lora.aqlm
+    peft.tuners.lora.arrow peft.tuners.lora.awq peft.tuners.lora.bnb peft.tuners.lora.corda peft.tuners.lora.dora
+    peft.tuners.lora.eetq peft.tuners.lora.eva peft.tuners.lora.gptq peft.tuners.lora.hqq peft.tuners.lora.inc
+    peft.tuners.lora.intruders peft.tuners.lora.loraga peft.tuners.lora.monteclora peft.tuners.lora.te
+    peft.tuners.lora.torchao peft.tuners.lora.tp_layer peft.tuners.lora.variants peft.tuners.lora.velora
+    peft.utils.incremental_pca peft.utils.integrations peft.utils.loftq_utils peft.utils.quantization_utils
+"""
+_ABSENT = frozenset([*(f"peft.tuners.{method}" for method in _METHODS.split()), *_FEATURES.split()])
+
+
+@cache
+def marker(name: str, module: str = "peft") -> type:
+    """The class that stands for a name of a module.
+
+    Raises:
+        AttributeError: In the interface the module has no such name.
+    """
+    names = _IN_MODULES.get(module, ())
+    is_named = name in (names.split() if isinstance(names, str) else names)
+    if not is_named and (name.startswith("__") or not is_absent(module)):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise PeftNotSupportedError(f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.")
+
+    return type(name, (), {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."})
+
+
+def is_absent(module: str) -> bool:
+    """Whether a module of the interface, or one in a folder of it, is not here."""
+    return module in _ABSENT or module.rpartition(".")[0] in _ABSENT
+
+
+class _Absent(MetaPathFinder, Loader):
+    """Finds modules of the interface that are not here, after all other finders: in them, every name is a marker."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if is_absent(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__doc__ = "Not provided by this package."
+        vars(module)["__getattr__"] = partial(marker, module=module.__name__)
+
+
+def install() -> None:
+    """Let modules that are not here be imported."""
+    if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
+        sys.meta_path.append(_Absent())
