@@ -60,7 +60,7 @@ def can_share_input(layer: Any, x: Tensor) -> bool:
         and x.dtype == layer.weight.dtype
         and x.is_contiguous()
         and not torch.is_autocast_enabled(x.device.type)
-        and _is_eager()
+        and is_eager()
     )
 
 
@@ -111,14 +111,19 @@ def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
     Returns:
         In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
     """
-    if not (in_place and result.dtype == p.dtype == q.dtype and result.is_contiguous() and _is_eager()):
+    if not (in_place and result.dtype == p.dtype == q.dtype and result.is_contiguous() and is_eager()):
         return result + (p @ q).view(result.shape)
     if torch.is_grad_enabled():
         return _AddProduct.apply(result, p, q)
     return _add(result, p, q)
 
 
-def _is_eager() -> bool:
+def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
+    """`h · scale`, without a kernel where the scale is one."""
+    return h if isinstance(scale, (int, float)) and scale == 1 else h * scale
+
+
+def is_eager() -> bool:
     """Whether operations run as they are called, and once: no compiler and no transform looks on."""
     return not (
         torch.compiler.is_compiling()

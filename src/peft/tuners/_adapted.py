@@ -20,6 +20,7 @@ from ..utils.warning import warn
 from . import _geometry
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, names_to_merge
+from ._recall import during_call
 
 
 class AdaptedModel(nn.Module):
@@ -97,8 +98,9 @@ class AdaptedModel(nn.Module):
         self.refuse_foreign_arguments(kwargs)
         batch = self.chosen_adapters(args, kwargs)
         if batch is None:
-            return self.model(*args, **kwargs)
-        with ADAPTER_BATCHES.during(batch):
+            with during_call():
+                return self.model(*args, **kwargs)
+        with ADAPTER_BATCHES.during(batch), during_call():
             output = self.model(*args, **kwargs)
         ADAPTER_BATCHES.replay_in_backward(batch, output)
         return output

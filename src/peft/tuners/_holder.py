@@ -12,6 +12,7 @@ from ..utils.error import PeftValueError
 from ..utils.offload import bring_back
 from ..utils.pause import Pause
 from ..utils.sharding import whole
+from ._recall import Recall
 
 
 class AdapterParameterDict(nn.ParameterDict):
@@ -24,9 +25,13 @@ class AdapterParameterDict(nn.ParameterDict):
     __call__ = nn.Module.__call__
 
     def forward(self, adapter_name: str) -> Tensor:
+        parameter = self._parameters.get(adapter_name)
+        own = type(self) is AdapterParameterDict
+        if own and type(parameter) is nn.Parameter:
+            return parameter
         # FSDP2, told to shard this container by itself, changes its class, and takes the memory back after this call.
         parameter = whole(self[adapter_name])
-        return parameter if type(self) is AdapterParameterDict else parameter.clone()
+        return parameter if own else parameter.clone()
 
 
 class AdapterHolder(nn.Module):
@@ -36,6 +41,7 @@ class AdapterHolder(nn.Module):
         adapter_layer_names: Attributes that hold parameters or modules by adapter name.
         other_param_names: Attributes that hold plain values by adapter name.
         scaling: Factor on each adapter's output, by name; its keys are the adapters there are.
+        recall: What inference has computed from the parameters alone.
         merged_adapters: Adapters whose delta is in the base weight at present, in the order they were merged.
     """
 
@@ -49,6 +55,7 @@ class AdapterHolder(nn.Module):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._paused = Pause()
+        self.recall = Recall()
 
     def base_scaling(self, adapter_name: str) -> float:
         """The factor that `scaling` starts from and `unscale_layer` returns to."""
@@ -134,6 +141,7 @@ class AdapterHolder(nn.Module):
             container = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
+        self.recall.forget(adapter_name)
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
             self.set_adapter(left or self._all_available_adapter_names()[:1])

@@ -164,6 +164,9 @@ class BaseTunerLayer(AdapterHolder):
 
     def __getattr__(self, name: str) -> Any:
         """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …), private names apart."""
+        modules = self.__dict__.get("_modules")
+        if modules is not None and name in modules:
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._accumulate import Steps
-from .order import State, contraction_order, known_order
+from .order import State, contraction_order
 
 Chain = tuple[Tensor, ...]
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -142,14 +142,18 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     Source: arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    rows, b, (*_, before, end) = math.prod(x.shape[:-1]), w1s[0].shape[1], ((0, 0), *(order := _order(w1s, w2s)))
-    begins_right, ends_right = order[0][1] > 0, before[1] < end[1]
+    order = _order(w1s, w2s)
+    begins_right, ends_right = order[0][1] > 0, order[-2][1] < order[-1][1]
     begun, path = order[0] if begins_right else (0, 0), order[begins_right : len(order) - ends_right]
+    rows, b, k = math.prod(x.shape[:-1]), w1s[0].shape[1], (*(w.shape[1] for w in w2s), w2s[-1].shape[0])[begun[1]]
 
     def then(z: Tensor) -> tuple[Tensor, Tensor | None]:
-        grid = _walk(z.reshape(rows, 1, b, 1, -1), w1s, w2s, path, begun)
+        if path == ((len(w1s), begun[1]),) and not torch.is_grad_enabled():  # the left side alone is left
+            grid = _compose(w1s) @ z.reshape(rows, b, k)
+        else:
+            grid = _walk(z.reshape(rows, 1, b, 1, k), w1s, w2s, path, begun)
         if ends_right:
-            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[before[1] :]).T
+            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[order[-2][1] :]).T
         return grid.reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0]), None
 
     return Steps(x, _compose(w2s[: begun[1]]).T if begins_right else None, then)
@@ -234,7 +238,10 @@ def _right_chain(f: KroneckerFactors, kernel: Sequence[int]) -> Chain:
 
 def _compose(chain: Chain) -> Tensor:
     """Multiply neighbouring maps into one `[to, from, *kernel]`."""
-    return functools.reduce(lambda first, then: torch.einsum("tm...,ms...->ts...", then, first), chain)
+    first = chain[0]
+    for then in chain[1:]:
+        first = torch.einsum("tm...,ms...->ts...", then, first)
+    return first
 
 
 def _fold_scale(w1s: Chain, w2s: Chain, scale: float | Tensor) -> tuple[Chain, Chain]:
@@ -255,15 +262,25 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
 
 def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1) -> tuple[State, ...]:
     """The states to pass through, with `positions` input positions per output position."""
-    spatial = next((j for j, w in enumerate(w2s) if w.dim() > 2), -1)
-    plan = contraction_order if torch.compiler.is_compiling() else known_order  # the compiler warns about caches
-    return plan(
-        (*(w.shape[1] for w in w1s), w1s[-1].shape[0] // left_groups),
-        (*(w.shape[1] for w in w2s), w2s[-1].shape[0] // right_groups),
+    shapes = tuple(w.shape for w in w1s), tuple(w.shape for w in w2s)
+    plan = _order_of_shapes if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
+    return plan(*shapes, left_groups, right_groups, positions)
+
+
+def _order_of_shapes(
+    left: tuple[Sequence[int], ...], right: tuple[Sequence[int], ...], left_groups: int, right_groups: int, positions: int
+) -> tuple[State, ...]:
+    spatial = next((j for j, shape in enumerate(right) if len(shape) > 2), -1)
+    return contraction_order(
+        (*(shape[1] for shape in left), left[-1][0] // left_groups),
+        (*(shape[1] for shape in right), right[-1][0] // right_groups),
         spatial=spatial,
-        taps=math.prod(w2s[spatial].shape[2:]),
+        taps=math.prod(right[spatial][2:]),
         stride=positions,
     )[1]
+
+
+_known_order = functools.cache(_order_of_shapes)
 
 
 def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], begun: State = (0, 0), **conv: Any) -> Tensor:

@@ -168,8 +168,9 @@ class LoKrLayer(LycorisLayer):
 
     def factors(self, adapter_name: str) -> KroneckerFactors:
         """An adapter's factors."""
-        containers = (getattr(self, f"lokr_{name}") for name in KroneckerFactors._fields)
-        return KroneckerFactors(*(c(adapter_name) if adapter_name in c else None for c in containers))
+        modules: Any = self._modules
+        containers = [modules[f"lokr_{name}"] for name in KroneckerFactors._fields]
+        return KroneckerFactors(*[c(adapter_name) if adapter_name in c else None for c in containers])
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """ΔW in the base weight's layout: the dense product, which only merging needs; what a decomposed adapter adds before rows

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which the factors of a Kronecker product are applied: LoKr's one cost model."""
 
-import functools
-
 State = tuple[int, int]
 
 
@@ -53,6 +51,3 @@ def contraction_order(
                 best = moves[totals.index(cost[i, j])]
                 order[i, j] = (best, *order[best])
     return cost[0, 0], order[0, 0]
-
-
-known_order = functools.cache(contraction_order)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
+from .._accumulate import scaled
 from .._decomposed import DecomposedLayer
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
-from .factors import Factors, draw, row_norms, scaled
+from .factors import Factors, draw, row_norms
 
 
 class Magnitude(nn.Module):

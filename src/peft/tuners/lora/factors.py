@@ -71,11 +71,6 @@ def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return lengths.clamp_min(torch.finfo(wide).tiny)
 
 
-def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
-    """`h · scale`, without a kernel where the scale is one."""
-    return h if isinstance(scale, (int, float)) and scale == 1 else h * scale
-
-
 @torch.no_grad()
 def draw(A: Tensor, B: Tensor, how: bool | str) -> None:
     """Fill the factors of a linear or convolutional layer as they start.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.markers import marker
 from ...utils.sharding import whole
-from .._accumulate import Steps, is_bare
+from .._accumulate import Steps, is_bare, scaled
 from .._geometry import Placement, embedding_scale, innermost
 from .base import LoraLayer, Start
-from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa, scaled
+from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
 

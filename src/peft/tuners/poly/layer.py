@@ -16,10 +16,14 @@ from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
+from .._recall import is_running_often
 from .gating import only_used
-from .mixing import poly_delta, poly_steps, task_delta_weight, task_factors
+from .mixing import poly_delta, poly_steps, side_by_side, task_delta_weight, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
+
+# Numbers up to which all tasks' weights are computed at once, to be looked up.
+_SMALL_TABLE = 4096
 
 
 class PolyLayer(BaseTunerLayer):
@@ -146,7 +150,10 @@ class PolyLayer(BaseTunerLayer):
         return poly_delta(*self._operands(adapter_name, x))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:  # noqa: D102
-        return poly_steps(*self._operands(adapter_name, x))
+        x, weights, A, B, scale = self._operands(adapter_name, x)
+        if not is_running_often() or A is not self.poly_lora_A._parameters.get(adapter_name):
+            return poly_steps(x, weights, A, B, scale)
+        return poly_steps(x, weights, A, B, scale, lambda: self.recall(adapter_name, "A", (A,), lambda: side_by_side(A)))
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""
@@ -163,7 +170,14 @@ class PolyLayer(BaseTunerLayer):
         """
         router = self.router(adapter_name)
         if isinstance(router, TaskRouter):
-            return router(self._task_ids(adapter_name, x))
+            ids = self._task_ids(adapter_name, x)
+            if router.training or torch.is_grad_enabled():
+                self.recall.forget(adapter_name)
+                return router(ids)
+            if router.module_logits.numel() > _SMALL_TABLE:
+                return router(ids)
+            table = self.recall(adapter_name, router.how, (router.module_logits, *router.rows), router.task_weights)
+            return table.index_select(0, ids)
         if self.token_level[adapter_name]:
             return router(x)
         call = self.routing.call

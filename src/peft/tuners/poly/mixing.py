@@ -17,6 +17,7 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +118,15 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
     return poly_steps(x, weights, A, B, scale).part().reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
 
 
-def poly_steps(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Steps:
+def poly_steps(
+    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, by_split: Callable[[], Tensor] | None = None
+) -> Steps:
     """`poly_delta` in steps: first `x` times `[batch, in, r]`, or in rank space `[in, n_skills·r]`. Splits in rank space, each with
     factors of its own, do not begin and end with one product.
+
+    Args:
+        x, weights, A, B, scale: As for `poly_delta`.
+        by_split: Gives what `side_by_side(A)` does, for who has it already.
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
@@ -129,21 +136,34 @@ def poly_steps(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
         A_w, B_w = mix(weights, A, B, scale)
         return Steps(x, A_w, lambda h: (h, B_w))
 
-    def spread(h: Tensor) -> Tensor:
-        """`z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`, `[n_splits, rows, n_skills * r]`."""
-        w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
-        z = (w * h.view(n_splits, batch, tokens, n_skills, r)).sum(dim=(0, 3), dtype=h.dtype)  # or autocast would widen it
-        return ((w * scale) * z[None, :, :, None, :]).reshape(n_splits, batch * tokens, n_skills * r)
-
-    by_split, B_all = A.transpose(1, 2).flatten(2), B.flatten(1, 2)  # [n_splits, in / n_splits, n_skills * r] and its like
+    first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
+    rows = batch * tokens
     if n_splits == 1:
-        return Steps(x, by_split[0], lambda h: (spread(h)[0], B_all[0]))
+
+        def spread(h: Tensor) -> tuple[Tensor, Tensor]:
+            """`z = sum_s w[s] h[s]`, and from it `scale w[s] z`."""
+            w = weights.to(h.dtype).view(batch, 1, n_skills, 1)
+            z = (w * h.view(batch, tokens, n_skills, r)).sum(dim=2, keepdim=True, dtype=h.dtype)  # or autocast would widen it
+            return (w * (z * scale)).view(rows, n_skills * r), last[0]
+
+        return Steps(x, first[0], spread)
 
     def delta(x: Tensor) -> tuple[Tensor, None]:
-        blocks = x.reshape(batch * tokens, n_splits, width).transpose(0, 1)
-        return (spread(blocks @ by_split) @ B_all).transpose(0, 1).reshape(*x.shape[:-1], n_splits * B.shape[3]), None
+        """`h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
+        h = x.reshape(rows, n_splits, width).transpose(0, 1) @ first
+        w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
+        z = (w * h.view(n_splits, batch, tokens, n_skills, r)).sum(dim=(0, 3), dtype=h.dtype)
+        z = (w * (z * scale)[None, :, :, None, :]).reshape(n_splits, rows, n_skills * r)
+        return (z @ last).transpose(0, 1).reshape(*x.shape[:-1], n_splits * B.shape[3]), None
 
     return Steps(x, None, delta)
+
+
+def side_by_side(A: Tensor) -> Tensor:
+    """The skills of each split as columns of one matrix: `[n_splits, n_skills, in // n_splits, r]` to `[n_splits, in // n_splits,
+    n_skills * r]`.
+    """
+    return A.transpose(1, 2).flatten(2)
 
 
 def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
-from .._accumulate import Steps
+from .._accumulate import Steps, scaled
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -242,11 +242,13 @@ class VBLoRALayer(BaseTunerLayer):
             raise PeftRuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
             )
-        A, B = self.factors(adapter_name)
+        topk, scale = self.topk[adapter_name], self.scaling[adapter_name]
+        sources = self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name), self.vblora_vector_bank(adapter_name)
+        A, B = self.recall(adapter_name, "factors", sources, lambda: compose_factors(*sources, topk))
         x = self._cast_input_dtype(x, A.dtype)
         if self.training and (dropout := self.vblora_dropout[adapter_name]):
             x = F.dropout(x, dropout)
-        return Steps(x, A.T, lambda h: (h, B.T))
+        return Steps(x, A.T, lambda h: (scaled(h, scale), B.T))
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
 
