@@ -56,7 +56,13 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    before, name = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if name and before not in (None, name):
+        warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. Please ensure that the correct "
+            "base model is loaded when loading this checkpoint."
+        )
+    peft_config.base_model_name_or_path = name or before
     if revision is not None:
         if peft_config.revision not in (None, revision):
             warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")

@@ -19,7 +19,7 @@ from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_mo
 from .tuners._build import Construction
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
-from .utils.error import PeftNotSupportedError, PeftValueError
+from .utils.error import PeftValueError
 from .utils.hub import only_hub_options
 from .utils.model_card import update_model_card
 from .utils.peft_types import TaskType
@@ -85,7 +85,9 @@ class PeftModel(BasePeftModel):
             selected_adapters: Which adapters, by default all.
             save_embedding_layers: True writes the token embeddings too; "auto" if an adapter targets one.
             is_main_process: False writes nothing. Where tensors are DTensors (FSDP2), every process has to call, to gather them.
-            path_initial_model_for_weight_conversion: Refused; it concerns methods this package does not provide.
+            path_initial_model_for_weight_conversion: Anything but None writes adapters that start from the base weight (LoRA's
+                "pissa" and "olora") as plain ones of twice the rank, for the weight as it is. The adapter itself knows what it
+                started with, and nothing is read from the path.
             state_dict: Take the tensors from this state dict of the model (a gathered one, say).
 
         Raises:
@@ -94,30 +96,35 @@ class PeftModel(BasePeftModel):
         PeftValueError: The path is a file, or an adapter is unknown.
         """
         folder = as_folder(save_directory)
-        if path_initial_model_for_weight_conversion is not None:
-            raise PeftNotSupportedError(f"`path_initial_model_for_weight_conversion` is not supported for {self.peft_type}.")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if any(name not in self.peft_config for name in names):
             raise PeftValueError(
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {names}."
             )
+        if path_initial_model_for_weight_conversion is not None:
+            converted = {name: self.base_model.method_of(self.peft_config[name]).without_start(self, name) for name in names}
+        else:
+            converted = {}
         tensors = self.parameters() if state_dict is None else state_dict.values()
         if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
             return
         options: Any = {"save_embedding_layers": save_embedding_layers}
-        states = {name: get_peft_model_state_dict(self, state_dict, name, **options) for name in names}
+        states = {
+            name: converted[name][1] if converted else get_peft_model_state_dict(self, state_dict, name, **options)
+            for name in names
+        }
         states = {name: {key: whole(tensor) for key, tensor in state.items()} for name, state in states.items()}
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in states.items():
-            write_adapter(folder if name == "default" else folder / name, state, self._config_text(name), safe_serialization)
+            config = converted[name][0] if converted else self.base_model.config_to_save(name)
+            write_adapter(folder if name == "default" else folder / name, state, self._config_text(config), safe_serialization)
         self.create_or_update_model_card(folder)
 
-    def _config_text(self, adapter_name: str) -> str:
-        """The adapter's config as it is written: frozen, and with what says which base model it is for."""
-        config = self.base_model.config_to_save(adapter_name)
+    def _config_text(self, config: PeftConfig) -> str:
+        """An adapter's config as it is written: frozen, and with what says which base model it is for."""
         inference_mode, config.inference_mode = config.inference_mode, True
         try:
             return config.to_json(None if config.task_type is not None else self._auto_mapping())

@@ -424,3 +424,22 @@ def test_the_model_tells_what_was_targeted(method):
     with pytest.raises(ValueError, match="Adapter c not found"):
         inspect_matched_modules(model, "c")
     assert BaseTuner.get_model_config(model.get_base_model()) == {"model_type": "custom"}
+
+
+def test_warnings_of_what_may_be_a_mistake(method):
+    prefix = method.config().peft_type.value.lower() + "_"
+    with pytest.warns(UserWarning, match=f"Adapter name '{prefix[:-1]}' should not be contained in the prefix '{prefix}'"):
+        get_peft_model(mlp(), method.config(target_modules=TARGETS), adapter_name=prefix[:-1])
+    base = mlp()
+    base.name_or_path = "here"
+    with pytest.warns(UserWarning, match="`base_model_name_or_path` was renamed from 'there' to 'here'"):
+        get_peft_model(base, method.config(target_modules=TARGETS, base_model_name_or_path="there"))
+
+
+def test_keys_of_patterns_that_mean_nothing_are_named():
+    config = peft.LoraConfig(target_modules=TARGETS, rank_pattern={"0": 2, "typo": 3}, alpha_pattern={"0": 2})
+    with pytest.warns(
+        RuntimeWarning, match=r"`rank_pattern` has keys that did not match any targeted module .*: \['typo'\]"
+    ) as caught:
+        get_peft_model(mlp(), config)
+    assert len(caught) == 1

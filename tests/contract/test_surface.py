@@ -201,7 +201,7 @@ PLACES = {
     "peft.utils.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
     "peft.utils.warning": "PeftWarning",
     "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy",
-    "peft.utils": "ModulesToSaveWrapper, _get_submodules, get_peft_model_state_dict",
+    "peft.utils": "ModulesToSaveWrapper, TrainableTokensWrapper, _get_submodules, get_peft_model_state_dict",
 }
 
 

@@ -248,8 +248,11 @@ def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str |
     """Why an adapter at `parent.name` would never run, or None: some parents read a child's weight and skip its forward."""
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
-    if model_type in ("mamba", "falcon_mamba", "mamba2") and name in ("out_proj", "conv1d"):
-        return f"the fused kernels of {model_type} read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
+    if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in ("out_proj", "conv1d"):
+        return (
+            f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} read this layer's weight and never "
+            "call it; adapt `in_proj` or `x_proj`"
+        )
     return None
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
+from ..utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.sharding import unwrapped
 from ..utils.warning import warn
 from . import _geometry, _targets, _trainable_tokens
@@ -60,6 +61,9 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     config.validate()
     tuner.complete(config)
     check_name(adapter_name, tuner)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    if adapter_name in prefix and len(adapter_name) >= len(prefix) - 1:
+        warn(f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. Other writers confuse the two.")
     _check_biases(config, tuner)
     plan = Plan(adapter_name, config)
     modules = own_modules(tuner.model)
@@ -75,6 +79,7 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     firsts = {by_module[id(candidates[path])][0] for path in paths if path in candidates}
     plan.targets = {path: module for path, module in modules.items() if path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
+    _warn_of_patterns(plan)
     _check_modules(tuner, plan)
     plan.tokens = _trainable_tokens.plan(plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole})
     _warn_of_ties(tuner.model, plan)
@@ -96,6 +101,7 @@ def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
 
 
 def check_name(name: str, tuner: BaseTuner) -> None:
+    """Insist on a name that an adapter can have."""
     if not isinstance(name, str):
         raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
     if not name or "." in name:
@@ -216,6 +222,17 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         else:
             paths.append(path)
     return paths
+
+
+def _warn_of_patterns(plan: Plan) -> None:
+    """Say so where a key of a pattern dictionary means no module that is adapted."""
+    for name in (f.name for f in fields(plan.config) if f.name.endswith("_pattern")):
+        patterns = getattr(plan.config, name)
+        if not isinstance(patterns, dict):
+            continue
+        used = {key for key in patterns for path in plan.targets if _targets.pattern_value({key: True}, path, False)}
+        if unused := [key for key in patterns if key not in used]:
+            warn(f"`{name}` has keys that did not match any targeted module and are ignored: {unused}.", RuntimeWarning)
 
 
 def _warn_of_ties(model: nn.Module, plan: Plan) -> None:

@@ -203,6 +203,17 @@ class BaseTuner(AdaptedModel):
         """
         raise PeftNotSupportedError(f"An adapter of {cls.__name__} has one delta and no tasks; use `save_as_lora`.")
 
+    def without_start(self, model: nn.Module, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
+        """Config and tensors of an adapter that starts from the base weight, as one that does not.
+
+        Raises:
+            PeftNotSupportedError: It does not start so.
+        """
+        raise PeftNotSupportedError(
+            "`path_initial_model_for_weight_conversion` is not supported for adapters that leave the base weight as it is, and "
+            f"{adapter_name} does; leave it out."
+        )
+
     def combine(self, request: Combination) -> Combined:
         """A new adapter's tensors, made of those of others; `request` is one of the `combination_types`."""
         raise NotImplementedError

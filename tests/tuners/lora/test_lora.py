@@ -353,9 +353,21 @@ def test_starting_from_the_weight(start, dora, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(fresh(), tmp_path)
     torch.testing.assert_close(again(x), trained, **(close if "niter" not in start else {"atol": 1e-3, "rtol": 1e-3}))
+    if not dora:
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
+        plain = peft.PeftModel.from_pretrained(fresh(), tmp_path / "plain")
+        assert (plain.peft_config["default"].r, plain.peft_config["default"].init_lora_weights) == (6, True)
+        torch.testing.assert_close(plain(x), trained, **close)
     model.merge_adapter()
     torch.testing.assert_close(model(x), trained, **close)
     assert torch.equal(model.unload()(x), expected)
+
+
+def test_only_a_start_from_the_weight_can_be_taken_out(tmp_path):
+    model = make(nn.Linear(6, 8))
+    with pytest.raises(ValueError, match="`path_initial_model_for_weight_conversion` is not supported"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
+    assert not (tmp_path / "plain").exists()
 
 
 def test_starts_that_do_not_fit():
@@ -370,7 +382,12 @@ def test_starts_that_do_not_fit():
     refuse("'olora' is for linear layers, not for convolutions", nn.Conv1d(8, 8, 1), init_lora_weights="olora")
     refuse("'orthogonal' is for linear layers, not for convolutions", nn.Conv1d(8, 8, 1), init_lora_weights="orthogonal")
     refuse("needs a positive alpha, found 0", nn.Linear(8, 8), init_lora_weights="pissa", alpha_pattern={"0": 0})
-    refuse("'orthogonal' needs an even rank, found 3", nn.Linear(8, 8), init_lora_weights="orthogonal", rank_pattern={"0": 3})
+    refuse(
+        "Orthogonal initialization requires the LoRA rank to be even, got 3",
+        nn.Linear(8, 8),
+        init_lora_weights="orthogonal",
+        rank_pattern={"0": 3},
+    )
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(NotImplementedError, match="reads the base weight, which is on the meta device"):

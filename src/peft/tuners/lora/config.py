@@ -190,9 +190,9 @@ class LoraConfig(LayeredConfig):
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
         yield from self._start_problems()
         if self.use_dora and self.lora_bias:
-            yield "`lora_bias`=True does not go with `use_dora`=True; choose one of them."
+            yield "The argument lora_bias=True is not supported together with `use_dora`=True; choose one of them."
         if self.lora_bias and isinstance(self.init_lora_weights, str):
-            yield f"`lora_bias`=True goes with `init_lora_weights` True or False, found {self.init_lora_weights!r}."
+            yield f"The argument lora_bias=True is for `init_lora_weights` True or False, found {self.init_lora_weights!r}."
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

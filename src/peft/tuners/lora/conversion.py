@@ -102,7 +102,7 @@ def convert_to_lora(
     """
     check_rank(rank)
     config = config_of(model, adapter_name)
-    if config.peft_type == PeftType.LORA:
+    if config.peft_type == PeftType.LORA and not config.starts_from_weight:
         warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need to, but for another rank.")
     options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(config, task_id=task_id)
     return _convert(model, config, adapter_name, rank, [options], progressbar)[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .._roles import Role
 from .._targets import pattern_value
 from .._tuner import BaseTuner
 from . import combining
+from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -89,12 +91,20 @@ class LoraModel(BaseTuner):
             if alpha <= 0:
                 yield f"`init_lora_weights`={start!r} needs a positive alpha, found {alpha!r}."
         if lookup is None and start == "orthogonal" and r % 2:
-            yield f"`init_lora_weights`='orthogonal' needs an even rank, found {r}."
+            yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
 
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Put the config right where it expects weights to be stored otherwise than they are."""
         plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
         return super()._build(plan, construction)
+
+    def without_start(self, model: nn.Module, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
+        """A plain adapter of twice the rank and scaling 1, `[B, B₀]·[A, -A₀]`."""
+        config: Any = self.peft_config[adapter_name]
+        if not config.starts_from_weight:
+            return super().without_start(model, adapter_name)
+        plain, state = convert_to_lora(model, None, adapter_name)
+        return replace(plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode), state
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
