@@ -10,6 +10,7 @@ from . import functional as functional
 from . import helpers as helpers
 from . import import_utils as import_utils
 from . import optimizers as optimizers
+from . import utils as _utils
 from ._version import __version__
 from .auto import (
     AutoPeftModel,
@@ -44,6 +45,7 @@ from .peft_model import (
 )
 from .tuners import *  # noqa: F403
 from .tuners import __all__ as _tuner_names
+from .tuners._trainable_tokens import TrainableTokensWrapper as _TrainableTokensWrapper
 from .utils import (
     PeftType,
     TaskType,
@@ -57,11 +59,14 @@ from .utils import (
     set_peft_model_state_dict,
     shift_tokens_right,
 )
+from .utils import other as _other
 from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .utils.markers import install as _install
 from .utils.markers import marker as _marker
 
 _install()
+# Clients look for it among the utilities, which know nothing of what is built on them.
+vars(_utils)["TrainableTokensWrapper"] = vars(_other)["TrainableTokensWrapper"] = _TrainableTokensWrapper
 
 
 def __getattr__(name: str) -> _Any:

@@ -139,6 +139,10 @@ def test_what_is_not_provided_is_a_class_that_nothing_is_of():
         assert marker is getattr(peft, name)
         assert not isinstance(peft.LoKrConfig(), marker)
         assert not issubclass(peft.PeftModel, marker)
+        if name in _markers._LORA_CONFIGS.split():
+            with pytest.raises(NotImplementedError, match=rf"`loftq_config`={name}\(1, a=2\) asks for what this package does not"):
+                peft.LoraConfig(loftq_config=marker(1, a=2))
+            continue
         with pytest.raises(NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"):
             marker(1, a=2)
     with pytest.raises(AttributeError, match="module 'peft' has no attribute 'Nothing'"):
@@ -149,9 +153,9 @@ ABSENT = """
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.ia3.layer import IA3Layer
-from peft.tuners.lora import EvaConfig, Linear4bit
+from peft.tuners.lora import Linear4bit
 from peft.tuners.lora.bnb import Linear8bitLt
-from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 import peft
 for name, marker in list(globals().items()):

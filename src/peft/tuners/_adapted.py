@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
+from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
@@ -62,6 +64,14 @@ class AdaptedModel(nn.Module):
 
     def detach_adapters(self) -> None:
         """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """A model's config as a dictionary; of a model without one, that its type is "custom"."""
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if is_dataclass(config) and not isinstance(config, type):
+            return asdict(config)
+        return config if isinstance(config, dict) else config.to_dict()
 
     # --- walking ------------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..utils.constants import DEFAULT_TARGET_MODULES, DUMMY_MODEL_CONFIG
+from ..utils.constants import DEFAULT_TARGET_MODULES
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
@@ -92,14 +91,6 @@ class BaseTuner(AdaptedModel):
             state_dict=state_dict,
             check=check,
         )
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """A model's config as a dictionary; of a model without one, that its type is "custom"."""
-        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        if is_dataclass(config) and not isinstance(config, type):
-            return asdict(config)
-        return config if isinstance(config, dict) else config.to_dict()
 
     # --- what a method supplies ---------------------------------------------------------------------------------------
 

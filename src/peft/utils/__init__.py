@@ -26,11 +26,7 @@ from .tensors import cast_mixed_precision_params, id_tensor_storage, shift_token
 
 
 def __getattr__(name: str) -> _Any:
-    """Tables of target modules, one for each method, and the wrapper of token embeddings."""
-    if name == "TrainableTokensWrapper":
-        from ..tuners._trainable_tokens import TrainableTokensWrapper
-
-        return TrainableTokensWrapper
+    """Tables of target modules, one for each method."""
     if name.startswith("TRANSFORMERS_MODELS_TO_"):
         return getattr(_constants, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 
 Client libraries import them at their own import and ask `isinstance(config, PrefixTuningConfig)`. They get a class that nothing is
 an instance of; making one, or calling what is a function elsewhere, raises an error that says what is provided. Modules that this
-package lacks can be imported too, and all that is in them is such a class.
+package lacks can be imported too, and all that is in them is such a class. Options of LoRA can be made; `LoraConfig` refuses them.
 """
 
 from __future__ import annotations
@@ -175,10 +175,27 @@ def marker(name: str, module: str = "peft") -> type:
     if not is_named and (name.startswith("__") or not is_absent(module)):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
+    if name in _LORA_CONFIGS.split():
+        return _refused_where_used(name, module)
+
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise PeftNotSupportedError(f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.")
 
     return type(name, (), {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."})
+
+
+def _refused_where_used(name: str, module: str) -> type:
+    """The class that stands for an option of LoRA. Scripts make such options at their own import, for cases they may never come to;
+    it is `LoraConfig` that refuses them.
+    """
+
+    def hold(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def show(self: Any) -> str:
+        return f"{name}({', '.join([*map(repr, self.args), *(f'{key}={value!r}' for key, value in self.kwargs.items())])})"
+
+    return type(name, (), {"__init__": hold, "__repr__": show, "__module__": module, "__doc__": "Not provided by this package."})
 
 
 def is_absent(module: str) -> bool:
