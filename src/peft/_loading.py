@@ -91,12 +91,14 @@ def filler(
         named = {}
         for name, tensor in build.named_tensors():
             named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
-        inside = {**dict.fromkeys(build.layers, ".base_layer"), **dict.fromkeys(build.tokens, ".token_adapter.base_layer")}
-        for name, tensor in model.named_parameters():  # for trained biases and saved embeddings
-            path, _, end = name.rpartition(".")
-            named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = tensor
         incoming = import_state(state, config)
-        expected = adapter_tensors(named.items(), config, adapter_name, incoming)
+        expected = adapter_tensors(named.items(), config, adapter_name)
+        if config.trained_biases != "none" or not incoming.keys() <= expected.keys():  # trained biases and saved embeddings
+            inside = {**dict.fromkeys(build.layers, ".base_layer"), **dict.fromkeys(build.tokens, ".token_adapter.base_layer")}
+            for name, tensor in model.named_parameters():
+                path, _, end = name.rpartition(".")
+                named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = tensor
+            expected = adapter_tensors(named.items(), config, adapter_name, incoming)
         result = check_state(expected, incoming, ignore_mismatched_sizes)
         mismatched = set(result.missing_keys) & incoming.keys()
         check_complete(LoadResult([k for k in result.missing_keys if k not in mismatched], result.unexpected_keys), source)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import METHODS
 
+import peft
+
 sys.path.insert(0, str(Path(__file__).parent))
 import jobs
 from pool import Pool
@@ -220,3 +222,16 @@ def test_trainer_shards(pool, name, tmp_path):
     for first, second, state, resumed in pool.run("trainer", name, str(tmp_path), config):
         assert second[-2:] == pytest.approx(first[-2:], rel=1e-3)
         close(resumed, state)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1 layers"])
+def test_training_over_a_shared_bank(pool, tmp_path, engine):
+    bank = peft.VectorBank(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
+    bank.save_pretrained(tmp_path)
+    fields = {"bank": str(tmp_path)}
+    losses, adapter, _ = jobs.reference("VBLORA", **fields)
+    job, options = ENGINES[engine]
+    for found, state, gradients in pool.run(job, "VBLORA", fields=fields, **options):
+        assert found == pytest.approx(losses, rel=1e-4)
+        close(state, adapter)
+        assert not any("bank" in parameter for parameter in gradients)

@@ -7,7 +7,7 @@ from ..utils.markers import marker as _marker
 from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
-from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank
+from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 
 
 def __getattr__(name: str) -> _Any:
@@ -26,6 +26,7 @@ __all__ = [
     "VBLoRAConfig",
     "VBLoRAModel",
     "VectorBank",
+    "bank_usage",
     "convert_to_lora",
     "convert_to_poly",
     "inspect_lokr_file",

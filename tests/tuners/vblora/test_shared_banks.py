@@ -281,11 +281,18 @@ def test_a_bank_the_model_has_needs_no_file(tmp_path, bank):
 
 def test_users_of_a_bank_run_on_one_that_grew(tmp_path, bank):
     x, y = new_user(tmp_path / "old", tmp_path / "bank")
+    small = str(tmp_path / "small")
+    bank.save_pretrained(small)
     grown = bank.grow(300, bound=1.0)  # from here on indices take two bytes
     grown.save_pretrained(tmp_path / "bank")
     x_new, y_new = new_user(tmp_path / "new", tmp_path / "bank", 5)
+    before = PeftModel.from_pretrained(base(), tmp_path / "old", config=VBLoRAConfig.from_pretrained(tmp_path / "old", bank=small))(
+        x
+    )
     model = PeftModel.from_pretrained(base(), tmp_path / "new", "new")
     model.load_adapter(tmp_path / "old", "old")
+    model.set_adapter("old")
+    assert torch.equal(model(x), before)
     assert bank_parameters(model) == [f"base_model.vblora_shared_banks.{grown.sha256()}"]
     for name, (inputs, expected) in {"old": (x, y), "new": (x_new, y_new)}.items():
         model.set_adapter(name)
@@ -324,6 +331,17 @@ def test_an_injected_model_and_a_mixed_one(tmp_path, bank):
     mixed(torch.randn(2, 8)).sum().backward()
     assert bank_parameters(mixed) == [f"base_model.vblora_shared_banks.{bank.sha256()}"]
     assert bank_parameters(mixed.unload()) == []
+
+
+def test_transformers_loads_it_into_its_own_model(tmp_path, bank):
+    torch.manual_seed(3)
+    plain = llama()
+    fields = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "save_only_topk_weights": True}
+    model = get_peft_model(copy.deepcopy(plain), config(bank=str(tmp_path / "bank"), **fields)).eval()
+    model.save_pretrained(tmp_path / "user")
+    plain.load_adapter(str(tmp_path / "user"))
+    ids = torch.randint(3, 48, (2, 5))
+    torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_and_precision(tmp_path, bank):

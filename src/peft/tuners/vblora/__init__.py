@@ -6,7 +6,8 @@ from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
 from .model import VBLoRAModel
 from .shared import VectorBank
+from .usage import BankUsage, bank_usage
 
-__all__ = ["Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAModel", "VectorBank"]
+__all__ = ["BankUsage", "Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAModel", "VectorBank", "bank_usage"]
 
 register_peft_method(name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -196,18 +196,21 @@ class VBLoRALayer(BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """`A [r, in]` and `B [out, r]`, the layer's scale and the gate in `B`."""
+        A, B = self._composed(adapter_name)
+        if adapter_name in self.vblora_gate:
+            B = B * self.vblora_gate(adapter_name)
+        return A, scaled(B, self.scaling[adapter_name])
+
+    def _composed(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """`A [r, in]` and `B [out, r]` as they are made of vectors; nothing may write to them."""
         bank = self.bank(adapter_name)
         if self.form[adapter_name] is Form.LOGITS:
-            logits = self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
-            A, B = compose_factors(*logits, bank, self.topk[adapter_name])
+            topk, sources = self.topk[adapter_name], (*self.logits(adapter_name), bank)
+            A, B = self.recall(adapter_name, "factors", sources, lambda: compose_factors(*sources, topk))
         else:
             of_A, of_B = self.chosen(adapter_name)
             A, B = place_tiles(mix(*of_A, bank), mix(*of_B, bank))
-        A, B = self._to_size(A, B)
-        if adapter_name in self.vblora_gate:
-            B = B * self.vblora_gate(adapter_name)
-        scale = self.scaling[adapter_name]
-        return A, B * scale if isinstance(scale, Tensor) or scale != 1 else B
+        return self._to_size(A, B)
 
     def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Factors `[…, r, in]` and `[…, out, r]` without what their last tiles have too much."""
@@ -242,44 +245,40 @@ class VBLoRALayer(BaseTunerLayer):
             raise PeftRuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
             )
-        topk, scale = self.topk[adapter_name], self.scaling[adapter_name]
-        sources = self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name), self.vblora_vector_bank(adapter_name)
-        A, B = self.recall(adapter_name, "factors", sources, lambda: compose_factors(*sources, topk))
+        A, B = self._composed(adapter_name)
+        scale = self.scaling[adapter_name]
+        gate = self.vblora_gate(adapter_name) if adapter_name in self.vblora_gate else 1
         x = self._cast_input_dtype(x, A.dtype)
         if self.training and (dropout := self.vblora_dropout[adapter_name]):
             x = F.dropout(x, dropout)
-        return Steps(x, A.T, lambda h: (scaled(h, scale), B.T))
+        return Steps(x, A.T, lambda h: (scaled(scaled(h, gate), scale), B.T))
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
 
     def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
         """Compact adapters over one shared bank are composed and applied all at once, the others one by one."""
-        together: dict[Any, list[str]] = {}
-        for name in batch.samples:
-            kind = self._kind(name)
-            if kind is not None:
-                together.setdefault(kind, []).append(name)
-        done: set[str] = set()
-        for names in together.values():
-            if len(names) > 1:
-                result = self._apply_together(tuple(names), batch, x, result)
-                done.update(names)
-        return super()._apply_by_sample(batch, x, result) if not done else self._apply_rest(batch, x, result, done)
-
-    def _apply_rest(self, batch: AdapterBatch, x: Tensor, result: Tensor, done: set[str]) -> Tensor:
-        rest = {name: samples for name, samples in batch.samples.items() if name not in done and name in self.scaling}
+        together = [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
+        for names in together:
+            result = self._apply_together(names, batch, x, result)
+        if not together:
+            return super()._apply_by_sample(batch, x, result)
+        done = {name for names in together for name in names}
+        rest = {name: samples for name, samples in batch.samples.items() if name in self.scaling and name not in done}
         return super()._apply_by_sample(batch.part(rest), x, result) if rest else result
 
-    def _kind(self, adapter_name: str) -> Any:
-        """What adapters have in common that are applied together; None for one that is applied by itself."""
-        if self.form.get(adapter_name) is not Form.WEIGHTS or self.training:
-            return None
-        key, scale = self.bank_key[adapter_name], self.scaling[adapter_name]
-        if key is None or isinstance(scale, Tensor) or scale != 1 or adapter_name in self.vblora_gate:
-            return None
-        indices_A, indices_B = self.vblora_logits_A_topk_indices, self.vblora_logits_B_topk_indices
-        weights_A, weights_B = self.vblora_logits_A_topk_weights, self.vblora_logits_B_topk_weights
-        return key, *(holder.place(adapter_name)[0] for holder in (indices_A, weights_A, indices_B, weights_B))
+    def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
+        """Those of a call's adapters that can be applied together: compact ones, not scaled, whose tensors are in the same buffers,
+        over the same bank.
+        """
+        places = [getattr(self, name + end).place for name in LOGITS for end in (INDICES, WEIGHTS)]
+        bank_key, form, scaling, gated = self.bank_key, self.form, self.scaling, self.vblora_gate._parameters
+        kinds: dict[Any, list[str]] = {}
+        for name in batch.samples:
+            if form.get(name) is Form.WEIGHTS and bank_key[name] is not None and name not in gated:
+                scale = scaling[name]
+                if not isinstance(scale, Tensor) and scale == 1:
+                    kinds.setdefault((bank_key[name], *[place(name)[0] for place in places]), []).append(name)
+        return map(tuple, kinds.values())
 
     def _apply_together(self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
@@ -288,20 +287,22 @@ class VBLoRALayer(BaseTunerLayer):
         for name in LOGITS:
             indices, weights = (self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS))
             tiles.append(mix(indices, all_weights(weights), bank))
-        A, B = self._to_size(*place_tiles(*tiles))  # [names, r, in] and [names, out, r]
+        A = tiles[0].flatten(-2)[..., : self.geometry.in_features]  # [names, r, in]
+        B = tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]  # [names, r, out], transposed
         rows, owner = batch.owners(names, x)
-        every = len(rows) == len(x)
-        own = x if every else x[rows]
-        own = self._cast_input_dtype(own, A.dtype).reshape(len(rows), -1, x.shape[-1])
-        delta = (own @ A[owner].mT @ B[owner].mT).view(len(rows), *result.shape[1:]).to(result.dtype)
-        return result + delta if every else result.index_add(0, rows, delta)
+        if len(rows) != len(names):  # else each has one row, and both are in order
+            A, B = A[owner], B[owner]
+        is_all = len(rows) == len(x)
+        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype).reshape(len(rows), -1, x.shape[-1])
+        delta = (own @ A.mT @ B).view(len(rows), *result.shape[1:]).to(result.dtype)
+        return result + delta if is_all else result.index_add(0, rows, delta)
 
     @staticmethod
     def _rows_of(holder: PackedTensors, names: tuple[str, ...], batch: AdapterBatch) -> Tensor:
         """The entries of adapters that are in one buffer, `[names, …]`."""
-        places = [holder.place(name) for name in names]
-        pack = holder.pack(places[0][0])
-        return pack[batch.numbers(tuple(row for _, row in places), pack.device)]
+        place = holder.place
+        pack = holder.pack(place(names[0])[0])
+        return pack[batch.numbers(tuple([place(name)[1] for name in names]), pack.device)]
 
 
 class Linear(VBLoRALayer):
