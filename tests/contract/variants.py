@@ -63,6 +63,7 @@ CASES = {
         "POLY",
         {"n_skills": 3, "straight_through": True, "router_dropout": 0.2, "n_shared_skills": 1, "router_granularity": "model"},
     ),
+    "POLY own skills": Case("POLY", {"task_rank": 1, "n_splits": 1}),
     "POLY top 1": Case("POLY", {"n_skills": 6, "eval_top_k": 1, "rank_pattern": {"2": 3}}),
     "LOKR dropout": Case("LOKR", DROPOUT),
     "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),

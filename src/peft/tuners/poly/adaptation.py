@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New tasks from few examples: which part of an adapter trains, adapters made of one, and a task's routing fitted in seconds."""
+"""New tasks from few examples: what of an adapter trains, the regimes of the papers, and a task's routing fitted in seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ...utils.error import PeftTypeError, PeftValueError
-from .. import _combining
-from .._combining import Combined
-from .inventory import InventoryTuner
+from .deriving import DerivingTuner
 from .layer import is_fixed
-from .mixing import task_factors
 from .regimes import Regime, regime_named
 from .router import InputRouter, TaskRouter
 
@@ -39,7 +36,7 @@ class TaskFit:
     start: int | None = None
 
 
-class AdaptingTuner(InventoryTuner):
+class AdaptingTuner(DerivingTuner):
     """A tuner whose adapters can be trained in part."""
 
     def train_only(
@@ -57,7 +54,8 @@ class AdaptingTuner(InventoryTuner):
 
         Args:
             skills: Whether the skills train.
-            tasks: Whose routing trains: ids or names, "all", or None for no one's. Input routing trains with "all".
+            tasks: Whose routing trains, and whose own skills: ids or names, "all", or None for no one's. Input routing trains
+                with "all".
             companions: Whether modules and embedding rows train that the adapter has beside its layers.
             adapter_name: By default the active adapter.
 
@@ -86,11 +84,13 @@ class AdaptingTuner(InventoryTuner):
         for _, layer in self.poly_layers(name):
             for holder in (layer.poly_lora_A, layer.poly_lora_B):
                 holder[name].requires_grad_(skills)
-            router = layer.router(name)
-            if every and not is_fixed(router):
-                router.requires_grad_(True)
-            elif numbers and isinstance(router, TaskRouter) and not is_fixed(router) and router.opened != sorted(set(numbers)):
-                router.open_rows(numbers)
+            if every and isinstance(layer.poly_router[name], InputRouter):
+                layer.poly_router[name].requires_grad_(True)
+            for table in layer.task_tables(name):
+                if every and not is_fixed(table):
+                    table.requires_grad_(True)
+                elif numbers and not is_fixed(table):
+                    table.open_rows(numbers)
 
     def begin_regime(
         self, regime: str, tasks: Any = None, adapter_name: str | None = None, new_adapter: str | None = None
@@ -143,112 +143,6 @@ class AdaptingTuner(InventoryTuner):
         make(new, adapter_name=source, **options)
         self.set_adapter(new)
         return new
-
-    # --- adapters made of one -------------------------------------------------------------------------------------------
-
-    def average_skills(self, new_adapter: str, adapter_name: str | None = None) -> None:
-        """Make an adapter of one task whose only skill is the mean of an adapter's skills. It waits, frozen, until `set_adapter`.
-
-        Args:
-            new_adapter: Its name.
-            adapter_name: By default the active adapter.
-
-        Raises:
-            PeftValueError: There is no such adapter, or the new name can't be used.
-
-        Source: arXiv:2211.03831, section 3.3 (MHR-μ)
-        """
-        adapter_name = self.one_adapter(adapter_name)
-        layers = dict(self.poly_layers(adapter_name))
-        equal = {
-            path: layer.poly_lora_A[adapter_name].new_ones(layer.poly_lora_A[adapter_name].shape[:2])
-            for path, layer in layers.items()
-        }
-        self._one_skill(new_adapter, adapter_name, {path: w / w.shape[1] for path, w in equal.items()})
-
-    def extract_tasks(self, new_adapter: str, tasks: Any, adapter_name: str | None = None) -> None:
-        """Make a smaller adapter of some tasks, which compute what they did. It waits, frozen, until `set_adapter`.
-
-        Args:
-            new_adapter: Its name.
-            tasks: Ids or names: the new adapter has these, in this order, and all skills. A dictionary with a share for each: the
-                new adapter has one task and one skill, the blend whose skills are mixed by the sum of the tasks' weights, each
-                times its share; `{task: 1.0}` is one task as it was.
-            adapter_name: By default the active adapter.
-
-        Raises:
-            PeftTypeError: A task is neither a number nor a name.
-            PeftValueError: A task is unknown or comes twice, or the new name can't be used; nothing is changed.
-        """
-        name = self.task_routed(adapter_name)
-        if isinstance(tasks, Mapping):
-            shares = {self.task_numbers(name, task)[0]: float(share) for task, share in tasks.items()}
-            weights = {
-                path: sum((router.task_weights()[task] * share for task, share in shares.items()), torch.zeros(()))
-                for path, router in self._all_task_routers(name).items()
-            }
-            self._one_skill(new_adapter, name, weights)
-            return
-        numbers = self.task_numbers(name, tasks)
-        if len(set(numbers)) != len(numbers):
-            raise PeftValueError(f"`tasks`={tasks!r} has a task twice.")
-        config: Any = self.peft_config[name]
-        tensors: dict[str, Tensor] = {}
-        for path, layer in self.poly_layers(name):
-            for holder in ("poly_lora_A", "poly_lora_B"):
-                tensors[f"{path}.{holder}"] = getattr(layer, holder)[name].detach().clone()
-        for path, router in self._firsts(name):
-            key = "module_logits" if isinstance(router, TaskRouter) else "weight"
-            table = getattr(router, key).detach()
-            tensors[f"{path}.poly_router.{key}"] = (table[numbers] if isinstance(router, TaskRouter) else table).clone()
-        names = config.task_names and [config.task_names[task] for task in numbers]
-        _combining.derive(self, new_adapter, name, Combined(replace(config, n_tasks=len(numbers), task_names=names), tensors))
-
-    def _firsts(self, name: str) -> Iterator[tuple[str, Any]]:
-        """An adapter's routers, each once, with the path of the first layer that has it."""
-        seen: set[int] = set()
-        for path, layer in self.poly_layers(name):
-            router = layer.router(name)
-            if id(router) not in seen:
-                seen.add(id(router))
-                yield _combining.outer_path(path), router
-
-    def _all_task_routers(self, name: str) -> dict[str, TaskRouter]:
-        """The routers by path, all of which have to route by task.
-
-        Raises:
-            PeftValueError: Some layer routes by input.
-        """
-        routers = self.task_routers(name)
-        by_input = [path for path, layer in self.poly_layers(name) if isinstance(layer.router(name), InputRouter)]
-        if by_input:
-            raise PeftValueError(f"`{by_input[0]}` routes by input; there are no weights to make one skill with.")
-        return routers
-
-    def _one_skill(self, new_adapter: str, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Make an adapter of one task and one skill, which is a mixture: weights `[n_splits, n_skills]` by path."""
-        config: Any = self.peft_config[name]
-        tensors: dict[str, Tensor] = {}
-        for path, layer in self.poly_layers(name):
-            A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
-            left, right = task_factors(weights[path].to(A.dtype), A, B)
-            key = _combining.outer_path(path)
-            tensors[f"{key}.poly_lora_A"], tensors[f"{key}.poly_lora_B"] = left.T[None, None], right.T[None, None]
-            tensors[f"{key}.poly_router.module_logits"] = A.new_zeros(1, 1)
-        plain = {field: value for field, value in type(config).absent_values.items() if field not in _KEPT}
-        small = replace(config, **{**plain, "poly_type": "poly", "n_tasks": 1, "n_skills": 1, "n_splits": 1})
-        _combining.derive(self, new_adapter, name, Combined(small, tensors))
-
-    def _redraw(self, new_adapter: str, adapter_name: str, shared: bool) -> None:
-        """Add an adapter like another with values of its own; `shared`: with one task and one skill of as many parameters."""
-        config: Any = self.peft_config[adapter_name]
-        fields: dict[str, Any] = {}
-        if shared:
-            plain = {field: value for field, value in type(config).absent_values.items() if field not in _KEPT}
-            ranks = {key: r * config.n_skills for key, r in config.rank_pattern.items()}
-            fields = {**plain, "rank_pattern": ranks, "r": config.r * config.n_skills, "poly_type": "poly"}
-            fields |= {"n_tasks": 1, "n_skills": 1, "n_splits": 1}
-        self.add_adapter(new_adapter, replace(config, inference_mode=False, **fields))
 
     # --- fitting --------------------------------------------------------------------------------------------------------
 
@@ -375,7 +269,3 @@ class AdaptingTuner(InventoryTuner):
         for router in routers:
             router.module_logits[task] = 0 if best is None else router.module_logits[best]
         return best
-
-
-# Additions of the config that say something else than how skills are mixed.
-_KEPT = ("trainable_token_indices", "alpha", "rank_pattern")

@@ -91,6 +91,10 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
     for name, config in zip(request.adapters, configs, strict=True):
         if config.routes_by_input:
             raise PeftNotSupportedError(f"Adapter {name} routes by input; only adapters that route by task can be combined.")
+        if config.task_rank:
+            raise PeftNotSupportedError(
+                f"Adapter {name} has a skill of rank {config.task_rank} for each task; these can't be combined."
+            )
     shared_value(tuner, request, "n_tasks", "task_names")
     parts = {
         path: [_inventory(layer, name, weight, tuner.peft_config[name]) for name, weight in request.terms()]

@@ -55,6 +55,7 @@ class PolyConfig(TargetedConfig):
         router_granularity: What has one router: each "linear" layer; each "layer", the module around them (attention, MLP); each
             "block"; the encoder and the decoder ("coder"); the whole "model".
         routing: "learned"; or "fixed": all skills have the same weight, or those that `set_router_weights` gives them.
+        task_rank: Rank of a skill that each task has to itself, beside the shared ones; 0 for none.
         rank_pattern: Other values of `r` for some modules: name or regular expression → value. The first that fits counts.
         n_skills_pattern, n_splits_pattern: The same for `n_skills` and `n_splits`.
         routing_pattern: The same for how weights come about: "learned" for each task, "fixed", or by "input".
@@ -94,6 +95,7 @@ class PolyConfig(TargetedConfig):
         default="linear", metadata={"help": "What has a router of its own."}
     )
     routing: Literal["learned", "fixed"] = field(default="learned", metadata={"help": "Whether the weights of tasks are trained."})
+    task_rank: int = field(default=0, metadata={"help": "Rank of a skill that each task has to itself."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other ranks for some modules."})
     n_skills_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of skills for some modules."})
     n_splits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of heads for some modules."})
@@ -111,6 +113,7 @@ class PolyConfig(TargetedConfig):
         "eval_top_k": None,
         "router_granularity": "linear",
         "routing": "learned",
+        "task_rank": 0,
         "rank_pattern": {},
         "n_skills_pattern": {},
         "n_splits_pattern": {},
@@ -141,6 +144,7 @@ class PolyConfig(TargetedConfig):
             yield from boolean(name, getattr(self, name))
         yield from probability("router_dropout", self.router_dropout)
         yield from at_least("n_shared_skills", self.n_shared_skills, 0)
+        yield from at_least("task_rank", self.task_rank, 0)
         if self.eval_top_k is not None:
             yield from at_least("eval_top_k", self.eval_top_k)
         yield from choice("router_granularity", self.router_granularity, GRANULARITIES)
@@ -150,6 +154,8 @@ class PolyConfig(TargetedConfig):
         yield from pattern_dict("routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING))
         if self.routing == "fixed" and self.poly_type == "mope":
             yield "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not have."
+        if self.task_rank and self.routes_by_input:
+            yield f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows no tasks; use 0."
         counts = [self.n_skills, *(self.n_skills_pattern.values() if isinstance(self.n_skills_pattern, dict) else ())]
         counts = [count for count in counts if is_int(count)]
         if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):

@@ -86,7 +86,7 @@ class InventoryTuner(BaseTuner):
         Args:
             tasks: How many, or their names (if the adapter has names, or has none yet and all get one).
             init: "mean": start from the mean of all tasks' gates. "uniform": from equal weights. A task's id or name: from
-                that task.
+                that task. Where tasks have skills of their own, only the last gives a new one that has an effect.
             adapter_name: By default the active adapter.
 
         Raises:
@@ -104,7 +104,7 @@ class InventoryTuner(BaseTuner):
             row = mean if init == "mean" else torch.zeros_like(logits[0]) if source is None else logits[source]
             return torch.cat([logits, row.expand(extra, -1)])
 
-        self._replace_tasks(name, grown, [*old, *[None] * extra], names)
+        self._replace_tasks(name, grown, [*old, *[None] * extra], names, source)
 
     @torch.no_grad()
     def remove_tasks(self, tasks: int | str | Sequence[int | str], adapter_name: str | None = None) -> None:
@@ -160,13 +160,19 @@ class InventoryTuner(BaseTuner):
         names = self.peft_config[name].task_names  # type: ignore[attr-defined]
         self._replace_tasks(name, lambda logits: logits[chosen], chosen, names and [names[task] for task in chosen])
 
-    def _replace_tasks(self, name: str, change: Any, origin: Sequence[int | None], names: list[str] | None) -> None:
-        """Put other tables of tasks in place, made of the present ones by `change`; `origin` says which task each row was."""
+    def _replace_tasks(
+        self, name: str, change: Any, origin: Sequence[int | None], names: list[str] | None, source: int | None = None
+    ) -> None:
+        """Put other tables of tasks in place: of logits those that `change` makes, of tasks' own skills the present ones, and for
+        new tasks that of `source`; `origin` says which task each row was.
+        """
         config: Any = self.peft_config[name]
         for router in dict.fromkeys(self.task_routers(name).values()):
             router.replace(change(router.module_logits), origin)
         for _, layer in self.poly_layers(name):
             layer.n_tasks[name] = len(origin)
+            if name in layer.poly_task_skills:
+                layer.poly_task_skills[name].select(origin, source)  # type: ignore[operator]
         config.n_tasks, config.task_names = len(origin), names
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,8 @@ from .gating import only_used
 from .mixing import poly_delta, poly_steps, side_by_side, task_delta_weight, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
+from .tables import TaskTable
+from .task_skills import TaskSkills
 
 # Numbers up to which all tasks' weights are computed at once, to be looked up.
 _SMALL_TABLE = 4096
@@ -38,12 +40,13 @@ class PolyLayer(BaseTunerLayer):
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
         poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
         poly_router: Routers by adapter name; `router` finds those that layers share.
+        poly_task_skills: Tasks' own skills, by the name of adapters that have such.
         r, alpha, n_tasks, n_skills, n_splits: As in the config, by adapter name.
 
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router", "poly_task_skills")
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "n_tasks", "n_skills", "n_splits", "token_level")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None, stream: str = "main") -> None:
@@ -51,6 +54,7 @@ class PolyLayer(BaseTunerLayer):
         self.poly_lora_A = AdapterParameterDict()
         self.poly_lora_B = AdapterParameterDict()
         self.poly_router = nn.ModuleDict()
+        self.poly_task_skills = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.n_tasks: dict[str, int] = {}
@@ -98,6 +102,10 @@ class PolyLayer(BaseTunerLayer):
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         own = SharedRouter(router) if router else make_router(poly_config, size.in_features, placement, initialise)
         self.poly_router[adapter_name] = own.train(self.training).requires_grad_(not inference_mode and not is_fixed(own))
+        if poly_config.task_rank:
+            sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
+            skills = TaskSkills(*sizes, placement, initialise, poly_config.init_weights).train(self.training)
+            self.poly_task_skills[adapter_name] = skills.requires_grad_(not inference_mode)
         if initialise:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
 
@@ -119,14 +127,19 @@ class PolyLayer(BaseTunerLayer):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained by themselves are no more."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        routers = [self.poly_router[name] for name in names if name in self.poly_router]
-        for router in routers:
-            if isinstance(router, TaskRouter):
-                router.close_rows()
+        for name in names:
+            for table in self.task_tables(name):
+                table.close_rows()
         super().set_requires_grad(names, requires_grad)
-        for router in routers:
-            if is_fixed(router):
-                router.requires_grad_(False)
+        for name in names:
+            if name in self.poly_router and is_fixed(self.poly_router[name]):
+                self.poly_router[name].requires_grad_(False)
+
+    def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
+        """The tables with a row for each task that an adapter has in this layer; a shared router's is the other layer's."""
+        for container in (self.poly_router, self.poly_task_skills):
+            if adapter_name in container:
+                yield from (module for module in container[adapter_name].modules() if isinstance(module, TaskTable))
 
     def forward(self, x: Tensor, *args: Any, task_ids: Any = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus that of the active adapters.
@@ -146,14 +159,25 @@ class PolyLayer(BaseTunerLayer):
             return self.apply_adapter(adapter_name, x, result)
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input."""
-        return poly_delta(*self._operands(adapter_name, x))
+        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, and what the row's task adds by itself."""
+        x, *operands = self._operands(adapter_name, x)
+        delta = poly_delta(x, *operands)
+        if adapter_name not in self.poly_task_skills:
+            return delta
+        return delta + self.poly_task_skills[adapter_name](x, self._task_ids(adapter_name, x), self.own_scale(adapter_name))
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:  # noqa: D102
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
+        if adapter_name in self.poly_task_skills:
+            return None
         x, weights, A, B, scale = self._operands(adapter_name, x)
         if not is_running_often() or A is not self.poly_lora_A._parameters.get(adapter_name):
             return poly_steps(x, weights, A, B, scale)
         return poly_steps(x, weights, A, B, scale, lambda: self.recall(adapter_name, "A", (A,), lambda: side_by_side(A)))
+
+    def own_scale(self, adapter_name: str) -> Any:
+        """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured strength."""
+        own: Any = self.poly_task_skills[adapter_name]
+        return self.scaling[adapter_name] * self.r[adapter_name] / own.rank
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""
@@ -233,7 +257,17 @@ class PolyLayer(BaseTunerLayer):
         router = self.router(adapter_name)
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
         weights = router.task_weights()[task].to(A.dtype)
-        return self.geometry.as_stored(task_delta_weight(weights, A, B, self.scaling[adapter_name]))
+        delta = task_delta_weight(weights, A, B, self.scaling[adapter_name])
+        if adapter_name in self.poly_task_skills:
+            left, right = self.own_factors(adapter_name, {task: 1.0})
+            delta = delta + right @ left
+        return self.geometry.as_stored(delta)
+
+    def own_factors(self, adapter_name: str, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+        """What tasks add by themselves, each times its share, as factors `A [k·r_t, in]` and `B [out, k·r_t]`."""
+        own: Any = self.poly_task_skills[adapter_name]
+        left, right = own.factors(shares)
+        return left, right * self.own_scale(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter routes by task: its delta is the same for every input then."""
@@ -246,8 +280,8 @@ class PolyLayer(BaseTunerLayer):
         task_id: int | Mapping[int, float] | None = None,
         **options: Any,
     ) -> LowRank:
-        """One task's delta as `B·A`, exact of rank `r`; or that of a mixture of tasks, whose skills are mixed by the sum of the
-        tasks' weights, each times its share.
+        """One task's delta as `B·A`, exact of rank `r` (and `r_t` more for a skill of its own); or that of a mixture of tasks,
+        whose skills are mixed by the sum of the tasks' weights, each times its share.
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
         router = self.router(adapter_name)
@@ -256,6 +290,9 @@ class PolyLayer(BaseTunerLayer):
         weights = sum(every[task] * share for task, share in tasks.items())
         A, B = (holder(adapter_name).detach() for holder in (self.poly_lora_A, self.poly_lora_B))
         A, B = task_factors(weights, A, B, float(self.scaling[adapter_name]))
+        if adapter_name in self.poly_task_skills:
+            left, right = self.own_factors(adapter_name, tasks)
+            A, B = torch.cat([A, left]), torch.cat([B, right], dim=1)
         return approximate(B, A, rank)
 
 

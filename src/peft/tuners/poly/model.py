@@ -47,7 +47,7 @@ class PolyModel(AdaptingTuner):
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),  # the table, and rows that train by themselves
         "input_router": Role(("poly_router.weight",)),
-        "skills": Role(("poly_lora_A", "poly_lora_B"), lr=1e-3),
+        "skills": Role(("poly_lora_A", "poly_lora_B", "poly_task_skills"), lr=1e-3),
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...utils.error import PeftRuntimeError
-from ...utils.sharding import cut_like, is_distributed, is_managed, whole
+from ...utils.sharding import whole
 from .._geometry import Placement
 from .gating import Gating, mixing_weights, open_gates
+from .tables import TaskTable
 
 
 class Router(nn.Module):
@@ -43,22 +42,8 @@ class Router(nn.Module):
         return None if self.training else self.how.top_k
 
 
-class _Rows(nn.ParameterList):
-    """Rows of a table that are trained by themselves. They share the table's memory, and a checkpoint has the table."""
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class TaskRouter(Router):
-    """Routing by task.
-
-    Rows can be opened for training: each run of successive rows becomes a parameter of its own, in the table's memory, and the
-    table is frozen. An optimiser then sees those rows alone: closed rows get no gradient, no weight decay, and have no state in
-    it. All that reads the table (saving, merging, converting) sees what was learned.
+class TaskRouter(Router, TaskTable):
+    """Routing by task: a table of logits, whose rows can be trained by themselves.
 
     Args:
         n_tasks: Number of tasks.
@@ -75,6 +60,8 @@ class TaskRouter(Router):
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
     """
 
+    table_name: ClassVar[str] = "module_logits"
+
     def __init__(
         self,
         n_tasks: int,
@@ -89,8 +76,6 @@ class TaskRouter(Router):
         device, dtype = placement
         self.fixed = fixed
         self.module_logits = nn.Parameter(torch.empty(n_tasks, n_splits * n_skills, device=device, dtype=dtype))
-        self.rows = _Rows()
-        self.runs: list[tuple[int, int]] = []  # where each of `rows` begins in the table, and ends
         if initialise and fixed:
             nn.init.zeros_(self.module_logits)
         elif initialise:
@@ -99,16 +84,6 @@ class TaskRouter(Router):
     def forward(self, task_ids: Tensor) -> Tensor:
         """Mixing weights `[batch, n_splits, n_skills]` for task ids `[batch]`."""
         return self.weights(nn.functional.embedding(task_ids, self.table()))
-
-    def table(self) -> Tensor:
-        """All logits `[n_tasks, n_splits·n_skills]`, through which gradients reach what is trained of them."""
-        if not self.runs:
-            return self.module_logits
-        pieces, end = [], 0
-        for row, (start, stop) in zip(self.rows, self.runs, strict=True):
-            pieces += [self.module_logits[end:start], row]
-            end = stop
-        return torch.cat([*pieces, self.module_logits[end:]])
 
     def logits(self) -> Tensor:
         """The table as `[n_tasks, n_splits, n_skills]`, whole."""
@@ -121,81 +96,6 @@ class TaskRouter(Router):
     def task_gates(self) -> Tensor:
         """The gates that the weights are made of, likewise."""
         return open_gates(self.logits(), self.how, False)
-
-    # --- rows that are trained ------------------------------------------------------------------------------------------
-
-    @property
-    def opened(self) -> list[int]:
-        """The tasks whose rows are open."""
-        return [task for start, stop in self.runs for task in range(start, stop)]
-
-    def open_rows(self, tasks: Collection[int]) -> None:
-        """Train the rows of some tasks, and no others.
-
-        Raises:
-            PeftRuntimeError: An engine holds the table's memory.
-        """
-        self.close_rows()
-        if is_managed(self.module_logits):
-            raise PeftRuntimeError("An engine has sharded the router; choose what trains before the model is sharded.")
-        self.module_logits.requires_grad_(False)
-        for task in sorted(set(tasks)):
-            if self.runs and self.runs[-1][1] == task:
-                self.runs[-1] = (self.runs[-1][0], task + 1)
-            else:
-                self.runs.append((task, task + 1))
-        self.rows.extend(nn.Parameter(self.module_logits.data[start:stop]) for start, stop in self.runs)
-
-    def close_rows(self) -> None:
-        """Train no rows by themselves; the table stays frozen or not as it is."""
-        self._gather()
-        self.rows, self.runs = _Rows(), []
-
-    def replace(self, table: Tensor, origin: Sequence[int | None]) -> None:
-        """Put another table in place, with the rows open that were.
-
-        Args:
-            table: `[n_tasks, n_splits·n_skills]`.
-            origin: For each of its rows the number it had, None for new ones.
-        """
-        opened = set(self.opened)
-        self.close_rows()
-        self.module_logits = nn.Parameter(table, requires_grad=self.module_logits.requires_grad)
-        if opened:
-            self.open_rows([task for task, before in enumerate(origin) if before in opened])
-
-    # --- one memory -----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Where an engine has put rows elsewhere, bring the table up to date."""
-        if any(is_distributed(row) for row in self.rows):
-            values = whole(self.module_logits).clone()
-            for row, (start, stop) in zip(self.rows, self.runs, strict=True):
-                values[start:stop] = whole(row)
-            self.module_logits.copy_(cut_like(self.module_logits, values))
-
-    def _tie(self) -> None:
-        """Give the rows the table's memory again, which has the same values."""
-        for row, (start, stop) in zip(self.rows, self.runs, strict=True):
-            row.data = self.module_logits.data[start:stop]
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskRouter:
-        super()._apply(fn, recurse)
-        self._tie()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._tie()
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._gather()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._tie()
 
 
 class InputRouter(Router):
