@@ -47,8 +47,10 @@ clean:
 
 # Peers of the benchmark are in folders of their own too.
 .peer-lycoris/.version: | $(VENV)/.base
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer-lycoris lycoris-lora==4.1.3
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer-lycoris lycoris-lora==4.1.3 toml==0.10.2
 	touch $@
 
 bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter costs, by turns with the peers
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks startup
+	$(BIN)/python -m benchmarks scaling
+	$(BIN)/python -m benchmarks steps

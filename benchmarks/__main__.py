@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import report
+import torch
+
+from . import report, scaling, startup
 from .run import LIBRARIES, METHODS, measure
 from .work import Shape
 
@@ -16,6 +18,12 @@ KINDS = ("train", "prefill", "decode")
 def main() -> None:
     """Measure what the command line asks for and write the results."""
     options = _parser().parse_args()
+    folder = Path(options.output)
+    {"steps": _steps, "scaling": _scaling, "startup": _startup}[options.what](options, folder)
+    print(f"Results in {folder}/.")
+
+
+def _steps(options: argparse.Namespace, folder: Path) -> None:
     rows = []
     for width in options.width:
         shape = Shape(
@@ -36,13 +44,34 @@ def main() -> None:
                 rows += found
                 for row in found:
                     print(report.line(row), flush=True)
-    folder = Path(options.output)
     report.write(folder, rows, options.threads)
-    print(f"\n{report.verdict(rows)}\nResults in {folder}/.")
+    print(f"\n{report.verdict(rows)}")
+
+
+def _scaling(options: argparse.Namespace, folder: Path) -> None:
+    torch.set_num_threads(options.threads)
+    sizes = {axis: values[: options.sizes] for axis, values in scaling.SIZES.items()}
+    rows = scaling.measure(options.width[0], options.rounds * options.repeat, sizes)
+    report.write_table(folder, "scaling", scaling.HEAD, [scaling.line(row) for row in rows], rows, options.threads)
+    report.draw(scaling.plot, folder / "scaling.png", rows, options.threads)
+
+
+def _startup(options: argparse.Namespace, folder: Path) -> None:
+    libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
+    rows = startup.measure(libraries, options.rounds, startup.PRESENT[: options.sizes])
+    report.write_table(folder, "startup", startup.HEAD, [startup.line(row) for row in rows], rows, 1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("steps", "scaling", "startup"),
+        default="steps",
+        help="steps: what an adapter adds to a training step, a prompt and a token, by turns with the peers (default). scaling: "
+        "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, saving",
+    )
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--mode", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
@@ -59,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="turns each library takes")
     parser.add_argument("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
+    parser.add_argument("--sizes", type=int, default=4, help="how many of the sizes in `scaling` and `startup`, the smallest first")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
     return parser
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +67,36 @@ def machine(threads: int) -> str:
         models = [text.partition(":")[2].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
         name = models[0] if models else name
     accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores ({threads} threads used){accelerator}, torch {torch.__version__}"
+    busy = f", load {os.getloadavg()[1]:.1f} in the last five minutes" if hasattr(os, "getloadavg") else ""
+    return f"{name}, {os.cpu_count()} cores ({threads} threads used{busy}){accelerator}, torch {torch.__version__}"
 
 
 def write(folder: Path, rows: list[Row], threads: int) -> None:
     """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`."""
+    write_table(folder, "table", _HEAD, [*map(line, rows), "", verdict(rows)], rows, threads, "results")
+    draw(_plot, folder / "ratios.png", rows, threads)
+
+
+def write_table(
+    folder: Path, name: str, head: str, lines: list[str], rows: list[Row], threads: int, numbers: str | None = None
+) -> None:
+    """Write `<name>.md`, a table under the machine's description, and `<numbers>.json`, all that was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     where = machine(threads)
-    (folder / "results.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
-    table = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|", *map(line, rows)]
-    (folder / "table.md").write_text("\n".join([where, "", *table, "", verdict(rows), ""]))
+    (folder / f"{numbers or name}.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
+    table = [where, "", head, "|---" * (head.count("|") - 1) + "|", *lines, ""]
+    (folder / f"{name}.md").write_text("\n".join(table))
+    print("\n".join(table) if name != "table" else "", end="")
+
+
+def draw(plot: Callable[[Path, list[Row], str], None], path: Path, rows: list[Row], threads: int) -> None:
+    """Draw a figure where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
-    _plot(folder / "ratios.png", rows, where)
+    plot(path, rows, machine(threads))
 
 
 def _plot(path: Path, rows: list[Row], where: str) -> None:

@@ -35,7 +35,7 @@ class Construction:
         place = placement(base_layer, self.autocast, self.device)
         if not self.initialise and place.device.type == "meta":
             place = place._replace(device=torch.device("cpu"))  # what a checkpoint fills needs memory, whatever the base has
-        return {"placement": place, "initialise": self.initialise}
+        return {"placement": place, "initialise": self.initialise and place.device.type != "meta"}
 
 
 @dataclass

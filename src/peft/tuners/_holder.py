@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -94,7 +94,8 @@ class AdapterHolder(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+                if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
+                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that belong to an adapter."""
@@ -103,7 +104,7 @@ class AdapterHolder(nn.Module):
     def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
         """All tensors that belong to an adapter: its parameters, and what nobody trains."""
         for attribute in self.adapter_layer_names:
-            container = getattr(self, attribute)
+            container: Any = self._modules[attribute]
             if adapter_name in container:
                 entry = container[adapter_name]
                 yield from entry.parameters() if isinstance(entry, nn.Module) else (entry,)

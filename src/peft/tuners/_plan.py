@@ -238,8 +238,10 @@ def _warn_of_patterns(plan: Plan) -> None:
 def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
     """Say so where a weight is about to change in one place that the model shares with another."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, AdapterParameterDict):
+            for parameter in module._parameters.values():
+                owners.setdefault(id(parameter), []).append(path)
     for path, module in {**plan.targets, **plan.trained_whole}.items():
         for parameter in module.parameters(recurse=False):
             others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})

@@ -52,6 +52,8 @@ def checkpoint_key(name: str, adapter_name: str, holders: Collection[str], share
         holders: Names of the containers that have an entry for each adapter.
         shared: Those of them that all layers share; wherever they are registered, they are saved at the root.
     """
+    if f".{adapter_name}" not in name:
+        return None
     parts = name.split(".")
     for i in range(len(parts) - 1):
         if parts[i + 1] == adapter_name:
@@ -89,7 +91,7 @@ def adapter_tensors(
             is_trained = config.trained_biases == "all" or layer in adapted
             if name.endswith(".bias") and is_trained and inside.isdisjoint(name.split(".")):
                 result.setdefault(name, tensor)  # a copy of the module in `modules_to_save` has a bias of this key
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if embeddings else ():
         if is_embedding(name) and (embeddings is True or (not isinstance(embeddings, bool) and name in embeddings)):
             result.setdefault(name, tensor)  # an adapter's own copy of the module comes first
     return result
@@ -104,6 +106,8 @@ def companion_tensors(named: Iterable[tuple[str, Any]], config: Any, adapter_nam
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is the weight of a token embedding or of the output head that mirrors it."""
+    if not name.endswith(".weight"):
+        return False
     parts = name.replace(".token_adapter", "").replace(".base_layer", "").split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _EMBEDDINGS
 

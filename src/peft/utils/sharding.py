@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from .error import PeftRuntimeError
 # What wrappers put into module paths: torch.compile, FSDP, activation checkpointing.
 _FSDP_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPERS = _FSDP_PARTS | {"_orig_mod"}
+_WRAPPED = re.compile("|".join([r"^module\.", *sorted(_WRAPPERS)]))
 _FLAT = "_fsdp_wrapped_module._flat_param"
 
 
@@ -45,6 +47,8 @@ class Place(NamedTuple):
 
 def unwrapped(name: str) -> str:
     """A tensor's name without what wrappers around modules put into it."""
+    if not _WRAPPED.search(name):
+        return name
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[:2] == ["module", "base_model"] else parts)  # DistributedDataParallel
 

@@ -129,7 +129,8 @@ class PolyLayer(BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for table in self.task_tables(name):
-                table.close_rows()
+                if table.runs:
+                    table.close_rows()
         super().set_requires_grad(names, requires_grad)
         for name in names:
             if name in self.poly_router and is_fixed(self.poly_router[name]):

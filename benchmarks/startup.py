@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes before the first step: importing, injecting into a large model, loading beside many adapters, files.
+
+As a script it is a process that measures one of these with the library on its path, and answers with one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+PROJECTIONS = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)}
+PROJECTIONS |= {"gate_proj": (4096, 11008), "up_proj": (4096, 11008), "down_proj": (11008, 4096)}
+METHODS = ("lora", "lokr", "vblora", "poly")
+# Adapters that a model has when one more is loaded.
+PRESENT = (1, 100, 1_000)
+
+
+def measure(libraries: dict[str, Path], rounds: int, present: Iterable[int] = PRESENT) -> list[dict[str, Any]]:
+    """Rows of results, each the median of some processes' times in seconds."""
+    work = [("import", "", 0)] + [("inject", method, 0) for method in METHODS]
+    work += [("load beside", method, size) for method in METHODS for size in present]
+    work += [(name, "poly", 0) for name in ("save", "load")]
+    rows = []
+    for what, method, size in work:
+        for library, folder in libraries.items():
+            if folder.is_dir() and (library == "ours" or what in ("import", "inject")):
+                answers = [_ask(folder, what, method, size) for _ in range(rounds)]
+                row = {"what": what, "method": method, "size": size, "library": library}
+                rows.append(row | {key: statistics.median(answer[key] for answer in answers) for key in answers[0]})
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    beside = f"{row['size']} adapters" if row["size"] else ""
+    speed = f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}" if "MB_per_s" in row else ""
+    return f"| {row['what']} | {row['method']} | {beside} | {row['library']} | {row['seconds']:.3f} | {speed} |"
+
+
+HEAD = "| what | method | beside | library | seconds | speed |"
+
+
+def _ask(folder: Path, *order: Any) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *map(str, order)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{order}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------------
+
+
+def _import() -> dict[str, float]:
+    """Seconds that the library's import takes after torch's."""
+    import torch  # noqa: F401
+
+    return {"seconds": _seconds(lambda: __import__("peft"))}
+
+
+def _inject(method: str) -> dict[str, float]:
+    """Seconds to adapt all seven projections of 32 layers of a 7B-shaped model on the meta device, the shortest of three."""
+    import torch
+
+    times = []
+    for _ in range(3):
+        with torch.device("meta"):
+            model = _blocks(32, PROJECTIONS)
+        config = _config(method, list(PROJECTIONS))
+        times.append(_seconds(lambda: _adapt(model, config)))  # noqa: B023
+    return {"seconds": min(times)}
+
+
+def _load_beside(method: str, size: int) -> dict[str, float]:
+    """Seconds to load one adapter into a model that has others already."""
+    model = _adapt(_blocks(2, {"q_proj": (64, 64), "v_proj": (64, 64)}), _config(method, ["q_proj", "v_proj"], 64))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for i in range(1, size):
+            model.add_adapter(f"a{i}", _config(method, ["q_proj", "v_proj"], 64))
+        model.load_adapter(folder, "first")
+        return {"seconds": min(_seconds(lambda: model.load_adapter(folder, f"one{i}")) for i in range(3))}  # noqa: B023
+
+
+def _files(what: str) -> dict[str, float]:
+    """Seconds to write or read an adapter of 64 MiB, and the same number of bytes in a plain file."""
+    import peft
+
+    config = peft.PolyConfig(r=64, n_tasks=10, n_skills=4, target_modules=["q_proj"])
+    model = _adapt(_blocks(32, {"q_proj": (1024, 1024)}), config)
+    with tempfile.TemporaryDirectory() as folder:
+        save = _seconds(lambda: model.save_pretrained(folder))
+        path = Path(folder, "adapter_model.safetensors")
+        size = path.stat().st_size / 2**20
+        content = path.read_bytes()
+        if what == "save":
+            seconds, plain = save, _seconds(lambda: _write(Path(folder, "plain"), content))
+        else:
+            seconds, plain = _seconds(lambda: model.load_adapter(folder, "again")), _seconds(path.read_bytes)
+    return {"seconds": seconds, "MB_per_s": size / seconds, "plain_MB_per_s": size / plain}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _blocks(layers: int, sizes: dict[str, tuple[int, int]]) -> Any:
+    from torch import nn
+
+    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(layers))
+
+
+def _config(method: str, targets: list[str], length: int = 256) -> Any:
+    import peft
+
+    return {
+        "lora": lambda: peft.LoraConfig(r=8, target_modules=targets),
+        "lokr": lambda: peft.LoKrConfig(r=8, alpha=8, target_modules=targets),
+        "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=length, target_modules=targets),
+        "poly": lambda: peft.PolyConfig(r=8, n_tasks=10, n_skills=4, n_splits=4, target_modules=targets),
+    }[method]()
+
+
+def _adapt(model: Any, config: Any) -> Any:
+    import peft
+
+    return peft.get_peft_model(model, config)
+
+
+def _answer(what: str, method: str, size: str) -> dict[str, float]:
+    if what == "import":
+        return _import()
+    if what == "inject":
+        return _inject(method)
+    return _load_beside(method, int(size)) if what == "load beside" else _files(what)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps(_answer(*sys.argv[1:])))
