@@ -35,6 +35,7 @@ class Method:
 
 
 METHODS = {
+    "LOHA": Method(peft.LoHaConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}),
     "LOKR": Method(peft.LoKrConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}),
     "LORA": Method(peft.LoraConfig, {"r": 2, "lora_alpha": 3, "init_lora_weights": False}, no_op={"init_lora_weights": True}),
     "VBLORA": Method(

@@ -220,8 +220,6 @@ def test_layer_classes_tell_what_their_parameters_are_called():
 
     assert LoHaLayer.adapter_layer_names == ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(LoraLayer.adapter_layer_names)
-    with pytest.raises(NotImplementedError, match="LoHa is not provided by this package; it provides LOKR"):
-        LoHaLayer(nn.Linear(2, 2))
 
 
 def test_subpackages_come_with_the_package():

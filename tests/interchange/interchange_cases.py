@@ -73,7 +73,7 @@ class Maker:
         elif kind == "mlp":
             base = [kind, self.pick([8, 12, 16]), self.pick([12, 20, 24])]
         elif kind == "conv":
-            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoKr there has no Conv3d
+            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoHa and LoKr there have no Conv3d
             # LoRA there does not follow dilation, and can't merge into groups or into a Conv3d with a kernel of one.
             dilation, groups = (1, 1) if method == "Lora" else (self.pick([1, 2]), self.pick([1, 2]))
             base = [kind, dimensions, self.pick([1, 2, 3] if dimensions < 3 else [2, 3]), self.pick([1, 2]), dilation, groups]
@@ -86,7 +86,7 @@ class Maker:
             adapters["other"] = self.config(base, task, alone=False)
         # What can be made a LoRA there: linear layers without trained biases, all layers that the config's names fit, one adapter.
         alone = len(adapters) == 1 and not self.single and "exclude_modules" not in first
-        convertible = method in ("LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and alone
+        convertible = method in ("LoHa", "LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and alone
         return {
             "id": f"{method.lower()}-{self.index:02}",
             "config_class": f"{method}Config",
@@ -152,6 +152,18 @@ class Maker:
             **self.patterns(base[0]),
         }
 
+    def loha(self, base, alone):
+        """LoHa."""
+        return {
+            "r": self.pick([1, 2, 3, 6]),
+            "alpha": self.pick([1, 4, 8]),
+            "use_effective_conv2d": base[0] == "conv" and self.chance(0.5),
+            "rank_dropout": self.pick([0.0, 0.3]),
+            "module_dropout": self.pick([0.0, 0.3]),
+            "init_weights": self.chance(0.5),
+            **self.patterns(base[0]),
+        }
+
     def vblora(self, base, alone):
         """VB-LoRA."""
         vectors = self.pick([6, 16, 300])
@@ -199,12 +211,13 @@ class Maker:
 
 
 KINDS = {
+    "LoHa": ["mlp", "conv", "conv", "llama", "bert", "t5"],
     "LoKr": ["mlp", "conv", "conv", "llama", "bert", "t5"],
     "VBLoRA": ["mlp", "llama", "gpt2", "gpt2", "bert", "t5"],
     "Poly": ["llama", "bert", "t5"],
     "Lora": ["mlp", "conv", "embedder", "llama", "gpt2", "bert", "t5"],
 }
-COUNTS = {"LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
+COUNTS = {"LoHa": 30, "LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
 
 
 def make_cases(seed):

@@ -4,6 +4,7 @@
 from typing import Any as _Any
 
 from ..utils.markers import marker as _marker
+from .loha import LoHaConfig, LoHaModel
 from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
@@ -16,6 +17,8 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
     "LoKrModel",
     "LoraConfig",

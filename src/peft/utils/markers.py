@@ -62,8 +62,6 @@ _NAMES = frozenset(
         "LNTuningModel",
         "LilyConfig",
         "LilyModel",
-        "LoHaConfig",
-        "LoHaModel",
         "LoftQConfig",
         "LoraGAConfig",
         "MissConfig",

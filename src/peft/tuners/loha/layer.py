@@ -1,23 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The name of LoHa's layer class, of which there are no objects."""
+"""Layers with LoHa adapters: they hold the factors; the maths is in `hadamard.py`."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
-from ...utils.error import PeftNotSupportedError
-from ...utils.peft_types import registered_methods
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._accumulate import Steps
+from .._geometry import Placement, conv_options, pad_input
+from .._holder import AdapterParameterDict
+from .._lowrank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
+from .hadamard import HadamardFactors, factor_shapes, hadamard_conv, hadamard_weight, is_thin, low_rank_pair
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoHaLayer"]
 
 
 class LoHaLayer(LycorisLayer):
-    """A layer with LoHa adapters, which this package does not provide. Clients ask what its parameters would be called.
+    """A layer with LoHa adapters, `ΔW = (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)`.
 
-    Raises:
-        PeftNotSupportedError: Always.
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: The first adapter's name.
+        config: Its config.
+        **options: As for `update_layer`.
+
+    Attributes:
+        hada_w1_a, hada_w2_a: `[out, r]` by adapter name; in Tucker's form `[r, out]`.
+        hada_w1_b, hada_w2_b: `[r, in·∏kernel]`; in Tucker's form `[r, in]`.
+        hada_t1, hada_t2: `[r, r, *kernel]` in Tucker's form.
+
+    Source: arXiv:2108.06098, section 2.2
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = tuple(f"hada_{name}" for name in HadamardFactors._fields)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise PeftNotSupportedError(f"LoHa is not provided by this package; it provides {', '.join(registered_methods())}.")
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
+        super().__init__(base_layer)
+        for name in self.adapter_layer_names:
+            setattr(self, name, AdapterParameterDict())
+        self.update_layer(adapter_name, config, **options)
+        self.set_adapter(adapter_name)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        r: int | None = None,
+        alpha: float | None = None,
+        placement: Placement | None = None,
+        initialise: bool = True,
+    ) -> None:
+        """Make an adapter's factors.
+
+        Args:
+            adapter_name: The adapter's name.
+            config: Its config.
+            r: Rank, by default the config's.
+            alpha: Alpha, by default the config's.
+            placement: Device and dtype, by default the base layer's.
+            initialise: False leaves the memory as it is.
+        """
+        self.set_hyperparameters(adapter_name, config, r or config.r, config.alpha if alpha is None else alpha)
+        size, (device, dtype) = self.geometry, self._placement(placement)
+        shapes = factor_shapes(
+            size.out_features,
+            size.in_features,
+            size.kernel_size,
+            r=self.r[adapter_name],
+            use_effective_conv2d=config.use_effective_conv2d,
+        )
+        for name, shape in shapes.items():
+            container: AdapterParameterDict = getattr(self, f"hada_{name}")
+            container[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if initialise:
+            self.reset_adapter_parameters(adapter_name, config.init_weights)
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Draw the factors anew: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter starts without effect."""
+        for name, factor in self.factors(adapter_name)._asdict().items():
+            if factor is not None:
+                nn.init.zeros_(factor) if init_weights and name == "w2_b" else nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+    def factors(self, adapter_name: str) -> HadamardFactors:
+        """An adapter's factors."""
+        containers: Any = (getattr(self, name) for name in self.adapter_layer_names)
+        return HadamardFactors(*(c(adapter_name) if adapter_name in c else None for c in containers))
+
+    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
+        """ΔW in the base weight's layout."""
+        delta = hadamard_weight(self.factors(adapter_name), self.scaling[adapter_name])
+        return self.geometry.as_stored(delta.view(delta.shape[0], -1, *self.geometry.kernel_size))
+
+    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+        """ΔW as `B·A`, without building it; exact of rank `r²`, or of the weight's if that is less."""
+        A, B = (factor.detach() for factor in low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name]))
+        if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
+            return cut(product_svd(B, A), None, A.dtype)
+        return approximate(B.contiguous(), A.contiguous(), rank)
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """`ΔW x`, by whichever is cheaper: factors of rank `r²`, or the whole product."""
+        factors = self.factors(adapter_name)
+        delta = self.apply_product(adapter_name, self._cast_input_dtype(x, factors.w1_a.dtype), factors)
+        return self.drop(adapter_name, delta, -1 - len(self.geometry.kernel_size))
+
+    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:
+        """`ΔW x` for this kind of layer."""
+        raise NotImplementedError
+
+
+class Linear(LoHaLayer):
+    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoHa adapters."""
+
+    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:  # noqa: D102
+        if not is_thin(factors):
+            return F.linear(x, hadamard_weight(factors, self.scaling[adapter_name]))
+        A, B = low_rank_pair(factors, self.scaling[adapter_name])
+        return F.linear(F.linear(x, A), B)
+
+    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
+        factors = self.factors(adapter_name)
+        if self.drops(adapter_name) or not is_thin(factors):
+            return None
+        A, B = low_rank_pair(factors, self.scaling[adapter_name])
+        return Steps(self._cast_input_dtype(x, factors.w1_a.dtype), A.mT, lambda hidden: (hidden, B.mT))
+
+
+class _Conv(LoHaLayer):
+    """A convolution with LoHa adapters."""
+
+    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:
+        return hadamard_conv(
+            pad_input(self.base_layer, x),
+            factors,
+            kernel=self.geometry.kernel_size,
+            scale=self.scaling[adapter_name],
+            **conv_options(self.base_layer),
+        )
+
+
+class Conv1d(_Conv):
+    """`nn.Conv1d` with LoHa adapters."""
+
+
+class Conv2d(_Conv):
+    """`nn.Conv2d` with LoHa adapters."""
+
+
+class Conv3d(_Conv):
+    """`nn.Conv3d` with LoHa adapters."""

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoHa on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .._geometry import geometry
+from .._layer import BaseTunerLayer
+from .._roles import Role
+from ..lycoris_utils import LycorisTuner
+from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
+
+
+class LoHaModel(LycorisTuner):
+    """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted layer.
+
+    Args:
+        As `BaseTuner`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoHaConfig
+        >>> model = LoHaModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), LoHaConfig(r=2, target_modules=["0"]), "default")
+        >>> model.model[0].hada_w1_a["default"].shape
+        torch.Size([8, 2])
+
+    Source: arXiv:2108.06098, section 2.2
+    """
+
+    prefix: ClassVar[str] = "hada_"
+    tuner_layer_cls = LoHaLayer
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "A": Role(("hada_w1_b", "hada_w2_b")),
+        "B": Role(("hada_w1_a", "hada_w2_a")),
+        "full": Role(("hada_t1", "hada_t2")),
+    }
+    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+
+    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+        size = geometry(module)
+        return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
