@@ -43,6 +43,7 @@ from .peft_model import (
     get_layer_status,
     get_model_status,
 )
+from .planning import AdapterPlan, LayerPlan, plan
 from .tuners import *  # noqa: F403
 from .tuners import __all__ as _tuner_names
 from .tuners._trainable_tokens import TrainableTokensWrapper as _TrainableTokensWrapper
@@ -75,10 +76,12 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "LayerPlan",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdapterPlan",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -110,6 +113,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "plan",
     "prepare_model_for_kbit_training",
     "register_peft_method",
     "set_base_model_state_dict",

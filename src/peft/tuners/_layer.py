@@ -20,6 +20,7 @@ from ..utils.sharding import is_managed, whole
 from ..utils.warning import warn
 from . import _merging
 from ._accumulate import Steps, add_steps, can_share_input, may_write_to_output, run_with_steps
+from ._cost import AdapterCost, columns
 from ._geometry import (
     Geometry,
     Placement,
@@ -98,6 +99,13 @@ class BaseTunerLayer(AdapterHolder):
         """
         delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options))  # [out, in, *kernel]
         return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """What an adapter costs here, from shapes alone. By default each of its numbers is multiplied once for a row, and its delta
+        can have any rank; a method that knows better overrides this.
+        """
+        numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
+        return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
 
     def rank_room(self, holder: str) -> RankRoom | None:
         """Where a container's tensors can be filled up with zeros without a change to the delta; None if they can't be."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._accumulate import Steps
+from .._cost import AdapterCost, columns, thin_cost
 from .._geometry import Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, product_svd
@@ -90,7 +91,8 @@ class LoHaLayer(LycorisLayer):
     def factors(self, adapter_name: str) -> HadamardFactors:
         """An adapter's factors."""
         containers: Any = (getattr(self, name) for name in self.adapter_layer_names)
-        return HadamardFactors(*(c(adapter_name) if adapter_name in c else None for c in containers))
+        tensors: Any = (c(adapter_name) if adapter_name in c else None for c in containers)
+        return HadamardFactors(*tensors)
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """ΔW in the base weight's layout."""
@@ -103,6 +105,15 @@ class LoHaLayer(LycorisLayer):
         if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
             return cut(product_svd(B, A), None, A.dtype)
         return approximate(B.contiguous(), A.contiguous(), rank)
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """That of factors of rank `r²`, or of the whole product where that is cheaper."""
+        factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
+        if is_thin(factors):
+            return thin_cost(size, r * r)._replace(remarks=())
+        whole = size.out_features * columns(size)
+        remark = f"`r`={r}: factors of rank {r * r} are no cheaper than the whole product, which is built in each forward."
+        return AdapterCost(whole, min(r * r, size.out_features, columns(size)), (remark,))
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`ΔW x`, by whichever is cheaper: factors of rank `r²`, or the whole product."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .._accumulate import Steps
+from .._cost import AdapterCost
 from .._geometry import Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
 from ..lycoris_utils import LycorisLayer
+from .cost import cost
 from .kronecker import (
     KroneckerFactors,
     flat_kronecker_weight,
@@ -199,6 +202,15 @@ class LoKrLayer(LycorisLayer):
         part = self.row_offset[adapter_name] is not None
         exact = kronecker_low_rank(self.factors(adapter_name), kernel, float(scale), None if part else rank, flat)
         return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank) if part else exact
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """That of the cheapest order of the factors, with remarks on what the config makes of this layer's sizes."""
+        shapes = {n: tuple(f.shape) for n, f in self.factors(adapter_name)._asdict().items() if f is not None}
+        base: Any = self.get_base_layer()
+        given = config.full_matrix or self.row_offset[adapter_name] is not None or bool(config.tensor_shapes)
+        rule = None if given else partial(self.shapes_of, config, self.r[adapter_name])
+        strides = math.prod(base.stride) if self.geometry.is_conv else 1
+        return cost(shapes, self.geometry, self.r[adapter_name], rule, getattr(base, "groups", 1), strides)
 
     def _dtype(self, adapter_name: str) -> torch.dtype:
         return next(factor.dtype for factor in self.factors(adapter_name) if factor is not None)

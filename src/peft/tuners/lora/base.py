@@ -15,6 +15,7 @@ from ...utils.error import PeftNotSupportedError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
 from .._accumulate import scaled
+from .._cost import AdapterCost, thin_cost
 from .._decomposed import DecomposedLayer
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
@@ -290,6 +291,10 @@ class LoraLayer(DecomposedLayer):
         if holder in ("lora_A", "lora_embedding_A"):
             return RankRoom(0, blocks=groups)
         return RankRoom(1, share=groups) if holder in ("lora_B", "lora_embedding_B") else None
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """That of factors of rank `r`."""
+        return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter's delta is a matrix and nothing besides; `lora_bias` is."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
 from .._accumulate import Steps
+from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -269,6 +270,10 @@ class PolyLayer(BaseTunerLayer):
         own: Any = self.poly_task_skills[adapter_name]
         left, right = own.factors(shares)
         return left, right * self.own_scale(adapter_name)
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """That of one sample's factors of rank `r`, beside mixing them once for it."""
+        return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter routes by task: its delta is the same for every input then."""

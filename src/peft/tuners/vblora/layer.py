@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
 from .._accumulate import Steps, scaled
+from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -224,6 +225,10 @@ class VBLoRALayer(BaseTunerLayer):
         """`B·A` in the base weight's layout."""
         A, B = self.factors(adapter_name)
         return self.geometry.as_stored(B @ A)
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """That of factors of rank `r`, beside composing them once for a forward."""
+        return thin_cost(self.geometry, self.r[adapter_name])
 
     def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
         """`B·A` as composed, exact of rank `r`."""

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter would be on a model, before it is made: sizes, cost, rank. Works on the meta device; the model is left alone."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .tuners import _plan
+from .tuners._build import Build, Construction
+from .tuners._cost import columns
+from .tuners._geometry import innermost
+from .tuners._layer import BaseTunerLayer
+from .tuners._tuner import BaseTuner
+from .utils.error import PeftTypeError
+from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+
+
+@dataclass
+class LayerPlan:
+    """What an adapter would be on one layer.
+
+    Args:
+        path: The layer's path.
+        layer: Its kind and size.
+        tensors: Shapes of the adapter's tensors by name.
+        parameters: Their number.
+        bytes: Their size in memory.
+        multiplications: Of the adapter, for each row of the layer's input or position of its output.
+        base_multiplications: Of the layer itself.
+        rank: The largest rank that the delta can have.
+        full_rank: That of the layer's weight.
+        remarks: What the config may not have been meant to say.
+    """
+
+    path: str
+    layer: str
+    tensors: dict[str, tuple[int, ...]]
+    parameters: int
+    bytes: int
+    multiplications: int
+    base_multiplications: int
+    rank: int
+    full_rank: int
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class AdapterPlan:
+    """What an adapter would be on a model; printed, a table.
+
+    Args:
+        method: The method's name.
+        layers: What it has on each layer.
+        shared: Tensors of all layers together, of whole modules and of rows of embeddings: number of elements by name.
+        bytes: Size in memory of all of it.
+        base_parameters: Parameters of the model.
+    """
+
+    method: str
+    layers: list[LayerPlan] = field(default_factory=list)
+    shared: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    base_parameters: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """All that would be trained."""
+        return sum(layer.parameters for layer in self.layers) + sum(self.shared.values())
+
+    @property
+    def multiplications(self) -> int:
+        """Of the adapter in all layers, for a row that passes each of them once."""
+        return sum(layer.multiplications for layer in self.layers)
+
+    @property
+    def base_multiplications(self) -> int:
+        """Of the adapted layers themselves."""
+        return sum(layer.base_multiplications for layer in self.layers)
+
+    @property
+    def remarks(self) -> dict[str, list[str]]:
+        """Each remark with the paths of the layers it is about."""
+        result: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for remark in layer.remarks:
+                result.setdefault(remark, []).append(layer.path)
+        return result
+
+    def __str__(self) -> str:
+        rows = [("module", "layer", "factors", "parameters", "FLOPs a row", "rank"), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
+        share, work = self.parameters / max(self.base_parameters, 1), self.multiplications / max(self.base_multiplications, 1)
+        lines.append(
+            f"{self.method} on {len(self.layers)} layers: {self.parameters:,} parameters ({share:.2%} of the model's), "
+            f"{self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} ({work:.1%} of those layers' own)"
+        )
+        for remark, paths in self.remarks.items():
+            where = f"`{paths[0]}`" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            lines.append(f"! {where}: {remark}")
+        return "\n".join(lines)
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """A row for each layer; those that differ by a number in their paths share one."""
+        groups: dict[tuple[str, ...], int] = {}
+        for plan in self.layers:
+            factors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items())
+            row: tuple[str, ...] = (
+                plan.layer,
+                factors,
+                f"{plan.parameters:,}",
+                f"{2 * plan.multiplications:,}",
+                f"{plan.rank} of {plan.full_rank}",
+            )
+            key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plan.path), *row
+            groups[key] = groups.get(key, 0) + 1
+        singles = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plan.path): plan.path for plan in self.layers}
+        for (path, *cells), count in groups.items():
+            yield (f"{path} ({count}x)" if count > 1 else singles[path], *cells)
+
+
+def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:
+    """What an adapter would be on a model: for each layer and in total its tensors, parameters, bytes, FLOPs and largest rank, with
+    remarks where a config may not do what was meant.
+
+    Nothing is allocated and neither model nor config is changed, so that a model on the meta device does as well as a loaded one.
+
+    Args:
+        model: A base model, on any device.
+        config: Of any method.
+        adapter_name: The name it would have.
+
+    Returns:
+        A plan, to print or to read.
+
+    Raises:
+        PeftTypeError: Not a config.
+        PeftValueError: As `get_peft_model`: the config is invalid or does not fit the model.
+
+    Example:
+        >>> from peft import LoKrConfig, plan
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 64))
+        >>> print(plan(model, LoKrConfig(r=8, target_modules=["0", "2"])))  # doctest: +ELLIPSIS
+        module  layer ...
+        0       Linear 4096->4096  lokr_w1 64x64, lokr_w2_a 64x8, lokr_w2_b 8x64  5,120  196,608 ...
+        2       Linear 4096->64    lokr_w1 8x64, lokr_w2_a 8x8, lokr_w2_b 8x64    1,088  ...
+        LOKR on 2 layers: 6,208 parameters (0.04% of the model's), 24,832 bytes; FLOPs a row ...
+    """
+    if not isinstance(config, PeftConfig):
+        raise PeftTypeError(f"The config must be a PeftConfig, got {type(config)}.")
+    config = copy.deepcopy(config)
+    tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
+    targets = _plan.make(tuner, adapter_name, config, None)
+    build = tuner._build(targets, Construction(device=torch.device("meta")))
+    result = AdapterPlan(str(getattr(config.peft_type, "value", config.peft_type)))
+    result.layers = [_layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()]
+    result.shared = _shared(build)
+    tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
+    result.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    result.base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return result
+
+
+def _layer_plan(path: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig) -> LayerPlan:
+    size, cost = layer.geometry, layer.adapter_cost(adapter_name, config)
+    tensors, numbers, memory = {}, 0, 0
+    for holder in layer.adapter_layer_names:
+        container = getattr(layer, holder)
+        if adapter_name in container:
+            entry = container[adapter_name]
+            own = entry.named_parameters() if isinstance(entry, nn.Module) else [("", entry)]
+            for name, tensor in own:
+                tensors[f"{holder}.{name}" if name else holder] = tuple(tensor.shape)
+                numbers, memory = numbers + tensor.numel(), memory + tensor.numel() * tensor.element_size()
+    wide = columns(size)
+    return LayerPlan(
+        path,
+        _kind(layer),
+        tensors,
+        numbers,
+        memory,
+        cost.multiplications,
+        size.out_features * wide,
+        cost.rank,
+        min(size.out_features, wide),
+        cost.remarks,
+    )
+
+
+def _kind(layer: BaseTunerLayer) -> str:
+    """A layer's kind and size, in few words."""
+    size = layer.geometry
+    kernel = f" {'x'.join(map(str, size.kernel_size))}" if size.kernel_size else ""
+    return f"{type(innermost(layer)).__name__} {size.in_features}->{size.out_features}{kernel}"
+
+
+def _shared(build: Build) -> dict[str, int]:
+    """What an adapter has beside its layers' own tensors."""
+    shared = {name: parameter.numel() for name, parameter in build.shared.items()}
+    copies = {path: sum(p.numel() for p in module.parameters()) for path, module in build.copies.items()}
+    rows = {f"rows of {path}": tokens.rows.numel() for path, tokens in build.tokens.items()}
+    return {**shared, **copies, **rows}

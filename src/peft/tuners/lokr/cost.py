@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LoKr costs on a layer, from the shapes of its factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .._cost import AdapterCost, columns
+from .._geometry import Geometry
+from .order import contraction_order
+from .shapes import Shapes, sides
+
+
+def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: int = 1) -> int:
+    """Multiplications per output position in the cheapest order.
+
+    Args:
+        shapes: Of the factors.
+        size: The layer's.
+        groups: Of a convolution.
+        positions: Input positions per output position, `∏ stride`.
+
+    Example:
+        >>> multiplications({"w1": (4, 4), "w2_a": (1024, 8), "w2_b": (8, 1024)}, Geometry(4096, 4096))
+        65664
+    """
+    taps = math.prod(size.kernel_size)
+    (a, b), (c, d) = sides(shapes, taps)
+    left: tuple[int, ...] = (b, a) if "w1" in shapes else (b, shapes["w1_a"][1], a)
+    right: tuple[int, ...] = (d, c)
+    spatial = 0
+    if "t2" in shapes:
+        right, spatial = (d, *shapes["t2"][1::-1], c), 1
+    elif "w2" not in shapes:
+        right = (d, shapes["w2_b"][0], c)
+    parts = groups if a % groups == 0 else 1  # groups hold whole blocks of rows; else this is an upper bound
+    left = (*left[:-1], left[-1] // parts)
+    spatial = spatial if size.kernel_size else -1
+    return parts * contraction_order(left, right, spatial=spatial, taps=taps, stride=positions)[0]
+
+
+def largest_rank(shapes: Shapes, size: Geometry) -> int:
+    """The largest rank of the product: that of `W1` times that of `W2`."""
+    taps = math.prod(size.kernel_size)
+    (a, b), (c, d) = sides(shapes, taps)
+    first = min(a, b) if "w1" in shapes else min(a, b, shapes["w1_a"][1])
+    second = min(c, d * taps) if "w2" in shapes else min(c, d * taps, shapes["w2_b"][0])
+    return min(first * second, size.out_features, columns(size))
+
+
+def numbers(shapes: Shapes) -> int:
+    """Parameters in tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def cost(
+    shapes: Shapes, size: Geometry, r: int, by_rule: Callable[[int], Shapes] | None, groups: int = 1, positions: int = 1
+) -> AdapterCost:
+    """The cost of an adapter, with remarks on its config.
+
+    Args:
+        shapes: Of the factors.
+        size: The layer's.
+        r: The rank that was asked for.
+        by_rule: Shapes for a `decompose_factor`, None where they were given or all are meant to be whole.
+        groups, positions: As for `multiplications`.
+    """
+    remarks = []
+    (a, b), (c, d) = sides(shapes, math.prod(size.kernel_size))
+    if by_rule is not None:
+        if "w2" in shapes:
+            remarks.append(f"`r`={r} is at least half of {max(c, d)}, so that W2 is whole; `r` only divides the scale.")
+        own = numbers(shapes)
+        better = [(numbers(by_rule(factor)), factor) for factor in _divisors(size) if factor > max(a, b)]
+        if better and min(better)[0] < own:
+            fewest, factor = min(better)
+            remarks.append(f"a larger factor takes fewer parameters: `decompose_factor`={factor} {fewest:,} in place of {own:,}.")
+    return AdapterCost(multiplications(shapes, size, groups, positions), largest_rank(shapes, size), tuple(remarks))
+
+
+def _divisors(size: Geometry) -> list[int]:
+    """The factors that divide one of a layer's sizes."""
+    sizes = size.out_features, size.in_features
+    roots = {f for n in sizes for f in range(1, math.isqrt(n) + 1) if n % f == 0}
+    return sorted(roots | {n // f for n in sizes for f in roots if n % f == 0})
