@@ -12,6 +12,7 @@ from torch import nn
 
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, inspect_matched_modules
 
 
@@ -269,9 +270,9 @@ def test_injection_into_a_plain_model(method):
     assert not any(key.startswith("base_model") for key in state)
     x = torch.randn(5, 8)
     expected = base(x, **method.call)
-    other = mlp()
+    other, kind = mlp(), method.config().peft_type
     other.load_state_dict(
-        {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if method.config().peft_type.value.lower() not in k}
+        {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if PEFT_TYPE_TO_PREFIX_MAPPING[kind] not in k}
     )
     inject_adapter_in_model(method.config(target_modules=["none"]), other, state_dict=state)
     set_peft_model_state_dict(other, {f"base_model.model.{key}": tensor for key, tensor in state.items()})

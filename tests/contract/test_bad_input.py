@@ -72,7 +72,7 @@ def test_a_config_spoilt_later_is_refused_at_injection(method):
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
-    [({}, ValueError, "no `peft_type`"), ({"peft_type": "IA3"}, ValueError, "LOKR, LORA, POLY, VBLORA")],
+    [({}, ValueError, "no `peft_type`"), ({"peft_type": "IA3"}, ValueError, "LOHA, LOKR, LORA, POLY, VBLORA")],
 )
 def test_configs_of_other_methods(content, error, message):
     with pytest.raises(error, match=message):
@@ -162,7 +162,7 @@ def test_arguments_that_cannot_be_honoured(model, method):
         model.load_adapter("somewhere", "b", foo=1, torch_dtype=torch.float16, device_map="auto")
     with pytest.raises(ValueError, match="PeftModel already"):
         PeftModel(model, method.config(target_modules=TARGETS))
-    with pytest.raises(NotImplementedError, match="AdaLoraConfig is not provided by this package; it provides LOKR, LORA"):
+    with pytest.raises(NotImplementedError, match="AdaLoraConfig is not provided by this package; it provides LOHA, LOKR, LORA"):
         peft.AdaLoraConfig(r=8)
 
 

@@ -122,8 +122,11 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-# A decomposed adapter measures the rows of the base weight, in an order of its own.
-LINEAR = sorted(name for name, case in CASES.items() if not case.conv and not case.fields.get("weight_decompose"))
+# A decomposed adapter measures the rows of the base weight, in an order of its own; "LOHA whole" is for small layers, on which it builds
+# the product.
+LINEAR = sorted(
+    name for name, case in CASES.items() if not case.conv and not case.fields.get("weight_decompose") and name != "LOHA whole"
+)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -150,7 +150,13 @@ def _seeded(make):
 
 def test_the_new_config_counts_from_then_on(method, tmp_path):
     """Rank, scale and the like come from the file's config, and go back into a file."""
-    other = {"LOKR": {"alpha": 9}, "LORA": {"lora_alpha": 9, "use_rslora": True}, "VBLORA": {"topk": 1}, "POLY": {}}
+    other = {
+        "LOHA": {"alpha": 9},
+        "LOKR": {"alpha": 9},
+        "LORA": {"lora_alpha": 9, "use_rslora": True},
+        "VBLORA": {"topk": 1},
+        "POLY": {},
+    }
     fields = other[kind_of(method)]
     made(method, 2, **fields).save_pretrained(tmp_path / "2")
     model = made(method, 1)
@@ -363,6 +369,7 @@ def test_a_target_rank_that_does_not_fit_changes_nothing(rank):
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 OTHER_SHAPES = {
+    "LOHA": ({"r": 3}, r"hada_w1_a`: the checkpoint has shape \[16, 3\], the adapter in the model \[16, 2\]"),
     "LOKR": ({"r": 1, "decompose_factor": 2}, r"lokr_w1`: the checkpoint has shape \[2, 2\], the adapter in the model \[4, 2\]"),
     "VBLORA": ({"num_vectors": 10}, r"logits_A`: the checkpoint has shape \[2, 2, 10\], the adapter in the model \[2, 2, 12\]"),
     "POLY": ({"n_tasks": 4}, r"module_logits`: the checkpoint has shape \[4, 4\], the adapter in the model \[3, 4\]"),
