@@ -26,7 +26,7 @@ PEER = Path(os.environ.get("PEFT_PEER", Path(__file__).parents[2] / ".peer")).re
 PEER_VERSION = "0.21.2"
 PACKAGES = {"ours": Path(peft.__file__).resolve().parents[1], "theirs": PEER}
 CASES = {case["id"]: case for case in make_cases(int(os.environ.get("PEFT_INTERCHANGE_SEED", "0")))}
-EXACT, ROUNDED, SPARSE, CONVERTED = 1e-9, 2e-7, 1e-5, 1e-4
+EXACT, ROUNDED, SPARSE, CONVERTED = 1e-9, 1e-6, 1e-5, 1e-4
 
 
 def work(verb, package, folder, result):
@@ -72,6 +72,14 @@ def outcome(results, verb, package, case):
     return result
 
 
+def is_wrong_there(case, key):
+    """Whether a gradient is one that the peer gets wrong: of LoHa's `w1_a` and `w2_a` in Tucker's form, for which it takes the other
+    side's `t` and `w_b` in place of their own.
+    """
+    tucker = any(config.get("use_effective_conv2d") for config in CASES[case]["adapters"].values())
+    return tucker and key.endswith(("hada_w1_a", "hada_w2_a"))
+
+
 def assert_same(found, expected, case):
     """Two measurements agree, in every tensor there is."""
     # Weights of chosen vectors are float32 and go through a logarithm and back.
@@ -84,7 +92,8 @@ def assert_same(found, expected, case):
             continue
         if isinstance(theirs, dict):
             assert found[name].keys() == theirs.keys()
-            pairs = [(f"{name}: {key}", found[name][key], tensor) for key, tensor in theirs.items()]
+            own = [key for key in theirs if not (name.startswith("gradients") and is_wrong_there(case, key))]
+            pairs = [(f"{name}: {key}", found[name][key], theirs[key]) for key in own]
         else:
             pairs = [(name, found[name], theirs)]
         limit = CONVERTED if name == "output as LoRA" else SPARSE if sparse else exact
