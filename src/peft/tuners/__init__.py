@@ -5,7 +5,7 @@ from typing import Any as _Any
 
 from ..utils.markers import marker as _marker
 from .loha import LoHaConfig, LoHaModel
-from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, save_lokr_file
+from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
@@ -34,6 +34,7 @@ __all__ = [
     "convert_to_poly",
     "inspect_lokr_file",
     "load_lokr_file",
+    "lokr_config_from_lycoris",
     "routing_report",
     "save_as_lora",
     "save_as_poly",

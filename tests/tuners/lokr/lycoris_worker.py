@@ -29,30 +29,41 @@ CASES = {
     "flux": ("flux", {"linear_dim": 3, "linear_alpha": 5, "factor": 4}),
     "flux-rs": ("flux", {"linear_dim": 2, "linear_alpha": 5, "rs_lora": True, "factor": 16, "unbalanced_factorization": True}),
     "flux-scalar": ("flux", {"linear_dim": 2, "linear_alpha": 2, "use_scalar": True}),
+    "flux-preset": ("flux", {"linear_dim": 1, "linear_alpha": 2}),
     "kohya-unet": ("unet", {"lora_dim": 2, "alpha": 3, "conv_lora_dim": 1, "conv_alpha": 1, "factor": 2}),
 }
 
 
-def build(kind, options):
+# Classes and names of modules that each model's cases adapt; and a preset with everything a preset can say.
+TARGETS = {
+    "unet": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
+    "unet names": ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"],
+    "flux": ["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+    "flux names": [],
+}
+PRESET = {
+    "target_module": ["FluxSingleTransformerBlock"],
+    "target_name": ["x_embedder"],
+    "exclude_name": ["*proj_mlp"],
+    "module_algo_map": {"FeedForward": {"factor": 2, "dim": 3}, "AdaLayerNormZeroSingle": {"alpha": 7}},
+    "name_algo_map": {"transformer_blocks.*.attn.to_?": {"dim": 2, "alpha": 3, "factor": 4}},
+    "use_fnmatch": True,
+}
+
+
+def build(case, kind, options):
     """A model under LyCORIS and its network, with values."""
-    from lycoris import LycorisNetwork, create_lycoris
+    from lycoris import create_lycoris, wrapper
 
     model = MODELS[kind][0]()
-    targets = ["FluxTransformerBlock", "FluxSingleTransformerBlock"] if kind == "flux" else None
-    options = dict(options)
-    if targets:
-        LycorisNetwork.apply_preset({"target_module": targets, "target_name": []})
-        network = LycorisNetwork(
-            model,
-            lora_dim=options.pop("linear_dim"),
-            conv_lora_dim=0,
-            alpha=options.pop("linear_alpha"),
-            network_module="lokr",
-            warn_on_unmatched=False,
-            **options,
-        )
-    else:
-        network = create_lycoris(model, 1.0, algo="lokr", preset="full", bypass_mode=False, warn_on_unmatched=False, **options)
+    preset = PRESET if case.endswith("preset") else {"target_module": TARGETS[kind], "target_name": TARGETS[f"{kind} names"]}
+    if "rs_lora" in options:  # which `create_lycoris` drops
+        wrapper.LycorisNetwork.apply_preset(preset)
+        rest = {name: value for name, value in options.items() if not name.startswith("linear_")}
+        names = {"lora_dim": options["linear_dim"], "alpha": options["linear_alpha"], "network_module": "lokr"}
+        return model, wrapper.LycorisNetwork(model, warn_on_unmatched=False, **names, **rest)
+    wrapper.PRESET["of the test"] = preset
+    network = create_lycoris(model, 1.0, algo="lokr", preset="of the test", bypass_mode=False, warn_on_unmatched=False, **options)
     return model, network
 
 
@@ -93,7 +104,7 @@ def main():
             outputs[case] = output(unet, "unet")
             outputs["kohya-clip"] = output(clip, "clip")
         else:
-            model, network = build(kind, options)
+            model, network = build(case, kind, options)
             loras = fill(network)
             network.eval()
             network.apply_to()
