@@ -3,10 +3,9 @@
 
 from ...utils.peft_types import register_peft_method
 from .config import LoKrConfig
-from .files import inspect_lokr_file, load_lokr_file, save_lokr_file
+from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .model import LoKrModel
-from .settings import lokr_config_from_lycoris
 
 __all__ = [
     "Conv1d",

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ...utils.error import PeftTypeError, PeftValueError
-from .._geometry import Geometry, geometry
-from .._plan import own_modules
-from .._targets import exactly, patterns
-from .config import LoKrConfig
-from .shapes import factorization
+from ....utils.error import PeftTypeError, PeftValueError
+from ..._geometry import Geometry, geometry
+from ..._plan import own_modules
+from ..._targets import exactly, patterns
+from ..config import LoKrConfig
+from ..shapes import factorization
 
 _PRESET = frozenset(
     [
