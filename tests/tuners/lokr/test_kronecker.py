@@ -280,7 +280,7 @@ def test_contraction_order_is_the_cheapest(w1, w2, space):
 
 def test_contraction_order_keeps_small_ranks_and_multiplies_out_large_ones():
     assert contraction_order((4, 4), (64, 2, 64))[1] == ((0, 1), (1, 1), (1, 2))
-    assert contraction_order((4, 4), (64, 60, 64))[1] == ((1, 0), (1, 2))
+    assert contraction_order((4, 4), (64, 60, 64))[1] == ((0, 2), (1, 2))
     assert contraction_order((9, 2), (64, 64))[1] == ((1, 0), (1, 1))
     assert contraction_order((2, 9), (64, 64))[1] == ((0, 1), (1, 1))
 

@@ -137,26 +137,34 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
 def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Steps:
     """`kronecker_linear` in steps: first `x.view(rows·b, d)` times `[d, k]`, where the cheapest order begins with the right side,
-    and last `[rows·a, k]` times `[k, c]`, where it ends with that.
+    and last `[rows·a, k]` times `[k, c]`, where it ends with that, or `[a, k]` times `[rows, k, c]`.
 
     Source: arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
     order = _order(w1s, w2s)
-    begins_right, ends_right = order[0][1] > 0, order[-2][1] < order[-1][1]
-    begun, path = order[0] if begins_right else (0, 0), order[begins_right : len(order) - ends_right]
-    rows, b, k = math.prod(x.shape[:-1]), w1s[0].shape[1], (*(w.shape[1] for w in w2s), w2s[-1].shape[0])[begun[1]]
+    begun = order[0] if order[0][1] else (0, 0)
+    rows, (i, j) = math.prod(x.shape[:-1]), order[-2]
+    a, b, c = w1s[-1].shape[0], w1s[0].shape[1], w2s[-1].shape[0]
+    k = (*(w.shape[1] for w in w2s), c)[begun[1]]
+    # A last product with the left side forms that one's gradient for each row before summing: only where it is no larger than
+    # the output.
+    apart = j < len(w2s) or a <= c
+    path = order[begun != (0, 0) : len(order) - apart]
 
     def then(z: Tensor) -> tuple[Tensor, Tensor | None]:
         if path == ((len(w1s), begun[1]),) and not torch.is_grad_enabled():  # the left side alone is left
             grid = _compose(w1s) @ z.reshape(rows, b, k)
         else:
             grid = _walk(z.reshape(rows, 1, b, 1, k), w1s, w2s, path, begun)
-        if ends_right:
-            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[order[-2][1] :]).T
-        return grid.reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0]), None
+        if not apart:
+            return grid.reshape(*x.shape[:-1], a * c), None
+        if j < len(w2s):
+            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[j:]).T
+        w1 = _compose(w1s[i:])
+        return w1.expand(rows, *w1.shape), grid.reshape(rows, w1.shape[1], c)
 
-    return Steps(x, _compose(w2s[: begun[1]]).T if begins_right else None, then)
+    return Steps(x, _compose(w2s[: begun[1]]).T if begun[1] else None, then)
 
 
 def kronecker_conv(

@@ -42,9 +42,9 @@ def contraction_order(
     order: dict[State, tuple[State, ...]] = {end: ()}
     for i in range(end[0], -1, -1):
         for j in range(end[1], -1, -1):
-            # Longest moves first: of two equally cheap orders the one with fewer operations wins. Left moves before right ones:
-            # what comes last is then a plain matrix product in the output's own order.
-            moves = [(to, j) for to in range(end[0], i, -1)] + [(i, to) for to in range(end[1], j, -1)]
+            # Longest moves first: of two equally cheap orders the one with fewer operations wins. Right moves before left ones:
+            # the first product is then a plain one, which can be taken together with the base layer's.
+            moves = [(i, to) for to in range(end[1], j, -1)] + [(to, j) for to in range(end[0], i, -1)]
             if moves:
                 totals = [multiplications(i, j, *to) + cost[to] for to in moves]
                 cost[i, j] = min(totals)
