@@ -74,16 +74,20 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
     found = points(results["runs"])
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
+    best = max(p.accuracy for p in found)
     with plt.rc_context(style):
-        for name, x, label, families in (
-            ("accuracy_against_bytes.png", "tensor_bytes", "stored bytes for each user (tensors)", list(LOOKS)),
-            ("accuracy_against_bank.png", "size", "vectors in the bank", [f for f in LOOKS if f.startswith("VB")]),
+        for name, x, label in (
+            ("accuracy_against_bytes.png", "tensor_bytes", "stored bytes for each user (tensors)"),
+            ("accuracy_against_bank.png", "size", "vectors in the bank"),
         ):
             figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
-            for family in families:
+            low = []
+            for family, (colour, marker, line) in LOOKS.items():
                 own = sorted((p for p in found if p.family == family), key=lambda p: getattr(p, x))
-                colour, marker, line = LOOKS[family]
-                if not own:
+                if not own or (x == "size" and not family.startswith("VB")):
+                    continue
+                if max(p.accuracy for p in own) < best - 40:  # would squeeze the others into a line
+                    low.append(f"{family}: {min(p.accuracy for p in own):.0f} to {max(p.accuracy for p in own):.0f}")
                     continue
                 values, heights = [getattr(p, x) for p in own], [p.accuracy for p in own]
                 options = {"color": colour, "marker": marker, "linestyle": line, "label": family, "capsize": 2}
@@ -92,7 +96,9 @@ def draw(results: dict[str, Any], folder: Path) -> None:
             axes.xaxis.set_major_formatter(_in_kilobytes if x == "tensor_bytes" else _as_number)
             axes.set(xlabel=label, ylabel="accuracy on held-out pictures, per cent")
             axes.grid(color="#DDDDDD", linewidth=0.6)
-            axes.legend(frameon=False, fontsize=9, loc="lower right")
+            figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=3)
+            if low:
+                axes.text(0.99, 0.02, "below: " + "; ".join(low), transform=axes.transAxes, ha="right", fontsize=9, color="#666666")
             figure.savefig(folder / name)
             plt.close(figure)
 

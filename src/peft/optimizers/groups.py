@@ -51,8 +51,8 @@ def parameter_groups(
     """A model's trainable parameters in groups by role, for any torch optimiser.
 
     The roles and their published rates are: VB-LoRA's "bank" (1e-3) and "logits" (1e-2), Poly's "router" (0.1) and "skills" (1e-3).
-    Without a published rate: "A", "B", "embedding" and "magnitude" of LoRA; "A" (input side), "B" (output side) and "full" of LoKr;
-    "input_router" of Poly; and for any method "modules_to_save", "tokens", "biases" and "base".
+    Without a published rate: "A", "B", "embedding" and "magnitude" of LoRA; "A" (input side), "B" (output side), "full" and
+    "magnitude" of LoKr; "input_router" of Poly; "gate" of VB-LoRA; for any method "modules_to_save", "tokens", "biases" and "base".
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; also inside DDP, FSDP or `torch.compile`.
@@ -78,7 +78,7 @@ def parameter_groups(
         [('bank', 0.001), ('logits', 0.01)]
         >>> optimiser = torch.optim.AdamW(parameter_groups(model, rates={"bank": 5e-4}))
 
-    Source: arXiv:2405.15179, table 7 (VB-LoRA); arXiv:2211.03831, appendix (Poly, MHR); arXiv:2402.12354 (LoRA+)
+    Source: arXiv:2405.15179 (VB-LoRA); arXiv:2211.03831 (Poly, MHR); arXiv:2402.12354 (LoRA+)
     """
     rates, ratios = dict(rates or {}), dict(ratios or {})
     _check_numbers(lr, rates, ratios, weight_decay)

@@ -143,7 +143,7 @@ def bank_usage(model: Any, adapter_name: str = "default") -> BankUsage:
         >>> usage.summary()["positions"], usage.counts("A").sum()
         (8, tensor(8))
 
-    Source: arXiv:2405.15179, section 4.4 and figure 3
+    Source: arXiv:2405.15179
     """
     uses, size = [], 0
     for path, layer in model.named_modules():
