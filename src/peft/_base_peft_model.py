@@ -188,6 +188,11 @@ class BasePeftModel(nn.Module):
         return names or None
 
     @property
+    def special_peft_forward_args(self) -> set[str]:
+        """Keyword arguments of `forward` that are for the adapters and not for the base model."""
+        return {"adapter_names", *self.base_model.adapter_call_arguments}
+
+    @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
         """The base model's dtype, if it has one."""
         return getattr(self.get_base_model(), "dtype", None)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ._version import __version__
 from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
-from .utils.hub import find_file, split_hub_options
+from .utils.hub import find_file, pass_over, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .utils.warning import warn
 
@@ -107,17 +107,32 @@ class PeftConfig:
 
         Args:
             save_directory: The folder.
-            auto_mapping_dict: What to write as `auto_mapping`.
+            **kwargs: `auto_mapping_dict` is what to write as `auto_mapping`; options for saving whole models have no effect.
 
         Raises:
             PeftValueError: `save_directory` is a file.
         """
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
-        if kwargs:
-            raise PeftTypeError(f"save_pretrained got unexpected keyword arguments: {', '.join(sorted(kwargs))}.")
+        pass_over(kwargs, "save_pretrained")
         folder = as_folder(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, self.to_json(auto_mapping))
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None, **options: Any) -> Any:
+        """Save the config to a repository on the Hub, made if missing.
+
+        Args:
+            repo_id: "user/name".
+            token: Access token, by default the one stored by huggingface_hub.
+            private: Whether a new repository is private.
+            **options: For the commit: `commit_message`, `revision`, `create_pr`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        text = self.to_json().encode()
+        return api.upload_file(path_or_fileobj=text, path_in_repo=CONFIG_NAME, repo_id=repo_id, **options)
 
     @classmethod
     def from_pretrained(

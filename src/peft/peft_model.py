@@ -20,7 +20,7 @@ from .tuners._build import Construction
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .utils.error import PeftValueError
-from .utils.hub import only_hub_options
+from .utils.hub import only_hub_options, pass_over
 from .utils.model_card import update_model_card
 from .utils.peft_types import TaskType
 from .utils.save_and_load import (
@@ -74,6 +74,7 @@ class PeftModel(BasePeftModel):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write adapters to a folder: "default" into it, each other into a sub-folder of its name.
 
@@ -89,6 +90,7 @@ class PeftModel(BasePeftModel):
                 "pissa" and "olora") as plain ones of twice the rank, for the weight as it is. The adapter itself knows what it
                 started with, and nothing is read from the path.
             state_dict: Take the tensors from this state dict of the model (a gathered one, say).
+            **kwargs: Options for saving whole models (`save_function`, `max_shard_size`, …), which have no effect.
 
         Raises:
             CheckpointError: `state_dict` has no tensors of an adapter.
@@ -96,6 +98,7 @@ class PeftModel(BasePeftModel):
         PeftValueError: The path is a file, or an adapter is unknown.
         """
         folder = as_folder(save_directory)
+        pass_over(kwargs, "save_pretrained")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if any(name not in self.peft_config for name in names):
             raise PeftValueError(
@@ -158,6 +161,7 @@ class PeftModel(BasePeftModel):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        commit_description: str | None = None,
         **save_options: Any,
     ) -> Any:
         """Save the adapters to a repository on the Hub, made if missing.
@@ -169,6 +173,7 @@ class PeftModel(BasePeftModel):
             token: Access token, by default the one stored by huggingface_hub.
             revision: Branch to write to.
             create_pr: Open a pull request in place of writing.
+            commit_description: Further text for it.
             **save_options: As for `save_pretrained`.
 
         Returns:
@@ -182,7 +187,12 @@ class PeftModel(BasePeftModel):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             message = commit_message or "Upload adapter"
             return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
             )
 
     @classmethod

@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import METHODS, llama, mlp
 
 import peft
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -312,3 +314,47 @@ def test_the_launcher(tmp_path):
         optimiser.zero_grad()
     loaded = peft.load_peft_weights(folder)
     assert_close(dict(peft.get_peft_model_state_dict(model)), loaded)
+
+
+def test_saving_as_the_guides_do(method, tmp_path):
+    """`save_pretrained` takes what it takes on a model of transformers."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    unwrapped = accelerator.unwrap_model(model)
+    unwrapped.save_pretrained(
+        tmp_path,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+        max_shard_size="2GB",
+    )
+    with pytest.warns(UserWarning, match="save_pretrained got unexpected keyword arguments: nonsense"):
+        unwrapped.peft_config["default"].save_pretrained(tmp_path / "config", push_to_hub=False, nonsense=1)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, torch_dtype=torch.float16, device_map={"": "cpu"})
+    assert loaded.peft_config["default"].r == unwrapped.peft_config["default"].r
+    assert (tmp_path / "config" / "adapter_config.json").exists()
+
+
+def test_pushing_as_the_guides_do(method, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            calls.append(token)
+
+        def create_repo(self, repo_id, **options):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **options):
+            calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
+            calls.append(options["commit_description"])
+
+        def upload_file(self, path_or_fileobj, path_in_repo, **options):
+            calls.append((json.loads(path_or_fileobj)["r"], path_in_repo, options["commit_message"]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.push_to_hub("a/b", use_temp_dir=True, token="t", max_shard_size="5GB", safe_serialization=True, commit_description="why")
+    model.peft_config["default"].push_to_hub("a/b", token="t", commit_message="config")
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert calls == ["t", files, "why", "t", (model.peft_config["default"].r, "adapter_config.json", "config")]

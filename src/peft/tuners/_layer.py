@@ -182,6 +182,10 @@ class BaseTunerLayer(AdapterHolder):
                 raise
             return getattr(self.base_layer, name)
 
+    def __repr__(self) -> str:
+        """The module's usual form, after the method's name."""
+        return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"
+
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.merged and is_managed(self.weight):
             self.unmerge()  # in the forward it would be done to a copy that the engine gathered

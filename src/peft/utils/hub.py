@@ -43,6 +43,28 @@ _FOR_THE_BASE = frozenset(
     ]
 )
 
+# Options for saving a whole model, which callers pass on when they save its adapter.
+_FOR_SAVING = frozenset(
+    [
+        "max_shard_size",
+        "push_to_hub",
+        "repo_id",
+        "save_function",
+        "save_peft_format",
+        "tags",
+        "token",
+        "use_auth_token",
+        "use_temp_dir",
+        "variant",
+    ]
+)
+
+
+def pass_over(options: dict[str, Any], caller: str) -> None:
+    """Accept options for saving that have no effect on adapters; those that nobody knows are named in a warning."""
+    if unknown := sorted(options.keys() - _FOR_SAVING):
+        warn(f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect.")
+
 
 def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into (options for the Hub, the rest)."""

@@ -10,11 +10,17 @@ import torch
 from torch import nn
 
 from .adapter_batch import ADAPTER_BATCHES
+from .adapter_files import CONFIG_NAME as CONFIG_NAME
+from .adapter_files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from .adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 from .error import PeftNotSupportedError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
 from .markers import marker
 from .pause import Pause
 from .sharding import gathered
+from .tensors import cast_mixed_precision_params as cast_mixed_precision_params
+from .tensors import shift_tokens_right as shift_tokens_right
+from .tensors import transpose as transpose
 
 
 def __getattr__(name: str) -> Any:

@@ -144,6 +144,7 @@ def get_peft_model_state_dict(
     embeddings: bool | set[str] = save_embedding_layers is True
     # Other writers of the format add the weight of adapted embeddings under these two names only.
     if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in ("embed_tokens", "lm_head")):
+        warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
         embeddings = {name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name}
     elif save_embedding_layers == "auto" and was_resized(model, config):
         warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.")

@@ -300,7 +300,8 @@ def test_a_bias_of_its_own(kind):
 
 
 def test_a_bias_that_can_not_be_merged():
-    model = make(nn.Linear(6, 8, bias=False), lora_bias=True)
+    with pytest.warns(peft.PeftWarning, match="`lora_bias=True` was passed but the targeted layer of type Linear has no bias"):
+        model = make(nn.Linear(6, 8, bias=False), lora_bias=True)
     model.base_model.model.append(nn.Linear(8, 8))
     before = snapshot(model)
     with pytest.raises(NotImplementedError, match="Adapter default has `lora_bias=True` and the base layer no bias"):
@@ -549,3 +550,30 @@ def test_the_attributes_that_other_libraries_read():
     }
     model.delete_adapter("default")
     assert not any("default" in getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names))
+
+
+def test_what_scripts_read_from_layers():
+    from transformers.pytorch_utils import Conv1D
+
+    base = nn.Sequential(nn.Linear(4, 6), Conv1D(8, 6), nn.Embedding(5, 4))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = get_peft_model(base, LoraConfig(target_modules=["0", "1", "2"]))
+    assert [layer.fan_in_fan_out for layer in model.base_model.tuner_layers()] == [False, True, True]
+    assert [repr(layer).partition("(")[0] for layer in model.base_model.tuner_layers()] == [
+        "lora.Linear",
+        "lora.Linear",
+        "lora.Embedding",
+    ]
+    assert model.special_peft_forward_args == {"adapter_names"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_not_finite_is_not_merged(value):
+    model = make(nn.Linear(4, 6), lora_bias=True)
+    layer = next(model.base_model.tuner_layers())
+    before = {name: tensor.clone() for name, tensor in layer.base_layer.state_dict().items()}
+    layer.lora_B["default"].bias.data[0] = value
+    with pytest.raises(ValueError, match="NaNs detected in the merged bias. The adapter default seems to be broken"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.base_layer.state_dict().items())

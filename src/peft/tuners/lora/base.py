@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...utils.error import PeftNotSupportedError
+from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
 from .._accumulate import scaled
@@ -144,6 +144,11 @@ class LoraLayer(DecomposedLayer):
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(self._first_magnitude(adapter_name, place, initialise))
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base weight is stored `[in, out]`."""
+        return self.geometry.transposed
+
     def base_scaling(self, adapter_name: str) -> float:
         """`lora_alpha / r`, or over the root of `r` with `use_rslora`."""
         r = self.r[adapter_name]
@@ -267,6 +272,15 @@ class LoraLayer(DecomposedLayer):
             raise PeftNotSupportedError(f"Adapter {biased[0]} has `lora_bias=True` and the base layer no bias to merge it into.")
         if biased and any(self.use_dora[name] for name in names[names.index(biased[0]) :]):
             raise PeftNotSupportedError(f"A DoRA adapter can't be merged after {biased[0]}, which has `lora_bias=True`.")
+
+    def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
+        """As for all methods; also that the base layer's bias would stay finite."""
+        super().check_merge(adapter_names, **options)
+        for name in adapter_names:
+            if self.lora_bias.get(name) and not torch.isfinite(self.lora_B[name].bias).all():  # type: ignore[arg-type]
+                raise PeftValueError(
+                    f"NaNs detected in the merged bias. The adapter {name} seems to be broken; nothing was merged."
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
         """As for all methods, and `lora_bias` into the base layer's bias."""

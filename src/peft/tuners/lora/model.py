@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...utils.error import PeftWarning
+from ...utils.warning import warn
 from .._build import Build, Construction
 from .._combining import Combination, Combined
-from .._geometry import conv_options, expected_layout, geometry, table
+from .._geometry import conv_options, expected_layout, geometry, innermost, table
 from .._layer import BaseTunerLayer
 from .._plan import Plan
 from .._roles import Role
@@ -95,6 +97,13 @@ class LoraModel(BaseTuner):
 
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Put the config right where it expects weights to be stored otherwise than they are."""
+        if plan.config.lora_bias:
+            plain = {type(base).__name__ for base in map(innermost, plan.targets.values()) if base._parameters.get("bias") is None}
+            for kind in sorted(plain):
+                warn(
+                    f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias. It can't be merged.",
+                    PeftWarning,
+                )
         plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
         return super()._build(plan, construction)
 
