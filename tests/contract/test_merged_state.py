@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from conftest import TARGETS, gpt2, mlp
+from conftest import TARGETS, gpt2, llama, mlp
 from torch import nn
 
-from peft import PolyConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PolyConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 
 def _base_and_model(method, dtype=torch.float32):
@@ -226,3 +226,47 @@ def test_a_broken_adapter_among_several_of_any_method_merges_none(method):
             getattr(model, verb)(adapter_names=["default", "bad"], safe_merge=True, **method.merge)
         assert not any(layer.merged for layer in model.base_model.tuner_layers())
     _assert_base(before, model)
+
+
+def _tied():
+    base = llama()
+    base.config.tie_word_embeddings, base.lm_head.weight = True, base.model.embed_tokens.weight
+    return base
+
+
+def test_merging_for_good_makes_two_of_a_tied_weight(method, tmp_path):
+    """The other use stays as it is, and a saved model is read as it was."""
+    ids = torch.arange(1, 7).view(1, -1)
+    with pytest.warns(UserWarning, match="`lm_head` shares a weight with `model.embed_tokens`"):
+        model = get_peft_model(_tied(), method.config(target_modules=["lm_head", "q_proj"])).eval()
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if model.prefix in name and p.is_floating_point()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected, embeddings = model(ids, **method.call).logits, model.get_input_embeddings().weight.clone()
+    with pytest.warns(UserWarning, match="Setting `tie_word_embeddings` to False"):
+        merged = model.merge_and_unload(**method.merge)
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(merged).from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_that_fails_leaves_weights_tied():
+    with pytest.warns(UserWarning, match="shares a weight"):
+        model = get_peft_model(_tied(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.lm_head.lora_A["default"].weight.data[0] = torch.nan
+    with pytest.warns(UserWarning, match="Setting"), pytest.raises(ValueError, match="seems to be broken"):
+        model.merge_and_unload(safe_merge=True)
+    assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings
+
+
+def test_merges_into_a_tied_weight_come_off_to_the_bit():
+    base = _tied()
+    before = base.lm_head.weight.detach().clone()
+    with pytest.warns(UserWarning, match="shares a weight"):
+        model = get_peft_model(base, LoraConfig(target_modules=["lm_head", "embed_tokens"], init_lora_weights=False))
+    model.merge_adapter()
+    assert not torch.equal(base.lm_head.base_layer.weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(base.lm_head.base_layer.weight, before)

@@ -334,7 +334,7 @@ class AdaptedModel(nn.Module):
         merged = [layer for layer in self.tuner_layers() if layer.merged]
         if not merged:
             warn("Already unmerged. Nothing to do.")
-        for layer in merged:
+        for layer in reversed(merged):  # of layers that share a weight, the last first
             with at_hand(layer):
                 layer.unmerge()
 
@@ -359,7 +359,8 @@ class AdaptedModel(nn.Module):
         if options and self.merged_adapters:
             self.unmerge_adapter()  # what is merged may not be what is asked for
         if not (adapter_names is None and self.merged_adapters == self.active_adapters):
-            self.merge_adapter(adapter_names, safe_merge, **options)
+            with _geometry.untied(self.model, () if self.merged_adapters else self.tuner_layers()):
+                self.merge_adapter(adapter_names, safe_merge, **options)
         return self._unload(progressbar, "Unloading and merging model", trained_copies=True)
 
     def unload(self) -> nn.Module:

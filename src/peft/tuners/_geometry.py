@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -180,6 +182,39 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
         own.detach().copy_(cut_like(own, weight))
     else:
         own.data = weight
+
+
+@contextmanager
+def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """A context for merging: adapted layers whose weight a model uses elsewhere too have one of their own from then on, which the
+    model's config is told. An error ties them again.
+
+    Args:
+        model: The model.
+        layers: Its adapted layers.
+    """
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    shared: list[tuple[nn.Module, nn.Parameter]] = []
+    for base in map(innermost, layers):
+        weight = base._parameters.get("weight")
+        if weight is None or users[id(weight)] < 2 or is_quantised(base) or is_managed(weight) or is_elsewhere(weight):
+            continue
+        base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        users[id(weight)] -= 1
+        shared.append((base, weight))
+    config: Any = getattr(model, "config", None)
+    is_told = bool(shared) and getattr(config, "tie_word_embeddings", False) is True
+    if is_told:
+        warn("Setting `tie_word_embeddings` to False in the model's config: merging makes two weights of one.")
+        config.tie_word_embeddings = False
+    try:
+        yield
+    except BaseException:
+        for base, weight in shared:
+            base.weight = weight
+        if is_told:
+            config.tie_word_embeddings = True
+        raise
 
 
 def quantised_form(module: nn.Module) -> _quantised.Form | None:

@@ -248,7 +248,8 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
             if others:
                 warn(
                     f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it "
-                    "is: no implementation exists to tie the adapters. Merging changes it in both places.",
+                    "is: no implementation exists to tie the adapters. `merge_adapter` changes it in both places, "
+                    "`merge_and_unload` makes two weights of it.",
                 )
 
 
