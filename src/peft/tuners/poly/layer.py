@@ -200,7 +200,7 @@ class PolyLayer(BaseTunerLayer):
             if router.training or torch.is_grad_enabled():
                 self.recall.forget(adapter_name)
                 return router(ids)
-            if router.module_logits.numel() > _SMALL_TABLE:
+            if router.module_logits.numel() > _SMALL_TABLE or router.module_logits.is_meta:  # offloaded, and back for a call
                 return router(ids)
             table = self.recall(adapter_name, router.how, (router.module_logits, *router.rows), router.task_weights)
             return table.index_select(0, ids)
