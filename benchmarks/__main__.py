@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import report, scaling, startup
-from .run import LIBRARIES, METHODS, measure
+from .run import LIBRARIES, METHODS, Workers
 from .work import Shape
 
 KINDS = ("train", "prefill", "decode")
@@ -38,12 +38,13 @@ def _steps(options: argparse.Namespace, folder: Path) -> None:
             dtype=options.dtype,
             device=options.device,
         )
-        for method in options.method:
-            for kind in options.mode:
-                found = measure(shape, method, kind, options.library, options.rounds, options.repeat, options.threads)
-                rows += found
-                for row in found:
-                    print(report.line(row), flush=True)
+        with Workers(shape, options.library, options.threads) as workers:
+            for method in options.method:
+                for kind in options.mode:
+                    found = workers.measure(method, kind, options.rounds, options.repeat)
+                    rows += found
+                    for row in found:
+                        print(report.line(row), flush=True)
     report.write(folder, rows, options.threads)
     print(f"\n{report.verdict(rows)}")
 

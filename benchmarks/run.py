@@ -28,15 +28,19 @@ _NAMES = {
 }
 
 
+# Seconds of steps, the frozen model's and the adapted one's.
+Turn = dict[str, list[float]]
+
+
 class Worker:
-    """A process with one library's model.
+    """A process with one library.
 
     Args:
         library: Which library.
-        request: What to build.
+        request: The size of the work.
 
     Raises:
-        RuntimeError: It could not be built; the process's errors are in the message.
+        RuntimeError: It failed; the process's errors are in the message.
     """
 
     def __init__(self, library: str, request: dict[str, Any]) -> None:
@@ -65,41 +69,58 @@ class Worker:
         self.process.communicate()
 
 
-def measure(
-    shape: Shape, method: str, kind: str, libraries: Iterable[str], rounds: int, repeat: int, threads: int
-) -> list[dict[str, Any]]:
-    """Rows of results: for each library that has the method, the adapted step's time over the frozen one's."""
-    workers: dict[str, Worker] = {}
-    times: dict[str, list[dict[str, list[float]]]] = {}
-    rows = []
-    try:
-        for library in libraries:
-            name = _NAMES[library].get(method)
-            if name is not None and LIBRARIES[library].is_dir():
-                request = {"threads": threads, "shape": dataclasses.asdict(shape), "kind": kind, "method": name}
-                workers[library], times[library] = Worker(library, request), []
-        for i in range(rounds):
-            for library, worker in workers.items():
-                times[library].append(worker.ask({"do": "time", "warmup": 2 if i == 0 else 1, "repeat": repeat}))
-        for library, worker in workers.items():
-            memory = worker.ask({"do": "memory"})
-            ratios = [a / f for turn in times[library] for a, f in zip(turn["adapted"], turn["frozen"], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            rows.append(
-                {
-                    "library": library,
-                    "method": method,
-                    "mode": kind,
-                    **{name: getattr(shape, name) for name in ("width", "layers", "rank", "tasks", "bank", "dtype", "device")},
-                    "ratio": quartiles[1],
-                    "low": quartiles[0],
-                    "high": quartiles[2],
-                    "frozen_ms": 1e3 * statistics.median(t for turn in times[library] for t in turn["frozen"]),
-                    "extra_MB": (memory["adapted"] - memory["frozen"]) / 2**20,
-                    "steps": len(ratios),
-                }
-            )
-    finally:
-        for worker in workers.values():
+class Workers:
+    """A worker for each library, at work of one size; a context that ends them.
+
+    Args:
+        shape: The size.
+        libraries: Names of libraries; those that are not installed are left out.
+        threads: For each.
+    """
+
+    def __init__(self, shape: Shape, libraries: Iterable[str], threads: int) -> None:
+        self.shape = shape
+        self.workers: dict[str, Worker] = {}
+        request = {"threads": threads, "shape": dataclasses.asdict(shape)}
+        try:
+            for library in libraries:
+                if LIBRARIES[library].is_dir():
+                    self.workers[library] = Worker(library, request)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for worker in self.workers.values():
             worker.close()
-    return rows
+
+    def measure(self, method: str, kind: str, rounds: int, repeat: int) -> list[dict[str, Any]]:
+        """Rows of results: for each library that has the method, the adapted step's time over the frozen one's."""
+        able = {library: worker for library, worker in self.workers.items() if method in _NAMES[library]}
+        orders = {library: {"kind": kind, "method": _NAMES[library][method]} for library in able}
+        times: dict[str, list[Turn]] = {library: [] for library in able}
+        for i in range(rounds):
+            for library, worker in able.items():
+                order = {"do": "time", "warmup": 2 if i == 0 else 1, "repeat": repeat, **orders[library]}
+                times[library].append(worker.ask(order))
+        rows = []
+        for library, worker in able.items():
+            memory = worker.ask({"do": "memory", **orders[library]})
+            rows.append({"library": library, "method": method, "mode": kind, **self._figures(times[library], memory)})
+        return rows
+
+    def _figures(self, turns: list[Turn], memory: dict[str, int]) -> dict[str, Any]:
+        ratios = [a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        return {
+            **dataclasses.asdict(self.shape),
+            "ratio": quartiles[1],
+            "low": quartiles[0],
+            "high": quartiles[2],
+            "frozen_ms": 1e3 * statistics.median(t for turn in turns for t in turn["frozen"]),
+            "extra_MB": (memory["adapted"] - memory["frozen"]) / 2**20,
+            "steps": len(ratios),
+        }

@@ -85,7 +85,7 @@ def adapt(model: nn.Module, method: str, shape: Shape) -> tuple[Callable[..., An
         return _lycoris(model, shape), lambda batch: {}
     import peft
 
-    common = {"target_modules": PROJECTIONS}
+    common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     configs = {
         "lora": lambda: peft.LoraConfig(r=shape.rank, lora_alpha=shape.rank, **common),
         "lokr": lambda: peft.LoKrConfig(r=shape.rank, alpha=shape.rank, **common),

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -20,20 +21,35 @@ from benchmarks.work import Shape, Work, adapt, base_model, twin
 
 
 def main() -> None:
-    """Build what the first line asks for, then answer the others."""
+    """Build the frozen model that the first line asks for, then answer the others."""
     warnings.simplefilter("ignore")
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
-    shape = Shape(**request["shape"])
-    base = base_model(shape)
-    frozen = twin(base)
-    works = {"frozen": Work(request["kind"], shape, frozen, frozen, lambda batch: {})}
-    run, arguments = adapt(base, request["method"], shape)
-    works["adapted"] = Work(request["kind"], shape, base, run, arguments)
+    desk = Desk(Shape(**request["shape"]))
     _answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
+        works = desk.works(order["kind"], order["method"])
         _answer({"time": _times, "memory": _memory}[order["do"]](works, order))
+
+
+class Desk:
+    """The frozen model and its adapted twins, which share its weights."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.base = base_model(shape)
+        self.adapted: dict[str, Any] = {}
+
+    def works(self, kind: str, method: str) -> dict[str, Work]:
+        """The frozen model's step and the adapted one's. Of the twins only the last is kept."""
+        if method not in self.adapted:
+            self.adapted.clear()
+            model = twin(self.base)
+            self.adapted[method] = model, *adapt(model, method, self.shape)
+        model, run, arguments = self.adapted[method]
+        frozen = Work(kind, self.shape, self.base, self.base, lambda batch: {})
+        return {"frozen": frozen, "adapted": Work(kind, self.shape, model, run, arguments)}
 
 
 def _answer(content: dict) -> None:
