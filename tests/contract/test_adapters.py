@@ -428,7 +428,7 @@ def test_the_model_tells_what_was_targeted(method):
 
 
 def test_warnings_of_what_may_be_a_mistake(method):
-    prefix = method.config().peft_type.value.lower() + "_"
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method.config().peft_type]
     with pytest.warns(UserWarning, match=f"Adapter name '{prefix[:-1]}' should not be contained in the prefix '{prefix}'"):
         get_peft_model(mlp(), method.config(target_modules=TARGETS), adapter_name=prefix[:-1])
     base = mlp()
