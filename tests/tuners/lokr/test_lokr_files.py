@@ -418,6 +418,12 @@ def test_what_can_not_be_placed_is_named_and_nothing_is_changed():
     other = {f"lycoris_transformer_blocks_0_attn_to_v.{n}": t for n, t in full(32, 32, 2, 2).items()}
     mixed = {**good, **other, "lycoris_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(32, 1)}
     refused(flux(), mixed, "an adapter can't have both")
+    refused(flux(), mixed, "an adapter can't have both", ignore_unplaced=True)
+    again = {key.replace("lycoris_transformer_blocks_0", "lycoris_double_blocks_0"): t for key, t in good.items()}
+    again = {key.replace("attn_to_q", "img_attn_qkv"): torch.cat([t] * 3) if "w2" in key else t for key, t in again.items()}
+    refused(
+        flux(), {**good, **again}, "`transformer_blocks.0.attn.to_q` is meant by both 'transformer_blocks_0_attn_to_q' and 'double_"
+    )
     fused = {f"diffusion_model.double_blocks.0.img_attn.qkv.{n}": t for n, t in full(96, 32, 2, 2).items()}
     refused(flux(), {**fused, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1, 32)}, "can't be told apart")
     model = flux()
@@ -442,6 +448,7 @@ def test_several_components_that_fit():
     for component in ("lora_te1", "lora_te2"):
         tensors |= {f"{component}_0.lokr_w1": torch.ones(2, 2), f"{component}_0.lokr_w2": torch.ones(8, 4)}
     refused(mlp(), tensors, "pass `component`. Modules that fit: 'lora_te1' .1 of 1., 'lora_te2' .1 of 1.")
+    refused(mlp(), tensors, "pass `component`", ignore_unplaced=True)
     load_lokr_file(mlp(), tensors, component="lora_te2")
 
 
@@ -451,6 +458,10 @@ def test_an_unreadable_file(tmp_path):
         inspect_lokr_file(tmp_path / "a.safetensors")
     with pytest.raises(FileNotFoundError):
         load_lokr_file(mlp(), tmp_path / "missing.safetensors")
+    tensors = {"0.lokr_w1": torch.ones(2, 2), "0.lokr_w2": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "b.safetensors", {"lora_adapter_metadata": "{"})
+    with pytest.raises(ValueError, match="the config in its header is not valid JSON"):
+        load_lokr_file(mlp(), tmp_path / "b.safetensors")
 
 
 def test_what_can_not_be_written(tmp_path):

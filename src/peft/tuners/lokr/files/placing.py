@@ -168,10 +168,10 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
             partial.setdefault(target.paths[0], {})[target.part] = module
             parts[target.paths[0]] = target.parts
             continue
-        for path in target.paths:
-            if path in taken:
-                result.problems.append(f"`{path}` is meant by both {taken[path]!r} and {module.name!r}.")
-            taken[path] = module.name
+        if twice := [path for path in target.paths if path in taken]:
+            result.problems.append(f"`{twice[0]}` is meant by both {taken[twice[0]]!r} and {module.name!r}.")
+            continue
+        taken |= dict.fromkeys(target.paths, module.name)
         if saved is not None:
             module = replace(module, known=_known(saved, target.paths[0], layers[target.paths[0]]))
         _place_whole(result, module, target.paths, layers, own)
@@ -179,6 +179,7 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
         _place_joined(result, path, found, parts[path], layers[path], own[path])
     kinds = {p.by_rows for p in result.placed}
     if len(kinds) > 1:
+        result.placed.clear()  # whatever is left out, the rest would be an adapter without some of its values
         result.problems.append(
             "Some modules have a `dora_scale` and others have none, or they have it on different sides; an adapter can't have both."
         )

@@ -143,6 +143,7 @@ def inspect_lokr_file(
     if len(chosen) > 1 and len(fitting) != 1:
         counts = ", ".join(f"{name!r} ({len(p.placed)} of {p.count})" for name, p in zip(chosen, placements, strict=True))
         best = max(placements, key=lambda p: len(p.placed))
+        best.placed.clear()
         best.problems.insert(0, f"Several components could be meant; pass `component`. Modules that fit: {counts}.")
         return LoKrReport(contents, best)
     return LoKrReport(contents, fitting[0] if fitting else placements[0])
@@ -239,7 +240,10 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
     text = file.metadata.get("lora_adapter_metadata")
     beside = Path(file.source).parent / CONFIG_NAME
     if text is not None:
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"'{file.source}': the config in its header is not valid JSON: {error}") from None
         fields = {name.rpartition(".")[2]: value for name, value in fields.items()}  # pipelines put a component before each name
     elif Path(file.source).name == SAFETENSORS_WEIGHTS_NAME and beside.is_file():
         fields = read_json(beside)
