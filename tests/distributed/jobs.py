@@ -607,3 +607,26 @@ def roles(method):
     except RuntimeError as error:
         return found, str(error)
     return found, ""
+
+
+def rows_of_tasks():
+    """Poly with single rows open, sharded by FSDP2 and plain, on the same batches."""
+    from torch.distributed.fsdp import fully_shard
+
+    fields = {"relaxed_bernoulli": False, "task_rank": 1}
+    states = []
+    for sharded in (False, True):
+        model = adapted("POLY", **fields)
+        start = whole(get_peft_model_state_dict(model))
+        model.train_only(tasks=[1])
+        if sharded:
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+        for step in range(STEPS):
+            optimiser.zero_grad()
+            model(**batch("POLY", step, 1)).loss.backward()
+            optimiser.step()
+        states.append(whole(get_peft_model_state_dict(model)))
+    return start, *states

@@ -235,3 +235,12 @@ def test_training_over_a_shared_bank(pool, tmp_path, engine):
         assert found == pytest.approx(losses, rel=1e-4)
         close(state, adapter)
         assert not any("bank" in parameter for parameter in gradients)
+
+
+def test_rows_of_tasks_train_by_themselves_in_a_sharded_model(pool):
+    for start, plain, sharded in pool.run("rows_of_tasks"):
+        close(sharded, plain)
+        tables = [key for key in start if "router" in key or "task_skills" in key]
+        assert len(tables) == 3 * len([key for key in start if "poly_lora_A" in key])
+        for key in tables:
+            assert torch.equal(sharded[key][[0, 2]], start[key][[0, 2]]) and not torch.equal(sharded[key][1], start[key][1])
