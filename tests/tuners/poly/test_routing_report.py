@@ -134,7 +134,7 @@ def test_terms_on_routing_by_input(level):
 
 
 def test_the_tree_against_scipy():
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
+    from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
     rows = torch.randn(12, 7, dtype=torch.float64)
