@@ -332,14 +332,20 @@ def test_fitting_with_batches_of_a_language_model():
 
 def test_a_fit_that_fails_leaves_the_model_as_it_was():
     model = poly()
+    x, calls = torch.randn(3, 8), []
     before = snapshot(model)
 
     def broken():
-        raise RuntimeError("no data")
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("no data")
+        return model(x, task_ids="a").square().mean()
 
-    with pytest.raises(RuntimeError, match="no data"):
-        model.fit_task("a", broken)
-    assert_unchanged(before, model)
+    for init in (None, "best"):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="no data"):
+            model.fit_task("a", broken, init=init)
+        assert_unchanged(before, model)
 
 
 class Sequence(nn.Module):

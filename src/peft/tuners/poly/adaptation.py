@@ -230,11 +230,12 @@ class AdaptingTuner(DerivingTuner):
 
     @contextmanager
     def _fitting(self, name: str, task: int) -> Iterator[None]:
-        """A context in which one task's rows train and the model is in evaluation mode."""
+        """A context in which one task's rows train and the model is in evaluation mode; after an error they are as before."""
         parameters = [(p, p.requires_grad) for p in self.parameters()]
         modes = [(module, module.training) for module in self.modules()]
         routers = dict.fromkeys(self.task_routers(name).values())
         opened = [(router, router.rows, router.runs) for router in routers]
+        values = [(router, router.module_logits[task].detach().clone()) for router in routers]
         self.eval()
         for p, _ in parameters:
             p.requires_grad_(False)
@@ -242,6 +243,11 @@ class AdaptingTuner(DerivingTuner):
             router.open_rows([task])
         try:
             yield
+        except BaseException:
+            with torch.no_grad():
+                for router, row in values:
+                    router.module_logits[task] = row
+            raise
         finally:
             for router, rows, runs in opened:
                 router.rows, router.runs = rows, runs
