@@ -68,16 +68,17 @@ def few_examples(results: dict[str, Any], methods: Sequence[Method], file: Path)
     kinds = {"pairs": "new pairs of known parts", "novel": "nothing known"}
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
-        for method in methods:
-            for way in method.ways:
-                points = [over_seeds(results, method.key, new_mean(kind, way, shots)) for shots in SHOTS]
-                centre = [100 * mean(values) for values in points]
-                spread = [100 * stdev(values) if len(values) > 1 else 0.0 for values in points]
-                label = f"{method.label}: {WAYS[way]}"
-                axes.errorbar(
-                    SHOTS, centre, spread, color=COLOURS[method.key], linestyle=LINES[way], marker=MARKS[way], label=label,
-                    markersize=5, linewidth=1.6, elinewidth=0.8, capsize=2,
-                )  # fmt: skip
+        lines = [(method, way) for method in methods for way in method.ways]
+        for number, (method, way) in enumerate(lines):
+            points = [over_seeds(results, method.key, new_mean(kind, way, shots)) for shots in SHOTS]
+            centre = [100 * mean(values) for values in points]
+            spread = [100 * stdev(values) if len(values) > 1 else 0.0 for values in points]
+            aside = 1 + 0.3 * (number / len(lines) - 0.5)  # so that the bars can be told apart
+            axes.errorbar(
+                [shots * aside for shots in SHOTS], centre, spread, label=f"{method.label}: {WAYS[way]}",
+                color=COLOURS[method.key], linestyle=LINES[way], marker=MARKS[way],
+                markersize=5, linewidth=1.6, elinewidth=0.8, capsize=2,
+            )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
         axes.minorticks_off()

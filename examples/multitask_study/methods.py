@@ -67,7 +67,7 @@ def all_methods(n_tasks: int) -> list[Method]:
             f"multi-head routing, {skills} skills, 4 heads",
             "routed",
             poly(**heads),
-            {"router": 0.1, "skills": 2e-2},
+            {"router": 0.1, "skills": 1e-2},
             {"Z": {"router": 0.3}, "full": {"router": 0.1, "skills": 3e-3}, "mu": {"skills": 3e-3}},
         ),
         Method(
