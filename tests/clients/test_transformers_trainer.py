@@ -375,6 +375,7 @@ def test_the_model_card_and_what_is_pushed(method, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     base = llama()
     base.config._name_or_path = base.name_or_path = "someone/base"
+    base.add_model_tags(["of-the-base"])
     model = get_peft_model(base, method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
     trainer = Trainer(model, arguments(tmp_path, max_steps=1, hub_model_id="someone/something"), train_dataset=samples(method))
     trainer.train()
@@ -384,7 +385,7 @@ def test_the_model_card_and_what_is_pushed(method, tmp_path, monkeypatch):
     assert "library_name: peft" in card
     assert "base_model: someone/base" in card
     assert "pipeline_tag: text-generation" in card
-    for tag in ("base_model:adapter:someone/base", "transformers", model.peft_type.value.lower()):
+    for tag in ("of-the-base", "base_model:adapter:someone/base", "transformers", model.peft_type.value.lower()):
         assert f"- {tag}\n" in card
 
 

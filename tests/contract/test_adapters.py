@@ -13,7 +13,7 @@ from torch import nn
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, inspect_matched_modules
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, inspect_matched_modules
 
 
 def trainable(model):
@@ -444,3 +444,21 @@ def test_keys_of_patterns_that_mean_nothing_are_named():
     ) as caught:
         get_peft_model(mlp(), config)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("indices", "pattern", "path", "meant"),
+    [
+        ([1], None, "layers.1.mlp.experts.0.up_proj", True),
+        ([0], None, "layers.1.mlp.experts.0.up_proj", False),
+        ([1], ["layers"], "layers.1.layers.0.up_proj", True),
+        ([0], ["layers"], "layers.1.layers.0.up_proj", False),
+        ([0], [r"\d+\.layers"], "layers.1.layers.0.up_proj", True),
+        ([1], None, "model.layers.1.mlp.experts.0.up_proj", True),
+        ([0], None, "model.layers.1.mlp.experts.0.up_proj", False),
+    ],
+)
+def test_the_outermost_list_is_the_layers(indices, pattern, path, meant):
+    """Also where the model itself begins with it."""
+    config = peft.LoraConfig(target_modules=["up_proj"], layers_to_transform=indices, layers_pattern=pattern)
+    assert check_target_module_exists(config, path) is meant

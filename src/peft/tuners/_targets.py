@@ -32,7 +32,7 @@ def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | C
     wanted = {indices} if isinstance(indices, int) else set(indices)
     containers = [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
     for container in containers:
-        match = re.match(rf"(?:.*?\.)?(?:{container})\.(\d+)(?:\.|$)", path)
+        match = re.match(rf"(?:.*?\.)??(?:{container})\.(\d+)(?:\.|$)", path)
         if match:
             return int(match.group(1)) in wanted
     return False

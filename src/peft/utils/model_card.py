@@ -30,7 +30,7 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
     card = ModelCard(text)
     data = card.data.to_dict()
     data["library_name"] = "peft"
-    tags = set(data.get("tags") or [])
+    tags = {*(data.get("tags") or []), *(getattr(model, "model_tags", None) or [])}
     name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers models
     if name is not None:
         data["base_model"] = name
