@@ -45,7 +45,7 @@ def _steps(options: argparse.Namespace, folder: Path) -> None:
                     rows += found
                     for row in found:
                         print(report.line(row), flush=True)
-    report.write(folder, rows, options.threads)
+    rows = report.write(folder, rows, options.threads, options.add)
     print(f"\n{report.verdict(rows)}")
 
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns each library takes")
     parser.add_argument("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
     parser.add_argument("--sizes", type=int, default=4, help="how many of the sizes in `scaling` and `startup`, the smallest first")
+    parser.add_argument("--add", action="store_true", help="keep what the output folder has of other work")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
     return parser
 

@@ -71,10 +71,23 @@ def machine(threads: int) -> str:
     return f"{name}, {os.cpu_count()} cores ({threads} threads used{busy}){accelerator}, torch {torch.__version__}"
 
 
-def write(folder: Path, rows: list[Row], threads: int) -> None:
-    """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`."""
+def write(folder: Path, rows: list[Row], threads: int, add: bool = False) -> list[Row]:
+    """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`; return all rows that are in them.
+
+    Args:
+        folder: Where to.
+        rows: What was measured.
+        threads: How many it was measured with.
+        add: Keep the rows of other work that are there.
+    """
+    known = folder / "results.json"
+    if add and known.exists():
+        measured = {(*_work(row), row["library"], row["method"]) for row in rows}
+        before = json.loads(known.read_text())["rows"]
+        rows = [row for row in before if (*_work(row), row["library"], row["method"]) not in measured] + rows
     write_table(folder, "table", _HEAD, [*map(line, rows), "", verdict(rows)], rows, threads, "results")
     draw(_plot, folder / "ratios.png", rows, threads)
+    return rows
 
 
 def write_table(

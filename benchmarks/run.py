@@ -114,7 +114,7 @@ class Workers:
 
     def _figures(self, turns: list[Turn], memory: dict[str, int]) -> dict[str, Any]:
         ratios = [a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         return {
             **dataclasses.asdict(self.shape),
             "ratio": quartiles[1],

@@ -33,7 +33,7 @@ def measure(width: int, rounds: int, sizes: dict[str, tuple[int, ...]] | None = 
                     step()
                     times[key].append(1e6 * (time.perf_counter() - start))
             for (mode, size), found in times.items():
-                low, middle, high = statistics.quantiles(found[1:], n=4)
+                low, middle, high = statistics.quantiles(found[1:], n=4, method="inclusive")
                 rows.append({"axis": axis, "method": method, "mode": mode, "size": size, "us": middle, "low": low, "high": high})
     return rows
 
