@@ -149,7 +149,7 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     k = (*(w.shape[1] for w in w2s), c)[begun[1]]
     # A last product with the left side forms that one's gradient for each row before summing: only where it is no larger than
     # the output.
-    apart = j < len(w2s) or a <= c
+    apart = j < len(w2s) or bool(a <= c)  # sizes are tensors to a tracer
     path = order[begun != (0, 0) : len(order) - apart]
 
     def then(z: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
-from .._accumulate import Steps
+from .._accumulate import Steps, is_eager
 from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
@@ -197,7 +197,7 @@ class PolyLayer(BaseTunerLayer):
         router = self.router(adapter_name)
         if isinstance(router, TaskRouter):
             ids = self._task_ids(adapter_name, x)
-            if router.training or torch.is_grad_enabled():
+            if router.training or torch.is_grad_enabled() or not is_eager():
                 self.recall.forget(adapter_name)
                 return router(ids)
             if router.module_logits.numel() > _SMALL_TABLE or router.module_logits.is_meta:  # offloaded, and back for a call
