@@ -120,8 +120,8 @@ def test_features_that_are_not_provided(name, value):
         ({"init_lora_weights": "olora", "lora_alpha": 0}, "needs a positive `lora_alpha`"),
         ({"rank_pattern": {"q": 0}}, r"`rank_pattern\['q'\]`=0"),
         ({"alpha_pattern": {"q": "a"}}, r"`alpha_pattern\['q'\]`='a'"),
-        ({"use_dora": True, "lora_bias": True}, "does not go with `use_dora`"),
-        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "goes with `init_lora_weights` True or False, found 'gaussian'"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias=True is not supported together with `use_dora`=True"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is for `init_lora_weights` True or False, found 'gaussian'"),
         (
             {"target_modules": ".*q", "layers_to_transform": [0]},
             "`layers_to_transform` cannot be used when `target_modules` is a str",
