@@ -121,7 +121,10 @@ def test_features_that_are_not_provided(name, value):
         ({"rank_pattern": {"q": 0}}, r"`rank_pattern\['q'\]`=0"),
         ({"alpha_pattern": {"q": "a"}}, r"`alpha_pattern\['q'\]`='a'"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias=True is not supported together with `use_dora`=True"),
-        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is for `init_lora_weights` True or False, found 'gaussian'"),
+        (
+            {"lora_bias": True, "init_lora_weights": "gaussian"},
+            "lora_bias=True is for `init_lora_weights` True or False, found 'gaussian'",
+        ),
         (
             {"target_modules": ".*q", "layers_to_transform": [0]},
             "`layers_to_transform` cannot be used when `target_modules` is a str",
