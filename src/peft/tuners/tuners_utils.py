@@ -28,7 +28,8 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
 
     Example:
         >>> from peft import LoKrConfig
-        >>> check_target_module_exists(LoKrConfig(target_modules=["q"], layers_to_transform=[1]), "layers.1.q")
+        >>> config = LoKrConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern="layers")
+        >>> check_target_module_exists(config, "layers.1.q")
         True
     """
     options: Any = config
