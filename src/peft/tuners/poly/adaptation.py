@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -221,10 +222,10 @@ class AdaptingTuner(DerivingTuner):
         batches = list(loss) if isinstance(loss, Iterable) else []
         if not batches or not all(isinstance(batch, Mapping) for batch in batches):
             raise PeftTypeError("`loss` must be a function without arguments, or batches: keyword arguments for the model.")
-        turn = iter(range(1 << 62))
+        turns = cycle(batches)
 
         def of_next() -> Tensor:
-            return self(**{**batches[next(turn) % len(batches)], "task_ids": task}).loss
+            return self(**{**next(turns), "task_ids": task}).loss
 
         return of_next, len(batches)
 
