@@ -21,10 +21,15 @@ $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) -e '.[demo,test,clients]'
 	touch $@
 
-# Hugging Face PEFT, in a folder of its own, for the tests that exchange files with it.
+# Hugging Face PEFT and LyCORIS, in folders of their own, for the tests that exchange files with them and for the benchmark.
 .peer/.version: constraints.txt | $(VENV)/.base
 	rm -rf .peer
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer peft==0.21.2
+	touch $@
+
+.peer-lycoris/.version: constraints.txt | $(VENV)/.base
+	rm -rf .peer-lycoris
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer-lycoris lycoris-lora==4.1.3 toml==0.10.2
 	touch $@
 
 demo: $(VENV)/.demo ## train, compare, save, reload: eight tasks on handwritten digits
@@ -37,18 +42,13 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-test: $(VENV)/.test .peer/.version ## the whole test suite
+test: $(VENV)/.test .peer/.version .peer-lycoris/.version ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: lint types test ## what has to pass before a change goes in
 
 clean:
 	rm -rf $(VENV) .peer .peer-lycoris demo_output
-
-# Peers of the benchmark are in folders of their own too.
-.peer-lycoris/.version: | $(VENV)/.base
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peer-lycoris lycoris-lora==4.1.3 toml==0.10.2
-	touch $@
 
 bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter costs, by turns with the peers
 	$(BIN)/python -m benchmarks startup
