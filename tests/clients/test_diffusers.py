@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS
+from image_models import flux, flux_inputs, unet, unet_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,55 +53,6 @@ def config_of(method, targets=LINEAR, **more):
 
 
 # --- models -------------------------------------------------------------------------------------------------------------
-
-
-def unet():
-    torch.manual_seed(1)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
-
-
-def unet_inputs():
-    draw = torch.Generator().manual_seed(2)
-    return {
-        "sample": torch.randn(2, 4, 8, 8, generator=draw),
-        "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": torch.randn(2, 5, 8, generator=draw),
-    }
-
-
-def flux():
-    torch.manual_seed(1)
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
-
-
-def flux_inputs():
-    draw = torch.Generator().manual_seed(2)
-    return {
-        "hidden_states": torch.randn(2, 6, 4, generator=draw),
-        "encoder_hidden_states": torch.randn(2, 3, 8, generator=draw),
-        "pooled_projections": torch.randn(2, 8, generator=draw),
-        "timestep": torch.tensor([1.0, 2.0]),
-        "img_ids": torch.zeros(6, 3),
-        "txt_ids": torch.zeros(3, 3),
-    }
 
 
 def flux2():

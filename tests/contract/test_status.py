@@ -2,7 +2,6 @@
 """`get_layer_status` and `get_model_status` for every method."""
 
 import dataclasses
-import importlib.util
 import warnings
 
 import conftest
@@ -190,7 +189,6 @@ def test_rows_of_embeddings_are_layers_too(method):
     assert model.get_model_status().requires_grad == {"default": True}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_is_named(method, bits):
     with warnings.catch_warnings():
