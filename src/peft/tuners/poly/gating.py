@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._kernels import can_launch
 from .mixing import _certainly, gates, normalise
 
 
@@ -81,6 +82,31 @@ def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
     """
     w = normalise(open_gates(logits, how, training))
     return w if training or how.top_k is None else keep_largest(w, how.top_k)
+
+
+def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool) -> Tensor:
+    """`mixing_weights` of the rows of a table that tasks have, drawn for each sample where they are.
+
+    Args:
+        table: `[n_tasks, n_splits * n_skills]`.
+        task_ids: `[batch]`.
+        n_splits: Number of heads.
+        how: The settings.
+        training: Whether gates are drawn and dropped.
+
+    Returns:
+        `[batch, n_splits, n_skills]`, in float32 at least. On a GPU it is one kernel where that can be had (`kernels.py`) and gates
+        are drawn, or not, and no more is done to them.
+
+    Source: arXiv:2202.13914, section 3
+    """
+    other = how.hard or how.always_on or (how.dropout if training else how.top_k)
+    if not other and can_launch(table) and type(task_ids) is Tensor and task_ids.device == table.device:
+        from . import kernels
+
+        if kernels.fits(table, task_ids, n_splits):
+            return kernels.task_weights(table, task_ids, n_splits, draw=training and how.relaxed)
+    return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)
 
 
 def keep_largest(weights: Tensor, k: int) -> Tensor:

@@ -200,7 +200,8 @@ class PolyLayer(BaseTunerLayer):
             if router.training or torch.is_grad_enabled() or not is_eager():
                 self.recall.forget(adapter_name)
                 return router(ids)
-            if router.module_logits.numel() > _SMALL_TABLE or router.module_logits.is_meta:  # offloaded, and back for a call
+            logits = router.module_logits  # on the meta device: offloaded, and back for a call
+            if logits.numel() > _SMALL_TABLE or logits.is_meta or not (logits.device.type == "cpu" or is_running_often()):
                 return router(ids)
             table = self.recall(adapter_name, router.how, (router.module_logits, *router.rows), router.task_weights)
             return table.index_select(0, ids)

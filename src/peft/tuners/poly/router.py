@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...utils.sharding import whole
 from .._geometry import Placement
-from .gating import Gating, mixing_weights, open_gates
+from .gating import Gating, mixing_weights, open_gates, task_weights
 from .tables import TaskTable
 
 
@@ -83,7 +83,7 @@ class TaskRouter(Router, TaskTable):
 
     def forward(self, task_ids: Tensor) -> Tensor:
         """Mixing weights `[batch, n_splits, n_skills]` for task ids `[batch]`."""
-        return self.weights(nn.functional.embedding(task_ids, self.table()))
+        return task_weights(self.table(), task_ids, self.n_splits, self.how, self.training)
 
     def logits(self) -> Tensor:
         """The table as `[n_tasks, n_splits, n_skills]`, whole."""

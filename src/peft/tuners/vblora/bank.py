@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._kernels import can_launch
+
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where `embedding_bag` is known to have a gradient for its weights."""
 
@@ -117,10 +119,16 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
         topk: vectors mixed per position.
 
     Returns:
-        `A [r, in]` and `B [out, r]`, at the cost of `compose` for `r * (in + out) / vector_length` positions.
+        `A [r, in]` and `B [out, r]`, at the cost of `compose` for `r * (in + out) / vector_length` positions. On a GPU it is
+        one kernel where that can be had (`kernels.py`), unless `torch.use_deterministic_algorithms` is on.
 
     Source: arXiv:2405.15179
     """
+    if can_launch(logits_A, logits_B, bank) and not torch.are_deterministic_algorithms_enabled():
+        from . import kernels
+
+        if kernels.fits(logits_A, logits_B, bank, topk):
+            return kernels.compose_factors(logits_A, logits_B, bank, topk)
     return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
 
 
