@@ -41,12 +41,19 @@ def plain():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tried():
+    """That they agree is found out at their first use."""
+    compose_factors(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.zeros(2, 2), 1)
+    gating.task_weights(torch.zeros(1, 2), torch.tensor([0]), 1, Gating(), False)
+
+
 @contextlib.contextmanager
 def counted():
-    """How often the kernels' functions are called."""
-    calls = []
+    """How often kernels compute results."""
+    calls: list[int] = []
     with contextlib.ExitStack() as stack:
-        for module, name in ((vblora_kernels, "compose_factors"), (poly_kernels, "task_weights")):
+        for module, name in ((vblora_kernels, "_composed"), (poly_kernels, "_weighed")):
             own = getattr(module, name)
             stack.enter_context(mock.patch.object(module, name, lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1]))
         yield calls
@@ -177,6 +184,17 @@ def test_plain_operations_for_all_else():
         assert calls == []
         compose_factors(*tensors, 2)
         assert calls == [1]
+
+
+def test_what_computes_something_else_is_not_used():
+    """Were a compiler to get it wrong, plain operations would do it."""
+    tensors = problem(6, 4, 2, 1, 2, 2, torch.float32)
+    own = vblora_kernels.compose_factors
+    wrong = mock.patch.object(vblora_kernels, "compose_factors", lambda *a: tuple(f * 1.01 for f in own(*a)))
+    with wrong, pytest.warns(peft.PeftWarning, match="differ"):
+        found = compose_factors(*tensors, 2)
+    with plain():
+        assert all(map(torch.equal, found, compose_factors(*tensors, 2)))
 
 
 # --- Poly -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -25,30 +24,53 @@ def test_never_on_the_cpu():
     assert not _kernels.can_launch(torch.zeros(2))
 
 
-def driver(error):
-    """A stand-in for `triton.runtime`, whose driver finds no compiler."""
+def test_not_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not _kernels._has_triton.__wrapped__()
 
-    class Driver:
-        @property
-        def active(self):
-            raise error
 
-    return types.SimpleNamespace(driver=Driver())
+def double(x):
+    return x * 2
+
+
+def example(device):
+    return (torch.randn(3, device=device, requires_grad=True),)
+
+
+def fails(x):
+    raise OSError("Failed to find C compiler")
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc"), OSError("x")]
+    ("ours", "words"), [(lambda x: x * 2.1, "differ"), (lambda x: x.detach() * 2, "grad"), (fails, "C compiler")]
 )
-def test_where_triton_does_not_work_one_is_told_and_goes_on(monkeypatch, error):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    monkeypatch.setitem(sys.modules, "triton.runtime", driver(error))
-    with pytest.warns(peft.PeftWarning, match="plain operations"):
-        assert not _kernels._has_triton.__wrapped__(0)
+def test_what_does_not_agree_is_not_used_and_one_is_told_once(ours, words):
+    with pytest.warns(peft.PeftWarning, match=words):
+        assert not _kernels.agrees(ours, double, example, torch.device("cpu"))
+    assert not _kernels.agrees(ours, double, example, torch.device("cpu"))
 
 
-def test_where_triton_is_missing_or_the_gpu_is_old(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton.runtime", None)
-    for capability in ((9, 0), (7, 5)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
-        assert not _kernels._has_triton.__wrapped__(0)
+def test_trying_leaves_no_trace():
+    """It is done whatever the caller has switched on, and draws none of its random numbers."""
+    seen = []
+    state = torch.get_rng_state()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t)
+    with torch.inference_mode(), hooks, torch.autocast("cpu"):
+        assert _kernels.agrees(lambda x: x * 2.0, double, example, torch.device("cpu"))
+    assert torch.equal(state, torch.get_rng_state())
+    assert seen == []
+
+
+def test_not_tried_inside_a_backward():
+    """There its own backward would wait for the one that runs."""
+    answers = []
+
+    def ours(x):
+        return x + x
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda g: answers.append(_kernels.agrees(ours, double, example, torch.device("cpu"))))
+    x.sum().backward()
+    answers.append(_kernels.agrees(ours, double, example, torch.device("cpu")))
+    x.sum().backward()
+    assert answers == [False, True, True]

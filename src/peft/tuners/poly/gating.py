@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._kernels import can_launch
+from .._kernels import agrees, can_launch
 from .mixing import _certainly, gates, normalise
 
 
@@ -104,9 +104,10 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, tr
     if not other and can_launch(table) and type(task_ids) is Tensor and task_ids.device == table.device:
         from . import kernels
 
-        if kernels.fits(table, task_ids, n_splits):
-            return kernels.task_weights(table, task_ids, n_splits, draw=training and how.relaxed)
-    return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)
+        ours = kernels.task_weights
+        if kernels.fits(table, task_ids, n_splits) and agrees(ours, _task_weights, _example, table.device):
+            return ours(table, task_ids, n_splits, training and how.relaxed)
+    return _task_weights(table, task_ids, n_splits, training, how)
 
 
 def keep_largest(weights: Tensor, k: int) -> Tensor:
@@ -152,3 +153,14 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
     own = torch.eye(samples, dtype=values.dtype, device=values.device)
     spread = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
     return spread.reshape(*weights.shape[:-1], samples * k), A[split, slots], B[split, slots]
+
+
+def _task_weights(table: Tensor, task_ids: Tensor, n_splits: int, training: bool, how: Gating = Gating()) -> Tensor:  # noqa: B008
+    """`task_weights` in plain operations."""
+    return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, int, bool]:
+    """Arguments of `task_weights` to try a kernel with: a task that two samples have, one that none has."""
+    table = (torch.arange(70, device=device, dtype=torch.float32).sin() * 4).view(7, 10).requires_grad_()
+    return table, torch.tensor([6, 0, 6], device=device), 2, True

@@ -13,11 +13,13 @@ Source: arXiv:2405.15179
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._kernels import can_launch
+from .._kernels import agrees, can_launch
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where `embedding_bag` is known to have a gradient for its weights."""
@@ -127,9 +129,10 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
     if can_launch(logits_A, logits_B, bank) and not torch.are_deterministic_algorithms_enabled():
         from . import kernels
 
-        if kernels.fits(logits_A, logits_B, bank, topk):
-            return kernels.compose_factors(logits_A, logits_B, bank, topk)
-    return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
+        ours = kernels.compose_factors
+        if kernels.fits(logits_A, logits_B, bank, topk) and agrees(ours, _compose_factors, _example, bank.device):
+            return ours(logits_A, logits_B, bank, topk)
+    return _compose_factors(logits_A, logits_B, bank, topk)
 
 
 def index_dtype(num_vectors: int) -> torch.dtype:
@@ -256,6 +259,19 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
     if topk is None:
         return float(count)
     return count // num_vectors * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
+
+
+def _compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """`compose_factors` in plain operations."""
+    return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Arguments of `compose_factors` to try a kernel with: no sizes that are powers of two, no ties."""
+    shapes = (3, 2, 37), (5, 3, 37), (37, 20)
+    numbers = (torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape) for shape in shapes)
+    logits_A, logits_B, bank = (tensor.requires_grad_() for tensor in numbers)
+    return logits_A, logits_B, bank, 3
 
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
