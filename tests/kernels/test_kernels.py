@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where kernels of our own run, and `interpreted.py`, their tests, in a process in which Triton interprets kernels on the CPU."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,9 +25,13 @@ def test_never_on_the_cpu():
     assert not _kernels.can_launch(torch.zeros(2))
 
 
-def test_not_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert not _kernels._has_triton.__wrapped__()
+def test_neither_without_triton_nor_on_an_old_gpu(monkeypatch):
+    spec = importlib.util.find_spec
+    cuda = torch.device("cuda:0")
+    for installed, capability in ((True, (9, 0)), (False, (9, 0)), (True, (7, 5))):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, i=installed: i or None if name == "triton" else spec(name))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert _kernels._has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
 
 
 def double(x):

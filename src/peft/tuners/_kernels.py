@@ -34,7 +34,7 @@ def can_launch(*tensors: Tensor) -> bool:
     """Whether a kernel can take tensors as they are, in place of plain operations.
 
     It can in eager mode (a compiler fuses the operations itself, a transform has to see them), if all are plain, contiguous and on
-    one GPU, and Triton is installed. Nothing waits for the device.
+    one GPU of this decade, and Triton is installed. Nothing waits for the device.
 
     Args:
         tensors: What the kernel reads.
@@ -45,7 +45,7 @@ def can_launch(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device or not tensor.is_contiguous():
             return False
-    return is_eager() and _has_triton()
+    return is_eager() and _has_triton(device)
 
 
 def agrees(
@@ -85,8 +85,11 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and made for a device: one that knows bfloat16."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> str | None:
