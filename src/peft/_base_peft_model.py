@@ -116,7 +116,7 @@ class BasePeftModel(nn.Module):
         self.base_model.refuse_foreign_arguments(kwargs)
         generate, batch = self.base_model.generate, self.base_model.chosen_adapters(args, kwargs)
         chosen = nullcontext() if batch is None else ADAPTER_BATCHES.during(batch)
-        with chosen, self.base_model.adapter_call_context(args, kwargs), during_call(runs_often=True):
+        with chosen, self.base_model.adapter_call_context(args, kwargs), during_call(self.base_model, runs_often=True):
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from variants import CASES
 
 from peft import get_peft_model
-from peft.tuners._accumulate import Steps, add_product, can_share_input, run_with_steps
+from peft.tuners._accumulate import Steps, add_product, is_plain_product, run_with_steps
 
 
 def normal(*shape):
@@ -31,12 +31,12 @@ def test_products_taken_together(leading, first, last, bias):
     def together(x, first, last, *parameters):
         twin = copy.copy(layer)
         twin._parameters = dict(zip(("weight", "bias"), (*parameters, None)[:2], strict=True))
-        assert can_share_input(twin, x)
-        return run_with_steps(twin, x, Steps(x, first, lambda h: (h.tanh(), last)))
+        assert is_plain_product(twin, x)
+        return run_with_steps(twin, x, Steps(x, first, (last,), 0.5, lambda h, last: (h.tanh(), last)))
 
     x, A, B, *parameters = operands
     h = x.view(2, 3, 4) @ A if A.dim() == 3 else x @ A
-    torch.testing.assert_close(together(*operands), nn.functional.linear(x, *parameters) + h.tanh() @ B)
+    torch.testing.assert_close(together(*operands), nn.functional.linear(x, *parameters) + 0.5 * h.tanh() @ B)
     assert torch.autograd.gradcheck(together, operands)
     assert torch.autograd.gradgradcheck(together, operands)
 

@@ -12,8 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
+
+_KEPT = 16
+"""A first product is kept for backward if it is at least so many times smaller than the input, else computed again."""
 
 
 class Steps(NamedTuple):
@@ -23,18 +27,34 @@ class Steps(NamedTuple):
         x: The layer's input as the adapter takes it.
         first: The first product's other factor: `[k, m]`, with `x` read as `[rows, k]`, or `[n, k, m]`, with `x` read as
             `[n, rows, k]`; None where the part does not begin with such a product.
-        then: What follows, a function of the product (of `x` where there is none). It returns `p` and `q` whose product is the
-            part, in the output's order of elements; or the part itself, of the output's shape, and None.
+        parameters: What the part depends on besides; without `then`, the last product's other factor.
+        scale: A number, on the last product.
+        then: What follows, a function of the first product (of `x` where there is none) and the parameters. It returns `p` and `q`
+            whose product is the part, in the output's order of elements; or the part itself, of the output's shape, and None.
+            None where nothing lies between: the first product is `p`, and the parameter is `q`.
     """
 
     x: Tensor
     first: Tensor | None
-    then: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    parameters: tuple[Tensor, ...]
+    scale: float = 1.0
+    then: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def ends(self, product: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`p` and `q` from the first product."""
+        return (product, self.parameters[0]) if self.then is None else self.then(product, *self.parameters)
 
     def part(self) -> Tensor:
         """The part itself, in the order of elements of the output but not in its shape."""
-        p, q = self.then(_product(self.x, self.first))
-        return p if q is None else p @ q
+        p, q = self.ends(_product(self.x, self.first))
+        return scaled(p if q is None else p @ q, self.scale)
+
+
+def thin_steps(x: Tensor, first: Tensor, last: Tensor, scale: float | Tensor = 1.0) -> Steps:
+    """The steps of two products, `scale · (x · first) · last`."""
+    if isinstance(scale, Tensor):
+        return Steps(x, first, (last,), then=lambda h, last: (h * scale, last))
+    return Steps(x, first, (last,), scale)
 
 
 def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
@@ -45,31 +65,31 @@ def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
         result: The base layer's output.
         in_place: Whether that may be overwritten.
     """
-    return _add_last(steps, _product(steps.x, steps.first), result, in_place)
+    x, first, parameters, scale, then = steps
+    product = x if first is None else _read(x, first) @ first
+    p, q = (product, parameters[0]) if then is None else then(product, *parameters)
+    return result + scaled(p, scale).view(result.shape) if q is None else add_product(result, p, q, in_place, scale)
 
 
-def can_share_input(layer: Any, x: Tensor) -> bool:
-    """Whether an adapter's first product can be taken in one function with a layer's own: there are gradients to add up, and the
-    layer is a plain matrix product of one precision.
-    """
+def is_plain_product(layer: Any, x: Tensor) -> bool:
+    """Whether a call of a layer is a matrix product of one precision and no more, so that an adapter may take it over."""
     return (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and is_bare(layer, nn.Linear)
-        and type(layer.weight) in (nn.Parameter, Tensor)  # others (quantised, distributed) have products of their own
-        and x.dtype == layer.weight.dtype
+        is_bare(layer, nn.Linear)
+        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor)  # others (quantised, distributed) have their own
+        and x.dtype == layer._parameters["weight"].dtype
         and x.is_contiguous()
-        and not torch.is_autocast_enabled(x.device.type)
         and is_eager()
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
 def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
-    """The output of a layer that `can_share_input`, and the adapter's part."""
-    if steps.first is None or steps.x is not x or steps.first.dtype != x.dtype:
-        return add_steps(steps, layer(x), in_place=True)
-    result, product = _TwoProducts.apply(x, layer.weight, layer.bias, steps.first)
-    return _add_last(steps, product, result, in_place=True)
+    """The output of a layer whose call `is_plain_product`, and the adapter's part."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    own_x, first, parameters, scale, then = steps
+    if own_x is x and (first is None or first.dtype == x.dtype) and torch.is_grad_enabled():
+        return _Adapted.apply(x, weight, bias, then, scale, first, *parameters)
+    return add_steps(steps, F.linear(x, weight, bias), in_place=True)
 
 
 def may_write_to_output(layer: Any) -> bool:
@@ -86,12 +106,13 @@ def may_write_to_output(layer: Any) -> bool:
 
 def is_bare(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a call of a module does what its class `kind` says and no more: nothing is hooked in, its forward is not replaced."""
+    own = module.__dict__
     return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
         or _hooks._global_forward_hooks
         or _hooks._global_forward_pre_hooks
         or _hooks._global_backward_hooks
@@ -99,23 +120,22 @@ def is_bare(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
-def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
-    """`result + p @ q`.
+def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool, scale: float = 1.0) -> Tensor:
+    """`result + scale · p @ q`.
 
     Args:
         result: Of as many elements as the product, in its order.
         p: `[n, rows, k]`, or `[rows, k]`.
         q: `[n, k, columns]`, or `[k, columns]`.
         in_place: Whether `result` may be overwritten. It is if that is possible: in eager mode, where all are of one dtype.
+        scale: A number.
 
     Returns:
         In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
     """
     if not (in_place and result.dtype == p.dtype == q.dtype and result.is_contiguous() and is_eager()):
-        return result + (p @ q).view(result.shape)
-    if torch.is_grad_enabled():
-        return _AddProduct.apply(result, p, q)
-    return _add(result, p, q)
+        return result + (scaled(p, scale) @ q).view(result.shape)
+    return _AddProduct.apply(result, scaled(p, scale), q) if torch.is_grad_enabled() else _add(result, p, q, scale)
 
 
 def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
@@ -144,14 +164,9 @@ def _read(x: Tensor, first: Tensor) -> Tensor:
     return x.reshape(first.shape[0], math.prod(x.shape[:-1]) // max(first.shape[0], 1), first.shape[1])
 
 
-def _add_last(steps: Steps, product: Tensor, result: Tensor, in_place: bool) -> Tensor:
-    p, q = steps.then(product)
-    return result + p if q is None else add_product(result, p, q, in_place)
-
-
-def _add(result: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def _add(result: Tensor, p: Tensor, q: Tensor, scale: float = 1.0) -> Tensor:
     product = result.view(*p.shape[:-1], q.shape[-1])
-    product.addmm_(p, q) if p.dim() == 2 else product.baddbmm_(p, q)
+    product.addmm_(p, q, alpha=scale) if p.dim() == 2 else product.baddbmm_(p, q, alpha=scale)
     return result
 
 
@@ -175,25 +190,82 @@ class _AddProduct(torch.autograd.Function):
         )
 
 
-class _TwoProducts(torch.autograd.Function):
-    """`x @ Wᵀ + b` and `x @ first`. The gradient for `x` is a sum of two products, of which the second is added to the first."""
+class _Adapted(torch.autograd.Function):
+    """A linear layer and an adapter's part, whose gradient for the input is added to the layer's.
+
+    Backward keeps the input and the parameters, and the first product where that is small. What lies between the products is done
+    once more in backward, for its own gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        ctx.save_for_backward(x, weight, first)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, then: Any, scale: float, first: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         result = x.new_empty(*x.shape[:-1], weight.shape[0])  # what `linear` gives may be a view, which could not be written to
         rows, out = x.flatten(0, -2), result.view(-1, weight.shape[0])
         torch.mm(rows, weight.mT, out=out) if bias is None else torch.addmm(bias, rows, weight.mT, out=out)
-        return result, _product(x, first)
+        product = _product(x, first)
+        small = product.numel() * _KEPT <= x.numel()
+        ctx.save_for_backward(x, weight, product if small else None, first, *parameters)
+        ctx.then, ctx.scale = then, scale
+        p, q = Steps(x, first, parameters, scale, then).ends(product)
+        return result.add_(p.view(result.shape), alpha=scale) if q is None else _add(result, p, q, scale)
 
     @staticmethod
-    def backward(ctx: Any, of_output: Tensor, of_product: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, first = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_first = ctx.needs_input_grad
-        rows = of_output.flatten(0, -2)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, product, first, *parameters = ctx.saved_tensors
+        for_x, for_weight, for_bias, _, _, for_first, *for_parameters = ctx.needs_input_grad
+        if product is None or torch.is_grad_enabled():  # a derivative of this one goes through the first product, too
+            product = _product(x, first)
+        through = _through_last if ctx.then is None else _through
+        of_product, *of_parameters = through(ctx, gradient, product, parameters, for_x or for_first, for_parameters)
+        rows = gradient.flatten(0, -2)
         return (
-            _add((of_output @ weight).contiguous(), of_product, first.mT) if for_x else None,
+            _add_first((gradient @ weight).contiguous(), of_product, first) if for_x else None,
             rows.mT @ x.flatten(0, -2) if for_weight else None,
             rows.sum(0) if for_bias else None,
+            None,
+            None,
             (of_product.mT @ _read(x, first)).mT if for_first else None,
+            *of_parameters,
         )
+
+
+def _add_first(of_x: Tensor, of_product: Tensor, first: Tensor | None) -> Tensor:
+    """The gradient for the input, the part's added to the layer's."""
+    return of_x.add_(of_product) if first is None else _add(of_x, of_product, first.mT)
+
+
+def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p: bool, for_q: Any) -> list[Tensor | None]:
+    """The gradients for `p` and `q` of their product."""
+    (q,) = parameters
+    rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
+    return [
+        scaled(rows @ q.mT, ctx.scale) if for_p else None,
+        scaled(p, ctx.scale).mT @ rows if for_q[0] else None,
+    ]
+
+
+def _through(
+    ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_product: bool, for_parameters: Any
+) -> list[Tensor | None]:
+    """The gradients for the first product and the parameters, through all that follows it."""
+    own, wanted = [product, *parameters], [for_product, *for_parameters]
+    if not torch.is_grad_enabled():
+        own = [tensor.detach().requires_grad_(want) for tensor, want in zip(own, wanted, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        p, q = ctx.then(*own)
+    if q is None:
+        ends = [(p, lambda: scaled(gradient, ctx.scale).reshape(p.shape))]
+    else:
+        rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
+        ends = [(p, lambda: scaled(rows @ q.mT, ctx.scale)), (q, lambda: scaled(p, ctx.scale).mT @ rows)]
+    ends = [(end, make) for end, make in ends if end.requires_grad]
+    sources = [tensor for tensor, want in zip(own, wanted, strict=True) if want]
+    if not sources:
+        return [None] * len(own)
+    found = iter(
+        torch.autograd.grad([end for end, _ in ends], sources, [make() for _, make in ends], create_graph=again, allow_unused=True)
+    )
+    return [next(found) if want else None for want in wanted]

@@ -108,9 +108,9 @@ class AdaptedModel(nn.Module):
         self.refuse_foreign_arguments(kwargs)
         batch = self.chosen_adapters(args, kwargs)
         if batch is None:
-            with during_call():
+            with during_call(self):
                 return self.model(*args, **kwargs)
-        with ADAPTER_BATCHES.during(batch), during_call():
+        with ADAPTER_BATCHES.during(batch), during_call(self):
             output = self.model(*args, **kwargs)
         ADAPTER_BATCHES.replay_in_backward(batch, output)
         return output

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..utils.error import PeftValueError
 from ..utils.offload import bring_back
 from ..utils.pause import Pause
 from ..utils.sharding import whole
+from ._accumulate import is_bare
 from ._recall import Recall
 
 
@@ -19,16 +21,22 @@ class AdapterParameterDict(nn.ParameterDict):
     """Parameters by adapter name, read by a call: `self.lokr_w1(adapter_name)`.
 
     Being called as a module is what lets libraries that move weights in just before a forward (offloading, sharding) see that
-    they are needed; a plain `ParameterDict` is read behind their back.
+    they are needed; a plain `ParameterDict` is read behind their back. Where none has hooked in, there is nothing to see.
     """
 
-    __call__ = nn.Module.__call__
+    def __call__(self, adapter_name: str) -> Tensor:
+        if is_bare(self, AdapterParameterDict) and not torch.compiler.is_compiling():
+            parameter = self._parameters.get(adapter_name)
+            if type(parameter) is nn.Parameter:
+                return parameter
+        return nn.Module.__call__(self, adapter_name)
+
+    def get(self, adapter_name: str) -> Tensor | None:  # type: ignore[override]
+        """An adapter's parameter, read by a call; None if it has none here."""
+        return self(adapter_name) if adapter_name in self._keys else None
 
     def forward(self, adapter_name: str) -> Tensor:
-        parameter = self._parameters.get(adapter_name)
         own = type(self) is AdapterParameterDict
-        if own and type(parameter) is nn.Parameter:
-            return parameter
         # FSDP2, told to shard this container by itself, changes its class, and takes the memory back after this call.
         parameter = whole(self[adapter_name])
         return parameter if own else parameter.clone()

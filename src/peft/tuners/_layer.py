@@ -19,7 +19,7 @@ from ..utils.rank_room import RankRoom
 from ..utils.sharding import is_managed, whole
 from ..utils.warning import warn
 from . import _merging
-from ._accumulate import Steps, add_steps, can_share_input, may_write_to_output, run_with_steps
+from ._accumulate import Steps, add_steps, is_plain_product, may_write_to_output, run_with_steps
 from ._cost import AdapterCost, columns
 from ._geometry import (
     Geometry,
@@ -131,8 +131,9 @@ class BaseTunerLayer(AdapterHolder):
         batch = ADAPTER_BATCHES.current
         if batch is not None:
             return self._apply_by_sample(batch, x, base(x, *args, **kwargs))
-        names = [name for name in self.active_adapters if name in self.scaling]
-        together = names and not (args or kwargs) and can_share_input(base, x)
+        active, scaling = self._active_adapter, self.scaling
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in scaling]
+        together = names and not (args or kwargs) and is_plain_product(base, x)
         steps = self.delta_steps(names[0], x) if together else None
         if steps is None:
             result = base(x, *args, **kwargs)

@@ -30,10 +30,14 @@ class Call:
 
     Args:
         runs_often: Whether it runs the model many times.
+
+    Attributes:
+        used: The results used in it, and kept.
     """
 
     def __init__(self, runs_often: bool) -> None:
         self.runs_often = runs_often
+        self.used: dict[_Result, None] = {}
 
 
 class _Thread(threading.local):
@@ -44,11 +48,11 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def during_call(runs_often: bool = False) -> AbstractContextManager[None]:
-    """A call in progress while the context is open; one inside another is part of that."""
+def during_call(model: nn.Module, runs_often: bool = False) -> AbstractContextManager[None]:
+    """A call of a model in progress while the context is open; one inside another is part of that."""
     if torch.compiler.is_compiling() or _THREAD.call is not None:
         return nullcontext()
-    return _During(runs_often)
+    return _During(model, runs_often)
 
 
 def is_running_often() -> bool:
@@ -57,14 +61,24 @@ def is_running_often() -> bool:
 
 
 class _During(AbstractContextManager):
-    def __init__(self, runs_often: bool) -> None:
-        self.runs_often = runs_often
+    """What the model's last call used is looked at first, all in a row: between layers, which fill the processor's caches with
+    weights, the same takes several times as long.
+    """
+
+    def __init__(self, model: nn.Module, runs_often: bool) -> None:
+        self.model, self.call = model, Call(runs_often)
 
     def __enter__(self) -> None:
-        _THREAD.call = Call(self.runs_often)
+        _THREAD.call = self.call
+        if not torch.is_grad_enabled() and is_eager():
+            for result in _USED.get(self.model, ()):
+                if (known := result()) is not None:
+                    known.look(self.call)
 
     def __exit__(self, *error: Any) -> None:
         _THREAD.call = None
+        if self.call.used:
+            _USED[self.model] = [weakref.ref(result) for result in self.call.used]
 
 
 class _Watch:
@@ -92,6 +106,41 @@ class _Watch:
 _WATCHES: weakref.WeakValueDictionary[int, _Watch] = weakref.WeakValueDictionary()
 
 
+class _Result:
+    """A result, and what its sources were when it was made."""
+
+    def __init__(self, sources: tuple[Tensor, ...]) -> None:
+        self.sources = sources
+        self.watches = [_watch(source) for source in sources]
+        self.tokens: list[object] = []
+        self.call: Call | None = None
+        self.noted: list[tuple[int, int]] = []
+        self.value: Any = None
+
+    def look(self, call: Call | None, make: Callable[[], Any] | None = None) -> None:
+        """See whether the sources have the same numbers as then; if not, make the result anew where it is said how."""
+        looks = [watch.look(source) for watch, source in zip(self.watches, self.sources, strict=True)]
+        if looks != self.tokens:
+            self.call = None
+            if make is None:
+                return
+            self.value, self.tokens = make(), looks
+        self.call, self.noted = call, [watch.noted for watch in self.watches]
+
+    def is_of(self, sources: tuple[Tensor, ...], call: Call | None) -> bool:
+        """Whether this call has looked already, and torch has noted no change since."""
+        if call is None or call is not self.call:
+            return False
+        for source, own, noted in zip(sources, self.sources, self.noted, strict=True):
+            if source is not own or (source._version, source.data_ptr()) != noted:
+                return False
+        return True
+
+
+# What each model's last call used.
+_USED: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[_Result]]] = weakref.WeakKeyDictionary()
+
+
 class Recall:
     """Results of an adapter on one layer.
 
@@ -104,7 +153,7 @@ class Recall:
     adapters = 8
 
     def __init__(self) -> None:
-        self._known: dict[str, dict[Hashable, tuple[list[_Watch], list[object], Any]]] = {}
+        self._known: dict[str, dict[Hashable, _Result]] = {}
 
     def __call__(self, adapter_name: str, what: Hashable, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
         """`make()`, or what it returned before.
@@ -115,23 +164,31 @@ class Recall:
             sources: All that the result depends on. Nothing may write to the result.
             make: Computes it.
         """
-        if not _may_keep(sources):
+        if torch.is_grad_enabled() or not is_eager():
             self._known.pop(adapter_name, None)
             return make()
+        results, call = self._known.get(adapter_name), _THREAD.call
+        known = None if results is None else results.get(what)
+        if known is None or not known.is_of(sources, call):
+            if not _may_keep(sources):
+                self._known.pop(adapter_name, None)
+                return make()
+            known = self._look(adapter_name, what, sources, known, make)
+        if call is not None:
+            call.used[known] = None
+        return known.value
+
+    def _look(self, adapter_name: str, what: Hashable, sources: tuple[Tensor, ...], known: _Result | None, make: Any) -> _Result:
+        """A result that holds for the sources' numbers of now."""
         results = self._known.get(adapter_name)
         if results is None:
             results = self._known[adapter_name] = {}
             for oldest in list(self._known)[: -self.adapters]:
                 self._known.pop(oldest, None)
-        known: tuple[list[_Watch], Any, Any] = results.get(what, ([], None, None))
-        watches, tokens, result = known
-        if len(watches) != len(sources) or any(w.tensor() is not s for w, s in zip(watches, sources, strict=True)):
-            watches = [_watch(source) for source in sources]
-        looks = [watch.look(source) for watch, source in zip(watches, sources, strict=True)]
-        if looks != tokens:
-            result = make()
-            results[what] = watches, looks, result
-        return result
+        if known is None or any(source is not own for source, own in zip(sources, known.sources, strict=True)):
+            known = results[what] = _Result(sources)
+        known.look(_THREAD.call, make)
+        return known
 
     def forget(self, adapter_name: str) -> None:
         """Give back the memory of an adapter's results."""
@@ -150,8 +207,6 @@ class Recall:
 
 
 def _may_keep(sources: tuple[Tensor, ...]) -> bool:
-    if torch.is_grad_enabled() or not is_eager():
-        return False
     often = is_running_often()
     for source in sources:
         if type(source) not in (nn.Parameter, Tensor) or source.is_inference():

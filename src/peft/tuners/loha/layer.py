@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._accumulate import Steps
+from .._accumulate import Steps, thin_steps
 from .._cost import AdapterCost, columns, thin_cost
 from .._geometry import Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
@@ -140,7 +140,7 @@ class Linear(LoHaLayer):
         if self.drops(adapter_name) or not is_thin(factors):
             return None
         A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return Steps(self._cast_input_dtype(x, factors.w1_a.dtype), A.mT, lambda hidden: (hidden, B.mT))
+        return thin_steps(self._cast_input_dtype(x, factors.w1_a.dtype), A.mT, B.mT)
 
 
 class _Conv(LoHaLayer):

@@ -22,7 +22,7 @@ Source: arXiv:2309.14859, eq. 4 and appendix B.3 (LoKr); arXiv:2212.10650 (KronA
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from .._accumulate import Steps
 from .order import State, contraction_order
 
 Chain = tuple[Tensor, ...]
+Shapes = tuple[Sequence[int], ...]
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -141,30 +142,40 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
 
     Source: arXiv:2309.14859, eq. 4
     """
-    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    order = _order(w1s, w2s)
-    begun = order[0] if order[0][1] else (0, 0)
-    rows, (i, j) = math.prod(x.shape[:-1]), order[-2]
-    a, b, c = w1s[-1].shape[0], w1s[0].shape[1], w2s[-1].shape[0]
-    k = (*(w.shape[1] for w in w2s), c)[begun[1]]
+    w1s, w2s = _left_chain(f), _right_chain(f, ())
+    if isinstance(scale, Tensor):
+        (w1s, w2s), scale = _fold_scale(w1s, w2s, scale), 1.0
+    shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
+    begun, then = (_steps_of_shapes if torch.compiler.is_compiling() else _known_steps)(*shapes)
+    first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
+    return Steps(x, first, (*w1s, *w2s[begun:]), scale, then)
+
+
+def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:
+    """How many maps of the right chain are the first product, and what follows it."""
+    order = _order_of_shapes(left, right)
+    begun, (i, j), n_left = order[0][1], order[-2], len(left)
+    a, b, k = left[-1][0], left[0][1], (*(shape[1] for shape in right), right[-1][0])[begun]
     # A last product with the left side forms that one's gradient for each row before summing: only where it is no larger than
     # the output.
-    apart = j < len(w2s) or bool(a <= c)  # sizes are tensors to a tracer
-    path = order[begun != (0, 0) : len(order) - apart]
+    apart = j < len(right) or bool(a <= right[-1][0])  # sizes are tensors to a tracer
+    path = tuple([(to_i, to_j - begun) for to_i, to_j in order[begun > 0 : len(order) - apart]])
+    left_alone = path == ((n_left, 0),)
 
-    def then(z: Tensor) -> tuple[Tensor, Tensor | None]:
-        if path == ((len(w1s), begun[1]),) and not torch.is_grad_enabled():  # the left side alone is left
-            grid = _compose(w1s) @ z.reshape(rows, b, k)
+    def then(z: Tensor, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        w1s, w2s = maps[:n_left], maps[n_left:]
+        if left_alone and not torch.is_grad_enabled():
+            grid = _compose(w1s) @ z.reshape(-1, b, k)
         else:
-            grid = _walk(z.reshape(rows, 1, b, 1, k), w1s, w2s, path, begun)
+            grid = _walk(z.reshape(-1, 1, b, 1, k), w1s, w2s, path)
         if not apart:
-            return grid.reshape(*x.shape[:-1], a * c), None
-        if j < len(w2s):
-            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[j:]).T
+            return grid.flatten(1), None
+        if j - begun < len(w2s):
+            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[j - begun :]).T
         w1 = _compose(w1s[i:])
-        return w1.expand(rows, *w1.shape), grid.reshape(rows, w1.shape[1], c)
+        return w1.expand(grid.shape[0], *w1.shape), grid.reshape(grid.shape[0], w1.shape[1], -1)
 
-    return Steps(x, _compose(w2s[: begun[1]]).T if begun[1] else None, then)
+    return begun, then
 
 
 def kronecker_conv(
@@ -241,7 +252,7 @@ def _right_chain(f: KroneckerFactors, kernel: Sequence[int]) -> Chain:
     assert f.w2_a is not None and f.w2_b is not None
     if f.t2 is not None:
         return f.w2_b, f.t2.reshape(*f.t2.shape[:2], *kernel), f.w2_a.T
-    return f.w2_b.reshape(f.w2_b.shape[0], -1, *kernel), f.w2_a
+    return f.w2_b.reshape(f.w2_b.shape[0], -1, *kernel) if kernel else f.w2_b, f.w2_a
 
 
 def _compose(chain: Chain) -> Tensor:
@@ -276,7 +287,7 @@ def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, 
 
 
 def _order_of_shapes(
-    left: tuple[Sequence[int], ...], right: tuple[Sequence[int], ...], left_groups: int, right_groups: int, positions: int
+    left: Shapes, right: Shapes, left_groups: int = 1, right_groups: int = 1, positions: int = 1
 ) -> tuple[State, ...]:
     spatial = next((j for j, shape in enumerate(right) if len(shape) > 2), -1)
     return contraction_order(
@@ -289,15 +300,15 @@ def _order_of_shapes(
 
 
 _known_order = functools.cache(_order_of_shapes)
+_known_steps = functools.cache(_steps_of_shapes)
 
 
-def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], begun: State = (0, 0), **conv: Any) -> Tensor:
-    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end;
-    what comes before the state `begun` is done already.
+def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any) -> Tensor:
+    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end.
 
     Groups share all maps of a chain but the last, whose rows they divide.
     """
-    i, j = begun
+    i = j = 0
     for to_i, to_j in order:
         if to_i > i:
             z = _pointwise(z, _compose(w1s[i:to_i]), 2, z.shape[1] if to_i == len(w1s) else 1)

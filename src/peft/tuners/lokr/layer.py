@@ -32,6 +32,8 @@ from .shapes import Shapes, factor_shapes, factorization
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrLayer", "factorization"]
 
+_FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
+
 
 class LoKrLayer(LycorisLayer):
     """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`, or decomposed, `W' = m ⊙ (W + ΔW) / ‖W + ΔW‖`.
@@ -55,7 +57,7 @@ class LoKrLayer(LycorisLayer):
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = (
-        *(f"lokr_{name}" for name in KroneckerFactors._fields),
+        *_FACTORS,
         "lokr_scalar",
         "lokr_magnitude",
     )
@@ -167,13 +169,13 @@ class LoKrLayer(LycorisLayer):
     def scale(self, adapter_name: str) -> Any:
         """The factor on the product: `scaling`, times the trained scalar."""
         scaling = self.scaling[adapter_name]
-        return scaling * self.lokr_scalar(adapter_name).view(()) if adapter_name in self.lokr_scalar else scaling
+        scalar = self._modules["lokr_scalar"].get(adapter_name)  # type: ignore[union-attr, operator]
+        return scaling if scalar is None else scaling * scalar.view(())
 
     def factors(self, adapter_name: str) -> KroneckerFactors:
         """An adapter's factors."""
         modules: Any = self._modules
-        containers = [modules[f"lokr_{name}"] for name in KroneckerFactors._fields]
-        return KroneckerFactors(*[c(adapter_name) if adapter_name in c else None for c in containers])
+        return KroneckerFactors(*[modules[holder].get(adapter_name) for holder in _FACTORS])
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """ΔW in the base weight's layout: the dense product, which only merging needs; what a decomposed adapter adds before rows
@@ -306,8 +308,9 @@ class Linear(LoKrLayer):
         if self.drops(adapter_name) or self.row_offset[adapter_name] is not None or adapter_name in self.lokr_magnitude:
             return None
         factors = self.factors(adapter_name)
-        dtype = next(factor.dtype for factor in factors if factor is not None)
-        return kronecker_steps(self._cast_input_dtype(x, dtype), factors, self.scale(adapter_name))
+        dtype = (factors.w2_b if factors.w2 is None else factors.w2).dtype  # type: ignore[union-attr]
+        x = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
+        return kronecker_steps(x, factors, self.scale(adapter_name))
 
 
 class _Conv(LoKrLayer):

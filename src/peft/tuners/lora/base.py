@@ -201,7 +201,7 @@ class LoraLayer(DecomposedLayer):
         return super()._cast_input_dtype(x, dtype)
 
     def _drops(self, adapter_name: str) -> bool:
-        dropout = self.lora_dropout[adapter_name]
+        dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
         return dropout.training and not isinstance(dropout, nn.Identity)
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:

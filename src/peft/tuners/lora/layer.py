@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.markers import marker
 from ...utils.sharding import whole
-from .._accumulate import Steps, is_bare, scaled
+from .._accumulate import Steps, is_bare, scaled, thin_steps
 from .._geometry import Placement, embedding_scale, innermost
 from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
@@ -55,11 +55,13 @@ class Linear(LoraLayer):
             adapter_name in modules["lora_magnitude_vector"]._modules
             or adapter_name in modules["lora_start"]._modules
             or not (is_bare(A, nn.Linear) and is_bare(B, nn.Linear))
-            or B.bias is not None
+            or B._parameters["bias"] is not None
         ):
             return None
-        up, scale = B.weight, self.scaling[adapter_name]
-        return Steps(self._dropped(adapter_name, x), A.weight.mT, lambda h: (scaled(h, scale), up.mT))
+        down, up = A._parameters["weight"], B._parameters["weight"]
+        if x.dtype != down.dtype or self._drops(adapter_name):
+            x = self._dropped(adapter_name, x)
+        return thin_steps(x, down.mT, up.mT, self.scaling[adapter_name])
 
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
         """Set an adapter to the largest singular values of the base weight ("pissa") or its first QR columns ("olora").

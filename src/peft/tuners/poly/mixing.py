@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...utils.error import PeftValueError
-from .._accumulate import Steps
+from .._accumulate import Steps, thin_steps
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
@@ -133,22 +133,21 @@ def poly_steps(
     batch, tokens, weights = _by_sample(x, weights)
     n_splits, n_skills, width, r = A.shape
     if not rank_space_pays(batch, tokens, n_splits * (width + B.shape[3]), n_splits, n_skills):
-        A_w, B_w = mix(weights, A, B, scale)
-        return Steps(x, A_w, lambda h: (h, B_w))
+        return thin_steps(x, *mix(weights, A, B), scale)
 
     first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
     rows = batch * tokens
     if n_splits == 1:
 
-        def spread(h: Tensor) -> tuple[Tensor, Tensor]:
+        def spread(h: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             """`z = sum_s w[s] h[s]`, and from it `scale w[s] z`."""
-            w = weights.to(h.dtype).view(batch, 1, n_skills, 1)
-            z = (w * h.view(batch, tokens, n_skills, r)).sum(dim=2, keepdim=True, dtype=h.dtype)  # or autocast would widen it
-            return (w * (z * scale)).view(rows, n_skills * r), last[0]
+            w = (weights.to(h.dtype) if tokens == 1 else weights.to(h.dtype).repeat_interleave(tokens, 0)).view(rows, n_skills, 1)
+            z = w.mT @ h.view(rows, n_skills, r)
+            return ((w * scale) @ z).view(rows, n_skills * r), last
 
-        return Steps(x, first[0], spread)
+        return Steps(x, first[0], (last[0], weights), then=spread)
 
-    def delta(x: Tensor) -> tuple[Tensor, None]:
+    def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """`h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
         h = x.reshape(rows, n_splits, width).transpose(0, 1) @ first
         w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
@@ -156,7 +155,7 @@ def poly_steps(
         z = (w * (z * scale)[None, :, :, None, :]).reshape(n_splits, rows, n_skills * r)
         return (z @ last).transpose(0, 1).reshape(*x.shape[:-1], n_splits * B.shape[3]), None
 
-    return Steps(x, None, delta)
+    return Steps(x, None, (first, last, weights), then=delta)
 
 
 def side_by_side(A: Tensor) -> Tensor:

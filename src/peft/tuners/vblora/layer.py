@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
-from .._accumulate import Steps, scaled
+from .._accumulate import Steps, scaled, thin_steps
 from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
@@ -251,12 +251,12 @@ class VBLoRALayer(BaseTunerLayer):
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
             )
         A, B = self._composed(adapter_name)
-        scale = self.scaling[adapter_name]
-        gate = self.vblora_gate(adapter_name) if adapter_name in self.vblora_gate else 1
+        if adapter_name in self.vblora_gate:
+            B = B * self.vblora_gate(adapter_name)
         x = self._cast_input_dtype(x, A.dtype)
         if self.training and (dropout := self.vblora_dropout[adapter_name]):
             x = F.dropout(x, dropout)
-        return Steps(x, A.T, lambda h: (scaled(scaled(h, gate), scale), B.T))
+        return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
 
