@@ -12,7 +12,14 @@ from torch.utils._pytree import tree_leaves
 from variants import CASES
 
 from peft import get_peft_model
+from peft.tuners import _accumulate
 from peft.tuners._accumulate import Steps, add_product, is_plain_product, run_with_steps
+
+
+@pytest.fixture(params=[0, 10**9], ids=["kept", "again"])
+def product(request, monkeypatch):
+    """The first product of an adapter is kept for backward, or computed once more."""
+    monkeypatch.setattr(_accumulate, "_KEPT", request.param)
 
 
 def normal(*shape):
@@ -23,7 +30,7 @@ def normal(*shape):
 @pytest.mark.parametrize(
     ("leading", "first", "last"), [((3,), (4, 2), (2, 6)), ((2, 3), (4, 2), (2, 6)), ((2, 3), (2, 4, 2), (2, 2, 6))]
 )
-def test_products_taken_together(leading, first, last, bias):
+def test_products_taken_together(leading, first, last, bias, product):
     """Values and first and second derivatives of a layer and an adapter that share their memory, against finite differences."""
     layer = nn.Linear(4, 6, bias, dtype=torch.float64)
     operands = normal(*leading, 4), normal(*first), normal(*last), *(p.detach().requires_grad_() for p in layer.parameters())
@@ -143,6 +150,29 @@ def test_no_tensor_of_the_weights_size(name, grad):
             y.sum().backward()
     inventory = max(p.numel() for name, p in model.named_parameters() if p.requires_grad)
     assert max(sizes.made.values()) <= max(inventory, 4 * rows * width) < width * width, sizes.made
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if "dropout" not in name and CASES[name].method != "POLY"])
+def test_little_is_kept_for_backward(name):
+    """Beyond the layer's input: the adapter's factors, and less than an eighth of the input's size."""
+    case, width, rows = CASES[name], 128, 192
+    model = get_peft_model(nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"])).train()
+    layer = next(iter(model.base_model.tuner_layers()))
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    x, kept = torch.randn(rows, width, requires_grad=True), {}
+    known.add(x.untyped_storage().data_ptr())
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model(x, **case.call(0, 2, 1))
+    own = sum(p.numel() for p in layer.adapter_parameters("default"))
+    assert sum(kept.values()) < rows * width / 8 + 2 * own, kept
+    y.sum().backward()
 
 
 def test_no_tensor_of_the_weights_size_is_found():

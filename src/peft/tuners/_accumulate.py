@@ -236,7 +236,7 @@ def _add_first(of_x: Tensor, of_product: Tensor, first: Tensor | None) -> Tensor
     return of_x.add_(of_product) if first is None else _add(of_x, of_product, first.mT)
 
 
-def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p: bool, for_q: Any) -> list[Tensor | None]:
+def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p: bool, for_q: Any) -> list[Any]:
     """The gradients for `p` and `q` of their product."""
     (q,) = parameters
     rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
@@ -246,9 +246,7 @@ def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p:
     ]
 
 
-def _through(
-    ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_product: bool, for_parameters: Any
-) -> list[Tensor | None]:
+def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_product: bool, for_parameters: Any) -> list[Any]:
     """The gradients for the first product and the parameters, through all that follows it."""
     own, wanted = [product, *parameters], [for_product, *for_parameters]
     if not torch.is_grad_enabled():

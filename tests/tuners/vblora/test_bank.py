@@ -279,3 +279,17 @@ def test_savable_parameters_is_what_compress_writes() -> None:
     logits = normal(3, 2, 300)
     written = sum(tensor.numel() * tensor.element_size() for tensor in compress(logits, 4))
     assert savable_parameters(logits.numel(), 300, topk=4) == written / 4
+
+
+@pytest.mark.parametrize("topk", [1, 2, 5])
+def test_long_rows_are_searched_by_blocks(topk: int) -> None:
+    logits = torch.randn(3, 2, 2 * bank_module._LONG, requires_grad=True)
+    with torch.no_grad():
+        logits[0, :, 7:] = -torch.inf  # all but one block
+        logits[1, 0, 64::64] = 9.0  # ties
+    expected, ours = logits.topk(topk), bank_module.best(logits, topk)
+    assert torch.equal(ours[0], expected.values)
+    assert torch.equal(logits.gather(-1, ours[1]), ours[0])
+    assert all(len(set(row.tolist())) == topk for row in ours[1].flatten(0, 1))
+    of_ours, of_expected = (torch.autograd.grad(values.sum(), logits)[0] for values in (ours[0], expected.values))
+    assert torch.equal(of_ours[2], of_expected[2])

@@ -122,7 +122,7 @@ class PolyLayer(BaseTunerLayer):
 
     def router(self, adapter_name: str) -> Any:
         """An adapter's router, be it that of another layer."""
-        entry = self.poly_router[adapter_name]
+        entry: Any = self._modules["poly_router"]._modules[adapter_name]  # type: ignore[union-attr]
         return entry.router if isinstance(entry, SharedRouter) else entry
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -169,10 +169,11 @@ class PolyLayer(BaseTunerLayer):
         return delta + self.poly_task_skills[adapter_name](x, self._task_ids(adapter_name, x), self.own_scale(adapter_name))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
-        if adapter_name in self.poly_task_skills:
+        modules: Any = self._modules
+        if adapter_name in modules["poly_task_skills"]._modules:
             return None
         x, weights, A, B, scale = self._operands(adapter_name, x)
-        if not is_running_often() or A is not self.poly_lora_A._parameters.get(adapter_name):
+        if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(adapter_name):
             return poly_steps(x, weights, A, B, scale)
         return poly_steps(x, weights, A, B, scale, lambda: self.recall(adapter_name, "A", (A,), lambda: side_by_side(A)))
 
@@ -183,28 +184,32 @@ class PolyLayer(BaseTunerLayer):
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""
-        A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
-        x = self._cast_input_dtype(x, A.dtype)
-        weights, kept = self.mixing_weights(adapter_name, x), self.router(adapter_name).kept
+        modules: Any = self._modules
+        A, B = modules["poly_lora_A"](adapter_name), modules["poly_lora_B"](adapter_name)
+        x = x if x.dtype == A.dtype else self._cast_input_dtype(x, A.dtype)
+        router = self.router(adapter_name)
+        weights, kept = self._weights(adapter_name, router, x), router.kept
         if kept is not None:
             weights, A, B = only_used(weights, A, B, kept)
-        return x, weights.to(A.dtype), A, B, self.scaling[adapter_name]
+        return x, weights if weights.dtype == A.dtype else weights.to(A.dtype), A, B, self.scaling[adapter_name]
 
     def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
         """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
         of successive rows, or `[rows, *leading, n_splits, n_skills]` at token level.
         """
-        router = self.router(adapter_name)
+        return self._weights(adapter_name, self.router(adapter_name), x)
+
+    def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
             ids = self._task_ids(adapter_name, x)
             if router.training or torch.is_grad_enabled() or not is_eager():
                 self.recall.forget(adapter_name)
                 return router(ids)
-            logits = router.module_logits  # on the meta device: offloaded, and back for a call
+            logits = router.closed_table  # on the meta device: offloaded, and back for a call
             if logits.numel() > _SMALL_TABLE or logits.is_meta or not (logits.device.type == "cpu" or is_running_often()):
                 return router(ids)
-            table = self.recall(adapter_name, router.how, (router.module_logits, *router.rows), router.task_weights)
-            return table.index_select(0, ids)
+            sources = (logits, *router.rows) if router.runs else (logits,)
+            return self.recall(adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
         if self.token_level[adapter_name]:
             return router(x)
         call = self.routing.call
@@ -232,7 +237,7 @@ class PolyLayer(BaseTunerLayer):
             ids = ids.expand(call.batch)  # each sample draws its own weights
         if rows % ids.shape[0]:
             raise PeftValueError(f"A layer sees {rows} rows, which {ids.shape[0]} task ids can't share out evenly.")
-        return ids.to(x.device)
+        return ids if ids.device == x.device else ids.to(x.device)
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.

@@ -135,27 +135,39 @@ def poly_steps(
     if not rank_space_pays(batch, tokens, n_splits * (width + B.shape[3]), n_splits, n_skills):
         return thin_steps(x, *mix(weights, A, B), scale)
 
-    first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
-    rows = batch * tokens
+    rows, number = batch * tokens, 1.0 if isinstance(scale, Tensor) else scale
+
+    def spread(h: Tensor, weights: Tensor) -> Tensor:
+        """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `w[q, s] z`."""
+        w = weights.to(h.dtype)
+        w = (w if tokens == 1 else w.repeat_interleave(tokens, 0)).reshape(rows, n_splits * n_skills, 1)
+        z = w.mT @ h
+        return w @ (z * scale if isinstance(scale, Tensor) else z)
+
     if n_splits == 1:
+        last = B.flatten(0, 2)
 
-        def spread(h: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            """`z = sum_s w[s] h[s]`, and from it `scale w[s] z`."""
-            w = (weights.to(h.dtype) if tokens == 1 else weights.to(h.dtype).repeat_interleave(tokens, 0)).view(rows, n_skills, 1)
-            z = w.mT @ h.view(rows, n_skills, r)
-            return ((w * scale) @ z).view(rows, n_skills * r), last
+        def then(h: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            return spread(h.view(rows, n_skills, r), weights).view(rows, n_skills * r), last
 
-        return Steps(x, first[0], (last[0], weights), then=spread)
+        def each(x: Tensor, A: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.bmm(x.reshape(1, rows, width).expand(n_skills, rows, width), A[0])
+            return spread(h.transpose(0, 1), weights).view(rows, n_skills * r), last
+
+        if by_split is None and not torch.is_grad_enabled():  # a product for each skill, which needs no copy of them
+            return Steps(x, None, (A, last, weights), number, each)
+        return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), number, then)
+
+    first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
 
     def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """`h[q, s] = x_q A[q, s]`, `z = sum_qs w[q, s] h[q, s]`, `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
+        """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (w[q, s] z) B[q, s]`."""
         h = x.reshape(rows, n_splits, width).transpose(0, 1) @ first
-        w = weights.to(h.dtype).transpose(0, 1)[:, :, None, :, None]
-        z = (w * h.view(n_splits, batch, tokens, n_skills, r)).sum(dim=(0, 3), dtype=h.dtype)
-        z = (w * (z * scale)[None, :, :, None, :]).reshape(n_splits, rows, n_skills * r)
-        return (z @ last).transpose(0, 1).reshape(*x.shape[:-1], n_splits * B.shape[3]), None
+        h = spread(h.view(n_splits, rows, n_skills, r).transpose(0, 1).flatten(1, 2), weights)
+        h = h.view(rows, n_splits, n_skills * r).transpose(0, 1)
+        return (h @ last).transpose(0, 1).reshape(rows, n_splits * B.shape[3]), None
 
-    return Steps(x, None, (first, last, weights), then=delta)
+    return Steps(x, None, (first, last, weights), number, delta)
 
 
 def side_by_side(A: Tensor) -> Tensor:
