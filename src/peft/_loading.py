@@ -23,8 +23,10 @@ from .utils.save_and_load import (
     check_complete,
     check_state,
     import_state,
+    in_view,
     write_state,
 )
+from .utils.walk import named_tensors, walk
 
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:
@@ -94,8 +96,9 @@ def filler(
         incoming = import_state(state, config)
         expected = adapter_tensors(named.items(), config, adapter_name)
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():  # trained biases and saved embeddings
+            view = in_view(config)
             inside = {**dict.fromkeys(build.layers, ".base_layer"), **dict.fromkeys(build.tokens, ".token_adapter.base_layer")}
-            for name, tensor in model.named_parameters():
+            for name, tensor in named_tensors(walk(model, view), view):
                 path, _, end = name.rpartition(".")
                 named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = tensor
             expected = adapter_tensors(named.items(), config, adapter_name, incoming)

@@ -17,6 +17,7 @@ from .config import PeftConfig
 from .tuners._layer import BaseTunerLayer
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.markers import marker
+from .utils.walk import walk
 
 __all__ = [
     "check_if_peft_model",
@@ -119,7 +120,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise PeftTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}.")
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise PeftValueError(
             "The model has no adapters whose scale could be changed: scaling is only supported for models with `LoraLayer`s, or "
@@ -150,7 +151,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: A `PeftModel`, or a model that adapters were injected into.
         active: False makes it a context in which nothing is changed.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if active else []
+    layers = [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:

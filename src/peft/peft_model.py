@@ -30,6 +30,7 @@ from .utils.save_and_load import (
     check_state,
     get_peft_model_state_dict,
     import_state,
+    in_view,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -305,7 +306,8 @@ class PeftModel(BasePeftModel):
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
         incoming = import_state(state, config)
-        expected = adapter_tensors(own_state(self).items(), config, adapter_name, incoming)
+        named = own_state(self, in_view(config, adapter_name))
+        expected = adapter_tensors(named.items(), config, adapter_name, incoming)
         result = check_state(expected, incoming, ignore_mismatched_sizes)
         missing = [key for key in result.missing_keys if key not in incoming]
         check_complete(LoadResult(missing, result.unexpected_keys), str(model_id))

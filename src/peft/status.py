@@ -16,6 +16,7 @@ from .tuners._layer import BaseTunerLayer
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from .utils.walk import walk
 
 Irregular = Literal["irregular"]
 _BACKENDS = {_quantised._INT8: "bnb 8bit", _quantised._FOUR_BIT: "bnb 4bit", _quantised._TORCHAO: "torchao"}
@@ -106,7 +107,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     searched = model.base_model if isinstance(model, BasePeftModel) else model
     result = [
         _layer_status(path, module)
-        for path, module in searched.named_modules()
+        for path, module in walk(searched)
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     ]
     if not result:

@@ -18,6 +18,7 @@ from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from ..utils.walk import walk
 from ..utils.warning import warn
 from . import _geometry
 from ._holder import AdapterParameterDict
@@ -77,7 +78,7 @@ class AdaptedModel(nn.Module):
 
     def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """This method's layers, with their module paths."""
-        for path, module in self.model.named_modules():
+        for path, module in walk(self.model):
             if isinstance(module, self.tuner_layer_cls):
                 yield path, module
 
@@ -87,12 +88,12 @@ class AdaptedModel(nn.Module):
 
     def auxiliary_wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
         """The modules of which something is trained beside the adapters."""
-        return (module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        return (module for module in self._parts() if isinstance(module, AuxiliaryTrainingWrapper))
 
     def _parts(self) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
         """All modules that have something for each adapter."""
-        yield from self.tuner_layers()
-        yield from self.auxiliary_wrappers()
+        kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
+        return (module for _, module in walk(self.model) if isinstance(module, kinds))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, adapters included.
@@ -196,19 +197,20 @@ class AdaptedModel(nn.Module):
             PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
         """
         names = self.check_names(adapter_name)
-        for wrapper in self.auxiliary_wrappers():
-            if sum(name in wrapper.adapters for name in names) > 1:
+        parts = list(self._parts())
+        for part in parts:
+            if isinstance(part, AuxiliaryTrainingWrapper) and len(part.among(names)) > 1:
                 raise PeftValueError(
-                    f"Only one adapter can be set at a time for {type(wrapper).__name__}: several of {names} train the same module."
+                    f"Only one adapter can be set at a time for {type(part).__name__}: several of {names} train the same module."
                 )
-        if self.merged_adapters:
+        if any(isinstance(part, BaseTunerLayer) and part.merged for part in parts):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        for module in self._parts():
-            module.set_adapter(adapter_name, inference_mode)
-        for container in self._shared():
-            for name in container:
-                container[name].requires_grad_(name in names and not inference_mode)
+        for part in parts:
+            part.set_adapter(adapter_name, inference_mode)
+        for name, parameter in (item for container in self._shared() for item in container.items()):
+            if parameter.requires_grad != (name in names and not inference_mode):
+                parameter.requires_grad_(not parameter.requires_grad)
         self._paused = None
         self._active = adapter_name
 
@@ -246,7 +248,7 @@ class AdaptedModel(nn.Module):
             module.enable_adapters(enabled)
         if not enabled and self._paused is None:
             self._paused = Pause()
-            self._paused.begin(self._shared(), [p for container in self._shared() for p in container.values()])
+            self._paused.begin(self._shared(), (p for container in self._shared() for p in container._parameters.values()))
         elif enabled and self._paused is not None:
             self._paused.end()
             self._paused = None
@@ -269,24 +271,23 @@ class AdaptedModel(nn.Module):
             PeftValueError: There is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
-            known = ", ".join(self.peft_config) or "none"
-            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {known}.")
-        if adapter_name in self.merged_adapters:
+            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {', '.join(self.peft_config) or 'none'}.")
+        parts = list(self._parts())
+        if any(isinstance(part, BaseTunerLayer) and adapter_name in part.merged_adapters for part in parts):
             raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
         active = self.active_adapters
         self.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        for module in self._parts():
-            module.delete_adapter(adapter_name)
+        for part in parts:
+            part.delete_adapter(adapter_name)
         for container in self._shared():
             if adapter_name in container:
                 del container[adapter_name]
         if adapter_name in active:
             left = [name for name in active if name != adapter_name]
             if not left and self.peft_config:
-                left = sorted(self.peft_config)[:1]
-                message = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
-                warn(message)
+                left = [min(self.peft_config)]
+                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
             self.set_adapter(left[0] if len(left) == 1 else left)
 
     # --- merging and removing -----------------------------------------------------------------------------------------
@@ -311,12 +312,12 @@ class AdaptedModel(nn.Module):
             self.check_names(adapter_names)
         todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
         for layer, names in todo:
-            with at_hand(layer):
+            with at_hand(layer, [*names, *layer.merged_adapters]):
                 layer.check_mergeable(names)
                 if safe_merge:
                     layer.check_merge(names, **options)
         for layer, names in todo:
-            with at_hand(layer):
+            with at_hand(layer, [*names, *layer.merged_adapters]):
                 layer.merge(adapter_names=names, **options)
 
     def check_merge_options(self, options: Iterable[str]) -> None:
@@ -335,7 +336,7 @@ class AdaptedModel(nn.Module):
         if not merged:
             warn("Already unmerged. Nothing to do.")
         for layer in reversed(merged):  # of layers that share a weight, the last first
-            with at_hand(layer):
+            with at_hand(layer, layer.merged_adapters):
                 layer.unmerge()
 
     def merge_and_unload(
@@ -370,7 +371,7 @@ class AdaptedModel(nn.Module):
         return self._unload(False, "Unloading model", trained_copies=False)
 
     def _unload(self, progressbar: bool, description: str, trained_copies: bool) -> nn.Module:
-        modules = list(self.model.named_modules(remove_duplicate=False))
+        modules = list(walk(self.model, repeated=True))
         if progressbar:
             from tqdm import tqdm
 

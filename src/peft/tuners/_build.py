@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..utils.error import PeftValueError
+from ..utils.other import ModulesToSaveWrapper
+from ..utils.walk import walk
 from ._geometry import placement
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
@@ -73,3 +76,15 @@ class Build:
             yield f"{path}.token_adapter.trainable_tokens_delta.{self.adapter_name}", tokens.rows
         for attribute, parameter in self.shared.items():
             yield f"{attribute}.{self.adapter_name}", parameter
+
+
+def plain_copy(path: str, module: nn.Module) -> nn.Module:
+    """A trainable copy of the module at a path as it is without the adapters that others have in it.
+
+    Raises:
+        PeftValueError: Some are merged into it.
+    """
+    inside = [layer for _, layer in walk(module, closed=(BaseTunerLayer,)) if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in inside):
+        raise PeftValueError(f"`{path}`: adapters are merged into it; call `unmerge_adapter` before one trains a copy of it.")
+    return ModulesToSaveWrapper.copy_of(module, {layer: layer.get_base_layer() for layer in inside})

@@ -23,6 +23,7 @@ from ..utils.save_and_load import (
     check_state,
     checkpoint_key,
     companion_tensors,
+    in_view,
     own_state,
     write_state,
 )
@@ -230,9 +231,9 @@ def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
     if len(with_rows) > 1:
         raise PeftValueError(f"Adapters {', '.join(with_rows)} each train rows of embeddings, which can't be combined.")
     result: dict[str, Tensor] = {}
-    named = own_state(tuner.model)
     for name in names:
-        companions = companion_tensors(named.items(), tuner.peft_config[name], name)
+        config = tuner.peft_config[name]
+        companions = companion_tensors(own_state(tuner.model, in_view(config, name)).items(), config, name)
         if twice := sorted(result.keys() & companions):
             raise PeftValueError(
                 f"Several of {list(request.adapters)} train a copy of the same module (`{twice[0]}`), which can't be combined."

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..utils.error import PeftValueError, UnsupportedModuleError
 from ..utils.save_and_load import MODEL_ROOT
+from ..utils.walk import walk
 from ._adapted import AdaptedModel
 from ._combining import outer_path
 from ._layer import BaseTunerLayer
@@ -42,7 +43,7 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
     Raises:
         PeftValueError: The adapter has no values yet.
     """
-    for path, module in root.named_modules():
+    for path, module in walk(root):
         if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
                 raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..utils.error import PeftNotSupportedError
 from ..utils.offload import execution_device
 from ..utils.sharding import cut_like, is_elsewhere, is_managed, whole
+from ..utils.walk import walk
 from ..utils.warning import warn
 from . import _quantised
 
@@ -109,9 +110,10 @@ def place_for_shared(root: nn.Module, name: str) -> nn.Module:
     """The module that parameters shared by a model's layers are registered on as `name`: the one that has them already, else the
     root, or inside it where the root is a container that takes all its children for steps or items.
     """
-    owners = [module for module in root.modules() if name in module._modules]
+    modules = [module for _, module in walk(root)]
+    owners = (module for module in modules if name in module._modules)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next(iter(owners), next((module for module in root.modules() if not isinstance(module, containers)), root))
+    return next(owners, next((module for module in modules if not isinstance(module, containers)), root))
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -193,7 +195,7 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         model: The model.
         layers: Its adapted layers.
     """
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    users = Counter(id(p) for _, module in walk(model) for p in module._parameters.values() if p is not None)
     shared: list[tuple[nn.Module, nn.Parameter]] = []
     for base in map(innermost, layers):
         weight = base._parameters.get("weight")
@@ -297,7 +299,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
     in the form that gradients pass.
     """
     _quantised.stay_differentiable(model)
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and _has_adapters(module):
             if _no_operation not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_no_operation)
@@ -308,7 +310,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
 def restore_fused_paths(model: nn.Module) -> None:
     """Undo `avoid_fused_paths`."""
     _quantised.repack_again(model)
-    for module in model.modules():
+    for _, module in walk(model):
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_operation:
                 del module._forward_pre_hooks[key]
@@ -318,7 +320,7 @@ def restore_fused_paths(model: nn.Module) -> None:
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    return any("base_layer" in inner._modules for inner in module.modules())
+    return any("base_layer" in inner._modules for _, inner in walk(module))
 
 
 def _no_operation(module: nn.Module, args: Any) -> None:

@@ -13,11 +13,12 @@ from ..utils.error import PeftValueError
 from ..utils.offload import bring_back
 from ..utils.pause import Pause
 from ..utils.sharding import whole
+from ..utils.walk import ByAdapter
 from ._accumulate import is_bare
 from ._recall import Recall
 
 
-class AdapterParameterDict(nn.ParameterDict):
+class AdapterParameterDict(ByAdapter, nn.ParameterDict):
     """Parameters by adapter name, read by a call: `self.lokr_w1(adapter_name)`.
 
     Being called as a module is what lets libraries that move weights in just before a forward (offloading, sharding) see that
@@ -93,8 +94,9 @@ class AdapterHolder(nn.Module):
         """Make adapters the active ones; they become trainable unless `inference_mode`, the others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._paused.forget()
-        for name in self.scaling:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        trained = [] if inference_mode else [name for name in names if name in self.scaling]
+        for name in [*(name for name in self.unfrozen() if name not in trained), *trained]:
+            self.set_requires_grad(name, name in trained)
         self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -105,26 +107,44 @@ class AdapterHolder(nn.Module):
                 if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
                     parameter.requires_grad_(requires_grad and parameter.is_floating_point())
 
+    def unfrozen(self) -> list[str]:
+        """Names of the adapters of which anything is trainable. With thousands of adapters that is a look at a flag for each
+        parameter, and nothing else is done for those that are frozen.
+        """
+        found: dict[str, None] = {}
+        for container in self.containers():
+            parameters, modules = container._parameters, container._modules
+            for name in self.scaling if parameters else ():
+                parameter = parameters.get(name)
+                if parameter is not None and parameter.requires_grad:
+                    found[name] = None
+            for name in self.scaling if modules else ():
+                module = modules.get(name)
+                if module is not None and _is_trainable(module):
+                    found[name] = None
+        return list(found)
+
+    def containers(self) -> Iterator[nn.Module]:
+        """The containers of an adapter's tensors."""
+        return (self._modules[attribute] for attribute in self.adapter_layer_names)  # type: ignore[misc]
+
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that belong to an adapter."""
         return (tensor for tensor in self.adapter_tensors(adapter_name) if isinstance(tensor, nn.Parameter))
 
     def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
         """All tensors that belong to an adapter: its parameters, and what nobody trains."""
-        for attribute in self.adapter_layer_names:
-            container: Any = self._modules[attribute]
+        container: Any
+        for container in self.containers():
             if adapter_name in container:
                 entry = container[adapter_name]
                 yield from entry.parameters() if isinstance(entry, nn.Module) else (entry,)
 
-    def adapter_owners(self) -> Iterator[nn.Module]:
-        """The modules that `adapter_parameters` are in."""
-        yield self
-
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, which also freezes them, or on, which unfreezes those that were frozen by that."""
         if not enabled and not self._disable_adapters:
-            self._paused.begin(self.adapter_owners(), [p for name in self.scaling for p in self.adapter_parameters(name)])
+            names = self.unfrozen()
+            self._paused.begin(self.containers(), (p for name in names for p in self.adapter_parameters(name)), names)
         elif enabled:
             self._paused.end()
         self._disable_adapters = not enabled
@@ -181,3 +201,12 @@ class AdapterHolder(nn.Module):
             if adapter_name in self.scaling:
                 present = self.scaling[adapter_name]
                 self.hold_scale(adapter_name, self.base_scaling(adapter_name) if scale is None else present / scale)
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    """Whether anything in a module is trainable."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    children = module._modules
+    return bool(children) and any(child is not None and _is_trainable(child) for child in children.values())

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.walk import ByAdapter
 
-class PackedTensors(nn.Module):
+
+class PackedTensors(ByAdapter, nn.Module):
     """Tensors by adapter name, read by a call as those of `AdapterParameterDict`. In a state dict each is an entry of its own.
 
     An entry is a view: what is written into it is kept, until another entry is added and its buffer grows.
@@ -76,7 +78,7 @@ class PackedTensors(nn.Module):
     def __delitem__(self, name: str) -> None:
         pack, row = self._places.pop(name)
         self._free[pack].append(row)
-        if all(other != pack for other, _ in self._places.values()):
+        if len(self._free[pack]) == len(self.pack(pack)):
             del self._buffers[pack], self._free[pack]
             self._non_persistent_buffers_set.discard(pack)
 

@@ -15,6 +15,7 @@ from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueErr
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
 from ..utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.sharding import unwrapped
+from ..utils.walk import AdapterModuleDict, ByAdapter, walk
 from ..utils.warning import warn
 from . import _geometry, _targets, _trainable_tokens
 from ._holder import AdapterParameterDict
@@ -108,7 +109,7 @@ def check_name(name: str, tuner: BaseTuner) -> None:
         raise PeftValueError(f"The adapter's name {name!r} must be a non-empty string without dots.")
     if name.startswith(("/", "\\")):
         raise PeftValueError(f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name.")
-    if hasattr(AdapterParameterDict(), name) or hasattr(nn.ModuleDict(), name):
+    if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
         raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
     if name in tuner.peft_config:
         raise PeftValueError(f"Adapter with name '{name}' already exists.")
@@ -126,16 +127,8 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by path (each path, where there are several), seen as if there were no adapters: what is inside adapted
     layers is left out.
     """
-    result: dict[str, nn.Module] = {}
-    hidden: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(_below(path, outer) and path != outer for outer in hidden[-1:]):
-            continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            hidden.append(path)
-        if path and not isinstance(module, AdapterParameterDict):
-            result[path] = module
-    return result
+    whole = walk(model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return {path: module for path, module in whole if path and not isinstance(module, ByAdapter)}
 
 
 def _below(path: str, outer: str) -> bool:
@@ -238,8 +231,8 @@ def _warn_of_patterns(plan: Plan) -> None:
 def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
     """Say so where a weight is about to change in one place that the model shares with another."""
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, AdapterParameterDict):
+    for path, module in walk(model, repeated=True):
+        if not isinstance(module, ByAdapter):
             for parameter in module._parameters.values():
                 owners.setdefault(id(parameter), []).append(path)
     for path, module in {**plan.targets, **plan.trained_whole}.items():

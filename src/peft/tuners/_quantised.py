@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..utils.walk import walk
+
 
 class Form(NamedTuple):
     """How one kind of layer keeps its weight.
@@ -166,7 +168,7 @@ def repack_again(model: nn.Module) -> None:
 
 def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
     bits = sys.modules.get("bitsandbytes.nn.modules")
-    return (module for module in model.modules() if bits is not None and isinstance(module, bits.Linear4bit))
+    return (module for _, module in walk(model) if isinstance(module, bits.Linear4bit)) if bits is not None else iter(())
 
 
 # --- torchao: tensors that quantise themselves, whatever layer they are in ---------------------------------------------

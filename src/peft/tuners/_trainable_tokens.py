@@ -90,6 +90,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Names of the adapters that train some of its rows."""
         return list(self._owner[0].token_indices)
 
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter trains some of its rows."""
+        return adapter_name in self._owner[0].token_indices
+
     @property
     def weight(self) -> Tensor:
         """The weight with the active adapter's rows in place."""
@@ -119,7 +123,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
         rows = batch.rows(x)
-        outputs = [self._run(name if name in self.adapters else None, x[own], *args, **kwargs) for name, own in rows.items()]
+        outputs = [self._run(name if self.has(name) else None, x[own], *args, **kwargs) for name, own in rows.items()]
         return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
 
     def plain(self, trained: bool) -> nn.Module:

@@ -20,9 +20,10 @@ from ..utils.constants import DEFAULT_TARGET_MODULES
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
+from ..utils.walk import walk
 from . import _combining, _geometry, _plan
 from ._adapted import AdaptedModel
-from ._build import Build, Construction
+from ._build import Build, Construction, plain_copy
 from ._combining import Combination, Combined
 from ._geometry import Placement
 from ._holder import AdapterParameterDict
@@ -131,7 +132,7 @@ class BaseTuner(AdaptedModel):
         Raises:
             PeftRuntimeError: It is merged.
         """
-        if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for module in model.modules()):
+        if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for _, module in walk(model)):
             raise PeftRuntimeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it.")
 
     @classmethod
@@ -297,7 +298,7 @@ class BaseTuner(AdaptedModel):
                 getattr(layer, attribute).train(layer.training)
             build.layers[path] = layer
         for path, module in plan.trained_whole.items():
-            build.copies[path] = ModulesToSaveWrapper.copy_of(module)
+            build.copies[path] = plain_copy(path, module)
         for path, indices in plan.tokens.indices.items():
             module, how = self.model.get_submodule(path), construction
             build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, how.autocast, how.device, how.initialise)

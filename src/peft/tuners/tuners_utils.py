@@ -8,6 +8,7 @@ from typing import Any
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.markers import marker
+from ..utils.walk import AdapterModuleDict
 from . import _targets
 from ._adapted import AdaptedModel
 from ._holder import AdapterParameterDict
@@ -15,7 +16,14 @@ from ._layer import BaseTunerLayer
 from ._plan import own_modules
 from ._tuner import BaseTuner
 
-__all__ = ["AdapterParameterDict", "BaseTuner", "BaseTunerLayer", "check_target_module_exists", "inspect_matched_modules"]
+__all__ = [
+    "AdapterModuleDict",
+    "AdapterParameterDict",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "check_target_module_exists",
+    "inspect_matched_modules",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,18 @@ from .error import CheckpointError, PeftValueError
 from .hub import only_hub_options
 from .peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from .rank_room import RankRoom, filled_up
-from .save_and_load import MODEL_ROOT, ROOT, adapter_config, adapter_tensors, import_state, load_peft_weights, write_state
+from .save_and_load import (
+    MODEL_ROOT,
+    ROOT,
+    adapter_config,
+    adapter_tensors,
+    import_state,
+    in_view,
+    load_peft_weights,
+    write_state,
+)
 from .sharding import is_without_memory, own_state, unparallel, unwrapped
+from .walk import walk
 from .warning import warn
 
 __all__ = [
@@ -136,13 +146,13 @@ def prepare_model_for_compiled_hotswap(
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise PeftValueError(f"`check_compiled`={check_compiled!r} must be one of 'error', 'warn' and 'ignore'.")
-    if check_compiled != "ignore" and any(_is_compiled(module) for module in model.modules()):
+    if check_compiled != "ignore" and any(_is_compiled(module) for _, module in walk(model)):
         message = "Call `prepare_model_for_compiled_hotswap` before compiling the model; it is compiled already"
         if check_compiled == "error":
             raise PeftValueError(f"{message}.")
         warn(f"{message}, and its next call compiles it anew.")
     kinds = tuple(tuner.tuner_layer_cls for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values())  # type: ignore[attr-defined]
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    layers: list[Any] = [module for _, module in walk(model) if isinstance(module, kinds)]
     if not layers:
         raise PeftValueError(
             "No adapter layers found on the model; call `prepare_model_for_compiled_hotswap` after loading the first adapter and "
@@ -199,7 +209,8 @@ class _Adapter:
 
     def tensors(self, embeddings: bool = False) -> dict[str, Tensor]:
         """All of the adapter's tensors."""
-        return adapter_tensors(own_state(self.model).items(), self.config, self.name, embeddings)
+        named = own_state(self.model, in_view(self.config, self.name))
+        return adapter_tensors(named.items(), self.config, self.name, embeddings)
 
     def place(self, key: str) -> tuple[str, str] | None:
         """The path of the layer that a tensor belongs to, and the name of its container; None if it belongs to no layer."""
@@ -211,7 +222,7 @@ class _Adapter:
     def correct_sizes(self) -> None:
         """Have the modules that adapters are made of say what sizes their weights have now."""
         holders = [getattr(layer, name) for layer in self.layers.values() for name in layer.adapter_layer_names]
-        for module in (module for holder in holders for module in holder.modules()):
+        for module in (module for holder in holders for _, module in walk(holder, (self.name,))):
             if isinstance(module, nn.Linear) and module.weight.dim() == 2:
                 module.out_features, module.in_features = module.weight.shape
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight.dim() > 2:
@@ -356,7 +367,7 @@ class _Swap:
                 values[key] = value
             else:
                 tensor.data, tensor.grad = value.to(tensor.device, tensor.dtype, copy=True), None
-        write_state(self.adapter.model, targets, values)
+        write_state(self.adapter.model, targets, values, (self.adapter.name,))
         self.adapter.correct_sizes()
         swapped = {place[0] for place in map(self.adapter.place, self.pairs) if place is not None}
         for path, fresh in self.build.layers.items():

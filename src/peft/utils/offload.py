@@ -9,12 +9,14 @@ merged into is put back into the map.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .walk import walk
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -23,10 +25,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if hook is None else torch.empty(0, device=hook.execution_device).device
 
 
-def stored(model: nn.Module, tensors: Container[int]) -> dict[int, Tensor]:
-    """Of the tensors with these ids those that are offloaded: their values by id."""
+def stored(model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None) -> dict[int, Tensor]:
+    """Of the tensors with these ids, which are the model's own or some adapters', those that are offloaded: their values by id."""
     found = {}
-    for module in model.modules():
+    for _, module in walk(model, adapters) if tensors else ():
         hook = _hook(module)
         for name, parameter in module._parameters.items() if hook is not None else ():
             if id(parameter) in tensors:
@@ -47,9 +49,9 @@ def bring_back(module: nn.Module) -> None:
 
 
 @contextmanager
-def at_hand(layer: nn.Module) -> Iterator[None]:
-    """A layer's weights loaded, those of all modules in it; what takes their place meanwhile is kept."""
-    hooked = [(module, hook) for module in layer.modules() if (hook := _hook(module)) is not None]
+def at_hand(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
+    """The weights of a layer and of some of its adapters loaded; what takes their place meanwhile is kept."""
+    hooked = [(module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None]
     for module, hook in hooked:
         hook.pre_forward(module)
     before = {(id(module), name): p.data_ptr() for module, _ in hooked for name, p in module._parameters.items() if p is not None}

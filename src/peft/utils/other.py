@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from .sharding import gathered
 from .tensors import cast_mixed_precision_params as cast_mixed_precision_params
 from .tensors import shift_tokens_right as shift_tokens_right
 from .tensors import transpose as transpose
+from .walk import AdapterModuleDict
 
 
 def __getattr__(name: str) -> Any:
@@ -50,6 +52,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that train something of this module."""
+        raise NotImplementedError
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter trains something of this module."""
         raise NotImplementedError
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
@@ -88,7 +94,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's part, or the original module, while which all parts are frozen."""
         if not enabled and not self._disable_adapters:
-            self._paused.begin([self], [p for name in self.adapters for p in self.parameters_of(name)])
+            trained = [name for name in self.adapters if any(p.requires_grad for p in self.parameters_of(name))]
+            self._paused.begin([self], (p for name in trained for p in self.parameters_of(name)), trained)
         elif enabled:
             self._paused.end()
         self._disable_adapters = not enabled
@@ -100,7 +107,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
             PeftValueError: More than one of the adapters has a part in this module.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        own = [name for name in names if name in self.adapters]
+        own = self.among(names)
         if len(own) > 1:
             raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
         self._paused.forget()
@@ -108,15 +115,20 @@ class AuxiliaryTrainingWrapper(nn.Module):
             self.set_requires_grad(name, name in own and not inference_mode)
         self._active_adapter = own
 
+    def among(self, adapter_names: Iterable[str]) -> list[str]:
+        """Those of some adapters that train something of this module."""
+        return [name for name in adapter_names if self.has(name)]
+
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Unfreeze or freeze adapters' parts."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.parameters_of(name) if name in self.adapters else ():
-                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+            for parameter in self.parameters_of(name) if self.has(name) else ():
+                if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
+                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's part."""
-        if adapter_name in self.adapters:
+        if self.has(adapter_name):
             self.remove(adapter_name)
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
@@ -147,7 +159,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__(module_to_save)
         self.original_module = module_to_save
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = AdapterModuleDict()
         self.modules_to_save.training = self.training
 
     @property
@@ -155,17 +167,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Names of the adapters that have a copy."""
         return list(self.modules_to_save)
 
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter has a copy."""
+        return adapter_name in self.modules_to_save
+
     @property
     def _adapters(self) -> set[str]:
         return set(self.modules_to_save)
 
     @staticmethod
-    def copy_of(module: nn.Module) -> nn.Module:
-        """A trainable copy of a module (of the original one, if it is wrapped already)."""
+    def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
+        """A trainable copy of a module (of the original one, if it is wrapped already). Of the modules in it that are keys of
+        `plain`, those are copied that stand there.
+        """
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         with gathered(module.parameters()):
-            fresh = copy.deepcopy(module)
+            instead: dict[int, Any] = {id(layer): copy.deepcopy(inner) for layer, inner in plain.items()}
+            fresh = copy.deepcopy(module, instead)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return fresh

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
+
+from .walk import walk
 
 
 class Pause:
@@ -18,10 +20,14 @@ class Pause:
     def __init__(self) -> None:
         self._paused: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def begin(self, roots: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> None:
-        """Freeze those of some parameters that are trainable; they are somewhere in the modules `roots`."""
-        trainable = {id(parameter) for parameter in parameters if parameter.requires_grad}
-        for module in dict.fromkeys(module for root in roots for module in root.modules()):
+    def begin(
+        self, roots: Iterable[nn.Module], parameters: Iterable[nn.Parameter | None], adapters: Collection[str] | None = None
+    ) -> None:
+        """Freeze those of some parameters that are trainable; they are somewhere in the modules `roots`, being these adapters'."""
+        trainable = {id(parameter) for parameter in parameters if parameter is not None and parameter.requires_grad}
+        if not trainable:
+            return
+        for module in dict.fromkeys(module for root in roots for _, module in walk(root, adapters)):
             self._paused += [(module, name, p) for name, p in module._parameters.items() if p is not None and id(p) in trainable]
         self._require_grad(False)
 

@@ -24,6 +24,7 @@ from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .vocabulary import was_resized
+from .walk import walk
 from .warning import warn
 
 ROOT = "base_model."
@@ -97,6 +98,11 @@ def adapter_tensors(
     return result
 
 
+def in_view(config: Any, *adapter_names: str) -> tuple[str, ...] | None:
+    """Which adapters' tensors a look at some of them has to take in, None for all: biases are trained in the layers of each."""
+    return adapter_names if config.trained_biases == "none" else None
+
+
 def companion_tensors(named: Iterable[tuple[str, Any]], config: Any, adapter_name: str) -> dict[str, Any]:
     """What an adapter has beside its layers' own tensors, by checkpoint key: whole modules, rows of embeddings, trained biases."""
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
@@ -140,7 +146,8 @@ def get_peft_model_state_dict(
     """
     model = unparallel(model)
     config = adapter_config(model, adapter_name)
-    named = own_values(model) if state_dict is None else state_dict
+    view = in_view(config, adapter_name)
+    named = own_values(model, view) if state_dict is None else state_dict
     embeddings: bool | set[str] = save_embedding_layers is True
     # Other writers of the format add the weight of adapted embeddings under these two names only.
     if save_embedding_layers == "auto" and any(name in (config.target_modules or ()) for name in ("embed_tokens", "lm_head")):
@@ -153,7 +160,7 @@ def get_peft_model_state_dict(
     if named and not found:
         some = ", ".join(f"`{name}`" for name in list(named)[:3])
         raise CheckpointError(f"The state dict has no tensors of adapter {adapter_name}; it holds {some}, …")
-    offloaded = stored(model, {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)})
+    offloaded = stored(model, {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)}, view)
     found = {key: offloaded.get(id(tensor), tensor) for key, tensor in found.items()}
     state = without_filling(read(model, found), config)
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
@@ -185,7 +192,8 @@ def set_peft_model_state_dict(
     """
     model = unparallel(model)
     config = adapter_config(model, adapter_name)
-    named = list(own_state(model).items())
+    view = in_view(config, adapter_name)
+    named = list(own_state(model, view).items())
     is_native = not any(key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name))
     state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
     expected = adapter_tensors(named, config, adapter_name, state)
@@ -195,7 +203,7 @@ def set_peft_model_state_dict(
     if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
         raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {_some(empty)}.")
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
-    write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys})
+    write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}, view)
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
     names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
     return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
@@ -298,14 +306,26 @@ def check_complete(result: LoadResult, source: str) -> None:
 
 
 @torch.no_grad()
-def write_state(model: nn.Module | None, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy checked tensors into place; parameters on the meta device become real, on the device of the model's other parameters."""
+def write_state(
+    model: nn.Module | None,
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    adapters: Collection[str] | None = None,
+) -> None:
+    """Copy checked tensors into place; parameters on the meta device become real, on the device of the model's other parameters.
+
+    Args:
+        model: The model, None for an adapter that is not in it yet.
+        expected: The tensors in place, by checkpoint key.
+        state: Their values.
+        adapters: The adapters whose tensors they may be; None for any.
+    """
     on_meta = {id(expected[key]): tensor for key, tensor in state.items() if is_without_memory(expected[key])}
     write(model, [(expected[key], tensor) for key, tensor in state.items() if id(expected[key]) not in on_meta])
     if not on_meta or model is None:
         return
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    for module in model.modules():
+    for _, module in walk(model, adapters):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in on_meta:
                 place = execution_device(module) or device

@@ -15,7 +15,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import PeftRuntimeError
+from .walk import named_tensors, state_of, walk
 
 # What wrappers put into module paths: torch.compile, FSDP, activation checkpointing.
 _FSDP_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -60,21 +61,28 @@ def unparallel(model: Any) -> Any:
     return model
 
 
-def own_state(model: nn.Module) -> dict[str, Tensor]:
+def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
     """A model's state dict with the tensors themselves, each once: one that sits in several places by its first name. Parameters
     that FSDP1 flattened are replaced by stand-ins.
+
+    Args:
+        model: The model.
+        adapters: The adapters whose tensors are wanted; others' are not looked at. None for all.
 
     Raises:
         PeftRuntimeError: The model lies inside an FSDP module that holds parameters of it.
     """
-    units = _fsdp1_units(model)
-    named = [(name, tensor) for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named]
+    modules = list(walk(model, adapters))
+    units = _fsdp1_units(modules)
+    named = list(named_tensors(modules, adapters, buffers=True))
     flattened = [name for name, tensor in named if getattr(tensor, "_fsdp_flattened", False)]
     if not units and not flattened:
-        everywhere = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        again = {unwrapped(name) for every in everywhere for name, _ in every} - {unwrapped(name) for name, _ in named}
-        state = model.state_dict(keep_vars=True)
-        return {name: t for name, t in state.items() if isinstance(t, Tensor) and unwrapped(name) not in again}
+        state, seen = {}, set()
+        for name, tensor in state_of(model, adapters).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                state[name] = tensor
+                seen.add(id(tensor))
+        return state
     stand_ins = {place.key: tensor for tensor, place in _stand_ins(units)}
     flat = {f"{path}.{_FLAT}".lstrip(".") for path in units}
     outside = [name for name in flattened if name not in flat and _fsdp1_key(name) not in stand_ins]
@@ -83,21 +91,19 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
             f"`{outside[0]}` is a slice held by a FullyShardedDataParallel module around this model; pass that module in place of "
             "this one, or the gathered tensors as `state_dict`."
         )
-    transient = {
-        f"{path}.{name}".lstrip(".") for path, module in model.named_modules() for name in module._non_persistent_buffers_set
-    }
+    transient = {f"{path}.{name}".lstrip(".") for path, module in modules for name in module._non_persistent_buffers_set}
     plain = {_fsdp1_key(name): tensor for name, tensor in named if name not in transient and name not in flattened}
     return {**plain, **stand_ins}
 
 
-def own_values(model: nn.Module) -> dict[str, Any]:
+def own_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Any]:
     """A model's state dict for reading: as `own_state`, or in pieces where the user has set FSDP1 to give them so."""
     library = sys.modules.get("torch.distributed.fsdp")
-    if library is not None and _fsdp1_units(model):
+    if library is not None and _fsdp1_units(walk(model, adapters)):
         kind = library.FullyShardedDataParallel.get_state_dict_type(model).state_dict_type
         if kind is library.StateDictType.SHARDED_STATE_DICT:
             return model.state_dict()
-    return dict(own_state(model))
+    return dict(own_state(model, adapters))
 
 
 def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
         if _place(tensor) is not None:
             wanted.setdefault(id(_place(tensor).unit), {})[_place(tensor).name] = key
     result = {key: _detached(tensor) for key, tensor in tensors.items() if _place(tensor) is None}
-    units = _fsdp1_units(model)
+    units = _fsdp1_units(model.named_modules()) if wanted else {}
     for unit in units.values():
         unit.check_is_root()  # sets up the units inside it, which has to happen before they are used
     for unit in units.values():
@@ -238,12 +244,12 @@ def _fsdp1_key(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _FSDP_PARTS)
 
 
-def _fsdp1_units(model: nn.Module) -> dict[str, Any]:
-    """A model's FSDP1 modules by path, outer ones first."""
+def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
+    """Those of a model's modules that are FSDP1's, by path, outer ones first."""
     library = sys.modules.get("torch.distributed.fsdp")
     if library is None:
         return {}
-    return {path: m for path, m in model.named_modules() if isinstance(m, library.FullyShardedDataParallel)}
+    return {path: module for path, module in modules if isinstance(module, library.FullyShardedDataParallel)}
 
 
 def _stand_ins(units: Mapping[str, Any]) -> list[tuple[Tensor, Place]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
+from ...utils.walk import AdapterModuleDict
 from .._accumulate import scaled
 from .._cost import AdapterCost, thin_cost
 from .._decomposed import DecomposedLayer
@@ -95,13 +96,13 @@ class LoraLayer(DecomposedLayer):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = AdapterModuleDict()
+        self.lora_A = AdapterModuleDict()
+        self.lora_B = AdapterModuleDict()
         self.lora_embedding_A = AdapterParameterDict()
         self.lora_embedding_B = AdapterParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.lora_start = nn.ModuleDict()
+        self.lora_magnitude_vector = AdapterModuleDict()
+        self.lora_start = AdapterModuleDict()
         self._bias_before: Tensor | None = None
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)

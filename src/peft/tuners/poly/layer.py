@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
+from ...utils.walk import AdapterModuleDict
 from .._accumulate import Steps, is_eager
 from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
@@ -54,8 +55,8 @@ class PolyLayer(BaseTunerLayer):
         super().__init__(base_layer)
         self.poly_lora_A = AdapterParameterDict()
         self.poly_lora_B = AdapterParameterDict()
-        self.poly_router = nn.ModuleDict()
-        self.poly_task_skills = nn.ModuleDict()
+        self.poly_router = AdapterModuleDict()
+        self.poly_task_skills = AdapterModuleDict()
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.n_tasks: dict[str, int] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftValueError
+from ...utils.walk import walk
 from . import metrics
 from .layer import PolyLayer
 from .router import Router, TaskRouter
@@ -79,7 +80,7 @@ def routing_loss(
 
     Source: arXiv:2202.13914, section 3 (the prior); arXiv:1701.06538, section 4 (balance)
     """
-    layers = [m for m in model.modules() if isinstance(m, PolyLayer) and adapter_name in m.scaling]
+    layers = [m for _, m in walk(model) if isinstance(m, PolyLayer) and adapter_name in m.scaling]
     if not layers:
         raise PeftValueError(f"The model has no Poly adapter {adapter_name!r}.")
     routers = dict.fromkeys(layer.router(adapter_name) for layer in layers)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...utils.error import PeftNotSupportedError
 from ...utils.offload import at_hand
+from ...utils.walk import walk
 from .._build import Build
 from .._combining import Combination, Combined
 from .._entry import put_entry, remove_entries
@@ -82,7 +83,7 @@ class PolyModel(AdaptingTuner):
     def poly_routing(self) -> Routing:
         """The calls in progress; one object for all of a model's Poly adapters, found through the layers that are there."""
         if "_poly_routing" not in vars(self):
-            layer = next((m for m in self.model.modules() if isinstance(m, PolyLayer)), None)
+            layer = next((m for _, m in walk(self.model) if isinstance(m, PolyLayer)), None)
             self._poly_routing: Routing = layer.routing if layer is not None else Routing(self.model)
         return self._poly_routing
 
@@ -115,7 +116,7 @@ class PolyModel(AdaptingTuner):
         """Take off hooks and signatures, also those of layers that a client took out by itself."""
         remove_entries(self.model)
         vars(self.model).pop("_poly_routing", None)
-        for module in self.model.modules():
+        for _, module in walk(self.model):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
                     if isinstance(getattr(hook, "__self__", None), Routing):
@@ -161,7 +162,7 @@ class PolyModel(AdaptingTuner):
             for _, layer in self.poly_layers(name):
                 layer.resolve_task(name, tasks[name])
                 if safe_merge:
-                    with at_hand(layer):
+                    with at_hand(layer, [name, *layer.merged_adapters]):
                         layer.check_merge([name], task_id=tasks[name])
         if len(set(tasks.values())) < 2:
             return super().merge_adapter(adapter_names, safe_merge, task_id=next(iter(tasks.values()), None), **options)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...utils.adapter_files import write_text
 from ...utils.error import PeftValueError
+from ...utils.walk import walk
 from . import metrics
 from .layer import PolyLayer
 from .router import TaskRouter
@@ -126,7 +127,7 @@ def routing_report(model: nn.Module, adapter_name: str = "default") -> RoutingRe
     weights, gates = {}, {}
     seen: set[int] = set()
     with torch.no_grad():
-        for path, layer in root.named_modules():  # type: ignore[union-attr]
+        for path, layer in walk(root):  # type: ignore[arg-type]
             router = layer.router(adapter_name) if isinstance(layer, PolyLayer) and adapter_name in layer.scaling else None
             if isinstance(router, TaskRouter) and id(router) not in seen:
                 seen.add(id(router))

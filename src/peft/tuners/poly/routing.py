@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, CallStack, first_input
 from ...utils.error import PeftTypeError, PeftValueError
+from ...utils.walk import walk
 from .mixing import pool, prompt_mask
 
 # Arguments of a call that are for the routing and not for the model.
@@ -170,7 +171,7 @@ class Routing:
 
     def _has_layers(self, owner: Any) -> bool:
         """Whether any of the layers are still in the model: some clients put the layers below them back by themselves."""
-        inner = owner.modules() if isinstance(owner, nn.Module) else [self.probe]
+        inner = (module for _, module in walk(owner)) if isinstance(owner, nn.Module) else iter([self.probe])
         return any(vars(module).get("routing") is self for module in inner)
 
     def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:

@@ -93,15 +93,11 @@ class VBLoRALayer(BaseTunerLayer):
         key = self.bank_key[adapter_name]
         return self._bank[0](adapter_name) if key is None else self._bank[1](key)
 
-    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
-        """Also the adapter's own bank, so that it is frozen and unfrozen by who goes from layer to layer and knows of no bank."""
-        yield from super().adapter_tensors(adapter_name)
-        if adapter_name in self.vblora_vector_bank:
-            yield self.vblora_vector_bank[adapter_name]
-
-    def adapter_owners(self) -> Iterator[nn.Module]:
-        """Also the banks' owner."""
-        yield from super().adapter_owners()
+    def containers(self) -> Iterator[nn.Module]:
+        """Also that of the adapters' own banks, so that these are frozen and unfrozen by who goes from layer to layer and knows of
+        no bank.
+        """
+        yield from super().containers()
         yield self.vblora_vector_bank
 
     def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:

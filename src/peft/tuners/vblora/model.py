@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...utils.constants import DEFAULT_TARGET_MODULES
 from ...utils.error import CheckpointError
-from ...utils.save_and_load import adapter_tensors
+from ...utils.save_and_load import adapter_tensors, in_view
+from ...utils.walk import named_tensors, walk
 from .._build import Build, Construction
 from .._combining import Combination, Combined
 from .._geometry import Placement, expected_layout, geometry
@@ -184,7 +185,7 @@ class VBLoRAModel(BaseTuner):
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:  # noqa: D102
-        for module in model.modules():
+        for _, module in walk(model):
             if isinstance(module, VBLoRALayer):
                 module.note_loaded(adapter_name)
 
@@ -218,7 +219,8 @@ class VBLoRAModel(BaseTuner):
             if isinstance(layer, VBLoRALayer) and adapter in layer.scaling:
                 own += layer.savable_parameters(adapter, config)
                 counted |= {id(tensor) for tensor in layer.adapter_tensors(adapter)}
-        for tensor in adapter_tensors(self.model.named_parameters(), config, adapter).values():
+        view = in_view(config, adapter)
+        for tensor in adapter_tensors(named_tensors(walk(self.model, view), view), config, adapter).values():
             if id(tensor) not in counted:
                 other += tensor.numel()
                 counted.add(id(tensor))

@@ -20,6 +20,7 @@ from ...config import as_folder
 from ...utils.adapter_files import read_metadata, read_weights, write_tensors
 from ...utils.error import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 from ...utils.hub import find_file, only_hub_options
+from ...utils.walk import walk
 
 BANK_NAME = "vector_bank.safetensors"
 _TENSOR = "vector_bank"
@@ -83,7 +84,7 @@ class VectorBank:
         """
         from .layer import VBLoRALayer
 
-        for module in model.modules():
+        for _, module in walk(model):
             if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
                 return cls(module.bank(adapter_name))
         raise PeftValueError(f"The model has no adapter {adapter_name!r} with a vector bank.")
@@ -94,7 +95,7 @@ class VectorBank:
         Raises:
             PeftValueError: There is no such adapter, or its bank has another size.
         """
-        containers = [m.vblora_vector_bank for m in model.modules() if "vblora_vector_bank" in m._modules]
+        containers: list[Any] = [m.vblora_vector_bank for _, m in walk(model) if "vblora_vector_bank" in m._modules]
         own = next((container[adapter_name] for container in containers if adapter_name in container), None)
         if own is None:
             raise PeftValueError(f"The model has no adapter {adapter_name!r} with a vector bank of its own.")

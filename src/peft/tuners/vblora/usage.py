@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...utils.error import PeftValueError
+from ...utils.walk import walk
 from .bank import choose
 from .config import Form
 from .layer import VBLoRALayer
@@ -146,7 +147,7 @@ def bank_usage(model: Any, adapter_name: str = "default") -> BankUsage:
     Source: arXiv:2405.15179
     """
     uses, size = [], 0
-    for path, layer in model.named_modules():
+    for path, layer in walk(model):
         if not isinstance(layer, VBLoRALayer) or adapter_name not in layer.scaling:
             continue
         size = len(layer.bank(adapter_name))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ....utils.adapter_files import write_tensors
 from ....utils.error import PeftNotSupportedError, PeftValueError
+from ....utils.walk import walk
 from ..._adapted import AdaptedModel
 from ..._combining import outer_path
 from ..layer import LoKrLayer
@@ -115,9 +116,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoKrLayer]:
     tuner: Any = model._modules.get("base_model")
     root = tuner.model if isinstance(tuner, AdaptedModel) else model
     layers = {
-        outer_path(path): module
-        for path, module in root.named_modules()
-        if isinstance(module, LoKrLayer) and adapter_name in module.scaling
+        outer_path(path): module for path, module in walk(root) if isinstance(module, LoKrLayer) and adapter_name in module.scaling
     }
     if not layers:
         raise PeftValueError(f"The model has no LoKr adapter named {adapter_name!r}.")
