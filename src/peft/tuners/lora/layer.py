@@ -31,8 +31,8 @@ class Linear(LoraLayer):
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
-        self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **place._asdict())
-        self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=biased, **place._asdict())
+        self.lora_A[adapter_name] = _undrawn(self.in_features, r, False, place)
+        self.lora_B[adapter_name] = _undrawn(r, self.out_features, biased, place)
 
     def factors(self, adapter_name: str) -> Factors:  # noqa: D102
         A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
@@ -173,3 +173,15 @@ class Conv2d(_Conv):
 
 class Conv3d(_Conv):
     """`nn.Conv3d` with LoRA adapters."""
+
+
+class _Undrawn(nn.Linear):
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _undrawn(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
+    """An `nn.Linear` whose memory is as it is. `skip_init` also draws on the meta device and reads signatures."""
+    module: Any = _Undrawn(in_features, out_features, bias=bias, **place._asdict())
+    module.__class__ = nn.Linear
+    return module
