@@ -12,7 +12,7 @@ from . import report, scaling, startup
 from .run import LIBRARIES, METHODS, Workers
 from .work import Shape
 
-KINDS = ("train", "prefill", "decode")
+KINDS = ("train", "prefill", "decode", "generate")
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, saving",
     )
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--mode", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--mode", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--width", nargs="+", type=int, default=[1024, 2048])
     parser.add_argument("--layers", type=int, default=2)

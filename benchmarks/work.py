@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+NEW_TOKENS = 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -56,6 +57,7 @@ def base_model(shape: Shape) -> nn.Module:
         num_key_value_heads=shape.width // 64,
         vocab_size=512,
         max_position_embeddings=max(256, shape.tokens + 8),
+        eos_token_id=None,
         attn_implementation="sdpa",
     )
     with torch.device(shape.device):
@@ -119,7 +121,7 @@ class Work:
     """A step of one kind, on the frozen model or on the adapted one.
 
     Args:
-        kind: "train", "prefill" or "decode".
+        kind: "train", "prefill", "decode" (a call of the model for one token) or "generate" (`NEW_TOKENS` of them in one call).
         shape: Its size.
         run: What runs the model.
         arguments: Further arguments for a batch of a size.
@@ -128,7 +130,7 @@ class Work:
     def __init__(self, kind: str, shape: Shape, model: nn.Module, run: Callable[..., Any], arguments: Callable[[int], Any]) -> None:
         self.kind, self.model, self.run = kind, model, run
         generator = torch.Generator().manual_seed(1)
-        batch, tokens = (shape.decode_batch, 1) if kind == "decode" else (shape.batch, shape.tokens)
+        batch, tokens = (shape.decode_batch, 1) if kind in ("decode", "generate") else (shape.batch, shape.tokens)
         self.ids = torch.randint(0, 512, (batch, tokens), generator=generator).to(shape.device)
         self.arguments = arguments(batch)
         for module in (run, model):
@@ -140,6 +142,12 @@ class Work:
 
     def __call__(self) -> None:
         """Do the step once."""
+        if self.kind == "generate":
+            self.run.generate(  # type: ignore[attr-defined]
+                input_ids=self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+                pad_token_id=0, eos_token_id=None, **self.arguments,
+            )  # fmt: skip
+            return
         with contextlib.nullcontext() if self.kind == "train" else torch.no_grad():
             logits = self.run(input_ids=self.ids, use_cache=False, **self.arguments).logits
             if self.kind == "train":

@@ -39,11 +39,11 @@ def test_products_taken_together(leading, first, last, bias, product):
         twin = copy.copy(layer)
         twin._parameters = dict(zip(("weight", "bias"), (*parameters, None)[:2], strict=True))
         assert is_plain_product(twin, x)
-        return run_with_steps(twin, x, Steps(x, first, (last,), 0.5, lambda h, last: (h.tanh(), last)))
+        return run_with_steps(twin, x, Steps(x, first, (last,), lambda h, last: (h.tanh(), last)))
 
     x, A, B, *parameters = operands
     h = x.view(2, 3, 4) @ A if A.dim() == 3 else x @ A
-    torch.testing.assert_close(together(*operands), nn.functional.linear(x, *parameters) + 0.5 * h.tanh() @ B)
+    torch.testing.assert_close(together(*operands), nn.functional.linear(x, *parameters) + h.tanh() @ B)
     assert torch.autograd.gradcheck(together, operands)
     assert torch.autograd.gradgradcheck(together, operands)
 

@@ -28,33 +28,29 @@ class Steps(NamedTuple):
         first: The first product's other factor: `[k, m]`, with `x` read as `[rows, k]`, or `[n, k, m]`, with `x` read as
             `[n, rows, k]`; None where the part does not begin with such a product.
         parameters: What the part depends on besides; without `then`, the last product's other factor.
-        scale: A number, on the last product.
         then: What follows, a function of the first product (of `x` where there is none) and the parameters. It returns `p` and `q`
-            whose product is the part, in the output's order of elements; or the part itself, of the output's shape, and None.
-            None where nothing lies between: the first product is `p`, and the parameter is `q`.
+            whose product is the part, in the output's order of elements; or the part itself, in that order, and None. Where `then`
+            is None, `p` is the first product times `scale`, and the parameter is `q`.
+        scale: A number.
     """
 
     x: Tensor
     first: Tensor | None
     parameters: tuple[Tensor, ...]
-    scale: float = 1.0
     then: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-
-    def ends(self, product: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`p` and `q` from the first product."""
-        return (product, self.parameters[0]) if self.then is None else self.then(product, *self.parameters)
+    scale: float = 1.0
 
     def part(self) -> Tensor:
         """The part itself, in the order of elements of the output but not in its shape."""
-        p, q = self.ends(_product(self.x, self.first))
-        return scaled(p if q is None else p @ q, self.scale)
+        p, q = _ends(_product(self.x, self.first), self.parameters, self.then, self.scale)
+        return p if q is None else p @ q
 
 
 def thin_steps(x: Tensor, first: Tensor, last: Tensor, scale: float | Tensor = 1.0) -> Steps:
     """The steps of two products, `scale · (x · first) · last`."""
     if isinstance(scale, Tensor):
-        return Steps(x, first, (last,), then=lambda h, last: (h * scale, last))
-    return Steps(x, first, (last,), scale)
+        return Steps(x, first, (last,), lambda h, last: (h * scale, last))
+    return Steps(x, first, (last,), scale=scale)
 
 
 def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
@@ -65,10 +61,9 @@ def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
         result: The base layer's output.
         in_place: Whether that may be overwritten.
     """
-    x, first, parameters, scale, then = steps
-    product = x if first is None else _read(x, first) @ first
-    p, q = (product, parameters[0]) if then is None else then(product, *parameters)
-    return result + scaled(p, scale).view(result.shape) if q is None else add_product(result, p, q, in_place, scale)
+    x, first, parameters, then, scale = steps
+    p, q = _ends(_product(x, first), parameters, then, scale)
+    return result + p.view(result.shape) if q is None else add_product(result, p, q, in_place)
 
 
 def is_plain_product(layer: Any, x: Tensor) -> bool:
@@ -86,7 +81,7 @@ def is_plain_product(layer: Any, x: Tensor) -> bool:
 def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
     """The output of a layer whose call `is_plain_product`, and the adapter's part."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    own_x, first, parameters, scale, then = steps
+    own_x, first, parameters, then, scale = steps
     if own_x is x and (first is None or first.dtype == x.dtype) and torch.is_grad_enabled():
         return _Adapted.apply(x, weight, bias, then, scale, first, *parameters)
     return add_steps(steps, F.linear(x, weight, bias), in_place=True)
@@ -120,22 +115,21 @@ def is_bare(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
-def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool, scale: float = 1.0) -> Tensor:
-    """`result + scale · p @ q`.
+def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
+    """`result + p @ q`.
 
     Args:
         result: Of as many elements as the product, in its order.
         p: `[n, rows, k]`, or `[rows, k]`.
         q: `[n, k, columns]`, or `[k, columns]`.
         in_place: Whether `result` may be overwritten. It is if that is possible: in eager mode, where all are of one dtype.
-        scale: A number.
 
     Returns:
         In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
     """
     if not (in_place and result.dtype == p.dtype == q.dtype and result.is_contiguous() and is_eager()):
-        return result + (scaled(p, scale) @ q).view(result.shape)
-    return _AddProduct.apply(result, scaled(p, scale), q) if torch.is_grad_enabled() else _add(result, p, q, scale)
+        return result + (p @ q).view(result.shape)
+    return _AddProduct.apply(result, p, q) if torch.is_grad_enabled() else _add(result, p, q)
 
 
 def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
@@ -164,9 +158,14 @@ def _read(x: Tensor, first: Tensor) -> Tensor:
     return x.reshape(first.shape[0], math.prod(x.shape[:-1]) // max(first.shape[0], 1), first.shape[1])
 
 
-def _add(result: Tensor, p: Tensor, q: Tensor, scale: float = 1.0) -> Tensor:
+def _ends(product: Tensor, parameters: tuple[Tensor, ...], then: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    """`p` and `q` from the first product."""
+    return (scaled(product, scale), parameters[0]) if then is None else then(product, *parameters)
+
+
+def _add(result: Tensor, p: Tensor, q: Tensor) -> Tensor:
     product = result.view(*p.shape[:-1], q.shape[-1])
-    product.addmm_(p, q, alpha=scale) if p.dim() == 2 else product.baddbmm_(p, q, alpha=scale)
+    product.addmm_(p, q) if p.dim() == 2 else product.baddbmm_(p, q)
     return result
 
 
@@ -208,8 +207,9 @@ class _Adapted(torch.autograd.Function):
         small = product.numel() * _KEPT <= x.numel()
         ctx.save_for_backward(x, weight, product if small else None, first, *parameters)
         ctx.then, ctx.scale = then, scale
-        p, q = Steps(x, first, parameters, scale, then).ends(product)
-        return result.add_(p.view(result.shape), alpha=scale) if q is None else _add(result, p, q, scale)
+        # `matmul` looks at who requires a gradient, and would take another way, to other last bits, than where nobody does.
+        p, q = _ends(product.detach(), tuple([tensor.detach() for tensor in parameters]), then, scale)
+        return result.add_(p.view(result.shape)) if q is None else _add(result, p, q)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -255,10 +255,10 @@ def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_p
     with torch.enable_grad():
         p, q = ctx.then(*own)
     if q is None:
-        ends = [(p, lambda: scaled(gradient, ctx.scale).reshape(p.shape))]
+        ends = [(p, lambda: gradient.reshape(p.shape))]
     else:
         rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
-        ends = [(p, lambda: scaled(rows @ q.mT, ctx.scale)), (q, lambda: scaled(p, ctx.scale).mT @ rows)]
+        ends = [(p, lambda: rows @ q.mT), (q, lambda: p.mT @ rows)]
     ends = [(end, make) for end, make in ends if end.requires_grad]
     sources = [tensor for tensor, want in zip(own, wanted, strict=True) if want]
     if not sources:

@@ -142,13 +142,11 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
 
     Source: arXiv:2309.14859, eq. 4
     """
-    w1s, w2s = _left_chain(f), _right_chain(f, ())
-    if isinstance(scale, Tensor):
-        (w1s, w2s), scale = _fold_scale(w1s, w2s, scale), 1.0
+    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
     shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
     begun, then = (_steps_of_shapes if torch.compiler.is_compiling() else _known_steps)(*shapes)
     first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
-    return Steps(x, first, (*w1s, *w2s[begun:]), scale, then)
+    return Steps(x, first, (*w1s, *w2s[begun:]), then)
 
 
 def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:

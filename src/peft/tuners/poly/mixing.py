@@ -135,14 +135,13 @@ def poly_steps(
     if not rank_space_pays(batch, tokens, n_splits * (width + B.shape[3]), n_splits, n_skills):
         return thin_steps(x, *mix(weights, A, B), scale)
 
-    rows, number = batch * tokens, 1.0 if isinstance(scale, Tensor) else scale
+    rows = batch * tokens
 
     def spread(h: Tensor, weights: Tensor) -> Tensor:
-        """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `w[q, s] z`."""
+        """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`."""
         w = weights.to(h.dtype)
         w = (w if tokens == 1 else w.repeat_interleave(tokens, 0)).reshape(rows, n_splits * n_skills, 1)
-        z = w.mT @ h
-        return w @ (z * scale if isinstance(scale, Tensor) else z)
+        return w @ (w.mT @ h * scale)
 
     if n_splits == 1:
         last = B.flatten(0, 2)
@@ -155,19 +154,19 @@ def poly_steps(
             return spread(h.transpose(0, 1), weights).view(rows, n_skills * r), last
 
         if by_split is None and not torch.is_grad_enabled():  # a product for each skill, which needs no copy of them
-            return Steps(x, None, (A, last, weights), number, each)
-        return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), number, then)
+            return Steps(x, None, (A, last, weights), each)
+        return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then)
 
     first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
 
     def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (w[q, s] z) B[q, s]`."""
+        """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
         h = x.reshape(rows, n_splits, width).transpose(0, 1) @ first
         h = spread(h.view(n_splits, rows, n_skills, r).transpose(0, 1).flatten(1, 2), weights)
         h = h.view(rows, n_splits, n_skills * r).transpose(0, 1)
         return (h @ last).transpose(0, 1).reshape(rows, n_splits * B.shape[3]), None
 
-    return Steps(x, None, (first, last, weights), number, delta)
+    return Steps(x, None, (first, last, weights), delta)
 
 
 def side_by_side(A: Tensor) -> Tensor:
