@@ -129,17 +129,16 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-# A decomposed adapter measures the rows of the base weight, in an order of its own; "LOHA whole" is for small layers, on which it builds
-# the product.
-LINEAR = sorted(
-    name for name, case in CASES.items() if not case.conv and not case.fields.get("weight_decompose") and name != "LOHA whole"
-)
+# "LOHA whole" is for small layers, on which it builds the product.
+LINEAR = sorted(name for name, case in CASES.items() if not case.conv and name != "LOHA whole")
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_no_tensor_of_the_weights_size(name, grad):
-    """Neither forward nor backward makes a tensor of `out · in` elements, nor of more than some times the activations'."""
+    """Neither forward nor backward makes a tensor of `out · in` elements, nor of more than some times the activations'; a decomposed
+    adapter, which measures the rows of the base weight, some of the length of a block for each row.
+    """
     case, width, rows = CASES[name], 256, 3
     model = get_peft_model(nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"]))
     model.train(grad)
@@ -149,10 +148,12 @@ def test_no_tensor_of_the_weights_size(name, grad):
         if grad:
             y.sum().backward()
     inventory = max(p.numel() for name, p in model.named_parameters() if p.requires_grad)
-    assert max(sizes.made.values()) <= max(inventory, 4 * rows * width) < width * width, sizes.made
+    assert max(sizes.made.values()) <= max(inventory, 4 * rows * width, width**1.5) < width * width, sizes.made
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR if "dropout" not in name and CASES[name].method != "POLY"])
+@pytest.mark.parametrize(
+    "name", [name for name in LINEAR if not ("dropout" in name or "decomposed" in name or CASES[name].method == "POLY")]
+)
 def test_little_is_kept_for_backward(name):
     """Beyond the layer's input: the adapter's factors, and less than an eighth of the input's size."""
     case, width, rows = CASES[name], 128, 192
