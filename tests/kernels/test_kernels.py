@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where kernels of our own run, and `interpreted.py`, their tests, in a process in which Triton interprets kernels on the CPU."""
+"""Where kernels of our own run, and their tests `interpreted*.py`, in a process in which Triton interprets kernels on the CPU."""
 
 import importlib.util
 import os
@@ -14,9 +14,10 @@ import peft
 from peft.tuners import _kernels
 
 
-def test_in_the_interpreter():
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_products.py"])
+def test_in_the_interpreter(file):
     pytest.importorskip("triton")  # not built for every system
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name("interpreted.py"))]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
@@ -31,7 +32,7 @@ def test_neither_without_triton_nor_on_an_old_gpu(monkeypatch):
     for installed, capability in ((True, (9, 0)), (False, (9, 0)), (True, (7, 5))):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, i=installed: i or None if name == "triton" else spec(name))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert _kernels._has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
+        assert _kernels.has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
 
 
 def double(x):

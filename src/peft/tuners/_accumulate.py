@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
+from ._eager import is_eager
+from ._thin import across, add, can_add, down, scaled
+
 _KEPT = 16
 """A first product is kept for backward if it is at least so many times smaller than the input, else computed again."""
 
@@ -82,7 +85,7 @@ def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
     """The output of a layer whose call `is_plain_product`, and the adapter's part."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     own_x, first, parameters, then, scale = steps
-    if own_x is x and (first is None or first.dtype == x.dtype) and torch.is_grad_enabled():
+    if own_x is x and torch.is_grad_enabled():
         return _Adapted.apply(x, weight, bias, then, scale, first, *parameters)
     return add_steps(steps, F.linear(x, weight, bias), in_place=True)
 
@@ -122,33 +125,19 @@ def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
         result: Of as many elements as the product, in its order.
         p: `[n, rows, k]`, or `[rows, k]`.
         q: `[n, k, columns]`, or `[k, columns]`.
-        in_place: Whether `result` may be overwritten. It is if that is possible: in eager mode, where all are of one dtype.
+        in_place: Whether `result` may be overwritten. It is if that is possible: in eager mode, where all are of one dtype or
+            kernels take them.
 
     Returns:
         In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
     """
-    if not (in_place and result.dtype == p.dtype == q.dtype and result.is_contiguous() and is_eager()):
+    if not ((in_place or result.dtype != p.dtype) and is_eager() and can_add(result, p, q)):
         return result + (p @ q).view(result.shape)
-    return _AddProduct.apply(result, p, q) if torch.is_grad_enabled() else _add(result, p, q)
-
-
-def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
-    """`h · scale`, without a kernel where the scale is one."""
-    return h if isinstance(scale, (int, float)) and scale == 1 else h * scale
-
-
-def is_eager() -> bool:
-    """Whether operations run as they are called, and once: no compiler and no transform looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _AddProduct.apply(result, p, q, in_place) if torch.is_grad_enabled() else add(result, p, q, in_place)
 
 
 def _product(x: Tensor, first: Tensor | None) -> Tensor:
-    return x if first is None else _read(x, first) @ first
+    return x if first is None else down(_read(x, first), first)
 
 
 def _read(x: Tensor, first: Tensor) -> Tensor:
@@ -163,20 +152,15 @@ def _ends(product: Tensor, parameters: tuple[Tensor, ...], then: Any, scale: flo
     return (scaled(product, scale), parameters[0]) if then is None else then(product, *parameters)
 
 
-def _add(result: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    product = result.view(*p.shape[:-1], q.shape[-1])
-    product.addmm_(p, q) if p.dim() == 2 else product.baddbmm_(p, q)
-    return result
-
-
 class _AddProduct(torch.autograd.Function):
-    """`result += p @ q`."""
+    """`result + p @ q`."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def forward(ctx: Any, result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(p, q)
-        ctx.mark_dirty(result)
-        return _add(result, p, q)
+        if in_place:
+            ctx.mark_dirty(result)
+        return add(result, p, q, in_place)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -184,8 +168,9 @@ class _AddProduct(torch.autograd.Function):
         rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
         return (
             gradient if ctx.needs_input_grad[0] else None,
-            rows @ q.mT if ctx.needs_input_grad[1] else None,
-            p.mT @ rows if ctx.needs_input_grad[2] else None,
+            down(rows, q.mT) if ctx.needs_input_grad[1] else None,
+            across(p, rows) if ctx.needs_input_grad[2] else None,
+            None,
         )
 
 
@@ -209,7 +194,7 @@ class _Adapted(torch.autograd.Function):
         ctx.then, ctx.scale = then, scale
         # `matmul` looks at who requires a gradient, and would take another way, to other last bits, than where nobody does.
         p, q = _ends(product.detach(), tuple([tensor.detach() for tensor in parameters]), then, scale)
-        return result.add_(p.view(result.shape)) if q is None else _add(result, p, q)
+        return result.add_(p.view(result.shape)) if q is None else add(result, p, q)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -226,14 +211,14 @@ class _Adapted(torch.autograd.Function):
             rows.sum(0) if for_bias else None,
             None,
             None,
-            (of_product.mT @ _read(x, first)).mT if for_first else None,
+            across(of_product, _read(x, first)).mT if for_first else None,
             *of_parameters,
         )
 
 
 def _add_first(of_x: Tensor, of_product: Tensor, first: Tensor | None) -> Tensor:
     """The gradient for the input, the part's added to the layer's."""
-    return of_x.add_(of_product) if first is None else _add(of_x, of_product, first.mT)
+    return of_x.add_(of_product) if first is None else add(of_x, of_product, first.mT)
 
 
 def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p: bool, for_q: Any) -> list[Any]:
@@ -241,8 +226,8 @@ def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p:
     (q,) = parameters
     rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
     return [
-        scaled(rows @ q.mT, ctx.scale) if for_p else None,
-        scaled(p, ctx.scale).mT @ rows if for_q[0] else None,
+        down(rows, q.mT, ctx.scale) if for_p else None,
+        across(p, rows, ctx.scale) if for_q[0] else None,
     ]
 
 
@@ -255,10 +240,10 @@ def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_p
     with torch.enable_grad():
         p, q = ctx.then(*own)
     if q is None:
-        ends = [(p, lambda: gradient.reshape(p.shape))]
+        ends = [(p, lambda: gradient.reshape(p.shape).to(p.dtype))]
     else:
         rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
-        ends = [(p, lambda: rows @ q.mT), (q, lambda: p.mT @ rows)]
+        ends = [(p, lambda: down(rows, q.mT)), (q, lambda: across(p, rows))]
     ends = [(end, make) for end, make in ends if end.requires_grad]
     sources = [tensor for tensor, want in zip(own, wanted, strict=True) if want]
     if not sources:

@@ -2,8 +2,8 @@
 """Where kernels of our own can run: what stands between plain operations on tensors and Triton, which need not be there.
 
 On a GPU a chain of small operations costs its launches, whatever it computes. A tuner may have one kernel in place of such a chain,
-in a file `kernels.py` of its own. That file needs Triton and so is imported by who asked `can_launch`, never at the top; the plain
-operations stay, as the reference and for all other cases.
+in a file `kernels.py` of its own; `kernels.py` beside this one has what they all share. Such a file needs Triton and so is imported
+by who asked `can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for all other cases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.error import PeftWarning
-from ._accumulate import is_eager
+from ._eager import is_eager
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels instead of compiling them; they run on any device then."""
@@ -40,12 +40,20 @@ def can_launch(*tensors: Tensor) -> bool:
         tensors: What the kernel reads.
     """
     device = tensors[0].device
-    if device.type != "cuda" and not INTERPRETED:
+    if not (is_eager() and has_triton(device)):
         return False
     for tensor in tensors:
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device or not tensor.is_contiguous():
             return False
-    return is_eager() and _has_triton(device)
+    return True
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and made for a device: a GPU that knows bfloat16."""
+    if (device.type != "cuda" and not INTERPRETED) or importlib.util.find_spec("triton") is None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def agrees(
@@ -82,14 +90,6 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and made for a device: one that knows bfloat16."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> str | None:

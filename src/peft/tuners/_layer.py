@@ -37,6 +37,7 @@ from ._holder import AdapterHolder
 from ._lowrank import LowRank, cut, dense_svd
 from ._merging import names_to_merge
 from ._quantised import Form as QuantisedForm
+from ._thin import can_stay
 
 
 class BaseTunerLayer(AdapterHolder):
@@ -170,6 +171,10 @@ class BaseTunerLayer(AdapterHolder):
         own: that is for storage then.
         """
         return x.to(dtype) if self.cast_input_dtype_enabled or dtype.itemsize >= x.dtype.itemsize else x
+
+    def _input_of_steps(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in the adapter's precision, or as it is where the products with it are taken so."""
+        return x if x.dtype == dtype or can_stay(x, dtype) else self._cast_input_dtype(x, dtype)
 
     def __getattr__(self, name: str) -> Any:
         """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …), private names apart."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._accumulate import is_eager
+from ._eager import is_eager
 
 T = TypeVar("T")
 

@@ -140,7 +140,7 @@ class Linear(LoHaLayer):
         if self.drops(adapter_name) or not is_thin(factors):
             return None
         A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return thin_steps(self._cast_input_dtype(x, factors.w1_a.dtype), A.mT, B.mT)
+        return thin_steps(self._input_of_steps(x, factors.w1_a.dtype), A.mT, B.mT)
 
 
 class _Conv(LoHaLayer):

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._accumulate import Steps
+from .._thin import widened
 from .order import State, contraction_order
 
 Chain = tuple[Tensor, ...]
@@ -146,7 +147,7 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
     begun, then = (_steps_of_shapes if torch.compiler.is_compiling() else _known_steps)(*shapes)
     first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
-    return Steps(x, first, (*w1s, *w2s[begun:]), then)
+    return Steps(widened(x, w1s[0].dtype) if first is None else x, first, (*w1s, *w2s[begun:]), then)
 
 
 def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:

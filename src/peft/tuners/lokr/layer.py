@@ -309,8 +309,7 @@ class Linear(LoKrLayer):
             return None
         factors = self.factors(adapter_name)
         dtype = (factors.w2_b if factors.w2 is None else factors.w2).dtype  # type: ignore[union-attr]
-        x = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
-        return kronecker_steps(x, factors, self.scale(adapter_name))
+        return kronecker_steps(self._input_of_steps(x, dtype), factors, self.scale(adapter_name))
 
 
 class _Conv(LoKrLayer):

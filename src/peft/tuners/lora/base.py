@@ -15,12 +15,12 @@ from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
 from ...utils.walk import AdapterModuleDict
-from .._accumulate import scaled
 from .._cost import AdapterCost, thin_cost
 from .._decomposed import DecomposedLayer
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
+from .._thin import scaled
 from .factors import Factors, draw, row_norms
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ...utils.error import PeftNotSupportedError
 from ...utils.markers import marker
 from ...utils.sharding import whole
-from .._accumulate import Steps, is_bare, scaled, thin_steps
+from .._accumulate import Steps, is_bare, thin_steps
 from .._geometry import Placement, embedding_scale, innermost
+from .._thin import scaled
 from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
 
@@ -59,8 +60,7 @@ class Linear(LoraLayer):
         ):
             return None
         down, up = A._parameters["weight"], B._parameters["weight"]
-        if x.dtype != down.dtype or self._drops(adapter_name):
-            x = self._dropped(adapter_name, x)
+        x = self._dropped(adapter_name, x) if self._drops(adapter_name) else self._input_of_steps(x, down.dtype)
         return thin_steps(x, down.mT, up.mT, self.scaling[adapter_name])
 
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.walk import AdapterModuleDict
-from .._accumulate import Steps, is_eager
+from .._accumulate import Steps
 from .._cost import AdapterCost, thin_cost
+from .._eager import is_eager
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -167,6 +168,7 @@ class PolyLayer(BaseTunerLayer):
         delta = poly_delta(x, *operands)
         if adapter_name not in self.poly_task_skills:
             return delta
+        x = self._cast_input_dtype(x, delta.dtype)
         return delta + self.poly_task_skills[adapter_name](x, self._task_ids(adapter_name, x), self.own_scale(adapter_name))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
@@ -187,8 +189,9 @@ class PolyLayer(BaseTunerLayer):
         """What `poly_delta` takes."""
         modules: Any = self._modules
         A, B = modules["poly_lora_A"](adapter_name), modules["poly_lora_B"](adapter_name)
-        x = x if x.dtype == A.dtype else self._cast_input_dtype(x, A.dtype)
         router = self.router(adapter_name)
+        by_task = isinstance(router, TaskRouter)  # others read the input, too
+        x = self._input_of_steps(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
         weights, kept = self._weights(adapter_name, router, x), router.kept
         if kept is not None:
             weights, A, B = only_used(weights, A, B, kept)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...utils.error import PeftValueError
 from .._accumulate import Steps, thin_steps
+from .._thin import widened
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
@@ -154,7 +155,7 @@ def poly_steps(
             return spread(h.transpose(0, 1), weights).view(rows, n_skills * r), last
 
         if by_split is None and not torch.is_grad_enabled():  # a product for each skill, which needs no copy of them
-            return Steps(x, None, (A, last, weights), each)
+            return Steps(widened(x, A.dtype), None, (A, last, weights), each)
         return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then)
 
     first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
@@ -166,7 +167,7 @@ def poly_steps(
         h = h.view(rows, n_splits, n_skills * r).transpose(0, 1)
         return (h @ last).transpose(0, 1).reshape(rows, n_splits * B.shape[3]), None
 
-    return Steps(x, None, (first, last, weights), delta)
+    return Steps(widened(x, A.dtype), None, (first, last, weights), delta)
 
 
 def side_by_side(A: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
-from .._accumulate import Steps, scaled, thin_steps
+from .._accumulate import Steps, thin_steps
 from .._cost import AdapterCost, thin_cost
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .._packed import PackedTensors
+from .._thin import scaled
 from .bank import all_weights, compose_factors, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
 from .config import Form
 
@@ -249,9 +250,8 @@ class VBLoRALayer(BaseTunerLayer):
         A, B = self._composed(adapter_name)
         if adapter_name in self.vblora_gate:
             B = B * self.vblora_gate(adapter_name)
-        x = self._cast_input_dtype(x, A.dtype)
-        if self.training and (dropout := self.vblora_dropout[adapter_name]):
-            x = F.dropout(x, dropout)
+        dropout = self.training and self.vblora_dropout[adapter_name]
+        x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout) if dropout else self._input_of_steps(x, A.dtype)
         return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
