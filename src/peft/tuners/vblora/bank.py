@@ -95,7 +95,7 @@ def best(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         The numbers and their indices, `[..., topk]`, largest first; of equal ones any.
     """
     n = logits.shape[-1]
-    if logits.device.type != "cpu" or n < _LONG or n % _BLOCK or topk > n // _BLOCK:
+    if torch.jit.is_tracing() or logits.device.type != "cpu" or n < _LONG or n % _BLOCK or topk > n // _BLOCK:
         return logits.topk(topk, dim=-1)
     with torch.no_grad():
         blocks = logits.unflatten(-1, (-1, _BLOCK))
