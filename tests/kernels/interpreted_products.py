@@ -2,6 +2,7 @@
 """Products in mixed precision against float64 and against plain operations. `test_kernels.py` runs this in a process of its own."""
 
 import contextlib
+import threading
 from unittest import mock
 
 import pytest
@@ -28,19 +29,26 @@ def plain():
 
 @contextlib.contextmanager
 def counted():
-    """Which kernels run."""
-    calls = []
+    """Which kernels run, but for their trial, which is in a thread of its own."""
+    calls, here = [], threading.current_thread()
+
+    def noted(name, own):
+        def run(*arguments):
+            if threading.current_thread() is here:
+                calls.append(name)
+            return own(*arguments)
+
+        return run
+
     with contextlib.ExitStack() as stack:
         for name in ("down", "across", "up"):
-            own = getattr(kernels, name)
-            stack.enter_context(mock.patch.object(kernels, name, lambda *a, n=name, own=own: (calls.append(n), own(*a))[1]))
+            stack.enter_context(mock.patch.object(kernels, name, noted(name, getattr(kernels, name))))
         yield calls
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_sizes():
-    """Kernels whatever the size; that they agree is found out first."""
-    assert _thin._are_there(torch.device("cpu"))
+    """Kernels whatever the size."""
     with mock.patch.object(_thin, "_LEAST", 1):
         yield
 
@@ -198,12 +206,20 @@ def test_nobody_else_has_to_see_kernels():
 def test_what_computes_something_else_is_not_used():
     """Were a compiler to get it wrong, plain operations would do it."""
     x, F, _, _ = tensors((8, 12, 3), torch.bfloat16)
-    own = kernels.down
-    wrong = mock.patch.object(kernels, "down", lambda *a: own(*a) * 1.01)
+    own, exact = kernels.down, x.double() @ F.double()
+    wrong = mock.patch.object(kernels, "down", lambda *a: own(*a) * 1.002)
     with mock.patch.dict(_kernels._TRIED, clear=True), wrong:
         with pytest.warns(peft.PeftWarning, match="differ"):
-            assert not _thin.can_stay(x, torch.float32)
-        assert error(_thin.down(x, F), x.double() @ F.double()) < 1e-6
+            assert error(_thin.down(x, F), exact) < 1e-6
+        assert error(_thin.down(x, F), exact) < 1e-6
+
+
+def test_each_size_of_blocks_is_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(_thin, "agrees", lambda *case: tried.append(case[0]) or True)
+    for length, width in [(4096, 8), (300, 3), (64, 8), (4096, 64), (4096, 8)]:
+        assert _thin._are_taken(torch.zeros(2, length).half(), length, width, torch.zeros(length, width))
+    assert tried[0] is tried[1] is tried[4] and len(set(tried)) == 3
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

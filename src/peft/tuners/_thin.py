@@ -29,13 +29,16 @@ _WIDEST = 128
 
 
 def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an input's products with thin matrices of a dtype are taken without casting it."""
+    """Whether an input need not be cast for its products with thin matrices of a dtype: kernels take those, if they agree."""
     return (
         dtype is torch.float32
         and x.dtype in _HALF
         and is_eager()  # a compiler must not follow what comes after
         and not torch.is_autocast_enabled(x.device.type)
-        and _are_taken(x, 0)
+        and x.numel() >= _LEAST
+        and type(x) in _PLAIN
+        and x.is_contiguous()
+        and _are_there(x.device)
     )
 
 
@@ -56,7 +59,7 @@ def down(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
         return scaled(wide @ thin, scale)
     if _is_recorded(wide, thin):
         return _Down.apply(wide, thin, scale)
-    if _are_taken(wide, thin.shape[-1], thin):
+    if _are_taken(wide, wide.shape[-1], thin.shape[-1], thin):
         return _kernels().down(wide, thin, scale)
     return scaled(wide.to(thin.dtype) @ thin, scale)
 
@@ -70,7 +73,7 @@ def across(thin: Tensor, wide: Tensor, scale: float = 1.0) -> Tensor:
         scale: A number.
     """
     if wide.dtype != thin.dtype and _are_mixed(wide, thin):
-        if not _is_recorded(thin, wide) and _are_taken(wide, thin.shape[-1], thin):
+        if not _is_recorded(thin, wide) and _are_taken(wide, wide.shape[-1], thin.shape[-1], thin):
             return _kernels().across(thin, wide, scale)
         wide = wide.to(thin.dtype)
     return scaled(thin, scale).mT @ wide
@@ -84,7 +87,7 @@ def up(p: Tensor, q: Tensor, like: Tensor) -> Tensor:
         q: `[n, k, columns]` or `[k, columns]`.
         like: A tensor of that size.
     """
-    if not _is_recorded(p, q) and _are_taken(like, p.shape[-1], p, q):
+    if not _is_recorded(p, q) and _are_taken(like, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(None, p, q, torch.empty_like(like))
     return (p @ q).view(like.shape).to(like.dtype)
 
@@ -93,7 +96,7 @@ def can_add(result: Tensor, p: Tensor, q: Tensor) -> bool:
     """Whether `add` takes these without a product of the size of `result`."""
     if result.dtype == p.dtype == q.dtype:
         return result.is_contiguous()
-    return _are_taken(result, p.shape[-1], p, q)
+    return _are_taken(result, q.shape[-1], p.shape[-1], p, q)
 
 
 def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
@@ -109,7 +112,7 @@ def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
         product = result.view(*p.shape[:-1], q.shape[-1])
         product.addmm_(p, q) if p.dim() == 2 else product.baddbmm_(p, q)
         return result
-    if not _is_recorded(result, p, q) and _are_taken(result, p.shape[-1], p, q):
+    if not _is_recorded(result, p, q) and _are_taken(result, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(result, p, q, result if in_place else torch.empty_like(result))
     product = (p @ q).view(result.shape)
     return result.add_(product) if in_place else (result + product).to(result.dtype)
@@ -143,19 +146,21 @@ def _are_mixed(wide: Tensor, thin: Tensor) -> bool:
     return wide.dtype in _HALF and thin.dtype is torch.float32 and not torch.is_autocast_enabled(wide.device.type)
 
 
-def _are_taken(wide: Tensor, width: int, *thin: Tensor) -> bool:
-    """Whether kernels take a product of these, of which the caller knows that nothing looks on."""
+def _are_taken(wide: Tensor, length: int, width: int, *thin: Tensor) -> bool:
+    """Whether kernels take a product of these, in which rows of the wide matrix have a length and those of the thin one a width."""
     if width > _WIDEST or wide.dtype not in _HALF or wide.numel() < _LEAST:
         return False
     device = wide.device
     for tensor in thin:
         if tensor.dtype is not torch.float32 or type(tensor) not in _PLAIN or tensor.device != device:
             return False
-    return type(wide) in _PLAIN and wide.is_contiguous() and _are_there(device)
+    return (
+        type(wide) in _PLAIN and wide.is_contiguous() and _are_there(device) and agrees(*_case(length, width, wide.dtype), device)
+    )
 
 
 def _are_there(device: torch.device) -> bool:
-    return has_triton(device) and agrees(_trial, _plain_trial, _example, device)
+    return has_triton(device)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
@@ -169,23 +174,33 @@ def _kernels() -> Any:
     return kernels
 
 
-# --- what is tried before kernels are used on a device ----------------------------------------------------------------
+# --- what is tried before kernels are used on a device, for each size of their blocks ----------------------------------
 
 
-def _trial(x: Tensor, F: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
-    kernels = _kernels()
-    found = kernels.down(x, F, 0.5), kernels.across(F[: x.shape[0]], x, 2.0), kernels.up(x, p, q, torch.empty_like(x))
-    return tuple(one * tensor.float() for tensor in found)
+@functools.lru_cache(1024)
+def _case(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    return _case_of_blocks(*_kernels().blocks(length, width), dtype)
 
 
-def _plain_trial(x: Tensor, F: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
-    x64, F64 = x.double(), F.double()
-    found = (x64 @ F64) * 0.5, (F64[: x.shape[0]].mT @ x64) * 2, x.float() + p @ q
-    return tuple(one * tensor.float() for tensor in found)
+@functools.cache
+def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The kernels, the same in plain operations, and an example for both."""
+    rows, width = 150, width // 2
 
+    def ours(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
+        kernels = _kernels()
+        found = kernels.down(x, first, 0.5), kernels.across(h, x, 2.0), kernels.up(x, p, q, torch.empty_like(x))
+        return tuple(one * tensor.float() for tensor in found)
 
-def _example(device: torch.device) -> tuple[Tensor, ...]:
-    """Sums over several blocks; what is rounded is a whole number, so that rounding can't differ."""
-    x = torch.randint(-3, 4, (150, 200), device=device).to(torch.bfloat16)
-    p, q = (torch.randint(-1, 2, shape, device=device).float() * 2 for shape in ((150, 5), (5, 200)))
-    return x, torch.randn(200, 5, device=device), p, q, torch.ones((), device=device, requires_grad=True)
+    def plain(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
+        found = (x.double() @ first.double()) * 0.5, (h.double().mT @ x.double()) * 2, x.float() + p @ q
+        return tuple(one * tensor.float() for tensor in found)
+
+    def example(device: torch.device) -> tuple[Tensor, ...]:
+        """Results of about one, and whole numbers where they are rounded, so that rounding can't differ."""
+        x = torch.randint(-3, 4, (rows, length), device=device).to(dtype)
+        p, q = (torch.randint(-1, 2, shape, device=device).float() for shape in ((rows, width), (width, length)))
+        first, h = torch.randn(width, length, device=device).mT / 16, torch.randn(rows, width, device=device) / 16
+        return x, first, h, p, q, torch.ones((), device=device, requires_grad=True)
+
+    return ours, plain, example

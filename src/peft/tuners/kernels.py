@@ -91,6 +91,11 @@ def _strides(tensor: Tensor) -> Any:
 # --- in what blocks it is done: as was quickest on an H100 and fits the shared memory of smaller GPUs -------------------
 
 
+def blocks(length: int, width: int) -> tuple[int, int]:
+    """What the sizes of all blocks depend on, beside the number of rows: sides of a wide and of a thin matrix's."""
+    return _block(length, 256), _block(width, LARGEST_RANK)
+
+
 @functools.lru_cache(1024)
 def _plan_down(n: int, rows: int, k: int, m: int) -> tuple[int, tuple[int, int], int, dict[str, int]]:
     """In how many parts sums are made, the grid, a program's steps, and what the kernel is compiled for."""
