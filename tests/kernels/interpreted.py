@@ -12,9 +12,10 @@ from torch import nn
 
 import peft
 from peft.tuners import _kernels
-from peft.tuners.poly import gating
+from peft.tuners.poly import gating, mixing, mixing_kernels
 from peft.tuners.poly import kernels as poly_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
+from peft.tuners.poly.mixing import mix
 from peft.tuners.vblora import bank as bank_module
 from peft.tuners.vblora import kernels as vblora_kernels
 from peft.tuners.vblora.bank import compose, compose_factors, place_tiles
@@ -37,6 +38,7 @@ def plain():
     with (
         mock.patch.object(bank_module, "can_launch", return_value=False),
         mock.patch.object(gating, "can_launch", return_value=False),
+        mock.patch.object(mixing, "can_launch", return_value=False),
     ):
         yield
 
@@ -46,6 +48,7 @@ def _tried():
     """That they agree is found out at their first use."""
     compose_factors(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.zeros(2, 2), 1)
     gating.task_weights(torch.zeros(1, 2), torch.tensor([0]), 1, Gating(), False)
+    mix(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
 
 
 @contextlib.contextmanager
@@ -53,7 +56,7 @@ def counted():
     """How often kernels compute results."""
     calls: list[int] = []
     with contextlib.ExitStack() as stack:
-        for module, name in ((vblora_kernels, "_composed"), (poly_kernels, "_weighed")):
+        for module, name in ((vblora_kernels, "_composed"), (poly_kernels, "_weighed"), (mixing_kernels, "_mixed")):
             own = getattr(module, name)
             stack.enter_context(mock.patch.object(module, name, lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1]))
         yield calls
@@ -294,6 +297,76 @@ def test_other_gates_are_plain_operations():
         assert len(calls) == 4
 
 
+def skills(batch, n_splits, n_skills, width, out, r, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, n_splits, n_skills), (n_splits, n_skills, width, r), (n_splits, n_skills, r, out)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def mixed(weights, A, B, scale):
+    A_w, B_w = torch.einsum("bqs,qsdr->bqdr", weights, A), torch.einsum("bqs,qsrd->brqd", weights, B)
+    return A_w.flatten(1, 2), B_w.flatten(2) * scale
+
+
+@dtypes
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 40, 32, 8), (5, 2, 9, 23, 14, 3), (18, 2, 1, 1, 70, 2), (2, 1, 18, 5, 5, 1)])
+def test_mixed_skills_and_their_gradients(sizes, dtype):
+    ours = skills(*sizes, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in ours]
+    found, expected = mix(*ours, 0.5), mixed(*exact, 0.5)
+    of_A, of_B = (torch.randn(f.shape, generator=torch.Generator().manual_seed(7)).to(dtype) for f in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype and one.is_contiguous()
+        assert_near(one, other, TOLERANCE[dtype])
+    for own in (of_A, of_A.mT.contiguous().mT):
+        gradients = torch.autograd.grad(found, ours, (own, of_B), retain_graph=True)
+        wanted = torch.autograd.grad(expected, exact, (own.double(), of_B.double()), retain_graph=True)
+        for one, other in zip(gradients, wanted, strict=True):
+            assert one.dtype == dtype
+            assert_near(one, other, TOLERANCE[dtype])
+
+
+def test_mixing_gradients_for_some_alone_and_second_ones():
+    whole = skills(3, 2, 5, 9, 12, 2)
+    everything = torch.autograd.grad(sum(f.sin().sum() for f in mix(*whole)), whole)
+    for trained in ([0], [1], [2], [0, 2]):
+        some = [tensor.detach().requires_grad_(i in trained) for i, tensor in enumerate(whole)]
+        sum(f.sin().sum() for f in mix(*some)).backward()
+        for i, (one, expected) in enumerate(zip(some, everything, strict=True)):
+            assert one.grad is None if i not in trained else torch.allclose(one.grad, expected, atol=1e-6)
+    exact, seconds = [tensor.detach().double().requires_grad_() for tensor in whole], []
+    for tensors, function in ((whole, mix), (exact, mixed)):
+        firsts = torch.autograd.grad(sum(f.sin().sum() for f in function(*tensors, 0.5)), tensors, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(first.cos().sum() for first in firsts), tensors))
+    for one, other in zip(*seconds, strict=True):
+        assert_near(one, other, 1e-5)
+
+
+def test_mixing_under_autocast_gives_what_products_would():
+    tensors = skills(3, 2, 5, 9, 12, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mix(*tensors)
+        with plain():
+            expected = mix(*tensors)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype == torch.bfloat16
+        assert_near(one, other, TOLERANCE[torch.bfloat16])
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(sum(f.sum() for f in found), tensors))
+
+
+def test_other_mixing_is_plain_operations():
+    weights, A, B = (tensor.detach() for tensor in skills(3, 2, 4, 6, 6, 2))
+    with counted() as calls:
+        mix(weights.double(), A.double(), B.double())
+        mix(weights.mT.contiguous().mT, A, B)
+        mix(weights[:0], A, B)
+        torch.func.vmap(lambda weights: mix(weights, A, B)[0])(weights[None])
+        torch.compile(mix, fullgraph=True, backend="eager")(weights, A, B)
+        assert calls == []
+        mix(weights, A, B)
+        assert calls == [1]
+
+
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
@@ -310,13 +383,13 @@ def test_a_model_with_kernels_is_the_model_without(name, training):
     torch.manual_seed(0)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)), CONFIGS[name]).train(training)
     call = {"task_ids": torch.tensor([2, 0, 2])} if name == "poly" else {}
-    x, outcomes = torch.randn(3, 16), []
+    x, outcomes = torch.randn(3, 8, 16), []
     for way in (contextlib.nullcontext(), plain()):
         torch.manual_seed(5)
         with way, counted() as calls:
             y = model(x, **call)
         y.square().sum().backward()
-        assert len(calls) == (2 if len(outcomes) == 0 else 0)
+        assert len(calls) == (len(outcomes) == 0) * (4 if name == "poly" else 2)
         with torch.no_grad(), way if len(outcomes) == 0 else plain():
             torch.manual_seed(5)
             quiet = model(x, **call)

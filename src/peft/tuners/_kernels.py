@@ -2,8 +2,9 @@
 """Where kernels of our own can run: what stands between plain operations on tensors and Triton, which need not be there.
 
 On a GPU a chain of small operations costs its launches, whatever it computes. A tuner may have one kernel in place of such a chain,
-in a file `kernels.py` of its own; `kernels.py` beside this one has what they all share. Such a file needs Triton and so is imported
-by who asked `can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for all other cases.
+in a file `kernels.py` or `…_kernels.py` of its own; `kernels.py` beside this one has what they all share. Such a file needs Triton
+and so is imported by who asked `can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for
+all other cases.
 """
 
 from __future__ import annotations

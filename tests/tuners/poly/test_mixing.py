@@ -21,12 +21,11 @@ from peft.tuners.poly.mixing import (
     mix,
     normalise,
     poly_delta,
-    pool,
-    prompt_mask,
     rank_space_pays,
     task_delta_weight,
     task_factors,
 )
+from peft.tuners.poly.pooling import pool, prompt_mask
 
 few = settings(max_examples=25, deadline=None)
 either_path = pytest.mark.parametrize("rank_space", [False, True], ids=["matrices", "rank-space"])

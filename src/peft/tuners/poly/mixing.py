@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ...utils.error import PeftValueError
 from .._accumulate import Steps, thin_steps
-from .._thin import widened
+from .._kernels import agrees, can_launch
+from .._thin import scaled, widened
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
@@ -86,14 +87,17 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
         scale: goes into `B_w`, by way of its weights.
 
     Returns:
-        `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r` multiplications.
+        `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r` multiplications. On a GPU it is one
+        kernel where that can be had (`mixing_kernels.py`).
 
     Source: arXiv:2211.03831
     """
-    weights = weights.to(A.dtype)
-    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
-    B_w = torch.einsum("bqs,qsrd->brqd", weights * scale, B).flatten(2, 3)
-    return A_w, B_w
+    if can_launch(weights, A, B):
+        from . import mixing_kernels as kernels
+
+        if kernels.fits(weights, A, B) and agrees(kernels.mix, _mix_exactly, _example, A.device):
+            return kernels.mix(weights, A, B, scale)
+    return _mix(weights, A, B, scale)
 
 
 def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -287,69 +291,6 @@ def grow_skills(
     return grow_skills(grown, A, B, extra - clones, generator)
 
 
-def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean input of each row over its real tokens, for routing by input.
-
-    Args:
-        x: `[rows, ..., in]`; of `[rows, in]` there is nothing to pool.
-        mask: `[rows, tokens]`, true (or not 0) at real tokens; all are if `None`. What padded positions hold, NaN
-            included, has no effect.
-
-    Returns:
-        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without a real token.
-
-    Raises:
-        PeftValueError: `mask` has another size than the tokens of `x`.
-
-    Example:
-        >>> pool(torch.tensor([[[1.0], [3.0], [torch.nan]]]), torch.tensor([[1, 1, 0]]))
-        tensor([[2.]])
-
-    Source: arXiv:2211.03831
-    """
-    if x.dim() == 2:
-        return x
-    tokens = x.flatten(1, -2)
-    if mask is None:
-        return (tokens.sum(dim=1, dtype=_working_dtype(x)) / max(tokens.shape[1], 1)).to(x.dtype)
-    if mask.shape != tokens.shape[:2]:
-        raise PeftValueError(
-            f"The mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: "
-            f"give one of shape {tuple(tokens.shape[:2])}, or none."
-        )
-    real = mask.bool().unsqueeze(-1)
-    # Not a product with the mask: 0 * NaN is NaN.
-    total = torch.where(real, tokens, 0).sum(dim=1, dtype=_working_dtype(x))
-    return (total / real.sum(dim=1).clamp(min=1)).to(x.dtype)
-
-
-def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
-    """Tokens a causal LM may route by in training: what it will have before it generates.
-
-    The real tokens before the first supervised one (label other than -100); the first real token where there are none,
-    since generation starts from at least one.
-
-    Args:
-        attention_mask: `[batch, n]`, not 0 at real tokens; all are if `None`.
-        labels: `[batch, n]`, aligned with the input tokens (not shifted).
-
-    Returns:
-        Boolean `[batch, n]`.
-
-    Example:
-        >>> prompt_mask(None, torch.tensor([[-100, -100, 7], [5, 6, 7]]))
-        tensor([[ True,  True, False],
-                [ True, False, False]])
-
-    Source: arXiv:2211.03831
-    """
-    real = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    supervised = real & (labels != -100)
-    prompt = real & (supervised.cumsum(dim=-1) == 0)
-    first = real & (real.cumsum(dim=-1) == 1)
-    return prompt | first
-
-
 def _working_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -379,3 +320,25 @@ def _share_gate(logits: Tensor, share: Tensor) -> Tensor:
     """Logits of `share * sigmoid(logits)`, for shares well below 1; no gate is too small or too open for it."""
     wide = logits.to(_working_dtype(logits))
     return (share.log() + F.logsigmoid(wide) - torch.log1p(-share * wide.sigmoid())).to(logits.dtype)
+
+
+def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`mix` in plain operations."""
+    weights = weights.to(A.dtype)
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", scaled(weights, scale), B).flatten(2, 3)
+    return A_w, B_w
+
+
+def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """In float64, of which no setting takes bits away."""
+    return tuple(factor.to(A.dtype) for factor in _mix(weights.double(), A.double(), B.double(), scale))
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Arguments of `mix` to try a kernel with: more than one piece of each factor, none of them whole."""
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape).requires_grad_()
+
+    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), 0.5

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, CallStack, first_input
 from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.walk import walk
-from .mixing import pool, prompt_mask
+from .pooling import pool, prompt_mask
 
 # Arguments of a call that are for the routing and not for the model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
