@@ -185,7 +185,7 @@ def _case(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 @functools.cache
 def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The kernels, the same in plain operations, and an example for both."""
-    rows, width = 150, width // 2
+    rows, length, width = 500, 2 * length if length == 256 else length, width // 2  # several steps of each kernel's loop
 
     def ours(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
         kernels = _kernels()
