@@ -69,6 +69,24 @@ def test_any_change_is_seen(case, change):
     assert not torch.equal(run(model, case, x), before)
 
 
+def test_memory_taken_between_calls(case):
+    """Engines that shard parameters free their memory after a layer's forward, and bring it back before the next."""
+    model, x = case.model().eval(), case.input()
+    before = run(model, case, x)
+    held = [(p, p.untyped_storage(), p.detach().clone()) for p in own(model)]
+    for _, storage, _ in held:
+        storage.resize_(0)
+
+    def bring_back(module, args):
+        for parameter, storage, values in held:
+            storage.resize_(values.untyped_storage().nbytes())
+            with torch.no_grad():
+                parameter.copy_(values)
+
+    model.base_model.model.register_forward_pre_hook(bring_back)
+    assert torch.equal(run(model, case, x), before)
+
+
 def test_training_between_evaluations(case):
     model, x = case.model(), case.input()
     run(model.eval(), case, x)

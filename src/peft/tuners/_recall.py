@@ -72,7 +72,7 @@ class _During(AbstractContextManager):
         _THREAD.call = self.call
         if not torch.is_grad_enabled() and is_eager():
             for result in _USED.get(self.model, ()):
-                if (known := result()) is not None:
+                if (known := result()) is not None and known.is_there():
                     known.look(self.call)
 
     def __exit__(self, *error: Any) -> None:
@@ -116,6 +116,10 @@ class _Result:
         self.call: Call | None = None
         self.noted: list[tuple[int, int]] = []
         self.value: Any = None
+
+    def is_there(self) -> bool:
+        """Whether the sources have memory: engines that shard parameters take it from them between calls."""
+        return all(source.untyped_storage().nbytes() for source in self.sources)
 
     def look(self, call: Call | None, make: Callable[[], Any] | None = None) -> None:
         """See whether the sources have the same numbers as then; if not, make the result anew where it is said how."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...utils.error import PeftValueError
 from .._accumulate import Steps, thin_steps
+from .._eager import is_eager
 from .._kernels import agrees, can_launch
 from .._thin import scaled, widened
 
@@ -158,7 +159,7 @@ def poly_steps(
             h = torch.bmm(x.reshape(1, rows, width).expand(n_skills, rows, width), A[0])
             return spread(h.transpose(0, 1), weights).view(rows, n_skills * r), last
 
-        if by_split is None and not torch.is_grad_enabled():  # a product for each skill, which needs no copy of them
+        if by_split is None and not torch.is_grad_enabled() and is_eager():  # a product for each skill needs no copy of them
             return Steps(widened(x, A.dtype), None, (A, last, weights), each)
         return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then)
 
