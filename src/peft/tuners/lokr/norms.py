@@ -105,12 +105,11 @@ def _norms(
         if what == "rows" and not flat:  # against W2 first, for which W lies as it should: no copy of it is made
             right_rows = W2.flatten(1).to(W.dtype).repeat(a, 1).unsqueeze(-1)
             partial = torch.bmm(grid.view(a * c, b, d * taps), right_rows).view(a, c, b).to(wide)
-            W1, W2 = W1.to(wide), W2.to(wide)
-            overlap = torch.einsum("acb,ab->ac", partial, W1)
+            overlap = torch.einsum("acb,ab->ac", partial, W1.to(wide))
         else:
             partial = torch.einsum(by_left, grid, W1.to(W.dtype)).to(wide)
-            W1, W2 = W1.to(wide), W2.to(wide)
-            overlap = torch.einsum(by_right, partial, W2)
+            overlap = torch.einsum(by_right, partial, W2.to(wide))
+        W1, W2 = W1.to(wide), W2.to(wide)
         if what == "columns" and a * c != out:
             squares = _columns_within(W1, W2, row_offset, out)
         else:
