@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +16,16 @@ from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, pass_over, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
+from .utils.plain import as_list, is_empty, plain, unwritable
 from .utils.warning import warn
 
 
 @dataclass
 class PeftConfig:
     """What every adapter's config has.
+
+    Whatever a config accepts can be saved: paths, dtypes, NumPy's numbers and the like become what a file holds when the config is
+    made. None for a switch, a dictionary or a dropout rate means the default, as it does in files.
 
     Args:
         task_type: A `TaskType` or its name; chooses the `PeftModelFor…` class, None the plain `PeftModel`.
@@ -50,9 +54,16 @@ class PeftConfig:
     trainable_token_indices: ClassVar[Any] = None
     # Fields that this package adds to the interface, with what a file that lacks them means.
     absent_values: ClassVar[dict[str, Any]] = {}
+    # Fields that say how a process runs the adapter, and are in no file.
+    unsaved: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.peft_version = self.peft_version or __version__
+        for item in fields(self):
+            if getattr(self, item.name) is None and (isinstance(item.default, bool) or "dropout" in item.name):
+                setattr(self, item.name, item.default)
+            elif getattr(self, item.name) is None and item.default_factory is not MISSING:
+                setattr(self, item.name, item.default_factory())
         self.validate()
 
     def validate(self) -> None:
@@ -61,12 +72,22 @@ class PeftConfig:
         Raises:
             PeftValueError: Lists all offences.
         """
+        saved = [item.name for item in fields(self) if item.name not in self.unsaved]
+        for name in saved:
+            setattr(self, name, plain(getattr(self, name)))
         problems = list(self._problems())
+        for name in saved:
+            odd = next(unwritable(getattr(self, name)), None)
+            if odd is not None and not any(f"`{name}`" in problem for problem in problems):
+                problems.append(f"`{name}` holds {odd!r}, which can't be written to a config file.")
         if problems:
             raise PeftValueError(f"{type(self).__name__}: " + " ".join(problems))
 
     def _problems(self) -> Iterator[str]:
         """The offences against this config's rules, a sentence each; subclasses add theirs."""
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                yield f"`{name}`={getattr(self, name)!r} must be a string or None."
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             yield f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(tasks)}."
@@ -88,19 +109,20 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, but for what this package adds where a dictionary without it means the same, so that others can make
-        their config of it. Sets stay sets; `save_pretrained` writes them as lists.
+        """All fields by name, but for what is in no file, and what this package adds where a dictionary without it means the same,
+        so that others can make their config of it. Sets stay sets; `save_pretrained` writes them as lists.
         """
-        return {k: v for k, v in asdict(self).items() if k not in self.absent_values or v != self.absent_values[k]}
+        content = {k: v for k, v in asdict(self).items() if k not in self.unsaved}
+        return {k: v for k, v in content.items() if k not in self.absent_values or v != self.absent_values[k]}
 
     def to_json(self, auto_mapping: dict | None = None) -> str:
         """The text of `adapter_config.json`."""
-        content = self.to_dict()
+        content = plain(self.to_dict())
         content["peft_version"] = __version__
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
         # Only the fields are sorted: of patterns that fit the same module, the first counts.
-        return json.dumps(dict(sorted(content.items())), indent=2, default=_plain)
+        return json.dumps(dict(sorted(content.items())), indent=2, default=as_list)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, made if missing.
@@ -169,7 +191,9 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Make a config of the class that `peft_type` names (or of this class), ignoring unknown fields with a warning."""
+        """Make a config of the class that `peft_type` names (or of this class), ignoring unknown fields, with a warning unless they
+        ask for nothing.
+        """
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         if not issubclass(config_cls, cls):
@@ -202,9 +226,9 @@ class PeftConfig:
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Those of `kwargs` that are fields; the others are named in a warning and dropped."""
+        """Those of `kwargs` that are fields; the others are dropped, and named in a warning if they ask for anything."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(kwargs) - known)
+        unknown = sorted(name for name in set(kwargs) - known if kwargs[name])
         if unknown:
             warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. This probably means that "
@@ -224,8 +248,8 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            value = plain(getattr(self, name))
+            if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
                 setattr(self, name, set(value))
         super().__post_init__()
 
@@ -255,7 +279,7 @@ class LayeredConfig(TargetedConfig):
         listed = [indices] if isinstance(indices, int) else indices
         if listed is not None and not (isinstance(listed, (list, tuple, set)) and all(is_int(i) and i >= 0 for i in listed)):
             yield f"`layers_to_transform`={indices!r} must be a non-negative integer, a list of them, or None."
-        if pattern and listed is None:
+        if not is_empty(pattern) and indices is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
         if isinstance(pattern, str):
             yield from regex("layers_pattern", pattern)
@@ -349,10 +373,3 @@ def pattern_dict(name: str, value: Any, rule: Any) -> Iterator[str]:
     for key, entry in value.items():
         yield from regex(f"{name}[{key!r}]", key)
         yield from rule(f"{name}[{key!r}]", entry)
-
-
-def _plain(value: Any) -> Any:
-    """JSON form of what a config may hold beyond JSON's own types."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise PeftTypeError(f"{value!r} can't be written to a config file.")

@@ -10,6 +10,7 @@ from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .utils.error import PeftTypeError
 from .utils.peft_types import TaskType
+from .utils.plain import plain
 from .utils.warning import warn
 
 
@@ -56,7 +57,7 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    before, name = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    before, name = peft_config.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
     if name and before not in (None, name):
         warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. Please ensure that the correct "

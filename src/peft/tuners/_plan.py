@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
-from ..utils.error import NoMatchingPeftModuleError, PeftTypeError, PeftValueError, UnsupportedModuleError
+from ..utils.error import NoMatchingPeftModuleError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
 from ..utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.sharding import unwrapped
@@ -229,7 +229,11 @@ def _warn_of_patterns(plan: Plan) -> None:
 
 
 def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
-    """Say so where a weight is about to change in one place that the model shares with another."""
+    """Say so where a weight is about to change in one place that the model shares with another.
+
+    Raises:
+        PeftNotSupportedError: There is one, and the config wants such weights to stay the same.
+    """
     owners: dict[int, list[str]] = {}
     for path, module in walk(model, repeated=True):
         if not isinstance(module, ByAdapter):
@@ -238,6 +242,11 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
     for path, module in {**plan.targets, **plan.trained_whole}.items():
         for parameter in module.parameters(recurse=False):
             others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})
+            if others and getattr(plan.config, "ensure_weight_tying", False):
+                raise PeftNotSupportedError(
+                    f"`ensure_weight_tying`=True: `{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, and "
+                    "adapters of both can't be tied; leave out the module or the option. `trainable_token_indices` are tied anyway."
+                )
             if others:
                 warn(
                     f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it "

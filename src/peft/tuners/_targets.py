@@ -23,11 +23,11 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
 
 
 def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None) -> bool:
-    """Whether `path` lies in a layer of the given `indices` (None: any).
+    """Whether `path` lies in a layer of the given `indices` (None or none: any).
 
     `pattern` names the list the index counts in (`layers`, `h`, or a regular expression); without it the outermost list counts.
     """
-    if indices is None:
+    if indices is None or (not isinstance(indices, int) and not indices):
         return True
     wanted = {indices} if isinstance(indices, int) else set(indices)
     containers = [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)

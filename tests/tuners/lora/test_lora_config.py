@@ -94,18 +94,18 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
     [
         ("megatron_config", {"a": 1}),
         ("loftq_config", {"loftq_bits": 4}),
-        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "kpm"}),
         ("use_qalora", True),
         ("layer_replication", [(0, 2)]),
         ("runtime_config", LoraRuntimeConfig(ephemeral_gpu_offload=True)),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1, 2]),
-        ("ensure_weight_tying", True),
     ],
 )
 def test_features_that_are_not_provided(name, value):
+    start = {"loftq_config": "loftq", "corda_config": "corda"}.get(name, True)
     with pytest.raises(NotImplementedError, match=rf"LoraConfig: `{name}`=.* asks for what this package does not provide"):
-        LoraConfig(**{name: value})
+        LoraConfig(**{name: value}, init_lora_weights=start)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ...config import at_least, boolean, choice, is_int, number, pattern_dict, probability
 from ...utils.peft_types import PeftType
+from ...utils.plain import is_empty
 from ..lycoris_utils import LycorisConfig
 
 _SWITCHES = (
@@ -150,13 +151,13 @@ class LoKrConfig(LycorisConfig):
             yield "`full_matrix` leaves nothing to decompose; it can't go with `decompose_both` or `use_effective_conv2d`."
         yield from choice("init_weights", self.init_weights, (True, False, "lycoris"))
         yield from choice("kronecker_layout", self.kronecker_layout, ("channels", "flat"))
-        if self.layers_to_transform is not None and not self.layers_pattern:
+        if not is_empty(self.layers_to_transform) and is_empty(self.layers_pattern):
             yield "When `layers_to_transform` is specified, `layers_pattern` must also be specified, such as 'layers' or 'h'."
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
         """Other writers allow `layers_to_transform` alone, which counts in whatever list there is."""
-        if content.get("layers_to_transform") is not None and not content.get("layers_pattern"):
+        if not is_empty(content.get("layers_to_transform")) and is_empty(content.get("layers_pattern")):
             return {**content, "layers_pattern": r"[^.]+"}
         return content
 

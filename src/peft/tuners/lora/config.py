@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
 from ...utils.error import PeftNotSupportedError
 from ...utils.markers import marker
 from ...utils.peft_types import PeftType
+from ...utils.plain import is_empty
+from ...utils.warning import warn
 
 # What `init_lora_weights` may say, beside "pissa_niter_<n>".
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -34,27 +36,25 @@ class LoraRuntimeConfig:
     ephemeral_gpu_offload: bool = field(default=False, metadata={"help": "Not provided."})
 
 
-# Fields of the interface whose features are not here, with the one value they may have.
-_NOT_PROVIDED: dict[str, Any] = {
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "qalora_group_size": 16,
-    "monteclora_config": None,
-    "layer_replication": None,
-    "runtime_config": LoraRuntimeConfig(),
-    "target_parameters": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
-}
+# Fields of the interface whose features are not here. What asks for nothing is accepted in each.
+_NOT_PROVIDED = (
+    "megatron_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+)
+# Settings of a start, which without that start say nothing.
+_OF_STARTS = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
 
 
 @dataclass
@@ -90,8 +90,10 @@ class LoraConfig(LayeredConfig):
         lora_bias: Give `B` a bias. Not for embeddings, and not with `use_dora`.
         megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config, velora_config,
         alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
-        target_parameters, use_bdlora, arrow_config, kasa_config, ensure_weight_tying: Of features that are not provided; they have
-            their defaults.
+        target_parameters, use_bdlora, arrow_config, kasa_config: Of features that are not provided; they have their defaults, or
+            another value that asks for nothing.
+        ensure_weight_tying: Refuse a model in which the adapter would change one of two modules that share a weight. Rows of
+            `trainable_token_indices` are tied anyway.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -141,12 +143,16 @@ class LoraConfig(LayeredConfig):
     use_bdlora: dict | None = field(default=None, metadata={"help": "Not provided."})
     arrow_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    ensure_weight_tying: bool = field(default=False, metadata={"help": "Not provided."})
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Refuse to adapt one of two tied modules."})
+
+    unsaved: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
+        for name, start in _OF_STARTS.items():
+            if getattr(self, name) and self.init_lora_weights != start:
+                warn(f"`{name}` is ignored, since `init_lora_weights` is {self.init_lora_weights!r} and not {start!r}.")
+                setattr(self, name, None)
         super().__post_init__()
 
     @property
@@ -158,10 +164,6 @@ class LoraConfig(LayeredConfig):
         """Whether the adapter starts with a part of the base weight."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields by name but `runtime_config`, which is no part of an adapter."""
-        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
-
     def validate(self) -> None:
         """Check every field, first whether a feature is asked for that is not here.
 
@@ -169,7 +171,9 @@ class LoraConfig(LayeredConfig):
             PeftNotSupportedError: One is.
             PeftValueError: Lists all offences.
         """
-        asked = [name for name, value in _NOT_PROVIDED.items() if getattr(self, name) != value]
+        asked = [name for name in _NOT_PROVIDED if getattr(self, name)]
+        if self.runtime_config not in (LoraRuntimeConfig(), {"ephemeral_gpu_offload": False}, {}):
+            asked.append("runtime_config")
         if asked:
             named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
             raise PeftNotSupportedError(
@@ -183,7 +187,7 @@ class LoraConfig(LayeredConfig):
         yield from at_least("r", self.r)
         yield from number("lora_alpha", self.lora_alpha)
         yield from probability("lora_dropout", self.lora_dropout)
-        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             yield from boolean(name, getattr(self, name))
         yield from choice("bias", self.bias, ("none", "all", "lora_only"))
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
@@ -195,7 +199,7 @@ class LoraConfig(LayeredConfig):
             yield f"The argument lora_bias=True is for `init_lora_weights` True or False, found {self.init_lora_weights!r}."
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
+                if not is_empty(getattr(self, name)):
                     yield f"`{name}` cannot be used when `target_modules` is a str; put the layers into the regular expression."
 
     def _start_problems(self) -> Iterator[str]:
