@@ -98,6 +98,7 @@ def test_files_are_short_and_licensed(path):
             assert size <= 60, node.name
 
 
+@pytest.mark.processes
 def test_importing_is_light():
     script = "import sys, peft; print([m for m in ('transformers', 'huggingface_hub', 'accelerate') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

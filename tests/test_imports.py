@@ -122,6 +122,7 @@ def test_kernels_are_imported_inside_functions():
                 assert not names & {"kernels", "mixing_kernels"}, path
 
 
+@pytest.mark.processes
 def test_the_library_works_where_transformers_is_missing():
     """Plain torch models need neither transformers nor accelerate, and on a CPU no Triton."""
     script = """

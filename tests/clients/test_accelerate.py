@@ -24,6 +24,7 @@ from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from accelerate.utils import is_peft_model, set_seed  # noqa: E402
 
+pytestmark = pytest.mark.clients
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -293,6 +294,7 @@ accelerator.unwrap_model(model).save_pretrained(sys.argv[3], is_main_process=acc
 """
 
 
+@pytest.mark.processes
 def test_the_launcher(tmp_path):
     """One method is enough: what a launched script is given of accelerate is the same for all."""
     name = "LOKR"

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.clients
 LINEAR = ["to_q", "to_k", "add_q_proj", "ff.net.0.proj", "proj_mlp", "norm1.linear"]
 CONVOLUTIONAL = ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "conv", "ff.net.0.proj", "time_emb_proj"]
 # Methods that adapt convolutions, those whose files diffusers can load, with configs that show their forms.

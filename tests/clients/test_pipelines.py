@@ -21,6 +21,7 @@ from transformers import (  # noqa: E402
     pipeline,
 )
 
+pytestmark = pytest.mark.clients
 TEXTS = ["w1 w2 w3", "w7 w30 w2 w9 w11"]
 
 

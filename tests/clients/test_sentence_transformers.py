@@ -24,6 +24,7 @@ from sentence_transformers import (  # noqa: E402
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss  # noqa: E402
 from sentence_transformers.losses import CosineSimilarityLoss, MultipleNegativesRankingLoss  # noqa: E402
 
+pytestmark = pytest.mark.clients
 TEXTS = ["w1 w2 w3", "w7 w30 w2 w9 w11", "w4"]
 TARGETS = ["query", "value"]
 

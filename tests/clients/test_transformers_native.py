@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
     BertForSequenceClassification,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore:.*will be removed in v6")]
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.arange(3, 15).view(2, 6)
 
@@ -470,6 +470,7 @@ def test_forward_called_past_all_hooks():
                 model(IDS)
 
 
+@pytest.mark.compile
 def test_a_native_model_that_takes_tasks_compiles_whole():
     model, wrapped = poly(llama(), target_modules=LLAMA)
     torch._dynamo.reset()

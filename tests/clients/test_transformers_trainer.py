@@ -32,7 +32,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore:.*will be removed in v6")]
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 T5 = ["q", "v", "wo"]
 

@@ -37,7 +37,7 @@ from trl import (  # noqa: E402
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore:.*will be removed in v6")]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WORDS = [*"abdefghijk", "what", "is", "the", "colour", "cat", "red", "blue", "big", "small", "good", "bad", "fine", "this"]
 TEMPLATE = (

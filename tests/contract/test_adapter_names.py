@@ -104,6 +104,7 @@ def test_trained_heads_follow(method):
     torch.testing.assert_close(together, torch.cat(each))
 
 
+@pytest.mark.compile
 def test_compiled_whole(method):
     model = three_adapters(conftest.mlp(), method, target_modules=["0", "2"])
     x = torch.randn(6, 8)

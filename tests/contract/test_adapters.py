@@ -316,6 +316,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.compile
 def test_compiles_whole_without_recompiling(method):
     model = get_peft_model(llama(), method.config(target_modules="all-linear")).train()
     ids = torch.randint(3, 48, (3, 5))
@@ -410,6 +411,7 @@ def test_a_checkpoint_for_other_modules_than_the_config_means(method):
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
 
 
+@pytest.mark.compile
 def test_a_checkpoint_is_injected_into_a_compiled_model(method):
     state = get_peft_model_state_dict(inject_adapter_in_model(method.config(target_modules=TARGETS), mlp()))
     model = inject_adapter_in_model(method.config(target_modules=TARGETS), torch.compile(mlp()), state_dict=state)

@@ -12,6 +12,7 @@ from variants import CASES, TASKS, Model
 
 from peft import get_peft_model, get_peft_model_state_dict
 
+pytestmark = pytest.mark.compile
 some_cases = pytest.mark.parametrize("case", [*METHODS, "LOKR conv"], indirect=True)
 methods = pytest.mark.parametrize("case", sorted(METHODS), indirect=True)
 

@@ -89,6 +89,7 @@ def test_killed_at_every_rename(tmp_path, monkeypatch, after):
     assert seen == {1, 2}
 
 
+@pytest.mark.processes
 def test_killed_while_writing(tmp_path):
     """A process that ends for real, in the middle of writing the weights."""
     adapter(1).save_pretrained(tmp_path)

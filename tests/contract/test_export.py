@@ -14,6 +14,7 @@ from variants import CASES, TASKS, Case, Model
 
 from peft import get_peft_model, inject_adapter_in_model
 
+pytestmark = pytest.mark.compile
 MODES = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
 

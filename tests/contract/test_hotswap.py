@@ -185,6 +185,7 @@ def test_a_top_k_file_is_swapped_in(tmp_path):
 # --- compiled models --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("training", [False, True])
 def test_a_prepared_model_is_compiled_once(method, saved, training):
     model = loaded(saved / "1").train(training)
@@ -207,6 +208,7 @@ def test_a_prepared_model_is_compiled_once(method, saved, training):
     assert counter.frame_count == 1
 
 
+@pytest.mark.compile
 def test_scales_reach_a_compiled_model(method, saved):
     model = loaded(saved / "1")
     prepare_model_for_compiled_hotswap(model)
@@ -245,6 +247,7 @@ def test_a_prepared_model_does_all_that_others_do(method, saved, tmp_path):
     assert same_values(model, saved / "1")
 
 
+@pytest.mark.compile
 def test_preparing_a_model_asks_for_adapters_and_no_compilation(model):
     with pytest.raises(ValueError, match="No adapter layers found"):
         prepare_model_for_compiled_hotswap(mlp())
@@ -284,6 +287,7 @@ NETS = {
 }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("prepared", [True, False])
 def test_ranks_and_scales_may_differ(kind, prepared, tmp_path):

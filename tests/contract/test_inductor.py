@@ -3,12 +3,14 @@
 
 import copy
 
+import pytest
 import torch
 from conftest import TARGETS, mlp
 
 from peft import get_peft_model
 
 
+@pytest.mark.compile
 def test_values_and_gradients(method):
     torch._dynamo.reset()
     base = mlp()[:3]

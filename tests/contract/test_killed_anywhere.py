@@ -94,19 +94,23 @@ def kill_everywhere(tmp_path, make_old, make_new, old_options, new_options):
     assert not left
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("make", [adapter, scaled])
 def test_an_adapter_is_replaced(tmp_path, make):
     kill_everywhere(tmp_path, lambda: make(1), lambda: make(2), {}, {})
 
 
+@pytest.mark.processes
 def test_an_adapter_is_written_where_none_was(tmp_path):
     kill_everywhere(tmp_path, lambda: None, lambda: adapter(2), {}, {})
 
 
+@pytest.mark.processes
 def test_a_legacy_adapter_is_replaced(tmp_path):
     kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {"safe_serialization": False}, {})
 
 
+@pytest.mark.processes
 def test_leftovers_do_not_outlive_the_next_save(tmp_path):
     adapter(1).save_pretrained(tmp_path)
     expected = sorted(os.listdir(tmp_path))
@@ -132,6 +136,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_adapter(tmp_path, monkeypatch
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.processes
 def test_a_config_saved_by_itself_is_the_one_that_is_read(tmp_path):
     """Even in a folder where a killed save left its own."""
     scaled(1).save_pretrained(tmp_path)

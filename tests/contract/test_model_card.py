@@ -65,6 +65,7 @@ def test_metadata_that_cannot_be_read_is_left_alone(model, text, tmp_path):
     assert PeftModel.from_pretrained(mlp(), tmp_path).peft_config["default"].r == 2
 
 
+@pytest.mark.processes
 def test_saving_and_loading_import_nothing_of_the_hub(tmp_path):
     script = f"""
 import sys, torch, peft

@@ -168,6 +168,7 @@ def test_checkpointing_of_a_block_by_hand(method, reentrant):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.compile
 def test_a_compiled_model_computes_and_differentiates_as_before(method):
     """Two adapters active, one frozen head, training and evaluation, without a break in the graph."""
     torch._dynamo.reset()

@@ -192,6 +192,7 @@ def test_a_model_cast_as_a_whole_still_runs(model, method):
     torch.testing.assert_close(output.float(), expected, atol=0.15, rtol=0.15)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("where", ["base", "model", "layer"])
 def test_compiled_modules_leave_no_trace_in_files(method, tmp_path, where):
     x = torch.randn(5, 8)

@@ -174,6 +174,7 @@ def test_several_methods_on_one_model():
     assert sorted(kinds) == sorted(f"{name.lower()}.Linear" for name in names)
 
 
+@pytest.mark.compile
 def test_a_compiled_model_reads_like_the_model(model):
     compiled = torch.compile(model, backend="eager")
     assert get_layer_status(compiled) == get_layer_status(model)

@@ -181,6 +181,7 @@ assert Nothing is None
 """
 
 
+@pytest.mark.processes
 def test_modules_that_are_not_provided_hold_such_classes():
     subprocess.run([sys.executable, "-W", "ignore", "-c", ABSENT], check=True)
 
@@ -209,6 +210,7 @@ PLACES = {
 }
 
 
+@pytest.mark.processes
 def test_modules_are_where_clients_look():
     script = "".join(f"from {path} import {names}\n" for path, names in PLACES.items())
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
@@ -222,6 +224,7 @@ def test_layer_classes_tell_what_their_parameters_are_called():
     assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(LoraLayer.adapter_layer_names)
 
 
+@pytest.mark.processes
 def test_subpackages_come_with_the_package():
     script = "import peft; print(peft.helpers.__name__, peft.functional.__name__, peft.import_utils.__name__)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

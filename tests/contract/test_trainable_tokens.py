@@ -151,6 +151,7 @@ def test_two_adapters_with_tokens_of_their_own(method, build):
     torch.testing.assert_close(logits(model, ids, **method.call), expected["a"])
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ["eager"])
 def test_compiled_whole(method, backend):
     model = get_peft_model(llama(), method.config(target_modules=["q_proj"], trainable_token_indices=TOKENS)).eval()

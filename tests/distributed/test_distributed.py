@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jobs
 from pool import Pool
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
 ENGINES = {
     "ddp": ("ddp", {}),
     "fsdp2": ("fsdp2", {}),

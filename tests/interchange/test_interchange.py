@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import peft
 
-pytestmark = pytest.mark.xdist_group("interchange")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("interchange")]
 
 PEER = Path(os.environ.get("PEFT_PEER", Path(__file__).parents[2] / ".peer")).resolve()
 PEER_VERSION = "0.21.2"

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft import VBLoRAConfig, VectorBank, get_peft_model
 
-pytestmark = pytest.mark.xdist_group("interchange")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("interchange")]
 
 READ = """
 import json, sys, torch, peft

@@ -1,25 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where kernels of our own run, and their tests `interpreted*.py`, in a process in which Triton interprets kernels on the CPU."""
+"""Where kernels of our own run."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import peft
 from peft.tuners import _kernels
-
-
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_products.py"])
-def test_in_the_interpreter(file):
-    pytest.importorskip("triton")  # not built for every system
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 def test_never_on_the_cpu():

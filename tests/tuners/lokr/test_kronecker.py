@@ -376,6 +376,7 @@ def test_autocast(form):
             assert kronecker_linear(x[..., 0], f).dtype == torch.bfloat16
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("form", [("full", "full"), ("low", "low"), ("full", "tucker")])
 def test_compiles_to_one_graph(form):
     kernel = (3,)

@@ -158,6 +158,7 @@ def test_rank_dropout_of_channels():
     assert (dropped[:, ~gone] != 0).any(-1).any(-1).all()
 
 
+@pytest.mark.compile
 def test_module_dropout_skips_the_adapter():
     model = get_peft_model(mlp(), LoKrConfig(r=2, module_dropout=0.5, target_modules=["0"], init_weights=False))
     layer, x = model.base_model.model[0].train(), torch.randn(3, 8)

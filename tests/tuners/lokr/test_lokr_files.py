@@ -59,6 +59,8 @@ def same(ours, theirs):
         assert torch.equal(ours[key].view(tensor.shape), tensor), key
 
 
+@pytest.mark.processes
+@pytest.mark.xdist_group("lycoris")
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(written, case, tmp_path):
     folder, outputs = written
@@ -83,6 +85,8 @@ def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(wri
     torch.testing.assert_close(output(again, kind), found, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.processes
+@pytest.mark.xdist_group("lycoris")
 def test_a_text_encoder_beside_an_image_model(written):
     folder, outputs = written
     path, clip = folder / "kohya-unet.safetensors", MODELS["clip"][0]()

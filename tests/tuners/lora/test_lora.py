@@ -483,6 +483,7 @@ def test_autocast_and_mixed_precision():
             model.unload()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", ["linear", "transformers.Conv1D", "embedding", "scaled embedding", "conv2d circular"])
 @pytest.mark.parametrize(
     "fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}], ids=["lora", "dora", "dropout"]

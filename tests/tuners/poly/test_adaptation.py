@@ -181,6 +181,7 @@ def test_open_rows_follow_their_tasks():
     assert not trainable(model)
 
 
+@pytest.mark.compile
 def test_rows_train_in_mixed_batches_checkpoints_and_compiled():
     model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], relaxed_bernoulli=False))
     model.add_adapter("other", config(target_modules=["q_proj"], n_tasks=2, relaxed_bernoulli=False))

@@ -216,6 +216,7 @@ def test_autocast_multiplies_in_half_precision(rank_space: bool) -> None:
     assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_delta_compiles_without_a_graph_break(tokens: int) -> None:
     A, B = skills(2, 4, 64, 64, 2)
@@ -224,6 +225,7 @@ def test_delta_compiles_without_a_graph_break(tokens: int) -> None:
     torch.testing.assert_close(compiled(x, weights, A, B, 0.5), poly_delta(x, weights, A, B, 0.5))
 
 
+@pytest.mark.compile
 def test_routing_compiles_without_a_graph_break() -> None:
     def route(logits: Tensor, x: Tensor, mask: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         return normalise(gates(logits, training)), pool(x, prompt_mask(mask, labels))

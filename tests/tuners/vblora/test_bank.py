@@ -149,6 +149,7 @@ def test_factors_lay_tiles_along_the_features() -> None:
     torch.testing.assert_close(B, expected_B)
 
 
+@pytest.mark.compile
 def test_compiles_without_a_graph_break() -> None:
     arguments = (normal(3, 2, 7), normal(4, 3, 7), normal(7, 5), 2)
     compiled = torch.compile(compose_factors, fullgraph=True, backend="eager")

@@ -386,6 +386,7 @@ def test_combining_and_converting(tmp_path, bank):
     assert list(model.vblora_vector_bank) == ["both"]
 
 
+@pytest.mark.compile
 def test_compiled(tmp_path, bank):
     for i in range(2):
         new_user(tmp_path / f"user{i}", tmp_path / "bank", i)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products in mixed precision against float64 and against plain operations. `test_kernels.py` runs this in a process of its own."""
+"""Products in mixed precision against float64 and against plain operations, interpreted on the CPU."""
 
 import contextlib
 import threading
@@ -13,7 +13,7 @@ import peft
 from peft.tuners import _kernels, _thin, kernels
 from peft.tuners._accumulate import add_product
 
-assert _kernels.INTERPRETED
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
 # The interpreter cuts bfloat16 where a GPU rounds.
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-7}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels against formulas in float64 and against the plain operations. `test_kernels.py` runs this in a process of its own."""
+"""Kernels against formulas in float64 and against the plain operations, interpreted on the CPU."""
 
 import contextlib
 import math
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft
-from peft.tuners import _kernels
 from peft.tuners.poly import gating, mixing, mixing_kernels
 from peft.tuners.poly import kernels as poly_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
@@ -20,7 +19,7 @@ from peft.tuners.vblora import bank as bank_module
 from peft.tuners.vblora import kernels as vblora_kernels
 from peft.tuners.vblora.bank import compose, compose_factors, place_tiles
 
-assert _kernels.INTERPRETED
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
 # The interpreter cuts bfloat16 where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -44,7 +43,7 @@ def plain():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tried():
+def _tried(interpreter):
     """That they agree is found out at their first use."""
     compose_factors(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.zeros(2, 2), 1)
     gating.task_weights(torch.zeros(1, 2), torch.tensor([0]), 1, Gating(), False)
