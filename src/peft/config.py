@@ -48,10 +48,6 @@ class PeftConfig:
     revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
 
-    # Modules trained whole beside the adapter: a field of every method's config.
-    modules_to_save: ClassVar[Any] = None
-    # Rows of token embeddings trained beside the adapter: likewise.
-    trainable_token_indices: ClassVar[Any] = None
     # Fields that this package adds to the interface, with what a file that lacks them means.
     absent_values: ClassVar[dict[str, Any]] = {}
     # Fields that say how a process runs the adapter, and are in no file.
@@ -245,6 +241,8 @@ class TargetedConfig(PeftConfig):
 
     target_modules: Any
     exclude_modules: Any
+    modules_to_save: Any = None
+    trainable_token_indices: Any = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):

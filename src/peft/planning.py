@@ -173,7 +173,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 def _layer_plan(path: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig) -> LayerPlan:
     size, cost = layer.geometry, layer.adapter_cost(adapter_name, config)
     tensors, numbers, memory = {}, 0, 0
-    for holder in layer.adapter_layer_names:
+    for holder in layer.container_names:
         container = getattr(layer, holder)
         if adapter_name in container:
             entry = container[adapter_name]

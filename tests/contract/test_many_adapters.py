@@ -172,7 +172,7 @@ def test_containers_by_adapter_name_are_known_by_their_type(kind):
         if isinstance(layer, BaseTunerLayer):
             by_name = [
                 value
-                for name in (*layer.adapter_layer_names, *layer.other_param_names)
+                for name in (*layer.container_names, *layer.value_names)
                 if isinstance(value := getattr(layer, name), nn.Module)
             ]
             assert by_name and all(isinstance(value, ByAdapter) for value in by_name)

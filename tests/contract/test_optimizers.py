@@ -45,7 +45,7 @@ def test_every_trainable_parameter_is_in_one_group_and_has_a_role(method, model)
 
 def test_roles_name_containers_that_there_are():
     for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values():
-        holders = {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
+        holders = {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names}
         named = [parameter.partition(".")[0] for role in tuner.parameter_roles.values() for parameter in role.parameters]
         assert holders == set(named)
 

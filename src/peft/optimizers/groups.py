@@ -228,7 +228,7 @@ def _role(name: str, methods: Mapping[str, Any]) -> tuple[str, Role]:
         tuner = methods.get(adapter_name)
         if tuner is None:
             continue
-        if holder in tuner.tuner_layer_cls.adapter_layer_names or holder in tuner.shared_parameter_names:
+        if holder in tuner.tuner_layer_cls.container_names or holder in tuner.shared_parameter_names:
             own = role_of(tuner.parameter_roles, holder, ".".join(parts[i + 2 :]))
             return (_ADAPTER, Role(())) if own is None else (own, tuner.parameter_roles[own])
         if holder in ("modules_to_save", "trainable_tokens_delta"):

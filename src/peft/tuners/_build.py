@@ -66,7 +66,7 @@ class Build:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor with the name it will have in the model; shared parameters lie at the root."""
         for path, layer in self.layers.items():
-            for attribute in layer.adapter_layer_names:
+            for attribute in layer.container_names:
                 for name, tensor in getattr(layer, attribute).state_dict(keep_vars=True).items():
                     yield f"{path}.{attribute}.{name}", tensor
         for path, module in self.copies.items():

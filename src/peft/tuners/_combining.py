@@ -168,7 +168,7 @@ def put(tuner: BaseTuner, adapter_name: str, request: Combination, combined: Com
 
 def fill(method: BaseTuner, build: Build, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, by checkpoint key, into a finished adapter that is not yet in the model."""
-    holders = {*method.tuner_layer_cls.adapter_layer_names, "trainable_tokens_delta"}
+    holders = {*method.tuner_layer_cls.container_names, "trainable_tokens_delta"}
     own = {
         checkpoint_key(name, build.adapter_name, holders, method.shared_parameter_names): tensor
         for name, tensor in build.named_tensors()
@@ -227,12 +227,13 @@ def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
         PeftValueError: Several train a copy of the same module, or rows of the same embedding.
     """
     names = dict.fromkeys(request.adapters)
-    with_rows = [name for name in names if tuner.peft_config[name].trainable_token_indices]
+    configs: dict[str, Any] = {name: tuner.peft_config[name] for name in names}
+    with_rows = [name for name, config in configs.items() if config.trainable_token_indices]
     if len(with_rows) > 1:
         raise PeftValueError(f"Adapters {', '.join(with_rows)} each train rows of embeddings, which can't be combined.")
     result: dict[str, Tensor] = {}
     for name in names:
-        config = tuner.peft_config[name]
+        config = configs[name]
         companions = companion_tensors(own_state(tuner.model, in_view(config, name)).items(), config, name)
         if twice := sorted(result.keys() & companions):
             raise PeftValueError(

@@ -47,8 +47,11 @@ class AdapterHolder(nn.Module):
     """A module with a part for each of several adapters.
 
     Attributes:
-        adapter_layer_names: Attributes that hold parameters or modules by adapter name.
-        other_param_names: Attributes that hold plain values by adapter name.
+        adapter_layer_names: Attributes that hold parameters or modules by adapter name, as the interface lists them for clients.
+        other_param_names: Attributes that hold plain values by adapter name, likewise.
+        container_names: All attributes of this layer that hold parameters or modules by adapter name; this package reads these. By
+            default `adapter_layer_names`.
+        value_names: All that hold plain values, but for `scaling`; by default `other_param_names` without it.
         scaling: Factor on each adapter's output, by name; its keys are the adapters there are.
         recall: What inference has computed from the parameters alone.
         merged_adapters: Adapters whose delta is in the base weight at present, in the order they were merged.
@@ -56,6 +59,16 @@ class AdapterHolder(nn.Module):
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
+    container_names: ClassVar[tuple[str, ...]] = ()
+    value_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "adapter_layer_names" in own and "container_names" not in own:
+            cls.container_names = cls.adapter_layer_names
+        if "other_param_names" in own and "value_names" not in own:
+            cls.value_names = tuple(name for name in cls.other_param_names if name != "scaling")
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +139,7 @@ class AdapterHolder(nn.Module):
 
     def containers(self) -> Iterator[nn.Module]:
         """The containers of an adapter's tensors."""
-        return (self._modules[attribute] for attribute in self.adapter_layer_names)  # type: ignore[misc]
+        return (self._modules[attribute] for attribute in self.container_names)  # type: ignore[misc]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that belong to an adapter."""
@@ -151,7 +164,7 @@ class AdapterHolder(nn.Module):
 
     def adopt(self, fresh: AdapterHolder) -> None:
         """Take over the adapters of another layer of this class that was made for the same base layer."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
+        for attribute in (*self.container_names, *self.value_names, "scaling"):
             container = getattr(self, attribute)
             if isinstance(container, nn.Module):
                 bring_back(container)
@@ -166,7 +179,7 @@ class AdapterHolder(nn.Module):
         """
         if adapter_name in self.merged_adapters:
             raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
-        for attribute in (*self.adapter_layer_names, *self.other_param_names, "scaling"):
+        for attribute in (*self.container_names, *self.value_names, "scaling"):
             container = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]

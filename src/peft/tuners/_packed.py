@@ -8,6 +8,7 @@ would have to be stacked in every call. Here all entries of one shape and dtype 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class PackedTensors(ByAdapter, nn.Module):
 
     def forward(self, name: str) -> Tensor:
         return self[name]
+
+    def extra_repr(self) -> str:
+        """Dtype and shape of the entries, of the first few where there are many."""
+        shown = [f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in islice(self.items(), 8)]
+        more = [f"… {len(self) - len(shown)} more"] if len(self) > len(shown) else []
+        return ", ".join([*shown, *more])
 
     def place(self, name: str) -> tuple[str, int]:
         """The name of the buffer that an entry is in, and its row."""

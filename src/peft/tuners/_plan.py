@@ -282,7 +282,7 @@ def _saved(state_dict: Mapping[str, Tensor], tuner: BaseTuner, config: Any, modu
 
 def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> set[str]:
     """Paths of the modules that a checkpoint has parameters for, without what wrappers put into them."""
-    holders = tuner.tuner_layer_cls.adapter_layer_names
+    holders = tuner.tuner_layer_cls.container_names
     paths = set()
     for key in state_dict:
         parts = unwrapped(key.removeprefix("base_model.model.")).split(".")

@@ -294,7 +294,7 @@ class BaseTuner(AdaptedModel):
             assert layer_cls is not None  # the plan saw to it
             options = {**construction.options(base), **self.tuner_layer_options(plan.config, path, build)}
             layer = layer_cls(base, plan.adapter_name, plan.config, **options)  # type: ignore[call-arg, arg-type]
-            for attribute in layer.adapter_layer_names:
+            for attribute in layer.container_names:
                 getattr(layer, attribute).train(layer.training)
             build.layers[path] = layer
         for path, module in plan.trained_whole.items():

@@ -50,7 +50,14 @@ class LycorisLayer(DecomposedLayer):
         module_dropout: Probability that a training forward goes without the adapter.
     """
 
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "rank_dropout", "rank_dropout_scale", "module_dropout")
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        "r",
+        "alpha",
+        "scaling",
+        "rank_dropout",
+        "rank_dropout_scale",
+        "module_dropout",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -215,13 +215,13 @@ class _Adapter:
     def place(self, key: str) -> tuple[str, str] | None:
         """The path of the layer that a tensor belongs to, and the name of its container; None if it belongs to no layer."""
         parts = key.removeprefix(self.root).split(".")
-        holders = self.tuner.tuner_layer_cls.adapter_layer_names
+        holders = self.tuner.tuner_layer_cls.container_names
         found = next((i for i, part in enumerate(parts) if part in holders), None)
         return None if found is None else (".".join(parts[:found]), parts[found])
 
     def correct_sizes(self) -> None:
         """Have the modules that adapters are made of say what sizes their weights have now."""
-        holders = [getattr(layer, name) for layer in self.layers.values() for name in layer.adapter_layer_names]
+        holders = [getattr(layer, name) for layer in self.layers.values() for name in layer.container_names]
         for module in (module for holder in holders for _, module in walk(holder, (self.name,))):
             if isinstance(module, nn.Linear) and module.weight.dim() == 2:
                 module.out_features, module.in_features = module.weight.shape
@@ -327,7 +327,7 @@ class _Swap:
     def _can_be_silent(self, path: str, keys: list[str]) -> bool:
         """Whether a layer's adapter is without effect if its tensors are zero."""
         layer, name = self.adapter.layers[path], self.adapter.name
-        others = [getattr(layer, attribute) for attribute in layer.other_param_names]
+        others = [getattr(layer, attribute) for attribute in layer.value_names]
         modules = [other[name] for other in others if isinstance(other, nn.ModuleDict) and name in other]
         return all(self.adapter.room(key) is not None for key in keys) and not any(list(m.buffers()) for m in modules)
 
@@ -380,7 +380,7 @@ class _Swap:
     def _adopt_values(self, layer: Any, fresh: Any) -> None:
         """Give a layer what belongs to the new adapter beside its tensors: rank, scale, dropout, …"""
         name, new = self.adapter.name, self.incoming_name
-        for attribute in set(layer.other_param_names) - {"scaling"}:
+        for attribute in layer.value_names:
             present, wanted = getattr(layer, attribute), getattr(fresh, attribute)
             if new in wanted and not (name in present and _same(present[name], wanted[new])):
                 present[name] = wanted[new]

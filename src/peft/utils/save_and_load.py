@@ -106,7 +106,7 @@ def in_view(config: Any, *adapter_names: str) -> tuple[str, ...] | None:
 def companion_tensors(named: Iterable[tuple[str, Any]], config: Any, adapter_name: str) -> dict[str, Any]:
     """What an adapter has beside its layers' own tensors, by checkpoint key: whole modules, rows of embeddings, trained biases."""
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    own = {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names}
+    own = {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names}
     return {key: tensor for key, tensor in adapter_tensors(named, config, adapter_name).items() if own.isdisjoint(key.split("."))}
 
 
@@ -371,7 +371,7 @@ def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 def _holders(config: Any) -> set[str]:
     """Names of the containers that have an entry for each adapter of a config's method."""
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    return {*tuner.tuner_layer_cls.adapter_layer_names, *tuner.shared_parameter_names, "trainable_tokens_delta"}
+    return {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names, "trainable_tokens_delta"}
 
 
 def adapter_config(model: Any, adapter_name: str) -> Any:

@@ -550,7 +550,7 @@ def test_the_attributes_that_other_libraries_read():
         "lora_magnitude_vector.default.weight",
     }
     model.delete_adapter("default")
-    assert not any("default" in getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names))
+    assert not any("default" in getattr(layer, name) for name in (*layer.container_names, *layer.value_names))
 
 
 def test_what_scripts_read_from_layers():

@@ -52,8 +52,8 @@ class LoHaConfig(LycorisConfig):
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts without effect."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 

@@ -46,7 +46,7 @@ class LoKrConfig(LycorisConfig):
         init_weights: True: `W1` (or `w1_a`) starts at zero. "lycoris": `W2` (or `w2_b`) does. False: nothing does.
         layers_to_transform: Index or indices of the layers to adapt; needs `layers_pattern`.
         layers_pattern: Name of the list those indices count in, such as "layers" or "h".
-        modules_to_save: Modules to train whole and save beside the adapter.  # type: ignore[misc]
+        modules_to_save: Modules to train whole and save beside the adapter.
         kronecker_layout: "channels": `W1 ⊗ W2` over channels for every layer. "flat": for the full three-dimensional `W2` of an
             `nn.Conv1d`, the order of elements that Hugging Face PEFT uses. None is "flat" if `peft_version` is given, as for the
             fields of a file that lacks this one, else "channels".
@@ -91,9 +91,9 @@ class LoKrConfig(LycorisConfig):
     init_weights: bool | Literal["lycoris"] = field(default=True, metadata={"help": "How the factors start."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
     kronecker_layout: Literal["channels", "flat"] | None = field(default=None, metadata={"help": "Order of elements."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
     full_matrix: bool = field(default=False, metadata={"help": "Leave both factors whole, without a scale."})

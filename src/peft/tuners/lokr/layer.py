@@ -56,13 +56,10 @@ class LoKrLayer(LycorisLayer):
     Source: arXiv:2309.14859, section 3.2; arXiv:2402.09353, section 4
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = (
-        *_FACTORS,
-        "lokr_scalar",
-        "lokr_magnitude",
-    )
-    other_param_names: ClassVar[tuple[str, ...]] = (
-        *LycorisLayer.other_param_names,
+    adapter_layer_names: ClassVar[tuple[str, ...]] = _FACTORS
+    container_names: ClassVar[tuple[str, ...]] = (*_FACTORS, "lokr_scalar", "lokr_magnitude")
+    value_names: ClassVar[tuple[str, ...]] = (
+        *LycorisLayer.value_names,
         "flat_layout",
         "full_matrix",
         "use_rslora",
@@ -72,7 +69,7 @@ class LoKrLayer(LycorisLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
         super().__init__(base_layer)
-        for name in self.adapter_layer_names:
+        for name in self.container_names:
             setattr(self, name, AdapterParameterDict())
         self.flat_layout: dict[str, bool] = {}
         self.full_matrix: dict[str, bool] = {}

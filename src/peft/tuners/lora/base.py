@@ -86,6 +86,14 @@ class LoraLayer(DecomposedLayer):
         "use_dora",
         "use_rslora",
         "lora_bias",
+    )
+    value_names: ClassVar[tuple[str, ...]] = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
         "lora_start",
     )
 

@@ -115,7 +115,7 @@ class LoraConfig(LayeredConfig):
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored [in, out]."})
     bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases are trained."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha over the root of r."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
     init_lora_weights: bool | str = field(default=True, metadata={"help": "How the factors start."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -123,7 +123,7 @@ class LoraConfig(LayeredConfig):
     alpha_pattern: dict | None = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
     megatron_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     megatron_core: str | None = field(default="megatron.core", metadata={"help": "Not provided."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of token embeddings to train."}
     )
     loftq_config: dict = field(default_factory=dict, metadata={"help": "Not provided."})

@@ -213,7 +213,7 @@ def _convert(
 def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter's checkpoint has beside its layers' own tensors: whole modules, biases, rows of embeddings or all of them."""
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    own = (*tuner_cls.tuner_layer_cls.adapter_layer_names, *tuner_cls.shared_parameter_names)
+    own = (*tuner_cls.tuner_layer_cls.container_names, *tuner_cls.shared_parameter_names)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: tensor for key, tensor in state.items() if not any(part.startswith(own) for part in key.split("."))}
 

@@ -32,7 +32,7 @@ class PolyConfig(TargetedConfig):
         target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
             defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
-        modules_to_save: Modules to train whole and save beside the adapter.  # type: ignore[misc]
+        modules_to_save: Modules to train whole and save beside the adapter.
         init_weights: True: the `B` matrices start at zero, so that the adapter starts without effect. False: at random.
         poly_type: "poly": the weights are learned for each task, and calls take `task_ids`. "mope": a learned map of the layer's
             input gives the weights.
@@ -73,7 +73,7 @@ class PolyConfig(TargetedConfig):
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts without effect."})
     poly_type: Literal["poly", "mope"] = field(default="poly", metadata={"help": "Routing by task or by input."})
     n_tasks: int = field(default=1, metadata={"help": "Number of tasks."})
@@ -81,7 +81,7 @@ class PolyConfig(TargetedConfig):
     n_splits: int = field(default=1, metadata={"help": "Number of heads that mix on their own."})
     task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks."})
     routing_level: Literal["sample", "token"] = field(default="sample", metadata={"help": "What an input mixes for."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 

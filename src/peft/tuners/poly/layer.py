@@ -49,8 +49,10 @@ class PolyLayer(BaseTunerLayer):
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router", "poly_task_skills")
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "n_tasks", "n_skills", "n_splits", "token_level")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits")
+    container_names: ClassVar[tuple[str, ...]] = (*adapter_layer_names, "poly_task_skills")
+    value_names: ClassVar[tuple[str, ...]] = (*other_param_names, "alpha", "token_level")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None, stream: str = "main") -> None:
         super().__init__(base_layer)
@@ -79,6 +81,7 @@ class PolyLayer(BaseTunerLayer):
         placement: Placement | None = None,
         initialise: bool = True,
         router: Router | None = None,
+        **kwargs: Any,
     ) -> None:
         """Make an adapter's skills and router.
 
@@ -89,6 +92,7 @@ class PolyLayer(BaseTunerLayer):
             placement: Device and dtype, by default the base layer's.
             initialise: False leaves the memory as it is.
             router: The router of another layer, to share.
+            **kwargs: Options of other methods' layers, which have no effect.
         """
         size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
         placement = self._placement(placement)
@@ -103,24 +107,32 @@ class PolyLayer(BaseTunerLayer):
         self.n_tasks[adapter_name], self.alpha[adapter_name] = poly_config.n_tasks, poly_config.alpha
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, placement, initialise)
+        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, placement)
         self.poly_router[adapter_name] = own.train(self.training).requires_grad_(not inference_mode and not is_fixed(own))
         if poly_config.task_rank:
             sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
-            skills = TaskSkills(*sizes, placement, initialise, poly_config.init_weights).train(self.training)
+            skills = TaskSkills(*sizes, placement).train(self.training)
             self.poly_task_skills[adapter_name] = skills.requires_grad_(not inference_mode)
         if initialise:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Draw the skills anew: `A` as `nn.Linear` would, `B` zero, or as `A` if not `init_weights`."""
+        """Draw an adapter anew: the skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not `init_weights`), the tasks' own
+        skills likewise, and the router, unless it is that of another layer.
+        """
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
         if init_weights:
             B.zero_()
         else:
             B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
+        router: Any = self.poly_router[adapter_name]
+        if not isinstance(router, SharedRouter):
+            router.reset_parameters()
+        if adapter_name in self.poly_task_skills:
+            own: Any = self.poly_task_skills[adapter_name]
+            own.reset_parameters(init_weights)
 
     def router(self, adapter_name: str) -> Any:
         """An adapter's router, be it that of another layer."""
@@ -208,21 +220,21 @@ class PolyLayer(BaseTunerLayer):
             ids = self._task_ids(adapter_name, x)
             if router.training or torch.is_grad_enabled() or not is_eager():
                 self.recall.forget(adapter_name)
-                return router(ids)
+                return router(ids, checked=True)
             logits = router.closed_table  # on the meta device: offloaded, and back for a call
             if logits.numel() > _SMALL_TABLE or logits.is_meta or not (logits.device.type == "cpu" or is_running_often()):
-                return router(ids)
+                return router(ids, checked=True)
             sources = (logits, *router.rows) if router.runs else (logits,)
             return self.recall(adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
         if self.token_level[adapter_name]:
-            return router(x)
+            return router(input_ids=x, pooled=True)
         call = self.routing.call
         decisions = call.decisions if call is not None else None
         if decisions is None:
-            return router(self.routing.pooled(x, self.stream))
+            return router(input_ids=self.routing.pooled(x, self.stream), pooled=True)
         key = (id(self), adapter_name)
         if key not in decisions:
-            decisions[key] = router(self.routing.pooled(x, self.stream))
+            decisions[key] = router(input_ids=self.routing.pooled(x, self.stream), pooled=True)
         return decisions[key]
 
     def _task_ids(self, adapter_name: str, x: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...utils.error import PeftTypeError
 from ...utils.sharding import whole
 from .._geometry import Placement
 from .gating import Gating, mixing_weights, open_gates, task_weights
+from .pooling import pool
+from .routing import as_task_ids
 from .tables import TaskTable
 
 
@@ -32,6 +35,14 @@ class Router(nn.Module):
         self.n_skills = n_skills
         self.how = how
 
+    def reset_parameters(self) -> None:
+        """Draw the logits' parameter anew."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_splits={self.n_splits}, n_skills={self.n_skills}"
+
     def weights(self, logits: Tensor) -> Tensor:
         """Mixing weights `[..., n_splits, n_skills]` of logits `[..., n_splits·n_skills]`."""
         return mixing_weights(logits.unflatten(-1, (self.n_splits, self.n_skills)), self.how, self.training)
@@ -50,7 +61,6 @@ class TaskRouter(Router, TaskTable):
         n_splits: Number of heads.
         n_skills: Number of skills.
         placement: Device and dtype.
-        initialise: False leaves the memory as it is.
         how: How logits become weights.
         fixed: Weights are equal at the start, and the table is not trained.
 
@@ -68,7 +78,6 @@ class TaskRouter(Router, TaskTable):
         n_splits: int,
         n_skills: int,
         placement: Placement,
-        initialise: bool = True,
         how: Gating = Gating(),  # noqa: B008
         fixed: bool = False,
     ) -> None:
@@ -76,14 +85,41 @@ class TaskRouter(Router, TaskTable):
         device, dtype = placement
         self.fixed = fixed
         self.module_logits = nn.Parameter(torch.empty(n_tasks, n_splits * n_skills, device=device, dtype=dtype))
-        if initialise and fixed:
-            nn.init.zeros_(self.module_logits)
-        elif initialise:
-            nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Mixing weights `[batch, n_splits, n_skills]` for task ids `[batch]`."""
-        return task_weights(self.table(), task_ids, self.n_splits, self.how, self.training)
+    def reset_parameters(self) -> None:
+        """Draw the table anew, uniform between −1e−3 and 1e−3; a fixed one becomes zero."""
+        bound = 0 if self.fixed else 1e-3
+        self.overwrite(nn.init.uniform_(torch.empty_like(self.module_logits), -bound, bound))
+
+    def forward(self, task_ids: Any = None, input_ids: Any = None, *, checked: bool = False) -> Tensor:
+        """Return mixing weights `[batch, n_splits, n_skills]`.
+
+        Args:
+            task_ids: `[batch]`; also in the other forms that a call of the model takes, names apart.
+            input_ids: The layer's input, which has no influence.
+            checked: The task ids are a tensor `[batch]` of valid ids.
+
+        Raises:
+            PeftTypeError: The task ids are no integers.
+            PeftValueError: They are missing though there are several tasks, or out of range.
+        """
+        ids = task_ids if checked else as_task_ids(task_ids, [self], None, self.module_logits.device)
+        return task_weights(self.table(), ids, self.n_splits, self.how, self.training)
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.module_logits.shape[0]
+
+    @property
+    def task_names(self) -> None:
+        """Names of the tasks, which are with the config."""
+        return None
+
+    def extra_repr(self) -> str:
+        """The sizes, and which rows are open."""
+        opened = f", open={self.opened}" if self.runs else ""
+        return f"n_tasks={self.n_tasks}, {super().extra_repr()}{opened}"
 
     def logits(self) -> Tensor:
         """The table as `[n_tasks, n_splits, n_skills]`, whole."""
@@ -106,7 +142,6 @@ class InputRouter(Router):
         n_splits: Number of heads.
         n_skills: Number of skills.
         placement: Device and dtype.
-        initialise: False leaves the memory as it is.
         how: How logits become weights.
 
     Attributes:
@@ -121,18 +156,36 @@ class InputRouter(Router):
         n_splits: int,
         n_skills: int,
         placement: Placement,
-        initialise: bool = True,
         how: Gating = Gating(),  # noqa: B008
     ) -> None:
         super().__init__(n_splits, n_skills, how)
         device, dtype = placement
+        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(n_splits * n_skills, in_features, device=device, dtype=dtype))
-        if initialise:
-            nn.init.uniform_(self.weight, -1e-3, 1e-3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixing weights `[..., n_splits, n_skills]` for inputs `[..., in]`."""
+    def reset_parameters(self) -> None:
+        """Draw the map anew, uniform between −1e−3 and 1e−3."""
+        nn.init.uniform_(self.weight, -1e-3, 1e-3)
+
+    def forward(self, task_ids: Any = None, input_ids: Tensor | None = None, *, pooled: bool = False) -> Tensor:
+        """Return mixing weights `[batch, n_splits, n_skills]`.
+
+        Args:
+            task_ids: Task ids, which have no influence.
+            input_ids: The layer's input, `[batch, in]`; or `[batch, *leading, in]`, of which the mean over `leading` decides.
+            pooled: Whether each entry of `leading` decides for itself: the result is `[batch, *leading, n_splits, n_skills]` then.
+
+        Raises:
+            PeftTypeError: `input_ids` is missing.
+        """
+        if input_ids is None:
+            raise PeftTypeError("A router by input needs `input_ids`, the layer's input [batch, …, in].")
+        x = input_ids if pooled else pool(input_ids)
         return self.weights(nn.functional.linear(x.to(self.weight.dtype), self.weight))
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"in_features={self.in_features}, {super().extra_repr()}"
 
 
 class SharedRouter(nn.Module):
@@ -151,12 +204,16 @@ class SharedRouter(nn.Module):
         """The router itself."""
         return self._held[0]
 
+    def forward(self, task_ids: Any = None, input_ids: Any = None) -> Tensor:
+        """Return the router's mixing weights."""
+        return self.router(task_ids, input_ids)
 
-def make_router(config: Any, in_features: int, placement: Placement, initialise: bool) -> Router:
-    """The router that a config asks for."""
+
+def make_router(config: Any, in_features: int, placement: Placement) -> Router:
+    """Return the router that a config asks for, without values yet."""
     fixed = config.routing == "fixed"
     relaxed, dropout = (False, 0.0) if fixed else (config.relaxed_bernoulli, config.router_dropout)
     how = Gating(relaxed, config.straight_through, dropout, config.n_shared_skills, config.eval_top_k)
     if config.poly_type == "mope":
-        return InputRouter(in_features, config.n_splits, config.n_skills, placement, initialise, how)
-    return TaskRouter(config.n_tasks, config.n_splits, config.n_skills, placement, initialise, how, fixed)
+        return InputRouter(in_features, config.n_splits, config.n_skills, placement, how)
+    return TaskRouter(config.n_tasks, config.n_splits, config.n_skills, placement, how, fixed)

@@ -42,6 +42,14 @@ class TaskTable(nn.Module):
         self.rows = _Rows()
         self.runs: list[tuple[int, int]] = []  # where each of `rows` begins in the table, and ends
 
+    def extra_repr(self) -> str:
+        """The table's shape, and which rows are open."""
+        opened = f", open={self.opened}" if self.runs else ""
+        return ", ".join(map(str, self.closed_table.shape)) + opened
+
+    def __repr__(self) -> str:
+        return f"{self._get_name()}({self.extra_repr()})"
+
     @property
     def closed_table(self) -> nn.Parameter:
         """The parameter itself."""
@@ -98,6 +106,11 @@ class TaskTable(nn.Module):
         setattr(self, self.table_name, nn.Parameter(values, requires_grad=self.closed_table.requires_grad))
         if opened:
             self.open_rows([task for task, before in enumerate(origin) if before in opened])
+
+    @torch.no_grad()
+    def overwrite(self, values: Tensor) -> None:
+        """Write other values of the same shape into the table; rows that are open have them too."""
+        self.closed_table.copy_(values)
 
     # --- one memory -----------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,6 @@ class TaskSkills(nn.Module):
         in_features, out_features: Sizes of the layer.
         r: Rank.
         placement: Device and dtype.
-        initialise: False leaves the memory as it is.
-        init_weights: Whether `B` starts at zero.
 
     Attributes:
         A: `[n_tasks, in, r]`.
@@ -46,16 +44,19 @@ class TaskSkills(nn.Module):
         out_features: int,
         r: int,
         placement: Placement,
-        initialise: bool = True,
-        init_weights: bool = True,
     ) -> None:
         super().__init__()
         device, dtype = placement
         self.A = _Factor(torch.empty(n_tasks, in_features, r, device=device, dtype=dtype))
         self.B = _Factor(torch.empty(n_tasks, r, out_features, device=device, dtype=dtype))
-        if initialise:
-            with torch.no_grad():
-                self.draw(self.A.values, self.B.values, init_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        """Draw every task's skill anew, `B` zero or as `A`."""
+        A, B = torch.empty_like(self.A.values), torch.empty_like(self.B.values)
+        self.draw(A, B, init_weights)
+        self.A.overwrite(A)
+        self.B.overwrite(B)
 
     @property
     def rank(self) -> int:

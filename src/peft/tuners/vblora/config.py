@@ -44,7 +44,7 @@ class VBLoRAConfig(LayeredConfig):
         fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The layer itself decides; this only
             states what is expected.
         bias: Which biases are trained: "none", "all" of the model's, or "vblora_only", those of adapted layers.
-        modules_to_save: Modules to train whole and save beside the adapter.  # type: ignore[misc]
+        modules_to_save: Modules to train whole and save beside the adapter.
         init_vector_bank_bound: The bank starts uniform between minus and plus this. Zero would leave nothing to learn from.
         init_logits_std: The logits start normal with this standard deviation.
         layers_to_transform: Index or indices of the layers to adapt.
@@ -82,12 +82,12 @@ class VBLoRAConfig(LayeredConfig):
     vblora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored [in, out]."})
     bias: str = field(default="none", metadata={"help": "Which biases are trained."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})  # type: ignore[misc]
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
     init_vector_bank_bound: float = field(default=0.02, metadata={"help": "Bound of the bank's uniform start."})
     init_logits_std: float = field(default=0.1, metadata={"help": "Standard deviation of the logits' start."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(  # type: ignore[misc]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
     bank: str | None = field(default=None, metadata={"help": "Where the shared bank is.", "besides": True})

@@ -49,12 +49,14 @@ class VBLoRALayer(BaseTunerLayer):
     Source: arXiv:2405.15179, section 3
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (*LOGITS, "vblora_vector_bank")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "topk", "vblora_dropout")
+    container_names: ClassVar[tuple[str, ...]] = (
         *LOGITS,
         *(name + end for end in (INDICES, WEIGHTS) for name in LOGITS),
         GATE,
     )
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "topk", "num_vectors", "vblora_dropout", "topk_only", "form", "bank_key")
+    value_names: ClassVar[tuple[str, ...]] = (*other_param_names, "num_vectors", "topk_only", "form", "bank_key")
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class VBLoRAModel(BaseTuner):
     }
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "bank": Role((_BANK, _SHARED), lr=1e-3, decays=False),
-        "logits": Role(VBLoRALayer.adapter_layer_names[:-1], lr=1e-2, decays=False),
+        "logits": Role(VBLoRALayer.container_names[:-1], lr=1e-2, decays=False),
         "gate": Role((GATE,), decays=False),
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"

@@ -52,6 +52,10 @@ class VectorBank:
         self.replaces = tuple(replaces)
         self._digests: dict[int, str] = {}
 
+    def __repr__(self) -> str:
+        dtype = str(self.vectors.dtype).removeprefix("torch.")
+        return f"VectorBank(num_vectors={self.num_vectors}, vector_length={self.vector_length}, dtype={dtype})"
+
     @property
     def num_vectors(self) -> int:
         """How many vectors there are."""
