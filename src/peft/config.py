@@ -172,7 +172,28 @@ class PeftConfig:
         """
         hub, overrides = split_hub_options({**kwargs, "subfolder": subfolder})
         path = find_file(pretrained_model_name_or_path, (CONFIG_NAME,), hub)
-        return cls._from_file_fields(cls.from_json_file(path), overrides)
+        config = cls._from_file_fields(cls.from_json_file(path), overrides)
+        is_local = os.path.isdir(pretrained_model_name_or_path)
+        config.place = os.path.abspath(pretrained_model_name_or_path) if is_local else pretrained_model_name_or_path, hub
+        return config
+
+    @property
+    def place(self) -> tuple[str | os.PathLike, dict[str, Any]] | None:
+        """The folder or Hub id that the config was read from, with options for the Hub; files that it names may be there. It is no
+        field, as it says nothing of what the adapter is.
+        """
+        return vars(self).get("_place")
+
+    @place.setter
+    def place(self, place: tuple[str | os.PathLike, dict[str, Any]]) -> None:
+        vars(self)["_place"] = place
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token that the config was read with, so that no copy holds it."""
+        state = dict(vars(self))
+        if self.place is not None:
+            state["_place"] = self.place[0], {key: value for key, value in self.place[1].items() if key != "token"}
+        return state
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 
 import copy
 import hashlib
+import pickle
+import shutil
 import struct
 
 import pytest
@@ -274,6 +276,64 @@ def test_a_bank_the_model_has_needs_no_file(tmp_path, bank):
     model.load_adapter(tmp_path / "user", "second")
     model.set_adapter("second")
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_banks_path_starts_at_the_adapters_folder(tmp_path, bank, monkeypatch):
+    """Wherever the program runs; a bank of the same name that is another one does not stand in the way."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    shutil.move(tmp_path / "bank", project / "shared" / "bank")
+    VectorBank(torch.randn(10, 4)).save_pretrained(elsewhere / "bank")
+    elsewhere.joinpath("users").mkdir()
+    monkeypatch.chdir(project)
+    x, y = new_user("users/ada", "shared/bank")  # from the project's folder, which is above the adapter's
+    monkeypatch.chdir(elsewhere)
+
+    def loads(**fields):
+        saved = VBLoRAConfig.from_pretrained(project / "users" / "ada", **fields)
+        torch.testing.assert_close(PeftModel.from_pretrained(base(), project / "users" / "ada", config=saved)(x), y)
+
+    loads()
+    loads(bank="../../shared/bank")
+    (project / "shared" / "bank").rename(project / "users" / "ada" / "bank")
+    loads(bank="bank")  # not the one in the working directory
+    loads(bank="./bank")
+    model = PeftModel.from_pretrained(
+        base(), project / "users" / "ada", config=VBLoRAConfig.from_pretrained(project / "users" / "ada", bank="bank")
+    )
+    hotswap_adapter(model, project / "users" / "ada", "default")
+    (project / "users" / "ada" / "bank").rename(elsewhere / "users" / "bank")
+    monkeypatch.chdir(elsewhere / "users")
+    loads(bank="bank")  # the one in the working directory, as before
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(RuntimeError, match="neither the one that the adapter was trained over"):
+        loads(bank="bank")
+    with pytest.raises(
+        FileNotFoundError, match=r"neither from the adapter's folder nor .*no folder 'users/bnk' \(did you mean 'users/bank'\?\)"
+    ):
+        loads(bank="users/bnk")
+
+
+def test_a_bank_in_the_adapters_repository(tmp_path, bank, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    x, y = new_user(tmp_path / "ada", tmp_path / "bank")
+    monkeypatch.chdir(tmp_path / "ada")
+    asked = []
+
+    def download(repo, name, subfolder=None, **options):
+        asked.append((repo, name, subfolder, options))
+        path = tmp_path.joinpath(subfolder or "", name)
+        if repo != "someone/users" or not path.is_file():
+            raise EntryNotFoundError(name)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    saved = VBLoRAConfig.from_pretrained("someone/users", subfolder="ada", token="secret", bank="../bank")
+    assert b"secret" not in pickle.dumps(saved)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), "someone/users", config=saved, subfolder="ada")(x), y)
+    assert ("someone/users", "vector_bank.safetensors", "bank", {"token": "secret"}) in asked
 
 
 # --- growing and replacing --------------------------------------------------------------------------------------------------

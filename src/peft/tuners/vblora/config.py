@@ -52,7 +52,9 @@ class VBLoRAConfig(LayeredConfig):
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
             where it shares the weight); a dictionary names other modules: name → tokens.
         bank: Use the bank of this folder (or Hub id), which `VectorBank.save_pretrained` wrote. It is frozen and shared with other
-            adapters that use it, and not saved with them. `num_vectors` and `vector_length` are the bank's.
+            adapters that use it, and not saved with them. `num_vectors` and `vector_length` are the bank's. When the adapter is
+            loaded, a relative path is looked up from its folder (or in its repository), then from the working directory, then
+            from the folders above the adapter's.
         bank_sha256: The digest of that bank, filled in when the adapter is made: an adapter is loaded with this bank, or one that
             grew from it, or not at all.
         train_topk_weights: Let what is loaded from a compact file as trainable be trained: it keeps the vectors that each tile has

@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import posixpath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from ...config import as_folder
 from ...utils.adapter_files import read_metadata, read_weights, write_tensors
 from ...utils.error import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
-from ...utils.hub import find_file, only_hub_options
+from ...utils.hub import find_file, local_folder, only_hub_options
 from ...utils.walk import walk
 
 BANK_NAME = "vector_bank.safetensors"
@@ -188,20 +191,69 @@ def find_bank(config: Any, resident: Mapping[str, Tensor]) -> FoundBank:
             f"The adapter needs the shared vector bank {wanted}, which this model does not have; say in its config where it is: "
             "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
         )
-    try:
-        bank = VectorBank.from_pretrained(config.bank)
-    except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"The adapter's shared vector bank is not to be found at `bank`={config.bank!r}: {error} If it moved, pass "
-            "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
-        ) from None
-    if wanted is not None and not (bank.serves(wanted, n) and bank.vector_length == config.vector_length):
-        raise CheckpointError(
-            f"The bank at {config.bank!r} ({bank.num_vectors} vectors of {bank.vector_length}, {bank.sha256()}) is neither the one "
-            f"that the adapter was trained over ({n} vectors of {config.vector_length}, {wanted}) nor one that grew from it."
-        )
+    bank = _read_bank(config)
     key = bank.sha256()
     return FoundBank(key, resident[key], True) if key in resident else FoundBank(key, bank.vectors, False)
+
+
+def _read_bank(config: Any) -> VectorBank:
+    """The bank at the place that a config names: seen from the adapter's folder, the working directory, a folder above the
+    adapter's, or on the Hub. Of several the first that the adapter runs on counts.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointError: There is none that the adapter was trained over.
+    """
+    wanted, n = config.bank_sha256, config.num_vectors
+    other = None
+    try:
+        for read in _places(config):
+            bank = read()
+            if wanted is None or (bank.serves(wanted, n) and bank.vector_length == config.vector_length):
+                return bank
+            other = other or bank
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"The adapter's shared vector bank is not to be found at `bank`={config.bank!r}, neither from the adapter's folder nor "
+            f"from the working directory: {error} If it moved, pass `config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
+        ) from None
+    assert other is not None
+    raise CheckpointError(
+        f"The bank at {config.bank!r} ({other.num_vectors} vectors of {other.vector_length}, {other.sha256()}) is neither the one "
+        f"that the adapter was trained over ({n} vectors of {config.vector_length}, {wanted}) nor one that grew from it."
+    )
+
+
+def _places(config: Any) -> Iterator[Callable[[], VectorBank]]:
+    """How to read the banks that there are where `config.bank` can mean, in the order in which they count; where there is none,
+    how to read it from the Hub.
+    """
+    folders, is_nowhere = [Path()], True
+    if config.place is not None:
+        source, hub = config.place
+        adapter = local_folder(source, hub.get("subfolder"))
+        if adapter is not None:
+            folders = [adapter, Path(), *adapter.resolve().parents]
+        elif (path := _in_repository(source, hub, config.bank)) is not None:
+            is_nowhere = False
+            yield partial(VectorBank.from_pretrained, path)
+    for folder in folders:
+        if (folder / config.bank / BANK_NAME).is_file():
+            is_nowhere = False
+            yield partial(VectorBank.from_pretrained, folder / config.bank)
+    if is_nowhere:
+        yield partial(VectorBank.from_pretrained, config.bank)
+
+
+def _in_repository(source: str | os.PathLike, hub: Mapping[str, Any], bank: str) -> Path | None:
+    """The folder, downloaded, to which a bank's path leads from that of an adapter on the Hub; None if there is no bank in it."""
+    inside = posixpath.normpath(posixpath.join(hub.get("subfolder") or "", bank))
+    if inside.startswith(("..", "/")):
+        return None
+    try:
+        return find_file(source, (BANK_NAME,), {**hub, "subfolder": None if inside == "." else inside}).parent
+    except CheckpointNotFoundError:
+        return None
 
 
 def digest(vectors: Tensor) -> str:
