@@ -43,7 +43,7 @@ WRONG = [
     ("rusn", r"no folder 'rusn' \(did you mean 'runs'\?\).*named 'owner/name'.*pass `revision='main'`"),
     ("~/runs/adapter", r"`~` is not replaced; did you mean '.*/runs/adapter'\?"),
     ("some/where/else", r"no folder 'some/where/else' \('.' has no 'some'\)"),
-    ("C:\\runs\\adapter", r"no folder 'C:\\\\runs\\\\adapter'"),
+    ("C:\\runs\\adapter", r"no folder 'C:\\runs\\adapter'"),
     ("runs/adapter/adapter_model.safetensors", "is a file; give the path of the folder"),
     ("runs/several", r"in the folder 'runs/several'; its sub-folders 'second' have one \(`subfolder=…`\)"),
     (Path("some") / "where", r"no folder 'some/where'"),
