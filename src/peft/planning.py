@@ -159,7 +159,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         raise PeftTypeError(f"The config must be a PeftConfig, got {type(config)}.")
     config = copy.deepcopy(config)
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
-    targets = _plan.make(tuner, adapter_name, config, None)
+    targets = _plan.make(tuner, adapter_name, config)
     build = tuner._build(targets, Construction(device=torch.device("meta")))
     result = AdapterPlan(str(getattr(config.peft_type, "value", config.peft_type)))
     result.layers = [_layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()]

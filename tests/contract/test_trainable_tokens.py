@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(method):
     before = snapshot(base)
     cases = [
         ({"trainable_token_indices": [48]}, r"has \[48\]; the tokens go from 0 to 47"),
-        ({"trainable_token_indices": {"nowhere": [1]}}, "names 'nowhere', which the model does not have"),
+        ({"trainable_token_indices": {"nowhere": [1]}}, "names 'nowhere': the model has no such module"),
         ({"trainable_token_indices": {"norm": [1]}}, "LlamaRMSNorm is no nn.Embedding or nn.Linear"),
         ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "already marked to be trained fully"),
         ({"trainable_token_indices": [1, 1]}, "names a token twice"),

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES, QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
+from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
 from ..utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.sharding import unwrapped
 from ..utils.walk import AdapterModuleDict, ByAdapter, walk
 from ..utils.warning import warn
-from . import _geometry, _targets, _trainable_tokens
+from . import _geometry, _targets, _trainable_tokens, _unmatched
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, layer_of
 from ._trainable_tokens import TokenPlan
@@ -51,8 +51,23 @@ class Plan:
     tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
 
 
-def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Mapping[str, Tensor] | None) -> Plan:
+def make(
+    tuner: BaseTuner,
+    adapter_name: str,
+    config: PeftConfig,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    is_new: bool = True,
+) -> Plan:
     """Decide what to adapt, and check all of it.
+
+    Args:
+        tuner: The method's tuner.
+        adapter_name: The adapter's name.
+        config: Its config; names that it leaves open are filled in.
+        state_dict: Adapt the modules this checkpoint has parameters for.
+        is_new: Warn of names in the config that mean nothing in this model. For an adapter that a checkpoint fills that is no
+            slip: the checkpoint fits, or is refused.
 
     Raises:
         PeftValueError: The name or the config can't be used.
@@ -80,7 +95,10 @@ def make(tuner: BaseTuner, adapter_name: str, config: PeftConfig, state_dict: Ma
     firsts = {by_module[id(candidates[path])][0] for path in paths if path in candidates}
     plan.targets = {path: module for path, module in modules.items() if path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
-    _warn_of_patterns(plan)
+    if is_new and not state_dict:
+        _unmatched.warn_of_unused(config, modules)
+    patterns = {f.name: getattr(config, f.name) for f in fields(config) if f.name.endswith("_pattern")}
+    _unmatched.warn_of_patterns({k: v for k, v in patterns.items() if isinstance(v, dict)}, plan.targets)
     _check_modules(tuner, plan)
     plan.tokens = _trainable_tokens.plan(plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole})
     _warn_of_ties(tuner.model, plan)
@@ -145,10 +163,6 @@ def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, n
     if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
         named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())
         raise PeftTypeError(f"modules_to_save cannot be applied to modules of type {named}; name the modules in it.")
-    missing = [n for n in names if not any(_targets.named([n], p) for p in found)]
-    missing = [n for n in missing if n not in (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)]
-    if missing:
-        warn(f"`modules_to_save` names {missing}, which the model does not have.")
     return outermost
 
 
@@ -159,40 +173,41 @@ def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], w
         defaults = tuner.default_target_modules.get(kind or "")
         if defaults is None:
             raise PeftValueError(f"Please specify `target_modules` in `peft_config`: none are known for model type {kind!r}.")
-        config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+        # Of the names that a kind of model may have, those that this one has.
+        present = defaults if isinstance(defaults, str) else set(defaults).difference(_unmatched.unused(defaults, modules))
+        config.target_modules = present or set(defaults)
     if not config.target_modules:
         raise PeftValueError("`target_modules` is empty; name at least one module, or use 'all-linear'.")
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         linear = _all_linear(tuner.model, modules)
         config.target_modules = set(_targets.select(linear, set(linear) or {""}, config.exclude_modules))
-    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
-    paths = _targets.select(modules, config.target_modules, config.exclude_modules, *layers)
+    paths = _targets.select(modules, config.target_modules, config.exclude_modules, *_unmatched.layer_choice(config))
     if not paths:
-        _raise_unmatched(config, modules, whole, layers)
-    if config.exclude_modules and not any(_targets.named(config.exclude_modules, path) for path in modules):
-        warn(
-            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded. "
-            "Please check that exclude_modules was set correctly.",
-        )
+        _raise_unmatched(tuner, config, modules, whole)
     return paths
 
 
-def _raise_unmatched(config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module], layers: Any) -> None:
+def _raise_unmatched(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> None:
     if config.exclude_modules and all(_targets.named(config.exclude_modules, path) for path in modules):
         raise NoMatchingPeftModuleError(
             f"All modules were excluded by `exclude_modules`={config.exclude_modules!r}; leave out those that are to be adapted."
         )
-    if whole or _targets.select(modules, config.target_modules, None, *layers):
+    adaptable = _adaptable(tuner, config, modules)
+    if whole or _targets.select(modules, config.target_modules, None, *_unmatched.layer_choice(config)):
+        named = _targets.select([*modules, *whole], config.target_modules)
         raise NoMatchingPeftModuleError(
             "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
             "excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also have only "
             "targeted modules that are marked to be saved (`modules_to_save`)."
+            + ("" if named else _unmatched.what_there_is(config, list(modules), adaptable))
         )
-    message = _targets.unmatched(config.target_modules, list(modules))
-    if layers[0] is not None:
-        message += f" Note: You specified 'layers_to_transform': {layers[0]}."
-        message += f" You also specified 'layers_pattern': {layers[1]}." if layers[1] else ""
-    raise NoMatchingPeftModuleError(message)
+    raise NoMatchingPeftModuleError(_unmatched.no_target(config, list(modules), adaptable))
+
+
+def _adaptable(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the modules that a method can adapt."""
+    bases = {path: (layer_of(module, tuner.tuner_layer_cls), module) for path, module in modules.items()}
+    return [p for p, (layer, m) in bases.items() if tuner.tuner_layer_class(config, layer.base_layer if layer else m) is not None]
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -215,17 +230,6 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         else:
             paths.append(path)
     return paths
-
-
-def _warn_of_patterns(plan: Plan) -> None:
-    """Say so where a key of a pattern dictionary means no module that is adapted."""
-    for name in (f.name for f in fields(plan.config) if f.name.endswith("_pattern")):
-        patterns = getattr(plan.config, name)
-        if not isinstance(patterns, dict):
-            continue
-        used = {key for key in patterns for path in plan.targets if _targets.pattern_value({key: True}, path, False)}
-        if unused := [key for key in patterns if key not in used]:
-            warn(f"`{name}` has keys that did not match any targeted module and are ignored: {unused}.", RuntimeWarning)
 
 
 def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
@@ -267,8 +271,7 @@ def _saved(state_dict: Mapping[str, Tensor], tuner: BaseTuner, config: Any, modu
     targets = config.target_modules or tuner.default_target_modules.get(model_type(tuner.model) or "") or ()
     if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         targets = _all_linear(tuner.model, modules)
-    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
-    meant = _targets.select(modules, targets, config.exclude_modules, *layers)
+    meant = _targets.select(modules, targets, config.exclude_modules, *_unmatched.layer_choice(config))
     for place, others in (("PEFT config", set(meant).difference(paths)), ("state_dict", set(paths).difference(meant))):
         if others:
             warn(

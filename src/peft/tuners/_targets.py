@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
@@ -22,20 +21,24 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
-def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None) -> bool:
-    """Whether `path` lies in a layer of the given `indices` (None or none: any).
+def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
+    """Return the index of the layer that `path` lies in, None if it lies in none.
 
     `pattern` names the list the index counts in (`layers`, `h`, or a regular expression); without it the outermost list counts.
     """
-    if indices is None or (not isinstance(indices, int) and not indices):
-        return True
-    wanted = {indices} if isinstance(indices, int) else set(indices)
     containers = [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
     for container in containers:
         match = re.match(rf"(?:.*?\.)??(?:{container})\.(\d+)(?:\.|$)", path)
         if match:
-            return int(match.group(1)) in wanted
-    return False
+            return int(match.group(1))
+    return None
+
+
+def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None) -> bool:
+    """Return whether `path` lies in a layer of the given `indices` (None or none: any)."""
+    if indices is None or (not isinstance(indices, int) and not indices):
+        return True
+    return layer_index(path, pattern) in ({indices} if isinstance(indices, int) else set(indices))
 
 
 def select(
@@ -85,17 +88,3 @@ def patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
     ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
     plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
     return differing if plain else {f"^{re.escape(path)}": value for path, value in differing.items()}
-
-
-def unmatched(targets: str | Collection[str], paths: Collection[str]) -> str:
-    """The message for targets that mean none of `paths`; names near misses."""
-    wanted = [targets] if isinstance(targets, str) else sorted(targets)
-    ends = {path.rsplit(".", 1)[-1] for path in paths}
-    near = sorted({match for name in wanted for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], ends, n=3)})
-    shown = near or sorted(ends)[:12]
-    hint = f"Did you mean {', '.join(map(repr, shown))}?" if near else f"Module names end in {', '.join(map(repr, shown))}."
-    return f"Target modules {_show(targets)} not found in the base model. Please check the target modules and try again. {hint}"
-
-
-def _show(targets: str | Collection[str]) -> str:
-    return repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets))) + "}"

@@ -20,6 +20,7 @@ from ..utils.other import AuxiliaryTrainingWrapper
 from . import _targets
 from ._geometry import placement
 from ._holder import AdapterParameterDict
+from ._unmatched import with_near_misses
 
 
 class TokenRows(NamedTuple):
@@ -206,7 +207,8 @@ def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken:
     for name, tokens in by_name.items():
         paths = [path for path in modules if _targets.named([name], path)]
         if not paths:
-            problems.append(f"`trainable_token_indices` names {name!r}, which the model does not have.")
+            shown = with_near_misses([name], [path for path, module in modules.items() if isinstance(module, nn.Embedding)])
+            problems.append(f"`trainable_token_indices` names {shown}: the model has no such module.")
         for path in paths:
             problems += _problems(path, modules[path], tokens, taken)
             indices[path] = list(tokens)

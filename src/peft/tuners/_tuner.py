@@ -231,9 +231,11 @@ class BaseTuner(AdaptedModel):
             PeftValueError: As for the class; model and config are left as they were.
         """
         with _restored_on_error(config):
-            method = self.method_of(config)
-            plan = _plan.make(method, adapter_name, config, state_dict)
-            build = method._build(plan, construction or Construction())
+            method, construction = self.method_of(config), construction or Construction()
+            # Clients that load a file by themselves inject a frozen adapter first.
+            is_new = check is None and construction.device is None and not config.inference_mode
+            plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
+            build = method._build(plan, construction)
             if check is not None:
                 check(build)
             self._swap(plan, build)
