@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +54,10 @@ class LayerPlan:
     remarks: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(repr=False)
 class AdapterPlan:
-    """What an adapter would be on a model; printed, a table.
+    """What an adapter would be on a model; printed, a table. In it, layers that differ only by a number in their path and are
+    adapted alike share a row: `layers.*.q_proj` stands for all of the model's, `layers.{0-3,7}.q_proj` for some.
 
     Args:
         method: The method's name.
@@ -61,6 +65,7 @@ class AdapterPlan:
         shared: Tensors of all layers together, of whole modules and of rows of embeddings: number of elements by name.
         bytes: Size in memory of all of it.
         base_parameters: Parameters of the model.
+        module_paths: Paths of the model's modules.
     """
 
     method: str
@@ -68,6 +73,7 @@ class AdapterPlan:
     shared: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     base_parameters: int = 0
+    module_paths: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -100,7 +106,7 @@ class AdapterPlan:
         lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
         share, work = self.parameters / max(self.base_parameters, 1), self.multiplications / max(self.base_multiplications, 1)
         lines.append(
-            f"{self.method} on {len(self.layers)} layers: {self.parameters:,} parameters ({share:.2%} of the model's), "
+            f"{self.method} on {self._count()}: {self.parameters:,} parameters ({share:.2%} of the model's), "
             f"{self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} ({work:.1%} of those layers' own)"
         )
         for remark, paths in self.remarks.items():
@@ -109,8 +115,8 @@ class AdapterPlan:
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
-        """A row for each layer; those that differ by a number in their paths share one."""
-        groups: dict[tuple[str, ...], int] = {}
+        """A row for each layer; those that differ by numbers in their paths share one."""
+        groups: dict[tuple[str, ...], list[str]] = {}
         for plan in self.layers:
             factors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items())
             row: tuple[str, ...] = (
@@ -120,11 +126,66 @@ class AdapterPlan:
                 f"{2 * plan.multiplications:,}",
                 f"{plan.rank} of {plan.full_rank}",
             )
-            key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plan.path), *row
-            groups[key] = groups.get(key, 0) + 1
-        singles = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plan.path): plan.path for plan in self.layers}
-        for (path, *cells), count in groups.items():
-            yield (f"{path} ({count}x)" if count > 1 else singles[path], *cells)
+            groups.setdefault((_starred(plan.path), *row), []).append(plan.path)
+        alike = Counter(map(_starred, self.module_paths or [plan.path for plan in self.layers]))
+        for (pattern, *cells), paths in groups.items():
+            whole = len(paths) == alike[pattern] and len(paths) > 1
+            for name, count in [(pattern, len(paths))] if whole else _numbered(paths):
+                yield (f"{name} ({count}x)" if count > 1 else name, *cells)
+
+    def _count(self) -> str:
+        return f"{len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
+
+    def __repr__(self) -> str:
+        return (
+            f"<AdapterPlan: {self.method} on {self._count()}, {self.parameters:,} parameters, {self.bytes:,} bytes; "
+            "print it for a table>"
+        )
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the table in a notebook."""
+        printer.text(str(self))
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+def _starred(path: str) -> str:
+    """Return a path with `*` in place of each number."""
+    return _NUMBER.sub("*", path)
+
+
+def _numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
+    """Return names for paths that differ by numbers only, with how many paths each stands for.
+
+    Example:
+        >>> list(_numbered(["a.0.b", "a.1.b", "a.2.b", "a.5.b"]))
+        [('a.{0-2,5}.b', 4)]
+        >>> list(_numbered(["0.1", "0.2", "1.1"]))
+        [('0.{1-2}', 2), ('1.1', 1)]
+    """
+    numbers = [tuple(map(int, _NUMBER.findall(path))) for path in paths]
+    choices = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, choices)) == len(paths):
+        shown = iter(map(_ranges, choices))
+        yield _NUMBER.sub(lambda _: next(shown), paths[0]), len(paths)
+        return
+    position = next(i for i, choice in enumerate(choices) if len(choice) > 1)
+    for value in choices[position]:
+        yield from _numbered([path for path, own in zip(paths, numbers, strict=True) if own[position] == value])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return sorted numbers in short: one as it is, several in braces."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:
@@ -166,6 +227,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     result.shared = _shared(build)
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
     result.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    result.module_paths = tuple(_plan.own_modules(model))
     result.base_parameters = sum(parameter.numel() for parameter in model.parameters())
     return result
 

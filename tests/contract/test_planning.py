@@ -3,6 +3,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -47,6 +48,57 @@ def test_a_model_without_memory_does_as_well(name):
     assert "model.layers.*.self_attn.q_proj (2x)  Linear 16->16" in text
     assert f"{name} on 4 layers: {found.parameters:,} parameters" in text
     assert found.shared["lm_head"] == 48 * 16
+
+
+def blocks(*sizes):
+    """Numbered blocks, in each of which are numbered layers of the given sizes."""
+    return nn.ModuleList(
+        nn.ModuleDict({"resnets": nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(i, o, 3)}) for i, o in each)}) for each in sizes
+    )
+
+
+def unet():
+    sizes = [(4, 8), (8, 8)], [(8, 16), (16, 16)], [(16, 16), (16, 16)]
+    return nn.ModuleDict({
+        "conv_in": nn.Conv2d(2, 4, 3),
+        "down": blocks(*sizes),
+        "mid": blocks([(16, 16)]),
+        "up": blocks(*[[(o, i) for i, o in reversed(each)] for each in reversed(sizes)]),
+        "other": nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3)}), nn.ReLU(), nn.ModuleDict({"conv": nn.ReLU()})]),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("excluded", [r"", r"|down\.1\..*", r"|up\.[02]\.resnets\.1\..*"])
+def test_rows_name_the_modules_that_they_are_about(excluded):
+    """Each row's name, read as a pattern for the model's own modules, gives as many as it says, and of the size it says."""
+    model = unet()
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    found = plan(model, LoraConfig(target_modules=["conv", "conv_in"], exclude_modules=r"other\.2\.conv" + excluded))
+    seen = []
+    for row in str(found).splitlines()[1 : -1 - len(found.remarks)]:
+        name, count, size = re.fullmatch(r"(\S+)(?: \((\d+)x\))?  +(Conv2d \d+->\d+) 3x3  .*", row).groups()
+        pattern = re.escape(name).replace(r"\*", r"\d+")
+        pattern = re.sub(r"\\{(.*?)\\}", lambda m: "[" + m[1].replace("\\", "").replace(",", "") + "]", pattern)
+        meant = [path for path in modules if re.fullmatch(pattern, path)]
+        assert len(meant) == int(count or 1), row
+        assert {f"Conv2d {modules[path].in_channels}->{modules[path].out_channels}" for path in meant} == {size}
+        seen += meant
+    assert sorted(seen) == sorted(layer.path for layer in found.layers)
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_plan_is_short_in_a_debugger_and_a_table_in_a_notebook():
+    found = plan(llama(), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
+    assert repr(found) == "<AdapterPlan: LORA on 1 layer, 64 parameters, 256 bytes; print it for a table>"
+    assert "\nmodel.layers.1.self_attn.q_proj  Linear" in str(found)
+
+    class Printer:
+        def text(self, text):
+            self.shown = text
+
+    printer = Printer()
+    found._repr_pretty_(printer, False)
+    assert printer.shown == str(found)
 
 
 SHAPES = {

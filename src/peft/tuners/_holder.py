@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,13 @@ class AdapterParameterDict(ByAdapter, nn.ParameterDict):
     def get(self, adapter_name: str) -> Tensor | None:  # type: ignore[override]
         """An adapter's parameter, read by a call; None if it has none here."""
         return self(adapter_name) if adapter_name in self._keys else None
+
+    def extra_repr(self) -> str:
+        """Show each adapter's shape; of thousands of adapters, the first."""
+        shapes = [
+            f"{name}={'x'.join(map(str, p.shape)) or 'scalar'}" for name, p in islice(self._parameters.items(), 3) if p is not None
+        ]
+        return ", ".join(shapes) + (f" and {len(self) - 3} more" if len(self) > 3 else "")
 
     def forward(self, adapter_name: str) -> Tensor:
         own = type(self) is AdapterParameterDict

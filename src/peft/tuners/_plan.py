@@ -314,7 +314,8 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
         else:
             misfits += [f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)]
     if unsupported:
-        raise UnsupportedModuleError(" ".join([*unsupported, f"{type(tuner).__name__} adapts {tuner.supported_modules}."]))
+        remedy = f"{type(tuner).__name__} adapts {tuner.supported_modules}; leave out others by `exclude_modules`."
+        raise UnsupportedModuleError(" ".join([*unsupported, remedy]))
     if misfits:
         remedy = tuner.target_remedy(plan.config, [_geometry.innermost(module) for module in plan.targets.values()])
         raise PeftValueError(" ".join([*misfits, remedy]).strip())
