@@ -108,13 +108,10 @@ class AdaptedModel(nn.Module):
         """
         self.refuse_foreign_arguments(kwargs)
         batch = self.chosen_adapters(args, kwargs)
-        if batch is None:
-            with during_call(self):
+        with during_call(self):
+            if batch is None and ADAPTER_BATCHES.current is None:
                 return self.model(*args, **kwargs)
-        with ADAPTER_BATCHES.during(batch), during_call(self):
-            output = self.model(*args, **kwargs)
-        ADAPTER_BATCHES.replay_in_backward(batch, output)
-        return output
+            return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
 
     def chosen_adapters(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AdapterBatch | None:
         """The choice of an adapter for each sample, taken out of a call's keyword arguments; None if it makes none.

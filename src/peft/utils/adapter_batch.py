@@ -1,94 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels beside a call of the model, because the model does not hand it down to its layers.
+"""The choice of an adapter for each sample of a call, `adapter_names`.
 
-A `CallStack` holds it while the call runs, and puts it back while backward runs layers again (gradient checkpointing). The choice
-of an adapter for each sample, `adapter_names`, travels this way for all methods: an `AdapterBatch` on the stack `ADAPTER_BATCHES`.
+It travels beside the call for all methods: an `AdapterBatch` on the stack `ADAPTER_BATCHES`.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .call_stack import CallStack
 from .error import PeftTypeError, PeftValueError
-
-T = TypeVar("T")
 
 # The name that chooses no adapter for a sample.
 BASE_MODEL = "__base__"
 # Keyword arguments under which models take the tensor whose rows are the samples.
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs")
-
-
-class _Thread(threading.local):
-    """The calls of one thread: several may run the model at a time."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.replayed: Any = None
-
-
-class CallStack(Generic[T]):
-    """The calls in progress, the innermost last."""
-
-    def __init__(self) -> None:
-        self._thread = _Thread()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy starts with no call in progress."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._thread = _Thread()
-
-    @property
-    def current(self) -> T | None:
-        """The innermost call in progress, or the one whose backward is."""
-        return self._thread.calls[-1] if self._thread.calls else self._thread.replayed
-
-    @property
-    def calls(self) -> list[T]:
-        """The calls in progress; to be changed by what begins and ends them."""
-        return self._thread.calls
-
-    @contextmanager
-    def during(self, call: T) -> Iterator[T]:
-        """A call in progress while the context is open."""
-        self._thread.calls.append(call)
-        try:
-            yield call
-        finally:
-            self._thread.calls.remove(call)
-
-    def replay_in_backward(self, call: T, output: Any) -> None:
-        """Put an ended call back when backward reaches its output, should it run layers again; they come after it."""
-        if torch.is_grad_enabled() and not self._thread.calls and not torch.compiler.is_compiling():
-            for tensor in _tensors(output):
-                if tensor.grad_fn is not None:
-                    tensor.register_hook(_Replay(self, call))
-
-    def _replay(self, call: T) -> None:
-        self._thread.replayed = call
-        torch.autograd.Variable._execution_engine.queue_callback(self._forget)  # type: ignore[attr-defined]
-
-    def _forget(self) -> None:
-        self._thread.replayed = None
-
-
-class _Replay:
-    """A tensor hook that puts a call back."""
-
-    def __init__(self, stack: CallStack, call: Any) -> None:
-        self.stack, self.call = stack, call
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.stack._replay(self.call)
 
 
 class AdapterBatch:
@@ -157,7 +88,8 @@ class AdapterBatch:
         return self._owners[key]
 
 
-ADAPTER_BATCHES: CallStack[AdapterBatch] = CallStack()
+# A call inside another that chooses no adapters by sample is there as None.
+ADAPTER_BATCHES: CallStack[AdapterBatch | None] = CallStack()
 
 
 def adapter_batch(names: Any, known: Mapping[str, Any], args: tuple[Any, ...], arguments: Mapping[str, Any]) -> AdapterBatch:
@@ -197,15 +129,3 @@ def first_input(args: tuple[Any, ...], arguments: Mapping[str, Any], besides: tu
     candidates = [*args, *(arguments.get(name) for name in _INPUTS)]
     candidates += [value for name, value in arguments.items() if name not in besides]
     return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a model's output."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)

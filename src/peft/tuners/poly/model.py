@@ -22,7 +22,7 @@ from .._roles import Role
 from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
-from .routing import CALL_ARGUMENTS, Routing, as_task_ids, conduct_forward, conduct_generate
+from .routing import CALL_ARGUMENTS, Routing, as_task_ids, conduct_forward, conduct_generate, conduct_part
 
 
 class PolyModel(AdaptingTuner):
@@ -88,17 +88,16 @@ class PolyModel(AdaptingTuner):
         return self._poly_routing
 
     def attach_adapter(self, build: Build) -> None:
-        """Have the model's root (and its encoder, which `generate` calls by itself) report calls to the routing, and name the
+        """Have the calls of the model (and of its encoder, which `generate` calls by itself) go through the routing, and name the
         routing's arguments in its signatures.
         """
         config: Any = build.config
         if self.poly_routing.probe is None:
             self._release_model()
             encoder = self.model.get_encoder() if self.poly_routing.is_encoder_decoder else None  # type: ignore[operator]
-            for module in (self.model, encoder):
-                if isinstance(module, nn.Module):
-                    module.register_forward_pre_hook(self.poly_routing.before, with_kwargs=True)
-                    module.register_forward_hook(self.poly_routing.after)
+            if isinstance(encoder, nn.Module) and encoder is not self.model:
+                encoder._poly_routing = self.poly_routing  # type: ignore[assignment]
+                put_entry(encoder, "forward", (), conduct_part)
             self.model._poly_routing = self.poly_routing  # type: ignore[assignment]
             put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
             put_entry(self.model, "generate", CALL_ARGUMENTS, conduct_generate)
@@ -107,25 +106,20 @@ class PolyModel(AdaptingTuner):
         self.poly_routing.is_causal |= config.task_type == "CAUSAL_LM"
 
     def detach_adapters(self) -> None:
-        """Take hooks and signatures off again."""
+        """Give the model its own methods back."""
         self._release_model()
         self.poly_routing.configs.clear()
         self.poly_routing.probe = None
 
     def _release_model(self) -> None:
-        """Take off hooks and signatures, also those of layers that a client took out by itself."""
-        remove_entries(self.model)
-        vars(self.model).pop("_poly_routing", None)
+        """Take the routing out of the calls, also of one whose layers a client took out by itself."""
         for _, module in walk(self.model):
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in list(hooks.items()):
-                    if isinstance(getattr(hook, "__self__", None), Routing):
-                        del hooks[key]
-                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+            remove_entries(module)
+            vars(module).pop("_poly_routing", None)
 
     def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
-        return self.poly_routing.generating(args, arguments)
+        return self.poly_routing.generating(self.model, args, arguments)
 
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)

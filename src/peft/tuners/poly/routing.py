@@ -2,9 +2,8 @@
 """What Poly's layers need to know of the call that runs them: which task each sample has, which tokens are its prompt.
 
 A base model does not hand `task_ids` down to its layers, so they travel beside it. One `Routing` belongs to a model and is read by
-all its layers. A hook on the model's root takes the arguments out of the call, checks them once and puts them in place; `generate`
-does the same for all the forwards it runs. When gradient checkpointing runs layers again during backward, the call they belonged
-to is put back first: its output tensors carry a hook that backward reaches before anything below them.
+all its layers. The model's own `forward`, as it is called, takes the arguments out of the call, checks them once and puts them in
+place for as long as it runs; `generate` does the same for all the forwards it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, CallStack, first_input
+from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, first_input
+from ...utils.call_stack import CallStack
 from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.walk import walk
 from .pooling import pool, prompt_mask
@@ -34,20 +34,16 @@ class Call:
     """One call of the model.
 
     Args:
-        owner: What began it.
         task_ids: `[batch]` or `[1]`, checked; None where no adapter routes by task.
         batch: Number of samples, if known.
         masks: Tokens to pool over, `[batch, tokens]` by stream ("main", "decoder").
         decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a plain forward.
-        entered: Whether the owner's forward has begun.
     """
 
-    owner: Any
     task_ids: Tensor | None = None
     batch: int | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[tuple[int, str], Tensor] | None = None
-    entered: bool = False
 
 
 class Routing:
@@ -72,57 +68,40 @@ class Routing:
         """The innermost call in progress, or the one whose backward is."""
         return self.stack.current
 
-    # --- hooks on the model's root ------------------------------------------------------------------------------------
+    # --- calls of the model and of its parts ------------------------------------------------------------------------------
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Take the routing's arguments out of a call and begin it."""
+    def forward(
+        self, function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], part: bool = False
+    ) -> Any:
+        """A forward of the model, or of a part of it that is called by itself too, as a call of its
+        own. Without arguments of its own it is for the samples of the call that it lies in.
+        """
         own = {name: kwargs[name] for name in CALL_ARGUMENTS if name in kwargs}
-        kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        calls = self.stack.calls
-        for i, call in enumerate(calls):
-            if call.owner is module:  # left over from a forward that raised
-                del calls[i:]
-                break
-        outer = calls[-1] if calls else None
-        if outer is not None and not own:
-            call = Call(module, outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
-        else:
-            call = self._begin(module, args, {**kwargs, **own})
-        self._see_masks(call, {**kwargs, **own}, nested=outer is not None)
-        calls.append(call)
-        return args, kwargs
+        rest = {name: value for name, value in kwargs.items() if name not in own}
+        outer = self.stack.current if part else self.stack.running  # a part may be among what backward runs again
+        if outer is None or own:
+            call = self._begin(model, args, kwargs)
+            self._see_masks(call, kwargs, nested=outer is not None)
+            return self.stack.run(call, lambda: function(model, *args, **rest))
+        call = Call(outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
+        self._see_masks(call, kwargs, nested=True)
+        with self.stack.during(call):
+            return function(model, *args, **rest)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End a call; have backward put it back, should it run layers again."""
-        calls = self.stack.calls
-        if calls and calls[-1].owner is module:
-            self.stack.replay_in_backward(calls.pop(), output)
-
-    def forward(self, function: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's own forward, in the call that a hook began, or in one of its own if it is called past all hooks."""
-        calls = self.stack.calls
-        hooked = bool(calls) and calls[-1].owner is model and not calls[-1].entered
-        if not hooked:
-            args, kwargs = self.before(model, args, kwargs)
-        call = calls[-1]
-        call.entered = True
-        try:
-            output = function(model, *args, **kwargs)
-        except BaseException:
-            del calls[calls.index(call) :]
-            raise
-        if not hooked:
-            self.after(model, args, output)
-        return output
+    def generate(self, function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model's `generate`."""
+        with self.generating(model, args, kwargs):
+            return function(model, *args, **kwargs)
 
     @contextmanager
-    def generating(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[None]:
-        """A call of `generate`; takes the routing's arguments out of `arguments`."""
-        calls = self.stack.calls
-        if calls and calls[-1].owner is self and not any(name in arguments for name in CALL_ARGUMENTS):
+    def generating(self, model: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[None]:
+        """A call of `generate` in progress; takes the routing's arguments out of `arguments`."""
+        own = any(name in arguments for name in CALL_ARGUMENTS)
+        outer = self.stack.running
+        if outer is not None and outer.decisions is not None and not own:
             yield  # a `PeftModel` began this call
             return
-        call = self._begin(self, args, arguments)
+        call = self._begin(model, args, arguments) if outer is None or own else Call(outer.task_ids, outer.batch, dict(outer.masks))
         call.decisions = {}
         self._see_masks(call, arguments, nested=False)
         for name in CALL_ARGUMENTS:
@@ -132,7 +111,7 @@ class Routing:
 
     def using(self, task_ids: Any, x: Tensor) -> AbstractContextManager[Call]:
         """A call of one layer by itself."""
-        return self.stack.during(self._begin(self, (x,), {"task_ids": task_ids}))
+        return self.stack.during(self._begin(None, (x,), {"task_ids": task_ids}))
 
     def narrowed(self, samples: list[int]) -> AbstractContextManager[Any]:
         """The present call as a layer's adapter sees it that some of the samples run with."""
@@ -142,11 +121,11 @@ class Routing:
         ids = call.task_ids
         ids = ids if ids is None or ids.shape[0] == 1 else ids[samples]
         masks = {stream: mask[samples] for stream, mask in call.masks.items()}
-        return self.stack.during(Call(call.owner, ids, len(samples), masks, call.decisions))
+        return self.stack.during(Call(ids, len(samples), masks, call.decisions))
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, owner: Any, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Call:
+    def _begin(self, model: Any, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Call:
         """A call with its task ids checked.
 
         Raises:
@@ -154,7 +133,7 @@ class Routing:
             PeftValueError: Task ids missing, of a wrong number, or out of range.
         """
         inputs = first_input(args, arguments, CALL_ARGUMENTS)
-        call = Call(owner, batch=inputs.shape[0] if inputs is not None else None)
+        call = Call(batch=inputs.shape[0] if inputs is not None else None)
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
@@ -165,13 +144,13 @@ class Routing:
         chosen = ADAPTER_BATCHES.current
         if chosen is not None:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
-        elif (by_task := self._by_task(self.probe.active_adapters)) and (task_ids is not None or self._has_layers(owner)):
+        elif (by_task := self._by_task(self.probe.active_adapters)) and (task_ids is not None or self._has_layers(model)):
             call.task_ids = as_task_ids(task_ids, by_task, call.batch, device)
         return call
 
-    def _has_layers(self, owner: Any) -> bool:
+    def _has_layers(self, model: Any) -> bool:
         """Whether any of the layers are still in the model: some clients put the layers below them back by themselves."""
-        inner = (module for _, module in walk(owner)) if isinstance(owner, nn.Module) else iter([self.probe])
+        inner = (module for _, module in walk(model)) if isinstance(model, nn.Module) else iter([self.probe])
         return any(vars(module).get("routing") is self for module in inner)
 
     def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
@@ -263,16 +242,21 @@ class Routing:
 
 
 def conduct_forward(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of a model's forward, which its routing may have to begin."""
-    routing: Routing | None = vars(model).get("_poly_routing")
+    """A call of a model's forward."""
+    routing: Routing | None = getattr(model, "_poly_routing", None)
     return function(model, *args, **kwargs) if routing is None else routing.forward(function, model, args, kwargs)
+
+
+def conduct_part(function: Callable[..., Any], part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of the forward of a part that a model has called by itself."""
+    routing: Routing | None = getattr(part, "_poly_routing", None)
+    return function(part, *args, **kwargs) if routing is None else routing.forward(function, part, args, kwargs, part=True)
 
 
 def conduct_generate(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of a model's `generate`."""
-    routing: Routing | None = vars(model).get("_poly_routing")
-    with nullcontext() if routing is None else routing.generating(args, kwargs):
-        return function(model, *args, **kwargs)
+    routing: Routing | None = getattr(model, "_poly_routing", None)
+    return function(model, *args, **kwargs) if routing is None else routing.generate(function, model, args, kwargs)
 
 
 def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device) -> Tensor:
