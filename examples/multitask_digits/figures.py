@@ -87,21 +87,23 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label: str, file: Path) -> None:
-    """Task x skill weights; of a model with many layers, those where the tasks differ most.
+    """Draw task x skill weights in per cent; of a model with many layers, those where the tasks differ most.
 
     Args:
-        weights: ``[n_tasks, n_splits, n_skills]`` by layer, one panel each, split after split from left to right.
+        weights: ``[n_tasks, n_splits, n_skills]`` by layer. With one split a panel is a layer; with several, a line of
+            panels is a layer and a panel one of its heads.
         tasks: The tasks' names, those that came later last.
         n_joint: How many were trained jointly; a gap sets the others off.
         label: The method's name.
         file: Where to write.
     """
     n_splits, n_skills = next(iter(weights.values())).shape[1:]
-    columns, most = (6, 12) if n_splits == 1 else (3, 6)
+    columns, most = (6, 12) if n_splits == 1 else (n_splits, 3)
     chosen = sorted(weights, key=lambda name: -weights[name].var(0).sum().item())[:most]
     chosen.sort(key=list(weights).index)
-    lines = -(-len(chosen) // columns)
-    size = (0.42 * n_skills * n_splits + 0.35, 0.27 * len(tasks) + 0.75)
+    panels = [(name, head) for name in chosen for head in range(n_splits)]
+    lines = -(-len(panels) // columns)
+    size = (0.42 * n_skills + 0.35, 0.27 * len(tasks) + 0.75)
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             lines,
@@ -111,14 +113,14 @@ def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label
             figsize=(size[0] * columns + 1.6, size[1] * lines + 1.1),
             layout="constrained",
         )
-        for axes in grid.flat[len(chosen) :]:
+        for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes, name in zip(grid.flat, chosen, strict=False):
-            image = panel(axes, weights[name], tasks, n_joint)
-            axes.set_title(short(name), fontsize=10)
-        which = "" if len(chosen) == len(weights) else f", in the {len(chosen)} layers where tasks differ most"
-        figure.suptitle(f"{label}: how each task mixes the skills{which}", x=0.01, ha="left", fontsize=13)
-        figure.supxlabel("skill" if n_splits == 1 else f"skill, for each of the {n_splits} splits of the features", fontsize=11)
+        for axes, (name, head) in zip(grid.flat, panels, strict=False):
+            image = panel(axes, weights[name][:, head], tasks, n_joint)
+            axes.set_title(short(name) if n_splits == 1 else f"{short(name)}\nhead {head + 1} of {n_splits}", fontsize=10)
+        which = "" if len(chosen) == len(weights) else f"\nthe {len(chosen)} layers where tasks differ most"
+        figure.suptitle(f"{label}: how each task mixes the skills, per cent{which}", x=0.01, ha="left", fontsize=13)
+        figure.supxlabel("skill", fontsize=11)
         bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.01, aspect=30)
         bar.set_label(f"weight (equal shares: {1 / n_skills:.2f})")
         bar.outline.set_visible(False)
@@ -126,30 +128,18 @@ def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label
 
 
 def panel(axes: Axes, weights: Tensor, tasks: Sequence[str], n_joint: int) -> matplotlib.image.AxesImage:
-    """One layer: a row a task, a gap before the late ones, a white line between splits. Returns the image."""
-    n_splits, n_skills = weights.shape[1:]
-    values = weights.flatten(1)
-    gap = torch.full((1, values.shape[1]), float("nan"))
-    rows = torch.cat([values[:n_joint], gap, values[n_joint:]]) if len(values) > n_joint else values
+    """Draw weights ``[n_tasks, n_skills]``, a row a task, with a gap before the late ones. Returns the image."""
+    gap = torch.full((1, weights.shape[1]), float("nan"))
+    rows = torch.cat([weights[:n_joint], gap, weights[n_joint:]]) if len(weights) > n_joint else weights
     image = axes.imshow(rows, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
-    if n_splits == 1:
-        for row, line in enumerate(rows.tolist()):
-            for column, value in enumerate(line):
-                if value == value:
-                    axes.text(
-                        column,
-                        row,
-                        f"{100 * value:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=7.5,
-                        color="white" if value > 0.55 else INK,
-                    )
-    for edge in range(1, n_splits):
-        axes.axvline(edge * n_skills - 0.5, color="white", linewidth=4)
-    names = [*tasks[:n_joint], "", *tasks[n_joint:]] if len(values) > n_joint else list(tasks)
+    for row, line in enumerate(rows.tolist()):
+        for column, value in enumerate(line):
+            if value == value:  # not the gap
+                colour = "white" if value > 0.55 else INK
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
+    names = [*tasks[:n_joint], "", *tasks[n_joint:]] if len(weights) > n_joint else list(tasks)
     axes.set_yticks(range(len(rows)), names)
-    axes.set_xticks(range(values.shape[1]), [str(1 + column % n_skills) for column in range(values.shape[1])])
+    axes.set_xticks(range(weights.shape[1]), [str(1 + column) for column in range(weights.shape[1])])
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
     return image

@@ -39,23 +39,6 @@ def few(images: Images, shots: int, generator: torch.Generator) -> Images:
     return images.take(order[earlier.argsort(stable=True)[:shots]])
 
 
-def only_new_row(model: PeftModel) -> int:
-    """Freeze all but the routers, and of these let gradients reach the last row only. Returns that row's size."""
-
-    def last_row(gradient: Tensor) -> Tensor:
-        masked = torch.zeros_like(gradient)
-        masked[-1] = gradient[-1]
-        return masked
-
-    size = 0
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("module_logits" in name)
-        if parameter.requires_grad:
-            parameter.register_hook(last_row)
-            size += parameter.shape[1]
-    return size
-
-
 def check_only_new_row(model: PeftModel, before: dict[str, Tensor]) -> None:
     """Raise if anything but the routers' last rows differs from ``before``."""
     for name, now in model.state_dict().items():
@@ -80,7 +63,8 @@ def learn_row(base: Base, adapted: Adapted, task: Task, data: Data, examples: Im
     old = model.active_peft_config.n_tasks
     near = nearest_row(base, model, task, examples, old)
     model.add_tasks(1, init="mean")
-    size = only_new_row(model)
+    model.train_only(tasks=[old])
+    size = model.get_nb_trainable_parameters()[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def score(row: int) -> float:
@@ -89,7 +73,7 @@ def learn_row(base: Base, adapted: Adapted, task: Task, data: Data, examples: Im
     ways = [("mean of the rows", 0, score(old)), ("best old row on the examples", 0, score(near))]
     inputs = task_inputs(base, task, examples, len(examples), torch.Generator().manual_seed(0))
     with progress(f"{task.label}: {label}", steps) as bar:
-        fit(model, {"module_logits": ROUTER_RATE}, steps, ({**batch, "task_ids": old} for batch in inputs), bar)
+        fit(model, {"poly_router": ROUTER_RATE}, steps, ({**batch, "task_ids": old} for batch in inputs), bar)
     check_only_new_row(model, before)
     return [*ways, ("new row, trained", size, score(old))]
 
@@ -118,6 +102,6 @@ def meet(base: Base, adapted: dict[str, Adapted], tasks: list[Task], data: Data,
         for one in (one for one in adapted.values() if one.method.mode == "routed"):
             for label, size, score in learn_row(base, one, task, data, examples, steps):
                 note(label, one.method.label, task, size, score)
-        fresh = adapted["lokr"].method
-        note(f"new {fresh.label} of its own", "", task, *learn_fresh(base, fresh, task, data, examples, steps))
+        for fresh, name in ((adapted["lora"].method, "LoRA"), (adapted["lokr"].method, "LoKr")):
+            note(f"new {name} of its own", "", task, *learn_fresh(base, fresh, task, data, examples, steps))
     return list(ways.values())

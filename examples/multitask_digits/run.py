@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole story: a base, eight tasks in five ways, a table, two tasks that come later, and all of it read back from disk."""
+"""The whole story: a base, eight tasks in six ways, a table, two tasks that come later, and all of it read back from disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.multitask_digits",
-        description="Adapt one pretrained vision transformer to eight tasks with Poly, multi-head Poly, VB-LoRA and LoKr.",
+        description="Adapt one pretrained vision transformer to eight tasks with LoRA, Poly, multi-head Poly, VB-LoRA and LoKr.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
