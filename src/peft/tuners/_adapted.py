@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
@@ -15,14 +15,15 @@ from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.offload import at_hand
-from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ..utils.other import AuxiliaryTrainingWrapper
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.walk import walk
 from ..utils.warning import warn
-from . import _geometry
+from . import _geometry, _model_merges
 from ._holder import AdapterParameterDict
-from ._layer import BaseTunerLayer, names_to_merge
+from ._layer import BaseTunerLayer
+from ._merging import checked_names
 from ._recall import during_call
 
 
@@ -200,7 +201,7 @@ class AdaptedModel(nn.Module):
                 raise PeftValueError(
                     f"Only one adapter can be set at a time for {type(part).__name__}: several of {names} train the same module."
                 )
-        if any(isinstance(part, BaseTunerLayer) and part.merged for part in parts):
+        if any(isinstance(part, BaseTunerLayer) and (part.merged or part._set_aside) for part in parts):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         for part in parts:
@@ -292,30 +293,31 @@ class AdaptedModel(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
         """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off again exactly.
 
-        Weights that bitsandbytes or torchao quantised are quantised again in their own form; the originals stay in memory until
-        they are unmerged or unloaded.
+        What is taken off is what was added, even if the adapters were trained, loaded or scaled meanwhile: a merge keeps a copy of
+        the adapters' factors. Weights that bitsandbytes or torchao quantised are quantised again in their own form; the originals
+        stay in memory until they are unmerged or unloaded.
 
         Args:
             adapter_names: Which adapters, by default the active ones.
-            safe_merge: Check first that every resulting weight is finite.
+            safe_merge: Check that every resulting weight is finite.
             **options: What the method needs to know besides.
 
         Raises:
-            PeftValueError: An unknown name, or a weight would break; nothing is merged then.
+            PeftValueError: An unknown name, or a weight would break, or an adapter is merged with other options; nothing is merged
+                then.
             PeftNotSupportedError: A weight is quantised in another form, or the method can't be merged.
         """
         self.check_merge_options(options)
-        if adapter_names is not None and not isinstance(adapter_names, str):
-            self.check_names(adapter_names)
-        todo = [(layer, names_to_merge(layer, adapter_names)) for layer in self.tuner_layers()]
-        for layer, names in todo:
-            with at_hand(layer, [*names, *layer.merged_adapters]):
-                layer.check_mergeable(names)
-                if safe_merge:
-                    layer.check_merge(names, **options)
-        for layer, names in todo:
-            with at_hand(layer, [*names, *layer.merged_adapters]):
-                layer.merge(adapter_names=names, **options)
+        names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
+        _model_merges.merge(list(self.tuner_layers()), {name: self.merge_options_of(name, options) for name in names}, safe_merge)
+
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What one adapter is to be merged with, of the options of a merge, checked.
+
+        Raises:
+            PeftValueError: The adapter can't be merged so.
+        """
+        return dict(options)
 
     def check_merge_options(self, options: Iterable[str]) -> None:
         """Insist that merging knows its options.
@@ -329,7 +331,7 @@ class AdaptedModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""
-        merged = [layer for layer in self.tuner_layers() if layer.merged]
+        merged = [layer for layer in self.tuner_layers() if layer.merged or layer._set_aside]
         if not merged:
             warn("Already unmerged. Nothing to do.")
         for layer in reversed(merged):  # of layers that share a weight, the last first
@@ -347,47 +349,32 @@ class AdaptedModel(nn.Module):
 
         Args:
             progressbar: Show one.
-            safe_merge: Check first that every resulting weight is finite.
+            safe_merge: Check that every resulting weight is finite.
             adapter_names: Which adapters, by default the active ones.
             **options: What the method needs to know besides.
 
         Raises:
             As `merge_adapter`.
         """
-        if options and self.merged_adapters:
-            self.unmerge_adapter()  # what is merged may not be what is asked for
-        if not (adapter_names is None and self.merged_adapters == self.active_adapters):
-            with _geometry.untied(self.model, () if self.merged_adapters else self.tuner_layers()):
-                self.merge_adapter(adapter_names, safe_merge, **options)
-        return self._unload(progressbar, "Unloading and merging model", trained_copies=True)
+        self.check_merge_options(options)
+        names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
+        chosen = {name: self.merge_options_of(name, options) for name in names if options}
+        for wrapper in self.auxiliary_wrappers():
+            wrapper.check_one_of(names)
+        with _model_merges.without_other_merges(self.tuner_layers(), chosen):
+            if adapter_names is not None or not set(names) <= set(self.merged_adapters):
+                with _geometry.untied(self.model, () if self.merged_adapters else self.tuner_layers()):
+                    self.merge_adapter(adapter_names, safe_merge, **options)
+        return self._unload(names, "Unloading and merging model" if progressbar else None)
 
     def unload(self) -> nn.Module:
         """The base model as it was: adapters are taken out, merged ones taken off."""
         if self.merged_adapters:
             self.unmerge_adapter()
-        return self._unload(False, "Unloading model", trained_copies=False)
+        return self._unload([])
 
-    def _unload(self, progressbar: bool, description: str, trained_copies: bool) -> nn.Module:
-        modules = list(walk(self.model, repeated=True))
-        if progressbar:
-            from tqdm import tqdm
-
-            modules = tqdm(modules, desc=description)  # type: ignore[assignment]
-        inside: set[int] = set()
-        for path, module in modules:
-            plain: nn.Module | None = None
-            if id(module) in inside:
-                continue
-            if isinstance(module, self.tuner_layer_cls):
-                plain = module.base_layer
-                while isinstance(plain, self.tuner_layer_cls):
-                    inside.add(id(plain))
-                    plain = plain.base_layer
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                plain = module.plain(trained_copies)
-            if plain is not None:
-                parent, _, child = get_submodules(self.model, path)
-                setattr(parent, child, plain)
+    def _unload(self, adapters: list[str], progressbar: str | None = None) -> nn.Module:
+        _model_merges.unload(self.model, self.tuner_layer_cls, adapters, progressbar)
         for name in self.shared_parameter_names:
             self._shared_owner(name)._modules.pop(name, None)
         _geometry.restore_fused_paths(self.model)

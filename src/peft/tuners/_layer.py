@@ -7,7 +7,7 @@ parameters, `delta_activations` computes what the adapter adds to the output, `g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +15,24 @@ from torch import Tensor, nn
 
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..utils.error import PeftNotSupportedError, PeftValueError
+from ..utils.offload import at_hand
 from ..utils.rank_room import RankRoom
-from ..utils.sharding import is_managed, whole
 from ..utils.warning import warn
-from . import _merging
 from ._accumulate import Steps, add_steps, is_plain_product, may_write_to_output, run_with_steps
 from ._cost import AdapterCost, columns
 from ._geometry import (
     Geometry,
     Placement,
-    dense_weight,
     geometry,
     innermost,
     placement,
-    put_weight,
     quantised_form,
-    stored_weight,
     table,
 )
 from ._holder import AdapterHolder
 from ._lowrank import LowRank, cut, dense_svd
-from ._merging import names_to_merge
-from ._quantised import Form as QuantisedForm
+from ._merges import Merge, Merges
+from ._merging import Recipe, as_it_is, by_itself, checked_names, warn_of_merged
 from ._thin import can_stay
 
 
@@ -57,7 +53,8 @@ class BaseTunerLayer(AdapterHolder):
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
             self.geometry: Geometry = size
-        self._merges: dict[str, tuple[dict[str, Any], float, Any]] = {}  # options, scale, and what brings the weight back
+        self._merges: Merges = base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
+        self._set_aside: list[Merge] = []  # merges that were taken off for as long as the adapters are disabled
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
@@ -81,6 +78,12 @@ class BaseTunerLayer(AdapterHolder):
         """What the adapter adds to the base weight, in the base weight's layout."""
         raise PeftNotSupportedError(f"{type(self).__name__} has no delta that could be merged into a weight.")
 
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """`get_delta_weight` as a function of small tensors, which a merge keeps to take the same delta off again. By default the
+        delta itself is kept.
+        """
+        return Recipe(as_it_is, (self.get_delta_weight(adapter_name, **options),))
+
     @property
     def needs_layer_alone(self) -> bool:
         """Whether another method can't adapt the same layer: an adapter's part is not a sum."""
@@ -88,6 +91,10 @@ class BaseTunerLayer(AdapterHolder):
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
         """What merging multiplies the sum of weight and delta by, None for nothing; for a method whose part is not a sum."""
+        return None
+
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
+        """What merging adds to the base layer's bias, None for nothing."""
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -125,15 +132,17 @@ class BaseTunerLayer(AdapterHolder):
         each sample, that one's part is added to the sample's rows instead.
         """
         base: Any = self._modules["base_layer"]
-        if self._disable_adapters or self.merged_adapters:
-            if self._disable_adapters and self.merged_adapters:
-                self.unmerge()
+        if self._disable_adapters:
+            if self.merged_adapters:  # merged since they were switched off
+                self._set_aside += self.take_off()
             return base(x, *args, **kwargs)
         batch = ADAPTER_BATCHES.current
-        if batch is not None:
+        if batch is not None and not self.merged_adapters:
             return self._apply_by_sample(batch, x, base(x, *args, **kwargs))
         active, scaling = self._active_adapter, self.scaling
         names = [name for name in ((active,) if isinstance(active, str) else active) if name in scaling]
+        if self.merged_adapters:
+            names = [name for name in names if name not in self.merged_adapters]
         together = names and not (args or kwargs) and is_plain_product(base, x)
         steps = self.delta_steps(names[0], x) if together else None
         if steps is None:
@@ -193,9 +202,19 @@ class BaseTunerLayer(AdapterHolder):
         return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and self.merged and is_managed(self.weight):
-            self.unmerge()  # in the forward it would be done to a copy that the engine gathered
+        """Switch all adapters off, for which merged ones are taken off the weight, or on. Active ones are then computed in the
+        forward; others that were merged are merged again.
+        """
+        if not enabled and self.merged:
+            with at_hand(self, self.merged_adapters):
+                self._set_aside += self.take_off()
         super().enable_adapters(enabled)
+        if enabled and self._set_aside:
+            again = [merge for merge in self._set_aside if merge.name not in self.merged_adapters]
+            self._set_aside = []
+            if any(merge.name not in self.active_adapters for merge in again):
+                with at_hand(self, [merge.name for merge in again]):
+                    self.put_on(again)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -205,112 +224,114 @@ class BaseTunerLayer(AdapterHolder):
         return bool(self.merged_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
-        """Add adapters' deltas to the base weight.
+        """Add adapters' deltas to the base weight, from where `unmerge` takes them off again exactly, whatever becomes of the
+        adapters meanwhile.
 
-        A quantised weight is read, summed in float32 and quantised once more in its own form; the original stays in memory until
-        it is unmerged: a second copy of the packed weight, half a byte a number in 4 bits, one byte in 8.
+        For that a copy of each adapter's factors is kept, and the few elements of the weight that subtracting the delta would not
+        give back. A quantised weight is read, summed in float32 and quantised once more in its own form; the original stays in
+        memory until it is unmerged: a second copy of the packed weight, half a byte a number in 4 bits, one byte in 8.
 
         Args:
-            safe_merge: Check first that no resulting weight is NaN or infinite.
+            safe_merge: Check that no resulting weight is NaN or infinite.
             adapter_names: Which adapters, by default the active ones; those merged already are passed over with a warning.
             **options: Passed to `get_delta_weight`.
 
         Raises:
-            PeftValueError: `safe_merge` found a broken weight; nothing was changed.
+            PeftValueError: `safe_merge` found a broken weight, or an adapter is merged with other options; nothing was changed.
             PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the method can't be merged.
         """
-        names = [name for name in names_to_merge(self, adapter_names) if name in self.scaling]
-        self.check_mergeable(names)
-        if safe_merge:
-            self.check_merge(names, **options)
-        base = self.get_base_layer()
-        form = quantised_form(base)
-        if form is not None:
-            self._merge_quantised(form, names, options)
-            return
-        for adapter_name in names:
-            delta, scale = self.get_delta_weight(adapter_name, **options), float(self.scaling[adapter_name])
-            merged, correction = _merging.add(whole(stored_weight(base)), delta, self.merge_factor(adapter_name, scale))
-            put_weight(base, merged)
-            self._merges[adapter_name] = (options, scale, correction)
-            self.merged_adapters.append(adapter_name)
+        names = checked_names(self.active_adapters if adapter_names is None else adapter_names)
+        own = {name: options for name in names if name in self.scaling}
+        new = self.not_merged(own)
+        warn_of_merged([name for name in own if name not in new], list(new))
+        self.check_mergeable(list(new))
+        self.merge_each(new, safe_merge)
 
-    @torch.no_grad()
-    def _merge_quantised(self, form: QuantisedForm, names: Sequence[str], options: dict[str, Any]) -> None:
-        """Merge into a quantised weight, starting from the original even if adapters are merged already: it is rounded once."""
-        base = self.get_base_layer()
-        before = form.get(base)
-        original = self._merges[self.merged_adapters[0]][2] if self.merged else before
-        added = {name: (options, float(self.scaling[name]), original) for name in names}
-        form.put(base, original)
-        try:
-            weight = form.read(base)
-            for adapter_name, (own, scale, _) in {**self._merges, **added}.items():
-                weight += self._delta_at(adapter_name, own, scale)
-                factor = self.merge_factor(adapter_name, scale)
-                weight *= 1 if factor is None else factor
-            merged = form.pack(base, weight)
-        finally:
-            form.put(base, before)
-        form.put(base, merged)
-        self._merges.update(added)
-        self.merged_adapters.extend(names)
+    def not_merged(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Those of the layer's adapters that are to be merged with some options, by name, and are not yet.
+
+        Raises:
+            PeftValueError: One is merged with other options.
+        """
+        merged = self._merges.options(self)
+        for name, own in options.items():
+            if name in merged and own and dict(merged[name]) != dict(own):
+                now, wanted = (", ".join(f"{k}={v!r}" for k, v in given.items()) for given in (merged[name], own))
+                raise PeftValueError(
+                    f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` before merging it with {wanted}."
+                )
+        return {name: own for name, own in options.items() if name in self.scaling and name not in merged}
+
+    def merge_each(self, options: Mapping[str, Mapping[str, Any]], safe_merge: bool = False) -> None:
+        """Merge adapters that are not merged, each with its own options; all or none.
+
+        Raises:
+            PeftValueError: `safe_merge` found a broken weight; nothing was changed.
+        """
+        if options:
+            with by_itself(self.get_base_layer().weight.device):  # type: ignore[union-attr, arg-type]
+                new = [self._merge_of(name, own) for name, own in options.items()]
+            self._merges.add(self.get_base_layer(), new, safe_merge)
+
+    def _merge_of(self, adapter_name: str, options: Mapping[str, Any]) -> Merge:
+        """What merging an adapter adds, as it is now."""
+        scale = float(self.scaling[adapter_name])
+        delta = self.delta_recipe(adapter_name, **options).copied()
+        return Merge(
+            self, adapter_name, options, delta, self.merge_factor(adapter_name, scale), self.merge_bias(adapter_name, scale)
+        )
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
         quantised_form(self.get_base_layer())
 
-    def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
-        """Check that merging adapters is possible and would leave a finite weight, without changing anything."""
-        base = self.get_base_layer()
-        weight = dense_weight(base) if quantised_form(base) is not None else whole(stored_weight(base))
-        for adapter_name in adapter_names:
-            if adapter_name in self.scaling:
-                factor = self.merge_factor(adapter_name, float(self.scaling[adapter_name]))
-                weight, _ = _merging.add(weight, self.get_delta_weight(adapter_name, **options), factor)
-                if not torch.isfinite(weight.float()).all():
-                    message = f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-                    raise PeftValueError(f"{message}; nothing was merged.")
+    def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
+        """Take merged adapters' deltas off the base weight again; without all of them it is to the bit what it was, quantised or
+        not.
 
-    def unmerge(self) -> None:
-        """Take all merged adapters' deltas off the base weight again, which is then to the bit what it was, quantised or not."""
+        Args:
+            adapter_names: Which, by default all.
+
+        Raises:
+            PeftRuntimeError: They came merged with a state dict, which does not say what the weight was before.
+        """
+        self._set_aside = []
         if not self.merged:
             warn("Already unmerged. Nothing to do.")
             return
-        base = self.get_base_layer()
-        form = quantised_form(base)
-        if form is not None:
-            form.put(base, self._merges[self.merged_adapters[0]][2])
-        else:
-            put_weight(base, self.unmerged_weight())
-        self.merged_adapters.clear()
-        self._merges.clear()
+        self.take_off(adapter_names)
 
-    @torch.no_grad()
+    def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
+        """Unmerge adapters, by default all; what is returned can be `put_on` again."""
+
+        def is_gone(merge: Merge) -> bool:
+            return merge.layer is self and (adapter_names is None or merge.name in adapter_names)
+
+        return self._merges.remove(self.get_base_layer(), is_gone)
+
+    def put_on(self, merges: Sequence[Merge]) -> None:
+        """Merge again what was taken off, as it was."""
+        self._merges.add(self.get_base_layer(), [merge._replace(correction=None) for merge in merges])
+
+    def merged_options(self, adapter_name: str) -> Mapping[str, Any]:
+        """The options that an adapter was merged with."""
+        return self._merges.options(self)[adapter_name]
+
     def unmerged_weight(self) -> Tensor:
         """The base weight in numbers, to the bit as it is while nothing is merged."""
-        base = self.get_base_layer()
-        form = quantised_form(base)
-        if form is not None:
-            before = form.get(base)
-            form.put(base, self._merges[self.merged_adapters[0]][2] if self.merged else before)
-            try:
-                return form.read(base)
-            finally:
-                form.put(base, before)
-        weight = whole(stored_weight(base))
-        for adapter_name in reversed(self.merged_adapters):
-            options, scale, correction = self._merges[adapter_name]
-            weight = _merging.subtract(weight, self._delta_at(adapter_name, options, scale), correction)
-        return weight
+        return self._merges.original(self.get_base_layer())
 
-    def _delta_at(self, adapter_name: str, options: dict[str, Any], scale: float) -> Tensor:
-        """The delta that was merged: with the scale of then, whatever it is now."""
-        scale, self.scaling[adapter_name] = self.scaling[adapter_name], scale
-        try:
-            return self.get_delta_weight(adapter_name, **options)
-        finally:
-            self.scaling[adapter_name] = scale
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._set_aside = [merge for merge in self._set_aside if merge.name != adapter_name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Cast or move the layer; what is merged stays merged, and comes off as the original weight cast or moved."""
+        if not self.merged or not recurse:
+            return super()._apply(fn, recurse)
+        return self._merges.converted(self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn)
 
     # --- making parameters --------------------------------------------------------------------------------------------
 

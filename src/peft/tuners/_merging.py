@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,63 @@ from torch import Tensor
 
 from ..utils.error import PeftTypeError
 from ..utils.warning import warn
+from ._geometry import Geometry
+
+
+class Recipe(NamedTuple):
+    """A dense delta as a function of small tensors, from which it can be computed again to the bit.
+
+    Args:
+        compute: A function at the top of a module, so that a merged model can be pickled.
+        arguments: What it takes: tensors, named tuples of tensors, and plain values.
+    """
+
+    compute: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+
+    def weight(self) -> Tensor:
+        """Compute the delta."""
+        return self.compute(*self.arguments)
+
+    def copied(self) -> Recipe:
+        """Copy the tensors, so that the delta stays what it is whatever becomes of the parameters."""
+        return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.detach().clone()))
+
+    def on(self, device: torch.device) -> Recipe:
+        """Move the tensors to a device."""
+        return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.to(device)))
+
+
+def as_it_is(delta: Tensor) -> Tensor:
+    """Return a delta that has no smaller form."""
+    return delta
+
+
+def scaled_product(geometry: Geometry, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """Return `scale · B·A` in a layer's layout, with `A [r, in · taps]` and `B [out, r]`."""
+    return _as_stored(geometry, (B @ A) * scale)
+
+
+def sum_of_products(geometry: Geometry, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Return `Σ B·A` in a layer's layout, with pairs `A [r, in · taps]`, `B [out, r]`."""
+    delta = pairs[0][1] @ pairs[0][0]
+    for A, B in pairs[1:]:
+        delta = delta + B @ A
+    return _as_stored(geometry, delta)
+
+
+def _as_stored(geometry: Geometry, delta: Tensor) -> Tensor:
+    return geometry.as_stored(delta.view(-1, geometry.in_features, *geometry.kernel_size))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to the tensors in nested tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [_mapped(part, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 class Correction(NamedTuple):
@@ -32,10 +90,17 @@ def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Te
     """
     total = _wide(weight) + _wide(delta)
     merged = (total if factor is None else total * _wide(factor)).to(weight.dtype)
+    return merged, correction(weight, merged, delta, factor)
+
+
+def correction(weight: Tensor, merged: Tensor, delta: Tensor, factor: Tensor | None = None) -> Correction:
+    """What is needed beside the delta to get `weight` back from `merged`, however that was rounded."""
+    if weight.is_meta:
+        return Correction(None, weight, factor)
     lost = (_take_off(merged, delta, factor) != weight).flatten().nonzero().squeeze(1)
     if 3 * len(lost) > weight.numel():  # a position takes two or four times the memory of a value
-        return merged, Correction(None, weight.detach().clone(), factor)
-    return merged, Correction(lost, weight.flatten()[lost], factor)
+        return Correction(None, weight.detach().clone(), factor)
+    return Correction(lost, weight.flatten()[lost], factor)
 
 
 def subtract(merged: Tensor, delta: Tensor, correction: Correction) -> Tensor:
@@ -44,7 +109,7 @@ def subtract(merged: Tensor, delta: Tensor, correction: Correction) -> Tensor:
     if positions is None:
         return values.to(merged.device)
     weight = _take_off(merged, delta, factor).contiguous()
-    weight.view(-1)[positions] = values.to(weight.device)
+    weight.view(-1)[positions.to(weight.device)] = values.to(weight.device)
     return weight
 
 
@@ -62,21 +127,38 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def names_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
-    """The adapters to merge into a layer (or into all layers of a tuner): those named, by default the active ones, less those
-    merged already, which a warning names.
+@contextmanager
+def by_itself(device: torch.device) -> Iterator[None]:
+    """A context whose results do not depend on the caller's: without gradients, autocast, and inference tensors, which nobody could
+    train later.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
+
+
+def checked_names(adapter_names: Sequence[str]) -> list[str]:
+    """Names of adapters, each once.
+
+    Raises:
+        PeftTypeError: They are one string.
     """
     if isinstance(adapter_names, str):
         raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
-    names = list(layer.active_adapters) if adapter_names is None else list(adapter_names)
-    merged = [name for name in names if name in layer.merged_adapters]
-    if merged:
-        left = [name for name in names if name not in merged]
-        if left:
-            warn(
-                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.",
-            )
-        else:
-            warn("All adapters are already merged, nothing to do.")
-        return left
-    return names
+    return list(dict.fromkeys(adapter_names))
+
+
+def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
+    """Say so where adapters that are to be merged are merged already.
+
+    Args:
+        merged: Those that are.
+        left: Those that are not.
+    """
+    if merged and left:
+        warn(f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.")
+    elif merged:
+        warn("All adapters are already merged, nothing to do.")

@@ -127,10 +127,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         outputs = [self._run(name if self.has(name) else None, x[own], *args, **kwargs) for name, own in rows.items()]
         return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
 
-    def plain(self, trained: bool) -> nn.Module:
-        """The module as it was; if `trained`, with the active adapter's rows written into its weight."""
-        name = self._in_use() if trained else None
-        if name is not None:
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """The module, with the rows of one of some adapters written into its weight."""
+        for name in self.among(adapter_names):
             weight: Any = self.original_module.weight
             weight.data[self._owner[0].token_indices[name]] = self._owner[0].trainable_tokens_delta[name].data.to(weight)
         return self.original_module

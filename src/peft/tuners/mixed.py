@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -12,7 +13,6 @@ from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ._build import Build
-from ._merging import names_to_merge
 from ._tuner import BaseTuner
 
 
@@ -40,7 +40,6 @@ class MixedModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._methods: dict[Any, BaseTuner] = {}
-        self._merged: dict[str, dict[str, Any]] = {}  # options of the merged adapters, in the order they were merged
         super().__init__(*args, **kwargs)
 
     def method_of(self, config: PeftConfig) -> BaseTuner:
@@ -100,54 +99,7 @@ class MixedModel(BaseTuner):
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
-        """Add adapters' deltas to the base weights, as `BaseTuner.merge_adapter`.
-
-        Methods share base weights, and what was added last has to come off first. So each method is merged once: if some adapters
-        are merged already, they are taken off and merged again together with the new ones.
-
-        Args:
-            adapter_names: Which adapters, by default the active ones.
-            safe_merge: Check first that every resulting weight is finite.
-            **options: Given to the methods that know them (`task_id`).
-
-        Raises:
-            As each method's. What is merged is then what was before.
-        """
-        self.check_merge_options(options)
-        new = names_to_merge(self, adapter_names)
-        self.check_names(new)
-        before = dict(self._merged)
-        if before and new:
-            self.unmerge_adapter()
-        try:
-            self._merge({**before, **dict.fromkeys(new, options)} if new else {}, safe_merge)
-        except BaseException:
-            self._merge(before, False)
-            raise
-
-    def _merge(self, options_by_name: dict[str, dict[str, Any]], safe_merge: bool) -> None:
-        """Merge adapters into weights that have none, a method after the other; all or none."""
-        by_method: dict[Any, list[str]] = {}
-        for name in options_by_name:
-            by_method.setdefault(self.peft_config[name].peft_type, []).append(name)
-        try:
-            for peft_type, names in by_method.items():
-                method = self._methods[peft_type]
-                for name in names:
-                    known = {k: v for k, v in options_by_name[name].items() if k in method.merge_options}
-                    method.merge_adapter([name], safe_merge, **known)
-                    self._merged[name] = options_by_name[name]
-        except BaseException:
-            if self.merged_adapters:
-                self.unmerge_adapter()
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Take all merged deltas off the base weights again."""
-        types = [self.peft_config[name].peft_type for name in self._merged]
-        if not types:
-            super().unmerge_adapter()
-        for peft_type in dict.fromkeys(reversed(types)):
-            self._methods[peft_type].unmerge_adapter()
-        self._merged.clear()
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the options that the adapter's method knows (`task_id`), as that has them."""
+        method = self.method_of(self.peft_config[adapter_name])
+        return method.merge_options_of(adapter_name, {k: v for k, v in options.items() if k in method.merge_options})

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -66,8 +66,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Forget an adapter's part."""
         raise NotImplementedError
 
-    def plain(self, trained: bool) -> nn.Module:
-        """What to put in this wrapper's place: the module as it was or, if `trained`, as it is with the active adapter."""
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """What to put in this wrapper's place: the module as it is with the part of one of some adapters, or as it was if none of
+        them has one.
+        """
         raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -107,9 +109,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
             PeftValueError: More than one of the adapters has a part in this module.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_one_of(names)
         own = self.among(names)
-        if len(own) > 1:
-            raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
         self._paused.forget()
         for name in self.adapters:
             self.set_requires_grad(name, name in own and not inference_mode)
@@ -118,6 +119,15 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def among(self, adapter_names: Iterable[str]) -> list[str]:
         """Those of some adapters that train something of this module."""
         return [name for name in adapter_names if self.has(name)]
+
+    def check_one_of(self, adapter_names: Iterable[str]) -> None:
+        """Insist that at most one of some adapters has a part in this module.
+
+        Raises:
+            PeftValueError: Several have.
+        """
+        if len(own := self.among(adapter_names)) > 1:
+            raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Unfreeze or freeze adapters' parts."""
@@ -212,9 +222,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
         return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
 
-    def plain(self, trained: bool) -> nn.Module:
-        """The copy in use if `trained`, else the original module."""
-        return self._current() if trained else self.original_module
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """The copy of one of some adapters, or the original module."""
+        return next((self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module)
 
     def _of(self, adapter_name: str) -> nn.Module:
         """An adapter's copy, or the original module if it has none."""

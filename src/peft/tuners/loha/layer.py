@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .._accumulate import Steps, thin_steps
 from .._cost import AdapterCost, columns, thin_cost
-from .._geometry import Placement, conv_options, pad_input
+from .._geometry import Geometry, Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, product_svd
+from .._merging import Recipe
 from ..lycoris_utils import LycorisLayer
 from .hadamard import HadamardFactors, factor_shapes, hadamard_conv, hadamard_weight, is_thin, low_rank_pair
 
@@ -96,8 +97,11 @@ class LoHaLayer(LycorisLayer):
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """ΔW in the base weight's layout."""
-        delta = hadamard_weight(self.factors(adapter_name), self.scaling[adapter_name])
-        return self.geometry.as_stored(delta.view(delta.shape[0], -1, *self.geometry.kernel_size))
+        return self.delta_recipe(adapter_name).weight()
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """The factors of the product."""
+        return Recipe(_dense, (self.geometry, self.factors(adapter_name), self.scaling[adapter_name]))
 
     def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
         """ΔW as `B·A`, without building it; exact of rank `r²`, or of the weight's if that is less."""
@@ -166,3 +170,9 @@ class Conv2d(_Conv):
 
 class Conv3d(_Conv):
     """`nn.Conv3d` with LoHa adapters."""
+
+
+def _dense(geometry: Geometry, factors: HadamardFactors, scale: float | Tensor) -> Tensor:
+    """ΔW in the base weight's layout."""
+    delta = hadamard_weight(factors, scale)
+    return geometry.as_stored(delta.view(delta.shape[0], -1, *geometry.kernel_size))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .._accumulate import Steps
 from .._cost import AdapterCost
-from .._geometry import Placement, conv_options, pad_input
+from .._geometry import Geometry, Placement, conv_options, pad_input
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
+from .._merging import Recipe
 from ..lycoris_utils import LycorisLayer
 from .cost import cost
 from .kronecker import (
@@ -178,9 +179,13 @@ class LoKrLayer(LycorisLayer):
         """ΔW in the base weight's layout: the dense product, which only merging needs; what a decomposed adapter adds before rows
         or columns get their lengths.
         """
+        return self.delta_recipe(adapter_name).weight()
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """The factors of the product."""
         product = flat_kronecker_weight if self.flat_layout[adapter_name] else kronecker_weight
-        delta = product(self.factors(adapter_name), self.geometry.kernel_size, self.scale(adapter_name))
-        return self.geometry.as_stored(self._own_rows(adapter_name, delta, 0))
+        rows = self.row_offset[adapter_name], self.out_features
+        return Recipe(_dense, (product, self.geometry, self.factors(adapter_name), self.scale(adapter_name), *rows))
 
     def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
         """The part of a product for fused layers that is this layer's."""
@@ -333,3 +338,9 @@ class Conv2d(_Conv):
 
 class Conv3d(_Conv):
     """`nn.Conv3d` with LoKr adapters."""
+
+
+def _dense(product: Any, geometry: Geometry, factors: KroneckerFactors, scale: Any, first: int | None, rows: int) -> Tensor:
+    """ΔW in the base weight's layout; of a product for fused layers the rows from `first` on."""
+    delta = product(factors, geometry.kernel_size, scale)
+    return geometry.as_stored(delta if first is None else delta.narrow(0, first, rows))

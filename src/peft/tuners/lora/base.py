@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...utils.error import PeftNotSupportedError, PeftValueError
+from ...utils.error import PeftNotSupportedError
 from ...utils.rank_room import RankRoom
 from ...utils.sharding import whole
 from ...utils.walk import AdapterModuleDict
@@ -20,6 +20,7 @@ from .._decomposed import DecomposedLayer
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
+from .._merging import Recipe, scaled_product
 from .._thin import scaled
 from .factors import Factors, draw, row_norms
 
@@ -111,7 +112,6 @@ class LoraLayer(DecomposedLayer):
         self.lora_embedding_B = AdapterParameterDict()
         self.lora_magnitude_vector = AdapterModuleDict()
         self.lora_start = AdapterModuleDict()
-        self._bias_before: Tensor | None = None
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
         for name in ("lora_dropout", "lora_start"):
@@ -252,9 +252,11 @@ class LoraLayer(DecomposedLayer):
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """`s·B·A` in the base weight's layout; with DoRA this is what is added before the rows get their lengths."""
-        A, B = self.factors(adapter_name)
-        delta = (B @ A) * self.scaling[adapter_name]
-        return self.geometry.as_stored(delta.view(-1, self.geometry.in_features, *self.geometry.kernel_size))
+        return self.delta_recipe(adapter_name).weight()
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """The factors and their scale."""
+        return Recipe(scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name]))
 
     @property
     def needs_layer_alone(self) -> bool:
@@ -282,31 +284,10 @@ class LoraLayer(DecomposedLayer):
         if biased and any(self.use_dora[name] for name in names[names.index(biased[0]) :]):
             raise PeftNotSupportedError(f"A DoRA adapter can't be merged after {biased[0]}, which has `lora_bias=True`.")
 
-    def check_merge(self, adapter_names: Sequence[str], **options: Any) -> None:
-        """As for all methods; also that the base layer's bias would stay finite."""
-        super().check_merge(adapter_names, **options)
-        for name in adapter_names:
-            if self.lora_bias.get(name) and not torch.isfinite(self.lora_B[name].bias).all():  # type: ignore[arg-type]
-                raise PeftValueError(
-                    f"NaNs detected in the merged bias. The adapter {name} seems to be broken; nothing was merged."
-                )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
-        """As for all methods, and `lora_bias` into the base layer's bias."""
-        before = len(self.merged_adapters)
-        super().merge(safe_merge, adapter_names, **options)
-        for name in self.merged_adapters[before:]:
-            if self.lora_bias[name]:
-                bias: Any = self.get_base_layer().bias
-                self._bias_before = bias.data if self._bias_before is None else self._bias_before
-                bias.data = (bias.data + self.lora_B[name].bias.data * float(self.scaling[name])).to(bias.dtype)  # type: ignore
-
-    def unmerge(self) -> None:
-        """As for all methods; the base layer's bias is what it was."""
-        super().unmerge()
-        if self._bias_before is not None:
-            bias: Any = self.get_base_layer().bias
-            bias.data, self._bias_before = self._bias_before.to(bias.device), None
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
+        """`lora_bias` times the scale."""
+        bias: Any = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
+        return None if bias is None else bias.detach() * scale
 
     def rank_room(self, holder: str) -> RankRoom | None:
         """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a share for each."""

@@ -19,9 +19,10 @@ from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
+from .._merging import Recipe, sum_of_products
 from .._recall import is_running_often
 from .gating import only_used
-from .mixing import poly_delta, poly_steps, side_by_side, task_delta_weight, task_factors
+from .mixing import poly_delta, poly_steps, side_by_side, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
 from .tables import TaskTable
@@ -273,19 +274,21 @@ class PolyLayer(BaseTunerLayer):
 
     def merged_task(self, adapter_name: str) -> int:
         """The task that is merged."""
-        return self.resolve_task(adapter_name, self._merges[adapter_name][0].get("task_id"))
+        return self.resolve_task(adapter_name, self.merged_options(adapter_name).get("task_id"))
 
     def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
         """One task's delta, of rank `r`, in the base weight's layout."""
+        return self.delta_recipe(adapter_name, task_id=task_id).weight()
+
+    def delta_recipe(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Recipe:
+        """That task's factors of rank `r`, and those of what it adds by itself."""
         task = self.resolve_task(adapter_name, task_id)
-        router = self.router(adapter_name)
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
-        weights = router.task_weights()[task].to(A.dtype)
-        delta = task_delta_weight(weights, A, B, self.scaling[adapter_name])
+        weights = self.router(adapter_name).task_weights()[task].to(A.dtype)
+        pairs = [task_factors(weights, A, B, self.scaling[adapter_name])]
         if adapter_name in self.poly_task_skills:
-            left, right = self.own_factors(adapter_name, {task: 1.0})
-            delta = delta + right @ left
-        return self.geometry.as_stored(delta)
+            pairs.append(self.own_factors(adapter_name, {task: 1.0}))
+        return Recipe(sum_of_products, (self.geometry, *pairs))
 
     def own_factors(self, adapter_name: str, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
         """What tasks add by themselves, each times its share, as factors `A [k·r_t, in]` and `B [out, k·r_t]`."""

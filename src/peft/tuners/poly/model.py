@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ...utils.error import PeftNotSupportedError
-from ...utils.offload import at_hand
 from ...utils.walk import walk
 from .._build import Build
 from .._combining import Combination, Combined
@@ -144,25 +143,19 @@ class PolyModel(AdaptingTuner):
             PeftValueError: A name or the task is unknown or missing, or a weight would break; nothing is merged then.
             PeftNotSupportedError: The adapter routes by input, or a weight is quantised.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str):
-            return super().merge_adapter(adapter_names, safe_merge, **options)
-        tasks: dict[str, Any] = {}
-        for name in self.check_names(names):
-            config: Any = self.peft_config[name]
-            # A name may be another number in another adapter; an adapter that routes by input is refused by its layers.
-            named = config.routes_by_task and task_id is not None
-            tasks[name] = int(as_task_ids(task_id, [config], 1, torch.device("cpu"))[0]) if named else None
-            for _, layer in self.poly_layers(name):
-                layer.resolve_task(name, tasks[name])
-                if safe_merge:
-                    with at_hand(layer, [name, *layer.merged_adapters]):
-                        layer.check_merge([name], task_id=tasks[name])
-        if len(set(tasks.values())) < 2:
-            return super().merge_adapter(adapter_names, safe_merge, task_id=next(iter(tasks.values()), None), **options)
-        for name, task in tasks.items():
-            super().merge_adapter([name], task_id=task, **options)
-        return None
+        super().merge_adapter(adapter_names, safe_merge, **options, **({} if task_id is None else {"task_id": task_id}))
+
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The task as a number, which a name may be another of in another adapter; none for one that routes by input, which its
+        layers refuse.
+        """
+        config: Any = self.peft_config[adapter_name]
+        task = options.get("task_id")
+        if task is not None and config.routes_by_task:
+            task = int(as_task_ids(task, [config], 1, torch.device("cpu"))[0])
+        for _, layer in self.poly_layers(adapter_name):
+            layer.resolve_task(adapter_name, task)
+        return {} if task is None else {"task_id": task}
 
     # --- converting and combining -------------------------------------------------------------------------------------
 

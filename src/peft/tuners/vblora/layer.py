@@ -18,6 +18,7 @@ from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
+from .._merging import Recipe, sum_of_products
 from .._packed import PackedTensors
 from .._thin import scaled
 from .bank import all_weights, compose_factors, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
@@ -222,8 +223,11 @@ class VBLoRALayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """`B·A` in the base weight's layout."""
-        A, B = self.factors(adapter_name)
-        return self.geometry.as_stored(B @ A)
+        return self.delta_recipe(adapter_name).weight()
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """The factors as composed."""
+        return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of factors of rank `r`, beside composing them once for a forward."""

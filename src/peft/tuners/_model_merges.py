@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging into all layers of a model, all or none, and taking out what adapters put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..utils.offload import at_hand
+from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ..utils.walk import walk
+from ._layer import BaseTunerLayer
+from ._merges import Merge
+from ._merging import warn_of_merged
+
+Options = Mapping[str, Mapping[str, Any]]
+"""What adapters are merged with, by name."""
+
+
+def merge(layers: Sequence[BaseTunerLayer], options: Options, safe_merge: bool) -> None:
+    """Merge adapters into those of some layers that have them and have not merged them; all or none.
+
+    Raises:
+        PeftValueError: An adapter is merged with other options, or a weight would break; nothing is merged then.
+        PeftNotSupportedError: A layer can't be merged into.
+    """
+    todo = [(layer, own) for layer in layers if (own := layer.not_merged(options))]
+    left = [name for name in options if any(name in own for _, own in todo)]
+    warn_of_merged([name for name in options if name not in left and any(name in layer.scaling for layer in layers)], left)
+    for layer, own in todo:
+        with at_hand(layer, [*own, *layer.merged_adapters]):
+            layer.check_mergeable(list(own))
+    done: list[tuple[BaseTunerLayer, list[str]]] = []
+    try:
+        for layer, own in todo:
+            with at_hand(layer, [*own, *layer.merged_adapters]):
+                layer.merge_each(own, safe_merge)
+            done.append((layer, list(own)))
+    except BaseException:
+        for layer, merged in reversed(done):
+            with at_hand(layer, layer.merged_adapters):
+                layer.unmerge(merged)
+        raise
+
+
+@contextmanager
+def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> Iterator[None]:
+    """A context in which adapters are not merged that are to be merged with other options; an error merges them again."""
+    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
+    for layer in layers:
+        names = [name for name, own in options.items() if own and name in layer.merged_adapters]
+        others = [name for name in names if layer.merged_options(name) != options[name]]
+        if others:
+            with at_hand(layer, layer.merged_adapters):
+                taken.append((layer, layer.take_off(others)))
+    try:
+        yield
+    except BaseException:
+        for layer, merges in taken:
+            with at_hand(layer, layer.merged_adapters):
+                layer.put_on(merges)
+        raise
+
+
+def unload(model: nn.Module, layer_cls: type[BaseTunerLayer], adapters: Sequence[str], progressbar: str | None) -> None:
+    """Put the layers that adapters were put around back in their places.
+
+    Args:
+        model: The model.
+        layer_cls: The class of layers that are taken out.
+        adapters: The adapters whose trained copies of modules, or rows of embeddings, stay in the model.
+        progressbar: Show one with this description.
+    """
+    modules = list(walk(model, repeated=True))
+    if progressbar is not None:
+        from tqdm import tqdm
+
+        modules = tqdm(modules, desc=progressbar)  # type: ignore[assignment]
+    inside: set[int] = set()
+    for path, module in modules:
+        plain: nn.Module | None = None
+        if id(module) in inside:
+            continue
+        if isinstance(module, layer_cls):
+            plain = module.base_layer
+            while isinstance(plain, layer_cls):
+                inside.add(id(plain))
+                plain = plain.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.plain(adapters)
+        if plain is not None:
+            parent, _, child = get_submodules(model, path)
+            setattr(parent, child, plain)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is merged stays what it was, and comes off to the bit, whatever becomes of adapters, formats and modes meanwhile."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from conftest import METHODS, mlp
+from torch import nn
+
+from peft import get_peft_model
+
+TARGETS = ["0", "2"]
+VARIANTS = {
+    **{name: (method, {}) for name, method in METHODS.items()},
+    "DoRA": (METHODS["LORA"], {"use_dora": True}),
+    "lora_bias": (METHODS["LORA"], {"lora_bias": True}),
+    "pissa": (METHODS["LORA"], {"init_lora_weights": "pissa"}),
+    "LoKr by columns": (METHODS["LOKR"], {"weight_decompose": True, "wd_on_output": False, "use_scalar": True}),
+    "Poly own skills": (METHODS["POLY"], {"task_rank": 1, "n_splits": 1}),
+    "VB-LoRA gate": (METHODS["VBLORA"], {"output_gate": True}),
+}
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def variant(request):
+    return VARIANTS[request.param]
+
+
+def adapted(variant, dtype=torch.float32):
+    """A model whose adapter does something, and its base's tensors as they were."""
+    method, fields = variant
+    base = mlp(dtype)
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, method.config(target_modules=TARGETS, **fields)).eval()
+    change(model)
+    return before, model
+
+
+@torch.no_grad()
+def change(model):
+    for name, parameter in model.named_parameters():
+        if model.prefix in name and parameter.is_floating_point():
+            parameter.add_(torch.randn_like(parameter).div_(4).sign_().div_(8))
+
+
+def assert_base(model, expected):
+    plain = {name.replace("base_layer.", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
+    for name, tensor in expected.items():
+        assert plain[name].dtype == tensor.dtype
+        assert torch.equal(plain[name], tensor), name
+
+
+def as_a_step(model, method):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter -= 0.5
+
+
+def as_a_state(model, method):
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items() if model.prefix in k and v.is_floating_point()}, False)
+
+
+def as_a_reset(model, method):
+    if "VBLORA" in str(model.peft_type):  # it has none; logits are drawn as they are made
+        as_a_step(model, method)
+    for layer in model.base_model.tuner_layers():
+        for name in ("reset_lora_parameters", "reset_adapter_parameters", "reset_poly_parameters"):
+            if hasattr(layer, name):
+                getattr(layer, name)("default", False)
+
+
+def as_a_scale(model, method):
+    for layer in model.base_model.tuner_layers():
+        layer.set_scale("default", 3)
+
+
+@pytest.mark.parametrize("how", [as_a_step, as_a_state, as_a_reset, as_a_scale])
+def test_adapters_that_change_while_merged(variant, how):
+    """The weights keep what was merged; once it is off, the adapter counts as it is now."""
+    method, _ = variant
+    before, model = adapted(variant)
+    x = torch.randn(5, 8)
+    model.merge_adapter(**method.merge)
+    merged = model(x, **method.call)
+    how(model, method)
+    assert torch.equal(model(x, **method.call), merged)
+    model.unmerge_adapter()
+    assert_base(model, before)
+    now = model(x, **method.call)
+    assert not torch.allclose(now, merged, atol=1e-3)
+    model.merge_adapter(**method.merge)
+    torch.testing.assert_close(model(x, **method.call), now, atol=1e-4, rtol=1e-4)
+
+
+def test_skills_that_are_added_while_merged():
+    base = mlp()
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, METHODS["POLY"].config(target_modules=TARGETS)).eval()
+    x = torch.randn(5, 8)
+    model.merge_adapter(task_id=1)
+    merged = model(x, task_ids=1)
+    model.add_skills(2)
+    assert torch.equal(model(x, task_ids=1), merged)
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_casting_a_merged_model(variant, dtype):
+    """It computes what it did, and gives back the base weights cast so."""
+    method, _ = variant
+    before, model = adapted(variant)
+    x = torch.randn(5, 8)
+    model.merge_adapter(**method.merge)
+    weights = {name: layer.get_base_layer().weight.clone() for name, layer in model.base_model.named_tuner_layers()}
+    model.to(dtype)
+    for name, layer in model.base_model.named_tuner_layers():
+        assert torch.equal(layer.get_base_layer().weight, weights[name].to(dtype)), name
+    model(x.to(dtype), **method.call)
+    model.unmerge_adapter()
+    assert_base(model, {name: tensor.to(dtype) for name, tensor in before.items()})
+
+
+def test_casting_there_and_back_with_two_adapters():
+    before, model = adapted((METHODS["LORA"], {}), torch.float64)
+    model.add_adapter("b", METHODS["LORA"].config(target_modules=TARGETS))
+    change(model)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["b"])
+    model.bfloat16()
+    model.float()
+    model.unmerge_adapter()
+    assert_base(model, {name: tensor.bfloat16().float() for name, tensor in before.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_casting_behind_the_layers_back(dtype):
+    """Wider is exact; in narrower numbers nothing but rounding is lost."""
+    before, model = adapted((METHODS["LORA"], {}))
+    model.merge_adapter()
+    for layer in model.base_model.tuner_layers():
+        layer.base_layer.to(dtype)
+    model.unmerge_adapter()
+    for name, layer in zip(TARGETS, model.base_model.tuner_layers(), strict=True):
+        weight, expected = layer.base_layer.weight, before[f"{name}.weight"].to(dtype)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0 if dtype == torch.float64 else 2**-7)
+
+
+def test_moving_to_the_meta_device_and_sharing_memory_leave_a_merged_model_whole(method):
+    before, model = adapted((method, {}))
+    model.merge_adapter(**method.merge)
+    model.share_memory()
+    model.unmerge_adapter()
+    assert_base(model, before)
+    model.merge_adapter(**method.merge)
+    model.to("meta")
+    model.unmerge_adapter()
+    assert all(layer.get_base_layer().weight.is_meta for layer in model.base_model.tuner_layers())
+
+
+@pytest.mark.parametrize("when", ["merge", "unmerge", "both"])
+def test_inference_mode_leaves_weights_that_can_be_trained(variant, when):
+    method, _ = variant
+    before, model = adapted(variant)
+    with torch.inference_mode(when in ("merge", "both")):
+        model.merge_adapter(**method.merge)
+    for layer in model.base_model.tuner_layers():
+        layer.get_base_layer().requires_grad_(True)
+    model(torch.randn(5, 8), **method.call).sum().backward()
+    with torch.inference_mode(when in ("unmerge", "both")):
+        model.unmerge_adapter()
+    model(torch.randn(5, 8), **method.call).sum().backward()
+    assert all(layer.get_base_layer().weight.grad is not None for layer in model.base_model.tuner_layers())
+    assert_base(model, before)
+    with torch.inference_mode():
+        plain = model.merge_and_unload(**method.merge)
+    plain(torch.randn(5, 8)).sum().backward()
+
+
+def test_autocast_has_no_part_in_a_merge(variant):
+    method, _ = variant
+    before, model = adapted(variant)
+    other = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter(**method.merge)
+    other.merge_adapter(**method.merge)
+    for one, two in zip(model.base_model.tuner_layers(), other.base_model.tuner_layers(), strict=True):
+        torch.testing.assert_close(one.get_base_layer().weight, two.get_base_layer().weight, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        other.unmerge_adapter()
+    model.unmerge_adapter()
+    assert_base(model, before)
+    assert_base(other, before)
+
+
+def test_a_merged_model_can_be_pickled(variant):
+    method, _ = variant
+    before, model = adapted(variant)
+    x = torch.randn(5, 8)
+    model.merge_adapter(**method.merge)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(x, **method.call), model(x, **method.call))
+    change(again)
+    again.unmerge_adapter()
+    assert_base(again, before)
+    assert model.base_model.merged_adapters == ["default"]
+
+
+def test_an_interrupted_merge_leaves_all_layers_as_they_were(variant, monkeypatch):
+    method, fields = variant
+    before, model = adapted(variant)
+    if not fields.get("weight_decompose"):
+        model.add_adapter("b", method.config(target_modules=TARGETS, **fields))
+        model.merge_adapter(["b"], **method.merge)
+    weights = [layer.get_base_layer().weight.clone() for layer in model.base_model.tuner_layers()]
+    merged = model.base_model.merged_adapters
+    last = list(model.base_model.tuner_layers())[-1]
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "delta_recipe", interrupted)
+    for verb in ("merge_adapter", "merge_and_unload"):
+        with pytest.raises(KeyboardInterrupt):
+            getattr(model, verb)(["default"] if verb == "merge_adapter" else False, **method.merge)
+        assert model.base_model.merged_adapters == merged
+        for layer, weight in zip(model.base_model.tuner_layers(), weights, strict=True):
+            assert torch.equal(layer.get_base_layer().weight, weight)
+            assert layer.merged_adapters == merged
+    monkeypatch.undo()
+    if merged:
+        model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def warnings_of(function, *args, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*args, **kwargs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_merging_twice_warns_once(method):
+    before, model = adapted((method, {}))
+    x = torch.randn(5, 8)
+    assert warnings_of(model.merge_adapter, ["default", "default"], **method.merge) == []
+    once = model(x, **method.call)
+    assert warnings_of(model.merge_adapter, **method.merge) == ["All adapters are already merged, nothing to do."]
+    assert torch.equal(model(x, **method.call), once)
+    assert warnings_of(model.unmerge_adapter) == []
+    assert warnings_of(model.unmerge_adapter) == ["Already unmerged. Nothing to do."]
+    assert_base(model, before)
+
+
+def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):
+    before, model = adapted((method, {}))
+    first, second = model.base_model.tuner_layers()
+    first.merge(**method.merge)
+    weight = first.get_base_layer().weight.clone()
+    assert warnings_of(model.merge_adapter, **method.merge) == []
+    assert second.merged_adapters == ["default"]
+    assert torch.equal(first.get_base_layer().weight, weight)
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_another_task_of_a_merged_adapter_is_refused():
+    before, model = adapted((METHODS["POLY"], {}))
+    model.merge_adapter(task_id=1)
+    assert warnings_of(model.merge_adapter, task_id=1) == ["All adapters are already merged, nothing to do."]
+    with pytest.raises(ValueError, match=r"default is merged with task_id=1; call `unmerge_adapter` before .* task_id=2"):
+        model.merge_adapter(task_id=2)
+    with pytest.raises(ValueError, match="default is merged with task_id=1"):
+        next(model.base_model.tuner_layers()).merge(task_id=2)
+    x = torch.randn(5, 8)
+    model.unmerge_adapter()
+    assert_base(model, before)
+    wanted = model(x, task_ids=2)
+    model.merge_adapter(task_id=1)
+    torch.testing.assert_close(model.merge_and_unload(task_id=2)(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_unmerging_in_any_order_of_methods():
+    """Layers around one base layer share its weight; each takes its own part off, whichever lies on top."""
+    base = nn.Sequential(nn.Linear(8, 8))
+    before = base[0].weight.clone()
+    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["0"]), "a", mixed=True)
+    model.add_adapter("b", METHODS["LOKR"].config(target_modules=["0"]))
+    model.add_adapter("c", METHODS["LORA"].config(target_modules=["0"]))
+    outer, inner = model.base_model.model[0], model.base_model.model[0].base_layer
+    deltas = {name: layer.get_delta_weight(name).detach() for layer in (outer, inner) for name in layer.scaling}
+    for name in "abc":
+        (outer if name in outer.scaling else inner).merge(adapter_names=[name])
+    assert (outer.merged_adapters, inner.merged_adapters) == (["b"], ["a", "c"])
+    inner.unmerge()
+    torch.testing.assert_close(outer.get_base_layer().weight, before + deltas["b"])
+    assert (outer.merged_adapters, inner.merged_adapters) == (["b"], [])
+    model.half()
+    outer.unmerge()
+    assert torch.equal(outer.get_base_layer().weight, before.half())
+
+
+def test_a_merge_keeps_little(variant):
+    """Of a layer of 64 times 64 numbers less than a fifth as many more."""
+    method, fields = variant
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(64, 64))
+    config = method.config(**{"target_modules": ["0"], **fields, "r": 2})
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.mul_(0.1)
+    model.merge_adapter(**method.merge)
+    merge = model.base_model.model[0]._merges.entries[0]
+    if merge.factor is None:  # lengths change all of a weight, much of which undoing does not give to the bit
+        kept = [merge.correction.values, *(tensor for tensor in tensors(merge.delta.arguments))]
+        assert sum(tensor.numel() for tensor in kept) < 64 * 64 / 5
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors(part)
