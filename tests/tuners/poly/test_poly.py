@@ -95,7 +95,7 @@ BAD_IDS = [
     (None, ValueError, "task_ids should not be None: the adapter has 3 tasks"),
     ([0, 1], ValueError, r"shape \[2\]; expected 3 ids"),
     ([[0, 1, 2]], ValueError, r"shape \[1, 3\]"),
-    ([], TypeError, "must be integers"),
+    ([], ValueError, r"shape \[0\]; expected 3 ids"),
     ([0, 1, 3], ValueError, "Only 3 tasks available. Found task id = 3"),
     ([0, -1, 1], ValueError, "Found task id = -1"),
     (torch.tensor([0.0, 1.0, 2.0]), TypeError, "must be integers, not torch.float32"),
@@ -226,6 +226,11 @@ def test_merging_one_task():
     torch.testing.assert_close(model(x, task_ids=[2] * 4), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="Task 2 is merged"):
         model(x, task_ids=[2, 2, 0, 2])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, task_ids=torch.tensor([2] * 4)), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="Task 2 is merged"):
+        compiled(x, task_ids=torch.tensor([2, 2, 0, 2]))
     model.unmerge_adapter()
     torch.testing.assert_close(model.merge_and_unload(task_id=2)(x), expected, atol=1e-5, rtol=1e-4)
 

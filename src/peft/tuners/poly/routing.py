@@ -137,10 +137,10 @@ class Routing:
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
-        if self.probe.merged_adapters:
-            self._check_merged(task_ids)
-            return call
         device = inputs.device if inputs is not None else torch.device("cpu")
+        if self.probe.merged_adapters:
+            self._check_merged(task_ids, call.batch, device)
+            return call
         chosen = ADAPTER_BATCHES.current
         if chosen is not None:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
@@ -175,15 +175,18 @@ class Routing:
                 result[samples] = as_task_ids(own, [config], len(samples), device)
         return result
 
-    def _check_merged(self, task_ids: Any) -> None:
+    def _check_merged(self, task_ids: Any, batch: int | None, device: torch.device) -> None:
         """Task ids in a call of a merged model must say what was merged."""
         if task_ids is None:
             return
         name = self.probe.merged_adapters[-1]
         merged = self.probe.merged_task(name)
-        asked = as_task_ids(task_ids, [self.configs[name]], None, torch.device("cpu"))
-        if any(int(task) != merged for task in asked.flatten()):
-            raise PeftValueError(f"Task {merged} is merged into the weights; call `unmerge_adapter` before using other tasks.")
+        same = as_task_ids(task_ids, [self.configs[name]], batch, device) == merged
+        message = f"Task {merged} is merged into the weights; call `unmerge_adapter` before using other tasks."
+        if torch.compiler.is_compiling():
+            torch._assert_async(same.all(), message)
+        elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
+            raise PeftValueError(message)
 
     def _see_masks(self, call: Call, arguments: Mapping[str, Any], nested: bool) -> None:
         """Note which tokens input routing may look at."""
@@ -281,12 +284,13 @@ def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
-    if ids.dim() != 1 or (batch is not None and ids.shape[0] not in (1, batch)) or ids.shape[0] == 0:
+    if ids.dim() != 1 or (batch is not None and ids.shape[0] not in (1, batch)) or (ids.shape[0] == 0 and batch != 0):
         wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
-        raise PeftValueError(f"`task_ids` has shape {list(ids.shape)}; expected {wanted}.")
+        packed = " (texts packed into one row are one sample)" if batch == 1 else ""
+        raise PeftValueError(f"`task_ids` has shape {list(ids.shape)}; expected {wanted}{packed}.")
     if torch.compiler.is_compiling():
         torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`task_ids` must be at least 0 and below {n_tasks}.")
-    elif not torch._C._functorch.is_functorch_wrapped_tensor(ids):  # values inside `vmap` can't be read
+    elif ids.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(ids):  # values inside `vmap` can't be read
         lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
             raise PeftValueError(
@@ -310,6 +314,8 @@ def _integers(task_ids: Any, configs: Sequence[Any]) -> Tensor:
             task_ids = torch.as_tensor(task_ids)
         except (TypeError, ValueError, RuntimeError):
             raise PeftTypeError(f"`task_ids` must be integers, not {type(task_ids).__name__}.") from None
+        if task_ids.numel() == 0:
+            return task_ids.long()  # an empty list has no dtype of its own
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise PeftTypeError(f"`task_ids` must be integers, not {task_ids.dtype}.")
     return task_ids
