@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, llama, mlp
+from conftest import METHODS, assert_rounded, llama, mlp
 
 import peft
 from peft import PeftModel, get_peft_model
@@ -184,11 +184,11 @@ def test_weights_come_back_for_each_call(method, model, kind, tmp_path):
     away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     adapter = {name for name, _ in model.named_parameters() if ".default" in name}
     assert away >= ({name for name in adapter if ".layers.1." in name} if kind == "dispatched" else adapter)
-    assert torch.equal(model(**batch).logits, expected)
+    assert_rounded(model(**batch).logits, expected)  # layers with hooks are called one by one
     assert torch.equal(model.generate(**tokens), written)
     remove_hook_from_submodules(model)
     if kind == "cpu":
-        assert torch.equal(model(**batch).logits, expected)
+        assert_rounded(model(**batch).logits, expected)
 
 
 def shuffled(method, seed):
@@ -238,7 +238,7 @@ def test_an_offloaded_model_is_merged(method, kind, tmp_path):
     model.merge_adapter(safe_merge=True, **method.merge)
     torch.testing.assert_close(model(ids, **method.call).logits, adapted, atol=1e-4, rtol=1e-3)
     model.unmerge_adapter()
-    assert torch.equal(model(ids, **method.call).logits, adapted)
+    assert_rounded(model(ids, **method.call).logits, adapted)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, base)
     plain = model.merge_and_unload(**method.merge)
@@ -263,7 +263,7 @@ def test_an_offloaded_base_gets_an_adapter_and_trains_it(method, kind, tmp_path)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-    assert losses[0] == losses[1]
+    assert_rounded(*(torch.tensor(curve) for curve in losses), terms=256 * len(losses[0]))  # a step carries on what came before
 
 
 def llama_with_seed():

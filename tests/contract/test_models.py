@@ -168,29 +168,6 @@ def test_checkpointing_of_a_block_by_hand(method, reentrant):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.compile
-def test_a_compiled_model_computes_and_differentiates_as_before(method):
-    """Two adapters active, one frozen head, training and evaluation, without a break in the graph."""
-    torch._dynamo.reset()
-    base = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-    model = get_peft_model(base, method.config(target_modules=["0", "2"])).eval()
-    model.add_adapter("b", method.config(target_modules=["2"]))
-    model.base_model.set_adapter(["default", "b"])
-    x = torch.randn(5, 8)
-    model(x, **method.call).square().sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    result = compiled(x, **method.call)
-    torch.testing.assert_close(result, model(x, **method.call))
-    result.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected[name])
-    with model.disable_adapter():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
-
-
 @pytest.mark.parametrize(
     ("build", "shape"),
     [

@@ -151,16 +151,6 @@ def test_two_adapters_with_tokens_of_their_own(method, build):
     torch.testing.assert_close(logits(model, ids, **method.call), expected["a"])
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("backend", ["eager"])
-def test_compiled_whole(method, backend):
-    model = get_peft_model(llama(), method.config(target_modules=["q_proj"], trainable_token_indices=TOKENS)).eval()
-    ids = some_ids()
-    expected = logits(model, ids, **method.call)
-    torch._dynamo.reset()
-    torch.testing.assert_close(logits(torch.compile(model, backend=backend, fullgraph=True), ids, **method.call), expected)
-
-
 def test_what_does_not_fit_is_refused_before_anything_changes(method):
     base = llama()
     before = snapshot(base)
