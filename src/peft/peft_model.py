@@ -295,9 +295,9 @@ class PeftModel(BasePeftModel):
             config.inference_mode = not is_trainable
             check = filler(self.get_base_model(), config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
             self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes), check)
-            self.base_model.note_loaded(self, adapter_name)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
+            self.base_model.note_loaded(self, adapter_name)
             return LoadResult([], [])
         saved = read_config(model_id, None, hub)
         if saved.peft_type != known.peft_type:

@@ -9,7 +9,7 @@ import torch
 from conftest import assert_unchanged, llama, mlp, snapshot
 from torch import nn
 
-from peft import PeftModel, PolyConfig, get_peft_model
+from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
 from peft.optimizers import parameter_groups
 from peft.tuners.poly import REGIMES
 from peft.tuners.poly.layer import PolyLayer
@@ -329,6 +329,54 @@ def test_fitting_with_batches_of_a_language_model():
     model.add_adapter("idle", config(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="must be active"):
         model.fit_task(0, batches, adapter_name="idle")
+
+
+WRONG_LOSSES = {
+    "a float": (lambda y: float(y.detach().square().mean()), TypeError, "it returned .*, a float. Return the loss itself"),
+    "nothing": (lambda y: None, TypeError, "it returned None, a NoneType"),
+    "many": (lambda y: y.square(), TypeError, r"it returned a tensor of shape \[3, 8\]"),
+    "detached": (lambda y: y.detach().square().mean(), ValueError, "`loss` does not depend on the routing of task 0"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LOSSES)
+@pytest.mark.parametrize("init", [None, "best"])
+def test_losses_that_can_not_be_fitted_are_named(kind, init):
+    model = poly()
+    x = torch.randn(3, 8)
+    before = snapshot(model)
+    make, error, message = WRONG_LOSSES[kind]
+    with pytest.raises(error, match=message):
+        model.fit_task(0, lambda: make(model(x, task_ids=0)), init=init)
+    assert_unchanged(before, model)
+
+
+def test_batches_need_a_loss():
+    model = get_peft_model(llama(), config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(TypeError, match="no `loss`; batches need `labels`"):
+        model.fit_task(0, [{"input_ids": torch.tensor([[3, 4, 5]])}])
+
+
+def test_messages_name_the_argument_that_the_caller_passed(tmp_path):
+    model = poly()
+    for call in (
+        lambda **task: save_as_lora(tmp_path / "lora", model, **task),
+        lambda **task: convert_to_lora(model, **task),
+    ):
+        with pytest.raises(
+            ValueError, match="^task_id should not be None: the adapter has 4 tasks; pass one of them, by id or name"
+        ):
+            call()
+        with pytest.raises(TypeError, match="`task_id` must be integers, not torch.float32"):
+            call(task_id=0.5)
+    assert not (tmp_path / "lora").exists()
+    with pytest.raises(TypeError, match="`task_id` must be"):
+        model.merge_adapter(task_id=0.5)
+    for method, argument in (("fit_task", "task"), ("remove_tasks", "tasks"), ("reorder_tasks", "order")):
+        with pytest.raises(TypeError, match=f"`{argument}` must be integers"):
+            getattr(model, method)(*(0.5, None)[: 2 if method == "fit_task" else 1])
+    with pytest.raises(TypeError, match="`init` must be integers"):
+        model.add_tasks(["new"], init=0.5)
 
 
 def test_a_fit_that_fails_leaves_the_model_as_it_was():

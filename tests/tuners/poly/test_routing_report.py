@@ -185,6 +185,59 @@ def test_a_report(tmp_path):
     assert list(shared.weights) == ["0"] and shared.merges == [] and shared.plot().axes
 
 
+def test_printing_a_report_gives_short_tables():
+    report = routing_report(poly(task_names=["a", "b", "c", "d", "e"]))
+    assert repr(report) == "RoutingReport(5 tasks, 2 layers)"
+    head, *tasks = str(report).split("\n\n")[1].split("\n")
+    assert head.split() == ["task", "most", "alike", "cosine"] and [line.split()[0] for line in tasks] == [
+        report.tasks[i] for i in report.order
+    ]
+    for line in tasks:
+        task, alike, cosine = line.split()
+        others = {
+            name: float(report.similarity[report.tasks.index(task), i]) for i, name in enumerate(report.tasks) if name != task
+        }
+        assert alike == max(others, key=others.get) and cosine == f"{others[alike]:.2f}"
+    head, *layers, means = str(report).split("\n\n")[2].split("\n")
+    names = head.split()[1:-2]
+    assert means.split()[1:] == [f"{sum(layer[n] for layer in report.layers.values()) / 2:.3f}" for n in names]
+    for path, line in zip(("0", "2"), layers, strict=True):
+        usage = report.layers[path]["usage"]
+        best = [f"skill {usage.index(max(usage))}", f"({max(usage):.0%})"]
+        assert " ".join(line.split()) == " ".join([path, *(f"{report.layers[path][n]:.3f}" for n in names), *best])
+    base = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(60)))
+    large = str(routing_report(get_peft_model(base, PolyConfig(r=1, n_tasks=500, target_modules=r"\d+"))))
+    assert "… 480 more tasks" in large and "… 40 more layers" in large and len(large) < 4000
+
+
+def test_how_far_tasks_differ_one_number_at_a_time():
+    weights = torch.rand(4, 2, 3, dtype=torch.float64)
+    means = [[sum(float(weights[t, q, s]) for t in range(4)) / 4 for s in range(3)] for q in range(2)]
+    furthest = max(abs(float(weights[t, q, s]) - means[q][s]) for t, q, s in itertools.product(range(4), range(2), range(3)))
+    assert math.isclose(float(metrics.spread(weights)), 3 * furthest, rel_tol=1e-12)
+    assert float(metrics.spread(weights[:1].expand(4, -1, -1))) < 1e-12
+
+
+def test_a_watch_warns_once_of_routing_that_does_not_move(recwarn):
+    model = get_peft_model(mlp(), PolyConfig(r=2, n_tasks=3, target_modules=TARGETS))
+    watch = RoutingWatch()
+    watch.look(model, 99)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="After 120 steps all tasks still mix .*peft.optimizers.trainer_optimizer"):
+        watch.look(model, 120)
+    recwarn.clear()
+    watch.look(model, 140)
+    RoutingWatch(flat_after=500).look(model, 140)
+    moved = poly()
+    RoutingWatch(dead_below=0).look(moved, 140)
+    for still in (PolyConfig(n_tasks=1), PolyConfig(n_tasks=3, routing="fixed"), PolyConfig(n_tasks=3, inference_mode=True)):
+        still.target_modules = {"0"}
+        RoutingWatch().look(get_peft_model(mlp(), still), 140)
+    model.train_only(skills=True)
+    RoutingWatch().look(model, 140)
+    assert not recwarn
+
+
 # Sampling
 
 
@@ -257,7 +310,9 @@ def test_in_a_trainer(tmp_path):
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "routing/entropy" in entry]
     assert logged[0]["step"] == 2 and logged[0]["routing/entropy"] > 0.99
-    assert {f"routing/{k}" for k in ("usage_entropy", "discreteness", "sparsity", "least_used", "most_used")} <= set(logged[0])
+    assert {f"routing/{k}" for k in ("usage_entropy", "discreteness", "sparsity", "spread", "least_used", "most_used")} <= set(
+        logged[0]
+    )
     assert [entry["step"] for entry in callback.watch.history][:2] == [2, 4] and set(callback.watch.history[0]["layers"]) == {
         "body.0",
         "body.2",

@@ -196,9 +196,16 @@ def test_its_gradient_is_that_of_the_full_logits(tmp_path):
 
 def test_the_guard_stands_without_the_option(tmp_path):
     x, _ = saved(tmp_path)
+    remedy = r"is_trainable=True.*VBLoRAConfig.from_pretrained\(folder, train_topk_weights=True\)"
     for trainable in (True, False):
-        model = PeftModel.from_pretrained(base(), tmp_path, is_trainable=trainable).train()
-        with pytest.raises(RuntimeError, match="Found infinity values in VB-LoRA logits"):
+        if trainable:
+            with pytest.warns(UserWarning, match=f"first forward in training will fail. .*{remedy}"):
+                model = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).train()
+            with pytest.warns(UserWarning, match="Adapter second is trainable but was loaded from a compact file"):
+                model.load_adapter(tmp_path, "second", is_trainable=True)
+        else:
+            model = PeftModel.from_pretrained(base(), tmp_path).train()
+        with pytest.raises(RuntimeError, match=f"Found infinity values in VB-LoRA logits. .*{remedy}"):
             model(x)
     with pytest.raises(RuntimeError, match="Found infinity values in VB-LoRA logits"):
         model(x, adapter_names=["default"] * 5)

@@ -175,13 +175,15 @@ class AdaptingTuner(DerivingTuner):
             The losses, and how long it took.
 
         Raises:
-            PeftTypeError: `loss` is neither a function nor batches.
-            PeftValueError: The task is unknown, or a value is not allowed; nothing is changed.
+            PeftTypeError: `loss` is neither a function nor batches, or returns something else than
+                a tensor of one number.
+            PeftValueError: The task is unknown, a value is not allowed, or the loss does not depend on
+                the task's routing; nothing is changed.
 
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
         """
         name, begin = self.task_routed(adapter_name), perf_counter()
-        number = self.task_numbers(name, task)[0]
+        number = self.task_numbers(name, task, "task")[0]
         if name not in self.active_adapters or self.merged_adapters:
             raise PeftValueError(
                 f"Adapter {name} must be active and not merged to be fitted; the active ones are {self.active_adapters}."
@@ -205,7 +207,7 @@ class AdaptingTuner(DerivingTuner):
                 if fit.losses[-1] < best or batches > 1:  # losses of different batches do not compare
                     best, kept = fit.losses[-1], [row.detach().clone() for row in parameters]
                 if step < steps:
-                    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+                    gradients = _gradients(value, parameters, number)
                     for row, gradient in zip(parameters, gradients, strict=True):
                         row.grad = gradient
                     optimizer.step()
@@ -218,14 +220,15 @@ class AdaptingTuner(DerivingTuner):
     def _closure(self, loss: Any, task: int) -> tuple[Callable[[], Tensor], int]:
         """A function that gives the loss of the next batch, and after how many calls it has gone through all."""
         if callable(loss):
-            return loss, 1
+            return (lambda: _one_number(loss())), 1
         batches = list(loss) if isinstance(loss, Iterable) else []
         if not batches or not all(isinstance(batch, Mapping) for batch in batches):
             raise PeftTypeError("`loss` must be a function without arguments, or batches: keyword arguments for the model.")
         turns = cycle(batches)
 
         def of_next() -> Tensor:
-            return self(**{**next(turns), "task_ids": task}).loss
+            output = self(**{**next(turns), "task_ids": task})
+            return _one_number(getattr(output, "loss", None), "The model's output has no `loss`; batches need `labels`.")
 
         return of_next, len(batches)
 
@@ -276,3 +279,39 @@ class AdaptingTuner(DerivingTuner):
         for router in routers:
             router.module_logits[task] = 0 if best is None else router.module_logits[best]
         return best
+
+
+def _one_number(value: Any, remedy: str = "") -> Tensor:
+    """Return a loss, which has to be a tensor of one number.
+
+    Raises:
+        PeftTypeError: It is something else.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    if value is None and remedy:
+        raise PeftTypeError(remedy)
+    got = f"{value!r}, a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        got = f"a tensor of shape {list(value.shape)}"
+    raise PeftTypeError(
+        "`loss` must return a tensor of one number that gradients flow through; it returned "
+        f"{got}. Return the loss itself, without `.item()` or `float()`."
+    )
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> Sequence[Tensor | None]:
+    """Return the gradients of a loss.
+
+    Raises:
+        PeftValueError: It depends on none of the parameters.
+    """
+    gradients: Sequence[Tensor | None] = [None]
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise PeftValueError(
+            f"`loss` does not depend on the routing of task {task}: have it run the model with "
+            f"`task_ids={task}`, with gradients on and nothing detached."
+        )
+    return gradients

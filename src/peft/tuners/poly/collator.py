@@ -44,6 +44,9 @@ class TaskCollator:
             raise AttributeError(name)
         return getattr(self.collator, name)
 
+    def __repr__(self) -> str:
+        return f"TaskCollator({self.collator!r}, n_tasks={self.config.n_tasks})"
+
     def __call__(self, samples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """A batch with `task_ids`, `[batch]`, in the order of its rows. Where a sample has several texts, in columns `…_input_ids`,
         each of them has the sample's task, in a column `…_task_ids`.

@@ -42,6 +42,9 @@ class PolyConversion(_Pair):
 
     errors: dict[str, float]
 
+    def __repr__(self) -> str:
+        return f"PolyConversion({self.config!r}, {len(self.state_dict)} tensors, errors={getattr(self, 'errors', {})})"
+
 
 def convert_to_poly(
     model: nn.Module,

@@ -65,15 +65,15 @@ class InventoryTuner(BaseTuner):
             if isinstance(layer, PolyLayer) and adapter_name in layer.scaling:
                 yield path, layer
 
-    def task_numbers(self, adapter_name: str, tasks: Any) -> list[int]:
-        """Tasks by id or name, one or several, as ids.
+    def task_numbers(self, adapter_name: str, tasks: Any, argument: str = "tasks") -> list[int]:
+        """Tasks by id or name, one or several, as ids; messages use the argument's name.
 
         Raises:
             PeftTypeError, PeftValueError: As in a call.
         """
         each = tasks if isinstance(tasks, (list, tuple)) and tasks else [tasks]
         configs, cpu = [self.peft_config[adapter_name]], torch.device("cpu")
-        return [number for task in each for number in as_task_ids(task, configs, None, cpu).tolist()]
+        return [number for task in each for number in as_task_ids(task, configs, None, cpu, argument).tolist()]
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class InventoryTuner(BaseTuner):
         name = self.task_routed(adapter_name)
         config: Any = self.peft_config[name]
         extra, names = _new_tasks(config, tasks)
-        source = None if init in ("mean", "uniform") else self.task_numbers(name, init)[0]
+        source = None if init in ("mean", "uniform") else self.task_numbers(name, init, "init")[0]
         old = list(range(config.n_tasks))
 
         def grown(logits: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class InventoryTuner(BaseTuner):
             PeftValueError: It is not an order of all tasks; nothing is changed.
         """
         name = self.task_routed(adapter_name)
-        numbers, n_tasks = self.task_numbers(name, order), self.peft_config[name].n_tasks  # type: ignore[attr-defined]
+        numbers, n_tasks = self.task_numbers(name, order, "order"), self.peft_config[name].n_tasks  # type: ignore[attr-defined]
         if sorted(numbers) != list(range(n_tasks)):
             raise PeftValueError(f"`order`={list(order)} must have each of the adapter's {n_tasks} tasks once.")
         self._select_tasks(name, numbers)

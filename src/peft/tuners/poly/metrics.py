@@ -62,6 +62,19 @@ def entropy(weights: Tensor) -> Tensor:
     return -torch.special.xlogy(weights, weights).sum(-1) / largest
 
 
+def spread(weights: Tensor) -> Tensor:
+    """How far tasks differ in their weights: the largest `n_skills · |w − mean over tasks of w|`. 0 where all tasks mix alike.
+
+    Args:
+        weights: `[n_tasks, ..., n_skills]`, each row's sum one.
+
+    Example:
+        >>> spread(torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
+        tensor(0.2500)
+    """
+    return (weights - weights.mean(0)).abs().max() * weights.shape[-1]
+
+
 def balance(weights: Tensor) -> Tensor:
     """How unevenly skills are used over tasks (or samples): `n_skills · Σ_s u_s² − 1`, the mean over splits, with `u` a split's
     `usage`. 0 where all are used alike, `n_skills − 1` where one is.

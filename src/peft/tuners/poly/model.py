@@ -152,7 +152,7 @@ class PolyModel(AdaptingTuner):
         config: Any = self.peft_config[adapter_name]
         task = options.get("task_id")
         if task is not None and config.routes_by_task:
-            task = int(as_task_ids(task, [config], 1, torch.device("cpu"))[0])
+            task = self._task_number(config, task)
         for _, layer in self.poly_layers(adapter_name):
             layer.resolve_task(adapter_name, task)
         return {} if task is None else {"task_id": task}
@@ -192,8 +192,7 @@ class PolyModel(AdaptingTuner):
 
     @staticmethod
     def _task_number(config: Any, task: Any) -> int:
-        ids = as_task_ids(task, [config], 1, torch.device("cpu"))
-        return int(ids[0])
+        return int(as_task_ids(task, [config], 1, torch.device("cpu"), "task_id")[0])
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)

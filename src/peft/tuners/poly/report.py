@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,14 @@ from . import metrics
 from .layer import PolyLayer
 from .router import TaskRouter
 
+# Lines of tasks and of layers that printing shows.
+_SHOWN = 20
+_MEASURES = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
 
-@dataclass
+
+@dataclass(repr=False)
 class RoutingReport:
-    """An adapter's routing by task, in evaluation.
+    """An adapter's routing by task, in evaluation. Printing gives a table of the tasks, and one of the layers.
 
     Attributes:
         tasks: Names of the tasks, or "task_0", "task_1", ….
@@ -32,8 +36,8 @@ class RoutingReport:
         similarity: `[n_tasks, n_tasks]`, the cosine of tasks' weights less their mean.
         merges: How tasks join to a tree, closest first: the two that join (a task's id, or `n_tasks + i` for what step `i` made),
             their distance (one minus similarity, the mean over pairs), and how many tasks they are together.
-        layers: Of each layer its discreteness and sparsity of gates, the entropy of tasks' weights and of skills' use (0 to 1), and
-            the use of each skill.
+        layers: Of each layer the entropy of tasks' weights and of skills' use (0 to 1), the discreteness and sparsity of gates, the
+            spread of weights over tasks (0 where all mix alike), and the use of each skill.
     """
 
     tasks: list[str]
@@ -42,6 +46,38 @@ class RoutingReport:
     similarity: Tensor
     merges: list[tuple[int, int, float, int]]
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"RoutingReport({len(self.tasks)} tasks, {len(self.weights)} layers)"
+
+    def __str__(self) -> str:
+        """Return two tables: each task, in `order`, with the one most like it; and each layer's
+        measures with their means. Of many only the first are listed.
+        """
+        head = f"Routing in evaluation: tasks {len(self.tasks)}, layers {len(self.weights)}"
+        return "\n".join([head, "", *self._task_lines(), "", *self._layer_lines()])
+
+    def _task_lines(self) -> Iterator[str]:
+        others = self.similarity.clone().fill_diagonal_(-torch.inf)
+        width = max(len("most alike"), *map(len, self.tasks))
+        yield f"{'task':{width}}  {'most alike':{width}}  cosine"
+        for i in self.order[:_SHOWN]:
+            j = int(others[i].argmax())
+            alike = f"  {self.tasks[j]:{width}}  {float(others[i, j]):6.2f}" if j != i else ""
+            yield f"{self.tasks[i]:{width}}{alike}"
+        yield from _rest(self.order, "tasks")
+
+    def _layer_lines(self) -> Iterator[str]:
+        width = max(len("layer"), *map(len, self.layers))
+        yield "  ".join([f"{'layer':{width}}", *_MEASURES, "most used"])
+        for path, layer in list(self.layers.items())[:_SHOWN]:
+            most = max(layer["usage"])
+            best = f"skill {layer['usage'].index(most)} ({most:.0%})"
+            yield "  ".join([f"{path:{width}}", *_aligned(layer), best])
+        yield from _rest(self.layers, "layers")
+        own, n = self.layers.values(), len(self.layers)
+        means = {name: sum(layer[name] for layer in own) / n for name in _MEASURES}
+        yield "  ".join([f"{'mean':{width}}", *_aligned(means)])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each layer, split, task and skill with its `weight`."""
@@ -145,6 +181,16 @@ def routing_report(model: nn.Module, adapter_name: str = "default") -> RoutingRe
     )
 
 
+def _aligned(measures: Mapping[str, float]) -> list[str]:
+    """Return a row's measures, each under its heading."""
+    return [f"{measures[name]:{len(name)}.3f}" for name in _MEASURES]
+
+
+def _rest(entries: Collection[Any], kind: str) -> list[str]:
+    """Return a line that says how many entries are not listed, if any."""
+    return [f"… {len(entries) - _SHOWN} more {kind}"] if len(entries) > _SHOWN else []
+
+
 def _measures(weights: Tensor, gates: Tensor) -> dict[str, Any]:
     """A layer's measures."""
     use = metrics.usage(weights)
@@ -153,6 +199,7 @@ def _measures(weights: Tensor, gates: Tensor) -> dict[str, Any]:
         "sparsity": float(metrics.sparsity(gates)),
         "entropy": float(metrics.entropy(weights).mean()),
         "usage_entropy": float(metrics.entropy(use)),
+        "spread": float(metrics.spread(weights)),
         "usage": use.tolist(),
     }
 

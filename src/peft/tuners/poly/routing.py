@@ -262,7 +262,9 @@ def conduct_generate(function: Callable[..., Any], model: Any, args: tuple[Any, 
     return function(model, *args, **kwargs) if routing is None else routing.generate(function, model, args, kwargs)
 
 
-def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device) -> Tensor:
+def as_task_ids(
+    task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device, argument: str = "task_ids"
+) -> Tensor:
     """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will read them.
 
     Args:
@@ -270,6 +272,7 @@ def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device
         configs: The adapters' configs.
         batch: Number of samples, if known.
         device: Where the model's inputs are.
+        argument: The caller's name for them, for messages.
 
     Raises:
         PeftTypeError: A wrong type.
@@ -279,17 +282,18 @@ def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device
     if task_ids is None:
         if n_tasks == 1 and all(config.n_tasks == 1 for config in configs):
             return torch.zeros(1, dtype=torch.long, device=device)
-        raise PeftValueError(f"task_ids should not be None: the adapter has {n_tasks} tasks; pass one id for each sample.")
-    ids = _integers(task_ids, configs)
+        wanted = "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
+        raise PeftValueError(f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.")
+    ids = _integers(task_ids, configs, argument)
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
     if ids.dim() != 1 or (batch is not None and ids.shape[0] not in (1, batch)) or (ids.shape[0] == 0 and batch != 0):
         wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
         packed = " (texts packed into one row are one sample)" if batch == 1 else ""
-        raise PeftValueError(f"`task_ids` has shape {list(ids.shape)}; expected {wanted}{packed}.")
+        raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
     if torch.compiler.is_compiling():
-        torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`task_ids` must be at least 0 and below {n_tasks}.")
+        torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
     elif ids.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(ids):  # values inside `vmap` can't be read
         lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
@@ -299,7 +303,7 @@ def as_task_ids(task_ids: Any, configs: Sequence[Any], batch: int | None, device
     return ids.to(device=device, dtype=torch.long)
 
 
-def _integers(task_ids: Any, configs: Sequence[Any]) -> Tensor:
+def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
     """Task ids of any accepted type as a tensor of integers."""
     if isinstance(task_ids, str):
         task_ids = [task_ids]
@@ -313,11 +317,11 @@ def _integers(task_ids: Any, configs: Sequence[Any]) -> Tensor:
         try:
             task_ids = torch.as_tensor(task_ids)
         except (TypeError, ValueError, RuntimeError):
-            raise PeftTypeError(f"`task_ids` must be integers, not {type(task_ids).__name__}.") from None
+            raise PeftTypeError(f"`{argument}` must be integers, not {type(task_ids).__name__}.") from None
         if task_ids.numel() == 0:
             return task_ids.long()  # an empty list has no dtype of its own
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
-        raise PeftTypeError(f"`task_ids` must be integers, not {task_ids.dtype}.")
+        raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")
     return task_ids
 
 

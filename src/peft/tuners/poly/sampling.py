@@ -48,6 +48,9 @@ class TaskSampler(Sampler[int]):
         self.temperature, self.seed, self.epoch = temperature, seed, 0
         self.num_samples = num_samples or len(tasks)
 
+    def __repr__(self) -> str:
+        return f"TaskSampler({len(self.groups)} tasks, num_samples={self.num_samples}, temperature={self.temperature})"
+
     @property
     def probabilities(self) -> dict[Any, float]:
         """How likely each task is drawn."""

@@ -11,20 +11,29 @@ from torch import nn
 from ...config import is_int
 from ...utils.error import PeftValueError, PeftWarning
 from ...utils.sharding import unparallel
+from ...utils.walk import walk
+from .layer import PolyLayer
 from .report import routing_report
+from .router import TaskRouter
 
 
 class RoutingWatch:
-    """Measures how the routing by task stands, and warns of skills that fall out of use.
+    """Measure how the routing by task stands; warn of skills that fall out of use and of routing
+    that does not move.
 
-    The measures are, as means over the layers, `entropy`, `usage_entropy`, `discreteness` and `sparsity`, and `least_used` and
-    `most_used`, the smallest and largest share of use of any skill.
+    The measures are, as means over the layers, `entropy`, `usage_entropy`, `discreteness`,
+    `sparsity` and `spread`, and `least_used` and `most_used`, the smallest and largest share of use
+    of any skill.
 
     Args:
         adapter_name: The adapter.
         dead_below: A skill whose share of use is below this part of the equal share is dead.
         collapsed_above: A layer has collapsed if one skill's share of use is above this.
-        start: Do not warn before this step: routers begin with equal weights, and find their way slowly.
+        start: Do not warn of skills before this step: routers begin with equal weights, and find
+            their way slowly.
+        flat_below: Routing that trains has not moved if the `spread` of every layer, the largest
+            distance of a task's weight from the tasks' mean in parts of the equal share, is below.
+        flat_after: The first step at which that is worth a warning.
 
     Attributes:
         history: The measures of each look with its `step`, and those of each layer as `layers`.
@@ -41,13 +50,20 @@ class RoutingWatch:
     """
 
     def __init__(
-        self, adapter_name: str = "default", dead_below: float = 0.05, collapsed_above: float = 0.95, start: int = 0
+        self,
+        adapter_name: str = "default",
+        dead_below: float = 0.05,
+        collapsed_above: float = 0.95,
+        start: int = 0,
+        flat_below: float = 0.1,
+        flat_after: int = 100,
     ) -> None:
-        if not (0 <= dead_below < 1 and 0 < collapsed_above <= 1 and is_int(start)):
+        if not (0 <= dead_below < 1 and 0 < collapsed_above <= 1 and flat_below >= 0 and is_int(start) and is_int(flat_after)):
             raise PeftValueError(
                 f"`dead_below`={dead_below!r} must be at least 0 and below 1, `collapsed_above`={collapsed_above!r} above 0 and at "
-                f"most 1, and `start`={start!r} an integer."
+                f"most 1, `flat_below`={flat_below!r} at least 0, and `start`={start!r} and `flat_after`={flat_after!r} integers."
             )
+        self.flat_below, self.flat_after = flat_below, flat_after
         self.adapter_name, self.dead_below, self.collapsed_above, self.start = adapter_name, dead_below, collapsed_above, start
         self.history: list[dict[str, Any]] = []
         self._warned: set[tuple[str, str]] = set()
@@ -62,16 +78,27 @@ class RoutingWatch:
         Raises:
             PeftValueError: There is no such adapter that routes by task.
         """
-        layers = routing_report(unparallel(model), self.adapter_name).layers
+        model = unparallel(model)
+        layers = routing_report(model, self.adapter_name).layers
         shares = [share for layer in layers.values() for share in layer["usage"]]
-        names = ("entropy", "usage_entropy", "discreteness", "sparsity")
+        names = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
         values = {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in names}
         values |= {"least_used": min(shares), "most_used": max(shares)}
         self.history.append({"step": step, **values, "layers": layers})
         if step >= self.start:
             for path, layer in layers.items():
                 self._judge(path, layer["usage"])
+        widest = max(layer["spread"] for layer in layers.values())
+        if step >= self.flat_after and widest < self.flat_below and self._trains(model):
+            self._warn_flat(step)
         return values
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Return whether any table of several tasks trains as a whole."""
+        name, layers = self.adapter_name, (layer for _, layer in walk(model))
+        routers = (r.router(name) for r in layers if isinstance(r, PolyLayer) and name in r.scaling)
+        tables = (r for r in routers if isinstance(r, TaskRouter) and min(r.n_tasks, r.n_skills) > 1)
+        return any(table.module_logits.requires_grad for table in tables)
 
     def _judge(self, path: str, usage: list[float]) -> None:
         """Warn of a layer, once for each kind of trouble."""
@@ -81,6 +108,18 @@ class RoutingWatch:
             self._warn(path, "collapsed", text)
         elif dead:
             self._warn(path, "dead", f"skills {dead} are hardly used by any task")
+
+    def _warn_flat(self, step: int) -> None:
+        if ("", "flat") not in self._warned:
+            self._warned.add(("", "flat"))
+            warnings.warn(
+                f"After {step} steps all tasks still mix their skills alike: the routing has hardly "
+                "moved. The paper's rate for it is a hundred times that of the skills; give it one "
+                "of its own with `peft.optimizers.create_optimizer(model)`, or in a Trainer with "
+                "`optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
     def _warn(self, path: str, kind: str, text: str) -> None:
         if (path, kind) not in self._warned:

@@ -28,6 +28,13 @@ LOGITS = ("vblora_logits_A", "vblora_logits_B")
 INDICES, WEIGHTS, GATE = "_topk_indices", "_topk_weights", "vblora_gate"
 
 
+# What to do about a compact file that is to be trained on.
+TRAINING_ON = (
+    "To train the weights of those that were, load it with `is_trainable=True` and "
+    "`config=VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)`."
+)
+
+
 class VBLoRALayer(BaseTunerLayer):
     """A layer with VB-LoRA adapters, `Δ(x) = x·Aᵀ·Bᵀ`, or `g·x·Aᵀ·Bᵀ` with a gate.
 
@@ -251,7 +258,9 @@ class VBLoRALayer(BaseTunerLayer):
         """
         if self.training and self.topk_only[adapter_name]:
             raise PeftRuntimeError(
-                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
+                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
+                "`save_only_topk_weights` model, which lacks the logits of vectors that were not "
+                f"chosen. {TRAINING_ON}"
             )
         A, B = self._composed(adapter_name)
         if adapter_name in self.vblora_gate:

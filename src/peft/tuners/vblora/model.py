@@ -14,6 +14,7 @@ from ...utils.constants import DEFAULT_TARGET_MODULES
 from ...utils.error import CheckpointError
 from ...utils.save_and_load import adapter_tensors, in_view
 from ...utils.walk import named_tensors, walk
+from ...utils.warning import warn
 from .._build import Build, Construction
 from .._combining import Combination, Combined
 from .._geometry import Placement, expected_layout, geometry
@@ -24,7 +25,7 @@ from .._tuner import BaseTuner
 from . import combining
 from .config import Form
 from .files import export_state, import_state
-from .layer import GATE, INDICES, LOGITS, WEIGHTS, Linear, VBLoRALayer
+from .layer import GATE, INDICES, LOGITS, TRAINING_ON, WEIGHTS, Linear, VBLoRALayer
 from .shared import FoundBank, find_bank
 
 _BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
@@ -184,10 +185,20 @@ class VBLoRAModel(BaseTuner):
         return combining.combine(self, request)
 
     @classmethod
-    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:  # noqa: D102
+    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
+        """Note which layers can't be trained on, and say so if they are meant to be."""
+        waiting = False
         for _, module in walk(model):
-            if isinstance(module, VBLoRALayer):
+            if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
                 module.note_loaded(adapter_name)
+                trainable = any(parameter.requires_grad for parameter in module.adapter_parameters(adapter_name))
+                waiting |= trainable and module.topk_only[adapter_name]
+        if waiting:
+            warn(
+                f"Adapter {adapter_name} is trainable but was loaded from a compact file "
+                "(`save_only_topk_weights`): it infers and merges, and its first forward in "
+                f"training will fail. {TRAINING_ON}"
+            )
 
     @classmethod
     def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

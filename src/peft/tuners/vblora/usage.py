@@ -96,6 +96,9 @@ class BankUsage:
         """Write `summary` and `rows` to a file."""
         Path(path).write_text(json.dumps({"summary": self.summary(), "rows": self.rows()}, indent=1) + "\n", encoding="utf-8")
 
+    def __repr__(self) -> str:
+        return f"BankUsage({len(self.uses)} factors, num_vectors={self.num_vectors})"
+
     def __str__(self) -> str:
         """A table: a line for each factor of each layer, and the summary."""
         width = max(len(use.layer) for use in self.uses)
