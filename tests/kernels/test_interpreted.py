@@ -154,11 +154,20 @@ def test_infinities_ties_and_nan():
     assert torch.equal(A[0, 1:3], half)
 
 
-def test_first_derivatives_only():
-    logits_A, logits_B, bank = problem(6, 4, 2, 1, 2, 2, torch.float32)
-    (gradient,) = torch.autograd.grad(compose_factors(logits_A, logits_B, bank, 2)[0].sin().sum(), bank, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        gradient.sum().backward()
+def second_derivatives(function, *tensors):
+    """Of what a function returns, for its arguments."""
+    results = function(*tensors)
+    total = sum(r.sin().sum() for r in (results if isinstance(results, tuple) else (results,)))
+    firsts = torch.autograd.grad(total, tensors, create_graph=True)
+    return torch.autograd.grad(sum(first.cos().sum() for first in firsts), tensors)
+
+
+def test_second_derivatives_of_factors():
+    tensors = problem(6, 4, 2, 1, 2, 2, torch.float32)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    found = second_derivatives(lambda *t: compose_factors(*t, 2), *tensors)
+    for one, other in zip(found, second_derivatives(lambda *t: factors(*t, 2), *exact), strict=True):
+        assert_near(one, other, 1e-5)
 
 
 def refused(logits_A, logits_B, bank):
@@ -210,6 +219,17 @@ def task_weights(table, task_ids, n_splits, u):
         p, u = gates.clamp(eps, 1 - eps), u.double().clamp(eps, 1 - eps)
         gates = (p.log() - (1 - p).log() + u.log() - (1 - u).log()).sigmoid().clamp(tiny, 1 - eps)
     return gates / (gates.sum(-1, keepdim=True) + 1e-12)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_second_derivatives_of_weights(draw):
+    table, task_ids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 2])
+    torch.manual_seed(3)
+    found = second_derivatives(lambda t: gating.task_weights(t, task_ids, 2, Gating(), draw), table.clone().requires_grad_())
+    torch.manual_seed(3)
+    u = torch.rand(3, 2, 4) if draw else None
+    exact = second_derivatives(lambda t: task_weights(t, task_ids, 2, u), table.double().requires_grad_())
+    assert_near(found[0], exact[0], 1e-5)
 
 
 @dtypes

@@ -3,6 +3,9 @@
 
 An activation read or written once more is what an adapter costs on a wide layer, much more than its few multiplications. So its
 last product is added to the base layer's output where that lies, and its gradient for the input to the base layer's.
+
+This is the fast road, of `Steps`. It is made for what layers see nearly always, and `is_ordinary` says what that is. Anything else
+that the base layer takes goes the plain road, `base(x) + delta_activations(x)`, which asks no more of an input than the base layer.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-from ._eager import is_eager
+from ._eager import is_autocast, is_eager
 from ._thin import across, add, can_add, down, scaled
+
+_PLAIN = nn.Parameter, Tensor
 
 _KEPT = 16
 """A first product is kept for backward if it is at least so many times smaller than the input, else computed again."""
@@ -69,15 +74,31 @@ def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
     return result + p.view(result.shape) if q is None else add_product(result, p, q, in_place)
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Tell if a layer's input may go the fast road.
+
+    It may if it is a plain tensor of at least two dimensions, with numbers in it that are in memory,
+    and if operations run as they are called.
+    """
+    return (
+        type(x) in _PLAIN
+        and is_eager()
+        and not (x.is_nested or x.is_meta)
+        and x.layout is torch.strided
+        and x.dim() > 1
+        and x.numel() > 0
+    )
+
+
 def is_plain_product(layer: Any, x: Tensor) -> bool:
     """Whether a call of a layer is a matrix product of one precision and no more, so that an adapter may take it over."""
     return (
         is_bare(layer, nn.Linear)
-        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor)  # others (quantised, distributed) have their own
+        and type(layer._parameters.get("weight")) in _PLAIN  # others (quantised, distributed) have their own
+        and is_ordinary(x)
         and x.dtype == layer._parameters["weight"].dtype
         and x.is_contiguous()
-        and is_eager()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not is_autocast(x)
     )
 
 
@@ -233,10 +254,11 @@ def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p:
 
 def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_product: bool, for_parameters: Any) -> list[Any]:
     """The gradients for the first product and the parameters, through all that follows it."""
-    own, wanted = [product, *parameters], [for_product, *for_parameters]
-    if not torch.is_grad_enabled():
+    own, wanted, again = [product, *parameters], [for_product, *for_parameters], torch.is_grad_enabled()
+    if again:  # one may have been computed from another: that way is not this function's
+        own = [tensor.view_as(tensor) if want else tensor for tensor, want in zip(own, wanted, strict=True)]
+    else:
         own = [tensor.detach().requires_grad_(want) for tensor, want in zip(own, wanted, strict=True)]
-    again = torch.is_grad_enabled()
     with torch.enable_grad():
         p, q = ctx.then(*own)
     if q is None:

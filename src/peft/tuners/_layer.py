@@ -18,7 +18,7 @@ from ..utils.error import PeftNotSupportedError, PeftValueError
 from ..utils.offload import at_hand
 from ..utils.rank_room import RankRoom
 from ..utils.warning import warn
-from ._accumulate import Steps, add_steps, is_plain_product, may_write_to_output, run_with_steps
+from ._accumulate import Steps, add_steps, is_ordinary, is_plain_product, may_write_to_output, run_with_steps
 from ._cost import AdapterCost, columns
 from ._geometry import (
     Geometry,
@@ -33,6 +33,7 @@ from ._holder import AdapterHolder
 from ._lowrank import LowRank, cut, dense_svd
 from ._merges import Merge, Merges
 from ._merging import Recipe, as_it_is, by_itself, checked_names, warn_of_merged
+from ._nested import as_tokens, nested_like
 from ._thin import can_stay
 
 
@@ -65,12 +66,17 @@ class BaseTunerLayer(AdapterHolder):
         raise NotImplementedError
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the adapter adds to the output for input `x`."""
+        """Return what the adapter adds to the output for input `x`.
+
+        That may be any which the base layer takes (a vector, no rows, on the meta device, inside a
+        transform), but for a nested tensor.
+        """
         raise NotImplementedError
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
         """`delta_activations` as steps from its first matrix product to its last, which are then taken together with the base
-        layer's; None, before anything is computed, where it is not to be had so.
+        layer's; None, before anything is computed, where it is not to be had so. It is asked for where `x` is ordinary: dense,
+        of two dimensions or more, with rows.
         """
         return None
 
@@ -138,7 +144,8 @@ class BaseTunerLayer(AdapterHolder):
             return base(x, *args, **kwargs)
         batch = ADAPTER_BATCHES.current
         if batch is not None and not self.merged_adapters:
-            return self._apply_by_sample(batch, x, base(x, *args, **kwargs))
+            result = base(x, *args, **kwargs)
+            return self._apply_by_sample(batch, x, result) if x.numel() else result  # an expert may get no tokens
         active, scaling = self._active_adapter, self.scaling
         names = [name for name in ((active,) if isinstance(active, str) else active) if name in scaling]
         if self.merged_adapters:
@@ -151,15 +158,35 @@ class BaseTunerLayer(AdapterHolder):
         else:
             result, dtype, names = run_with_steps(base, x, steps), x.dtype, names[1:]
         for adapter_name in names:
-            result = self.apply_adapter(adapter_name, x, result)
+            result = self._add(adapter_name, x, result)
         return result if result.dtype == dtype else result.to(dtype)
+
+    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """Apply an adapter to an input of any layout."""
+        if not x.is_nested:
+            return self.apply_adapter(adapter_name, x, result)
+        own = as_tokens(result).clone()  # it may be written to, which a view of a nested one may not
+        return nested_like(x, self.apply_to_tokens(adapter_name, x, as_tokens(x), own))
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the adapter's part; a method whose part is not a sum overrides this."""
-        steps = self.delta_steps(adapter_name, x)
+        steps = self.delta_steps(adapter_name, x) if is_ordinary(x) else None
         if steps is None:
             return result + self.delta_activations(adapter_name, x)
         return add_steps(steps, result, may_write_to_output(self._modules["base_layer"]))  # type: ignore[arg-type]
+
+    def apply_to_tokens(self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor) -> Tensor:
+        """Apply an adapter to all tokens of a nested input's samples, as `apply_adapter` does.
+
+        A method that knows something of each sample overrides this.
+
+        Args:
+            adapter_name: The adapter's name.
+            nested: The input itself.
+            x: Its tokens `[tokens, …, in]`.
+            result: Those of the output `[tokens, …, out]`.
+        """
+        return self.apply_adapter(adapter_name, x, result)
 
     def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
         """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._eager import is_eager
+from ._eager import is_autocast, is_eager
 from ._kernels import agrees, has_triton
 
 _PLAIN = nn.Parameter, Tensor
@@ -34,7 +34,7 @@ def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
         dtype is torch.float32
         and x.dtype in _HALF
         and is_eager()  # a compiler must not follow what comes after
-        and not torch.is_autocast_enabled(x.device.type)
+        and not is_autocast(x)
         and x.numel() >= _LEAST
         and type(x) in _PLAIN
         and x.is_contiguous()
@@ -143,7 +143,7 @@ class _Down(torch.autograd.Function):
 
 
 def _are_mixed(wide: Tensor, thin: Tensor) -> bool:
-    return wide.dtype in _HALF and thin.dtype is torch.float32 and not torch.is_autocast_enabled(wide.device.type)
+    return wide.dtype in _HALF and thin.dtype is torch.float32 and not is_autocast(wide)
 
 
 def _are_taken(wide: Tensor, length: int, width: int, *thin: Tensor) -> bool:

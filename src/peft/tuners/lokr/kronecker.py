@@ -145,11 +145,12 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     """
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
     shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
-    begun, then = (_steps_of_shapes if torch.compiler.is_compiling() else _known_steps)(*shapes)
+    begun, then = _steps_of_shapes(*shapes)
     first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
     return Steps(widened(x, w1s[0].dtype) if first is None else x, first, (*w1s, *w2s[begun:]), then)
 
 
+@functools.cache
 def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:
     """How many maps of the right chain are the first product, and what follows it."""
     order = _order_of_shapes(left, right)
@@ -157,7 +158,7 @@ def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tu
     a, b, k = left[-1][0], left[0][1], (*(shape[1] for shape in right), right[-1][0])[begun]
     # A last product with the left side forms that one's gradient for each row before summing: only where it is no larger than
     # the output.
-    apart = j < len(right) or bool(a <= right[-1][0])  # sizes are tensors to a tracer
+    apart = j < len(right) or a <= right[-1][0]
     path = tuple([(to_i, to_j - begun) for to_i, to_j in order[begun > 0 : len(order) - apart]])
     left_alone = path == ((n_left, 0),)
 
@@ -299,7 +300,6 @@ def _order_of_shapes(
 
 
 _known_order = functools.cache(_order_of_shapes)
-_known_steps = functools.cache(_steps_of_shapes)
 
 
 def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any) -> Tensor:

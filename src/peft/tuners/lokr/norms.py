@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._eager import without_autocast
 from .kronecker import KroneckerFactors, left, right
 
 _TERMS = {  # against W1, then against W2; and what is left of the squares of both
@@ -91,7 +92,7 @@ def _norms(
     what: str, W: Tensor, f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor, flat: bool, row_offset: int
 ) -> Tensor:
     wide, taps = torch.promote_types(W.dtype, torch.float32), math.prod(kernel)
-    with torch.autocast(W.device.type, enabled=False):
+    with without_autocast(W):
         W1, W2 = left(f), right(f, kernel)
         W2 = W2.flatten(2) if kernel else W2.unsqueeze(-1)
         (a, b), (c, d) = W1.shape, W2.shape[:2]

@@ -17,6 +17,7 @@ from ...utils.sharding import whole
 from ...utils.walk import AdapterModuleDict
 from .._cost import AdapterCost, thin_cost
 from .._decomposed import DecomposedLayer
+from .._eager import is_autocast
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._lowrank import LowRank, approximate, cut, dense_svd, wide
@@ -205,7 +206,7 @@ class LoraLayer(DecomposedLayer):
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+        if x.dtype in (torch.float16, torch.bfloat16) and is_autocast(x):
             return x  # autocast would cast it back before the first product
         return super()._cast_input_dtype(x, dtype)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._eager import without_autocast
+
 
 class Factors(NamedTuple):
     """`A [r, in]` and `B [out, r]` of a product `B·A`."""
@@ -44,7 +46,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """
     W, A, B = W.detach(), A.detach(), B.detach()
     wide = torch.promote_types(W.dtype, torch.float32)
-    with torch.autocast(W.device.type, enabled=False):
+    with without_autocast(W):
         squares = torch.linalg.vector_norm(W, dim=1, dtype=wide).square()
         overlap = (A.to(W.dtype) @ W.mT).to(wide)  # [r, out]
         A, B = A.to(wide), B.mT.to(wide)

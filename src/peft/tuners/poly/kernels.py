@@ -14,12 +14,14 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._derivatives import gradients_again
 from .._kernels import on_device_of
+from .mixing import normalise, relaxed_gates
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MOST_SKILLS, _MOST_SAMPLES = 1024, 1024
@@ -68,9 +70,11 @@ class _Weigh(torch.autograd.Function):
         return _weighed(table, task_ids, draws, shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_weights: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         table, task_ids, draws = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = functools.partial(_weighed_plainly, task_ids=task_ids, draws=draws, shape=ctx.shape)
+            return *gradients_again(plain, (table,), (True,), (of_weights,)), None, None, None
         batch, n_splits, n_skills = ctx.shape
         of_table = torch.empty_like(table)
         rows = table.shape[0] * n_splits
@@ -80,6 +84,11 @@ class _Weigh(torch.autograd.Function):
                 table, task_ids, draws, of_weights.contiguous(), of_table, batch, task_ids.stride(0), rows, **sizes
             )
         return of_table, None, None, None
+
+
+def _weighed_plainly(table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]) -> Tensor:
+    logits = F.embedding(task_ids, table).view(shape).float()
+    return normalise(logits.sigmoid() if draws is None else relaxed_gates(logits, draws))
 
 
 def _weighed(table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]) -> Tensor:

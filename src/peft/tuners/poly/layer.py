@@ -20,6 +20,7 @@ from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .._merging import Recipe, sum_of_products
+from .._nested import are_tokens
 from .._recall import is_running_often
 from .gating import only_used
 from .mixing import poly_delta, poly_steps, side_by_side, task_factors
@@ -175,8 +176,17 @@ class PolyLayer(BaseTunerLayer):
         with self.routing.narrowed(samples):
             return self.apply_adapter(adapter_name, x, result)
 
+    def apply_to_tokens(self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor) -> Tensor:
+        """Apply an adapter to samples padded to one length, so that each keeps its own task."""
+        real = are_tokens(nested)
+        padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
+        with self.routing.masked(real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.stream):
+            return self.apply_adapter(adapter_name, *padded)[real]
+
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, and what the row's task adds by itself."""
+        if x.dim() == 1:
+            return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
         x, *operands = self._operands(adapter_name, x)
         delta = poly_delta(x, *operands)
         if adapter_name not in self.poly_task_skills:
@@ -252,7 +262,7 @@ class PolyLayer(BaseTunerLayer):
         ids = call.task_ids
         if self.training and ids.shape[0] == 1 and call.batch and rows % call.batch == 0:
             ids = ids.expand(call.batch)  # each sample draws its own weights
-        if rows % ids.shape[0]:
+        if rows % max(ids.shape[0], 1):
             raise PeftValueError(f"A layer sees {rows} rows, which {ids.shape[0]} task ids can't share out evenly.")
         return ids if ids.device == x.device else ids.to(x.device)
 

@@ -52,9 +52,14 @@ def gates(logits: Tensor, training: bool) -> Tensor:
     logits = logits.to(_working_dtype(logits))
     if not training:
         return logits.sigmoid()
+    return relaxed_gates(logits, torch.rand(logits.shape, dtype=logits.dtype, device=logits.device))
+
+
+def relaxed_gates(logits: Tensor, u: Tensor) -> Tensor:
+    """Return the gates of logits in training, for numbers `u` that were drawn."""
     info = torch.finfo(logits.dtype)
     p = logits.sigmoid().clamp(info.eps, 1 - info.eps)
-    u = torch.rand(p.shape, dtype=p.dtype, device=p.device).clamp(info.eps, 1 - info.eps)
+    u = u.clamp(info.eps, 1 - info.eps)
     relaxed = u.log() - (-u).log1p() + p.log() - (-p).log1p()
     return relaxed.sigmoid().clamp(info.tiny, 1 - info.eps)
 

@@ -9,9 +9,10 @@ place for as long as it runs; `generate` does the same for all the forwards it r
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ class Routing:
         masks = {stream: mask[samples] for stream, mask in call.masks.items()}
         return self.stack.during(Call(ids, len(samples), masks, call.decisions))
 
+    def masked(self, mask: Tensor, stream: str) -> AbstractContextManager[Any]:
+        """Begin the present call anew for a layer that sees samples padded, with a mask of tokens."""
+        call = self.call or Call()
+        return self.stack.during(replace(call, masks={**call.masks, stream: mask}))
+
     # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _begin(self, model: Any, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Call:
@@ -133,7 +139,7 @@ class Routing:
             PeftValueError: Task ids missing, of a wrong number, or out of range.
         """
         inputs = first_input(args, arguments, CALL_ARGUMENTS)
-        call = Call(batch=inputs.shape[0] if inputs is not None else None)
+        call = Call(batch=inputs.size(0) if inputs is not None else None)  # a nested tensor may have no `shape`
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
@@ -294,7 +300,7 @@ def as_task_ids(
         raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
     if torch.compiler.is_compiling():
         torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
-    elif ids.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(ids):  # values inside `vmap` can't be read
+    elif ids.numel() and _has_values(ids):
         lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
             raise PeftValueError(
@@ -323,6 +329,14 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")
     return task_ids
+
+
+def _has_values(ids: Tensor) -> bool:
+    """Tell if values can be read: there are none in `vmap`, `FakeTensorMode`, on the meta device."""
+    if ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is None or not fakes.is_fake(ids)
 
 
 def _token_mask(mask: Any) -> Tensor | None:

@@ -75,7 +75,8 @@ class TaskSkills(nn.Module):
     def forward(self, x: Tensor, task_ids: Tensor, scale: float) -> Tensor:
         """What the tasks' own skills add for `x [rows, …, in]`, where each of `task_ids` has the same number of rows."""
         A, B = self.A.table(), self.B.table()
-        samples = x.reshape(task_ids.shape[0], -1, x.shape[-1])
+        batch = task_ids.shape[0]
+        samples = x.reshape(batch, math.prod(x.shape[:-1]) // max(batch, 1), x.shape[-1])
         own = samples.bmm(A[task_ids] * scale).bmm(B[task_ids])
         return own.reshape(*x.shape[:-1], B.shape[2])
 

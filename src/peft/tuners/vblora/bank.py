@@ -13,12 +13,16 @@ Source: arXiv:2405.15179
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._derivatives import gradients_again
+from .._eager import is_transformed
 from .._kernels import agrees, can_launch
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -44,7 +48,7 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     Returns:
         `[..., vector_length]` in the bank's dtype, computed in float32 at least. The cost is
         `positions * topk * vector_length` multiplications, next to a pass over `logits` to select; no
-        `[..., topk, vector_length]` is held, now or for the backward (save off CPU and CUDA). First derivatives only.
+        `[..., topk, vector_length]` is held, now or for a first derivative (save off CPU and CUDA).
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
@@ -157,9 +161,9 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
         from . import kernels
 
         ours = kernels.compose_factors
-        if kernels.fits(logits_A, logits_B, bank, topk) and agrees(ours, _compose_factors, _example, bank.device):
+        if kernels.fits(logits_A, logits_B, bank, topk) and agrees(ours, compose_in_full, _example, bank.device):
             return ours(logits_A, logits_B, bank, topk)
-    return _compose_factors(logits_A, logits_B, bank, topk)
+    return compose_in_full(logits_A, logits_B, bank, topk)
 
 
 def index_dtype(num_vectors: int) -> torch.dtype:
@@ -288,7 +292,7 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
     return count // num_vectors * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
 
 
-def _compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def compose_in_full(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """`compose_factors` in plain operations."""
     return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
 
@@ -303,11 +307,32 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     """`sum_k weights[..., k] * bank[indices[..., k]]`: two of `[..., topk]` and a bank to `[..., vector_length]`."""
-    if bank.device.type not in _FUSED_DEVICES:
-        return (weights.unsqueeze(-1) * F.embedding(indices, bank)).sum(dim=-2)
+    compiled = torch.compiler.is_compiling()
+    if bank.device.type not in _FUSED_DEVICES or (is_transformed() and not compiled):
+        return _gathered_sum(weights, indices, bank)
     # One kernel, as fast as gather-and-sum (at half precision up to twice as fast) while the backward keeps `topk`
     # numbers a position in place of `topk * vector_length`; a dense `[positions, num_vectors] @ bank` took 2 to 8 times
     # as long for 256 to 2048 vectors.
     topk = indices.shape[-1]
-    bags = F.embedding_bag(indices.reshape(-1, topk), bank, mode="sum", per_sample_weights=weights.reshape(-1, topk))
+    flat, rows = weights.reshape(-1, topk), indices.reshape(-1, topk)
+    bags = F.embedding_bag(rows, bank, mode="sum", per_sample_weights=flat)
+    if not compiled and bags.grad_fn is not None:
+        bags.grad_fn.register_hook(functools.partial(_differentiable, flat, rows, bank))
     return bags.reshape(*indices.shape[:-1], bank.shape[-1])
+
+
+def _gathered_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
+    """Return the same by operations that every transform knows."""
+    return (weights.unsqueeze(-1) * F.embedding(indices, bank)).sum(dim=-2)
+
+
+def _differentiable(weights: Tensor, indices: Tensor, bank: Tensor, of_inputs: Any, of_outputs: Any) -> Any:
+    """Return gradients in place of those of `embedding_bag`, where these are differentiated again.
+
+    Its own can't be. This is a hook of its node in the graph.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    wanted = [gradient is not None for gradient in of_inputs]
+    own = gradients_again(lambda bank, weights: _gathered_sum(weights, indices, bank), (bank, weights), wanted, of_outputs[:1])
+    return tuple([g if g is None else g.view(shape) for g, shape in zip(own, (bank.shape, (-1,)), strict=True)])

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._derivatives import gradients_again
 from .._kernels import on_device_of
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -61,15 +61,19 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         A, B, chosen = _composed(logits_A, logits_B, bank, topk, keep=True)
-        ctx.save_for_backward(bank, chosen)
-        ctx.logits = logits_A.shape, logits_B.shape, logits_A.dtype
+        ctx.save_for_backward(logits_A, logits_B, bank, chosen)
+        ctx.topk = topk
         return A, B
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_A: Tensor, of_B: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        bank, chosen = ctx.saved_tensors
-        shape_A, shape_B, dtype = ctx.logits
+        *sources, bank, chosen = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            from .bank import compose_in_full
+
+            plain = functools.partial(compose_in_full, topk=ctx.topk)
+            return *gradients_again(plain, (*sources, bank), ctx.needs_input_grad[:3], (of_A, of_B.T)), None
+        (shape_A, shape_B), dtype = (logits.shape for logits in sources), sources[0].dtype
         for_logits, for_bank = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         of_logits_A = bank.new_empty(shape_A if for_logits else (), dtype=dtype)
         of_logits_B = bank.new_empty(shape_B if for_logits else (), dtype=dtype)

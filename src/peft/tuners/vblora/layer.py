@@ -247,11 +247,21 @@ class VBLoRALayer(BaseTunerLayer):
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`x·Aᵀ·Bᵀ`, with dropout on `x` in training."""
-        part = self.delta_steps(adapter_name, x).part()
-        return part.view(*x.shape[:-1], part.shape[1])
+        A, B = self._factors_for_forward(adapter_name)
+        x = self._cast_input_dtype(x, A.dtype)
+        if dropout := self._dropout(adapter_name):
+            x = F.dropout(x, dropout)
+        return F.linear(scaled(F.linear(x, A), self.scaling[adapter_name]), B)
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:
-        """`x·Aᵀ`, then `Bᵀ`.
+        """`x·Aᵀ`, then `Bᵀ`."""
+        A, B = self._factors_for_forward(adapter_name)
+        dropout = self._dropout(adapter_name)
+        x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout) if dropout else self._input_of_steps(x, A.dtype)
+        return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
+
+    def _factors_for_forward(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """`A [r, in]` and `B [out, r]`, the gate in `B`.
 
         Raises:
             PeftRuntimeError: In training, if the logits came from a top-k checkpoint.
@@ -265,9 +275,11 @@ class VBLoRALayer(BaseTunerLayer):
         A, B = self._composed(adapter_name)
         if adapter_name in self.vblora_gate:
             B = B * self.vblora_gate(adapter_name)
-        dropout = self.training and self.vblora_dropout[adapter_name]
-        x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout) if dropout else self._input_of_steps(x, A.dtype)
-        return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
+        return A, B
+
+    def _dropout(self, adapter_name: str) -> float:
+        """The share of the input that is dropped at present."""
+        return self.vblora_dropout[adapter_name] if self.training else 0.0
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested tensors, of samples of unlike lengths, as one dense tensor of all tokens, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_tokens(nested: Tensor) -> Tensor:
+    """Return all samples' tokens, in order, `[tokens, …, features]`."""
+    if nested.layout is torch.jagged:
+        return nested.values()
+    return torch.cat([sample.reshape(-1, sample.shape[-1]) for sample in nested.unbind()])
+
+
+def nested_like(nested: Tensor, tokens: Tensor) -> Tensor:
+    """Return tokens as samples of the lengths that those of a nested tensor have."""
+    if nested.layout is torch.jagged:
+        offsets = nested.offsets()  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(tokens, offsets)  # the same ones: both can be added
+    samples = nested.unbind()
+    parts = tokens.split([sample[..., 0].numel() for sample in samples])
+    shaped = [part.reshape(*sample.shape[:-1], part.shape[-1]) for part, sample in zip(parts, samples, strict=True)]
+    return torch.nested.as_nested_tensor(shaped)
+
+
+def are_tokens(nested: Tensor) -> Tensor:
+    """Return a mask `[samples, longest]`, true where samples padded to one length have tokens."""
+    if nested.layout is torch.jagged:
+        lengths = nested.offsets().diff()  # type: ignore[attr-defined]
+    else:
+        lengths = torch.tensor([sample[..., 0].numel() for sample in nested.unbind()], device=nested.device)
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
