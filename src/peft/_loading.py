@@ -15,6 +15,7 @@ from .tuners._build import Build
 from .utils.adapter_files import CONFIG_NAME
 from .utils.error import PeftNotSupportedError, PeftValueError
 from .utils.hub import local_folder
+from .utils.patterns import written
 from .utils.save_and_load import (
     MODEL_ROOT,
     ROOT,
@@ -63,11 +64,9 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
     besides |= {field.name for field in fields(known) if field.metadata.get("besides")}
     words = ("dropout", "init_", "modules", "layers_", "save_")
     names = [f.name for f in fields(known) if f.name not in besides and not any(word in f.name for word in words)]
-    differing = [
-        f"`{n}`={getattr(saved, n)!r}, the adapter has {getattr(known, n)!r}"
-        for n in names
-        if getattr(saved, n) != getattr(known, n)
-    ]
+    pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
+    pairs |= {n: (written(pair[0]), written(pair[1])) for n, pair in pairs.items() if n in known.patterns}
+    differing = [f"`{n}`={theirs!r}, the adapter has {own!r}" for n, (theirs, own) in pairs.items() if theirs != own]
     if differing:
         raise PeftValueError(f"The checkpoint has {'; '.join(differing)}; load it under a new name.")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +14,28 @@ from ._version import __version__
 from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, pass_over, split_hub_options
+from .utils.patterns import meant, written
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .utils.plain import as_list, is_empty, plain, unwritable
+from .utils.rules import at_least, boolean, choice, is_int, name_list, name_patterns, number, pattern_dict, probability, regex
 from .utils.warning import warn
+
+__all__ = [
+    "LayeredConfig",
+    "PeftConfig",
+    "TargetedConfig",
+    "as_folder",
+    "at_least",
+    "boolean",
+    "choice",
+    "is_int",
+    "name_list",
+    "name_patterns",
+    "number",
+    "pattern_dict",
+    "probability",
+    "regex",
+]
 
 
 @dataclass
@@ -50,10 +68,13 @@ class PeftConfig:
 
     # Fields that this package adds to the interface, with what a file that lacks them means.
     absent_values: ClassVar[dict[str, Any]] = {}
+    # Fields whose keys are names or regular expressions.
+    patterns: ClassVar[tuple[str, ...]] = ()
     # Fields that say how a process runs the adapter, and are in no file.
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        vars(self)["_is_new"] = self.peft_version is None  # else these are the fields of a file
         self.peft_version = self.peft_version or __version__
         for item in fields(self):
             if getattr(self, item.name) is None and (isinstance(item.default, bool) or "dropout" in item.name):
@@ -71,6 +92,9 @@ class PeftConfig:
         saved = [item.name for item in fields(self) if item.name not in self.unsaved]
         for name in saved:
             setattr(self, name, plain(getattr(self, name)))
+        for name in self.patterns:
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, meant(getattr(self, name), vars(self)["_is_new"]))
         problems = list(self._problems())
         for name in saved:
             odd = next(unwritable(getattr(self, name)), None)
@@ -105,10 +129,11 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, but for what is in no file, and what this package adds where a dictionary without it means the same,
-        so that others can make their config of it. Sets stay sets; `save_pretrained` writes them as lists.
+        r"""All fields by name, but for what is in no file, and what this package adds where a dictionary without it means the same,
+        so that others can make their config of it. Sets stay sets; `save_pretrained` writes them as lists. Keys of patterns are
+        those of a file: `^layers.0` is `^layers.0(\..*)?` there, which means the modules below it to other readers, too.
         """
-        content = {k: v for k, v in asdict(self).items() if k not in self.unsaved}
+        content = {k: written(v) if k in self.patterns else v for k, v in asdict(self).items() if k not in self.unsaved}
         return {k: v for k, v in content.items() if k not in self.absent_values or v != self.absent_values[k]}
 
     def to_json(self, auto_mapping: dict | None = None) -> str:
@@ -228,7 +253,9 @@ class PeftConfig:
             )
         config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         own = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
-        return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade({**content, **own})})
+        own |= {name: meant(own[name], True) for name in config_cls.patterns if isinstance(own.get(name), dict)}
+        content = {**content, "peft_version": content.get("peft_version") or __version__, **own}
+        return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
@@ -318,77 +345,3 @@ def as_folder(path: str | os.PathLike) -> Path:
     if folder.is_file():
         raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")
     return folder
-
-
-def is_int(value: Any) -> bool:
-    """Whether `value` is an integer proper (True and False are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# Rules for fields: each yields the offence, if any, as a sentence.
-
-
-def at_least(name: str, value: Any, least: int = 1) -> Iterator[str]:
-    """`value` must be an integer of at least `least`."""
-    if not is_int(value) or value < least:
-        yield f"`{name}`={value!r} must be an integer of at least {least}."
-
-
-def number(name: str, value: Any, *, positive: bool = False) -> Iterator[str]:
-    """`value` must be a finite number, `positive` if asked."""
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf") and value == value
-    if not finite or (positive and value <= 0):
-        yield f"`{name}`={value!r} must be a {'positive ' if positive else ''}finite number."
-
-
-def probability(name: str, value: Any) -> Iterator[str]:
-    """`value` must be a probability below one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        yield f"`{name}`={value!r} must be a probability of at least 0 and below 1."
-
-
-def boolean(name: str, value: Any) -> Iterator[str]:
-    """`value` must be True or False."""
-    if not isinstance(value, bool):
-        yield f"`{name}`={value!r} must be True or False."
-
-
-def choice(name: str, value: Any, allowed: Iterable[Any]) -> Iterator[str]:
-    """`value` must be one of `allowed`."""
-    allowed = list(allowed)
-    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
-        yield f"`{name}`={value!r} must be one of {', '.join(map(repr, allowed))}."
-
-
-def name_list(name: str, value: Any) -> Iterator[str]:
-    """`value` must be a collection of strings, or None."""
-    if value is None:
-        return
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
-        yield f"`{name}`={value!r} must be a list of strings or None."
-
-
-def name_patterns(name: str, value: Any) -> Iterator[str]:
-    """`value` must be a regular expression, a collection of names, or None."""
-    if isinstance(value, str):
-        yield from regex(name, value)
-    else:
-        yield from name_list(name, value)
-
-
-def regex(name: str, value: str) -> Iterator[str]:
-    """`value` must compile as a regular expression."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        yield f"`{name}`={value!r} is not a valid regular expression: {error}."
-
-
-def pattern_dict(name: str, value: Any, rule: Any) -> Iterator[str]:
-    """`value` must map names or regular expressions to values that pass `rule`."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        yield f"`{name}`={value!r} must be a dictionary with names or regular expressions as keys."
-        return
-    for key, entry in value.items():
-        yield from regex(f"{name}[{key!r}]", key)
-        yield from rule(f"{name}[{key!r}]", entry)

@@ -29,15 +29,15 @@ SAVED = {
 LAYERS = {"llama": "layers", "gpt2": "h", "bert": "layer"}
 # Bases whose embedding can have rows trained.
 EMBEDDINGS = ("llama", "gpt2", "bert")
-# Modules for rank and alpha patterns.
+# Modules for rank and alpha patterns. The last of each is how a file has all modules below a path.
 NAMED = {
-    "mlp": ["first", r".*second"],
+    "mlp": ["first", r".*second", r"^block(\..*)?"],
     "conv": ["conv0", r"conv[1-9]"],
     "embedder": ["table"],
-    "llama": ["q_proj", "layers.1.mlp.down_proj", r".*\.1\..*"],
-    "gpt2": ["c_attn", "h.2.mlp.c_fc"],
-    "bert": ["query", "layer.1.attention.self.value"],
-    "t5": ["q", "block.1.layer.0.SelfAttention.v"],
+    "llama": ["q_proj", "layers.1.mlp.down_proj", r".*\.1\..*", r"^(model\.)?layers.1(\..*)?"],
+    "gpt2": ["c_attn", "h.2.mlp.c_fc", r"^(transformer\.)?h.1(\..*)?"],
+    "bert": ["query", "layer.1.attention.self.value", r"^(bert\.)?encoder(\..*)?"],
+    "t5": ["q", "block.1.layer.0.SelfAttention.v", r"^decoder(\..*)?"],
 }
 TRANSFORMERS = {
     "llama": [

@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+from ..utils.patterns import fits
+
 T = TypeVar("T")
 
 
@@ -58,15 +60,10 @@ def select(
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first pattern that means `path`, else `default`.
-
-    A pattern is a regular expression for the whole path or for its end after a dot; one that begins with `^` also means all
-    modules below the path it describes.
+    """The value of the first pattern that means `path`, else `default`. A pattern is a regular expression for the whole path or for
+    its end after a dot; see `utils.patterns` for those that begin with `^`.
     """
-    for pattern, value in patterns.items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", path) or (pattern.startswith("^") and re.match(rf"(?:{pattern})(?:\.|$)", path)):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if fits(pattern, path)), default)
 
 
 def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], str | None]:
@@ -87,4 +84,4 @@ def patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
     differing = {path: value for path, value in values.items() if value != default}
     ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
     plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
-    return differing if plain else {f"^{re.escape(path)}": value for path, value in differing.items()}
+    return differing if plain else {f"^{re.escape(path)}$": value for path, value in differing.items()}

@@ -27,12 +27,15 @@ class LycorisConfig(LayeredConfig):
 
     Args:
         rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
-            end; one that begins with `^` also means all modules below the path it describes.
+            end; one that begins with `^` also means all modules below the path it describes (its file says so in a way that
+            other readers understand; in a file of theirs `^` means the module alone).
         alpha_pattern: Likewise for `alpha`.
     """
 
     rank_pattern: dict = field(default_factory=dict, metadata={"help": "Rank by module name or regular expression."})
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
+
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()

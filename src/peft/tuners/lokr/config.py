@@ -109,6 +109,7 @@ class LoKrConfig(LycorisConfig):
     tensor_shapes: dict = field(default_factory=dict, metadata={"help": "Shapes of all tensors by module name."})
     row_offsets: dict = field(default_factory=dict, metadata={"help": "First row of a product for several layers, by module."})
 
+    patterns: ClassVar[tuple[str, ...]] = (*LycorisConfig.patterns, "factor_pattern", "tensor_shapes", "row_offsets")
     absent_values: ClassVar[dict[str, Any]] = {
         "kronecker_layout": "flat",
         "trainable_token_indices": None,

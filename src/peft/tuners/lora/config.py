@@ -82,7 +82,8 @@ class LoraConfig(LayeredConfig):
         layers_to_transform: Index or indices of the layers to adapt.
         layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default the outermost.
         rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
-            end; one that begins with `^` also means all modules below the path it describes.
+            end; one that begins with `^` also means all modules below the path it describes (its file says so in a way that
+            other readers understand; in a file of theirs `^` means the module alone).
         alpha_pattern: Likewise for `lora_alpha`.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
             where it shares the weight); a dictionary names other modules: name → tokens.
@@ -145,6 +146,7 @@ class LoraConfig(LayeredConfig):
     kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Refuse to adapt one of two tied modules."})
 
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     unsaved: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:

@@ -101,6 +101,7 @@ class PolyConfig(TargetedConfig):
     n_splits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of heads for some modules."})
     routing_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Other routing for some modules."})
 
+    patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
     absent_values: ClassVar[dict[str, Any]] = {
         "task_names": None,
         "routing_level": "sample",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json, read_metadata, read_weights
 from ....utils.error import CheckpointError, PeftValueError
+from ....utils.peft_types import PeftType
 from ..._adapted import AdaptedModel
 from ..._build import Build, Construction
 from ..config import LoKrConfig
@@ -249,7 +250,7 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
         fields = read_json(beside)
     else:
         return None
-    return LoKrConfig(**LoKrConfig.check_kwargs(**{**LoKrConfig.absent_values, **LoKrConfig._upgrade(fields)}))
+    return LoKrConfig._from_file_fields({**fields, "peft_type": PeftType.LOKR}, {})  # type: ignore[return-value]
 
 
 def _writer(metadata: dict[str, str], components: set[str]) -> str:
