@@ -124,6 +124,7 @@ class PeftModel(BasePeftModel):
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in states.items():
             config = converted[name][0] if converted else self.base_model.config_to_save(name)
+            config, state = self.base_model.method_of(config).form_to_save(name, config, state)
             write_adapter(folder if name == "default" else folder / name, state, self._config_text(config), safe_serialization)
         self.create_or_update_model_card(folder)
 

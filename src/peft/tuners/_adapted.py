@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
@@ -74,6 +74,10 @@ class AdaptedModel(nn.Module):
         if is_dataclass(config) and not isinstance(config, type):
             return asdict(config)
         return config if isinstance(config, dict) else config.to_dict()
+
+    def form_to_save(self, adapter_name: str, config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """An adapter's config and tensors as a file has them, where that is another form than `get_peft_model_state_dict` gives."""
+        return config, state
 
     # --- walking ------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def test_the_fields_of_the_interface(tmp_path):
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written.pop("peft_version") == config.peft_version
     assert written == FIELDS
-    assert {field.name for field in dataclasses.fields(LoraConfig)} == {*FIELDS, "peft_version", "runtime_config"}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == {*FIELDS, "peft_version", "runtime_config", "start"}
     assert config.runtime_config == LoraRuntimeConfig(ephemeral_gpu_offload=False)
 
 

@@ -15,6 +15,7 @@ from ...utils.markers import marker
 from ...utils.peft_types import PeftType
 from ...utils.plain import is_empty
 from ...utils.warning import warn
+from .starts import REPEATABLE, is_random, upgraded
 
 # What `init_lora_weights` may say, beside "pissa_niter_<n>".
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -95,6 +96,8 @@ class LoraConfig(LayeredConfig):
             another value that asks for nothing.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules that share a weight. Rows of
             `trainable_token_indices` are tied anyway.
+        start: Filled in by this package, where `init_lora_weights` draws random numbers ("pissa_niter_<n>"): its file is a plain
+            adapter of twice the rank, and this says how to tell the start from the rest.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -146,11 +149,18 @@ class LoraConfig(LayeredConfig):
     kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Refuse to adapt one of two tied modules."})
 
+    start: Any = field(default=None, metadata={"help": "How a file has its start.", "besides": True})
+
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    absent_values: ClassVar[dict[str, Any]] = {"start": None}
     unsaved: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if is_random(self.init_lora_weights) and self.peft_version is None:
+            self.start = REPEATABLE
+        elif self.start == REPEATABLE and not is_random(self.init_lora_weights):
+            self.start = None
         for name, start in _OF_STARTS.items():
             if getattr(self, name) and self.init_lora_weights != start:
                 warn(f"`{name}` is ignored, since `init_lora_weights` is {self.init_lora_weights!r} and not {start!r}.")
@@ -213,9 +223,5 @@ class LoraConfig(LayeredConfig):
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """A file says how its adapter started; after EVA, which draws `A` from data and leaves the base as it is, that no longer
-        matters.
-        """
-        if content.get("init_lora_weights") == "eva":
-            return {**content, "init_lora_weights": True, "eva_config": None}
-        return content
+        """A file says how its adapter started."""
+        return upgraded(content)

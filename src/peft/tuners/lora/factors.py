@@ -127,16 +127,20 @@ def pissa(W: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
         W: `[out, in]`.
         r: How many.
         scale: `s`.
-        niter: Rounds of randomised subspace iteration, None for an exact decomposition.
+        niter: Rounds of randomised subspace iteration, None for an exact decomposition. A weight has the same result each time.
 
-    Source: arXiv:2404.02948, eq. 2 to 4
+    Source: arXiv:2404.02948, eq. 2 to 4; arXiv:0909.4061, algorithms 4.4 and 5.1
     """
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
-        U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
-        Vh = V.mT
+        draw = torch.randn(W.shape[1], r, generator=torch.Generator().manual_seed(0), dtype=W.dtype)
+        Q = torch.linalg.qr(W @ draw.to(W.device))[0]
+        for _ in range(niter):
+            Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
+        U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+        U = Q @ U
     root = (S[:r] / scale).sqrt()
     return Factors(root.unsqueeze(1) * Vh[:r], U[:, :r] * root)
 

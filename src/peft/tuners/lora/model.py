@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...utils.error import PeftWarning
 from ...utils.warning import warn
 from .._build import Build, Construction
-from .._combining import Combination, Combined
+from .._combining import Combination, Combined, outer_path
 from .._geometry import conv_options, expected_layout, geometry, innermost, table
 from .._layer import BaseTunerLayer
 from .._plan import Plan
@@ -22,6 +22,7 @@ from .._tuner import BaseTuner
 from . import combining
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .starts import is_random, with_start, without_start
 
 _MAGNITUDE = "lora_magnitude_vector"
 
@@ -123,7 +124,16 @@ class LoraModel(BaseTuner):
         """A checkpoint has DoRA's lengths under the container's name."""
         return {key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t for key, t in state.items()}
 
+    def form_to_save(self, adapter_name: str, config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """As it is, or with a start that others would not find."""
+        if not is_random(config.init_lora_weights):
+            return config, state
+        own = {outer_path(path): layer for path, layer in self.named_tuner_layers() if adapter_name in layer.scaling}
+        starts = {path: layer.lora_start[adapter_name] for path, layer in own.items() if adapter_name in layer.lora_start}  # type: ignore
+        return with_start(config, state, starts)
+
     @classmethod
     def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The layers have DoRA's lengths in modules."""
+        """The layers have DoRA's lengths in modules, and a start that is drawn apart from the rest."""
+        state = without_start(config, state) if is_random(config.init_lora_weights) else state
         return {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in state.items()}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of adapters whose start can't be found again by others.
+
+An adapter that starts from the base weight adds `s·(B·A - B₀·A₀)`. Where `B₀·A₀` follows from the weight ("pissa", "olora") a file
+needs `A` and `B` alone: every reader finds the rest. What "pissa_niter_<n>" finds depends on random numbers. Here they are the same
+each time, but others draw their own. So a file has a plain adapter of twice the rank, `[B, -B₀]·[A; A₀]`, which means the same to
+all; its config says that the second half is the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...utils.error import PeftNotSupportedError
+from ...utils.patterns import written
+from ...utils.save_and_load import MODEL_ROOT, ROOT
+from ...utils.warning import warn
+from .._targets import pattern_value
+
+# What a config's `start` says where the adapter starts as it would again.
+REPEATABLE = "repeatable"
+# Starts that change the base weight by something that is in no file.
+_ELSEWHERE = ("corda", "lora_ga", "loftq")
+_DOUBLED = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the rank's dimension
+
+
+def is_random(init_lora_weights: Any) -> bool:
+    """Whether an adapter starts from the base weight by random numbers."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa_niter_")
+
+
+def with_start(config: Any, state: Mapping[str, Tensor], starts: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Config and tensors of an adapter for a file, its start among them.
+
+    Args:
+        config: The adapter's config.
+        state: Its tensors by checkpoint key.
+        starts: The starts of its layers by path.
+    """
+    factor = math.sqrt(2) if config.use_rslora else 2
+    plain = replace(
+        config,
+        r=2 * config.r,
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        lora_alpha=factor * config.lora_alpha,
+        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+        start={
+            "init_lora_weights": config.init_lora_weights,
+            "lora_alpha": config.lora_alpha,
+            "alpha_pattern": written(config.alpha_pattern),
+        },
+    )
+    result = dict(state)
+    for key, tensor in state.items():
+        path, name = _taken_apart(key)
+        if name in _DOUBLED:
+            own = starts.get(path)
+            rest = torch.zeros_like(tensor) if own is None else own.A if name == "lora_A.weight" else -own.B
+            result[key] = torch.cat([tensor, rest.to(tensor.device, tensor.dtype)], dim=_DOUBLED[name])
+    return plain, result
+
+
+def without_start(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint but for the start that it has in their second halves."""
+    result = dict(state)
+    for key, tensor in state.items():
+        path, name = _taken_apart(key)
+        r = pattern_value(config.rank_pattern, path, config.r)
+        if name in _DOUBLED and tensor.dim() == 2 and tensor.shape[_DOUBLED[name]] == 2 * r:
+            result[key] = tensor.narrow(_DOUBLED[name], 0, r)
+    return result
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file, with the start as the adapter has it in a model.
+
+    Raises:
+        PeftNotSupportedError: The adapter belongs to a base weight that its start changed.
+    """
+    how, start = content.get("init_lora_weights"), content.get("start")
+    if how == "eva":  # draws `A` from data and leaves the base as it is; it no longer matters
+        return {**content, "init_lora_weights": True, "eva_config": None}
+    if how in _ELSEWHERE:
+        raise PeftNotSupportedError(
+            f"LoraConfig: the adapter's `init_lora_weights`={how!r} changed the base weight by data that is not in its file. Have "
+            "its writer save it with `path_initial_model_for_weight_conversion`; or, if this base is the changed one, pass a "
+            "config with `init_lora_weights=True`."
+        )
+    if isinstance(start, dict):
+        ranks = {key: r // 2 for key, r in (content.get("rank_pattern") or {}).items()}
+        return {**content, **start, "r": content["r"] // 2, "rank_pattern": ranks, "start": REPEATABLE}
+    if is_random(how) and start is None:
+        warn(
+            f"The adapter's `init_lora_weights`={how!r} drew random numbers that its file does not have; with others, its outputs "
+            "are not those it was trained to. Have its writer save it with `path_initial_model_for_weight_conversion`."
+        )
+    return content
+
+
+def _taken_apart(key: str) -> tuple[str, str]:
+    """The path of a layer, and the name of a tensor in it."""
+    parts = key.removeprefix(MODEL_ROOT).removeprefix(ROOT).split(".")
+    at = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts))
+    return ".".join(parts[:at]), ".".join(parts[at:])
