@@ -13,7 +13,6 @@ from torch import nn
 from .config import PeftConfig
 from .tuners._build import Build, Construction
 from .tuners._layer import BaseTunerLayer
-from .tuners._recall import during_call
 from .tuners._tuner import BaseTuner
 from .utils.adapter_batch import ADAPTER_BATCHES
 from .utils.error import PeftTypeError, PeftValueError
@@ -116,7 +115,8 @@ class BasePeftModel(nn.Module):
         self.base_model.refuse_foreign_arguments(kwargs)
         generate, batch = self.base_model.generate, self.base_model.chosen_adapters(args, kwargs)
         chosen = nullcontext() if batch is None else ADAPTER_BATCHES.during(batch)
-        with chosen, self.base_model.adapter_call_context(args, kwargs), during_call(self.base_model, runs_often=True):
+        cached = self.base_model.inference_cache.during_call(runs_often=True)
+        with chosen, self.base_model.adapter_call_context(args, kwargs), cached:
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What inference keeps from call to call: never used once a parameter has other numbers, however it got them."""
+"""The inference cache: what is kept, for how long, and that it is never used once a parameter has other numbers, however it got them.
+
+The right output is that of a model that has computed nothing before: a fresh base, and the adapter loaded from what was saved.
+`test_any_order.py` walks random orders of all that can be done with a model.
+"""
 
 import copy
-import gc
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,9 +15,9 @@ from conftest import llama
 from torch import nn
 from variants import CASES
 
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PolyConfig, get_peft_model
 from peft.tuners import _recall
-from peft.tuners._recall import Recall, during_call
+from peft.tuners._recall import InferenceCache, may_reuse, reuse
 
 
 @pytest.fixture(params=["VBLORA", "POLY", "POLY one head", "POLY top 1"])
@@ -21,14 +25,24 @@ def case(request):
     return CASES[request.param]
 
 
+def base_of(case):
+    torch.manual_seed(0)
+    return case.base()
+
+
+def model_of(case):
+    return get_peft_model(base_of(case), case.config()).eval()
+
+
 def run(model, case, x):
     with torch.no_grad():
         return model(x, **case.call(0, 2, 1))
 
 
-def fresh(model, case, x):
-    """The output of a copy, which has nothing kept."""
-    return run(copy.deepcopy(model), case, x)
+def reloaded(model, case, folder):
+    """A model that has computed nothing yet, with the adapter that a model saves."""
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(base_of(case), folder)
 
 
 def own(model):
@@ -36,43 +50,54 @@ def own(model):
 
 
 def kept(model):
-    return sum(len(layer.recall) for layer in model.base_model.tuner_layers())
+    return len(model.base_model.inference_cache)
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """A list with an entry for each time that VB-LoRA's factors are composed."""
+    from peft.tuners.vblora import layer as module
+
+    calls, compose = [], module.compose_factors
+    monkeypatch.setattr(module, "compose_factors", lambda *args: (calls.append(1), compose(*args))[1])
+    return calls
+
+
+# --- never stale ----------------------------------------------------------------------------------------------------------
 
 
 def halve(p):
     return p.detach() * 0.5 + torch.linspace(0, 1, p.numel()).view_as(p)
 
 
-def swap_storage(p):
-    p.data = halve(p)
-
-
 CHANGES = {
     "in place without gradients": lambda p: p.copy_(halve(p)),
     "in place past the version counter": lambda p: p.data.copy_(halve(p)),
-    "another memory": swap_storage,
+    "another memory": lambda p: setattr(p, "data", halve(p)),
     "one number": lambda p: p.data.view(-1)[-1:].add_(3.0),
     "through numpy": lambda p: p.detach().numpy().__setitem__(..., halve(p).numpy()),
+    "another tensor under its name": lambda p: torch.utils.swap_tensors(p, nn.Parameter(halve(p))),
 }
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
-def test_any_change_is_seen(case, change):
-    model, x = case.model().eval(), case.input()
+def test_any_change_is_seen(case, change, tmp_path):
+    model, x = model_of(case), case.input()
     before = run(model, case, x)
     assert torch.equal(run(model, case, x), before)
     assert kept(model) > 0
     for parameter in own(model):
         with torch.no_grad():
             CHANGES[change](parameter)
-        assert torch.equal(run(model, case, x), fresh(model, case, x))
-    assert not torch.equal(run(model, case, x), before)
+        torch.testing.assert_close(run(model, case, x), run(reloaded(model, case, tmp_path), case, x))
+    assert not torch.allclose(run(model, case, x), before)
 
 
-def test_memory_taken_between_calls(case):
+def test_memory_taken_between_calls(case, tmp_path):
     """Engines that shard parameters free their memory after a layer's forward, and bring it back before the next."""
-    model, x = case.model().eval(), case.input()
-    before = run(model, case, x)
+    model, x = model_of(case), case.input()
+    expected = run(reloaded(model, case, tmp_path), case, x)
+    run(model, case, x)
     held = [(p, p.untyped_storage(), p.detach().clone()) for p in own(model)]
     for _, storage, _ in held:
         storage.resize_(0)
@@ -84,114 +109,95 @@ def test_memory_taken_between_calls(case):
                 parameter.copy_(values)
 
     model.base_model.model.register_forward_pre_hook(bring_back)
-    assert torch.equal(run(model, case, x), before)
+    torch.testing.assert_close(run(model, case, x), expected)
 
 
-def test_training_between_evaluations(case):
-    model, x = case.model(), case.input()
-    run(model.eval(), case, x)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
-    model.train()(x, **case.call(0, 2, 1)).square().sum().backward()
-    optimiser.step()
-    assert torch.equal(run(model.eval(), case, x), fresh(model, case, x))
-
-
-def test_values_from_a_checkpoint(case):
-    model, x = case.model().eval(), case.input()
+def test_gradients_after_an_evaluation(case, tmp_path):
+    """They reach all parameters, as in a model that has evaluated nothing."""
+    model, x = model_of(case), case.input()
+    fresh = reloaded(model, case, tmp_path)
     run(model, case, x)
-    other = case.model().eval()
-    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
-    assert torch.equal(run(model, case, x), fresh(model, case, x))
-    model.load_state_dict({name: tensor + 0.25 for name, tensor in model.state_dict().items()})
-    assert torch.equal(run(model, case, x), fresh(model, case, x))
+    for each in (model, fresh):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_("_lora_" in name or "vblora" in name or "router" in name)
+        each(x, **case.call(0, 2, 1)).square().sum().backward()
+    for parameter, other in zip(own(model), own(fresh), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
 
 
-def test_another_precision(case):
-    model, x = case.model().eval(), case.input()
+def test_another_precision(case, tmp_path):
+    model, x = model_of(case), case.input()
+    expected = run(reloaded(model, case, tmp_path).double(), case, x.double())
     run(model, case, x)
     model.double()
-    assert run(model, case, x.double()).dtype == torch.float64
-    torch.testing.assert_close(run(model, case, x.double()), fresh(model, case, x.double()))
-
-
-def test_gradients_and_training_keep_nothing(case):
-    model, x = case.model().train(), case.input()
-    run(model.eval(), case, x)
-    assert kept(model) > 0
-    model(x, **case.call(0, 2, 1))
-    assert kept(model) == 0
+    torch.testing.assert_close(run(model, case, x.double()), expected)
     with torch.inference_mode():
-        torch.testing.assert_close(model(x, **case.call(0, 2, 1)), run(model, case, x))
-
-
-def test_more_tasks_and_skills():
-    case = CASES["POLY"]
-    model, x = case.model().eval(), case.input()
-    before = run(model, case, x)
-    model.add_tasks(2)
-    assert torch.equal(run(model, case, x), before)
-    with torch.no_grad():
-        assert torch.equal(model(x, task_ids=torch.tensor([4, 3, 4])), copy.deepcopy(model)(x, task_ids=torch.tensor([4, 3, 4])))
-    model.add_skills(1)
-    assert torch.equal(run(model, case, x), fresh(model, case, x))
-
-
-def test_copies_and_deletion_start_anew(case):
-    model, x = case.model().eval(), case.input()
-    run(model, case, x)
-    assert kept(copy.deepcopy(model)) == kept(pickle.loads(pickle.dumps(model))) == 0
-    model.add_adapter("other", case.config())
-    model.delete_adapter("default")
-    assert kept(model) == 0
-    model.add_adapter("default", case.config())
-    model.set_adapter("default")
-    assert torch.equal(run(model, case, x), fresh(model, case, x))
+        torch.testing.assert_close(model(x.double(), **case.call(0, 2, 1)), expected)
+    torch.testing.assert_close(run(model, case, x.double()), expected)
 
 
 def test_scale(case):
-    model, x = case.model().eval(), case.input()
-    plain = run(model, case, x)
-    for layer in model.base_model.tuner_layers():
-        layer.set_scale("default", 3.0)
-    assert not torch.equal(run(model, case, x), plain)
-    assert torch.equal(run(model, case, x), fresh(model, case, x))
+    """It is a factor on what an adapter adds."""
+    last = {"target_modules": ["4"], **({"rank_pattern": {}} if case.method == "POLY" else {})}
+    model, x = get_peft_model(case.base(), case.config(**last)).eval(), case.input()
+    added = {}
+    for scale in (1.0, 3.0):
+        for layer in model.base_model.tuner_layers():
+            layer.set_scale("default", scale)
+        with torch.no_grad(), model.disable_adapter():
+            base = model(x, **case.call(0, 2, 1))
+        added[scale] = run(model, case, x) - base
+    torch.testing.assert_close(added[3.0], 3 * added[1.0])
 
 
-def test_memory_is_bounded_and_given_back(case):
-    model, x = case.model().eval(), case.input()
-    for i in range(12):
-        model.add_adapter(str(i), case.config())
-        model.set_adapter(str(i))
-        run(model, case, x)
-    assert all(len(layer.recall._known) <= Recall.adapters for layer in model.base_model.tuner_layers())
-    del model
-    gc.collect()
-    assert all(watch.tensor() is not None for watch in list(_recall._WATCHES.values()))
+FITS = {
+    "fit": lambda m, x: m.fit_task(2, lambda: m(x, task_ids=2).square().mean(), steps=1, init="best"),
+    "rows": lambda m, x: m.train_only(tasks=[2]),
+    "two rows": lambda m, x: m.train_only(tasks=[0, 2]),
+    "regime": lambda m, x: m.begin_regime("Z", tasks=[2]),
+    "all": lambda m, x: m.set_adapter("default"),
+}
 
 
-def test_large_tensors_are_not_copied(case, monkeypatch):
-    monkeypatch.setattr(Recall, "largest", 3)
-    model, x = case.model().eval(), case.input()
-    run(model, case, x)
-    assert kept(model) == 0
+@pytest.mark.parametrize("first", sorted(FITS))
+@pytest.mark.parametrize("second", sorted(FITS))
+def test_rows_of_tasks_between_evaluations(first, second, tmp_path):
+    config = PolyConfig(r=2, n_tasks=3, target_modules=["0"], init_weights=False)
+    model, x = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval(), torch.randn(4, 8)
+    base = copy.deepcopy(model.get_base_model()[0].base_layer)
+    for step in (first, second):
+        with torch.no_grad():
+            model(x, task_ids=2)
+        FITS[step](model, x)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(nn.Sequential(base), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, task_ids=2), fresh(x, task_ids=2))
 
 
-def test_generate_computes_once_and_sees_changes(monkeypatch):
+# --- one call ------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_computes_once_and_sees_changes(composed, monkeypatch):
     """Inside `generate` what was computed is used again in each step, unless a parameter is changed between two."""
-    from peft.tuners.vblora import layer as module
-
     model = get_peft_model(llama(), CASES["VBLORA"].config(target_modules=["q_proj", "v_proj"])).eval()
-    layers, composed = len(list(model.base_model.tuner_layers())), []
-    compose = module.compose_factors
-    monkeypatch.setattr(module, "compose_factors", lambda *args: (composed.append(1), compose(*args))[1])
-    monkeypatch.setattr(Recall, "largest", 3)  # as on a device, where nothing can be compared
+    layers = len(list(model.base_model.tuner_layers()))
+    monkeypatch.setattr(_recall, "LARGEST", 3)  # as on a device, where nothing can be compared
     ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
-    assert len(composed) == layers
-    with torch.no_grad():
-        model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
-    assert len(composed) == 2 * layers
+
+    def generate(tokens, **options):
+        composed.clear()
+        with torch.no_grad():
+            model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, **options)
+        assert kept(model) == 0
+        return len(composed)
+
+    assert generate(4) == layers
+    assert generate(2) == layers
 
     def processor(ids, scores):
         with torch.no_grad():
@@ -199,31 +205,108 @@ def test_generate_computes_once_and_sees_changes(monkeypatch):
                 parameter.mul_(0.5)
         return scores
 
-    composed.clear()
-    with torch.no_grad():
-        model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, logits_processor=[processor])
-    assert len(composed) == 3 * layers
+    assert generate(3, logits_processor=[processor]) == 3 * layers
 
 
 def test_a_call_inside_a_call():
     """The outer one counts, and an error ends it."""
-    p, made = nn.Parameter(torch.ones(2)), []
-    recall = Recall()
+    p, made, layer, cache = nn.Parameter(torch.ones(2)), [], nn.Identity(), InferenceCache()
 
     def look():
         with torch.no_grad():
-            recall("a", "sum", (p,), lambda: made.append(1))
+            reuse(layer, "a", "sum", (p,), lambda: made.append(1))
+            return may_reuse((p,))
+
+    def fail_inside():
+        with InferenceCache().during_call():
+            assert look()
+            raise KeyError
 
     def fail():
-        with during_call(nn.Identity(), runs_often=True):
-            with during_call(nn.Identity()):
-                look()
+        with cache.during_call(runs_often=True):
+            with pytest.raises(KeyError):
+                fail_inside()
             p.data.add_(1)
-            look()
+            assert look()
             assert made == [1]  # changed past torch inside a call: the one thing that is not looked for
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    look()
+    assert not look()  # no call is in progress
     assert made == [1, 1]
+    with cache.during_call():
+        look()
+    assert made == [1, 1, 1]
+
+
+def test_calls_of_several_threads(case, tmp_path):
+    """Each gets the right outputs, while another thread's calls fail."""
+    model = model_of(case)
+    inputs = [case.input() for _ in range(3)]
+    expected = [run(reloaded(model, case, tmp_path), case, x) for x in inputs]
+    wrong, begin = [], threading.Barrier(len(inputs) + 1)
+
+    def work(x, right):
+        begin.wait()
+        wrong.extend(1 for _ in range(20) if not torch.allclose(run(model, case, x), right, atol=1e-6))
+
+    def fail():
+        begin.wait()
+        for _ in range(20):
+            with pytest.raises(RuntimeError):
+                run(model, case, torch.randn(3, 5))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    threads.append(threading.Thread(target=fail))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_composed_once(composed):
+    case = CASES["VBLORA"]
+    model, x = model_of(case), case.input()
+    for _ in range(3):
+        run(model, case, x)
+    assert len(composed) == 2  # layers
+    model.add_adapter("other", case.config())
+    for name in ("other", "default", "other", "default"):
+        model.set_adapter(name)
+        run(model, case, x)
+    assert len(composed) == 2 * 2
+
+
+def test_copies_start_without_results(case):
+    model, x = model_of(case), case.input()
+    run(model, case, x)
+    assert kept(copy.deepcopy(model)) == kept(pickle.loads(pickle.dumps(model))) == 0
+
+
+def test_memory_is_bounded_and_given_back(case):
+    model, x = model_of(case), case.input()
+    for i in range(12):
+        model.add_adapter(str(i), case.config())
+    with torch.no_grad():
+        for i in range(0, 12, 3):
+            model(x, adapter_names=[str(i), str(i + 1), str(i + 2)], **case.call(0, 2, 1))
+    assert 0 < kept(model) <= 2 * _recall.ADAPTERS
+    for i in range(12):
+        model.delete_adapter(str(i))
+    assert kept(model) == 0
+    run(model, case, x)
+    tuner = model.base_model
+    model.unload()
+    assert len(tuner.inference_cache) == 0
+
+
+def test_large_tensors_are_not_copied(case, monkeypatch):
+    monkeypatch.setattr(_recall, "LARGEST", 3)
+    model, x = model_of(case), case.input()
+    run(model, case, x)
+    assert kept(model) == 0

@@ -24,7 +24,7 @@ from . import _geometry, _model_merges
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
 from ._merging import checked_names
-from ._recall import during_call
+from ._recall import InferenceCache
 
 
 class AdaptedModel(nn.Module):
@@ -38,6 +38,7 @@ class AdaptedModel(nn.Module):
         model: The model.
         peft_config: Each adapter's config, by name.
         targeted_module_names: Paths of the modules that its adapters were put into, each once.
+        inference_cache: What evaluation computed from the adapters' tensors alone.
     """
 
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
@@ -56,6 +57,7 @@ class AdaptedModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self._active: str | list[str] = []
         self._paused: Pause | None = None
+        self.inference_cache = InferenceCache()
         every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
         self._methods_arguments = tuple(sorted(every.difference(inspect.signature(model.forward).parameters)))
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
@@ -113,7 +115,7 @@ class AdaptedModel(nn.Module):
         """
         self.refuse_foreign_arguments(kwargs)
         batch = self.chosen_adapters(args, kwargs)
-        with during_call(self):
+        with self.inference_cache.during_call():
             if batch is None and ADAPTER_BATCHES.current is None:
                 return self.model(*args, **kwargs)
             return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
@@ -280,6 +282,7 @@ class AdaptedModel(nn.Module):
         active = self.active_adapters
         self.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        self.inference_cache.forget(adapter_name)
         for part in parts:
             part.delete_adapter(adapter_name)
         for container in self._shared():
@@ -383,6 +386,7 @@ class AdaptedModel(nn.Module):
             self._shared_owner(name)._modules.pop(name, None)
         _geometry.restore_fused_paths(self.model)
         self.detach_adapters()
+        self.inference_cache = InferenceCache()
         self.peft_config.clear()
         self._active = []
         return self.model

@@ -16,7 +16,6 @@ from ..utils.pause import Pause
 from ..utils.sharding import whole
 from ..utils.walk import ByAdapter
 from ._accumulate import is_bare
-from ._recall import Recall
 
 
 class AdapterParameterDict(ByAdapter, nn.ParameterDict):
@@ -61,7 +60,6 @@ class AdapterHolder(nn.Module):
             default `adapter_layer_names`.
         value_names: All that hold plain values, but for `scaling`; by default `other_param_names` without it.
         scaling: Factor on each adapter's output, by name; its keys are the adapters there are.
-        recall: What inference has computed from the parameters alone.
         merged_adapters: Adapters whose delta is in the base weight at present, in the order they were merged.
     """
 
@@ -85,7 +83,6 @@ class AdapterHolder(nn.Module):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._paused = Pause()
-        self.recall = Recall()
 
     def base_scaling(self, adapter_name: str) -> float:
         """The factor that `scaling` starts from and `unscale_layer` returns to."""
@@ -191,7 +188,6 @@ class AdapterHolder(nn.Module):
             container = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
-        self.recall.forget(adapter_name)
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
             self.set_adapter(left or self._all_available_adapter_names()[:1])

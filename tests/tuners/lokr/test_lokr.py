@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoKrConfig, PeftModel, get_peft_model
+from peft.tuners.lokr import kronecker
 
 
 @pytest.fixture(autouse=True)
@@ -246,3 +247,20 @@ def test_a_file_with_layer_indices_alone(tmp_path):
     save_file({f"base_model.model.layers.1.q.lokr_w{i}": torch.ones(2, 2) for i in (1, 2)}, tmp_path / "adapter_model.safetensors")
     loaded = PeftModel.from_pretrained(model, tmp_path)
     assert [path for path, _ in loaded.base_model.named_tuner_layers()] == ["layers.1.q"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fields", [{}, {"decompose_both": True, "r": 2}], ids=["defaults", "both"])
+def test_a_traced_layer(fields):
+    """The tracer checks its graph against one made without gradients; it leaves nothing behind in what is known of shapes."""
+    config = LoKrConfig(**{"r": 8, "target_modules": ["0"], "init_weights": False, **fields})
+    model = get_peft_model(nn.Sequential(nn.Linear(384, 384)), config).eval()
+    layer, x = model.base_model.model[0], torch.randn(4, 384)
+    sizes = []
+    for _ in range(2):
+        traced = torch.jit.trace(model, x)
+        sizes.append([kept.cache_info().currsize for kept in vars(kronecker).values() if hasattr(kept, "cache_info")])
+    assert sizes[0] == sizes[1] != []
+    x = torch.randn(4, 384)
+    expected = layer.base_layer(x).double() + x.double() @ dense(layer).T
+    torch.testing.assert_close(traced(x).double(), expected, rtol=1e-4, atol=1e-4)

@@ -282,7 +282,8 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
 def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1) -> tuple[State, ...]:
     """The states to pass through, with `positions` input positions per output position."""
     shapes = tuple(w.shape for w in w1s), tuple(w.shape for w in w2s)
-    plan = _order_of_shapes if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
+    # Nothing is remembered where the compiler would warn of it, nor in a trace, where each size is a new tensor.
+    plan = _order_of_shapes if torch.compiler.is_compiling() or torch.jit.is_tracing() else _known_order
     return plan(*shapes, left_groups, right_groups, positions)
 
 
@@ -320,7 +321,8 @@ def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any
 
 def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
     """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
-    if z.dim() == 5 and (axis == 4 or (z.shape[4] < w.shape[0] and torch.is_grad_enabled())):
+    trains = torch.is_grad_enabled() and not torch.jit.is_tracing()  # the tracer compares graphs made with and without gradients
+    if z.dim() == 5 and (axis == 4 or (z.shape[4] < w.shape[0] and trains)):
         # No space: one matrix product. The batched one below is quicker, but forms a weight gradient per row before summing.
         return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
     y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))

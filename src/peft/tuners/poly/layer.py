@@ -14,14 +14,13 @@ from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.walk import AdapterModuleDict
 from .._accumulate import Steps
 from .._cost import AdapterCost, thin_cost
-from .._eager import is_eager
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .._merging import Recipe, sum_of_products
 from .._nested import are_tokens
-from .._recall import is_running_often
+from .._recall import is_running_often, may_reuse, reuse
 from .gating import only_used
 from .mixing import poly_delta, poly_steps, side_by_side, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
@@ -201,7 +200,7 @@ class PolyLayer(BaseTunerLayer):
         x, weights, A, B, scale = self._operands(adapter_name, x)
         if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(adapter_name):
             return poly_steps(x, weights, A, B, scale)
-        return poly_steps(x, weights, A, B, scale, lambda: self.recall(adapter_name, "A", (A,), lambda: side_by_side(A)))
+        return poly_steps(x, weights, A, B, scale, lambda: reuse(self, adapter_name, "A", (A,), lambda: side_by_side(A)))
 
     def own_scale(self, adapter_name: str) -> Any:
         """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured strength."""
@@ -229,14 +228,10 @@ class PolyLayer(BaseTunerLayer):
     def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
             ids = self._task_ids(adapter_name, x)
-            if router.training or torch.is_grad_enabled() or not is_eager():
-                self.recall.forget(adapter_name)
+            sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
+            if router.training or sources[0].numel() > _SMALL_TABLE or not may_reuse(sources):
                 return router(ids, checked=True)
-            logits = router.closed_table  # on the meta device: offloaded, and back for a call
-            if logits.numel() > _SMALL_TABLE or logits.is_meta or not (logits.device.type == "cpu" or is_running_often()):
-                return router(ids, checked=True)
-            sources = (logits, *router.rows) if router.runs else (logits,)
-            return self.recall(adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
+            return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
         call = self.routing.call

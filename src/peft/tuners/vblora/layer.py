@@ -20,6 +20,7 @@ from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate
 from .._merging import Recipe, sum_of_products
 from .._packed import PackedTensors
+from .._recall import reuse
 from .._thin import scaled
 from .bank import all_weights, compose_factors, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
 from .config import Form
@@ -214,7 +215,10 @@ class VBLoRALayer(BaseTunerLayer):
         bank = self.bank(adapter_name)
         if self.form[adapter_name] is Form.LOGITS:
             topk, sources = self.topk[adapter_name], (*self.logits(adapter_name), bank)
-            A, B = self.recall(adapter_name, "factors", sources, lambda: compose_factors(*sources, topk))
+            if self._modules["vblora_logits_A"]._parameters.get(adapter_name) is sources[0]:  # type: ignore[union-attr]
+                A, B = reuse(self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk))
+            else:  # offloaded, and here for this call only
+                A, B = compose_factors(*sources, topk)
         else:
             of_A, of_B = self.chosen(adapter_name)
             A, B = place_tiles(mix(*of_A, bank), mix(*of_B, bank))
@@ -266,6 +270,8 @@ class VBLoRALayer(BaseTunerLayer):
         Raises:
             PeftRuntimeError: In training, if the logits came from a top-k checkpoint.
         """
+        if self.training and self.topk_only[adapter_name]:
+            self.note_loaded(adapter_name)  # other numbers may have been written since
         if self.training and self.topk_only[adapter_name]:
             raise PeftRuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
