@@ -71,7 +71,7 @@ def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(wri
     report = load_lokr_file(model, path, component=component)
     assert report.fits
     found = output(model, kind)
-    torch.testing.assert_close(found, outputs[case], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found, outputs[case], atol=2e-4, rtol=1e-4)
     assert (found - plain).abs().max() > 0.05
     keys = save_lokr_file(model, tmp_path / "again.safetensors", "kohya" if component == "lora_unet" else "lycoris")
     theirs = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component)}
@@ -82,7 +82,7 @@ def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(wri
     load_lokr_file(wrapped, path, "style", component)
     wrapped.save_pretrained(tmp_path, selected_adapters=["style"])
     again = PeftModel.from_pretrained(MODELS[kind][0](), tmp_path / "style").eval()
-    torch.testing.assert_close(output(again, kind), found, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(output(again, kind), found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.processes
@@ -270,7 +270,7 @@ def test_splitting_and_joining_are_inverse(form, rows):
         for piece, size in zip(pieces, sizes, strict=True):
             part = book({f"lokr_{n}": t for n, t in piece.module.factors.items()})
             offset = piece.row_offset or 0
-            assert torch.equal(part[offset : offset + size], whole[start : start + size])
+            torch.testing.assert_close(part[offset : offset + size], whole[start : start + size])
             start += size
         again = join(pieces, sizes, ())
         assert all(torch.equal(again.factors[name], tensor) for name, tensor in factors.items())

@@ -243,7 +243,7 @@ def test_regimes():
         model.eval()
         model.set_adapter("default")
         now = model(x, task_ids=["a", "c", "new"])
-        assert torch.equal(now[:2], old[:2]) == (name not in ("full", "mu-Z"))
+        assert torch.allclose(now[:2], old[:2], atol=1e-6) == (name not in ("full", "mu-Z"))
     with pytest.raises(ValueError, match="takes no tasks"):
         poly().begin_regime("μ", ["a"])
 

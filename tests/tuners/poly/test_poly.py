@@ -244,13 +244,14 @@ def test_adding_tasks(init, expected, tmp_path):
     before, weights = model(x, task_ids=[0, 1, 2]), model.get_router_weights()
     logits = {n: p.clone() for n, p in model.named_parameters() if "logits" in n}
     model.add_tasks(["d", "e"], init=init)
-    assert torch.equal(model(x, task_ids=["a", "b", "c"]), before)
+    assert all(torch.equal(p[:3], logits[n]) for n, p in model.named_parameters() if n in logits)
+    torch.testing.assert_close(model(x, task_ids=["a", "b", "c"]), before)
     for name, table in model.get_router_weights().items():
         assert table.shape == (5, 2, 2)
-        assert torch.equal(table[:3], weights[name])
+        torch.testing.assert_close(table[:3], weights[name])
         torch.testing.assert_close(table.sum(-1), torch.ones(5, 2))
         if expected == 1:
-            assert torch.equal(table[3], table[1])
+            torch.testing.assert_close(table[3], table[1])
         elif expected == "uniform":
             torch.testing.assert_close(table[3], torch.full((2, 2), 0.5))
     if expected == "mean":
@@ -327,7 +328,7 @@ def test_input_routing_of_a_causal_model(level, tmp_path):
     later[:, 4:] = 7
     first = model(input_ids=ids, labels=labels).logits
     second = model(input_ids=later, labels=torch.where(labels == -100, labels, later)).logits
-    assert torch.equal(first[:, :4], second[:, :4])
+    torch.testing.assert_close(first[:, :4], second[:, :4])
     masked = model(input_ids=later, routing_mask=labels == -100).logits
     torch.testing.assert_close(masked, second)
     # Generation decides as training did, beams and padding or not.

@@ -82,7 +82,7 @@ def test_merging_converting_and_extracting(tmp_path):
         expected = blend_by_hand(layer, {2: 0.25, 0: 0.75})
         torch.testing.assert_close(layer.get_delta_weight("blend").T.double(), expected, atol=1e-6, rtol=1e-4)
     model.set_adapter("two")
-    assert torch.equal(model(x, task_ids=["c", "a", "a"])[:2], out[:2])
+    torch.testing.assert_close(model(x, task_ids=["c", "a", "a"])[:2], out[:2])
     model.set_adapter("one")
     torch.testing.assert_close(model(x)[0], out[0], atol=1e-5, rtol=1e-4)
     assert model.peft_config["one"].r == 5 and model.peft_config["one"].task_rank == 0
