@@ -196,7 +196,7 @@ def test_merging_between_forwards_and_disabling(method, kind):
         for _ in range(2):
             model.merge_adapter(safe_merge=True, **method.merge)
             merged = model(x)
-            assert (merged - expected).norm() < 0.5 * (plain - expected).norm()
+            assert (merged - expected).norm() < 0.75 * (plain - expected).norm()
             with model.disable_adapter():
                 assert torch.equal(model(x), plain)
             assert torch.equal(model(x, **method.call), expected)  # which has unmerged it
