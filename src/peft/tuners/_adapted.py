@@ -248,7 +248,11 @@ class AdaptedModel(nn.Module):
         self._enable(False)
 
     def _enable(self, enabled: bool) -> None:
-        for module in self._parts():
+        parts = list(self._parts())
+        if enabled and any(isinstance(part, BaseTunerLayer) and part.lacks_merges for part in parts):
+            for layer in self.tuner_layers():
+                layer.merge_again()
+        for module in parts:
             module.enable_adapters(enabled)
         if not enabled and self._paused is None:
             self._paused = Pause()
@@ -300,6 +304,8 @@ class AdaptedModel(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
         """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off again exactly.
 
+        Merged adapters count whether or not they are active; active ones that are not merged are computed besides.
+
         What is taken off is what was added, even if the adapters were trained, loaded or scaled meanwhile: a merge keeps a copy of
         the adapters' factors. Weights that bitsandbytes or torchao quantised are quantised again in their own form; the originals
         stay in memory until they are unmerged or unloaded.
@@ -312,7 +318,8 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftValueError: An unknown name, or a weight would break, or an adapter is merged with other options; nothing is merged
                 then.
-            PeftNotSupportedError: A weight is quantised in another form, or the method can't be merged.
+            PeftNotSupportedError: A weight is quantised in another form, or the method can't be merged, or a decomposed adapter
+                would not apply in its place among the others.
         """
         self.check_merge_options(options)
         names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
@@ -369,7 +376,8 @@ class AdaptedModel(nn.Module):
         for wrapper in self.auxiliary_wrappers():
             wrapper.check_one_of(names)
         with _model_merges.without_other_merges(self.tuner_layers(), chosen):
-            if adapter_names is not None or not set(names) <= set(self.merged_adapters):
+            own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
+            if adapter_names is not None or any(name not in layer.merged_adapters for layer, name in own):
                 with _geometry.untied(self.model, () if self.merged_adapters else self.tuner_layers()):
                     self.merge_adapter(adapter_names, safe_merge, **options)
         return self._unload(names, "Unloading and merging model" if progressbar else None)

@@ -134,8 +134,13 @@ class BaseTunerLayer(AdapterHolder):
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus that of the active adapters, in the base output's dtype. Where the call chose an adapter for
-        each sample, that one's part is added to the sample's rows instead.
+        """The base layer's output plus that of the active adapters, in the base output's dtype.
+
+        - Merged adapters count by the base weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over the active ones that are not
+          merged.
+        - While the adapters are disabled it is the base layer's output, from which merged ones were taken off.
+        - Where the call chose an adapter for each sample, that one's part is added to the sample's rows instead; a model refuses
+          such a call while anything is merged.
         """
         base: Any = self._modules["base_layer"]
         if self._disable_adapters:
@@ -236,12 +241,21 @@ class BaseTunerLayer(AdapterHolder):
             with at_hand(self, self.merged_adapters):
                 self._set_aside += self.take_off()
         super().enable_adapters(enabled)
-        if enabled and self._set_aside:
-            again = [merge for merge in self._set_aside if merge.name not in self.merged_adapters]
-            self._set_aside = []
-            if any(merge.name not in self.active_adapters for merge in again):
-                with at_hand(self, [merge.name for merge in again]):
-                    self.put_on(again)
+        if enabled:
+            self.merge_again(self.lacks_merges)
+
+    @property
+    def lacks_merges(self) -> bool:
+        """Whether something was merged that the forward would not compute, and taken off when the adapters were disabled."""
+        return any(merge.name not in self.active_adapters for merge in self._set_aside)
+
+    def merge_again(self, wanted: bool = True) -> None:
+        """Merge what was taken off when the adapters were disabled, or forget it."""
+        again = [merge for merge in self._set_aside if merge.name not in self.merged_adapters]
+        self._set_aside = []
+        if wanted and again:
+            with at_hand(self, [merge.name for merge in again]):
+                self.put_on(again)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -274,6 +288,10 @@ class BaseTunerLayer(AdapterHolder):
         self.check_mergeable(list(new))
         self.merge_each(new, safe_merge)
 
+    def note_merges(self, adapter_names: list[str]) -> None:
+        """Take note of which adapters are merged now."""
+        self.merged_adapters[:] = adapter_names
+
     def not_merged(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         """Those of the layer's adapters that are to be merged with some options, by name, and are not yet.
 
@@ -297,11 +315,18 @@ class BaseTunerLayer(AdapterHolder):
         """
         if options:
             with by_itself(self.get_base_layer().weight.device):  # type: ignore[union-attr, arg-type]
-                new = [self._merge_of(name, own) for name, own in options.items()]
+                first = None if self._merges.entries else next(iter(options))
+                new = [self.merge_of(name, own, name == first) for name, own in options.items()]
             self._merges.add(self.get_base_layer(), new, safe_merge)
 
-    def _merge_of(self, adapter_name: str, options: Mapping[str, Any]) -> Merge:
-        """What merging an adapter adds, as it is now."""
+    def merge_of(self, adapter_name: str, options: Mapping[str, Any], is_first: bool) -> Merge:
+        """What merging an adapter adds, as it is now.
+
+        Args:
+            adapter_name: The adapter.
+            options: What its delta depends on besides.
+            is_first: Whether the weight has nothing merged before it.
+        """
         scale = float(self.scaling[adapter_name])
         delta = self.delta_recipe(adapter_name, **options).copied()
         return Merge(
@@ -322,8 +347,10 @@ class BaseTunerLayer(AdapterHolder):
         Raises:
             PeftRuntimeError: They came merged with a state dict, which does not say what the weight was before.
         """
-        self._set_aside = []
+        was_set_aside, self._set_aside = bool(self._set_aside), []
         if not self.merged:
+            if was_set_aside:
+                return
             warn("Already unmerged. Nothing to do.")
             return
         self.take_off(adapter_names)

@@ -108,7 +108,7 @@ class Merges:
     def note_loaded(self, layer: Any, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Take note of adapters that are in a weight about to be loaded."""
         self.entries += [Merge(layer, name, dict(own), None) for name, own in options.items()]
-        layer.merged_adapters[:] = self.names(layer)
+        layer.note_merges(self.names(layer))
 
     def converted(self, base: nn.Module, convert: Callable[[], Any], function: Callable[[Tensor], Tensor]) -> Any:
         """Have the base layer converted (cast, moved) by `convert`, so that the merged weight becomes what `function` makes of it,
@@ -274,7 +274,7 @@ class Merges:
             self.shared = self._original = None
         self._dtype = base.weight.dtype if entries else None  # type: ignore[union-attr, assignment]
         for layer in layers.values():
-            layer.merged_adapters[:] = self.names(layer)
+            layer.note_merges(self.names(layer))
 
     def _insist_on_known(self, first: int) -> None:
         names = [merge.name for merge in self.entries[first:] if not merge.is_known]

@@ -268,6 +268,14 @@ class LoKrLayer(LycorisLayer):
         """What the rows, or the columns, of `W + ΔW` are multiplied by."""
         return self.lokr_magnitude(adapter_name) / self.lengths(adapter_name, scale)
 
+    def is_decomposed(self, adapter_name: str) -> bool:
+        """Whether an adapter has lengths."""
+        return adapter_name in self.lokr_magnitude
+
+    def is_by_columns(self, adapter_name: str) -> bool:
+        """Whether they are of columns."""
+        return self.is_decomposed(adapter_name) and not self.wd_on_output[adapter_name]
+
     @property
     def needs_layer_alone(self) -> bool:
         """Whether there is a decomposed adapter, whose factor would be on what another method adds too."""

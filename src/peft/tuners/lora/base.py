@@ -259,6 +259,10 @@ class LoraLayer(DecomposedLayer):
         """The factors and their scale."""
         return Recipe(scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name]))
 
+    def is_decomposed(self, adapter_name: str) -> bool:
+        """Whether an adapter is of DoRA."""
+        return adapter_name in self.lora_magnitude_vector
+
     @property
     def needs_layer_alone(self) -> bool:
         """Whether there is a DoRA adapter, whose factor would be on what another method adds too."""

@@ -277,9 +277,11 @@ class PolyLayer(BaseTunerLayer):
             raise PeftValueError(f"Only {n_tasks} tasks available. Found task id = {task_id}; ids count from 0.")
         return task_id or 0
 
-    def merged_task(self, adapter_name: str) -> int:
-        """The task that is merged."""
-        return self.resolve_task(adapter_name, self.merged_options(adapter_name).get("task_id"))
+    def note_merges(self, adapter_names: list[str]) -> None:
+        """Also tell the routing for which tasks."""
+        super().note_merges(adapter_names)
+        tasks = {name: self.merged_options(name).get("task_id") or 0 for name in adapter_names}
+        self.routing.note_merges(self, tasks)
 
     def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
         """One task's delta, of rank `r`, in the base weight's layout."""

@@ -53,12 +53,15 @@ class Routing:
     Attributes:
         configs: Config of every Poly adapter on the model, by name.
         probe: Any of the layers, to see which adapters are active.
+        merged_tasks: By name of the adapters that are merged somewhere, the tasks they were merged for.
         is_encoder_decoder, is_causal: What kind of model it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.configs: dict[str, Any] = {}
         self.probe: Any = None
+        self.merged_tasks: dict[str, list[int]] = {}
+        self._merged_layers: dict[Any, dict[str, int]] = {}
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
@@ -68,6 +71,14 @@ class Routing:
     def call(self) -> Call | None:
         """The innermost call in progress, or the one whose backward is."""
         return self.stack.current
+
+    def note_merges(self, layer: Any, tasks: dict[str, int]) -> None:
+        """Take note of the adapters that a layer has merged, each for a task."""
+        self._merged_layers.pop(layer, None)
+        if tasks:
+            self._merged_layers[layer] = tasks
+        every = [pair for own in self._merged_layers.values() for pair in own.items()]
+        self.merged_tasks = {name: sorted({task for other, task in every if other == name}) for name, _ in every}
 
     # --- calls of the model and of its parts ------------------------------------------------------------------------------
 
@@ -144,13 +155,15 @@ class Routing:
             return call
         task_ids = arguments.get("task_ids")
         device = inputs.device if inputs is not None else torch.device("cpu")
-        if self.probe.merged_adapters:
-            self._check_merged(task_ids, call.batch, device)
-            return call
         chosen = ADAPTER_BATCHES.current
-        if chosen is not None:
+        active = self.probe.active_adapters
+        if self.merged_tasks:
+            self._check_merged(task_ids, active, call.batch, device)
+            if task_ids is None:
+                active = [name for name in active if name not in self.merged_tasks]
+        if chosen is not None and not self.merged_tasks:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
-        elif (by_task := self._by_task(self.probe.active_adapters)) and (task_ids is not None or self._has_layers(model)):
+        elif (by_task := self._by_task(active)) and (task_ids is not None or self._has_layers(model)):
             call.task_ids = as_task_ids(task_ids, by_task, call.batch, device)
         return call
 
@@ -181,18 +194,21 @@ class Routing:
                 result[samples] = as_task_ids(own, [config], len(samples), device)
         return result
 
-    def _check_merged(self, task_ids: Any, batch: int | None, device: torch.device) -> None:
-        """Task ids in a call of a merged model must say what was merged."""
+    def _check_merged(self, task_ids: Any, active: Iterable[str], batch: int | None, device: torch.device) -> None:
+        """Task ids in a call of a merged model must say what was merged; where active adapters read them, of those only."""
         if task_ids is None:
             return
-        name = self.probe.merged_adapters[-1]
-        merged = self.probe.merged_task(name)
-        same = as_task_ids(task_ids, [self.configs[name]], batch, device) == merged
-        message = f"Task {merged} is merged into the weights; call `unmerge_adapter` before using other tasks."
-        if torch.compiler.is_compiling():
-            torch._assert_async(same.all(), message)
-        elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
-            raise PeftValueError(message)
+        reading = self._by_task(active)
+        for name in [name for name in self.merged_tasks if not reading or self.configs[name] in reading]:
+            tasks = self.merged_tasks[name]
+            same = as_task_ids(task_ids, [self.configs[name]], batch, device) == (tasks[0] if len(tasks) == 1 else -1)
+            message = (
+                f"Task {' or '.join(map(str, tasks))} is merged into the weights; call `unmerge_adapter` before using other tasks."
+            )
+            if torch.compiler.is_compiling():
+                torch._assert_async(same.all(), message)
+            elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
+                raise PeftValueError(message)
 
     def _see_masks(self, call: Call, arguments: Mapping[str, Any], nested: bool) -> None:
         """Note which tokens input routing may look at."""
