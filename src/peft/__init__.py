@@ -4,6 +4,7 @@
 Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others are imported where used.
 """
 
+import typing as _typing
 from typing import Any as _Any
 
 from . import functional as functional
@@ -70,9 +71,13 @@ _install()
 vars(_utils)["TrainableTokensWrapper"] = vars(_other)["TrainableTokensWrapper"] = _TrainableTokensWrapper
 
 
-def __getattr__(name: str) -> _Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return _marker(name)
+if _typing.TYPE_CHECKING:
+    from .utils.placeholder_names import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> _Any:
+        """Give names of the interface that are not provided here as classes that no object is of."""
+        return _marker(name, __name__)
 
 
 __all__ = [

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from .config import PeftConfig
+from .tuners import _methods
 from .tuners._build import Build, Construction
 from .tuners._layer import BaseTunerLayer
+from .tuners._methods import forwarded
 from .tuners._tuner import BaseTuner
 from .utils.adapter_batch import ADAPTER_BATCHES
 from .utils.error import PeftTypeError, PeftValueError
@@ -77,8 +79,14 @@ class BasePeftModel(nn.Module):
             )
         self.peft_type = peft_config.peft_type
         self.training = model.training
+        self.__class__ = self._around(tuner_cls)
         if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing()
+
+    @classmethod
+    def _around(cls, tuner_cls: type[BaseTuner]) -> Any:
+        """Return this class with the methods that a model around a tuner has, under the same name."""
+        return _methods.around(cls, tuner_cls)  # type: ignore[arg-type]
 
     def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
         return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
@@ -265,6 +273,15 @@ class BasePeftModel(nn.Module):
             PeftValueError: There is no such adapter.
         """
         self.base_model.delete_adapter(adapter_name)
+
+    merge_adapter = forwarded(BaseTuner.merge_adapter)
+    unmerge_adapter = forwarded(BaseTuner.unmerge_adapter)
+    merge_and_unload = forwarded(BaseTuner.merge_and_unload)
+    unload = forwarded(BaseTuner.unload)
+    add_weighted_adapter = forwarded(BaseTuner.add_weighted_adapter)
+    set_requires_grad = forwarded(BaseTuner.set_requires_grad)
+    enable_adapter_layers = forwarded(BaseTuner.enable_adapter_layers)
+    disable_adapter_layers = forwarded(BaseTuner.disable_adapter_layers)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -29,9 +29,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Names of the interface that are not provided here."""
-    return marker(name, __name__)
+# Names of the interface that are not provided here; a class stands for each.
+DoraCaching: Any
+KappaTuneSelector: Any
+MontecloraTrainerMixin: Any
+find_kappa_target_modules: Any
+
+if not TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> Any:
+        return marker(name, __name__)
 
 
 def update_forward_signature(model: Any) -> None:

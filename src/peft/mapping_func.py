@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, Protocol, TypeVar, overload
+
 from torch import nn
 
 from .config import PeftConfig
@@ -13,16 +15,61 @@ from .utils.peft_types import TaskType
 from .utils.plain import plain
 from .utils.warning import warn
 
+M = TypeVar("M", covariant=True)
 
+
+class _Typed(Protocol[M]):
+    """A config that tells type checkers the class of the models it makes, with its method's methods."""
+
+    def adapts_as(self) -> M: ...
+
+
+@overload
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
+    adapter_name: str = ...,
+    *,
+    mixed: Literal[True],
+    autocast_adapter_dtype: bool = ...,
+    revision: str | None = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> PeftMixedModel: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: _Typed[M],
+    adapter_name: str = ...,
+    mixed: Literal[False] = ...,
+    autocast_adapter_dtype: bool = ...,
+    revision: str | None = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> M: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = ...,
+    mixed: bool = ...,
+    autocast_adapter_dtype: bool = ...,
+    revision: str | None = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> PeftModel: ...
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> PeftModel:
+) -> Any:
     """Put an adapter on a model and freeze the rest.
 
     Args:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. Each lives in a folder of its own; the line here that imports it also registers it and exports its names."""
 
+import typing as _typing
 from typing import Any as _Any
 
 from ..utils.markers import marker as _marker
@@ -10,10 +11,13 @@ from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, sav
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 
+if _typing.TYPE_CHECKING:
+    from ..utils.placeholder_names import *  # noqa: F403
+else:
 
-def __getattr__(name: str) -> _Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return _marker(name, __name__)
+    def __getattr__(name: str) -> _Any:
+        """Give names of the interface that are not provided here as classes that no object is of."""
+        return _marker(name, __name__)
 
 
 __all__ = [

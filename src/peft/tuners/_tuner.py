@@ -67,6 +67,7 @@ class BaseTuner(AdaptedModel):
     parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # What `add_weighted_adapter` can do with this method's adapters.
     combination_types: ClassVar[tuple[str, ...]] = ()
+    model_methods: ClassVar[type | None] = None  # what a model around this tuner has too, see `methods_of`
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
@@ -26,9 +26,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return marker(name, __name__)
+# Names of the interface that are not provided here; a class stands for each.
+BufferDict: Any
+_filter_state_dict_by_key_prefixes: Any
+_find_minimal_target_modules: Any
+_get_tuner_state_dict_key_prefixes: Any
+_maybe_include_all_linear_layers: Any
+
+if not TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> Any:
+        return marker(name, __name__)
 
 
 def check_target_module_exists(config: PeftConfig, key: str) -> bool:

@@ -59,6 +59,9 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
 }  # fmt: skip
 
 
+MIN_TARGET_MODULES_FOR_OPTIMIZATION: Any  # not provided here
+
+
 def __getattr__(name: str) -> Any:
     """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: the layers that a method adapts by default, by model type. An entry
     that is added there counts from then on.

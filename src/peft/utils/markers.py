@@ -15,135 +15,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from . import placeholder_names
 from .error import PeftNotSupportedError
 from .peft_types import registered_methods
 
-_NAMES = frozenset(
-    [
-        "AdaLoraConfig",
-        "AdaLoraModel",
-        "AdamssConfig",
-        "AdamssModel",
-        "AdaptionPromptConfig",
-        "AdaptionPromptModel",
-        "ArrowConfig",
-        "BOFTConfig",
-        "BOFTModel",
-        "BdLoraConfig",
-        "BeftConfig",
-        "BeftModel",
-        "C3AConfig",
-        "C3AModel",
-        "CPTConfig",
-        "CPTEmbedding",
-        "CartridgeConfig",
-        "CartridgeEncoder",
-        "DeftConfig",
-        "DeftModel",
-        "DeloraConfig",
-        "DeloraModel",
-        "EvaConfig",
-        "FourierFTConfig",
-        "FourierFTModel",
-        "FrodConfig",
-        "FrodModel",
-        "GloraConfig",
-        "GloraModel",
-        "GraloraConfig",
-        "GraloraModel",
-        "HRAConfig",
-        "HRAModel",
-        "HiraConfig",
-        "HiraModel",
-        "IA3Config",
-        "IA3Model",
-        "KasaConfig",
-        "LNTuningConfig",
-        "LNTuningModel",
-        "LilyConfig",
-        "LilyModel",
-        "LoftQConfig",
-        "LoraGAConfig",
-        "MissConfig",
-        "MissModel",
-        "MontecloraConfig",
-        "MultitaskPromptTuningConfig",
-        "MultitaskPromptTuningInit",
-        "OFTConfig",
-        "OFTModel",
-        "OSFConfig",
-        "OSFModel",
-        "PeanutConfig",
-        "PeanutModel",
-        "PrefixEncoder",
-        "PrefixTuningConfig",
-        "PromptEmbedding",
-        "PromptEncoder",
-        "PromptEncoderConfig",
-        "PromptEncoderReparameterizationType",
-        "PromptLearningConfig",
-        "PromptTuningConfig",
-        "PromptTuningInit",
-        "PsoftConfig",
-        "PsoftModel",
-        "PveraConfig",
-        "PveraModel",
-        "RandLoraConfig",
-        "RandLoraModel",
-        "RoadConfig",
-        "RoadModel",
-        "ShadowConfig",
-        "ShadowModel",
-        "ShiraConfig",
-        "ShiraModel",
-        "SupertuningConfig",
-        "SupertuningModel",
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-        "TinyLoraConfig",
-        "TinyLoraModel",
-        "TrainableTokensConfig",
-        "TrainableTokensModel",
-        "UniLoraConfig",
-        "UniLoraModel",
-        "VeloraConfig",
-        "VeraConfig",
-        "VeraModel",
-        "WaveFTConfig",
-        "WaveFTModel",
-        "XLoraConfig",
-        "XLoraModel",
-        "bloom_model_postprocess_past_key_value",
-        "compose_cartridge_adapters",
-        "create_arrow_model",
-        "find_kappa_target_modules",
-        "get_eva_state_dict",
-        "initialize_kv_prefix_from_past_key_values",
-        "initialize_kv_prefix_from_text",
-        "initialize_lora_eva_weights",
-        "preprocess_loraga",
-        "prompt_embeddings_from_past_key_values",
-        "replace_lora_weights_loftq",
-    ]
-)
+# Declared for type checkers; a class stands for each.
+_NAMES = frozenset(placeholder_names.__annotations__)
 _LORA_CONFIGS = """
     ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig
 """
-# Names in modules that are here, of features that are not.
-_IN_MODULES = {
-    "peft": _NAMES,
-    "peft.helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules",
-    "peft.optimizers": "create_lorafa_optimizer create_riemannian_optimizer",
-    "peft.tuners": _NAMES,
-    "peft.tuners.lora": f"""{_LORA_CONFIGS} AqlmLoraLinear EetqLoraLinear GPTQLoraLinear HqqLoraLinear IncLoraLinear Linear4bit
-        Linear8bitLt LoraParallelLinear MultiheadAttention ParamWrapper QuantLinear TorchaoLoraLinear create_arrow_model
-        get_eva_state_dict initialize_lora_eva_weights preprocess_loraga""",
-    "peft.tuners.lora.config": _LORA_CONFIGS,
-    "peft.tuners.lora.layer": "MultiheadAttention ParamWrapper _ConvNd _LoraFactorsProxy",
-    "peft.tuners.tuners_utils": """BufferDict _filter_state_dict_by_key_prefixes _find_minimal_target_modules
-        _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers""",
-    "peft.utils.constants": "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
-    "peft.utils.other": "_get_module_names_tied_with_embedding _get_no_split_modules",
-}
 # Folders of methods, and modules of features, that are not here. Whatever is asked of them is a marker.
 _METHODS = """
     adalora adamss adaption_prompt beft boft c3a cartridge cpt deft delora fourierft frod glora gralora hira hra ia3
@@ -168,8 +48,8 @@ def marker(name: str, module: str = "peft") -> type:
     Raises:
         AttributeError: In the interface the module has no such name.
     """
-    names = _IN_MODULES.get(module, ())
-    is_named = name in (names.split() if isinstance(names, str) else names)
+    declared = getattr(sys.modules.get(module), "__annotations__", {})
+    is_named = name in declared or (name in _NAMES and module in ("peft", "peft.tuners"))
     if not is_named and (name.startswith("__") or not is_absent(module)):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 

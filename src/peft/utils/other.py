@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,10 +24,15 @@ from .tensors import shift_tokens_right as shift_tokens_right
 from .tensors import transpose as transpose
 from .walk import AdapterModuleDict
 
+# Names of the interface that are not provided here; a class stands for each.
+_get_module_names_tied_with_embedding: Any
+_get_no_split_modules: Any
+TrainableTokensWrapper: Any  # put here by the package itself
 
-def __getattr__(name: str) -> Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return marker(name, __name__)
+if not TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> Any:
+        return marker(name, __name__)
 
 
 class AuxiliaryTrainingWrapper(nn.Module):

@@ -5,6 +5,7 @@ from ...utils.peft_types import register_peft_method
 from .config import LoKrConfig
 from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
+from .methods import LoKrMethods
 from .model import LoKrModel
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Linear",
     "LoKrConfig",
     "LoKrLayer",
+    "LoKrMethods",
     "LoKrModel",
     "inspect_lokr_file",
     "load_lokr_file",

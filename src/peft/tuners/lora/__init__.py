@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA: low-rank adaptation, `ΔW = s · B·A`, and DoRA, its form with separate lengths. Source: arXiv:2106.09685, 2402.09353"""
 
+import typing as _typing
 from typing import Any as _Any
 
 from ...utils.markers import marker as _marker
@@ -10,10 +11,37 @@ from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_task
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
 
+# Names of the interface that are not provided here; a class stands for each.
+ArrowConfig: _Any
+BdLoraConfig: _Any
+CordaConfig: _Any
+EvaConfig: _Any
+KasaConfig: _Any
+LoftQConfig: _Any
+LoraGAConfig: _Any
+MontecloraConfig: _Any
+VeloraConfig: _Any
+AqlmLoraLinear: _Any
+EetqLoraLinear: _Any
+GPTQLoraLinear: _Any
+HqqLoraLinear: _Any
+IncLoraLinear: _Any
+Linear4bit: _Any
+Linear8bitLt: _Any
+LoraParallelLinear: _Any
+MultiheadAttention: _Any
+ParamWrapper: _Any
+QuantLinear: _Any
+TorchaoLoraLinear: _Any
+create_arrow_model: _Any
+get_eva_state_dict: _Any
+initialize_lora_eva_weights: _Any
+preprocess_loraga: _Any
 
-def __getattr__(name: str) -> _Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return _marker(name, __name__)
+if not _typing.TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> _Any:
+        return _marker(name, __name__)
 
 
 __all__ = [

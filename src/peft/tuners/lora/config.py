@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
 from ...utils.error import PeftNotSupportedError
@@ -21,9 +21,21 @@ from .starts import REPEATABLE, is_random, upgraded
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 
 
-def __getattr__(name: str) -> Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return marker(name, __name__)
+# Names of the interface that are not provided here; a class stands for each.
+ArrowConfig: Any
+BdLoraConfig: Any
+CordaConfig: Any
+EvaConfig: Any
+KasaConfig: Any
+LoftQConfig: Any
+LoraGAConfig: Any
+MontecloraConfig: Any
+VeloraConfig: Any
+
+if not TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> Any:
+        return marker(name, __name__)
 
 
 @dataclass

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,16 @@ from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, piss
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
 
 
-def __getattr__(name: str) -> Any:
-    """Names of the interface that are not provided here, as classes that no object is of."""
-    return marker(name, __name__)
+# Names of the interface that are not provided here; a class stands for each.
+MultiheadAttention: Any
+ParamWrapper: Any
+_ConvNd: Any
+_LoraFactorsProxy: Any
+
+if not TYPE_CHECKING:  # to which any name would be right
+
+    def __getattr__(name: str) -> Any:
+        return marker(name, __name__)
 
 
 class Linear(LoraLayer):

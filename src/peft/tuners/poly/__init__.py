@@ -7,6 +7,7 @@ from .config import PolyConfig
 from .conversion import PolyConversion, convert_to_poly, save_as_poly
 from .layer import Linear, PolyLayer
 from .losses import recorded_routing, routing_loss
+from .methods import PolyMethods
 from .model import PolyModel
 from .regimes import REGIMES
 from .report import RoutingReport, routing_report
@@ -19,6 +20,7 @@ __all__ = [
     "PolyConfig",
     "PolyConversion",
     "PolyLayer",
+    "PolyMethods",
     "PolyModel",
     "RoutingReport",
     "RoutingWatch",

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, name_list, number, pattern_dict, probability
 from ...utils.peft_types import PeftType
 from .. import _targets
+
+if TYPE_CHECKING:
+    from .methods import PolyPeftModel
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 # Fields that have a value for each layer, by the field with their patterns.
@@ -120,6 +123,12 @@ class PolyConfig(TargetedConfig):
         "n_splits_pattern": {},
         "routing_pattern": {},
     }
+
+    if TYPE_CHECKING:
+
+        def adapts_as(self) -> PolyPeftModel:
+            """Tell type checkers the class that `get_peft_model` returns."""
+            raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.POLY

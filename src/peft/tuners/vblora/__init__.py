@@ -4,10 +4,11 @@
 from ...utils.peft_types import register_peft_method
 from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
+from .methods import VBLoRAMethods
 from .model import VBLoRAModel
 from .shared import VectorBank
 from .usage import BankUsage, bank_usage
 
-__all__ = ["BankUsage", "Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAModel", "VectorBank", "bank_usage"]
+__all__ = ["BankUsage", "Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAMethods", "VBLoRAModel", "VectorBank", "bank_usage"]
 
 register_peft_method(name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True)

@@ -6,12 +6,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ...config import LayeredConfig, at_least, boolean, choice, is_int, number, probability
 from ...utils.peft_types import PeftType
+
+if TYPE_CHECKING:
+    from .methods import VBLoRAPeftModel
 
 
 class Form(enum.Enum):
@@ -108,6 +111,12 @@ class VBLoRAConfig(LayeredConfig):
         "pad_last_tile": False,
         "output_gate": False,
     }
+
+    if TYPE_CHECKING:
+
+        def adapts_as(self) -> VBLoRAPeftModel:
+            """Tell type checkers the class that `get_peft_model` returns."""
+            raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.VBLORA
