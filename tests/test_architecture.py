@@ -90,7 +90,7 @@ def test_the_core_names_no_tuner_and_tuners_do_not_know_each_other():
 def test_files_are_short_and_licensed(path):
     text = path.read_text()
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node, clean=False)

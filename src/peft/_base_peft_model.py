@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .tuners import _methods
 from .tuners._build import Build, Construction
 from .tuners._layer import BaseTunerLayer
@@ -18,6 +18,8 @@ from .tuners._methods import forwarded
 from .tuners._tuner import BaseTuner
 from .utils.adapter_batch import ADAPTER_BATCHES
 from .utils.error import PeftTypeError, PeftValueError
+from .utils.missing_attribute import PeftAttributeError
+from .utils.other import check_model
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .utils.warning import warn
 
@@ -57,10 +59,10 @@ class BasePeftModel(nn.Module):
         check: Callable[[Build], None] | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
         if isinstance(model, BasePeftModel):
             raise PeftValueError("The model is a PeftModel already; use its `add_adapter` or `load_adapter`.")
-        if not isinstance(peft_config, PeftConfig):
-            raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+        check_config(peft_config)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
@@ -93,9 +95,11 @@ class BasePeftModel(nn.Module):
 
     def _check_method(self, config: PeftConfig) -> None:
         """Insist that an adapter can be added to those that are there."""
+        check_config(config)
         if config.peft_type != self.peft_type:
             raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. A model that "
+                "takes both is made by `get_peft_model(model, config, mixed=True)`, or loaded by `PeftMixedModel.from_pretrained`."
             )
 
     @contextmanager
@@ -139,7 +143,11 @@ class BasePeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+        try:
             return getattr(self.base_model, name)
+        except PeftAttributeError as error:
+            error.owners = (self, *error.owners)
+            raise
 
     def get_base_model(self) -> nn.Module:
         """The base model, adapters in it."""
@@ -232,6 +240,8 @@ class BasePeftModel(nn.Module):
         Raises:
             PeftValueError: The name is taken, or the config is of another method or does not fit; nothing is changed.
         """
+        if isinstance(adapter_name, PeftConfig):
+            raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
         device = torch.device("meta") if low_cpu_mem_usage else None
         self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
 

@@ -32,14 +32,14 @@ from .utils.walk import named_tensors, walk
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:
     if ephemeral_gpu_offload:
-        raise PeftNotSupportedError("`ephemeral_gpu_offload` is not supported; it concerns weight-decomposed LoRA.")
+        raise PeftNotSupportedError("`ephemeral_gpu_offload` is not supported; leave the default, False.")
 
 
 def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: dict[str, Any]) -> PeftConfig:
     if config is None:
         return PeftConfig.from_pretrained(model_id, **kwargs)
     if not isinstance(config, PeftConfig):
-        raise PeftValueError(f"The input config must be a PeftConfig, got {type(config)}")
+        raise PeftValueError(f"The input config must be a PeftConfig, got {type(config)}; `PeftConfig.from_pretrained` reads one.")
     return config
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ._version import __version__
 from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import find_file, pass_over, split_hub_options
+from .utils.near_misses import did_you_mean
 from .utils.patterns import meant, written
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .utils.plain import as_list, is_empty, plain, unwritable
@@ -72,6 +74,15 @@ class PeftConfig:
     patterns: ClassVar[tuple[str, ...]] = ()
     # Fields that say how a process runs the adapter, and are in no file.
     unsaved: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PeftConfig:
+        """Refuse unknown fields with a name for what was probably meant, which Python's own message lacks."""
+        if not kwargs.keys() <= cls.__dataclass_fields__.keys():
+            known = inspect.signature(cls.__init__).parameters
+            takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+            if not takes_any and (unknown := [name for name in kwargs if name not in known]):
+                raise PeftTypeError(f"{cls.__name__}.__init__() got {_unknown_fields(unknown, [*known][1:])}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         vars(self)["_is_new"] = self.peft_version is None  # else these are the fields of a file
@@ -335,6 +346,26 @@ class LayeredConfig(TargetedConfig):
                 yield from regex("layers_pattern", str(name))
 
 
+def check_config(value: Any) -> None:
+    """Insist on a config.
+
+    Raises:
+        PeftTypeError: It is something else; says how to get a config from it.
+    """
+    if isinstance(value, PeftConfig):
+        return
+    remedy = ""
+    if isinstance(value, type) and issubclass(value, PeftConfig):
+        remedy = f" Make an object of the class: `{value.__name__}(...)`."
+    elif isinstance(value, dict):
+        remedy = " `peft.get_peft_config` makes one of a dictionary that has a `peft_type`."
+    elif isinstance(value, (str, os.PathLike)):
+        remedy = " `PeftConfig.from_pretrained` reads a saved one; `PeftModel.from_pretrained` loads the whole adapter."
+    elif callable(getattr(value, "named_modules", None)):
+        remedy = " The model is the first argument of `get_peft_model` and `plan`, the config the second."
+    raise PeftTypeError(f"The config must be a PeftConfig, got {type(value)}.{remedy}")
+
+
 def as_folder(path: str | os.PathLike) -> Path:
     """`path` as a folder's path.
 
@@ -345,3 +376,12 @@ def as_folder(path: str | os.PathLike) -> Path:
     if folder.is_file():
         raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")
     return folder
+
+
+def _unknown_fields(names: list[str], known: list[str]) -> str:
+    """The end of a message about fields that a config does not have."""
+    hints = [f" The rank is `r`, not `{name}`." if "rank" in name and "r" in known else did_you_mean(name, known) for name in names]
+    own = [name for name in known if name not in PeftConfig.__dataclass_fields__]
+    listed = "" if all(hints) else f" There are {', '.join(own or known)}."
+    start = "an unexpected keyword argument" if len(names) == 1 else "unexpected keyword arguments"
+    return f"{start} {', '.join(map(repr, names))}.{''.join(hints)}{listed}"

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .tuners._tuner import BaseTuner
-from .utils.error import PeftTypeError, PeftValueError
+from .utils.error import PeftValueError
 from .utils.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     lookup,
+    registered_methods,
 )
 
 __all__ = [
@@ -36,7 +37,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         PeftValueError: `peft_type` is missing or not provided, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
-        raise PeftValueError("The config has no `peft_type`.")
+        raise PeftValueError(f"The config has no `peft_type`; name one of {', '.join(registered_methods())}.")
     return lookup(PEFT_TYPE_TO_CONFIG_MAPPING, config_dict["peft_type"]).from_peft_type(**config_dict)
 
 
@@ -70,8 +71,7 @@ def inject_adapter_in_model(
         >>> inject_adapter_in_model(LoKrConfig(target_modules=["0"]), model) is model
         True
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+    check_config(peft_config)
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name in configs:
         raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")

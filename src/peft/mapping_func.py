@@ -7,10 +7,9 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .utils.error import PeftTypeError
 from .utils.peft_types import TaskType
 from .utils.plain import plain
 from .utils.warning import warn
@@ -92,8 +91,7 @@ def get_peft_model(
         >>> model(torch.zeros(5, 8), task_ids=[0, 1, 2, 1, 0]).shape
         torch.Size([5, 8])
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise PeftTypeError(f"The config must be a PeftConfig, got {type(peft_config)}.")
+    check_config(peft_config)
     model_cls = PeftMixedModel if mixed else PeftModel
     if not mixed and peft_config.task_type is not None:
         model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(peft_config.task_type)]

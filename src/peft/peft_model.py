@@ -303,7 +303,8 @@ class PeftModel(BasePeftModel):
         saved = read_config(model_id, None, hub)
         if saved.peft_type != known.peft_type:
             raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {saved.peft_type}."
+                f"Cannot combine adapters with different peft types. Found {known.peft_type} and {saved.peft_type}: the model "
+                f"has an adapter {adapter_name!r} already; load this one under another name."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
         incoming = import_state(state, config)

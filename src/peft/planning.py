@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .tuners import _plan
 from .tuners._build import Build, Construction
 from .tuners._cost import columns
 from .tuners._geometry import innermost
 from .tuners._layer import BaseTunerLayer
 from .tuners._tuner import BaseTuner
-from .utils.error import PeftTypeError
 from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 
 
@@ -216,8 +215,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         2       Linear 4096->64    lokr_w1 8x64, lokr_w2_a 8x8, lokr_w2_b 8x64    1,088  ...
         LOKR on 2 layers: 6,208 parameters (0.04% of the model's), 24,832 bytes; FLOPs a row ...
     """
-    if not isinstance(config, PeftConfig):
-        raise PeftTypeError(f"The config must be a PeftConfig, got {type(config)}.")
+    check_config(config)
     config = copy.deepcopy(config)
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
     targets = _plan.make(tuner, adapter_name, config)

@@ -14,8 +14,10 @@ from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.missing_attribute import PeftAttributeError
+from ..utils.near_misses import no_adapter
 from ..utils.offload import at_hand
-from ..utils.other import AuxiliaryTrainingWrapper
+from ..utils.other import AuxiliaryTrainingWrapper, check_model
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.walk import walk
@@ -52,6 +54,7 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
         super().__init__()
+        check_model(model)
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.targeted_module_names: list[str] = []
@@ -141,14 +144,19 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        try:
             return getattr(self.model, name)
+        except AttributeError as error:
+            if error.name not in (name, None) or hasattr(type(self.model), name):
+                raise  # what happened inside a property
+        raise PeftAttributeError((self, self.model), name)
 
     def refuse_foreign_arguments(self, arguments: dict[str, Any]) -> None:
         """Raise rather than ignore what is for another method (`task_ids`): models that take any keyword would swallow it."""
         for name in self._methods_arguments:
             if arguments.get(name) is not None and name not in self.adapter_call_arguments:
                 raise PeftTypeError(
-                    f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument."
+                    f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument; leave it out."
                 )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -184,10 +192,12 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftValueError: One is not an adapter of this model.
         """
+        if not isinstance(adapter_names, (str, Iterable)):
+            raise PeftTypeError(f"Adapters are named by a string or a list of strings, got {adapter_names!r}.")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
             if name not in self.peft_config:
-                raise PeftValueError(f"Adapter {name} not found; this model has {', '.join(self.peft_config) or 'none'}.")
+                raise PeftValueError(no_adapter(name, self.peft_config))
         return names
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -279,7 +289,7 @@ class AdaptedModel(nn.Module):
             PeftValueError: There is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
-            raise PeftValueError(f"Adapter {adapter_name} does not exist; this model has {', '.join(self.peft_config) or 'none'}.")
+            raise PeftValueError(no_adapter(adapter_name, self.peft_config, "does not exist"))
         parts = list(self._parts())
         if any(isinstance(part, BaseTunerLayer) and adapter_name in part.merged_adapters for part in parts):
             raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
@@ -341,7 +351,10 @@ class AdaptedModel(nn.Module):
         """
         unknown = sorted(set(options) - set(self.merge_options))
         if unknown:
-            raise PeftTypeError(f"Merging got unexpected keyword arguments: {', '.join(unknown)}.")
+            known = ", ".join(map("`{}`".format, ("adapter_names", "safe_merge", *self.merge_options)))
+            raise PeftTypeError(
+                f"Merging got unexpected keyword arguments: {', '.join(unknown)}. With {type(self).__name__} it takes {known}."
+            )
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""

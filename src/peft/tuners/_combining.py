@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import is_int
 from ..utils.error import PeftTypeError, PeftValueError
+from ..utils.near_misses import no_adapter
 from ..utils.peft_types import PeftType
 from ..utils.save_and_load import (
     check_complete,
@@ -95,7 +96,7 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
         raise PeftTypeError(f"`adapters`={request.adapters!r} must be a list of names.")
     for name in request.adapters:
         if name not in tuner.peft_config:
-            raise PeftValueError(f"Adapter {name} does not exist; this model has {', '.join(tuner.peft_config) or 'none'}.")
+            raise PeftValueError(no_adapter(name, tuner.peft_config, "does not exist"))
     if not request.adapters or len(request.adapters) != len(request.weights):
         raise PeftValueError(f"Pass one weight for each adapter; got {len(request.adapters)} and {len(request.weights)}.")
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in request.weights):

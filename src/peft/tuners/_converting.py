@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..utils.error import PeftValueError, UnsupportedModuleError
+from ..utils.near_misses import no_adapter
 from ..utils.save_and_load import MODEL_ROOT
 from ..utils.walk import walk
 from ._adapted import AdaptedModel
@@ -27,7 +28,7 @@ def config_of(model: Any, adapter_name: str) -> Any:
     if not isinstance(configs, dict):
         raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
     if adapter_name not in configs:
-        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(configs) or 'none'}.")
+        raise PeftValueError(no_adapter(adapter_name, configs))
     return configs[adapter_name]
 
 

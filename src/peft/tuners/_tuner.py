@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, check_config
 from ..utils.constants import DEFAULT_TARGET_MODULES
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
@@ -389,8 +389,7 @@ class BaseTuner(AdaptedModel):
 @contextmanager
 def _restored_on_error(config: PeftConfig) -> Iterator[None]:
     """Give a config its fields back if what happens inside fails."""
-    if not isinstance(config, PeftConfig):
-        raise PeftTypeError(f"The config must be a PeftConfig, got {type(config)}.")
+    check_config(config)
     before = dict(vars(config))
     try:
         yield

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import PeftWarning
+from ..utils.near_misses import near_misses
 from ..utils.warning import warn
 from . import _targets
 
@@ -19,26 +19,9 @@ _WORDS = re.compile(r"\((?:\?:)?((?:[\w.]|\\\.)+(?:\|(?:[\w.]|\\\.)+)+)\)")
 # How alike a word of a regular expression and a module's name must be before the word is taken for a slip: expressions that are
 # written for many models list words of all of them.
 _SLIP = 0.75
-# How much less alike than the nearest another near miss may be.
-_NEAREST = 0.05
 # How many names a message lists.
 _SHOWN = 24
 _FEW = 8
-
-
-def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the `choices` that look like `name`, the most alike first; case, `_`, `-` and `.` count little.
-
-    Example:
-        >>> near_misses("vproj", ["q_proj", "v_proj", "o_proj"], n=1)
-        ['v_proj']
-    """
-    scored = []
-    for choice in dict.fromkeys(choices):
-        likeness = max(_likeness(name, choice, cutoff), _likeness(_bare(name), _bare(choice), cutoff) - 0.01)
-        if likeness >= cutoff:
-            scored.append((-likeness, choice))
-    return [choice for score, choice in sorted(scored)[:n] if score < min(scored)[0] + _NEAREST]
 
 
 def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
@@ -211,15 +194,6 @@ def _words(pattern: str) -> list[str]:
     words = [word.replace("\\", "") for group in _WORDS.finditer(pattern) for word in group[1].split("|")]
     last = re.search(r"[\w.]+(?=\$?$)", pattern)
     return words or ([last[0].strip(".")] if last else [])
-
-
-def _likeness(a: str, b: str, cutoff: float) -> float:
-    matcher = difflib.SequenceMatcher(None, a, b)
-    return matcher.ratio() if matcher.real_quick_ratio() >= cutoff and matcher.quick_ratio() >= cutoff else 0.0
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[_.\-]", "", name.lower())
 
 
 def _end(path: str, length: int) -> str:

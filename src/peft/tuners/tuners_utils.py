@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import PeftConfig
 from ..utils.error import PeftValueError
 from ..utils.markers import marker
+from ..utils.near_misses import no_adapter
 from ..utils.walk import AdapterModuleDict
 from . import _targets
 from ._adapted import AdaptedModel
@@ -65,7 +66,7 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
     """
     tuner = tuner if isinstance(tuner, AdaptedModel) else tuner.base_model
     if adapter_name not in tuner.peft_config:
-        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {', '.join(tuner.peft_config)}.")
+        raise PeftValueError(no_adapter(adapter_name, tuner.peft_config))
     config, paths = tuner.peft_config[adapter_name], list(own_modules(tuner.model))
     matched = [path for path in paths if check_target_module_exists(config, path)]
     return {"matched": matched, "unmatched": [path for path in paths if path not in set(matched)]}

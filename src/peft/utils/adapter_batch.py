@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .call_stack import CallStack
 from .error import PeftTypeError, PeftValueError
+from .near_misses import adapters_there
 
 # The name that chooses no adapter for a sample.
 BASE_MODEL = "__base__"
@@ -109,8 +110,8 @@ def adapter_batch(names: Any, known: Mapping[str, Any], args: tuple[Any, ...], a
     unknown = sorted({name for name in names if name not in known and name != BASE_MODEL})
     if unknown:
         raise PeftValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; this model has {', '.join(known)}, and "
-            f"{BASE_MODEL!r} means none."
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {BASE_MODEL!r} means none, and this model has "
+            f"{adapters_there(unknown[0], known)}"
         )
     inputs = first_input(args, arguments)
     samples = len(names) if inputs is None else inputs.shape[0]

@@ -17,7 +17,8 @@ from typing import Any
 
 from . import placeholder_names
 from .error import PeftNotSupportedError
-from .peft_types import registered_methods
+from .near_misses import did_you_mean
+from .peft_types import not_provided
 
 # Declared for type checkers; a class stands for each.
 _NAMES = frozenset(placeholder_names.__annotations__)
@@ -51,13 +52,14 @@ def marker(name: str, module: str = "peft") -> type:
     declared = getattr(sys.modules.get(module), "__annotations__", {})
     is_named = name in declared or (name in _NAMES and module in ("peft", "peft.tuners"))
     if not is_named and (name.startswith("__") or not is_absent(module)):
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        present = () if name.startswith("_") or module not in sys.modules else [*vars(sys.modules[module]), *declared]
+        raise AttributeError(f"module {module!r} has no attribute {name!r}.{did_you_mean(name, present)}", name=name, obj=None)
 
     if name in _LORA_CONFIGS.split():
         return _refused_where_used(name, module)
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise PeftNotSupportedError(f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.")
+        raise PeftNotSupportedError(not_provided(name))
 
     return type(name, (), {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."})
 

@@ -14,7 +14,7 @@ from .adapter_batch import ADAPTER_BATCHES
 from .adapter_files import CONFIG_NAME as CONFIG_NAME
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
-from .error import PeftNotSupportedError, PeftValueError
+from .error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
 from .markers import marker
 from .pause import Pause
@@ -247,6 +247,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter_name not in self.modules_to_save:
             return {}
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+def check_model(model: Any) -> None:
+    """Insist on a model.
+
+    Raises:
+        PeftTypeError: It is no `nn.Module`; says what to pass in its place.
+    """
+    if isinstance(model, nn.Module):
+        return
+    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+    if isinstance(model, type):
+        remedy = f"Make or load an object of the class {model.__name__} first."
+    elif inside:
+        remedy = f"Pass one of the networks in it: {', '.join(f'`.{name}`' for name in inside)}."
+    else:
+        remedy = "Load the model first, and pass it as the first argument."
+    raise PeftTypeError(f"The model must be an nn.Module, got {type(model)}. {remedy}")
 
 
 def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:

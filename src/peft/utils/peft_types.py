@@ -11,6 +11,7 @@ import enum
 from typing import Any
 
 from .error import PeftValueError
+from .near_misses import did_you_mean
 
 
 class PeftType(str, enum.Enum):
@@ -127,14 +128,33 @@ def registered_methods() -> list[str]:
     return sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
+def not_provided(name: str) -> str:
+    """Return the message for a name of the interface that stands for something this package lacks."""
+    instead = next((remedy for part, remedy in _INSTEAD.items() if part in name), "")
+    return f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.{instead} {WAY_BACK}"
+
+
+WAY_BACK = (
+    "This `peft` is an independent implementation of the PEFT interface, not Hugging Face's. To go back to theirs, which has the "
+    "same name: `pip uninstall peft`, then `pip install peft`."
+)
+_TOKENS = " Rows of embeddings are trained beside any method by `trainable_token_indices` in its config."
+# What there is in place of a feature, by a part of its name.
+_INSTEAD = {"TrainableTokens": _TOKENS, "TRAINABLE_TOKENS": _TOKENS}
+
+
 def lookup(mapping: dict[Any, Any], peft_type: Any) -> Any:
     """The registry's entry for `peft_type` (a `PeftType` or its string).
 
     Raises:
         PeftValueError: The method is unknown or not provided; the message names those that are.
     """
+    name = str(getattr(peft_type, "value", peft_type))
     try:
         return mapping[PeftType(peft_type)]
-    except (KeyError, ValueError):
-        message = f"`peft_type`={str(getattr(peft_type, 'value', peft_type))!r} is not provided by this package"
-        raise PeftValueError(f"{message}; it provides {', '.join(registered_methods())}.") from None
+    except KeyError:
+        raise PeftValueError(not_provided(f"`peft_type`={name!r}")) from None
+    except ValueError:
+        provided = registered_methods()
+        message = f"`peft_type`={name!r} is not provided by this package and names no method; it provides {', '.join(provided)}."
+        raise PeftValueError(message + did_you_mean(name, provided)) from None

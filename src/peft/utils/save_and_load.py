@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .error import CheckpointError, PeftValueError
 from .hub import find_file, only_hub_options
+from .near_misses import no_adapter
 from .offload import bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
@@ -382,8 +383,7 @@ def adapter_config(model: Any, adapter_name: str) -> Any:
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or adapter_name not in configs:
-        known = ", ".join(configs) if isinstance(configs, dict) else "none"
-        raise PeftValueError(f"Adapter {adapter_name} not found; this model has {known or 'none'}.")
+        raise PeftValueError(no_adapter(adapter_name, configs if isinstance(configs, dict) else ()))
     return configs[adapter_name]
 
 

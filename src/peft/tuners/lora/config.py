@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
 from ...utils.error import PeftNotSupportedError
 from ...utils.markers import marker
-from ...utils.peft_types import PeftType
+from ...utils.peft_types import WAY_BACK, PeftType
 from ...utils.plain import is_empty
 from ...utils.warning import warn
 from .starts import REPEATABLE, is_random, upgraded
@@ -202,7 +202,8 @@ class LoraConfig(LayeredConfig):
             named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
             raise PeftNotSupportedError(
                 f"LoraConfig: {named} asks for what this package does not provide. It provides LoRA with `use_rslora`, `use_dora`, "
-                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of `init_lora_weights`; leave the default."
+                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of `init_lora_weights`; leave the default. "
+                + WAY_BACK
             )
         super().validate()
 

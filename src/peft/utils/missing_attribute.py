@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error for an attribute that neither a model with adapters has nor what it hands attributes on from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .error import PeftError
+from .near_misses import did_you_mean
+from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+
+
+class PeftAttributeError(PeftError, AttributeError):
+    """An attribute is missing.
+
+    The message, which names near misses, is made when it is read: libraries ask models by `hasattr` often, and drop the error.
+
+    Args:
+        owners: The object that was asked, and those it hands attributes on from. Who hands this error on adds itself in front.
+        attribute: What was asked for.
+    """
+
+    def __init__(self, owners: tuple[Any, ...], attribute: str) -> None:
+        super().__init__(name=attribute, obj=None)  # type: ignore[call-arg]  # an `obj` would have Python guess a second time
+        self.owners = owners
+
+    def __str__(self) -> str:
+        first, *inner = (type(owner).__name__ for owner in self.owners)
+        text = f"'{first}' object has no attribute '{self.name}'" + "".join(f", nor has its {name}" for name in inner) + "."
+        methods = [str(kind.value) for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, self.name)]
+        if methods:
+            return f"{text} It is for adapters of {' and '.join(methods)}."
+        sources = (*self.owners, *PEFT_TYPE_TO_TUNER_MAPPING.values())
+        names = {name for source in sources for name in dir(source) if name.startswith("_") == self.name.startswith("_")}
+        return text + did_you_mean(self.name, names)
+
+    def __reduce__(self) -> Any:
+        return AttributeError, (str(self),)
