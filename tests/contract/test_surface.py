@@ -140,8 +140,8 @@ def test_what_is_not_provided_is_a_class_that_nothing_is_of():
         assert not isinstance(peft.LoKrConfig(), marker)
         assert not issubclass(peft.PeftModel, marker)
         if name in _markers._LORA_CONFIGS.split():
-            with pytest.raises(NotImplementedError, match=rf"`loftq_config`={name}\(1, a=2\) asks for what this package does not"):
-                peft.LoraConfig(loftq_config=marker(1, a=2))
+            with pytest.raises(NotImplementedError, match=rf"`kasa_config`={name}\(1, a=2\) asks for what this package does not"):
+                peft.LoraConfig(kasa_config=marker(1, a=2))
             continue
         with pytest.raises(NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"):
             marker(1, a=2)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mistakes are answered with: what is wrong, and what was probably meant or what to do."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
+from torch import nn
+
+import peft
+from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, get_peft_model, inject_adapter_in_model, plan
+from peft.utils import missing_attribute
+
+
+class WithProperty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    @property
+    def broken(self):
+        return self.linear.no_such_thing
+
+
+def test_a_missing_attribute_is_missing_from_the_peft_model(model, monkeypatch):
+    with pytest.raises(
+        AttributeError, match=r"^'PeftModel' object has no attribute 'set_adpter', .* Did you mean 'set_adapter'\?"
+    ) as caught:
+        model.set_adpter("default")
+    assert f"nor has its {type(model.base_model).__name__}, nor has its Sequential" in str(caught.value)
+    assert isinstance(caught.value, peft.PeftError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(AttributeError, match=r"^'\w+' object has no attribute 'ad_adapter'.*'add_adapter'"):
+        _ = model.base_model.ad_adapter
+
+    def not_now(*args):
+        raise AssertionError("a message was made that nobody reads")
+
+    monkeypatch.setattr(missing_attribute, "did_you_mean", not_now)
+    assert not hasattr(model, "set_adpter") and getattr(model, "set_adpter", 3) == 3
+
+
+def test_a_missing_attribute_may_be_another_methods():
+    lokr, poly = (get_peft_model(mlp(), METHODS[name].config(target_modules=TARGETS)) for name in ("LOKR", "POLY"))
+    with pytest.raises(AttributeError, match="no attribute 'add_tasks'.*It is for adapters of POLY"):
+        lokr.add_tasks(1)
+    for model in (lokr, poly):
+        with pytest.raises(AttributeError, match=r"no attribute 'ad_tasks'.*Did you mean 'add_tasks'\?"):
+            model.ad_tasks(1)
+
+
+def test_an_error_inside_a_property_is_not_taken_for_a_missing_one():
+    model = get_peft_model(WithProperty(), LoraConfig(target_modules=["linear"]))
+    with pytest.raises(AttributeError, match="'WithProperty' object"):
+        _ = model.broken
+
+
+class Pipeline:
+    def __init__(self):
+        self.unet, self.vae = mlp(), mlp()
+
+
+NOT_A_MODEL = {
+    "a name": ("gpt2", "got <class 'str'>. Load the model first"),
+    "a class": (nn.Linear, "object of the class Linear first"),
+    "a pipeline": (Pipeline(), "Pass one of the networks in it: `.unet`, `.vae`."),
+}
+NOT_A_CONFIG = {
+    "the model": (nn.Linear(2, 2), "The model is the first argument"),
+    "a class": (LoKrConfig, "Make an object of the class: `LoKrConfig(...)`"),
+    "a dictionary": ({"r": 2}, "`peft.get_peft_config` makes one"),
+    "a path": ("folder", "`PeftModel.from_pretrained` loads the whole adapter"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_A_MODEL)
+def test_what_is_no_model(kind, tmp_path):
+    thing, sentence = NOT_A_MODEL[kind]
+    config = LoraConfig(target_modules=["0"])
+    get_peft_model(mlp(), config).save_pretrained(tmp_path)
+    for call in (
+        lambda: get_peft_model(thing, config),
+        lambda: get_peft_model(thing, config, mixed=True),
+        lambda: plan(thing, config),
+        lambda: inject_adapter_in_model(config, thing),
+        lambda: PeftModel.from_pretrained(thing, tmp_path),
+    ):
+        with pytest.raises(peft.PeftError, match=re.escape(sentence)) as caught:
+            call()
+        assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("kind", NOT_A_CONFIG)
+def test_what_is_no_config(kind):
+    thing, sentence = NOT_A_CONFIG[kind]
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["0"]))
+    for call in (
+        lambda: get_peft_model(mlp(), thing),
+        lambda: plan(mlp(), thing),
+        lambda: inject_adapter_in_model(thing, mlp()),
+        lambda: model.add_adapter("b", thing),
+        lambda: model.base_model.add_adapter("b", thing),
+    ):
+        with pytest.raises(TypeError, match=re.escape(sentence)):
+            call()
+
+
+def test_names_and_configs_the_wrong_way_round(model, method):
+    with pytest.raises(TypeError, match=r"name comes first: `add_adapter\(name, config\)`"):
+        model.add_adapter(method.config(target_modules=TARGETS), "b")
+
+
+def test_another_method_on_the_same_model_needs_a_mixed_model(model, method, tmp_path):
+    other = METHODS["LORA" if method is not METHODS["LORA"] else "LOKR"]
+    get_peft_model(mlp(), other.config(target_modules=TARGETS)).save_pretrained(tmp_path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"different peft types.*`get_peft_model\(model, config, mixed=True\)`"):
+        model.add_adapter("b", other.config(target_modules=TARGETS))
+    assert_unchanged(before, model)
+    with pytest.raises(ValueError, match=r"`PeftMixedModel.from_pretrained`"):
+        model.load_adapter(tmp_path, "b")
+    with pytest.raises(ValueError, match="has an adapter 'default' already; load this one under another name"):
+        model.load_adapter(tmp_path, "default")
+    assert_unchanged(before, model)
+
+
+def test_fields_that_a_config_lacks():
+    with pytest.raises(TypeError, match=r"LoraConfig.__init__\(\) got an unexpected keyword argument 'rank'. The rank is `r`"):
+        LoraConfig(rank=8)
+    with pytest.raises(TypeError, match="'lora_alpha'. Did you mean 'alpha'"):
+        LoKrConfig(lora_alpha=8)
+    with pytest.raises(peft.PeftError, match=r"arguments 'tasks', 'quux'. Did you mean 'n_tasks'\? There are r, target_modules,"):
+        PolyConfig(tasks=3, quux=1)
+
+    class Own(LoraConfig):
+        def __init__(self, size, **fields):
+            super().__init__(r=size, **fields)
+
+    assert Own(size=3, lora_alpha=2).r == 3
+    for config in (LoraConfig(r=3), PolyConfig(r=3, n_tasks=4)):
+        assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_adapters_that_are_not_there(model):
+    for name in ("style", "tasks"):
+        model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
+    x = torch.randn(2, 8)
+    for call in (
+        lambda: model.set_adapter("stile"),
+        lambda: model.delete_adapter("stile"),
+        lambda: model.merge_adapter(["stile"]),
+        lambda: model.add_weighted_adapter(["stile"], [1.0], "c"),
+        lambda: model(x, adapter_names=["style", "stile"]),
+        lambda: peft.get_peft_model_state_dict(model, adapter_name="stile"),
+    ):
+        with pytest.raises(ValueError, match=r"stile.* this model has default, style, tasks\. Did you mean 'style'\?"):
+            call()
+    for name in (None, 3):
+        with pytest.raises(TypeError, match="named by a string or a list of strings"):
+            model.set_adapter(name)
+
+
+def test_what_is_not_provided_says_whose_package_this_is():
+    way_back = "not Hugging Face's. To go back to theirs, which has the same name: `pip uninstall peft`, then `pip install peft`"
+    for call in (
+        peft.IA3Config,
+        peft.TrainableTokensConfig,
+        lambda: peft.get_peft_config({"peft_type": "IA3"}),
+        lambda: LoraConfig(target_parameters=["experts"]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(way_back)):
+            call()
+    for call in (peft.TrainableTokensConfig, lambda: peft.get_peft_config({"peft_type": "TRAINABLE_TOKENS"})):
+        with pytest.raises(ValueError, match="`trainable_token_indices` in its config"):
+            call()
+    with pytest.raises(ValueError, match=r"`peft_type`='LOKRR' .* names no method.* Did you mean 'LOKR'\?"):
+        peft.get_peft_config({"peft_type": "LOKRR"})
+    with pytest.raises(ValueError, match="name one of LOHA, LOKR"):
+        peft.get_peft_config({"r": 3})
+    with pytest.raises(AttributeError, match=r"module 'peft' has no attribute 'PolyConfg'. Did you mean 'PolyConfig'\?"):
+        _ = peft.PolyConfg
