@@ -114,7 +114,7 @@ def test_names_and_configs_the_wrong_way_round(model, method):
 
 
 def test_another_method_on_the_same_model_needs_a_mixed_model(model, method, tmp_path):
-    other = METHODS["LORA" if method is not METHODS["LORA"] else "LOKR"]
+    other = METHODS["LOKR" if method.config_cls is LoraConfig else "LORA"]
     get_peft_model(mlp(), other.config(target_modules=TARGETS)).save_pretrained(tmp_path)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"different peft types.*`get_peft_model\(model, config, mixed=True\)`"):
