@@ -432,10 +432,17 @@ def trainer(method, folder, fsdp=None):
                 del os.environ[name]
 
 
-def engine_of(model, stage):
+def with_deepspeed():
+    """DeepSpeed over torch's collectives: those of its own it would compile first, for as long as it takes on the machine at hand."""
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
+    return deepspeed
+
+
+def engine_of(model, stage):
+    deepspeed = with_deepspeed()
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -460,9 +467,7 @@ def train_engine(engine, method, steps=range(STEPS)):
 
 def zero_init(method):
     """Adapt a base model whose weights ZeRO-3 has distributed as they were made; merge while it gathers them."""
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed = with_deepspeed()
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     shard = functools.partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=torch.float32)
     model = adapted(method, shard=shard, modules_to_save=["lm_head"])
