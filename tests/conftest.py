@@ -5,6 +5,7 @@ The environment is set before anything is imported that reads it, and processes 
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import socket
@@ -67,3 +68,12 @@ def _no_network():
     tried = attempts.copy()
     attempts.clear()
     assert not tried
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Exempt what is there before a module's tests from garbage collection, which takes as long as there are objects to look at:
+    trainers ask for one whenever they start and end, and most objects are those of imported libraries.
+    """
+    gc.collect()
+    gc.freeze()

@@ -3,6 +3,7 @@
 
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import sys
@@ -39,6 +40,7 @@ def main():
             name, args, kwargs = pickle.loads(connection.recv_bytes())
         except EOFError:
             break
+        gc.freeze()  # trainers collect garbage, which takes as long as there are objects; those of libraries stay
         try:
             answer = True, getattr(jobs, name)(*args, **kwargs)
         except BaseException:
