@@ -17,6 +17,7 @@ from ._loading import check_same_function, filler, own_place, read_config, refus
 from .config import PeftConfig, as_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners._build import Construction
+from .tuners._renaming import present_names
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .utils.error import PeftValueError
@@ -226,7 +227,8 @@ class PeftModel(BasePeftModel):
             ephemeral_gpu_offload: Refused.
             low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint fills.
             key_mapping: Renaming of module paths in the checkpoint's keys: regular expression → replacement. By default what
-                the base model declares for checkpoints of its own earlier versions.
+                the base model declares for checkpoints of its own earlier versions. Modules that the model does not have then
+                are looked for under the names that transformers' rules give them, in keys and in the config.
             ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head with other classes, say) as
                 they start, with a warning.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
@@ -240,7 +242,7 @@ class PeftModel(BasePeftModel):
         hub = only_hub_options(kwargs, "from_pretrained")
         config = read_config(model_id, config, hub)
         key_mapping = key_mapping or renamings(model)
-        state = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
+        config, state = present_names(model, config, load_peft_weights(model_id, key_mapping=key_mapping, **hub))
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
         check = filler(model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
@@ -292,15 +294,17 @@ class PeftModel(BasePeftModel):
         config = known or read_config(model_id, None, hub)
         key_mapping = key_mapping or renamings(self.get_base_model())
         state = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
+        base = self.get_base_model()
         if known is None:
+            config, state = present_names(base, config, state)
             config.inference_mode = not is_trainable
-            check = filler(self.get_base_model(), config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
+            check = filler(base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
             self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes), check)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
             self.base_model.note_loaded(self, adapter_name)
             return LoadResult([], [])
-        saved = read_config(model_id, None, hub)
+        saved, state = present_names(base, read_config(model_id, None, hub), state)
         if saved.peft_type != known.peft_type:
             raise PeftValueError(
                 f"Cannot combine adapters with different peft types. Found {known.peft_type} and {saved.peft_type}: the model "

@@ -27,6 +27,7 @@ from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
 from ._merging import checked_names
 from ._recall import InferenceCache
+from ._renaming import present_names
 
 
 class AdaptedModel(nn.Module):
@@ -83,6 +84,10 @@ class AdaptedModel(nn.Module):
     def form_to_save(self, adapter_name: str, config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """An adapter's config and tensors as a file has them, where that is another form than `get_peft_model_state_dict` gives."""
         return config, state
+
+    def present_names(self, config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """A checkpoint's config and tensors under the names that the model's modules have now."""
+        return present_names(self.model, config, state)
 
     # --- walking ------------------------------------------------------------------------------------------------------
 

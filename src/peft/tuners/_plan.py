@@ -14,12 +14,14 @@ from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
 from ..utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
+from ..utils.renamed_modules import ModuleNames
 from ..utils.sharding import unwrapped
 from ..utils.walk import AdapterModuleDict, ByAdapter, walk
 from ..utils.warning import warn
 from . import _geometry, _targets, _trainable_tokens, _unmatched
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, layer_of
+from ._renaming import config_of_now
 from ._trainable_tokens import TokenPlan
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def make(
         UnsupportedModuleError: Modules are targeted that the method can't adapt; all are named.
     """
     config.validate()
+    vars(config).update(vars(config_of_now(config, tuner.model)))
     tuner.complete(config)
     check_name(adapter_name, tuner)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
@@ -261,7 +264,8 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
 
 def _saved(state_dict: Mapping[str, Tensor], tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the modules that a checkpoint has parameters for; warns where the config targets others."""
-    saved = _paths_in(state_dict, tuner)
+    names = ModuleNames(tuner.model)
+    saved = {names.now(path) or path for path in _paths_in(state_dict, tuner)}
     paths = [path for path in modules if unwrapped(path) in saved]
     if not paths:
         raise NoMatchingPeftModuleError(

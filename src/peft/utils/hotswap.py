@@ -277,7 +277,7 @@ class _Swap:
 
     def __init__(self, model: Any, adapter_name: str, known: Any, config: Any, state: Mapping[str, Tensor]) -> None:
         self.adapter = _Adapter(model, adapter_name, known)
-        self.config = config
+        self.config, state = config, _ = self.adapter.tuner.present_names(config, state)
         self.problems: list[str] = []
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.silent: dict[str, Tensor] = {}

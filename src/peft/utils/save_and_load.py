@@ -23,6 +23,7 @@ from .near_misses import no_adapter
 from .offload import bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
+from .renamed_modules import renamed_state
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .vocabulary import was_resized
 from .walk import walk
@@ -196,7 +197,8 @@ def set_peft_model_state_dict(
     view = in_view(config, adapter_name)
     named = list(own_state(model, view).items())
     is_native = not any(key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name))
-    state = import_state(peft_model_state_dict, config, ROOT if is_native else "")
+    base = model if is_native else getattr(model, "get_base_model", lambda: model)()
+    state = renamed_state(base, import_state(peft_model_state_dict, config, ROOT if is_native else ""), _holders(config)).state
     expected = adapter_tensors(named, config, adapter_name, state)
     # Biases that the checkpoint's writer trained have a place here even if this adapter trains none.
     expected.update({unwrapped(n): t for n, t in named if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()})
