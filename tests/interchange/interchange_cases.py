@@ -220,6 +220,32 @@ KINDS = {
 COUNTS = {"LoHa": 30, "LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
 
 
+# What is seen of options with many values wherever they stand, where of others it is seen on each kind of base.
+NUMBERS = {
+    *("r", "alpha", "lora_alpha", "decompose_factor", "rank_dropout", "module_dropout", "rank_dropout_scale", "lora_dropout"),
+    *("num_vectors", "vector_length", "topk", "vblora_dropout", "n_tasks", "n_skills", "n_splits", "bias"),
+}
+MAPPINGS = ("rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "layers_to_transform")
+
+
+def shown(case):
+    """What a case shows: each option's value, and each on a kind of base, way to write and to read."""
+    method, (kind, *sizes) = case["config_class"], case["base"]
+    facts = {(method, key, case[key]) for key in ("file", "reader", "lora_rank")}
+    facts.add((method, case["reader"], len(case["adapters"])))
+    facts |= {(method, kind, place, size) for place, size in enumerate(sizes) if kind != "mlp"} | {(method, kind)}
+    for config in case["adapters"].values():
+        for key, value in config.items():
+            value = bool(value) if key in MAPPINGS else str(value)
+            facts.add((method, key, value) if key in NUMBERS else (method, kind, key, value))
+    return facts
+
+
 def make_cases(seed):
-    """All cases; the methods that can be are also written as LoRA adapters."""
-    return [Maker(method, index, seed).case() for method, count in COUNTS.items() for index in range(count)]
+    """Of many random cases as few as show all that those do; the methods that can be are also written as LoRA adapters."""
+    drawn = [Maker(method, index, seed).case() for method, count in COUNTS.items() for index in range(count)]
+    missing, kept = set().union(*map(shown, drawn)), []
+    while missing:
+        kept.append(max(drawn, key=lambda case: len(shown(case) & missing)))
+        missing -= shown(kept[-1])
+    return sorted(kept, key=lambda case: case["id"])

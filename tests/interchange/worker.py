@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes or reads the adapters of the interchange tests with whichever `peft` the process finds, and measures what they do.
 
-    python worker.py write|read PACKAGE_FOLDER JOB RESULT
+    python worker.py PACKAGE_FOLDER
 
-JOB is a JSON file: the cases, and the folder they are written to or read from. RESULT gets a dictionary of tensors and plain data.
+Orders come as lines of JSON, [verb, argument, …], and each is answered by one: null when it is done, or what went wrong. Whatever else is
+printed goes to the log.
 """
 
 import hashlib
@@ -165,13 +166,39 @@ def run(verb, case, folder):
             return {"error": traceback.format_exc(limit=-3)}
 
 
-def main():
-    verb, package, job, result = sys.argv[1:]
-    assert Path(peft.__file__).is_relative_to(package), f"`peft` came from {peft.__file__}, not from {package}"
-    torch.set_num_threads(1)
-    job = json.loads(Path(job).read_text())
-    results = {case["id"]: run(verb, case, Path(job["folder"]) / case["id"]) for case in job["cases"]}
+def work(verb, cases, folder, result):
+    """Write or read all cases; `result`, a file, gets a dictionary of tensors and plain data."""
+    results = {case["id"]: run(verb, case, Path(folder) / case["id"]) for case in cases}
     torch.save({"version": importlib.metadata.version("peft"), "cases": results}, result)
+
+
+def look(folders, result):
+    """Read adapters of two linear layers; `result`, a file, gets what is said of each folder."""
+    found = {}
+    for folder in folders:
+        base = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                peft.PeftModel.from_pretrained(base, folder)
+            found[folder] = "read"
+        except Exception as error:
+            found[folder] = str(error)
+    torch.save(found, result)
+
+
+def main():
+    answers, sys.stdout = sys.stdout, sys.stderr
+    assert Path(peft.__file__).is_relative_to(sys.argv[1]), f"`peft` came from {peft.__file__}, not from {sys.argv[1]}"
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        verb, *arguments = json.loads(line)
+        try:
+            look(*arguments) if verb == "look" else work(verb, *arguments)
+            answer = None
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
