@@ -10,7 +10,7 @@ that the base layer takes goes the plain road, `base(x) + delta_activations(x)`,
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-from ._eager import is_autocast, is_eager
+from ._derivatives import gradients_again
+from ._eager import is_autocast, is_batched, is_eager
 from ._thin import across, add, can_add, down, scaled
 
 _PLAIN = nn.Parameter, Tensor
@@ -165,7 +166,7 @@ def _read(x: Tensor, first: Tensor) -> Tensor:
     """`x` as it is multiplied by `first`."""
     if first.dim() == 2:
         return x.reshape(-1, first.shape[0])
-    return x.reshape(first.shape[0], math.prod(x.shape[:-1]) // max(first.shape[0], 1), first.shape[1])
+    return x.reshape(first.shape[0], -1, first.shape[1])
 
 
 def _ends(product: Tensor, parameters: tuple[Tensor, ...], then: Any, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -221,7 +222,12 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, product, first, *parameters = ctx.saved_tensors
         for_x, for_weight, for_bias, _, _, for_first, *for_parameters = ctx.needs_input_grad
-        if product is None or torch.is_grad_enabled():  # a derivative of this one goes through the first product, too
+        if torch.is_grad_enabled() or is_batched(gradient):
+            wanted = for_x, for_weight, for_first, *for_parameters
+            plain = functools.partial(_adapted_plainly, ctx.then, ctx.scale)
+            of_x, of_weight, *others = gradients_again(plain, (x, weight, first, *parameters), wanted, (gradient,))
+            return of_x, of_weight, gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None, None, None, *others
+        if product is None:
             product = _product(x, first)
         through = _through_last if ctx.then is None else _through
         of_product, *of_parameters = through(ctx, gradient, product, parameters, for_x or for_first, for_parameters)
@@ -235,6 +241,12 @@ class _Adapted(torch.autograd.Function):
             across(of_product, _read(x, first)).mT if for_first else None,
             *of_parameters,
         )
+
+
+def _adapted_plainly(then: Any, scale: float, x: Tensor, weight: Tensor, first: Tensor | None, *parameters: Tensor) -> Tensor:
+    """Return the same, save a bias, by operations that autograd knows."""
+    own = F.linear(x, weight)
+    return (own + Steps(x, first, parameters, then, scale).part().reshape(own.shape)).to(own.dtype)
 
 
 def _add_first(of_x: Tensor, of_product: Tensor, first: Tensor | None) -> Tensor:
@@ -254,11 +266,8 @@ def _through_last(ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p:
 
 def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_product: bool, for_parameters: Any) -> list[Any]:
     """The gradients for the first product and the parameters, through all that follows it."""
-    own, wanted, again = [product, *parameters], [for_product, *for_parameters], torch.is_grad_enabled()
-    if again:  # one may have been computed from another: that way is not this function's
-        own = [tensor.view_as(tensor) if want else tensor for tensor, want in zip(own, wanted, strict=True)]
-    else:
-        own = [tensor.detach().requires_grad_(want) for tensor, want in zip(own, wanted, strict=True)]
+    wanted = [for_product, *for_parameters]
+    own = [tensor.detach().requires_grad_(want) for tensor, want in zip((product, *parameters), wanted, strict=True)]
     with torch.enable_grad():
         p, q = ctx.then(*own)
     if q is None:
@@ -270,7 +279,5 @@ def _through(ctx: Any, gradient: Tensor, product: Tensor, parameters: Any, for_p
     sources = [tensor for tensor, want in zip(own, wanted, strict=True) if want]
     if not sources:
         return [None] * len(own)
-    found = iter(
-        torch.autograd.grad([end for end, _ in ends], sources, [make() for _, make in ends], create_graph=again, allow_unused=True)
-    )
+    found = iter(torch.autograd.grad([end for end, _ in ends], sources, [make() for _, make in ends], allow_unused=True))
     return [next(found) if want else None for want in wanted]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that can be differentiated again, for functions whose own backward can't be."""
+"""Gradients by way of plain operations, for functions whose own backward does not know all that autograd does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def gradients_again(
-    function: Callable[..., Any], arguments: Sequence[Tensor], wanted: Sequence[bool], of_results: Sequence[Tensor]
-) -> Iterator[Tensor | None]:
-    """Return gradients for a function's arguments as part of a graph, for second derivatives.
+    function: Callable[..., Any], arguments: Sequence[Tensor | None], wanted: Sequence[bool], of_results: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return gradients for a function's arguments, in a backward.
+
+    They are part of a graph if gradients are on there, so that they can be differentiated again.
 
     Args:
         function: Of plain operations; it returns one tensor or several.
@@ -25,10 +27,11 @@ def gradients_again(
         For each argument its gradient, None where none is wanted or the function does not need it.
     """
     # Where one argument was computed from another (by a layer that a model runs twice), that way is
-    # not this function's.
-    own = [argument.view_as(argument) if want else argument for argument, want in zip(arguments, wanted, strict=True)]
+    # not this function's: each is taken by an alias.
     with torch.enable_grad():
-        results = function(*own)
-    sources = [argument for argument, want in zip(own, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(results, sources, of_results, create_graph=True, allow_unused=True))
-    return iter([next(found) if want else None for want in wanted])
+        aliases = {i: arguments[i].view_as(arguments[i]) for i, want in enumerate(wanted) if want}  # type: ignore
+        results = function(*[aliases.get(i, argument) for i, argument in enumerate(arguments)])
+    sources, again = tuple(aliases.values()), torch.is_grad_enabled()
+    found = torch.autograd.grad(results, sources, of_results, create_graph=again, allow_unused=True) if sources else ()
+    gradients = dict(zip(aliases, found, strict=True))
+    return [gradients.get(i) for i in range(len(wanted))]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,12 +12,17 @@ from torch import Tensor
 
 def is_eager() -> bool:
     """Whether operations run as they are called, and once: no compiler and no transform looks on."""
-    return not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed())
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
-def is_transformed() -> bool:
-    """Tell if a transform of `torch.func` is on, or forward-mode differentiation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+def is_batched(x: Tensor | None) -> bool:
+    """Tell if a gradient is one of a batch, of `torch.autograd.grad(…, is_grads_batched=True)`."""
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -33,12 +38,24 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
+def untraced() -> AbstractContextManager[object]:
+    """Return a context whose operations `torch.jit.trace` does not see, to which sizes are tensors."""
+    return nullcontext() if torch._C._get_tracing_state() is None else _untraced()
+
+
 @contextmanager
-def untraced() -> Iterator[None]:
-    """Read sizes as plain numbers, which to `torch.jit.trace` are tensors and part of the graph."""
+def _untraced() -> Iterator[None]:
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def shapes(*tensors: Tensor) -> list[Sequence[int]]:
+    """Return tensors' shapes as numbers, to decide by: in a trace, for all inputs that it will get."""
+    if torch._C._get_tracing_state() is None:
+        return [tensor.shape for tensor in tensors]
+    with untraced():
+        return [tensor.shape for tensor in tensors]

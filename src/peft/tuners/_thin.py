@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._eager import is_autocast, is_eager
+from ._eager import is_autocast, is_batched, is_eager
 from ._kernels import agrees, has_triton
 
 _PLAIN = nn.Parameter, Tensor
@@ -155,7 +155,11 @@ def _are_taken(wide: Tensor, length: int, width: int, *thin: Tensor) -> bool:
         if tensor.dtype is not torch.float32 or type(tensor) not in _PLAIN or tensor.device != device:
             return False
     return (
-        type(wide) in _PLAIN and wide.is_contiguous() and _are_there(device) and agrees(*_case(length, width, wide.dtype), device)
+        type(wide) in _PLAIN
+        and wide.is_contiguous()
+        and not is_batched(wide)
+        and _are_there(device)
+        and agrees(*_case(length, width, wide.dtype), device)
     )
 
 

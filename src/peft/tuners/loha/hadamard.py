@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._eager import shapes
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -90,7 +92,8 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
     Source: Khatri and Rao, 1968
     """
     (U1, V1), (U2, V2) = _sides(f)
-    U1, V1 = (U1 * scale, V1) if U1.numel() <= V1.numel() else (U1, V1 * scale)
+    in_U, in_V = map(math.prod, shapes(U1, V1))
+    U1, V1 = (U1 * scale, V1) if in_U <= in_V else (U1, V1 * scale)
     A = (V1.unsqueeze(1) * V2.unsqueeze(0)).flatten(0, 1)
     B = (U1.unsqueeze(2) * U2.unsqueeze(1)).flatten(1)
     return A, B
@@ -148,6 +151,7 @@ def _side(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _sizes(f: HadamardFactors) -> tuple[int, int, int]:
     """`out`, `in · taps` and the inner size of the thin factors."""
+    a1, b1, a2 = shapes(f.w1_a, f.w1_b, f.w2_a)
     if f.t1 is None or f.t2 is None:
-        return f.w1_a.shape[0], f.w1_b.shape[1], f.w1_a.shape[1] * f.w2_a.shape[1]
-    return f.w1_a.shape[1], f.w1_b.shape[1] * math.prod(f.t1.shape[2:]), f.w1_a.shape[0] * f.w2_a.shape[0]
+        return a1[0], b1[1], a1[1] * a2[1]
+    return a1[1], b1[1] * math.prod(shapes(f.t1)[0][2:]), a1[0] * a2[0]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._accumulate import Steps
+from .._eager import shapes
 from .._thin import widened
 from .order import State, contraction_order
 
@@ -133,8 +134,9 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
     Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    grid = x.reshape(math.prod(x.shape[:-1]), 1, w1s[0].shape[1], 1, w2s[0].shape[1])
-    return _walk(grid, w1s, w2s, _order(w1s, w2s)).reshape(*x.shape[:-1], w1s[-1].shape[0] * w2s[-1].shape[0])
+    (_, b), (_, d), (a, _), (c, _) = shapes(w1s[0], w2s[0], w1s[-1], w2s[-1])
+    grid = x.reshape(math.prod(x.shape[:-1]), 1, b, 1, d)
+    return _walk(grid, w1s, w2s, _order(w1s, w2s)).reshape(*x.shape[:-1], a * c)
 
 
 def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Steps:
@@ -217,7 +219,7 @@ def kronecker_conv(
     """
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, kernel), scale)
-    (a, b), (c, d) = (w1s[-1].shape[0], w1s[0].shape[1]), (w2s[-1].shape[0], w2s[0].shape[1])
+    (a, *_), (_, b, *_), (c, *_), (_, d, *_) = shapes(w1s[-1], w1s[0], w2s[-1], w2s[0])
     if b * d == 1:
         weight = (flat_kronecker_weight if flat else kronecker_weight)(f, kernel, scale)
         return _CONV[len(kernel)](x, weight, groups=groups, **options)
@@ -231,7 +233,8 @@ def kronecker_conv(
     grid = batched.unflatten(1, (shared, groups // shared, *sides)).movedim(2, 3)
     positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
     grid = grid.movedim((1, 2), (3, 4)) if flat else grid
-    order = _order(w1s, w2s, grid.shape[1], grid.shape[3], positions)
+    (_, left_groups, _, right_groups, *_), *_ = shapes(grid)
+    order = _order(w1s, w2s, left_groups, right_groups, positions)
     y = _walk(grid, w1s, w2s, order, **options)
     y = (y.movedim((1, 2), (3, 4)) if flat else y).flatten(1, 4)
     return y if x.dim() == y.dim() else y[0]
@@ -268,7 +271,7 @@ def _fold_scale(w1s: Chain, w2s: Chain, scale: float | Tensor) -> tuple[Chain, C
     if not isinstance(scale, Tensor) and scale == 1:
         return w1s, w2s
     maps = [*w1s, *w2s]
-    sizes = [w.numel() for w in maps]
+    sizes = [math.prod(shape) for shape in shapes(*maps)]
     smallest = sizes.index(min(sizes))
     maps[smallest] = maps[smallest] * scale
     return tuple(maps[: len(w1s)]), tuple(maps[len(w1s) :])
@@ -281,10 +284,8 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
 
 def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1) -> tuple[State, ...]:
     """The states to pass through, with `positions` input positions per output position."""
-    shapes = tuple(w.shape for w in w1s), tuple(w.shape for w in w2s)
-    # Nothing is remembered where the compiler would warn of it, nor in a trace, where each size is a new tensor.
-    plan = _order_of_shapes if torch.compiler.is_compiling() or torch.jit.is_tracing() else _known_order
-    return plan(*shapes, left_groups, right_groups, positions)
+    plan = _order_of_shapes if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
+    return plan(tuple(shapes(*w1s)), tuple(shapes(*w2s)), left_groups, right_groups, positions)
 
 
 def _order_of_shapes(
@@ -309,11 +310,12 @@ def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any
     Groups share all maps of a chain but the last, whose rows they divide.
     """
     i = j = 0
+    (_, left_groups, _, right_groups, *_), *_ = shapes(z)
     for to_i, to_j in order:
         if to_i > i:
-            z = _pointwise(z, _compose(w1s[i:to_i]), 2, z.shape[1] if to_i == len(w1s) else 1)
+            z = _pointwise(z, _compose(w1s[i:to_i]), 2, left_groups if to_i == len(w1s) else 1)
         else:
-            w, groups = _compose(w2s[j:to_j]), z.shape[3] if to_j == len(w2s) else 1
+            w, groups = _compose(w2s[j:to_j]), right_groups if to_j == len(w2s) else 1
             z = _pointwise(z, w, 4, groups) if w.dim() == 2 else _spatial(z, w, groups, **conv)
         i, j = to_i, to_j
     return z
@@ -322,7 +324,8 @@ def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any
 def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
     """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
     trains = torch.is_grad_enabled() and not torch.jit.is_tracing()  # the tracer compares graphs made with and without gradients
-    if z.dim() == 5 and (axis == 4 or (z.shape[4] < w.shape[0] and trains)):
+    (_, _, _, _, narrow, *_), (wide, *_) = shapes(z, w)
+    if z.dim() == 5 and (axis == 4 or (narrow < wide and trains)):
         # No space: one matrix product. The batched one below is quicker, but forms a weight gradient per row before summing.
         return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
     y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._eager import without_autocast
+from .._eager import shapes, without_autocast
 from .kronecker import KroneckerFactors, left, right
 
 _TERMS = {  # against W1, then against W2; and what is left of the squares of both
@@ -93,10 +93,10 @@ def _norms(
 ) -> Tensor:
     wide, taps = torch.promote_types(W.dtype, torch.float32), math.prod(kernel)
     with without_autocast(W):
-        W1, W2 = left(f), right(f, kernel)
+        W, W1, W2 = W.detach(), left(f).detach(), right(f, kernel).detach()  # from forward mode, too
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
         W2 = W2.flatten(2) if kernel else W2.unsqueeze(-1)
-        (a, b), (c, d) = W1.shape, W2.shape[:2]
-        out = W.shape[0]
+        (a, b), (c, d, _), (out, *_) = shapes(W1, W2, W)
         if a * c != out:  # the rows that the layer does not have count as zero
             padded = W.new_zeros(a * c, *W.shape[1:])
             padded[row_offset : row_offset + out] = W

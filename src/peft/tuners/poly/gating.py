@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._eager import shapes
 from .._kernels import agrees, can_launch
 from .mixing import _certainly, gates, normalise
 
@@ -121,7 +122,7 @@ def keep_largest(weights: Tensor, k: int) -> Tensor:
         >>> keep_largest(torch.tensor([0.5, 0.2, 0.3]), 2)
         tensor([0.6250, 0.0000, 0.3750])
     """
-    if k >= weights.shape[-1]:
+    if k >= shapes(weights)[0][-1]:
         return weights
     values, index = weights.topk(k, dim=-1)
     total = weights.sum(-1, keepdim=True)
@@ -144,8 +145,8 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
 
     Source: the papers mix all skills; the construction follows from zero weights
     """
-    samples, (n_splits, n_skills) = math.prod(weights.shape[:-2]), A.shape[:2]
-    if not _certainly(samples * k < n_skills):
+    samples, (*leading, n_splits, n_skills) = math.prod(weights.shape[:-2]), *shapes(weights)
+    if not _certainly(math.prod(leading) * k < n_skills):
         return weights, A, B
     values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
     slots = index.transpose(0, 1).flatten(1)  # [n_splits, samples * k]: each sample has `k` skills to itself

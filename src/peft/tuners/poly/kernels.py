@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._derivatives import gradients_again
+from .._eager import is_batched
 from .._kernels import on_device_of
 from .mixing import normalise, relaxed_gates
 
@@ -72,7 +73,7 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_weights: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         table, task_ids, draws = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(of_weights):
             plain = functools.partial(_weighed_plainly, task_ids=task_ids, draws=draws, shape=ctx.shape)
             return *gradients_again(plain, (table,), (True,), (of_weights,)), None, None, None
         batch, n_splits, n_skills = ctx.shape

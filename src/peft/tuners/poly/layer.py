@@ -14,6 +14,7 @@ from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.walk import AdapterModuleDict
 from .._accumulate import Steps
 from .._cost import AdapterCost, thin_cost
+from .._eager import shapes
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -229,7 +230,7 @@ class PolyLayer(BaseTunerLayer):
         if isinstance(router, TaskRouter):
             ids = self._task_ids(adapter_name, x)
             sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
-            if router.training or sources[0].numel() > _SMALL_TABLE or not may_reuse(sources):
+            if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
                 return router(ids, checked=True)
             return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
         if self.token_level[adapter_name]:
@@ -249,16 +250,17 @@ class PolyLayer(BaseTunerLayer):
         Raises:
             PeftValueError: No ids, or the rows can't be shared out.
         """
-        rows, call = x.shape[0], self.routing.call
+        call = self.routing.call
         if call is None or call.task_ids is None:
             if self.n_tasks[adapter_name] == 1:
                 return torch.zeros(1, dtype=torch.long, device=x.device)
             raise PeftValueError("task_ids should not be None: pass them to the model's call, one id for each sample.")
         ids = call.task_ids
-        if self.training and ids.shape[0] == 1 and call.batch and rows % call.batch == 0:
-            ids = ids.expand(call.batch)  # each sample draws its own weights
-        if rows % max(ids.shape[0], 1):
-            raise PeftValueError(f"A layer sees {rows} rows, which {ids.shape[0]} task ids can't share out evenly.")
+        (given,), (rows, *_) = shapes(ids, x)
+        if self.training and given == 1 and call.batch and rows % call.batch == 0:
+            ids, given = ids.expand(call.batch), call.batch  # each sample draws its own weights
+        if rows % max(given, 1):
+            raise PeftValueError(f"A layer sees {rows} rows, which {given} task ids can't share out evenly.")
         return ids if ids.device == x.device else ids.to(x.device)
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...utils.error import PeftValueError
 from .._accumulate import Steps, thin_steps
-from .._eager import is_eager
+from .._eager import is_eager, shapes
 from .._kernels import agrees, can_launch
 from .._thin import scaled, widened
 
@@ -126,7 +126,13 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    return poly_steps(x, weights, A, B, scale).part().reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
+    batch, tokens, own = _by_sample(x, weights)
+    if _goes_through_rank_space(x, own, A, B):
+        delta = poly_steps(x, weights, A, B, scale).part()
+    else:
+        A_w, B_w = mix(own, A, B)
+        delta = scaled(x.reshape(batch, tokens, x.shape[-1]) @ A_w, scale) @ B_w
+    return delta.reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
 
 
 def poly_steps(
@@ -142,16 +148,16 @@ def poly_steps(
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
     batch, tokens, weights = _by_sample(x, weights)
-    n_splits, n_skills, width, r = A.shape
-    if not rank_space_pays(batch, tokens, n_splits * (width + B.shape[3]), n_splits, n_skills):
+    if not _goes_through_rank_space(x, weights, A, B):
         return thin_steps(x, *mix(weights, A, B), scale)
 
-    rows = batch * tokens
+    (n_splits, n_skills, width, r), (n, *_), (*leading, _) = shapes(A, weights, x)
+    rows, is_each_alone = batch * tokens, math.prod(leading) == n
 
     def spread(h: Tensor, weights: Tensor) -> Tensor:
         """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`."""
         w = weights.to(h.dtype)
-        w = (w if tokens == 1 else w.repeat_interleave(tokens, 0)).reshape(rows, n_splits * n_skills, 1)
+        w = (w if is_each_alone else w.repeat_interleave(tokens, 0)).reshape(rows, n_splits * n_skills, 1)
         return w @ (w.mT @ h * scale)
 
     if n_splits == 1:
@@ -213,6 +219,12 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
     matrices = features * batch * (n_skills + tokens + 2 * _MOVE)
     rank_space = features * (applied + _MOVE * n_skills) + 4 * _MOVE * applied * n_splits
     return _certainly(matrices - rank_space > 0)
+
+
+def _goes_through_rank_space(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Tell if `rank_space_pays` for an input and weights `[batch, n_splits, n_skills]`."""
+    (*leading, _), (batch, *_), (n_splits, n_skills, width, _), (*_, columns) = shapes(x, weights, A, B)
+    return rank_space_pays(batch, math.prod(leading) // max(batch, 1), n_splits * (width + columns), n_splits, n_skills)
 
 
 def _certainly(condition: bool) -> bool:
@@ -304,14 +316,15 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 def _by_sample(x: Tensor, weights: Tensor) -> tuple[int, int, Tensor]:
     """The input's samples and tokens, with weights `[batch, n_splits, n_skills]`."""
+    (*leading, _), (*owners, _, _) = shapes(x, weights)
     if weights.dim() > 3:
-        if weights.shape[:-2] != x.shape[:-1]:
+        if owners != leading:
             raise PeftValueError(
                 f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape {tuple(x.shape)}: "
                 "all but their last two sizes must be all but its last one."
             )
         return math.prod(x.shape[:-1]), 1, weights.flatten(0, -3)
-    rows, batch = x.shape[0], weights.shape[0]
+    rows, batch = leading[0], owners[0]
     # Checked, since a reshape would silently move tokens between samples.
     if rows != batch and (batch == 0 or rows % batch != 0):
         raise PeftValueError(
@@ -319,7 +332,8 @@ def _by_sample(x: Tensor, weights: Tensor) -> tuple[int, int, Tensor]:
             "the rows must be a multiple of the samples."
         )
     # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
-    return batch, math.prod(x.shape[:-1]) // max(batch, 1), weights
+    samples = weights.shape[0]
+    return samples, math.prod(x.shape[:-1]) // (samples if batch else 1), weights
 
 
 def _share_gate(logits: Tensor, share: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._eager import is_batched
 from .._kernels import on_device_of
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -76,7 +77,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_A_w: Tensor, of_B_w: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weights, A, B = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(of_A_w) or is_batched(of_B_w):
             return *_gradients(weights, A, B, ctx.scale, of_A_w, of_B_w), None, None
         for_weights, for_A, for_B, _, _ = ctx.needs_input_grad
         (batch, n_splits, n_skills), r = weights.shape, A.shape[3]

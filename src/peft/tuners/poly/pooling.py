@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...utils.error import PeftValueError
+from .._eager import shapes
 from .mixing import _working_dtype
 
 
@@ -37,7 +38,8 @@ def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x
     tokens = x.flatten(1, -2)
     if mask is None:
-        return (tokens.sum(dim=1, dtype=_working_dtype(x)) / max(tokens.shape[1], 1)).to(x.dtype)
+        total = tokens.sum(dim=1, dtype=_working_dtype(x))
+        return (total / tokens.shape[1] if shapes(tokens)[0][1] else total).to(x.dtype)
     if mask.shape != tokens.shape[:2]:
         raise PeftValueError(
             f"The mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: "

@@ -22,6 +22,7 @@ from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, first_input
 from ...utils.call_stack import CallStack
 from ...utils.error import PeftTypeError, PeftValueError
 from ...utils.walk import walk
+from .._eager import shapes, untraced
 from .pooling import pool, prompt_mask
 
 # Arguments of a call that are for the routing and not for the model.
@@ -150,7 +151,8 @@ class Routing:
             PeftValueError: Task ids missing, of a wrong number, or out of range.
         """
         inputs = first_input(args, arguments, CALL_ARGUMENTS)
-        call = Call(batch=inputs.size(0) if inputs is not None else None)  # a nested tensor may have no `shape`
+        with untraced():
+            call = Call(batch=None if inputs is None else inputs.size(0))  # a nested one may have no `shape`
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
@@ -310,14 +312,16 @@ def as_task_ids(
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
-    if ids.dim() != 1 or (batch is not None and ids.shape[0] not in (1, batch)) or (ids.shape[0] == 0 and batch != 0):
+    count = shapes(ids)[0][0]
+    if ids.dim() != 1 or (batch is not None and count not in (1, batch)) or (count == 0 and batch != 0):
         wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
         packed = " (texts packed into one row are one sample)" if batch == 1 else ""
         raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
     if torch.compiler.is_compiling():
         torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
-    elif ids.numel() and _has_values(ids):
-        lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
+    elif count and _has_values(ids):
+        with untraced():
+            lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
             raise PeftValueError(
                 f"Only {n_tasks} tasks available. Found task id = {lowest if lowest < 0 else highest}; ids count from 0."
@@ -337,10 +341,12 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
         task_ids = [names.index(task) for task in task_ids]
     if not isinstance(task_ids, Tensor):
         try:
-            task_ids = torch.as_tensor(task_ids)
+            with untraced():  # a constant
+                task_ids = torch.as_tensor(task_ids)
+                is_empty = task_ids.numel() == 0
         except (TypeError, ValueError, RuntimeError):
             raise PeftTypeError(f"`{argument}` must be integers, not {type(task_ids).__name__}.") from None
-        if task_ids.numel() == 0:
+        if is_empty:
             return task_ids.long()  # an empty list has no dtype of its own
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")

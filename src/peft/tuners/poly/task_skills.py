@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._eager import shapes
 from .._geometry import Placement
 from .tables import TaskTable
 
@@ -76,7 +77,7 @@ class TaskSkills(nn.Module):
         """What the tasks' own skills add for `x [rows, …, in]`, where each of `task_ids` has the same number of rows."""
         A, B = self.A.table(), self.B.table()
         batch = task_ids.shape[0]
-        samples = x.reshape(batch, math.prod(x.shape[:-1]) // max(batch, 1), x.shape[-1])
+        samples = x.reshape(batch, math.prod(x.shape[:-1]) // (batch if shapes(task_ids)[0][0] else 1), x.shape[-1])
         own = samples.bmm(A[task_ids] * scale).bmm(B[task_ids])
         return own.reshape(*x.shape[:-1], B.shape[2])
 

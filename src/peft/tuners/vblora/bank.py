@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._derivatives import gradients_again
-from .._eager import is_transformed
+from .._eager import is_batched, is_eager
 from .._kernels import agrees, can_launch
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -308,7 +308,7 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     """`sum_k weights[..., k] * bank[indices[..., k]]`: two of `[..., topk]` and a bank to `[..., vector_length]`."""
     compiled = torch.compiler.is_compiling()
-    if bank.device.type not in _FUSED_DEVICES or (is_transformed() and not compiled):
+    if bank.device.type not in _FUSED_DEVICES or not (compiled or is_eager()):
         return _gathered_sum(weights, indices, bank)
     # One kernel, as fast as gather-and-sum (at half precision up to twice as fast) while the backward keeps `topk`
     # numbers a position in place of `topk * vector_length`; a dense `[positions, num_vectors] @ bank` took 2 to 8 times
@@ -331,7 +331,7 @@ def _differentiable(weights: Tensor, indices: Tensor, bank: Tensor, of_inputs: A
 
     Its own can't be. This is a hook of its node in the graph.
     """
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or is_batched(of_outputs[0])):
         return None
     wanted = [gradient is not None for gradient in of_inputs]
     own = gradients_again(lambda bank, weights: _gathered_sum(weights, indices, bank), (bank, weights), wanted, of_outputs[:1])

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._derivatives import gradients_again
+from .._eager import is_batched
 from .._kernels import on_device_of
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -68,7 +69,7 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_A: Tensor, of_B: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *sources, bank, chosen = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(of_A) or is_batched(of_B):
             from .bank import compose_in_full
 
             plain = functools.partial(compose_in_full, topk=ctx.topk)

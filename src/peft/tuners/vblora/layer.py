@@ -14,6 +14,7 @@ from ...utils.adapter_batch import AdapterBatch
 from ...utils.error import PeftRuntimeError
 from .._accumulate import Steps, thin_steps
 from .._cost import AdapterCost, thin_cost
+from .._eager import shapes
 from .._geometry import Placement
 from .._holder import AdapterParameterDict
 from .._layer import BaseTunerLayer
@@ -226,9 +227,10 @@ class VBLoRALayer(BaseTunerLayer):
 
     def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Factors `[…, r, in]` and `[…, out, r]` without what their last tiles have too much."""
-        if A.shape[-1] != self.geometry.in_features:
+        (*_, columns), (*_, rows, _) = shapes(A, B)
+        if columns != self.geometry.in_features:
             A = A[..., : self.geometry.in_features]
-        if B.shape[-2] != self.geometry.out_features:
+        if rows != self.geometry.out_features:
             B = B[..., : self.geometry.out_features, :]
         return A, B
 
