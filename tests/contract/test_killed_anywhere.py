@@ -148,3 +148,10 @@ def test_a_config_saved_by_itself_is_the_one_that_is_read(tmp_path):
         config.alpha = 64
         config.save_pretrained(folder)
         assert peft.PeftConfig.from_pretrained(folder).alpha == 64
+
+
+def test_a_config_edited_by_hand_is_read_as_edited(tmp_path):
+    adapter(1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"alpha": 8', '"alpha": 4'))
+    assert read(tmp_path)[1] == 4

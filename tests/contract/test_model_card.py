@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md beside an adapter, read by huggingface_hub."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 from conftest import METHODS, TARGETS, mlp
@@ -63,16 +60,3 @@ def test_metadata_that_cannot_be_read_is_left_alone(model, text, tmp_path):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert PeftModel.from_pretrained(mlp(), tmp_path).peft_config["default"].r == 2
-
-
-@pytest.mark.processes
-def test_saving_and_loading_import_nothing_of_the_hub(tmp_path):
-    script = f"""
-import sys, torch, peft
-base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-model = peft.get_peft_model(base, peft.LoKrConfig(r=2, target_modules=["0"]))
-model.save_pretrained({str(tmp_path)!r})
-model.load_adapter({str(tmp_path)!r}, "again")
-print([name for name in ("huggingface_hub", "transformers", "httpx", "requests") if name in sys.modules])
-"""
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

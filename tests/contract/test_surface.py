@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface's names: all can be imported, those that are provided have its signatures, the others say that they are not."""
 
+import importlib
 import inspect
 import itertools
-import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import conftest
 import pytest
@@ -181,9 +182,8 @@ assert Nothing is None
 """
 
 
-@pytest.mark.processes
 def test_modules_that_are_not_provided_hold_such_classes():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ABSENT], check=True)
+    exec(ABSENT, {"__name__": "absent"})
 
 
 def test_every_method_of_the_registry_is_no_marker():
@@ -210,10 +210,11 @@ PLACES = {
 }
 
 
-@pytest.mark.processes
-def test_modules_are_where_clients_look():
-    script = "".join(f"from {path} import {names}\n" for path, names in PLACES.items())
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+@pytest.mark.parametrize("path", PLACES)
+def test_modules_are_where_clients_look(path):
+    module = importlib.import_module(path)
+    for name in PLACES[path].split(", "):
+        assert getattr(module, name) is not None
 
 
 def test_layer_classes_tell_what_their_parameters_are_called():
@@ -224,31 +225,65 @@ def test_layer_classes_tell_what_their_parameters_are_called():
     assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(LoraLayer.adapter_layer_names)
 
 
-@pytest.mark.processes
-def test_subpackages_come_with_the_package():
-    script = "import peft; print(peft.helpers.__name__, peft.functional.__name__, peft.import_utils.__name__)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout == "peft.helpers peft.functional peft.import_utils\n"
-
-
 # --- small functions --------------------------------------------------------------------------------------------------
 
 
-def test_installed_libraries_are_found_and_missing_ones_not():
-    from importlib.metadata import version
+LIBRARIES = {
+    "bnb": "bitsandbytes",
+    "torchao": "torchao",
+    "gptqmodel": "gptqmodel",
+    "optimum": "optimum",
+    "aqlm": "aqlm",
+    "eetq": "eetq",
+    "hqq": "hqq",
+    "inc": "neural_compressor",
+    "te": "transformer_engine",
+    "diffusers": "diffusers",
+}
 
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Installed libraries, by version, in place of those that are: what is not in here is not there."""
+    utils, libraries = peft.import_utils, {}
+    monkeypatch.setattr(utils, "find_spec", lambda name: object() if name in libraries else None)
+
+    def version(name):
+        if name not in libraries:
+            raise PackageNotFoundError(name)
+        return libraries[name]
+
+    monkeypatch.setattr(utils, "version", version)
+    for cached in (utils._is_installed, utils._version):
+        monkeypatch.setattr(utils, cached.__name__, cached.__wrapped__)
+    return libraries
+
+
+def test_installed_libraries_are_found_and_missing_ones_not(installed):
     utils = peft.import_utils
-    functions = [getattr(utils, name) for name in vars(utils) if name.startswith("is_")]
-    assert len(functions) == 15
-    for function in functions:
-        assert function() in (True, False)
-    assert not utils.is_eetq_available()
+    found = {name: getattr(utils, f"is_{name}_available") for name in LIBRARIES}
+    for name, library in LIBRARIES.items():
+        assert not found[name]()
+        installed[library] = "1.0"
+        assert found[name]()
+    assert all(asked() for asked in found.values())
     assert not utils.is_te_pytorch_available()
-    parts = version("transformers").split(".")
-    assert getattr(utils, f"is_transformers_ge_v{parts[0]}")
-    assert getattr(utils, f"is_transformers_ge_v{'_'.join(parts[:3])}")
-    assert not getattr(utils, f"is_transformers_ge_v{int(parts[0]) + 1}_0_0")
-    assert not utils.is_transformers_le_4_53
+    installed["transformer_engine.pytorch"] = "1.0"
+    assert utils.is_te_pytorch_available()
+    for version, new in (("0.17.9", False), ("0.18.0", True), ("0.20", True)):
+        installed["torchao"] = version
+        assert utils.is_torchao_ge_v0_18_0() == new
+    for version, new in (("0.38.1", False), ("0.39", True)):
+        installed["bitsandbytes"] = version
+        assert utils.is_bnb_4bit_available() == new
+
+
+def test_versions_of_transformers_are_compared(installed):
+    utils = peft.import_utils
+    assert not utils.is_transformers_ge_v4_0_0 and not utils.is_transformers_le_5_0  # it is not installed
+    installed["transformers"] = "4.53.2"
+    assert utils.is_transformers_ge_v4_53_2 and utils.is_transformers_ge_v4 and not utils.is_transformers_ge_v4_53_3
+    assert utils.is_transformers_le_4_54 and not utils.is_transformers_le_4_53
     with pytest.raises(AttributeError, match="has no attribute 'is_nothing'"):
         _ = utils.is_nothing
 
