@@ -213,6 +213,82 @@ def test_a_merged_model_can_be_pickled(variant):
     assert model.base_model.merged_adapters == ["default"]
 
 
+@torch.no_grad()
+def another(model):
+    """A model of other numbers, base included."""
+    other = copy.deepcopy(model)
+    change(other)
+    for layer in other.base_model.tuner_layers():
+        layer.get_base_layer().weight.mul_(1.5)
+    return other
+
+
+def saved(model, note):
+    """A state dict as it comes from a file; `note` is what torch's own keep beside the tensors."""
+    file = io.BytesIO()
+    torch.save(model.state_dict() if note else dict(model.state_dict()), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("note", [True, False])
+def test_loading_an_unmerged_state_into_a_merged_model(variant, note):
+    """The outputs are those of the loaded state, of which nothing is merged."""
+    method, _ = variant
+    before, model = adapted(variant)
+    other = another(model)
+    x = torch.randn(5, 8)
+    model.merge_adapter(**method.merge)
+    model.load_state_dict(saved(other, note))
+    assert model.base_model.merged_adapters == []
+    assert torch.equal(model(x, **method.call), other(x, **method.call))
+    expected = {name.replace("base_layer.", ""): tensor for name, tensor in other.get_base_model().state_dict().items()}
+    assert_base(model, {name: expected[name] for name in before})
+    model.merge_adapter(**method.merge)
+    model.unmerge_adapter()
+    assert_base(model, {name: expected[name] for name in before})
+
+
+@pytest.mark.parametrize("note", [True, False])
+def test_loading_a_merged_models_own_state(variant, note):
+    """It stays merged, and comes off exactly."""
+    method, _ = variant
+    before, model = adapted(variant)
+    x = torch.randn(5, 8)
+    model.merge_adapter(**method.merge)
+    merged, state = model(x, **method.call), saved(model, note)
+    change(model)
+    model.load_state_dict(state)
+    assert torch.equal(model(x, **method.call), merged)
+    assert model.base_model.merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_loading_the_state_of_another_merged_model(variant, is_merged):
+    """What is in the weight is not added again, nor can it be taken off."""
+    method, _ = variant
+    _, model = adapted(variant)
+    other = another(model)
+    x = torch.randn(5, 8)
+    other.merge_adapter(**method.merge)
+    if is_merged:
+        model.merge_adapter(**method.merge)
+    model.load_state_dict(saved(other, True))
+    assert torch.equal(model(x, **method.call), other(x, **method.call))
+    assert model.base_model.merged_adapters == ["default"]
+    for verb in (model.unmerge_adapter, model.unload, model.base_model.disable_adapter_layers):
+        with pytest.raises(RuntimeError, match="default was merged in the state dict that this model loaded"):
+            verb()
+    assert torch.equal(model(x, **method.call), other(x, **method.call))
+    cast = copy.deepcopy(model).half().float()
+    torch.testing.assert_close(cast.merge_and_unload()(x), model(x, **method.call), atol=0.02, rtol=0.02)
+    other.unmerge_adapter()
+    model.load_state_dict(saved(other, True))
+    assert torch.equal(model(x, **method.call), other(x, **method.call))
+
+
 def test_an_interrupted_merge_leaves_all_layers_as_they_were(variant, monkeypatch):
     method, fields = variant
     before, model = adapted(variant)

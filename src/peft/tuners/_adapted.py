@@ -16,7 +16,6 @@ from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.missing_attribute import PeftAttributeError
 from ..utils.near_misses import no_adapter
-from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, check_model
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -222,7 +221,7 @@ class AdaptedModel(nn.Module):
                 raise PeftValueError(
                     f"Only one adapter can be set at a time for {type(part).__name__}: several of {names} train the same module."
                 )
-        if any(isinstance(part, BaseTunerLayer) and (part.merged or part._set_aside) for part in parts):
+        if any(isinstance(part, BaseTunerLayer) and (part.merged or part.is_suspended) for part in parts):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         for part in parts:
@@ -264,9 +263,7 @@ class AdaptedModel(nn.Module):
 
     def _enable(self, enabled: bool) -> None:
         parts = list(self._parts())
-        if enabled and any(isinstance(part, BaseTunerLayer) and part.lacks_merges for part in parts):
-            for layer in self.tuner_layers():
-                layer.merge_again()
+        _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
         for module in parts:
             module.enable_adapters(enabled)
         if not enabled and self._paused is None:
@@ -363,12 +360,7 @@ class AdaptedModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""
-        merged = [layer for layer in self.tuner_layers() if layer.merged or layer._set_aside]
-        if not merged:
-            warn("Already unmerged. Nothing to do.")
-        for layer in reversed(merged):  # of layers that share a weight, the last first
-            with at_hand(layer, layer.merged_adapters):
-                layer.unmerge()
+        _model_merges.unmerge(self.tuner_layers())
 
     def merge_and_unload(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ..utils.error import PeftNotSupportedError, PeftValueError
+from ..utils.error import PeftNotSupportedError
 from ..utils.offload import at_hand
 from ..utils.rank_room import RankRoom
 from ..utils.warning import warn
@@ -55,7 +55,6 @@ class BaseTunerLayer(AdapterHolder):
             self.in_features, self.out_features = size.in_features, size.out_features
             self.geometry: Geometry = size
         self._merges: Merges = base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
-        self._set_aside: list[Merge] = []  # merges that were taken off for as long as the adapters are disabled
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
@@ -136,8 +135,7 @@ class BaseTunerLayer(AdapterHolder):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus that of the active adapters, in the base output's dtype.
 
-        - Merged adapters count by the base weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over the active ones that are not
-          merged.
+        - Merged adapters count by the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over active ones that are not merged.
         - While the adapters are disabled it is the base layer's output, from which merged ones were taken off.
         - Where the call chose an adapter for each sample, that one's part is added to the sample's rows instead; a model refuses
           such a call while anything is merged.
@@ -145,7 +143,7 @@ class BaseTunerLayer(AdapterHolder):
         base: Any = self._modules["base_layer"]
         if self._disable_adapters:
             if self.merged_adapters:  # merged since they were switched off
-                self._set_aside += self.take_off()
+                self._merges.suspend(self)
             return base(x, *args, **kwargs)
         batch = ADAPTER_BATCHES.current
         if batch is not None and not self.merged_adapters:
@@ -239,23 +237,26 @@ class BaseTunerLayer(AdapterHolder):
         """
         if not enabled and self.merged:
             with at_hand(self, self.merged_adapters):
-                self._set_aside += self.take_off()
+                self._merges.suspend(self)
         super().enable_adapters(enabled)
         if enabled:
-            self.merge_again(self.lacks_merges)
+            self.resume_merges(self.lacks_merges)
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether something was merged, and taken off when the adapters were disabled."""
+        return bool(self._merges.suspended(self))
 
     @property
     def lacks_merges(self) -> bool:
-        """Whether something was merged that the forward would not compute, and taken off when the adapters were disabled."""
-        return any(merge.name not in self.active_adapters for merge in self._set_aside)
+        """Whether among that is what the forward would not compute."""
+        return bool(self._merges.suspended(self) - set(self.active_adapters))
 
-    def merge_again(self, wanted: bool = True) -> None:
+    def resume_merges(self, wanted: bool = True) -> None:
         """Merge what was taken off when the adapters were disabled, or forget it."""
-        again = [merge for merge in self._set_aside if merge.name not in self.merged_adapters]
-        self._set_aside = []
-        if wanted and again:
-            with at_hand(self, [merge.name for merge in again]):
-                self.put_on(again)
+        if names := self._merges.suspended(self):
+            with at_hand(self, names):
+                self._merges.resume(self, wanted)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -270,7 +271,7 @@ class BaseTunerLayer(AdapterHolder):
 
         For that a copy of each adapter's factors is kept, and the few elements of the weight that subtracting the delta would not
         give back. A quantised weight is read, summed in float32 and quantised once more in its own form; the original stays in
-        memory until it is unmerged: a second copy of the packed weight, half a byte a number in 4 bits, one byte in 8.
+        memory until it is unmerged: half a byte a number in 4 bits, one byte in 8.
 
         Args:
             safe_merge: Check that no resulting weight is NaN or infinite.
@@ -298,14 +299,7 @@ class BaseTunerLayer(AdapterHolder):
         Raises:
             PeftValueError: One is merged with other options.
         """
-        merged = self._merges.options(self)
-        for name, own in options.items():
-            if name in merged and own and dict(merged[name]) != dict(own):
-                now, wanted = (", ".join(f"{k}={v!r}" for k, v in given.items()) for given in (merged[name], own))
-                raise PeftValueError(
-                    f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` before merging it with {wanted}."
-                )
-        return {name: own for name, own in options.items() if name in self.scaling and name not in merged}
+        return {name: own for name, own in self._merges.missing(self, options).items() if name in self.scaling}
 
     def merge_each(self, options: Mapping[str, Mapping[str, Any]], safe_merge: bool = False) -> None:
         """Merge adapters that are not merged, each with its own options; all or none.
@@ -329,17 +323,15 @@ class BaseTunerLayer(AdapterHolder):
         """
         scale = float(self.scaling[adapter_name])
         delta = self.delta_recipe(adapter_name, **options).copied()
-        return Merge(
-            self, adapter_name, options, delta, self.merge_factor(adapter_name, scale), self.merge_bias(adapter_name, scale)
-        )
+        more = self.merge_factor(adapter_name, scale), self.merge_bias(adapter_name, scale)
+        return Merge(self, adapter_name, options, delta, *more)
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
         quantised_form(self.get_base_layer())
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
-        """Take merged adapters' deltas off the base weight again; without all of them it is to the bit what it was, quantised or
-        not.
+        """Take merged adapters' deltas off the base weight; without all of them it is to the bit what it was, quantised or not.
 
         Args:
             adapter_names: Which, by default all.
@@ -347,29 +339,24 @@ class BaseTunerLayer(AdapterHolder):
         Raises:
             PeftRuntimeError: They came merged with a state dict, which does not say what the weight was before.
         """
-        was_set_aside, self._set_aside = bool(self._set_aside), []
-        if not self.merged:
-            if was_set_aside:
-                return
+        was_suspended = self.is_suspended
+        self._merges.resume(self, False)
+        if self.merged:
+            self.take_off(adapter_names)
+        elif not was_suspended:
             warn("Already unmerged. Nothing to do.")
-            return
-        self.take_off(adapter_names)
+
+    def check_unmergeable(self) -> None:
+        """Raise if what is merged can't be taken off."""
+        self._merges.insist_on_known()
 
     def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
         """Unmerge adapters, by default all; what is returned can be `put_on` again."""
-
-        def is_gone(merge: Merge) -> bool:
-            return merge.layer is self and (adapter_names is None or merge.name in adapter_names)
-
-        return self._merges.remove(self.get_base_layer(), is_gone)
+        return self._merges.remove(self.get_base_layer(), self.merged_adapters if adapter_names is None else adapter_names, self)
 
     def put_on(self, merges: Sequence[Merge]) -> None:
         """Merge again what was taken off, as it was."""
-        self._merges.add(self.get_base_layer(), [merge._replace(correction=None) for merge in merges])
-
-    def merged_options(self, adapter_name: str) -> Mapping[str, Any]:
-        """The options that an adapter was merged with."""
-        return self._merges.options(self)[adapter_name]
+        self._merges.add(self.get_base_layer(), merges)
 
     def unmerged_weight(self) -> Tensor:
         """The base weight in numbers, to the bit as it is while nothing is merged."""
@@ -379,10 +366,19 @@ class BaseTunerLayer(AdapterHolder):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._set_aside = [merge for merge in self._set_aside if merge.name != adapter_name]
+        self._merges.drop_suspended(self, adapter_name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._merges.note_in(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """A weight that is loaded brings its own merges: those that its state dict was taken with, or none."""
+        self._merges.see_loaded(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Cast or move the layer; what is merged stays merged, and comes off as the original weight cast or moved."""
+        """Cast or move the layer; what is merged comes off as the original weight cast or moved."""
         if not self.merged or not recurse:
             return super()._apply(fn, recurse)
         return self._merges.converted(self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn)

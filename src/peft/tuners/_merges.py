@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ class Merges:
     def __init__(self) -> None:
         self.entries: list[Merge] = []
         self.shared: nn.Parameter | None = None
+        self._suspended: list[Merge] = []
         self._original: Any = None  # of a quantised weight
         self._bias: Tensor | None = None  # as it was, once something was added to it
         self._dtype: torch.dtype | None = None  # of the weight when it was last written
@@ -74,7 +75,7 @@ class Merges:
 
         Args:
             base: The base layer.
-            new: What to merge, without corrections.
+            new: What to merge.
             check: Insist that every weight on the way is finite.
 
         Raises:
@@ -82,8 +83,8 @@ class Merges:
         """
         self._rewrite(base, len(self.entries), list(new), check)
 
-    def remove(self, base: nn.Module, is_gone: Callable[[Merge], bool]) -> list[Merge]:
-        """Take some off. The weight is then to the bit what the others alone make of it.
+    def remove(self, base: nn.Module, names: Collection[str], layer: Any) -> list[Merge]:
+        """Take adapters of a layer off. The weight is then to the bit what the others alone make of it.
 
         Returns:
             What was taken off; it can be merged again.
@@ -91,24 +92,77 @@ class Merges:
         Raises:
             PeftRuntimeError: It came merged with a state dict, and what the weight was before is not known.
         """
+        return self._remove(base, lambda merge: merge.layer is layer and merge.name in names)
+
+    def _remove(self, base: nn.Module, is_gone: Callable[[Merge], bool]) -> list[Merge]:
         gone = [merge for merge in self.entries if is_gone(merge)]
-        if not gone:
-            return []
-        first = self.entries.index(gone[0])
-        self._rewrite(base, first, [merge for merge in self.entries[first:] if not is_gone(merge)], False)
+        if gone:
+            first = self.entries.index(gone[0])
+            self._rewrite(base, first, [merge for merge in self.entries[first:] if not is_gone(merge)], False)
         return gone
 
-    def forget(self, base: nn.Module) -> None:
+    def suspend(self, layer: Any) -> None:
+        """Take all adapters of a layer off until they are resumed."""
+        self._suspended += self.remove(layer.get_base_layer(), layer.merged_adapters, layer)
+
+    def resume(self, layer: Any, wanted: bool) -> None:
+        """Merge the layer's suspended adapters again, or forget them."""
+        again = [merge for merge in self._suspended if merge.layer is layer and merge.name not in layer.merged_adapters]
+        self._suspended = [merge for merge in self._suspended if merge.layer is not layer]
+        if wanted:
+            self.add(layer.get_base_layer(), again)
+
+    def drop_suspended(self, layer: Any, name: str) -> None:
+        """Forget a suspended adapter."""
+        self._suspended = [merge for merge in self._suspended if merge.layer is not layer or merge.name != name]
+
+    # --- state dicts --------------------------------------------------------------------------------------------------
+
+    def note_in(self, layer: Any, destination: Any, prefix: str) -> None:
+        """Note in a state dict's metadata what a layer has merged into the weight that is in it."""
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and layer.merged_adapters:
+            metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
+            metadata["untied"] = self.shared is not None
+
+    def see_loaded(self, layer: Any, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+        """Take over what is merged into a weight that a layer is about to load.
+
+        Without a note, which not all formats of files keep, a weight with the numbers of the present one is merged as that is, and
+        any other has nothing merged.
+        """
+        base, depth = layer.base_layer, 1
+        while base is not layer.get_base_layer():
+            base, depth = base.base_layer, depth + 1
+        value, weight = state.get(f"{prefix}{'base_layer.' * depth}weight"), getattr(base, "weight", None)
+        if value is None or weight is None or value.shape != weight.shape:
+            return
+        noted = {name: own for name, own in metadata.get("merged", {}).items() if name in layer.scaling}
+        if not noted and not self.entries:
+            return
+        is_same = _same_numbers(value, weight)
+        if is_same and noted == {name: dict(own) for name, own in self.options(layer).items()}:
+            return
+        if is_same and "merged" not in metadata:
+            return
+        if any(merge.is_known or merge.layer is layer for merge in self.entries):
+            self._forget(base)
+        if noted:
+            if metadata.get("untied") and self.shared is None:
+                self.shared = base.weight
+                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            self.entries += [Merge(layer, name, own, None) for name, own in noted.items()]
+            self._dtype = weight.dtype
+            layer.note_merges(self.names(layer))
+
+    def _forget(self, base: nn.Module) -> None:
         """Give up all merges, since the weight is about to be written anew."""
         if self.shared is not None:
             base.weight = self.shared
         self._put_bias(base, [])
         self._note(base, [])
 
-    def note_loaded(self, layer: Any, options: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take note of adapters that are in a weight about to be loaded."""
-        self.entries += [Merge(layer, name, dict(own), None) for name, own in options.items()]
-        layer.note_merges(self.names(layer))
+    # --- casting and moving -------------------------------------------------------------------------------------------
 
     def converted(self, base: nn.Module, convert: Callable[[], Any], function: Callable[[Tensor], Tensor]) -> Any:
         """Have the base layer converted (cast, moved) by `convert`, so that the merged weight becomes what `function` makes of it,
@@ -118,7 +172,7 @@ class Merges:
             return convert()
         with _merging.by_itself(_device(base)):
             if quantised_form(base) is not None:
-                taken = self.remove(base, lambda merge: True)
+                taken = self._remove(base, lambda merge: True)
                 try:
                     return convert()
                 finally:
@@ -137,6 +191,25 @@ class Merges:
     def names(self, layer: Any) -> list[str]:
         """Names of a layer's merged adapters, in the order of merging."""
         return [merge.name for merge in self.entries if merge.layer is layer]
+
+    def missing(self, layer: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Those of the adapters that a layer is to merge with some options which it has not merged.
+
+        Raises:
+            PeftValueError: It has merged one with other options.
+        """
+        merged = self.options(layer)
+        for name, own in options.items():
+            if name in merged and own and dict(merged[name]) != dict(own):
+                now, wanted = (", ".join(f"{k}={v!r}" for k, v in given.items()) for given in (merged[name], own))
+                raise PeftValueError(
+                    f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` before merging it with {wanted}."
+                )
+        return {name: own for name, own in options.items() if name not in merged}
+
+    def suspended(self, layer: Any) -> set[str]:
+        """Names of a layer's adapters that were merged before the adapters were disabled."""
+        return {merge.name for merge in self._suspended if merge.layer is layer}
 
     def options(self, layer: Any) -> dict[str, Mapping[str, Any]]:
         """With which options a layer's adapters were merged, by name."""
@@ -165,7 +238,7 @@ class Merges:
                 self._rewrite_quantised(form, base, self.entries[:first] + new, check)
                 return
             weight, entries = self._before(base, first), []
-            for merge in new:
+            for merge in (merge._replace(correction=None) for merge in new):
                 weight, correction = _merging.add(weight, merge.dense(weight.device), merge.factor)
                 _insist_on_finite(merge, weight, check)
                 entries.append(merge._replace(correction=None if self.shared is not None else correction))
@@ -181,7 +254,7 @@ class Merges:
         """Merge into a quantised weight, from the original: it is rounded once."""
         present = form.get(base)
         original = self._original if self.entries else present
-        self._insist_on_known(0)
+        self.insist_on_known(0)
         form.put(base, original)
         try:
             if not entries:
@@ -207,7 +280,9 @@ class Merges:
         weight = whole(stored_weight(base))
         if first == len(self.entries):
             return weight
-        self._insist_on_known(first)
+        self.insist_on_known(first)
+        if self.shared is not None and first == 0:
+            return whole(self.shared.detach())
         if self.shared is not None:
             weight = whole(self.shared.detach())
             for merge in self.entries[:first]:
@@ -276,9 +351,10 @@ class Merges:
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 
-    def _insist_on_known(self, first: int) -> None:
-        names = [merge.name for merge in self.entries[first:] if not merge.is_known]
-        if names:
+    def insist_on_known(self, first: int = 0) -> None:
+        """Raise where the merges from `first` on can't be taken off."""
+        names = [merge.name for merge in self.entries[0 if self.shared is not None else first :] if not merge.is_known]
+        if names and (first > 0 or self.shared is None):  # a weight that the model uses elsewhere is still there
             raise PeftRuntimeError(
                 f"Adapter {names[0]} was merged in the state dict that this model loaded, which does not say what the weight was "
                 "before; load a state dict that was taken while nothing was merged."
@@ -291,6 +367,14 @@ def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
         raise PeftValueError(
             f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; nothing was merged."
         )
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers; False where some format can't tell."""
+    try:
+        return one.dtype == other.dtype and torch.equal(whole(one).to(other.device), whole(other))
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def _device(base: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from torch import nn
 from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.walk import walk
+from ..utils.warning import warn
 from ._layer import BaseTunerLayer
 from ._merges import Merge
 from ._merging import warn_of_merged
@@ -46,13 +47,44 @@ def merge(layers: Sequence[BaseTunerLayer], options: Options, safe_merge: bool) 
         raise
 
 
+def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
+    """Take everything off that is merged into some layers; all or none.
+
+    Raises:
+        PeftRuntimeError: A weight came merged with a state dict.
+    """
+    merged = [layer for layer in layers if layer.merged or layer.is_suspended]
+    if not merged:
+        warn("Already unmerged. Nothing to do.")
+    for layer in merged:
+        layer.check_unmergeable()
+    for layer in reversed(merged):
+        with at_hand(layer, layer.merged_adapters):
+            layer.unmerge()
+
+
+def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
+    """Before adapters are switched off, see that merged ones can be taken off; before they are switched on, merge all of those
+    again if some layer would not compute one.
+
+    Raises:
+        PeftRuntimeError: A weight came merged with a state dict.
+    """
+    layers = list(layers)
+    for layer in () if enabled else layers:
+        layer.check_unmergeable()
+    if enabled and any(layer.lacks_merges for layer in layers):
+        for layer in layers:
+            layer.resume_merges()
+
+
 @contextmanager
 def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> Iterator[None]:
     """A context in which adapters are not merged that are to be merged with other options; an error merges them again."""
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     for layer in layers:
         names = [name for name, own in options.items() if own and name in layer.merged_adapters]
-        others = [name for name in names if layer.merged_options(name) != options[name]]
+        others = [name for name in names if layer._merges.options(layer)[name] != options[name]]
         if others:
             with at_hand(layer, layer.merged_adapters):
                 taken.append((layer, layer.take_off(others)))

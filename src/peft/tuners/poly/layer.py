@@ -282,7 +282,7 @@ class PolyLayer(BaseTunerLayer):
     def note_merges(self, adapter_names: list[str]) -> None:
         """Also tell the routing for which tasks."""
         super().note_merges(adapter_names)
-        tasks = {name: self.merged_options(name).get("task_id") or 0 for name in adapter_names}
+        tasks = {name: self._merges.options(self)[name].get("task_id") or 0 for name in adapter_names}
         self.routing.note_merges(self, tasks)
 
     def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
