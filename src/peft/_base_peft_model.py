@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ._copying import copier
 from .config import PeftConfig, check_config
 from .tuners import _methods
 from .tuners._build import Build, Construction
@@ -21,7 +22,7 @@ from .utils.error import PeftTypeError, PeftValueError
 from .utils.missing_attribute import PeftAttributeError
 from .utils.other import check_model
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from .utils.warning import warn
+from .utils.warning import calling_library, warn
 
 
 class BasePeftModel(nn.Module):
@@ -231,6 +232,10 @@ class BasePeftModel(nn.Module):
     ) -> None:
         """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
 
+        TRL's trainers call this for the reference of a model that has a trained adapter, with that adapter's own
+        config, and mean a copy; but then they copy values by names that most methods do not have. They get one,
+        as of `copy_adapter`.
+
         Args:
             adapter_name: A new name, without dots.
             peft_config: Its config.
@@ -242,8 +247,42 @@ class BasePeftModel(nn.Module):
         """
         if isinstance(adapter_name, PeftConfig):
             raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
+        own = (name for name, config in self.peft_config.items() if config is peft_config)
+        source = next(own, None)
+        if source is not None:
+            if calling_library() == "trl":
+                return self.copy_adapter(source, adapter_name, reference=True)
+            peft_config = peft_config.for_copy()  # or a change to one adapter would be one to the other
         device = torch.device("meta") if low_cpu_mem_usage else None
         self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
+        return None
+
+    def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
+        """Add an adapter that is like another one, values included; it waits, frozen, until `set_adapter`.
+
+        Args:
+            adapter_name: The adapter to copy, which stays as it is.
+            new_name: A new name, without dots.
+            reference: Leave out what is random in training (dropout, the draws of gates), so that the copy computes
+                in training mode what it does in evaluation: a reference for preference tuning, say.
+
+        Raises:
+            PeftValueError: There is no such adapter, or the new name is taken; nothing is changed.
+
+        Example:
+            >>> from peft import LoKrConfig, get_peft_model
+            >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> model = get_peft_model(base, LoKrConfig(r=2, target_modules=["0"], init_weights=False))
+            >>> model.copy_adapter("default", "ref", reference=True)
+            >>> layer = model.base_model.model[0]
+            >>> torch.equal(layer.lokr_w1["ref"], layer.lokr_w1["default"])
+            True
+        """
+        self.base_model.check_names(adapter_name)
+        config = self.peft_config[adapter_name]
+        fill = copier(self, config, adapter_name)
+        self._add(new_name, config.for_copy(reference), Construction(initialise=False), fill)
+        self.base_model.note_loaded(self, new_name)
 
     def _add(self, name: str, config: PeftConfig, construction: Construction, check: Callable[[Build], None] | None = None) -> None:
         self._check_method(config)

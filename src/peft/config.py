@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,6 +139,18 @@ class PeftConfig:
     def is_adaption_prompt(self) -> bool:
         """Whether the method is an adaption prompt; none here is."""
         return False
+
+    def for_copy(self, reference: bool = False) -> Any:
+        """Return the config of an adapter that is a copy of this config's.
+
+        Args:
+            reference: Leave out what is random in training, as suits the reference of a policy.
+        """
+        result = deepcopy(self)
+        for item in fields(self) if reference else ():
+            if "dropout" in item.name and isinstance(getattr(self, item.name), float):
+                setattr(result, item.name, 0.0)
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         r"""All fields by name, but for what is in no file, and what this package adds where a dictionary without it means the same,

@@ -275,43 +275,67 @@ def test_dpo_with_precomputed_references(method, tmp_path):
     train(trainer)
 
 
-def complete_reference(model):
-    """What docs/trl.md says to do after a trainer was made of a `PeftModel`."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".default"):
-            model.get_parameter(name.removesuffix("default") + "ref").data.copy_(parameter.data)
-
-
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_the_reference_of_a_peft_model_is_its_start(method, kind, tmp_path):
-    """TRL adds an adapter "ref" and copies those parameters whose name has ".default." in it; the documented loop copies the rest."""
-    model = get_peft_model(llama(), config_of(method))
+def of_existing(kind, model, folder, **more):
+    """A trainer of a model that has an adapter."""
+    options = {"gradient_checkpointing": False, **more}
     if kind == "dpo":
-        trainer = dpo_trainer(model, tmp_path)
-    else:
-        options = arguments(KTOConfig, tmp_path, gradient_checkpointing=False)
-        trainer = KTOTrainer(model, args=options, train_dataset=answers(), processing_class=tokenizer())
-    assert list(model.peft_config) == ["default", "ref"]
-    assert model.active_adapter == "default"
-    batch = whole_batch(trainer)
-    start = log_probabilities(model, batch, batch["completion_mask"])
+        return dpo_trainer(model, folder, **options)
+    if kind == "kto":
+        arguments_ = arguments(KTOConfig, folder, **options)
+        return KTOTrainer(model, args=arguments_, train_dataset=answers(), processing_class=tokenizer())
+    make, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
+    options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+    prompts = datasets.Dataset.from_list([{"prompt": [turn("user", "what is the colour")]}] * 4)
+    return make(model, reward, arguments(config, folder, **options), train_dataset=prompts, processing_class=tokenizer())
 
-    def reference():
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
+def test_the_reference_of_a_peft_model_is_its_start(method, kind, tmp_path):
+    """TRL adds an adapter "ref" for a copy of the trained one; log probabilities by hand in float64 are those of a model that was
+    loaded apart, before training and after.
+    """
+    model = get_peft_model(llama(), config_of(method))
+    model.save_pretrained(tmp_path / "start")
+    trainer = of_existing(kind, model, tmp_path, max_steps=2)
+    assert list(model.peft_config) == ["default", "ref"]
+    assert model.active_adapter == "default" and all(p.requires_grad for n, p in model.named_parameters() if n.endswith(".default"))
+    start = PeftModel.from_pretrained(llama(), tmp_path / "start")
+    ids = torch.randint(4, 24, (3, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = log_probabilities(start, batch, batch["attention_mask"])
+
+    def reference(training):
         model.set_adapter("ref")
-        result = log_probabilities(model, batch, batch["completion_mask"])
+        model.eval = model.train if training else type(model).eval.__get__(model)
+        result = log_probabilities(model, batch, batch["attention_mask"])
         model.set_adapter("default")
+        del model.eval
         return result
 
-    left_out = [name for name in snapshot(model) if name.endswith(".default")]
-    assert torch.allclose(reference(), start, atol=1e-4) is (not left_out)
-    complete_reference(model)
-    torch.testing.assert_close(reference(), start, rtol=1e-6, atol=1e-6)
+    for training in (False, True):
+        torch.testing.assert_close(reference(training), expected, rtol=1e-6, atol=1e-6)
     if kind == "dpo":
         assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    train(trainer)
-    torch.testing.assert_close(reference(), start, rtol=1e-6, atol=1e-6)
-    trainer.save_model(tmp_path / "saved")
-    assert (tmp_path / "saved" / "ref" / "adapter_config.json").is_file()
+        chosen, rejected = trainer.compute_ref_log_probs(trainer.model, whole_batch(trainer))
+        by_hand = log_probabilities(start, whole_batch(trainer), whole_batch(trainer)["completion_mask"])
+        torch.testing.assert_close(torch.cat([chosen, rejected]).double(), by_hand, rtol=1e-5, atol=1e-5)
+    if kind in ("dpo", "kto"):
+        train(trainer)
+        torch.testing.assert_close(reference(True), expected, rtol=1e-6, atol=1e-6)
+        trainer.save_model(tmp_path / "saved")
+        saved = PeftModel.from_pretrained(llama(), tmp_path / "saved" / "ref")
+        torch.testing.assert_close(log_probabilities(saved, batch, batch["attention_mask"]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_references_of_a_peft_model_that_are_computed_at_once(method, tmp_path):
+    model = get_peft_model(llama(), config_of(method))
+    model.save_pretrained(tmp_path / "start")
+    trainer = of_existing("dpo", model, tmp_path, precompute_ref_log_probs=True)
+    batch = whole_batch(trainer)
+    start = PeftModel.from_pretrained(llama(), tmp_path / "start")
+    given = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
+    torch.testing.assert_close(given, log_probabilities(start, batch, batch["completion_mask"]), rtol=1e-5, atol=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_dpo_with_a_merged_reference(method, tmp_path):
@@ -477,8 +501,6 @@ def test_preferences_of_tasks(kind, tmp_path):
         train_dataset=data,
         processing_class=tokenizer(),
     )
-    if kind != "reward":
-        complete_reference(model)
     copies = 1 if kind == "kto" else 2
     trainer.data_collator = TaskCollator(trainer.data_collator, model.peft_config["default"], copies=copies)
     batch = whole_batch(trainer)

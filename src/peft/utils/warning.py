@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 from .error import PeftWarning
 
@@ -13,9 +14,21 @@ __all__ = ["PeftWarning", "warn"]
 _PACKAGE = __name__.partition(".")[0]
 
 
+def calling_library() -> str:
+    """Return the name of the library whose code called into this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _library(frame) == _PACKAGE:
+        frame = frame.f_back
+    return _library(frame)
+
+
+def _library(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn of the line outside this package that led here."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    while frame.f_back is not None and _library(frame) == _PACKAGE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -175,6 +175,12 @@ class PolyConfig(TargetedConfig):
             cause = f"`{differing[0]}`" if differing else "`poly_type`='mope'"
             yield f"`router_granularity`={self.router_granularity!r} has layers share a router, which {cause} makes different."
 
+    def for_copy(self, reference: bool = False) -> Any:
+        """Return the config of a copy; the gates of a reference are not drawn."""
+        result = super().for_copy(reference)
+        result.relaxed_bernoulli &= not reference
+        return result
+
     @property
     def routes_by_task(self) -> bool:
         """Whether any layer mixes skills by task."""

@@ -135,6 +135,12 @@ class VBLoRAConfig(LayeredConfig):
     def form(self, form: Form) -> None:
         vars(self)["_form"] = form
 
+    def for_copy(self, reference: bool = False) -> Any:
+        """Return the config of a copy, which the model holds in the same form."""
+        result = super().for_copy(reference)
+        result.form = self.form
+        return result
+
     @property
     def shares_bank(self) -> bool:
         """Whether the adapter's bank is one that others use too."""
