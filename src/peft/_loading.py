@@ -62,7 +62,9 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
     # What a config says besides: whom it is for, which modules, how training starts and goes, how it is saved.
     besides = {field.name for field in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
     besides |= {field.name for field in fields(known) if field.metadata.get("besides")}
-    words = ("dropout", "init_", "modules", "layers_", "save_")
+    words = ["dropout", "modules", "layers_", "save_"]
+    if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):
+        words.append("init_")  # else the start is part of what is computed
     names = [f.name for f in fields(known) if f.name not in besides and not any(word in f.name for word in words)]
     pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
     pairs |= {n: (written(pair[0]), written(pair[1])) for n, pair in pairs.items() if n in known.patterns}

@@ -78,9 +78,8 @@ class Walk:
 
     def tasks(self):
         """The tasks that can be asked for now."""
-        layer = next(iter(self.model.base_model.tuner_layers()))
         if self.merged:
-            return [layer.merged_task(layer.merged_adapters[-1])]
+            return [self.task_merged]
         return range(min(self.model.peft_config[name].n_tasks for name in self.model.active_adapters))
 
     def outputs(self, run):
@@ -174,12 +173,18 @@ class Walk:
         self._write(swap)
 
     def change_while_generating(self):
-        def run(x, **kwargs):
-            return self.model.generate(x, between=self.write_in_place, **kwargs)
+        """What trains is changed between two forwards of one call."""
+        call = {"task_ids": self.tasks()[-1]} if self.by_task else {}
+
+        def change():
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.mul_(0.75)
 
         if not self.merged:
             with torch.no_grad():
-                self.outputs(run)
+                output = self.model.generate(self.x, between=change, **call)
+            torch.testing.assert_close(output, self.fresh()[-len(self.x) :], rtol=1e-4, atol=1e-5)
 
     def load_values(self):
         if not self.merged:
@@ -215,6 +220,10 @@ class Walk:
         if name is not None:
             self.model.add_adapter(name, self.case.config())
 
+    def load_new(self):
+        if "c" not in self.model.peft_config:
+            self.model.load_adapter(self.folder / "start" / "b", "c")
+
     def delete(self):
         if not self.merged and len(self.model.peft_config) > 1:
             with warnings.catch_warnings(action="ignore"):
@@ -229,8 +238,8 @@ class Walk:
 
     def merge(self):
         if not self.merged:
-            options = self.case.merge and {"task_id": self.tasks()[-1]}
-            self.model.merge_adapter(**options)
+            self.task_merged = self.tasks()[-1] if self.by_task else None
+            self.model.merge_adapter(**({"task_id": self.task_merged} if self.by_task else {}))
 
     def unmerge(self):
         if self.merged:

@@ -172,6 +172,39 @@ def test_the_new_config_counts_from_then_on(method, tmp_path):
     assert [dict(layer.scaling) for layer in model.modules() if isinstance(layer, BaseTunerLayer)] == before
 
 
+ROUTING = [
+    {"eval_top_k": 1},
+    {"straight_through": True},
+    {"n_shared_skills": 1},
+    {"router_dropout": 0.5},
+    {"relaxed_bernoulli": False},
+    {"routing": "fixed"},
+]
+
+
+@pytest.mark.parametrize("fields", ROUTING, ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize("is_new", [True, False], ids=["set", "unset"])
+def test_routing_is_that_of_the_new_config(fields, is_new, tmp_path):
+    """In evaluation and in training, and in a file that is written then."""
+    method = METHODS["POLY"]
+    old, new = ({}, fields) if is_new else (fields, {})
+    made(method, 2, n_skills=3, **new).save_pretrained(tmp_path / "2")
+    model, expected = made(method, 1, n_skills=3, **old), loaded(tmp_path / "2")
+    with torch.no_grad():
+        model(X, **method.call)
+    hotswap_adapter(model, tmp_path / "2", "default")
+    model.save_pretrained(tmp_path / "again")
+    for training in (False, True):
+        outputs = []
+        for each in (model, expected, loaded(tmp_path / "again")):
+            torch.manual_seed(3)  # of gates that are drawn, and dropped
+            outputs.append(each.train(training)(X, **method.call))
+        torch.testing.assert_close(outputs[0], outputs[1])
+        torch.testing.assert_close(outputs[0], outputs[2])
+    tables = [p.requires_grad for name, p in model.named_parameters() if "module_logits" in name]
+    assert tables == [new.get("routing") != "fixed"] * len(tables) != []
+
+
 def test_a_top_k_file_is_swapped_in(tmp_path):
     method = METHODS["VBLORA"]
     made(method, 2, save_only_topk_weights=True).save_pretrained(tmp_path)

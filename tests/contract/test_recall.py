@@ -179,6 +179,19 @@ def test_rows_of_tasks_between_evaluations(first, second, tmp_path):
         torch.testing.assert_close(model(x, task_ids=2), fresh(x, task_ids=2))
 
 
+def test_rows_that_change_inside_a_call(tmp_path):
+    """They share their table's memory, and count versions of their own."""
+    case = CASES["POLY"]
+    model, x = model_of(case), case.input()
+    model.train_only(tasks=[0, 2])
+    with torch.no_grad(), model.base_model.inference_cache.during_call(runs_often=True):
+        model(x, **case.call(0, 2, 1))
+        for row in own(model):
+            row.add_(1.0 + torch.arange(row.shape[-1]))
+        after = model(x, **case.call(0, 2, 1))
+    torch.testing.assert_close(after, run(reloaded(model, case, tmp_path), case, x))
+
+
 # --- one call ------------------------------------------------------------------------------------------------------------
 
 

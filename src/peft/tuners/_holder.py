@@ -176,6 +176,11 @@ class AdapterHolder(nn.Module):
             for adapter_name, entry in getattr(fresh, attribute).items():
                 container[adapter_name] = entry
 
+    def adopt_settings(self, adapter_name: str, fresh: Any, fresh_name: str) -> None:
+        """Give an adapter what another one, of a layer made for the same base layer, has beside tensors, plain values and scale;
+        nothing, unless a method says more.
+        """
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, which is then active no more.
 

@@ -387,6 +387,7 @@ class _Swap:
             elif new not in wanted and name in present:
                 del present[name]
         layer.hold_scale(name, fresh.scaling[new])
+        layer.adopt_settings(name, fresh, new)
 
 
 def _same(present: Any, wanted: Any) -> bool:

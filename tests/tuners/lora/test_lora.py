@@ -417,6 +417,29 @@ def test_a_start_by_random_numbers_is_in_its_file(options, tmp_path):
         torch.testing.assert_close(model(ids), trained, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("starts", [(True, "pissa"), ("olora", True), ("pissa", "olora"), ("gaussian", True), ("pissa", "pissa")])
+def test_values_for_an_adapter_of_another_start(starts, tmp_path):
+    """They mean another delta where either start is a part of the base weight, which only loading under a new name gives."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(2, 6)
+    model, other = (
+        get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)).eval()
+        for start in starts
+    )
+    shaken(other)
+    other.save_pretrained(tmp_path)
+    before = model(x)
+    if starts[0] != starts[1] and {*starts} & {"pissa", "olora"}:
+        with pytest.raises(ValueError, match="`init_lora_weights`=.* load it under a new name"):
+            model.load_adapter(tmp_path, "default")
+        assert torch.equal(model(x), before)
+        model.load_adapter(tmp_path, "new")
+        model.set_adapter("new")
+    else:
+        model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(x), other(x))
+
+
 def test_starts_that_are_not_in_a_file(tmp_path):
     model = make(nn.Linear(6, 8), init_lora_weights="pissa")
     model.save_pretrained(tmp_path)

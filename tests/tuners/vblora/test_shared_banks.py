@@ -69,6 +69,9 @@ def test_a_bank_comes_back_from_its_file(tmp_path, bank):
     half.save_pretrained(tmp_path / "half")
     assert VectorBank.from_pretrained(tmp_path / "half").vectors.dtype == torch.float16
     assert half.sha256() != bank.sha256()
+    half.vectors.mul_(2)  # its digest is that of what it holds now
+    half.save_pretrained(tmp_path / "half")
+    assert VectorBank.from_pretrained(tmp_path / "half").sha256() == VectorBank(half.vectors).sha256() != bank.sha256()
 
 
 def test_the_digest_is_that_of_length_and_values():

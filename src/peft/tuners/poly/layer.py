@@ -153,6 +153,15 @@ class PolyLayer(BaseTunerLayer):
             if name in self.poly_router and is_fixed(self.poly_router[name]):
                 self.poly_router[name].requires_grad_(False)
 
+    def adopt_settings(self, adapter_name: str, fresh: Any, fresh_name: str) -> None:
+        """Also route as the other adapter does: how logits become weights, and whether they are trained."""
+        own, other = self.router(adapter_name), fresh.router(fresh_name)
+        own.how = other.how
+        if is_fixed(own) != is_fixed(other):
+            own.close_rows()
+            own.fixed = other.fixed
+            own.requires_grad_(not own.fixed and self.poly_lora_A[adapter_name].requires_grad)
+
     def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
         """The tables with a row for each task that an adapter has in this layer; a shared router's is the other layer's."""
         for container in (self.poly_router, self.poly_task_skills):
