@@ -155,32 +155,54 @@ def _cosines(rows):
     return torch.stack([torch.stack([a @ b / (a.norm() * b.norm()) for b in centred]) for a in centred])
 
 
-def test_a_report(tmp_path):
+@pytest.fixture(scope="module")
+def reported():
+    """A model whose first and fourth task route nearly alike, and its report."""
+    torch.manual_seed(0)
     model = poly(task_names=["a", "b", "c", "d", "e"])
     with torch.no_grad():
         for router in model.base_model.task_routers("default").values():
             router.module_logits[3] = router.module_logits[0] + 0.01
-    report = routing_report(model)
+    return model, routing_report(model)
+
+
+def test_a_report_has_each_layers_weights_and_measures(reported):
+    model, report = reported
     assert report.tasks == ["a", "b", "c", "d", "e"] and list(report.weights) == ["0", "2"]
+    for path, table in report.weights.items():
+        torch.testing.assert_close(table, model.get_router_weights()[path])
+        torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
+        assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-5)
+    with pytest.raises(ValueError, match="no Poly adapter 'x'"):
+        routing_report(model, "x")
+
+
+def test_a_report_joins_tasks_that_route_alike(reported):
+    _, report = reported
     assert report.merges[0][:2] == (0, 3) and abs(report.order.index(0) - report.order.index(3)) == 1
     assert float(report.similarity[0, 3]) > 0.99
-    for path, table in report.weights.items():
-        assert torch.equal(table, model.get_router_weights()[path])
-        torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
-        assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-6)
+
+
+def test_a_report_as_frames(reported):
+    _, report = reported
     frames = report.to_pandas()
     assert len(frames["weights"]) == 2 * 5 * 2 * 3 and list(frames["layers"].index) == ["0", "2"]
     row = frames["weights"].query("layer == '2' and task == 'c' and split == 1 and skill == 2")
     assert math.isclose(row["weight"].item(), float(report.weights["2"][2, 1, 2]))
     assert list(frames["similarity"].columns) == [report.tasks[i] for i in report.order]
     assert frames["usage"].shape == (2, 3)
+
+
+def test_a_report_as_a_file_and_as_a_figure(reported, tmp_path):
+    _, report = reported
     report.save_json(tmp_path / "routing.json")
     saved = json.loads((tmp_path / "routing.json").read_text())
     assert saved["order"] == report.order and len(saved["weights"]["0"]) == 5
     figure = report.plot(tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG") and len(figure.axes) == 5
-    with pytest.raises(ValueError, match="no Poly adapter 'x'"):
-        routing_report(model, "x")
+
+
+def test_a_report_of_one_task_and_one_router():
     shared = routing_report(poly(router_granularity="model", n_tasks=1))
     assert list(shared.weights) == ["0"] and shared.merges == [] and shared.plot().axes
 
@@ -222,7 +244,7 @@ def test_a_watch_warns_once_of_routing_that_does_not_move(recwarn):
     model = get_peft_model(mlp(), PolyConfig(r=2, n_tasks=3, target_modules=TARGETS))
     watch = RoutingWatch()
     watch.look(model, 99)
-    assert not recwarn
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     with pytest.warns(UserWarning, match="After 120 steps all tasks still mix .*peft.optimizers.trainer_optimizer"):
         watch.look(model, 120)
     recwarn.clear()
@@ -235,7 +257,7 @@ def test_a_watch_warns_once_of_routing_that_does_not_move(recwarn):
         RoutingWatch().look(get_peft_model(mlp(), still), 140)
     model.train_only(skills=True)
     RoutingWatch().look(model, 140)
-    assert not recwarn
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
 # Sampling
@@ -282,43 +304,57 @@ class Regression(torch.nn.Module):
         return {"loss": (out - labels).square().mean(), "logits": out}
 
 
-def test_in_a_trainer(tmp_path):
-    from transformers import Trainer, TrainingArguments
+def closeness(prediction):
+    return {"closeness": -float(((prediction.predictions - prediction.label_ids) ** 2).mean())}
 
+
+def arguments(folder, **more):
+    from transformers import TrainingArguments
+
+    options = {"max_steps": 4, "logging_steps": 2, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4}
+    return TrainingArguments(str(folder), remove_unused_columns=False, use_cpu=True, **options, **more)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer whose batches are drawn evenly over tasks, after training; its callback and data."""
+    from transformers import Trainer
+
+    torch.manual_seed(0)
     config = PolyConfig(r=2, n_tasks=3, n_skills=2, task_names=["x", "y", "z"], target_modules=["body.0", "body.2"])
     model = get_peft_model(Regression(), config)
     data = [{"x": torch.randn(8), "labels": torch.randn(8), "task_ids": i % 3} for i in range(12)]
-
-    def error(prediction):
-        return {"closeness": -float(((prediction.predictions - prediction.label_ids) ** 2).mean())}
 
     class Balanced(Trainer):
         def _get_train_sampler(self, *args):
             return TaskSampler([sample["task_ids"] for sample in self.train_dataset], math.inf)
 
-    options = {"max_steps": 4, "logging_steps": 2, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4}
-    arguments = TrainingArguments(str(tmp_path), label_names=["labels", "task_ids"], remove_unused_columns=False, **options)
     callback = routing_callback()
     trainer = Balanced(
         model,
-        arguments,
+        arguments(tmp_path_factory.mktemp("trained"), label_names=["labels", "task_ids"]),
         train_dataset=data,
         eval_dataset=data,
-        compute_metrics=metrics_by_task(error, config.task_names),
+        compute_metrics=metrics_by_task(closeness, config.task_names),
         callbacks=[callback],
     )
     trainer.train()
+    return trainer, callback, data
+
+
+def test_a_trainer_logs_routing(trained):
+    trainer, callback, _ = trained
     logged = [entry for entry in trainer.state.log_history if "routing/entropy" in entry]
     assert logged[0]["step"] == 2 and logged[0]["routing/entropy"] > 0.99
-    assert {f"routing/{k}" for k in ("usage_entropy", "discreteness", "sparsity", "spread", "least_used", "most_used")} <= set(
-        logged[0]
-    )
-    assert [entry["step"] for entry in callback.watch.history][:2] == [2, 4] and set(callback.watch.history[0]["layers"]) == {
-        "body.0",
-        "body.2",
-    }
-    found = trainer.evaluate()
-    model.eval()
+    measures = ("usage_entropy", "discreteness", "sparsity", "spread", "least_used", "most_used")
+    assert {f"routing/{name}" for name in measures} <= set(logged[0])
+    assert [entry["step"] for entry in callback.watch.history][:2] == [2, 4]
+    assert set(callback.watch.history[0]["layers"]) == {"body.0", "body.2"}
+
+
+def test_a_trainer_evaluates_by_task(trained, tmp_path):
+    trainer, _, data = trained
+    found, model = trainer.evaluate(), trainer.model.eval()
     each = {}
     for i, name in enumerate("xyz"):
         mine = [sample for sample in data if sample["task_ids"] == i]
@@ -328,9 +364,13 @@ def test_in_a_trainer(tmp_path):
         assert math.isclose(found[f"eval_closeness_{name}"], each[name], rel_tol=1e-5)
     assert math.isclose(found["eval_closeness_worst"], min(each.values()), rel_tol=1e-5)
     assert math.isclose(found["eval_closeness"], sum(each.values()) / 3, rel_tol=1e-5)
-    plain = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options)
+    plain = type(trainer)(model, arguments(tmp_path), eval_dataset=data, compute_metrics=metrics_by_task(closeness))
     with pytest.raises(TypeError, match="set `label_names="):
-        Trainer(model, plain, eval_dataset=data, compute_metrics=metrics_by_task(error)).evaluate()
+        plain.evaluate()
+
+
+def test_a_watch_warns_of_skills_that_nobody_uses_and_of_one_that_all_use():
+    model = get_peft_model(Regression(), PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["body.0", "body.2"]))
     with pytest.warns(UserWarning, match=r"skills \[0\] are hardly used by any task"):
         _judged(model, RoutingWatch(collapsed_above=0.99), [0.02, 0.98])
     with pytest.warns(UserWarning, match="skill 1 has 98% of the use"):
