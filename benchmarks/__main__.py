@@ -64,34 +64,48 @@ def _startup(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "what",
         nargs="?",
         choices=("steps", "scaling", "startup"),
         default="steps",
-        help="steps: what an adapter adds to a training step, a prompt and a token, by turns with the peers (default). scaling: "
+        help="steps: what an adapter adds to a training step, a prompt and a token, by turns with the peers. scaling: "
         "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, saving",
     )
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--mode", nargs="+", choices=KINDS, default=list(KINDS[:3]))
-    parser.add_argument("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
-    parser.add_argument("--width", nargs="+", type=int, default=[1024, 2048])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--decode-batch", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--tasks", type=int, default=10, help="tasks of a Poly adapter")
-    parser.add_argument("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="turns each library takes")
-    parser.add_argument("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
-    parser.add_argument("--sizes", type=int, default=4, help="how many of the sizes in `scaling` and `startup`, the smallest first")
-    parser.add_argument("--add", action="store_true", help="keep what the output folder has of other work")
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
+    add = parser.add_argument
+    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure in `steps`")
+    add(
+        "--mode",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS[:3]),
+        help="work to measure in `steps`: a training step, a prompt, a token, whole texts",
+    )
+    add("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="libraries to compare")
+    add(
+        "--width",
+        nargs="+",
+        type=int,
+        default=[1024, 2048],
+        help="widths of the model, one after the other; `scaling` takes the first",
+    )
+    add("--layers", type=int, default=2, help="decoder layers of the model")
+    add("--batch", type=int, default=4, help="samples in a training step and in a prompt")
+    add("--tokens", type=int, default=128, help="tokens of a sample")
+    add("--decode-batch", type=int, default=32, help="samples that get one token each in `decode`")
+    add("--rank", type=int, default=8, help="rank `r` of the adapters")
+    add("--tasks", type=int, default=10, help="tasks of a Poly adapter")
+    add("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the model")
+    add("--device", default="cpu", help="device to measure on, as torch names it")
+    add("--threads", type=int, default=2, help="threads that torch uses on a CPU")
+    add("--rounds", type=int, default=5, help="turns each library takes")
+    add("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
+    add("--sizes", type=int, default=4, help="how many of the sizes in `scaling` and `startup`, the smallest first")
+    add("--add", action="store_true", help="keep what the output folder has of other work")
+    add("--output", default=str(Path(__file__).parent / "results"), help="folder for tables and figures")
     return parser
 
 

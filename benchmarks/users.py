@@ -132,21 +132,22 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m benchmarks.users", description=__doc__)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    result = argparse.ArgumentParser(prog="python -m benchmarks.users", description=__doc__, formatter_class=formatter)
     add = result.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--users", type=int, default=1000, help="on the shared bank")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")
+    add("--users", type=int, default=1000, help="users of the shared bank")
     add("--others", type=int, default=200, help="users of the other methods, whose loading gets slower with each user there is")
-    add("--width", type=int, default=1024)
-    add("--layers", type=int, default=8)
-    add("--rank", type=int, default=4)
+    add("--width", type=int, default=1024, help="width of the layers")
+    add("--layers", type=int, default=8, help="layers of the model, all adapted")
+    add("--rank", type=int, default=4, help="rank `r` of the adapters")
     add("--bank", type=int, default=255, help="vectors in the bank")
-    add("--length", type=int, default=256, help="of each")
-    add("--batch", type=int, default=32)
-    add("--tokens", type=int, default=1, help="of each sample")
-    add("--repeat", type=int, default=20)
-    add("--threads", type=int, default=1)
-    add("--output", type=Path, default=Path(__file__).parent / "results")
+    add("--length", type=int, default=256, help="length of a vector")
+    add("--batch", type=int, default=32, help="samples in a batch, each of another user")
+    add("--tokens", type=int, default=1, help="tokens of a sample")
+    add("--repeat", type=int, default=20, help="batches that are measured")
+    add("--threads", type=int, default=1, help="threads that torch uses on a CPU")
+    add("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the table")
     add("--method", choices=METHODS, help=argparse.SUPPRESS)  # what a process of its own is asked to do
     return result
 

@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--examples", type=int, default=150, help="labelled pictures of each task")
     add("--steps", type=int, default=400, help="of training on all tasks")
     add("--adapt-steps", type=int, default=30, help="on each new task")
-    add("--methods", nargs="+", help="keys of some methods (default: all)")
+    add("--methods", nargs="+", help="keys of some methods, None for all")
     add("--output", type=Path, default=Path("study_output"), help="where tables and figures go")
     add("--quick", action="store_true", help="a few steps of everything on a few tasks, to see that it runs")
     options = parser.parse_args(arguments)

@@ -26,13 +26,14 @@ class PeftAttributeError(PeftError, AttributeError):
 
     def __str__(self) -> str:
         first, *inner = (type(owner).__name__ for owner in self.owners)
-        text = f"'{first}' object has no attribute '{self.name}'" + "".join(f", nor has its {name}" for name in inner) + "."
-        methods = [str(kind.value) for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, self.name)]
+        name = str(self.name)
+        text = f"'{first}' object has no attribute '{name}'" + "".join(f", nor has its {other}" for other in inner) + "."
+        methods = [str(kind.value) for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, name)]
         if methods:
             return f"{text} It is for adapters of {' and '.join(methods)}."
         sources = (*self.owners, *PEFT_TYPE_TO_TUNER_MAPPING.values())
-        names = {name for source in sources for name in dir(source) if name.startswith("_") == self.name.startswith("_")}
-        return text + did_you_mean(self.name, names)
+        names = {other for source in sources for other in dir(source) if other.startswith("_") == name.startswith("_")}
+        return text + did_you_mean(name, names)
 
     def __reduce__(self) -> Any:
         return AttributeError, (str(self),)
