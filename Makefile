@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test check lint types bench clean docs
 
 # torch goes first and by itself: what depends on it is then content with the build that is there.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -54,3 +54,6 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 	$(BIN)/python -m benchmarks startup
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks steps
+
+docs: $(VENV)/.base ## pages that are written from the code
+	$(BIN)/python docs/compatibility.py
