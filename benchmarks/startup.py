@@ -25,7 +25,19 @@ METHODS = ("lora", "lokr", "vblora", "poly")
 PRESENT = (1, 100, 1_000)
 
 
-def measure(libraries: dict[str, Path], rounds: int, present: Iterable[int] = PRESENT) -> list[dict[str, Any]]:
+def ask(folder: Path, *order: Any) -> dict[str, float]:
+    """Have a process of its own measure something with the library in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *map(str, order)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{order}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(
+    libraries: dict[str, Path], rounds: int, present: Iterable[int] = PRESENT, ask: Callable[..., dict[str, float]] = ask
+) -> list[dict[str, Any]]:
     """Rows of results, each the median of some processes' times in seconds."""
     work = [("import", "", 0)] + [("inject", method, 0) for method in METHODS]
     work += [("load beside", method, size) for method in METHODS for size in present]
@@ -34,7 +46,7 @@ def measure(libraries: dict[str, Path], rounds: int, present: Iterable[int] = PR
     for what, method, size in work:
         for library, folder in libraries.items():
             if folder.is_dir() and (library == "ours" or what in ("import", "inject")):
-                answers = [_ask(folder, what, method, size) for _ in range(rounds)]
+                answers = [ask(folder, what, method, size) for _ in range(rounds)]
                 row = {"what": what, "method": method, "size": size, "library": library}
                 rows.append(row | {key: statistics.median(answer[key] for answer in answers) for key in answers[0]})
     return rows
@@ -48,15 +60,6 @@ def line(row: dict[str, Any]) -> str:
 
 
 HEAD = "| what | method | beside | library | seconds | speed |"
-
-
-def _ask(folder: Path, *order: Any) -> dict[str, float]:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *map(str, order)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{order}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def _adapt(model: Any, config: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def _answer(what: str, method: str, size: str) -> dict[str, float]:
+def answer(what: str, method: str, size: str) -> dict[str, float]:
     if what == "import":
         return _import()
     if what == "inject":
@@ -157,4 +160,4 @@ def _answer(what: str, method: str, size: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(_answer(*sys.argv[1:])))
+    print(json.dumps(answer(*sys.argv[1:])))

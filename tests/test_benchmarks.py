@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark runs and reports; how fast anything is, is not for a test to say."""
 
+import itertools
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,12 +13,21 @@ pytestmark = [pytest.mark.study, pytest.mark.processes]
 ROOT = Path(__file__).parents[1]
 
 
-def test_short_form(tmp_path):
-    options = "--width 128 --layers 1 --tokens 4 --batch 2 --decode-batch 2 --rounds 1 --repeat 3 --threads 1 --library ours"
-    options += f" --method mhr --mode train decode --output {tmp_path}"
-    command = [sys.executable, "-m", "benchmarks", *options.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def benchmarks(tmp_path, monkeypatch):
+    """Runs `python -m benchmarks` with options in this process; what it starts itself are processes."""
+    monkeypatch.syspath_prepend(ROOT)
+
+    def run(options):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *options.split(), "--threads", "1", "--output", str(tmp_path)])
+        runpy.run_module("benchmarks", run_name="__main__")
+
+    return run
+
+
+def test_short_form(benchmarks, tmp_path):
+    options = "--width 128 --layers 1 --tokens 4 --batch 2 --decode-batch 2 --rounds 1 --repeat 3 --library ours"
+    benchmarks(f"{options} --method mhr --mode train decode")
     content = json.loads((tmp_path / "results.json").read_text())
     assert [row["mode"] for row in content["rows"]] == ["train", "decode"]
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in content["rows"])
@@ -25,14 +35,8 @@ def test_short_form(tmp_path):
     assert (tmp_path / "ratios.png").stat().st_size > 1000
 
 
-def run(tmp_path, *options):
-    command = [sys.executable, "-m", "benchmarks", *options, "--threads", "1", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def test_scaling(tmp_path):
-    run(tmp_path, "scaling", "--width", "64", "--sizes", "2", "--rounds", "1", "--repeat", "3")
+def test_scaling(benchmarks, tmp_path):
+    benchmarks("scaling --width 64 --sizes 2 --rounds 1 --repeat 3")
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert {(row["axis"], row["size"]) for row in rows} == {
         ("tasks", 10), ("tasks", 100), ("adapters", 1), ("adapters", 10), ("bank", 64), ("bank", 256)
@@ -42,19 +46,32 @@ def test_scaling(tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
-def test_startup(monkeypatch):
-    """Each kind of row; one is measured in a process of its own, as all are."""
+def test_startup_is_the_median_of_rounds(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import startup
 
-    apart = startup._ask
+    orders, seconds = [], itertools.cycle([3.0, 1.0, 2.0])
 
-    def ask(folder, what, *more):
-        return apart(folder, what, *more) if what == "import" else startup._answer(what, *map(str, more))
+    def ask(folder, *order):
+        orders.append((folder.name, *order))
+        return {"seconds": next(seconds)}
 
-    monkeypatch.setattr(startup, "_ask", ask)
-    monkeypatch.setattr(startup, "METHODS", ("lokr",))
-    rows = startup.measure({"ours": ROOT / "src"}, rounds=1, present=(2,))
-    assert [row["what"] for row in rows] == ["import", "inject", "load beside", "save", "load"]
-    assert all(row["seconds"] > 0 for row in rows)
-    assert "| load beside | lokr | 2 adapters | ours |" in startup.line(rows[2])
+    rows = startup.measure({"ours": ROOT / "src", "peer": ROOT / "tests"}, rounds=3, present=(2, 5), ask=ask)
+    assert {row["seconds"] for row in rows} == {2.0} and len(orders) == 3 * len(rows)
+    asked = {(row["library"], row["what"]) for row in rows}
+    ours = {("ours", what) for what in ("import", "inject", "load beside", "save", "load")}
+    assert asked == ours | {("peer", "import"), ("peer", "inject")}
+    assert {row["size"] for row in rows if row["what"] == "load beside"} == {2, 5}
+    (row,) = (row for row in rows if row["what"] == "load beside" and row["method"] == "lokr" and row["size"] == 5)
+    assert startup.line(row) == "| load beside | lokr | 5 adapters | ours | 2.000 |  |"
+
+
+def test_startup_measures_each_thing(monkeypatch):
+    """In a process of its own, as all of them are, what it takes to import."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import startup
+
+    found = [startup.answer(*order) for order in (("inject", "lokr", "0"), ("load beside", "vblora", "2"), ("save", "poly", "0"))]
+    found.append(startup.ask(ROOT / "src", "import", "", 0))
+    assert all(0 < each["seconds"] < 300 for each in found)
+    assert found[2].keys() == {"seconds", "MB_per_s", "plain_MB_per_s"}
