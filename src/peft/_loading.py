@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .utils.adapter_files import CONFIG_NAME
 from .utils.error import PeftNotSupportedError, PeftValueError
 from .utils.hub import local_folder
 from .utils.patterns import written
+from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .utils.save_and_load import (
     MODEL_ROOT,
     ROOT,
@@ -23,11 +25,16 @@ from .utils.save_and_load import (
     adapter_tensors,
     check_complete,
     check_state,
+    checkpoint_key,
+    holders,
     import_state,
     in_view,
+    some,
     write_state,
 )
+from .utils.sharding import unwrapped
 from .utils.walk import named_tensors, walk
+from .utils.warning import warn
 
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:
@@ -60,8 +67,8 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
         PeftValueError: The configs differ in a field that is part of what is computed; it is named.
     """
     # What a config says besides: whom it is for, which modules, how training starts and goes, how it is saved.
-    besides = {field.name for field in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
-    besides |= {field.name for field in fields(known) if field.metadata.get("besides")}
+    besides = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
+    besides |= {f.name for f in fields(known) if f.metadata.get("besides")}
     words = ["dropout", "modules", "layers_", "save_"]
     if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):
         words.append("init_")  # else the start is part of what is computed
@@ -78,34 +85,96 @@ def renamings(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
 
 
-def filler(
-    model: nn.Module,
-    config: PeftConfig,
-    adapter_name: str,
-    state: Mapping[str, Tensor],
-    source: str,
-    ignore_mismatched_sizes: bool = False,
-) -> Callable[[Build], None]:
-    """A function that checks a checkpoint against a finished adapter and fills it, before the adapter is put in. With
-    `ignore_mismatched_sizes` tensors of other shapes than the checkpoint's keep the values they have.
+@dataclass
+class Filler:
+    """Checks a checkpoint against a finished adapter and fills it, before the adapter is put in.
+
+    Args:
+        model: The base model.
+        config: The adapter's config.
+        adapter_name: Its name.
+        state: The checkpoint's tensors.
+        source: Where they are from, for messages.
+        ignore_mismatched_sizes: Leave tensors of other shapes than the checkpoint's as they are.
+        strict: Insist on all of the adapter's tensors and no other.
+
+    Attributes:
+        result: Afterwards, what the checkpoint lacked, by name in the model, and what of it had no place.
     """
 
-    def fill(build: Build) -> None:
+    model: nn.Module
+    config: PeftConfig
+    adapter_name: str
+    state: Mapping[str, Tensor]
+    source: str
+    ignore_mismatched_sizes: bool = False
+    strict: bool = True
+    result: LoadResult = field(default_factory=lambda: LoadResult([], []))
+
+    def __call__(self, build: Build) -> None:
+        """Fill an adapter.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit.
+        """
+        config, adapter_name = self.config, self.adapter_name
         named = {}
         for name, tensor in build.named_tensors():
             named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
-        incoming = import_state(state, config)
         expected = adapter_tensors(named.items(), config, adapter_name)
+        incoming = import_state(self.state if self.strict else understood(self.state, expected, config, adapter_name), config)
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():  # trained biases and saved embeddings
             view = in_view(config)
             inside = {**dict.fromkeys(build.layers, ".base_layer"), **dict.fromkeys(build.tokens, ".token_adapter.base_layer")}
-            for name, tensor in named_tensors(walk(model, view), view):
+            for name, tensor in named_tensors(walk(self.model, view), view):
                 path, _, end = name.rpartition(".")
                 named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = tensor
             expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        result = check_state(expected, incoming, ignore_mismatched_sizes)
-        mismatched = set(result.missing_keys) & incoming.keys()
-        check_complete(LoadResult([k for k in result.missing_keys if k not in mismatched], result.unexpected_keys), source)
-        write_state(None, expected, {key: tensor for key, tensor in incoming.items() if key not in mismatched})
+        found = fitting(expected, incoming, self.source, self.ignore_mismatched_sizes, self.strict)
+        names = adapter_tensors(((name, name) for name in named), config, adapter_name, incoming)
+        self.result = LoadResult([names.get(key, key) for key in found.missing_keys], found.unexpected_keys)
+        fits = expected.keys() & incoming.keys() - set(found.missing_keys)
+        write_state(None, expected, {key: tensor for key, tensor in incoming.items() if key in fits})
 
-    return fill
+
+def fitting(
+    expected: Mapping[str, Tensor], incoming: Mapping[str, Tensor], source: str, ignore_mismatched_sizes: bool, strict: bool
+) -> LoadResult:
+    """What of an adapter is not in a checkpoint, or has another shape there and that is to be ignored; and what else is in it.
+
+    Raises:
+        CheckpointError: A shape or kind differs, or with `strict` a key, or nothing fits.
+    """
+    result = check_state(expected, incoming, ignore_mismatched_sizes)
+    missing = [key for key in result.missing_keys if key not in incoming]
+    fits = bool(expected.keys() & incoming.keys())
+    if strict or not fits:
+        remedy = "Pass `strict=False` to load the rest." if fits else ""
+        check_complete(LoadResult(missing, result.unexpected_keys), source, remedy)
+    elif missing or result.unexpected_keys:
+        left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
+        left += [f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."] * bool(result.unexpected_keys)
+        warn(f"'{source}' was loaded with `strict=False`. {' '.join(left)}")
+    return result
+
+
+def understood(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: PeftConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """A checkpoint with the names of a model's own tensors, in which an adapter's name stands, put as keys of a checkpoint: of the
+    adapter `adapter_name`, else of "default", else of the only one there.
+    """
+    named: dict[str, dict[str, str]] = {}
+    containers = {*holders(config), "modules_to_save"}
+    shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
+    for key in state:
+        name = unwrapped(key)
+        parts = name.split(".")
+        for part, after in pairwise(parts):
+            if part in containers and (plain := checkpoint_key(name, after, containers, shared)) in expected:
+                named.setdefault(after, {})[key] = plain  # type: ignore[assignment]
+    chosen = next((name for name in (adapter_name, "default") if name in named), None)
+    if chosen is None and len(named) == 1:
+        chosen = next(iter(named))
+    keys = named.get(chosen or "", {})
+    return {keys.get(key, key): tensor for key, tensor in state.items()}

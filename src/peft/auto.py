@@ -43,7 +43,8 @@ class AutoPeftModel:
             is_trainable: False freezes it and puts the model into eval mode.
             config: Use this config in place of the saved one.
             revision: The adapter's revision; the base model's is in its config.
-            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …); options for the Hub go to both.
+            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …); options for the Hub go to both, and
+                `strict` (as for `PeftModel.from_pretrained`) to the adapter.
 
         Raises:
             PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
@@ -54,10 +55,10 @@ class AutoPeftModel:
             raise PeftValueError(
                 "The adapter's config does not name its base model; load that, then use PeftModel.from_pretrained."
             )
-        subfolder = kwargs.pop("subfolder", None)
+        subfolder, strict = kwargs.pop("subfolder", None), kwargs.pop("strict", True)
         base = cls._base_class(config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
-        options = {**hub, "revision": revision, "subfolder": subfolder}
+        options = {**hub, "revision": revision, "subfolder": subfolder, "strict": strict}
         return model_cls.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
         )

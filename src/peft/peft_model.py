@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base_peft_model import BasePeftModel
-from ._loading import check_same_function, filler, own_place, read_config, refuse_offload, renamings
+from ._loading import Filler, check_same_function, fitting, own_place, read_config, refuse_offload, renamings, understood
 from .config import PeftConfig, as_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners._build import Construction
@@ -27,8 +27,6 @@ from .utils.peft_types import TaskType
 from .utils.save_and_load import (
     LoadResult,
     adapter_tensors,
-    check_complete,
-    check_state,
     get_peft_model_state_dict,
     import_state,
     in_view,
@@ -211,6 +209,7 @@ class PeftModel(BasePeftModel):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter into a base model.
@@ -231,6 +230,8 @@ class PeftModel(BasePeftModel):
                 are looked for under the names that transformers' rules give them, in keys and in the config.
             ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head with other classes, say) as
                 they start, with a warning.
+            strict: False loads what fits and names the rest in a warning: what of the file has no place in the adapter is left
+                out, what the file lacks stays as it starts. Keys may then have the adapter's name in them.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
@@ -245,10 +246,10 @@ class PeftModel(BasePeftModel):
         config, state = present_names(model, config, load_peft_weights(model_id, key_mapping=key_mapping, **hub))
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
-        check = filler(model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
+        check = Filler(model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict)
         before, config.inference_mode = config.inference_mode, not is_trainable
         try:
-            options: Any = {"initialise": ignore_mismatched_sizes, "check": check}
+            options: Any = {"initialise": ignore_mismatched_sizes or not strict, "check": check}
             peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, **options)
         except BaseException:
             config.inference_mode = before
@@ -267,6 +268,7 @@ class PeftModel(BasePeftModel):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
         **kwargs: Any,
     ) -> LoadResult:
         """Load a saved adapter under a new name, or load new values into an adapter of this model.
@@ -277,12 +279,12 @@ class PeftModel(BasePeftModel):
                 name, if `save_pretrained` made one).
             is_trainable: Whether a new adapter is trainable.
             torch_device: Where to read the file to.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, **kwargs: As
-                for `from_pretrained`.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, strict,
+                **kwargs: As for `from_pretrained`.
 
         Returns:
-            Missing and unexpected keys. A checkpoint that does not fit is an error, so there are none but those that
-            `ignore_mismatched_sizes` left out of an existing adapter.
+            Names of the adapter's parameters that were not loaded, and keys of the file that have no place in it. A checkpoint
+            that does not fit is an error, so there are none but what `ignore_mismatched_sizes` and `strict=False` let pass.
 
         Raises:
             As for `from_pretrained`; model and adapters are left exactly as they were.
@@ -298,12 +300,13 @@ class PeftModel(BasePeftModel):
         if known is None:
             config, state = present_names(base, config, state)
             config.inference_mode = not is_trainable
-            check = filler(base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes)
-            self._add(adapter_name, config, Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes), check)
+            check = Filler(base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict)
+            construction = Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes or not strict)
+            self._add(adapter_name, config, construction, check)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
             self.base_model.note_loaded(self, adapter_name)
-            return LoadResult([], [])
+            return check.result
         saved, state = present_names(base, read_config(model_id, None, hub), state)
         if saved.peft_type != known.peft_type:
             raise PeftValueError(
@@ -311,13 +314,14 @@ class PeftModel(BasePeftModel):
                 f"has an adapter {adapter_name!r} already; load this one under another name."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
-        incoming = import_state(state, config)
         named = own_state(self, in_view(config, adapter_name))
+        if not strict:
+            state = understood(state, adapter_tensors(named.items(), config, adapter_name), config, adapter_name)
+        incoming = import_state(state, config)
         expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        result = check_state(expected, incoming, ignore_mismatched_sizes)
-        missing = [key for key in result.missing_keys if key not in incoming]
-        check_complete(LoadResult(missing, result.unexpected_keys), str(model_id))
-        return set_peft_model_state_dict(self, state, adapter_name, ignore_mismatched_sizes)
+        left = fitting(expected, incoming, str(model_id), ignore_mismatched_sizes, strict).unexpected_keys
+        state = {key: tensor for key, tensor in state.items() if key not in left}
+        return LoadResult(set_peft_model_state_dict(self, state, adapter_name, ignore_mismatched_sizes).missing_keys, left)
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from conftest import llama
+from safetensors.torch import load_file, save_file
 
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, get_peft_model
 
@@ -19,6 +20,11 @@ def test_an_adapter_and_its_base(method, task_type, tmp_path):
     right, wrong = (AutoPeftModel, AutoPeftModelForSeq2SeqLM) if task_type is None else (AutoPeftModelForCausalLM, AutoPeftModel)
     loaded = right.from_pretrained(tmp_path / "adapter")
     assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), "rotary_emb.inv_freq": torch.zeros(2)}, file)
+    with pytest.warns(UserWarning, match="without a place in the adapter: rotary_emb.inv_freq"):
+        loaded = right.from_pretrained(tmp_path / "adapter", strict=False)
     torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
     with pytest.raises(ValueError, match="task type"):
         wrong.from_pretrained(tmp_path / "adapter")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input gets an error of its own, and model, config, files and random state are as they were."""
 
+import copy
 import pickle
 import re
 
@@ -214,6 +215,60 @@ def test_checkpoints_that_do_not_fit(model, tmp_path, how):
             load()
         assert_unchanged(before, target)
     assert list(model.peft_config) == ["default"]
+
+
+STRAY = ["base_model.model.0.rotary_emb.inv_freq", "base_model.model.0.base_layer.weight", "base_model.model.4.bias", "something"]
+
+
+def test_what_has_no_place_is_left_out_on_request(method, tmp_path):
+    """The rest is loaded and what is left is named; a tensor that the file lacks stays as it starts, or as it is."""
+    base, x = mlp(), torch.randn(3, 8)
+    model = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS)).eval()
+    expected = model(x, **method.call)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file({**state, **{key: torch.zeros(2) for key in STRAY}}, file)
+    with pytest.raises(RuntimeError, match="Unexpected keys: .*something.*Pass `strict=False` to load the rest"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.warns(
+        UserWarning, match=f"loaded with `strict=False`. In the file, and without a place in the adapter: .*{STRAY[0]}"
+    ):
+        loaded = PeftModel.from_pretrained(base, tmp_path, strict=False)
+    torch.testing.assert_close(loaded(x, **method.call), expected)
+    for name in ("new", "default"):
+        with pytest.warns(UserWarning, match="strict=False"):
+            result = loaded.load_adapter(tmp_path, name, strict=False)
+        assert (result.missing_keys, sorted(result.unexpected_keys)) == ([], sorted(STRAY))
+    loaded.set_adapter("new")
+    torch.testing.assert_close(loaded(x, **method.call), expected)
+
+    first = next(key for key in sorted(state) if "vector_bank" not in key)
+    lacking = {key: tensor for key, tensor in state.items() if key != first}
+    save_file(lacking, file)
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters() if ".new" in name}
+    for name in ("more", "new"):
+        with pytest.warns(UserWarning, match=f"Missing, and left as they were: {re.escape(first)}"):
+            result = loaded.load_adapter(tmp_path, name, strict=False)
+        assert not result.unexpected_keys and len(result.missing_keys) == 1
+        assert torch.isfinite(loaded.get_parameter(result.missing_keys[0])).all()
+    assert torch.equal(loaded.get_parameter(result.missing_keys[0]), before[result.missing_keys[0]])
+    save_file({"other": torch.zeros(2)}, file)
+    with pytest.raises(RuntimeError, match="does not hold this adapter's weights; nothing was loaded"):
+        PeftModel.from_pretrained(base, tmp_path, strict=False)
+
+
+def test_names_of_a_models_own_tensors_are_understood_on_request(method, tmp_path):
+    """As in the state dict of a whole model, which programs write by themselves."""
+    base, x = mlp(), torch.randn(3, 8)
+    model = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS, modules_to_save=["4"])).eval()
+    model.add_adapter("other", method.config(target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"without a place in the adapter: .*base_layer\.weight"):
+        loaded = PeftModel.from_pretrained(base, tmp_path, strict=False)
+    torch.testing.assert_close(loaded(x, **method.call), model(x, **method.call))
 
 
 def test_a_state_dict_of_other_shapes(model):

@@ -75,17 +75,19 @@ class ModuleNames:
             self._known = list(_rules(self._model))
         return self._known
 
-    def now(self, path: str) -> str | None:
+    def now(self, path: str, is_adapted: bool = True) -> str | None:
         """The path that the model has for a module of this one, or of this one before; None if it has none.
 
         Raises:
-            CheckpointError: The module is a part of another one now.
+            CheckpointError: The module has an adapter and is a part of another one now.
         """
         if path in self.paths:
             return path
         for rules in self._rules:
-            if path.startswith(rules.place) and (found := rules.place + _renamed(path[len(rules.place) :], rules)) in self.paths:
-                return found
+            if path.startswith(rules.place):
+                found = rules.place + _renamed(path[len(rules.place) :], rules, is_adapted)
+                if found in self.paths:
+                    return found
         if self._flat is None:
             self._flat = {}
             for known in self.paths:
@@ -130,11 +132,11 @@ def renamed_state(model: nn.Module, state: Mapping[str, Tensor], holders: Collec
     same = Renamed(dict(state), {}, [])
     if all(path in names.paths for _, path, _ in places.values()):
         return same
-    found = {path: names.now(path) or path for _, path, _ in places.values()}
+    layers = {path: None for _, path, end in places.values() if path and end.split(".")[1].startswith(tuple(holders))}
+    found = {path: names.now(path, is_adapted=path in layers) or path for _, path, _ in places.values()}
     result = {f"{root}{found[path]}{end}": state[key] for key, (root, path, end) in places.items()}
     if len(result) < len(state):  # two modules of the checkpoint would be one
         return same
-    layers = {path: None for _, path, end in places.values() if path and end.split(".")[1].startswith(tuple(holders))}
     return Renamed(result, found, list(layers))
 
 
@@ -176,11 +178,13 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
         yield _Rules(plain_path(place.rstrip(".")) + "." * bool(path), renamings, converters, module.base_model_prefix, names)
 
 
-def _renamed(path: str, rules: _Rules) -> str:
+def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
     """A module's path after all rules, which are for names of tensors."""
     from transformers.core_model_loading import rename_source_key
 
     name, fused = rename_source_key(f"{path}.weight", rules.renamings, rules.converters, rules.prefix, rules.names)
+    if fused is not None and not is_adapted:
+        return path
     if fused is not None:
         raise CheckpointError(
             f"`{rules.place}{path}` is a part of `{rules.place}{name}` in the installed version of transformers, and an adapter of "

@@ -78,17 +78,17 @@ def adapter_tensors(
     """Of a model's named tensors those that make up an adapter, by checkpoint key; with them all token embeddings, or those whose
     keys are given.
     """
-    holders = _holders(config)
+    own = holders(config)
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
     tensors = {unwrapped(name): tensor for name, tensor in named}
     result = {}
     for name, tensor in tensors.items():
-        key = checkpoint_key(name, adapter_name, holders, shared)
+        key = checkpoint_key(name, adapter_name, own, shared)
         if key is not None:
             result[key] = tensor
     if config.trained_biases != "none":
-        adapted = {name.rpartition(f".{holder}.")[0] for name in tensors for holder in holders if f".{holder}." in name}
-        inside = {*_COPIES, *holders}  # biases in there are an adapter's own
+        adapted = {name.rpartition(f".{holder}.")[0] for name in tensors for holder in own if f".{holder}." in name}
+        inside = {*_COPIES, *own}  # biases in there are an adapter's own
         for name, tensor in tensors.items():
             layer = name.removesuffix(".base_layer.bias")
             is_trained = config.trained_biases == "all" or layer in adapted
@@ -198,13 +198,13 @@ def set_peft_model_state_dict(
     named = list(own_state(model, view).items())
     is_native = not any(key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name))
     base = model if is_native else getattr(model, "get_base_model", lambda: model)()
-    state = renamed_state(base, import_state(peft_model_state_dict, config, ROOT if is_native else ""), _holders(config)).state
+    state = renamed_state(base, import_state(peft_model_state_dict, config, ROOT if is_native else ""), holders(config)).state
     expected = adapter_tensors(named, config, adapter_name, state)
     # Biases that the checkpoint's writer trained have a place here even if this adapter trains none.
     expected.update({unwrapped(n): t for n, t in named if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()})
     result = check_state(expected, state, ignore_mismatched_sizes)
     if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
-        raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {_some(empty)}.")
+        raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {some(empty)}.")
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
     write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}, view)
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
@@ -214,11 +214,11 @@ def set_peft_model_state_dict(
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The state dict the base model would have without adapters."""
-    holders = {"modules_to_save"}.union(*(_holders(config) for config in model.peft_config.values()))
+    inside = {"modules_to_save"}.union(*(holders(config) for config in model.peft_config.values()))
     result = {}
     for name, tensor in model.get_base_model().state_dict().items():
         parts = unwrapped(name).split(".")
-        if holders.isdisjoint(parts):
+        if inside.isdisjoint(parts):
             result[".".join(part for part in parts if part not in _INSIDE)] = tensor
     return result
 
@@ -292,7 +292,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ign
     return LoadResult(missing, unexpected)
 
 
-def check_complete(result: LoadResult, source: str) -> None:
+def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
     """Insist that a checkpoint had every tensor of its adapter and no other.
 
     Raises:
@@ -302,10 +302,10 @@ def check_complete(result: LoadResult, source: str) -> None:
         return
     parts = [f"'{source}' does not hold this adapter's weights; nothing was loaded."]
     if result.missing_keys:
-        parts.append(f"Missing keys: {_some(result.missing_keys)}.")
+        parts.append(f"Missing keys: {some(result.missing_keys)}.")
     if result.unexpected_keys:
-        parts.append(f"Unexpected keys: {_some(result.unexpected_keys)}.")
-    raise CheckpointError(" ".join(parts))
+        parts.append(f"Unexpected keys: {some(result.unexpected_keys)}.")
+    raise CheckpointError(" ".join([*parts, *([remedy] if remedy else [])]))
 
 
 @torch.no_grad()
@@ -371,7 +371,7 @@ def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
     return key
 
 
-def _holders(config: Any) -> set[str]:
+def holders(config: Any) -> set[str]:
     """Names of the containers that have an entry for each adapter of a config's method."""
     tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     return {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names, "trainable_tokens_delta"}
@@ -389,5 +389,6 @@ def adapter_config(model: Any, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def _some(keys: list[str]) -> str:
+def some(keys: list[str]) -> str:
+    """Keys for a message, the first of many."""
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
