@@ -10,6 +10,7 @@ import torch
 from conftest import METHODS, mlp
 from torch import nn
 
+import peft
 from peft import get_peft_model
 
 TARGETS = ["0", "2"]
@@ -406,3 +407,26 @@ def tensors(value):
     elif isinstance(value, tuple):
         for part in value:
             yield from tensors(part)
+
+
+def test_files_of_a_merged_model_have_the_weights_without_what_is_merged(tmp_path):
+    """An adapter of an embedding is saved with the embedding's own weight, which would count the delta twice."""
+    base = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 8), "head": nn.Linear(8, 8)})
+    fresh, ids = copy.deepcopy(base), torch.arange(10)
+    config = METHODS["LORA"].config(target_modules=["embed_tokens"])
+    model = get_peft_model(base, config)
+    expected = model.embed_tokens(ids)
+    weight = model.embed_tokens.base_layer.weight.clone()
+    model.merge_adapter()
+    merged = model.embed_tokens.base_layer.weight.clone()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(peft.get_base_model_state_dict(model)["embed_tokens.weight"], weight)
+    assert torch.equal(model.embed_tokens.base_layer.weight, merged)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    torch.testing.assert_close(loaded.embed_tokens(ids), expected)
+    state = peft.get_base_model_state_dict(loaded)
+    with pytest.raises(RuntimeError, match=r"`base_model.model.embed_tokens`: default is merged .* call `unmerge_adapter`"):
+        peft.set_base_model_state_dict(model, state)
+    model.unmerge_adapter()
+    assert torch.equal(model.embed_tokens.base_layer.weight, weight)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
-from .error import CheckpointError, PeftValueError
+from .error import CheckpointError, PeftRuntimeError, PeftValueError
 from .hub import find_file, only_hub_options
 from .near_misses import no_adapter
-from .offload import bring_back, execution_device, stored
+from .offload import at_hand, bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .renamed_modules import renamed_state
@@ -162,10 +163,30 @@ def get_peft_model_state_dict(
     if named and not found:
         some = ", ".join(f"`{name}`" for name in list(named)[:3])
         raise CheckpointError(f"The state dict has no tensors of adapter {adapter_name}; it holds {some}, …")
-    offloaded = stored(model, {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)}, view)
-    found = {key: offloaded.get(id(tensor), tensor) for key, tensor in found.items()}
-    state = without_filling(read(model, found), config)
+    has_base = bool(embeddings) or config.trained_biases != "none"  # tensors that adapters may be merged into
+    with unmerged(model if has_base and state_dict is None else None):
+        offloaded = stored(model, {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)}, view)
+        found = {key: offloaded.get(id(tensor), tensor) for key, tensor in found.items()}
+        values = read(model, found)
+        values = {key: value.detach() for key, value in values.items()} if has_base else values  # as they are now
+    state = without_filling(values, config)
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)._export_state(state, config)
+
+
+@contextmanager
+def unmerged(model: nn.Module | None) -> Iterator[None]:
+    """A context in which nothing is merged into a model's base weights; they are merged again as they were."""
+    layers: Any = () if model is None else [module for _, module in walk(model) if vars(module).get("merged_adapters")]
+    taken: list[Any] = []
+    try:
+        for layer in layers:
+            with at_hand(layer, layer.merged_adapters):
+                taken.append((layer, layer.take_off()))
+        yield
+    finally:
+        for layer, merges in reversed(taken):
+            with at_hand(layer, [merge.name for merge in merges]):
+                layer.put_on(merges)
 
 
 def set_peft_model_state_dict(
@@ -206,7 +227,9 @@ def set_peft_model_state_dict(
     if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
         raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {some(empty)}.")
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
-    write_state(model, expected, {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}, view)
+    values = {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}
+    _check_nothing_is_merged(model, [expected[key] for key in values])
+    write_state(model, expected, values, view)
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
     names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
     return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
@@ -216,7 +239,9 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The state dict the base model would have without adapters."""
     inside = {"modules_to_save"}.union(*(holders(config) for config in model.peft_config.values()))
     result = {}
-    for name, tensor in model.get_base_model().state_dict().items():
+    with unmerged(model):
+        state = model.get_base_model().state_dict()
+    for name, tensor in state.items():
         parts = unwrapped(name).split(".")
         if inside.isdisjoint(parts):
             result[".".join(part for part in parts if part not in _INSIDE)] = tensor
@@ -233,13 +258,27 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
 
     Raises:
         CheckpointError: A shape differs, or a name and `strict`; nothing is changed.
+        PeftRuntimeError: Adapters are merged into the base model's weights.
     """
+    _check_nothing_is_merged(model)
     expected = get_base_model_state_dict(model)
     result = check_state(expected, state_dict)
     if strict:
         check_complete(result, "state_dict")
     write_state(None, expected, {key: tensor for key, tensor in state_dict.items() if key in expected})
     return result
+
+
+def _check_nothing_is_merged(model: nn.Module, targets: Collection[Tensor] | None = None) -> None:
+    """Refuse to write weights that adapters are merged into: any, or those among some tensors."""
+    ids = None if targets is None else {id(target) for target in targets}
+    for path, module in walk(model):
+        if names := vars(module).get("merged_adapters"):
+            layer: Any = module
+            if ids is None or not ids.isdisjoint(map(id, layer.get_base_layer().parameters())):
+                raise PeftRuntimeError(
+                    f"`{path}`: {', '.join(names)} is merged into the weight that is to be written; call `unmerge_adapter` before."
+                )
 
 
 def import_state(state: Mapping[str, Tensor], config: Any, remove: str = "") -> dict[str, Tensor]:
