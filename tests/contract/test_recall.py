@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import llama
 from torch import nn
 from variants import CASES
@@ -316,6 +317,16 @@ def test_memory_is_bounded_and_given_back(case):
     tuner = model.base_model
     model.unload()
     assert len(tuner.inference_cache) == 0
+
+
+def test_nothing_is_kept_of_what_is_here_for_a_call_only(case, tmp_path):
+    """Offloading brings an adapter's tensors for a layer's forward."""
+    model, x = model_of(case), case.input()
+    expected = run(reloaded(model, case, tmp_path), case, x)
+    cpu_offload(model, torch.device("cpu"))
+    for _ in range(2):
+        torch.testing.assert_close(run(model, case, x), expected)
+        assert kept(model) == 0
 
 
 def test_large_tensors_are_not_copied(case, monkeypatch):
