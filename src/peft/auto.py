@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .utils.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
 from .utils.error import PeftValueError
-from .utils.hub import split_hub_options
+from .utils.hub import find_file, split_hub_options
 from .utils.peft_types import TaskType
+from .utils.vocabulary import fit_vocabulary
 
 
 class AutoPeftModel:
@@ -35,7 +37,8 @@ class AutoPeftModel:
         revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load an adapter and its base model.
+        """Load an adapter and its base model. Where the adapter was saved with an embedding or a head of another number of tokens,
+        the base model gets that number first.
 
         Args:
             pretrained_model_name_or_path: The adapter: a local folder, or an id on the Hub.
@@ -57,8 +60,12 @@ class AutoPeftModel:
             )
         subfolder, strict = kwargs.pop("subfolder", None), kwargs.pop("strict", True)
         base = cls._base_class(config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        files = {**hub, "revision": revision, "subfolder": subfolder}
+        names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        weights = find_file(pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None})
+        fit_vocabulary(base, read_shapes(weights))
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
-        options = {**hub, "revision": revision, "subfolder": subfolder, "strict": strict}
+        options: dict[str, Any] = {**files, "strict": strict}
         return model_cls.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
         )

@@ -34,3 +34,21 @@ def test_a_config_that_names_no_base(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not name its base model"):
         AutoPeftModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head", "embed_tokens"]}])
+@pytest.mark.parametrize("tokens", [50, 64, 40])
+def test_a_vocabulary_of_another_size(method, fields, tokens, tmp_path):
+    """Tokens were added to the base, padded to a multiple, or taken away; the file's own rows say how many there are."""
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(tokens)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.normal_()
+    config = method.config(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")  # with its embedding and head, since the vocabulary is another
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, tokens - 1]])
+    assert loaded.get_input_embeddings().weight.shape[0] == tokens
+    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits)

@@ -176,6 +176,21 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     return state
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a weights file.
+
+    Raises:
+        CheckpointError: The file can't be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from error
+    return {key: tuple(tensor.shape) for key, tensor in read_weights(path).items()}
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty where it can't be read, which reading the weights will report."""
     try:

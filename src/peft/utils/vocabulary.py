@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a base model's vocabulary was resized since the model was loaded."""
+"""The size of a base model's vocabulary: whether it was changed since the model was loaded, and what an adapter needs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from .adapter_files import read_json
 from .error import PeftError
 from .hub import find_file
+from .renamed_modules import ModuleNames, plain_path
+from .walk import walk
 
 
 def was_resized(model: nn.Module, config: Any) -> bool:
@@ -38,3 +41,36 @@ def _size(content: dict[str, Any]) -> int | None:
         if part.get("vocab_size") is not None:
             return part["vocab_size"]
     return None
+
+
+def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give a transformers model as many tokens as an adapter's checkpoint has rows for, padding included. It is left alone where
+    the checkpoint has none, or several numbers of them.
+
+    Args:
+        model: The base model.
+        shapes: Shapes of the checkpoint's tensors by key.
+    """
+    if not hasattr(model, "resize_token_embeddings"):
+        return
+    try:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return
+    if table is None or not hasattr(table, "weight"):
+        return
+    ends = {"weight": 0, "base_layer.weight": 0, "token_adapter.base_layer.weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
+    names, places = ModuleNames(model), {}
+    for path, module in walk(model, repeated=True):
+        if module is table or (module is head and head is not None):
+            places[plain_path(path)] = module
+    rows = set()
+    for key, shape in shapes.items():
+        plain = key.removeprefix("base_model.model.")
+        for end, dim in ends.items():
+            path = plain.removesuffix(f".{end}")
+            place = places.get(names.now(path, is_adapted=False)) if path != plain and len(shape) == 2 else None
+            if place is not None and (end != "lora_B.weight" or place is head):
+                rows.add(shape[dim])
+    if len(rows) == 1 and rows != {table.weight.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
