@@ -4,9 +4,7 @@
 import copy
 import json
 import logging
-import re
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -646,19 +644,6 @@ def test_offloading(method, how, tmp_path):
         close(output(add(model, config_of(method)), flux), expected)
         model.delete_adapters("a")
         close(output(model, flux), plain(flux))
-
-
-def test_the_documentation_runs(tmp_path, monkeypatch):
-    """Every block of docs/diffusers.md, in order; at the end the model is what it was."""
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= 3
-    space = {"transformer": flux(), "inputs": flux_inputs()}
-    for block in blocks:
-        exec(compile(block, "docs/diffusers.md", "exec"), space)
-    assert space["transformer"].state_dict().keys() == flux().state_dict().keys()
-    assert torch.equal(output(space["transformer"], flux), plain(flux))
 
 
 def test_one_task_fused():

@@ -3,8 +3,6 @@
 
 import copy
 import math
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -557,22 +555,3 @@ def test_tasks_with_precomputed_references(tmp_path):
     given = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
     torch.testing.assert_close(given, log_probabilities(llama(), batch, batch["completion_mask"]), rtol=1e-5, atol=1e-5)
     assert logits_gradients(trainer) == [False, True, True]
-
-
-def test_the_documentation_runs(tmp_path, monkeypatch):
-    """Every block of docs/trl.md, in order."""
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= 4
-    llama().save_pretrained("base")
-    tokenizer().save_pretrained("base")
-    space = {
-        "small": {"max_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False},
-        "chats": chats(),
-        "chats_with_tasks": chats(task_ids=["sum", "max"] * 4),
-        "pairs": pairs(),
-        "pairs_with_tasks": pairs(task_ids=["sum", "max"] * 2),
-    }
-    for block in blocks:
-        exec(compile(block, "docs/trl.md", "exec"), space)
