@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -126,8 +126,9 @@ class BasePeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the same keyword arguments besides as `forward`."""
         self.base_model.refuse_foreign_arguments(kwargs)
-        generate, batch = self.base_model.generate, self.base_model.chosen_adapters(args, kwargs)
-        chosen = nullcontext() if batch is None else ADAPTER_BATCHES.during(batch)
+        generate = self.base_model.generate
+        batch = self.base_model.chosen_adapters(args, kwargs, generate)
+        chosen = ADAPTER_BATCHES.during(None) if batch is None else batch.generating(self.get_base_model())
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with chosen, self.base_model.adapter_call_context(args, kwargs), cached:
             return generate(*args, **kwargs)

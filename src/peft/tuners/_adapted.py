@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
+from ..utils.call_rows import bind, of_call, of_generation, positional_names
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.error import PeftTypeError, PeftValueError
 from ..utils.missing_attribute import PeftAttributeError
@@ -21,7 +22,7 @@ from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.walk import walk
 from ..utils.warning import warn
-from . import _geometry, _model_merges
+from . import _geometry, _model_merges, _rows
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
 from ._merging import checked_names
@@ -62,6 +63,7 @@ class AdaptedModel(nn.Module):
         self._paused: Pause | None = None
         self.inference_cache = InferenceCache()
         every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
+        self._positional_names = positional_names(model.forward)
         self._methods_arguments = tuple(sorted(every.difference(inspect.signature(model.forward).parameters)))
         self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
         self.training = model.training
@@ -127,8 +129,12 @@ class AdaptedModel(nn.Module):
                 return self.model(*args, **kwargs)
             return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
 
-    def chosen_adapters(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AdapterBatch | None:
+    def chosen_adapters(self, args: tuple[Any, ...], arguments: dict[str, Any], generate: Any = None) -> AdapterBatch | None:
         """The choice of an adapter for each sample, taken out of a call's keyword arguments; None if it makes none.
+
+        Args:
+            args, arguments: What the call was given.
+            generate: The method, if it is a call of `generate`.
 
         Raises:
             PeftValueError: It does not fit the inputs or the model, or adapters are merged.
@@ -136,7 +142,12 @@ class AdaptedModel(nn.Module):
         names = arguments.pop("adapter_names", None)
         if names is None:
             return None
-        batch = adapter_batch(names, self.peft_config, args, arguments)
+        own = self.adapter_call_arguments
+        if generate is None:
+            call_rows = of_call(self.model, bind(self._positional_names, args, arguments), own)
+        else:
+            call_rows = of_generation(self.model, bind(positional_names(generate), args, arguments), own)
+        batch = adapter_batch(names, self.peft_config, call_rows)
         if self.merged_adapters:
             raise PeftValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
         return batch
@@ -403,6 +414,7 @@ class AdaptedModel(nn.Module):
         for name in self.shared_parameter_names:
             self._shared_owner(name)._modules.pop(name, None)
         _geometry.restore_fused_paths(self.model)
+        _rows.forget(self.model)
         self.detach_adapters()
         self.inference_cache = InferenceCache()
         self.peft_config.clear()

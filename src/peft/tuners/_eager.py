@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from ..utils.tracing import shapes as shapes
+from ..utils.tracing import untraced as untraced
 
 
 def is_eager() -> bool:
@@ -36,26 +38,3 @@ def is_autocast(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which operations where a tensor is have their operands' precision."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
-
-
-def untraced() -> AbstractContextManager[object]:
-    """Return a context whose operations `torch.jit.trace` does not see, to which sizes are tensors."""
-    return nullcontext() if torch._C._get_tracing_state() is None else _untraced()
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-
-def shapes(*tensors: Tensor) -> list[Sequence[int]]:
-    """Return tensors' shapes as numbers, to decide by: in a trace, for all inputs that it will get."""
-    if torch._C._get_tracing_state() is None:
-        return [tensor.shape for tensor in tensors]
-    with untraced():
-        return [tensor.shape for tensor in tensors]

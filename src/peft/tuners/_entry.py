@@ -15,9 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from ..utils.call_rows import positional_names
+
 Function = Callable[..., Any]
-# Carries a call out: (function, model, its positional and keyword arguments) → what the function returns.
-Conduct = Callable[[Function, Any, tuple[Any, ...], dict[str, Any]], Any]
+# Carries a call out: (function, model, its positional and keyword arguments, names of the former) → what the function returns.
+Conduct = Callable[[Function, Any, tuple[Any, ...], dict[str, Any], tuple[str, ...]], Any]
 
 
 class Entry:
@@ -39,11 +41,12 @@ class Entry:
         self.conduct = conduct
         self.model = model
         self.replaced = replaced
+        self.positional = positional_names(function)[1:]  # without the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.model is None:
-            return self.conduct(self.function, args[0], args[1:], kwargs)
-        return self.conduct(self.function, self.model, args, kwargs)
+            return self.conduct(self.function, args[0], args[1:], kwargs, self.positional)
+        return self.conduct(self.function, self.model, args, kwargs, self.positional)
 
     @property
     def __func__(self) -> Entry:
@@ -95,10 +98,10 @@ def put_entry(model: nn.Module, method: str, names: tuple[str, ...], conduct: Co
         setattr(model, method, Entry(function, names, conduct, model, vars(model).get(method)))
 
 
-def remove_entries(model: nn.Module) -> None:
-    """Give a model its methods back, where nothing has wrapped an entry since."""
+def remove_entries(model: nn.Module, *conducts: Conduct) -> None:
+    """Give a model its methods back that are called in some ways, where nothing has wrapped an entry since."""
     for method, entry in list(vars(model).items()):
-        if isinstance(entry, Entry):
+        if isinstance(entry, Entry) and entry.conduct in conducts:
             delattr(model, method)
             if entry.replaced is not None:
                 setattr(model, method, entry.replaced)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ..utils.call_rows import Rows
 from ..utils.error import PeftNotSupportedError
 from ..utils.offload import at_hand
 from ..utils.rank_room import RankRoom
+from ..utils.row_layout import ORDINARY, RowLayout
 from ..utils.warning import warn
 from ._accumulate import Steps, add_steps, is_ordinary, is_plain_product, may_write_to_output, run_with_steps
 from ._cost import AdapterCost, columns
@@ -45,7 +47,10 @@ class BaseTunerLayer(AdapterHolder):
 
     Attributes:
         base_layer: The adapted layer; the others as for `AdapterHolder`.
+        layout: How the rows of its input lie.
     """
+
+    layout: RowLayout = ORDINARY
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -54,6 +59,10 @@ class BaseTunerLayer(AdapterHolder):
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
             self.geometry: Geometry = size
+            if size.is_conv:
+                self.layout = RowLayout(1 + len(size.kernel_size))
+            elif geometry(base_layer) is None:
+                self.layout = RowLayout(0)
         self._merges: Merges = base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
@@ -148,7 +157,7 @@ class BaseTunerLayer(AdapterHolder):
         batch = ADAPTER_BATCHES.current
         if batch is not None and not self.merged_adapters:
             result = base(x, *args, **kwargs)
-            return self._apply_by_sample(batch, x, result) if x.numel() else result  # an expert may get no tokens
+            return self._apply_to_batch(batch, x, result) if x.numel() else result  # an expert may get no tokens
         active, scaling = self._active_adapter, self.scaling
         names = [name for name in ((active,) if isinstance(active, str) else active) if name in scaling]
         if self.merged_adapters:
@@ -191,17 +200,39 @@ class BaseTunerLayer(AdapterHolder):
         """
         return self.apply_adapter(adapter_name, x, result)
 
-    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
-        """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this."""
+    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None) -> Tensor:
+        """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this.
+
+        Args:
+            adapter_name: The adapter.
+            samples: Numbers of the samples.
+            x, result: The layer's input and output for their rows.
+            owner: The number of each row's sample; None where each sample has the same number of rows, one after the other.
+        """
         return self.apply_adapter(adapter_name, x, result)
 
-    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with each sample's adapter applied to its rows: a gather for each adapter, one scatter for all."""
-        own = {name: rows for name, rows in batch.rows(x).items() if name in self.scaling}
+    def _apply_to_batch(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with each sample's adapter applied to its rows."""
+        if batch.only is not None:
+            known = batch.only in self.scaling
+            return self._add(batch.only, x, result).to(result.dtype) if known else result
+        shared = batch.share(x, self)
+        if not shared.turned:
+            return self._apply_by_sample(batch, x, result, shared)
+        return self._apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), shared).transpose(0, 1).contiguous()
+
+    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
+        """The same with rows along the first dimension: a gather for each adapter, one scatter for all."""
+        every = batch.rows(x.shape[0], x.device, shared)
+        own = {name: rows for name, rows in every.items() if name in self.scaling and name in batch.samples}
         if not own:
             return result
+        owner = shared.owner
         parts = [
-            self.apply_to_samples(name, batch.samples[name], x[rows], result[rows]).to(result.dtype) for name, rows in own.items()
+            self.apply_to_samples(name, batch.samples[name], x[rows], result[rows], None if owner is None else owner[rows]).to(
+                result.dtype
+            )
+            for name, rows in own.items()
         ]
         return result.index_copy(0, torch.cat(list(own.values())), torch.cat(parts))
 

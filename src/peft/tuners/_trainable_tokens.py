@@ -123,9 +123,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
-        rows = batch.rows(x)
-        outputs = [self._run(name if self.has(name) else None, x[own], *args, **kwargs) for name, own in rows.items()]
-        return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
+
+        def run(name: str, *args: Any, **kwargs: Any) -> Tensor:
+            return self._run(name if self.has(name) else None, *args, **kwargs)
+
+        return self._run_for_samples(batch, run, (x, *args), kwargs)
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
         """The module, with the rows of one of some adapters written into its weight."""

@@ -21,7 +21,7 @@ from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
 from ..utils.walk import walk
-from . import _combining, _geometry, _plan
+from . import _combining, _geometry, _plan, _rows
 from ._adapted import AdaptedModel
 from ._build import Build, Construction, plain_copy
 from ._combining import Combination, Combined
@@ -330,6 +330,7 @@ class BaseTuner(AdaptedModel):
                 setattr(parent, child, existing)
             existing.modules_to_save[name] = module
         self._swap_tokens(plan, build)
+        _rows.note(self.model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
         for attribute, parameter in build.shared.items():
             self._shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
             bring_back(build.containers[attribute])

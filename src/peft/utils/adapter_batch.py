@@ -7,20 +7,20 @@ It travels beside the call for all methods: an `AdapterBatch` on the stack `ADAP
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .call_rows import IN_ORDER, CallRows, Rows, bind, describe, entrances, positional_names
 from .call_stack import CallStack
 from .error import PeftTypeError, PeftValueError
 from .near_misses import adapters_there
 
 # The name that chooses no adapter for a sample.
 BASE_MODEL = "__base__"
-# Keyword arguments under which models take the tensor whose rows are the samples.
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs")
 
 
 class AdapterBatch:
@@ -28,37 +28,53 @@ class AdapterBatch:
 
     Args:
         names: An adapter's name for each sample, or `"__base__"` for none.
+        call_rows: What the call knows of its rows.
 
     Attributes:
         samples: Numbers of the samples, by adapter.
+        only: The adapter that all samples have, if it is one.
+        call_rows: What the forward in progress knows.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], call_rows: CallRows | None = None) -> None:
         self.size = len(names)
         self.samples: dict[str, list[int]] = {}
         for sample, name in enumerate(names):
             self.samples.setdefault(name, []).append(sample)
+        self.only = names[0] if len(self.samples) == 1 else None
+        self.call_rows = CallRows(len(names)) if call_rows is None else call_rows
+        self.call_rows.samples = len(names)
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._numbers: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._owners: dict[tuple[tuple[str, ...], int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def rows(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The rows of a layer's input, by adapter. Each sample has the same number of successive rows: its beams, or its tokens
-        where the model flattens them.
+    def share(self, x: Tensor, layer: Any) -> Rows:
+        """How a layer's input is shared out among the samples.
 
         Raises:
-            PeftValueError: The rows can't be shared out evenly.
+            PeftValueError: Nothing tells.
         """
-        total = tensor.shape[0]
-        key = total, tensor.device
+        rows = self.call_rows.share(x, layer.layout)
+        if rows is None:
+            raise self.call_rows.refusal(x, layer, "Give all samples of a call the same adapter")
+        return rows
+
+    def rows(self, total: int, device: torch.device, shared: Rows = IN_ORDER) -> dict[str, Tensor]:
+        """The numbers of a layer's rows, by adapter.
+
+        Args:
+            total: How many rows there are.
+            device: Where the numbers are needed.
+            shared: How the rows are shared out.
+        """
+        if shared.owner is not None:
+            every = {name: torch.tensor(samples, device=device) for name, samples in self.samples.items()}
+            return {name: torch.isin(shared.owner, samples).nonzero().flatten() for name, samples in every.items()}
+        key = total, device
         if key not in self._rows:
-            if total % self.size:
-                raise PeftValueError(f"A layer sees {total} rows, which {self.size} `adapter_names` can't share out evenly.")
             each = total // self.size
-            self._rows[key] = {
-                name: torch.tensor([s * each + i for s in samples for i in range(each)], device=tensor.device)
-                for name, samples in self.samples.items()
-            }
+            rows = {name: [s * each + i for s in samples for i in range(each)] for name, samples in self.samples.items()}
+            self._rows[key] = {name: torch.tensor(own, device=device) for name, own in rows.items()}
         return self._rows[key]
 
     def part(self, samples: dict[str, list[int]]) -> AdapterBatch:
@@ -75,31 +91,54 @@ class AdapterBatch:
             self._numbers[key] = torch.tensor(values, device=device)
         return self._numbers[key]
 
-    def owners(self, names: tuple[str, ...], tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def owners(self, names: tuple[str, ...], x: Tensor, shared: Rows) -> tuple[Tensor, Tensor]:
         """The rows, of a layer's input, of the samples that run with some adapters, and the number of the adapter that each has;
         in the order of the rows.
         """
-        key = names, tensor.shape[0], tensor.device
-        if key not in self._owners:
-            rows = self.rows(tensor)
+        key = names, x.shape[0], x.device
+        if key not in self._owners or shared.owner is not None:
+            rows = self.rows(x.shape[0], x.device, shared)
             own = torch.cat([rows[name] for name in names])
             number = torch.cat([torch.full_like(rows[name], i) for i, name in enumerate(names)])
             order = own.argsort()
-            self._owners[key] = own[order], number[order]
+            found = own[order], number[order]
+            if shared.owner is not None:
+                return found
+            self._owners[key] = found
         return self._owners[key]
+
+    @contextmanager
+    def generating(self, model: nn.Module) -> Iterator[None]:
+        """A call of `generate` for these samples, in which each forward says how many rows and tokens it has."""
+        call_rows, handles = self.call_rows, []
+        try:
+            for entrance in entrances(model):
+                names = positional_names(entrance.forward)
+
+                def note(module: nn.Module, args: Any, kwargs: Any, names: tuple[str, ...] = names) -> None:
+                    if ADAPTER_BATCHES.current is self:
+                        self.call_rows = call_rows.inside(describe(bind(names, args, kwargs)), is_generating=True)
+
+                handles.append(entrance.register_forward_pre_hook(note, with_kwargs=True))
+            with ADAPTER_BATCHES.during(self):
+                yield
+        finally:
+            self.call_rows = call_rows
+            for handle in handles:
+                handle.remove()
 
 
 # A call inside another that chooses no adapters by sample is there as None.
 ADAPTER_BATCHES: CallStack[AdapterBatch | None] = CallStack()
 
 
-def adapter_batch(names: Any, known: Mapping[str, Any], args: tuple[Any, ...], arguments: Mapping[str, Any]) -> AdapterBatch:
+def adapter_batch(names: Any, known: Mapping[str, Any], call_rows: CallRows) -> AdapterBatch:
     """The choice of adapters for a call, checked.
 
     Args:
         names: What the caller passed as `adapter_names`.
         known: The model's adapters by name.
-        args, arguments: Positional and keyword arguments of the call.
+        call_rows: What the call knows of its rows.
 
     Raises:
         PeftTypeError: Not a list of strings.
@@ -113,20 +152,11 @@ def adapter_batch(names: Any, known: Mapping[str, Any], args: tuple[Any, ...], a
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {BASE_MODEL!r} means none, and this model has "
             f"{adapters_there(unknown[0], known)}"
         )
-    inputs = first_input(args, arguments)
-    samples = len(names) if inputs is None else inputs.shape[0]
+    samples = len(names) if call_rows.samples is None else call_rows.samples
     if len(names) != samples or not names:
+        packed = "; texts packed into one row are one sample" if samples == 1 and names else ""
         raise PeftValueError(
             "Length of `adapter_names` should be the same as the number of inputs, "
-            f"but got {len(names)} and {samples} respectively."
+            f"but got {len(names)} and {samples} respectively{packed}."
         )
-    return AdapterBatch(names)
-
-
-def first_input(args: tuple[Any, ...], arguments: Mapping[str, Any], besides: tuple[str, ...] = ()) -> Tensor | None:
-    """The tensor whose rows are the samples: the first positional argument, or the first that is known by name or is one and not
-    among `besides`.
-    """
-    candidates = [*args, *(arguments.get(name) for name in _INPUTS)]
-    candidates += [value for name, value in arguments.items() if name not in besides]
-    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
+    return AdapterBatch(names, call_rows)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from .adapter_batch import ADAPTER_BATCHES
+from .adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from .adapter_files import CONFIG_NAME as CONFIG_NAME
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
@@ -18,6 +18,7 @@ from .error import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
 from .markers import marker
 from .pause import Pause
+from .row_layout import ORDINARY, RowLayout
 from .sharding import gathered
 from .tensors import cast_mixed_precision_params as cast_mixed_precision_params
 from .tensors import shift_tokens_right as shift_tokens_right
@@ -40,10 +41,14 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     Args:
         module_to_save: The module as it was; it is used while no adapter's part is.
+
+    Attributes:
+        layout: How the rows of its input lie.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
+    layout: RowLayout = ORDINARY
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__()
@@ -147,6 +152,34 @@ class AuxiliaryTrainingWrapper(nn.Module):
             self.remove(adapter_name)
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
+    def _run_for_samples(self, batch: AdapterBatch, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output for each sample of a call of what runs for its adapter, from those rows of the inputs that are the sample's.
+
+        Raises:
+            PeftNotSupportedError: It is no tensor.
+        """
+        if batch.only is not None:
+            return run(batch.only, *args, **kwargs)
+        shared = batch.share(args[0], self)
+        dim = int(shared.turned)
+        total = args[0].shape[dim]
+
+        def part(value: Any, own: torch.Tensor) -> Any:
+            has_rows = isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
+            return value.index_select(dim, own) if has_rows else value
+
+        rows = batch.rows(total, args[0].device, shared)
+        outputs = [
+            run(name, *(part(value, own) for value in args), **{key: part(value, own) for key, value in kwargs.items()})
+            for name, own in rows.items()
+        ]
+        if not all(isinstance(output, torch.Tensor) for output in outputs):
+            raise PeftNotSupportedError(
+                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
+                "does not."
+            )
+        return torch.cat(outputs, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
+
     def _current(self) -> nn.Module:
         """The module whose attributes this one shows."""
         return self.original_module  # type: ignore[return-value]
@@ -217,15 +250,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
-        x, *rest = args
-        rows = batch.rows(x)
-        outputs = [self._of(name)(x[own], *rest, **kwargs) for name, own in rows.items()]
-        if not all(isinstance(output, torch.Tensor) for output in outputs):
-            raise PeftNotSupportedError(
-                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
-                "does not."
-            )
-        return torch.cat(outputs)[torch.cat(list(rows.values())).argsort()]
+        return self._run_for_samples(batch, lambda name, *own, **more: self._of(name)(*own, **more), args, kwargs)
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
         """The copy of one of some adapters, or the original module."""

@@ -10,7 +10,7 @@ import torch
 
 from ...utils.error import PeftValueError
 from .config import PolyConfig
-from .routing import as_task_ids
+from .task_ids import as_task_ids
 
 
 class TaskCollator:

@@ -14,7 +14,7 @@ from .._tuner import BaseTuner
 from .layer import PolyLayer
 from .mixing import grow_skills
 from .router import TaskRouter
-from .routing import as_task_ids
+from .task_ids import as_task_ids
 
 
 class InventoryTuner(BaseTuner):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...utils.call_rows import IN_ORDER, Rows
 from ...utils.error import PeftNotSupportedError, PeftValueError
 from ...utils.walk import AdapterModuleDict
 from .._accumulate import Steps
@@ -39,7 +40,6 @@ class PolyLayer(BaseTunerLayer):
     Args:
         base_layer: The layer to adapt.
         routing: The calls in progress on the model, shared by its layers.
-        stream: Which of the model's tokens the layer sees.
 
     Attributes:
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
@@ -56,7 +56,7 @@ class PolyLayer(BaseTunerLayer):
     container_names: ClassVar[tuple[str, ...]] = (*adapter_layer_names, "poly_task_skills")
     value_names: ClassVar[tuple[str, ...]] = (*other_param_names, "alpha", "token_level")
 
-    def __init__(self, base_layer: nn.Module, routing: Routing | None = None, stream: str = "main") -> None:
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer)
         self.poly_lora_A = AdapterParameterDict()
         self.poly_lora_B = AdapterParameterDict()
@@ -69,7 +69,6 @@ class PolyLayer(BaseTunerLayer):
         self.n_splits: dict[str, int] = {}
         self.token_level: dict[str, bool] = {}
         self.routing = routing or Routing(base_layer)
-        self.stream = stream
 
     def base_scaling(self, adapter_name: str) -> float:
         """`alpha / r`."""
@@ -180,16 +179,17 @@ class PolyLayer(BaseTunerLayer):
         with self.routing.using(task_ids, x):
             return super().forward(x, *args, **kwargs)
 
-    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor) -> Tensor:
-        """Each sample keeps its own task."""
-        with self.routing.narrowed(samples):
+    def apply_to_samples(  # noqa: D102
+        self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
+    ) -> Tensor:
+        with self.routing.narrowed(samples, owner):  # each sample keeps its own task
             return self.apply_adapter(adapter_name, x, result)
 
     def apply_to_tokens(self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor) -> Tensor:
         """Apply an adapter to samples padded to one length, so that each keeps its own task."""
         real = are_tokens(nested)
         padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
-        with self.routing.masked(real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.stream):
+        with self.routing.masked(real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.layout.stream):
             return self.apply_adapter(adapter_name, *padded)[real]
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -201,7 +201,11 @@ class PolyLayer(BaseTunerLayer):
         if adapter_name not in self.poly_task_skills:
             return delta
         x = self._cast_input_dtype(x, delta.dtype)
-        return delta + self.poly_task_skills[adapter_name](x, self._task_ids(adapter_name, x), self.own_scale(adapter_name))
+        ids, rows = self._task_ids(adapter_name, x)
+        own, scale = self.poly_task_skills[adapter_name], self.own_scale(adapter_name)
+        if rows.turned:
+            return delta + own(x.transpose(0, 1), rows.spread(ids, x)[0], scale).transpose(0, 1)
+        return delta + own(x, rows.spread(ids, x), scale)
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
         modules: Any = self._modules
@@ -237,40 +241,45 @@ class PolyLayer(BaseTunerLayer):
 
     def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
-            ids = self._task_ids(adapter_name, x)
-            sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
-            if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
-                return router(ids, checked=True)
-            return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
+            ids, rows = self._task_ids(adapter_name, x)
+            return rows.spread(self._weights_of_tasks(adapter_name, router, ids), x)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
-        call = self.routing.call
-        decisions = call.decisions if call is not None else None
+        rows, call = self.routing.share_by_input(x, self), self.routing.call
+        decisions = None if call is None else call.decisions
         if decisions is None:
-            return router(input_ids=self.routing.pooled(x, self.stream), pooled=True)
+            return rows.spread(router(input_ids=self.routing.pooled(x, self, rows), pooled=True), x)
         key = (id(self), adapter_name)
         if key not in decisions:
-            decisions[key] = router(input_ids=self.routing.pooled(x, self.stream), pooled=True)
-        return decisions[key]
+            decisions[key] = router(input_ids=self.routing.pooled(x, self, rows), pooled=True)
+        return rows.spread(decisions[key], x)
 
-    def _task_ids(self, adapter_name: str, x: Tensor) -> Tensor:
-        """The call's task ids, which must share out the rows evenly.
+    def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
+        sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
+        if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
+            return router(ids, checked=True)
+        return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
+
+    def _task_ids(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Rows]:
+        """The call's task ids, and how the layer's rows are shared out among them.
 
         Raises:
-            PeftValueError: No ids, or the rows can't be shared out.
+            PeftValueError: No ids, or nothing tells whose the rows are.
         """
         call = self.routing.call
         if call is None or call.task_ids is None:
             if self.n_tasks[adapter_name] == 1:
-                return torch.zeros(1, dtype=torch.long, device=x.device)
+                return torch.zeros(1, dtype=torch.long, device=x.device), IN_ORDER
             raise PeftValueError("task_ids should not be None: pass them to the model's call, one id for each sample.")
-        ids = call.task_ids
-        (given,), (rows, *_) = shapes(ids, x)
-        if self.training and given == 1 and call.batch and rows % call.batch == 0:
-            ids, given = ids.expand(call.batch), call.batch  # each sample draws its own weights
-        if rows % max(given, 1):
-            raise PeftValueError(f"A layer sees {rows} rows, which {given} task ids can't share out evenly.")
-        return ids if ids.device == x.device else ids.to(x.device)
+        ids, samples = call.task_ids, call.rows.samples
+        ids, is_one = ids if ids.device == x.device else ids.to(x.device), shapes(ids)[0][0] == 1
+        if not is_one or (self.training and samples):  # each sample draws its own weights
+            shared = call.rows.share(x, self.layout)
+            if shared is not None:
+                return ids.expand(samples) if is_one else ids, shared  # type: ignore[arg-type]
+            if not is_one and not call.has_one_task:
+                raise call.rows.refusal(x, self, "Give all samples of a call the same task")
+        return ids[:1], IN_ORDER
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.
@@ -353,7 +362,6 @@ class Linear(PolyLayer):
         adapter_name: The first adapter's name.
         poly_config: Its config.
         routing: The calls in progress on the model, shared by its layers.
-        stream: Which of the model's tokens the layer sees.
         at: The config as it is for this layer, where that has patterns.
         **options: As for `update_layer`.
     """
@@ -364,11 +372,10 @@ class Linear(PolyLayer):
         adapter_name: str,
         poly_config: Any,
         routing: Routing | None = None,
-        stream: str = "main",
         at: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(base_layer, routing, stream)
+        super().__init__(base_layer, routing)
         self.update_layer(adapter_name, at or poly_config, **options)
         self.set_adapter(adapter_name)
         if routing is None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...utils.call_rows import bind, entrances, positional_names
 from ...utils.error import PeftNotSupportedError
 from ...utils.walk import walk
 from .._build import Build
@@ -21,7 +22,8 @@ from .._roles import Role
 from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
-from .routing import CALL_ARGUMENTS, Routing, as_task_ids, conduct_forward, conduct_generate, conduct_part
+from .routing import CALL_ARGUMENTS, Routing, conduct_forward, conduct_generate, conduct_part
+from .task_ids import as_task_ids
 
 
 class PolyModel(AdaptingTuner):
@@ -58,7 +60,7 @@ class PolyModel(AdaptingTuner):
         return None if size is None or size.is_conv else Linear
 
     def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
-        options = {"routing": self.poly_routing, "stream": self.poly_routing.stream_of(path), "at": config.at(path)}
+        options = {"routing": self.poly_routing, "at": config.at(path)}
         if config.router_granularity != "linear":
             group = config.router_group(path)
             others: Any = (layer for other, layer in build.layers.items() if config.router_group(other) == group)
@@ -87,17 +89,16 @@ class PolyModel(AdaptingTuner):
         return self._poly_routing
 
     def attach_adapter(self, build: Build) -> None:
-        """Have the calls of the model (and of its encoder, which `generate` calls by itself) go through the routing, and name the
+        """Have the calls of the model (and of parts of it that `generate` calls by themselves) go through the routing, and name the
         routing's arguments in its signatures.
         """
         config: Any = build.config
         if self.poly_routing.probe is None:
             self._release_model()
-            encoder = self.model.get_encoder() if self.poly_routing.is_encoder_decoder else None  # type: ignore[operator]
-            if isinstance(encoder, nn.Module) and encoder is not self.model:
-                encoder._poly_routing = self.poly_routing  # type: ignore[assignment]
-                put_entry(encoder, "forward", (), conduct_part)
-            self.model._poly_routing = self.poly_routing  # type: ignore[assignment]
+            for module in entrances(self.model):
+                module._poly_routing = self.poly_routing  # type: ignore[assignment]
+                if module is not self.model:
+                    put_entry(module, "forward", (), conduct_part)
             put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
             put_entry(self.model, "generate", CALL_ARGUMENTS, conduct_generate)
         self.poly_routing.configs[build.adapter_name] = config
@@ -113,12 +114,15 @@ class PolyModel(AdaptingTuner):
     def _release_model(self) -> None:
         """Take the routing out of the calls, also of one whose layers a client took out by itself."""
         for _, module in walk(self.model):
-            remove_entries(module)
+            remove_entries(module, conduct_forward, conduct_part, conduct_generate)
             vars(module).pop("_poly_routing", None)
 
     def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
-        return self.poly_routing.generating(self.model, args, arguments)
+        bound = bind(positional_names(self.model.generate), args, arguments)  # type: ignore[arg-type]
+        for name in CALL_ARGUMENTS:
+            arguments.pop(name, None)
+        return self.poly_routing.generating(self.model, bound)
 
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)

@@ -13,8 +13,8 @@ from ...utils.sharding import whole
 from .._geometry import Placement
 from .gating import Gating, mixing_weights, open_gates, task_weights
 from .pooling import pool
-from .routing import as_task_ids
 from .tables import TaskTable
+from .task_ids import as_task_ids
 
 
 class Router(nn.Module):

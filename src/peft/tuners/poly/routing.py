@@ -8,27 +8,27 @@ place for as long as it runs; `generate` does the same for all the forwards it r
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch, first_input
+from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ...utils.call_rows import IN_ORDER, CallRows, Rows, bind, describe, generation_option, of_call, of_generation
 from ...utils.call_stack import CallStack
-from ...utils.error import PeftTypeError, PeftValueError
+from ...utils.error import PeftNotSupportedError, PeftValueError
+from ...utils.tracing import shapes
 from ...utils.walk import walk
-from .._eager import shapes, untraced
-from .pooling import pool, prompt_mask
+from .deciding import Deciding
+from .pooling import pool
+from .task_ids import as_task_ids
 
 # Arguments of a call that are for the routing and not for the model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
-# Projections in a decoder that read the encoder's output.
-_CROSS_ATTENTION = re.compile(r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)")
 
 
 @dataclass(eq=False)
@@ -36,16 +36,22 @@ class Call:
     """One call of the model.
 
     Args:
-        task_ids: `[batch]` or `[1]`, checked; None where no adapter routes by task.
-        batch: Number of samples, if known.
-        masks: Tokens to pool over, `[batch, tokens]` by stream ("main", "decoder").
+        rows: What it knows of its rows.
+        deciding: The tokens that decide where the input routes.
+        task_ids: `[samples]` or `[1]`, checked; None where no adapter routes by task.
         decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a plain forward.
     """
 
+    rows: CallRows
+    deciding: Deciding
     task_ids: Tensor | None = None
-    batch: int | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[tuple[int, str], Tensor] | None = None
+
+    @cached_property
+    def has_one_task(self) -> bool:
+        """Whether all samples have the same task. To know it waits for the device."""
+        ids = self.task_ids
+        return ids is not None and not torch.compiler.is_compiling() and bool((ids == ids[:1]).all())
 
 
 class Routing:
@@ -65,13 +71,20 @@ class Routing:
         self._merged_layers: dict[Any, dict[str, int]] = {}
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        self.is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        writes = getattr(model, "can_generate", None)
+        named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        self.is_causal = not self.is_encoder_decoder and (named or (callable(writes) and bool(writes())))
         self.stack: CallStack[Call] = CallStack()
 
     @property
     def call(self) -> Call | None:
         """The innermost call in progress, or the one whose backward is."""
         return self.stack.current
+
+    @property
+    def pools(self) -> bool:
+        """Whether any adapter routes by a sample's input."""
+        return any(config.routes_by_input and config.routing_level != "token" for config in self.configs.values())
 
     def note_merges(self, layer: Any, tasks: dict[str, int]) -> None:
         """Take note of the adapters that a layer has merged, each for a task."""
@@ -84,89 +97,116 @@ class Routing:
     # --- calls of the model and of its parts ------------------------------------------------------------------------------
 
     def forward(
-        self, function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], part: bool = False
+        self, function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], part: bool = False
     ) -> Any:
         """A forward of the model, or of a part of it that is called by itself too, as a call of its
         own. Without arguments of its own it is for the samples of the call that it lies in.
         """
-        own = {name: kwargs[name] for name in CALL_ARGUMENTS if name in kwargs}
-        rest = {name: value for name, value in kwargs.items() if name not in own}
+        arguments = bind(names, args, kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
         outer = self.stack.current if part else self.stack.running  # a part may be among what backward runs again
-        if outer is None or own:
-            call = self._begin(model, args, kwargs)
-            self._see_masks(call, kwargs, nested=outer is not None)
+        if outer is None or any(name in kwargs for name in CALL_ARGUMENTS):
+            call = self._begin(model, arguments, of_call(model, arguments, CALL_ARGUMENTS))
+            if self.pools:
+                call.deciding.note(arguments, call.rows, False, self.is_encoder_decoder)
             return self.stack.run(call, lambda: function(model, *args, **rest))
-        call = Call(outer.task_ids, outer.batch, dict(outer.masks), outer.decisions)
-        self._see_masks(call, kwargs, nested=True)
+        rows = outer.rows.inside(describe(arguments), is_generating=outer.decisions is not None)
+        call = Call(rows, outer.deciding.inside(), outer.task_ids, outer.decisions)
+        if self.pools and not outer.decisions:
+            call.deciding.note(arguments, rows, True, self.is_encoder_decoder)
         with self.stack.during(call):
             return function(model, *args, **rest)
 
-    def generate(self, function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the model's `generate`."""
-        with self.generating(model, args, kwargs):
-            return function(model, *args, **kwargs)
-
     @contextmanager
-    def generating(self, model: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[None]:
-        """A call of `generate` in progress; takes the routing's arguments out of `arguments`."""
+    def generating(self, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
+        """A call of `generate` in progress.
+
+        Raises:
+            PeftNotSupportedError: Routing by input can't know the prompt when it has to decide.
+        """
         own = any(name in arguments for name in CALL_ARGUMENTS)
         outer = self.stack.running
         if outer is not None and outer.decisions is not None and not own:
             yield  # a `PeftModel` began this call
             return
-        call = self._begin(model, args, arguments) if outer is None or own else Call(outer.task_ids, outer.batch, dict(outer.masks))
+        rows = of_generation(model, arguments, CALL_ARGUMENTS)
+        call = self._begin(model, arguments, rows) if outer is None or own else Call(outer.rows, outer.deciding, outer.task_ids)
         call.decisions = {}
-        self._see_masks(call, arguments, nested=False)
-        for name in CALL_ARGUMENTS:
-            arguments.pop(name, None)
+        if self.pools:
+            if generation_option(model, arguments, "prefill_chunk_size") is not None:
+                raise PeftNotSupportedError(
+                    "Routing by input decides by the whole prompt, which `prefill_chunk_size` cuts up; leave that out, or use "
+                    "`routing_level='token'`."
+                )
+            call.deciding = Deciding(self.is_causal)
+            call.deciding.note(arguments, rows, False, self.is_encoder_decoder)
+            call.deciding.prompt = None if self.is_encoder_decoder else rows.tokens("main")
         with self.stack.during(call):
             yield
 
     def using(self, task_ids: Any, x: Tensor) -> AbstractContextManager[Call]:
         """A call of one layer by itself."""
-        return self.stack.during(self._begin(None, (x,), {"task_ids": task_ids}))
+        arguments = {"x": x, "task_ids": task_ids}
+        rows = of_call(None, arguments, CALL_ARGUMENTS)
+        rows.settled = IN_ORDER
+        return self.stack.during(self._begin(None, arguments, rows))
 
-    def narrowed(self, samples: list[int]) -> AbstractContextManager[Any]:
-        """The present call as a layer's adapter sees it that some of the samples run with."""
+    def narrowed(self, samples: list[int], owner: Tensor | None) -> AbstractContextManager[Any]:
+        """The present call as a layer's adapter sees it that some of the samples run with.
+
+        Args:
+            samples: Their numbers.
+            owner: The number of each row's sample; None where each sample has the same number of rows, one after the other.
+        """
         call = self.call
         if call is None:
             return nullcontext()
         ids = call.task_ids
         ids = ids if ids is None or ids.shape[0] == 1 else ids[samples]
-        masks = {stream: mask[samples] for stream, mask in call.masks.items()}
-        return self.stack.during(Call(ids, len(samples), masks, call.decisions))
+        if owner is not None:
+            place = torch.zeros(call.rows.samples or 0, dtype=torch.long, device=owner.device)
+            place[samples] = torch.arange(len(samples), device=owner.device)
+            owner = place[owner]
+        deciding = call.deciding.inside()
+        for stream, mask in deciding.masks.items():
+            each = mask.shape[0] // (call.rows.samples or 1)
+            deciding.masks[stream] = mask[[sample * each + i for sample in samples for i in range(each)]]
+        return self.stack.during(Call(call.rows.of_some(len(samples), Rows(owner=owner)), deciding, ids, call.decisions))
 
     def masked(self, mask: Tensor, stream: str) -> AbstractContextManager[Any]:
         """Begin the present call anew for a layer that sees samples padded, with a mask of tokens."""
-        call = self.call or Call()
-        return self.stack.during(replace(call, masks={**call.masks, stream: mask}))
+        call = self.call or Call(CallRows(None), Deciding())
+        deciding = call.deciding.inside()
+        deciding.masks[stream] = mask
+        return self.stack.during(replace(call, deciding=deciding))
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, model: Any, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Call:
+    def _begin(self, model: Any, arguments: Mapping[str, Any], rows: CallRows) -> Call:
         """A call with its task ids checked.
 
         Raises:
             PeftTypeError: Task ids of a wrong type.
             PeftValueError: Task ids missing, of a wrong number, or out of range.
         """
-        inputs = first_input(args, arguments, CALL_ARGUMENTS)
-        with untraced():
-            call = Call(batch=None if inputs is None else inputs.size(0))  # a nested one may have no `shape`
+        call = Call(rows, Deciding(self.is_causal))
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
-        device = inputs.device if inputs is not None else torch.device("cpu")
+        tensors = (value for name, value in arguments.items() if isinstance(value, Tensor) and name not in CALL_ARGUMENTS)
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         chosen = ADAPTER_BATCHES.current
         active = self.probe.active_adapters
         if self.merged_tasks:
-            self._check_merged(task_ids, active, call.batch, device)
+            self._check_merged(task_ids, active, rows.samples, device)
             if task_ids is None:
                 active = [name for name in active if name not in self.merged_tasks]
         if chosen is not None and not self.merged_tasks:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
         elif (by_task := self._by_task(active)) and (task_ids is not None or self._has_layers(model)):
-            call.task_ids = as_task_ids(task_ids, by_task, call.batch, device)
+            call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device)
+        if rows.samples is None and call.task_ids is not None and call.task_ids.shape[0] > 1:
+            rows.samples = call.task_ids.shape[0]
         return call
 
     def _has_layers(self, model: Any) -> bool:
@@ -212,161 +252,62 @@ class Routing:
             elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
                 raise PeftValueError(message)
 
-    def _see_masks(self, call: Call, arguments: Mapping[str, Any], nested: bool) -> None:
-        """Note which tokens input routing may look at."""
-        if not any(config.routes_by_input for config in self.configs.values()):
-            return
-        attention = _token_mask(arguments.get("attention_mask"))
-        labels = arguments.get("labels")
-        labels = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None  # of other tasks, they name no tokens
-        given = arguments.get("routing_mask")
-        if given is not None:
-            call.masks["main"] = _as_mask(given)
-        elif attention is not None or not nested:
-            mask = prompt_mask(attention, labels) if self.is_causal and labels is not None else attention
-            call.masks.pop("main", None)
-            if mask is not None:
-                call.masks["main"] = mask
-        if self.is_encoder_decoder:
-            # All that is known of the answer when it is begun: the labels say where that is, by default after the first token.
-            mask = _token_mask(arguments.get("decoder_attention_mask"))
-            tokens = [t for t in (labels, arguments.get("decoder_input_ids"), mask) if isinstance(t, Tensor)]
-            if tokens:
-                call.masks["decoder"] = prompt_mask(mask, tokens[0] if labels is not None else torch.zeros_like(tokens[0]))
-
     # --- what layers ask ----------------------------------------------------------------------------------------------
 
-    def pooled(self, x: Tensor, stream: str) -> Tensor:
-        """A layer's input `[rows, *leading, in]` averaged over the tokens that may decide, `[samples, in]`.
+    def share_by_input(self, x: Tensor, layer: Any) -> Rows:
+        """How a layer's input is shared out among the rows of the forward, each of which decides for itself.
 
         Raises:
-            PeftValueError: The mask is for fewer tokens than the layer sees.
+            PeftValueError: Nothing tells.
         """
         call = self.call
-        mask = call.masks.get(stream) if call is not None else None
-        if mask is None:
+        if call is None:
+            return IN_ORDER
+        rows = call.rows.by_row()
+        shared = rows.share(x, layer.layout)
+        mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)  # what lies along the first is several samples'
+        if (shared is None and mixes and rows.samples != 1) or (shared is not None and shared.owner is not None):
+            raise rows.refusal(x, layer, "Use `routing_level='token'`")
+        return IN_ORDER if shared is None else shared
+
+    def pooled(self, x: Tensor, layer: Any, shared: Rows) -> Tensor:
+        """A layer's input `[rows, *leading, in]` averaged over the tokens that decide, `[samples, in]`.
+
+        Raises:
+            PeftValueError: The mask is for another number of tokens than the layer sees.
+        """
+        call = self.call
+        if call is None:
             return pool(x, None)
-        if x.dim() == 2 and x.shape[0] == mask.numel() != mask.shape[0]:
-            x = x.view(*mask.shape, x.shape[-1])  # the model flattened its tokens
+        call_rows = call.rows.by_row()
+        rows = call_rows.samples
+        if shared.turned:
+            x = x.transpose(0, 1)
+        sizes = shapes(x)[0]
+        if len(sizes) == 2 and rows and sizes[0] != rows:
+            x = x.view(rows, -1, sizes[1])  # the model flattened its tokens
         if x.dim() == 2:
             return x
         x = x.flatten(1, -2)
-        tokens = x.shape[1]
-        if mask.shape[1] < tokens:
-            raise PeftValueError(
-                f"The mask has {mask.shape[1]} tokens where a layer sees {tokens}; pass `routing_mask` of that length, or use "
-                "`routing_level='token'`."
-            )
-        mask = mask[:, -tokens:].to(x.device)  # with a cache, a layer sees the last tokens only
-        if mask.shape[0] != x.shape[0]:
-            mask = mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
-        return pool(x, mask)
-
-    def stream_of(self, path: str) -> str:
-        """Which tokens the layer at a path sees."""
-        inside_decoder = self.is_encoder_decoder and "decoder" in path.split(".")
-        return "decoder" if inside_decoder and not _CROSS_ATTENTION.fullmatch(path) else "main"
+        return pool(x, call.deciding.mask_for(x, layer.layout.stream, call_rows))
 
 
-def conduct_forward(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def conduct_forward(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
     """A call of a model's forward."""
     routing: Routing | None = getattr(model, "_poly_routing", None)
-    return function(model, *args, **kwargs) if routing is None else routing.forward(function, model, args, kwargs)
+    return function(model, *args, **kwargs) if routing is None else routing.forward(function, model, args, kwargs, names)
 
 
-def conduct_part(function: Callable[..., Any], part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def conduct_part(function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
     """A call of the forward of a part that a model has called by itself."""
     routing: Routing | None = getattr(part, "_poly_routing", None)
-    return function(part, *args, **kwargs) if routing is None else routing.forward(function, part, args, kwargs, part=True)
+    return function(part, *args, **kwargs) if routing is None else routing.forward(function, part, args, kwargs, names, part=True)
 
 
-def conduct_generate(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def conduct_generate(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
     """A call of a model's `generate`."""
     routing: Routing | None = getattr(model, "_poly_routing", None)
-    return function(model, *args, **kwargs) if routing is None else routing.generate(function, model, args, kwargs)
-
-
-def as_task_ids(
-    task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device, argument: str = "task_ids"
-) -> Tensor:
-    """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will read them.
-
-    Args:
-        task_ids: A tensor `[batch]`, `[batch, 1]`, `[1]` or `[]` of integers, a list, one integer, or names.
-        configs: The adapters' configs.
-        batch: Number of samples, if known.
-        device: Where the model's inputs are.
-        argument: The caller's name for them, for messages.
-
-    Raises:
-        PeftTypeError: A wrong type.
-        PeftValueError: None given though there are several tasks, a wrong number, an unknown name, or out of range.
-    """
-    n_tasks = min(config.n_tasks for config in configs)
-    if task_ids is None:
-        if n_tasks == 1 and all(config.n_tasks == 1 for config in configs):
-            return torch.zeros(1, dtype=torch.long, device=device)
-        wanted = "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
-        raise PeftValueError(f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.")
-    ids = _integers(task_ids, configs, argument)
-    if ids.dim() == 2 and ids.shape[1] == 1:
-        ids = ids.squeeze(1)
-    ids = ids.reshape(1) if ids.dim() == 0 else ids
-    count = shapes(ids)[0][0]
-    if ids.dim() != 1 or (batch is not None and count not in (1, batch)) or (count == 0 and batch != 0):
-        wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
-        packed = " (texts packed into one row are one sample)" if batch == 1 else ""
-        raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
-    if torch.compiler.is_compiling():
-        torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
-    elif count and _has_values(ids):
-        with untraced():
-            lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
-        if lowest < 0 or highest >= n_tasks:
-            raise PeftValueError(
-                f"Only {n_tasks} tasks available. Found task id = {lowest if lowest < 0 else highest}; ids count from 0."
-            )
-    return ids.to(device=device, dtype=torch.long)
-
-
-def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
-    """Task ids of any accepted type as a tensor of integers."""
-    if isinstance(task_ids, str):
-        task_ids = [task_ids]
-    if isinstance(task_ids, (list, tuple)) and any(isinstance(task, str) for task in task_ids):
-        names = configs[0].task_names or []
-        unknown = [task for task in task_ids if task not in names]
-        if unknown:
-            raise PeftValueError(f"Unknown task names {unknown}; the adapter's are {names or 'none, so use ids'}.")
-        task_ids = [names.index(task) for task in task_ids]
-    if not isinstance(task_ids, Tensor):
-        try:
-            with untraced():  # a constant
-                task_ids = torch.as_tensor(task_ids)
-                is_empty = task_ids.numel() == 0
-        except (TypeError, ValueError, RuntimeError):
-            raise PeftTypeError(f"`{argument}` must be integers, not {type(task_ids).__name__}.") from None
-        if is_empty:
-            return task_ids.long()  # an empty list has no dtype of its own
-    if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
-        raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")
-    return task_ids
-
-
-def _has_values(ids: Tensor) -> bool:
-    """Tell if values can be read: there are none in `vmap`, `FakeTensorMode`, on the meta device."""
-    if ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
-        return False
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")
-    return fakes is None or not fakes.is_fake(ids)
-
-
-def _token_mask(mask: Any) -> Tensor | None:
-    """An attention mask `[batch, tokens]` as booleans; None where it is of another form, from which tokens can't be read."""
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _as_mask(mask: Any) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise PeftTypeError("`routing_mask` must be a tensor [batch, tokens] that is nonzero where the prompt is.")
-    return mask.bool()
+    if routing is None:
+        return function(model, *args, **kwargs)
+    with routing.generating(model, bind(names, args, kwargs)):
+        return function(model, *args, **{name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS})

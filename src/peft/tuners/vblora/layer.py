@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils.adapter_batch import AdapterBatch
+from ...utils.call_rows import Rows
 from ...utils.error import PeftRuntimeError
 from .._accumulate import Steps, thin_steps
 from .._cost import AdapterCost, thin_cost
@@ -291,16 +292,16 @@ class VBLoRALayer(BaseTunerLayer):
 
     # --- an adapter for each sample -----------------------------------------------------------------------------------
 
-    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
         """Compact adapters over one shared bank are composed and applied all at once, the others one by one."""
         together = [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
         for names in together:
-            result = self._apply_together(names, batch, x, result)
+            result = self._apply_together(names, batch, x, result, shared)
         if not together:
-            return super()._apply_by_sample(batch, x, result)
+            return super()._apply_by_sample(batch, x, result, shared)
         done = {name for names in together for name in names}
         rest = {name: samples for name, samples in batch.samples.items() if name in self.scaling and name not in done}
-        return super()._apply_by_sample(batch.part(rest), x, result) if rest else result
+        return super()._apply_by_sample(batch.part(rest), x, result, shared) if rest else result
 
     def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
         """Those of a call's adapters that can be applied together: compact ones, not scaled, whose tensors are in the same buffers,
@@ -316,7 +317,7 @@ class VBLoRALayer(BaseTunerLayer):
                     kinds.setdefault((bank_key[name], *[place(name)[0] for place in places]), []).append(name)
         return map(tuple, kinds.values())
 
-    def _apply_together(self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+    def _apply_together(self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
         """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
         bank = self.bank(names[0])
         tiles = []
@@ -325,7 +326,7 @@ class VBLoRALayer(BaseTunerLayer):
             tiles.append(mix(indices, all_weights(weights), bank))
         A = tiles[0].flatten(-2)[..., : self.geometry.in_features]  # [names, r, in]
         B = tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]  # [names, r, out], transposed
-        rows, owner = batch.owners(names, x)
+        rows, owner = batch.owners(names, x, shared)
         if len(rows) != len(names):  # else each has one row, and both are in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
