@@ -322,6 +322,9 @@ def of_call(root: nn.Module | None, arguments: Mapping[str, Any], besides: Itera
     """
     batch_dim = int(is_sequence_first(root))
     shapes = describe(arguments, besides)
+    is_vector = all(len(shape.sizes) == 1 and shape.is_floating for shape in shapes)
+    if is_vector and not any(isinstance(value, (list, tuple, Mapping)) for value in arguments.values()):
+        shapes = []  # of a single sample
     return CallRows(count_samples(shapes, batch_dim), shapes, root, batch_dim=batch_dim)
 
 
