@@ -265,7 +265,7 @@ class Routing:
             return IN_ORDER
         rows = call.rows.by_row()
         shared = rows.share(x, layer.layout)
-        mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)  # what lies along the first is several samples'
+        mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
         if (shared is None and mixes and rows.samples != 1) or (shared is not None and shared.owner is not None):
             raise rows.refusal(x, layer, "Use `routing_level='token'`")
         return IN_ORDER if shared is None else shared
