@@ -1,10 +1,10 @@
-# `make demo` and `make test` need Python 3.11 (or 3.10 to 3.13), git and make; everything else they install into .venv.
+# `make demo`, `make quick` and `make test` need Python 3.11 (or 3.10 to 3.13), git and make; everything else they install into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint types bench clean docs
+.PHONY: demo quick test check lint types bench clean docs
 
 # torch goes first and by itself: what depends on it is then content with the build that is there.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+quick: $(VENV)/.test ## the main paths of every method in a minute: no other library's flows, no compiler, no other process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "quick and not compile and not processes" tests/contract tests/golden tests/tuners
 
 test: $(VENV)/.test .peer/.version .peer-lycoris/.version ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -15,6 +15,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, inspect_matched_modules
 
+pytestmark = pytest.mark.quick
+
 
 def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -14,6 +14,7 @@ from torch import nn
 import peft
 from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
 
+pytestmark = pytest.mark.quick
 CONFIGS = [
     (PolyConfig, {"r": 0}, "`r`=0 must be an integer of at least 1"),
     (PolyConfig, {"r": True}, "`r`=True must be an integer"),

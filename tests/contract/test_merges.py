@@ -13,6 +13,7 @@ from torch import nn
 import peft
 from peft import get_peft_model
 
+pytestmark = pytest.mark.quick
 TARGETS = ["0", "2"]
 VARIANTS = {
     **{name: (method, {}) for name, method in METHODS.items()},

@@ -12,6 +12,7 @@ from torch import nn
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
+pytestmark = pytest.mark.quick
 FOLDER = Path(__file__).parent
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.json"))
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft import LoHaConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.tuners.loha.hadamard import HadamardFactors, factor_shapes, hadamard_weight, is_thin, low_rank_pair
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft import LoKrConfig, PeftModel, get_peft_model
 from peft.tuners.lokr import kronecker
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def _seed():

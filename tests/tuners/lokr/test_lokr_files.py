@@ -23,6 +23,7 @@ from peft.tuners.lokr.files.names import Names
 from peft.tuners.lokr.files.parts import FileModule, Piece, join, split
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.quick
 ROOT = Path(peft.__file__).parents[2]
 PEER = ROOT / ".peer-lycoris"
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from peft import PeftModel, PolyConfig, get_peft_model
 from peft.tuners.poly.layer import Linear, PolyLayer
 
+pytestmark = pytest.mark.quick
 QV = ["q_proj", "v_proj"]
 
 

@@ -12,6 +12,7 @@ from peft.optimizers import parameter_groups
 from peft.tuners._packed import PackedTensors
 from peft.utils.hotswap import hotswap_adapter
 
+pytestmark = pytest.mark.quick
 TARGETS = ["0", "2"]
 
 

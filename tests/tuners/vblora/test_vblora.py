@@ -12,6 +12,8 @@ from torch import nn
 
 from peft import PeftModel, VBLoRAConfig, get_peft_model
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def _seed():
