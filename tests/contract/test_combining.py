@@ -160,7 +160,7 @@ def test_token_rows_of_one_adapter_go_along(method):
     assert model.peft_config["new"].trainable_token_indices == [3, 5]
     assert torch.equal(rows["new"], rows["b"])
     model.add_adapter("c", method.config(target_modules=["q_proj"], trainable_token_indices=[4]))
-    with pytest.raises(ValueError, match="Adapters b, c each train rows of embeddings"):
+    with pytest.raises(ValueError, match="Adapters b, c train different rows of embeddings"):
         model.add_weighted_adapter(["b", "c"], [1, 1], "other", some(model))
 
 
@@ -207,13 +207,49 @@ def test_a_method_without_any(two, monkeypatch):
         two.add_weighted_adapter(["a"], [1.0], "new", "cat")
 
 
-def test_two_copies_of_a_module_can_not_be_summed(method):
-    model = get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"]), "a")
-    model.add_adapter("b", method.config(target_modules=TARGETS, modules_to_save=["4"]))
+def with_heads(method, base=mlp, **fields):
+    """A model with two adapters that each train a copy of its last layer."""
+    configs = [method.config(target_modules=TARGETS, modules_to_save=["4"], **fields) for _ in range(2)]
+    model = get_peft_model(base(), configs[0], "a").eval()
+    model.add_adapter("b", configs[1])
+    with torch.no_grad():
+        for name in "ab":
+            for parameter in model.base_model.model[4].modules_to_save[name].parameters():
+                parameter.normal_()
+    return model
+
+
+def test_two_copies_of_a_module_need_a_word(method):
+    model = with_heads(method)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"train a copy of the same module \(`4\.bias`\)"):
-        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", some(model))
+    for heads, error, message in (
+        (
+            None,
+            ValueError,
+            r"Adapters a, b each train a copy of the same module \(`4\.weight`\). Pass `heads=\"mean\"`, or as `heads`",
+        ),
+        ("c", ValueError, "`heads`='c' must be 'mean' or one of 'a', 'b'"),
+        (1, TypeError, "`heads`=1 must be"),
+    ):
+        with pytest.raises(error, match=message):
+            model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", some(model), heads=heads)
+    with pytest.raises(ValueError, match="weights .* sum to zero"):
+        model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "new", some(model), heads="mean")
+    with pytest.raises(ValueError, match=r"Only one adapter .* a, b each train .*add_weighted_adapter\(…, heads=…\)"):
+        model.set_adapter(["a", "b"])
     assert_unchanged(before, model)
+
+
+def test_copies_of_a_module_become_their_mean_or_that_of_one(method):
+    model = with_heads(method)
+    copies = model.base_model.model[4].modules_to_save
+    model.add_weighted_adapter(["a", "b"], [3.0, -1.0], "mean", some(model), heads="mean")
+    model.add_weighted_adapter(["a", "b"], [3.0, -1.0], "of b", some(model), heads="b")
+    for name in ("weight", "bias"):
+        a, b, mean, of_b = (getattr(copies[adapter], name).double() for adapter in ("a", "b", "mean", "of b"))
+        torch.testing.assert_close(mean, (3 * a - b) / 2, atol=1e-6, rtol=1e-6)
+        assert torch.equal(of_b, b)
+    assert model.peft_config["mean"].modules_to_save == ["4"]
 
 
 def test_trained_biases_can_not_be_summed():

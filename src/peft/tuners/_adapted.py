@@ -228,10 +228,8 @@ class AdaptedModel(nn.Module):
         names = self.check_names(adapter_name)
         parts = list(self._parts())
         for part in parts:
-            if isinstance(part, AuxiliaryTrainingWrapper) and len(part.among(names)) > 1:
-                raise PeftValueError(
-                    f"Only one adapter can be set at a time for {type(part).__name__}: several of {names} train the same module."
-                )
+            if isinstance(part, AuxiliaryTrainingWrapper):
+                part.check_one_of(names)
         if any(isinstance(part, BaseTunerLayer) and (part.merged or part.is_suspended) for part in parts):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()

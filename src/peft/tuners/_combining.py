@@ -28,7 +28,7 @@ from ..utils.save_and_load import (
     own_state,
     write_state,
 )
-from . import _plan, _targets
+from . import _heads, _plan, _targets
 from ._build import Build, Construction
 from ._layer import BaseTunerLayer
 
@@ -52,6 +52,7 @@ class Combination:
         svd_full_matrices, svd_driver: For `torch.linalg.svd`.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected: "total" or "frequency".
+        heads: What becomes of modules that several train whole: "mean", or the name of the one whose is taken.
     """
 
     adapters: Sequence[str]
@@ -63,6 +64,7 @@ class Combination:
     svd_driver: str | None = None
     density: float | None = None
     majority_sign_method: Any = "total"
+    heads: str | None = None
 
     def terms(self) -> list[tuple[str, float]]:
         """Each adapter with its weight."""
@@ -222,26 +224,25 @@ def uniform_scale(layers: Sequence[BaseTunerLayer], adapter_name: str) -> float:
 
 
 def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
-    """What the adapters have beside their layers' own tensors, which must be of one of them.
+    """Return what the adapters have beside their layers' own tensors, made into one.
 
     Raises:
-        PeftValueError: Several train a copy of the same module, or rows of the same embedding.
+        PeftValueError: Several train a copy of the same module, or rows of the same embedding, and the request does not
+            say what becomes of them; or they train different rows.
     """
     names = dict.fromkeys(request.adapters)
-    configs: dict[str, Any] = {name: tuner.peft_config[name] for name in names}
-    with_rows = [name for name, config in configs.items() if config.trainable_token_indices]
-    if len(with_rows) > 1:
-        raise PeftValueError(f"Adapters {', '.join(with_rows)} each train rows of embeddings, which can't be combined.")
-    result: dict[str, Tensor] = {}
+    rows = {name: tuner.peft_config[name].trainable_token_indices for name in names}  # type: ignore[attr-defined]
+    differing = [name for name, indices in rows.items() if indices]
+    if len({repr(rows[name]) for name in differing}) > 1:
+        raise PeftValueError(f"Adapters {', '.join(differing)} train different rows of embeddings, which can't be combined.")
+    parts = {}
     for name in names:
-        config = configs[name]
-        companions = companion_tensors(own_state(tuner.model, in_view(config, name)).items(), config, name)
-        if twice := sorted(result.keys() & companions):
-            raise PeftValueError(
-                f"Several of {list(request.adapters)} train a copy of the same module (`{twice[0]}`), which can't be combined."
-            )
-        result.update(companions)
-    return result
+        config = tuner.peft_config[name]
+        parts[name] = companion_tensors(own_state(tuner.model, in_view(config, name)).items(), config, name)
+    weights: dict[str, float] = {}
+    for name, weight in request.terms():
+        weights[name] = weights.get(name, 0.0) + weight
+    return _heads.combine(parts, request.heads, weights)
 
 
 def _is_density(value: Any) -> bool:

@@ -253,6 +253,7 @@ class BaseTuner(AdaptedModel):
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
+        heads: str | None = None,
     ) -> dict[str, float]:
         """Make an adapter out of others, which stay as they are. It waits, frozen, until `set_adapter`.
 
@@ -265,8 +266,8 @@ class BaseTuner(AdaptedModel):
             svd_rank: Rank of an approximation, by default the largest of the adapters'.
             svd_clamp: Quantile at which entries of singular vectors are cut off.
             svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
-            density: Share of elements that a pruning combination keeps.
-            majority_sign_method: "total" or "frequency", for those that elect signs.
+            density, majority_sign_method: The share of elements that pruning keeps; how signs are elected, "total" or "frequency".
+            heads: What becomes of modules that several train whole: "mean" (by the weights), or the adapter whose is taken.
 
         Returns:
             For combinations that aim at the weighted sum, each layer's distance from it, relative to it in the Frobenius norm.
@@ -277,7 +278,7 @@ class BaseTuner(AdaptedModel):
                 nothing is changed.
         """
         svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
-        request = Combination(adapters, list(weights), combination_type, *svd, density, majority_sign_method)
+        request = Combination(adapters, list(weights), combination_type, *svd, density, majority_sign_method, heads)
         return _combining.add(self, adapter_name, request)
 
     def _build(self, plan: _plan.Plan, construction: Construction) -> Build:

@@ -137,7 +137,11 @@ class AuxiliaryTrainingWrapper(nn.Module):
             PeftValueError: Several have.
         """
         if len(own := self.among(adapter_names)) > 1:
-            raise PeftValueError(f"Only one adapter can be set at a time for {type(self).__name__}; {own} each train it.")
+            raise PeftValueError(
+                f"Only one adapter can be set at a time for {type(self).__name__}: {', '.join(own)} each train the same "
+                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give each sample its own "
+                "with `adapter_names`."
+            )
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Unfreeze or freeze adapters' parts."""

@@ -101,7 +101,6 @@ BAD = [
     (lambda: library(mlp(), lora()), "a", TypeError, "must be a list of names"),
     (lambda: library(mlp(), lora()), [], ValueError, "must name some"),
     (lambda: library(mlp(), lora()), ["z"], ValueError, "Adapter z not found"),
-    (lambda: library(mlp(), lora(modules_to_save=["4"])), ["a"], NotImplementedError, "has `modules_to_save`"),
     (lambda: library(mlp(), lora(bias="all")), ["a"], NotImplementedError, "has `bias`='all'"),
     (
         lambda: library(Words(), lora(target_modules=["words", "head"])),
@@ -109,7 +108,7 @@ BAD = [
         TypeError,
         "`words`: Poly adapts linear layers; Embedding",
     ),
-    (lambda: library(mlp(), PolyConfig(n_tasks=2, target_modules=["0"])), ["a"], ValueError, "task_ids should not be None"),
+    (lambda: library(mlp(), PolyConfig(n_tasks=2, target_modules=["0"])), ["a"], ValueError, "task_id should not be None"),
     (mlp, ["a"], TypeError, "the model has no adapters"),
 ]
 

@@ -5,6 +5,7 @@ from ...utils.peft_types import register_peft_method
 from .collator import TaskCollator
 from .config import PolyConfig
 from .conversion import PolyConversion, convert_to_poly, save_as_poly
+from .labels import TaskLabels
 from .layer import Linear, PolyLayer
 from .losses import recorded_routing, routing_loss
 from .methods import PolyMethods
@@ -25,6 +26,7 @@ __all__ = [
     "RoutingReport",
     "RoutingWatch",
     "TaskCollator",
+    "TaskLabels",
     "TaskSampler",
     "convert_to_poly",
     "metrics_by_task",

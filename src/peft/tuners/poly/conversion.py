@@ -16,19 +16,26 @@ from ...config import as_folder
 from ...utils.adapter_files import write_adapter
 from ...utils.error import PeftError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ...utils.save_and_load import MODEL_ROOT
-from .. import _targets
+from ...utils.save_and_load import MODEL_ROOT, companion_tensors, in_view
+from ...utils.sharding import own_state
+from .. import _heads, _targets
 from .._converting import check_convertible, config_of, layers_with, root_of
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, check_rank, total_error
 from .._plan import own_modules
 from .config import PolyConfig
+from .labels import TaskLabels
 
 
 class _Pair(NamedTuple):
     config: PolyConfig
     state_dict: dict[str, Tensor]
+
+
+# A value of `heads` that is no adapter's name: the labels of all side by side.
+STACK = "stack"
+_OR_STACK = ", or `heads='stack'` for a head with the labels of all (see `TaskLabels`)"
 
 
 class PolyConversion(_Pair):
@@ -38,9 +45,11 @@ class PolyConversion(_Pair):
         config: Its config.
         state_dict: Its tensors by checkpoint key.
         errors: For each adapter `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm over all layers; 0 where it is exact.
+        labels: Which labels of a stacked head are which task's; None where none was stacked.
     """
 
     errors: dict[str, float]
+    labels: TaskLabels | None = None
 
     def __repr__(self) -> str:
         return f"PolyConversion({self.config!r}, {len(self.state_dict)} tensors, errors={getattr(self, 'errors', {})})"
@@ -53,6 +62,7 @@ def convert_to_poly(
     own_weight: float = 1.0,
     *,
     task_id: Any = None,
+    heads: str | None = None,
 ) -> PolyConversion:
     """The Poly adapter whose skills are the deltas of other adapters, one a task. The model is left as it is.
 
@@ -63,14 +73,18 @@ def convert_to_poly(
         own_weight: How much of its own skill a task has, above 0; the other skills share the rest. With 1 each task computes what
             its adapter did, and as good as no gradient reaches its weights of others: to train these, leave some, say 0.9.
         task_id: For adapters that have tasks themselves.
+        heads: What becomes of modules (or rows of embeddings) that several adapters train whole. "mean": their mean.
+            An adapter's name: its own. "stack": a linear head with the labels of all, one adapter's after the
+            other's, in which each task's logits are what its adapter gave; for a base model with so many labels.
 
     Returns:
-        `(config, state_dict)`, to be written by `save_as_poly`; with the `errors`.
+        `(config, state_dict)`, to be written by `save_as_poly`; with the `errors` and the `labels` of a stacked head.
 
     Raises:
         PeftTypeError: `adapters` is one name.
-        PeftValueError: An adapter is unknown, there is none, or a value is not allowed.
-        PeftNotSupportedError: An adapter trains modules, rows of embeddings or biases beside its layers.
+        PeftValueError: An adapter is unknown, there is none, or a value is not allowed; or several train the same module
+            and `heads` does not say what becomes of it, or can't be had.
+        PeftNotSupportedError: An adapter trains biases beside its layers.
         UnsupportedModuleError: A layer has no delta, or is none that Poly adapts.
 
     Example:
@@ -93,6 +107,8 @@ def convert_to_poly(
         )
     configs = {name: _checked(config_of(model, name), name) for name in adapters}
     root, prefix = root_of(model)
+    tasks = list(adapters.values()) if isinstance(adapters, Mapping) else list(configs)
+    beside, labels = _beside(root, configs, dict(zip(configs, tasks, strict=True)), heads)
     parts: dict[str, dict[str, LowRank]] = {}
     layers: dict[str, BaseTunerLayer] = {}
     for name, config in configs.items():
@@ -105,7 +121,7 @@ def convert_to_poly(
     r = rank or max(factors.rank for each in parts.values() for factors in each.values())
     names = list(configs)
     logits = _one_hot_logits(len(names), own_weight)
-    state: dict[str, Tensor] = {}
+    state = {prefix + key: tensor for key, tensor in beside.items()}
     for path, each in parts.items():
         A, B = _skills(layers[path], each, names, r)
         state |= {f"{prefix}{path}.poly_lora_A": A, f"{prefix}{path}.poly_lora_B": B}
@@ -117,7 +133,9 @@ def convert_to_poly(
         alpha=float(r),
         n_tasks=len(names),
         n_skills=len(names),
-        task_names=list(adapters.values()) if isinstance(adapters, Mapping) else names,
+        task_names=tasks,
+        modules_to_save=list(dict.fromkeys(m for c in configs.values() for m in c.modules_to_save or ())) or None,
+        trainable_token_indices=next((c.trainable_token_indices for c in configs.values() if c.trainable_token_indices), None),
         target_modules=targets,
         exclude_modules=excluded,
         task_type=first.task_type,
@@ -126,6 +144,7 @@ def convert_to_poly(
         revision=first.revision,
     )
     result = PolyConversion(config, state)
+    result.labels = labels
     result.errors = {name: total_error(each[name] for each in parts.values() if name in each) for name in names}
     return result
 
@@ -138,12 +157,13 @@ def save_as_poly(
     own_weight: float = 1.0,
     *,
     task_id: Any = None,
+    heads: str | None = None,
 ) -> PolyConversion:
     """Make a Poly adapter of others and write it to a folder, as `save_pretrained` writes adapters.
 
     Args:
         path: The folder, made if missing.
-        model, adapters, rank, own_weight, task_id: As for `convert_to_poly`.
+        model, adapters, rank, own_weight, task_id, heads: As for `convert_to_poly`.
 
     Returns:
         What was written, with its errors.
@@ -152,7 +172,7 @@ def save_as_poly(
         As `convert_to_poly`; nothing is written then.
     """
     folder = as_folder(path)
-    converted = convert_to_poly(model, adapters, rank, own_weight, task_id=task_id)
+    converted = convert_to_poly(model, adapters, rank, own_weight, task_id=task_id, heads=heads)
     root, prefix = root_of(model)
     state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in converted.state_dict.items()}
     mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
@@ -162,16 +182,54 @@ def save_as_poly(
 
 
 def _checked(config: Any, name: str) -> Any:
-    """A config of an adapter that has nothing beside its layers."""
-    beside = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
-    beside["bias"] = None if config.trained_biases == "none" else config.trained_biases
-    for field, value in beside.items():
-        if value:
-            raise PeftNotSupportedError(
-                f"Adapter {name} has `{field}`={value!r}, of which a model can have one only; skills are made of what "
-                "adapters add to linear layers."
-            )
+    """Return the config of an adapter of which all can be converted.
+
+    Raises:
+        PeftNotSupportedError: It trains biases of the base model.
+    """
+    if config.trained_biases != "none":
+        raise PeftNotSupportedError(
+            f"Adapter {name} has `bias`={config.trained_biases!r}, but a model has its biases once only; skills are made of "
+            "what adapters add to linear layers."
+        )
     return config
+
+
+def _beside(
+    root: nn.Module, configs: Mapping[str, Any], tasks: Mapping[str, str], heads: str | None
+) -> tuple[dict[str, Tensor], TaskLabels | None]:
+    """Return what the new adapter trains beside its layers, by key, and the labels of a stacked head.
+
+    Raises:
+        PeftValueError: As `convert_to_poly`.
+    """
+    rows = {name: config.trainable_token_indices for name, config in configs.items() if config.trainable_token_indices}
+    if len({repr(indices) for indices in rows.values()}) > 1:
+        raise PeftValueError(f"Adapters {', '.join(rows)} train different rows of embeddings, which can't be combined.")
+    parts = {
+        name: companion_tensors(own_state(root, in_view(config, name)).items(), config, name) for name, config in configs.items()
+    }
+    if heads == STACK and STACK not in configs:
+        return _stacked(parts, tasks)
+    return _heads.combine(parts, heads, remedy=_OR_STACK), None
+
+
+def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, Tensor], TaskLabels]:
+    """Return a linear head with the rows of all heads, and which are which task's.
+
+    Raises:
+        PeftValueError: Some adapter has no such head, or a head has other parts, which all tasks would share.
+    """
+    head, *others = {key.rpartition(".")[0] for own in parts.values() for key in own} or [""]
+    keys = {name: sorted(own) for name, own in parts.items()}
+    linear = all(own and {key.rpartition(".")[2] for key in own} <= {"weight", "bias"} for own in keys.values())
+    if others or not linear or len({tuple(own) for own in keys.values()}) > 1:
+        raise PeftValueError(
+            f'`heads`={STACK!r} needs one linear head in each adapter; they train {keys}. Pass `heads="mean"` or the name of '
+            "the adapter whose modules are taken."
+        )
+    joined = {key: torch.cat([own[key].detach() for own in parts.values()]) for key in next(iter(keys.values()))}
+    return joined, TaskLabels({tasks[name]: len(own[f"{head}.weight"]) for name, own in parts.items()})
 
 
 def _factors(layer: BaseTunerLayer, path: str, name: str, rank: int | None, options: dict[str, Any]) -> LowRank:
