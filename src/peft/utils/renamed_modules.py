@@ -111,6 +111,14 @@ class ModuleNames:
         return result
 
 
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """What files of other programs call the modules of a text or vision encoder that is by itself: with the `text_model.` or
+    `vision_model.` that it had before, by the path that each has.
+    """
+    before = ModuleNames(model).before()
+    return {path: old for path, old in before.items() if _without_towers(path) == path and _without_towers(old) == path}
+
+
 def plain_path(path: str) -> str:
     """A module's path without what wrappers and adapters put into it."""
     return ".".join(part for part in unwrapped(path).split(".") if part not in _WRAPPERS)

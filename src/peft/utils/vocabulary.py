@@ -69,7 +69,7 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         plain = key.removeprefix("base_model.model.")
         for end, dim in ends.items():
             path = plain.removesuffix(f".{end}")
-            place = places.get(names.now(path, is_adapted=False)) if path != plain and len(shape) == 2 else None
+            place = places.get(names.now(path, is_adapted=False) or path) if path != plain and len(shape) == 2 else None
             if place is not None and (end != "lora_B.weight" or place is head):
                 rows.add(shape[dim])
     if len(rows) == 1 and rows != {table.weight.shape[0]}:

@@ -100,6 +100,58 @@ def test_a_text_encoder_beside_an_image_model(written):
         load_lokr_file(unet(), path, component="lora_te2")
 
 
+def clip_text(projected):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
+    torch.manual_seed(0)
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return kind(CLIPTextConfig(**sizes, projection_dim=16, eos_token_id=47)).eval()
+
+
+CLIP_KEYS = {
+    "lora_te_{flat}": False,  # sd-scripts, Stable Diffusion 1
+    "lora_te1_{flat}": False,  # Stable Diffusion XL's first encoder
+    "lora_te2_{flat}": True,  # and second
+    "text_encoder.{path}": False,  # diffusers
+    "text_encoder_2.{path}": True,
+    "text_encoders.clip_l.transformer.{path}": False,  # ComfyUI
+}
+
+
+@pytest.mark.parametrize("key", CLIP_KEYS)
+def test_names_of_clip_are_those_of_the_world(key, tmp_path):
+    """With the `text_model.` that other programs know, read and written, whatever the installed version calls the modules."""
+    path = "text_model.encoder.layers.0.self_attn.q_proj"
+    name = key.format(path=path, flat=path.replace(".", "_"))
+    tensors = {f"{name}.{end}": tensor for end, tensor in full(16, 16, 4, 4).items()}
+    model = clip_text(CLIP_KEYS[key])
+    layer = next(module for path, module in model.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
+    x, before = torch.randn(3, 16), layer.weight.detach().clone()
+    load_lokr_file(model, tensors)
+    adapted = next(module for path, module in model.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
+    delta = book({end: tensors[f"{name}.{end}"] for end in ("lokr_w1", "lokr_w2")})
+    torch.testing.assert_close(adapted(x), x @ (before + delta.float()).T + layer.bias, atol=1e-5, rtol=1e-5)
+    flat = "{flat}" in key
+    component = key.split("_{flat}" if flat else ".{path}")[0]
+    keys = save_lokr_file(model, tmp_path / "lokr.safetensors", "kohya" if flat else "comfyui", component=component)
+    assert set(tensors) <= set(keys)
+    again = clip_text(CLIP_KEYS[key])
+    load_lokr_file(again, tmp_path / "lokr.safetensors")
+    ids = torch.tensor([[1, 2, 47]])
+    torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("tower", ["text_model.", ""])
+def test_a_clip_of_another_version(tower):
+    """Whose modules are called otherwise than the file's."""
+    layers = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(16, 16)})])})})
+    model = nn.ModuleDict({"text_model": layers}) if tower else layers
+    for name in ("lora_te_text_model_encoder_layers_0_fc1", "lora_te_encoder_layers_0_fc1"):
+        report = inspect_lokr_file({f"{name}.{end}": tensor for end, tensor in full(16, 16, 4, 4).items()}, model)
+        assert report.fits and report.config.target_modules == {"fc1"}
+
+
 # Synthetic files
 
 

@@ -43,12 +43,13 @@ class Names:
 
     Args:
         paths: The paths of its layers.
+        before: What modules were called in earlier versions of the model's library, by path.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    def __init__(self, paths: Iterable[str], before: Mapping[str, str] | None = None) -> None:
         self.paths = tuple(paths)
         own = {path: Target((path,)) for path in self.paths}
-        tiers = (own, {name: target for name, target in _aliases(set(self.paths)) if name not in own})
+        tiers = (own, {name: target for name, target in _aliases(set(self.paths), before or {}) if name not in own})
         self._dotted = [{name: {target} for name, target in tier.items()} for tier in tiers]
         self._flat: list[dict[str, set[Target]]] = [{}, {}]
         for flat, tier in zip(self._flat, tiers, strict=True):
@@ -72,13 +73,24 @@ class Names:
         return result
 
 
-def _aliases(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
+def _aliases(paths: Collection[str], before: Mapping[str, str]) -> Iterator[tuple[str, Target]]:
     """All names that are not the model's own. Where two mean different things for the same name, the first counts."""
     seen: set[str] = set()
-    for name, target in (*_unet(paths), *_flux(paths), *_fused(paths), *_parts(paths)):
+    earlier = [(before[path], Target((path,))) for path in paths if path in before]
+    for name, target in (*earlier, *_towers(paths), *_unet(paths), *_flux(paths), *_fused(paths), *_parts(paths)):
         if name not in seen and all(path in paths for path in target.paths):
             seen.add(name)
             yield name, target
+
+
+def _towers(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
+    """The parts of a CLIP encoder, which have a `text_model.` or `vision_model.` around them in some versions and not in others."""
+    for path in paths:
+        tower, _, inner = path.partition(".")
+        if tower in ("text_model", "vision_model"):
+            yield inner, Target((path,))
+        elif path.startswith("encoder.layers."):
+            yield from ((f"{name}.{path}", Target((path,))) for name in ("text_model", "vision_model"))
 
 
 def _fused(paths: Collection[str]) -> Iterator[tuple[str, Target]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ....utils.renamed_modules import ModuleNames
 from ..._geometry import Geometry, geometry, innermost
 from ..._plan import own_modules
 from ..._targets import exactly, patterns
@@ -152,7 +153,7 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
     """
     own = own_modules(model)
     layers = {path: size for path, module in own.items() if (size := geometry(module)) is not None}
-    names = Names(layers)
+    names = Names(layers, ModuleNames(model).before())
     peft = saved is not None or any(module.component.endswith("base_model.model") for module in modules)
     result = Placement(list(own), len(modules), peft and (saved is None or saved.kronecker_layout == "flat"))
     partial: dict[str, dict[int, FileModule]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ....utils.adapter_files import write_tensors
 from ....utils.error import PeftNotSupportedError, PeftValueError
+from ....utils.renamed_modules import names_in_files
 from ....utils.walk import walk
 from ..._adapted import AdaptedModel
 from ..._combining import outer_path
@@ -99,7 +100,7 @@ def save_lokr_file(
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
     layers = _layers(model, adapter_name)
-    modules = _modules(layers, adapter_name, original_names, form)
+    modules = _modules(layers, adapter_name, original_names, form, names_in_files(_root(model)))
     tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
     own = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "lokr"})} if layout == "kohya" else {}
     write_tensors(Path(path), tensors, {**own, **(metadata or {})})
@@ -113,11 +114,8 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoKrLayer]:
         PeftValueError: There is no such LoKr adapter.
         PeftNotSupportedError: It has more than layers.
     """
-    tuner: Any = model._modules.get("base_model")
-    root = tuner.model if isinstance(tuner, AdaptedModel) else model
-    layers = {
-        outer_path(path): module for path, module in walk(root) if isinstance(module, LoKrLayer) and adapter_name in module.scaling
-    }
+    walked = ((path, module) for path, module in walk(_root(model)) if isinstance(module, LoKrLayer))
+    layers = {outer_path(path): module for path, module in walked if adapter_name in module.scaling}
     if not layers:
         raise PeftValueError(f"The model has no LoKr adapter named {adapter_name!r}.")
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -127,8 +125,16 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoKrLayer]:
     return layers
 
 
-def _modules(layers: Mapping[str, LoKrLayer], adapter_name: str, original_names: bool, form: Layout) -> dict[str, FileModule]:
-    """The adapter as modules of a file, by name."""
+def _root(model: nn.Module) -> nn.Module:
+    """The model in which modules have the paths that files know them by."""
+    tuner: Any = model._modules.get("base_model")
+    return tuner.model if isinstance(tuner, AdaptedModel) else model
+
+
+def _modules(
+    layers: Mapping[str, LoKrLayer], adapter_name: str, original_names: bool, form: Layout, known: Mapping[str, str]
+) -> dict[str, FileModule]:
+    """The adapter as modules of a file, by name; `known` says what other programs call a module, where that is not its path."""
     pieces = {path: _piece(path, layer, adapter_name, form) for path, layer in layers.items()}
     result: dict[str, FileModule] = {}
     if original_names:
@@ -150,7 +156,7 @@ def _modules(layers: Mapping[str, LoKrLayer], adapter_name: str, original_names:
             f"`{parts[0]}`{f' and {len(parts) - 1} more' if len(parts) > 1 else ''}: the adapter came from a layer that was "
             "several in one, of whose product this layer has some rows; pass `original_names=True` to write it as it was."
         )
-    return {**result, **{path: piece.module for path, piece in pieces.items()}}
+    return {**result, **{known.get(path, path): piece.module for path, piece in pieces.items()}}
 
 
 def _piece(path: str, layer: LoKrLayer, adapter_name: str, form: Layout) -> Piece:
