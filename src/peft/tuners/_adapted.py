@@ -23,6 +23,7 @@ from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.walk import walk
 from ..utils.warning import warn
 from . import _geometry, _model_merges, _rows
+from ._computed import made_plain
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
 from ._merging import checked_names
@@ -344,7 +345,9 @@ class AdaptedModel(nn.Module):
         """
         self.check_merge_options(options)
         names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
-        _model_merges.merge(list(self.tuner_layers()), {name: self.merge_options_of(name, options) for name in names}, safe_merge)
+        _model_merges.merge(
+            dict(self.named_tuner_layers()), {name: self.merge_options_of(name, options) for name in names}, safe_merge
+        )
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """What one adapter is to be merged with, of the options of a merge, checked.
@@ -378,7 +381,8 @@ class AdaptedModel(nn.Module):
         adapter_names: list[str] | None = None,
         **options: Any,
     ) -> nn.Module:
-        """The base model with adapters merged into its weights, and nothing of this package left in it.
+        """The base model with adapters merged into its weights, and nothing of this package left in it. A weight that its layer
+        computes in each forward (`weight_norm`, `spectral_norm`, `parametrize`, `prune`) becomes a plain parameter.
 
         Args:
             progressbar: Show one.
@@ -397,7 +401,9 @@ class AdaptedModel(nn.Module):
         with _model_merges.without_other_merges(self.tuner_layers(), chosen):
             own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
             if adapter_names is not None or any(name not in layer.merged_adapters for layer, name in own):
-                with _geometry.untied(self.model, () if self.merged_adapters else self.tuner_layers()):
+                bases = dict.fromkeys(layer.get_base_layer() for layer, name in own if name not in layer.merged_adapters)
+                tied = () if self.merged_adapters else self.tuner_layers()
+                with made_plain(bases), _geometry.untied(self.model, tied):
                     self.merge_adapter(adapter_names, safe_merge, **options)
         return self._unload(names, "Unloading and merging model" if progressbar else None)
 

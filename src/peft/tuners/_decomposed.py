@@ -73,7 +73,9 @@ class DecomposedLayer(BaseTunerLayer):
         if self.merged:
             return self.unmerged_weight()
         base = self.get_base_layer()
-        return whole(base.weight) if self._is_plain and base.weight.dtype.itemsize > 1 else dense_weight(base)  # type: ignore
+        weight: Any = base._parameters.get("weight")
+        is_at_hand = self._is_plain and weight is not None and weight.dtype.itemsize > 1
+        return whole(weight) if is_at_hand else dense_weight(base)
 
     def by_channel(self, values: Tensor) -> Tensor:
         """`[out]` or `[in]` in a shape that multiplies outputs or inputs."""
@@ -106,7 +108,7 @@ class DecomposedLayer(BaseTunerLayer):
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """The base layer's bias as outputs take it; it may be stored in a format that is no precision to compute in."""
-        bias = self.get_base_layer()._parameters.get("bias")
+        bias: Any = getattr(self.get_base_layer(), "bias", None)  # it may be computed
         return None if bias is None else self.by_channel(bias).to(dtype)
 
     def first_lengths(self, lengths: Tensor | None, size: int, place: tuple[torch.device, torch.dtype]) -> Tensor:

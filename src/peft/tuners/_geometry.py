@@ -19,6 +19,9 @@ from ..utils.sharding import cut_like, is_elsewhere, is_managed, whole
 from ..utils.walk import walk
 from ..utils.warning import warn
 from . import _quantised
+from ._computed import is_computed
+from ._computed import read as read_computed
+from ._computed import refuse as refuse_computed
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,10 @@ def dense_weight(module: nn.Module) -> Tensor:
     Raises:
         PeftNotSupportedError: The layer keeps it in a form that is not known here.
     """
+    layer = innermost(module)
+    if is_computed(layer) and not is_elsewhere(layer.weight) and not is_quantised(layer):
+        weight = read_computed(layer)
+        return weight.float() if weight.dtype.itemsize == 1 else weight
     form = quantised_form(module)
     if form is not None:
         return form.read(innermost(module))
@@ -174,6 +181,7 @@ def stored_weight(module: nn.Module) -> Tensor:
             f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't be merged into; "
             "load the base model without quantisation to merge."
         )
+    refuse_computed(module)
     return weight
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..utils.error import PeftNotSupportedError
 from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.walk import walk
@@ -21,19 +22,18 @@ Options = Mapping[str, Mapping[str, Any]]
 """What adapters are merged with, by name."""
 
 
-def merge(layers: Sequence[BaseTunerLayer], options: Options, safe_merge: bool) -> None:
+def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: bool) -> None:
     """Merge adapters into those of some layers that have them and have not merged them; all or none.
 
     Raises:
         PeftValueError: An adapter is merged with other options, or a weight would break; nothing is merged then.
         PeftNotSupportedError: A layer can't be merged into.
     """
+    layers = list(named.values())
     todo = [(layer, own) for layer in layers if (own := layer.not_merged(options))]
     left = [name for name in options if any(name in own for _, own in todo)]
     warn_of_merged([name for name in options if name not in left and any(name in layer.scaling for layer in layers)], left)
-    for layer, own in todo:
-        with at_hand(layer, [*own, *layer.merged_adapters]):
-            layer.check_mergeable(list(own))
+    _check(named, todo)
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, own in todo:
@@ -45,6 +45,21 @@ def merge(layers: Sequence[BaseTunerLayer], options: Options, safe_merge: bool) 
             with at_hand(layer, layer.merged_adapters):
                 layer.unmerge(merged)
         raise
+
+
+def _check(named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLayer, Mapping[str, Any]]]) -> None:
+    """Check that all layers can be merged into; those that can't are named by what is in the way."""
+    paths = {id(layer): path for path, layer in named.items()}
+    problems: dict[str, list[str]] = {}
+    for layer, own in todo:
+        with at_hand(layer, [*own, *layer.merged_adapters]):
+            try:
+                layer.check_mergeable(list(own))
+            except PeftNotSupportedError as error:
+                problems.setdefault(str(error), []).append(f"`{paths[id(layer)]}`")
+    if problems:
+        some = {text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8)) for text, found in problems.items()}
+        raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
 
 
 def unmerge(layers: Iterable[BaseTunerLayer]) -> None:

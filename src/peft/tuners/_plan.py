@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..config import PeftConfig
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
@@ -146,10 +147,10 @@ def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by path (each path, where there are several), seen as if there were no adapters: what is inside adapted
-    layers is left out.
+    layers is left out, and what computes a layer's weight.
     """
-    whole = walk(model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper))
-    return {path: module for path, module in whole if path and not isinstance(module, ByAdapter)}
+    whole = walk(model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList))
+    return {path: module for path, module in whole if path and not isinstance(module, (ByAdapter, ParametrizationList))}
 
 
 def _below(path: str, outer: str) -> bool:

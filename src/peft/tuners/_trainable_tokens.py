@@ -18,6 +18,7 @@ from ..utils.adapter_batch import ADAPTER_BATCHES
 from ..utils.error import PeftValueError
 from ..utils.other import AuxiliaryTrainingWrapper
 from . import _targets
+from ._computed import make_plain
 from ._geometry import placement
 from ._holder import AdapterParameterDict
 from ._unmatched import with_near_misses
@@ -132,6 +133,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
         """The module, with the rows of one of some adapters written into its weight."""
         for name in self.among(adapter_names):
+            make_plain(self.original_module)
             weight: Any = self.original_module.weight
             weight.data[self._owner[0].token_indices[name]] = self._owner[0].trainable_tokens_delta[name].data.to(weight)
         return self.original_module

@@ -236,6 +236,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             module = module.original_module
         with gathered(module.parameters()):
             instead: dict[int, Any] = {id(layer): copy.deepcopy(inner) for layer, inner in plain.items()}
+            for inner in module.modules():  # computed by a hook, they have a history, which torch does not copy
+                computed = [value for value in vars(inner).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+                instead.update({id(value): value.detach().clone() for value in computed})
             fresh = copy.deepcopy(module, instead)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
