@@ -22,7 +22,7 @@ from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.walk import walk
 from ..utils.warning import warn
-from . import _geometry, _model_merges, _rows
+from . import _geometry, _model_merges, _rows, _ties
 from ._computed import made_plain
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
@@ -398,6 +398,7 @@ class AdaptedModel(nn.Module):
         chosen = {name: self.merge_options_of(name, options) for name in names if options}
         for wrapper in self.auxiliary_wrappers():
             wrapper.check_one_of(names)
+        was_tied = _ties.is_tied(self.model)
         with _model_merges.without_other_merges(self.tuner_layers(), chosen):
             own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
             if adapter_names is not None or any(name not in layer.merged_adapters for layer, name in own):
@@ -405,7 +406,9 @@ class AdaptedModel(nn.Module):
                 tied = () if self.merged_adapters else self.tuner_layers()
                 with made_plain(bases), _geometry.untied(self.model, tied):
                     self.merge_adapter(adapter_names, safe_merge, **options)
-        return self._unload(names, "Unloading and merging model" if progressbar else None)
+        plain = self._unload(names, "Unloading and merging model" if progressbar else None)
+        _ties.settle(plain, was_tied)
+        return plain
 
     def unload(self) -> nn.Module:
         """The base model as it was: adapters are taken out, merged ones taken off."""

@@ -22,6 +22,7 @@ from . import _quantised
 from ._computed import is_computed
 from ._computed import read as read_computed
 from ._computed import refuse as refuse_computed
+from ._ties import can_tell, is_tied
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         users[id(weight)] -= 1
         shared.append((base, weight))
     config: Any = getattr(model, "config", None)
-    is_told = bool(shared) and getattr(config, "tie_word_embeddings", False) is True
+    is_told = bool(shared) and is_tied(model) and can_tell(model)
     if is_told:
         warn("Setting `tie_word_embeddings` to False in the model's config: merging makes two weights of one.")
         config.tie_word_embeddings = False
