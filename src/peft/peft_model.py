@@ -20,9 +20,11 @@ from .tuners._build import Construction
 from .tuners._renaming import present_names
 from .utils.adapter_files import write_adapter
 from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
-from .utils.error import PeftValueError
+from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import only_hub_options, pass_over
 from .utils.model_card import update_model_card
+from .utils.near_misses import did_you_mean
+from .utils.other import check_model
 from .utils.peft_types import TaskType
 from .utils.save_and_load import (
     LoadResult,
@@ -99,11 +101,18 @@ class PeftModel(BasePeftModel):
         """
         folder = as_folder(save_directory)
         pass_over(kwargs, "save_pretrained")
+        if isinstance(selected_adapters, str):
+            raise PeftTypeError(f"`selected_adapters`={selected_adapters!r} must be a list of names: [{selected_adapters!r}].")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        if any(name not in self.peft_config for name in names):
+        if unknown := [name for name in names if name not in self.peft_config]:
             raise PeftValueError(
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {names}."
+                f"{list(self.peft_config)} - got {names}.{did_you_mean(str(unknown[0]), self.peft_config)}"
+            )
+        if not self.peft_config:
+            raise PeftValueError(
+                "The model has no adapters to save: they were deleted, or taken out by `unload` or `merge_and_unload`. Save the "
+                "model that those return."
             )
         if path_initial_model_for_weight_conversion is not None:
             converted = {name: self.base_model.method_of(self.peft_config[name]).without_start(self, name) for name in names}
@@ -240,6 +249,7 @@ class PeftModel(BasePeftModel):
             PeftValueError: The config does not fit the model.
         """
         refuse_offload(ephemeral_gpu_offload)
+        check_model(model)
         hub = only_hub_options(kwargs, "from_pretrained")
         config = read_config(model_id, config, hub)
         key_mapping = key_mapping or renamings(model)

@@ -182,3 +182,40 @@ def test_what_is_not_provided_says_whose_package_this_is():
         peft.get_peft_config({"r": 3})
     with pytest.raises(AttributeError, match=r"module 'peft' has no attribute 'PolyConfg'. Did you mean 'PolyConfig'\?"):
         _ = peft.PolyConfg
+
+
+def test_calls_with_the_wrong_things(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    base, before = mlp(), snapshot(model)
+    calls = {
+        "`weights`=1.0 must be a list": lambda: model.add_weighted_adapter(["default"], 1.0, "c"),
+        "must be a list of names: ['default']": lambda: model.save_pretrained(tmp_path, selected_adapters="default"),
+        "got ['defualt']. Did you mean 'default'?": lambda: model.save_pretrained(tmp_path, selected_adapters=["defualt"]),
+        "pass it as the first argument": lambda: PeftModel.from_pretrained(tmp_path, base),
+        "must be a dictionary of tensors, got <class 'str'>": lambda: peft.set_peft_model_state_dict(model, "file"),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(peft.PeftError, match=re.escape(sentence)):
+            call()
+    assert_unchanged(before, model)
+
+
+def test_a_combination_that_a_method_lacks(model, method):
+    kinds = {"LOHA": "LoHaModel has no combinations. Combine them as LoRA", "LORA": "Did you mean 'linear'?", "LOKR": "has 'svd'"}
+    sentence = kinds.get(str(model.peft_type.value), "has 'cat'")
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        model.add_weighted_adapter(["default"], [1.0], "c", combination_type="liner")
+
+
+def test_nothing_is_saved_of_a_model_without_adapters(model, tmp_path):
+    model.unload()
+    with pytest.raises(ValueError, match="no adapters to save: they were deleted, or taken out by `unload`"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_targets_have_to_be_named_for_a_model_of_no_known_kind(method):
+    with pytest.raises(
+        ValueError, match="none are known for model type None. Modules that can be adapted are called '0', '2', '4'"
+    ):
+        get_peft_model(mlp(), method.config())

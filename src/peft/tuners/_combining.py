@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import is_int
 from ..utils.error import PeftTypeError, PeftValueError
-from ..utils.near_misses import no_adapter
+from ..utils.near_misses import did_you_mean, no_adapter
 from ..utils.peft_types import PeftType
 from ..utils.save_and_load import (
     check_complete,
@@ -96,6 +96,8 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
     """
     if isinstance(request.adapters, str) or not isinstance(request.adapters, Sequence):
         raise PeftTypeError(f"`adapters`={request.adapters!r} must be a list of names.")
+    if not isinstance(request.weights, Sequence):
+        raise PeftTypeError(f"`weights`={request.weights!r} must be a list with a number for each adapter.")
     for name in request.adapters:
         if name not in tuner.peft_config:
             raise PeftValueError(no_adapter(name, tuner.peft_config, "does not exist"))
@@ -109,7 +111,9 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
     method = tuner.method_of(tuner.peft_config[request.adapters[0]])
     if request.kind not in method.combination_types:
         offers = ", ".join(map(repr, method.combination_types)) or "no combinations"
-        raise PeftValueError(f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has {offers}.")
+        hint = did_you_mean(str(request.kind), method.combination_types)
+        remedy = "" if method.combination_types else " Combine them as LoRA, which `convert_to_lora` makes of them."
+        raise PeftValueError(f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has {offers}.{hint}{remedy}")
     for name, value, valid in (
         ("svd_rank", request.svd_rank, request.svd_rank is None or (is_int(request.svd_rank) and request.svd_rank >= 1)),
         ("svd_clamp", request.svd_clamp, request.svd_clamp is None or 0 < request.svd_clamp <= 1),

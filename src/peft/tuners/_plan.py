@@ -176,7 +176,11 @@ def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], w
         kind = model_type(tuner.model)
         defaults = tuner.default_target_modules.get(kind or "")
         if defaults is None:
-            raise PeftValueError(f"Please specify `target_modules` in `peft_config`: none are known for model type {kind!r}.")
+            there = _unmatched.counted_names(_adaptable(tuner, config, modules))
+            raise PeftValueError(
+                f"Please specify `target_modules` in `peft_config`: none are known for model type {kind!r}."
+                + (f" Modules that can be adapted are called {there}." if there else "")
+            )
         # Of the names that a kind of model may have, those that this one has.
         present = defaults if isinstance(defaults, str) else set(defaults).difference(_unmatched.unused(defaults, modules))
         config.target_modules = present or set(defaults)

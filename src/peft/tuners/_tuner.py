@@ -8,7 +8,7 @@ its tensors and their form in a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -278,7 +278,8 @@ class BaseTuner(AdaptedModel):
                 nothing is changed.
         """
         svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
-        request = Combination(adapters, list(weights), combination_type, *svd, density, majority_sign_method, heads)
+        numbers = list(weights) if isinstance(weights, Iterable) else weights
+        request = Combination(adapters, numbers, combination_type, *svd, density, majority_sign_method, heads)
         return _combining.add(self, adapter_name, request)
 
     def _build(self, plan: _plan.Plan, construction: Construction) -> Build:

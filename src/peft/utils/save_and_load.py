@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
-from .error import CheckpointError, PeftRuntimeError, PeftValueError
+from .error import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
 from .hub import find_file, only_hub_options
 from .near_misses import no_adapter
 from .offload import at_hand, bring_back, execution_device, stored
@@ -213,6 +213,9 @@ def set_peft_model_state_dict(
         PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere; nothing is changed.
         PeftValueError: The model has no such adapter.
     """
+    if not isinstance(peft_model_state_dict, Mapping):
+        given = type(peft_model_state_dict)
+        raise PeftTypeError(f"`peft_model_state_dict` must be a dictionary of tensors, got {given}; `load_peft_weights` reads one.")
     model = unparallel(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
