@@ -126,6 +126,8 @@ class BasePeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the same keyword arguments besides as `forward`."""
         self.base_model.refuse_foreign_arguments(kwargs)
+        if not hasattr(self.get_base_model(), "generate"):
+            raise PeftAttributeError((self.get_base_model(),), "generate")
         generate = self.base_model.generate
         batch = self.base_model.chosen_adapters(args, kwargs, generate)
         chosen = ADAPTER_BATCHES.during(None) if batch is None else batch.generating(self.get_base_model())

@@ -219,3 +219,25 @@ def test_targets_have_to_be_named_for_a_model_of_no_known_kind(method):
         ValueError, match="none are known for model type None. Modules that can be adapted are called '0', '2', '4'"
     ):
         get_peft_model(mlp(), method.config())
+
+
+def test_what_a_base_model_lacks(model):
+    with pytest.raises(AttributeError, match=r"^'Sequential' object has no attribute 'generate'\.$"):
+        model.generate(torch.zeros(1, 8))
+    base = mlp().half()
+    before = snapshot(base)
+    with pytest.raises(
+        TypeError, match="Sequential has no .*`gradient_checkpointing_enable`; pass `use_gradient_checkpointing=False`"
+    ):
+        peft.prepare_model_for_kbit_training(base)
+    assert_unchanged(before, base)
+    with pytest.raises(TypeError, match="must be an nn.Module"):
+        peft.prepare_model_for_kbit_training("gpt2")
+
+
+def test_choices_that_are_misspelt():
+    with pytest.raises(ValueError, match=r"`init_lora_weights`='gausian' must be one of .* Did you mean 'gaussian'\?"):
+        LoraConfig(init_lora_weights="gausian")
+    mixed = get_peft_model(mlp(), LoraConfig(target_modules=["0"]), mixed=True)
+    with pytest.raises(TypeError, match="`peft.get_peft_config` makes one"):
+        mixed.add_adapter("b", {"r": 2})

@@ -184,7 +184,7 @@ class BaseTuner(AdaptedModel):
             PeftTypeError: An option is for another method.
         """
         if foreign := sorted(name for name, value in options.items() if value is not None):
-            raise PeftTypeError(f"`{foreign[0]}` is for another method than {cls.__name__}.")
+            raise PeftTypeError(f"`{foreign[0]}` is for another method than {cls.__name__}; leave it out.")
         return {}
 
     @classmethod

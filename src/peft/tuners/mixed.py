@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, check_config
 from ..utils.error import PeftValueError
 from ..utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ._build import Build
@@ -46,8 +46,10 @@ class MixedModel(BaseTuner):
         """The tuner of a config's method.
 
         Raises:
+            PeftTypeError: Not a config.
             PeftValueError: The method is unknown, or can't share a model.
         """
+        check_config(config)
         peft_type = config.peft_type
         if peft_type not in self._methods:
             if peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:

@@ -117,7 +117,7 @@ def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     """
     first, second = (PeftType(config.peft_type) for config in (config0, config1))
     if first != second:
-        raise PeftValueError(f"Incompatible PEFT types found: {first.value} and {second.value}.")
+        raise PeftValueError(f"Incompatible PEFT types found: {first.value} and {second.value}; swap adapters of one method.")
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, first)
 
 

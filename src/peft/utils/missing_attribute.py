@@ -33,7 +33,7 @@ class PeftAttributeError(PeftError, AttributeError):
             return f"{text} It is for adapters of {' and '.join(methods)}."
         sources = (*self.owners, *PEFT_TYPE_TO_TUNER_MAPPING.values())
         names = {other for source in sources for other in dir(source) if other.startswith("_") == name.startswith("_")}
-        return text + did_you_mean(name, names)
+        return text + did_you_mean(name, names, cutoff=0.7)
 
     def __reduce__(self) -> Any:
         return AttributeError, (str(self),)

@@ -28,14 +28,14 @@ def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0
     return [choice for score, choice in sorted(scored)[:n] if score < min(scored)[0] + _NEAREST]
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a sentence to put behind a message, or nothing if none of the `choices` looks like `name`.
 
     Example:
         >>> did_you_mean("stile", ["style", "tasks"])
         " Did you mean 'style'?"
     """
-    near = near_misses(name, choices)
+    near = near_misses(name, choices, cutoff=cutoff)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

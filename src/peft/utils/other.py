@@ -321,7 +321,16 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the frozen input.
         gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
         auto_clear_cache: Give the memory of what was cast back to the accelerator's driver.
+
+    Raises:
+        PeftTypeError: Not a model, or one without gradient checkpointing where that is asked for; nothing is changed.
     """
+    check_model(model)
+    needed = ("enable_input_require_grads", "gradient_checkpointing_enable")
+    if use_gradient_checkpointing and (absent := [name for name in needed if not hasattr(model, name)]):
+        raise PeftTypeError(
+            f"{type(model).__name__} has no {', '.join(map('`{}`'.format, absent))}; pass `use_gradient_checkpointing=False`."
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .near_misses import did_you_mean
+
 
 def is_int(value: Any) -> bool:
     """Whether `value` is an integer proper (True and False are not)."""
@@ -41,8 +43,9 @@ def boolean(name: str, value: Any) -> Iterator[str]:
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> Iterator[str]:
     """`value` must be one of `allowed`."""
     allowed = list(allowed)
-    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
-        yield f"`{name}`={value!r} must be one of {', '.join(map(repr, allowed))}."
+    strings = [option for option in allowed if isinstance(option, str)]
+    if value not in strings and not any(value is option for option in allowed):
+        yield f"`{name}`={value!r} must be one of {', '.join(map(repr, allowed))}.{did_you_mean(str(value), strings)}"
 
 
 def name_list(name: str, value: Any) -> Iterator[str]:
