@@ -15,7 +15,7 @@ from ...utils.error import PeftNotSupportedError
 from ...utils.walk import walk
 from .._build import Build
 from .._combining import Combination, Combined
-from .._entry import put_entry, remove_entries
+from .._entry import Entry, put_entry, remove_entries
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._roles import Role
@@ -116,6 +116,15 @@ class PolyModel(AdaptingTuner):
         for _, module in walk(self.model):
             remove_entries(module, conduct_forward, conduct_part, conduct_generate)
             vars(module).pop("_poly_routing", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the active adapters. Where a client has put a forward of its own in the
+        place of the model's since, as TRL does, that one's calls take `task_ids` too.
+        """
+        replaced = not torch.compiler.is_compiling() and not isinstance(vars(self.model).get("forward"), Entry)
+        if replaced and self.poly_routing.probe is not None:
+            put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
+        return super().forward(*args, **kwargs)
 
     def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
