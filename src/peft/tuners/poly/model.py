@@ -22,7 +22,7 @@ from .._roles import Role
 from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
-from .routing import CALL_ARGUMENTS, Routing, conduct_forward, conduct_generate, conduct_part
+from .routing import CALL_ARGUMENTS, Routing, conduct_body, conduct_forward, conduct_generate, conduct_part
 from .task_ids import as_task_ids
 
 
@@ -99,6 +99,10 @@ class PolyModel(AdaptingTuner):
                 module._poly_routing = self.poly_routing  # type: ignore[assignment]
                 if module is not self.model:
                     put_entry(module, "forward", (), conduct_part)
+            body = getattr(self.model, "base_model", None)
+            if isinstance(body, nn.Module) and not any(body is module for module in entrances(self.model)):
+                body._poly_routing = self.poly_routing  # type: ignore[assignment]
+                put_entry(body, "forward", (), conduct_body)
             put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
             put_entry(self.model, "generate", CALL_ARGUMENTS, conduct_generate)
         self.poly_routing.configs[build.adapter_name] = config
@@ -114,7 +118,7 @@ class PolyModel(AdaptingTuner):
     def _release_model(self) -> None:
         """Take the routing out of the calls, also of one whose layers a client took out by itself."""
         for _, module in walk(self.model):
-            remove_entries(module, conduct_forward, conduct_part, conduct_generate)
+            remove_entries(module, conduct_forward, conduct_part, conduct_body, conduct_generate)
             vars(module).pop("_poly_routing", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

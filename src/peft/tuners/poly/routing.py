@@ -304,6 +304,15 @@ def conduct_part(function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[s
     return function(part, *args, **kwargs) if routing is None else routing.forward(function, part, args, kwargs, names, part=True)
 
 
+def conduct_body(function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """Begin a call where a model's body is given the routing's arguments. The model's own forward takes
+    them out; what a client has put in its place, to fuse the head with a loss, hands them on.
+    """
+    if any(name in kwargs for name in CALL_ARGUMENTS):
+        return conduct_part(function, part, args, kwargs, names)
+    return function(part, *args, **kwargs)
+
+
 def conduct_generate(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
     """A call of a model's `generate`."""
     routing: Routing | None = getattr(model, "_poly_routing", None)
