@@ -355,6 +355,9 @@ def test_another_task_of_a_merged_adapter_is_refused():
     assert warnings_of(model.merge_adapter, task_id=1) == ["All adapters are already merged, nothing to do."]
     with pytest.raises(ValueError, match=r"default is merged with task_id=1; call `unmerge_adapter` before .* task_id=2"):
         model.merge_adapter(task_id=2)
+    for change_ids in (lambda: model.remove_tasks([0]), lambda: model.reorder_tasks([2, 1, 0])):
+        with pytest.raises(ValueError, match="default is merged for one of its tasks"):
+            change_ids()
     with pytest.raises(ValueError, match="default is merged with task_id=1"):
         next(model.base_model.tuner_layers()).merge(task_id=2)
     x = torch.randn(5, 8)

@@ -157,6 +157,10 @@ class InventoryTuner(BaseTuner):
 
     def _select_tasks(self, name: str, chosen: list[int]) -> None:
         """Keep some tasks, in an order."""
+        if name in self.merged_adapters:
+            raise PeftValueError(
+                f"Adapter {name} is merged for one of its tasks; call `unmerge_adapter` before changing their ids."
+            )
         names = self.peft_config[name].task_names  # type: ignore[attr-defined]
         self._replace_tasks(name, lambda logits: logits[chosen], chosen, names and [names[task] for task in chosen])
 
