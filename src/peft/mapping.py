@@ -74,7 +74,7 @@ def inject_adapter_in_model(
     check_config(peft_config)
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name in configs:
-        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")
+        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists; choose another, or delete that one first.")
     tuner_cls: type[BaseTuner] = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
     options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict, "shared_root": model}
     tuner = tuner_cls(model, peft_config, adapter_name, **options)

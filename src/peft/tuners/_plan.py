@@ -134,7 +134,7 @@ def check_name(name: str, tuner: BaseTuner) -> None:
     if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
         raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
     if name in tuner.peft_config:
-        raise PeftValueError(f"Adapter with name '{name}' already exists.")
+        raise PeftValueError(f"Adapter with name '{name}' already exists; choose another, or delete that one first.")
 
 
 def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:

@@ -290,7 +290,7 @@ def _put_in(model: nn.Module, config: LoKrConfig, adapter_name: str, placement: 
         return
     configs: Any = vars(model).get("peft_config", {})
     if adapter_name in configs:
-        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists.")
+        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists; choose another, or delete that one first.")
     tuner = LoKrModel(model, config, adapter_name, shared_root=model, initialise=False, check=fill)
     model.peft_config = {**configs, adapter_name: tuner.config_to_save(adapter_name)}  # type: ignore[assignment]
     if getattr(model, "_hf_peft_config_loaded", None) is False:  # what the methods of diffusers and transformers ask for
