@@ -84,7 +84,11 @@ def test_tuners_are_named_by_their_own_folder_alone():
     for path in FILES:
         name = module_name(path)
         own = name.split(".")[2] if height(name) == 3 else None
-        if name in ("peft", "peft.tuners") or path.name in ("peft_types.py", "markers.py") or path.parent.name == "files":
+        if (
+            name in ("peft", "peft.tuners")
+            or path.name in ("peft_types.py", "markers.py", "placeholder_names.py")
+            or path.parent.name == "files"
+        ):
             continue  # the public list, the interface's vocabulary, and what other programs write into files
         tree = ast.parse(path.read_text())
         words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
