@@ -12,7 +12,7 @@ from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .utils.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
 from .utils.error import PeftValueError
 from .utils.hub import find_file, split_hub_options
-from .utils.peft_types import TaskType
+from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .utils.vocabulary import fit_vocabulary
 
 
@@ -63,7 +63,7 @@ class AutoPeftModel:
         files = {**hub, "revision": revision, "subfolder": subfolder}
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         weights = find_file(pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None})
-        fit_vocabulary(base, read_shapes(weights))
+        fit_vocabulary(base, read_shapes(weights), lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).saved_by_token)
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
         options: dict[str, Any] = {**files, "strict": strict}
         return model_cls.from_pretrained(

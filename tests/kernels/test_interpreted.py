@@ -17,7 +17,8 @@ from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
 from peft.tuners.vblora import bank as bank_module
 from peft.tuners.vblora import kernels as vblora_kernels
-from peft.tuners.vblora.bank import compose, compose_factors, place_tiles
+from peft.tuners.vblora.bank import compose, place_tiles
+from peft.tuners.vblora.factors import compose_factors
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 

@@ -63,6 +63,9 @@ class BaseTuner(AdaptedModel):
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {}
     # Containers of modules that have one parameter, whose name a checkpoint leaves out, with that name.
     saved_bare: ClassVar[Mapping[str, str]] = {}
+    # Parameters in a checkpoint that have one entry for each token where they adapt the token embedding or the output head, with
+    # the dimension.
+    saved_by_token: ClassVar[Mapping[str, int]] = {}
     # What the parameters of its containers are for, by role; an optimiser gives each role a rate.
     parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # What `add_weighted_adapter` can do with this method's adapters.

@@ -43,13 +43,14 @@ def _size(content: dict[str, Any]) -> int | None:
     return None
 
 
-def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: Mapping[str, int]) -> None:
     """Give a transformers model as many tokens as an adapter's checkpoint has rows for, padding included. It is left alone where
     the checkpoint has none, or several numbers of them.
 
     Args:
         model: The base model.
         shapes: Shapes of the checkpoint's tensors by key.
+        by_token: Names of the method's parameters that have one entry for each token, with the dimension.
     """
     if not hasattr(model, "resize_token_embeddings"):
         return
@@ -59,7 +60,7 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         return
     if table is None or not hasattr(table, "weight"):
         return
-    ends = {"weight": 0, "base_layer.weight": 0, "token_adapter.base_layer.weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
+    ends = {"weight": 0, "base_layer.weight": 0, "token_adapter.base_layer.weight": 0, **by_token}
     names, places = ModuleNames(model), {}
     for path, module in walk(model, repeated=True):
         if module is table or (module is head and head is not None):
@@ -70,7 +71,7 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for end, dim in ends.items():
             path = plain.removesuffix(f".{end}")
             place = places.get(names.now(path, is_adapted=False) or path) if path != plain and len(shape) == 2 else None
-            if place is not None and (end != "lora_B.weight" or place is head):
+            if place is not None:
                 rows.add(shape[dim])
     if len(rows) == 1 and rows != {table.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)

@@ -46,6 +46,7 @@ class LoraModel(BaseTuner):
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls = LoraLayer
     saved_bare: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
+    saved_by_token: ClassVar[Mapping[str, int]] = {"lora_embedding_A": 1, "lora_B.weight": 0}
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("lora_A",)),
         "B": Role(("lora_B",)),

@@ -14,7 +14,6 @@ Source: arXiv:2405.15179
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from .._derivatives import gradients_again
 from .._eager import is_batched, is_eager
-from .._kernels import agrees, can_launch
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where `embedding_bag` is known to have a gradient for its weights."""
@@ -137,33 +135,6 @@ def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
     Source: arXiv:2405.15179
     """
     return tiles_A.flatten(-2), tiles_B.transpose(-2, -1).flatten(-3, -2)
-
-
-def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Compose both low-rank factors of one layer, `delta_W = B @ A`.
-
-    `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]`, with `v = vector_length`: a tile always
-    runs along the feature dimension.
-
-    Args:
-        logits_A: `[r, in / vector_length, num_vectors]`.
-        logits_B: `[out / vector_length, r, num_vectors]`.
-        bank: `[num_vectors, vector_length]`.
-        topk: vectors mixed per position.
-
-    Returns:
-        `A [r, in]` and `B [out, r]`, at the cost of `compose` for `r * (in + out) / vector_length` positions. On a GPU it is
-        one kernel where that can be had (`kernels.py`), unless `torch.use_deterministic_algorithms` is on.
-
-    Source: arXiv:2405.15179
-    """
-    if can_launch(logits_A, logits_B, bank) and not torch.are_deterministic_algorithms_enabled():
-        from . import kernels
-
-        ours = kernels.compose_factors
-        if kernels.fits(logits_A, logits_B, bank, topk) and agrees(ours, compose_in_full, _example, bank.device):
-            return ours(logits_A, logits_B, bank, topk)
-    return compose_in_full(logits_A, logits_B, bank, topk)
 
 
 def index_dtype(num_vectors: int) -> torch.dtype:
@@ -293,16 +264,8 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
 
 
 def compose_in_full(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """`compose_factors` in plain operations."""
+    """Compose both low-rank factors of one layer in plain operations; as `factors.compose_factors`."""
     return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
-
-
-def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Arguments of `compose_factors` to try a kernel with: no sizes that are powers of two, no ties."""
-    shapes = (3, 2, 37), (5, 3, 37), (37, 20)
-    numbers = (torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape) for shape in shapes)
-    logits_A, logits_B, bank = (tensor.requires_grad_() for tensor in numbers)
-    return logits_A, logits_B, bank, 3
 
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bank.compose_factors` as one kernel, and one for its gradient, where Triton is (see `_kernels.py`).
+"""`factors.compose_factors` as one kernel, and one for its gradient, where Triton is (see `_kernels.py`).
 
 A program makes one tile: it finds the top-k of its row of logits, takes the softmax of those and writes their mixture into the
 factor's memory. Products and sums are in float32; each result is rounded once.
@@ -20,6 +20,7 @@ from torch import Tensor
 from .._derivatives import gradients_again
 from .._eager import is_batched
 from .._kernels import on_device_of
+from .bank import compose_in_full
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _LARGEST_ROW, _LARGEST_CHOICE = 16384, 8192
@@ -35,7 +36,7 @@ def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
 
 
 def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """`bank.compose_factors` in one launch.
+    """`factors.compose_factors` in one launch.
 
     Among equal logits the vector of the lowest number is chosen first. The gradient of the bank is summed in no fixed order.
 
@@ -70,8 +71,6 @@ class _Compose(torch.autograd.Function):
     def backward(ctx: Any, of_A: Tensor, of_B: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *sources, bank, chosen = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(of_A) or is_batched(of_B):
-            from .bank import compose_in_full
-
             plain = functools.partial(compose_in_full, topk=ctx.topk)
             return *gradients_again(plain, (*sources, bank), ctx.needs_input_grad[:3], (of_A, of_B.T)), None
         (shape_A, shape_B), dtype = (logits.shape for logits in sources), sources[0].dtype

@@ -24,8 +24,9 @@ from .._merging import Recipe, sum_of_products
 from .._packed import PackedTensors
 from .._recall import reuse
 from .._thin import scaled
-from .bank import all_weights, compose_factors, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
+from .bank import all_weights, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
 from .config import Form
+from .factors import compose_factors
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 INDICES, WEIGHTS, GATE = "_topk_indices", "_topk_weights", "vblora_gate"
