@@ -92,10 +92,8 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
     Source: Khatri and Rao, 1968
     """
     (U1, V1), (U2, V2) = _sides(f)
-    in_U, in_V = map(math.prod, shapes(U1, V1))
-    U1, V1 = (U1 * scale, V1) if in_U <= in_V else (U1, V1 * scale)
     A = (V1.unsqueeze(1) * V2.unsqueeze(0)).flatten(0, 1)
-    B = (U1.unsqueeze(2) * U2.unsqueeze(1)).flatten(1)
+    B = ((U1 * scale).unsqueeze(2) * U2.unsqueeze(1)).flatten(1)
     return A, B
 
 

@@ -126,12 +126,13 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    batch, tokens, own = _by_sample(x, weights)
-    if _goes_through_rank_space(x, own, A, B):
+    tokens, pays = _sizes(x, weights, A, B)
+    if pays:
         delta = poly_steps(x, weights, A, B, scale).part()
     else:
-        A_w, B_w = mix(own, A, B)
-        delta = scaled(x.reshape(batch, tokens, x.shape[-1]) @ A_w, scale) @ B_w
+        A_w, B_w = mix(_by_sample(weights), A, B)
+        samples = x.reshape(A_w.shape[0], -1 if math.prod(shapes(x)[0]) else tokens, x.shape[-1])
+        delta = scaled(samples @ A_w, scale) @ B_w
     return delta.reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
 
 
@@ -147,28 +148,30 @@ def poly_steps(
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    batch, tokens, weights = _by_sample(x, weights)
-    if not _goes_through_rank_space(x, weights, A, B):
+    tokens, pays = _sizes(x, weights, A, B)
+    weights = _by_sample(weights)
+    if not pays:
         return thin_steps(x, *mix(weights, A, B), scale)
 
-    (n_splits, n_skills, width, r), (n, *_), (*leading, _) = shapes(A, weights, x)
-    rows, is_each_alone = batch * tokens, math.prod(leading) == n
+    ((n_splits, n_skills, width, r),) = shapes(A)
 
     def spread(h: Tensor, weights: Tensor) -> Tensor:
         """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`."""
         w = weights.to(h.dtype)
-        w = (w if is_each_alone else w.repeat_interleave(tokens, 0)).reshape(rows, n_splits * n_skills, 1)
+        if tokens != 1:
+            w = w.repeat_interleave(h.shape[0] // w.shape[0] if tokens else 0, 0)
+        w = w.reshape(-1, n_splits * n_skills, 1)
         return w @ (w.mT @ h * scale)
 
     if n_splits == 1:
         last = B.flatten(0, 2)
 
         def then(h: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            return spread(h.view(rows, n_skills, r), weights).view(rows, n_skills * r), last
+            return spread(h.view(-1, n_skills, r), weights).view(-1, n_skills * r), last
 
         def each(x: Tensor, A: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            h = torch.bmm(x.reshape(1, rows, width).expand(n_skills, rows, width), A[0])
-            return spread(h.transpose(0, 1), weights).view(rows, n_skills * r), last
+            h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0])
+            return spread(h.transpose(0, 1), weights).view(-1, n_skills * r), last
 
         if by_split is None and not torch.is_grad_enabled() and is_eager():  # a product for each skill needs no copy of them
             return Steps(widened(x, A.dtype), None, (A, last, weights), each)
@@ -178,10 +181,10 @@ def poly_steps(
 
     def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
-        h = x.reshape(rows, n_splits, width).transpose(0, 1) @ first
-        h = spread(h.view(n_splits, rows, n_skills, r).transpose(0, 1).flatten(1, 2), weights)
-        h = h.view(rows, n_splits, n_skills * r).transpose(0, 1)
-        return (h @ last).transpose(0, 1).reshape(rows, n_splits * B.shape[3]), None
+        h = x.reshape(-1, n_splits, width).transpose(0, 1) @ first  # [n_splits, rows, n_skills * r]
+        h = spread(h.unflatten(2, (n_skills, r)).transpose(0, 1).flatten(1, 2), weights)
+        h = h.view(-1, n_splits, n_skills * r).transpose(0, 1)
+        return (h @ last).transpose(0, 1).reshape(-1, n_splits * last.shape[2]), None
 
     return Steps(widened(x, A.dtype), None, (first, last, weights), delta)
 
@@ -219,12 +222,6 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
     matrices = features * batch * (n_skills + tokens + 2 * _MOVE)
     rank_space = features * (applied + _MOVE * n_skills) + 4 * _MOVE * applied * n_splits
     return _certainly(matrices - rank_space > 0)
-
-
-def _goes_through_rank_space(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Tell if `rank_space_pays` for an input and weights `[batch, n_splits, n_skills]`."""
-    (*leading, _), (batch, *_), (n_splits, n_skills, width, _), (*_, columns) = shapes(x, weights, A, B)
-    return rank_space_pays(batch, math.prod(leading) // max(batch, 1), n_splits * (width + columns), n_splits, n_skills)
 
 
 def _certainly(condition: bool) -> bool:
@@ -314,26 +311,33 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _by_sample(x: Tensor, weights: Tensor) -> tuple[int, int, Tensor]:
-    """The input's samples and tokens, with weights `[batch, n_splits, n_skills]`."""
-    (*leading, _), (*owners, _, _) = shapes(x, weights)
-    if weights.dim() > 3:
+def _by_sample(weights: Tensor) -> Tensor:
+    """Return weights as `[batch, n_splits, n_skills]`; those of tokens have each for a sample."""
+    return weights if weights.dim() == 3 else weights.flatten(0, -3)
+
+
+def _sizes(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[int, bool]:
+    """Return how many tokens each sample of an input has, and if rank space pays for them."""
+    leading, owners, (n_splits, n_skills, width, _), of_B = shapes(x, weights, A, B)
+    leading, owners = leading[:-1], owners[:-2]
+    if len(owners) > 1:
         if owners != leading:
             raise PeftValueError(
                 f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape {tuple(x.shape)}: "
                 "all but their last two sizes must be all but its last one."
             )
-        return math.prod(x.shape[:-1]), 1, weights.flatten(0, -3)
-    rows, batch = leading[0], owners[0]
-    # Checked, since a reshape would silently move tokens between samples.
-    if rows != batch and (batch == 0 or rows % batch != 0):
-        raise PeftValueError(
-            f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
-            "the rows must be a multiple of the samples."
-        )
-    # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
-    samples = weights.shape[0]
-    return samples, math.prod(x.shape[:-1]) // (samples if batch else 1), weights
+        batch, tokens = math.prod(leading), 1
+    else:
+        rows, batch = leading[0], owners[0]
+        # Checked, since a reshape would silently move tokens between samples.
+        if rows != batch and (batch == 0 or rows % batch != 0):
+            raise PeftValueError(
+                f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
+                "the rows must be a multiple of the samples."
+            )
+        # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
+        tokens = math.prod(leading) // max(batch, 1)
+    return tokens, rank_space_pays(batch, tokens, n_splits * (width + of_B[-1]), n_splits, n_skills)
 
 
 def _share_gate(logits: Tensor, share: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ class Routing:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
         elif (by_task := self._by_task(active)) and (task_ids is not None or self._has_layers(model)):
             call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device)
-        if rows.samples is None and call.task_ids is not None and call.task_ids.shape[0] > 1:
-            rows.samples = call.task_ids.shape[0]
+        if rows.samples is None and call.task_ids is not None and (count := shapes(call.task_ids)[0][0]) > 1:
+            rows.samples = count
         return call
 
     def _has_layers(self, model: Any) -> bool:

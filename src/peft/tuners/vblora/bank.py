@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._derivatives import gradients_again
-from .._eager import is_batched, is_eager
+from .._eager import is_batched, is_eager, shapes
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where `embedding_bag` is known to have a gradient for its weights."""
@@ -55,11 +55,14 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 
     Source: arXiv:2405.15179
     """
-    chosen, indices = best(logits, topk)
+    return _mixed(*best(logits, topk), bank)
+
+
+def _mixed(chosen: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
+    """Return tiles `[..., vector_length]` for chosen logits `[..., topk]`."""
     # float32 even for a half bank: it rounds once, and CUDA has no bfloat16 gradient for the weights of a bag.
     dtype = torch.promote_types(bank.dtype, torch.float32)
-    mixed = _weighted_sum(chosen.softmax(dim=-1, dtype=dtype), indices, bank.to(dtype))
-    return mixed.to(bank.dtype)
+    return _weighted_sum(chosen.softmax(dim=-1, dtype=dtype), indices, bank.to(dtype)).to(bank.dtype)
 
 
 def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
@@ -265,7 +268,13 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
 
 def compose_in_full(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Compose both low-rank factors of one layer in plain operations; as `factors.compose_factors`."""
-    return place_tiles(compose(logits_A, bank, topk), compose(logits_B, bank, topk))
+    (chosen_A, indices_A), (chosen_B, indices_B) = best(logits_A, topk), best(logits_B, topk)
+    # All positions are one bag after the other, so that there is one gradient of the bank's size.
+    chosen = torch.cat([chosen_A.flatten(0, 1), chosen_B.flatten(0, 1)])
+    tiles = _mixed(chosen, torch.cat([indices_A.flatten(0, 1), indices_B.flatten(0, 1)]), bank)
+    (r, tiles_A, _), (tiles_B, *_) = shapes(logits_A, logits_B)
+    of_A, of_B = tiles.split([r * tiles_A, tiles_B * r])
+    return place_tiles(of_A.unflatten(0, (r, tiles_A)), of_B.unflatten(0, (tiles_B, r)))
 
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
