@@ -64,6 +64,23 @@ def test_product_added_in_place(p):
     assert torch.autograd.gradgradcheck(added, (normal(2, 3, 4), normal(*p), normal(*q)))
 
 
+@pytest.mark.parametrize("peft_type", sorted(METHODS))
+def test_an_output_that_a_replaced_forward_keeps_is_left_alone(peft_type):
+    method, kept = METHODS[peft_type], []
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), method.config(target_modules=["0"])).eval()
+    base = model.get_submodule("base_model.model.0.base_layer")
+
+    def forward(x):
+        kept.append(nn.functional.linear(x, base.weight, base.bias))
+        return kept[-1]
+
+    base.forward = forward
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        model(x, **method.call)
+    torch.testing.assert_close(kept[-1], nn.functional.linear(x, base.weight, base.bias))
+
+
 def outcome(model, x, call, seed=0):
     """Output and all gradients, the input's too."""
     torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from peft.tuners.poly import gating, mixing, mixing_kernels
 from peft.tuners.poly import kernels as poly_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
-from peft.tuners.vblora import bank as bank_module
+from peft.tuners.vblora import factors as factors_module
 from peft.tuners.vblora import kernels as vblora_kernels
 from peft.tuners.vblora.bank import compose, place_tiles
 from peft.tuners.vblora.factors import compose_factors
@@ -36,7 +36,7 @@ def assert_near(found, expected, tolerance):
 def plain():
     """Without kernels."""
     with (
-        mock.patch.object(bank_module, "can_launch", return_value=False),
+        mock.patch.object(factors_module, "can_launch", return_value=False),
         mock.patch.object(gating, "can_launch", return_value=False),
         mock.patch.object(mixing, "can_launch", return_value=False),
     ):

@@ -113,9 +113,12 @@ def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
 
 
 def may_write_to_output(layer: Any) -> bool:
-    """Whether a layer's output belongs to its caller alone: hooks may have kept it, and other kinds of layers themselves."""
+    """Return whether a layer's output belongs to its caller alone: a hook, a replaced forward or another kind of layer may
+    have kept it.
+    """
     return type(layer) is nn.Linear and not (
-        layer._forward_hooks
+        "forward" in layer.__dict__
+        or layer._forward_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or _hooks._global_forward_hooks

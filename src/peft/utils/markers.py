@@ -52,6 +52,7 @@ def marker(name: str, module: str = "peft") -> type:
     declared = getattr(sys.modules.get(module), "__annotations__", {})
     is_named = name in declared or (name in _NAMES and module in ("peft", "peft.tuners"))
     if not is_named and (name.startswith("__") or not is_absent(module)):
+        declared = [*declared, *(_NAMES if module in ("peft", "peft.tuners") else ())]
         present = () if name.startswith("_") or module not in sys.modules else [*vars(sys.modules[module]), *declared]
         raise AttributeError(f"module {module!r} has no attribute {name!r}.{did_you_mean(name, present)}", name=name, obj=None)
 
