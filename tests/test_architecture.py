@@ -136,3 +136,12 @@ def test_a_method_is_a_config_a_layer_a_tuner_and_a_registration(tmp_path, monke
             registry = getattr(peft_types, f"PEFT_TYPE_TO_{mapping}_MAPPING")
             for key in [key for key in registry if key == "RANKONE"]:
                 del registry[key]
+        forget_type("RANKONE")
+
+
+def forget_type(name):
+    """Take a member that a registration added off `PeftType`, for the tests that come after."""
+    kinds = peft.PeftType
+    kinds._member_names_.remove(name)
+    del kinds._member_map_[name], kinds._value2member_map_[name]
+    type.__delattr__(kinds, name)
