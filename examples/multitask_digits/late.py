@@ -78,11 +78,11 @@ def learn_row(base: Base, adapted: Adapted, task: Task, data: Data, examples: Im
     return [*ways, ("new row, trained", size, score(old))]
 
 
-def learn_fresh(base: Base, method: Method, task: Task, data: Data, examples: Images, steps: int) -> tuple[int, float]:
+def learn_fresh(base: Base, method: Method, name: str, task: Task, data: Data, examples: Images, steps: int) -> tuple[int, float]:
     """The alternative: a new adapter of the task's own from the same examples. Returns parameters and accuracy."""
     model = get_peft_model(copy.deepcopy(base.model), method.config())
     inputs = task_inputs(base, task, examples, len(examples), torch.Generator().manual_seed(0))
-    with progress(f"{task.label}: new {method.label}", steps) as bar:
+    with progress(f"{task.label}: new {name}", steps) as bar:
         fit(model, method.rates, steps, inputs, bar)
     return model.get_nb_trainable_parameters()[0], accuracy(predict(base, model, task, data.test), data.test)
 
@@ -103,5 +103,5 @@ def meet(base: Base, adapted: dict[str, Adapted], tasks: list[Task], data: Data,
             for label, size, score in learn_row(base, one, task, data, examples, steps):
                 note(label, one.method.label, task, size, score)
         for fresh, name in ((adapted["lora"].method, "LoRA"), (adapted["lokr"].method, "LoKr")):
-            note(f"new {name} of its own", "", task, *learn_fresh(base, fresh, task, data, examples, steps))
+            note(f"new {name} of its own", "", task, *learn_fresh(base, fresh, name, task, data, examples, steps))
     return list(ways.values())
