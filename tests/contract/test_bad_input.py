@@ -345,3 +345,19 @@ def test_another_revision_is_said(method):
     with pytest.warns(UserWarning, match="already set base model revision to a, overwriting with revision b"):
         get_peft_model(mlp(), config, revision="b")
     assert config.revision == "b"
+
+
+def test_active_adapters_are_named_once(method):
+    model = peft.get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    before = snapshot(model)
+    with pytest.raises(peft.PeftError, match="names an adapter twice"):
+        model.set_adapter(["default", "default"])
+    assert_unchanged(before, model)
+
+
+def test_the_name_for_no_adapter_is_taken(method):
+    model = peft.get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    before = snapshot(model)
+    with pytest.raises(peft.PeftError, match="means no adapter"):
+        model.add_adapter("__base__", method.config(target_modules=TARGETS))
+    assert_unchanged(before, model)

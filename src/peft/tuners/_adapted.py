@@ -227,6 +227,8 @@ class AdaptedModel(nn.Module):
             PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
         """
         names = self.check_names(adapter_name)
+        if len(set(names)) < len(names):
+            raise PeftValueError(f"`adapter_name`={names} names an adapter twice; active adapters add up, each once.")
         parts = list(self._parts())
         for part in parts:
             if isinstance(part, AuxiliaryTrainingWrapper):

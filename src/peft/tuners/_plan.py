@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..config import PeftConfig
+from ..utils.adapter_batch import BASE_MODEL
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules, model_type
@@ -133,6 +134,8 @@ def check_name(name: str, tuner: BaseTuner) -> None:
         raise PeftValueError(f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name.")
     if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
         raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
+    if name == BASE_MODEL:
+        raise PeftValueError(f"The adapter's name {name!r} means no adapter in `adapter_names`; choose another.")
     if name in tuner.peft_config:
         raise PeftValueError(f"Adapter with name '{name}' already exists; choose another, or delete that one first.")
 

@@ -414,3 +414,12 @@ def test_companions_train_on_request():
     assert not any("head" in name for name in trainable(model))
     model.train_only(tasks=[1], companions=True)
     assert sum("head" in name for name in trainable(model)) == 2
+
+
+@pytest.mark.parametrize("options", [{"skills": "yes"}, {"skills": 1}, {"companions": None}])
+def test_what_trains_is_said_by_true_or_false(options):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), PolyConfig(n_tasks=2, target_modules=["0"]))
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(TypeError, match="must be True or False"):
+        model.train_only(**options)
+    assert [p.requires_grad for p in model.parameters()] == before

@@ -77,6 +77,9 @@ class AdaptingTuner(DerivingTuner):
         Source: arXiv:2211.03831, section 3.3
         """
         every, name = isinstance(tasks, str) and tasks == "all", self.one_adapter(adapter_name)
+        for option, value in (("skills", skills), ("companions", companions)):
+            if not isinstance(value, bool):
+                raise PeftTypeError(f"`{option}`={value!r} must be True or False.")
         numbers = [] if every or tasks is None else self.task_numbers(self.task_routed(name), tasks)
         for other in self.peft_config:
             self.set_requires_grad(other, False)
