@@ -553,3 +553,11 @@ def test_hugging_face_can_read_what_followed_its_rules():
     fields = inspect_lokr_file(tensors, flux()).config.to_dict()
     assert fields["r"] == 2 and fields["alpha"] == 3 and fields["decompose_factor"] == 2
     assert not set(fields) & (set(LoKrConfig.absent_values) - {"kronecker_layout"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "float16"])
+def test_a_file_holds_floating_point_numbers(dtype, tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoKrConfig(r=1, target_modules=["0"]))
+    with pytest.raises(ValueError, match="must be a floating-point dtype"):
+        save_lokr_file(model, tmp_path / "lokr.safetensors", "kohya", dtype=dtype)
+    assert not any(tmp_path.iterdir())

@@ -423,3 +423,11 @@ def test_what_trains_is_said_by_true_or_false(options):
     with pytest.raises(TypeError, match="must be True or False"):
         model.train_only(**options)
     assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_one_task_is_fitted_at_a_time():
+    model = poly()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="names several tasks; fit one at a time"):
+        model.fit_task([0, 1], lambda: torch.zeros((), requires_grad=True))
+    assert_unchanged(before, model)

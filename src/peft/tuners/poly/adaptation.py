@@ -186,7 +186,9 @@ class AdaptingTuner(DerivingTuner):
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
         """
         name, begin = self.task_routed(adapter_name), perf_counter()
-        number = self.task_numbers(name, task, "task")[0]
+        number, *more = self.task_numbers(name, task, "task")
+        if more:
+            raise PeftValueError(f"`task`={task!r} names several tasks; fit one at a time.")
         if name not in self.active_adapters or self.merged_adapters:
             raise PeftValueError(
                 f"Adapter {name} must be active and not merged to be fitted; the active ones are {self.active_adapters}."

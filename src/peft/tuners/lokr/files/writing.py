@@ -82,7 +82,7 @@ def save_lokr_file(
         The keys written.
 
     Raises:
-        PeftValueError: There is no such layout or adapter; nothing is written.
+        PeftValueError: There is no such layout or adapter, or `dtype` is not a floating-point one; nothing is written.
         PeftNotSupportedError: Something of the adapter has no place in such a file; it is named and nothing is written.
 
     Example:
@@ -97,6 +97,8 @@ def save_lokr_file(
         raise PeftValueError(
             f"`layout`={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}; `save_pretrained` writes Hugging Face PEFT's."
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PeftValueError(f"`dtype`={dtype!r} must be a floating-point dtype of torch, or None for the adapter's.")
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
     layers = _layers(model, adapter_name)
