@@ -51,6 +51,39 @@ def test_only_the_adapter_is_trained(model, method):
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == names
 
 
+WAYS = {
+    "copy": lambda model, method, folder: model.copy_adapter("default", "b"),
+    "load": lambda model, method, folder: model.load_adapter(folder, "b", is_trainable=True),
+    "add": lambda model, method, folder: (
+        model.add_adapter("b", method.config(target_modules=TARGETS, modules_to_save=["4"])),
+        model.load_adapter(folder, "b"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", *WAYS])
+def test_what_inference_mode_made_can_be_trained(method, way, tmp_path):
+    """Gradients are those of the same adapter loaded outside of it."""
+    bases = [mlp() for _ in range(3)]
+    for base in bases:
+        base.load_state_dict(bases[0].state_dict())
+    with torch.inference_mode():
+        model = get_peft_model(bases[0], method.config(target_modules=TARGETS, modules_to_save=["4"]))
+        model.save_pretrained(tmp_path)
+        if way == "from_pretrained":
+            model = PeftModel.from_pretrained(bases[1], tmp_path, is_trainable=True)
+        else:
+            WAYS[way](model, method, tmp_path)
+            model.set_adapter("b")
+    other = PeftModel.from_pretrained(bases[2], tmp_path, is_trainable=True)
+    x = torch.randn(5, 8)
+    for each in (model, other):
+        each.eval()(x, **method.call).square().sum().backward()
+    found, wanted = ([p for p in each.parameters() if p.requires_grad] for each in (model, other))
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
 def test_delta_weight_is_what_forward_adds(method):
     """`layer(x) = base(x) + x·ΔWᵀ`, in float64."""
     base = nn.Linear(8, 16).double()

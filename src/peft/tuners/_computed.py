@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..utils.error import PeftNotSupportedError
+from ..utils.tensors import ordinary_tensors
 from ..utils.warning import warn
 
 _REMEDIES = (
@@ -96,7 +96,7 @@ def make_plain(module: nn.Module) -> None:
     """Have a layer's weight as a parameter, with the numbers that it computed."""
     if not is_computed(module):
         return
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         weight = read(module).detach().clone()
     if parametrize.is_parametrized(module, "weight"):
         trained = any(p.requires_grad for p in module.parametrizations["weight"].parameters(recurse=False))  # type: ignore[union-attr, index]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.error import PeftTypeError
+from ..utils.tensors import ordinary_tensors
 from ..utils.warning import warn
 from ._geometry import Geometry
 
@@ -132,7 +133,7 @@ def by_itself(device: torch.device) -> Iterator[None]:
     """A context whose results do not depend on the caller's: without gradients, autocast, and inference tensors, which nobody could
     train later.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         if device.type == "meta" or not torch.is_autocast_enabled(device.type):
             yield
             return

@@ -20,6 +20,7 @@ from ..utils.constants import DEFAULT_TARGET_MODULES
 from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
 from ..utils.offload import bring_back
 from ..utils.other import ModulesToSaveWrapper, get_submodules
+from ..utils.tensors import ordinary_tensors
 from ..utils.walk import walk
 from . import _combining, _geometry, _plan, _rows
 from ._adapted import AdaptedModel
@@ -234,7 +235,7 @@ class BaseTuner(AdaptedModel):
         Raises:
             PeftValueError: As for the class; model and config are left as they were.
         """
-        with _restored_on_error(config):
+        with _restored_on_error(config), ordinary_tensors():
             method, construction = self.method_of(config), construction or Construction()
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = check is None and construction.device is None and not config.inference_mode

@@ -26,6 +26,7 @@ from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .renamed_modules import renamed_state
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
+from .tensors import ordinary_tensors
 from .vocabulary import was_resized
 from .walk import walk
 from .warning import warn
@@ -350,7 +351,7 @@ def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
     raise CheckpointError(" ".join([*parts, *([remedy] if remedy else [])]))
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def write_state(
     model: nn.Module | None,
     expected: Mapping[str, Tensor],

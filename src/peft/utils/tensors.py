@@ -3,10 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from .error import PeftValueError
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """A context that makes tensors without a history which can be trained later, even inside
+    `torch.inference_mode`, whose own tensors never can.
+
+    Example:
+        >>> with torch.inference_mode(), ordinary_tensors():
+        ...     torch.zeros(1).is_inference()
+        False
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -143,9 +143,9 @@ def test_what_is_saved_is_counted(tmp_path):
 # --- training on ------------------------------------------------------------------------------------------------------------
 
 
-def resumed(folder, **options):
+def resumed(folder, model=None, **options):
     asked = VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)
-    return PeftModel.from_pretrained(base(), folder, is_trainable=True, config=asked, **options)
+    return PeftModel.from_pretrained(model or base(), folder, is_trainable=True, config=asked, **options)
 
 
 def test_training_on_keeps_the_choice_and_moves_the_weights(tmp_path):
@@ -193,6 +193,19 @@ def test_its_gradient_is_that_of_the_full_logits(tmp_path):
         torch.testing.assert_close(getattr(compact.base_model.model[0], name)["default"].grad, expected, rtol=1e-4, atol=1e-4)
     bank, other = (model.vblora_vector_bank["default"].grad for model in (full, compact))
     torch.testing.assert_close(other, bank, rtol=1e-4, atol=1e-4)
+
+
+def test_training_on_what_was_loaded_in_inference_mode(tmp_path):
+    x, expected = saved(tmp_path)
+    plain = base()
+    with torch.inference_mode():
+        model = resumed(tmp_path, plain)
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    other = resumed(tmp_path)
+    for each in (model, other):
+        each.train()(x).square().sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
 
 
 def test_the_guard_stands_without_the_option(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.tensors import ordinary_tensors
 from .._tuner import BaseTuner
 from .layer import PolyLayer
 from .mixing import grow_skills
@@ -77,7 +78,7 @@ class InventoryTuner(BaseTuner):
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def add_tasks(self, tasks: int | Sequence[str], init: str | int = "mean", adapter_name: str | None = None) -> None:
         """Append tasks to an adapter. What existing tasks compute does not change by a bit.
 
@@ -106,7 +107,7 @@ class InventoryTuner(BaseTuner):
 
         self._replace_tasks(name, grown, [*old, *[None] * extra], names, source)
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def remove_tasks(self, tasks: int | str | Sequence[int | str], adapter_name: str | None = None) -> None:
         """Take tasks out of an adapter. Those that stay move up; what they compute does not change by a bit.
 
@@ -135,7 +136,7 @@ class InventoryTuner(BaseTuner):
             raise PeftValueError("An adapter needs a task; to remove all of them use `delete_adapter`.")
         self._select_tasks(name, stay)
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def reorder_tasks(self, order: Sequence[int | str], adapter_name: str | None = None) -> None:
         """Give the tasks other ids. What each computes does not change by a bit.
 
@@ -212,7 +213,7 @@ class InventoryTuner(BaseTuner):
 
     # --- skills -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def add_skills(self, n: int, adapter_name: str | None = None) -> None:
         """Add skills to every layer's inventory. What tasks compute in evaluation changes by rounding only.
 

@@ -23,6 +23,7 @@ from ...config import as_folder
 from ...utils.adapter_files import read_metadata, read_weights, write_tensors
 from ...utils.error import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 from ...utils.hub import find_file, local_folder, only_hub_options
+from ...utils.tensors import ordinary_tensors
 from ...utils.walk import walk
 
 BANK_NAME = "vector_bank.safetensors"
@@ -51,7 +52,8 @@ class VectorBank:
     def __init__(self, vectors: Tensor, replaces: Sequence[str] = ()) -> None:
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
             raise PeftTypeError("`vectors` must be a floating-point tensor `[num_vectors, vector_length]`.")
-        self.vectors = vectors.detach().to("cpu", copy=True).contiguous()
+        with ordinary_tensors():
+            self.vectors = vectors.detach().to("cpu", copy=True).contiguous()
         self.replaces = tuple(replaces)
 
     def __repr__(self) -> str:
