@@ -28,12 +28,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .error import CheckpointError, CheckpointNotFoundError
+from .error import CheckpointError, CheckpointNotFoundError, PeftTypeError
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 _DIGEST = "adapter_config_sha256"
+
+
+def as_path(path: Any, name: str, other: str = "") -> Path:
+    """Return an argument as a path.
+
+    Args:
+        path: The argument.
+        name: Its name, for the message.
+        other: What else it may be, likewise.
+
+    Raises:
+        PeftTypeError: It is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
+    return Path(path)
 
 
 @contextmanager

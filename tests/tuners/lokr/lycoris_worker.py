@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from image_models import MODELS, output
+from safetensors.torch import save_file
 
 sys.modules.setdefault("toml", types.ModuleType("toml"))  # LyCORIS reads preset files with it, of which there are none here
 
@@ -110,6 +111,9 @@ def main():
             network.apply_to()
             outputs[case] = output(model, kind)
         assert len(loras) > 4, case
+        if case.endswith("scalar"):  # as versions before 2 wrote it: what is trained, each by itself
+            named = {f"{lora.lora_name}.{name}": p.detach() for lora in loras for name, p in lora.named_parameters()}
+            save_file({**named, **{f"{lora.lora_name}.alpha": lora.alpha for lora in loras}}, folder / "scalar-apart.safetensors")
         network.save_weights(
             str(folder / f"{case}.safetensors"), None, {"ss_network_module": "lycoris.kohya"} if "kohya" in case else {}
         )

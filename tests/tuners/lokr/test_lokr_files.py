@@ -88,6 +88,16 @@ def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(wri
 
 @pytest.mark.processes
 @pytest.mark.xdist_group("lycoris")
+def test_a_scalar_of_lycoris_beside_the_factors(written):
+    folder, outputs = written
+    path, model = folder / "scalar-apart.safetensors", MODELS["flux"][0]()
+    assert any(key.endswith(".scalar") for key in load_file(path))
+    assert load_lokr_file(model, path).fits
+    torch.testing.assert_close(output(model, "flux"), outputs["flux-scalar"], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.processes
+@pytest.mark.xdist_group("lycoris")
 def test_a_text_encoder_beside_an_image_model(written):
     folder, outputs = written
     path, clip = folder / "kohya-unet.safetensors", MODELS["clip"][0]()
@@ -509,6 +519,42 @@ def test_several_components_that_fit():
     load_lokr_file(mlp(), tensors, component="lora_te2")
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (5, "`file`=5 must be a path or tensors by key, not int"),
+        ({"0.lokr_w1": 3.0}, "'0.lokr_w1' has float"),
+        ({}, "'tensors' is empty"),
+        ({"lora_unet_0.lora_down.weight": torch.ones(2, 8)}, "It is a LoRA file: load it with .*`load_lora_weights`"),
+        ({"base_model.model.0.lora_A.weight": torch.ones(2, 8)}, "It is a LoRA file: load it with `PeftModel.from_pretrained`"),
+        ({"lycoris_0.hada_w1_a": torch.ones(2, 8)}, "It is a LoHa file"),
+        ({"0.vblora_logits_A": torch.ones(2, 8)}, "It is a Poly or VB-LoRA adapter"),
+    ],
+)
+def test_what_is_no_lokr_file_is_told_what_it_is(file, message):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load_lokr_file(model, file)
+    assert_unchanged(before, model)
+    with pytest.raises(TypeError, match="`model`='mlp' must be a module"):
+        load_lokr_file("mlp", file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scalar_is_a_factor_on_the_delta(dtype):
+    factors = {name: tensor.to(dtype) for name, tensor in low_rank(8, 8, 2, 2, 2).items()}
+    tensors = {f"lycoris_0.{name}": tensor for name, tensor in factors.items()}
+    numbers = {"lycoris_0.scalar": torch.tensor(-0.3, dtype=dtype), "lycoris_0.alpha": torch.tensor(6.0, dtype=dtype)}
+    model = nn.Sequential(nn.Linear(8, 8))
+    load_lokr_file(model, {**tensors, **numbers})
+    expected = book(factors, 3 * float(numbers["lycoris_0.scalar"]))
+    torch.testing.assert_close(model[0].get_delta_weight("default").double(), expected, atol=1e-6, rtol=1e-5)
+    for key, value in (("scalar", torch.nan), ("scalar", torch.inf), ("alpha", torch.nan)):
+        wrong = {**tensors, **numbers, f"lycoris_0.{key}": torch.tensor(value)}
+        refused(nn.Sequential(nn.Linear(8, 8)), wrong, f"'lycoris_0.{key}' is {value}.* an earlier step")
+
+
 def test_an_unreadable_file(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="not a readable weights file"):
@@ -529,7 +575,38 @@ def test_what_can_not_be_written(tmp_path):
         save_lokr_file(model, tmp_path / "a.safetensors", "a1111")
     with pytest.raises(ValueError, match="no LoKr adapter named 'x'"):
         save_lokr_file(model, tmp_path / "a.safetensors", adapter_name="x")
+    with pytest.raises(ValueError, match="is a folder; give the path of a file"):
+        save_lokr_file(model, tmp_path)
+    with pytest.raises(TypeError, match="`path`=5 must be a path"):
+        save_lokr_file(model, 5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tensor", ["lokr_w1", "lokr_w2_a", "alpha", "dora_scale"])
+def test_a_value_that_the_dtype_does_not_hold_is_named(tensor, tmp_path):
+    config = LoKrConfig(r=1, alpha=1e5 if tensor == "alpha" else 2, target_modules=["0"], weight_decompose=tensor == "dora_scale")
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
+    container = {"alpha": None, "dora_scale": "lokr_magnitude"}.get(tensor, tensor)
+    if container is not None:
+        getattr(model.base_model.model[0], container)["default"].data.flatten()[1] = -1e5
+    with pytest.raises(ValueError, match=rf"`0`: the values of `{tensor}` go up to 1e\+05, those of torch.float16 to 6.55e\+04"):
+        save_lokr_file(model, tmp_path / "new" / "a.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    save_lokr_file(model, tmp_path / "new" / "a.safetensors", dtype=torch.bfloat16)
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "new" / "a.safetensors").values())
+
+
+def test_a_product_with_the_scale_is_rounded_once(tmp_path):
+    """Scale and scalar together are ordinary where one after the other would leave half precision."""
+    config = LoKrConfig(r=2, alpha=2e4, target_modules=["0"], use_scalar=True, init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)).half(), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.lokr_scalar["default"].data.fill_(3e-6)
+    expected = layer.lokr_w1["default"].double() * layer.lokr_scalar["default"].double() * 1e4
+    save_lokr_file(model, tmp_path / "a.safetensors", "diffusers")
+    found = load_file(tmp_path / "a.safetensors")["transformer.0.lokr_w1"]
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), expected.detach(), atol=1e-5, rtol=1e-3)
 
 
 def test_diffusers_goes_on_with_the_adapter():

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from ..kronecker import KroneckerFactors
 
 FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
-TENSORS = (*FACTORS, "alpha", "dora_scale")
+# Of one value each: the scale times the rank, and what some versions of LyCORIS train beside the factors.
+NUMBERS = ("alpha", "scalar")
+TENSORS = (*FACTORS, *NUMBERS, "dora_scale")
 
 # What stands before a module's path with `_` for dots: the part of a pipeline that it is in. Longer ones first.
 _FLAT = (

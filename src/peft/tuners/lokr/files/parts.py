@@ -26,6 +26,7 @@ class FileModule:
         flat: Whether the name has `_` for dots.
         factors: Tensors by the fields of `KroneckerFactors`.
         alpha: What the file says, None for nothing.
+        scalar: A factor on the product that LyCORIS trained (`use_scalar`), None where the factors have it in them.
         dora_scale: Lengths of the weight's rows `[out, 1, …]` or columns `[1, in, …]`, None without decomposition.
         known: `r` and `alpha` as a config says them, which then decide the scale alone, None without a config.
     """
@@ -35,6 +36,7 @@ class FileModule:
     flat: bool
     factors: dict[str, Tensor] = field(default_factory=dict)
     alpha: float | None = None
+    scalar: float | None = None
     dora_scale: Tensor | None = None
     known: tuple[int, float] | None = None
 
@@ -57,6 +59,14 @@ class FileModule:
         if self.rank is None or self.alpha is None or self.has_placeholder:
             return 1.0
         return self.alpha / self.rank
+
+    def take_in_scalar(self) -> None:
+        """Multiply the scalar into `W1`, as later versions of LyCORIS do when they write a file."""
+        left = next((name for name in ("w1", "w1_a") if name in self.factors), None)
+        if self.scalar is not None and left is not None:
+            tensor = self.factors[left]
+            self.factors[left] = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * self.scalar
+            self.scalar = None
 
     @property
     def form(self) -> str:

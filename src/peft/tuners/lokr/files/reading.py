@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json, read_metadata, read_weights
-from ....utils.error import CheckpointError, PeftValueError
+from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, as_path, read_json, read_metadata, read_weights
+from ....utils.error import CheckpointError, PeftTypeError, PeftValueError
 from ....utils.peft_types import PeftType
 from ..._adapted import AdaptedModel
 from ..._build import Build, Construction
 from ..config import LoKrConfig
 from ..model import LoKrModel
-from .keys import split_key
+from .keys import NUMBERS, split_key
 from .parts import FileModule
 from .placing import Placement, place
 
@@ -120,6 +122,7 @@ def inspect_lokr_file(
 
     Raises:
         CheckpointError: The file can't be read or holds no LoKr modules.
+        PeftTypeError: `file` is neither a path nor tensors, or `model` is no module.
         PeftValueError: The file has no such component.
 
     Example:
@@ -131,6 +134,8 @@ def inspect_lokr_file(
 
     Source: arXiv:2309.14859, section 3.2
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise PeftTypeError(f"`model`={model!r} must be a module of torch; a model's weights by key are not enough.")
     contents = read_lokr_file(file)
     if model is None:
         return LoKrReport(contents)
@@ -184,6 +189,8 @@ def load_lokr_file(
         >>> load_lokr_file(base, tensors).fits, base[0].get_delta_weight("default").sum()
         (True, tensor(48.))
     """
+    if model is None:
+        raise PeftTypeError("`model`=None must be a module of torch; `inspect_lokr_file` needs none.")
     report = inspect_lokr_file(file, model, component)
     assert report.placement is not None
     if report.problems and not (ignore_unplaced and report.placement.placed):
@@ -201,21 +208,18 @@ def read_lokr_file(file: str | os.PathLike | dict[str, Tensor]) -> LoKrFile:
     """The contents of a file.
 
     Raises:
-        CheckpointError: It can't be read, or holds no LoKr modules.
+        CheckpointError: It can't be read, or holds no LoKr modules, or a number in it is NaN.
+        PeftTypeError: It is neither a path nor tensors by key.
     """
-    if isinstance(file, dict):
-        tensors, result = file, LoKrFile("tensors")
-    else:
-        path = Path(file) / SAFETENSORS_WEIGHTS_NAME if Path(file).is_dir() else Path(file)
-        tensors, result = read_weights(path), LoKrFile(str(path), read_metadata(path))
+    tensors, result = _opened(file)
     for name, tensor in tensors.items():
         key = split_key(name)
-        if key is None or (key.tensor == "alpha" and tensor.numel() != 1):
+        if key is None or (key.tensor in NUMBERS and tensor.numel() != 1):
             result.unknown.append(name)
             continue
         module = result.modules.setdefault((key.component, key.name), FileModule(key.name, key.component, key.flat))
-        if key.tensor == "alpha":
-            module.alpha = float(tensor)
+        if key.tensor in NUMBERS:
+            setattr(module, key.tensor, _number(result.source, name, tensor))
         elif key.tensor == "dora_scale":
             module.dora_scale = tensor
         else:
@@ -225,9 +229,54 @@ def read_lokr_file(file: str | os.PathLike | dict[str, Tensor]) -> LoKrFile:
             result.unknown.append(".".join(filter(None, owner)))
             del result.modules[owner]
     if not result.modules:
-        some = ", ".join(map(repr, list(tensors)[:3]))
-        raise CheckpointError(f"'{result.source}' holds no LoKr modules; its keys are {some or 'none'}, …")
+        raise CheckpointError(f"'{result.source}' {_instead(tensors)}")
+    for module in result.modules.values():
+        module.take_in_scalar()
     return result
+
+
+def _opened(file: Any) -> tuple[dict[str, Tensor], LoKrFile]:
+    """Return a file's tensors, and what else is known of it."""
+    if isinstance(file, dict):
+        if strange := [key for key, tensor in file.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]:
+            raise PeftTypeError(f"`file` must hold tensors by key; {strange[0]!r} has {type(file[strange[0]]).__name__}.")
+        return file, LoKrFile("tensors")
+    path = as_path(file, "file", " or tensors by key")
+    path = path / SAFETENSORS_WEIGHTS_NAME if path.is_dir() else path
+    return read_weights(path), LoKrFile(str(path), read_metadata(path))
+
+
+def _number(source: str, key: str, tensor: Tensor) -> float:
+    """Return the value of a tensor of one. An infinite alpha is the placeholder 1e10 in half precision."""
+    value = float(tensor)
+    if math.isnan(value) or (math.isinf(value) and key.endswith("scalar")):
+        raise CheckpointError(
+            f"'{source}': {key!r} is {value}, which no delta can be multiplied by; nothing was loaded. The training that wrote the "
+            "file went wrong: take a file of an earlier step."
+        )
+    return value
+
+
+# What keys of other methods have in them, the method, and what loads it.
+_OTHERS = {
+    r"\blora_(A|B|down|up|embedding_A)\b": (
+        "a LoRA file",
+        "load it with `PeftModel.from_pretrained` (a folder with its config) or with diffusers' `load_lora_weights`",
+    ),
+    r"\bhada_w1": ("a LoHa file", "`PeftModel.from_pretrained` loads one that has its config"),
+    r"\b(poly_lora|vblora)_": ("a Poly or VB-LoRA adapter", "`PeftModel.from_pretrained` loads it"),
+}
+
+
+def _instead(tensors: dict[str, Tensor]) -> str:
+    """Return what a file without LoKr modules is, for a message."""
+    if not tensors:
+        return "is empty: it holds no tensors."
+    some = f"its keys are {', '.join(map(repr, list(tensors)[:3]))}{', …' if len(tensors) > 3 else ''}"
+    for pattern, (kind, remedy) in _OTHERS.items():
+        if any(re.search(pattern, key) for key in tensors):
+            return f"holds no LoKr modules; {some}. It is {kind}: {remedy}."
+    return f"holds no LoKr modules; {some}. Theirs end with `lokr_w1`, `lokr_w2` and the like."
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ....utils.adapter_files import write_tensors
+from ....config import as_folder
+from ....utils.adapter_files import as_path, write_tensors
 from ....utils.error import PeftNotSupportedError, PeftValueError
 from ....utils.renamed_modules import names_in_files
 from ....utils.walk import walk
@@ -67,7 +67,7 @@ def save_lokr_file(
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        path: A `.safetensors` file, replaced if there.
+        path: A `.safetensors` file, replaced if there; its folder is made if missing.
         layout: "kohya" (sd-scripts, also read by ComfyUI, Forge and others), "lycoris" (LyCORIS itself; SimpleTuner, ai-toolkit and
             ComfyUI read it), "simpletuner", "onetrainer", "comfyui", "ai-toolkit" or "diffusers".
         adapter_name: The adapter.
@@ -82,7 +82,9 @@ def save_lokr_file(
         The keys written.
 
     Raises:
-        PeftValueError: There is no such layout or adapter, or `dtype` is not a floating-point one; nothing is written.
+        PeftValueError: There is no such layout or adapter, `path` is a folder, or `dtype` is not a floating-point one or has no
+            room for a value; nothing is written.
+        PeftTypeError: `path` is no path.
         PeftNotSupportedError: Something of the adapter has no place in such a file; it is named and nothing is written.
 
     Example:
@@ -99,13 +101,18 @@ def save_lokr_file(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise PeftValueError(f"`dtype`={dtype!r} must be a floating-point dtype of torch, or None for the adapter's.")
+    file = as_path(path, "path")
+    if file.is_dir():
+        raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file, such as '{file / 'lokr.safetensors'}'.")
+    folder = as_folder(file.parent)
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
     layers = _layers(model, adapter_name)
     modules = _modules(layers, adapter_name, original_names, form, names_in_files(_root(model)))
     tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
     own = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "lokr"})} if layout == "kohya" else {}
-    write_tensors(Path(path), tensors, {**own, **(metadata or {})})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, tensors, {**own, **(metadata or {})})
     return sorted(tensors)
 
 
@@ -175,10 +182,10 @@ def _piece(path: str, layer: LoKrLayer, adapter_name: str, form: Layout) -> Piec
     if "t2" in factors and form.with_alpha:  # of a one-dimensional kernel without the second axis that Hugging Face PEFT adds
         factors["t2"] = factors["t2"].view(*factors["t2"].shape[:2], *layer.geometry.kernel_size)
     if adapter_name in layer.lokr_scalar:
-        factors[left] = factors[left] * layer.lokr_scalar[adapter_name].detach()
+        factors[left] = _wide(factors[left]) * layer.lokr_scalar[adapter_name].detach()
     if module.rank is None:
         module.alpha = float(layer.alpha[adapter_name] if scale == 1 else r)
-        factors[left] = factors[left] if scale == 1 else factors[left] * scale
+        factors[left] = factors[left] if scale == 1 else _wide(factors[left]) * scale
     else:
         plain = module.rank == r and scale == layer.alpha[adapter_name] / r
         module.alpha = float(layer.alpha[adapter_name]) if plain else scale * module.rank
@@ -190,15 +197,38 @@ def _piece(path: str, layer: LoKrLayer, adapter_name: str, form: Layout) -> Piec
 
 
 def _tensors(name: str, module: FileModule, form: Layout, dtype: torch.dtype | None) -> Iterable[tuple[str, Tensor]]:
-    """A module's tensors by key."""
+    """A module's tensors by key.
+
+    Raises:
+        PeftValueError: One has values beyond the dtype's.
+    """
     factors = dict(module.factors)
-    kind = next(iter(factors.values())).dtype
-    if form.with_alpha:
-        yield join_key(form.component, name, form.flat, "alpha"), torch.tensor(module.alpha, dtype=dtype or kind)
+    kind = dtype or factors["w2" if "w2" in factors else "w2_a"].dtype
+    tensors: dict[str, Tensor] = {}
+    if form.with_alpha and module.rank is None:  # which no reader multiplies by
+        tensors["alpha"] = torch.tensor(module.alpha, dtype=kind)
+    elif form.with_alpha:
+        tensors["alpha"] = torch.tensor(module.alpha, dtype=torch.float64)
     elif module.scale != 1:
         left = "w1" if "w1" in factors else "w1_a"
-        factors[left] = factors[left] * module.scale
-    for factor, tensor in factors.items():
-        yield join_key(form.component, name, form.flat, f"lokr_{factor}"), tensor.to(dtype or kind)
+        factors[left] = _wide(factors[left]) * module.scale
+    tensors |= {f"lokr_{factor}": tensor for factor, tensor in factors.items()}
     if module.dora_scale is not None:
-        yield join_key(form.component, name, form.flat, "dora_scale"), module.dora_scale.to(dtype or kind)
+        tensors["dora_scale"] = module.dora_scale
+    for end, tensor in tensors.items():
+        cast = tensor.to(kind)
+        if cast.dtype != tensor.dtype and not cast.is_meta and not _is_finite(cast) and _is_finite(tensor):
+            raise PeftValueError(
+                f"`{name}`: the values of `{end}` go up to {float(tensor.abs().max()):.4g}, those of {kind} to "
+                f"{torch.finfo(kind).max:.4g}; nothing was written. Pass a wider `dtype`, such as torch.bfloat16 or torch.float32."
+            )
+        yield join_key(form.component, name, form.flat, end), cast
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least, so that what is multiplied into it is rounded once."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(_wide(tensor)).all())
