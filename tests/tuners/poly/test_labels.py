@@ -4,12 +4,13 @@
 import json
 import math
 
+import numpy
 import pytest
 import torch
 from conftest import METHODS
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, convert_to_poly, get_peft_model, save_as_poly
+from peft import LoKrConfig, LoraConfig, PeftError, PeftModel, PolyConfig, convert_to_poly, get_peft_model, save_as_poly
 from peft.tuners.poly import TaskLabels
 
 SIZES = {"mood": ["bad", "good"], "topic": 3, "entails": ["no", "maybe", "yes"]}
@@ -92,25 +93,105 @@ def test_the_loss_by_a_loop(count):
     torch.testing.assert_close(labels.loss((logits,), numbers), labels.loss(logits, numbers))
 
 
+X, INF = torch.zeros(2, 8), math.inf  # logits of two samples
+OWN = [[-INF, -INF, *[0.0] * 6], [0.0] * 8]  # of which the first has none for its "mood"
+
+
+def of(*entries, **options):
+    return torch.tensor(entries, **options)
+
+
 BAD = [
-    (lambda: TaskLabels([2, 3]), TypeError, "must be a dictionary"),
-    (lambda: TaskLabels({}), ValueError, "names no tasks"),
-    (lambda: TaskLabels({"a": 0}), ValueError, "there must be some"),
-    (lambda: TaskLabels({"a": ["x", "x"]}), ValueError, "each of another name"),
-    (lambda: TaskLabels({"a": 2.5}), TypeError, "give their number or their names"),
-    (lambda: TaskLabels(SIZES).encode("tone", 0), ValueError, "Unknown task 'tone'; the tasks are mood, topic, entails"),
-    (lambda: TaskLabels(SIZES).encode("mood", 2), ValueError, "has no label 2; its labels are bad, good"),
-    (lambda: TaskLabels(SIZES).encode("mood", "fine"), ValueError, "has no label 'fine'"),
-    (lambda: TaskLabels(SIZES).decode(torch.zeros(1, 8), [3]), ValueError, "names tasks that there are not"),
-    (lambda: TaskLabels(SIZES).decode(torch.zeros(1, 7), [0]), ValueError, "for 7 labels, the tasks have 8"),
-    (lambda: TaskLabels(SIZES).narrow(nn.Linear(4, 8), 0), ValueError, "Found no layer with 8 outputs .* as `module`"),
+    (lambda t: TaskLabels([2, 3]), TypeError, "must be a dictionary"),
+    (lambda t: TaskLabels({}), ValueError, "names no tasks"),
+    (lambda t: TaskLabels({"a": 0}), ValueError, "there must be some"),
+    (lambda t: TaskLabels({"a": ["x", "x"]}), ValueError, "each of another name"),
+    (lambda t: TaskLabels({"a": 2.5}), TypeError, "give their number or their names"),
+    (lambda t: TaskLabels({"a": True}), TypeError, "give their number or their names"),
+    (lambda t: TaskLabels({3: 2}), TypeError, "must have names .*, not 3; numbers are their places"),
+    (lambda t: TaskLabels({("a",): 2}), TypeError, "must have names"),
+    (lambda t: t.encode("tone", 0), ValueError, "Unknown task 'tone'; the tasks are mood, topic, entails"),
+    (lambda t: t.encode(True, 0), ValueError, "Unknown task True"),
+    (lambda t: t.encode("mood", 2), ValueError, "has no label 2; its labels are bad, good"),
+    (lambda t: t.encode("mood", "fine"), ValueError, "has no label 'fine'"),
+    (lambda t: t.encode("mood", of(1, 0)), ValueError, "has no label tensor"),
+    (lambda t: t.encode("mood", -100.0), ValueError, "has no label -100.0"),
+    (lambda t: t.span(["mood"]), ValueError, r"Unknown task \['mood'\]"),
+    (lambda t: t.task_of(of(0, -1)), ValueError, "`labels` has -1; labels of the head are 0 to 7, or -100"),
+    (lambda t: t.task_of(of(0, 8)), ValueError, "`labels` has 8"),
+    (lambda t: t.task_of(of(0.0)), TypeError, "tensor of integers, .* not torch.float32"),
+    (lambda t: t.task_of([0, 1]), TypeError, "tensor of integers, .* not list"),
+    (lambda t: t.decode(X, [3, 0]), ValueError, r"Unknown task 3; .* \(or 0 to 2\)"),
+    (lambda t: t.decode(X, [-1, 0]), ValueError, "Unknown task -1"),
+    (lambda t: t.decode(X, t.task_of(of(0, -100))), ValueError, "Unknown task -100"),
+    (lambda t: t.decode(X, ["mod", 0]), ValueError, "Unknown task 'mod'"),
+    (lambda t: t.decode(X, [0.5, 1]), ValueError, "Unknown task 0.5"),
+    (lambda t: t.decode(X, of(0.5, 1.0)), ValueError, "Unknown task 0.5"),
+    (lambda t: t.decode(X, [True, False]), ValueError, "Unknown task True"),
+    (lambda t: t.decode(X, [None, 0]), ValueError, "Unknown task None"),
+    (lambda t: t.decode(X, None), ValueError, "Unknown task None"),
+    (lambda t: t.decode(X, ["mood"] * 3), ValueError, "names 3 tasks; expected one for each of 2 samples"),
+    (lambda t: t.decode(X, []), ValueError, "names 0 tasks"),
+    (lambda t: t.decode(X[:1], [0, 1]), ValueError, "names 2 tasks"),
+    (lambda t: t.decode(X[:, :7], [0, 0]), ValueError, "for 7 labels, the tasks have 8 .*num_labels=8"),
+    (lambda t: t.decode(X[0], "mood"), ValueError, r"shape \[8\]; expected \[batch, ..., 8\]. `logits\[None\]`"),
+    (lambda t: t.decode(of(1.0)[0], "mood"), ValueError, r"shape \[\]"),
+    (lambda t: t.decode({"logits": X}, [0, 0]), TypeError, "Logits must be a tensor, .* not dict"),
+    (lambda t: t.decode(X.cfloat(), [0, 0]), TypeError, "must be real numbers"),
+    (lambda t: t.decode(OWN, ["mood", 0]), ValueError, r"`logits\[0\]` has NaN for labels of task 'mood', or -inf for all"),
+    (lambda t: t.decode([OWN[1], [math.nan, *[0.0] * 7]], "mood"), ValueError, r"`logits\[1\]` has NaN"),
+    (lambda t: t.decode([[OWN[1]] * 2, OWN[::-1]], [1, 0]), ValueError, r"`logits\[1, 1\]` .* 'mood'"),
+    (lambda t: t.loss(X, of(-1, 0)), ValueError, "`labels` has -1"),
+    (lambda t: t.loss(X, of(0, 8)), ValueError, "`labels` has 8; .*`encode`"),
+    (lambda t: t.loss(X, of(0.0, 1.0)), TypeError, "tensor of integers"),
+    (lambda t: t.loss(X, of(True, False)), TypeError, "tensor of integers"),
+    (lambda t: t.loss(X, [0, 1]), TypeError, "tensor of integers"),
+    (lambda t: t.loss(X[:, :1], of(0, 1)), ValueError, "for 1 labels, the tasks have 8"),
+    (lambda t: t.loss(X, of([0], [1])), ValueError, r"shape \[2, 1\], the logits \[2, 8\]; expected .* \[2\]"),
+    (lambda t: t.loss(X[0], of(1)[0]), ValueError, r"shape \[8\]"),
+    (lambda t: t.loss(None, of(0, 1)), TypeError, "`outputs` .NoneType. has no logits"),
+    (lambda t: t.loss({"loss": X}, of(0, 1)), TypeError, "`outputs` .dict. has no logits"),
+    (lambda t: t.narrow(nn.Linear(4, 8), 0), ValueError, "Found no layer with 8 outputs .* as `module`"),
+    (lambda t: t.narrow(None, 0), TypeError, "must be a model, not NoneType"),
+    (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 8)), 0, "1"), ValueError, "no module `1`"),
+    (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 8)), 0, 0), TypeError, "`module`=0 a path"),
+    (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 7)), 0, "0"), ValueError, "`0` .Linear. is no linear layer with 8 outputs"),
 ]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message[:20] for _, _, message in BAD])
 def test_what_is_refused_of_labels(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+    with pytest.raises(error, match=message) as refusal:
+        call(TaskLabels(SIZES))
+    assert isinstance(refusal.value, PeftError)
+
+
+def test_every_form_of_labels_tasks_and_logits_that_means_the_same():
+    labels = TaskLabels({"mood": of(2)[0], "topic": numpy.int64(3), "entails": SIZES["entails"]})
+    logits, numbers = torch.randn(2, 8), of(0, 3)
+    assert labels.total == 8 and labels.task_of(of(7, -100)).tolist() == [2, -100]
+    assert labels.encode(of(1)[0], numpy.int64(2)) == labels.encode("topic", "2") == 4
+    expected = [int(logits[0, :2].argmax()), int(logits[1, 2:5].argmax())]
+    tasks = [0, "topic"], ("mood", of(1)[0]), range(2), of(0, 1), of([0], [1]), numpy.array([0, 1]), numpy.array(["mood", "topic"])
+    assert all(labels.decode(logits, each).tolist() == expected for each in tasks)
+    assert labels.decode(logits.tolist(), tasks[0]).tolist() == expected
+    assert labels.decode([[1, 2, 9, 9, 9, 9, 9, 9]], "mood").tolist() == [1]  # whole numbers
+    assert labels.decode([[-INF, 2.0, *[math.nan] * 6]], "mood").tolist() == [1]  # only the task's own count
+    own = [float(torch.logsumexp(logits[0, :2], 0) - logits[0, 0]), float(torch.logsumexp(logits[1, 2:5], 0) - logits[1, 3])]
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        assert float(labels.loss(logits, numbers.to(dtype))) == pytest.approx(sum(own) / 2, rel=1e-5)
+    assert float(labels.loss(logits, of(0, -100))) == pytest.approx(own[0], rel=1e-5)
+    assert float(labels.loss(logits, of(-100, -100))) == 0 == float(labels.loss(logits[:0], numbers[:0]))
+
+
+def test_the_head_of_one_task_is_cut_from_a_model_without_adapters():
+    labels = TaskLabels({"mood": 2, "topic": 2})
+    model = get_peft_model(bert(4), PolyConfig(r=2, n_tasks=2, target_modules=TARGETS[bert], task_type="SEQ_CLS"))
+    for wrapped in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"has adapters .in `.*query`.; call `merge_and_unload.task_id='topic'.` first"):
+            labels.narrow(wrapped, 1)
+    assert model.base_model.model.classifier.out_features == 4
+    assert labels.narrow(model.merge_and_unload(task_id=1), 1).classifier.out_features == 2
 
 
 @pytest.mark.parametrize("base", [bert, llama])

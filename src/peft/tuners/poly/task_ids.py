@@ -47,7 +47,7 @@ def as_task_ids(
         raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
     if torch.compiler.is_compiling():
         torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
-    elif count and _has_values(ids):
+    elif count and has_values(ids):
         with untraced():
             lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
@@ -81,7 +81,7 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
     return task_ids
 
 
-def _has_values(ids: Tensor) -> bool:
+def has_values(ids: Tensor) -> bool:
     """Tell if values can be read: there are none in `vmap`, `FakeTensorMode`, on the meta device."""
     if ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
         return False
