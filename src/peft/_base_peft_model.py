@@ -296,7 +296,7 @@ class BasePeftModel(nn.Module):
         """Make one adapter, or several that add up, the active one and (unless `inference_mode`) the trainable one.
 
         Raises:
-            PeftValueError: An unknown name; nothing is changed.
+            PeftValueError: No name or an unknown one; nothing is changed.
         """
         self.base_model.set_adapter(adapter_name, inference_mode)
 

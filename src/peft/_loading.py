@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .config import PeftConfig
 from .tuners._build import Build
 from .utils.adapter_files import CONFIG_NAME
-from .utils.error import PeftNotSupportedError, PeftValueError
-from .utils.hub import local_folder
+from .utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from .utils.hub import check_path, local_folder
+from .utils.other import check_model
 from .utils.patterns import written
 from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .utils.save_and_load import (
@@ -40,6 +41,19 @@ from .utils.warning import warn
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:
     if ephemeral_gpu_offload:
         raise PeftNotSupportedError("`ephemeral_gpu_offload` is not supported; leave the default, False.")
+
+
+def check_arguments(model: Any, model_id: Any) -> None:
+    """Insist on a model, and on a path that comes after it.
+
+    Raises:
+        PeftTypeError: They are something else, or the other way round.
+        PeftValueError: The path is empty.
+    """
+    if isinstance(model_id, nn.Module) and not isinstance(model, nn.Module):
+        raise PeftTypeError("The model comes first, then the adapter's folder: `from_pretrained(model, folder)`.")
+    check_model(model)
+    check_path(model_id)
 
 
 def read_config(model_id: str | os.PathLike, config: PeftConfig | None, kwargs: dict[str, Any]) -> PeftConfig:

@@ -11,7 +11,7 @@ from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .utils.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
 from .utils.error import PeftValueError
-from .utils.hub import find_file, split_hub_options
+from .utils.hub import check_path, find_file, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .utils.vocabulary import fit_vocabulary
 
@@ -52,6 +52,7 @@ class AutoPeftModel:
         Raises:
             PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
         """
+        check_path(pretrained_model_name_or_path)
         hub, _ = split_hub_options(kwargs)
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if config.base_model_name_or_path is None:

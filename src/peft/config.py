@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ._version import __version__
 from .utils.adapter_files import CONFIG_NAME, read_json, write_config
 from .utils.error import PeftTypeError, PeftValueError
-from .utils.hub import find_file, pass_over, split_hub_options
+from .utils.hub import check_path, find_file, pass_over, split_hub_options
 from .utils.near_misses import did_you_mean
 from .utils.patterns import meant, written
 from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
@@ -383,8 +383,10 @@ def as_folder(path: str | os.PathLike) -> Path:
     """`path` as a folder's path.
 
     Raises:
-        PeftValueError: It is a file.
+        PeftTypeError: It is no path.
+        PeftValueError: It is empty, or a file.
     """
+    check_path(path, "a folder's path")
     folder = Path(path)
     if folder.is_file():
         raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")

@@ -45,7 +45,7 @@ def set_adapter(
         layer_cls: Switch layers of this class only.
 
     Raises:
-        PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
+        PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing is changed.
     """
     _adapted(model, layer_cls).set_adapter(adapter_name, inference_mode)
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ._base_peft_model import BasePeftModel
-from ._loading import Filler, check_same_function, fitting, own_place, read_config, refuse_offload, renamings, understood
+from ._loading import (
+    Filler,
+    check_arguments,
+    check_same_function,
+    fitting,
+    own_place,
+    read_config,
+    refuse_offload,
+    renamings,
+    understood,
+)
 from .config import PeftConfig, as_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners._build import Construction
@@ -24,7 +34,6 @@ from .utils.error import PeftTypeError, PeftValueError
 from .utils.hub import only_hub_options, pass_over
 from .utils.model_card import update_model_card
 from .utils.near_misses import did_you_mean
-from .utils.other import check_model
 from .utils.peft_types import TaskType
 from .utils.save_and_load import (
     LoadResult,
@@ -246,10 +255,11 @@ class PeftModel(BasePeftModel):
         Raises:
             CheckpointNotFoundError: There is no such adapter.
             CheckpointError: A file is damaged or does not fit.
+            PeftTypeError: The model is no module, or the place no path.
             PeftValueError: The config does not fit the model.
         """
         refuse_offload(ephemeral_gpu_offload)
-        check_model(model)
+        check_arguments(model, model_id)
         hub = only_hub_options(kwargs, "from_pretrained")
         config = read_config(model_id, config, hub)
         key_mapping = key_mapping or renamings(model)

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -352,7 +353,11 @@ def test_active_adapters_are_named_once(method):
     before = snapshot(model)
     with pytest.raises(peft.PeftError, match="names an adapter twice"):
         model.set_adapter(["default", "default"])
+    for call in (model.set_adapter, model.base_model.set_adapter, partial(peft.functional.set_adapter, model)):
+        with pytest.raises(peft.PeftError, match=r"=\[\] names no adapter.*`disable_adapter\(\)`"):
+            call([])
     assert_unchanged(before, model)
+    assert model.active_adapters == ["default"]
 
 
 def test_the_name_for_no_adapter_is_taken(method):

@@ -13,6 +13,7 @@ from torch import nn
 import peft
 from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, get_peft_model, inject_adapter_in_model, plan
 from peft.utils import missing_attribute
+from peft.utils.hotswap import hotswap_adapter
 
 
 class WithProperty(nn.Module):
@@ -108,6 +109,44 @@ def test_what_is_no_config(kind):
             call()
 
 
+NOT_A_PATH = {
+    "nothing": (None, "a folder's path, or the name of a repository on the Hub, got None. Pass that of the folder which"),
+    "a number": (3, "got 3."),
+    "bytes": (b"folder", "got b'folder'."),
+    "a list": (["folder"], "got an object of type list."),
+    "a config": (LoraConfig(), "got an object of type LoraConfig. A config is passed as `config=…`"),
+    "a model": (nn.Linear(2, 2), "got an object of type Linear. A model comes before the path"),
+    "an empty string": ("", "The path '' is empty; name the folder, or pass '.'"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_A_PATH)
+def test_what_is_no_path(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thing, sentence = NOT_A_PATH[kind]
+    base, model = mlp(), get_peft_model(mlp(), LoraConfig(target_modules=TARGETS))
+    before = snapshot(model)
+    config = model.peft_config["default"]
+    for call in (
+        lambda: PeftModel.from_pretrained(base, thing),
+        lambda: PeftModel.from_pretrained(base, thing, config=config),
+        lambda: model.load_adapter(thing, "b"),
+        lambda: model.load_adapter(thing, "default"),
+        lambda: peft.PeftConfig.from_pretrained(thing),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(thing, config=config),
+        lambda: peft.load_peft_weights(thing),
+        lambda: hotswap_adapter(model, thing, "default"),
+    ):
+        with pytest.raises(peft.PeftError, match=re.escape(sentence)) as caught:
+            call()
+        assert isinstance(caught.value, TypeError if thing != "" else ValueError)
+    for call in (lambda: model.save_pretrained(thing), lambda: config.save_pretrained(thing)):
+        with pytest.raises(peft.PeftError, match="Expected a folder's path, got " if thing != "" else "is empty"):
+            call()
+    assert_unchanged(before, model)
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_and_configs_the_wrong_way_round(model, method):
     with pytest.raises(TypeError, match=r"name comes first: `add_adapter\(name, config\)`"):
         model.add_adapter(method.config(target_modules=TARGETS), "b")
@@ -161,6 +200,8 @@ def test_adapters_that_are_not_there(model):
     for name in (None, 3):
         with pytest.raises(TypeError, match="named by a string or a list of strings"):
             model.set_adapter(name)
+    with pytest.raises(TypeError, match=r"\['style', 'tasks'\] must be one adapter's name; delete several one by one"):
+        model.delete_adapter(["style", "tasks"])
 
 
 def test_what_is_not_provided_says_whose_package_this_is():
@@ -191,7 +232,9 @@ def test_calls_with_the_wrong_things(model, tmp_path):
         "`weights`=1.0 must be a list": lambda: model.add_weighted_adapter(["default"], 1.0, "c"),
         "must be a list of names: ['default']": lambda: model.save_pretrained(tmp_path, selected_adapters="default"),
         "got ['defualt']. Did you mean 'default'?": lambda: model.save_pretrained(tmp_path, selected_adapters=["defualt"]),
-        "pass it as the first argument": lambda: PeftModel.from_pretrained(tmp_path, base),
+        "The model comes first, then the adapter's folder": lambda: PeftModel.from_pretrained(tmp_path, base),
+        "`from_pretrained(model, folder)`": lambda: peft.PeftMixedModel.from_pretrained(str(tmp_path), base),
+        "Load the model first": lambda: hotswap_adapter(str(tmp_path), model, "default"),
         "must be a dictionary of tensors, got <class 'str'>": lambda: peft.set_peft_model_state_dict(model, "file"),
     }
     for sentence, call in calls.items():

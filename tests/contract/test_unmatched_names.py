@@ -49,6 +49,7 @@ SLIPS = {
     "excluded": ({"target_modules": "all-linear", "exclude_modules": ["head", "outproj"]}, "'outproj' (did you mean 'out_proj'?)"),
     "none excluded": ({"target_modules": ["q_proj"], "exclude_modules": ["heads"]}, "'heads' (did you mean 'head'?)"),
     "trained whole": ({"target_modules": ["q_proj"], "modules_to_save": ["haed"]}, "`modules_to_save` names 'haed' (did you mean 'head'?)"),
+    "not there": ({"target_modules": ["q_proj"], "modules_to_save": ["nope"]}, "'nope': the model has no such module. Its outermost modules are 'embed_tokens', 'layers', 'head'."),
 }  # fmt: skip
 LAYERED = {
     "layer": ({"layers_to_transform": [1, 2], "layers_pattern": "layers"}, "`layers_to_transform` names [2]; the model has targeted modules in layers 0 to 1"),

@@ -224,11 +224,21 @@ class AdaptedModel(nn.Module):
             inference_mode: Leave the active adapters frozen too.
 
         Raises:
-            PeftValueError: An unknown name, or adapters that can't be active together; nothing is changed.
+            PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing is changed.
         """
         names = self.check_names(adapter_name)
+        if not names:
+            raise PeftValueError(
+                f"`adapter_name`={adapter_name!r} names no adapter. To run the model without adapters use the context "
+                "`disable_adapter()`, or `disable_adapter_layers()`."
+            )
         if len(set(names)) < len(names):
             raise PeftValueError(f"`adapter_name`={names} names an adapter twice; active adapters add up, each once.")
+        self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
+
+    def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters, all of them known, the active ones; none is the state after the last was deleted."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         parts = list(self._parts())
         for part in parts:
             if isinstance(part, AuxiliaryTrainingWrapper):
@@ -302,6 +312,8 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftValueError: There is no such adapter, or it is merged.
         """
+        if not isinstance(adapter_name, str):
+            raise PeftTypeError(f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one by one.")
         if adapter_name not in self.peft_config:
             raise PeftValueError(no_adapter(adapter_name, self.peft_config, "does not exist"))
         parts = list(self._parts())
@@ -321,7 +333,7 @@ class AdaptedModel(nn.Module):
             if not left and self.peft_config:
                 left = [min(self.peft_config)]
                 warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-            self.set_adapter(left[0] if len(left) == 1 else left)
+            self._activate(left[0] if len(left) == 1 else left)
 
     # --- merging and removing -----------------------------------------------------------------------------------------
 

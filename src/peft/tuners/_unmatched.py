@@ -127,6 +127,8 @@ def warn_of_unused(config: Any, paths: Collection[str]) -> None:
             )
         elif idle:
             only = f"; it {effect} {', '.join(map(repr, rest))} only." if 0 < len(rest) <= _FEW else "."
+            if not rest and not any(near_modules(name, paths) for name in idle):
+                only += f" Its outermost modules are {counted_names(path for path in paths if '.' not in path)}."
             warn(
                 f"`{field}` names {with_near_misses(idle, paths)}: the model has no such module{only}{_if_expressions(idle)}",
                 PeftWarning,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .error import CheckpointError, PeftValueError
 from .hub import only_hub_options
+from .other import check_model
 from .peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from .rank_room import RankRoom, filled_up
 from .save_and_load import (
@@ -169,6 +170,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _plain(model: Any) -> Any:
     """The model inside what replicates or compiles it."""
+    check_model(model)
     model = unparallel(model)
     return model._modules.get("_orig_mod") or model
 

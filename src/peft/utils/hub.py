@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .error import CheckpointNotFoundError
+from torch import nn
+
+from .error import CheckpointNotFoundError, PeftTypeError, PeftValueError
 from .warning import warn
 
 HUB_OPTIONS = frozenset(
@@ -43,6 +45,8 @@ _FOR_THE_BASE = frozenset(
         "weights_only",
     ]
 )
+
+_SOURCE = "a folder's path, or the name of a repository on the Hub"
 
 # Options for saving a whole model, which callers pass on when they save its adapter.
 _FOR_SAVING = frozenset(
@@ -84,8 +88,37 @@ def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
     return hub
 
 
+def check_path(path: Any, kind: str = _SOURCE) -> None:
+    """Insist on a path.
+
+    Args:
+        path: What a caller passed for it.
+        kind: What it should be, for the message.
+
+    Raises:
+        PeftTypeError: It is neither a string nor a path; says what to pass in its place.
+        PeftValueError: It is empty.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        if not os.fspath(path):
+            raise PeftValueError("The path '' is empty; name the folder, or pass '.' for the working directory.")
+        return
+    is_plain = path is None or isinstance(path, (bool, int, float, bytes))
+    remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
+    if isinstance(path, nn.Module):
+        remedy = " A model comes before the path, as the first argument."
+    elif hasattr(path, "peft_type"):
+        remedy = " A config is passed as `config=…`, and tells nothing of the weights."
+    raise PeftTypeError(f"Expected {kind}, got {repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}")
+
+
 def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:
-    """The folder `source` (and its `subfolder`) if it exists on this machine, else None."""
+    """The folder `source` (and its `subfolder`) if it exists on this machine, else None.
+
+    Raises:
+        PeftTypeError, PeftValueError: As `check_path`.
+    """
+    check_path(source)
     folder = Path(source)
     if not folder.is_dir():
         return None
@@ -100,6 +133,7 @@ def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: di
 
     Raises:
         CheckpointNotFoundError: None of the files is there, or the Hub could not be reached.
+        PeftTypeError, PeftValueError: As `check_path`.
     """
     options = dict(hub_options)
     wanted = f"Can't find {' or '.join(map(repr, names))}"
