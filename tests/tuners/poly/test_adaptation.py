@@ -15,6 +15,7 @@ from peft.tuners.poly import REGIMES
 from peft.tuners.poly.layer import PolyLayer
 
 TARGETS = ["0", "2"]
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,12 @@ BAD = [
     ("remove_tasks", ["a", "nobody"], ValueError, "Unknown task names"),
     ("remove_tasks", ["a", "b", "c", "d"], ValueError, "needs a task"),
     ("remove_tasks", [4], ValueError, "Only 4 tasks"),
+    ("remove_tasks", ["A"], ValueError, r"the adapter's are \['a', 'b', 'c', 'd'\]. Did you mean 'a'\?"),
     ("remove_tasks", [1.5], TypeError, "integers"),
+    ("remove_tasks", {"a"}, TypeError, "not set; ids or names go in a list"),
+    ("remove_tasks", [], ValueError, "`tasks` names no task; pass at least one"),
+    ("remove_tasks", torch.tensor([], dtype=torch.long), ValueError, "`tasks` names no task"),
+    ("reorder_tasks", (), ValueError, "`order` names no task"),
     ("reorder_tasks", ["a", "b", "c"], ValueError, "each of the adapter's 4 tasks once"),
     ("reorder_tasks", ["a", "a", "c", "d"], ValueError, "each of the adapter's 4 tasks once"),
     ("set_router_weights", [[1.0, 2.0]], ValueError, r"shape \[1, 2\] must be \[4, 3\] or \[4, 2, 3\]"),
@@ -73,6 +79,10 @@ BAD = [
     ("begin_regime", "Y", ValueError, "must be one of 'Z'"),
     ("begin_regime", "Z", ValueError, "takes the new tasks"),
     ("extract_tasks", "default", TypeError, "required positional"),
+    (lambda m: m.train_only(tasks=[]), None, ValueError, "`tasks` names no task"),
+    (lambda m: m.extract_tasks("new", []), None, ValueError, "`tasks` names no task"),
+    (lambda m: m.merge_adapter(task_id=["a", "b"]), None, ValueError, r"`task_id`=\['a', 'b'\] names 2 tasks; pass one"),
+    (lambda m: m.merge_adapter(task_id={"a": 1.0}), None, TypeError, "must be one task.*`extract_tasks`"),
 ]
 
 
@@ -81,7 +91,7 @@ def test_what_cannot_be_done_changes_nothing(method, argument, error, message):
     model = poly()
     before, fields = snapshot(model), vars(model.peft_config["default"]).copy()
     with pytest.raises(error, match=message):
-        getattr(model, method)(argument)
+        method(model) if callable(method) else getattr(model, method)(argument)
     assert_unchanged(before, model)
     assert vars(model.peft_config["default"]) == fields
 
@@ -284,6 +294,37 @@ def test_extracting_tasks(granularity, tmp_path):
         poly().extract_tasks("default", ["a"])
 
 
+BAD_SHARES = [
+    ({}, "names no task; pass a share for each"),
+    ({"A": 1.0}, "Did you mean 'a'"),
+    ({("a", "b"): 1.0}, "names 2 tasks; pass one"),
+    *(({"b": 1.0, "a": share}, r"\['a'\]`=.* must be a finite number") for share in (NAN, INF, "1", None, True, [1.0])),
+]
+
+
+@pytest.mark.parametrize(("shares", "message"), BAD_SHARES, ids=str)
+def test_shares_of_a_blend_are_checked(shares, message, tmp_path):
+    model = poly()
+    before = snapshot(model)
+    for blend in (
+        lambda: model.extract_tasks("blend", shares),
+        lambda: save_as_lora(tmp_path / "lora", model, task_id=shares),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blend()
+    assert_unchanged(before, model)
+    assert list(model.peft_config) == ["default"] and not (tmp_path / "lora").exists()
+
+
+def test_shares_are_numbers_of_any_kind_and_add_up():
+    model = poly()
+    model.extract_tasks("blend", {"a": torch.tensor(0.5), 0: -0.25, "b": 0})
+    for layer in model.base_model.tuner_layers():
+        expected = 0.25 * layer.get_delta_weight("default", task_id=0).double()
+        # The blend mixes factors, not deltas: its two factors each have the weights times the share.
+        torch.testing.assert_close(layer.get_delta_weight("blend").double(), 0.25 * expected)
+
+
 # Fitting a task
 
 
@@ -428,6 +469,6 @@ def test_what_trains_is_said_by_true_or_false(options):
 def test_one_task_is_fitted_at_a_time():
     model = poly()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="names several tasks; fit one at a time"):
+    with pytest.raises(ValueError, match="names 2 tasks; pass one"):
         model.fit_task([0, 1], lambda: torch.zeros((), requires_grad=True))
     assert_unchanged(before, model)

@@ -143,6 +143,28 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     torch.testing.assert_close(model(x, task_ids=[2, 2]), model(x, task_ids=2))
 
 
+@pytest.mark.parametrize("name", ["task_id", "tasks"])
+def test_a_call_that_misnames_its_task_ids_is_told_their_name(name):
+    model = get_peft_model(mlp(), config(target_modules=["0"]))
+    model.add_adapter("b", config(target_modules=["0"], n_tasks=2))
+    message = f"The argument is called `task_ids`; this call has `{name}`"
+    for more in ({}, {"adapter_names": ["default", "b"]}):
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(2, 8), **{name: 1}, **more)
+    lm = get_peft_model(llama(), config(target_modules=QV, task_type="CAUSAL_LM"))
+    for call in (lm, lm.generate):
+        with pytest.raises(ValueError, match=message):
+            call(input_ids=torch.tensor([[3, 4]]), **{name: 1})
+
+
+def test_a_message_lists_the_first_of_many_tasks():
+    names = [f"task{i}" for i in range(1000)]
+    model = get_peft_model(mlp(), config(n_tasks=1000, task_names=names, target_modules=["0"]))
+    with pytest.raises(ValueError, match="'task15'\\] and 984 more. Did you mean 'task777'") as error:
+        model(torch.randn(2, 8), task_ids="Task_777")
+    assert len(str(error.value)) < 400
+
+
 def test_one_task_needs_no_ids():
     model = get_peft_model(mlp(), config(n_tasks=1, target_modules=["0"]))
     model(torch.randn(2, 8)).sum().backward()

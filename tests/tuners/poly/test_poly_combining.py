@@ -160,6 +160,8 @@ def test_tasks_without_names_and_names_that_are_no_folders(tmp_path):
         save_tasks_as_lora(model, tmp_path / "unsafe")
     with pytest.raises(ValueError, match=r"Unknown task names \['w'\]"):
         save_tasks_as_lora(model, tmp_path / "unsafe", ["w"])
+    with pytest.raises(ValueError, match="`tasks` names no task"):
+        save_tasks_as_lora(model, tmp_path / "unsafe", [])
     assert not (tmp_path / "unsafe").exists()
     save_as_lora(tmp_path / "y", model, task_id="../y")
 

@@ -18,6 +18,7 @@ from .deriving import DerivingTuner
 from .layer import is_fixed
 from .regimes import Regime, regime_named
 from .router import InputRouter, TaskRouter
+from .task_ids import one_task
 
 
 @dataclass
@@ -186,9 +187,7 @@ class AdaptingTuner(DerivingTuner):
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
         """
         name, begin = self.task_routed(adapter_name), perf_counter()
-        number, *more = self.task_numbers(name, task, "task")
-        if more:
-            raise PeftValueError(f"`task`={task!r} names several tasks; fit one at a time.")
+        number = one_task(task, self.peft_config[name], "task")
         if name not in self.active_adapters or self.merged_adapters:
             raise PeftValueError(
                 f"Adapter {name} must be active and not merged to be fitted; the active ones are {self.active_adapters}."

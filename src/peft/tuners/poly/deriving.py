@@ -16,6 +16,7 @@ from .._combining import Combined
 from .inventory import InventoryTuner
 from .mixing import task_factors
 from .router import InputRouter, TaskRouter
+from .task_ids import task_shares
 
 # Additions of the config that say something else than how skills are mixed.
 _KEPT = ("trainable_token_indices", "alpha", "rank_pattern")
@@ -56,11 +57,12 @@ class DerivingTuner(InventoryTuner):
 
         Raises:
             PeftTypeError: A task is neither a number nor a name.
-            PeftValueError: A task is unknown or comes twice, or the new name can't be used; nothing is changed.
+            PeftValueError: A task is unknown, or none is named, a list has one twice, a share is not a finite number, or
+                the new name can't be used; nothing is changed.
         """
         name = self.task_routed(adapter_name)
         if isinstance(tasks, Mapping):
-            shares = {self.task_numbers(name, task)[0]: float(share) for task, share in tasks.items()}
+            shares = task_shares(tasks, self.peft_config[name], "tasks")
             weights = {
                 path: sum((router.task_weights()[task] * share for task, share in shares.items()), torch.zeros(()))
                 for path, router in self._all_task_routers(name).items()

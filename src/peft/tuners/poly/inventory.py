@@ -15,7 +15,7 @@ from .._tuner import BaseTuner
 from .layer import PolyLayer
 from .mixing import grow_skills
 from .router import TaskRouter
-from .task_ids import as_task_ids
+from .task_ids import some_tasks
 
 
 class InventoryTuner(BaseTuner):
@@ -67,14 +67,13 @@ class InventoryTuner(BaseTuner):
                 yield path, layer
 
     def task_numbers(self, adapter_name: str, tasks: Any, argument: str = "tasks") -> list[int]:
-        """Tasks by id or name, one or several, as ids; messages use the argument's name.
+        """Return the ids of tasks given by id or name, one or several; messages use the argument's name.
 
         Raises:
-            PeftTypeError, PeftValueError: As in a call.
+            PeftTypeError: A task is neither a number nor a name.
+            PeftValueError: There is no such task, or none is named.
         """
-        each = tasks if isinstance(tasks, (list, tuple)) and tasks else [tasks]
-        configs, cpu = [self.peft_config[adapter_name]], torch.device("cpu")
-        return [number for task in each for number in as_task_ids(task, configs, None, cpu, argument).tolist()]
+        return some_tasks(tasks, self.peft_config[adapter_name], argument)
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 

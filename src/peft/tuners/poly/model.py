@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...utils.call_rows import bind, entrances, positional_names
-from ...utils.error import PeftNotSupportedError
+from ...utils.error import PeftNotSupportedError, PeftTypeError
 from ...utils.walk import walk
 from .._build import Build
 from .._combining import Combination, Combined
@@ -23,7 +23,7 @@ from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
 from .routing import CALL_ARGUMENTS, Routing, conduct_body, conduct_forward, conduct_generate, conduct_part
-from .task_ids import as_task_ids
+from .task_ids import one_task, some_tasks, task_shares
 
 
 class PolyModel(AdaptingTuner):
@@ -169,7 +169,12 @@ class PolyModel(AdaptingTuner):
         config: Any = self.peft_config[adapter_name]
         task = options.get("task_id")
         if task is not None and config.routes_by_task:
-            task = self._task_number(config, task)
+            if isinstance(task, Mapping):
+                raise PeftTypeError(
+                    f"`task_id`={task!r} must be one task, by id or name; make an adapter of a blend with `extract_tasks`, "
+                    "and merge that."
+                )
+            task = one_task(task, config)
         for _, layer in self.poly_layers(adapter_name):
             layer.resolve_task(adapter_name, task)
         return {} if task is None else {"task_id": task}
@@ -182,18 +187,14 @@ class PolyModel(AdaptingTuner):
 
         Raises:
             PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: The task is unknown, or missing where there are several.
+            PeftValueError: The task is unknown, or missing where there are several, or a share is not a finite number.
         """
         super().conversion_options(config, **options)
         if config.routes_by_input:
             raise PeftNotSupportedError("An adapter that routes by input can't be converted: its delta depends on the input.")
         if isinstance(task_id, Mapping):
-            shares: dict[int, float] = {}
-            for task, share in task_id.items():
-                number = cls._task_number(config, task)
-                shares[number] = shares.get(number, 0.0) + float(share)
-            return {"task_id": shares}
-        return {"task_id": cls._task_number(config, task_id)}
+            return {"task_id": task_shares(task_id, config, "task_id")}
+        return {"task_id": one_task(task_id, config)}
 
     @classmethod
     def conversion_tasks(cls, config: Any, tasks: Any) -> dict[str, Any]:
@@ -201,15 +202,13 @@ class PolyModel(AdaptingTuner):
 
         Raises:
             PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: A task is unknown.
+            PeftValueError: A task is unknown, or none is named.
         """
-        chosen = range(config.n_tasks) if tasks is None else [tasks] if isinstance(tasks, (int, str)) else tasks
-        ids = [cls.conversion_options(config, task_id=task)["task_id"] for task in chosen]
+        cls.conversion_options(config, task_id=0)
+        if isinstance(tasks, Iterable) and not isinstance(tasks, (str, Tensor)):
+            tasks = list(tasks)
+        ids = range(config.n_tasks) if tasks is None else some_tasks(tasks, config)
         return {config.task_names[i] if config.task_names else f"task_{i}": i for i in ids}
-
-    @staticmethod
-    def _task_number(config: Any, task: Any) -> int:
-        return int(as_task_ids(task, [config], 1, torch.device("cpu"), "task_id")[0])
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)

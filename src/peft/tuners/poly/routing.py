@@ -25,10 +25,12 @@ from ...utils.tracing import shapes
 from ...utils.walk import walk
 from .deciding import Deciding
 from .pooling import pool
-from .task_ids import as_task_ids
+from .task_ids import as_task_ids, has_values
 
 # Arguments of a call that are for the routing and not for the model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
+# Arguments by which a call that has no `task_ids` probably means them.
+_MISNAMED = ("task_id", "tasks", "task", "task_names", "task_name", "taskids")
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class Routing:
         probe: Any of the layers, to see which adapters are active.
         merged_tasks: By name of the adapters that are merged somewhere, the tasks they were merged for.
         is_encoder_decoder, is_causal: What kind of model it is.
+        noted: Task ids of calls that began while `noting`; None at other times.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,6 +78,7 @@ class Routing:
         named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.is_causal = not self.is_encoder_decoder and (named or (callable(writes) and bool(writes())))
         self.stack: CallStack[Call] = CallStack()
+        self.noted: list[Tensor] | None = None
 
     @property
     def call(self) -> Call | None:
@@ -85,6 +89,15 @@ class Routing:
     def pools(self) -> bool:
         """Whether any adapter routes by a sample's input."""
         return any(config.routes_by_input and config.routing_level != "token" for config in self.configs.values())
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Tensor]]:
+        """A context that gives the task ids of the calls that begin in it, where they can be read."""
+        before, self.noted = self.noted, []
+        try:
+            yield self.noted
+        finally:
+            self.noted = before
 
     def note_merges(self, layer: Any, tasks: dict[str, int]) -> None:
         """Take note of the adapters that a layer has merged, each for a task."""
@@ -193,6 +206,7 @@ class Routing:
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
+        misnamed = next((name for name in _MISNAMED if name in arguments), None) if task_ids is None else None
         tensors = (value for name, value in arguments.items() if isinstance(value, Tensor) and name not in CALL_ARGUMENTS)
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         chosen = ADAPTER_BATCHES.current
@@ -202,9 +216,11 @@ class Routing:
             if task_ids is None:
                 active = [name for name in active if name not in self.merged_tasks]
         if chosen is not None and not self.merged_tasks:
-            call.task_ids = self._ids_by_adapter(task_ids, chosen, device)
+            call.task_ids = self._ids_by_adapter(task_ids, chosen, device, misnamed)
         elif (by_task := self._by_task(active)) and (task_ids is not None or self._has_layers(model)):
-            call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device)
+            call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device, misnamed=misnamed)
+        if self.noted is not None and call.task_ids is not None and not torch.compiler.is_compiling() and has_values(call.task_ids):
+            self.noted.append(call.task_ids)
         if rows.samples is None and call.task_ids is not None and (count := shapes(call.task_ids)[0][0]) > 1:
             rows.samples = count
         return call
@@ -219,7 +235,7 @@ class Routing:
         known = (self.configs[name] for name in adapter_names if name in self.configs)
         return [config for config in known if config.routes_by_task]
 
-    def _ids_by_adapter(self, task_ids: Any, chosen: AdapterBatch, device: torch.device) -> Tensor | None:
+    def _ids_by_adapter(self, task_ids: Any, chosen: AdapterBatch, device: torch.device, misnamed: str | None) -> Tensor | None:
         """Task ids where each sample has an adapter of its own; those of samples whose adapter has no tasks are not looked at."""
         if not self._by_task(chosen.samples):
             return None
@@ -233,7 +249,7 @@ class Routing:
                 own = task_ids
                 if several:
                     own = task_ids[samples] if isinstance(task_ids, Tensor) else [task_ids[i] for i in samples]
-                result[samples] = as_task_ids(own, [config], len(samples), device)
+                result[samples] = as_task_ids(own, [config], len(samples), device, misnamed=misnamed)
         return result
 
     def _check_merged(self, task_ids: Any, active: Iterable[str], batch: int | None, device: torch.device) -> None:

@@ -71,16 +71,24 @@ class TaskTable(nn.Module):
         """The tasks whose rows are open."""
         return [task for start, stop in self.runs for task in range(start, stop)]
 
+    def check_can_open(self) -> None:
+        """Check that rows can be opened.
+
+        Raises:
+            PeftRuntimeError: An engine holds the table's memory.
+        """
+        if is_managed(self.closed_table):
+            raise PeftRuntimeError("An engine has sharded the adapter; choose what trains before the model is sharded.")
+
     def open_rows(self, tasks: Collection[int]) -> None:
         """Train the rows of some tasks, and no others.
 
         Raises:
             PeftRuntimeError: An engine holds the table's memory.
         """
+        self.check_can_open()
         self.close_rows()
         values = self.closed_table
-        if is_managed(values):
-            raise PeftRuntimeError("An engine has sharded the adapter; choose what trains before the model is sharded.")
         values.requires_grad_(False)
         for task in sorted(set(tasks)):
             if self.runs and self.runs[-1][1] == task:

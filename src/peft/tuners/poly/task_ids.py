@@ -4,18 +4,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...config import number
 from ...utils.error import PeftTypeError, PeftValueError
+from ...utils.near_misses import did_you_mean
+from ...utils.plain import plain
 from ...utils.tracing import shapes, untraced
+
+# How many names of tasks a message lists; an adapter may have thousands.
+_LISTED = 16
 
 
 def as_task_ids(
-    task_ids: Any, configs: Sequence[Any], batch: int | None, device: torch.device, argument: str = "task_ids"
+    task_ids: Any,
+    configs: Sequence[Any],
+    batch: int | None,
+    device: torch.device,
+    argument: str = "task_ids",
+    misnamed: str | None = None,
 ) -> Tensor:
     """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will read them.
 
@@ -25,6 +36,7 @@ def as_task_ids(
         batch: Number of samples, if known.
         device: Where the model's inputs are.
         argument: The caller's name for them, for messages.
+        misnamed: An argument of the call that was probably meant for them.
 
     Raises:
         PeftTypeError: A wrong type.
@@ -35,12 +47,15 @@ def as_task_ids(
         if n_tasks == 1 and all(config.n_tasks == 1 for config in configs):
             return torch.zeros(1, dtype=torch.long, device=device)
         wanted = "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
-        raise PeftValueError(f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.")
+        meant = f" The argument is called `{argument}`; this call has `{misnamed}`." if misnamed else ""
+        raise PeftValueError(f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.{meant}")
     ids = _integers(task_ids, configs, argument)
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
     count = shapes(ids)[0][0]
+    if count == 0 and argument != "task_ids":
+        raise _no_task(argument)
     if ids.dim() != 1 or (batch is not None and count not in (1, batch)) or (count == 0 and batch != 0):
         wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
         packed = " (texts packed into one row are one sample)" if batch == 1 else ""
@@ -57,6 +72,60 @@ def as_task_ids(
     return ids.to(device=device, dtype=torch.long)
 
 
+def some_tasks(tasks: Any, config: Any, argument: str = "tasks") -> list[int]:
+    """Return the ids of tasks given by id or name, one or several.
+
+    Raises:
+        PeftTypeError: A task is neither a number nor a name.
+        PeftValueError: There is no such task, or none is named.
+    """
+    each, cpu = tasks if isinstance(tasks, (list, tuple)) else [tasks], torch.device("cpu")
+    numbers = [i for task in each for i in as_task_ids(task, [config], None, cpu, argument).tolist()]
+    if not numbers:
+        raise _no_task(argument)
+    return numbers
+
+
+def one_task(task: Any, config: Any, argument: str = "task_id") -> int:
+    """Return the id of a task given by id or name.
+
+    Raises:
+        PeftTypeError: It is neither a number nor a name.
+        PeftValueError: There is no such task, or several are named.
+    """
+    first, *more = some_tasks(task, config, argument)
+    if more:
+        raise PeftValueError(f"`{argument}`={task!r} names {len(more) + 1} tasks; pass one.")
+    return first
+
+
+def task_shares(shares: Mapping[Any, Any], config: Any, argument: str) -> dict[int, float]:
+    """Return the share that each task has in a blend, by id; those of a task that comes by id and by name add up.
+
+    Raises:
+        PeftTypeError: A task is neither a number nor a name.
+        PeftValueError: There is no such task, or none is named, or a share is not a finite number.
+    """
+    if not shares:
+        raise PeftValueError(f"`{argument}`={{}} names no task; pass a share for each task, by id or name.")
+    result: dict[int, float] = {}
+    for task, share in shares.items():
+        share, which = plain(share), one_task(task, config, argument)
+        for offence in number(f"{argument}[{task!r}]", share):
+            raise PeftValueError(f"{offence} It is the task's share in the blend.")
+        result[which] = result.get(which, 0.0) + float(share)
+    return result
+
+
+def task_label(task: int, config: Any) -> str:
+    """Return a task as messages call it: its id, and its name where it has one."""
+    return f"{task} ({config.task_names[task]!r})" if config.task_names else str(task)
+
+
+def _no_task(argument: str) -> PeftValueError:
+    return PeftValueError(f"`{argument}` names no task; pass at least one, by id or name.")
+
+
 def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
     """Task ids of any accepted type as a tensor of integers."""
     if isinstance(task_ids, str):
@@ -65,7 +134,7 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
         names = configs[0].task_names or []
         unknown = [task for task in task_ids if task not in names]
         if unknown:
-            raise PeftValueError(f"Unknown task names {unknown}; the adapter's are {names or 'none, so use ids'}.")
+            raise PeftValueError(f"Unknown task names {unknown}; the adapter's are {_names_there(unknown[0], names)}")
         task_ids = [names.index(task) for task in task_ids]
     if not isinstance(task_ids, Tensor):
         try:
@@ -73,12 +142,22 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
                 task_ids = torch.as_tensor(task_ids)
                 is_empty = task_ids.numel() == 0
         except (TypeError, ValueError, RuntimeError):
-            raise PeftTypeError(f"`{argument}` must be integers, not {type(task_ids).__name__}.") from None
+            raise PeftTypeError(
+                f"`{argument}` must be integers, not {type(task_ids).__name__}; ids or names go in a list."
+            ) from None
         if is_empty:
             return task_ids.long()  # an empty list has no dtype of its own
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")
     return task_ids
+
+
+def _names_there(meant: Any, names: Sequence[str]) -> str:
+    """Return the end of a message about an unknown task: the first of those there are, and which was meant."""
+    if not names:
+        return "none, so use ids."
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{list(names[:_LISTED])}{more}.{did_you_mean(str(meant), names)}"
 
 
 def has_values(ids: Tensor) -> bool:
