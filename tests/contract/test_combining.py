@@ -226,9 +226,11 @@ def test_two_copies_of_a_module_need_a_word(method):
         (
             None,
             ValueError,
-            r"Adapters a, b each train a copy of the same module \(`4\.weight`\). Pass `heads=\"mean\"`, or as `heads`",
+            r"Adapters a, b each train a copy of `4\.weight`. Say what .* `heads`: 'mean' or the name of .* \('a', 'b'\)",
         ),
-        ("c", ValueError, "`heads`='c' must be 'mean' or one of 'a', 'b'"),
+        ("c", ValueError, r"`heads`='c' must be 'mean' or the name of .* \('a', 'b'\)"),
+        ("stack", ValueError, "`heads`='stack' is offered by `save_as_poly` .* must be 'mean' or the name"),
+        ("maen", ValueError, "Did you mean 'mean'"),
         (1, TypeError, "`heads`=1 must be"),
     ):
         with pytest.raises(error, match=message):

@@ -52,7 +52,7 @@ class Combination:
         svd_full_matrices, svd_driver: For `torch.linalg.svd`.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected: "total" or "frequency".
-        heads: What becomes of modules that several train whole: "mean", or the name of the one whose is taken.
+        heads: What becomes of modules that several train whole: the name of the one whose is taken, or "mean".
     """
 
     adapters: Sequence[str]

@@ -271,7 +271,8 @@ class BaseTuner(AdaptedModel):
             svd_clamp: Quantile at which entries of singular vectors are cut off.
             svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
             density, majority_sign_method: The share of elements that pruning keeps; how signs are elected, "total" or "frequency".
-            heads: What becomes of modules that several train whole: "mean" (by the weights), or the adapter whose is taken.
+            heads: What becomes of modules that several train whole: "mean" (by the weights), or the adapter whose is taken
+                (so an adapter called "mean", if it is one of `adapters`).
 
         Returns:
             For combinations that aim at the weighted sum, each layer's distance from it, relative to it in the Frobenius norm.

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Poly adapters whose skills are other adapters: each task computes what its adapter did."""
 
+import math
+import re
+
 import pytest
 import torch
 from conftest import gpt2, mlp
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, convert_to_poly, get_peft_model, save_as_poly
+from peft import LoKrConfig, LoraConfig, PeftError, PeftModel, PolyConfig, convert_to_poly, get_peft_model, save_as_poly
 
 TARGETS = ["0", "2"]
 
@@ -99,7 +102,12 @@ class Words(nn.Module):
 
 BAD = [
     (lambda: library(mlp(), lora()), "a", TypeError, "must be a list of names"),
+    (lambda: library(mlp(), lora()), None, TypeError, "`adapters`=None must be a list of names"),
+    (lambda: library(mlp(), lora()), ["a", ["a"]], TypeError, r"must have names .*, not \['a'\]"),
+    (lambda: library(mlp(), lora()), {"a": 3}, TypeError, "must have names .*, not 3"),
     (lambda: library(mlp(), lora()), [], ValueError, "must name some"),
+    (lambda: library(mlp(), lora()), ["a", "a"], ValueError, "has a name twice; .*`copy_adapter`"),
+    (lambda: library(mlp(), lora(), lora()), {"a": "x", "b": "x"}, ValueError, "has a name twice"),
     (lambda: library(mlp(), lora()), ["z"], ValueError, "Adapter z not found"),
     (lambda: library(mlp(), lora(bias="all")), ["a"], NotImplementedError, "has `bias`='all'"),
     (
@@ -118,6 +126,13 @@ def test_what_is_refused(build, adapters, error, message, tmp_path):
     with pytest.raises(error, match=message):
         save_as_poly(tmp_path / "out", build(), adapters)
     assert not (tmp_path / "out").exists()
-    for wrong in (0.0, 1.5):
-        with pytest.raises(ValueError, match="`own_weight`"):
-            convert_to_poly(library(mlp(), lora()), ["a"], own_weight=wrong)
+
+
+WRONG = [(name, value) for name in ("own_weight", "rank") for value in (0, -1, math.nan, 1.5, "1", True, [1])]
+
+
+@pytest.mark.parametrize(("option", "value"), [*WRONG, ("own_weight", math.inf), ("own_weight", None)])
+def test_numbers_that_are_refused(option, value):
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"`{option}`={value!r} must be a")) as refusal:
+        convert_to_poly(library(mlp(), lora()), ["a"], **{option: value})
+    assert isinstance(refusal.value, PeftError)

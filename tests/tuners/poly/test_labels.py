@@ -305,14 +305,23 @@ def test_other_fates_of_heads(tmp_path):
 
 def test_heads_that_can_not_be_combined_are_named(tmp_path):
     model, _ = classifiers(bert, **dict(zip("ab", configs(bert, "lora", "lora"), strict=True)))
-    message = r"Adapters a, b each train .*`classifier.weight`\). Pass `heads=\"mean\"`, .* or `heads='stack'` .*TaskLabels"
-    with pytest.raises(ValueError, match=message):
+    choices = r"'mean' or 'stack' .*`TaskLabels`\) or the name of the adapter whose copy is taken \('a', 'b'\)"
+    with pytest.raises(ValueError, match=rf"Adapters a, b each train a copy of `classifier.weight`. .*{choices}"):
         save_as_poly(tmp_path / "out", model, ["a", "b"])
+    with pytest.raises(ValueError, match=rf"`heads`='c' must be {choices}"):
+        save_as_poly(tmp_path / "out", model, ["a", "b"], heads="c")
     base = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
     deep = get_peft_model(base, LoraConfig(target_modules="0", modules_to_save=["1"]), "a")
     deep.add_adapter("b", LoraConfig(target_modules="0", modules_to_save=["1"]))
     with pytest.raises(ValueError, match="needs one linear head in each adapter; they train .*'1.0.weight'"):
         save_as_poly(tmp_path / "out", deep, ["a", "b"], heads="stack")
+    with pytest.raises(ValueError, match="`heads`: 'mean' or the name"):  # the impossible is not offered
+        save_as_poly(tmp_path / "out", deep, ["a", "b"])
+    deep.add_adapter("c", LoraConfig(target_modules="0"))
+    with pytest.raises(ValueError, match="Adapters a, b each train a copy of `1.0.weight`, but c .`heads`='c'. does not"):
+        save_as_poly(tmp_path / "out", deep, ["a", "b", "c"], heads="c")
+    with pytest.raises(ValueError, match="`heads`='stack' stacks heads .*; of c none has one. Leave `heads` out"):
+        save_as_poly(tmp_path / "out", deep, ["c"], heads="stack")
     assert not (tmp_path / "out").exists()
 
 
@@ -321,6 +330,17 @@ def test_an_adapter_called_as_a_fate_is_meant_by_its_name():
     for name in ("mean", "stack"):
         state = convert_to_poly(model, ["mean", "stack"], heads=name).state_dict
         assert torch.equal(state["base_model.model.classifier.weight"], head.modules_to_save[name].weight)
+    with pytest.raises(ValueError, match=r"`heads`: the name of the adapter whose copy is taken \('mean', 'stack'\)"):
+        convert_to_poly(model, ["mean", "stack"])
+    model.add_adapter("other", model.peft_config["mean"])
+    for given, other in (("mean", "stack"), ("stack", "mean")):  # which of them are combined decides
+        if given == "mean":
+            state = convert_to_poly(model, [other, "other"], heads=given).state_dict
+            copies = head.modules_to_save
+            expected = (copies[other].weight + copies["other"].weight) / 2
+            torch.testing.assert_close(state["base_model.model.classifier.weight"], expected)
+        else:
+            assert convert_to_poly(model, [other, "other"], heads=given).labels.total == 4
 
 
 def test_rows_of_embeddings_are_combined_if_they_are_the_same():

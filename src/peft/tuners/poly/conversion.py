@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .. import _heads, _targets
 from .._converting import check_convertible, config_of, layers_with, root_of
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, check_rank, total_error
+from .._lowrank import LowRank, total_error
 from .._plan import own_modules
 from .config import PolyConfig
 from .labels import TaskLabels
@@ -31,11 +32,6 @@ from .labels import TaskLabels
 class _Pair(NamedTuple):
     config: PolyConfig
     state_dict: dict[str, Tensor]
-
-
-# A value of `heads` that is no adapter's name: the labels of all side by side.
-STACK = "stack"
-_OR_STACK = ", or `heads='stack'` for a head with the labels of all (see `TaskLabels`)"
 
 
 class PolyConversion(_Pair):
@@ -75,15 +71,16 @@ def convert_to_poly(
         task_id: For adapters that have tasks themselves.
         heads: What becomes of modules (or rows of embeddings) that several adapters train whole. "mean": their mean.
             An adapter's name: its own. "stack": a linear head with the labels of all, one adapter's after the
-            other's, in which each task's logits are what its adapter gave; for a base model with so many labels.
+            other's, in which each task's logits are what its adapter gave; for a base model with so many labels. An
+            adapter called "mean" or "stack", if it is one of `adapters`, is meant by its name.
 
     Returns:
         `(config, state_dict)`, to be written by `save_as_poly`; with the `errors` and the `labels` of a stacked head.
 
     Raises:
-        PeftTypeError: `adapters` is one name.
-        PeftValueError: An adapter is unknown, there is none, or a value is not allowed; or several train the same module
-            and `heads` does not say what becomes of it, or can't be had.
+        PeftTypeError: `adapters` is no list of names, `rank` no integer, or `own_weight` no number.
+        PeftValueError: An adapter is unknown, there is none, or comes twice; or two tasks have one name; or a value is not
+            allowed; or several train the same module and `heads` does not say what becomes of it, or can't be had.
         PeftNotSupportedError: An adapter trains biases beside its layers.
         UnsupportedModuleError: A layer has no delta, or is none that Poly adapts.
 
@@ -98,17 +95,11 @@ def convert_to_poly(
 
     Source: arXiv:2202.13914, section 3 (tasks as rows of a matrix over skills)
     """
-    check_rank(rank)
-    if isinstance(adapters, str) or isinstance(rank, float):
-        raise PeftTypeError(f"`adapters`={adapters!r} must be a list of names, and `rank`={rank!r} an integer or None.")
-    if not adapters or not 0 < own_weight <= 1:
-        raise PeftValueError(
-            f"`adapters`={list(adapters)!r} must name some, and `own_weight`={own_weight!r} be above 0 and at most 1."
-        )
-    configs = {name: _checked(config_of(model, name), name) for name in adapters}
+    tasks = _tasks_of(adapters)
+    _check_numbers(rank, own_weight)
+    configs = {name: _checked(config_of(model, name), name) for name in tasks}
     root, prefix = root_of(model)
-    tasks = list(adapters.values()) if isinstance(adapters, Mapping) else list(configs)
-    beside, labels = _beside(root, configs, dict(zip(configs, tasks, strict=True)), heads)
+    beside, labels = _beside(root, configs, tasks, heads)
     parts: dict[str, dict[str, LowRank]] = {}
     layers: dict[str, BaseTunerLayer] = {}
     for name, config in configs.items():
@@ -133,7 +124,7 @@ def convert_to_poly(
         alpha=float(r),
         n_tasks=len(names),
         n_skills=len(names),
-        task_names=tasks,
+        task_names=list(tasks.values()),
         modules_to_save=list(dict.fromkeys(m for c in configs.values() for m in c.modules_to_save or ())) or None,
         trainable_token_indices=next((c.trainable_token_indices for c in configs.values() if c.trainable_token_indices), None),
         target_modules=targets,
@@ -181,6 +172,47 @@ def save_as_poly(
     return converted
 
 
+def _tasks_of(adapters: Any) -> dict[str, str]:
+    """Return each adapter's task by name.
+
+    Raises:
+        PeftTypeError: `adapters` is no list or dictionary of names.
+        PeftValueError: There are none, or one comes twice.
+    """
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+        raise PeftTypeError(f"`adapters`={adapters!r} must be a list of names, or a dictionary with a task's name for each.")
+    tasks = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
+    names = list(adapters) if isinstance(adapters, Mapping) else tasks
+    if wrong := [name for name in (*names, *tasks) if not isinstance(name, str)]:
+        raise PeftTypeError(f"`adapters`={adapters!r} must have names (strings), not {wrong[0]!r}.")
+    if not names:
+        raise PeftValueError(f"`adapters`={adapters!r} must name some.")
+    if len(set(tasks)) < len(tasks):
+        raise PeftValueError(
+            f"`adapters`={adapters!r} has a name twice; each adapter is the skill of one task with a name of its own. "
+            "`copy_adapter` makes another adapter like one."
+        )
+    return dict(zip(names, tasks, strict=True))
+
+
+def _check_numbers(rank: Any, own_weight: Any) -> None:
+    """Insist on a rank for all skills, and on a task's share of its own.
+
+    Raises:
+        PeftTypeError: One is of another type.
+        PeftValueError: One is out of range.
+    """
+    for name, value, kind, rule in (
+        ("rank", 1 if rank is None else rank, int, "an integer of at least 1, or None for what makes all skills exact"),
+        ("own_weight", own_weight, Real, "a number above 0 and at most 1"),
+    ):
+        message = f"`{name}`={value!r} must be {rule}."
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise PeftTypeError(message)
+        if not (value >= 1 if kind is int else 0 < value <= 1):  # nor NaN
+            raise PeftValueError(message)
+
+
 def _checked(config: Any, name: str) -> Any:
     """Return the config of an adapter of which all can be converted.
 
@@ -209,9 +241,9 @@ def _beside(
     parts = {
         name: companion_tensors(own_state(root, in_view(config, name)).items(), config, name) for name, config in configs.items()
     }
-    if heads == STACK and STACK not in configs:
+    if heads == _heads.STACK not in configs:
         return _stacked(parts, tasks)
-    return _heads.combine(parts, heads, remedy=_OR_STACK), None
+    return _heads.combine(parts, heads, can_stack=_linear_head(parts) is not None), None
 
 
 def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, Tensor], TaskLabels]:
@@ -220,16 +252,28 @@ def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, T
     Raises:
         PeftValueError: Some adapter has no such head, or a head has other parts, which all tasks would share.
     """
-    head, *others = {key.rpartition(".")[0] for own in parts.values() for key in own} or [""]
-    keys = {name: sorted(own) for name, own in parts.items()}
-    linear = all(own and {key.rpartition(".")[2] for key in own} <= {"weight", "bias"} for own in keys.values())
-    if others or not linear or len({tuple(own) for own in keys.values()}) > 1:
+    if not any(parts.values()):
         raise PeftValueError(
-            f'`heads`={STACK!r} needs one linear head in each adapter; they train {keys}. Pass `heads="mean"` or the name of '
-            "the adapter whose modules are taken."
+            f"`heads`={_heads.STACK!r} stacks heads that adapters train beside their layers (`modules_to_save`); of "
+            f"{', '.join(parts)} none has one. Leave `heads` out."
         )
-    joined = {key: torch.cat([own[key].detach() for own in parts.values()]) for key in next(iter(keys.values()))}
+    head = _linear_head(parts)
+    if head is None:
+        raise PeftValueError(
+            f"`heads`={_heads.STACK!r} needs one linear head in each adapter; they train "
+            f'{ {name: sorted(own) for name, own in parts.items()} }. Pass `heads="mean"` or the name of the adapter whose '
+            "modules are taken."
+        )
+    joined = {key: torch.cat([own[key].detach() for own in parts.values()]) for key in next(iter(parts.values()))}
     return joined, TaskLabels({tasks[name]: len(own[f"{head}.weight"]) for name, own in parts.items()})
+
+
+def _linear_head(parts: _heads.Parts) -> str | None:
+    """Return the path of the linear layer that is all that each of some adapters trains beside its layers, if there is one."""
+    first, *others = (set(own) for own in parts.values())
+    paths = {key.rpartition(".")[0] for key in first}
+    linear = {key.rpartition(".")[2] for key in first} <= {"weight", "bias"} and all(own == first for own in others)
+    return paths.pop() if linear and len(paths) == 1 and f"{next(iter(paths))}.weight" in first else None
 
 
 def _factors(layer: BaseTunerLayer, path: str, name: str, rank: int | None, options: dict[str, Any]) -> LowRank:
