@@ -365,8 +365,6 @@ def test_fitting_with_batches_of_a_language_model():
     for bad in (3, [], ["text"]):
         with pytest.raises(TypeError, match="function without arguments, or batches"):
             model.fit_task(4, bad)
-    with pytest.raises(ValueError, match="`steps`=-1"):
-        model.fit_task(4, batches, steps=-1)
     model.add_adapter("idle", config(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="must be active"):
         model.fit_task(0, batches, adapter_name="idle")
@@ -377,6 +375,9 @@ WRONG_LOSSES = {
     "nothing": (lambda y: None, TypeError, "it returned None, a NoneType"),
     "many": (lambda y: y.square(), TypeError, r"it returned a tensor of shape \[3, 8\]"),
     "detached": (lambda y: y.detach().square().mean(), ValueError, "`loss` does not depend on the routing of task 0"),
+    "NaN": (lambda y: y.sum() * NAN, ValueError, "`loss` is nan after 0 steps; the routing of task 0 is left.*look for"),
+    "infinite": (lambda y: y.sum() * INF, ValueError, "`loss` is -?(inf|nan) after 0 steps"),
+    "no gradient": (lambda y: (y * 0).abs().sqrt().sum(), ValueError, "`loss` is 0.0, but its gradients NaN"),
 }
 
 
@@ -390,6 +391,67 @@ def test_losses_that_can_not_be_fitted_are_named(kind, init):
     with pytest.raises(error, match=message):
         model.fit_task(0, lambda: make(model(x, task_ids=0)), init=init)
     assert_unchanged(before, model)
+
+
+def test_a_loss_that_stops_being_finite_changes_nothing():
+    model = poly()
+    x, calls = torch.randn(3, 8), iter([1.0, 1.0, NAN])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="nan after 2 steps.*use a smaller `lr` than 0.1, or look"):
+        model.fit_task("a", lambda: model(x, task_ids="a").square().mean() * next(calls))
+    assert_unchanged(before, model)
+    lm = get_peft_model(llama(), config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = torch.tensor([[3, 4, 5]])
+    before = snapshot(lm)
+    with pytest.raises(ValueError, match="nan after 1 steps.*labels that are all left out"):
+        lm.fit_task(0, [{"input_ids": ids, "labels": labels} for labels in (ids, torch.full_like(ids, -100))])
+    assert_unchanged(before, lm)
+
+
+@pytest.mark.parametrize("init", [None, "best"])
+def test_a_loss_that_runs_another_task_is_refused(init):
+    model = poly()
+    x = torch.randn(3, 8)
+    before = snapshot(model)
+    message = r"never ran the model with task 0 \('a'\), but with 1 \('b'\), 2 \('c'\): have it .* `task_ids=0`"
+    with pytest.raises(ValueError, match=message):
+        model.fit_task("a", lambda: model(x, task_ids=["b", "c", "b"]).square().mean(), steps=2, init=init)
+    assert_unchanged(before, model)
+    turns = iter(["b", "a", "b"])  # some of the calls may be of other tasks
+    fit = model.fit_task("a", lambda: model(x, task_ids=next(turns)).square().mean(), steps=2)
+    assert len(fit.losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"steps": steps}, f"`steps`={steps!r} must be an integer of at least 0") for steps in ("3", 1.5, -1, True, None)),
+        *(({"lr": lr}, f"`lr`={lr!r} must be a positive finite number") for lr in ("0.1", 0, INF, NAN, True, None)),
+        ({"init": "Best"}, "`init`='Best' must be one of None, 'best', 'equal'. Did you mean 'best'"),
+        ({"init": ["best"]}, "must be one of"),
+    ],
+    ids=str,
+)
+def test_options_of_a_fit_are_checked(options, message):
+    model = poly()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.fit_task("a", lambda: model(torch.ones(1, 8), task_ids="a").sum(), **options)
+    assert_unchanged(before, model)
+
+
+def test_no_task_is_fitted_while_adapters_are_merged():
+    model = poly()
+    model.merge_adapter(task_id="b")
+    with pytest.raises(ValueError, match="'default'.* are merged.*`unmerge_adapter`"):
+        model.fit_task("a", lambda: model(torch.ones(1, 8), task_ids="a").sum())
+
+
+def test_no_steps_take_the_best_start():
+    model, x = poly(), torch.randn(3, 8)
+    y = model(x, task_ids="c").detach()
+    fit = model.fit_task("a", lambda: (model(x, task_ids="a") - y).square().mean(), steps=torch.tensor(0), init="best")
+    assert fit.start == 2 and fit.losses == [0.0] and torch.equal(model(x, task_ids="a"), y)
 
 
 def test_batches_need_a_loss():

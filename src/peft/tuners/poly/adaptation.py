@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...config import at_least, choice
+from ...config import number as finite_number
 from ...utils.error import PeftTypeError, PeftValueError
+from ...utils.plain import plain
 from .deriving import DerivingTuner
 from .layer import is_fixed
 from .regimes import Regime, regime_named
 from .router import InputRouter, TaskRouter
-from .task_ids import one_task
+from .task_ids import one_task, task_label
 
 
 @dataclass
@@ -169,7 +173,7 @@ class AdaptingTuner(DerivingTuner):
             task: Id or name of a task that the adapter has; see `add_tasks`.
             loss: A function that gives the loss of the model on the examples, called with no arguments and passing the task itself;
                 or batches as keyword arguments for the model, whose output has a `loss`. `task_ids` are filled in there.
-            steps: How many; each goes through one batch, or calls the function once.
+            steps: How many; each goes through one batch, or calls the function once. 0 takes none: what `init` says, and its loss.
             lr: Learning rate, by default the paper's for the router.
             init: None: from the task's present weights. "best": from those of the task that has the least loss on the examples, one
                 forward for each task; "equal": from equal weights.
@@ -181,45 +185,54 @@ class AdaptingTuner(DerivingTuner):
         Raises:
             PeftTypeError: `loss` is neither a function nor batches, or returns something else than
                 a tensor of one number.
-            PeftValueError: The task is unknown, a value is not allowed, or the loss does not depend on
-                the task's routing; nothing is changed.
+            PeftValueError: The task is unknown, a value is not allowed, adapters are merged, or the loss does not depend on
+                the task's routing, runs other tasks only, or is not finite; nothing is changed.
+            PeftRuntimeError: The model is sharded already.
 
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
         """
         name, begin = self.task_routed(adapter_name), perf_counter()
         number = one_task(task, self.peft_config[name], "task")
-        if name not in self.active_adapters or self.merged_adapters:
-            raise PeftValueError(
-                f"Adapter {name} must be active and not merged to be fitted; the active ones are {self.active_adapters}."
-            )
-        if steps < 0 or not lr > 0 or init not in (None, "best", "equal"):
-            raise PeftValueError(
-                f"`steps`={steps!r}, `lr`={lr!r} and `init`={init!r} must be at least 0, positive, and None, 'best' or 'equal'."
-            )
+        self._check_can_fit(name)
+        steps, lr = _checked_options(steps, lr, init)
         closure, batches = self._closure(loss, number)
         fit = TaskFit(number)
         routers = list(dict.fromkeys(self.task_routers(name).values()))
-        with self._fitting(name, number), torch.enable_grad():
+        with self._fitting(name, number), self.poly_routing.noting() as used, torch.enable_grad():
             if init is not None:
                 fit.start = self._start_from(routers, number, init, closure, batches)
-            parameters = [row for router in routers for row in router.rows]
-            optimizer = torch.optim.Adam(parameters, lr=lr)
-            best, kept = float("inf"), [row.detach().clone() for row in parameters]
-            for step in range(steps + 1):
-                value = closure()
-                fit.losses.append(float(value.detach()))
-                if fit.losses[-1] < best or batches > 1:  # losses of different batches do not compare
-                    best, kept = fit.losses[-1], [row.detach().clone() for row in parameters]
-                if step < steps:
-                    gradients = _gradients(value, parameters, number)
-                    for row, gradient in zip(parameters, gradients, strict=True):
-                        row.grad = gradient
-                    optimizer.step()
-            with torch.no_grad():
-                for row, values in zip(parameters, kept, strict=True):
-                    row.copy_(values)
+            _descend(fit, closure, [row for router in routers for row in router.rows], steps, lr, keep_last=batches > 1)
+            if used and not any((ids == number).any() for ids in used):
+                raise PeftValueError(self._used_others(name, number, used))
         fit.seconds = perf_counter() - begin
         return fit
+
+    def _check_can_fit(self, name: str) -> None:
+        """Check that an adapter runs as one whose routing can be fitted.
+
+        Raises:
+            PeftValueError: It is not active, or adapters are merged.
+        """
+        if self.merged_adapters:
+            raise PeftValueError(
+                f"Adapters {self.merged_adapters} are merged into the weights; call `unmerge_adapter` before a task is fitted."
+            )
+        if name not in self.active_adapters:
+            raise PeftValueError(
+                f"Adapter {name} must be active to be fitted; the active ones are {self.active_adapters}. Call "
+                f"`set_adapter({name!r})` first."
+            )
+        for router in self.task_routers(name).values():
+            router.check_can_open()
+
+    def _used_others(self, name: str, task: int, used: Sequence[Tensor]) -> str:
+        """Return the message for a loss that ran other tasks than the one to be fitted."""
+        config = self.peft_config[name]
+        others = sorted({other for ids in used for other in ids.tolist()})
+        return (
+            f"`loss` never ran the model with task {task_label(task, config)}, but with "
+            f"{', '.join(task_label(other, config) for other in others)}: have it call the model with `task_ids={task}`."
+        )
 
     def _closure(self, loss: Any, task: int) -> tuple[Callable[[], Tensor], int]:
         """A function that gives the loss of the next batch, and after how many calls it has gone through all."""
@@ -278,7 +291,7 @@ class AdaptingTuner(DerivingTuner):
                 for router in routers:
                     router.module_logits[task] = router.module_logits[other]
                 value = sum(float(closure()) for _ in range(batches))
-                if value < least:
+                if isfinite(value) and value < least:
                     least, best = value, other
         for router in routers:
             router.module_logits[task] = 0 if best is None else router.module_logits[best]
@@ -304,6 +317,60 @@ def _one_number(value: Any, remedy: str = "") -> Tensor:
     )
 
 
+def _checked_options(steps: Any, lr: Any, init: Any) -> tuple[int, float]:
+    """Return the number of steps and the learning rate.
+
+    Raises:
+        PeftValueError: A value is not allowed.
+    """
+    steps, lr = plain(steps), plain(lr)
+    offences = [
+        *at_least("steps", steps, 0),
+        *finite_number("lr", lr, positive=True),
+        *choice("init", init, (None, "best", "equal")),
+    ]
+    if offences:
+        raise PeftValueError(" ".join(offences))
+    return steps, float(lr)
+
+
+def _descend(fit: TaskFit, closure: Callable[[], Tensor], rows: Sequence[Tensor], steps: int, lr: float, keep_last: bool) -> None:
+    """Take steps on a task's rows and leave them at the least loss; `keep_last` where losses, being of different batches, do
+    not compare.
+
+    Raises:
+        PeftValueError: The loss is not finite, or does not depend on the rows.
+    """
+    optimizer = torch.optim.Adam(rows, lr=lr)
+    best, kept = float("inf"), [row.detach().clone() for row in rows]
+    for step in range(steps + 1):
+        value = closure()
+        fit.losses.append(float(value.detach()))
+        if not isfinite(fit.losses[-1]):
+            raise _not_finite(f"`loss` is {fit.losses[-1]}", fit.task, step, lr)
+        if fit.losses[-1] < best or keep_last:
+            best, kept = fit.losses[-1], [row.detach().clone() for row in rows]
+        if step < steps:
+            for row, gradient in zip(rows, _gradients(value, rows, fit.task), strict=True):
+                if gradient is not None and not gradient.isfinite().all():
+                    raise _not_finite(
+                        f"`loss` is {fit.losses[-1]}, but has gradients that are NaN or infinite,", fit.task, step, lr
+                    )
+                row.grad = gradient
+            optimizer.step()
+    with torch.no_grad():
+        for row, values in zip(rows, kept, strict=True):
+            row.copy_(values)
+
+
+def _not_finite(what: str, task: int, step: int, lr: float) -> PeftValueError:
+    remedy = f"use a smaller `lr` than {lr}, or look" if step else "look"
+    return PeftValueError(
+        f"{what} after {step} steps; the routing of task {task} is left as it was. To fit it, {remedy} for what makes the loss so: "
+        "values of the examples, labels that are all left out, a 16-bit dtype."
+    )
+
+
 def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> Sequence[Tensor | None]:
     """Return the gradients of a loss.
 
@@ -316,6 +383,6 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> Sequenc
     if all(gradient is None for gradient in gradients):
         raise PeftValueError(
             f"`loss` does not depend on the routing of task {task}: have it run the model with "
-            f"`task_ids={task}`, with gradients on and nothing detached."
+            f"`task_ids={task}`, with the adapter and gradients on and nothing detached."
         )
     return gradients
