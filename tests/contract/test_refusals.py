@@ -98,6 +98,8 @@ def test_unknown_arguments_of_a_config_are_refused(method):
         (nn.LazyLinear(8), "LazyLinear"),
         (nn.Sequential(nn.Linear(8, 8)), "Sequential"),
         (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
+        (nn.Linear(8, 8, dtype=torch.complex64), r"complex numbers \(torch.complex64\), and adapters are real"),
+        (nn.Conv2d(8, 8, 1, dtype=torch.complex64), "complex numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -114,6 +116,33 @@ def test_layers_that_cannot_be_adapted(method, layer, mention):
         assert type(model["fine"]) is nn.Linear
     else:
         assert_same(before, model, config)
+
+
+def test_complex_layers_are_left_out_or_trained_whole(method, tmp_path):
+    """A copy of a complex layer has the gradient of the layer itself."""
+
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real, self.head = nn.Linear(8, 8), nn.Linear(8, 4, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.head(self.real(x).to(torch.complex64))
+
+    base = Spectral()
+    x, head = torch.randn(3, 8), copy.deepcopy(base.head)
+    with pytest.warns(UserWarning, match="'all-linear' leaves out `head`: its weights are complex numbers"):
+        model = get_peft_model(copy.deepcopy(base), method.config(target_modules="all-linear"))
+    assert model.targeted_module_names == ["real"]
+    model = get_peft_model(base, method.config(target_modules=["real"], modules_to_save=["head"])).eval()
+    seen = []
+    base.head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(x, **method.call).abs().square().sum().backward()
+    head(seen[0]).abs().square().sum().backward()
+    torch.testing.assert_close(base.head.modules_to_save["default"].weight.grad, head.weight.grad)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Spectral(), tmp_path)
+    assert torch.equal(again.base_model.model.head.weight, base.head.weight)
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d"])

@@ -290,8 +290,14 @@ def pad_input(module: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
 
 
-def bypass_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
-    """Why an adapter at `parent.name` would never run, or None: some parents read a child's weight and skip its forward."""
+def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
+    """Return why no adapter can be at `parent.name`, or None: it would lose the imaginary part of complex numbers, or never
+    run, since some parents read a child's weight and skip its forward.
+    """
+    layer = innermost(parent._modules[name])  # type: ignore[arg-type]
+    dtype = next((parameter.dtype for parameter in layer.parameters() if parameter.is_complex()), None)
+    if dtype is not None:
+        return f"its weights are complex numbers ({dtype}), and adapters are real; adapt other layers"
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
     if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in ("out_proj", "conv1d"):

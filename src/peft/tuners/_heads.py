@@ -79,7 +79,7 @@ def _mean(key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] 
         shapes = ", ".join(f"{list(tensor.shape)} ({name})" for name, tensor in tensors.items())
         raise PeftValueError(f"`{key}` has the shapes {shapes}, which have no mean; {remedy}.")
     first = next(iter(tensors.values()))
-    if not first.is_floating_point():
+    if not (first.is_floating_point() or first.is_complex()):
         return first.clone()
     shares = {name: 1.0 if weights is None else weights[name] for name in tensors}
     total = sum(shares.values())

@@ -222,7 +222,7 @@ def _adaptable(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) 
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of all linear layers but the output head and those whose parent bypasses them."""
+    """Paths of all linear layers but the output head and those where no adapter can be."""
     heads = set()
     if hasattr(model, "get_output_embeddings"):
         try:
@@ -235,7 +235,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         if not _geometry.is_linear(module) or id(module) in heads or id(_geometry.innermost(module)) in heads:
             continue
         parent, _, name = get_submodules(model, path)
-        reason = _geometry.bypass_reason(parent, name, model_type(model))
+        reason = _geometry.unfit_reason(parent, name, model_type(model))
         if reason:
             warn(f"'all-linear' leaves out `{path}`: {reason}.")
         else:
@@ -316,7 +316,7 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
         existing = layer_of(module, tuner.tuner_layer_cls)
         base = module if existing is None else existing.base_layer
         parent, _, name = get_submodules(tuner.model, path)
-        reason = _geometry.bypass_reason(parent, name, kind)
+        reason = _geometry.unfit_reason(parent, name, kind)
         if reason:
             unsupported.append(f"`{path}`: {reason}.")
         elif tuner.tuner_layer_class(plan.config, base) is None:

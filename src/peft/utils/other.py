@@ -148,7 +148,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.parameters_of(name) if self.has(name) else ():
                 if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
-                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+                    parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's part."""
@@ -241,7 +241,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 instead.update({id(value): value.detach().clone() for value in computed})
             fresh = copy.deepcopy(module, instead)
         for parameter in fresh.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(_can_be_trained(parameter))
         return fresh
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
@@ -279,6 +279,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter_name not in self.modules_to_save:
             return {}
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+def _can_be_trained(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def check_model(model: Any) -> None:
