@@ -377,7 +377,7 @@ WRONG_LOSSES = {
     "detached": (lambda y: y.detach().square().mean(), ValueError, "`loss` does not depend on the routing of task 0"),
     "NaN": (lambda y: y.sum() * NAN, ValueError, "`loss` is nan after 0 steps; the routing of task 0 is left.*look for"),
     "infinite": (lambda y: y.sum() * INF, ValueError, "`loss` is -?(inf|nan) after 0 steps"),
-    "no gradient": (lambda y: (y * 0).abs().sqrt().sum(), ValueError, "`loss` is 0.0, but its gradients NaN"),
+    "no gradient": (lambda y: (y * 0).abs().sqrt().sum(), ValueError, "`loss` is 0.0, but has gradients that are NaN"),
 }
 
 

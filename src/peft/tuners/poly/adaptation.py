@@ -353,9 +353,7 @@ def _descend(fit: TaskFit, closure: Callable[[], Tensor], rows: Sequence[Tensor]
         if step < steps:
             for row, gradient in zip(rows, _gradients(value, rows, fit.task), strict=True):
                 if gradient is not None and not gradient.isfinite().all():
-                    raise _not_finite(
-                        f"`loss` is {fit.losses[-1]}, but has gradients that are NaN or infinite,", fit.task, step, lr
-                    )
+                    raise _not_finite(f"`loss` is {fit.losses[-1]}, but has gradients that are NaN or infinite", fit.task, step, lr)
                 row.grad = gradient
             optimizer.step()
     with torch.no_grad():
