@@ -30,10 +30,10 @@ from .utils.save_and_load import (
     holders,
     import_state,
     in_view,
-    some,
     write_state,
 )
 from .utils.sharding import unwrapped
+from .utils.values import some, warn_of_values
 from .utils.walk import named_tensors, walk
 from .utils.warning import warn
 
@@ -148,7 +148,9 @@ class Filler:
         names = adapter_tensors(((name, name) for name in named), config, adapter_name, incoming)
         self.result = LoadResult([names.get(key, key) for key in found.missing_keys], found.unexpected_keys)
         fits = expected.keys() & incoming.keys() - set(found.missing_keys)
-        write_state(None, expected, {key: tensor for key, tensor in incoming.items() if key in fits})
+        values = {key: tensor for key, tensor in incoming.items() if key in fits}
+        warn_of_values(f"'{self.source}'", values, expected, lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).masked_names)
+        write_state(None, expected, values)
 
 
 def fitting(

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.quick
 CONFIGS = [
@@ -366,3 +368,64 @@ def test_the_name_for_no_adapter_is_taken(method):
     with pytest.raises(peft.PeftError, match="means no adapter"):
         model.add_adapter("__base__", method.config(target_modules=TARGETS))
     assert_unchanged(before, model)
+
+
+READERS = {
+    "from_pretrained": lambda model, base, folder, state: PeftModel.from_pretrained(base, folder),
+    "a new adapter": lambda model, base, folder, state: model.load_adapter(folder, "new"),
+    "an adapter there": lambda model, base, folder, state: model.load_adapter(folder, "default"),
+    "strict=False": lambda model, base, folder, state: model.load_adapter(folder, "new", strict=False),
+    "a state dict": lambda model, base, folder, state: set_peft_model_state_dict(model, state),
+    "hotswap": lambda model, base, folder, state: hotswap_adapter(model, folder, "default"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_values_of_a_run_that_diverged_are_loaded_and_named(method, reader, tmp_path):
+    base = mlp()
+    model = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    first, *_, last = keys = [key for key in sorted(state) if state[key].is_floating_point()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        READERS[reader](model, copy.deepcopy(base), tmp_path, state)
+    state[first].view(-1)[-1], state[last].view(-1)[0] = torch.nan, torch.inf
+    save_file(state, file)
+    with pytest.warns(UserWarning, match=f"has values that are NaN or infinite.*{re.escape(first)}, {re.escape(last)}. It"):
+        loaded = READERS[reader](copy.deepcopy(model), copy.deepcopy(base), tmp_path, state)
+    if reader == "from_pretrained":
+        assert sum(int(not p.isfinite().all()) for p in loaded.parameters()) == 2 <= len(keys)
+    parts = nn.ModuleList([model, base])
+    before = snapshot(parts)
+    with warnings.catch_warnings():  # told before anything is changed
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="NaN or infinite"):
+            READERS[reader](model, base, tmp_path, state)
+    assert_unchanged(before, parts)
+
+
+def test_values_that_the_adapters_dtype_does_not_hold_are_named():
+    fields = {"target_modules": ["0"], "r": 2}
+    wide = get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(**fields))
+    wide.base_model.model[0].lora_A["default"].weight.data[1, 2] = -7e4
+    state = peft.get_peft_model_state_dict(wide)
+    half = get_peft_model(nn.Sequential(nn.Linear(4, 4)).half(), peft.LoraConfig(**fields), autocast_adapter_dtype=False)
+    with pytest.warns(UserWarning, match=r"infinite in the dtype of the adapter in the model: .*lora_A.weight \(7e\+04\)"):
+        set_peft_model_state_dict(half, state)
+
+
+def test_minus_infinity_is_a_logit(tmp_path):
+    fields = {"target_modules": ["0"], "r": 2, "num_vectors": 6, "vector_length": 4}
+    compact = get_peft_model(nn.Sequential(nn.Linear(4, 4)), VBLoRAConfig(**fields, save_only_topk_weights=True))
+    compact.save_pretrained(tmp_path)
+    logits = VBLoRAConfig(**fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path, config=logits)
+    assert model.base_model.model[0].vblora_logits_A["default"].isneginf().any()
+    state = peft.get_peft_model_state_dict(model)
+    next(tensor for key, tensor in state.items() if key.endswith("logits_A"))[0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="NaN or infinite.*logits_A. It"):
+        set_peft_model_state_dict(model, state)

@@ -67,6 +67,8 @@ class BaseTuner(AdaptedModel):
     # Parameters in a checkpoint that have one entry for each token where they adapt the token embedding or the output head, with
     # the dimension.
     saved_by_token: ClassVar[Mapping[str, int]] = {}
+    # Names in a checkpoint's keys of tensors in which minus infinity stands for what is left out.
+    masked_names: ClassVar[tuple[str, ...]] = ()
     # What the parameters of its containers are for, by role; an optimiser gives each role a rate.
     parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # What `add_weighted_adapter` can do with this method's adapters.

@@ -34,6 +34,7 @@ from .save_and_load import (
     write_state,
 )
 from .sharding import is_without_memory, own_state, unparallel, unwrapped
+from .values import warn_of_values
 from .walk import walk
 from .warning import warn
 
@@ -292,6 +293,9 @@ class _Swap:
         self.build = tuner.build_for(self.incoming_name, config, layers, known)
         self._compare(import_state(state, config, "" if self.adapter.root else ROOT))
         self._insist()
+        values = {key: value for key, (_, value) in self.pairs.items()}
+        places = {key: tensor for key, (tensor, _) in self.pairs.items()}
+        warn_of_values(f"The checkpoint for adapter {adapter_name}", values, places, tuner.masked_names)
 
     def _insist(self) -> None:
         if self.problems:

@@ -27,6 +27,7 @@ from .rank_room import without_filling
 from .renamed_modules import renamed_state
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .tensors import ordinary_tensors
+from .values import some, warn_of_values
 from .vocabulary import was_resized
 from .walk import walk
 from .warning import warn
@@ -230,11 +231,13 @@ def set_peft_model_state_dict(
     result = check_state(expected, state, ignore_mismatched_sizes)
     if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
         raise CheckpointError(f"Parts of the adapter would stay on the meta device; nothing was loaded. Missing: {some(empty)}.")
-    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).check_loadable(model, adapter_name)
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    tuner.check_loadable(model, adapter_name)
     values = {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}
     _check_nothing_is_merged(model, [expected[key] for key in values])
+    warn_of_values(f"The checkpoint for adapter {adapter_name}", values, expected, tuner.masked_names)
     write_state(model, expected, values, view)
-    lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).note_loaded(model, adapter_name)
+    tuner.note_loaded(model, adapter_name)
     names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
     return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
 
@@ -430,8 +433,3 @@ def adapter_config(model: Any, adapter_name: str) -> Any:
     if not isinstance(configs, dict) or adapter_name not in configs:
         raise PeftValueError(no_adapter(adapter_name, configs if isinstance(configs, dict) else ()))
     return configs[adapter_name]
-
-
-def some(keys: list[str]) -> str:
-    """Keys for a message, the first of many."""
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

@@ -555,6 +555,16 @@ def test_a_scalar_is_a_factor_on_the_delta(dtype):
         refused(nn.Sequential(nn.Linear(8, 8)), wrong, f"'lycoris_0.{key}' is {value}.* an earlier step")
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_factors_that_are_not_finite_are_loaded_and_named(value):
+    tensors = {f"lycoris_0.{name}": tensor for name, tensor in low_rank(8, 8, 2, 2, 2).items()}
+    tensors["lycoris_0.lokr_w2_b"][1, 0] = value
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="'tensors' has values that are NaN or infinite.* 0.lokr_w2_b. It is loaded"):
+        load_lokr_file(model, tensors)
+    assert not model[0].lokr_w2_b["default"].isfinite().all()
+
+
 def test_an_unreadable_file(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="not a readable weights file"):

@@ -58,6 +58,7 @@ class VBLoRAModel(BaseTuner):
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
         name: {name + INDICES: torch.int64, name + WEIGHTS: torch.float32} for name in LOGITS
     }
+    masked_names: ClassVar[tuple[str, ...]] = LOGITS
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "bank": Role((_BANK, _SHARED), lr=1e-3, decays=False),
         "logits": Role(VBLoRALayer.container_names[:-1], lr=1e-2, decays=False),

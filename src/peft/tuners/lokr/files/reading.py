@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, as_path, read_json, read_metadata, read_weights
 from ....utils.error import CheckpointError, PeftTypeError, PeftValueError
 from ....utils.peft_types import PeftType
+from ....utils.values import warn_of_values
 from ..._adapted import AdaptedModel
 from ..._build import Build, Construction
 from ..config import LoKrConfig
@@ -200,7 +201,7 @@ def load_lokr_file(
         )
     config = report.config
     config.inference_mode = not is_trainable
-    _put_in(model, config, adapter_name, report.placement)
+    _put_in(model, config, adapter_name, report.placement, report.file.source)
     return report
 
 
@@ -323,14 +324,20 @@ def _writer(metadata: dict[str, str], components: set[str]) -> str:
     return next((writer for writer, own in suggested.items() if own & components), "an unknown program")
 
 
-def _put_in(model: nn.Module, config: LoKrConfig, adapter_name: str, placement: Placement) -> None:
+def _by_key(tensors: dict[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    return {".".join(where): tensor for where, tensor in tensors.items()}
+
+
+def _put_in(model: nn.Module, config: LoKrConfig, adapter_name: str, placement: Placement, source: str) -> None:
     """Add the adapter to a model, filled."""
 
     @torch.no_grad()
     def fill(build: Build) -> None:
-        for path, tensors in placement.tensors().items():
-            for name, tensor in tensors.items():
-                getattr(build.layers[path], name)[adapter_name].copy_(tensor)
+        named = {(path, name): tensor for path, own in placement.tensors().items() for name, tensor in own.items()}
+        places = {(path, name): getattr(build.layers[path], name)[adapter_name] for path, name in named}
+        warn_of_values(f"'{source}'", _by_key(named), _by_key(places))
+        for where, tensor in named.items():
+            places[where].copy_(tensor)
 
     tuner: Any = model._modules.get("base_model")
     if isinstance(tuner, AdaptedModel):
