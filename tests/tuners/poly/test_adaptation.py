@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
 from peft.optimizers import parameter_groups
-from peft.tuners.poly import REGIMES
+from peft.tuners.poly import REGIMES, tables
 from peft.tuners.poly.layer import PolyLayer
 
 TARGETS = ["0", "2"]
@@ -187,8 +188,106 @@ def test_open_rows_follow_their_tasks():
     everything = trainable(model)
     model.set_adapter("default")
     assert trainable(model) == everything and not any(router.runs for router in routers)
-    model.train_only()
+
+
+NOTHING_TRAINS = {
+    "nothing named": ({}, lambda m: m.train_only()),
+    "no companions": ({}, lambda m: m.train_only(companions=True)),
+    "fixed": ({"routing": "fixed"}, lambda m: m.train_only(tasks=["a"])),
+    "removed": ({}, lambda m: [m.train_only(tasks=["a", "b"]), m.remove_tasks(["b", "a"])]),
+    "reordered away": ({}, lambda m: [m.train_only(tasks="all"), m.train_only(tasks="b"), m.remove_tasks("b")]),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_TRAINS)
+def test_we_warn_where_nothing_is_left_that_trains(case):
+    fields, change = NOTHING_TRAINS[case]
+    model = poly(**fields)
+    with pytest.warns(UserWarning, match="No parameter of the model trains now.*adapter default.*`train_only`.*`set_adapter`"):
+        change(model)
     assert not trainable(model)
+    with warnings.catch_warnings(action="error"):  # what was frozen before is no news
+        model.remove_tasks("d")
+        model.train_only(skills=True)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.train_only(tasks=["a"]), lambda m: m.fit_task("a", lambda: torch.zeros(()))])
+def test_a_table_that_an_engine_holds_changes_nothing(change, monkeypatch):
+    model = poly().train()
+    last = list(model.base_model.task_routers("default").values())[-1].module_logits
+    monkeypatch.setattr(tables, "is_managed", lambda p: p is last)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="before the model is sharded"):
+        change(model)
+    assert_unchanged(before, model)
+
+
+START = lambda m, init: m.add_tasks(["new"], init=init)  # noqa: E731
+WORDS = [("mean", 0, START), ("uniform", 1, START), ("all", 2, lambda m, tasks: m.train_only(tasks=tasks))]
+
+
+@pytest.mark.parametrize(("word", "task", "change"), WORDS, ids=["mean", "uniform", "all"])
+def test_a_word_goes_before_a_task_of_its_name_and_a_list_has_names(word, task, change):
+    def outcome(names, value):
+        torch.manual_seed(0)
+        model = poly()
+        model.peft_config["default"].task_names = names
+        change(model, value)
+        return sorted(trainable(model)), [weights.tolist() for weights in model.get_router_weights().values()]
+
+    words, others = ["mean", "uniform", "all", "d"], ["a", "b", "c", "d"]
+    with pytest.warns(UserWarning, match=rf"='{word}' is not the task of that name: pass \['{word}'\] for the task"):
+        assert outcome(words, word) == outcome(others, word)
+    with warnings.catch_warnings(action="error"):
+        assert outcome(words, [word]) == outcome(others, task) != outcome(others, word)
+
+
+BAD_NEW = [
+    (lambda m: m.add_tasks("new"), TypeError, r"must be a number or a list of names. Did you mean \['new'\]"),
+    *((lambda m, t=t: m.add_tasks(t), TypeError, "must be a number or a list") for t in (None, True, 1.5, [None], b"n")),
+    (lambda m: m.add_tasks([]), ValueError, "it names none"),
+    (lambda m: m.add_tasks([" "]), ValueError, "' ' is blank"),
+    (lambda m: m.add_tasks(["new", "a"]), ValueError, "'a' comes twice"),
+    (lambda m: m.add_tasks(["new"], init=None), ValueError, "`init`=None must be 'mean', 'uniform', or the id or name of a task"),
+    (lambda m: m.add_tasks(["new"], init="men"), ValueError, "Did you mean 'mean'"),
+    (lambda m: m.add_tasks(["new"], init=["a", "b"]), ValueError, "names 2 tasks; pass one"),
+    (lambda m: m.begin_regime("z", ["a"]), ValueError, "Did you mean 'Z'"),
+    (lambda m: m.begin_regime("Z"), ValueError, "takes the new tasks: pass `tasks=`.*adapter's 4; `add_tasks` adds"),
+    (lambda m: m.begin_regime(["Z"], ["a"]), ValueError, "must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_NEW)
+def test_bad_new_tasks_change_nothing(change, error, message):
+    model = poly()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        change(model)
+    assert_unchanged(before, model)
+    assert model.peft_config["default"].task_names == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "", "c", "d"], "'' is blank"),
+        (["a", "b", "a", "d"], "'a' comes twice"),
+        (["a"], "there are 1"),
+        ({"a", "b", "c", "d"}, "must be a list: a name's place"),
+        (["a", ["b"], "c", "d"], "must be a list of strings"),
+    ],
+    ids=str,
+)
+def test_names_of_tasks_are_checked(names, message):
+    with pytest.raises(ValueError, match=message):
+        config(task_names=names)
+
+
+def test_new_tasks_come_in_any_collection():
+    model = get_peft_model(mlp(), config())
+    model.add_tasks(torch.tensor(2))
+    model.add_tasks(name for name in ("x", "y"))
+    assert model.peft_config["default"].task_names == ["0", "1", "2", "3", "4", "5", "x", "y"]
 
 
 @pytest.mark.compile

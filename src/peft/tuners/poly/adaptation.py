@@ -56,12 +56,13 @@ class AdaptingTuner(DerivingTuner):
         """Say what of an adapter trains: its skills, the routing of some tasks, or both. All else is frozen.
 
         The rows of tasks become parameters by themselves (in the memory of the table), so that an optimiser sees no other: those
-        have no gradient, no weight decay and no state. Make the optimiser afterwards. `set_adapter` trains all again.
+        have no gradient, no weight decay and no state. Make the optimiser afterwards. `set_adapter` trains all again. Warns
+        where nothing of the model trains then.
 
         Args:
             skills: Whether the skills train.
             tasks: Whose routing trains, and whose own skills: ids or names, "all", or None for no one's. Input routing trains
-                with "all".
+                with "all". A task that is called "all" is meant by `["all"]`.
             companions: Whether modules and embedding rows train that the adapter has beside its layers.
             adapter_name: By default the active adapter.
 
@@ -81,11 +82,16 @@ class AdaptingTuner(DerivingTuner):
 
         Source: arXiv:2211.03831, section 3.3
         """
-        every, name = isinstance(tasks, str) and tasks == "all", self.one_adapter(adapter_name)
+        name = self.one_adapter(adapter_name)
+        every = self.is_word(tasks, ("all",), name, "tasks")
         for option, value in (("skills", skills), ("companions", companions)):
             if not isinstance(value, bool):
                 raise PeftTypeError(f"`{option}`={value!r} must be True or False.")
         numbers = [] if every or tasks is None else self.task_numbers(self.task_routed(name), tasks)
+        tables = [table for _, layer in self.poly_layers(name) for table in layer.task_tables(name) if not is_fixed(table)]
+        if numbers:
+            for table in tables:
+                table.check_can_open()
         for other in self.peft_config:
             self.set_requires_grad(other, False)
         for wrapper in self.auxiliary_wrappers():
@@ -95,11 +101,12 @@ class AdaptingTuner(DerivingTuner):
                 holder[name].requires_grad_(skills)
             if every and isinstance(layer.poly_router[name], InputRouter):
                 layer.poly_router[name].requires_grad_(True)
-            for table in layer.task_tables(name):
-                if every and not is_fixed(table):
-                    table.requires_grad_(True)
-                elif numbers and not is_fixed(table):
-                    table.open_rows(numbers)
+        for table in tables:
+            if every:
+                table.requires_grad_(True)
+            elif numbers:
+                table.open_rows(numbers)
+        self.warn_if_frozen(name)
 
     def begin_regime(
         self, regime: str, tasks: Any = None, adapter_name: str | None = None, new_adapter: str | None = None
@@ -118,7 +125,8 @@ class AdaptingTuner(DerivingTuner):
             The regime, with the paper's learning rates.
 
         Raises:
-            PeftValueError: The regime or a task is unknown, or tasks are missing.
+            PeftValueError: The regime or a task is unknown, or tasks are missing or given where there are none to give.
+            PeftRuntimeError: The model is sharded already.
 
         Source: arXiv:2211.03831, section 3.3 and 4
         """
@@ -126,7 +134,10 @@ class AdaptingTuner(DerivingTuner):
         name = self.task_routed(adapter_name)
         if chosen.needs_tasks != (tasks is not None):
             raise PeftValueError(
-                f"Regime {chosen.name!r} takes {'the new tasks' if chosen.needs_tasks else 'no tasks'}: {tasks!r}."
+                f"Regime {chosen.name!r} takes the new tasks: pass `tasks=`, by id or name, of the adapter's "
+                f"{self.peft_config[name].n_tasks}; `add_tasks` adds new ones."  # type: ignore[attr-defined]
+                if chosen.needs_tasks
+                else f"Regime {chosen.name!r} takes no tasks, for it makes an adapter of one: leave out `tasks`={tasks!r}."
             )
         numbers = None if tasks is None else self.task_numbers(name, tasks)
         if chosen.name == "mu":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, name_list, number, pattern_dict, probability
 from ...utils.peft_types import PeftType
 from .. import _targets
+from .task_ids import name_offences
 
 if TYPE_CHECKING:
     from .methods import PolyPeftModel
@@ -143,8 +144,12 @@ class PolyConfig(TargetedConfig):
         yield from choice("routing_level", self.routing_level, ("sample", "token"))
         yield from name_list("task_names", self.task_names)
         names = self.task_names
-        if isinstance(names, (list, tuple)) and (len(names) != self.n_tasks or len(set(names)) != len(names)):
-            yield f"`task_names` must be {self.n_tasks} different names, one for each of `n_tasks`; got {names!r}."
+        if isinstance(names, set):
+            yield f"`task_names`={names!r} must be a list: a name's place in it is the task's id."
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            offence = next(name_offences(names), "" if len(names) == self.n_tasks else f"there are {len(names)}")
+            if offence:
+                yield f"`task_names` must be {self.n_tasks} different names, one for each of `n_tasks`; {offence}: got {names!r}."
         yield from self._routing_problems()
 
     def _routing_problems(self) -> Iterator[str]:

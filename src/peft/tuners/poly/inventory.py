@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...config import is_int
 from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.near_misses import did_you_mean
+from ...utils.plain import plain
 from ...utils.tensors import ordinary_tensors
+from ...utils.warning import warn
 from .._tuner import BaseTuner
 from .layer import PolyLayer
 from .mixing import grow_skills
 from .router import TaskRouter
-from .task_ids import some_tasks
+from .task_ids import name_offences, names_shown, one_task, some_tasks
+
+# Starts of a new task's routing that are no task's.
+_STARTS = ("mean", "uniform")
 
 
 class InventoryTuner(BaseTuner):
@@ -75,6 +83,24 @@ class InventoryTuner(BaseTuner):
         """
         return some_tasks(tasks, self.peft_config[adapter_name], argument)
 
+    def is_word(self, value: Any, words: Sequence[str], adapter_name: str, argument: str) -> bool:
+        """Tell if a value is one of the words that an argument knows beside tasks. A word goes before a task that is called so,
+        of which we warn; the task is meant by a list with its name, or by its id.
+        """
+        if not isinstance(value, str) or value not in words:
+            return False
+        if value in (getattr(self.peft_config[adapter_name], "task_names", None) or ()):
+            warn(f"`{argument}`={value!r} is not the task of that name: pass [{value!r}] for the task.")
+        return True
+
+    def warn_if_frozen(self, adapter_name: str) -> None:
+        """Warn if no parameter of the model trains."""
+        if not any(p.requires_grad for p in self.parameters()):
+            warn(
+                f"No parameter of the model trains now. Say what of adapter {adapter_name} does with `train_only` (its `skills`, "
+                "or the routing of `tasks`), or train all of it with `set_adapter`."
+            )
+
     # --- tasks --------------------------------------------------------------------------------------------------------
 
     @ordinary_tensors()
@@ -86,7 +112,8 @@ class InventoryTuner(BaseTuner):
         Args:
             tasks: How many, or their names (if the adapter has names, or has none yet and all get one).
             init: "mean": start from the mean of all tasks' gates. "uniform": from equal weights. A task's id or name: from
-                that task. Where tasks have skills of their own, only the last gives a new one that has an effect.
+                that task. Where tasks have skills of their own, only the last gives a new one that has an effect. A task that
+                is called "mean" or "uniform" is meant by `["mean"]` or `["uniform"]`.
             adapter_name: By default the active adapter.
 
         Raises:
@@ -96,12 +123,12 @@ class InventoryTuner(BaseTuner):
         name = self.task_routed(adapter_name)
         config: Any = self.peft_config[name]
         extra, names = _new_tasks(config, tasks)
-        source = None if init in ("mean", "uniform") else self.task_numbers(name, init, "init")[0]
+        source = None if self.is_word(init, _STARTS, name, "init") else _source(config, init)
         old = list(range(config.n_tasks))
 
         def grown(logits: Tensor) -> Tensor:
             mean = logits.double().sigmoid().mean(0).clamp(1e-30, 1 - 1e-15).logit().to(logits)
-            row = mean if init == "mean" else torch.zeros_like(logits[0]) if source is None else logits[source]
+            row = logits[source] if source is not None else mean if init == "mean" else torch.zeros_like(logits[0])
             return torch.cat([logits, row.expand(extra, -1)])
 
         self._replace_tasks(name, grown, [*old, *[None] * extra], names, source)
@@ -110,7 +137,7 @@ class InventoryTuner(BaseTuner):
     def remove_tasks(self, tasks: int | str | Sequence[int | str], adapter_name: str | None = None) -> None:
         """Take tasks out of an adapter. Those that stay move up; what they compute does not change by a bit.
 
-        The router's parameters are replaced: make the optimiser afterwards.
+        The router's parameters are replaced: make the optimiser afterwards. Warns where the only ones go that train.
 
         Args:
             tasks: Ids or names.
@@ -118,7 +145,7 @@ class InventoryTuner(BaseTuner):
 
         Raises:
             PeftTypeError: A task is neither a number nor a name.
-            PeftValueError: A task is unknown, or none would be left; nothing is changed.
+            PeftValueError: A task is unknown, or none is named or would be left; nothing is changed.
 
         Example:
             >>> from peft import PolyConfig, get_peft_model
@@ -162,7 +189,10 @@ class InventoryTuner(BaseTuner):
                 f"Adapter {name} is merged for one of its tasks; call `unmerge_adapter` before changing their ids."
             )
         names = self.peft_config[name].task_names  # type: ignore[attr-defined]
+        trained = any(p.requires_grad for p in self.parameters())
         self._replace_tasks(name, lambda logits: logits[chosen], chosen, names and [names[task] for task in chosen])
+        if trained:
+            self.warn_if_frozen(name)
 
     def _replace_tasks(
         self, name: str, change: Any, origin: Sequence[int | None], names: list[str] | None, source: int | None = None
@@ -254,18 +284,38 @@ class InventoryTuner(BaseTuner):
 
 def _new_tasks(config: Any, tasks: Any) -> tuple[int, list[str] | None]:
     """How many tasks to add, and the names of all tasks then."""
-    if isinstance(tasks, int) and not isinstance(tasks, bool):
+    tasks = plain(tasks)
+    if is_int(tasks):
         if tasks < 1:
             raise PeftValueError(f"`tasks`={tasks} must be at least 1.")
         if config.task_names is not None:
             raise PeftValueError(f"The adapter's tasks have names; pass {tasks} names in place of their number.")
         return tasks, None
-    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
-        raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.")
+    new = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes)) else [None]
+    if not all(isinstance(task, str) for task in new):
+        meant = f" Did you mean [{tasks!r}]?" if isinstance(tasks, str) else ""
+        raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.{meant}")
     old = config.task_names or [str(i) for i in range(config.n_tasks)]
-    if not tasks or len({*old, *tasks}) != len(old) + len(tasks):
-        raise PeftValueError(f"`tasks`={list(tasks)} must be new, different names; the adapter has {old}.")
-    return len(tasks), [*old, *tasks]
+    if offence := next(chain(() if new else ["it names none"], name_offences([*old, *new])), None):
+        raise PeftValueError(f"`tasks`={new} must be new, different names; {offence}. The adapter has {names_shown(old)}.")
+    return len(new), [*old, *new]
+
+
+def _source(config: Any, init: Any) -> int:
+    """Return the task that new ones start from.
+
+    Raises:
+        PeftTypeError: `init` is neither a task nor a word.
+        PeftValueError: There is no such task, or several are named.
+    """
+    names = config.task_names or ()
+    if init is None or (isinstance(init, str) and init not in names):
+        near = did_you_mean(str(init), [*_STARTS, *names])
+        raise PeftValueError(
+            f"`init`={init!r} must be 'mean', 'uniform', or the id or name of a task; the adapter's are "
+            f"{names_shown(names) if names else f'0 to {config.n_tasks - 1}'}.{near}"
+        )
+    return one_task(init, config, "init")
 
 
 def _logits_of(weights: Any, router: TaskRouter, path: str) -> Tensor:

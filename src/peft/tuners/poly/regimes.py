@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...config import choice
 from ...utils.error import PeftValueError
 
 
@@ -61,6 +62,6 @@ def regime_named(name: str) -> Regime:
         PeftValueError: There is none.
     """
     plain = name.replace("μ", "mu").replace("µ", "mu") if isinstance(name, str) else name
-    if plain not in REGIMES:
-        raise PeftValueError(f"`regime`={name!r} must be one of {', '.join(map(repr, REGIMES))}.")
+    if not isinstance(plain, str) or plain not in REGIMES:
+        raise PeftValueError(" ".join(choice("regime", name, REGIMES)))
     return REGIMES[plain]

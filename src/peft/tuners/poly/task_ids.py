@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,8 +157,19 @@ def _names_there(meant: Any, names: Sequence[str]) -> str:
     """Return the end of a message about an unknown task: the first of those there are, and which was meant."""
     if not names:
         return "none, so use ids."
+    return f"{names_shown(names)}.{did_you_mean(str(meant), names)}"
+
+
+def names_shown(names: Sequence[str]) -> str:
+    """Return names of tasks as messages list them: the first, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{list(names[:_LISTED])}{more}.{did_you_mean(str(meant), names)}"
+    return f"{list(names[:_LISTED])}{more}"
+
+
+def name_offences(names: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the names of an adapter's tasks."""
+    yield from (f"{name!r} is blank" for name in names if not name.strip())
+    yield from (f"{name!r} comes twice" for name, count in Counter(names).items() if count > 1)
 
 
 def has_values(ids: Tensor) -> bool:
