@@ -22,6 +22,7 @@ from .utils.error import PeftTypeError, PeftValueError
 from .utils.missing_attribute import PeftAttributeError
 from .utils.other import check_model
 from .utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .utils.rules import check_flags
 from .utils.warning import calling_library, warn
 
 
@@ -64,6 +65,7 @@ class BasePeftModel(nn.Module):
         if isinstance(model, BasePeftModel):
             raise PeftValueError("The model is a PeftModel already; use its `add_adapter` or `load_adapter`.")
         check_config(peft_config)
+        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
@@ -256,6 +258,7 @@ class BasePeftModel(nn.Module):
             if calling_library() == "trl":
                 return self.copy_adapter(source, adapter_name, reference=True)
             peft_config = peft_config.for_copy()  # or a change to one adapter would be one to the other
+        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
         device = torch.device("meta") if low_cpu_mem_usage else None
         self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
         return None
@@ -270,6 +273,7 @@ class BasePeftModel(nn.Module):
                 in training mode what it does in evaluation: a reference for preference tuning, say.
 
         Raises:
+            PeftTypeError: A name is no string, or `reference` neither True nor False.
             PeftValueError: There is no such adapter, or the new name is taken; nothing is changed.
 
         Example:
@@ -281,6 +285,9 @@ class BasePeftModel(nn.Module):
             >>> torch.equal(layer.lokr_w1["ref"], layer.lokr_w1["default"])
             True
         """
+        check_flags(reference=reference)
+        if not isinstance(adapter_name, str):
+            raise PeftTypeError(f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by one.")
         self.base_model.check_names(adapter_name)
         config = self.peft_config[adapter_name]
         fill = copier(self, config, adapter_name)

@@ -159,13 +159,14 @@ def fitting(
     """What of an adapter is not in a checkpoint, or has another shape there and that is to be ignored; and what else is in it.
 
     Raises:
-        CheckpointError: A shape or kind differs, or with `strict` a key, or nothing fits.
+        CheckpointError: A shape or kind differs, or with `strict` a key, or no key fits.
     """
     result = check_state(expected, incoming, ignore_mismatched_sizes)
     missing = [key for key in result.missing_keys if key not in incoming]
     fits = bool(expected.keys() & incoming.keys())
     if strict or not fits:
         remedy = "Pass `strict=False` to load the rest." if fits else ""
+        remedy = remedy if strict else "No key fits, so `strict=False` has nothing to load; `key_mapping` renames modules in keys."
         check_complete(LoadResult(missing, result.unexpected_keys), source, remedy)
     elif missing or result.unexpected_keys:
         left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)

@@ -13,6 +13,7 @@ from .utils.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_sh
 from .utils.error import PeftValueError
 from .utils.hub import check_path, find_file, split_hub_options
 from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
+from .utils.rules import check_flags
 from .utils.vocabulary import fit_vocabulary
 
 
@@ -50,9 +51,11 @@ class AutoPeftModel:
                 `strict` (as for `PeftModel.from_pretrained`) to the adapter.
 
         Raises:
+            PeftTypeError: A switch is neither True nor False.
             PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
         """
         check_path(pretrained_model_name_or_path)
+        check_flags(is_trainable=is_trainable, strict=kwargs.get("strict", True))
         hub, _ = split_hub_options(kwargs)
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if config.base_model_name_or_path is None:

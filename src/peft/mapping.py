@@ -19,6 +19,7 @@ from .utils.peft_types import (
     lookup,
     registered_methods,
 )
+from .utils.rules import check_flags
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -61,7 +62,7 @@ def inject_adapter_in_model(
         state_dict: Adapt the modules this checkpoint has parameters for, in place of those the config targets.
 
     Raises:
-        PeftTypeError: Not a config.
+        PeftTypeError: Not a config, or a switch is neither True nor False.
         PeftValueError: The name is taken, or the config is invalid or does not fit; the model is left as it was.
 
     Example:
@@ -72,6 +73,7 @@ def inject_adapter_in_model(
         True
     """
     check_config(peft_config)
+    check_flags(low_cpu_mem_usage=low_cpu_mem_usage)
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name in configs:
         raise PeftValueError(f"Adapter with name '{adapter_name}' already exists; choose another, or delete that one first.")

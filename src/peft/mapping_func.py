@@ -12,6 +12,7 @@ from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .utils.peft_types import TaskType
 from .utils.plain import plain
+from .utils.rules import check_flags
 from .utils.warning import warn
 
 M = TypeVar("M", covariant=True)
@@ -81,6 +82,7 @@ def get_peft_model(
         low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
 
     Raises:
+        PeftTypeError: A switch is neither True nor False.
         PeftValueError: The config is invalid or does not fit; the model is left as it was.
 
     Example:
@@ -92,6 +94,7 @@ def get_peft_model(
         torch.Size([5, 8])
     """
     check_config(peft_config)
+    check_flags(mixed=mixed)
     model_cls = PeftMixedModel if mixed else PeftModel
     if not mixed and peft_config.task_type is not None:
         model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(peft_config.task_type)]

@@ -35,6 +35,7 @@ from .utils.hub import only_hub_options, pass_over
 from .utils.model_card import update_model_card
 from .utils.near_misses import did_you_mean
 from .utils.peft_types import TaskType
+from .utils.rules import check_flags
 from .utils.save_and_load import (
     LoadResult,
     adapter_tensors,
@@ -105,9 +106,11 @@ class PeftModel(BasePeftModel):
 
         Raises:
             CheckpointError: `state_dict` has no tensors of an adapter.
-        PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not given.
-        PeftValueError: The path is a file, or an adapter is unknown.
+            PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not given.
+            PeftTypeError: A switch is neither True nor False.
+            PeftValueError: The path is a file, or an adapter is unknown.
         """
+        check_flags(safe_serialization=safe_serialization, is_main_process=is_main_process)
         folder = as_folder(save_directory)
         pass_over(kwargs, "save_pretrained")
         if isinstance(selected_adapters, str):
@@ -248,17 +251,20 @@ class PeftModel(BasePeftModel):
                 are looked for under the names that transformers' rules give them, in keys and in the config.
             ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head with other classes, say) as
                 they start, with a warning.
-            strict: False loads what fits and names the rest in a warning: what of the file has no place in the adapter is left
-                out, what the file lacks stays as it starts. Keys may then have the adapter's name in them.
+            strict: False loads the keys that fit and names the rest in a warning: what of the file has no place in the adapter
+                is left out, what the file lacks stays as it starts. Keys may then have the adapter's name in them. Another
+                shape is an error still, and so is a file of which nothing fits.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
             CheckpointNotFoundError: There is no such adapter.
             CheckpointError: A file is damaged or does not fit.
-            PeftTypeError: The model is no module, or the place no path.
+            PeftTypeError: The model is no module, the place no path, or a switch neither True nor False.
             PeftValueError: The config does not fit the model.
         """
         refuse_offload(ephemeral_gpu_offload)
+        flags = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "strict": strict}
+        check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
         check_arguments(model, model_id)
         hub = only_hub_options(kwargs, "from_pretrained")
         config = read_config(model_id, config, hub)
@@ -310,6 +316,8 @@ class PeftModel(BasePeftModel):
             As for `from_pretrained`; model and adapters are left exactly as they were.
         """
         refuse_offload(ephemeral_gpu_offload)
+        flags = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "strict": strict}
+        check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
         hub = only_hub_options(kwargs, "load_adapter")
         known = self.peft_config.get(adapter_name)
         hub = hub if known is None else own_place(model_id, adapter_name, hub)

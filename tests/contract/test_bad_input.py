@@ -7,6 +7,7 @@ import re
 import warnings
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
@@ -16,6 +17,7 @@ from torch import nn
 import peft
 from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from peft.utils.save_and_load import set_base_model_state_dict
 
 pytestmark = pytest.mark.quick
 CONFIGS = [
@@ -258,8 +260,15 @@ def test_what_has_no_place_is_left_out_on_request(method, tmp_path):
         assert torch.isfinite(loaded.get_parameter(result.missing_keys[0])).all()
     assert torch.equal(loaded.get_parameter(result.missing_keys[0]), before[result.missing_keys[0]])
     save_file({"other": torch.zeros(2)}, file)
-    with pytest.raises(RuntimeError, match="does not hold this adapter's weights; nothing was loaded"):
+    with pytest.raises(RuntimeError, match="does not hold this adapter's weights; nothing .*No key fits, so `strict=False` has"):
         PeftModel.from_pretrained(base, tmp_path, strict=False)
+    save_file({**state, first: torch.zeros(3, 5)}, file)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for name in ("another", "new"):
+        with pytest.raises(RuntimeError, match="nothing was loaded. size mismatch .* `ignore_mismatched_sizes=True` leaves these"):
+            loaded.load_adapter(tmp_path, name, strict=False)
+    after = loaded.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_names_of_a_models_own_tensors_are_understood_on_request(method, tmp_path):
@@ -286,6 +295,65 @@ def test_a_state_dict_of_other_shapes(model):
     assert len(result.missing_keys) == len(state)
     assert set(result.missing_keys) <= set(dict(model.named_parameters()))
     assert_unchanged(before, model)
+
+
+SWITCHES = {
+    "from_pretrained": (lambda model, path, base: partial(PeftModel.from_pretrained, base, path), ["is_trainable", "strict"]),
+    "from_pretrained, sizes": (
+        lambda model, path, base: partial(PeftModel.from_pretrained, base, path),
+        ["ignore_mismatched_sizes", "autocast_adapter_dtype"],
+    ),
+    "load_adapter": (lambda model, path, base: partial(model.load_adapter, path, "new"), ["is_trainable", "strict"]),
+    "load_adapter, sizes": (
+        lambda model, path, base: partial(model.load_adapter, path, "default"),
+        ["ignore_mismatched_sizes", "autocast_adapter_dtype"],
+    ),
+    "Auto": (lambda model, path, base: partial(peft.AutoPeftModel.from_pretrained, path), ["is_trainable", "strict"]),
+    "save_pretrained": (
+        lambda model, path, base: partial(model.save_pretrained, path / "new"),
+        ["safe_serialization", "is_main_process", "save_embedding_layers"],
+    ),
+    "get state": (lambda model, path, base: partial(peft.get_peft_model_state_dict, model), ["save_embedding_layers"]),
+    "set state": (lambda model, path, base: partial(set_peft_model_state_dict, model, {}), ["ignore_mismatched_sizes"]),
+    "set base": (lambda model, path, base: partial(set_base_model_state_dict, model, {}), ["strict"]),
+    "add_adapter": (
+        lambda model, path, base: partial(model.add_adapter, "new", copy.deepcopy(model.peft_config["default"])),
+        ["low_cpu_mem_usage", "autocast_adapter_dtype"],
+    ),
+    "get_peft_model": (
+        lambda model, path, base: partial(get_peft_model, base, copy.deepcopy(model.peft_config["default"])),
+        ["mixed", "low_cpu_mem_usage", "autocast_adapter_dtype"],
+    ),
+    "inject": (
+        lambda model, path, base: partial(peft.inject_adapter_in_model, copy.deepcopy(model.peft_config["default"]), base),
+        ["low_cpu_mem_usage"],
+    ),
+    "load_lokr_file": (lambda model, path, base: partial(peft.load_lokr_file, base, {}), ["is_trainable", "ignore_unplaced"]),
+    "copy_adapter": (lambda model, path, base: partial(model.copy_adapter, "default", "new"), ["reference"]),
+}
+
+
+@pytest.mark.parametrize("where", SWITCHES)
+def test_switches_are_true_or_false(where, tmp_path):
+    model = get_peft_model(mlp(), LoKrConfig(r=2, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    base = mlp()
+    before = snapshot(model), snapshot(base)
+    make, names = SWITCHES[where]
+    for name in names:
+        for value in (None, "no", 2, []):
+            with pytest.raises(TypeError, match=re.escape(f"`{name}`={value!r} must be True or False")):
+                make(model, tmp_path, base)(**{name: value})
+    assert_unchanged(before[0], model)
+    assert_unchanged(before[1], base)
+    assert list(model.peft_config) == ["default"] and not (tmp_path / "new").exists()
+
+
+def test_numbers_and_numpys_are_as_good_as_true_and_false(tmp_path):
+    model = get_peft_model(mlp(), LoKrConfig(r=2, target_modules=TARGETS))
+    model.save_pretrained(tmp_path, is_main_process=numpy.array(1) > 0)
+    for value in (0, numpy.array(1) > 2, False):
+        assert not PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=value).training
 
 
 def test_files_that_are_not_there(model, tmp_path):

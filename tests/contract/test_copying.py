@@ -100,12 +100,16 @@ def test_a_copy_of_a_loaded_adapter_is_saved_as_that_one_is(method, tmp_path):
 def test_copies_that_are_refused_change_nothing():
     model, _ = trained("LOKR")
     before = snapshot(model)
-    for arguments, message in (
-        (("none", "b"), "Adapter none not found"),
-        (("default", "default"), "already exists"),
-        (("default", "a.b"), "dot"),
+    for arguments, error, message in (
+        (("none", "b"), ValueError, "Adapter none not found"),
+        (("default", "default"), ValueError, "already exists"),
+        (("default", "a.b"), ValueError, "dot"),
+        ((["default"], "b"), TypeError, r"`adapter_name`=\['default'\] must be one adapter's name"),
+        ((None, "b"), TypeError, "`adapter_name`=None must be one adapter's name"),
+        (("default", ["b"]), TypeError, r"name \['b'\] must be a string"),
+        (("default", "b", "x"), TypeError, "`reference`='x' must be True or False"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             model.copy_adapter(*arguments)
         after = snapshot(model)
         assert after["modules"] == before["modules"] and list(model.peft_config) == ["default"]

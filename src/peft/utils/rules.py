@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the fields of configs: each yields the offence, if any, as a sentence."""
+"""Rules for the fields of configs: each yields the offence, if any, as a sentence. And a check of arguments that are switches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .error import PeftTypeError
 from .near_misses import did_you_mean
 
 
@@ -38,6 +39,17 @@ def boolean(name: str, value: Any) -> Iterator[str]:
     """`value` must be True or False."""
     if not isinstance(value, bool):
         yield f"`{name}`={value!r} must be True or False."
+
+
+def check_flags(**flags: Any) -> None:
+    """Insist on arguments, by name, that are True or False; 0 and 1 and NumPy's are as good.
+
+    Raises:
+        PeftTypeError: One is not.
+    """
+    for name, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_") and not (isinstance(value, int) and value in (0, 1)):
+            raise PeftTypeError(f"`{name}`={value!r} must be True or False.")
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
+from .constants import SEQ_CLS_HEAD_NAMES
 from .error import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
 from .hub import find_file, only_hub_options
 from .near_misses import no_adapter
@@ -25,6 +26,7 @@ from .offload import at_hand, bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .renamed_modules import renamed_state
+from .rules import check_flags
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .tensors import ordinary_tensors
 from .values import some, warn_of_values
@@ -149,6 +151,8 @@ def get_peft_model_state_dict(
         PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere.
         PeftValueError: The model has no such adapter.
     """
+    if save_embedding_layers != "auto":
+        check_flags(save_embedding_layers=save_embedding_layers)
     model = unparallel(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
@@ -215,6 +219,7 @@ def set_peft_model_state_dict(
         PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere; nothing is changed.
         PeftValueError: The model has no such adapter.
     """
+    check_flags(ignore_mismatched_sizes=ignore_mismatched_sizes)
     if not isinstance(peft_model_state_dict, Mapping):
         given = type(peft_model_state_dict)
         raise PeftTypeError(f"`peft_model_state_dict` must be a dictionary of tensors, got {given}; `load_peft_weights` reads one.")
@@ -267,6 +272,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
         CheckpointError: A shape differs, or a name and `strict`; nothing is changed.
         PeftRuntimeError: Adapters are merged into the base model's weights.
     """
+    check_flags(strict=strict)
     _check_nothing_is_merged(model)
     expected = get_base_model_state_dict(model)
     result = check_state(expected, state_dict)
@@ -311,8 +317,15 @@ def import_state(state: Mapping[str, Tensor], config: Any, remove: str = "") -> 
     return result
 
 
-def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False) -> LoadResult:
+def check_state(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ignore_mismatched_sizes: bool | None = None
+) -> LoadResult:
     """Compare a checkpoint with the tensors it is for.
+
+    Args:
+        expected: The tensors, by checkpoint key.
+        state: The checkpoint.
+        ignore_mismatched_sizes: Warn of other shapes and count them as missing; None where the caller does not offer it.
 
     Raises:
         CheckpointError: A tensor's shape or kind differs.
@@ -331,11 +344,26 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ign
         elif state[key].is_floating_point() != tensor.is_floating_point():
             mismatched.append(f"dtype mismatch for {key}: found {state[key].dtype}, the model has {tensor.dtype}")
     if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + "; ".join(mismatched) + ".")
+        message = "The checkpoint does not fit the model; nothing was loaded. " + "; ".join(mismatched) + "."
+        if number := _labels_in(expected, state):
+            message += f" The head in it has {number} labels: load the base model with `num_labels={number}`"
+            message += " (of a stacked head, `num_labels=labels.total`)."
+        if ignore_mismatched_sizes is not None:
+            message += " `ignore_mismatched_sizes=True` leaves these tensors as they are, and loads the others."
+        raise CheckpointError(message)
     if mismatched:
         warn("Not loaded, because you passed `ignore_mismatched_sizes=True`: " + "; ".join(mismatched))
         missing += [message.split(": ")[0].rpartition(" ")[2] for message in mismatched]
     return LoadResult(missing, unexpected)
+
+
+def _labels_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:
+    """Return how many labels a checkpoint's head has, if that is another number than the model's has."""
+    for key in expected.keys() & state.keys():
+        own, given, path = expected[key].shape, state[key].shape, key.split(".")[:-1]
+        if len(given) and path[-1:] and path[-1] in SEQ_CLS_HEAD_NAMES and own[:1] != given[:1] and own[1:] == given[1:]:
+            return given[0]
+    return None
 
 
 def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:

@@ -276,6 +276,10 @@ def test_stacked_heads_give_each_task_what_its_adapter_gave(base, kinds, tmp_pat
     labels = save_as_poly(tmp_path, model, {"a": "films", "b": "books"}, heads="stack").labels
     assert (labels.tasks, labels.total) == (["films", "books"], 4)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == a.modules_to_save
+    small = base(2)
+    with pytest.raises(RuntimeError, match="head in it has 4 labels: load the base model with `num_labels=4`.*labels.total"):
+        PeftModel.from_pretrained(small, tmp_path)
+    assert all("lora" not in name and "poly" not in name for name, _ in small.named_modules())
     loaded = PeftModel.from_pretrained(base(4), tmp_path).eval()
     with torch.no_grad():
         for task, name in (("films", "a"), ("books", "b")):
