@@ -2,6 +2,7 @@
 """While an adapter is merged nothing may reach the base weights by a side door, and no argument of a merge is ignored."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -234,7 +235,8 @@ def _tied():
     return base
 
 
-def test_merging_for_good_makes_two_of_a_tied_weight(method, tmp_path):
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_merging_for_good_makes_two_of_a_tied_weight(method, merged_before, tmp_path):
     """The other use stays as it is, and a saved model is read as it was."""
     ids = torch.arange(1, 7).view(1, -1)
     with pytest.warns(UserWarning, match="`lm_head` shares a weight with `model.embed_tokens`"):
@@ -243,6 +245,12 @@ def test_merging_for_good_makes_two_of_a_tied_weight(method, tmp_path):
         for parameter in (p for name, p in model.named_parameters() if model.prefix in name and p.is_floating_point()):
             parameter.add_(0.1 * torch.randn_like(parameter))
     expected, embeddings = model(ids, **method.call).logits, model.get_input_embeddings().weight.clone()
+    if merged_before:
+        with pytest.warns(
+            UserWarning, match="`lm_head` shares its weight with `model.embed_tokens`, and merging changes it in both"
+        ):
+            model.merge_adapter(**method.merge)
+        assert not torch.equal(model.get_input_embeddings().weight, embeddings)
     with pytest.warns(UserWarning, match="Setting `tie_word_embeddings` to False"):
         merged = model.merge_and_unload(**method.merge)
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -251,14 +259,39 @@ def test_merging_for_good_makes_two_of_a_tied_weight(method, tmp_path):
     torch.testing.assert_close(type(merged).from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_merge_that_fails_leaves_weights_tied():
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_merge_that_fails_leaves_weights_tied(merged_before):
+    base = _tied()
+    before = base.lm_head.weight.detach().clone()
     with pytest.warns(UserWarning, match="shares a weight"):
-        model = get_peft_model(_tied(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
-    model.lm_head.lora_A["default"].weight.data[0] = torch.nan
+        model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.lm_head.lora_A["b"].weight.data[0] = torch.nan
+    if merged_before:
+        with pytest.warns(UserWarning, match="changes it in both"):
+            model.merge_adapter()
+    merged = model.lm_head.base_layer.weight.detach().clone()
     with pytest.warns(UserWarning, match="Setting"), pytest.raises(ValueError, match="seems to be broken"):
-        model.merge_and_unload(safe_merge=True)
+        model.merge_and_unload(safe_merge=True, adapter_names=["default", "b"])
     assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings
+    assert model.lm_head.merged_adapters == ["default"] * merged_before
+    torch.testing.assert_close(model.lm_head.base_layer.weight, merged)
+    if merged_before:
+        model.unmerge_adapter()
+    assert torch.equal(model.lm_head.base_layer.weight, before)
+
+
+def test_only_merging_into_a_tied_weight_earns_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(_tied(), LoraConfig(target_modules=["lm_head", "q_proj"]), adapter_name="a")
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
+        model.merge_adapter(["a"])
+        model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter(["b"])
 
 
 def test_merges_into_a_tied_weight_come_off_to_the_bit():

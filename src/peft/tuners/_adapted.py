@@ -359,9 +359,9 @@ class AdaptedModel(nn.Module):
         """
         self.check_merge_options(options)
         names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
-        _model_merges.merge(
-            dict(self.named_tuner_layers()), {name: self.merge_options_of(name, options) for name in names}, safe_merge
-        )
+        named, each = dict(self.named_tuner_layers()), {name: self.merge_options_of(name, options) for name in names}
+        _model_merges.warn_of_ties(self.model, named, each)
+        _model_merges.merge(named, each, safe_merge)
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """What one adapter is to be merged with, of the options of a merge, checked.
@@ -413,12 +413,12 @@ class AdaptedModel(nn.Module):
         for wrapper in self.auxiliary_wrappers():
             wrapper.check_one_of(names)
         was_tied = _ties.is_tied(self.model)
-        with _model_merges.without_other_merges(self.tuner_layers(), chosen):
-            own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
+        own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
+        changed = list(dict.fromkeys([*(layer for layer in self.tuner_layers() if layer.merged), *(layer for layer, _ in own)]))
+        with _model_merges.without_other_merges(self.tuner_layers(), chosen), _model_merges.apart(self.model, changed):
             if adapter_names is not None or any(name not in layer.merged_adapters for layer, name in own):
                 bases = dict.fromkeys(layer.get_base_layer() for layer, name in own if name not in layer.merged_adapters)
-                tied = () if self.merged_adapters else self.tuner_layers()
-                with made_plain(bases), _geometry.untied(self.model, tied):
+                with made_plain(bases):
                     self.merge_adapter(adapter_names, safe_merge, **options)
         plain = self._unload(names, "Unloading and merging model" if progressbar else None)
         _ties.settle(plain, was_tied)

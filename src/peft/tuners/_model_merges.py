@@ -14,6 +14,8 @@ from ..utils.offload import at_hand
 from ..utils.other import AuxiliaryTrainingWrapper, get_submodules
 from ..utils.walk import walk
 from ..utils.warning import warn
+from . import _ties
+from ._geometry import untied
 from ._layer import BaseTunerLayer
 from ._merges import Merge
 from ._merging import warn_of_merged
@@ -60,6 +62,64 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLa
     if problems:
         some = {text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8)) for text, found in problems.items()}
         raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
+
+
+def warn_of_ties(model: nn.Module, named: Mapping[str, BaseTunerLayer], options: Options) -> None:
+    """Say so where merging is about to change a weight that the model uses elsewhere too.
+
+    Args:
+        model: The model.
+        named: Its layers that are merged into, by path.
+        options: Of the adapters to merge, by name.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, layer in named.items():
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None or all(name not in layer.scaling or name in layer.merged_adapters for name in options):
+            continue
+        owners = owners or _ties.owners(model)
+        others = sorted({owner for owner in owners[id(weight)] if model.get_submodule(owner) is not base})
+        if others:
+            names = ", ".join(f"`{owner.partition('.base_layer')[0]}`" for owner in others)
+            warn(
+                f"`{path}` shares its weight with {names}, and merging changes it in both places: the model computes "
+                "something else than with the adapter unmerged. Take it off with `unmerge_adapter`; `merge_and_unload` makes "
+                "two weights of it."
+            )
+
+
+@contextmanager
+def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """A context for merging for good: layers whose weight the model uses elsewhere too have one of their own, and what is
+    merged into it already is in that one alone. An error undoes this.
+    """
+    owners = _ties.owners(model)
+    merged = [layer for layer in layers if layer.merged and all(merge.is_known for merge in layer._merges.entries)]
+    shared = [layer for layer in merged if len(owners.get(id(layer.get_base_layer()._parameters.get("weight")), ())) > 1]
+    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
+
+    def put_on_again() -> None:
+        for layer, merges in reversed(taken):
+            with at_hand(layer, [merge.name for merge in merges]):
+                layer.put_on(merges)
+
+    for layer in reversed(shared):
+        with at_hand(layer, layer.merged_adapters):
+            taken.append((layer, layer.take_off()))
+    try:
+        with untied(model, layers):
+            put_on_again()
+            try:
+                yield
+            except BaseException:
+                for layer, merges in taken:
+                    with at_hand(layer, layer.merged_adapters):
+                        layer.take_off([merge.name for merge in merges])
+                raise
+    except BaseException:
+        put_on_again()
+        raise
 
 
 def unmerge(layers: Iterable[BaseTunerLayer]) -> None:

@@ -20,7 +20,7 @@ from ..utils.renamed_modules import ModuleNames
 from ..utils.sharding import unwrapped
 from ..utils.walk import AdapterModuleDict, ByAdapter, walk
 from ..utils.warning import warn
-from . import _geometry, _targets, _trainable_tokens, _unmatched
+from . import _geometry, _targets, _ties, _trainable_tokens, _unmatched
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer, layer_of
 from ._renaming import config_of_now
@@ -249,11 +249,7 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
     Raises:
         PeftNotSupportedError: There is one, and the config wants such weights to stay the same.
     """
-    owners: dict[int, list[str]] = {}
-    for path, module in walk(model, repeated=True):
-        if not isinstance(module, ByAdapter):
-            for parameter in module._parameters.values():
-                owners.setdefault(id(parameter), []).append(path)
+    owners = _ties.owners(model)
     for path, module in {**plan.targets, **plan.trained_whole}.items():
         for parameter in module.parameters(recurse=False):
             others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..utils.walk import ByAdapter, walk
 from ..utils.warning import warn
 
 _FLAG = "tie_word_embeddings"
@@ -45,6 +46,16 @@ class Pair(NamedTuple):
 def is_tied(model: nn.Module) -> bool:
     """Return whether a model's config says that it ties weights."""
     return getattr(getattr(model, "config", None), _FLAG, False) is True
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the paths of the modules that have a parameter, by its identity; of copies that adapters train, none."""
+    found: dict[int, list[str]] = {}
+    for path, module in walk(model, repeated=True):
+        if not isinstance(module, ByAdapter):
+            for parameter in module._parameters.values():
+                found.setdefault(id(parameter), []).append(path)
+    return found
 
 
 def can_tell(model: Any) -> bool:
