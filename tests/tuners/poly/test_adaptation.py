@@ -203,8 +203,11 @@ NOTHING_TRAINS = {
 def test_we_warn_where_nothing_is_left_that_trains(case):
     fields, change = NOTHING_TRAINS[case]
     model = poly(**fields)
-    with pytest.warns(UserWarning, match="No parameter of the model trains now.*adapter default.*`train_only`.*`set_adapter`"):
+    with pytest.warns(
+        UserWarning, match="No parameter of the model trains now.*adapter default.*`train_only`.*`set_adapter`"
+    ) as caught:
         change(model)
+    assert caught[0].filename == __file__
     assert not trainable(model)
     with warnings.catch_warnings(action="error"):  # what was frozen before is no news
         model.remove_tasks("d")

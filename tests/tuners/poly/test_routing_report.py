@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import mlp
+from transformers import EvalPrediction
 
 from peft import PolyConfig, get_peft_model
 from peft.tuners.poly import (
@@ -367,6 +368,21 @@ def test_a_trainer_evaluates_by_task(trained, tmp_path):
     plain = type(trainer)(model, arguments(tmp_path), eval_dataset=data, compute_metrics=metrics_by_task(closeness))
     with pytest.raises(TypeError, match="set `label_names="):
         plain.evaluate()
+
+
+def test_metrics_over_tasks_go_before_tasks_of_their_names():
+    def of(names):
+        values, tasks = torch.tensor([3.0, 5.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 2])
+        compute = metrics_by_task(lambda p: {"m": float(p.predictions.mean())}, names)
+        return compute(EvalPrediction(values, (values, tasks), values))
+
+    assert of(["mean", "worst", "x"]) == {
+        "m": 2.75, "m_task_0": 4.0, "m_task_1": 1.0, "m_x": 2.0, "m_mean": 7 / 3, "m_worst": 1.0
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="`names` has no name for task 2; it has 2"):
+        of(["a", "b"])
+    with pytest.raises(TypeError, match="`names`='abc' must be a list"):
+        of("abc")
 
 
 def test_a_watch_warns_of_skills_that_nobody_uses_and_of_one_that_all_use():

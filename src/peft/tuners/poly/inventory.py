@@ -104,7 +104,7 @@ class InventoryTuner(BaseTuner):
     # --- tasks --------------------------------------------------------------------------------------------------------
 
     @ordinary_tensors()
-    def add_tasks(self, tasks: int | Sequence[str], init: str | int = "mean", adapter_name: str | None = None) -> None:
+    def add_tasks(self, tasks: int | Sequence[str], init: Any = "mean", adapter_name: str | None = None) -> None:
         """Append tasks to an adapter. What existing tasks compute does not change by a bit.
 
         The router's parameters are replaced: make the optimiser afterwards.
@@ -291,7 +291,7 @@ def _new_tasks(config: Any, tasks: Any) -> tuple[int, list[str] | None]:
         if config.task_names is not None:
             raise PeftValueError(f"The adapter's tasks have names; pass {tasks} names in place of their number.")
         return tasks, None
-    new = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes)) else [None]
+    new: list[Any] = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes)) else [None]
     if not all(isinstance(task, str) for task in new):
         meant = f" Did you mean [{tasks!r}]?" if isinstance(tasks, str) else ""
         raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.{meant}")

@@ -12,6 +12,9 @@ from torch.utils.data import Sampler
 
 from ...utils.error import PeftTypeError, PeftValueError
 
+# Endings of metrics over all tasks, which go before tasks of these names.
+_OVER_TASKS = ("mean", "worst")
+
 
 class TaskSampler(Sampler[int]):
     """A sampler that draws tasks first, `p_t ∝ n_t^(1/T)` for a task of `n_t` samples, and then of the task's samples the next in a
@@ -90,8 +93,14 @@ def metrics_by_task(
 
     Returns:
         A function that gives `{metric}_{task}` for each task in the predictions, `{metric}_mean` and `{metric}_worst`, and `metric`
-        over all samples.
+        over all samples. A task called "mean" or "worst" goes by its id, as one without a name does: `{metric}_task_0`.
+
+    Raises:
+        PeftTypeError: `names` is no list of names. In evaluation: the predictions have no tasks.
+        PeftValueError: In evaluation: a task has no name among them.
     """
+    if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+        raise PeftTypeError(f"`names`={names!r} must be a list of the tasks' names by id, or None.")
 
     def by_task(prediction: Any) -> dict[str, float]:
         labels = prediction.label_ids
@@ -104,12 +113,15 @@ def metrics_by_task(
         every = dict(compute(_part(prediction, own, slice(None))))
         each: dict[str, list[float]] = {}
         for task in sorted({int(t) for t in tasks.reshape(-1)}):
-            name = names[task] if names else f"task_{task}"
+            if names and not 0 <= task < len(names):
+                raise PeftValueError(f"`names` has no name for task {task}; it has {len(names)}, for the tasks from 0.")
+            name = names[task] if names and names[task] not in _OVER_TASKS else f"task_{task}"
             for key, value in compute(_part(prediction, own, tasks.reshape(-1) == task)).items():
                 every[f"{key}_{name}"] = value
                 each.setdefault(key, []).append(value)
         for key, values in each.items():
-            every[f"{key}_mean"], every[f"{key}_worst"] = sum(values) / len(values), min(values)
+            of_tasks = sum(values) / len(values), min(values)
+            every |= {f"{key}_{word}": value for word, value in zip(_OVER_TASKS, of_tasks, strict=True)}
         return every
 
     return by_task
