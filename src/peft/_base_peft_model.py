@@ -224,8 +224,8 @@ class BasePeftModel(nn.Module):
         """Whether any adapter takes part in the forward."""
         return bool(self.active_adapters) and not self.base_model.adapters_disabled
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `convert_to_lora` can convert an adapter."""
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether `convert_to_lora` can convert an adapter, by default the one that it would take."""
         return self.base_model.supports_lora_conversion(adapter_name)
 
     def add_adapter(

@@ -322,3 +322,22 @@ def test_only_some_of_modules_of_one_name(method):
     again = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)), config)
     assert [path for path, _ in again.base_model.named_tuner_layers()] == ["0", "1.1"]
     assert set_peft_model_state_dict(again, state) == ([], [])
+
+
+def test_the_only_adapter_is_converted(method, tmp_path):
+    fields = {"target_modules": TARGETS, "init_weights": False}
+    fields = {name: value for name, value in fields.items() if name in method.config_cls.__dataclass_fields__}
+    model = get_peft_model(mlp(), method.config(**fields), "a")
+    model.add_adapter("b", method.config(**fields))
+    options = {"task_id": 1} if method.merge else {}
+    for active in ("a", "b"):
+        model.set_adapter(active)
+        by_default = save_as_lora(tmp_path, model, **options)
+        named = convert_to_lora(model, adapter_name=active, **options)
+        assert all(torch.equal(tensor, named.state_dict[key]) for key, tensor in by_default.state_dict.items())
+        assert model.supports_lora_conversion()
+    model.base_model.set_adapter(["a", "b"])
+    for call in (convert_to_lora, lambda model, **options: save_as_lora(tmp_path / "new", model, **options)):
+        with pytest.raises(ValueError, match="no adapter named 'default', and several could be meant; pass `adapter_name`.* a, b"):
+            call(model, **options)
+    assert not (tmp_path / "new").exists()

@@ -26,6 +26,7 @@ from . import _geometry, _model_merges, _rows, _ties
 from ._computed import made_plain
 from ._holder import AdapterParameterDict
 from ._layer import BaseTunerLayer
+from ._meant import adapter_meant
 from ._merging import checked_names
 from ._recall import InferenceCache
 from ._renaming import present_names
@@ -175,8 +176,10 @@ class AdaptedModel(nn.Module):
                     f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument; leave it out."
                 )
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether all of an adapter's layers have low-rank factors."""
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether all of an adapter's layers have low-rank factors; by default of the one that `convert_to_lora` would take."""
+        if adapter_name is None:
+            adapter_name = adapter_meant(None, self.peft_config, self.active_adapters, "adapter")
         own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
         return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)
 

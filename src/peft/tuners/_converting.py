@@ -15,6 +15,7 @@ from ..utils.walk import walk
 from ._adapted import AdaptedModel
 from ._combining import outer_path
 from ._layer import BaseTunerLayer
+from ._meant import active_in, adapter_meant
 
 
 def config_of(model: Any, adapter_name: str) -> Any:
@@ -30,6 +31,19 @@ def config_of(model: Any, adapter_name: str) -> Any:
     if adapter_name not in configs:
         raise PeftValueError(no_adapter(adapter_name, configs))
     return configs[adapter_name]
+
+
+def name_of(model: Any, adapter_name: str | None) -> str:
+    """The name of the adapter that is meant: the given one; else "default", the only one that is active, or the only one.
+
+    Raises:
+        PeftValueError: Several could be meant.
+    """
+    configs = getattr(model, "peft_config", None)
+    if adapter_name is not None or not configs or not isinstance(configs, dict):
+        return "default" if adapter_name is None else adapter_name  # which `config_of` looks for
+    active = active_in(layer for _, layer in walk(model) if isinstance(layer, BaseTunerLayer))
+    return adapter_meant(None, configs, active, "adapter")
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:

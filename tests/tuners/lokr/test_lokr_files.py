@@ -606,6 +606,22 @@ def test_a_value_that_the_dtype_does_not_hold_is_named(tensor, tmp_path):
     assert all(value.isfinite().all() for value in load_file(tmp_path / "new" / "a.safetensors").values())
 
 
+def test_the_only_adapter_is_written(tmp_path):
+    model = get_peft_model(mlp(), LoKrConfig(r=1, target_modules=["0"], init_weights=False), "style")
+    model.add_adapter("other", LoKrConfig(r=1, target_modules=["0"], init_weights=False))
+    for active in ("style", "other"):
+        model.set_adapter(active)
+        save_lokr_file(model, tmp_path / "a.safetensors")
+        save_lokr_file(model, tmp_path / "b.safetensors", adapter_name=active)
+        same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+    model.base_model.set_adapter(["style", "other"])
+    with pytest.raises(ValueError, match="no LoKr adapter named 'default', and several could be meant.* style, other"):
+        save_lokr_file(model, tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()
+    with pytest.raises(ValueError, match="The model has no LoKr adapter; there are none"):
+        save_lokr_file(mlp(), tmp_path / "c.safetensors")
+
+
 def test_a_product_with_the_scale_is_rounded_once(tmp_path):
     """Scale and scalar together are ordinary where one after the other would leave half precision."""
     config = LoKrConfig(r=2, alpha=2e4, target_modules=["0"], use_scalar=True, init_weights=False)

@@ -12,7 +12,7 @@ import torch
 from conftest import llama, mlp
 from safetensors.torch import load_file, save_file
 
-from peft import LoKrConfig, PeftConfig, PeftModel, VBLoRAConfig, VectorBank, get_peft_model, inject_adapter_in_model
+from peft import LoKrConfig, PeftConfig, PeftModel, VBLoRAConfig, VectorBank, bank_usage, get_peft_model, inject_adapter_in_model
 from peft.optimizers import parameter_groups
 from peft.utils.hotswap import hotswap_adapter
 
@@ -104,11 +104,77 @@ def test_a_bank_is_taken_out_of_an_adapter_and_put_into_one():
     other = get_peft_model(base(), config(num_vectors=10, vector_length=4))
     bank.put_into(other)
     assert torch.equal(other.vblora_vector_bank["default"], bank.vectors)
-    with pytest.raises(ValueError, match=r"size \[12, 4\], that of adapter default \[10, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"size \[12, 4\], that of adapter default \[10, 4\]; make the adapter with `num_vectors=12` and `vector_length=4`",
+    ):
         bank.grow(2).put_into(other)
     for use in (lambda: VectorBank.of(model, "b"), lambda: bank.put_into(model, "b")):
-        with pytest.raises(ValueError, match="no adapter 'b' with a vector bank"):
+        with pytest.raises(ValueError, match="no VB-LoRA adapter named 'b'; there are default"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (torch.randn(0, 4), r"`vectors` of shape \[0, 4\] are none"),
+        (torch.randn(4, 0), r"`vectors` of shape \[4, 0\] are none"),
+        (torch.zeros(4, 2).index_fill(0, torch.tensor([1, 3]), torch.nan), r"NaN or infinite \(rows 1, 3\).* an earlier step"),
+        (torch.full((12, 2), -torch.inf, dtype=torch.float16), "rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more"),
+        (torch.randn(4, 2, device="meta"), "on the meta device"),
+        (torch.ones(4, 2, dtype=torch.int64), r"not torch.int64 \[4, 2\]"),
+        ([[1.0]], "not list"),
+    ],
+)
+def test_a_bank_has_values(vectors, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        VectorBank(vectors)
+    if isinstance(vectors, torch.Tensor) and not vectors.is_meta:
+        save_file({"vector_bank": vectors}, tmp_path / "vector_bank.safetensors")
+        with pytest.raises(RuntimeError, match=f"vector_bank.safetensors': .*{message}"):
+            VectorBank.from_pretrained(tmp_path)
+
+
+def test_what_else_a_bank_refuses(bank):
+    with pytest.raises(TypeError, match="`replaces`='ab' must be a list of digests"):
+        VectorBank(bank.vectors, replaces="ab")
+    with pytest.raises(ValueError, match="`bound`=nan must be a positive finite number"):
+        bank.grow(1, bound=float("nan"))
+    half = get_peft_model(base().half(), config(num_vectors=10, vector_length=4), autocast_adapter_dtype=False)
+    before = half.vblora_vector_bank["default"].clone()
+    with pytest.raises(ValueError, match=r"values up to 7e\+04, which torch.float16, the dtype of adapter default"):
+        VectorBank(torch.full((10, 4), 7e4)).put_into(half)
+    assert torch.equal(half.vblora_vector_bank["default"], before)
+    half.vblora_vector_bank["default"].data[2] = torch.nan
+    with pytest.raises(ValueError, match="rows 2"):
+        VectorBank.of(half)
+
+
+def test_the_only_adapter_is_meant(tmp_path, bank):
+    sizes = {"num_vectors": 10, "vector_length": 4}
+    model = get_peft_model(base(), config(**sizes), "a")
+    model.add_adapter("b", config(**sizes))
+    uses = (VectorBank.of, bank.put_into, bank_usage, lambda model: model.get_nb_savable_parameters())
+    for active in ("a", "b"):
+        model.set_adapter(active)
+        assert torch.equal(VectorBank.of(model).vectors, model.vblora_vector_bank[active])
+        assert torch.equal(bank_usage(model).counts(), bank_usage(model, active).counts())
+        assert model.get_nb_savable_parameters() == model.get_nb_savable_parameters(active)
+    bank.put_into(model)
+    assert torch.equal(model.vblora_vector_bank["b"], bank.vectors)
+    assert not torch.equal(model.vblora_vector_bank["a"], bank.vectors)
+    model.base_model.set_adapter(["a", "b"])
+    for use in uses:
+        with pytest.raises(
+            ValueError, match="no .*adapter named 'default', and several could be meant; pass `adapter_name`.* a, b"
+        ):
+            use(model)
+    model.add_adapter("default", config(**sizes))
+    assert torch.equal(VectorBank.of(model).vectors, model.vblora_vector_bank["default"])
+    bank.save_pretrained(tmp_path)
+    shared = get_peft_model(base(), config(bank=str(tmp_path)), "only")
+    with pytest.raises(ValueError, match="Adapter only runs over a shared bank, which is frozen; .*`num_vectors=10` and"):
+        bank.put_into(shared)
 
 
 # --- adapters over it -------------------------------------------------------------------------------------------------------
@@ -257,7 +323,8 @@ def test_a_bank_that_is_wrong_or_missing(tmp_path, bank):
     PeftModel.from_pretrained(base(), tmp_path / "user", config=moved)
     VectorBank(torch.randn(10, 4)).save_pretrained(tmp_path / "bank")
     with pytest.raises(
-        RuntimeError, match=f"neither the one that the adapter was trained over .*{bank.sha256()}.*nor one that grew"
+        RuntimeError,
+        match=f"neither the one that the adapter was trained over .*{bank.sha256()}.*nor one that grew.*bank=folder.*replaces=",
     ):
         PeftModel.from_pretrained(model, tmp_path / "user")
     nowhere = VBLoRAConfig.from_pretrained(tmp_path / "user", bank=None)

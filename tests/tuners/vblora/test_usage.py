@@ -91,5 +91,5 @@ def test_what_it_gives(model, tmp_path):
 
 
 def test_other_adapters_have_none(model):
-    with pytest.raises(ValueError, match="no adapter 'b' with a vector bank"):
+    with pytest.raises(ValueError, match="no VB-LoRA adapter named 'b'"):
         bank_usage(model, "b")

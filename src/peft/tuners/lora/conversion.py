@@ -24,7 +24,7 @@ from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...utils.save_and_load import MODEL_ROOT, get_peft_model_state_dict
 from ...utils.warning import warn
 from .. import _targets
-from .._converting import check_convertible, config_of, layers_with, root_of
+from .._converting import check_convertible, config_of, layers_with, name_of, root_of
 from .._geometry import geometry
 from .._layer import BaseTunerLayer
 from .._lowrank import LowRank, approximate, check_rank, total_error
@@ -69,7 +69,7 @@ class LoraConversion(_Pair):
 def convert_to_lora(
     model: nn.Module,
     rank: int | float | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
     *,
@@ -82,7 +82,7 @@ def convert_to_lora(
         rank: An integer: the rank of every layer. A fraction: in each layer the smallest rank that keeps this share of the energy,
             the sum of squared singular values. None: exact, of the smallest rank that the method's structure gives (Poly and
             VB-LoRA `r`, LoKr `rank(W1) · rank(W2)`).
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default the one called "default", else the only one that is active.
         progressbar: Show one.
         compile_kwargs: Accepted for compatibility; everything is computed on thin factors, and there is nothing to compile.
         task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary with the share of each of several.
@@ -92,7 +92,8 @@ def convert_to_lora(
         and the total `error`.
 
     Raises:
-        PeftValueError: There is no such adapter, a rank is not allowed or larger than a layer's weight, or values are not finite.
+        PeftValueError: There is no such adapter or several could be meant, a rank is not allowed or larger than a layer's weight,
+            or values are not finite.
         PeftTypeError: `task_id` for a method without tasks.
         PeftNotSupportedError: The adapter's delta depends on the input.
         UnsupportedModuleError: A layer has no delta that a LoRA adapter could be.
@@ -105,6 +106,7 @@ def convert_to_lora(
         (4, torch.Size([4, 16]), True)
     """
     check_rank(rank)
+    adapter_name = name_of(model, adapter_name)
     config = config_of(model, adapter_name)
     if config.peft_type == PeftType.LORA and not config.starts_from_weight:
         warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need to, but for another rank.")
@@ -116,7 +118,7 @@ def save_as_lora(
     path: str | os.PathLike,
     model: nn.Module,
     rank: int | float | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
     *,
@@ -145,7 +147,7 @@ def save_tasks_as_lora(
     folder: str | os.PathLike,
     tasks: Sequence[int | str] | None = None,
     rank: int | float | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     progressbar: bool = False,
 ) -> dict[str, float]:
     """Write each task of an adapter as a LoRA adapter of its own, going through the layers once for many tasks.
@@ -155,7 +157,7 @@ def save_tasks_as_lora(
         folder: Each task gets a folder in it: its name, or "task_0", "task_1", … where tasks have no names.
         tasks: Ids or names, by default all.
         rank: As for `convert_to_lora`; exact by default.
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default the one called "default", else the only one that is active.
         progressbar: Show one.
 
     Returns:
@@ -167,6 +169,7 @@ def save_tasks_as_lora(
     """
     check_rank(rank)
     parent = as_folder(folder)
+    adapter_name = name_of(model, adapter_name)
     config = config_of(model, adapter_name)
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     chosen: dict[str, Any] = tuner_cls.conversion_tasks(config, tasks)

@@ -19,6 +19,7 @@ from .._build import Build, Construction
 from .._combining import Combination, Combined
 from .._geometry import Placement, expected_layout, geometry
 from .._layer import BaseTunerLayer
+from .._meant import adapter_meant
 from .._plan import Plan
 from .._roles import Role
 from .._tuner import BaseTuner
@@ -215,15 +216,19 @@ class VBLoRAModel(BaseTuner):
         """
         return import_state(state, config)
 
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+    def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
         """What saving an adapter writes, in units of float32: (bank and logits, biases and whole modules).
+
+        By default the adapter called "default", else the only one that is active.
 
         A bank that is shared is not written with the adapter. Parameters of the base model that were unfrozen by hand count too, as
         something that needs saving.
 
         Raises:
-            PeftValueError: There is no such adapter.
+            PeftValueError: There is no such adapter, or several could be meant.
         """
+        if adapter is None:
+            adapter = adapter_meant(None, self.peft_config, self.active_adapters, "adapter")
         self.check_names(adapter)
         config: Any = self.peft_config[adapter]
         own, other, counted = 0.0, 0, set()

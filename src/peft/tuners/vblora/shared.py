@@ -23,8 +23,10 @@ from ...config import as_folder
 from ...utils.adapter_files import read_metadata, read_weights, write_tensors
 from ...utils.error import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 from ...utils.hub import find_file, local_folder, only_hub_options
+from ...utils.rules import at_least, number
 from ...utils.tensors import ordinary_tensors
 from ...utils.walk import walk
+from .._meant import adapter_of
 
 BANK_NAME = "vector_bank.safetensors"
 _TENSOR = "vector_bank"
@@ -35,12 +37,13 @@ class VectorBank:
     """A bank of vectors that adapters share.
 
     Args:
-        vectors: `[num_vectors, vector_length]`, of any floating dtype; a copy is kept, on the CPU.
+        vectors: `[num_vectors, vector_length]`, of any floating dtype, finite; a copy is kept, on the CPU.
         replaces: Digests of banks whose adapters may be used with this one though its vectors differ from theirs (it was trained
             further, say). Their outputs change with the vectors; who writes the bank vouches for it.
 
     Raises:
-        PeftTypeError: `vectors` is no such tensor.
+        PeftTypeError: `vectors` is no such tensor, or `replaces` no list of digests.
+        PeftValueError: There are no vectors, they have no values, or values that are NaN or infinite.
 
     Example:
         >>> bank = VectorBank(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -51,9 +54,15 @@ class VectorBank:
 
     def __init__(self, vectors: Tensor, replaces: Sequence[str] = ()) -> None:
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
-            raise PeftTypeError("`vectors` must be a floating-point tensor `[num_vectors, vector_length]`.")
+            given = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise PeftTypeError(f"`vectors` must be a floating-point tensor `[num_vectors, vector_length]`, not {given}.")
+        if isinstance(replaces, str) or not all(isinstance(digest, str) for digest in replaces):
+            raise PeftTypeError(f"`replaces`={replaces!r} must be a list of digests, as `sha256` gives them.")
+        if vectors.is_meta:
+            raise PeftValueError("`vectors` are on the meta device and have no values yet; load them first.")
         with ordinary_tensors():
             self.vectors = vectors.detach().to("cpu", copy=True).contiguous()
+        _check_values(self.vectors)
         self.replaces = tuple(replaces)
 
     def __repr__(self) -> str:
@@ -81,32 +90,48 @@ class VectorBank:
         return num_vectors <= self.num_vectors and self.sha256(num_vectors) == sha256
 
     @classmethod
-    def of(cls, model: Any, adapter_name: str = "default") -> VectorBank:
-        """The bank of an adapter of a model.
+    def of(cls, model: Any, adapter_name: str | None = None) -> VectorBank:
+        """The bank of an adapter of a model, by default the one called "default", else the only one that is active.
 
         Raises:
-            PeftValueError: There is no such adapter, or it has no bank.
+            PeftValueError: There is no such adapter with a bank, several could be meant, or its vectors are NaN or infinite.
         """
         from .layer import VBLoRALayer
 
-        for _, module in walk(model):
-            if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
-                return cls(module.bank(adapter_name))
-        raise PeftValueError(f"The model has no adapter {adapter_name!r} with a vector bank.")
+        name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
+        layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
+        return cls(next(layer.bank(name) for layer in layers if name in layer.scaling))
 
-    def put_into(self, model: Any, adapter_name: str = "default") -> None:
+    def put_into(self, model: Any, adapter_name: str | None = None) -> None:
         """Make this bank's vectors those of an adapter that has a bank of its own, to train them further.
 
+        Args:
+            model: A `PeftModel`, or a model that adapters were injected into.
+            adapter_name: The adapter; by default the one called "default", else the only one that is active.
+
         Raises:
-            PeftValueError: There is no such adapter, or its bank has another size.
+            PeftValueError: There is no such adapter, several could be meant, or its bank is shared, of another size or of a dtype
+                that has no room for a vector's values.
         """
+        from .layer import VBLoRALayer
+
+        name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
         containers: list[Any] = [m.vblora_vector_bank for _, m in walk(model) if "vblora_vector_bank" in m._modules]
-        own = next((container[adapter_name] for container in containers if adapter_name in container), None)
+        own = next((container[name] for container in containers if name in container), None)
         if own is None:
-            raise PeftValueError(f"The model has no adapter {adapter_name!r} with a vector bank of its own.")
+            raise PeftValueError(
+                f"Adapter {name} runs over a shared bank, which is frozen; make one with a bank of its own: `VBLoRAConfig` without "
+                f"`bank`, with `num_vectors={self.num_vectors}` and `vector_length={self.vector_length}`."
+            )
         if own.shape != self.vectors.shape:
-            sizes = f"This bank has the size {list(self.vectors.shape)}, that of adapter {adapter_name} {list(own.shape)}"
-            raise PeftValueError(f"{sizes}; make the adapter with `num_vectors` and `vector_length` of this bank.")
+            sizes = f"This bank has the size {list(self.vectors.shape)}, that of adapter {name} {list(own.shape)}"
+            remedy = f"`num_vectors={self.num_vectors}` and `vector_length={self.vector_length}`"
+            raise PeftValueError(f"{sizes}; make the adapter with {remedy}, those of this bank.")
+        if (largest := float(self.vectors.abs().max())) > torch.finfo(own.dtype).max:
+            raise PeftValueError(
+                f"This bank has values up to {largest:.4g}, which {own.dtype}, the dtype of adapter {name}, has no room for; keep "
+                "the adapter in float32 (`autocast_adapter_dtype=True`)."
+            )
         with torch.no_grad():
             own.copy_(self.vectors)
 
@@ -114,10 +139,10 @@ class VectorBank:
         """A bank with `n` more vectors, uniform between minus and plus `bound`. Adapters of this one run on it unchanged.
 
         Raises:
-            PeftValueError: `n` is below 1.
+            PeftValueError: `n` is no integer of at least 1, or `bound` no positive number.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise PeftValueError(f"`n`={n!r} must be an integer of at least 1.")
+        for problem in (*at_least("n", n), *number("bound", bound, positive=True)):
+            raise PeftValueError(problem)
         more = nn.init.uniform_(torch.empty(n, self.vector_length), -bound, bound, generator=generator)
         return VectorBank(torch.cat([self.vectors, more.to(self.vectors.dtype)]), self.replaces)
 
@@ -148,10 +173,28 @@ class VectorBank:
         state, metadata = read_weights(path), read_metadata(path)
         if set(state) != {_TENSOR}:
             raise CheckpointError(f"'{path}' does not hold a vector bank; it has {', '.join(sorted(state)) or 'nothing'}.")
-        bank = cls(state[_TENSOR], metadata.get(_REPLACES, "").split())
+        try:
+            bank = cls(state[_TENSOR], metadata.get(_REPLACES, "").split())
+        except (PeftTypeError, PeftValueError) as error:
+            raise CheckpointError(f"'{path}': {error}") from None
         if metadata.get("sha256") not in (None, bank.sha256()):
             raise CheckpointError(f"The vectors in '{path}' are not those it was written with; read it from its source again.")
         return bank
+
+
+def _check_values(vectors: Tensor) -> None:
+    """Insist on a bank that adapters can be made of."""
+    if not vectors.numel():
+        raise PeftValueError(f"`vectors` of shape {list(vectors.shape)} are none; a bank has at least one, of at least one number.")
+    if type(vectors) is not Tensor:  # a DTensor's values are elsewhere
+        return
+    broken = ~(vectors.float() if vectors.dtype.itemsize == 1 else vectors).isfinite().all(dim=1)
+    if found := broken.nonzero().flatten().tolist():
+        numbers = ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise PeftValueError(
+            f"`vectors` have values that are NaN or infinite (rows {numbers}), and so would all adapters that pick them; the "
+            "training went wrong, take the bank of an earlier step."
+        )
 
 
 class FoundBank(NamedTuple):
@@ -218,7 +261,9 @@ def _read_bank(config: Any) -> VectorBank:
     assert other is not None
     raise CheckpointError(
         f"The bank at {config.bank!r} ({other.num_vectors} vectors of {other.vector_length}, {other.sha256()}) is neither the one "
-        f"that the adapter was trained over ({n} vectors of {config.vector_length}, {wanted}) nor one that grew from it."
+        f"that the adapter was trained over ({n} vectors of {config.vector_length}, {wanted}) nor one that grew from it. Say where "
+        "that one is: `config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`. If this one is meant all the same, since its "
+        "vectors were trained further, write it with the other's digest: `VectorBank(vectors, replaces=[digest])`."
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftValueError
 from ...utils.walk import walk
+from .._meant import adapter_of
 from .bank import choose
 from .config import Form
 from .layer import VBLoRALayer
@@ -130,15 +130,16 @@ class BankUsage:
         return draw(self, place)
 
 
-def bank_usage(model: Any, adapter_name: str = "default") -> BankUsage:
+def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
     """How an adapter of a model uses its vector bank.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter, in any form: logits, or indices and weights.
+        adapter_name: The adapter, in any form: logits, or indices and weights; by default the one called "default", else
+            the only one that is active.
 
     Raises:
-        PeftValueError: The model has no such adapter.
+        PeftValueError: The model has no such adapter, or several could be meant.
 
     Example:
         >>> from peft import VBLoRAConfig, get_peft_model
@@ -149,6 +150,7 @@ def bank_usage(model: Any, adapter_name: str = "default") -> BankUsage:
 
     Source: arXiv:2405.15179
     """
+    adapter_name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
     uses, size = [], 0
     for path, layer in walk(model):
         if not isinstance(layer, VBLoRALayer) or adapter_name not in layer.scaling:
@@ -159,8 +161,6 @@ def bank_usage(model: Any, adapter_name: str = "default") -> BankUsage:
             indices, weights = indices.detach().cpu().long().flatten(), weights.detach().cpu().double().flatten()
             counts = torch.bincount(indices, minlength=size)
             uses.append(Use(path, factor, counts, torch.zeros(size, dtype=torch.float64).index_add(0, indices, weights)))
-    if not uses:
-        raise PeftValueError(f"The model has no adapter {adapter_name!r} with a vector bank.")
     return BankUsage(uses, size)
 
 

@@ -18,6 +18,7 @@ from ....utils.renamed_modules import names_in_files
 from ....utils.walk import walk
 from ..._adapted import AdaptedModel
 from ..._combining import outer_path
+from ..._meant import adapter_of
 from ..layer import LoKrLayer
 from .keys import join_key
 from .names import Names
@@ -53,7 +54,7 @@ def save_lokr_file(
     model: nn.Module,
     path: str | os.PathLike,
     layout: str = "lycoris",
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     component: str | None = None,
     *,
     original_names: bool = False,
@@ -70,7 +71,7 @@ def save_lokr_file(
         path: A `.safetensors` file, replaced if there; its folder is made if missing.
         layout: "kohya" (sd-scripts, also read by ComfyUI, Forge and others), "lycoris" (LyCORIS itself; SimpleTuner, ai-toolkit and
             ComfyUI read it), "simpletuner", "onetrainer", "comfyui", "ai-toolkit" or "diffusers".
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default the one called "default", else the only one that is active.
         component: What to put before modules' names, by default what the layout has for image models: "lora_unet", "lycoris",
             "lora_transformer", "diffusion_model" or "transformer". For text encoders "lora_te1", "text_encoder" and so on.
         original_names: Name modules as the original implementation of the model does (Stable Diffusion XL, Flux) where diffusers
@@ -107,6 +108,7 @@ def save_lokr_file(
     folder = as_folder(file.parent)
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
+    adapter_name = adapter_of(_root(model), adapter_name, LoKrLayer, "LoKr adapter")
     layers = _layers(model, adapter_name)
     modules = _modules(layers, adapter_name, original_names, form, names_in_files(_root(model)))
     tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
@@ -120,13 +122,10 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoKrLayer]:
     """The layers that have the adapter, by the path of the module they stand for.
 
     Raises:
-        PeftValueError: There is no such LoKr adapter.
         PeftNotSupportedError: It has more than layers.
     """
     walked = ((path, module) for path, module in walk(_root(model)) if isinstance(module, LoKrLayer))
     layers = {outer_path(path): module for path, module in walked if adapter_name in module.scaling}
-    if not layers:
-        raise PeftValueError(f"The model has no LoKr adapter named {adapter_name!r}.")
     config = getattr(model, "peft_config", {}).get(adapter_name)
     for name in ("modules_to_save", "trainable_token_indices"):
         if config is not None and getattr(config, name):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter a function is about that was not told one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..utils.error import PeftValueError
+from ..utils.near_misses import adapters_there
+from ..utils.walk import walk
+from ._layer import BaseTunerLayer
+
+
+def adapter_of(model: nn.Module, name: str | None, kind: type[BaseTunerLayer], what: str) -> str:
+    """Return the name of the adapter that is meant among those that layers of a kind have.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        name: As given; None means "default", or else the only adapter that is active, or else the only one.
+        kind: The class of the layers.
+        what: What such an adapter is called in messages.
+
+    Raises:
+        PeftValueError: There is none, or several could be meant.
+    """
+    layers: list[Any] = [layer for _, layer in walk(model) if isinstance(layer, kind)]
+    return adapter_meant(name, dict.fromkeys(own for layer in layers for own in layer.scaling), active_in(layers), what)
+
+
+def adapter_meant(name: str | None, known: Collection[str], active: Collection[str], what: str) -> str:
+    """Return the same, given which adapters there are and which of them are active."""
+    if name is not None or not known:
+        if isinstance(name, str) and name in known:
+            return name
+        named = "" if name is None else f" named {name!r}"
+        raise PeftValueError(f"The model has no {what}{named}; there are {adapters_there(name, known)}")
+    if "default" in known:
+        return "default"
+    meant = [own for own in known if own in active] or list(known)
+    if len(meant) > 1:
+        raise PeftValueError(
+            f"The model has no {what} named 'default', and several could be meant; pass `adapter_name`, one of "
+            f"{adapters_there('', meant)}"
+        )
+    return meant[0]
+
+
+def active_in(layers: Iterable[Any]) -> set[str]:
+    """Return the names of the adapters that are active in any of some layers."""
+    return {name for layer in layers for name in layer.active_adapters}
