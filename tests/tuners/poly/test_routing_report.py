@@ -130,8 +130,29 @@ def test_terms_on_routing_by_input(level):
     assert not any(module._forward_hooks for module in model.modules() if type(module).__name__ == "InputRouter")
     with pytest.raises(ValueError, match="prior is for routing by task"):
         routing_loss(model, ibp=1.0, record=record)
-    with pytest.raises(ValueError, match="no Poly adapter 'other'"):
+    with pytest.raises(ValueError, match="no Poly adapter named 'other'"):
         routing_loss(model, adapter_name="other")
+
+
+def test_the_only_adapter_is_looked_at():
+    config = {"n_tasks": 3, "n_skills": 2, "target_modules": TARGETS}
+    model = get_peft_model(mlp(), PolyConfig(**config), "a")
+    model.add_adapter("b", PolyConfig(**config))
+    with torch.no_grad():
+        [p.normal_() for n, p in model.named_parameters() if "router" in n]
+    uses = (routing_report, routing_loss, lambda model: RoutingWatch().look(model, 1))
+    for active in ("a", "b"):
+        model.set_adapter(active)
+        assert torch.equal(routing_report(model).similarity, routing_report(model, active).similarity)
+        assert routing_loss(model, entropy=1.0) == routing_loss(model, entropy=1.0, adapter_name=active)
+        assert RoutingWatch().look(model, 1) == RoutingWatch(active).look(model, 1)
+    model.base_model.set_adapter(["a", "b"])
+    for use in uses:
+        with pytest.raises(ValueError, match="no Poly adapter named 'default', and several could be meant.* a, b"):
+            use(model)
+    by_input = get_peft_model(mlp(), PolyConfig(n_skills=2, poly_type="mope", target_modules=TARGETS))
+    with pytest.raises(ValueError, match="Adapter default routes by input .*`recorded_routing`"):
+        routing_report(by_input)
 
 
 def test_the_tree_against_scipy():
@@ -174,7 +195,7 @@ def test_a_report_has_each_layers_weights_and_measures(reported):
         torch.testing.assert_close(table, model.get_router_weights()[path])
         torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
         assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-5)
-    with pytest.raises(ValueError, match="no Poly adapter 'x'"):
+    with pytest.raises(ValueError, match="no Poly adapter named 'x'"):
         routing_report(model, "x")
 
 

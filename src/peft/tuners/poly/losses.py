@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.error import PeftValueError
 from ...utils.walk import walk
+from .._meant import adapter_of
 from . import metrics
 from .layer import PolyLayer
 from .router import Router, TaskRouter
@@ -49,7 +50,7 @@ def routing_loss(
     ibp: float = 0.0,
     ibp_alpha: float = 3.0,
     record: dict[Router, list[Tensor]] | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
 ) -> Tensor:
     """A sum of terms on the routing of an adapter, the mean over its routers, to be added to the loss.
 
@@ -62,13 +63,14 @@ def routing_loss(
         ibp: Factor on the negative logarithm of the Indian buffet process prior; for routing by task.
         ibp_alpha: That prior's expected number of skills of a task.
         record: What `recorded_routing` kept of the forward; routers in it are judged by that.
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default the one called "default", else the only one that is active.
 
     Returns:
         A number with gradients.
 
     Raises:
-        PeftValueError: There is no such adapter, or routing by input was not recorded or is asked for its prior.
+        PeftValueError: There is no such adapter, several could be meant, or routing by input was not recorded or is asked for
+            its prior.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -80,10 +82,9 @@ def routing_loss(
 
     Source: arXiv:2202.13914, section 3 (the prior); arXiv:1701.06538, section 4 (balance)
     """
-    layers = [m for _, m in walk(model) if isinstance(m, PolyLayer) and adapter_name in m.scaling]
-    if not layers:
-        raise PeftValueError(f"The model has no Poly adapter {adapter_name!r}.")
-    routers = dict.fromkeys(layer.router(adapter_name) for layer in layers)
+    name = adapter_of(model, adapter_name, PolyLayer, "Poly adapter")
+    layers = (layer for _, layer in walk(model) if isinstance(layer, PolyLayer))
+    routers = dict.fromkeys(layer.router(name) for layer in layers if name in layer.scaling)
     return torch.stack([_terms(router, entropy, balance, ibp, ibp_alpha, (record or {}).get(router)) for router in routers]).mean()
 
 

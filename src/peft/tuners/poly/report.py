@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...utils.adapter_files import write_text
 from ...utils.error import PeftValueError
 from ...utils.walk import walk
+from .._meant import adapter_of
 from . import metrics
 from .layer import PolyLayer
 from .router import TaskRouter
@@ -137,18 +138,18 @@ class RoutingReport:
         return figure
 
 
-def routing_report(model: nn.Module, adapter_name: str = "default") -> RoutingReport:
+def routing_report(model: nn.Module, adapter_name: str | None = None) -> RoutingReport:
     """Tables of how an adapter mixes its skills for each task in evaluation.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default the one called "default", else the only one that is active.
 
     Returns:
         The tables. Layers that share a router are one, with the first of their paths.
 
     Raises:
-        PeftValueError: There is no such adapter, or no layer of it routes by task.
+        PeftValueError: There is no such adapter, several could be meant, or no layer of it routes by task.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -160,6 +161,7 @@ def routing_report(model: nn.Module, adapter_name: str = "default") -> RoutingRe
     Source: arXiv:2202.13914, section 5 (measures, and the hierarchy of tasks)
     """
     root = model.base_model.model if "base_model" in model._modules else model  # type: ignore[union-attr]
+    adapter_name = adapter_of(model, adapter_name, PolyLayer, "Poly adapter")
     weights, gates = {}, {}
     seen: set[int] = set()
     with torch.no_grad():
@@ -171,7 +173,9 @@ def routing_report(model: nn.Module, adapter_name: str = "default") -> RoutingRe
                 weights[path] = table
                 gates[path] = router.task_gates().detach().cpu()
     if not weights:
-        raise PeftValueError(f"The model has no Poly adapter {adapter_name!r} that routes by task.")
+        raise PeftValueError(
+            f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` keeps what it chooses in a call."
+        )
     config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     tasks = list(config.task_names or (f"task_{i}" for i in range(config.n_tasks)))
     similarity = metrics.task_similarity(torch.cat([table.flatten(1) for table in weights.values()], 1).double())

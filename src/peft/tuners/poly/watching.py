@@ -12,6 +12,7 @@ from ...config import is_int
 from ...utils.error import PeftValueError, PeftWarning
 from ...utils.sharding import unparallel
 from ...utils.walk import walk
+from .._meant import adapter_of
 from .layer import PolyLayer
 from .report import routing_report
 from .router import TaskRouter
@@ -26,7 +27,8 @@ class RoutingWatch:
     of any skill.
 
     Args:
-        adapter_name: The adapter.
+        adapter_name: The adapter; by default, whenever it looks, the one called "default", else the only one that is
+            active.
         dead_below: A skill whose share of use is below this part of the equal share is dead.
         collapsed_above: A layer has collapsed if one skill's share of use is above this.
         start: Do not warn of skills before this step: routers begin with equal weights, and find
@@ -51,7 +53,7 @@ class RoutingWatch:
 
     def __init__(
         self,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         dead_below: float = 0.05,
         collapsed_above: float = 0.95,
         start: int = 0,
@@ -76,10 +78,11 @@ class RoutingWatch:
             step: Which step it is.
 
         Raises:
-            PeftValueError: There is no such adapter that routes by task.
+            PeftValueError: There is no such adapter that routes by task, or several could be meant.
         """
         model = unparallel(model)
-        layers = routing_report(model, self.adapter_name).layers
+        name = adapter_of(model, self.adapter_name, PolyLayer, "Poly adapter")
+        layers = routing_report(model, name).layers
         shares = [share for layer in layers.values() for share in layer["usage"]]
         names = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
         values = {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in names}
@@ -89,16 +92,9 @@ class RoutingWatch:
             for path, layer in layers.items():
                 self._judge(path, layer["usage"])
         widest = max(layer["spread"] for layer in layers.values())
-        if step >= self.flat_after and widest < self.flat_below and self._trains(model):
+        if step >= self.flat_after and widest < self.flat_below and _trains(model, name):
             self._warn_flat(step)
         return values
-
-    def _trains(self, model: nn.Module) -> bool:
-        """Return whether any table of several tasks trains as a whole."""
-        name, layers = self.adapter_name, (layer for _, layer in walk(model))
-        routers = (r.router(name) for r in layers if isinstance(r, PolyLayer) and name in r.scaling)
-        tables = (r for r in routers if isinstance(r, TaskRouter) and min(r.n_tasks, r.n_skills) > 1)
-        return any(table.module_logits.requires_grad for table in tables)
 
     def _judge(self, path: str, usage: list[float]) -> None:
         """Warn of a layer, once for each kind of trouble."""
@@ -125,6 +121,13 @@ class RoutingWatch:
         if (path, kind) not in self._warned:
             self._warned.add((path, kind))
             warnings.warn(f"`{path}`: {text}; a term `routing_loss(balance=…)` keeps skills in use.", PeftWarning, stacklevel=4)
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    """Return whether any of an adapter's tables of several tasks trains as a whole."""
+    routers = (r.router(name) for _, r in walk(model) if isinstance(r, PolyLayer) and name in r.scaling)
+    tables = (r for r in routers if isinstance(r, TaskRouter) and min(r.n_tasks, r.n_skills) > 1)
+    return any(table.module_logits.requires_grad for table in tables)
 
 
 def routing_callback(watch: RoutingWatch | None = None) -> Any:
