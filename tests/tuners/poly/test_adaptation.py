@@ -12,7 +12,7 @@ from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
 from peft.optimizers import parameter_groups
-from peft.tuners.poly import REGIMES, tables
+from peft.tuners.poly import REGIMES, inventory, tables
 from peft.tuners.poly.layer import PolyLayer
 
 TARGETS = ["0", "2"]
@@ -214,15 +214,28 @@ def test_we_warn_where_nothing_is_left_that_trains(case):
         model.train_only(skills=True)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.train_only(tasks=["a"]), lambda m: m.fit_task("a", lambda: torch.zeros(()))])
-def test_a_table_that_an_engine_holds_changes_nothing(change, monkeypatch):
+HELD = [
+    lambda m: m.train_only(tasks=["a"]),
+    lambda m: m.fit_task("a", lambda: torch.zeros(())),
+    lambda m: m.add_tasks(["e"]),
+    lambda m: m.remove_tasks("a"),
+    lambda m: m.reorder_tasks(list("badc")),
+    lambda m: m.add_skills(1),
+    lambda m: m.begin_regime("mu-Z", ["a"]),
+]
+
+
+@pytest.mark.parametrize("change", HELD)
+def test_what_an_engine_has_sharded_is_left_alone(change, monkeypatch):
     model = poly().train()
     last = list(model.base_model.task_routers("default").values())[-1].module_logits
-    monkeypatch.setattr(tables, "is_managed", lambda p: p is last)
+    for module in (tables, inventory):
+        monkeypatch.setattr(module, "is_managed", lambda p: p is last)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="before the model is sharded"):
+    with pytest.raises(RuntimeError, match="ngine has sharded (the )?adapter.*before"):
         change(model)
     assert_unchanged(before, model)
+    assert len(model.peft_config["default"].task_names) == 4
 
 
 START = lambda m, init: m.add_tasks(["new"], init=init)  # noqa: E731
@@ -257,6 +270,8 @@ BAD_NEW = [
     (lambda m: m.begin_regime("z", ["a"]), ValueError, "Did you mean 'Z'"),
     (lambda m: m.begin_regime("Z"), ValueError, "takes the new tasks: pass `tasks=`.*adapter's 4; `add_tasks` adds"),
     (lambda m: m.begin_regime(["Z"], ["a"]), ValueError, "must be one of"),
+    (lambda m: m.begin_regime("Z", ["a"], new_adapter="b"), ValueError, "makes no adapter: leave out `new_adapter`='b'"),
+    (lambda m: m.set_router_weights({"O": torch.ones(4, 3)}), ValueError, r"\['O'\] are no paths .* those are \['0', '2'\]"),
 ]
 
 

@@ -139,12 +139,15 @@ class AdaptingTuner(DerivingTuner):
                 if chosen.needs_tasks
                 else f"Regime {chosen.name!r} takes no tasks, for it makes an adapter of one: leave out `tasks`={tasks!r}."
             )
+        if chosen.needs_tasks and chosen.name != "random" and new_adapter is not None:
+            raise PeftValueError(f"Regime {chosen.name!r} makes no adapter: leave out `new_adapter`={new_adapter!r}.")
         numbers = None if tasks is None else self.task_numbers(name, tasks)
         if chosen.name == "mu":
             name = self._activate_new(name, new_adapter or f"{name}_mu", self.average_skills)
         elif chosen.name in ("shared", "random"):
             name = self._activate_new(name, new_adapter or f"{name}_{chosen.name}", self._redraw, shared=chosen.name == "shared")
         elif chosen.name == "mu-Z":
+            self.check_unsharded(name, "begin a regime")
             for router in dict.fromkeys(self.task_routers(name).values()):
                 with torch.no_grad():
                     router.module_logits[numbers] = 0

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...config import is_int
-from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ...utils.near_misses import did_you_mean
 from ...utils.plain import plain
+from ...utils.sharding import is_managed
 from ...utils.tensors import ordinary_tensors
 from ...utils.warning import warn
 from .._tuner import BaseTuner
@@ -93,6 +94,17 @@ class InventoryTuner(BaseTuner):
             warn(f"`{argument}`={value!r} is not the task of that name: pass [{value!r}] for the task.")
         return True
 
+    def check_unsharded(self, adapter_name: str, what: str) -> None:
+        """Check that no engine holds the memory of an adapter's tables and skills: it would not see what takes their place.
+
+        Raises:
+            PeftRuntimeError: One does; the message says what to do before.
+        """
+        for path, layer in self.poly_layers(adapter_name):
+            tables = (table.closed_table for table in layer.task_tables(adapter_name))
+            if any(is_managed(p) for p in (layer.poly_lora_A[adapter_name], layer.poly_lora_B[adapter_name], *tables)):
+                raise PeftRuntimeError(f"`{path}`: an engine has sharded adapter {adapter_name}; {what} before that.")
+
     def warn_if_frozen(self, adapter_name: str) -> None:
         """Warn if no parameter of the model trains."""
         if not any(p.requires_grad for p in self.parameters()):
@@ -119,6 +131,7 @@ class InventoryTuner(BaseTuner):
         Raises:
             PeftTypeError: `tasks` is neither a number nor names.
             PeftValueError: Nothing to add, names that are taken or missing, or an unknown `init`.
+            PeftRuntimeError: The model is sharded already.
         """
         name = self.task_routed(adapter_name)
         config: Any = self.peft_config[name]
@@ -146,6 +159,7 @@ class InventoryTuner(BaseTuner):
         Raises:
             PeftTypeError: A task is neither a number nor a name.
             PeftValueError: A task is unknown, or none is named or would be left; nothing is changed.
+            PeftRuntimeError: The model is sharded already.
 
         Example:
             >>> from peft import PolyConfig, get_peft_model
@@ -175,6 +189,7 @@ class InventoryTuner(BaseTuner):
         Raises:
             PeftTypeError: A task is neither a number nor a name.
             PeftValueError: It is not an order of all tasks; nothing is changed.
+            PeftRuntimeError: The model is sharded already.
         """
         name = self.task_routed(adapter_name)
         numbers, n_tasks = self.task_numbers(name, order, "order"), self.peft_config[name].n_tasks  # type: ignore[attr-defined]
@@ -200,6 +215,7 @@ class InventoryTuner(BaseTuner):
         """Put other tables of tasks in place: of logits those that `change` makes, of tasks' own skills the present ones, and for
         new tasks that of `source`; `origin` says which task each row was.
         """
+        self.check_unsharded(name, "change its tasks")
         config: Any = self.peft_config[name]
         for router in dict.fromkeys(self.task_routers(name).values()):
             router.replace(change(router.module_logits), origin)
@@ -235,7 +251,10 @@ class InventoryTuner(BaseTuner):
         routers = self.task_routers(self.task_routed(adapter_name))
         tables = weights if isinstance(weights, Mapping) else dict.fromkeys(routers, weights)
         if unknown := sorted(set(tables) - set(routers)):
-            raise PeftValueError(f"{unknown} are no paths of layers that route by task; those are {list(routers)}.")
+            raise PeftValueError(
+                f"{unknown} are no paths of layers that route by task; those are {names_shown(list(routers))}."
+                f"{did_you_mean(str(unknown[0]), routers)}"
+            )
         logits = {path: _logits_of(table, routers[path], path) for path, table in tables.items()}
         for path, values in logits.items():
             routers[path].module_logits.copy_(values)
@@ -255,6 +274,7 @@ class InventoryTuner(BaseTuner):
 
         Raises:
             PeftValueError: `n` is below 1, or there is no such adapter.
+            PeftRuntimeError: The model is sharded already.
             PeftNotSupportedError: Weights of tasks can't be shared out: gates are 0 or 1, some are always on or cut off, or layers
                 share a router or route by input.
         """
@@ -267,6 +287,7 @@ class InventoryTuner(BaseTuner):
         if other or config.routes_by_input:
             cause = f"`{other[0]}`={getattr(config, other[0])!r}" if other else "routing by input"
             raise PeftNotSupportedError(f"Skills can't be added to adapter {name} without a change of what it computes: {cause}.")
+        self.check_unsharded(name, "add skills")
         for _, layer in self.poly_layers(name):
             router = layer.router(name)
             router.close_rows()
