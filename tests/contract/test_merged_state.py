@@ -229,6 +229,34 @@ def test_a_broken_adapter_among_several_of_any_method_merges_none(method):
     _assert_base(before, model)
 
 
+def test_training_what_is_merged_earns_a_word(method):
+    """Once, naming the line, where a gradient is missing; nothing where nobody expects one."""
+    config = method.config(target_modules=["0"], modules_to_save=["4"])
+    model = get_peft_model(mlp(), config).eval()
+    x = torch.randn(3, 8)
+
+    def words():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(x, **method.call)
+        assert all(one.filename == __file__ for one in caught)
+        return [str(one.message) for one in caught]
+
+    model.merge_adapter(**method.merge)
+    assert not words()
+    model.train()
+    with torch.no_grad():
+        assert not words()
+    (word,) = words()
+    assert "adapters are merged: default" in word and "Call `unmerge_adapter` before training" in word
+    assert not words()
+    model.unmerge_adapter()
+    assert not words()
+    model.set_requires_grad("default", False)
+    model.merge_adapter(**method.merge)
+    assert not words()
+
+
 def _tied():
     base = llama()
     base.config.tie_word_embeddings, base.lm_head.weight = True, base.model.embed_tokens.weight

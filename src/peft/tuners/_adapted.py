@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
@@ -54,6 +55,8 @@ class AdaptedModel(nn.Module):
     # Arguments that merging takes beside the common ones.
     merge_options: ClassVar[tuple[str, ...]] = ()
     shared_parameter_names: ClassVar[tuple[str, ...]] = ()
+    # Whether adapters were merged, and no call in training has been looked at since.
+    _merged_lately = False
 
     def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
         super().__init__()
@@ -125,6 +128,9 @@ class AdaptedModel(nn.Module):
             PeftValueError: `adapter_names` does not fit the inputs or the model.
         """
         self.refuse_foreign_arguments(kwargs)
+        if self._merged_lately and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._merged_lately = False
+            _model_merges.warn_of_training(self.tuner_layers())
         batch = self.chosen_adapters(args, kwargs)
         with self.inference_cache.during_call():
             if batch is None and ADAPTER_BATCHES.current is None:
@@ -365,6 +371,7 @@ class AdaptedModel(nn.Module):
         named, each = dict(self.named_tuner_layers()), {name: self.merge_options_of(name, options) for name in names}
         _model_merges.warn_of_ties(self.model, named, each)
         _model_merges.merge(named, each, safe_merge)
+        self._merged_lately = True
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """What one adapter is to be merged with, of the options of a merge, checked.

@@ -122,6 +122,21 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
         raise
 
 
+def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
+    """Say so where adapters that are to be trained are merged, so that gradients do not reach them."""
+    names = {
+        name: None
+        for layer in layers
+        for name in layer.merged_adapters
+        if any(parameter.requires_grad for parameter in layer.adapter_parameters(name))
+    }
+    if names:
+        warn(
+            f"The model is in training mode while adapters are merged: {', '.join(names)}. No gradient reaches them in the "
+            "weights. Call `unmerge_adapter` before training; `set_requires_grad(names, False)` freezes them."
+        )
+
+
 def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     """Take everything off that is merged into some layers; all or none.
 

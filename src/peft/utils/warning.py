@@ -12,8 +12,8 @@ from .error import PeftWarning
 __all__ = ["PeftWarning", "warn"]
 
 _PACKAGE = __name__.partition(".")[0]
-# Modules whose frames lie between our functions and their callers where a context manager decorates them.
-_DECORATORS = ("contextlib", "torch.utils._contextlib")
+# Libraries whose frames are not the caller's: torch calls modules, and context managers decorate functions.
+_BETWEEN = (_PACKAGE, "torch", "contextlib")
 
 
 def calling_library() -> str:
@@ -29,8 +29,8 @@ def _library(frame: FrameType) -> str:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the line outside this package that led here."""
+    """Warn of the line that led here: outside this package and what calls it for others."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and (_library(frame) == _PACKAGE or frame.f_globals.get("__name__") in _DECORATORS):
+    while frame.f_back is not None and _library(frame) in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
