@@ -334,7 +334,7 @@ def test_a_bank_that_is_wrong_or_missing(tmp_path, bank):
     with pytest.raises(ValueError, match="`topk`=11 must not be larger than `num_vectors`=10"):
         get_peft_model(model, config(bank=str(tmp_path / "moved"), topk=11))
     own = VBLoRAConfig(r=3, num_vectors=10, vector_length=4, target_modules=TARGETS, save_only_topk_weights=True)
-    with pytest.raises(RuntimeError, match="has no bank, but the config names none"):
+    with pytest.raises(RuntimeError, match="has no bank, but the config names none.*bank=folder"):
         PeftModel.from_pretrained(model, tmp_path / "user", config=own)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -499,7 +499,7 @@ def test_hotswapping_stays_on_the_bank(tmp_path, bank):
         lambda: hotswap_adapter(model, tmp_path / "foreign", "default"),
         lambda: model.load_adapter(tmp_path / "foreign", "default"),
     ):
-        with pytest.raises(ValueError, match=f"{bank.sha256()}"):
+        with pytest.raises(ValueError, match=f"{bank.sha256()}.*under a new name"):
             load()
     torch.testing.assert_close(model(users[1][0]), users[1][1], rtol=1e-5, atol=1e-5)
 

@@ -93,10 +93,15 @@ def import_state(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 def _imported_bank(key: str, bank: Tensor, config: Any) -> Tensor | None:
     """An adapter's own bank, None where it has none."""
     if config.shares_bank != (bank.shape[0] == 0):
-        remedy = "names a shared one" if config.shares_bank else "names none, by `bank` or `bank_sha256`"
-        raise CheckpointError(
-            f"`{key}` has {'a' if config.shares_bank else 'no'} bank, but the config {remedy}; nothing was loaded."
+        says, remedy = (
+            ("a bank, but the config names a shared one", "Load it with the config that was saved with it, without `bank`.")
+            if config.shares_bank
+            else (
+                "no bank, but the config names none, by `bank` or `bank_sha256`",
+                "Say where its shared bank is: `config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`.",
+            )
         )
+        raise CheckpointError(f"`{key}` has {says}; nothing was loaded. {remedy}")
     if bank.shape[0] == 0:
         return None
     return bank.squeeze(0) if config.output_gate and bank.dim() == 3 else bank
@@ -109,7 +114,10 @@ def _checked(key: str, indices: Tensor, state: dict[str, Tensor], config: Any) -
     if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != tuple(indices.shape):
         raise CheckpointError(f"`{key}` has no `{name}` that goes with it; nothing was loaded.")
     if indices.is_floating_point() or not all(0 <= int(i) < config.num_vectors for i in indices.aminmax()):
-        raise CheckpointError(f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded.")
+        raise CheckpointError(
+            f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. Load it with the config that "
+            "was saved with it."
+        )
     return weights
 
 

@@ -178,7 +178,9 @@ class VBLoRAModel(BaseTuner):
         """
         if config.bank_sha256 != known.bank_sha256:
             banks = f"{config.bank_sha256 or 'one of its own'}, the adapter has {known.bank_sha256 or 'one of its own'}"
-            raise CheckpointError(f"The checkpoint needs the vector bank {banks}; nothing was changed.")
+            raise CheckpointError(
+                f"The checkpoint needs the vector bank {banks}; nothing was changed. `load_adapter` it under a new name."
+            )
         config.form = known.form
         self.complete(config)
         return super().build_for(adapter_name, config, layers, known)
