@@ -294,7 +294,7 @@ def test_bad_new_tasks_change_nothing(change, error, message):
         ({"a", "b", "c", "d"}, "must be a list: a name's place"),
         (["a", ["b"], "c", "d"], "must be a list of strings"),
     ],
-    ids=str,
+    ids=["blank", "twice", "too few", "set", "no string"],
 )
 def test_names_of_tasks_are_checked(names, message):
     with pytest.raises(ValueError, match=message):
@@ -435,11 +435,11 @@ def test_shares_of_a_blend_are_checked(shares, message, tmp_path):
 
 def test_shares_are_numbers_of_any_kind_and_add_up():
     model = poly()
-    model.extract_tasks("blend", {"a": torch.tensor(0.5), 0: -0.25, "b": 0})
+    model.extract_tasks("blend", {"a": torch.tensor(0.75), 0: -0.25, "b": 0})
     for layer in model.base_model.tuner_layers():
-        expected = 0.25 * layer.get_delta_weight("default", task_id=0).double()
-        # The blend mixes factors, not deltas: its two factors each have the weights times the share.
-        torch.testing.assert_close(layer.get_delta_weight("blend").double(), 0.25 * expected)
+        # Both factors have the share: it is their weights that are blended.
+        expected = 0.5**2 * layer.get_delta_weight("default", task_id=0).double()
+        torch.testing.assert_close(layer.get_delta_weight("blend").double(), expected)
 
 
 # Fitting a task

@@ -46,12 +46,7 @@ class AdaptingTuner(DerivingTuner):
     """A tuner whose adapters can be trained in part."""
 
     def train_only(
-        self,
-        *,
-        skills: bool = False,
-        tasks: Any = None,
-        companions: bool = False,
-        adapter_name: str | None = None,
+        self, *, skills: bool = False, tasks: Any = None, companions: bool = False, adapter_name: str | None = None
     ) -> None:
         """Say what of an adapter trains: its skills, the routing of some tasks, or both. All else is frozen.
 
@@ -60,10 +55,10 @@ class AdaptingTuner(DerivingTuner):
         where nothing of the model trains then.
 
         Args:
-            skills: Whether the skills train.
+            skills: Train the skills.
             tasks: Whose routing trains, and whose own skills: ids or names, "all", or None for no one's. Input routing trains
                 with "all". A task that is called "all" is meant by `["all"]`.
-            companions: Whether modules and embedding rows train that the adapter has beside its layers.
+            companions: Train modules and embedding rows that the adapter has beside its layers.
             adapter_name: By default the active adapter.
 
         Raises:
