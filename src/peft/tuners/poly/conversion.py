@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import as_folder
+from ...config import as_folder, is_int
 from ...utils.adapter_files import write_adapter
 from ...utils.error import PeftError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
 from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
@@ -202,15 +202,16 @@ def _check_numbers(rank: Any, own_weight: Any) -> None:
         PeftTypeError: One is of another type.
         PeftValueError: One is out of range.
     """
-    for name, value, kind, rule in (
-        ("rank", 1 if rank is None else rank, int, "an integer of at least 1, or None for what makes all skills exact"),
-        ("own_weight", own_weight, Real, "a number above 0 and at most 1"),
-    ):
-        message = f"`{name}`={value!r} must be {rule}."
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise PeftTypeError(message)
-        if not (value >= 1 if kind is int else 0 < value <= 1):  # nor NaN
-            raise PeftValueError(message)
+    rule = f"`rank`={rank!r} must be an integer of at least 1, or None for what makes all skills exact."
+    if rank is not None and not is_int(rank):
+        raise PeftTypeError(rule)
+    if rank is not None and rank < 1:
+        raise PeftValueError(rule)
+    rule = f"`own_weight`={own_weight!r} must be a number above 0 and at most 1."
+    if not isinstance(own_weight, Real) or isinstance(own_weight, bool):
+        raise PeftTypeError(rule)
+    if not 0 < float(own_weight) <= 1:  # nor NaN
+        raise PeftValueError(rule)
 
 
 def _checked(config: Any, name: str) -> Any:
