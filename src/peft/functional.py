@@ -17,6 +17,7 @@ from .mapping import inject_adapter_in_model
 from .tuners._adapted import AdaptedModel
 from .tuners._layer import BaseTunerLayer
 from .tuners.mixed import MixedModel
+from .utils.rules import check_adapter
 from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
@@ -97,7 +98,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         PeftValueError: There is no such adapter.
     """
     adapted = _adapted(model)
-    adapted.check_names(adapter_name)
+    check_adapter(adapter_name, adapted.peft_config)
     own = [p for layer in adapted.tuner_layers() if adapter_name in layer.scaling for p in layer.adapter_parameters(adapter_name)]
     own += [container[adapter_name] for container in adapted._shared() if adapter_name in container]
     for parameter in own if autocast_adapter_dtype else ():

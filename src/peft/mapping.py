@@ -19,7 +19,7 @@ from .utils.peft_types import (
     lookup,
     registered_methods,
 )
-from .utils.rules import check_flags
+from .utils.rules import check_adapter, check_flags
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -73,6 +73,7 @@ def inject_adapter_in_model(
         True
     """
     check_config(peft_config)
+    check_adapter(adapter_name)
     check_flags(low_cpu_mem_usage=low_cpu_mem_usage)
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name in configs:

@@ -35,7 +35,7 @@ from .utils.hub import only_hub_options, pass_over
 from .utils.model_card import update_model_card
 from .utils.near_misses import did_you_mean
 from .utils.peft_types import TaskType
-from .utils.rules import check_flags
+from .utils.rules import check_adapter, check_flags
 from .utils.save_and_load import (
     LoadResult,
     adapter_tensors,
@@ -116,6 +116,8 @@ class PeftModel(BasePeftModel):
         if isinstance(selected_adapters, str):
             raise PeftTypeError(f"`selected_adapters`={selected_adapters!r} must be a list of names: [{selected_adapters!r}].")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            check_adapter(name)
         if unknown := [name for name in names if name not in self.peft_config]:
             raise PeftValueError(
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
@@ -318,6 +320,7 @@ class PeftModel(BasePeftModel):
         refuse_offload(ephemeral_gpu_offload)
         flags = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "strict": strict}
         check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        check_adapter(adapter_name)
         hub = only_hub_options(kwargs, "load_adapter")
         known = self.peft_config.get(adapter_name)
         hub = hub if known is None else own_place(model_id, adapter_name, hub)

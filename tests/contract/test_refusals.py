@@ -13,6 +13,7 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, PeftConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_model, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter
 
 
 def everything(model, *configs, folder=None):
@@ -200,6 +201,40 @@ def test_bad_adapter_names(method, model, name):
         model.add_adapter(name, config)
     assert isinstance(info.value, peft.PeftError)
     assert_same(before, model, config)
+
+
+NAMED = {
+    "load_adapter": lambda model, path, name: model.load_adapter(path, name),
+    "save_pretrained": lambda model, path, name: model.save_pretrained(path, selected_adapters=[name]),
+    "get state": lambda model, path, name: peft.get_peft_model_state_dict(model, adapter_name=name),
+    "set state": lambda model, path, name: peft.set_peft_model_state_dict(model, {}, name),
+    "convert_to_lora": lambda model, path, name: peft.convert_to_lora(model, adapter_name=name),
+    "supports": lambda model, path, name: model.supports_lora_conversion(name),
+    "save_lokr_file": lambda model, path, name: peft.save_lokr_file(model, path / "new.safetensors", adapter_name=name),
+    "load_lokr_file": lambda model, path, name: peft.load_lokr_file(model, {}, name),
+    "inject": lambda model, path, name: inject_adapter_in_model(LoKrConfig(), model, name),
+    "hotswap": lambda model, path, name: hotswap_adapter(model, path, name),
+    "cast": lambda model, path, name: peft.functional.cast_adapter_dtype(model, name),
+    "delete": lambda model, path, name: model.delete_adapter(name),
+    "copy": lambda model, path, name: model.copy_adapter(name, "new"),
+    "combine": lambda model, path, name: model.add_weighted_adapter([name], [1.0], "new"),
+    "merge": lambda model, path, name: model.merge_adapter([name]),
+    "unload": lambda model, path, name: model.merge_and_unload(adapter_names=[name]),
+    "set": lambda model, path, name: model.set_adapter([name]),
+    "unfreeze": lambda model, path, name: model.set_requires_grad([name]),
+}
+
+
+@pytest.mark.parametrize("call", NAMED.values(), ids=NAMED)
+def test_an_adapter_is_named_by_one_string(call, tmp_path):
+    model = get_peft_model(mlp(), LoKrConfig(r=2, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    before = everything(model, folder=tmp_path)
+    for name in (["default"], ("default",), b"default", 3):  # None may mean the only one
+        with pytest.raises(TypeError, match=rf"(named by one string, not |adapter_name`=){re.escape(repr(name))}") as info:
+            call(model, tmp_path, name)
+        assert isinstance(info.value, peft.PeftError)
+    assert_same(before, model, folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a b", "ü", "0", "lokr", "model", "weight", "base_layer", "a/b"])

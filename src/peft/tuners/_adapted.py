@@ -21,6 +21,7 @@ from ..utils.near_misses import no_adapter
 from ..utils.other import AuxiliaryTrainingWrapper, check_model
 from ..utils.pause import Pause
 from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from ..utils.rules import check_adapter
 from ..utils.walk import walk
 from ..utils.warning import warn
 from . import _geometry, _model_merges, _rows, _ties
@@ -186,6 +187,7 @@ class AdaptedModel(nn.Module):
         """Whether all of an adapter's layers have low-rank factors; by default of the one that `convert_to_lora` would take."""
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters, "adapter")
+        check_adapter(adapter_name)
         own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
         return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)
 
@@ -215,14 +217,14 @@ class AdaptedModel(nn.Module):
         """The names as a list.
 
         Raises:
+            PeftTypeError: One is no string.
             PeftValueError: One is not an adapter of this model.
         """
         if not isinstance(adapter_names, (str, Iterable)):
             raise PeftTypeError(f"Adapters are named by a string or a list of strings, got {adapter_names!r}.")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
-            if name not in self.peft_config:
-                raise PeftValueError(no_adapter(name, self.peft_config))
+            check_adapter(name, self.peft_config)
         return names
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

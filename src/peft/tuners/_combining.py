@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..config import is_int
 from ..utils.error import PeftTypeError, PeftValueError
-from ..utils.near_misses import did_you_mean, no_adapter
+from ..utils.near_misses import did_you_mean
 from ..utils.peft_types import PeftType
+from ..utils.rules import check_adapter
 from ..utils.save_and_load import (
     check_complete,
     check_state,
@@ -99,8 +100,7 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
     if not isinstance(request.weights, Sequence):
         raise PeftTypeError(f"`weights`={request.weights!r} must be a list with a number for each adapter.")
     for name in request.adapters:
-        if name not in tuner.peft_config:
-            raise PeftValueError(no_adapter(name, tuner.peft_config, "does not exist"))
+        check_adapter(name, tuner.peft_config, "does not exist")
     if not request.adapters or len(request.adapters) != len(request.weights):
         raise PeftValueError(f"Pass one weight for each adapter; got {len(request.adapters)} and {len(request.weights)}.")
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in request.weights):

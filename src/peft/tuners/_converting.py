@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..utils.error import PeftValueError, UnsupportedModuleError
-from ..utils.near_misses import no_adapter
+from ..utils.rules import check_adapter
 from ..utils.save_and_load import MODEL_ROOT
 from ..utils.walk import walk
 from ._adapted import AdaptedModel
@@ -23,13 +23,13 @@ def config_of(model: Any, adapter_name: str) -> Any:
 
     Raises:
         UnsupportedModuleError: The model has no adapters.
+        PeftTypeError: The name is no string.
         PeftValueError: It has no such adapter.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
-    if adapter_name not in configs:
-        raise PeftValueError(no_adapter(adapter_name, configs))
+    check_adapter(adapter_name, configs)
     return configs[adapter_name]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..utils.error import PeftValueError
 from ..utils.near_misses import adapters_there
+from ..utils.rules import check_adapter
 from ..utils.walk import walk
 from ._layer import BaseTunerLayer
 
@@ -24,6 +25,7 @@ def adapter_of(model: nn.Module, name: str | None, kind: type[BaseTunerLayer], w
         what: What such an adapter is called in messages.
 
     Raises:
+        PeftTypeError: The name is no string.
         PeftValueError: There is none, or several could be meant.
     """
     layers: list[Any] = [layer for _, layer in walk(model) if isinstance(layer, kind)]
@@ -32,9 +34,11 @@ def adapter_of(model: nn.Module, name: str | None, kind: type[BaseTunerLayer], w
 
 def adapter_meant(name: str | None, known: Collection[str], active: Collection[str], what: str) -> str:
     """Return the same, given which adapters there are and which of them are active."""
+    if name is not None:
+        check_adapter(name)
     if name is not None or not known:
-        if isinstance(name, str) and name in known:
-            return name
+        if name in known:
+            return name  # type: ignore[return-value]
         named = "" if name is None else f" named {name!r}"
         raise PeftValueError(f"The model has no {what}{named}; there are {adapters_there(name, known)}")
     if "default" in known:

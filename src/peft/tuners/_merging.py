@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.error import PeftTypeError
+from ..utils.rules import check_adapter
 from ..utils.tensors import ordinary_tensors
 from ..utils.warning import warn
 from ._geometry import Geometry
@@ -141,14 +142,17 @@ def by_itself(device: torch.device) -> Iterator[None]:
             yield
 
 
-def checked_names(adapter_names: Sequence[str]) -> list[str]:
+def checked_names(adapter_names: Iterable[str]) -> list[str]:
     """Names of adapters, each once.
 
     Raises:
-        PeftTypeError: They are one string.
+        PeftTypeError: They are no list of strings.
     """
-    if isinstance(adapter_names, str):
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
         raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
+    adapter_names = list(adapter_names)
+    for name in adapter_names:
+        check_adapter(name)
     return list(dict.fromkeys(adapter_names))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the fields of configs: each yields the offence, if any, as a sentence. And a check of arguments that are switches."""
+"""Rules for the fields of configs: each yields the offence, if any, as a sentence. And checks of arguments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .error import PeftTypeError
-from .near_misses import did_you_mean
+from .error import PeftTypeError, PeftValueError
+from .near_misses import did_you_mean, no_adapter
 
 
 def is_int(value: Any) -> bool:
@@ -50,6 +50,19 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if type(value).__name__ not in ("bool", "bool_") and not (isinstance(value, int) and value in (0, 1)):
             raise PeftTypeError(f"`{name}`={value!r} must be True or False.")
+
+
+def check_adapter(name: Any, known: Iterable[str] | None = None, verb: str = "not found") -> None:
+    """Insist on an adapter's name: one of the `known` ones, where they are given.
+
+    Raises:
+        PeftTypeError: It is no string.
+        PeftValueError: There is no such adapter.
+    """
+    if not isinstance(name, str):
+        raise PeftTypeError(f"An adapter is named by one string, not {name!r}; pass several one by one.")
+    if known is not None and name not in known:
+        raise PeftValueError(no_adapter(name, known, verb))
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> Iterator[str]:

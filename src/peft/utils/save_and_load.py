@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from .adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .constants import SEQ_CLS_HEAD_NAMES
-from .error import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
+from .error import CheckpointError, PeftRuntimeError, PeftTypeError
 from .hub import find_file, only_hub_options
-from .near_misses import no_adapter
 from .offload import at_hand, bring_back, execution_device, stored
 from .peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .rank_room import without_filling
 from .renamed_modules import renamed_state
-from .rules import check_flags
+from .rules import check_adapter, check_flags
 from .sharding import cut_like, is_without_memory, own_state, own_values, read, refuse_empty, unparallel, unwrapped, write
 from .tensors import ordinary_tensors
 from .values import some, warn_of_values
@@ -455,9 +454,9 @@ def adapter_config(model: Any, adapter_name: str) -> Any:
     """The config of an adapter in a model.
 
     Raises:
+        PeftTypeError: The name is no string.
         PeftValueError: There is no such adapter.
     """
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or adapter_name not in configs:
-        raise PeftValueError(no_adapter(adapter_name, configs if isinstance(configs, dict) else ()))
+    configs: Any = getattr(model, "peft_config", None)
+    check_adapter(adapter_name, configs if isinstance(configs, dict) else ())
     return configs[adapter_name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, as_path, read_json, read_metadata, read_weights
 from ....utils.error import CheckpointError, PeftTypeError, PeftValueError
 from ....utils.peft_types import PeftType
-from ....utils.rules import check_flags
+from ....utils.rules import check_adapter, check_flags
 from ....utils.values import warn_of_values
 from ..._adapted import AdaptedModel
 from ..._build import Build, Construction
@@ -191,6 +191,7 @@ def load_lokr_file(
         >>> load_lokr_file(base, tensors).fits, base[0].get_delta_weight("default").sum()
         (True, tensor(48.))
     """
+    check_adapter(adapter_name)
     check_flags(is_trainable=is_trainable, ignore_unplaced=ignore_unplaced)
     if model is None:
         raise PeftTypeError("`model`=None must be a module of torch; `inspect_lokr_file` needs none.")

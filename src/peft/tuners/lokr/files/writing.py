@@ -15,6 +15,7 @@ from ....config import as_folder
 from ....utils.adapter_files import as_path, write_tensors
 from ....utils.error import PeftNotSupportedError, PeftValueError
 from ....utils.renamed_modules import names_in_files
+from ....utils.rules import check_flags
 from ....utils.walk import walk
 from ..._adapted import AdaptedModel
 from ..._combining import outer_path
@@ -106,6 +107,7 @@ def save_lokr_file(
     if file.is_dir():
         raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file, such as '{file / 'lokr.safetensors'}'.")
     folder = as_folder(file.parent)
+    check_flags(original_names=original_names)
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
     adapter_name = adapter_of(_root(model), adapter_name, LoKrLayer, "LoKr adapter")
