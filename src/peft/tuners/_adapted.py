@@ -129,7 +129,8 @@ class AdaptedModel(nn.Module):
             PeftValueError: `adapter_names` does not fit the inputs or the model.
         """
         self.refuse_foreign_arguments(kwargs)
-        if self._merged_lately and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # First of all conditions, so that no compiled code depends on the others.
+        if not torch.compiler.is_compiling() and self._merged_lately and self.training and torch.is_grad_enabled():
             self._merged_lately = False
             _model_merges.warn_of_training(self.tuner_layers())
         batch = self.chosen_adapters(args, kwargs)
