@@ -237,6 +237,7 @@ class InventoryTuner(BaseTuner):
             adapter_name: By default the active adapter.
 
         Raises:
+            PeftTypeError: A table is not one of real numbers; nothing is changed.
             PeftValueError: A path is unknown, or a table has another shape or values that are not allowed; nothing is changed.
 
         Example:
@@ -343,7 +344,13 @@ def _logits_of(weights: Any, router: TaskRouter, path: str) -> Tensor:
     """The logits, `[n_tasks, n_splits·n_skills]`, whose mixing weights a table has."""
     logits = router.module_logits
     n_tasks, shape = logits.shape[0], (logits.shape[0], router.n_splits, router.n_skills)
-    w = torch.as_tensor(weights, dtype=torch.float64).cpu()
+    try:
+        is_complex = torch.as_tensor(weights).is_complex()
+        w = torch.as_tensor(weights, dtype=None if is_complex else torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PeftTypeError(f"`{path}`: weights must be a table of numbers, not {type(weights).__name__}: {error}.") from None
+    if is_complex:
+        raise PeftTypeError(f"`{path}`: weights must be real numbers, not {w.dtype}.")
     if w.shape == (n_tasks, router.n_skills):
         w = w.unsqueeze(1).expand(shape)
     if w.shape != shape:

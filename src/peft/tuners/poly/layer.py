@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...config import is_int
 from ...utils.call_rows import IN_ORDER, Rows
-from ...utils.error import PeftNotSupportedError, PeftValueError
+from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...utils.plain import plain
 from ...utils.walk import AdapterModuleDict
 from .._accumulate import Steps
 from .._cost import AdapterCost, thin_cost
@@ -286,8 +288,12 @@ class PolyLayer(BaseTunerLayer):
 
         Raises:
             PeftNotSupportedError: The adapter routes by input, so no weight holds its delta.
+            PeftTypeError: It is no integer.
             PeftValueError: There are several tasks and none is chosen, or it is out of range.
         """
+        task_id = plain(task_id)
+        if task_id is not None and not is_int(task_id):
+            raise PeftTypeError(f"`task_id`={task_id!r} must be an integer; names of tasks are for the model's methods.")
         if isinstance(self.router(adapter_name), InputRouter):
             raise PeftNotSupportedError("An adapter that routes by input can't be merged: its delta depends on the input.")
         n_tasks = self.n_tasks[adapter_name]
@@ -342,6 +348,8 @@ class PolyLayer(BaseTunerLayer):
         whose skills are mixed by the sum of the tasks' weights, each times its share.
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
+        if not shares:
+            raise PeftValueError("`task_id`={} names no task; pass a share for each task.")
         router = self.router(adapter_name)
         tasks = {self.resolve_task(adapter_name, task): share for task, share in shares.items()}
         every = router.task_weights().detach()
