@@ -47,29 +47,30 @@ class AutoPeftModel:
             is_trainable: False freezes it and puts the model into eval mode.
             config: Use this config in place of the saved one.
             revision: The adapter's revision; the base model's is in its config.
-            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …); options for the Hub go to both, and
-                `strict` (as for `PeftModel.from_pretrained`) to the adapter.
+            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …). Options for the Hub and
+                `ignore_mismatched_sizes` go to both; `strict` to the adapter, as for `PeftModel.from_pretrained`.
 
         Raises:
             PeftTypeError: A switch is neither True nor False.
             PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
         """
         check_path(pretrained_model_name_or_path)
-        check_flags(is_trainable=is_trainable, strict=kwargs.get("strict", True))
+        fit = {"strict": kwargs.pop("strict", True), "ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False)}
+        check_flags(is_trainable=is_trainable, **fit)
         hub, _ = split_hub_options(kwargs)
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if config.base_model_name_or_path is None:
             raise PeftValueError(
                 "The adapter's config does not name its base model; load that, then use PeftModel.from_pretrained."
             )
-        subfolder, strict = kwargs.pop("subfolder", None), kwargs.pop("strict", True)
+        subfolder = kwargs.pop("subfolder", None)
         base = cls._base_class(config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
         files = {**hub, "revision": revision, "subfolder": subfolder}
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         weights = find_file(pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None})
         fit_vocabulary(base, read_shapes(weights), lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).saved_by_token)
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
-        options: dict[str, Any] = {**files, "strict": strict}
+        options: dict[str, Any] = {**files, **fit}
         return model_cls.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
         )

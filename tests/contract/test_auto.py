@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading an adapter together with its base model."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import llama
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    LoKrConfig,
+    get_peft_model,
+)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -52,3 +62,24 @@ def test_a_vocabulary_of_another_size(method, fields, tokens, tmp_path):
     ids = torch.tensor([[3, tokens - 1]])
     assert loaded.get_input_embeddings().weight.shape[0] == tokens
     torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits)
+
+
+def test_a_head_with_other_labels(tmp_path):
+    """The message says how many labels the file's head has; or the head is left as the base model starts it."""
+    base = llama()
+    base.config.pad_token_id = 0
+    base.save_pretrained(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    options = {"r": 2, "init_weights": False, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    model = get_peft_model(base, LoKrConfig(**options)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    load = partial(AutoPeftModelForSequenceClassification.from_pretrained, tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="head in it has 3 labels: load the base model with `num_labels=3`"):
+        load(num_labels=5)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = load(num_labels=5, ignore_mismatched_sizes=True)
+    ids = torch.randint(3, 48, (2, 5))
+    assert loaded(input_ids=ids).logits.shape == (2, 5)
+    bodies = [each.get_base_model().model(input_ids=ids)[0] for each in (loaded, model)]
+    torch.testing.assert_close(*bodies)
+    torch.testing.assert_close(load(num_labels=3)(input_ids=ids).logits, model(input_ids=ids).logits)

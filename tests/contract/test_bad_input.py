@@ -297,18 +297,12 @@ def test_a_state_dict_of_other_shapes(model):
     assert_unchanged(before, model)
 
 
+LOADING = ["is_trainable", "strict", "ignore_mismatched_sizes", "autocast_adapter_dtype"]
 SWITCHES = {
-    "from_pretrained": (lambda model, path, base: partial(PeftModel.from_pretrained, base, path), ["is_trainable", "strict"]),
-    "from_pretrained, sizes": (
-        lambda model, path, base: partial(PeftModel.from_pretrained, base, path),
-        ["ignore_mismatched_sizes", "autocast_adapter_dtype"],
-    ),
-    "load_adapter": (lambda model, path, base: partial(model.load_adapter, path, "new"), ["is_trainable", "strict"]),
-    "load_adapter, sizes": (
-        lambda model, path, base: partial(model.load_adapter, path, "default"),
-        ["ignore_mismatched_sizes", "autocast_adapter_dtype"],
-    ),
-    "Auto": (lambda model, path, base: partial(peft.AutoPeftModel.from_pretrained, path), ["is_trainable", "strict"]),
+    "from_pretrained": (lambda model, path, base: partial(PeftModel.from_pretrained, base, path), LOADING),
+    "load_adapter": (lambda model, path, base: partial(model.load_adapter, path, "new"), LOADING),
+    "load_adapter again": (lambda model, path, base: partial(model.load_adapter, path, "default"), LOADING),
+    "Auto": (lambda model, path, base: partial(peft.AutoPeftModel.from_pretrained, path), LOADING[:3]),
     "save_pretrained": (
         lambda model, path, base: partial(model.save_pretrained, path / "new"),
         ["safe_serialization", "is_main_process", "save_embedding_layers"],

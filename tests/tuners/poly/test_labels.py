@@ -154,7 +154,7 @@ BAD = [
     (lambda t: t.narrow(nn.Linear(4, 8), 0), ValueError, "Found no layer with 8 outputs .* as `module`"),
     (lambda t: t.narrow(None, 0), TypeError, "must be a model, not NoneType"),
     (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 8)), 0, "1"), ValueError, "no module `1`"),
-    (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 8)), 0, 0), TypeError, "`module`=0 a path"),
+    (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 8)), 0, 0), TypeError, "`module`=0 must be the path"),
     (lambda t: t.narrow(nn.Sequential(nn.Linear(4, 7)), 0, "0"), ValueError, "`0` .Linear. is no linear layer with 8 outputs"),
 ]
 

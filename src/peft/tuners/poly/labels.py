@@ -258,8 +258,10 @@ class TaskLabels:
             PeftValueError: The task is unknown, or there is no such layer, or there are several; or there are adapters.
         """
         span = self.span(task)
-        if not isinstance(model, nn.Module) or not isinstance(module, (str, type(None))):
-            raise PeftTypeError(f"`model` must be a model, not {type(model).__name__}, and `module`={module!r} a path in it.")
+        if not isinstance(model, nn.Module):
+            raise PeftTypeError(f"`model` must be a model, not {type(model).__name__}.")
+        if not isinstance(module, (str, type(None))):
+            raise PeftTypeError(f"`module`={module!r} must be the path of a module of the model, or None for its head.")
         adapted = (path for path, layer in model.named_modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
         if (with_adapters := next(adapted, None)) is not None:
             raise PeftValueError(
