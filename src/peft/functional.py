@@ -19,6 +19,7 @@ from .tuners._layer import BaseTunerLayer
 from .tuners.mixed import MixedModel
 from .utils.rules import check_adapter
 from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from .utils.tensors import ordinary_tensors
 
 __all__ = [
     "cast_adapter_dtype",
@@ -85,7 +86,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str, layer_cls: 
     return adapted.active_adapters
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Keep an adapter in float32 where it has fewer bits, for stable training.
 

@@ -34,6 +34,7 @@ from .save_and_load import (
     write_state,
 )
 from .sharding import is_without_memory, own_state, unparallel, unwrapped
+from .tensors import ordinary_tensors
 from .values import warn_of_values
 from .walk import walk
 from .warning import warn
@@ -123,6 +124,7 @@ def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, first)
 
 
+@ordinary_tensors()
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,

@@ -21,6 +21,7 @@ from .pause import Pause
 from .row_layout import ORDINARY, RowLayout
 from .sharding import gathered
 from .tensors import cast_mixed_precision_params as cast_mixed_precision_params
+from .tensors import ordinary_tensors
 from .tensors import shift_tokens_right as shift_tokens_right
 from .tensors import transpose as transpose
 from .walk import AdapterModuleDict
@@ -312,6 +313,7 @@ def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, s
 _get_submodules = get_submodules  # the name clients import
 
 
+@ordinary_tensors()
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,

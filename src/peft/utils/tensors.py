@@ -60,7 +60,7 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast a model for mixed precision: trainable parameters to float32, frozen ones to `dtype`.
 
