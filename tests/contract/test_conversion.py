@@ -338,6 +338,6 @@ def test_the_only_adapter_is_converted(method, tmp_path):
         assert model.supports_lora_conversion()
     model.base_model.set_adapter(["a", "b"])
     for call in (convert_to_lora, lambda model, **options: save_as_lora(tmp_path / "new", model, **options)):
-        with pytest.raises(ValueError, match="no adapter named 'default', and several could be meant; pass `adapter_name`.* a, b"):
+        with pytest.raises(ValueError, match="no adapter 'default', and several could be meant; pass `adapter_name`.* a, b"):
             call(model, **options)
     assert not (tmp_path / "new").exists()

@@ -187,7 +187,7 @@ class AdaptedModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Whether all of an adapter's layers have low-rank factors; by default of the one that `convert_to_lora` would take."""
         if adapter_name is None:
-            adapter_name = adapter_meant(None, self.peft_config, self.active_adapters, "adapter")
+            adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
         check_adapter(adapter_name)
         own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
         return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)

@@ -43,7 +43,7 @@ def name_of(model: Any, adapter_name: str | None) -> str:
     if adapter_name is not None or not configs or not isinstance(configs, dict):
         return "default" if adapter_name is None else adapter_name  # which `config_of` looks for
     active = active_in(layer for _, layer in walk(model) if isinstance(layer, BaseTunerLayer))
-    return adapter_meant(None, configs, active, "adapter")
+    return adapter_meant(None, configs, active)
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:

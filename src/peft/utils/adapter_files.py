@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .error import CheckpointError, CheckpointNotFoundError, PeftTypeError
+from .error import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,6 +50,21 @@ def as_path(path: Any, name: str, other: str = "") -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
     return Path(path)
+
+
+def as_file(path: Any) -> Path:
+    """Return the argument `path` as that of a file that can be written; nothing is made yet.
+
+    Raises:
+        PeftTypeError: It is no path.
+        PeftValueError: It is a folder, or would be in a file.
+    """
+    file = as_path(path, "path")
+    if file.is_dir():
+        raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file in it.")
+    if above := next((str(parent) for parent in file.parents if parent.is_file()), None):
+        raise PeftValueError(f"`path`='{file}' can't be written, since '{above}' is a file; give the path of another file.")
+    return file
 
 
 @contextmanager
@@ -76,6 +91,17 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def write_report(path: Any, content: Any) -> None:
+    """Write JSON to a file in one step; its folder is made if missing.
+
+    Raises:
+        As `as_file`; nothing is written.
+    """
+    file = as_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -583,12 +583,14 @@ def test_what_can_not_be_written(tmp_path):
         save_lokr_file(model, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="`layout`='a1111' must be one of 'kohya'"):
         save_lokr_file(model, tmp_path / "a.safetensors", "a1111")
-    with pytest.raises(ValueError, match="no LoKr adapter named 'x'"):
+    with pytest.raises(ValueError, match="no adapter 'x' of LoKr"):
         save_lokr_file(model, tmp_path / "a.safetensors", adapter_name="x")
     with pytest.raises(ValueError, match="is a folder; give the path of a file"):
         save_lokr_file(model, tmp_path)
     with pytest.raises(TypeError, match="`path`=5 must be a path"):
         save_lokr_file(model, 5)
+    with pytest.raises(TypeError, match="`model`='model' must be a module"):
+        save_lokr_file("model", tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -615,10 +617,10 @@ def test_the_only_adapter_is_written(tmp_path):
         save_lokr_file(model, tmp_path / "b.safetensors", adapter_name=active)
         same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
     model.base_model.set_adapter(["style", "other"])
-    with pytest.raises(ValueError, match="no LoKr adapter named 'default', and several could be meant.* style, other"):
+    with pytest.raises(ValueError, match="no adapter 'default' of LoKr, and several could be meant.* style, other"):
         save_lokr_file(model, tmp_path / "c.safetensors")
     assert not (tmp_path / "c.safetensors").exists()
-    with pytest.raises(ValueError, match="The model has no LoKr adapter; there are none"):
+    with pytest.raises(ValueError, match="The model has no adapter of LoKr; there are none"):
         save_lokr_file(mlp(), tmp_path / "c.safetensors")
 
 

@@ -130,7 +130,7 @@ def test_terms_on_routing_by_input(level):
     assert not any(module._forward_hooks for module in model.modules() if type(module).__name__ == "InputRouter")
     with pytest.raises(ValueError, match="prior is for routing by task"):
         routing_loss(model, ibp=1.0, record=record)
-    with pytest.raises(ValueError, match="no Poly adapter named 'other'"):
+    with pytest.raises(ValueError, match="no adapter 'other' of Poly"):
         routing_loss(model, adapter_name="other")
 
 
@@ -148,7 +148,7 @@ def test_the_only_adapter_is_looked_at():
         assert RoutingWatch().look(model, 1) == RoutingWatch(active).look(model, 1)
     model.base_model.set_adapter(["a", "b"])
     for use in uses:
-        with pytest.raises(ValueError, match="no Poly adapter named 'default', and several could be meant.* a, b"):
+        with pytest.raises(ValueError, match="no adapter 'default' of Poly, and several could be meant.* a, b"):
             use(model)
     by_input = get_peft_model(mlp(), PolyConfig(n_skills=2, poly_type="mope", target_modules=TARGETS))
     with pytest.raises(ValueError, match="Adapter default routes by input .*`recorded_routing`"):
@@ -195,7 +195,7 @@ def test_a_report_has_each_layers_weights_and_measures(reported):
         torch.testing.assert_close(table, model.get_router_weights()[path])
         torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
         assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-5)
-    with pytest.raises(ValueError, match="no Poly adapter named 'x'"):
+    with pytest.raises(ValueError, match="no adapter 'x' of Poly"):
         routing_report(model, "x")
 
 

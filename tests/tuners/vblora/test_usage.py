@@ -91,5 +91,21 @@ def test_what_it_gives(model, tmp_path):
 
 
 def test_other_adapters_have_none(model):
-    with pytest.raises(ValueError, match="no VB-LoRA adapter named 'b'"):
+    with pytest.raises(ValueError, match="no adapter 'b' with a vector bank"):
         bank_usage(model, "b")
+
+
+def test_a_file_is_asked_for(model, tmp_path):
+    usage = bank_usage(model)
+    usage.save_json(tmp_path / "new" / "usage.json")
+    assert json.loads((tmp_path / "new" / "usage.json").read_text())["summary"] == usage.summary()
+    for path, message in (
+        (tmp_path, "is a folder; give the path of a file in it"),
+        (tmp_path / "new" / "usage.json" / "more.json", "since '.*usage.json' is a file"),
+        (5, "`path`=5 must be a path, not int"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            usage.save_json(path)
+    with pytest.raises(TypeError, match="`model`='model' must be a module"):
+        bank_usage("model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "usage.json"]

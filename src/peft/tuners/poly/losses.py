@@ -82,7 +82,7 @@ def routing_loss(
 
     Source: arXiv:2202.13914, section 3 (the prior); arXiv:1701.06538, section 4 (balance)
     """
-    name = adapter_of(model, adapter_name, PolyLayer, "Poly adapter")
+    name = adapter_of(model, adapter_name, PolyLayer, " of Poly")
     layers = (layer for _, layer in walk(model) if isinstance(layer, PolyLayer))
     routers = dict.fromkeys(layer.router(name) for layer in layers if name in layer.scaling)
     return torch.stack([_terms(router, entropy, balance, ibp, ibp_alpha, (record or {}).get(router)) for router in routers]).mean()

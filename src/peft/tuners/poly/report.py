@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...utils.adapter_files import write_text
+from ...utils.adapter_files import write_report
 from ...utils.error import PeftValueError
 from ...utils.walk import walk
 from .._meant import adapter_of
@@ -118,8 +116,8 @@ class RoutingReport:
         }
 
     def save_json(self, path: str | os.PathLike) -> None:
-        """Write all of it to a file."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write all of it to a file; its folder is made if missing."""
+        write_report(path, self.to_dict())
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
         """Draw the tree of tasks, their weights in all layers, and the use of skills by layer, in matplotlib.
@@ -161,7 +159,7 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
     Source: arXiv:2202.13914, section 5 (measures, and the hierarchy of tasks)
     """
     root = model.base_model.model if "base_model" in model._modules else model  # type: ignore[union-attr]
-    adapter_name = adapter_of(model, adapter_name, PolyLayer, "Poly adapter")
+    adapter_name = adapter_of(model, adapter_name, PolyLayer, " of Poly")
     weights, gates = {}, {}
     seen: set[int] = set()
     with torch.no_grad():

@@ -81,7 +81,7 @@ class RoutingWatch:
             PeftValueError: There is no such adapter that routes by task, or several could be meant.
         """
         model = unparallel(model)
-        name = adapter_of(model, self.adapter_name, PolyLayer, "Poly adapter")
+        name = adapter_of(model, self.adapter_name, PolyLayer, " of Poly")
         layers = routing_report(model, name).layers
         shares = [share for layer in layers.values() for share in layer["usage"]]
         names = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")

@@ -230,7 +230,7 @@ class VBLoRAModel(BaseTuner):
             PeftValueError: There is no such adapter, or several could be meant.
         """
         if adapter is None:
-            adapter = adapter_meant(None, self.peft_config, self.active_adapters, "adapter")
+            adapter = adapter_meant(None, self.peft_config, self.active_adapters)
         self.check_names(adapter)
         config: Any = self.peft_config[adapter]
         own, other, counted = 0.0, 0, set()

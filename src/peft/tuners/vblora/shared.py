@@ -98,7 +98,7 @@ class VectorBank:
         """
         from .layer import VBLoRALayer
 
-        name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
+        name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
         layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
         return cls(next(layer.bank(name) for layer in layers if name in layer.scaling))
 
@@ -115,7 +115,7 @@ class VectorBank:
         """
         from .layer import VBLoRALayer
 
-        name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
+        name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
         containers: list[Any] = [m.vblora_vector_bank for _, m in walk(model) if "vblora_vector_bank" in m._modules]
         own = next((container[name] for container in containers if name in container), None)
         if own is None:

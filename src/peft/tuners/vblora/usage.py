@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...config import as_folder
+from ...utils.adapter_files import write_report
 from ...utils.walk import walk
 from .._meant import adapter_of
 from .bank import choose
@@ -93,8 +94,8 @@ class BankUsage:
         return pandas.DataFrame(self.rows(), columns=["layer", "factor", "vector", "count", "weight"])
 
     def save_json(self, path: str | os.PathLike) -> None:
-        """Write `summary` and `rows` to a file."""
-        Path(path).write_text(json.dumps({"summary": self.summary(), "rows": self.rows()}, indent=1) + "\n", encoding="utf-8")
+        """Write `summary` and `rows` to a file; its folder is made if missing."""
+        write_report(path, {"summary": self.summary(), "rows": self.rows()})
 
     def __repr__(self) -> str:
         return f"BankUsage({len(self.uses)} factors, num_vectors={self.num_vectors})"
@@ -125,7 +126,7 @@ class BankUsage:
         """
         from .drawing import draw
 
-        place = Path(folder)
+        place = as_folder(folder)
         place.mkdir(parents=True, exist_ok=True)
         return draw(self, place)
 
@@ -150,7 +151,7 @@ def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
 
     Source: arXiv:2405.15179
     """
-    adapter_name = adapter_of(model, adapter_name, VBLoRALayer, "VB-LoRA adapter")
+    adapter_name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
     uses, size = [], 0
     for path, layer in walk(model):
         if not isinstance(layer, VBLoRALayer) or adapter_name not in layer.scaling:

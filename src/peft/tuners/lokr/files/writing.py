@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ....config import as_folder
-from ....utils.adapter_files import as_path, write_tensors
+from ....utils.adapter_files import as_file, write_tensors
 from ....utils.error import PeftNotSupportedError, PeftValueError
 from ....utils.renamed_modules import names_in_files
 from ....utils.rules import check_flags
@@ -103,19 +102,16 @@ def save_lokr_file(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise PeftValueError(f"`dtype`={dtype!r} must be a floating-point dtype of torch, or None for the adapter's.")
-    file = as_path(path, "path")
-    if file.is_dir():
-        raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file, such as '{file / 'lokr.safetensors'}'.")
-    folder = as_folder(file.parent)
+    file = as_file(path)
     check_flags(original_names=original_names)
     form = LAYOUTS[layout]
     form = form if component is None else form._replace(component=component)
-    adapter_name = adapter_of(_root(model), adapter_name, LoKrLayer, "LoKr adapter")
+    adapter_name = adapter_of(model, adapter_name, LoKrLayer, " of LoKr")
     layers = _layers(model, adapter_name)
     modules = _modules(layers, adapter_name, original_names, form, names_in_files(_root(model)))
     tensors = {key: tensor for name, module in modules.items() for key, tensor in _tensors(name, module, form, dtype)}
     own = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "lokr"})} if layout == "kohya" else {}
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, tensors, {**own, **(metadata or {})})
     return sorted(tensors)
 
