@@ -181,6 +181,7 @@ def test_every_form_of_labels_tasks_and_logits_that_means_the_same():
     for dtype in (torch.uint8, torch.int32, torch.int64):
         assert float(labels.loss(logits, numbers.to(dtype))) == pytest.approx(sum(own) / 2, rel=1e-5)
     assert float(labels.loss(logits, of(0, -100))) == pytest.approx(own[0], rel=1e-5)
+    assert labels.loss(logits.to("meta"), numbers.to("meta")).is_meta  # elsewhere than on a CPU no value is looked at
     assert float(labels.loss(logits, of(-100, -100))) == 0 == float(labels.loss(logits[:0], numbers[:0]))
 
 

@@ -60,7 +60,8 @@ class TaskLabels:
         counts = torch.tensor([len(labels) for labels in self.names.values()])
         self.total = int(counts.sum())
         self._starts = dict(zip(self.tasks, (counts.cumsum(0) - counts).tolist(), strict=True))
-        self._owners = torch.arange(len(counts)).repeat_interleave(counts)  # [total], each label's task
+        owners = torch.arange(len(counts)).repeat_interleave(counts)  # [total], each label's task
+        self._owners = {owners.device: owners}
 
     def __repr__(self) -> str:
         return f"TaskLabels({ {task: len(labels) for task, labels in self.names.items()} })"
@@ -138,10 +139,10 @@ class TaskLabels:
             )
 
     def _owners_on(self, device: torch.device) -> Tensor:
-        """Return each label's task, kept where it was last asked for."""
-        if self._owners.device != device:
-            self._owners = self._owners.to(device)
-        return self._owners
+        """Return each label's task, kept on every device where it was asked for."""
+        if device not in self._owners:
+            self._owners[device] = next(iter(self._owners.values())).to(device)
+        return self._owners[device]
 
     def masked(self, logits: Any, tasks: Any) -> Tensor:
         """Return logits with −∞ at the labels of other tasks.
