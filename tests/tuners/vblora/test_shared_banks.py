@@ -135,7 +135,7 @@ def test_a_bank_has_values(vectors, message, tmp_path):
             VectorBank.from_pretrained(tmp_path)
 
 
-def test_what_else_a_bank_refuses(bank):
+def test_what_else_a_bank_refuses(bank, tmp_path):
     with pytest.raises(TypeError, match="`replaces`='ab' must be a list of digests"):
         VectorBank(bank.vectors, replaces="ab")
     with pytest.raises(ValueError, match="`bound`=nan must be a positive finite number"):
@@ -145,6 +145,9 @@ def test_what_else_a_bank_refuses(bank):
     with pytest.raises(ValueError, match=r"values up to 7e\+04, which torch.float16, the dtype of adapter default"):
         VectorBank(torch.full((10, 4), 7e4)).put_into(half)
     assert torch.equal(half.vblora_vector_bank["default"], before)
+    VectorBank(torch.full((10, 4), 7e4)).save_pretrained(tmp_path / "large")
+    with pytest.warns(UserWarning, match=r"The shared bank has values that are infinite in the dtype .*\(7e\+04\)"):
+        get_peft_model(base().half(), config(bank=str(tmp_path / "large")), autocast_adapter_dtype=False)
     half.vblora_vector_bank["default"].data[2] = torch.nan
     with pytest.raises(ValueError, match="rows 2"):
         VectorBank.of(half)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...utils.constants import DEFAULT_TARGET_MODULES
 from ...utils.error import CheckpointError
 from ...utils.save_and_load import adapter_tensors, in_view
+from ...utils.values import warn_of_values
 from ...utils.walk import named_tensors, walk
 from ...utils.warning import warn
 from .._build import Build, Construction
@@ -128,7 +129,10 @@ class VBLoRAModel(BaseTuner):
         if config.shares_bank:
             found = _at_hand(config)
             place = torch.device("cpu") if device.type == "meta" else device
-            vars(config)["_bank"] = found._replace(vectors=found.vectors if found.is_resident else found.vectors.to(place, dtype))
+            if not found.is_resident:
+                warn_of_values("The shared bank", {_SHARED: found.vectors}, {_SHARED: torch.empty(0, dtype=dtype)})
+                found = found._replace(vectors=found.vectors.to(place, dtype))
+            vars(config)["_bank"] = found
             return {}
         bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype))
         if initialise:
