@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import peft
+from peft.base import registry as peft_types
 from peft.config import TargetedConfig
-from peft.tuners._geometry import is_linear
+from peft.core.base_layer import is_linear
 from peft.tuners.tuners_utils import AdapterParameterDict, BaseTuner, BaseTunerLayer
-from peft.utils import peft_types
 
 ROOT = Path(peft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

@@ -11,7 +11,7 @@ from . import functional as functional
 from . import helpers as helpers
 from . import import_utils as import_utils
 from . import optimizers as optimizers
-from . import utils as _utils
+from . import utils as utils
 from ._version import __version__
 from .auto import (
     AutoPeftModel,
@@ -22,6 +22,9 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+from .base.placeholders import install as _install
+from .base.placeholders import marker as _marker
 from .config import PeftConfig
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -47,7 +50,6 @@ from .peft_model import (
 from .planning import AdapterPlan, LayerPlan, plan
 from .tuners import *  # noqa: F403
 from .tuners import __all__ as _tuner_names
-from .tuners._trainable_tokens import TrainableTokensWrapper as _TrainableTokensWrapper
 from .utils import (
     PeftType,
     TaskType,
@@ -61,18 +63,12 @@ from .utils import (
     set_peft_model_state_dict,
     shift_tokens_right,
 )
-from .utils import other as _other
-from .utils.error import NoMatchingPeftModuleError, PeftError, PeftWarning
-from .utils.markers import install as _install
-from .utils.markers import marker as _marker
 
 _install()
-# Clients look for it among the utilities, which know nothing of what is built on them.
-vars(_utils)["TrainableTokensWrapper"] = vars(_other)["TrainableTokensWrapper"] = _TrainableTokensWrapper
 
 
 if _typing.TYPE_CHECKING:
-    from .utils.placeholder_names import *  # noqa: F403
+    from .base.placeholder_names import *  # noqa: F403
 else:
 
     def __getattr__(name: str) -> _Any:

@@ -7,14 +7,14 @@ import importlib
 import os
 from typing import Any, ClassVar
 
+from .base.errors import PeftValueError
+from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
+from .base.validation import check_flags
+from .checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
+from .checkpoint.hub import check_path, find_file, split_hub_options
+from .checkpoint.vocabulary import fit_vocabulary
 from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .utils.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
-from .utils.error import PeftValueError
-from .utils.hub import check_path, find_file, split_hub_options
-from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
-from .utils.rules import check_flags
-from .utils.vocabulary import fit_vocabulary
 
 
 class AutoPeftModel:

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ._version import __version__
-from .utils.adapter_files import CONFIG_NAME, read_json, write_config
-from .utils.error import PeftTypeError, PeftValueError
-from .utils.hub import check_path, find_file, pass_over, split_hub_options
-from .utils.near_misses import did_you_mean
-from .utils.patterns import meant, written
-from .utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
-from .utils.plain import as_list, is_empty, plain, unwritable
-from .utils.rules import at_least, boolean, choice, is_int, name_list, name_patterns, number, pattern_dict, probability, regex
-from .utils.warning import warn
+from .base.errors import PeftTypeError, PeftValueError, warn
+from .base.patterns import meant, written
+from .base.plain_values import as_list, is_empty, plain, unwritable
+from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
+from .base.suggestions import did_you_mean
+from .base.validation import at_least, boolean, choice, is_int, name_list, name_patterns, number, pattern_dict, probability, regex
+from .checkpoint.files import CONFIG_NAME, read_json, write_config
+from .checkpoint.hub import check_path, find_file, pass_over, split_hub_options
 
 __all__ = [
     "LayeredConfig",

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._base_peft_model import BasePeftModel
+from .base.tensors import ordinary_tensors
+from .base.validation import check_adapter
+from .checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .core.adapted_model import AdaptedModel
+from .core.base_peft_model import BasePeftModel
+from .core.layer import BaseTunerLayer
 from .mapping import inject_adapter_in_model
-from .tuners._adapted import AdaptedModel
-from .tuners._layer import BaseTunerLayer
 from .tuners.mixed import MixedModel
-from .utils.rules import check_adapter
-from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from .utils.tensors import ordinary_tensors
 
 __all__ = [
     "cast_adapter_dtype",

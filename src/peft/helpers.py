@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ._base_peft_model import BasePeftModel
+from .base.containers import walk
+from .base.errors import PeftTypeError, PeftValueError
+from .base.placeholders import marker
 from .config import PeftConfig
-from .tuners._layer import BaseTunerLayer
-from .utils.error import PeftTypeError, PeftValueError
-from .utils.markers import marker
-from .utils.walk import walk
+from .core.base_peft_model import BasePeftModel
+from .core.layer import BaseTunerLayer
 
 __all__ = [
     "check_if_peft_model",

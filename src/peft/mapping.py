@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import PeftConfig, check_config
-from .tuners._tuner import BaseTuner
-from .utils.error import PeftValueError
-from .utils.peft_types import (
+from .base.errors import PeftValueError
+from .base.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -19,7 +17,9 @@ from .utils.peft_types import (
     lookup,
     registered_methods,
 )
-from .utils.rules import check_adapter, check_flags
+from .base.validation import check_adapter, check_flags
+from .config import PeftConfig, check_config
+from .core.tuner import BaseTuner
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -7,13 +7,13 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 
 from torch import nn
 
+from .base.errors import warn
+from .base.plain_values import plain
+from .base.registry import TaskType
+from .base.validation import check_flags
 from .config import PeftConfig, check_config
 from .mixed_model import PeftMixedModel
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from .utils.peft_types import TaskType
-from .utils.plain import plain
-from .utils.rules import check_flags
-from .utils.warning import warn
 
 M = TypeVar("M", covariant=True)
 

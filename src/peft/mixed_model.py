@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from .config import PeftConfig
+from .core.tuner import BaseTuner
 from .peft_model import PeftModel
-from .tuners._tuner import BaseTuner
 from .tuners.mixed import MixedModel
 
 

@@ -12,8 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base_peft_model import BasePeftModel
-from ._loading import (
+from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
+from .base.errors import PeftTypeError, PeftValueError
+from .base.registry import TaskType
+from .base.suggestions import did_you_mean
+from .base.validation import check_adapter, check_flags
+from .checkpoint.files import write_adapter
+from .checkpoint.hub import only_hub_options, pass_over
+from .checkpoint.model_card import update_model_card
+from .checkpoint.state_dict import (
+    LoadResult,
+    adapter_tensors,
+    get_peft_model_state_dict,
+    import_state,
+    in_view,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from .config import PeftConfig, as_folder
+from .core.base_peft_model import BasePeftModel
+from .core.build import Construction
+from .core.loading import (
     Filler,
     check_arguments,
     check_same_function,
@@ -24,28 +43,9 @@ from ._loading import (
     renamings,
     understood,
 )
-from .config import PeftConfig, as_folder
+from .core.renamed_targets import present_names
+from .integrations.distributed import is_distributed, own_state, whole
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .tuners._build import Construction
-from .tuners._renaming import present_names
-from .utils.adapter_files import write_adapter
-from .utils.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
-from .utils.error import PeftTypeError, PeftValueError
-from .utils.hub import only_hub_options, pass_over
-from .utils.model_card import update_model_card
-from .utils.near_misses import did_you_mean
-from .utils.peft_types import TaskType
-from .utils.rules import check_adapter, check_flags
-from .utils.save_and_load import (
-    LoadResult,
-    adapter_tensors,
-    get_peft_model_state_dict,
-    import_state,
-    in_view,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from .utils.sharding import is_distributed, own_state, whole
 
 
 class PeftModel(BasePeftModel):

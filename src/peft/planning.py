@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base.geometry import columns
+from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .config import PeftConfig, check_config
-from .tuners import _plan
-from .tuners._build import Build, Construction
-from .tuners._cost import columns
-from .tuners._geometry import innermost
-from .tuners._layer import BaseTunerLayer
-from .tuners._tuner import BaseTuner
-from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .core import plan as _plan
+from .core.base_layer import innermost
+from .core.build import Build, Construction
+from .core.layer import BaseTunerLayer
+from .core.tuner import BaseTuner
 
 
 @dataclass

@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ._base_peft_model import BasePeftModel
-from .tuners import _geometry, _quantised
-from .tuners._adapted import AdaptedModel
-from .tuners._layer import BaseTunerLayer
-from .utils.error import PeftTypeError, PeftValueError
-from .utils.other import AuxiliaryTrainingWrapper
-from .utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-from .utils.walk import walk
+from .base.containers import walk
+from .base.errors import PeftTypeError, PeftValueError
+from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from .core.adapted_model import AdaptedModel
+from .core.auxiliary import AuxiliaryTrainingWrapper
+from .core.base_peft_model import BasePeftModel
+from .core.layer import BaseTunerLayer
+from .core.weights import is_quantised
+from .integrations import quantization
 
 Irregular = Literal["irregular"]
-_BACKENDS = {_quantised._INT8: "bnb 8bit", _quantised._FOUR_BIT: "bnb 4bit", _quantised._TORCHAO: "torchao"}
+_BACKENDS = {quantization._INT8: "bnb 8bit", quantization._FOUR_BIT: "bnb 4bit", quantization._TORCHAO: "torchao"}
 
 
 @dataclass
@@ -196,10 +197,10 @@ def _method(layer: BaseTunerLayer) -> str:
 
 def _backend(base: nn.Module) -> str | None:
     """What keeps a layer's weight in few bits."""
-    form = _quantised.form(base)
+    form = quantization.form(base)
     if form is not None:
         return _BACKENDS[form]
-    return type(base).__name__ if _geometry.is_quantised(base) else None
+    return type(base).__name__ if is_quantised(base) else None
 
 
 def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peft
-from peft.utils.peft_types import registered_methods
+from peft.base.registry import registered_methods
 
 
 @dataclass

@@ -20,8 +20,8 @@ from torch import nn
 from variants import Case
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.error import CheckpointError, PeftNotSupportedError, PeftRuntimeError, PeftValueError
-from peft.utils.hotswap import hotswap_adapter
+from peft.base.errors import CheckpointError, PeftNotSupportedError, PeftRuntimeError, PeftValueError
+from peft.checkpoint.hotswap import hotswap_adapter
 
 NAMES = ["a", "b", "c"]
 CASES = {

@@ -16,8 +16,8 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
-from peft.utils.save_and_load import set_base_model_state_dict
+from peft.checkpoint.hotswap import hotswap_adapter
+from peft.checkpoint.state_dict import set_base_model_state_dict
 
 pytestmark = pytest.mark.quick
 CONFIGS = [

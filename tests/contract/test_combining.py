@@ -7,9 +7,9 @@ from conftest import METHODS, TARGETS, assert_unchanged, llama, mlp, snapshot
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.ops.task_vectors import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
 @pytest.fixture(params=sorted(name for name in METHODS if PEFT_TYPE_TO_TUNER_MAPPING[name].combination_types))

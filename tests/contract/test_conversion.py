@@ -11,8 +11,8 @@ from torch import nn
 
 import peft
 from peft import PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model, save_as_lora, set_peft_model_state_dict
-from peft.tuners._lowrank import LowRank, approximate, cut, dense_svd, kept, product_svd, total_error
-from peft.tuners._targets import exactly, pattern_value, patterns, select
+from peft.core.targets import exactly, pattern_value, patterns, select
+from peft.ops.low_rank import LowRank, approximate, cut, dense_svd, kept, product_svd, total_error
 from peft.tuners.lora.conversion import save_tasks_as_lora
 
 

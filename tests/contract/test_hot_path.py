@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from variants import CASES
 
 from peft import get_peft_model
-from peft.tuners import _accumulate
-from peft.tuners._accumulate import Steps, add_product, is_plain_product, run_with_steps
+from peft.ops import fused_linear
+from peft.ops.fused_linear import Steps, add_product, is_plain_product, run_with_steps
 
 
 @pytest.fixture(params=[0, 10**9], ids=["kept", "again"])
 def product(request, monkeypatch):
     """The first product of an adapter is kept for backward, or computed once more."""
-    monkeypatch.setattr(_accumulate, "_KEPT", request.param)
+    monkeypatch.setattr(fused_linear, "_KEPT", request.param)
 
 
 def normal(*shape):

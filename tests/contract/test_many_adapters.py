@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.base.containers import ByAdapter, named_tensors, state_of, walk
+from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.tuners_utils import AdapterModuleDict, AdapterParameterDict, BaseTunerLayer
-from peft.utils.hotswap import hotswap_adapter
-from peft.utils.walk import ByAdapter, named_tensors, state_of, walk
 
 FEW, MANY = 3, 43
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, get_peft_model, inject_adapter_in_model, plan
-from peft.utils import missing_attribute
-from peft.utils.hotswap import hotswap_adapter
+from peft.base import missing_attribute
+from peft.checkpoint.hotswap import hotswap_adapter
 
 
 class WithProperty(nn.Module):

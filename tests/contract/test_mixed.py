@@ -220,7 +220,7 @@ def test_two_methods_injected_into_a_plain_model(pair):
 
 
 def test_an_unsuited_method_is_refused(method, monkeypatch):
-    from peft.utils import peft_types
+    from peft.base import registry as peft_types
 
     monkeypatch.delitem(peft_types.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, method.config().peft_type)
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):

@@ -14,9 +14,9 @@ from conftest import METHODS, llama, mlp
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model
-from peft._base_peft_model import BasePeftModel
-from peft.tuners._tuner import BaseTuner
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.core.base_peft_model import BasePeftModel
+from peft.core.tuner import BaseTuner
 
 OWN = {
     "POLY": """add_skills add_tasks average_skills begin_regime extract_tasks fit_task get_router_weights merge_adapter

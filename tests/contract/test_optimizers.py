@@ -10,8 +10,8 @@ from torch import nn
 
 import peft
 from peft import LoraConfig, get_peft_model
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers import create_loraplus_optimizer, create_optimizer, parameter_groups, trainer_optimizer
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 COMPANIONS = {"modules_to_save", "tokens", "biases", "base"}
 

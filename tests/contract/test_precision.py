@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from variants import CASES, Case, Model
 
 from peft import get_peft_model
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.core.weights import dense_weight
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners._geometry import dense_weight
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -17,8 +17,8 @@ from torch import nn
 from variants import CASES
 
 from peft import PeftModel, PolyConfig, get_peft_model
-from peft.tuners import _recall
-from peft.tuners._recall import InferenceCache, may_reuse, reuse
+from peft.ops import inference_cache
+from peft.ops.inference_cache import InferenceCache, may_reuse, reuse
 
 
 @pytest.fixture(params=["VBLORA", "POLY", "POLY one head", "POLY top 1"])
@@ -200,7 +200,7 @@ def test_generate_computes_once_and_sees_changes(composed, monkeypatch):
     """Inside `generate` what was computed is used again in each step, unless a parameter is changed between two."""
     model = get_peft_model(llama(), CASES["VBLORA"].config(target_modules=["q_proj", "v_proj"])).eval()
     layers = len(list(model.base_model.tuner_layers()))
-    monkeypatch.setattr(_recall, "LARGEST", 3)  # as on a device, where nothing can be compared
+    monkeypatch.setattr(inference_cache, "LARGEST", 3)  # as on a device, where nothing can be compared
     ids = torch.tensor([[5, 6, 7]])
 
     def generate(tokens, **options):
@@ -309,7 +309,7 @@ def test_memory_is_bounded_and_given_back(case):
     with torch.no_grad():
         for i in range(0, 12, 3):
             model(x, adapter_names=[str(i), str(i + 1), str(i + 2)], **case.call(0, 2, 1))
-    assert 0 < kept(model) <= 2 * _recall.ADAPTERS
+    assert 0 < kept(model) <= 2 * inference_cache.ADAPTERS
     for i in range(12):
         model.delete_adapter(str(i))
     assert kept(model) == 0
@@ -330,7 +330,7 @@ def test_nothing_is_kept_of_what_is_here_for_a_call_only(case, tmp_path):
 
 
 def test_large_tensors_are_not_copied(case, monkeypatch):
-    monkeypatch.setattr(_recall, "LARGEST", 3)
+    monkeypatch.setattr(inference_cache, "LARGEST", 3)
     model, x = model_of(case), case.input()
     run(model, case, x)
     assert kept(model) == 0

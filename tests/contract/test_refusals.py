@@ -13,7 +13,7 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, PeftConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_model, inject_adapter_in_model
-from peft.utils.hotswap import hotswap_adapter
+from peft.checkpoint.hotswap import hotswap_adapter
 
 
 def everything(model, *configs, folder=None):

@@ -23,7 +23,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.checkpoint.hotswap import hotswap_adapter
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
 IMAGE = {

@@ -11,9 +11,9 @@ from conftest import METHODS, TARGETS, mlp
 from torch import nn
 
 import peft
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
 class Net(nn.Module):

@@ -14,13 +14,13 @@ from torch import nn
 from torch.distributed.fsdp.wrap import _or_policy
 
 import peft
+import peft.checkpoint.hotswap
+import peft.checkpoint.transformers_rules
 import peft.functional
 import peft.import_utils
-import peft.utils.hotswap
 import peft.utils.other
-import peft.utils.transformers_weight_conversion
-from peft.utils import markers as _markers
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
+from peft.base import placeholders
+from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
 
 
 def words(text):
@@ -76,13 +76,13 @@ SIGNATURES = {
         ),
         "set_requires_grad": "model, adapter_names, requires_grad=True",
     },
-    "peft.utils.hotswap": {
+    "peft.checkpoint.hotswap": {
         "check_hotswap_configs_compatible": "config0, config1",
         "hotswap_adapter": "model, model_name_or_path, adapter_name, torch_device=None, **kwargs",
         "hotswap_adapter_from_state_dict": "model, state_dict, adapter_name, config, parameter_prefix='lora_'",
         "prepare_model_for_compiled_hotswap": "model, *, target_rank=None, config=None, check_compiled='error'",
     },
-    "peft.utils.transformers_weight_conversion": {
+    "peft.checkpoint.transformers_rules": {
         "build_peft_weight_mapping": "weight_conversions, adapter_name, peft_config=None",
     },
     "peft.utils.other": {"fsdp_auto_wrap_policy": "model"},
@@ -130,17 +130,17 @@ def test_functions_are_called_as_the_interface_says(module):
 def test_every_name_can_be_imported():
     for name in ALL:
         assert getattr(peft, name) is not None
-    assert not _markers._NAMES - set(ALL)
-    assert not _markers._NAMES & set(peft.__all__)
+    assert not placeholders._NAMES - set(ALL)
+    assert not placeholders._NAMES & set(peft.__all__)
 
 
 def test_what_is_not_provided_is_a_class_that_nothing_is_of():
-    for name in sorted(_markers._NAMES):
+    for name in sorted(placeholders._NAMES):
         marker = getattr(peft, name)
         assert marker is getattr(peft, name)
         assert not isinstance(peft.LoKrConfig(), marker)
         assert not issubclass(peft.PeftModel, marker)
-        if name in _markers._LORA_CONFIGS.split():
+        if name in placeholders._LORA_CONFIGS.split():
             with pytest.raises(NotImplementedError, match=rf"`kasa_config`={name}\(1, a=2\) asks for what this package does not"):
                 peft.LoraConfig(kasa_config=marker(1, a=2))
             continue
@@ -203,7 +203,7 @@ PLACES = {
     "peft.tuners.tuners_utils": "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules",
     "peft.peft_model": "get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus",
     "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
-    "peft.utils.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
+    "peft.base.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
     "peft.utils.warning": "PeftWarning",
     "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy",
     "peft.utils": "ModulesToSaveWrapper, TrainableTokensWrapper, _get_submodules, get_peft_model_state_dict",

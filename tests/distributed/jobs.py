@@ -595,8 +595,8 @@ def roles(method):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
+    from peft.integrations.distributed import unwrapped
     from peft.optimizers import parameter_groups
-    from peft.utils.sharding import unwrapped
 
     found = {}
     plain, ddp_model = adapted(method), DistributedDataParallel(adapted(method))

@@ -7,14 +7,19 @@ from unittest import mock
 
 import pytest
 
-from peft.tuners import _kernels
+from peft.ops import triton_support
 
-KERNELS = ("peft.tuners.kernels", "peft.tuners.poly.kernels", "peft.tuners.poly.mixing_kernels", "peft.tuners.vblora.kernels")
+KERNELS = (
+    "peft.ops.mixed_precision_triton",
+    "peft.tuners.poly.gating_triton",
+    "peft.tuners.poly.mixing_triton",
+    "peft.tuners.vblora.factors_triton",
+)
 
 if importlib.util.find_spec("triton") is None:  # it is not built for every system
     collect_ignore_glob = ["test_interpreted*.py"]
 else:
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(_kernels, "INTERPRETED", True):
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(triton_support, "INTERPRETED", True):
         for name in KERNELS:
             importlib.import_module(name)
 
@@ -24,9 +29,9 @@ def interpreter():
     """Have kernels run on the CPU, and forget afterwards that they did."""
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.object(_kernels, "INTERPRETED", True),
-        mock.patch.dict(_kernels._TRIED, clear=True),
+        mock.patch.object(triton_support, "INTERPRETED", True),
+        mock.patch.dict(triton_support._TRIED, clear=True),
     ):
-        _kernels.has_triton.cache_clear()
+        triton_support.has_triton.cache_clear()
         yield
-    _kernels.has_triton.cache_clear()
+    triton_support.has_triton.cache_clear()

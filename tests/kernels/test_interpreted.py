@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft
-from peft.tuners.poly import gating, mixing, mixing_kernels
-from peft.tuners.poly import kernels as poly_kernels
+from peft.tuners.poly import gating, mixing
+from peft.tuners.poly import gating_triton as poly_kernels
+from peft.tuners.poly import mixing_triton as mixing_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
 from peft.tuners.vblora import factors as factors_module
-from peft.tuners.vblora import kernels as vblora_kernels
+from peft.tuners.vblora import factors_triton as vblora_kernels
 from peft.tuners.vblora.bank import compose, place_tiles
 from peft.tuners.vblora.factors import compose_factors
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import peft
-from peft.tuners import _kernels, _thin, kernels
-from peft.tuners._accumulate import add_product
+from peft.ops import mixed_precision, triton_support
+from peft.ops import mixed_precision_triton as kernels
+from peft.ops.fused_linear import add_product
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
@@ -23,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ROUNDED)
 @contextlib.contextmanager
 def plain():
     """Without kernels."""
-    with mock.patch.object(_thin, "_are_there", return_value=False):
+    with mock.patch.object(mixed_precision, "_are_there", return_value=False):
         yield
 
 
@@ -49,7 +50,7 @@ def counted():
 @pytest.fixture(scope="module", autouse=True)
 def _all_sizes():
     """Kernels whatever the size."""
-    with mock.patch.object(_thin, "_LEAST", 1):
+    with mock.patch.object(mixed_precision, "_LEAST", 1):
         yield
 
 
@@ -80,10 +81,10 @@ def test_products_are_as_exact_as_float32(shape, parts, dtype):
     with in_parts, counted() as calls:
         for factor in (thin, transposed):
             exact = 0.5 * wide.double() @ thin.double()
-            found = _thin.down(wide, factor, 0.5)
+            found = mixed_precision.down(wide, factor, 0.5)
             assert found.dtype == torch.float32 and error(found, exact) < 1e-6
             exact = 2 * other.double().mT @ wide.double()
-            found = _thin.across(other if factor is thin else other.mT.contiguous().mT, wide, 2.0)
+            found = mixed_precision.across(other if factor is thin else other.mT.contiguous().mT, wide, 2.0)
             assert found.dtype == torch.float32 and error(found, exact) < 1e-6
     assert calls == ["down", "across"] * 2
 
@@ -94,9 +95,9 @@ def test_a_product_is_added_and_rounded_once(shape, dtype):
     wide, _, p, q = tensors(shape, dtype)
     exact = wide.double() + p.double() @ q.double()
     with counted() as calls:
-        new = _thin.add(wide, p, q, in_place=False)
-        alone = _thin.up(p, q.mT.contiguous().mT, wide)
-        same = _thin.add(wide, p, q)
+        new = mixed_precision.add(wide, p, q, in_place=False)
+        alone = mixed_precision.up(p, q.mT.contiguous().mT, wide)
+        same = mixed_precision.add(wide, p, q)
     assert calls == ["up"] * 3 and same is wide and torch.equal(new, same)
     for found, expected in ((new, exact), (alone, p.double() @ q.double())):
         assert found.dtype == dtype and found.shape == wide.shape
@@ -107,9 +108,9 @@ def test_one_matrix_for_all_samples():
     wide, _, _, q = tensors((3, 20, 40, 8), torch.float16)
     one, many = torch.randn(8, 40).expand(3, 8, 40), torch.randn(20, 8).expand(3, 20, 8)
     with counted() as calls:
-        assert error(_thin.down(wide, one.mT), wide.double() @ one.double().mT) < 1e-6
-        assert error(_thin.across(many, wide), many.double().mT @ wide.double()) < 1e-6
-        assert error(_thin.add(wide, many, q, in_place=False), wide.double() + many.double() @ q.double()) < 1e-3
+        assert error(mixed_precision.down(wide, one.mT), wide.double() @ one.double().mT) < 1e-6
+        assert error(mixed_precision.across(many, wide), many.double().mT @ wide.double()) < 1e-6
+        assert error(mixed_precision.add(wide, many, q, in_place=False), wide.double() + many.double() @ q.double()) < 1e-3
     assert calls == ["down", "across", "up"]
 
 
@@ -125,7 +126,7 @@ def test_gradients(shape, in_place, dtype):
     exact = [tensor.double().requires_grad_() for tensor in (wide, thin, q, base)]
 
     def outcome(x, first, last, base, add):
-        return add(base * 1, _thin.down(x, first, 0.5), last)
+        return add(base * 1, mixed_precision.down(x, first, 0.5), last)
 
     with counted() as calls:
         found = outcome(*ours, lambda base, p, q: add_product(base, p, q, in_place))
@@ -145,7 +146,7 @@ def test_derivatives_of_derivatives():
     for way in (contextlib.nullcontext(), plain()):
         with way:
             x, F, last = (tensor.clone().requires_grad_() for tensor in (wide, thin / 100, q))
-            y = add_product(torch.zeros_like(wide), _thin.down(x, F), last, in_place=True)
+            y = add_product(torch.zeros_like(wide), mixed_precision.down(x, F), last, in_place=True)
             grads = torch.autograd.grad(y.float().sin().sum(), (x, F, last), create_graph=True)
             sum(g.float().square().sum() for g in grads).backward()
             outcomes.append([x.grad, F.grad, last.grad])
@@ -166,22 +167,22 @@ def test_plain_operations_for_all_else():
     x, F, p, q = tensors((8, 12, 3), torch.float16)
     with counted() as calls:
         for wide, thin in refused(x, F):
-            assert not _thin.can_stay(wide, thin.dtype)
+            assert not mixed_precision.can_stay(wide, thin.dtype)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not _thin.can_stay(x, torch.float32)
-            _thin.down(x.bfloat16(), F)
-        with mock.patch.object(_thin, "_LEAST", 10**6):
-            assert not _thin.can_stay(x, torch.float32)
-            assert error(_thin.down(x, F), x.double() @ F.double()) < 1e-6
-            assert error(_thin.across(p, x), p.double().mT @ x.double()) < 1e-6
-            assert torch.equal(_thin.up(p, q, x), (p @ q).half())
-            assert torch.equal(_thin.add(x, p, q, in_place=False), (x + p @ q).half())
-            assert torch.equal(_thin.add(x.clone(), p, q), (x + p @ q).half())
+            assert not mixed_precision.can_stay(x, torch.float32)
+            mixed_precision.down(x.bfloat16(), F)
+        with mock.patch.object(mixed_precision, "_LEAST", 10**6):
+            assert not mixed_precision.can_stay(x, torch.float32)
+            assert error(mixed_precision.down(x, F), x.double() @ F.double()) < 1e-6
+            assert error(mixed_precision.across(p, x), p.double().mT @ x.double()) < 1e-6
+            assert torch.equal(mixed_precision.up(p, q, x), (p @ q).half())
+            assert torch.equal(mixed_precision.add(x, p, q, in_place=False), (x + p @ q).half())
+            assert torch.equal(mixed_precision.add(x.clone(), p, q), (x + p @ q).half())
             assert add_product(x, p, q, in_place=True).dtype == torch.float32
         wide_rank = torch.randn(12, 129)
-        assert error(_thin.down(x, wide_rank), x.double() @ wide_rank.double()) < 1e-6
+        assert error(mixed_precision.down(x, wide_rank), x.double() @ wide_rank.double()) < 1e-6
         assert calls == []
-        assert _thin.can_stay(x, torch.float32)
+        assert mixed_precision.can_stay(x, torch.float32)
 
 
 def looked_at(model, x):
@@ -208,17 +209,17 @@ def test_what_computes_something_else_is_not_used():
     x, F, _, _ = tensors((8, 12, 3), torch.bfloat16)
     own, exact = kernels.down, x.double() @ F.double()
     wrong = mock.patch.object(kernels, "down", lambda *a: own(*a) * 1.002)
-    with mock.patch.dict(_kernels._TRIED, clear=True), wrong:
+    with mock.patch.dict(triton_support._TRIED, clear=True), wrong:
         with pytest.warns(peft.PeftWarning, match="differ"):
-            assert error(_thin.down(x, F), exact) < 1e-6
-        assert error(_thin.down(x, F), exact) < 1e-6
+            assert error(mixed_precision.down(x, F), exact) < 1e-6
+        assert error(mixed_precision.down(x, F), exact) < 1e-6
 
 
 def test_each_size_of_blocks_is_tried(monkeypatch):
     tried = []
-    monkeypatch.setattr(_thin, "agrees", lambda *case: tried.append(case[0]) or True)
+    monkeypatch.setattr(mixed_precision, "agrees", lambda *case: tried.append(case[0]) or True)
     for length, width in [(4096, 8), (300, 3), (64, 8), (4096, 64), (4096, 8)]:
-        assert _thin._are_taken(torch.zeros(2, length).half(), length, width, torch.zeros(length, width))
+        assert mixed_precision._are_taken(torch.zeros(2, length).half(), length, width, torch.zeros(length, width))
     assert tried[0] is tried[1] is tried[4] and len(set(tried)) == 3
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import peft
-from peft.tuners import _kernels
+from peft.ops import triton_support
 
 
 def test_never_on_the_cpu():
-    assert not _kernels.can_launch(torch.zeros(2))
+    assert not triton_support.can_launch(torch.zeros(2))
 
 
 def test_neither_without_triton_nor_on_an_old_gpu(monkeypatch):
@@ -20,7 +20,7 @@ def test_neither_without_triton_nor_on_an_old_gpu(monkeypatch):
     for installed, capability in ((True, (9, 0)), (False, (9, 0)), (True, (7, 5))):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, i=installed: i or None if name == "triton" else spec(name))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert _kernels.has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
+        assert triton_support.has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
 
 
 def double(x):
@@ -40,8 +40,8 @@ def fails(x):
 )
 def test_what_does_not_agree_is_not_used_and_one_is_told_once(ours, words):
     with pytest.warns(peft.PeftWarning, match=words):
-        assert not _kernels.agrees(ours, double, example, torch.device("cpu"))
-    assert not _kernels.agrees(ours, double, example, torch.device("cpu"))
+        assert not triton_support.agrees(ours, double, example, torch.device("cpu"))
+    assert not triton_support.agrees(ours, double, example, torch.device("cpu"))
 
 
 def test_trying_leaves_no_trace():
@@ -50,7 +50,7 @@ def test_trying_leaves_no_trace():
     state = torch.get_rng_state()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t)
     with torch.inference_mode(), hooks, torch.autocast("cpu"):
-        assert _kernels.agrees(lambda x: x * 2.0, double, example, torch.device("cpu"))
+        assert triton_support.agrees(lambda x: x * 2.0, double, example, torch.device("cpu"))
     assert torch.equal(state, torch.get_rng_state())
     assert seen == []
 
@@ -63,8 +63,8 @@ def test_not_tried_inside_a_backward():
         return x + x
 
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda g: answers.append(_kernels.agrees(ours, double, example, torch.device("cpu"))))
+    x.register_hook(lambda g: answers.append(triton_support.agrees(ours, double, example, torch.device("cpu"))))
     x.sum().backward()
-    answers.append(_kernels.agrees(ours, double, example, torch.device("cpu")))
+    answers.append(triton_support.agrees(ours, double, example, torch.device("cpu")))
     x.sum().backward()
     assert answers == [False, True, True]

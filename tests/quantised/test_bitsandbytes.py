@@ -14,7 +14,7 @@ from conftest import METHODS
 from torch import nn
 
 from peft import PeftModel, get_peft_model
-from peft.tuners._geometry import dense_weight, is_quantised
+from peft.core.weights import dense_weight, is_quantised
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 TARGETS = ["0", "2"]

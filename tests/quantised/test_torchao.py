@@ -13,7 +13,7 @@ from conftest import METHODS
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
-from peft.tuners._geometry import dense_weight, is_quantised
+from peft.core.weights import dense_weight, is_quantised
 
 TARGETS = ["0", "2"]
 CONFIGS = {

@@ -4,7 +4,7 @@
 import typing as _typing
 from typing import Any as _Any
 
-from ..utils.markers import marker as _marker
+from ..base.placeholders import marker as _marker
 from .groups import create_optimizer, parameter_groups, trainer_optimizer
 from .loraplus import create_loraplus_optimizer
 

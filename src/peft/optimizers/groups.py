@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..tuners._roles import Role, role_of
-from ..utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
-from ..utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..utils.sharding import is_distributed, unparallel, unwrapped
+from ..base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..core.parameter_roles import Role, role_of
+from ..integrations.distributed import is_distributed, unparallel, unwrapped
 
 _ADAPTER = "adapter"  # for a method that names no roles
 _COMPANIONS = {name: Role(()) for name in ("modules_to_save", "tokens", "biases", "base")}

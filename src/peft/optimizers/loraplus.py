@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.error import PeftValueError
+from ..base.errors import PeftValueError
 from .groups import keep_embeddings_wide, trained_parameters
 
 

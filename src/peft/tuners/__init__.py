@@ -4,7 +4,7 @@
 import typing as _typing
 from typing import Any as _Any
 
-from ..utils.markers import marker as _marker
+from ..base.placeholders import marker as _marker
 from .loha import LoHaConfig, LoHaModel
 from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
@@ -12,7 +12,7 @@ from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_a
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 
 if _typing.TYPE_CHECKING:
-    from ..utils.placeholder_names import *  # noqa: F403
+    from ..base.placeholder_names import *  # noqa: F403
 else:
 
     def __getattr__(name: str) -> _Any:

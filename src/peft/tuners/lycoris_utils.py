@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayeredConfig, at_least, number, pattern_dict
-from ._decomposed import DecomposedLayer
-from ._layer import BaseTunerLayer
-from ._targets import pattern_value
-from ._tuner import BaseTuner
+from ..core.dora import DecomposedLayer
+from ..core.layer import BaseTunerLayer
+from ..core.targets import pattern_value
+from ..core.tuner import BaseTuner
 
 
 @dataclass

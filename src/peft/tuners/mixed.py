@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..base.errors import PeftValueError
+from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig, check_config
-from ..utils.error import PeftValueError
-from ..utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
-from ._build import Build
-from ._tuner import BaseTuner
+from ..core.build import Build
+from ..core.tuner import BaseTuner
 
 
 class MixedModel(BaseTuner):

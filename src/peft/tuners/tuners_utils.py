@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..base.containers import AdapterModuleDict
+from ..base.errors import PeftValueError
+from ..base.placeholders import marker
+from ..base.suggestions import no_adapter
 from ..config import PeftConfig
-from ..utils.error import PeftValueError
-from ..utils.markers import marker
-from ..utils.near_misses import no_adapter
-from ..utils.walk import AdapterModuleDict
-from . import _targets
-from ._adapted import AdaptedModel
-from ._holder import AdapterParameterDict
-from ._layer import BaseTunerLayer
-from ._plan import own_modules
-from ._tuner import BaseTuner
+from ..core import targets as _targets
+from ..core.adapted_model import AdaptedModel
+from ..core.adapters import AdapterParameterDict
+from ..core.layer import BaseTunerLayer
+from ..core.plan import own_modules
+from ..core.tuner import BaseTuner
 
 __all__ = [
     "AdapterModuleDict",

@@ -3,26 +3,28 @@
 
 from typing import Any as _Any
 
-from . import constants as _constants
-from .adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
-from .error import NoMatchingPeftModuleError, PeftError, PeftWarning
-from .other import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    _get_submodules,
-    infer_device,
-    prepare_model_for_kbit_training,
+from ..base import constants as _constants
+from ..base.constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
 )
-from .peft_types import PeftType, TaskType, register_peft_method
-from .save_and_load import (
+from ..base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+from ..base.modules import _get_submodules, infer_device
+from ..base.registry import PeftType, TaskType, register_peft_method
+from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+from ..checkpoint.state_dict import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
     load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from .tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from ..core.trainable_tokens import TrainableTokensWrapper
+from ..integrations.kbit import prepare_model_for_kbit_training
 
 
 def __getattr__(name: str) -> _Any:
@@ -45,6 +47,7 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "TrainableTokensWrapper",
     "_get_submodules",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",

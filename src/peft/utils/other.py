@@ -1,367 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are trained whole beside an adapter (`modules_to_save`), and small helpers on module trees."""
+"""Helpers that client libraries import, at their documented place."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.modules import _get_submodules, check_model, get_submodules, infer_device, model_type
+from ..base.placeholders import marker
+from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from ..core.trainable_tokens import TrainableTokensWrapper
+from ..integrations.fsdp import fsdp_auto_wrap_policy
+from ..integrations.kbit import prepare_model_for_kbit_training
 
-from .adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from .adapter_files import CONFIG_NAME as CONFIG_NAME
-from .adapter_files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
-from .adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
-from .error import PeftNotSupportedError, PeftTypeError, PeftValueError
-from .fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy  # trainers import it from here
-from .markers import marker
-from .pause import Pause
-from .row_layout import ORDINARY, RowLayout
-from .sharding import gathered
-from .tensors import cast_mixed_precision_params as cast_mixed_precision_params
-from .tensors import ordinary_tensors
-from .tensors import shift_tokens_right as shift_tokens_right
-from .tensors import transpose as transpose
-from .walk import AdapterModuleDict
-
-# Names of the interface that are not provided here; a class stands for each.
+# Names of the interface that are not provided here; a placeholder stands for each.
 _get_module_names_tied_with_embedding: Any
 _get_no_split_modules: Any
-TrainableTokensWrapper: Any  # put here by the package itself
 
-if not TYPE_CHECKING:  # to which any name would be right
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         return marker(name, __name__)
 
 
-class AuxiliaryTrainingWrapper(nn.Module):
-    """A module of which something is trained beside each of several adapters, and used while that adapter is active.
-
-    Args:
-        module_to_save: The module as it was; it is used while no adapter's part is.
-
-    Attributes:
-        layout: How the rows of its input lie.
-    """
-
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
-    other_param_names: ClassVar[tuple[str, ...]] = ()
-    layout: RowLayout = ORDINARY
-
-    def __init__(self, module_to_save: nn.Module) -> None:
-        super().__init__()
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self._paused = Pause()
-        self.training = module_to_save.training
-
-    # --- what a kind of wrapper supplies ------------------------------------------------------------------------------
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters that train something of this module."""
-        raise NotImplementedError
-
-    def has(self, adapter_name: str) -> bool:
-        """Whether an adapter trains something of this module."""
-        raise NotImplementedError
-
-    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """What an adapter trains."""
-        raise NotImplementedError
-
-    def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's part."""
-        raise NotImplementedError
-
-    def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """What to put in this wrapper's place: the module as it is with the part of one of some adapters, or as it was if none of
-        them has one.
-        """
-        raise NotImplementedError
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each key under which a part of an adapter is saved, the name it has in this module."""
-        raise NotImplementedError
-
-    # --- switching ----------------------------------------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter whose part is in use, or an empty list."""
-        return self._active_adapter[0] if self._active_adapter else []
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapter whose part is in use, in a list."""
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the original module is used whatever is active."""
-        return self._disable_adapters
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Use the active adapter's part, or the original module, while which all parts are frozen."""
-        if not enabled and not self._disable_adapters:
-            trained = [name for name in self.adapters if any(p.requires_grad for p in self.parameters_of(name))]
-            self._paused.begin([self], (p for name in trained for p in self.parameters_of(name)), trained)
-        elif enabled:
-            self._paused.end()
-        self._disable_adapters = not enabled
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts are frozen.
-
-        Raises:
-            PeftValueError: More than one of the adapters has a part in this module.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.check_one_of(names)
-        own = self.among(names)
-        self._paused.forget()
-        for name in self.adapters:
-            self.set_requires_grad(name, name in own and not inference_mode)
-        self._active_adapter = own
-
-    def among(self, adapter_names: Iterable[str]) -> list[str]:
-        """Those of some adapters that train something of this module."""
-        return [name for name in adapter_names if self.has(name)]
-
-    def check_one_of(self, adapter_names: Iterable[str]) -> None:
-        """Insist that at most one of some adapters has a part in this module.
-
-        Raises:
-            PeftValueError: Several have.
-        """
-        if len(own := self.among(adapter_names)) > 1:
-            raise PeftValueError(
-                f"Only one adapter can be set at a time for {type(self).__name__}: {', '.join(own)} each train the same "
-                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give each sample its own "
-                "with `adapter_names`."
-            )
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters' parts."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.parameters_of(name) if self.has(name) else ():
-                if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
-                    parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's part."""
-        if self.has(adapter_name):
-            self.remove(adapter_name)
-        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
-
-    def _run_for_samples(self, batch: AdapterBatch, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output for each sample of a call of what runs for its adapter, from those rows of the inputs that are the sample's.
-
-        Raises:
-            PeftNotSupportedError: It is no tensor.
-        """
-        if batch.only is not None:
-            return run(batch.only, *args, **kwargs)
-        shared = batch.share(args[0], self)
-        dim = int(shared.turned)
-        total = args[0].shape[dim]
-
-        def part(value: Any, own: torch.Tensor) -> Any:
-            has_rows = isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
-            return value.index_select(dim, own) if has_rows else value
-
-        rows = batch.rows(total, args[0].device, shared)
-        outputs = [
-            run(name, *(part(value, own) for value in args), **{key: part(value, own) for key, value in kwargs.items()})
-            for name, own in rows.items()
-        ]
-        if not all(isinstance(output, torch.Tensor) for output in outputs):
-            raise PeftNotSupportedError(
-                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
-                "does not."
-            )
-        return torch.cat(outputs, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
-
-    def _current(self) -> nn.Module:
-        """The module whose attributes this one shows."""
-        return self.original_module  # type: ignore[return-value]
-
-    def __getattr__(self, name: str) -> Any:
-        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in ("original_module", "modules_to_save", "token_adapter"):
-                raise
-            return getattr(self._current(), name)
-
-
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
-    """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`.
-
-    Attributes:
-        original_module: The module as it was.
-        modules_to_save: The copies by adapter name.
-    """
-
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
-
-    def __init__(self, module_to_save: nn.Module) -> None:
-        super().__init__(module_to_save)
-        self.original_module = module_to_save
-        self.modules_to_save = AdapterModuleDict()
-        self.modules_to_save.training = self.training
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters that have a copy."""
-        return list(self.modules_to_save)
-
-    def has(self, adapter_name: str) -> bool:
-        """Whether an adapter has a copy."""
-        return adapter_name in self.modules_to_save
-
-    @property
-    def _adapters(self) -> set[str]:
-        return set(self.modules_to_save)
-
-    @staticmethod
-    def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
-        """A trainable copy of a module (of the original one, if it is wrapped already). Of the modules in it that are keys of
-        `plain`, those are copied that stand there.
-        """
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        with gathered(module.parameters()):
-            instead: dict[int, Any] = {id(layer): copy.deepcopy(inner) for layer, inner in plain.items()}
-            for inner in module.modules():  # computed by a hook, they have a history, which torch does not copy
-                computed = [value for value in vars(inner).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
-                instead.update({id(value): value.detach().clone() for value in computed})
-            fresh = copy.deepcopy(module, instead)
-        for parameter in fresh.parameters():
-            parameter.requires_grad_(_can_be_trained(parameter))
-        return fresh
-
-    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter's copy."""
-        return list(self.modules_to_save[adapter_name].parameters())
-
-    def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's copy."""
-        del self.modules_to_save[adapter_name]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module in use, or for each sample that of the adapter its call chose for it."""
-        batch = ADAPTER_BATCHES.current
-        if batch is None or self._disable_adapters:
-            return self._current()(*args, **kwargs)
-        return self._run_for_samples(batch, lambda name, *own, **more: self._of(name)(*own, **more), args, kwargs)
-
-    def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """The copy of one of some adapters, or the original module."""
-        return next((self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module)
-
-    def _of(self, adapter_name: str) -> nn.Module:
-        """An adapter's copy, or the original module if it has none."""
-        if adapter_name in self.modules_to_save:
-            return self.modules_to_save[adapter_name]
-        return self.original_module
-
-    def _current(self) -> nn.Module:
-        if self._disable_adapters or not self._active_adapter:
-            return self.original_module
-        return self.modules_to_save[self._active_adapter[0]]
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each key of the wrapped module's state dict, the key of an adapter's copy."""
-        if adapter_name not in self.modules_to_save:
-            return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
-
-
-def _can_be_trained(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-def check_model(model: Any) -> None:
-    """Insist on a model.
-
-    Raises:
-        PeftTypeError: It is no `nn.Module`; says what to pass in its place.
-    """
-    if isinstance(model, nn.Module):
-        return
-    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
-    if isinstance(model, type):
-        remedy = f"Make or load an object of the class {model.__name__} first."
-    elif inside:
-        remedy = f"Pass one of the networks in it: {', '.join(f'`.{name}`' for name in inside)}."
-    else:
-        remedy = "Load the model first, and pass it as the first argument."
-    raise PeftTypeError(f"The model must be an nn.Module, got {type(model)}. {remedy}")
-
-
-def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, name in the parent) of the module at a path."""
-    parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(path), name
-
-
-_get_submodules = get_submodules  # the name clients import
-
-
-@ordinary_tensors()
-def prepare_model_for_kbit_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-    auto_clear_cache: bool = True,
-) -> nn.Module:
-    """Freeze a quantised model and keep what is not quantised in float32, for stable training of adapters on it.
-
-    Args:
-        model: A transformers model, changed in place.
-        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the frozen input.
-        gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
-        auto_clear_cache: Give the memory of what was cast back to the accelerator's driver.
-
-    Raises:
-        PeftTypeError: Not a model, or one without gradient checkpointing where that is asked for; nothing is changed.
-    """
-    check_model(model)
-    needed = ("enable_input_require_grads", "gradient_checkpointing_enable")
-    if use_gradient_checkpointing and (absent := [name for name in needed if not hasattr(model, name)]):
-        raise PeftTypeError(
-            f"{type(model).__name__} has no {', '.join(map('`{}`'.format, absent))}; pass `use_gradient_checkpointing=False`."
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
-            parameter.data = parameter.data.to(torch.float32)
-    if auto_clear_cache and infer_device() != "cpu":
-        getattr(torch, infer_device()).empty_cache()
-    if use_gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
-        options = {} if gradient_checkpointing_kwargs is None else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
-        model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
-    return model
-
-
-def infer_device() -> str:
-    """The name of the accelerator at hand, "cpu" if there is none."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "xpu" if torch.xpu.is_available() else "cpu"
-
-
-def model_type(model: nn.Module) -> str | None:
-    """The architecture's name in a transformers config (object or dict), None for other models."""
-    config = getattr(model, "config", None)
-    if isinstance(config, dict):
-        return config.get("model_type")
-    return getattr(config, "model_type", None)
+__all__ = [
+    "CONFIG_NAME",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "_get_submodules",
+    "cast_mixed_precision_params",
+    "check_model",
+    "fsdp_auto_wrap_policy",
+    "get_submodules",
+    "id_tensor_storage",
+    "infer_device",
+    "model_type",
+    "prepare_model_for_kbit_training",
+    "shift_tokens_right",
+    "transpose",
+]

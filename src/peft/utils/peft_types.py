@@ -1,160 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary of methods and tasks, and the registry that links a method's name to its classes.
+"""Names of methods and tasks and the registry of methods, at their documented place."""
 
-The names are those of the PEFT interface, so that configs and `isinstance` checks written against it can be read. Which of
-them this package implements is what the registry holds: registration is the only link between the core and a tuner.
-"""
-
-from __future__ import annotations
-
-import enum
-from typing import Any
-
-from .error import PeftValueError
-from .near_misses import did_you_mean
-
-
-class PeftType(str, enum.Enum):
-    """Names of parameter-efficient fine-tuning methods, as written in `adapter_config.json`."""
-
-    PROMPT_TUNING = "PROMPT_TUNING"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    BOFT = "BOFT"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    IA3 = "IA3"
-    BEFT = "BEFT"
-    LILY = "LILY"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    OFT = "OFT"
-    POLY = "POLY"
-    LN_TUNING = "LN_TUNING"
-    VERA = "VERA"
-    FROD = "FROD"
-    PVERA = "PVERA"
-    FOURIERFT = "FOURIERFT"
-    GLORA = "GLORA"
-    XLORA = "XLORA"
-    HRA = "HRA"
-    VBLORA = "VBLORA"
-    UNILORA = "UNILORA"
-    CPT = "CPT"
-    MISS = "MISS"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    HIRA = "HIRA"
-    SHIRA = "SHIRA"
-    C3A = "C3A"
-    WAVEFT = "WAVEFT"
-    OSF = "OSF"
-    DELORA = "DELORA"
-    GRALORA = "GRALORA"
-    CARTRIDGE = "CARTRIDGE"
-    TINYLORA = "TINYLORA"
-    PSOFT = "PSOFT"
-    PEANUT = "PEANUT"
-    SHADOW = "SHADOW"
-    SUPERTUNING = "SUPERTUNING"
-    DEFT = "DEFT"
-
-
-class TaskType(str, enum.Enum):
-    """What a model is used for; chooses the `PeftModelFor…` class."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[Any, type] = {}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, type] = {}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {}
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, type] = {}
-
-
-def register_peft_method(
-    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
-) -> None:
-    """Make a method known: its config class, its tuner class and the prefix of its parameter names.
-
-    Args:
-        name: Lower-case name; its upper-case form is the `peft_type` in configs. A name outside the vocabulary is added to it.
-        config_cls: Subclass of `PeftConfig`.
-        model_cls: Subclass of `BaseTuner`.
-        prefix: Start of the adapter's parameter names, by default `name` followed by an underscore.
-        is_mixed_compatible: Whether the method may share a model with other methods.
-
-    Raises:
-        PeftValueError: The name is not lower case, or is registered already.
-    """
-    if not name.isidentifier() or name != name.lower():
-        raise PeftValueError(f"`name`={name!r} must be a lower-case identifier.")
-    peft_type = _peft_type(name.upper())
-    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise PeftValueError(f"A method named {name!r} is registered already; choose another name.")
-    prefix = prefix or f"{name}_"
-    if prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
-        raise PeftValueError(f"The parameter prefix {prefix!r} is taken already; pass another `prefix`.")
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
-    if is_mixed_compatible:
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = model_cls
-
-
-def _peft_type(value: str) -> Any:
-    """The member of `PeftType` called `value`, made if the vocabulary lacks it."""
-    if value in PeftType.__members__:
-        return PeftType[value]
-    member = str.__new__(PeftType, value)
-    member._name_ = member._value_ = value
-    type.__setattr__(PeftType, value, member)
-    PeftType._member_map_[value] = PeftType._value2member_map_[value] = member
-    PeftType._member_names_.append(value)
-    return member
-
-
-def registered_methods() -> list[str]:
-    """Names of the methods this package provides, for error messages."""
-    return sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING)
-
-
-def not_provided(name: str) -> str:
-    """Return the message for a name of the interface that stands for something this package lacks."""
-    instead = next((remedy for part, remedy in _INSTEAD.items() if part in name), "")
-    return f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.{instead} {WAY_BACK}"
-
-
-WAY_BACK = (
-    "This `peft` is an independent implementation of the PEFT interface, not Hugging Face's. To go back to theirs, which has the "
-    "same name: `pip uninstall peft`, then `pip install peft`."
+from ..base.registry import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    WAY_BACK,
+    PeftType,
+    TaskType,
+    lookup,
+    not_provided,
+    register_peft_method,
+    registered_methods,
 )
-_TOKENS = " Rows of embeddings are trained beside any method by `trainable_token_indices` in its config."
-# What there is in place of a feature, by a part of its name.
-_INSTEAD = {"TrainableTokens": _TOKENS, "TRAINABLE_TOKENS": _TOKENS}
 
-
-def lookup(mapping: dict[Any, Any], peft_type: Any) -> Any:
-    """The registry's entry for `peft_type` (a `PeftType` or its string).
-
-    Raises:
-        PeftValueError: The method is unknown or not provided; the message names those that are.
-    """
-    name = str(getattr(peft_type, "value", peft_type))
-    try:
-        return mapping[PeftType(peft_type)]
-    except KeyError:
-        raise PeftValueError(not_provided(f"`peft_type`={name!r}")) from None
-    except ValueError:
-        provided = registered_methods()
-        message = f"`peft_type`={name!r} is not provided by this package and names no method; it provides {', '.join(provided)}."
-        raise PeftValueError(message + did_you_mean(name, provided)) from None
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "WAY_BACK",
+    "PeftType",
+    "TaskType",
+    "lookup",
+    "not_provided",
+    "register_peft_method",
+    "registered_methods",
+]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft.tuners._thin import scaled
+from peft.ops.mixed_precision import scaled
 from peft.tuners.lora.factors import draw, draw_for_embedding, grouped_row_norms, olora, orthogonal, pissa, row_norms
 
 

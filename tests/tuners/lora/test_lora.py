@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft
 from peft import LoKrConfig, LoraConfig, PolyConfig, VBLoRAConfig, get_peft_model, get_peft_model_state_dict
+from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.layer import Conv2d, LoraLayer
-from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
-from peft.utils import merge_utils
+from peft.ops import task_vectors as merge_utils
 
 RECORDED = json.loads((Path(__file__).parent / "combinations.json").read_text())
 

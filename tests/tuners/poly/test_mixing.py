@@ -15,16 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.tuners.poly import mixing
-from peft.tuners.poly.mixing import (
-    gates,
-    grow_skills,
-    mix,
-    normalise,
-    poly_delta,
-    rank_space_pays,
-    task_delta_weight,
-    task_factors,
-)
+from peft.tuners.poly.mixing import gates, grow_skills, mix, normalise, poly_delta, rank_space_pays, task_delta_weight, task_factors
 from peft.tuners.poly.pooling import pool, prompt_mask
 
 few = settings(max_examples=25, deadline=None)

@@ -14,14 +14,14 @@ from peft import PolyConfig, get_peft_model
 from peft.tuners.poly import (
     RoutingWatch,
     TaskSampler,
-    metrics,
     metrics_by_task,
     recorded_routing,
     routing_callback,
     routing_loss,
     routing_report,
 )
-from peft.tuners.poly.report import join_closest
+from peft.tuners.poly.analysis import metrics
+from peft.tuners.poly.analysis.report import join_closest
 
 TARGETS = ["0", "2"]
 

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft.tuners.vblora import bank as bank_module
-from peft.tuners.vblora.bank import (
-    compose,
-    compress,
-    expand,
-    index_dtype,
-    is_topk_only,
-    savable_parameters,
-)
+from peft.tuners.vblora.bank import compose, compress, expand, index_dtype, is_topk_only, savable_parameters
 from peft.tuners.vblora.factors import compose_factors
 
 few = settings(max_examples=25, deadline=None)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import PeftModel, VBLoRAConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
-from peft.tuners._packed import PackedTensors
-from peft.utils.hotswap import hotswap_adapter
+from peft.tuners.vblora.packed import PackedTensors
 
 pytestmark = pytest.mark.quick
 TARGETS = ["0", "2"]

@@ -13,8 +13,8 @@ from conftest import llama, mlp
 from safetensors.torch import load_file, save_file
 
 from peft import LoKrConfig, PeftConfig, PeftModel, VBLoRAConfig, VectorBank, bank_usage, get_peft_model, inject_adapter_in_model
+from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
-from peft.utils.hotswap import hotswap_adapter
 
 TARGETS = ["0", "2"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ...base.registry import PeftType
 from ...config import at_least, boolean, number, probability
-from ...utils.peft_types import PeftType
 from ..lycoris_utils import LycorisConfig
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._eager import shapes
+from ...ops.dispatch import shapes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._accumulate import Steps, thin_steps
-from .._cost import AdapterCost, columns, thin_cost
-from .._geometry import Geometry, Placement, conv_options, pad_input
-from .._holder import AdapterParameterDict
-from .._lowrank import LowRank, approximate, cut, product_svd
-from .._merging import Recipe
+from ...base.geometry import Geometry, Placement, columns
+from ...core.adapters import AdapterParameterDict
+from ...core.base_layer import conv_options, pad_input
+from ...core.cost import AdapterCost, thin_cost
+from ...ops.exact_merge import Recipe
+from ...ops.fused_linear import Steps, thin_steps
+from ...ops.low_rank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
 from .hadamard import HadamardFactors, factor_shapes, hadamard_conv, hadamard_weight, is_thin, low_rank_pair
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .._geometry import geometry
-from .._layer import BaseTunerLayer
-from .._roles import Role
+from ...core.base_layer import geometry
+from ...core.layer import BaseTunerLayer
+from ...core.parameter_roles import Role
 from ..lycoris_utils import LycorisTuner
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoKr: low-rank Kronecker products, `ΔW = (alpha / r) · (W1 ⊗ W2)`. Source: arXiv:2309.14859"""
 
-from ...utils.peft_types import register_peft_method
+from ...base.registry import register_peft_method
 from .config import LoKrConfig
 from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer

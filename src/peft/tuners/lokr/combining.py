@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 
-from ...utils.error import PeftValueError
-from .._combining import Combination, Combined, layers_of, shared_value
+from ...base.errors import PeftValueError
+from ...core.combining import Combination, Combined, layers_of, shared_value
 from .lowrank import nearest_product
 
 if TYPE_CHECKING:

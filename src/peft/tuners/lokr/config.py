@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...base.plain_values import is_empty
+from ...base.registry import PeftType
 from ...config import at_least, boolean, choice, is_int, number, pattern_dict, probability
-from ...utils.peft_types import PeftType
-from ...utils.plain import is_empty
 from ..lycoris_utils import LycorisConfig
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .._cost import AdapterCost, columns
-from .._geometry import Geometry
+from ...base.geometry import Geometry, columns
+from ...core.cost import AdapterCost
 from .order import contraction_order
 from .shapes import Shapes, sides
 

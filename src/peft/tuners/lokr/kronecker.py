@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._accumulate import Steps
-from .._eager import shapes
-from .._thin import widened
+from ...ops.dispatch import shapes
+from ...ops.fused_linear import Steps
+from ...ops.mixed_precision import widened
 from .order import State, contraction_order
 
 Chain = tuple[Tensor, ...]

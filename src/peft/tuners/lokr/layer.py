@@ -11,22 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._accumulate import Steps
-from .._cost import AdapterCost
-from .._geometry import Geometry, Placement, conv_options, pad_input
-from .._holder import AdapterParameterDict
-from .._lowrank import LowRank, approximate, cut, dense_svd, wide
-from .._merging import Recipe
+from ...base.geometry import Geometry, Placement
+from ...core.adapters import AdapterParameterDict
+from ...core.base_layer import conv_options, pad_input
+from ...core.cost import AdapterCost
+from ...ops.exact_merge import Recipe
+from ...ops.fused_linear import Steps
+from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
 from ..lycoris_utils import LycorisLayer
 from .cost import cost
-from .kronecker import (
-    KroneckerFactors,
-    flat_kronecker_weight,
-    kronecker_conv,
-    kronecker_linear,
-    kronecker_steps,
-    kronecker_weight,
-)
+from .kronecker import KroneckerFactors, flat_kronecker_weight, kronecker_conv, kronecker_linear, kronecker_steps, kronecker_weight
 from .lowrank import kronecker_low_rank
 from .norms import column_norms, product_norm, row_norms
 from .shapes import Shapes, factor_shapes, factorization

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._lowrank import LowRank, SingularTriples, dense_svd, kept, norm, product_svd, tail, wide
+from ...ops.low_rank import LowRank, SingularTriples, dense_svd, kept, norm, product_svd, tail, wide
 from .kronecker import KroneckerFactors
 
 

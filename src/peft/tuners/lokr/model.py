@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...utils.error import PeftValueError
-from .._combining import Combination, Combined
-from .._geometry import Geometry, geometry
-from .._layer import BaseTunerLayer
-from .._roles import Role
-from .._targets import pattern_value
+from ...base.errors import PeftValueError
+from ...base.geometry import Geometry
+from ...core.base_layer import geometry
+from ...core.combining import Combination, Combined
+from ...core.layer import BaseTunerLayer
+from ...core.parameter_roles import Role
+from ...core.targets import pattern_value
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig

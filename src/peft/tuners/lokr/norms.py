@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._eager import shapes, without_autocast
+from ...ops.dispatch import shapes, without_autocast
 from .kronecker import KroneckerFactors, left, right
 
 _TERMS = {  # against W1, then against W2; and what is left of the squares of both

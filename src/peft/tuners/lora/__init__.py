@@ -4,8 +4,8 @@
 import typing as _typing
 from typing import Any as _Any
 
-from ...utils.markers import marker as _marker
-from ...utils.peft_types import register_peft_method
+from ...base.placeholders import marker as _marker
+from ...base.registry import register_peft_method
 from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...utils.error import PeftNotSupportedError
-from ...utils.rank_room import RankRoom
-from ...utils.sharding import whole
-from ...utils.walk import AdapterModuleDict
-from .._cost import AdapterCost, thin_cost
-from .._decomposed import DecomposedLayer
-from .._eager import is_autocast
-from .._geometry import Placement
-from .._holder import AdapterParameterDict
-from .._lowrank import LowRank, approximate, cut, dense_svd, wide
-from .._merging import Recipe, scaled_product
-from .._thin import scaled
+from ...base.containers import AdapterModuleDict
+from ...base.errors import PeftNotSupportedError
+from ...base.geometry import Placement
+from ...checkpoint.rank_padding import RankRoom
+from ...core.adapters import AdapterParameterDict
+from ...core.cost import AdapterCost, thin_cost
+from ...core.dora import DecomposedLayer
+from ...integrations.distributed import whole
+from ...ops.dispatch import is_autocast
+from ...ops.exact_merge import Recipe, scaled_product
+from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
+from ...ops.mixed_precision import scaled
 from .factors import Factors, draw, row_norms
 
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...utils import merge_utils
-from ...utils.error import PeftValueError
-from .._combining import Combination, Combined, layers_of
-from .._lowrank import kept, norm, product_svd, tail
+from ...base.errors import PeftValueError
+from ...core.combining import Combination, Combined, layers_of
+from ...ops import task_vectors as merge_utils
+from ...ops.low_rank import kept, norm, product_svd, tail
 from .conversion import lora_tensors
 from .layer import LoraLayer
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...base.errors import PeftNotSupportedError, warn
+from ...base.placeholders import marker
+from ...base.plain_values import is_empty
+from ...base.registry import WAY_BACK, PeftType
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
-from ...utils.error import PeftNotSupportedError
-from ...utils.markers import marker
-from ...utils.peft_types import WAY_BACK, PeftType
-from ...utils.plain import is_empty
-from ...utils.warning import warn
 from .starts import REPEATABLE, is_random, upgraded
 
 # What `init_lora_weights` may say, beside "pissa_niter_<n>".

@@ -17,18 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.errors import PeftError, PeftValueError, warn
+from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from ...checkpoint.files import write_adapter
+from ...checkpoint.state_dict import MODEL_ROOT, get_peft_model_state_dict
 from ...config import as_folder
-from ...utils.adapter_files import write_adapter
-from ...utils.error import PeftError, PeftValueError
-from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
-from ...utils.save_and_load import MODEL_ROOT, get_peft_model_state_dict
-from ...utils.warning import warn
-from .. import _targets
-from .._converting import check_convertible, config_of, layers_with, name_of, root_of
-from .._geometry import geometry
-from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, approximate, check_rank, total_error
-from .._plan import own_modules
+from ...core import targets as _targets
+from ...core.base_layer import geometry
+from ...core.conversion import check_convertible, config_of, layers_with, name_of, root_of
+from ...core.layer import BaseTunerLayer
+from ...core.plan import own_modules
+from ...ops.low_rank import LowRank, approximate, check_rank, total_error
 from .config import LoraConfig
 
 # How many tasks `save_tasks_as_lora` holds in memory at a time.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._eager import without_autocast
+from ...ops.dispatch import without_autocast
 
 
 class Factors(NamedTuple):

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...utils.error import PeftNotSupportedError
-from ...utils.markers import marker
-from ...utils.sharding import whole
-from .._accumulate import Steps, is_bare, thin_steps
-from .._geometry import Placement, embedding_scale, innermost
-from .._thin import scaled
+from ...base.errors import PeftNotSupportedError
+from ...base.geometry import Placement
+from ...base.placeholders import marker
+from ...core.base_layer import embedding_scale, innermost
+from ...integrations.distributed import whole
+from ...ops.fused_linear import Steps, is_bare, thin_steps
+from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
 

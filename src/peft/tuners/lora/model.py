@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...utils.error import PeftWarning
-from ...utils.warning import warn
-from .._build import Build, Construction
-from .._combining import Combination, Combined, outer_path
-from .._geometry import conv_options, expected_layout, geometry, innermost, table
-from .._layer import BaseTunerLayer
-from .._plan import Plan
-from .._roles import Role
-from .._targets import pattern_value
-from .._tuner import BaseTuner
+from ...base.errors import PeftWarning, warn
+from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
+from ...core.build import Build, Construction
+from ...core.combining import Combination, Combined, outer_path
+from ...core.layer import BaseTunerLayer
+from ...core.parameter_roles import Role
+from ...core.plan import Plan
+from ...core.targets import pattern_value
+from ...core.tuner import BaseTuner
 from . import combining
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftNotSupportedError
-from ...utils.patterns import written
-from ...utils.save_and_load import MODEL_ROOT, ROOT
-from ...utils.warning import warn
-from .._targets import pattern_value
+from ...base.errors import PeftNotSupportedError, warn
+from ...base.patterns import written
+from ...checkpoint.state_dict import MODEL_ROOT, ROOT
+from ...core.targets import pattern_value
 
 # What a config's `start` says where the adapter starts as it would again.
 REPEATABLE = "repeatable"

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Poly: a shared inventory of low-rank skills, mixed for each task or input. Source: arXiv:2202.13914, arXiv:2211.03831"""
 
-from ...utils.peft_types import register_peft_method
-from .collator import TaskCollator
+from ...base.registry import register_peft_method
+from .analysis.losses import recorded_routing, routing_loss
+from .analysis.report import RoutingReport, routing_report
+from .analysis.watching import RoutingWatch, routing_callback
 from .config import PolyConfig
 from .conversion import PolyConversion, convert_to_poly, save_as_poly
-from .labels import TaskLabels
+from .data.collator import TaskCollator
+from .data.labels import TaskLabels
+from .data.sampling import TaskSampler, metrics_by_task
 from .layer import Linear, PolyLayer
-from .losses import recorded_routing, routing_loss
 from .methods import PolyMethods
 from .model import PolyModel
 from .regimes import REGIMES
-from .report import RoutingReport, routing_report
-from .sampling import TaskSampler, metrics_by_task
-from .watching import RoutingWatch, routing_callback
 
 __all__ = [
     "REGIMES",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.errors import PeftTypeError, PeftValueError
+from ...base.plain_values import plain
 from ...config import at_least, choice
 from ...config import number as finite_number
-from ...utils.error import PeftTypeError, PeftValueError
-from ...utils.plain import plain
 from .deriving import DerivingTuner
 from .layer import is_fixed
 from .regimes import Regime, regime_named

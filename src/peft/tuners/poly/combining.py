@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftNotSupportedError
-from .._combining import Combination, Combined, layers_of, shared_value
-from .._lowrank import wide
-from .._targets import patterns
+from ...base.errors import PeftNotSupportedError
+from ...core.combining import Combination, Combined, layers_of, shared_value
+from ...core.targets import patterns
+from ...ops.low_rank import wide
 
 if TYPE_CHECKING:
     from .model import PolyModel

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, name_list, number, pattern_dict, probability
-from ...utils.peft_types import PeftType
-from .. import _targets
+from ...core import targets as _targets
 from .task_ids import name_offences
 
 if TYPE_CHECKING:

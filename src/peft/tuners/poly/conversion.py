@@ -13,20 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.errors import PeftError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
+from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ...checkpoint.files import write_adapter
+from ...checkpoint.state_dict import MODEL_ROOT, companion_tensors, in_view
 from ...config import as_folder, is_int
-from ...utils.adapter_files import write_adapter
-from ...utils.error import PeftError, PeftNotSupportedError, PeftTypeError, PeftValueError, UnsupportedModuleError
-from ...utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ...utils.save_and_load import MODEL_ROOT, companion_tensors, in_view
-from ...utils.sharding import own_state
-from .. import _heads, _targets
-from .._converting import check_convertible, config_of, layers_with, root_of
-from .._geometry import geometry
-from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, total_error
-from .._plan import own_modules
+from ...core import combined_heads
+from ...core import targets as _targets
+from ...core.base_layer import geometry
+from ...core.conversion import check_convertible, config_of, layers_with, root_of
+from ...core.layer import BaseTunerLayer
+from ...core.plan import own_modules
+from ...integrations.distributed import own_state
+from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
-from .labels import TaskLabels
+from .data.labels import TaskLabels
 
 
 class _Pair(NamedTuple):
@@ -242,12 +243,12 @@ def _beside(
     parts = {
         name: companion_tensors(own_state(root, in_view(config, name)).items(), config, name) for name, config in configs.items()
     }
-    if heads == _heads.STACK not in configs:
+    if heads == combined_heads.STACK not in configs:
         return _stacked(parts, tasks)
-    return _heads.combine(parts, heads, can_stack=_linear_head(parts) is not None), None
+    return combined_heads.combine(parts, heads, can_stack=_linear_head(parts) is not None), None
 
 
-def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, Tensor], TaskLabels]:
+def _stacked(parts: combined_heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, Tensor], TaskLabels]:
     """Return a linear head with the rows of all heads, and which are which task's.
 
     Raises:
@@ -255,13 +256,13 @@ def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, T
     """
     if not any(parts.values()):
         raise PeftValueError(
-            f"`heads`={_heads.STACK!r} stacks heads that adapters train beside their layers (`modules_to_save`); of "
+            f"`heads`={combined_heads.STACK!r} stacks heads that adapters train beside their layers (`modules_to_save`); of "
             f"{', '.join(parts)} none has one. Leave `heads` out."
         )
     head = _linear_head(parts)
     if head is None:
         raise PeftValueError(
-            f"`heads`={_heads.STACK!r} needs one linear head in each adapter; they train "
+            f"`heads`={combined_heads.STACK!r} needs one linear head in each adapter; they train "
             f'{ {name: sorted(own) for name, own in parts.items()} }. Pass `heads="mean"` or the name of the adapter whose '
             "modules are taken."
         )
@@ -269,7 +270,7 @@ def _stacked(parts: _heads.Parts, tasks: Mapping[str, str]) -> tuple[dict[str, T
     return joined, TaskLabels({tasks[name]: len(own[f"{head}.weight"]) for name, own in parts.items()})
 
 
-def _linear_head(parts: _heads.Parts) -> str | None:
+def _linear_head(parts: combined_heads.Parts) -> str | None:
     """Return the path of the linear layer that is all that each of some adapters trains beside its layers, if there is one."""
     first, *others = (set(own) for own in parts.values())
     paths = {key.rpartition(".")[0] for key in first}

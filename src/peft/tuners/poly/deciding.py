@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...utils.call_rows import CallRows
-from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...base.call_rows import CallRows
+from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .pooling import prompt_mask
 
 # Additive masks hold this or less where a token may not be attended to.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftValueError
-from .. import _combining
-from .._combining import Combined
+from ...base.errors import PeftValueError
+from ...core import combining as _combining
+from ...core.combining import Combined
 from .inventory import InventoryTuner
 from .mixing import task_factors
 from .router import InputRouter, TaskRouter

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._eager import shapes
-from .._kernels import agrees, can_launch
+from ...ops.dispatch import shapes
+from ...ops.triton_support import agrees, can_launch
 from .mixing import _certainly, gates, normalise
 
 
@@ -103,7 +103,7 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, tr
     """
     other = how.hard or how.always_on or (how.dropout if training else how.top_k)
     if not other and can_launch(table) and type(task_ids) is Tensor and task_ids.device == table.device:
-        from . import kernels
+        from . import gating_triton as kernels
 
         ours = kernels.task_weights
         if kernels.fits(table, task_ids, n_splits) and agrees(ours, _task_weights, _example, table.device):

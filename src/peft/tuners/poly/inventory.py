@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError, warn
+from ...base.plain_values import plain
+from ...base.suggestions import did_you_mean
+from ...base.tensors import ordinary_tensors
 from ...config import is_int
-from ...utils.error import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
-from ...utils.near_misses import did_you_mean
-from ...utils.plain import plain
-from ...utils.sharding import is_managed
-from ...utils.tensors import ordinary_tensors
-from ...utils.warning import warn
-from .._tuner import BaseTuner
+from ...core.tuner import BaseTuner
+from ...integrations.distributed import is_managed
 from .layer import PolyLayer
 from .mixing import grow_skills
 from .router import TaskRouter

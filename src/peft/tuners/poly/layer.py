@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...base.call_rows import IN_ORDER, Rows
+from ...base.containers import AdapterModuleDict
+from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ...base.geometry import Placement
+from ...base.plain_values import plain
 from ...config import is_int
-from ...utils.call_rows import IN_ORDER, Rows
-from ...utils.error import PeftNotSupportedError, PeftTypeError, PeftValueError
-from ...utils.plain import plain
-from ...utils.walk import AdapterModuleDict
-from .._accumulate import Steps
-from .._cost import AdapterCost, thin_cost
-from .._eager import shapes
-from .._geometry import Placement
-from .._holder import AdapterParameterDict
-from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, approximate
-from .._merging import Recipe, sum_of_products
-from .._nested import are_tokens
-from .._recall import is_running_often, may_reuse, reuse
+from ...core.adapters import AdapterParameterDict
+from ...core.cost import AdapterCost, thin_cost
+from ...core.layer import BaseTunerLayer
+from ...ops.dispatch import shapes
+from ...ops.exact_merge import Recipe, sum_of_products
+from ...ops.fused_linear import Steps
+from ...ops.inference_cache import is_running_often, may_reuse, reuse
+from ...ops.low_rank import LowRank, approximate
+from ...ops.nested import are_tokens
 from .gating import only_used
 from .mixing import poly_delta, poly_steps, side_by_side, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._methods import forwarded, methods_of
+from ...core.model_methods import forwarded, methods_of
 from .model import PolyModel
 
 if TYPE_CHECKING:

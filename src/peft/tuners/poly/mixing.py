@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...utils.error import PeftValueError
-from .._accumulate import Steps, thin_steps
-from .._eager import is_eager, shapes
-from .._kernels import agrees, can_launch
-from .._thin import scaled, widened
+from ...base.errors import PeftValueError
+from ...ops.dispatch import is_eager, shapes
+from ...ops.fused_linear import Steps, thin_steps
+from ...ops.mixed_precision import scaled, widened
+from ...ops.triton_support import agrees, can_launch
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
@@ -99,7 +99,7 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
     Source: arXiv:2211.03831
     """
     if can_launch(weights, A, B):
-        from . import mixing_kernels as kernels
+        from . import mixing_triton as kernels
 
         if kernels.fits(weights, A, B) and agrees(kernels.mix, _mix_exactly, _example, A.device):
             return kernels.mix(weights, A, B, scale)

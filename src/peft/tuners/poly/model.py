@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...utils.call_rows import bind, entrances, positional_names
-from ...utils.error import PeftNotSupportedError, PeftTypeError
-from ...utils.walk import walk
-from .._build import Build
-from .._combining import Combination, Combined
-from .._entry import Entry, put_entry, remove_entries
-from .._geometry import geometry
-from .._layer import BaseTunerLayer
-from .._roles import Role
+from ...base.call_rows import bind, entrances, positional_names
+from ...base.containers import walk
+from ...base.errors import PeftNotSupportedError, PeftTypeError
+from ...core.base_layer import geometry
+from ...core.build import Build
+from ...core.combining import Combination, Combined
+from ...core.entry_points import Entry, put_entry, remove_entries
+from ...core.layer import BaseTunerLayer
+from ...core.parameter_roles import Role
 from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftValueError
-from .._eager import shapes
+from ...base.errors import PeftValueError
+from ...ops.dispatch import shapes
 from .mixing import _working_dtype
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...base.errors import PeftValueError
 from ...config import choice
-from ...utils.error import PeftValueError
 
 
 class Regime(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...utils.error import PeftTypeError
-from ...utils.sharding import whole
-from .._geometry import Placement
+from ...base.errors import PeftTypeError
+from ...base.geometry import Placement
+from ...integrations.distributed import whole
 from .gating import Gating, mixing_weights, open_gates, task_weights
 from .pooling import pool
 from .tables import TaskTable

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ...utils.call_rows import IN_ORDER, CallRows, Rows, bind, describe, generation_option, of_call, of_generation
-from ...utils.call_stack import CallStack
-from ...utils.error import PeftNotSupportedError, PeftValueError
-from ...utils.tracing import shapes
-from ...utils.walk import walk
+from ...base.call_context import ADAPTER_BATCHES, AdapterBatch
+from ...base.call_rows import IN_ORDER, CallRows, Rows, bind, describe, generation_option, of_call, of_generation
+from ...base.call_stack import CallStack
+from ...base.containers import walk
+from ...base.errors import PeftNotSupportedError, PeftValueError
+from ...base.tracing import shapes
 from .deciding import Deciding
 from .pooling import pool
 from .task_ids import as_task_ids, has_values

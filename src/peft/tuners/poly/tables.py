@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...utils.error import PeftRuntimeError
-from ...utils.sharding import cut_like, is_distributed, is_managed, whole
+from ...base.errors import PeftRuntimeError
+from ...integrations.distributed import cut_like, is_distributed, is_managed, whole
 
 
 class _Rows(nn.ParameterList):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.errors import PeftTypeError, PeftValueError
+from ...base.plain_values import plain
+from ...base.suggestions import did_you_mean
+from ...base.tracing import shapes, untraced
 from ...config import number
-from ...utils.error import PeftTypeError, PeftValueError
-from ...utils.near_misses import did_you_mean
-from ...utils.plain import plain
-from ...utils.tracing import shapes, untraced
 
 # How many names of tasks a message lists; an adapter may have thousands.
 _LISTED = 16

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._eager import shapes
-from .._geometry import Placement
+from ...base.geometry import Placement
+from ...ops.dispatch import shapes
 from .tables import TaskTable
 
 

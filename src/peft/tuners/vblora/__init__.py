@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """VB-LoRA: low-rank factors composed from the vectors of one shared bank. Source: arXiv:2405.15179"""
 
-from ...utils.peft_types import register_peft_method
+from ...base.registry import register_peft_method
 from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
 from .methods import VBLoRAMethods
 from .model import VBLoRAModel
-from .shared import VectorBank
+from .shared_bank import VectorBank
 from .usage import BankUsage, bank_usage
 
 __all__ = ["BankUsage", "Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAMethods", "VBLoRAModel", "VectorBank", "bank_usage"]

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._derivatives import gradients_again
-from .._eager import is_batched, is_eager, shapes
+from ...ops.derivatives import gradients_again
+from ...ops.dispatch import is_batched, is_eager, shapes
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where `embedding_bag` is known to have a gradient for its weights."""

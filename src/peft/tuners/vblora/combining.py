@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...utils.error import PeftNotSupportedError
-from .._combining import Combination, Combined, layers_of, shared_value, uniform_scale
-from .._lowrank import wide
+from ...base.errors import PeftNotSupportedError
+from ...core.combining import Combination, Combined, layers_of, shared_value, uniform_scale
+from ...ops.low_rank import wide
 
 if TYPE_CHECKING:
     from .model import VBLoRAModel

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ...base.registry import PeftType
 from ...config import LayeredConfig, at_least, boolean, choice, is_int, number, probability
-from ...utils.peft_types import PeftType
 
 if TYPE_CHECKING:
     from .methods import VBLoRAPeftModel

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._kernels import agrees, can_launch
+from ...ops.triton_support import agrees, can_launch
 from .bank import compose_in_full
 
 
@@ -34,7 +34,7 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
     Source: arXiv:2405.15179
     """
     if can_launch(logits_A, logits_B, bank) and not torch.are_deterministic_algorithms_enabled():
-        from . import kernels
+        from . import factors_triton as kernels
 
         ours = kernels.compose_factors
         if kernels.fits(logits_A, logits_B, bank, topk) and agrees(ours, compose_in_full, _example, bank.device):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.error import CheckpointError
+from ...base.errors import CheckpointError
 from .bank import choose, chosen_logits, compress, expand
 from .config import Form
 from .layer import INDICES, LOGITS, WEIGHTS

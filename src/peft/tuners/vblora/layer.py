@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...utils.adapter_batch import AdapterBatch
-from ...utils.call_rows import Rows
-from ...utils.error import PeftRuntimeError
-from .._accumulate import Steps, thin_steps
-from .._cost import AdapterCost, thin_cost
-from .._eager import shapes
-from .._geometry import Placement
-from .._holder import AdapterParameterDict
-from .._layer import BaseTunerLayer
-from .._lowrank import LowRank, approximate
-from .._merging import Recipe, sum_of_products
-from .._packed import PackedTensors
-from .._recall import reuse
-from .._thin import scaled
+from ...base.call_context import AdapterBatch
+from ...base.call_rows import Rows
+from ...base.errors import PeftRuntimeError
+from ...base.geometry import Placement
+from ...core.adapters import AdapterParameterDict
+from ...core.cost import AdapterCost, thin_cost
+from ...core.layer import BaseTunerLayer
+from ...ops.dispatch import shapes
+from ...ops.exact_merge import Recipe, sum_of_products
+from ...ops.fused_linear import Steps, thin_steps
+from ...ops.inference_cache import reuse
+from ...ops.low_rank import LowRank, approximate
+from ...ops.mixed_precision import scaled
 from .bank import all_weights, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
 from .config import Form
 from .factors import compose_factors
+from .packed import PackedTensors
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 INDICES, WEIGHTS, GATE = "_topk_indices", "_topk_weights", "vblora_gate"

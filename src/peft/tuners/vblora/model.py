@@ -10,25 +10,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...utils.constants import DEFAULT_TARGET_MODULES
-from ...utils.error import CheckpointError
-from ...utils.save_and_load import adapter_tensors, in_view
-from ...utils.values import warn_of_values
-from ...utils.walk import named_tensors, walk
-from ...utils.warning import warn
-from .._build import Build, Construction
-from .._combining import Combination, Combined
-from .._geometry import Placement, expected_layout, geometry
-from .._layer import BaseTunerLayer
-from .._meant import adapter_meant
-from .._plan import Plan
-from .._roles import Role
-from .._tuner import BaseTuner
+from ...base.constants import DEFAULT_TARGET_MODULES
+from ...base.containers import named_tensors, walk
+from ...base.errors import CheckpointError, warn
+from ...base.geometry import Placement
+from ...checkpoint.state_dict import adapter_tensors, in_view
+from ...checkpoint.values import warn_of_values
+from ...core.adapter_choice import adapter_meant
+from ...core.base_layer import expected_layout, geometry
+from ...core.build import Build, Construction
+from ...core.combining import Combination, Combined
+from ...core.layer import BaseTunerLayer
+from ...core.parameter_roles import Role
+from ...core.plan import Plan
+from ...core.tuner import BaseTuner
 from . import combining
 from .config import Form
 from .files import export_state, import_state
 from .layer import GATE, INDICES, LOGITS, TRAINING_ON, WEIGHTS, Linear, VBLoRALayer
-from .shared import FoundBank, find_bank
+from .shared_bank import FoundBank, find_bank
 
 _BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
 _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...base.containers import walk
+from ...checkpoint.files import write_report
 from ...config import as_folder
-from ...utils.adapter_files import write_report
-from ...utils.walk import walk
-from .._meant import adapter_of
+from ...core.adapter_choice import adapter_of
 from .bank import choose
 from .config import Form
 from .layer import VBLoRALayer

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ....utils.renamed_modules import ModuleNames
-from ..._geometry import Geometry, geometry, innermost
-from ..._plan import own_modules
-from ..._targets import exactly, patterns
+from ....base.geometry import Geometry
+from ....checkpoint.renamed_modules import ModuleNames
+from ....core.base_layer import geometry, innermost
+from ....core.plan import own_modules
+from ....core.targets import exactly, patterns
 from ..config import LoKrConfig
 from ..model import layer_options
 from ..shapes import Shapes, factor_shapes, shape_problems, sides

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....utils.adapter_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, as_path, read_json, read_metadata, read_weights
-from ....utils.error import CheckpointError, PeftTypeError, PeftValueError
-from ....utils.peft_types import PeftType
-from ....utils.rules import check_adapter, check_flags
-from ....utils.values import warn_of_values
-from ..._adapted import AdaptedModel
-from ..._build import Build, Construction
+from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
+from ....base.registry import PeftType
+from ....base.validation import check_adapter, check_flags
+from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, as_path, read_json, read_metadata, read_weights
+from ....checkpoint.values import warn_of_values
+from ....core.adapted_model import AdaptedModel
+from ....core.build import Build, Construction
 from ..config import LoKrConfig
 from ..model import LoKrModel
 from .keys import NUMBERS, split_key

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from ....utils.error import PeftTypeError, PeftValueError
-from ..._geometry import Geometry, geometry
-from ..._plan import own_modules
-from ..._targets import exactly, patterns
+from ....base.errors import PeftTypeError, PeftValueError
+from ....base.geometry import Geometry
+from ....core.base_layer import geometry
+from ....core.plan import own_modules
+from ....core.targets import exactly, patterns
 from ..config import LoKrConfig
 from ..shapes import factorization
 

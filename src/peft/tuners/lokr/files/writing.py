@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ....utils.adapter_files import as_file, write_tensors
-from ....utils.error import PeftNotSupportedError, PeftValueError
-from ....utils.renamed_modules import names_in_files
-from ....utils.rules import check_flags
-from ....utils.walk import walk
-from ..._adapted import AdaptedModel
-from ..._combining import outer_path
-from ..._meant import adapter_of
+from ....base.containers import walk
+from ....base.errors import PeftNotSupportedError, PeftValueError
+from ....base.validation import check_flags
+from ....checkpoint.files import as_file, write_tensors
+from ....checkpoint.renamed_modules import names_in_files
+from ....core.adapted_model import AdaptedModel
+from ....core.adapter_choice import adapter_of
+from ....core.combining import outer_path
 from ..layer import LoKrLayer
 from .keys import join_key
 from .names import Names

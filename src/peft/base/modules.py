@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers on modules: their place in a model, the model's architecture, the accelerator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import PeftTypeError
+
+
+def check_model(model: Any) -> None:
+    """Insist on a model.
+
+    Raises:
+        PeftTypeError: It is no `nn.Module`; says what to pass in its place.
+    """
+    if isinstance(model, nn.Module):
+        return
+    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+    if isinstance(model, type):
+        remedy = f"Make or load an object of the class {model.__name__} first."
+    elif inside:
+        remedy = f"Pass one of the networks in it: {', '.join(f'`.{name}`' for name in inside)}."
+    else:
+        remedy = "Load the model first, and pass it as the first argument."
+    raise PeftTypeError(f"The model must be an nn.Module, got {type(model)}. {remedy}")
+
+
+def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, name in the parent) of the module at a path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(path), name
+
+
+_get_submodules = get_submodules  # the name clients import
+
+
+def infer_device() -> str:
+    """The name of the accelerator at hand, "cpu" if there is none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The architecture's name in a transformers config (object or dict), None for other models."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)

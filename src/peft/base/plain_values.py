@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values as a JSON file can hold them, for what people put into configs: paths, dtypes, enumerations, NumPy's numbers, ranges."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections import deque
+from collections.abc import Iterator, KeysView, Mapping, ValuesView
+from typing import Any
+
+import torch
+
+from .errors import PeftTypeError
+
+
+def plain(value: Any) -> Any:
+    """The value that JSON has for `value`, sets and tuples apart; `value` itself where there is none.
+
+    Example:
+        >>> from pathlib import Path
+        >>> plain({"where": Path("a") / "b", "how": torch.float16, "which": range(2)})
+        {'where': 'a/b', 'how': 'float16', 'which': [0, 1]}
+    """
+    if isinstance(value, enum.Enum):
+        return value if isinstance(value, str) else plain(value.value)
+    if isinstance(value, os.PathLike):
+        return plain(os.fspath(value))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # a tensor, an array, a number out of one
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, range, deque, KeysView, ValuesView)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return {plain(entry) for entry in value}
+    if isinstance(value, tuple):
+        return tuple(plain(entry) for entry in value)
+    return value
+
+
+def unwritable(value: Any) -> Iterator[Any]:
+    """The parts of a plain value that a JSON file can't hold."""
+    if isinstance(value, dict):
+        yield from (key for key in value if not isinstance(key, str))
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        for entry in value:
+            yield from unwritable(entry)
+    elif not isinstance(value, (str, int, float, type(None))):
+        yield value
+
+
+def as_list(value: Any) -> list[Any]:
+    """A set as a JSON file holds it, in an order that does not change from one process to the next.
+
+    Raises:
+        PeftTypeError: It is no set, nor anything else that a file can hold.
+    """
+    if isinstance(value, set):
+        return sorted(value, key=lambda entry: (str(type(entry)), entry))
+    raise PeftTypeError(f"{value!r} can't be written to a file.")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a config's value asks for nothing: None, or a collection or string without contents. Zero is a value."""
+    return value is None or (isinstance(value, (str, list, tuple, set, dict)) and not value)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small functions of tensors and parameters that the interface exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PeftValueError
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """A context that makes tensors without a history which can be trained later, even inside
+    `torch.inference_mode`, whose own tensors never can.
+
+    Example:
+        >>> with torch.inference_mode(), ordinary_tensors():
+        ...     torch.zeros(1).is_inference()
+        False
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight's transpose if it is stored `[in, out]`, else the weight; a parameter gives a parameter."""
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What tells whether tensors share their memory: its device, its address and its size in bytes."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
+    """A decoder's input for given labels: each token one place to the right, the start token first, padding for what is ignored.
+
+    Args:
+        input_ids: `[batch, tokens]`.
+        pad_token_id: The token in place of labels of -100.
+        decoder_start_token_id: The first token.
+
+    Raises:
+        PeftValueError: There is no padding token.
+
+    Example:
+        >>> shift_tokens_right(torch.tensor([[5, -100, 7]]), 0, 9)
+        tensor([[9, 5, 0]])
+    """
+    if pad_token_id is None:
+        raise PeftValueError("`pad_token_id` has to be defined to shift tokens: labels of -100 become padding.")
+    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+@ordinary_tensors()
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model for mixed precision: trainable parameters to float32, frozen ones to `dtype`.
+
+    Args:
+        model: The model, changed in place.
+        dtype: The precision of what is frozen, such as `torch.float16`.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md written beside an adapter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..base.errors import warn
+from .files import alone_in, write_text
+
+# What hosting sites call the use of a model that is certain by its task type.
+_PIPELINES = {"CAUSAL_LM": "text-generation"}
+_METADATA = re.compile(r"\s*---\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
+
+
+def update_model_card(folder: Path, config: Any, model: Any) -> None:
+    """Write a model card into `folder`, or bring the metadata of the one that is there up to date.
+
+    Metadata that can't be read is left as it is, with a warning.
+
+    Args:
+        folder: Where it lies.
+        config: The adapter's config.
+        model: The base model.
+    """
+    import yaml  # by itself: huggingface_hub's cards take longer to import than an adapter takes to save
+
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else _body(config)
+    found = _METADATA.match(text)
+    try:
+        data = (yaml.safe_load(found.group(1) or "") if found else None) or {}
+    except yaml.YAMLError as error:
+        data = str(error)
+    if not isinstance(data, dict):
+        warn(f"The metadata at the top of '{path}' is not what a model card has there, and is left as it is: {data}.")
+        return
+    data["library_name"] = "peft"
+    tags = {*map(str, _as_list(data.get("tags"))), *(getattr(model, "model_tags", None) or [])}
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers models
+    if name is not None:
+        data["base_model"] = name
+        tags.update(("transformers", f"base_model:adapter:{name}"))
+    if config.task_type in _PIPELINES:
+        data.setdefault("pipeline_tag", _PIPELINES[config.task_type])
+    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    data["tags"] = sorted({*tags, method})
+    metadata = yaml.dump({k: v for k, v in data.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    body = text[found.end() :] if found else f"\n{text}"
+    with alone_in(folder):
+        write_text(path, f"---\n{metadata}---\n{body}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A card's list, which may be one word, or missing."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _body(config: Any) -> str:
+    base = config.base_model_name_or_path or "its base model"
+    return (
+        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\nAn adapter for {base}. "
+        "Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
+        f"### Framework versions\n\n- PEFT {__version__}\n"
+    )

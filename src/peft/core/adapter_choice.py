@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter a function is about that was not told one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..base.containers import walk
+from ..base.errors import PeftTypeError, PeftValueError
+from ..base.suggestions import adapters_there
+from ..base.validation import check_adapter
+from .layer import BaseTunerLayer
+
+
+def adapter_of(model: nn.Module, name: str | None, layer_class: type[BaseTunerLayer], kind: str) -> str:
+    """Return the name of the adapter that is meant among those that layers of a class have.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        name: As given; None means "default", or else the only adapter that is active, or else the only one.
+        layer_class: That of the layers.
+        kind: What messages say behind the name of such an adapter, " of LoKr".
+
+    Raises:
+        PeftTypeError: The name is no string, or `model` no module.
+        PeftValueError: There is none, or several could be meant.
+    """
+    if not isinstance(model, nn.Module):
+        raise PeftTypeError(f"`model`={model!r} must be a module of torch with adapters, not {type(model).__name__}.")
+    layers: list[Any] = [layer for _, layer in walk(model) if isinstance(layer, layer_class)]
+    return adapter_meant(name, dict.fromkeys(own for layer in layers for own in layer.scaling), active_in(layers), kind)
+
+
+def adapter_meant(name: str | None, known: Collection[str], active: Collection[str], kind: str = "") -> str:
+    """Return the same, given which adapters there are and which of them are active."""
+    if name is not None:
+        check_adapter(name)
+    if name is not None or not known:
+        if name in known:
+            return name  # type: ignore[return-value]
+        named = "" if name is None else f" {name!r}"
+        raise PeftValueError(f"The model has no adapter{named}{kind}; there are {adapters_there(name, known)}")
+    if "default" in known:
+        return "default"
+    meant = [own for own in known if own in active] or list(known)
+    if len(meant) > 1:
+        raise PeftValueError(
+            f"The model has no adapter 'default'{kind}, and several could be meant; pass `adapter_name`, one of "
+            f"{adapters_there('', meant)}"
+        )
+    return meant[0]
+
+
+def active_in(layers: Iterable[Any]) -> set[str]:
+    """Return the names of the adapters that are active in any of some layers."""
+    return {name for layer in layers for name in layer.active_adapters}

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are trained beside an adapter: `AuxiliaryTrainingWrapper`, and full copies for `modules_to_save`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..base.call_context import ADAPTER_BATCHES, AdapterBatch
+from ..base.containers import AdapterModuleDict
+from ..base.errors import PeftNotSupportedError, PeftValueError
+from ..base.freezing import Pause
+from ..base.row_layout import ORDINARY, RowLayout
+from ..integrations.distributed import gathered
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """A module of which something is trained beside each of several adapters, and used while that adapter is active.
+
+    Args:
+        module_to_save: The module as it was; it is used while no adapter's part is.
+
+    Attributes:
+        layout: How the rows of its input lie.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    layout: RowLayout = ORDINARY
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__()
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self._paused = Pause()
+        self.training = module_to_save.training
+
+    # --- what a kind of wrapper supplies ------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that train something of this module."""
+        raise NotImplementedError
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter trains something of this module."""
+        raise NotImplementedError
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """What an adapter trains."""
+        raise NotImplementedError
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's part."""
+        raise NotImplementedError
+
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """What to put in this wrapper's place: the module as it is with the part of one of some adapters, or as it was if none of
+        them has one.
+        """
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each key under which a part of an adapter is saved, the name it has in this module."""
+        raise NotImplementedError
+
+    # --- switching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter whose part is in use, or an empty list."""
+        return self._active_adapter[0] if self._active_adapter else []
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapter whose part is in use, in a list."""
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original module is used whatever is active."""
+        return self._disable_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active adapter's part, or the original module, while which all parts are frozen."""
+        if not enabled and not self._disable_adapters:
+            trained = [name for name in self.adapters if any(p.requires_grad for p in self.parameters_of(name))]
+            self._paused.begin([self], (p for name in trained for p in self.parameters_of(name)), trained)
+        elif enabled:
+            self._paused.end()
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts are frozen.
+
+        Raises:
+            PeftValueError: More than one of the adapters has a part in this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_one_of(names)
+        own = self.among(names)
+        self._paused.forget()
+        for name in self.adapters:
+            self.set_requires_grad(name, name in own and not inference_mode)
+        self._active_adapter = own
+
+    def among(self, adapter_names: Iterable[str]) -> list[str]:
+        """Those of some adapters that train something of this module."""
+        return [name for name in adapter_names if self.has(name)]
+
+    def check_one_of(self, adapter_names: Iterable[str]) -> None:
+        """Insist that at most one of some adapters has a part in this module.
+
+        Raises:
+            PeftValueError: Several have.
+        """
+        if len(own := self.among(adapter_names)) > 1:
+            raise PeftValueError(
+                f"Only one adapter can be set at a time for {type(self).__name__}: {', '.join(own)} each train the same "
+                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give each sample its own "
+                "with `adapter_names`."
+            )
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters' parts."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.parameters_of(name) if self.has(name) else ():
+                if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
+                    parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's part."""
+        if self.has(adapter_name):
+            self.remove(adapter_name)
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+    def _run_for_samples(self, batch: AdapterBatch, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output for each sample of a call of what runs for its adapter, from those rows of the inputs that are the sample's.
+
+        Raises:
+            PeftNotSupportedError: It is no tensor.
+        """
+        if batch.only is not None:
+            return run(batch.only, *args, **kwargs)
+        shared = batch.share(args[0], self)
+        dim = int(shared.turned)
+        total = args[0].shape[dim]
+
+        def part(value: Any, own: torch.Tensor) -> Any:
+            has_rows = isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
+            return value.index_select(dim, own) if has_rows else value
+
+        rows = batch.rows(total, args[0].device, shared)
+        outputs = [
+            run(name, *(part(value, own) for value in args), **{key: part(value, own) for key, value in kwargs.items()})
+            for name, own in rows.items()
+        ]
+        if not all(isinstance(output, torch.Tensor) for output in outputs):
+            raise PeftNotSupportedError(
+                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
+                "does not."
+            )
+        return torch.cat(outputs, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
+
+    def _current(self) -> nn.Module:
+        """The module whose attributes this one shows."""
+        return self.original_module  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("original_module", "modules_to_save", "token_adapter"):
+                raise
+            return getattr(self._current(), name)
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`.
+
+    Attributes:
+        original_module: The module as it was.
+        modules_to_save: The copies by adapter name.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__(module_to_save)
+        self.original_module = module_to_save
+        self.modules_to_save = AdapterModuleDict()
+        self.modules_to_save.training = self.training
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a copy."""
+        return list(self.modules_to_save)
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter has a copy."""
+        return adapter_name in self.modules_to_save
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    @staticmethod
+    def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
+        """A trainable copy of a module (of the original one, if it is wrapped already). Of the modules in it that are keys of
+        `plain`, those are copied that stand there.
+        """
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        with gathered(module.parameters()):
+            instead: dict[int, Any] = {id(layer): copy.deepcopy(inner) for layer, inner in plain.items()}
+            for inner in module.modules():  # computed by a hook, they have a history, which torch does not copy
+                computed = [value for value in vars(inner).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+                instead.update({id(value): value.detach().clone() for value in computed})
+            fresh = copy.deepcopy(module, instead)
+        for parameter in fresh.parameters():
+            parameter.requires_grad_(_can_be_trained(parameter))
+        return fresh
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter's copy."""
+        return list(self.modules_to_save[adapter_name].parameters())
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's copy."""
+        del self.modules_to_save[adapter_name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module in use, or for each sample that of the adapter its call chose for it."""
+        batch = ADAPTER_BATCHES.current
+        if batch is None or self._disable_adapters:
+            return self._current()(*args, **kwargs)
+        return self._run_for_samples(batch, lambda name, *own, **more: self._of(name)(*own, **more), args, kwargs)
+
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """The copy of one of some adapters, or the original module."""
+        return next((self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module)
+
+    def _of(self, adapter_name: str) -> nn.Module:
+        """An adapter's copy, or the original module if it has none."""
+        if adapter_name in self.modules_to_save:
+            return self.modules_to_save[adapter_name]
+        return self.original_module
+
+    def _current(self) -> nn.Module:
+        if self._disable_adapters or not self._active_adapter:
+            return self.original_module
+        return self.modules_to_save[self._active_adapter[0]]
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each key of the wrapped module's state dict, the key of an adapter's copy."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+def _can_be_trained(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()

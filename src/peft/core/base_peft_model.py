@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BasePeftModel`: a base model with adapters that can be run, trained, switched and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..base.call_context import ADAPTER_BATCHES
+from ..base.errors import PeftTypeError, PeftValueError, calling_library, warn
+from ..base.missing_attribute import PeftAttributeError
+from ..base.modules import check_model
+from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..base.validation import check_flags
+from ..config import PeftConfig, check_config
+from . import model_methods
+from .build import Build, Construction
+from .copying import copier
+from .layer import BaseTunerLayer
+from .model_methods import forwarded
+from .tuner import BaseTuner
+
+
+class BasePeftModel(nn.Module):
+    """A base model with one or more adapters of one method: all of `PeftModel` but the files.
+
+    Args:
+        model: The base model; adapters are put into it in place.
+        peft_config: The first adapter's config.
+        adapter_name: The first adapter's name.
+        autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
+        low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
+        initialise: False leaves the adapter's memory as it is, for `check` to fill.
+        check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
+
+    Raises:
+        PeftValueError: The config is invalid or does not fit the model, which is left as it was.
+
+    Attributes:
+        base_model: The tuner, which holds the base model as `model`.
+        peft_type: The method.
+    """
+
+    # Heads that a task trains beside the adapter because they start at random.
+    _head_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        initialise: bool = True,
+        check: Callable[[Build], None] | None = None,
+    ) -> None:
+        super().__init__()
+        check_model(model)
+        if isinstance(model, BasePeftModel):
+            raise PeftValueError("The model is a PeftModel already; use its `add_adapter` or `load_adapter`.")
+        check_config(peft_config)
+        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            warn(
+                "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
+                "config, make sure to call `.unload()` before.",
+            )
+        tuner_cls = self._tuner_class(peft_config)
+        with self._with_heads(peft_config):
+            self.base_model: BaseTuner = tuner_cls(
+                model,
+                peft_config,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                initialise=initialise,
+                check=check,
+            )
+        self.peft_type = peft_config.peft_type
+        self.training = model.training
+        self.__class__ = self._around(tuner_cls)
+        if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+            self.prepare_model_for_gradient_checkpointing()
+
+    @classmethod
+    def _around(cls, tuner_cls: type[BaseTuner]) -> Any:
+        """Return this class with the methods that a model around a tuner has, under the same name."""
+        return model_methods.around(cls, tuner_cls)  # type: ignore[arg-type]
+
+    def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
+        return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+
+    def _check_method(self, config: PeftConfig) -> None:
+        """Insist that an adapter can be added to those that are there."""
+        check_config(config)
+        if config.peft_type != self.peft_type:
+            raise PeftValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. A model that "
+                "takes both is made by `get_peft_model(model, config, mixed=True)`, or loaded by `PeftMixedModel.from_pretrained`."
+            )
+
+    @contextmanager
+    def _with_heads(self, config: Any) -> Iterator[None]:
+        """Add the task's heads to the config's `modules_to_save`; take them back if the adapter can't be made."""
+        before = config.modules_to_save
+        if self._head_names:
+            config.modules_to_save = list(dict.fromkeys([*(before or []), *self._head_names]))
+        try:
+            yield
+        except BaseException:
+            config.modules_to_save = before
+            raise
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword, and so is
+        `adapter_names`: an adapter for each sample in place of the active ones, `"__base__"` for none.
+        """
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the same keyword arguments besides as `forward`."""
+        self.base_model.refuse_foreign_arguments(kwargs)
+        if not hasattr(self.get_base_model(), "generate"):
+            raise PeftAttributeError((self.get_base_model(),), "generate")
+        generate = self.base_model.generate
+        batch = self.base_model.chosen_adapters(args, kwargs, generate)
+        chosen = ADAPTER_BATCHES.during(None) if batch is None else batch.generating(self.get_base_model())
+        cached = self.base_model.inference_cache.during_call(runs_often=True)
+        with chosen, self.base_model.adapter_call_context(args, kwargs), cached:
+            return generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's inputs for one step, with what the method needs (`task_ids`) carried along."""
+        own = {name: kwargs.pop(name) for name in self.base_model.adapter_call_arguments if name in kwargs}
+        return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
+
+    def __getattr__(self, name: str) -> Any:
+        """What this class lacks is read from the tuner, and what that lacks from the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        try:
+            return getattr(self.base_model, name)
+        except PeftAttributeError as error:
+            error.owners = (self, *error.owners)
+            raise
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, adapters in it."""
+        return self.base_model.model
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's method of that name; also lets gradients pass the frozen input, which checkpoints need to see."""
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.prepare_model_for_gradient_checkpointing()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, by the name newer versions of transformers have for it."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.prepare_model_for_gradient_checkpointing()
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
+        """Let gradients pass the frozen input of the base model (or of `model`), without which checkpointed layers have none."""
+        enable = getattr(self.get_base_model() if model is None else model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Each adapter's config, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The active adapter's config."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def prefix(self) -> str:
+        """How names of adapter parameters start."""
+        return lookup(PEFT_TYPE_TO_PREFIX_MAPPING, self.peft_type)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole."""
+        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def special_peft_forward_args(self) -> set[str]:
+        """Keyword arguments of `forward` that are for the adapters and not for the base model."""
+        return {"adapter_names", *self.base_model.adapter_call_arguments}
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, if it has one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter takes part in the forward."""
+        return bool(self.active_adapters) and not self.base_model.adapters_disabled
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether `convert_to_lora` can convert an adapter, by default the one that it would take."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
+
+        TRL's trainers call this for the reference of a model that has a trained adapter, with that adapter's own
+        config, and mean a copy; but then they copy values by names that most methods do not have. They get one,
+        as of `copy_adapter`.
+
+        Args:
+            adapter_name: A new name, without dots.
+            peft_config: Its config.
+            low_cpu_mem_usage: Make it on the meta device, to be filled from a checkpoint.
+            autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
+
+        Raises:
+            PeftValueError: The name is taken, or the config is of another method or does not fit; nothing is changed.
+        """
+        if isinstance(adapter_name, PeftConfig):
+            raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
+        own = (name for name, config in self.peft_config.items() if config is peft_config)
+        source = next(own, None)
+        if source is not None:
+            if calling_library() == "trl":
+                return self.copy_adapter(source, adapter_name, reference=True)
+            peft_config = peft_config.for_copy()  # or a change to one adapter would be one to the other
+        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        device = torch.device("meta") if low_cpu_mem_usage else None
+        self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
+        return None
+
+    def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
+        """Add an adapter that is like another one, values included; it waits, frozen, until `set_adapter`.
+
+        Args:
+            adapter_name: The adapter to copy, which stays as it is.
+            new_name: A new name, without dots.
+            reference: Leave out what is random in training (dropout, the draws of gates), so that the copy computes
+                in training mode what it does in evaluation: a reference for preference tuning, say.
+
+        Raises:
+            PeftTypeError: A name is no string, or `reference` neither True nor False.
+            PeftValueError: There is no such adapter, or the new name is taken; nothing is changed.
+
+        Example:
+            >>> from peft import LoKrConfig, get_peft_model
+            >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> model = get_peft_model(base, LoKrConfig(r=2, target_modules=["0"], init_weights=False))
+            >>> model.copy_adapter("default", "ref", reference=True)
+            >>> layer = model.base_model.model[0]
+            >>> torch.equal(layer.lokr_w1["ref"], layer.lokr_w1["default"])
+            True
+        """
+        check_flags(reference=reference)
+        if not isinstance(adapter_name, str):
+            raise PeftTypeError(f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by one.")
+        self.base_model.check_names(adapter_name)
+        config = self.peft_config[adapter_name]
+        fill = copier(self, config, adapter_name)
+        self._add(new_name, config.for_copy(reference), Construction(initialise=False), fill)
+        self.base_model.note_loaded(self, new_name)
+
+    def _add(self, name: str, config: PeftConfig, construction: Construction, check: Callable[[Build], None] | None = None) -> None:
+        self._check_method(config)
+        with self._with_heads(config):
+            self.base_model.add_adapter(name, config, construction, check=check)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that add up, the active one and (unless `inference_mode`) the trainable one.
+
+        Raises:
+            PeftValueError: No name or an unknown one; nothing is changed.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model computes what it did without adapters, and none of them is trainable."""
+        states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
+        if states == {True}:
+            yield
+            return
+        if len(states) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. All of them will be enabled "
+                "at the end of the `disable_adapter` context.",
+            )
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model.enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, the first of the others by name becomes active.
+
+        Raises:
+            PeftValueError: There is no such adapter.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    merge_adapter = forwarded(BaseTuner.merge_adapter)
+    unmerge_adapter = forwarded(BaseTuner.unmerge_adapter)
+    merge_and_unload = forwarded(BaseTuner.merge_and_unload)
+    unload = forwarded(BaseTuner.unload)
+    add_weighted_adapter = forwarded(BaseTuner.add_weighted_adapter)
+    set_requires_grad = forwarded(BaseTuner.set_requires_grad)
+    enable_adapter_layers = forwarded(BaseTuner.enable_adapter_layers)
+    disable_adapter_layers = forwarded(BaseTuner.disable_adapter_layers)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters)."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # ZeRO-3 empties parameters
+            if type(parameter).__name__ == "Params4bit":
+                count = count * 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize  # two weights a byte
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several adapters train whole beside their layers (heads, rows of embeddings), made into one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from ..base.errors import PeftTypeError, PeftValueError
+from ..base.suggestions import did_you_mean
+
+# Each adapter's tensors by checkpoint key.
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+# Values of `heads` beside adapters' names. An adapter of such a name, among those that are combined, goes before.
+MEAN, STACK = "mean", "stack"
+
+
+def combine(
+    parts: Parts, heads: str | None, weights: Mapping[str, float] | None = None, *, can_stack: bool = False
+) -> dict[str, Tensor]:
+    """Return one set of what adapters train beside their layers.
+
+    Args:
+        parts: Each adapter's tensors by checkpoint key. What only one adapter has is taken as it is.
+        heads: What to take where several have the same: "mean", or one's name. A name goes before "mean".
+        weights: For the mean, by adapter; it is `Σ w·t / Σ w`. By default all count alike.
+        can_stack: The caller can stack these heads, too; for messages.
+
+    Raises:
+        PeftTypeError: `heads` is no string.
+        PeftValueError: Several train the same and `heads` is not given, or is no adapter's name, or there is no mean.
+    """
+    choices = _choices(parts, can_stack)
+    if heads is not None and not isinstance(heads, str):
+        raise PeftTypeError(f"`heads`={heads!r} must be {choices}.")
+    if heads == STACK not in parts:
+        raise PeftValueError(
+            f"`heads`={heads!r} is offered by `save_as_poly` and `convert_to_poly` alone, whose tasks have labels of their own; "
+            f"here it must be {choices}."
+        )
+    if heads not in (None, MEAN, *parts):
+        raise PeftValueError(f"`heads`={heads!r} must be {choices}.{did_you_mean(str(heads), [*parts, MEAN])}")
+    result: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for own in parts.values() for key in own):
+        owners = [name for name, own in parts.items() if key in own]
+        if len(owners) == 1 or heads in owners:
+            result[key] = parts[heads if heads in owners else owners[0]][key].detach().clone()  # type: ignore[index]
+        elif heads is None or heads in parts:
+            given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
+            alike = len({parts[name][key].shape for name in owners}) == 1
+            raise PeftValueError(
+                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Say what becomes of it by `heads`: "
+                f"{_choices(owners, can_stack, mean=alike)}."
+            )
+        else:
+            own = {name: parts[name][key] for name in owners}
+            result[key] = _mean(key, own, weights, f"pass as `heads` {_choices(owners, can_stack, mean=False)}")
+    return result
+
+
+def _choices(names: Collection[str], can_stack: bool, mean: bool = True) -> str:
+    """Return what `heads` may be, for messages; a word that is also an adapter's name is that alone."""
+    words = [f"{MEAN!r}"] * (mean and MEAN not in names)
+    words += [f"{STACK!r} (a head with the labels of all, see `TaskLabels`)"] * (can_stack and STACK not in names)
+    return " or ".join([*words, f"the name of the adapter whose copy is taken ({', '.join(map(repr, names))})"])
+
+
+def _mean(key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] | None, remedy: str) -> Tensor:
+    """Return the weighted mean of tensors.
+
+    Raises:
+        PeftValueError: Their shapes differ, or the weights sum to zero.
+    """
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{list(tensor.shape)} ({name})" for name, tensor in tensors.items())
+        raise PeftValueError(f"`{key}` has the shapes {shapes}, which have no mean; {remedy}.")
+    first = next(iter(tensors.values()))
+    if not (first.is_floating_point() or first.is_complex()):
+        return first.clone()
+    shares = {name: 1.0 if weights is None else weights[name] for name in tensors}
+    total = sum(shares.values())
+    if abs(total) < 1e-12:
+        raise PeftValueError(f"`{key}`: the weights {shares} sum to zero, so there is no mean; {remedy}.")
+    wide = torch.promote_types(first.dtype, torch.float32)
+    summed = sum((tensor.detach().to(first.device, wide) * shares[name] for name, tensor in tensors.items()), torch.zeros(()))
+    return (summed / total).to(first.dtype)

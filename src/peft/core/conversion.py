@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What conversions of adapters between methods share: where a model's layers are, and their deltas as thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..base.containers import walk
+from ..base.errors import PeftValueError, UnsupportedModuleError
+from ..base.validation import check_adapter
+from ..checkpoint.state_dict import MODEL_ROOT
+from .adapted_model import AdaptedModel
+from .adapter_choice import active_in, adapter_meant
+from .combining import outer_path
+from .layer import BaseTunerLayer
+
+
+def config_of(model: Any, adapter_name: str) -> Any:
+    """The config of an adapter of a `PeftModel` or of a model with injected adapters.
+
+    Raises:
+        UnsupportedModuleError: The model has no adapters.
+        PeftTypeError: The name is no string.
+        PeftValueError: It has no such adapter.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
+    check_adapter(adapter_name, configs)
+    return configs[adapter_name]
+
+
+def name_of(model: Any, adapter_name: str | None) -> str:
+    """The name of the adapter that is meant: the given one; else "default", the only one that is active, or the only one.
+
+    Raises:
+        PeftValueError: Several could be meant.
+    """
+    configs = getattr(model, "peft_config", None)
+    if adapter_name is not None or not configs or not isinstance(configs, dict):
+        return "default" if adapter_name is None else adapter_name  # which `config_of` looks for
+    active = active_in(layer for _, layer in walk(model) if isinstance(layer, BaseTunerLayer))
+    return adapter_meant(None, configs, active)
+
+
+def root_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and what its checkpoint keys begin with."""
+    tuner: Any = getattr(model, "base_model", None)
+    return (tuner.model, MODEL_ROOT) if isinstance(tuner, AdaptedModel) else (model, "")
+
+
+def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The layers that have an adapter, by the path of the module they stand for.
+
+    Raises:
+        PeftValueError: The adapter has no values yet.
+    """
+    for path, module in walk(root):
+        if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
+            if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
+                raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")
+            yield outer_path(path), module
+
+
+def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
+    """Insist on layers that all have a delta.
+
+    Raises:
+        UnsupportedModuleError: One has none, or there are no layers.
+    """
+    unfit = sorted({type(layer).__name__ for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
+    if unfit or not layers:
+        raise UnsupportedModuleError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
+            if unfit
+            else f"Could not detect any layer that supports LoRA conversion and has adapter {adapter_name}."
+        )

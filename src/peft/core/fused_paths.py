@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parents that read a child's weight and never call it: refused, or made to call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..base.containers import walk
+from ..integrations import quantization
+from .base_layer import innermost
+
+
+def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
+    """Return why no adapter can be at `parent.name`, or None: it would lose the imaginary part of complex numbers, or never
+    run, since some parents read a child's weight and skip its forward.
+    """
+    layer = innermost(parent._modules[name])  # type: ignore[arg-type]
+    dtype = next((parameter.dtype for parameter in layer.parameters() if parameter.is_complex()), None)
+    if dtype is not None:
+        return f"its weights are complex numbers ({dtype}), and adapters are real; adapt other layers"
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        return "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
+    if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in ("out_proj", "conv1d"):
+        return (
+            f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} read this layer's weight and never "
+            "call it; adapt `in_proj` or `x_proj`"
+        )
+    return None
+
+
+def avoid_fused_paths(model: nn.Module) -> None:
+    """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and
+    back where any module has a hook; the encoder's packing of padded batches is of use to that path alone. Have 4-bit layers stay
+    in the form that gradients pass.
+    """
+    quantization.stay_differentiable(model)
+    for _, module in walk(model):
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and _has_adapters(module):
+            if _no_operation not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_no_operation)
+            if getattr(module, "use_nested_tensor", False):
+                module.use_nested_tensor, module._packs_when_plain = False, True  # type: ignore[assignment]
+
+
+def restore_fused_paths(model: nn.Module) -> None:
+    """Undo `avoid_fused_paths`."""
+    quantization.repack_again(model)
+    for _, module in walk(model):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _no_operation:
+                del module._forward_pre_hooks[key]
+        if "_packs_when_plain" in vars(module):
+            del module._packs_when_plain
+            module.use_nested_tensor = True  # type: ignore[assignment]
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any("base_layer" in inner._modules for _, inner in walk(module))
+
+
+def _no_operation(module: nn.Module, args: Any) -> None:
+    return None

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of adapters that a merge is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..base.errors import PeftTypeError, warn
+from ..base.validation import check_adapter
+
+
+def checked_names(adapter_names: Iterable[str]) -> list[str]:
+    """Names of adapters, each once.
+
+    Raises:
+        PeftTypeError: They are no list of strings.
+    """
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
+        raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
+    adapter_names = list(adapter_names)
+    for name in adapter_names:
+        check_adapter(name)
+    return list(dict.fromkeys(adapter_names))
+
+
+def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
+    """Say so where adapters that are to be merged are merged already.
+
+    Args:
+        merged: Those that are.
+        left: Those that are not.
+    """
+    if merged and left:
+        warn(f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.")
+    elif merged:
+        warn("All adapters are already merged, nothing to do.")

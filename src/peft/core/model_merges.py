@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging into all layers of a model, all or none, and taking out what adapters put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..base.containers import walk
+from ..base.errors import PeftNotSupportedError, warn
+from ..base.modules import get_submodules
+from ..integrations.accelerate import at_hand
+from . import tied_weights
+from .auxiliary import AuxiliaryTrainingWrapper
+from .layer import BaseTunerLayer
+from .merge_requests import warn_of_merged
+from .merges import Merge
+from .weights import untied
+
+Options = Mapping[str, Mapping[str, Any]]
+"""What adapters are merged with, by name."""
+
+
+def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: bool) -> None:
+    """Merge adapters into those of some layers that have them and have not merged them; all or none.
+
+    Raises:
+        PeftValueError: An adapter is merged with other options, or a weight would break; nothing is merged then.
+        PeftNotSupportedError: A layer can't be merged into.
+    """
+    layers = list(named.values())
+    todo = [(layer, own) for layer in layers if (own := layer.not_merged(options))]
+    left = [name for name in options if any(name in own for _, own in todo)]
+    warn_of_merged([name for name in options if name not in left and any(name in layer.scaling for layer in layers)], left)
+    _check(named, todo)
+    done: list[tuple[BaseTunerLayer, list[str]]] = []
+    try:
+        for layer, own in todo:
+            with at_hand(layer, [*own, *layer.merged_adapters]):
+                layer.merge_each(own, safe_merge)
+            done.append((layer, list(own)))
+    except BaseException:
+        for layer, merged in reversed(done):
+            with at_hand(layer, layer.merged_adapters):
+                layer.unmerge(merged)
+        raise
+
+
+def _check(named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLayer, Mapping[str, Any]]]) -> None:
+    """Check that all layers can be merged into; those that can't are named by what is in the way."""
+    paths = {id(layer): path for path, layer in named.items()}
+    problems: dict[str, list[str]] = {}
+    for layer, own in todo:
+        with at_hand(layer, [*own, *layer.merged_adapters]):
+            try:
+                layer.check_mergeable(list(own))
+            except PeftNotSupportedError as error:
+                problems.setdefault(str(error), []).append(f"`{paths[id(layer)]}`")
+    if problems:
+        some = {text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8)) for text, found in problems.items()}
+        raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
+
+
+def warn_of_ties(model: nn.Module, named: Mapping[str, BaseTunerLayer], options: Options) -> None:
+    """Say so where merging is about to change a weight that the model uses elsewhere too.
+
+    Args:
+        model: The model.
+        named: Its layers that are merged into, by path.
+        options: Of the adapters to merge, by name.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, layer in named.items():
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None or all(name not in layer.scaling or name in layer.merged_adapters for name in options):
+            continue
+        owners = owners or tied_weights.owners(model)
+        others = sorted({owner for owner in owners[id(weight)] if model.get_submodule(owner) is not base})
+        if others:
+            names = ", ".join(f"`{owner.partition('.base_layer')[0]}`" for owner in others)
+            warn(
+                f"`{path}` shares its weight with {names}, and merging changes it in both places: the model computes "
+                "something else than with the adapter unmerged. Take it off with `unmerge_adapter`; `merge_and_unload` makes "
+                "two weights of it."
+            )
+
+
+@contextmanager
+def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """A context for merging for good: layers whose weight the model uses elsewhere too have one of their own, and what is
+    merged into it already is in that one alone. An error undoes this.
+    """
+    owners = tied_weights.owners(model)
+    merged = [layer for layer in layers if layer.merged and all(merge.is_known for merge in layer._merges.entries)]
+    shared = [layer for layer in merged if len(owners.get(id(layer.get_base_layer()._parameters.get("weight")), ())) > 1]
+    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
+
+    def put_on_again() -> None:
+        for layer, merges in reversed(taken):
+            with at_hand(layer, [merge.name for merge in merges]):
+                layer.put_on(merges)
+
+    for layer in reversed(shared):
+        with at_hand(layer, layer.merged_adapters):
+            taken.append((layer, layer.take_off()))
+    try:
+        with untied(model, layers):
+            put_on_again()
+            try:
+                yield
+            except BaseException:
+                for layer, merges in taken:
+                    with at_hand(layer, layer.merged_adapters):
+                        layer.take_off([merge.name for merge in merges])
+                raise
+    except BaseException:
+        put_on_again()
+        raise
+
+
+def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
+    """Say so where adapters that are to be trained are merged, so that gradients do not reach them."""
+    names = {
+        name: None
+        for layer in layers
+        for name in layer.merged_adapters
+        if any(parameter.requires_grad for parameter in layer.adapter_parameters(name))
+    }
+    if names:
+        warn(
+            f"The model is in training mode while adapters are merged: {', '.join(names)}. No gradient reaches them in the "
+            "weights. Call `unmerge_adapter` before training; `set_requires_grad(names, False)` freezes them."
+        )
+
+
+def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
+    """Take everything off that is merged into some layers; all or none.
+
+    Raises:
+        PeftRuntimeError: A weight came merged with a state dict.
+    """
+    merged = [layer for layer in layers if layer.merged or layer.is_suspended]
+    if not merged:
+        warn("Already unmerged. Nothing to do.")
+    for layer in merged:
+        layer.check_unmergeable()
+    for layer in reversed(merged):
+        with at_hand(layer, layer.merged_adapters):
+            layer.unmerge()
+
+
+def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
+    """Before adapters are switched off, see that merged ones can be taken off; before they are switched on, merge all of those
+    again if some layer would not compute one.
+
+    Raises:
+        PeftRuntimeError: A weight came merged with a state dict.
+    """
+    layers = list(layers)
+    for layer in () if enabled else layers:
+        layer.check_unmergeable()
+    if enabled and any(layer.lacks_merges for layer in layers):
+        for layer in layers:
+            layer.resume_merges()
+
+
+@contextmanager
+def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> Iterator[None]:
+    """A context in which adapters are not merged that are to be merged with other options; an error merges them again."""
+    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
+    for layer in layers:
+        names = [name for name, own in options.items() if own and name in layer.merged_adapters]
+        others = [name for name in names if layer._merges.options(layer)[name] != options[name]]
+        if others:
+            with at_hand(layer, layer.merged_adapters):
+                taken.append((layer, layer.take_off(others)))
+    try:
+        yield
+    except BaseException:
+        for layer, merges in taken:
+            with at_hand(layer, layer.merged_adapters):
+                layer.put_on(merges)
+        raise
+
+
+def unload(model: nn.Module, layer_cls: type[BaseTunerLayer], adapters: Sequence[str], progressbar: str | None) -> None:
+    """Put the layers that adapters were put around back in their places.
+
+    Args:
+        model: The model.
+        layer_cls: The class of layers that are taken out.
+        adapters: The adapters whose trained copies of modules, or rows of embeddings, stay in the model.
+        progressbar: Show one with this description.
+    """
+    modules = list(walk(model, repeated=True))
+    if progressbar is not None:
+        from tqdm import tqdm
+
+        modules = tqdm(modules, desc=progressbar)  # type: ignore[assignment]
+    inside: set[int] = set()
+    for path, module in modules:
+        plain: nn.Module | None = None
+        if id(module) in inside:
+            continue
+        if isinstance(module, layer_cls):
+            plain = module.base_layer
+            while isinstance(plain, layer_cls):
+                inside.add(id(plain))
+                plain = plain.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.plain(adapters)
+        if plain is not None:
+            parent, _, child = get_submodules(model, path)
+            setattr(parent, child, plain)

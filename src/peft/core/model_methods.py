@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tuner's methods as methods of the model around it: completed, documented and typed there too."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from .tuner import BaseTuner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T", bound=type)
+
+
+def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method of a model that calls the method of the same name of its tuner.
+
+    Args:
+        method: The tuner's, whose name, signature and docstring the new one has.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        return getattr(self.base_model, name)(*args, **kwargs)
+
+    return call
+
+
+def methods_of(tuner_cls: type[BaseTuner]) -> Callable[[T], T]:
+    """Register the decorated class as the methods that a model around a tuner of `tuner_cls` has.
+
+    Example:
+        >>> from peft.core.tuner import BaseTuner
+        >>> class Doubling(BaseTuner):
+        ...     def double(self, x: int) -> int:
+        ...         return 2 * x
+        >>> @methods_of(Doubling)
+        ... class DoublingMethods:
+        ...     double = forwarded(Doubling.double)
+        >>> Doubling.model_methods.__name__
+        'DoublingMethods'
+    """
+
+    def register(methods: T) -> T:
+        tuner_cls.model_methods = methods
+        return methods
+
+    return register
+
+
+class _Combined(type):
+    """The metaclass of classes that `around` makes, which pickle can't find by their names."""
+
+
+@cache
+def around(model_cls: type, tuner_cls: type[BaseTuner]) -> type:
+    """Return the subclass of a model's class that has a tuner's methods. It goes by the same name.
+
+    Args:
+        model_cls: The model's class.
+        tuner_cls: The tuner's class, whose `model_methods` are added.
+    """
+    methods = tuner_cls.model_methods
+    if methods is None or issubclass(model_cls, methods):
+        return model_cls
+    named = {name: getattr(model_cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return _Combined(model_cls.__name__, (methods, model_cls), {**named, "_made_of": (model_cls, tuner_cls)})
+
+
+def _pickled(cls: Any) -> Any:
+    """Say how a class is made again: of its parts, or by its name if it is someone else's subclass."""
+    if "_made_of" not in vars(cls):
+        return cls.__qualname__
+    model_cls, tuner_cls = cls._made_of
+    return model_cls._around, (tuner_cls,)
+
+
+copyreg.pickle(_Combined, _pickled)  # type: ignore[arg-type]

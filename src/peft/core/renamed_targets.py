@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of adapters that name modules as they were called before."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..base.plain_values import is_empty
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..checkpoint.renamed_modules import ModuleNames, renamed_state
+from .targets import exactly, named, pattern_value, select
+
+
+def renamed_config(config: Any, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]) -> Any:
+    """A config whose names mean the same modules under their present paths: the config itself where they do already.
+
+    Args:
+        config: The config.
+        paths: The model's module paths.
+        renamed: The present path of modules by that which the config knows.
+        layers: Those of them that the adapter is for, by the path that the config knows.
+    """
+    if all(old == new for old, new in renamed.items()):
+        return config
+    result = copy.copy(config)
+    own = {old: renamed[old] for old in layers}
+    whole = result.modules_to_save = _saved(config.modules_to_save, paths, renamed)
+    rest = [path for path in paths if not any(named(whole, path[:i]) for i in _ends(path))]
+    if own and set(_selected(config, rest)) != set(own.values()):
+        names, result.exclude_modules = exactly(own.values(), paths)
+        result.target_modules = set(names)
+        for field in ("layers_to_transform", "layers_pattern"):
+            if hasattr(config, field):
+                setattr(result, field, None)
+    for field in config.patterns:
+        patterns = getattr(config, field)
+        values = {new: pattern_value(patterns, old, None) for old, new in own.items()}
+        if any(pattern_value(patterns, new, None) != value for new, value in values.items()):
+            setattr(result, field, {f"^{re.escape(new)}$": value for new, value in values.items() if value is not None})
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, dict):
+        result.trainable_token_indices = {
+            new: value for name, value in tokens.items() for new in _saved([name], paths, renamed) or [name]
+        }
+    return result
+
+
+def present_names(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """A checkpoint's config and tensors under the names that a model's modules have now; the config is a copy if it has others.
+
+    Raises:
+        CheckpointError: A module is a part of another one now.
+    """
+    holders = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).tuner_layer_cls.container_names
+    found = renamed_state(model, state, holders)
+    if not found.paths:
+        return config, found.state
+    return renamed_config(config, ModuleNames(model).paths, found.paths, found.layers), found.state
+
+
+def config_of_now(config: Any, model: nn.Module) -> Any:
+    """A config that was read from a file, with names that the model's modules had before replaced by their present ones; the config
+    itself where all its names mean modules, or none does under earlier names.
+    """
+    if config.place is None:
+        return config
+    names = ModuleNames(model)
+    lost, beside = _lost_targets(config.target_modules, names.paths), _companions(config)
+    beside = [name for name in beside if not any(named([name], path) for path in names.paths)]
+    if not (lost or beside) or not (before := names.before()):
+        return config
+    known = {before.get(path, path): path for path in names.paths}
+    chosen = [old for old in _selected(config, known) if named(lost, old)]
+    if not chosen and not any(_meant(name, known) for name in beside):
+        return config
+    moved = {known[old] for old in chosen}
+    others = {path: path for path in _selected(config, names.paths) if path not in moved}
+    return renamed_config(config, names.paths, {**known, **others}, [*chosen, *others])
+
+
+def _lost_targets(targets: Any, paths: Collection[str]) -> Any:
+    """What of a config's targets means no module."""
+    if is_empty(targets) or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return None
+    if isinstance(targets, str):
+        return None if any(named(targets, path) for path in paths) else targets
+    return set(targets).difference(path[i:] for path in paths for i in _starts(path))
+
+
+def _companions(config: Any) -> list[str]:
+    """Names of modules that a config has something trained of beside its adapter."""
+    tokens = config.trainable_token_indices
+    return [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
+
+
+def _selected(config: Any, paths: Iterable[str]) -> list[str]:
+    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    targets = config.target_modules
+    return [] if is_empty(targets) else select(paths, targets, config.exclude_modules, *layers)
+
+
+def _saved(names: Any, paths: Collection[str], renamed: Mapping[str, str]) -> Any:
+    """Names of modules, those that mean none replaced by the present paths of those that they meant."""
+    if is_empty(names):
+        return names
+    result: dict[str, None] = {}
+    for name in names:
+        meant = [] if any(named([name], path) for path in paths) else _meant(name, renamed)
+        result.update(dict.fromkeys(meant or [name]))
+    return list(result)
+
+
+def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
+    """The present paths of the modules that a name meant: of those that are renamed, and of those around them."""
+    found = []
+    for old, new in renamed.items():
+        for end in _ends(old):
+            inner = old[end:]
+            if named([name], old[:end]) and new.endswith(inner):
+                found.append(new[: len(new) - len(inner)])
+    return found
+
+
+def _starts(path: str) -> list[int]:
+    """Where the names begin that can mean the module at a path."""
+    return [0] + [i + 1 for i, sign in enumerate(path) if sign == "."]
+
+
+def _ends(path: str) -> list[int]:
+    """Where the path of a module, or of one around it, ends."""
+    return [i for i, sign in enumerate(path) if sign == "."] + [len(path)]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Telling a transformers model, when adapters are taken out, that weights it declares as tied have come apart.
+
+A loader ties weights again where the config says so. So the config is told; what else the model ties by the same flag gets numbers
+of its own then, since a file would lack them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..base.containers import ByAdapter, walk
+from ..base.errors import warn
+
+_FLAG = "tie_word_embeddings"
+
+
+class Pair(NamedTuple):
+    """Two parameters that a part of a model ties, by their names in it."""
+
+    part: Any
+    target: str
+    source: str
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether they have different numbers."""
+        one, two = self.part.get_parameter(self.target), self.part.get_parameter(self.source)
+        if one is two:
+            return False
+        return one.shape != two.shape or (not one.is_meta and not two.is_meta and not torch.equal(one, two.to(one)))
+
+    def separate(self) -> None:
+        """Give the target a copy of its own."""
+        one = self.part.get_parameter(self.target)
+        if one is self.part.get_parameter(self.source):
+            path, _, name = self.target.rpartition(".")
+            setattr(self.part.get_submodule(path), name, nn.Parameter(one.detach().clone(), one.requires_grad))
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Return whether a model's config says that it ties weights."""
+    return getattr(getattr(model, "config", None), _FLAG, False) is True
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the paths of the modules that have a parameter, by its identity; of copies that adapters train, none."""
+    found: dict[int, list[str]] = {}
+    for path, module in walk(model, repeated=True):
+        if not isinstance(module, ByAdapter):
+            for parameter in module._parameters.values():
+                found.setdefault(id(parameter), []).append(path)
+    return found
+
+
+def can_tell(model: Any) -> bool:
+    """Return whether a model computes, and its config reads, the same without the flag."""
+    kind = type(model.config)
+    try:
+        known = kind.from_dict({**model.config.to_dict(), _FLAG: False}) if hasattr(kind, "from_dict") else model.config
+        source = inspect.getsource(type(model).forward)
+    except (OSError, TypeError, ValueError):
+        return True
+    return (known is model.config or getattr(known, _FLAG, False) is False) and _FLAG not in source
+
+
+def settle(model: Any, was_tied: bool) -> None:
+    """See to it that a model is saved as what it is, after trained modules or merged weights took the places of tied ones.
+
+    Args:
+        model: The model, without adapters.
+        was_tied: Whether its config said so before.
+    """
+    if not was_tied:
+        return
+    configs = [model.config, *_nested(model.config)]
+    before = [getattr(config, _FLAG) for config in configs]
+    model.config.tie_word_embeddings = True  # for the model to say what it ties
+    pairs = list(_pairs(model))
+    model.config.tie_word_embeddings = before[0]
+    if not any(pair.is_apart for pair in pairs):
+        return
+    if not can_tell(model):
+        names = ", ".join(f"`{pair.target}`" for pair in pairs if pair.is_apart)
+        warn(f"{names} came apart from what the model ties it to; a loader that does not compare the two ties them again.")
+        return
+    if before[0]:
+        warn(f"Setting `{_FLAG}` to False in the model's config: weights that it ties are two now.")
+    for config in configs:
+        setattr(config, _FLAG, False)
+    for pair in pairs:
+        pair.separate()
+
+
+def _pairs(model: nn.Module) -> Iterator[Pair]:
+    """What a model and its parts declare as tied, as far as they have it."""
+    for part in model.modules():
+        expand: Any = getattr(part, "get_expanded_tied_weights_keys", None)
+        tied = expand(all_submodels=False) if expand is not None else {}
+        known = {name for name, _ in part.named_parameters(remove_duplicate=False)} if tied else set()
+        yield from (Pair(part, one, two) for one, two in tied.items() if one in known and two in known)
+    if not hasattr(model, "get_expanded_tied_weights_keys") and hasattr(model, "get_output_embeddings"):
+        names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        ends: Any = [model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
+        found = [names.get(id(getattr(end, "weight", None))) for end in ends]
+        if all(found) and found[0] != found[1]:
+            yield Pair(model, *found)  # type: ignore[arg-type]
+
+
+def _nested(config: Any) -> Iterator[Any]:
+    """The configs inside one that have the flag set."""
+    for name, value in vars(config).items():
+        if name != "_parent" and hasattr(value, "to_dict") and getattr(value, _FLAG, False) is True:
+            yield value

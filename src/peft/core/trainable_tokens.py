@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training single rows of a token embedding beside an adapter (`trainable_token_indices`), for tokens added to a vocabulary.
+
+The rows an adapter trains are kept apart from the weight, which stays as it is: an embedding's output is replaced where one of the
+tokens is looked up, an output head's logits where they belong to one. Where head and embedding share a weight, they share the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base.call_context import ADAPTER_BATCHES
+from ..base.errors import PeftValueError
+from . import targets as _targets
+from .adapters import AdapterParameterDict
+from .auxiliary import AuxiliaryTrainingWrapper
+from .base_layer import placement
+from .computed_weights import make_plain
+from .unmatched_names import with_near_misses
+
+
+class TokenRows(NamedTuple):
+    """What one adapter trains of an embedding.
+
+    Args:
+        indices: The tokens.
+        rows: Their rows `[tokens, features]`.
+    """
+
+    indices: list[int]
+    rows: nn.Parameter
+
+
+class TrainableTokensLayer(nn.Module):
+    """An embedding or output head with rows of its own for each adapter.
+
+    Args:
+        base_layer: The `nn.Embedding` or `nn.Linear`.
+
+    Attributes:
+        trainable_tokens_delta: The rows `[tokens, features]` that stand in for those of the weight, by adapter name.
+        token_indices: Which tokens they are, by adapter name.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta = AdapterParameterDict()
+        self.token_indices: dict[str, list[int]] = {}
+        self.train(base_layer.training)
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """A token embedding, or an output head, of which each adapter trains some rows.
+
+    Args:
+        module: The module as it was.
+        tied_to: The wrapper of the embedding that shares its weight, whose rows this one uses; by default it has its own.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter",)
+
+    def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
+        super().__init__(module)
+        self.token_adapter = TrainableTokensLayer(module)
+        self._owner = (self.token_adapter if tied_to is None else tied_to.token_adapter,)  # in a tuple, not to be registered
+
+    @staticmethod
+    def rows_of(module: nn.Module, indices: list[int], autocast: bool, device: torch.device | None, initialise: bool) -> TokenRows:
+        """An adapter's rows, at first those of the module's weight."""
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.original_module
+        weight: Any = module.weight
+        place = placement(module, autocast, device)
+        if weight.is_meta or place.device.type == "meta" or not initialise:
+            real = torch.device("cpu") if place.device.type == "meta" and not initialise else place.device
+            return TokenRows(indices, nn.Parameter(torch.empty(len(indices), weight.shape[1], device=real, dtype=place.dtype)))
+        return TokenRows(indices, nn.Parameter(weight.detach()[indices].to(*place, copy=True)))
+
+    @property
+    def original_module(self) -> nn.Module:  # type: ignore[override]
+        """The module as it was."""
+        return self.token_adapter.base_layer
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that train some of its rows."""
+        return list(self._owner[0].token_indices)
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter trains some of its rows."""
+        return adapter_name in self._owner[0].token_indices
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the active adapter's rows in place."""
+        name = self._in_use()
+        base: Any = self.original_module.weight
+        return base if name is None else self._replaced(base, name)
+
+    def add_rows(self, adapter_name: str, tokens: TokenRows) -> None:
+        """Take over an adapter's rows."""
+        self.token_adapter.trainable_tokens_delta[adapter_name] = tokens.rows
+        self.token_adapter.token_indices[adapter_name] = list(tokens.indices)
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """An adapter's rows, as a list."""
+        own = self.token_adapter.trainable_tokens_delta
+        return [own[adapter_name]] if adapter_name in own else []
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's rows."""
+        if adapter_name in self.token_adapter.trainable_tokens_delta:
+            del self.token_adapter.trainable_tokens_delta[adapter_name]
+            del self.token_adapter.token_indices[adapter_name]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output with the rows of the active adapter, or of the adapter that the call chose for each sample."""
+        batch = ADAPTER_BATCHES.current
+        if batch is None or self._disable_adapters:
+            return self._run(self._in_use(), x, *args, **kwargs)
+
+        def run(name: str, *args: Any, **kwargs: Any) -> Tensor:
+            return self._run(name if self.has(name) else None, *args, **kwargs)
+
+        return self._run_for_samples(batch, run, (x, *args), kwargs)
+
+    def plain(self, adapter_names: Collection[str]) -> nn.Module:
+        """The module, with the rows of one of some adapters written into its weight."""
+        for name in self.among(adapter_names):
+            make_plain(self.original_module)
+            weight: Any = self.original_module.weight
+            weight.data[self._owner[0].token_indices[name]] = self._owner[0].trainable_tokens_delta[name].data.to(weight)
+        return self.original_module
+
+    def _in_use(self) -> str | None:
+        name = self._active_adapter[0] if self._active_adapter and not self._disable_adapters else None
+        return name if name in self._owner[0].token_indices else None
+
+    def _run(self, name: str | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.original_module
+        if name is None:
+            return base(x, *args, **kwargs)
+        if type(base) is nn.Linear:
+            result = base(x)
+            logits = F.linear(x, self._rows(name).to(x.dtype))
+            indices = self._indices(name, x.device)
+            if base.bias is not None:
+                logits = logits + base.bias[indices]
+            return result.index_copy(-1, indices, logits.to(result.dtype))
+        if type(base) is nn.Embedding and base.max_norm is None and not base.scale_grad_by_freq:
+            result = base(x)
+            looked_up = x.unsqueeze(-1) == self._indices(name, x.device)
+            rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
+            return torch.where(looked_up.any(-1, keepdim=True), rows, result)
+        # A class with a forward of its own (a scaled embedding, say) is given the weight as it would be.
+        return torch.func.functional_call(base, {"weight": self._replaced(base.weight, name)}, (x, *args), kwargs)  # type: ignore[arg-type]
+
+    def _replaced(self, weight: Tensor, name: str) -> Tensor:
+        return weight.index_copy(0, self._indices(name, weight.device), self._rows(name).to(weight))
+
+    def _rows(self, name: str) -> Tensor:
+        return self._owner[0].trainable_tokens_delta(name)
+
+    def _indices(self, name: str, device: torch.device) -> Tensor:
+        return torch.tensor(self._owner[0].token_indices[name], device=device)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Where an adapter's rows go, by the key they are saved under."""
+        if adapter_name not in self.token_adapter.token_indices:
+            return {}
+        return {"token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"}
+
+
+class TokenPlan(NamedTuple):
+    """Which embeddings get rows of their own for an adapter.
+
+    Args:
+        indices: The tokens, by module path.
+        tied: Paths of modules that share the weight of one of those, with its path.
+    """
+
+    indices: dict[str, list[int]]
+    tied: dict[str, str]
+
+
+def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken: Collection[str]) -> TokenPlan:
+    """Find what a config's `trainable_token_indices` means.
+
+    Args:
+        config: The adapter's config.
+        model: The model.
+        modules: Its modules by path.
+        taken: Paths of modules that the adapter changes otherwise.
+
+    Raises:
+        PeftValueError: A module is missing, is no embedding or output head, is taken, or has no such tokens.
+    """
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return TokenPlan({}, {})
+    by_name = wanted if isinstance(wanted, dict) else {_input_embedding(model, modules): wanted}
+    indices: dict[str, list[int]] = {}
+    problems = []
+    for name, tokens in by_name.items():
+        paths = [path for path in modules if _targets.named([name], path)]
+        if not paths:
+            shown = with_near_misses([name], [path for path, module in modules.items() if isinstance(module, nn.Embedding)])
+            problems.append(f"`trainable_token_indices` names {shown}: the model has no such module.")
+        for path in paths:
+            problems += _problems(path, modules[path], tokens, taken)
+            indices[path] = list(tokens)
+    if problems:
+        raise PeftValueError(" ".join(problems))
+    weights = {id(_original(modules[path]).weight): path for path in indices}
+    tied = {
+        path: weights[id(weight)]
+        for path, module in modules.items()
+        if path not in indices and (weight := _original(module)._parameters.get("weight")) is not None and id(weight) in weights
+    }
+    return TokenPlan(indices, tied)
+
+
+def _problems(path: str, module: nn.Module, tokens: list[int], taken: Collection[str]) -> Iterator[str]:
+    module = _original(module)
+    if path in taken:
+        yield (
+            f"`{path}`: The embedding layer is already marked to be trained fully or adapted; name it in one of "
+            "`modules_to_save`, `target_modules` and `trainable_token_indices`."
+        )
+    elif not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():
+        yield f"`{path}`: {type(module).__name__} is no nn.Embedding or nn.Linear with a floating-point weight."
+    elif wrong := [token for token in tokens if not 0 <= token < module.weight.shape[0]]:
+        yield f"`{path}`: `trainable_token_indices` has {wrong}; the tokens go from 0 to {module.weight.shape[0] - 1}."
+
+
+def _original(module: nn.Module) -> Any:
+    return module.original_module if isinstance(module, TrainableTokensWrapper) else module
+
+
+def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """The path of the model's token embedding, its usual name where the model doesn't tell."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return "embed_tokens"
+    return next((path for path, module in modules.items() if module is embedding), "embed_tokens")

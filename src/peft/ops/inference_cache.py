@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference cache: results that depend on an adapter's tensors alone, such as factors composed from a vector bank.
+
+What it guarantees: every call of a model gives what a freshly loaded model would give, in whatever order it was evaluated, trained,
+switched, grown, merged, loaded or deleted before, and however its parameters were written to.
+
+- A call starts with the results of earlier calls only if the tensors that they were computed from hold the same numbers, which is
+  seen by comparing them with copies. Identity and version would be quicker to compare and wrong: `p.data.copy_(…)` and engines that
+  own a parameter's memory leave no trace. A result is used for the tensors that it was computed from, and for no others.
+- Within one call (a forward, or all steps of one `generate`) a tensor counts as unchanged while torch has counted no write to it
+  and it lies at the same address. Writing to parameters past torch while a call runs is the one thing that is not seen.
+- Nothing is kept where gradients are on, under a compiler, tracer or transform, and of layers that are called without their model.
+  Results of tensors that cannot be compared quickly (on another device, where it would wait for the device, and large ones) are
+  kept within one `generate` only, and given back when it ends.
+
+A call takes earlier results out of the model and puts them back at its end, so threads that call one model share none at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import is_eager
+
+T = TypeVar("T")
+
+LARGEST = 2**18
+"""Tensors of more numbers are not copied."""
+
+ADAPTERS = 8
+"""Of how many adapters results are kept: the first of a call, and those used last between calls."""
+
+
+class _Result:
+    """A value, the tensors it was computed from, and copies of what they held then; None if there are none."""
+
+    __slots__ = ("copies", "noted", "sources", "value")
+
+    def __init__(self, value: Any, sources: tuple[Tensor, ...], copies: tuple[Tensor, ...] | None) -> None:
+        self.value, self.sources, self.copies = value, sources, copies
+        self.noted = [(source._version, source.data_ptr()) for source in sources]
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Return whether these are the same tensors, and torch has noted no change."""
+        if len(sources) != len(self.sources):
+            return False
+        for source, own, noted in zip(sources, self.sources, self.noted, strict=True):
+            if source is not own or (source._version, source.data_ptr()) != noted:
+                return False
+        return True
+
+
+# The results of an adapter, by layer and kind.
+_Results = dict[tuple[nn.Module, Hashable], _Result]
+
+
+class InferenceCache:
+    """Results of a model's last calls, by adapter."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, _Results] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Start a copy without results."""
+        return InferenceCache, ()
+
+    def __len__(self) -> int:
+        """Return how many results are kept."""
+        return sum(map(len, self._results.values()))
+
+    def during_call(self, runs_often: bool = False) -> AbstractContextManager[None]:
+        """Return a context for a call of the model; one inside another is part of that.
+
+        Args:
+            runs_often: Whether it runs the model many times.
+        """
+        if torch.compiler.is_compiling() or _THREAD.call is not None:
+            return nullcontext()
+        return _Call(self, runs_often)
+
+    def forget(self, adapter_name: str) -> None:
+        """Give back the memory of an adapter's results."""
+        self._results.pop(adapter_name, None)
+
+    def take(self, adapter_name: str) -> _Results:
+        """Take an adapter's results out; none, if any of their tensors holds other numbers now.
+
+        All are compared in a row: between layers, whose weights fill the processor's caches, it takes several times as long.
+        """
+        results = self._results.pop(adapter_name, {})
+        pairs = {(id(s), id(c)): (s, c) for r in results.values() for s, c in zip(r.sources, r.copies or (), strict=True)}
+        return results if all(_is_there(source) and _same(source, copy) for source, copy in pairs.values()) else {}
+
+    def put(self, adapter_name: str, results: _Results) -> None:
+        """Keep those of an adapter's results that can be compared."""
+        self._results.pop(adapter_name, None)
+        kept = {key: result for key, result in results.items() if result.copies is not None}
+        if kept:
+            self._results[adapter_name] = kept
+        for oldest in list(self._results)[:-ADAPTERS]:
+            self._results.pop(oldest, None)
+
+
+class _Call(AbstractContextManager):
+    """A call in progress in this thread.
+
+    Attributes:
+        results: Of the adapters that it has used.
+    """
+
+    def __init__(self, cache: InferenceCache, runs_often: bool) -> None:
+        self.cache, self.runs_often = cache, runs_often
+        self.results: dict[str, _Results] = {}
+        self._copies: dict[int, Tensor] = {}
+
+    def __enter__(self) -> None:
+        _THREAD.call = self
+
+    def __exit__(self, *error: Any) -> None:
+        _THREAD.call = None
+        for adapter_name, results in self.results.items():
+            self.cache.put(adapter_name, results)
+
+    def results_of(self, adapter_name: str) -> _Results | None:
+        """Return an adapter's results, to be added to; None where it is one adapter too many."""
+        results = self.results.get(adapter_name)
+        if results is None and len(self.results) < ADAPTERS:
+            results = self.results[adapter_name] = self.cache.take(adapter_name)
+        return results
+
+    def copies_of(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Return copies to compare with; layers that share a bank share its copy."""
+        return tuple([self._copy(source) for source in sources]) if _can_compare(sources) else None
+
+    def _copy(self, source: Tensor) -> Tensor:
+        copy = self._copies.get(id(source))
+        if copy is None or not _same(source, copy):
+            copy = self._copies[id(source)] = source.detach().clone()
+        return copy
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+
+
+_THREAD = _Thread()
+
+
+def is_running_often() -> bool:
+    """Return whether the call in progress runs the model many times."""
+    return _THREAD.call is not None and _THREAD.call.runs_often
+
+
+def may_reuse(sources: tuple[Tensor, ...]) -> bool:
+    """Return whether a result that depends on these tensors could be used again now."""
+    call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
+    if call is None:
+        return False
+    for source in sources:
+        if type(source) not in (nn.Parameter, Tensor) or source.is_inference() or source.is_meta:
+            return False
+    return call.runs_often or _can_compare(sources)
+
+
+def reuse(owner: nn.Module, adapter_name: str, kind: Hashable, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+    """Return `make()`, or what it returned before for the same numbers.
+
+    Args:
+        owner: The module whose result it is.
+        adapter_name: The adapter that it belongs to.
+        kind: Tells the module's results apart, and holds all that they depend on besides `sources`.
+        sources: The tensors that the result depends on. Nothing may write to the result.
+        make: Computes it.
+    """
+    call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
+    results = None if call is None else call.results_of(adapter_name)
+    if call is None or results is None:
+        return make()
+    key = owner, kind
+    result = results.get(key)
+    if result is None or not result.is_of(sources):
+        results.pop(key, None)
+        if not may_reuse(sources):
+            return make()
+        copies = call.copies_of(sources)
+        result = results[key] = _Result(make(), sources, copies)
+    return result.value
+
+
+def _can_compare(tensors: tuple[Tensor, ...]) -> bool:
+    return all(tensor.device.type == "cpu" and tensor.numel() <= LARGEST for tensor in tensors)
+
+
+def _is_there(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory: engines that shard parameters take it from them between calls."""
+    return tensor.untyped_storage().nbytes() > 0
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and one.shape == other.shape and torch.equal(one, other)

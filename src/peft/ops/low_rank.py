@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A delta as a product of two thin factors, `ΔW = B·A`, and its best approximation of a smaller rank.
+
+Everything here works on the factors: a thin QR of each and the singular values of a small core give those of the product, which
+is never built. A convolution's kernel belongs to the columns: `ΔW` is read as `[out, in · taps]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.errors import PeftValueError
+
+
+class LowRank(NamedTuple):
+    """A delta `B·A`, or what is left of it at a smaller rank.
+
+    Attributes:
+        A: `[r, in · taps]`.
+        B: `[out, r]`.
+        error: `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm, before the factors are rounded to their dtype; 0 where `ΔW` is zero.
+        norm: `‖ΔW‖`.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float
+    norm: float
+
+    @property
+    def rank(self) -> int:
+        """The inner size."""
+        return self.A.shape[0]
+
+
+class SingularTriples(NamedTuple):
+    """`U · diag(S) · Vᵀ` with orthonormal columns `U [m, k]`, `V [n, k]` and `S [k]`, largest first."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def check_rank(rank: int | float | None) -> None:
+    """Insist on a rank that `kept` understands.
+
+    Raises:
+        PeftValueError: It is neither an integer of at least 1, a fraction in (0, 1], nor None.
+    """
+    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return
+    rule = (
+        f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a fraction between 0 and 1, or None for "
+        "an exact product."
+    )
+    if rank == 0:
+        raise PeftValueError(f"Passing a rank of 0 doesn't make sense: {rule}")
+    if isinstance(rank, float):
+        raise PeftValueError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}: {rule}"
+        )
+    raise PeftValueError(rule)
+
+
+def kept(values: Tensor, rank: int | float | None) -> int:
+    """How many singular values to keep, at least one.
+
+    Args:
+        values: Singular values, largest first.
+        rank: An integer: as many. A fraction: as few as hold that share of the energy, the sum of squares. None, or 1.0: all but
+            those that are zero to rounding.
+    """
+    nonzero = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
+    if rank is None or (rank == 1.0 and isinstance(rank, float)):
+        return max(nonzero, 1)
+    if isinstance(rank, int):
+        return min(rank, len(values))
+    energy = values.square().cumsum(0)
+    return max(min(int((energy < rank * energy[-1]).sum()) + 1, nonzero), 1)
+
+
+def product_svd(B: Tensor, A: Tensor) -> SingularTriples:
+    """The singular values and vectors of `B·A`, without building it.
+
+    Args:
+        B: `[m, r]`.
+        A: `[r, n]`.
+
+    Returns:
+        `min(m, n, r)` of them, in float64 where the device has it, at the cost of `(m + n)·r²`.
+
+    Raises:
+        PeftValueError: A factor has values that are NaN or infinite.
+    """
+    left, R_left = torch.linalg.qr(_finite(B))
+    right, R_right = torch.linalg.qr(_finite(A).mT)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    return SingularTriples(left @ U, S, right @ Vh.mT)
+
+
+def dense_svd(matrix: Tensor) -> SingularTriples:
+    """The singular values and vectors of a dense matrix, in float64 where the device has it.
+
+    Raises:
+        PeftValueError: It has values that are NaN or infinite.
+    """
+    U, S, Vh = torch.linalg.svd(_finite(matrix), full_matrices=False)
+    return SingularTriples(U, S, Vh.mT)
+
+
+def cut(triples: SingularTriples, rank: int | float | None, dtype: torch.dtype) -> LowRank:
+    """The best approximation of a rank, its singular values shared out evenly between both factors.
+
+    Args:
+        triples: All singular values and vectors of the delta.
+        rank: As for `kept`.
+        dtype: Of the factors.
+
+    Source: Eckart and Young, 1936
+    """
+    U, S, V = triples
+    k = kept(S, rank)
+    root = S[:k].sqrt()
+    A, B = (V[:, :k] * root).mT.to(dtype).contiguous(), (U[:, :k] * root).to(dtype).contiguous()
+    return LowRank(A, B, tail(S, k), norm(S))
+
+
+def approximate(B: Tensor, A: Tensor, rank: int | float | None = None) -> LowRank:
+    """The best approximation of `B·A` of a rank; the factors as they are if the rank allows it.
+
+    Args:
+        B: `[out, r]`.
+        A: `[r, in · taps]`.
+        rank: As for `kept`; None, or an integer of at least `r`, keeps both factors to the bit.
+
+    Example:
+        >>> B, A = torch.eye(3, 2), torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+        >>> round(approximate(B, A, 1).error, 4)  # 3 of (3, 4) is lost
+        0.6
+    """
+    if rank is None or (isinstance(rank, int) and rank >= A.shape[0]):
+        return LowRank(A, B, 0.0, product_norm(B, A))
+    return cut(product_svd(B, A), rank, torch.promote_types(A.dtype, B.dtype))
+
+
+def total_error(parts: Iterable[LowRank]) -> float:
+    """The relative error of all parts together, as if they were the blocks of one matrix."""
+    parts = list(parts)
+    whole = math.hypot(*(part.norm for part in parts))
+    return math.hypot(*(part.error * part.norm for part in parts)) / whole if whole else 0.0
+
+
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """`‖B·A‖` in the Frobenius norm."""
+    left, right = _finite(B), _finite(A)
+    return math.sqrt(max(float((left.mT @ left * (right @ right.mT)).sum()), 0.0))
+
+
+def norm(values: Tensor) -> float:
+    """The Frobenius norm of a matrix with these singular values."""
+    return float(values.square().sum().sqrt())
+
+
+def tail(values: Tensor, k: int) -> float:
+    """The share of the norm that is lost with all singular values but the first `k`."""
+    whole = norm(values)
+    return norm(values[k:]) / whole if whole else 0.0
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` without its gradient, in the precision for factorisations."""
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise PeftValueError("The adapter has values that are NaN or infinite, of which there is no factorisation.")
+    return wide(tensor)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to combine several tensors of one shape: weighted sums, pruning, and agreement on signs.
+
+Source: arXiv:2212.04089 (task arithmetic), arXiv:2306.01708 (TIES), arXiv:2311.03099 (DARE)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..base.errors import PeftValueError, warn
+
+
+def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
+    """`weights [n]` with the dimensions that let them multiply `task_tensors [n, ...]`."""
+    return weights.reshape(*weights.shape, *[1] * (task_tensors.dim() - weights.dim()))
+
+
+def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
+    """`tensor` with all but its `int(density · numel)` largest elements by magnitude set to zero."""
+    keep = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    keep[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
+    return tensor * keep.view(tensor.shape)
+
+
+def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+    """`tensor` with each element kept with probability `density`; `rescale` divides by it, which keeps the mean."""
+    pruned = tensor * torch.bernoulli(torch.full_like(tensor, density))
+    return pruned / density if rescale and density else pruned
+
+
+def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False) -> Tensor:
+    """Set a share of a tensor's elements to zero.
+
+    Args:
+        tensor: Any shape.
+        density: The share to keep; of 1 or more it keeps all, with a warning.
+        method: "magnitude" keeps the largest, "random" draws.
+        rescale: Divide what was drawn by `density`.
+
+    Raises:
+        PeftValueError: A negative density, or an unknown method.
+
+    Example:
+        >>> prune(torch.tensor([1.0, -4.0, 2.0, 0.5]), 0.5, "magnitude")
+        tensor([ 0., -4.,  2.,  0.])
+    """
+    if density >= 1:
+        warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
+        return tensor
+    if density < 0:
+        raise PeftValueError(f"Density should be >= 0, got {density}")
+    if method == "magnitude":
+        return magnitude_based_pruning(tensor, density)
+    if method == "random":
+        return random_pruning(tensor, density, rescale)
+    raise PeftValueError(f"Unknown method {method}; choose 'magnitude' or 'random'.")
+
+
+def calculate_majority_sign_mask(tensor: Tensor, method: Literal["total", "frequency"] = "total") -> Tensor:
+    """Where the elements of `[n, ...]` have the sign that wins over the first dimension; a draw is won by plus.
+
+    Args:
+        tensor: The stacked tensors.
+        method: "total" weighs each vote by its magnitude, "frequency" counts votes.
+
+    Raises:
+        PeftValueError: An unknown method.
+
+    Source: arXiv:2306.01708, section 4.2
+    """
+    if method not in ("total", "frequency"):
+        raise PeftValueError(f'Unimplemented mask method "{method}"; choose "total" or "frequency".')
+    signs = tensor.sign()
+    votes = (tensor if method == "total" else signs).sum(dim=0)
+    return signs == torch.where(votes >= 0, 1, -1)
+
+
+def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
+    """The mean of those elements of `[n, ...]` that the mask keeps; zero where it keeps none. Source: arXiv:2306.01708"""
+    return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
+
+
+def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
+    """`Σ w_i · t_i`. Source: arXiv:2212.04089"""
+    stacked = torch.stack(list(task_tensors))
+    return (stacked * reshape_weight_task_tensors(stacked, weights)).sum(dim=0)
+
+
+def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
+    """`Σ w_i · t_i` of tensors pruned by magnitude."""
+    return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
+
+
+def ties(
+    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Literal["total", "frequency"] = "total"
+) -> Tensor:
+    """Prune by magnitude, let the tensors elect a sign for each element, and average those that have it, weighted.
+
+    Source: arXiv:2306.01708
+    """
+    return _elected([prune(tensor, density, "magnitude") for tensor in task_tensors], weights, majority_sign_method)
+
+
+def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
+    """`Σ w_i · t_i` of tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
+    return task_arithmetic([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights)
+
+
+def dare_ties(
+    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Literal["total", "frequency"] = "total"
+) -> Tensor:
+    """As `ties`, with tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
+    return _elected([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights, majority_sign_method)
+
+
+def _elected(task_tensors: list[Tensor], weights: Tensor, method: Literal["total", "frequency"]) -> Tensor:
+    stacked = torch.stack(task_tensors)
+    mask = calculate_majority_sign_mask(stacked, method)
+    return disjoint_merge(stacked * reshape_weight_task_tensors(stacked, weights), mask)
