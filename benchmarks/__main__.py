@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks`: this package and its peers on the same work, by turns, as ratios to the frozen model."""
+"""`python -m benchmarks`: this package and its peers on the same work, by turns, as ratios to the
+frozen model.
+"""
 
 from __future__ import annotations
 
@@ -53,29 +55,42 @@ def _scaling(options: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(options.threads)
     sizes = {axis: values[: options.sizes] for axis, values in scaling.SIZES.items()}
     rows = scaling.measure(options.width[0], options.rounds * options.repeat, sizes)
-    report.write_table(folder, "scaling", scaling.HEAD, [scaling.line(row) for row in rows], rows, options.threads)
+    report.write_table(
+        folder, "scaling", scaling.HEAD, [scaling.line(row) for row in rows], rows, options.threads
+    )
     report.draw(scaling.plot, folder / "scaling.png", rows, options.threads)
 
 
 def _startup(options: argparse.Namespace, folder: Path) -> None:
     libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
     rows = startup.measure(libraries, options.rounds, startup.PRESENT[: options.sizes])
-    report.write_table(folder, "startup", startup.HEAD, [startup.line(row) for row in rows], rows, 1)
+    report.write_table(
+        folder, "startup", startup.HEAD, [startup.line(row) for row in rows], rows, 1
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument(
         "what",
         nargs="?",
         choices=("steps", "scaling", "startup"),
         default="steps",
         help="steps: what an adapter adds to a training step, a prompt and a token, by turns with the peers. scaling: "
-        "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, saving",
+        "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, "
+        "saving",
     )
     add = parser.add_argument
-    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure in `steps`")
+    add(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="methods to measure in `steps`",
+    )
     add(
         "--mode",
         nargs="+",
@@ -83,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         default=list(KINDS[:3]),
         help="work to measure in `steps`: a training step, a prompt, a token, whole texts",
     )
-    add("--library", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="libraries to compare")
+    add(
+        "--library",
+        nargs="+",
+        choices=list(LIBRARIES),
+        default=list(LIBRARIES),
+        help="libraries to compare",
+    )
     add(
         "--width",
         nargs="+",
@@ -98,14 +119,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=8, help="rank `r` of the adapters")
     add("--tasks", type=int, default=10, help="tasks of a Poly adapter")
     add("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the model")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of the model",
+    )
     add("--device", default="cpu", help="device to measure on, as torch names it")
     add("--threads", type=int, default=2, help="threads that torch uses on a CPU")
     add("--rounds", type=int, default=5, help="turns each library takes")
-    add("--repeat", type=int, default=6, help="steps in a turn, of the frozen and of the adapted model each")
-    add("--sizes", type=int, default=4, help="how many of the sizes in `scaling` and `startup`, the smallest first")
+    add(
+        "--repeat",
+        type=int,
+        default=6,
+        help="steps in a turn, of the frozen and of the adapted model each",
+    )
+    add(
+        "--sizes",
+        type=int,
+        default=4,
+        help="how many of the sizes in `scaling` and `startup`, the smallest first",
+    )
     add("--add", action="store_true", help="keep what the output folder has of other work")
-    add("--output", default=str(Path(__file__).parent / "results"), help="folder for tables and figures")
+    add(
+        "--output",
+        default=str(Path(__file__).parent / "results"),
+        help="folder for tables and figures",
+    )
     return parser
 
 

@@ -31,23 +31,33 @@ _HEAD = "| method | mode | width | library | time / frozen | quartiles | extra M
 def line(row: Row) -> str:
     """A row of the table."""
     wanted = TARGETS.get((row["method"], row["mode"])) if row["library"] == "ours" else None
-    verdict = "" if wanted is None else f"{wanted:.2f}{'' if row['ratio'] <= wanted else ' (missed)'}"
+    verdict = (
+        "" if wanted is None else f"{wanted:.2f}{'' if row['ratio'] <= wanted else ' (missed)'}"
+    )
     return (
-        f"| {row['method']} | {row['mode']} | {row['width']} | {row['library']} | {row['ratio']:.3f} | "
+        f"| {row['method']} | {row['mode']} | {row['width']} | {row['library']} | "
+        f"{row['ratio']:.3f} | "
         f"{row['low']:.3f}-{row['high']:.3f} | {row['extra_MB']:.1f} | {verdict} |"
     )
 
 
 def verdict(rows: list[Row]) -> str:
-    """Where this package is behind: a peer on the same work, Hugging Face PEFT's plain LoRA, or its own target."""
+    """Where this package is behind: a peer on the same work, Hugging Face PEFT's plain LoRA, or its
+    own target.
+    """
     behind = []
     for row in (row for row in rows if row["library"] == "ours"):
         same = [other for other in rows if _work(other) == _work(row)]
         where = f"{row['method']} {row['mode']} at width {row['width']}"
         for other in same:
             named_alike = other["method"] == row["method"] and other["library"] != "ours"
-            if (named_alike or (other["library"], other["method"]) == ("peft", "lora")) and other["ratio"] < row["low"]:
-                behind.append(f"{where}: {row['ratio']:.3f}, {other['library']}'s {other['method']} {other['ratio']:.3f}")
+            if (named_alike or (other["library"], other["method"]) == ("peft", "lora")) and other[
+                "ratio"
+            ] < row["low"]:
+                behind.append(
+                    f"{where}: {row['ratio']:.3f}, {other['library']}'s {other['method']} "
+                    f"{other['ratio']:.3f}"
+                )
         wanted = TARGETS.get((row["method"], row["mode"]))
         if wanted is not None and row["ratio"] > wanted:
             behind.append(f"{where}: {row['ratio']:.3f}, wanted {wanted:.2f}")
@@ -64,15 +74,24 @@ def machine(threads: int) -> str:
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        models = [text.partition(":")[2].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in text]
+        models = [
+            text.partition(":")[2].strip()
+            for text in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in text
+        ]
         name = models[0] if models else name
     accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    busy = f", load {os.getloadavg()[1]:.1f} in the last five minutes" if hasattr(os, "getloadavg") else ""
+    busy = (
+        f", load {os.getloadavg()[1]:.1f} in the last five minutes"
+        if hasattr(os, "getloadavg")
+        else ""
+    )
     return f"{name}, {os.cpu_count()} cores ({threads} threads used{busy}){accelerator}, torch {torch.__version__}"
 
 
 def write(folder: Path, rows: list[Row], threads: int, add: bool = False) -> list[Row]:
-    """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`; return all rows that are in them.
+    """Write `results.json`, `table.md` and, where matplotlib is installed, `ratios.png`; return all
+    rows that are in them.
 
     Args:
         folder: Where to.
@@ -84,25 +103,41 @@ def write(folder: Path, rows: list[Row], threads: int, add: bool = False) -> lis
     if add and known.exists():
         measured = {(*_work(row), row["library"], row["method"]) for row in rows}
         before = json.loads(known.read_text())["rows"]
-        rows = [row for row in before if (*_work(row), row["library"], row["method"]) not in measured] + rows
-    write_table(folder, "table", _HEAD, [*map(line, rows), "", verdict(rows)], rows, threads, "results")
+        rows = [
+            row for row in before if (*_work(row), row["library"], row["method"]) not in measured
+        ] + rows
+    write_table(
+        folder, "table", _HEAD, [*map(line, rows), "", verdict(rows)], rows, threads, "results"
+    )
     draw(_plot, folder / "ratios.png", rows, threads)
     return rows
 
 
 def write_table(
-    folder: Path, name: str, head: str, lines: list[str], rows: list[Row], threads: int, numbers: str | None = None
+    folder: Path,
+    name: str,
+    head: str,
+    lines: list[str],
+    rows: list[Row],
+    threads: int,
+    numbers: str | None = None,
 ) -> None:
-    """Write `<name>.md`, a table under the machine's description, and `<numbers>.json`, all that was measured."""
+    """Write `<name>.md`, a table under the machine's description, and `<numbers>.json`, all that
+    was measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     where = machine(threads)
-    (folder / f"{numbers or name}.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
+    (folder / f"{numbers or name}.json").write_text(
+        json.dumps({"machine": where, "rows": rows}, indent=1)
+    )
     table = [where, "", head, "|---" * (head.count("|") - 1) + "|", *lines, ""]
     (folder / f"{name}.md").write_text("\n".join(table))
     print("\n".join(table) if name != "table" else "", end="")
 
 
-def draw(plot: Callable[[Path, list[Row], str], None], path: Path, rows: list[Row], threads: int) -> None:
+def draw(
+    plot: Callable[[Path, list[Row], str], None], path: Path, rows: list[Row], threads: int
+) -> None:
     """Draw a figure where matplotlib is installed."""
     try:
         import matplotlib
@@ -116,17 +151,32 @@ def _plot(path: Path, rows: list[Row], where: str) -> None:
     import matplotlib.pyplot as plt
 
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure, axes = plt.subplots(1, len(modes), figsize=(4.5 * len(modes), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(4.5 * len(modes), 3.6), squeeze=False, layout="constrained"
+    )
     colours = {"ours": "#1b6ca8", "peft": "#d9822b", "lycoris": "#7a9e3a"}
     for axis, mode in zip(axes[0], modes, strict=True):
         shown = [row for row in rows if row["mode"] == mode]
         groups = list(dict.fromkeys((row["method"], row["width"]) for row in shown))
         for row in shown:
             libraries = list(colours)
-            place = groups.index((row["method"], row["width"])) + (libraries.index(row["library"]) - 1) * 0.27
+            place = (
+                groups.index((row["method"], row["width"]))
+                + (libraries.index(row["library"]) - 1) * 0.27
+            )
             spread = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
-            axis.bar(place, row["ratio"] - 1, 0.25, bottom=1, color=colours[row["library"]], yerr=spread, capsize=2)
-        axis.set_xticks(range(len(groups)), [f"{method}\n{width}" for method, width in groups], fontsize=7)
+            axis.bar(
+                place,
+                row["ratio"] - 1,
+                0.25,
+                bottom=1,
+                color=colours[row["library"]],
+                yerr=spread,
+                capsize=2,
+            )
+        axis.set_xticks(
+            range(len(groups)), [f"{method}\n{width}" for method, width in groups], fontsize=7
+        )
         axis.set_title(mode)
         axis.axhline(1, color="black", linewidth=0.8)
     axes[0][0].set_ylabel("time over the frozen model's")

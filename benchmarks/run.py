@@ -44,16 +44,29 @@ class Worker:
     """
 
     def __init__(self, library: str, request: dict[str, Any]) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(LIBRARIES[library]), "OMP_NUM_THREADS": str(request["threads"])}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(LIBRARIES[library]),
+            "OMP_NUM_THREADS": str(request["threads"]),
+        }
         command = [sys.executable, str(HERE / "worker.py")]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.ask(request)
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
         """Give an order and wait for the answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None and self.process.stderr is not None
+        assert (
+            self.process.stdin is not None
+            and self.process.stdout is not None
+            and self.process.stderr is not None
+        )
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
@@ -98,22 +111,40 @@ class Workers:
             worker.close()
 
     def measure(self, method: str, kind: str, rounds: int, repeat: int) -> list[dict[str, Any]]:
-        """Rows of results: for each library that has the method, the adapted step's time over the frozen one's."""
-        able = {library: worker for library, worker in self.workers.items() if method in _NAMES[library]}
+        """Rows of results: for each library that has the method, the adapted step's time over the
+        frozen one's.
+        """
+        able = {
+            library: worker for library, worker in self.workers.items() if method in _NAMES[library]
+        }
         orders = {library: {"kind": kind, "method": _NAMES[library][method]} for library in able}
         times: dict[str, list[Turn]] = {library: [] for library in able}
         for i in range(rounds):
             for library, worker in able.items():
-                order = {"do": "time", "warmup": 2 if i == 0 else 1, "repeat": repeat, **orders[library]}
+                order = {
+                    "do": "time",
+                    "warmup": 2 if i == 0 else 1,
+                    "repeat": repeat,
+                    **orders[library],
+                }
                 times[library].append(worker.ask(order))
         rows = []
         for library, worker in able.items():
             memory = worker.ask({"do": "memory", **orders[library]})
-            rows.append({"library": library, "method": method, "mode": kind, **self._figures(times[library], memory)})
+            rows.append(
+                {
+                    "library": library,
+                    "method": method,
+                    "mode": kind,
+                    **self._figures(times[library], memory),
+                }
+            )
         return rows
 
     def _figures(self, turns: list[Turn], memory: dict[str, int]) -> dict[str, Any]:
-        ratios = [a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)]
+        ratios = [
+            a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)
+        ]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         return {
             **dataclasses.asdict(self.shape),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the time of a step grows with the number of tasks, of adapters loaded, and of vectors in a bank. This package alone."""
+"""How the time of a step grows with the number of tasks, of adapters loaded, and of vectors in a
+bank. This package alone.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
-SIZES = {"tasks": (10, 100, 1_000, 10_000), "adapters": (1, 10, 50, 200), "bank": (64, 256, 1_024, 4_096)}
+SIZES = {
+    "tasks": (10, 100, 1_000, 10_000),
+    "adapters": (1, 10, 50, 200),
+    "bank": (64, 256, 1_024, 4_096),
+}
 # Which methods a number can grow for.
 METHODS = {"tasks": ("poly",), "adapters": ("lokr", "vblora", "poly"), "bank": ("vblora",)}
 LAYERS, BATCH = 4, 32
 
 
-def measure(width: int, rounds: int, sizes: dict[str, tuple[int, ...]] | None = None) -> list[dict[str, Any]]:
-    """Rows of results: for each size the median time of a training step and of one without gradients, in microseconds.
+def measure(
+    width: int, rounds: int, sizes: dict[str, tuple[int, ...]] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of results: for each size the median time of a training step and of one without
+    gradients, in microseconds.
 
     The models of all sizes take turns, so that what else the machine does meets them alike.
     """
     rows = []
     for axis, values in (sizes or SIZES).items():
         for method in METHODS[axis]:
-            steps = {(mode, size): _step(axis, method, size, width, mode) for size in values for mode in ("train", "decode")}
+            steps = {
+                (mode, size): _step(axis, method, size, width, mode)
+                for size in values
+                for mode in ("train", "decode")
+            }
             times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
             for _ in range(rounds + 1):
                 for key, step in steps.items():
@@ -34,7 +47,17 @@ def measure(width: int, rounds: int, sizes: dict[str, tuple[int, ...]] | None = 
                     times[key].append(1e6 * (time.perf_counter() - start))
             for (mode, size), found in times.items():
                 low, middle, high = statistics.quantiles(found[1:], n=4, method="inclusive")
-                rows.append({"axis": axis, "method": method, "mode": mode, "size": size, "us": middle, "low": low, "high": high})
+                rows.append(
+                    {
+                        "axis": axis,
+                        "method": method,
+                        "mode": mode,
+                        "size": size,
+                        "us": middle,
+                        "low": low,
+                        "high": high,
+                    }
+                )
     return rows
 
 
@@ -54,10 +77,16 @@ def _step(axis: str, method: str, size: int, width: int, mode: str) -> Callable[
     own = {"tasks": 10, "adapters": 1, "bank": 256, axis: size}
     config = {
         "lokr": lambda: peft.LoKrConfig(r=8, alpha=8, target_modules="[0-9]+"),
-        "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=own["bank"], vector_length=width // 4, target_modules="[0-9]+"),
-        "poly": lambda: peft.PolyConfig(r=8, n_tasks=own["tasks"], n_skills=4, target_modules="[0-9]+"),
+        "vblora": lambda: peft.VBLoRAConfig(
+            r=4, num_vectors=own["bank"], vector_length=width // 4, target_modules="[0-9]+"
+        ),
+        "poly": lambda: peft.PolyConfig(
+            r=8, n_tasks=own["tasks"], n_skills=4, target_modules="[0-9]+"
+        ),
     }[method]
-    model = peft.get_peft_model(nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)]), config(), "0")
+    model = peft.get_peft_model(
+        nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)]), config(), "0"
+    )
     for i in range(1, own["adapters"]):
         model.add_adapter(str(i), config())
     model.train(mode == "train")
@@ -81,12 +110,21 @@ def plot(path: Any, rows: list[dict[str, Any]], where: str) -> None:
     import matplotlib.pyplot as plt
 
     axes_of = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, axes = plt.subplots(1, len(axes_of), figsize=(4.2 * len(axes_of), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(axes_of), figsize=(4.2 * len(axes_of), 3.4), squeeze=False, layout="constrained"
+    )
     for panel, axis in zip(axes[0], axes_of, strict=True):
         curves = dict.fromkeys((row["method"], row["mode"]) for row in rows if row["axis"] == axis)
         for method, mode in curves:
-            own = [row for row in rows if (row["axis"], row["method"], row["mode"]) == (axis, method, mode)]
-            spread = [[row["us"] - row["low"] for row in own], [row["high"] - row["us"] for row in own]]
+            own = [
+                row
+                for row in rows
+                if (row["axis"], row["method"], row["mode"]) == (axis, method, mode)
+            ]
+            spread = [
+                [row["us"] - row["low"] for row in own],
+                [row["high"] - row["us"] for row in own],
+            ]
             style = "-" if mode == "train" else "--"
             panel.errorbar(
                 [row["size"] for row in own], [row["us"] / 1e3 for row in own], [[e / 1e3 for e in side] for side in spread],
@@ -94,7 +132,9 @@ def plot(path: Any, rows: list[dict[str, Any]], where: str) -> None:
             )  # fmt: skip
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
-        panel.set_xlabel({"tasks": "tasks", "adapters": "adapters loaded", "bank": "vectors in the bank"}[axis])
+        panel.set_xlabel(
+            {"tasks": "tasks", "adapters": "adapters loaded", "bank": "vectors in the bank"}[axis]
+        )
         panel.legend(fontsize=7)
     axes[0][0].set_ylabel("milliseconds a step")
     figure.suptitle(where, fontsize=8)

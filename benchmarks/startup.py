@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before the first step: importing, injecting into a large model, loading beside many adapters, files.
+"""What comes before the first step: importing, injecting into a large model, loading beside many
+adapters, files.
 
-As a script it is a process that measures one of these with the library on its path, and answers with one JSON object.
+As a script it is a process that measures one of these with the library on its path, and answers
+with one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PROJECTIONS = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)}
+PROJECTIONS = {
+    "q_proj": (4096, 4096),
+    "k_proj": (4096, 4096),
+    "v_proj": (4096, 4096),
+    "o_proj": (4096, 4096),
+}
 PROJECTIONS |= {"gate_proj": (4096, 11008), "up_proj": (4096, 11008), "down_proj": (11008, 4096)}
 METHODS = ("lora", "lokr", "vblora", "poly")
 # Adapters that a model has when one more is loaded.
@@ -36,7 +43,10 @@ def ask(folder: Path, *order: Any) -> dict[str, float]:
 
 
 def measure(
-    libraries: dict[str, Path], rounds: int, present: Iterable[int] = PRESENT, ask: Callable[..., dict[str, float]] = ask
+    libraries: dict[str, Path],
+    rounds: int,
+    present: Iterable[int] = PRESENT,
+    ask: Callable[..., dict[str, float]] = ask,
 ) -> list[dict[str, Any]]:
     """Rows of results, each the median of some processes' times in seconds."""
     work = [("import", "", 0)] + [("inject", method, 0) for method in METHODS]
@@ -48,21 +58,32 @@ def measure(
             if folder.is_dir() and (library == "ours" or what in ("import", "inject")):
                 answers = [ask(folder, what, method, size) for _ in range(rounds)]
                 row = {"what": what, "method": method, "size": size, "library": library}
-                rows.append(row | {key: statistics.median(answer[key] for answer in answers) for key in answers[0]})
+                rows.append(
+                    row
+                    | {
+                        key: statistics.median(answer[key] for answer in answers)
+                        for key in answers[0]
+                    }
+                )
     return rows
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     beside = f"{row['size']} adapters" if row["size"] else ""
-    speed = f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}" if "MB_per_s" in row else ""
+    speed = (
+        f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}"
+        if "MB_per_s" in row
+        else ""
+    )
     return f"| {row['what']} | {row['method']} | {beside} | {row['library']} | {row['seconds']:.3f} | {speed} |"
 
 
 HEAD = "| what | method | beside | library | seconds | speed |"
 
 
-# --- in a process of its own ------------------------------------------------------------------------------------------------
+# --- in a process of its own
+# ------------------------------------------------------------------------------------------------
 
 
 def _import() -> dict[str, float]:
@@ -73,7 +94,9 @@ def _import() -> dict[str, float]:
 
 
 def _inject(method: str) -> dict[str, float]:
-    """Seconds to adapt all seven projections of 32 layers of a 7B-shaped model on the meta device, the shortest of three."""
+    """Seconds to adapt all seven projections of 32 layers of a 7B-shaped model on the meta device,
+    the shortest of three.
+    """
     import torch
 
     times = []
@@ -87,13 +110,20 @@ def _inject(method: str) -> dict[str, float]:
 
 def _load_beside(method: str, size: int) -> dict[str, float]:
     """Seconds to load one adapter into a model that has others already."""
-    model = _adapt(_blocks(2, {"q_proj": (64, 64), "v_proj": (64, 64)}), _config(method, ["q_proj", "v_proj"], 64))
+    model = _adapt(
+        _blocks(2, {"q_proj": (64, 64), "v_proj": (64, 64)}),
+        _config(method, ["q_proj", "v_proj"], 64),
+    )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for i in range(1, size):
             model.add_adapter(f"a{i}", _config(method, ["q_proj", "v_proj"], 64))
         model.load_adapter(folder, "first")
-        return {"seconds": min(_seconds(lambda: model.load_adapter(folder, f"one{i}")) for i in range(3))}  # noqa: B023
+        return {
+            "seconds": min(
+                _seconds(lambda: model.load_adapter(folder, f"one{i}")) for i in range(3)
+            )
+        }
 
 
 def _files(what: str) -> dict[str, float]:
@@ -110,7 +140,10 @@ def _files(what: str) -> dict[str, float]:
         if what == "save":
             seconds, plain = save, _seconds(lambda: _write(Path(folder, "plain"), content))
         else:
-            seconds, plain = _seconds(lambda: model.load_adapter(folder, "again")), _seconds(path.read_bytes)
+            seconds, plain = (
+                _seconds(lambda: model.load_adapter(folder, "again")),
+                _seconds(path.read_bytes),
+            )
     return {"seconds": seconds, "MB_per_s": size / seconds, "plain_MB_per_s": size / plain}
 
 
@@ -130,7 +163,10 @@ def _seconds(function: Callable[[], Any]) -> float:
 def _blocks(layers: int, sizes: dict[str, tuple[int, int]]) -> Any:
     from torch import nn
 
-    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(layers))
+    return nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        for _ in range(layers)
+    )
 
 
 def _config(method: str, targets: list[str], length: int = 256) -> Any:
@@ -139,8 +175,12 @@ def _config(method: str, targets: list[str], length: int = 256) -> Any:
     return {
         "lora": lambda: peft.LoraConfig(r=8, target_modules=targets),
         "lokr": lambda: peft.LoKrConfig(r=8, alpha=8, target_modules=targets),
-        "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=length, target_modules=targets),
-        "poly": lambda: peft.PolyConfig(r=8, n_tasks=10, n_skills=4, n_splits=4, target_modules=targets),
+        "vblora": lambda: peft.VBLoRAConfig(
+            r=4, num_vectors=256, vector_length=length, target_modules=targets
+        ),
+        "poly": lambda: peft.PolyConfig(
+            r=8, n_tasks=10, n_skills=4, n_splits=4, target_modules=targets
+        ),
     }[method]()
 
 

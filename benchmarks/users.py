@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.users`: many users on one model, each with an adapter: VB-LoRA over one bank against LoRA.
+"""`python -m benchmarks.users`: many users on one model, each with an adapter: VB-LoRA over one
+bank against LoRA.
 
-Measured are the bytes of a user's file, the time to load one beside those that are there, the memory they take, and the time of a
-batch in which every sample has another user's adapter. Each method runs in a process of its own.
+Measured are the bytes of a user's file, the time to load one beside those that are there, the
+memory they take, and the time of a batch in which every sample has another user's adapter. Each
+method runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def config(options: argparse.Namespace, bank: Path) -> Any:
     if options.method == "vblora-own":
         place = {"num_vectors": options.bank, "vector_length": options.length}
     compact = options.method != "vblora-full"
-    return VBLoRAConfig(r=options.rank, topk=2, target_modules=targets, save_only_topk_weights=compact, **place)
+    return VBLoRAConfig(
+        r=options.rank, topk=2, target_modules=targets, save_only_topk_weights=compact, **place
+    )
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,11 +67,17 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     base = Layers(options.width, options.layers).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        VectorBank(torch.randn(options.bank, options.length) * 0.02).save_pretrained(folder / "bank")
+        VectorBank(torch.randn(options.bank, options.length) * 0.02).save_pretrained(
+            folder / "bank"
+        )
         user = get_peft_model(base, config(options, folder / "bank"))
         user.save_pretrained(folder / "user")
         base = user.unload()
-        sizes = {file.name: file.stat().st_size for file in (folder / "user").iterdir() if file.name != "README.md"}
+        sizes = {
+            file.name: file.stat().st_size
+            for file in (folder / "user").iterdir()
+            if file.name != "README.md"
+        }
         x = torch.randn(options.batch, options.tokens, options.width)
         frozen = timed(lambda: base(x), options.repeat)
         model = PeftModel.from_pretrained(base, folder / "user", "user0")
@@ -85,7 +95,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "method": options.method,
         "users": options.users,
         "weights_bytes": sizes["adapter_model.safetensors"],
-        "bank_bytes": options.bank * options.length * 4 if options.method in ("vblora-full", "vblora-shared") else 0,
+        "bank_bytes": options.bank * options.length * 4
+        if options.method in ("vblora-full", "vblora-shared")
+        else 0,
         "load_ms_first": 1e3 * statistics.quantiles(loads[: max(2, len(loads) // 10)], n=4)[0],
         "load_ms_last": 1e3 * statistics.quantiles(loads[-max(2, len(loads) // 10) :], n=4)[0],
         "memory_KB": grown / 1024 / (options.users - 1),
@@ -96,7 +108,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def timed(call: Any, repeat: int) -> float:
-    """The shortest time of a call, after two that do not count: what else the machine does only adds to it."""
+    """The shortest time of a call, after two that do not count: what else the machine does only
+    adds to it.
+    """
     times = []
     for _ in range(repeat + 2):
         start = perf_counter()
@@ -114,18 +128,24 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The results as Markdown."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s), torch {torch.__version__}"
     head = (
-        f"One model of {options.layers} layers {options.width} × {options.width}, adapters of rank {options.rank}; a bank of "
-        f"{options.bank} vectors of {options.length}; batches of {options.batch} samples of {options.tokens} token(s), each of "
-        f"another user. {machine}. Of loading times the lower quartile, of batches the fastest of {options.repeat}.\n\n"
-        "| method | users | a user's weights file, KB | for all, once, KB | loading one, the first tenth, ms | the last tenth, ms "
-        "| memory a user, KB | a batch, ms | without adapters, ms |\n|---|---|---|---|---|---|---|---|---|\n"
+        f"One model of {options.layers} layers {options.width} × {options.width}, adapters of rank "
+        f"{options.rank}; a bank of "
+        f"{options.bank} vectors of {options.length}; batches of {options.batch} samples of "
+        f"{options.tokens} token(s), each of "
+        f"another user. {machine}. Of loading times the lower quartile, of batches the fastest of "
+        f"{options.repeat}.\n\n"
+        "| method | users | a user's weights file, KB | for all, once, KB | loading one, the first "
+        "tenth, ms | the last tenth, ms "
+        "| memory a user, KB | a batch, ms | without adapters, ms "
+        "|\n|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for row in rows:
         files = f"{row['weights_bytes'] / 1024:.1f} | {row['bank_bytes'] / 1024:.0f}"
         loads = f"{row['load_ms_first']:.1f} | {row['load_ms_last']:.1f} | {row['memory_KB']:.1f}"
         lines.append(
-            f"| {NAMES[row['method']]} | {row['users']:,} | {files} | {loads} | {row['batch_ms']:.1f} | {row['frozen_ms']:.1f} |"
+            f"| {NAMES[row['method']]} | {row['users']:,} | {files} | {loads} | "
+            f"{row['batch_ms']:.1f} | {row['frozen_ms']:.1f} |"
         )
     return head + "\n".join(lines) + "\n"
 
@@ -133,11 +153,18 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    result = argparse.ArgumentParser(prog="python -m benchmarks.users", description=__doc__, formatter_class=formatter)
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks.users", description=__doc__, formatter_class=formatter
+    )
     add = result.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")
     add("--users", type=int, default=1000, help="users of the shared bank")
-    add("--others", type=int, default=200, help="users of the other methods, whose loading gets slower with each user there is")
+    add(
+        "--others",
+        type=int,
+        default=200,
+        help="users of the other methods, whose loading gets slower with each user there is",
+    )
     add("--width", type=int, default=1024, help="width of the layers")
     add("--layers", type=int, default=8, help="layers of the model, all adapted")
     add("--rank", type=int, default=4, help="rank `r` of the adapters")
@@ -147,8 +174,15 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=1, help="tokens of a sample")
     add("--repeat", type=int, default=20, help="batches that are measured")
     add("--threads", type=int, default=1, help="threads that torch uses on a CPU")
-    add("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the table")
-    add("--method", choices=METHODS, help=argparse.SUPPRESS)  # what a process of its own is asked to do
+    add(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for the table",
+    )
+    add(
+        "--method", choices=METHODS, help=argparse.SUPPRESS
+    )  # what a process of its own is asked to do
     return result
 
 
@@ -165,7 +199,17 @@ def main() -> None:
         command = [sys.executable, "-W", "ignore", __file__, "--method", method]
         users = options.users if method == "vblora-shared" else min(options.users, options.others)
         command += ["--users", str(users)]
-        for name in ("width", "layers", "rank", "bank", "length", "batch", "tokens", "repeat", "threads"):
+        for name in (
+            "width",
+            "layers",
+            "rank",
+            "bank",
+            "length",
+            "batch",
+            "tokens",
+            "repeat",
+            "threads",
+        ):
             command += [f"--{name}", str(getattr(options, name))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work that is measured: a Llama-shaped model, frozen or adapted, that takes a training step, reads a prompt or writes a token.
+"""The work that is measured: a Llama-shaped model, frozen or adapted, that takes a training step,
+reads a prompt or writes a token.
 
-Runs in a worker's process, against whichever library is first on its path; it knows only the interface they share.
+Runs in a worker's process, against whichever library is first on its path; it knows only the
+interface they share.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ def vector_length(width: int) -> int:
     return 256 if width % 1024 == 0 and int(width * 2.75) // 64 * 64 % 256 == 0 else 64
 
 
-def adapt(model: nn.Module, method: str, shape: Shape) -> tuple[Callable[..., Any], Callable[[int], dict[str, Any]]]:
+def adapt(
+    model: nn.Module, method: str, shape: Shape
+) -> tuple[Callable[..., Any], Callable[[int], dict[str, Any]]]:
     """Put an adapter into a model.
 
     Returns:
@@ -95,22 +99,40 @@ def adapt(model: nn.Module, method: str, shape: Shape) -> tuple[Callable[..., An
         "vblora": lambda: peft.VBLoRAConfig(
             r=4, num_vectors=shape.bank, vector_length=vector_length(shape.width), topk=2, **common
         ),
-        "poly": lambda: peft.PolyConfig(r=shape.rank, n_tasks=shape.tasks, n_skills=4, n_splits=1, **common),
-        "mhr": lambda: peft.PolyConfig(r=shape.rank, n_tasks=shape.tasks, n_skills=4, n_splits=4, **common),
+        "poly": lambda: peft.PolyConfig(
+            r=shape.rank, n_tasks=shape.tasks, n_skills=4, n_splits=1, **common
+        ),
+        "mhr": lambda: peft.PolyConfig(
+            r=shape.rank, n_tasks=shape.tasks, n_skills=4, n_splits=4, **common
+        ),
     }
     adapted = peft.get_peft_model(model, configs[method]())
     model.get_input_embeddings().requires_grad_(True)
     if method in ("poly", "mhr"):
-        return adapted, lambda batch: {"task_ids": torch.arange(batch, device=shape.device) % shape.tasks}
+        return adapted, lambda batch: {
+            "task_ids": torch.arange(batch, device=shape.device) % shape.tasks
+        }
     return adapted, lambda batch: {}
 
 
 def _lycoris(model: nn.Module, shape: Shape) -> Callable[..., Any]:
-    """LyCORIS puts its modules' forwards in place of the layers'; bypass mode applies the factors and not their product."""
+    """LyCORIS puts its modules' forwards in place of the layers'; bypass mode applies the factors
+    and not their product.
+    """
     from lycoris import LycorisNetwork, create_lycoris
 
-    LycorisNetwork.apply_preset({"target_name": [f".*{name}" for name in PROJECTIONS], "target_module": []})
-    network = create_lycoris(model, 1.0, linear_dim=shape.rank, linear_alpha=shape.rank, algo="lokr", factor=-1, bypass_mode=True)
+    LycorisNetwork.apply_preset(
+        {"target_name": [f".*{name}" for name in PROJECTIONS], "target_module": []}
+    )
+    network = create_lycoris(
+        model,
+        1.0,
+        linear_dim=shape.rank,
+        linear_alpha=shape.rank,
+        algo="lokr",
+        factor=-1,
+        bypass_mode=True,
+    )
     network.apply_to()
     network.to(shape.device, getattr(torch, shape.dtype)).train()
     model._network = (network,)
@@ -121,16 +143,28 @@ class Work:
     """A step of one kind, on the frozen model or on the adapted one.
 
     Args:
-        kind: "train", "prefill", "decode" (a call of the model for one token) or "generate" (`NEW_TOKENS` of them in one call).
+        kind: "train", "prefill", "decode" (a call of the model for one token) or "generate"
+            (`NEW_TOKENS` of them in one call).
         shape: Its size.
         run: What runs the model.
         arguments: Further arguments for a batch of a size.
     """
 
-    def __init__(self, kind: str, shape: Shape, model: nn.Module, run: Callable[..., Any], arguments: Callable[[int], Any]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        shape: Shape,
+        model: nn.Module,
+        run: Callable[..., Any],
+        arguments: Callable[[int], Any],
+    ) -> None:
         self.kind, self.model, self.run = kind, model, run
         generator = torch.Generator().manual_seed(1)
-        batch, tokens = (shape.decode_batch, 1) if kind in ("decode", "generate") else (shape.batch, shape.tokens)
+        batch, tokens = (
+            (shape.decode_batch, 1)
+            if kind in ("decode", "generate")
+            else (shape.batch, shape.tokens)
+        )
         self.ids = torch.randint(0, 512, (batch, tokens), generator=generator).to(shape.device)
         self.arguments = arguments(batch)
         for module in (run, model):

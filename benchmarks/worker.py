@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that holds one library's adapted model and its frozen twin, and does what it is told: `time` or `memory`.
+"""A process that holds one library's adapted model and its frozen twin, and does what it is told:
+`time` or `memory`.
 
 Reads one JSON object a line, answers with one.
 """
@@ -86,7 +87,9 @@ def _peak(work: Work) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    for event in sorted(
+        profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+    ):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

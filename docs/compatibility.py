@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes `compatibility.md`: which methods, options and names of Hugging Face PEFT this package has.
+"""Writes `compatibility.md`: which methods, options and names of Hugging Face PEFT this package
+has.
 
-`compatibility.json` holds the names in a release of theirs. Run with it on the path, this file writes that list:
+`compatibility.json` holds the names in a release of theirs. Run with it on the path, this file
+writes that list:
 
     PYTHONPATH=.peer python docs/compatibility.py --record    # what they have
     python docs/compatibility.py                              # the page
@@ -66,17 +68,30 @@ def record() -> dict[str, Any]:
     from peft.utils import peft_types
 
     configs, mixed = peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-    methods = {kind.value: {"config": cls.__name__, "mixed": kind in mixed} for kind, cls in configs.items()}
+    methods = {
+        kind.value: {"config": cls.__name__, "mixed": kind in mixed}
+        for kind, cls in configs.items()
+    }
     for name in METHODS:
         cls = configs[peft_types.PeftType(name)]
-        methods[name] |= {"fields": [field.name for field in dataclasses.fields(cls)], "values": choices(cls)}
-    functions = {n: parameters(getattr(peft, n)) for n in peft.__all__ if inspect.isfunction(getattr(peft, n))}
+        methods[name] |= {
+            "fields": [field.name for field in dataclasses.fields(cls)],
+            "values": choices(cls),
+        }
+    functions = {
+        n: parameters(getattr(peft, n))
+        for n in peft.__all__
+        if inspect.isfunction(getattr(peft, n))
+    }
     return {
         "version": peft.__version__,
         "methods": dict(sorted(methods.items())),
         "names": sorted(peft.__all__),
         "functions": functions,
-        "classes": {name: members(getattr(importlib.import_module(module), name)) for name, module in CLASSES.items()},
+        "classes": {
+            name: members(getattr(importlib.import_module(module), name))
+            for name, module in CLASSES.items()
+        },
     }
 
 
@@ -101,17 +116,24 @@ def _literals(hint: Any) -> Iterator[Any]:
 def parameters(function: Any) -> list[str]:
     """Return the names of a function's parameters; `**` stands for any others."""
     named = inspect.signature(function).parameters.values()
-    return ["**" if p.kind is p.VAR_KEYWORD else p.name for p in named if p.kind is not p.VAR_POSITIONAL]
+    return [
+        "**" if p.kind is p.VAR_KEYWORD else p.name for p in named if p.kind is not p.VAR_POSITIONAL
+    ]
 
 
 def members(cls: type) -> dict[str, list[str]]:
-    """Return the public members that a class has beyond those of `nn.Module`, methods with their parameters."""
+    """Return the public members that a class has beyond those of `nn.Module`, methods with their
+    parameters.
+    """
     from torch import nn
 
     names = [name for name in dir(cls) if not name.startswith("_") and not hasattr(nn.Module, name)]
     entries = {name: inspect.getattr_static(cls, name) for name in names}
     plain = {name: getattr(entry, "__func__", entry) for name, entry in entries.items()}
-    return {name: parameters(entry) if inspect.isfunction(entry) else [] for name, entry in plain.items()}
+    return {
+        name: parameters(entry) if inspect.isfunction(entry) else []
+        for name, entry in plain.items()
+    }
 
 
 def page() -> str:
@@ -133,23 +155,48 @@ def _methods(theirs: dict, ours: dict) -> str:
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
     rows, mixes = [], {True: "yes", False: "no"}
-    for name, method in sorted(theirs["methods"].items(), key=lambda item: (item[0] not in ours["methods"], item[0])):
+    for name, method in sorted(
+        theirs["methods"].items(), key=lambda item: (item[0] not in ours["methods"], item[0])
+    ):
         own = ours["methods"].get(name)
         adapted = PEFT_TYPE_TO_TUNER_MAPPING[name].supported_modules if own else ""
         here = mixes[own["mixed"]] if own else ""
-        rows.append((name, f"`{method['config']}`", name_status(method["config"]), adapted, mixes[method["mixed"]], here))
+        rows.append(
+            (
+                name,
+                f"`{method['config']}`",
+                name_status(method["config"]),
+                adapted,
+                mixes[method["mixed"]],
+                here,
+            )
+        )
     text = "## Methods\n\nA method mixes if its adapters can share a model with those of other methods (`mixed=True`).\n\n"
-    return text + _table(("method", "config", "here", "adapts here", "mixes there", "mixes here"), rows)
+    return text + _table(
+        ("method", "config", "here", "adapts here", "mixes there", "mixes here"), rows
+    )
 
 
 def _options(theirs: dict, ours: dict) -> str:
-    fields = {name: dict.fromkeys([*theirs["methods"][name]["fields"], *ours["methods"][name]["fields"]]) for name in METHODS}
+    fields = {
+        name: dict.fromkeys([*theirs["methods"][name]["fields"], *ours["methods"][name]["fields"]])
+        for name in METHODS
+    }
     rows = []
     for option in sorted({option for name in METHODS for option in fields[name]}):
-        rows.append((f"`{option}`", *(option_status(name, option, theirs) if option in fields[name] else "" for name in METHODS)))
+        rows.append(
+            (
+                f"`{option}`",
+                *(
+                    option_status(name, option, theirs) if option in fields[name] else ""
+                    for name in METHODS
+                ),
+            )
+        )
     rows.sort(key=lambda row: all(cell in (ADDED, "") for cell in row[1:]))
-    return "## Options\n\nFields of configs. An empty cell: the method has no such option in either package.\n\n" + _table(
-        ("option", *METHODS), rows
+    return (
+        "## Options\n\nFields of configs. An empty cell: the method has no such option in either "
+        "package.\n\n" + _table(("option", *METHODS), rows)
     )
 
 
@@ -157,7 +204,10 @@ def _values(theirs: dict) -> str:
     rows = []
     for name in METHODS:
         for option, values in theirs["methods"][name]["values"].items():
-            cells = [f'"{value}"' if value_status(name, option, value) == PROVIDED else f'~~"{value}"~~' for value in values]
+            cells = [
+                f'"{value}"' if value_status(name, option, value) == PROVIDED else f'~~"{value}"~~'
+                for value in values
+            ]
             rows.append((name, f"`{option}`", ", ".join(cells)))
     text = "## Values of options\n\nStrings that an option can have there; those that are struck out are refused here.\n\n"
     return text + _table(("method", "option", "values"), rows)
@@ -173,20 +223,41 @@ def _names(theirs: dict) -> str:
     provided = sum(name_status(name) == PROVIDED for name in theirs["names"])
     text = f"## Names in `peft`\n\n{provided} of {len(theirs['names'])} names are provided. "
     text += "Beside the configs and models of the methods above:\n\n"
-    return text + "".join(f"- {status}: {', '.join(names) or 'none'}\n" for status, names in by_status.items())
+    return text + "".join(
+        f"- {status}: {', '.join(names) or 'none'}\n" for status, names in by_status.items()
+    )
 
 
 def _members(theirs: dict, ours: dict) -> str:
     objects, lines = examples(), []
     for name, there in theirs["classes"].items():
         absent = [f"`{member}`" for member in there if not hasattr(objects[name], member)]
-        lacking = [f"`{m}({p})`" for m, names in there.items() for p in _lacking(names, ours["classes"][name].get(m))]
-        lines.append((f"`{name}`", str(len(there) - len(absent)), ", ".join(absent) or "none", ", ".join(lacking) or "none"))
+        lacking = [
+            f"`{m}({p})`"
+            for m, names in there.items()
+            for p in _lacking(names, ours["classes"][name].get(m))
+        ]
+        lines.append(
+            (
+                f"`{name}`",
+                str(len(there) - len(absent)),
+                ", ".join(absent) or "none",
+                ", ".join(lacking) or "none",
+            )
+        )
     for name, names in theirs["functions"].items():
         if lacking := _lacking(names, ours["functions"].get(name)):
             lines.append((f"`{name}`", "", "", ", ".join(map("`{}`".format, lacking))))
     text = "## Members and parameters\n\nPublic members of objects, and parameters of functions and methods, that are there.\n\n"
-    return text + _table(("class or function", "members that are here", "members that are not", "parameters that are not"), lines)
+    return text + _table(
+        (
+            "class or function",
+            "members that are here",
+            "members that are not",
+            "parameters that are not",
+        ),
+        lines,
+    )
 
 
 def _lacking(there: list[str], here: list[str] | None) -> list[str]:
@@ -203,9 +274,18 @@ def examples() -> dict[str, Any]:
         return torch.nn.Sequential(torch.nn.Linear(4, 4))
 
     config = peft.LoraConfig(target_modules=["0"])
-    model, mixed = peft.get_peft_model(base(), config), peft.get_peft_model(base(), config, mixed=True)
+    model, mixed = (
+        peft.get_peft_model(base(), config),
+        peft.get_peft_model(base(), config, mixed=True),
+    )
     tuner = model.base_model
-    return {"PeftModel": model, "PeftMixedModel": mixed, "PeftConfig": config, "BaseTuner": tuner, "BaseTunerLayer": tuner.model[0]}
+    return {
+        "PeftModel": model,
+        "PeftMixedModel": mixed,
+        "PeftConfig": config,
+        "BaseTuner": tuner,
+        "BaseTunerLayer": tuner.model[0],
+    }
 
 
 def name_status(name: str) -> str:
@@ -222,12 +302,19 @@ def option_status(method: str, option: str, theirs: dict) -> str:
     """Return how this package stands to an option of a method."""
     import peft
 
-    fields = {field.name: field for field in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)])}
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)])
+    }
     if option not in fields:
         return ABSENT
     if option not in theirs["methods"][method]["fields"]:
         return ADDED
-    return PLACEHOLDER if fields[option].metadata.get("help", "").startswith("Not provided") else PROVIDED
+    return (
+        PLACEHOLDER
+        if fields[option].metadata.get("help", "").startswith("Not provided")
+        else PROVIDED
+    )
 
 
 def value_status(method: str, option: str, value: str) -> str:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test: no network and one thread.
 
-The environment is set before anything is imported that reads it, and processes that tests start inherit it.
+The environment is set before anything is imported that reads it, and processes that tests start
+inherit it.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The functions that Triton itself brings are interpreted if it is imported so, which tests/kernels needs; no other test runs kernels.
+# The functions that Triton itself brings are interpreted if it is imported so, which tests/kernels
+# needs; no other test runs kernels.
 os.environ["TRITON_INTERPRET"] = "1"
 with contextlib.suppress(ImportError):
     importlib.import_module("triton.language")
@@ -29,7 +31,15 @@ del os.environ["TRITON_INTERPRET"]
 import pytest
 import torch
 
-LOCAL = ("127.", "::1", "::ffff:127.", "localhost", "0.0.0.0", "::", socket.gethostname() or "localhost")
+LOCAL = (
+    "127.",
+    "::1",
+    "::ffff:127.",
+    "localhost",
+    "0.0.0.0",
+    "::",
+    socket.gethostname() or "localhost",
+)
 attempts: list[str] = []
 
 
@@ -72,8 +82,9 @@ def _no_network():
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect():
-    """Exempt what is there before a module's tests from garbage collection, which takes as long as there are objects to look at:
-    trainers ask for one whenever they start and end, and most objects are those of imported libraries.
+    """Exempt what is there before a module's tests from garbage collection, which takes as long as
+    there are objects to look at: trainers ask for one whenever they start and end, and most objects
+    are those of imported libraries.
     """
     gc.collect()
     gc.freeze()

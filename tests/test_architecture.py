@@ -17,7 +17,9 @@ from peft.tuners.tuners_utils import AdapterParameterDict, BaseTuner, BaseTunerL
 
 ROOT = Path(peft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-METHODS = sorted(path.name for path in (ROOT / "tuners").iterdir() if (path / "__init__.py").exists())
+METHODS = sorted(
+    path.name for path in (ROOT / "tuners").iterdir() if (path / "__init__.py").exists()
+)
 
 
 def module_name(path):
@@ -34,7 +36,10 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
             source = f"{base}.{node.module}" if node.module else base
-            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names}
+            found |= {
+                f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft"):
             found.add(node.module)
     return found - {name}
@@ -56,7 +61,9 @@ def layer_of(name):
 
 
 def test_imports_point_down():
-    wrong = [f"{a} -> {b}" for a, targets in GRAPH.items() for b in targets if layer_of(b) > layer_of(a)]
+    wrong = [
+        f"{a} -> {b}" for a, targets in GRAPH.items() for b in targets if layer_of(b) > layer_of(a)
+    ]
     assert not wrong
 
 
@@ -93,7 +100,9 @@ def test_files_are_short_and_licensed(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node, clean=False)
-            size = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+            size = (
+                node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+            )
             assert size <= 60, node.name
 
 
@@ -105,7 +114,11 @@ def test_a_method_is_a_config_a_layer_a_tuner_and_a_registration(tmp_path, monke
             monkeypatch.setitem(registry, key, registry[key])
     blocks = (ROOT.parents[1] / "docs" / "adding-a-tuner.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.split("```")[0] for block in blocks[:4])
-    for relative, absolute in [("from ...", "from peft."), ("from .._", "from peft.tuners._"), ("from .", "# from .")]:
+    for relative, absolute in [
+        ("from ...", "from peft."),
+        ("from .._", "from peft.tuners._"),
+        ("from .", "# from ."),
+    ]:
         code = code.replace(relative, absolute)
     namespace = {"__name__": "rankone"}
     sys.modules["rankone"] = type(sys)("rankone")
@@ -115,7 +128,9 @@ def test_a_method_is_a_config_a_layer_a_tuner_and_a_registration(tmp_path, monke
         assert issubclass(config_cls, TargetedConfig)
         assert issubclass(namespace["RankOneModel"], BaseTuner)
         assert issubclass(namespace["Linear"], BaseTunerLayer)
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 6)), config_cls(target_modules=["0"]))
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Linear(4, 6)), config_cls(target_modules=["0"])
+        )
         layer = model.base_model.model[0]
         assert isinstance(layer.rankone_a, AdapterParameterDict)
         assert is_linear(layer)

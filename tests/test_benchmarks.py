@@ -15,11 +15,17 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def benchmarks(tmp_path, monkeypatch):
-    """Runs `python -m benchmarks` with options in this process; what it starts itself are processes."""
+    """Runs `python -m benchmarks` with options in this process; what it starts itself are
+    processes.
+    """
     monkeypatch.syspath_prepend(ROOT)
 
     def run(options):
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *options.split(), "--threads", "1", "--output", str(tmp_path)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["benchmarks", *options.split(), "--threads", "1", "--output", str(tmp_path)],
+        )
         runpy.run_module("benchmarks", run_name="__main__")
 
     return run
@@ -56,13 +62,19 @@ def test_startup_is_the_median_of_rounds(monkeypatch):
         orders.append((folder.name, *order))
         return {"seconds": next(seconds)}
 
-    rows = startup.measure({"ours": ROOT / "src", "peer": ROOT / "tests"}, rounds=3, present=(2, 5), ask=ask)
+    rows = startup.measure(
+        {"ours": ROOT / "src", "peer": ROOT / "tests"}, rounds=3, present=(2, 5), ask=ask
+    )
     assert {row["seconds"] for row in rows} == {2.0} and len(orders) == 3 * len(rows)
     asked = {(row["library"], row["what"]) for row in rows}
     ours = {("ours", what) for what in ("import", "inject", "load beside", "save", "load")}
     assert asked == ours | {("peer", "import"), ("peer", "inject")}
     assert {row["size"] for row in rows if row["what"] == "load beside"} == {2, 5}
-    (row,) = (row for row in rows if row["what"] == "load beside" and row["method"] == "lokr" and row["size"] == 5)
+    (row,) = (
+        row
+        for row in rows
+        if row["what"] == "load beside" and row["method"] == "lokr" and row["size"] == 5
+    )
     assert startup.line(row) == "| load beside | lokr | 5 adapters | ours | 2.000 |  |"
 
 
@@ -71,7 +83,14 @@ def test_startup_measures_each_thing(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import startup
 
-    found = [startup.answer(*order) for order in (("inject", "lokr", "0"), ("load beside", "vblora", "2"), ("save", "poly", "0"))]
+    found = [
+        startup.answer(*order)
+        for order in (
+            ("inject", "lokr", "0"),
+            ("load beside", "vblora", "2"),
+            ("save", "poly", "0"),
+        )
+    ]
     found.append(startup.ask(ROOT / "src", "import", "", 0))
     assert all(0 < each["seconds"] < 300 for each in found)
     assert found[2].keys() == {"seconds", "MB_per_s", "plain_MB_per_s"}

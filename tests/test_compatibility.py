@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what there is of Hugging Face PEFT: as the code is now, as that package is, and true."""
+"""The table of what there is of Hugging Face PEFT: as the code is now, as that package is, and
+true.
+"""
 
 import importlib.util
 import json
@@ -15,7 +17,14 @@ import peft
 DOCS = Path(__file__).parents[1] / "docs"
 PEER = Path(os.environ.get("PEFT_PEER", DOCS.parent / ".peer")).resolve()
 # Options of LoRA's features that ask for nothing by themselves.
-MEANINGLESS_ALONE = {"megatron_core", "qalora_group_size", "corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+MEANINGLESS_ALONE = {
+    "megatron_core",
+    "qalora_group_size",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,11 @@ def script():
 def rows(heading):
     """The cells of a table of the page, a dictionary for each row."""
     section = (DOCS / "compatibility.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [[cell.strip(" `") for cell in line.strip("| ").split(" | ")] for line in section.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip(" `") for cell in line.strip("| ").split(" | ")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
     return [dict(zip(lines[0], [*line, *[""] * len(lines[0])], strict=False)) for line in lines[2:]]
 
 
@@ -58,7 +71,9 @@ def test_options_are_what_the_page_says():
             config = peft.get_peft_config({"peft_type": method})
             is_field = row[method] in ("provided", "placeholder", "added")
             assert hasattr(config, row["option"]) or not is_field, (method, row["option"])
-            is_written = row[method] in ("provided", "placeholder") and row["option"] not in config.unsaved
+            is_written = (
+                row[method] in ("provided", "placeholder") and row["option"] not in config.unsaved
+            )
             if row["option"] != "kronecker_layout":  # the model decides
                 assert (row["option"] in config.to_dict()) == is_written, (method, row["option"])
         if row["LORA"] == "placeholder" and row["option"] not in MEANINGLESS_ALONE:
@@ -69,10 +84,18 @@ def test_options_are_what_the_page_says():
 
 @pytest.mark.processes
 def test_the_list_is_what_the_other_package_has():
-    code = "import json, runpy; print(json.dumps(runpy.run_path('docs/compatibility.py')['record']()))"
+    code = (
+        "import json, runpy; print(json.dumps(runpy.run_path('docs/compatibility.py')['record']()))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(PEER), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=DOCS.parent, env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=DOCS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == json.loads((DOCS / "compatibility.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(
+        (DOCS / "compatibility.json").read_text()
+    )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every page of the documentation runs as it stands, from top to bottom. What a page takes for granted, such as a model of the reader's,
-is in comments `<!--python … -->` in it.
+"""Every page of the documentation runs as it stands, from top to bottom. What a page takes for
+granted, such as a model of the reader's, is in comments `<!--python … -->` in it.
 """
 
 import re
@@ -21,7 +21,11 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace = {"__name__": page.stem}
-    blocks = list(re.finditer(r"^(?:```|<!--)python\n(.*?)^(?:```|-->)$", page.read_text(), re.DOTALL | re.MULTILINE))
+    blocks = list(
+        re.finditer(
+            r"^(?:```|<!--)python\n(.*?)^(?:```|-->)$", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+    )
     assert blocks
     for block in blocks:
         line = page.read_text()[: block.start()].count("\n") + 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports at any depth, also those inside functions: none points up, no tuner is named by the core, and each module stands alone."""
+"""Imports at any depth, also those inside functions: none points up, no tuner is named by the core,
+and each module stands alone.
+"""
 
 import ast
 import re
@@ -26,7 +28,11 @@ MODULES = {module_name(path) for path in FILES}
 
 def guarded(tree):
     """Nodes under `if TYPE_CHECKING`, which are never run."""
-    tests = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    tests = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
     return {id(inner) for node in tests for child in node.body for inner in ast.walk(child)}
 
 
@@ -41,9 +47,16 @@ def imported(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = (
+                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+                if node.level
+                else ""
+            )
             source = ".".join(part for part in (base, node.module) if part)
-            found |= {f"{source}.{a.name}" if f"{source}.{a.name}" in MODULES else source for a in node.names}
+            found |= {
+                f"{source}.{a.name}" if f"{source}.{a.name}" in MODULES else source
+                for a in node.names
+            }
     return {m for m in found if m == "peft" or m.startswith("peft.")} - {name}
 
 
@@ -62,7 +75,9 @@ def height(name):
 
 
 def test_no_import_points_up_even_inside_functions():
-    wrong = {f"{a} -> {b}" for a, targets in GRAPH.items() for b in targets if height(b) > height(a)}
+    wrong = {
+        f"{a} -> {b}" for a, targets in GRAPH.items() for b in targets if height(b) > height(a)
+    }
     assert wrong == set()
 
 
@@ -79,7 +94,9 @@ def test_the_whole_graph_has_no_cycle():
 
 
 def test_tuners_are_named_by_their_own_folder_alone():
-    """Neither imported nor spelt out: a name in the core would be a second place to touch for a new method."""
+    """Neither imported nor spelt out: a name in the core would be a second place to touch for a new
+    method.
+    """
     assert len(TUNERS) >= 3
     for path in FILES:
         name = module_name(path)
@@ -89,31 +106,51 @@ def test_tuners_are_named_by_their_own_folder_alone():
             or path.name in ("peft_types.py", "markers.py", "placeholder_names.py")
             or path.parent.name == "files"
         ):
-            continue  # the public list, the interface's vocabulary, and what other programs write into files
+            # The public list, the interface's vocabulary, and what other programs write into files.
+            continue
         tree = ast.parse(path.read_text())
         words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         doc = {
-            ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            ast.get_docstring(n, clean=False)
+            for n in ast.walk(tree)
+            if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
         }
         words |= {string for string in strings - doc if len(string) < 40}
-        words -= {"supports_lora_conversion", "lora_"}  # of the interface: what every method has, and hotswap's default prefix
-        words = {word for word in words if not (own and word.lstrip(".").startswith(f"{own}_"))}  # `poly_lora_A` is Poly's own
+        words -= {
+            "supports_lora_conversion",
+            "lora_",
+        }  # of the interface: what every method has, and hotswap's default prefix
+        words = {
+            word for word in words if not (own and word.lstrip(".").startswith(f"{own}_"))
+        }  # `poly_lora_A` is Poly's own
         for tuner in set(TUNERS) - {own}:
             found = sorted(
-                word for word in words if re.match(rf"(?:^|.*[^a-z]){tuner}(?:[^a-z]|config|model|layer|$)", word.lower())
+                word
+                for word in words
+                if re.match(rf"(?:^|.*[^a-z]){tuner}(?:[^a-z]|config|model|layer|$)", word.lower())
             )
             assert not found, f"{name} names {tuner}: {found}"
 
 
-@pytest.mark.parametrize("library", ["transformers", "huggingface_hub", "accelerate", "bitsandbytes", "triton"])
+@pytest.mark.parametrize(
+    "library", ["transformers", "huggingface_hub", "accelerate", "bitsandbytes", "triton"]
+)
 def test_no_heavy_library_is_imported_at_the_top(library):
     for path in FILES:
         if library == "triton" and path.name in ("kernels.py", "mixing_kernels.py"):
             continue  # is imported itself where kernels can run, see below
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", None) or ""]
+            )
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert not any(name.split(".")[0] == library for name in names), path
 
@@ -151,10 +188,15 @@ print("fine")
 
 @pytest.mark.processes
 def test_a_fresh_process_imports_little_and_needs_no_more():
-    """Importing loads no heavy library and all of the documented modules; plain torch models need neither transformers nor accelerate,
-    on a CPU no Triton, and local files nothing of the Hub.
+    """Importing loads no heavy library and all of the documented modules; plain torch models need
+    neither transformers nor accelerate, on a CPU no Triton, and local files nothing of the Hub.
     """
-    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", FRESH], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", FRESH],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.stdout == "peft.helpers peft.functional peft.import_utils\nfine\n", result.stderr
 
 

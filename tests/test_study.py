@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study of many tasks runs from beginning to end in its short form; what it finds is not tested here."""
+"""The study of many tasks runs from beginning to end in its short form; what it finds is not tested
+here.
+"""
 
 import json
 import runpy

@@ -13,7 +13,8 @@ TARGETS = ["up", "down"]
 LENGTH = 16  # of VB-LoRA's vectors; the base model is 128 wide
 BANK_SIZES = [64, 128, 256, 512, 1024]
 
-# VB-LoRA's learning rates. The paper's two are meant for thousands of steps of a large model; here are 150 of a small one.
+# VB-LoRA's learning rates. The paper's two are meant for thousands of steps of a large model; here
+# are 150 of a small one.
 SCHEDULES = {
     "paper": {"bank": 1e-3, "logits": 1e-2},
     "one rate": {"bank": 2e-2, "logits": 2e-2},
@@ -31,7 +32,8 @@ class Arm:
         config: Makes the adapter's configuration, given the folder of a shared bank.
         lr: The learning rate.
         rates: Rates by role, in place of those that the papers publish.
-        bank: The bank that users share: "trained" on other tasks, "random", or None for one of each user's own.
+        bank: The bank that users share: "trained" on other tasks, "random", or None for one of each
+            user's own.
     """
 
     family: str
@@ -48,22 +50,45 @@ class Arm:
 
 def vblora(size: int, bank: Path | None = None) -> VBLoRAConfig:
     """The bank starts larger than by default, as vectors this short need."""
-    own = {"num_vectors": size, "vector_length": LENGTH, "init_vector_bank_bound": 0.1} if bank is None else {"bank": str(bank)}
+    own = (
+        {"num_vectors": size, "vector_length": LENGTH, "init_vector_bank_bound": 0.1}
+        if bank is None
+        else {"bank": str(bank)}
+    )
     return VBLoRAConfig(r=4, topk=2, target_modules=TARGETS, save_only_topk_weights=True, **own)
 
 
 def all_arms() -> list[Arm]:
     """LoRA and LoKr of some ranks, VB-LoRA with banks of some sizes.
 
-    The rates of LoRA, LoKr and "two rates" were chosen on seed 100, which splits the pictures differently from the study's seeds.
+    The rates of LoRA, LoKr and "two rates" were chosen on seed 100, which splits the pictures
+    differently from the study's seeds.
     """
-    arms = [Arm("LoRA", r, lambda _, r=r: LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS), 2e-2) for r in (1, 2, 4, 8)]
-    arms += [Arm("LoKr", r, lambda _, r=r: LoKrConfig(r=r, alpha=r, target_modules=TARGETS), 2e-2) for r in (1, 2, 4, 8)]
+    arms = [
+        Arm("LoRA", r, lambda _, r=r: LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS), 2e-2)
+        for r in (1, 2, 4, 8)
+    ]
+    arms += [
+        Arm("LoKr", r, lambda _, r=r: LoKrConfig(r=r, alpha=r, target_modules=TARGETS), 2e-2)
+        for r in (1, 2, 4, 8)
+    ]
     for name, rates in SCHEDULES.items():
         sizes = BANK_SIZES if name == "two rates" else BANK_SIZES[::2]
-        arms += [Arm(f"VB-LoRA, own bank, {name}", h, lambda _, h=h: vblora(h), rates=rates) for h in sizes]
+        arms += [
+            Arm(f"VB-LoRA, own bank, {name}", h, lambda _, h=h: vblora(h), rates=rates)
+            for h in sizes
+        ]
     logits = {"logits": SCHEDULES["two rates"]["logits"]}
     for bank in ("trained", "random"):
         sizes = BANK_SIZES if bank == "trained" else BANK_SIZES[::2]
-        arms += [Arm(f"VB-LoRA, shared {bank} bank", h, lambda b, h=h: vblora(h, b), rates=logits, bank=bank) for h in sizes]
+        arms += [
+            Arm(
+                f"VB-LoRA, shared {bank} bank",
+                h,
+                lambda b, h=h: vblora(h, b),
+                rates=logits,
+                bank=bank,
+            )
+            for h in sizes
+        ]
     return arms

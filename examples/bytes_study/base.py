@@ -44,14 +44,18 @@ class Net(nn.Module):
 def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[Images]:
     """Shuffled batches without end."""
     while True:
-        for index in torch.randperm(len(images), generator=generator).split(rows)[: len(images) // rows]:
+        for index in torch.randperm(len(images), generator=generator).split(rows)[
+            : len(images) // rows
+        ]:
             yield images.take(index)
 
 
 def fit(model: nn.Module, groups: list[dict], inputs: Iterator[Images], steps: int) -> None:
     """AdamW with clipped gradients, a tenth of the steps to warm up and a linear way down."""
     optimiser, warm = torch.optim.AdamW(groups, weight_decay=0.0), max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
+    )
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     model.train()
     for _ in range(steps):
@@ -73,5 +77,10 @@ def accuracy(model: nn.Module, images: Images) -> float:
 def make_base(data: Data, steps: int, generator: torch.Generator) -> Net:
     """A network trained on the pretraining part, upright, and frozen."""
     net = Net()
-    fit(net, [{"params": list(net.parameters()), "lr": 2e-3}], batches(data.pretrain, 64, generator), steps)
+    fit(
+        net,
+        [{"params": list(net.parameters()), "lr": 2e-3}],
+        batches(data.pretrain, 64, generator),
+        steps,
+    )
     return net.requires_grad_(False)

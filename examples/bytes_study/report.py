@@ -41,25 +41,32 @@ def points(runs: Iterable[dict[str, Any]]) -> list[Point]:
     result = []
     for (family, size), own in by_arm.items():
         seeds = {run["seed"] for run in own}
-        scores = [100 * mean(run["accuracy"] for run in own if run["seed"] == seed) for seed in sorted(seeds)]
+        scores = [
+            100 * mean(run["accuracy"] for run in own if run["seed"] == seed)
+            for seed in sorted(seeds)
+        ]
         first = own[0]
         sizes = first["tensor_bytes"], first["file_bytes"], first["trainable"]
         spread = stdev(scores) if len(scores) > 1 else 0.0
-        result.append(Point(family, size, mean(scores), spread, *sizes, mean(run["seconds"] for run in own)))
+        result.append(
+            Point(family, size, mean(scores), spread, *sizes, mean(run["seconds"] for run in own))
+        )
     return result
 
 
 def table(results: dict[str, Any]) -> str:
     """The points as a Markdown table."""
     lines = [
-        "| method | bank or rank | accuracy, % | ± | bytes of tensors | bytes on disk | trained | CPU seconds |",
+        "| method | bank or rank | accuracy, % | ± | bytes of tensors | bytes on disk | trained | "
+        "CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     frozen = 100 * mean(run["accuracy"] for run in results["frozen"])
     lines.append(f"| frozen base | | {frozen:.1f} | | 0 | 0 | 0 | |")
     for p in points(results["runs"]):
         lines.append(
-            f"| {p.family} | {p.size} | {p.accuracy:.1f} | {p.deviation:.1f} | {p.tensor_bytes:,} | {p.file_bytes:,} | "
+            f"| {p.family} | {p.size} | {p.accuracy:.1f} | {p.deviation:.1f} | {p.tensor_bytes:,} "
+            f"| {p.file_bytes:,} | "
             f"{p.trainable:,} | {p.seconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
@@ -73,7 +80,12 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     found = points(results["runs"])
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 150,
+    }
     best = max(p.accuracy for p in found)
     with plt.rc_context(style):
         for name, x, label in (
@@ -87,10 +99,19 @@ def draw(results: dict[str, Any], folder: Path) -> None:
                 if not own or (x == "size" and not family.startswith("VB")):
                     continue
                 if max(p.accuracy for p in own) < best - 40:  # would squeeze the others into a line
-                    low.append(f"{family}: {min(p.accuracy for p in own):.0f} to {max(p.accuracy for p in own):.0f}")
+                    low.append(
+                        f"{family}: {min(p.accuracy for p in own):.0f} to "
+                        f"{max(p.accuracy for p in own):.0f}"
+                    )
                     continue
                 values, heights = [getattr(p, x) for p in own], [p.accuracy for p in own]
-                options = {"color": colour, "marker": marker, "linestyle": line, "label": family, "capsize": 2}
+                options = {
+                    "color": colour,
+                    "marker": marker,
+                    "linestyle": line,
+                    "label": family,
+                    "capsize": 2,
+                }
                 axes.errorbar(values, heights, [p.deviation for p in own], markersize=7, **options)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(_in_kilobytes if x == "tensor_bytes" else _as_number)
@@ -98,7 +119,15 @@ def draw(results: dict[str, Any], folder: Path) -> None:
             axes.grid(color="#DDDDDD", linewidth=0.6)
             figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=3)
             if low:
-                axes.text(0.99, 0.02, "below: " + "; ".join(low), transform=axes.transAxes, ha="right", fontsize=9, color="#666666")
+                axes.text(
+                    0.99,
+                    0.02,
+                    "below: " + "; ".join(low),
+                    transform=axes.transAxes,
+                    ha="right",
+                    fontsize=9,
+                    color="#666666",
+                )
             figure.savefig(folder / name)
             plt.close(figure)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study: a base, a bank trained on some tasks, and users of other tasks, each with an adapter of every kind; five seeds."""
+"""The study: a base, a bank trained on some tasks, and users of other tasks, each with an adapter
+of every kind; five seeds.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=int, default=5, help="how many; each splits the pictures and trains everything anew")
+    add(
+        "--seeds",
+        type=int,
+        default=5,
+        help="how many; each splits the pictures and trains everything anew",
+    )
     add("--steps", type=int, default=150, help="of training for each adapter, 32 pictures each")
     add("--base-steps", type=int, default=600, help="of training for the base")
     add("--examples", type=int, default=240, help="labelled pictures that a user has")
     add("--every", type=int, default=1, help="take every so-maniest adapter only, for a short run")
-    add("--output", type=Path, default=Path("bytes_study_output"), help="where table, figures and adapters go")
-    add("--draw", action="store_true", help="only draw the table and the figures of the results in --output anew")
+    add(
+        "--output",
+        type=Path,
+        default=Path("bytes_study_output"),
+        help="where table, figures and adapters go",
+    )
+    add(
+        "--draw",
+        action="store_true",
+        help="only draw the table and the figures of the results in --output anew",
+    )
     return parser.parse_args(arguments)
 
 
@@ -58,11 +74,18 @@ def adapt(net: Net, config: Any, arm: Arm, images: Images, steps: int, seed: int
     """A copy of the base with an adapter trained on images."""
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(net), config)
-    fit(model, parameter_groups(model, arm.lr, rates=arm.rates), batches(images, 32, torch.Generator().manual_seed(seed)), steps)
+    fit(
+        model,
+        parameter_groups(model, arm.lr, rates=arm.rates),
+        batches(images, 32, torch.Generator().manual_seed(seed)),
+        steps,
+    )
     return model
 
 
-def make_bank(kind: str, size: int, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path) -> Path:
+def make_bank(
+    kind: str, size: int, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path
+) -> Path:
     """A bank in a folder: random, or trained by one adapter on all the providers' pictures."""
     place = folder / f"{kind} bank {size}"
     if place.exists():
@@ -80,13 +103,17 @@ def make_bank(kind: str, size: int, net: Net, data: Data, options: argparse.Name
     return place
 
 
-def one(arm: Arm, key: str, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+def one(
+    arm: Arm, key: str, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path
+) -> dict[str, Any]:
     """Adapt to a user's task, save, read back, and test what was read."""
     start = process_time()
     bank = make_bank(arm.bank, arm.size, net, data, options, seed, folder) if arm.bank else None
     begin = process_time()
     generator = torch.Generator().manual_seed(seed)
-    images = data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[: options.examples])
+    images = data.adapt.take(
+        torch.randperm(len(data.adapt), generator=generator)[: options.examples]
+    )
     model = adapt(net, arm.config(bank), arm, seen(TASKS[key], images), options.steps, seed)
     trained, place = process_time() - begin, folder / "user"
     trainable = model.get_nb_trainable_parameters()[0]
@@ -124,12 +151,24 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         net = make_base(data, options.base_steps, torch.Generator().manual_seed(seed))
         folder = options.output / "adapters" / str(seed)
         shutil.rmtree(folder, ignore_errors=True)
-        frozen += [{"seed": seed, "task": key, "accuracy": accuracy(net, seen(TASKS[key], data.test))} for key in USERS]
+        frozen += [
+            {"seed": seed, "task": key, "accuracy": accuracy(net, seen(TASKS[key], data.test))}
+            for key in USERS
+        ]
         for arm in islice(all_arms(), 0, None, options.every):
             rows += [one(arm, key, net, data, options, seed, folder) for key in USERS]
-            say(f"seed {seed}  {arm.label:45s} {100 * rows[-1]['accuracy']:5.1f} %  {rows[-1]['tensor_bytes']:7,d} bytes")
+            say(
+                f"seed {seed}  {arm.label:45s} {100 * rows[-1]['accuracy']:5.1f} %  "
+                f"{rows[-1]['tensor_bytes']:7,d} bytes"
+            )
     machine = f"{platform.machine()}, torch {torch.__version__}, one thread"
-    about = {"machine": machine, "steps": options.steps, "examples": options.examples, "users": USERS, "providers": PROVIDERS}
+    about = {
+        "machine": machine,
+        "steps": options.steps,
+        "examples": options.examples,
+        "users": USERS,
+        "providers": PROVIDERS,
+    }
     return {"about": about, "frozen": frozen, "runs": rows}
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from .data import Data, Shape
 
@@ -24,7 +30,9 @@ class Base:
     std: list[float]
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Normalise ``pixels [n, channels, side, side]`` from [0, 1] to what the model was trained on."""
+        """Normalise ``pixels [n, channels, side, side]`` from [0, 1] to what the model was trained
+        on.
+        """
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -62,12 +70,22 @@ def load_folder_model(folder: Path, classes: list[str]) -> tuple[Base, list[str]
     """The user's model; its own head where it knows all the classes, else a fresh one.
 
     Returns:
-        The base, and the parameters' names that pretraining has to train (none if the head is kept).
+        The base, and the parameters' names that pretraining has to train (none if the head is
+        kept).
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     known = set(classes) <= set(config.id2label.values())
-    names = {} if known else {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, ignore_mismatched_sizes=True, **names)
+    names = (
+        {}
+        if known
+        else {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {c: i for i, c in enumerate(classes)},
+        }
+    )
+    model = AutoModelForImageClassification.from_pretrained(
+        folder, local_files_only=True, ignore_mismatched_sizes=True, **names
+    )
     base = Base(model, *normalisation(folder, getattr(config, "num_channels", 3)))
     head = [name for name, _ in model.named_parameters() if "classifier" in name]
     return base, [] if known else head
@@ -93,7 +111,11 @@ def make_base(model_folder: Path | None, data: Data, epochs: int) -> Base:
     if model_folder:
         base, new = load_folder_model(model_folder, list(data.classes.values()))
     else:
-        base = Base(small_vit(side, channels, list(data.classes.values())), [0.5] * channels, [0.5] * channels)
+        base = Base(
+            small_vit(side, channels, list(data.classes.values())),
+            [0.5] * channels,
+            [0.5] * channels,
+        )
         new = [name for name, _ in base.model.named_parameters()]
     if new:
         pretrain(base, data, new, epochs)
@@ -102,16 +124,24 @@ def make_base(model_folder: Path | None, data: Data, epochs: int) -> Base:
     return base
 
 
-def pretrain(base: Base, data: Data, names: list[str], epochs: int, batch: int = 64, rate: float = 2e-3) -> None:
+def pretrain(
+    base: Base, data: Data, names: list[str], epochs: int, batch: int = 64, rate: float = 2e-3
+) -> None:
     """Supervised training of the parameters in ``names`` on the pretraining part, upright."""
     model, images = base.model, data.pretrain
-    parameters = [parameter.requires_grad_(name in names) for name, parameter in model.named_parameters()]
+    parameters = [
+        parameter.requires_grad_(name in names) for name, parameter in model.named_parameters()
+    ]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     steps = epochs * -(-len(images) // batch)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1
+    )
     model.train()
-    with tqdm(total=steps, desc=f"{'pretraining the base':28s}", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=steps, desc=f"{'pretraining the base':28s}", unit="step", dynamic_ncols=True
+    ) as bar:
         for _ in range(epochs):
             for index in torch.randperm(len(images)).split(batch):
                 some = images.take(index)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real images in three disjoint parts: to pretrain the base, to adapt to the tasks, and to test.
 
-The parts are split by picture, once: a test picture is held out from pretraining and from all tasks in every rotation.
+The parts are split by picture, once: a test picture is held out from pretraining and from all tasks
+in every rotation.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def load_folder(folder: Path, side: int, channels: int) -> tuple[Images, list[st
     if len(files) < 2 or small:
         raise ValueError(
             f"{folder}: expected at least two sub-folders, one a class, with five images each; "
-            f"found {len(files)} sub-folders" + (f", too small: {', '.join(small)}" if small else "")
+            f"found {len(files)} sub-folders"
+            + (f", too small: {', '.join(small)}" if small else "")
         )
     mode = "L" if channels == 1 else "RGB"
     pixels, labels = [], []
@@ -85,7 +87,9 @@ def fit_to(images: Images, side: int, channels: int) -> Images:
     """Resize and repeat grey channels until a model with that input takes the images."""
     pixels = images.pixels
     if pixels.shape[-1] != side:
-        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).clamp(
+            0, 1
+        )
     if pixels.shape[1] != channels:
         pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1).contiguous()
     return Images(pixels, images.labels)
@@ -102,12 +106,16 @@ def split(images: Images, classes: dict[int, str], seed: int) -> Data:
         last = min(len(members) - 1, round((1 - SHARES["test"]) * len(members)))
         for name, index in zip(SHARES, members.tensor_split([first, last]), strict=True):
             parts[name].append(index)
-    return Data(**{name: images.take(torch.cat(index)) for name, index in parts.items()}, classes=classes)
+    return Data(
+        **{name: images.take(torch.cat(index)) for name, index in parts.items()}, classes=classes
+    )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model takes: pixels ``[n, channels, side, side]``, and its own numbers for the classes, if it has any."""
+    """What the model takes: pixels ``[n, channels, side, side]``, and its own numbers for the
+    classes, if it has any.
+    """
 
     side: int
     channels: int
@@ -115,7 +123,9 @@ class Shape:
 
 
 def load_data(folder: Path | None, shape: Shape, seed: int) -> Data:
-    """The user's folder if there is one, else the digits; the same parts for the same seed, in any process."""
+    """The user's folder if there is one, else the digits; the same parts for the same seed, in any
+    process.
+    """
     images, classes = load_folder(folder, shape.side, shape.channels) if folder else load_digits()
     images = fit_to(images, shape.side, shape.channels)
     labels = list(range(len(classes)))

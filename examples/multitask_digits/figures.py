@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: what accuracy costs in bytes, how tasks mix skills, what a new row learns, and the tasks themselves."""
+"""The pictures: what accuracy costs in bytes, how tasks mix skills, what a new row learns, and the
+tasks themselves.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ from .training import Adapted, accuracy
 # From Okabe and Ito's palette, told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 COLOURS = {"none": GREY, "shared": BLUE, "routed": ORANGE, "per task": GREEN}
-MEANING = {"shared": "one adapter, task unknown", "routed": "one adapter, routed by task", "per task": "an adapter a task"}
+MEANING = {
+    "shared": "one adapter, task unknown",
+    "routed": "one adapter, routed by task",
+    "per task": "an adapter a task",
+}
 INK, FAINT = "#222222", "#DDDDDD"
 STYLE = {
     "font.size": 11,
@@ -49,33 +55,70 @@ def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
         margin = 0.3 * max(high - low, 0.05)
         low, high = low - margin, high + margin
         right = 1.08 * max(row.bytes for row in trained) / 1024
-        for place, row in zip(spread([row.mean for row in trained], 0.085 * (high - low)), trained, strict=True):
+        for place, row in zip(
+            spread([row.mean for row in trained], 0.085 * (high - low)), trained, strict=True
+        ):
             colour = COLOURS[row.mode]
-            axes.plot([row.bytes / 1024, right], [row.mean, place], color=colour, linewidth=0.8, alpha=0.6, clip_on=False)
-            axes.scatter(row.bytes / 1024, row.mean, s=110, color=colour, zorder=3, edgecolor="white", linewidth=1)
+            axes.plot(
+                [row.bytes / 1024, right],
+                [row.mean, place],
+                color=colour,
+                linewidth=0.8,
+                alpha=0.6,
+                clip_on=False,
+            )
+            axes.scatter(
+                row.bytes / 1024,
+                row.mean,
+                s=110,
+                color=colour,
+                zorder=3,
+                edgecolor="white",
+                linewidth=1,
+            )
             text = f" {row.label}: {100 * row.mean:.1f} %, {row.bytes / 1024:,.0f} KB"
             axes.text(right, place, text, color=colour, va="center", fontweight="bold", fontsize=10)
         axes.set(
-            xlim=(0, right), ylim=(low, high), xlabel="bytes on disk for all eight tasks, KB", ylabel="mean accuracy, per cent"
+            xlim=(0, right),
+            ylim=(low, high),
+            xlabel="bytes on disk for all eight tasks, KB",
+            ylabel="mean accuracy, per cent",
         )
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
         if base.mean < low:
             note = f"the frozen base, 0 KB: {100 * base.mean:.1f} %, far below"
-            axes.annotate(note, (0, 0), xytext=(8, 8), xycoords="axes fraction", textcoords="offset points", color="#555555")
+            axes.annotate(
+                note,
+                (0, 0),
+                xytext=(8, 8),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                color="#555555",
+            )
         else:
             axes.scatter(0, base.mean, s=110, color=GREY, clip_on=False)
-            axes.annotate(base.label, (0, base.mean), xytext=(8, 4), textcoords="offset points", color="#555555")
+            axes.annotate(
+                base.label,
+                (0, base.mean),
+                xytext=(8, 4),
+                textcoords="offset points",
+                color="#555555",
+            )
         for mode, meaning in MEANING.items():
             axes.scatter([], [], s=70, color=COLOURS[mode], label=meaning)
         figure.legend(frameon=False, loc="outside lower center", ncols=3, handletextpad=0.2)
-        axes.set_title("Eight tasks: accuracy against what has to be stored", loc="left", fontsize=13, pad=12)
+        axes.set_title(
+            "Eight tasks: accuracy against what has to be stored", loc="left", fontsize=13, pad=12
+        )
         save(figure, file)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move ascending ``places`` apart until neighbours are ``gap`` away, as little as a few sweeps need."""
+    """Move ascending ``places`` apart until neighbours are ``gap`` away, as little as a few sweeps
+    need.
+    """
     moved = list(places)
     for _ in range(200):
         for i in range(len(moved) - 1):
@@ -86,12 +129,15 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label: str, file: Path) -> None:
-    """Draw task x skill weights in per cent; of a model with many layers, those where the tasks differ most.
+def router(
+    weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label: str, file: Path
+) -> None:
+    """Draw task x skill weights in per cent; of a model with many layers, those where the tasks
+    differ most.
 
     Args:
-        weights: ``[n_tasks, n_splits, n_skills]`` by layer. With one split a panel is a layer; with several, a line of
-            panels is a layer and a panel one of its heads.
+        weights: ``[n_tasks, n_splits, n_skills]`` by layer. With one split a panel is a layer; with
+            several, a line of panels is a layer and a panel one of its heads.
         tasks: The tasks' names, those that came later last.
         n_joint: How many were trained jointly; a gap sets the others off.
         label: The method's name.
@@ -117,9 +163,21 @@ def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label
             axes.set_visible(False)
         for axes, (name, head) in zip(grid.flat, panels, strict=False):
             image = panel(axes, weights[name][:, head], tasks, n_joint)
-            axes.set_title(short(name) if n_splits == 1 else f"{short(name)}\nhead {head + 1} of {n_splits}", fontsize=10)
-        which = "" if len(chosen) == len(weights) else f"\nthe {len(chosen)} layers where tasks differ most"
-        figure.suptitle(f"{label}: how each task mixes the skills, per cent{which}", x=0.01, ha="left", fontsize=13)
+            axes.set_title(
+                short(name) if n_splits == 1 else f"{short(name)}\nhead {head + 1} of {n_splits}",
+                fontsize=10,
+            )
+        which = (
+            ""
+            if len(chosen) == len(weights)
+            else f"\nthe {len(chosen)} layers where tasks differ most"
+        )
+        figure.suptitle(
+            f"{label}: how each task mixes the skills, per cent{which}",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+        )
         figure.supxlabel("skill", fontsize=11)
         bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.01, aspect=30)
         bar.set_label(f"weight (equal shares: {1 / n_skills:.2f})")
@@ -127,19 +185,37 @@ def router(weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label
         save(figure, file)
 
 
-def panel(axes: Axes, weights: Tensor, tasks: Sequence[str], n_joint: int) -> matplotlib.image.AxesImage:
-    """Draw weights ``[n_tasks, n_skills]``, a row a task, with a gap before the late ones. Returns the image."""
+def panel(
+    axes: Axes, weights: Tensor, tasks: Sequence[str], n_joint: int
+) -> matplotlib.image.AxesImage:
+    """Draw weights ``[n_tasks, n_skills]``, a row a task, with a gap before the late ones. Returns
+    the image.
+    """
     gap = torch.full((1, weights.shape[1]), float("nan"))
-    rows = torch.cat([weights[:n_joint], gap, weights[n_joint:]]) if len(weights) > n_joint else weights
+    rows = (
+        torch.cat([weights[:n_joint], gap, weights[n_joint:]])
+        if len(weights) > n_joint
+        else weights
+    )
     image = axes.imshow(rows, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     for row, line in enumerate(rows.tolist()):
         for column, value in enumerate(line):
             if value == value:  # not the gap
                 colour = "white" if value > 0.55 else INK
-                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
+                axes.text(
+                    column,
+                    row,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color=colour,
+                )
     names = [*tasks[:n_joint], "", *tasks[n_joint:]] if len(weights) > n_joint else list(tasks)
     axes.set_yticks(range(len(rows)), names)
-    axes.set_xticks(range(weights.shape[1]), [str(1 + column) for column in range(weights.shape[1])])
+    axes.set_xticks(
+        range(weights.shape[1]), [str(1 + column) for column in range(weights.shape[1])]
+    )
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
     return image
@@ -155,17 +231,36 @@ def short(name: str) -> str:
 def late_tasks(ways: Sequence[Way], tasks: Sequence[Task], shots: int, file: Path) -> None:
     """A bar for every way to meet a late task; a panel a task."""
     labels = [f"{way.group}: {way.label}" if way.group else way.label for way in ways]
-    labels = [f"{label}  ({way.trainable:,} trained)" if way.trainable else label for label, way in zip(labels, ways, strict=True)]
+    labels = [
+        f"{label}  ({way.trainable:,} trained)" if way.trainable else label
+        for label, way in zip(labels, ways, strict=True)
+    ]
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
-            1, len(tasks), sharey=True, squeeze=False, figsize=(11, 0.42 * len(ways) + 1.5), layout="constrained"
+            1,
+            len(tasks),
+            sharey=True,
+            squeeze=False,
+            figsize=(11, 0.42 * len(ways) + 1.5),
+            layout="constrained",
         )
         for axes, task in zip(grid[0], tasks, strict=True):
             for row, way in enumerate(ways):
                 score = 100 * way.accuracies[task.key]
                 new_row = way.group and way.trainable
-                axes.barh(row, score, color=ORANGE if new_row else GREEN if way.trainable else "#BDBDBD", height=0.72)
-                axes.text(score + 1, row, f"{score:.0f}", va="center", fontweight="bold" if way.trainable else "normal")
+                axes.barh(
+                    row,
+                    score,
+                    color=ORANGE if new_row else GREEN if way.trainable else "#BDBDBD",
+                    height=0.72,
+                )
+                axes.text(
+                    score + 1,
+                    row,
+                    f"{score:.0f}",
+                    va="center",
+                    fontweight="bold" if way.trainable else "normal",
+                )
             axes.set_title(task.label, loc="left", fontsize=11)
             axes.set(xlim=(0, 100), xlabel="accuracy, per cent")
             axes.set_yticks(range(len(ways)), labels)
@@ -177,8 +272,12 @@ def late_tasks(ways: Sequence[Way], tasks: Sequence[Task], shots: int, file: Pat
         save(figure, file)
 
 
-def gallery(tasks: Sequence[Task], data: Data, frozen: dict[str, Tensor], adapted: Adapted, file: Path) -> None:
-    """A held-out picture of each class as every task sees it, with what the base and an adapted model make of it."""
+def gallery(
+    tasks: Sequence[Task], data: Data, frozen: dict[str, Tensor], adapted: Adapted, file: Path
+) -> None:
+    """A held-out picture of each class as every task sees it, with what the base and an adapted
+    model make of it.
+    """
     labels = data.test.labels.unique()[:10]
     places = [int((data.test.labels == label).nonzero()[0]) for label in labels]
     one_line = all(len(name) < 3 for name in data.classes.values())
@@ -186,7 +285,9 @@ def gallery(tasks: Sequence[Task], data: Data, frozen: dict[str, Tensor], adapte
     cell = (0.85, 1.02) if one_line else (1.1, 1.4)
     size = (max(7.5, cell[0] * len(places) + 2.4), cell[1] * len(tasks) + 1.2)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(len(tasks), len(places), squeeze=False, figsize=size, layout="constrained")
+        figure, grid = plt.subplots(
+            len(tasks), len(places), squeeze=False, figsize=size, layout="constrained"
+        )
         for line, task in zip(grid, tasks, strict=True):
             pixels = task(data.test.pixels[places]).permute(0, 2, 3, 1)
             for axes, place, image in zip(line, places, pixels, strict=True):
@@ -194,8 +295,16 @@ def gallery(tasks: Sequence[Task], data: Data, frozen: dict[str, Tensor], adapte
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set(visible=True, color=FAINT)
                 for spot, logits in zip(spots, (frozen, adapted.logits), strict=True):
-                    answer(axes, spot, int(logits[task.key][place].argmax()), int(data.test.labels[place]), data)
-            before, after = (100 * accuracy(logits[task.key], data.test) for logits in (frozen, adapted.logits))
+                    answer(
+                        axes,
+                        spot,
+                        int(logits[task.key][place].argmax()),
+                        int(data.test.labels[place]),
+                        data,
+                    )
+            before, after = (
+                100 * accuracy(logits[task.key], data.test) for logits in (frozen, adapted.logits)
+            )
             name = f"{task.label}\n{before:.0f} % → {after:.0f} %"
             line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
         title = f"Under each picture: the frozen base's answer, then {adapted.method.label}'s\n(bold blue: right, orange: wrong)"
@@ -207,7 +316,15 @@ def answer(axes: Axes, spot: tuple[float, float], guess: int, truth: int, data: 
     """Write a class's name under a picture, so that right and wrong differ in colour and weight."""
     colour, weight = (BLUE, "bold") if guess == truth else (ORANGE, "normal")
     text = data.classes.get(guess, str(guess))[:14]
-    axes.text(*spot, text, transform=axes.transAxes, ha="center", va="top", color=colour, fontweight=weight)
+    axes.text(
+        *spot,
+        text,
+        transform=axes.transAxes,
+        ha="center",
+        va="top",
+        color=colour,
+        fontweight=weight,
+    )
 
 
 def save(figure: Figure, file: Path) -> None:

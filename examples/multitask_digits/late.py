@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that comes later: learned from a handful of examples by training one new routing row and nothing else."""
+"""A task that comes later: learned from a handful of examples by training one new routing row and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +45,24 @@ def check_only_new_row(model: PeftModel, before: dict[str, Tensor]) -> None:
     """Raise if anything but the routers' last rows differs from ``before``."""
     for name, now in model.state_dict().items():
         old = before[name]
-        if not (torch.equal(now[:-1], old[:-1]) if "module_logits" in name else torch.equal(now, old)):
+        if not (
+            torch.equal(now[:-1], old[:-1]) if "module_logits" in name else torch.equal(now, old)
+        ):
             raise AssertionError(f"learning a new task moved {name}, which belongs to the old ones")
 
 
 def nearest_row(base: Base, model: PeftModel, task: Task, examples: Images, n_tasks: int) -> int:
     """The old task whose routing has the lowest loss on the examples."""
-    losses = [F.cross_entropy(predict(base, model, task, examples, task_ids=i), examples.labels) for i in range(n_tasks)]
+    losses = [
+        F.cross_entropy(predict(base, model, task, examples, task_ids=i), examples.labels)
+        for i in range(n_tasks)
+    ]
     return int(torch.stack(losses).argmin())
 
 
-def learn_row(base: Base, adapted: Adapted, task: Task, data: Data, examples: Images, steps: int) -> list[tuple[str, int, float]]:
+def learn_row(
+    base: Base, adapted: Adapted, task: Task, data: Data, examples: Images, steps: int
+) -> list[tuple[str, int, float]]:
     """Append a row for ``task`` to a routed adapter and train it.
 
     Returns:
@@ -73,22 +82,44 @@ def learn_row(base: Base, adapted: Adapted, task: Task, data: Data, examples: Im
     ways = [("mean of the rows", 0, score(old)), ("best old row on the examples", 0, score(near))]
     inputs = task_inputs(base, task, examples, len(examples), torch.Generator().manual_seed(0))
     with progress(f"{task.label}: {label}", steps) as bar:
-        fit(model, {"poly_router": ROUTER_RATE}, steps, ({**batch, "task_ids": old} for batch in inputs), bar)
+        fit(
+            model,
+            {"poly_router": ROUTER_RATE},
+            steps,
+            ({**batch, "task_ids": old} for batch in inputs),
+            bar,
+        )
     check_only_new_row(model, before)
     return [*ways, ("new row, trained", size, score(old))]
 
 
-def learn_fresh(base: Base, method: Method, name: str, task: Task, data: Data, examples: Images, steps: int) -> tuple[int, float]:
-    """The alternative: a new adapter of the task's own from the same examples. Returns parameters and accuracy."""
+def learn_fresh(
+    base: Base, method: Method, name: str, task: Task, data: Data, examples: Images, steps: int
+) -> tuple[int, float]:
+    """The alternative: a new adapter of the task's own from the same examples. Returns parameters
+    and accuracy.
+    """
     model = get_peft_model(copy.deepcopy(base.model), method.config())
     inputs = task_inputs(base, task, examples, len(examples), torch.Generator().manual_seed(0))
     with progress(f"{task.label}: new {name}", steps) as bar:
         fit(model, method.rates, steps, inputs, bar)
-    return model.get_nb_trainable_parameters()[0], accuracy(predict(base, model, task, data.test), data.test)
+    return model.get_nb_trainable_parameters()[0], accuracy(
+        predict(base, model, task, data.test), data.test
+    )
 
 
-def meet(base: Base, adapted: dict[str, Adapted], tasks: list[Task], data: Data, shots: int, steps: int, seed: int) -> list[Way]:
-    """Learn each of ``tasks`` from ``shots`` examples, in every way there is; the routed adapters keep their new rows."""
+def meet(
+    base: Base,
+    adapted: dict[str, Adapted],
+    tasks: list[Task],
+    data: Data,
+    shots: int,
+    steps: int,
+    seed: int,
+) -> list[Way]:
+    """Learn each of ``tasks`` from ``shots`` examples, in every way there is; the routed adapters
+    keep their new rows.
+    """
     ways: dict[tuple[str, str], Way] = {}
 
     def note(label: str, group: str, task: Task, trainable: int, score: float) -> None:
@@ -97,11 +128,22 @@ def meet(base: Base, adapted: dict[str, Adapted], tasks: list[Task], data: Data,
 
     for task in tasks:
         examples = few(data.adapt, shots, torch.Generator().manual_seed(seed))
-        note("frozen base", "", task, 0, accuracy(predict(base, base.model, task, data.test), data.test))
+        note(
+            "frozen base",
+            "",
+            task,
+            0,
+            accuracy(predict(base, base.model, task, data.test), data.test),
+        )
         torch.manual_seed(seed)
         for one in (one for one in adapted.values() if one.method.mode == "routed"):
             for label, size, score in learn_row(base, one, task, data, examples, steps):
                 note(label, one.method.label, task, size, score)
         for fresh, name in ((adapted["lora"].method, "LoRA"), (adapted["lokr"].method, "LoKr")):
-            note(f"new {name} of its own", "", task, *learn_fresh(base, fresh, name, task, data, examples, steps))
+            note(
+                f"new {name} of its own",
+                "",
+                task,
+                *learn_fresh(base, fresh, name, task, data, examples, steps),
+            )
     return list(ways.values())

@@ -38,13 +38,16 @@ class Row:
 
 
 def lay_out(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A markdown table that also reads well as it is; the first ``left`` columns are flush left, the others right."""
+    """A markdown table that also reads well as it is; the first ``left`` columns are flush left,
+    the others right.
+    """
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
 
     def cells(line: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         return "| " + " | ".join(padded) + " |"
 
@@ -53,7 +56,15 @@ def lay_out(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) 
 
 def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     """Accuracies in per cent, and what they cost."""
-    head = ["method", "tasks served by", *(task.label for task in tasks), "mean", "trainable", "bytes", "seconds"]
+    head = [
+        "method",
+        "tasks served by",
+        *(task.label for task in tasks),
+        "mean",
+        "trainable",
+        "bytes",
+        "seconds",
+    ]
     lines = []
     for row in rows:
         scores = [f"{100 * row.accuracies[task.key]:.0f}" for task in tasks]
@@ -67,13 +78,19 @@ def conclusion(rows: Sequence[Row]) -> str:
     """What the table says, whatever that is."""
     by_key = {row.key: row for row in rows}
     shared = by_key["shared"]
-    others = sorted((row for row in rows if row.key not in ("base", "shared")), key=lambda row: -row.mean)
-    text = [f"Mean accuracy, best first: {', '.join(f'{row.label} {100 * row.mean:.1f} %' for row in others)}."]
+    others = sorted(
+        (row for row in rows if row.key not in ("base", "shared")), key=lambda row: -row.mean
+    )
+    text = [
+        "Mean accuracy, best first: "
+        f"{', '.join(f'{row.label} {100 * row.mean:.1f} %' for row in others)}."
+    ]
     gaps = ", ".join(f"{row.label} {100 * (row.mean - shared.mean):+.1f}" for row in others)
     text.append(f"Against one shared adapter ({100 * shared.mean:.1f} %), in points: {gaps}.")
     kept = by_key["vblora"]
     text.append(
-        f"VB-LoRA is saved in its top-k form ({kept.bytes:,} bytes), which infers and merges; to train on, "
+        f"VB-LoRA is saved in its top-k form ({kept.bytes:,} bytes), which infers and merges; to "
+        "train on, "
         f"its full logits would take about {4 * kept.trainable:,} bytes."
     )
     return "\n".join(text)
@@ -83,13 +100,20 @@ def late_table(ways: Sequence[Way], tasks: Sequence[Task]) -> str:
     """Accuracies on the tasks that came later, in per cent."""
     head = ["adapter", "way to meet the task", *(task.label for task in tasks), "trained"]
     lines = [
-        [way.group or "-", way.label, *(f"{100 * way.accuracies[task.key]:.1f}" for task in tasks), f"{way.trainable:,}"]
+        [
+            way.group or "-",
+            way.label,
+            *(f"{100 * way.accuracies[task.key]:.1f}" for task in tasks),
+            f"{way.trainable:,}",
+        ]
         for way in ways
     ]
     return lay_out(head, lines, left=2)
 
 
-def write(folder: Path, text: str, rows: Sequence[Row], ways: Sequence[Way], settings: dict) -> None:
+def write(
+    folder: Path, text: str, rows: Sequence[Row], ways: Sequence[Way], settings: dict
+) -> None:
     """Write ``results.md`` and ``results.json``."""
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     content = {

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole story: a base, eight tasks in six ways, a table, two tasks that come later, and all of it read back from disk."""
+"""The whole story: a base, eight tasks in six ways, a table, two tasks that come later, and all of
+it read back from disk.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data-folder", type=Path, help="your pictures, a sub-folder a class; without it scikit-learn's digits")
-    add("--model", type=Path, help="folder of a transformers image classifier; without it a small ViT")
-    add("--side", type=int, default=32, help="size of --data-folder's pictures where no --model says it")
-    add("--pretrain-epochs", type=int, default=40, help="passes over the upright pictures for a new base or head")
+    add(
+        "--data-folder",
+        type=Path,
+        help="your pictures, a sub-folder a class; without it scikit-learn's digits",
+    )
+    add(
+        "--model",
+        type=Path,
+        help="folder of a transformers image classifier; without it a small ViT",
+    )
+    add(
+        "--side",
+        type=int,
+        default=32,
+        help="size of --data-folder's pictures where no --model says it",
+    )
+    add(
+        "--pretrain-epochs",
+        type=int,
+        default=40,
+        help="passes over the upright pictures for a new base or head",
+    )
     add("--examples", type=int, default=240, help="labelled pictures of each task")
     add("--epochs", type=int, default=20, help="passes over each task's examples")
     add("--batch", type=int, default=64, help="pictures a step, of all tasks together")
@@ -49,11 +69,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="for torch; more than one is slower with a model this small (default: 1, or torch's with --model)",
     )
-    add("--output", type=Path, default=Path("demo_output"), help="where adapters, tables and figures go")
+    add(
+        "--output",
+        type=Path,
+        default=Path("demo_output"),
+        help="where adapters, tables and figures go",
+    )
     add("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
     if options.model and not (options.model / "config.json").is_file():
-        parser.error(f"--model {options.model}: no config.json there; give the folder of a model saved with save_pretrained")
+        parser.error(
+            f"--model {options.model}: no config.json there; give the folder of a model saved with "
+            "save_pretrained"
+        )
     if options.data_folder and not options.data_folder.is_dir():
         parser.error(f"--data-folder {options.data_folder}: no such folder")
     if options.quick:
@@ -79,45 +107,90 @@ def measure(
     """Train and save every method.
 
     Returns:
-        The table's rows, the frozen base first; the adapted models by method; the frozen base's logits by task.
+        The table's rows, the frozen base first; the adapted models by method; the frozen base's
+        logits by task.
     """
     frozen = {task.key: predict(base, base.model, task, data.test) for task in tasks}
-    rows = [Row("base", "frozen base", "none", {key: accuracy(logits, data.test) for key, logits in frozen.items()})]
+    rows = [
+        Row(
+            "base",
+            "frozen base",
+            "none",
+            {key: accuracy(logits, data.test) for key, logits in frozen.items()},
+        )
+    ]
     adapted = {}
     generator = torch.Generator().manual_seed(options.seed)
     count = min(options.examples, len(data.adapt))
-    parts = [data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[:count]) for _ in tasks]
+    parts = [
+        data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[:count]) for _ in tasks
+    ]
     budget = Budget(count, options.epochs, options.batch)
     for method in all_methods(base.model, len(tasks)):
         result = train(base, method, tasks, parts, budget, options.seed)
         result.logits = predict_tasks(base, method, result.model, tasks, data.test)
         size = save(result, options.output / "adapters" / method.key)
         scores = {key: accuracy(logits, data.test) for key, logits in result.logits.items()}
-        rows.append(Row(method.key, method.label, method.mode, scores, result.trainable, size, result.seconds))
+        rows.append(
+            Row(
+                method.key,
+                method.label,
+                method.mode,
+                scores,
+                result.trainable,
+                size,
+                result.seconds,
+            )
+        )
         adapted[method.key] = result
     return rows, adapted, frozen
 
 
-def keep_late(options: argparse.Namespace, base: Base, data: Data, adapted: dict[str, Adapted], tasks: list[Task]) -> bool:
+def keep_late(
+    options: argparse.Namespace,
+    base: Base,
+    data: Data,
+    adapted: dict[str, Adapted],
+    tasks: list[Task],
+) -> bool:
     """Save the grown adapters; True if every old task still gives the very logits it gave before."""
     held = True
     for one in (one for one in adapted.values() if one.method.mode == "routed"):
-        before, one.logits = one.logits, predict_tasks(base, one.method, one.model, tasks, data.test)
+        before, one.logits = (
+            one.logits,
+            predict_tasks(base, one.method, one.model, tasks, data.test),
+        )
         held = all(torch.equal(one.logits[key], logits) for key, logits in before.items()) and held
         save(one, options.output / "adapters" / (one.method.key + LATE))
     print(f"  the eight old tasks' logits are {'the same, bit for bit' if held else 'DIFFERENT'}")
     return held
 
 
-def draw(options: argparse.Namespace, rows: list[Row], adapted: dict, ways: list, frozen: dict, data: Data) -> None:
+def draw(
+    options: argparse.Namespace,
+    rows: list[Row],
+    adapted: dict,
+    ways: list,
+    frozen: dict,
+    data: Data,
+) -> None:
     """All figures."""
     tasks, late, output = eight_tasks(), late_tasks(), options.output
     names = [task.label for task in tasks + late]
-    best = max((one for one in adapted.values() if one.method.mode == "routed"), key=lambda one: mean_accuracy(rows, one))
+    best = max(
+        (one for one in adapted.values() if one.method.mode == "routed"),
+        key=lambda one: mean_accuracy(rows, one),
+    )
     figures.accuracy_against_bytes(rows, output / "accuracy_against_bytes.png")
     for key in ("poly", "mhr"):
         one = adapted[key]
-        figures.router(one.model.get_router_weights(), names, len(tasks), one.method.label, output / f"router_{key}.png")
+        figures.router(
+            one.model.get_router_weights(),
+            names,
+            len(tasks),
+            one.method.label,
+            output / f"router_{key}.png",
+        )
     figures.late_tasks(ways, late, options.shots, output / "late_tasks.png")
     figures.gallery(tasks, data, frozen, best, output / "tasks.png")
 
@@ -138,35 +211,40 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as problem:
         print(f"Nothing to start from: {problem}")
         return 2
-    print(f"{len(data.pretrain)} pictures to pretrain on, {len(data.adapt)} to adapt on, {len(data.test)} held out from all of it")
+    print(
+        f"{len(data.pretrain)} pictures to pretrain on, {len(data.adapt)} to adapt on, "
+        f"{len(data.test)} held out from all of it"
+    )
     base = make_base(options.model, data, options.pretrain_epochs)
     save_base(base, options.output / "base")
 
     tasks, late = eight_tasks(), late_tasks()
     rows, adapted, frozen = measure(options, base, data, tasks)
     examples = min(options.examples, len(data.adapt))
-    text = (
-        f"Accuracy in per cent on {len(data.test)} held-out pictures; {options.epochs} passes over {examples} examples a task:\n\n"
-    )
+    text = f"Accuracy in per cent on {len(data.test)} held-out pictures; {options.epochs} passes over {examples} examples a task:\n\n"
     text += f"{report.table(rows, tasks)}\n\n{report.conclusion(rows)}"
     print(f"\n{text}\n")
 
     print("Merging one task of a routed adapter into the weights:")
     merged = check_merged(base, adapted["mhr"], tasks, 1, data)
     ways = meet(base, adapted, late, data, options.shots, options.late_steps, options.seed)
-    later = (
-        f"Two tasks that come later, from {options.shots} examples each; accuracy in per cent:\n\n{report.late_table(ways, late)}"
-    )
+    later = f"Two tasks that come later, from {options.shots} examples each; accuracy in per cent:\n\n{report.late_table(ways, late)}"
     print(f"\n{later}\n")
     print("Having learned the later tasks:")
     unchanged = keep_late(options, base, data, adapted, tasks + late)
 
     print("Reading everything back in a fresh process:", flush=True)
     same = check_in_fresh_process(options.output, options.data_folder, options.seed)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+    }
     report.write(options.output, f"{text}\n\n{later}", rows, ways, settings)
     draw(options, rows, adapted, ways, frozen, data)
-    print(f"\nTables, figures and adapters are in {options.output}/ ({perf_counter() - start:.0f} seconds in all)")
+    print(
+        f"\nTables, figures and adapters are in {options.output}/ ({perf_counter() - start:.0f} "
+        "seconds in all)"
+    )
     if not (merged and unchanged and same):
         print("A CHECK FAILED, see above")
         return 1

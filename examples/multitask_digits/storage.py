@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk: save them, weigh them, read them back in a fresh process, and merge one for good."""
+"""Adapters on disk: save them, weigh them, read them back in a fresh process, and merge one for
+good.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def save(adapted: Adapted, folder: Path) -> int:
         for config in adapted.model.peft_config.values():
             config.save_only_topk_weights = True  # the compact form; training is over
     adapted.model.save_pretrained(folder)
-    save_file({task: logits.contiguous() for task, logits in adapted.logits.items()}, folder / "logits.safetensors")
+    save_file(
+        {task: logits.contiguous() for task, logits in adapted.logits.items()},
+        folder / "logits.safetensors",
+    )
     return sum(file.stat().st_size for file in folder.rglob("adapter_*") if file.is_file())
 
 
@@ -56,14 +61,20 @@ def agree(label: str, now: dict[str, Tensor], before: dict[str, Tensor]) -> bool
     difference = max((now[key] - before[key]).abs().max().item() for key in before)
     changed = sum(int((now[key].argmax(-1) != before[key].argmax(-1)).sum()) for key in before)
     total = sum(len(logits) for logits in before.values())
-    predictions = f"all {total:,} predictions the same" if not changed else f"{changed} of {total:,} predictions DIFFER"
+    predictions = (
+        f"all {total:,} predictions the same"
+        if not changed
+        else f"{changed} of {total:,} predictions DIFFER"
+    )
     distance = "bit for bit" if difference == 0 else f"logits within {difference:.0e}"
     print(f"  {label + ':':48s} {predictions}, {distance}", flush=True)
     return not changed and difference < TOLERANCE
 
 
 def check_in_fresh_process(output: Path, data_folder: Path | None, seed: int) -> bool:
-    """Have another process load everything from disk and compare its predictions with the saved ones."""
+    """Have another process load everything from disk and compare its predictions with the saved
+    ones.
+    """
     command = [sys.executable, "-m", f"{__package__}.storage", str(output), "--seed", str(seed)]
     command += ["--threads", str(torch.get_num_threads())]
     if data_folder:
@@ -90,13 +101,19 @@ def compare(output: Path, data_folder: Path | None, seed: int) -> bool:
     return same
 
 
-def check_merged(base: Base, adapted: Adapted, tasks: Sequence[Task], number: int, data: Data) -> bool:
-    """Merge one task of a routed adapter into plain weights; the result needs no adapter and predicts the same."""
+def check_merged(
+    base: Base, adapted: Adapted, tasks: Sequence[Task], number: int, data: Data
+) -> bool:
+    """Merge one task of a routed adapter into plain weights; the result needs no adapter and
+    predicts the same.
+    """
     task = tasks[number]
     plain = copy.deepcopy(adapted.model).merge_and_unload(task_id=number)
     now = {task.key: predict(base, plain, task, data.test)}
     label = f"{adapted.method.label}, {task.label}, as a plain {type(plain).__name__}"
-    return agree(label, now, {task.key: adapted.logits[task.key]}) and not hasattr(plain, "peft_config")
+    return agree(label, now, {task.key: adapted.logits[task.key]}) and not hasattr(
+        plain, "peft_config"
+    )
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks: eight ways of looking at the same picture, and two that come later.
 
-A task is a fixed transform of the input; the labels stay what they are. The eight share structure (four rotations, each
-plain and inverted), which is what a shared inventory of skills can use and eight separate adapters cannot.
+A task is a fixed transform of the input; the labels stay what they are. The eight share structure
+(four rotations, each plain and inverted), which is what a shared inventory of skills can use and
+eight separate adapters cannot.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Task:
 
 
 def eight_tasks() -> list[Task]:
-    """Four rotations, plain and inverted; the first is the view that the base model was pretrained on."""
+    """Four rotations, plain and inverted; the first is the view that the base model was pretrained
+    on.
+    """
     plain = [Task(f"rot{90 * k}", f"{90 * k}°", k) for k in range(4)]
     inverted = [Task(f"rot{90 * k}-inv", f"{90 * k}° inv", k, inverted=True) for k in range(4)]
     return plain + inverted
@@ -51,7 +54,11 @@ def eight_tasks() -> list[Task]:
 def late_tasks() -> list[Task]:
     """Unseen in the joint training: one that is close to the eight, and one that is not.
 
-    The dimmed quarter turn recombines what the eight hold (a rotation, a change of brightness). No rotation or inversion
-    gives a mirror image, so there the skills lack what the task needs; it is shown because mixing skills has this limit.
+    The dimmed quarter turn recombines what the eight hold (a rotation, a change of brightness). No
+    rotation or inversion gives a mirror image, so there the skills lack what the task needs; it is
+    shown because mixing skills has this limit.
     """
-    return [Task("rot90-dim", "90° dimmed", 1, brightness=0.5), Task("mirror", "mirrored", mirrored=True)]
+    return [
+        Task("rot90-dim", "90° dimmed", 1, brightness=0.5),
+        Task("mirror", "mirrored", mirrored=True),
+    ]

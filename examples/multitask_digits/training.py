@@ -27,7 +27,8 @@ class Budget:
     Args:
         examples: Labelled pictures of each task.
         epochs: Passes over them.
-        batch: Pictures a step: from all tasks for a joint adapter, from its one task (and half as many) for the others.
+        batch: Pictures a step: from all tasks for a joint adapter, from its one task (and half as
+            many) for the others.
     """
 
     examples: int
@@ -40,7 +41,9 @@ class Budget:
 
 @dataclass
 class Adapted:
-    """A method's trained model and what it measured. ``logits`` are those of the test part, by task."""
+    """A method's trained model and what it measured. ``logits`` are those of the test part, by
+    task.
+    """
 
     method: Method
     model: PeftModel
@@ -59,7 +62,9 @@ def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[I
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float]) -> list[dict]:
-    """Trainable parameters by learning rate: the first fragment in ``rates`` found in the name decides."""
+    """Trainable parameters by learning rate: the first fragment in ``rates`` found in the name
+    decides.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -68,7 +73,9 @@ def parameter_groups(model: nn.Module, rates: dict[str, float]) -> list[dict]:
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def fit(model: nn.Module, rates: dict[str, float], steps: int, inputs: Iterator[dict], bar: tqdm) -> None:
+def fit(
+    model: nn.Module, rates: dict[str, float], steps: int, inputs: Iterator[dict], bar: tqdm
+) -> None:
     """AdamW with clipped gradients, a tenth of the steps to warm up and a linear way down."""
     groups = parameter_groups(model, rates)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -90,17 +97,29 @@ def fit(model: nn.Module, rates: dict[str, float], steps: int, inputs: Iterator[
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
 
 
-def task_inputs(base: Base, task: Task, images: Images, rows: int, generator: torch.Generator) -> Iterator[dict]:
+def task_inputs(
+    base: Base, task: Task, images: Images, rows: int, generator: torch.Generator
+) -> Iterator[dict]:
     """Batches of one task."""
     for some in batches(images, rows, generator):
         yield {"pixel_values": base.prepare(task(some.pixels)), "labels": some.labels}
 
 
 def joint_inputs(
-    base: Base, tasks: Sequence[Task], parts: Sequence[Images], rows: int, routed: bool, generator: torch.Generator
+    base: Base,
+    tasks: Sequence[Task],
+    parts: Sequence[Images],
+    rows: int,
+    routed: bool,
+    generator: torch.Generator,
 ) -> Iterator[dict]:
-    """Batches with ``rows`` images of every task; with ``task_ids [len(tasks) * rows]`` for a routed adapter."""
-    streams = [task_inputs(base, task, part, rows, generator) for task, part in zip(tasks, parts, strict=True)]
+    """Batches with ``rows`` images of every task; with ``task_ids [len(tasks) * rows]`` for a
+    routed adapter.
+    """
+    streams = [
+        task_inputs(base, task, part, rows, generator)
+        for task, part in zip(tasks, parts, strict=True)
+    ]
     while True:
         some = [next(stream) for stream in streams]
         batch = {key: torch.cat([one[key] for one in some]) for key in ("pixel_values", "labels")}
@@ -110,7 +129,14 @@ def joint_inputs(
         yield batch
 
 
-def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, seed: int) -> Adapted:
+def train(
+    base: Base,
+    method: Method,
+    tasks: Sequence[Task],
+    parts: Sequence[Images],
+    budget: Budget,
+    seed: int,
+) -> Adapted:
     """Adapt a copy of the base to ``tasks`` with ``method``, from ``parts[i]`` for ``tasks[i]``."""
     torch.manual_seed(seed)
     run = train_per_task if method.mode == "per task" else train_jointly
@@ -120,9 +146,16 @@ def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Ima
 
 
 def train_jointly(
-    base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, generator: torch.Generator
+    base: Base,
+    method: Method,
+    tasks: Sequence[Task],
+    parts: Sequence[Images],
+    budget: Budget,
+    generator: torch.Generator,
 ) -> tuple[PeftModel, int]:
-    """One adapter for all tasks, every batch from all of them. Returns the model and its trainable parameters."""
+    """One adapter for all tasks, every batch from all of them. Returns the model and its trainable
+    parameters.
+    """
     model = get_peft_model(copy.deepcopy(base.model), method.config())
     rows = max(1, budget.batch // len(tasks))
     steps = budget.steps(rows)
@@ -133,9 +166,16 @@ def train_jointly(
 
 
 def train_per_task(
-    base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, generator: torch.Generator
+    base: Base,
+    method: Method,
+    tasks: Sequence[Task],
+    parts: Sequence[Images],
+    budget: Budget,
+    generator: torch.Generator,
 ) -> tuple[PeftModel, int]:
-    """An adapter a task, all on one model, trained one after the other. Returns the model and their sum of parameters."""
+    """An adapter a task, all on one model, trained one after the other. Returns the model and their
+    sum of parameters.
+    """
     model = get_peft_model(copy.deepcopy(base.model), method.config(), adapter_name=tasks[0].key)
     for task in tasks[1:]:
         model.add_adapter(task.key, method.config())
@@ -156,13 +196,17 @@ def progress(label: str, steps: int) -> tqdm:
 
 @torch.no_grad()
 def predict(base: Base, model: nn.Module, task: Task, images: Images, **kwargs: int) -> Tensor:
-    """Logits ``[len(images), classes]`` of ``images`` as seen by ``task``; ``task_ids=<number>`` for a routed adapter."""
+    """Logits ``[len(images), classes]`` of ``images`` as seen by ``task``; ``task_ids=<number>``
+    for a routed adapter.
+    """
     model.eval()
     chunks = [base.prepare(task(pixels)) for pixels in images.pixels.split(256)]
     return torch.cat([model(pixel_values=chunk, **kwargs).logits for chunk in chunks])
 
 
-def predict_tasks(base: Base, method: Method, model: PeftModel, tasks: Sequence[Task], images: Images) -> dict[str, Tensor]:
+def predict_tasks(
+    base: Base, method: Method, model: PeftModel, tasks: Sequence[Task], images: Images
+) -> dict[str, Tensor]:
     """Logits of every task, each the way that ``method`` serves it."""
     logits = {}
     for number, task in enumerate(tasks):

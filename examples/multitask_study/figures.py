@@ -17,7 +17,14 @@ from .methods import Method
 from .report import SHOTS, WAYS, new_mean, over_seeds
 
 # From Okabe and Ito's palette, told apart with any kind of colour vision.
-COLOURS = {"base": "#8A8A8A", "shared": "#0072B2", "own": "#009E73", "poly": "#D55E00", "mhr": "#CC79A7", "mope": "#56B4E9"}
+COLOURS = {
+    "base": "#8A8A8A",
+    "shared": "#0072B2",
+    "own": "#009E73",
+    "poly": "#D55E00",
+    "mhr": "#CC79A7",
+    "mope": "#56B4E9",
+}
 LINES = {"Z": "-", "full": "--", "mu": ":", "further": "-", "new": "-", "none": "-"}
 MARKS = {"Z": "o", "full": "s", "mu": "^", "further": "D", "new": "v", "none": "_"}
 INK, FAINT = "#222222", "#DDDDDD"
@@ -36,7 +43,11 @@ STYLE = {
 
 def draw(results: dict[str, Any], methods: Sequence[Method], folder: Path) -> None:
     """Both figures."""
-    here = [method for method in methods if any(method.key in numbers for numbers in results["seeds"].values())]
+    here = [
+        method
+        for method in methods
+        if any(method.key in numbers for numbers in results["seeds"].values())
+    ]
     with plt.rc_context(STYLE):
         trained_tasks(results, here, folder / "trained_tasks.png")
         few_examples(results, here, folder / "few_examples.png")
@@ -46,17 +57,38 @@ def trained_tasks(results: dict[str, Any], methods: Sequence[Method], file: Path
     """Mean and worst task of each method, a point for each seed."""
     figure, axes = plt.subplots(figsize=(8, 0.62 * len(methods) + 1.4), layout="constrained")
     for place, method in enumerate(reversed(methods)):
-        for of, mark, side in ((lambda a: mean(a.values()), "o", 0.13), (lambda a: min(a.values()), "v", -0.13)):
-            values = [100 * v for v in over_seeds(results, method.key, lambda n, of=of: of(n["accuracies"]))]
+        for of, mark, side in (
+            (lambda a: mean(a.values()), "o", 0.13),
+            (lambda a: min(a.values()), "v", -0.13),
+        ):
+            values = [
+                100 * v
+                for v in over_seeds(results, method.key, lambda n, of=of: of(n["accuracies"]))
+            ]
             colour = COLOURS[method.key]
-            axes.scatter(values, [place + side] * len(values), marker=mark, s=34, color=colour, alpha=0.45, linewidth=0)
-            axes.plot([mean(values)] * 2, [place + side - 0.11, place + side + 0.11], color=colour, linewidth=2.5)
+            axes.scatter(
+                values,
+                [place + side] * len(values),
+                marker=mark,
+                s=34,
+                color=colour,
+                alpha=0.45,
+                linewidth=0,
+            )
+            axes.plot(
+                [mean(values)] * 2,
+                [place + side - 0.11, place + side + 0.11],
+                color=colour,
+                linewidth=2.5,
+            )
     axes.set_yticks(range(len(methods)), [method.label for method in reversed(methods)])
     axes.set(xlabel="accuracy on held-out pictures, per cent")
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     for mark, meaning in (("o", "mean of all tasks"), ("v", "worst task")):
-        axes.scatter([], [], marker=mark, s=34, color="#666666", label=f"{meaning}, a seed each; bar: mean")
+        axes.scatter(
+            [], [], marker=mark, s=34, color="#666666", label=f"{meaning}, a seed each; bar: mean"
+        )
     figure.legend(frameon=False, loc="outside lower center", ncols=2, handletextpad=0.2, fontsize=9)
     axes.set_title("Many tasks with equal numbers of parameters", loc="left", fontsize=12)
     figure.savefig(file)
@@ -70,7 +102,9 @@ def few_examples(results: dict[str, Any], methods: Sequence[Method], file: Path)
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
         lines = [(method, way) for method in methods for way in method.ways]
         for number, (method, way) in enumerate(lines):
-            points = [over_seeds(results, method.key, new_mean(kind, way, shots)) for shots in SHOTS]
+            points = [
+                over_seeds(results, method.key, new_mean(kind, way, shots)) for shots in SHOTS
+            ]
             centre = [100 * mean(values) for values in points]
             spread = [100 * stdev(values) if len(values) > 1 else 0.0 for values in points]
             aside = 1 + 0.3 * (number / len(lines) - 0.5)  # so that the bars can be told apart

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared, at equal numbers of parameters over all tasks, and how each adapts to a new task."""
+"""What is compared, at equal numbers of parameters over all tasks, and how each adapts to a new
+task.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig, PolyConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-# Ways to adapt to a new task: fit its routing; train its routing and the skills; average the skills into one and train it;
-# train the whole adapter further; train a new one; nothing.
+# Ways to adapt to a new task: fit its routing; train its routing and the skills; average the skills
+# into one and train it; train the whole adapter further; train a new one; nothing.
 Way = Literal["Z", "full", "mu", "further", "new", "none"]
 
 
@@ -21,7 +23,8 @@ class Method:
     Args:
         key: Short name.
         label: Name in tables and figures.
-        mode: "base", "shared" (never told the task), "routed" (told the task) or "per task" (an adapter a task).
+        mode: "base", "shared" (never told the task), "routed" (told the task) or "per task" (an
+            adapter a task).
         config: Its adapter's configuration, None for the frozen base.
         rates: Learning rates by role; "all" for parameters of any role.
         ways: How it adapts to a new task, with the learning rates there.
@@ -36,9 +39,11 @@ class Method:
 
 
 def all_methods(n_tasks: int) -> list[Method]:
-    """The methods for so many tasks. A LoRA a task has rank 1; the others have nearly as many parameters as all of these together.
+    """The methods for so many tasks. A LoRA a task has rank 1; the others have nearly as many
+    parameters as all of these together.
 
-    Learning rates were chosen for each method by itself from grids of factors 2 to 3 on seed 100, which is not among the study's.
+    Learning rates were chosen for each method by itself from grids of factors 2 to 3 on seed 100,
+    which is not among the study's.
     """
 
     def poly(**fields: Any) -> PolyConfig:
@@ -52,8 +57,22 @@ def all_methods(n_tasks: int) -> list[Method]:
     heads = {**several, "n_splits": 4, "relaxed_bernoulli": False, "router_granularity": "block"}
     return [
         Method("base", "frozen base", "base", ways={"none": {}}),
-        Method("shared", f"one shared LoRA, rank {n_tasks}", "shared", lora(n_tasks), {"all": 4e-3}, {"further": {"all": 1e-3}}),
-        Method("own", "a LoRA a task, rank 1", "per task", lora(1), {"all": 2.5e-2}, {"new": {"all": 1e-2}}),
+        Method(
+            "shared",
+            f"one shared LoRA, rank {n_tasks}",
+            "shared",
+            lora(n_tasks),
+            {"all": 4e-3},
+            {"further": {"all": 1e-3}},
+        ),
+        Method(
+            "own",
+            "a LoRA a task, rank 1",
+            "per task",
+            lora(1),
+            {"all": 2.5e-2},
+            {"new": {"all": 1e-2}},
+        ),
         Method(
             "poly",
             f"Poly, {skills} skills",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables: means over the seeds with their standard deviations, and nothing that was not measured."""
+"""The tables: means over the seeds with their standard deviations, and nothing that was not
+measured.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def one_line(method: Method, numbers: dict[str, Any]) -> str:
     """A method's numbers of one seed, in brief."""
     scores = list(numbers["accuracies"].values())
     late = {
-        (way, shots): mean(r["accuracy"] for r in numbers["new"] if r["way"] == way and r["shots"] == shots)
+        (way, shots): mean(
+            r["accuracy"] for r in numbers["new"] if r["way"] == way and r["shots"] == shots
+        )
         for way in method.ways
         for shots in SHOTS
     }
@@ -33,7 +37,9 @@ def one_line(method: Method, numbers: dict[str, Any]) -> str:
     return f"{method.key:7s} mean {100 * mean(scores):.1f} %, worst {100 * min(scores):.1f} %, {seconds:.1f} s; new tasks: {new}"
 
 
-def over_seeds(results: dict[str, Any], key: str, of: Callable[[dict[str, Any]], float]) -> list[float]:
+def over_seeds(
+    results: dict[str, Any], key: str, of: Callable[[dict[str, Any]], float]
+) -> list[float]:
     """One number of a method for each seed that has it."""
     return [of(numbers[key]) for numbers in results["seeds"].values() if key in numbers]
 
@@ -44,17 +50,26 @@ def cell(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
     return f"{factor * mean(values):.{digits}f}{spread}"
 
 
-def new_mean(kind: str, way: str, shots: int, what: str = "accuracy") -> Callable[[dict[str, Any]], float]:
+def new_mean(
+    kind: str, way: str, shots: int, what: str = "accuracy"
+) -> Callable[[dict[str, Any]], float]:
     """A function that takes the mean of the new tasks of a kind out of one seed's numbers."""
-    return lambda numbers: mean(r[what] for r in numbers["new"] if (r["kind"], r["way"], r["shots"]) == (kind, way, shots))
+    return lambda numbers: mean(
+        r[what] for r in numbers["new"] if (r["kind"], r["way"], r["shots"]) == (kind, way, shots)
+    )
 
 
 def tables(results: dict[str, Any], methods: Sequence[Method]) -> str:
     """Everything in two tables."""
-    here = [method for method in methods if any(method.key in numbers for numbers in results["seeds"].values())]
+    here = [
+        method
+        for method in methods
+        if any(method.key in numbers for numbers in results["seeds"].values())
+    ]
     count = len(next(iter(next(iter(results["seeds"].values())).values()))["accuracies"])
     lines = [
-        f"Accuracy in per cent over {count} tasks, mean ± standard deviation over {len(results['seeds'])} seeds; seconds are the "
+        f"Accuracy in per cent over {count} tasks, mean ± standard deviation over "
+        f"{len(results['seeds'])} seeds; seconds are the "
         "processor's, with one thread.",
         "",
         "| method | parameters | mean of tasks | worst task | training, s |",
@@ -62,17 +77,37 @@ def tables(results: dict[str, Any], methods: Sequence[Method]) -> str:
     ]
     for method in here:
         one = lambda of, key=method.key: over_seeds(results, key, of)  # noqa: E731
-        means, worst = one(lambda n: mean(n["accuracies"].values())), one(lambda n: min(n["accuracies"].values()))
-        size, seconds = int(mean(one(lambda n: n["parameters"]))), cell(one(lambda n: n["seconds"]), 1, 0).split(" ")[0]
+        means, worst = (
+            one(lambda n: mean(n["accuracies"].values())),
+            one(lambda n: min(n["accuracies"].values())),
+        )
+        size, seconds = (
+            int(mean(one(lambda n: n["parameters"]))),
+            cell(one(lambda n: n["seconds"]), 1, 0).split(" ")[0],
+        )
         lines.append(f"| {method.label} | {size:,} | {cell(means)} | {cell(worst)} | {seconds} |")
     for kind, heading in (
-        ("pairs", "New tasks that combine a geometry and a light that the trained tasks have, from so many examples"),
+        (
+            "pairs",
+            "New tasks that combine a geometry and a light that the trained tasks have, from so "
+            "many examples",
+        ),
         ("novel", "New tasks that have nothing of the trained ones"),
     ):
-        lines += ["", f"{heading}:", "", "| method | what trains | 4 | 16 | 64 | seconds |", "|---|---|---:|---:|---:|---:|"]
+        lines += [
+            "",
+            f"{heading}:",
+            "",
+            "| method | what trains | 4 | 16 | 64 | seconds |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
         for method in here:
             for way in method.ways:
-                scores = " | ".join(cell(over_seeds(results, method.key, new_mean(kind, way, s))) for s in SHOTS)
-                seconds = cell(over_seeds(results, method.key, new_mean(kind, way, SHOTS[-1], "seconds")), 1, 2).split(" ")[0]
+                scores = " | ".join(
+                    cell(over_seeds(results, method.key, new_mean(kind, way, s))) for s in SHOTS
+                )
+                seconds = cell(
+                    over_seeds(results, method.key, new_mean(kind, way, SHOTS[-1], "seconds")), 1, 2
+                ).split(" ")[0]
                 lines.append(f"| {method.label} | {WAYS[way]} | {scores} | {seconds} |")
     return "\n".join(lines) + "\n"

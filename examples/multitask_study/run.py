@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study from beginning to end: for each seed a base, all methods on its tasks, and new tasks from few examples."""
+"""The study from beginning to end: for each seed a base, all methods on its tasks, and new tasks
+from few examples.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of tasks, splits, base and training")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="of tasks, splits, base and training",
+    )
     add("--examples", type=int, default=150, help="labelled pictures of each task")
     add("--steps", type=int, default=400, help="of training on all tasks")
     add("--adapt-steps", type=int, default=30, help="on each new task")
     add("--methods", nargs="+", help="keys of some methods, None for all")
     add("--output", type=Path, default=Path("study_output"), help="where tables and figures go")
-    add("--quick", action="store_true", help="a few steps of everything on a few tasks, to see that it runs")
+    add(
+        "--quick",
+        action="store_true",
+        help="a few steps of everything on a few tasks, to see that it runs",
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps, options.adapt_steps = options.seeds[:1], 3, 2
@@ -57,7 +69,10 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         tasks, pairs, novel = tasks[:4], pairs[:1], novel[:1]
     generator = torch.Generator().manual_seed(seed)
-    parts = [data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[: options.examples]) for _ in tasks]
+    parts = [
+        data.adapt.take(torch.randperm(len(data.adapt), generator=generator)[: options.examples])
+        for _ in tasks
+    ]
     budget = Budget(options.steps, adapt_steps=options.adapt_steps)
     numbers = {}
     for method in all_methods(len(tasks)):
@@ -65,7 +80,8 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
             continue
         trained = train(base, method, tasks, parts, budget, seed)
         trained.accuracies = {
-            task.name: accuracy(base, trained.of(i), task, data.test, **trained.arguments(i)) for i, task in enumerate(tasks)
+            task.name: accuracy(base, trained.of(i), task, data.test, **trained.arguments(i))
+            for i, task in enumerate(tasks)
         }
         new = [
             *new_tasks(base, trained, "pairs", pairs, data, options, seed),
@@ -83,18 +99,37 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def new_tasks(
-    base: Base, trained: Trained, kind: str, tasks: list[Task], data: Data, options: argparse.Namespace, seed: int
+    base: Base,
+    trained: Trained,
+    kind: str,
+    tasks: list[Task],
+    data: Data,
+    options: argparse.Namespace,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Accuracy on each new task from each number of examples, in each of the method's ways."""
     results = []
     for number, task in enumerate(tasks):
-        order = torch.randperm(len(data.adapt), generator=torch.Generator().manual_seed(1000 * seed + number))
+        order = torch.randperm(
+            len(data.adapt), generator=torch.Generator().manual_seed(1000 * seed + number)
+        )
         for way in trained.method.ways:
             for shots in SHOTS:
                 few = data.adapt.take(order[:shots])
-                model, told, seconds = adapt(base, trained, way, task, few, options.adapt_steps, seed)
+                model, told, seconds = adapt(
+                    base, trained, way, task, few, options.adapt_steps, seed
+                )
                 score = accuracy(base, model, task, data.test, **told)
-                results.append({"kind": kind, "task": task.name, "way": way, "shots": shots, "accuracy": score, "seconds": seconds})
+                results.append(
+                    {
+                        "kind": kind,
+                        "task": task.name,
+                        "way": way,
+                        "shots": shots,
+                        "accuracy": score,
+                        "seconds": seconds,
+                    }
+                )
     return results
 
 
@@ -107,7 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     methods: list[Method] = all_methods(4 if options.quick else len(draw(0)[0]))
     seeds: dict[int, Any] = {}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+    }
     results = {"settings": settings, "seeds": seeds, "torch": torch.__version__}
     for seed in options.seeds:
         seeds[seed] = one_seed(seed, options)

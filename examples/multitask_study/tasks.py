@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks: a geometry and a light, so that tasks share parts; and ways of seeing that share none with them.
+"""The tasks: a geometry and a light, so that tasks share parts; and ways of seeing that share none
+with them.
 
-A task is a fixed transform of the picture; the label stays the digit. Every picture tells (nearly) which task it is of, so that
-methods which are never told the task can do well too.
+A task is a fixed transform of the picture; the label stays the digit. Every picture tells (nearly)
+which task it is of, so that methods which are never told the task can do well too.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ def _striped(pixels: Tensor) -> Tensor:
 
 
 def _checked(pixels: Tensor) -> Tensor:
-    rows, columns = torch.meshgrid(torch.arange(pixels.shape[2]), torch.arange(pixels.shape[3]), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(pixels.shape[2]), torch.arange(pixels.shape[3]), indexing="ij"
+    )
     odd = ((rows // 2 + columns // 2) % 2).to(pixels.dtype)
     return pixels * (1 - odd) + (1 - pixels) * odd
 
 
-GEOMETRIES = {f"{90 * k}°{' mirrored' if m else ''}": _turned(k, m) for m in (False, True) for k in range(4)}
+GEOMETRIES = {
+    f"{90 * k}°{' mirrored' if m else ''}": _turned(k, m) for m in (False, True) for k in range(4)
+}
 LIGHTS: dict[str, Transform] = {
     "": lambda pixels: pixels,
     "inverted": lambda pixels: 1 - pixels,
@@ -61,7 +66,12 @@ def composed() -> list[Task]:
     tasks = []
     for geometry, turn in GEOMETRIES.items():
         for light, change in LIGHTS.items():
-            tasks.append(Task(f"{geometry} {light}".strip(), lambda pixels, turn=turn, change=change: change(turn(pixels))))
+            tasks.append(
+                Task(
+                    f"{geometry} {light}".strip(),
+                    lambda pixels, turn=turn, change=change: change(turn(pixels)),
+                )
+            )
     return tasks
 
 

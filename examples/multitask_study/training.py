@@ -26,7 +26,8 @@ class Budget:
 
     Args:
         steps: Of joint training.
-        rows: Pictures of each task in a step of joint training; adapters of single tasks see as many in all, 16 a step.
+        rows: Pictures of each task in a step of joint training; adapters of single tasks see as
+            many in all, 16 a step.
         adapt_steps: On a new task.
     """
 
@@ -54,22 +55,32 @@ class Trained:
         return {"task_ids": number} if self.method.mode == "routed" else {}
 
 
-def optimise(model: nn.Module, rates: dict[str, float], steps: int, loss: Callable[[], Tensor]) -> None:
+def optimise(
+    model: nn.Module, rates: dict[str, float], steps: int, loss: Callable[[], Tensor]
+) -> None:
     """AdamW, a tenth of the steps to warm up and a linear way down."""
     by_role = {role: rate for role, rate in rates.items() if role != "all"}
     optimizer = create_optimizer(model, lr=rates.get("all"), rates=by_role)
     warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], 1.0
+        )
         optimizer.step()
         schedule.step()
 
 
-def batches(base: Base, task: Task, images: Images, rows: int, generator: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that gives the next batch of a task, going through its pictures in random order again and again."""
+def batches(
+    base: Base, task: Task, images: Images, rows: int, generator: torch.Generator
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that gives the next batch of a task, going through its pictures in random order
+    again and again.
+    """
     pixels, order = base.prepare(task(images.pixels)), torch.empty(0, dtype=torch.long)
 
     def following() -> tuple[Tensor, Tensor]:
@@ -82,7 +93,14 @@ def batches(base: Base, task: Task, images: Images, rows: int, generator: torch.
     return following
 
 
-def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Images], budget: Budget, seed: int) -> Trained:
+def train(
+    base: Base,
+    method: Method,
+    tasks: Sequence[Task],
+    parts: Sequence[Images],
+    budget: Budget,
+    seed: int,
+) -> Trained:
     """A method trained on all tasks, from ``parts[i]`` for ``tasks[i]``."""
     if method.config is None:
         return Trained(method, [base.model])
@@ -90,12 +108,26 @@ def train(base: Base, method: Method, tasks: Sequence[Task], parts: Sequence[Ima
     generator, start = torch.Generator().manual_seed(seed), process_time()
     models = [get_peft_model(copy.deepcopy(base.model), copy.deepcopy(method.config)).train()]
     if method.mode == "per task":
-        models = [models[0], *(get_peft_model(copy.deepcopy(base.model), copy.deepcopy(method.config)).train() for _ in tasks[1:])]
+        models = [
+            models[0],
+            *(
+                get_peft_model(copy.deepcopy(base.model), copy.deepcopy(method.config)).train()
+                for _ in tasks[1:]
+            ),
+        ]
         for model, task, images in zip(models, tasks, parts, strict=True):
             following = batches(base, task, images, 16, generator)
-            optimise(model, method.rates, max(1, budget.steps * budget.rows // 16), lambda m=model, f=following: loss_of(m, *f()))
+            optimise(
+                model,
+                method.rates,
+                max(1, budget.steps * budget.rows // 16),
+                lambda m=model, f=following: loss_of(m, *f()),
+            )
     else:
-        streams = [batches(base, task, images, budget.rows, generator) for task, images in zip(tasks, parts, strict=True)]
+        streams = [
+            batches(base, task, images, budget.rows, generator)
+            for task, images in zip(tasks, parts, strict=True)
+        ]
         ids = torch.arange(len(tasks)).repeat_interleave(budget.rows)
         told = {"task_ids": ids} if method.mode == "routed" else {}
 
@@ -123,11 +155,19 @@ def accuracy(base: Base, model: nn.Module, task: Task, images: Images, **told: i
     return (logits.argmax(-1) == images.labels).float().mean().item()
 
 
-def adapt(base: Base, trained: Trained, way: Way, task: Task, few: Images, steps: int, seed: int) -> tuple[nn.Module, dict, float]:
-    """A model adapted to a new task from a few pictures, what tells it the task, and the processor's seconds; a copy changes."""
+def adapt(
+    base: Base, trained: Trained, way: Way, task: Task, few: Images, steps: int, seed: int
+) -> tuple[nn.Module, dict, float]:
+    """A model adapted to a new task from a few pictures, what tells it the task, and the
+    processor's seconds; a copy changes.
+    """
     torch.manual_seed(seed)
     rates, pixels, told = trained.method.ways[way], base.prepare(task(few.pixels)), {}
-    model = trained.models[0] if way == "none" else copy.deepcopy(base.model if way == "new" else trained.models[0])
+    model = (
+        trained.models[0]
+        if way == "none"
+        else copy.deepcopy(base.model if way == "new" else trained.models[0])
+    )
     start = process_time()
     if way == "new":
         model = get_peft_model(model, copy.deepcopy(trained.method.config))
@@ -135,7 +175,13 @@ def adapt(base: Base, trained: Trained, way: Way, task: Task, few: Images, steps
         model.add_tasks(1)
         told = {"task_ids": model.peft_config["default"].n_tasks - 1}
     if way == "Z":
-        model.fit_task(told["task_ids"], lambda: loss_of(model, pixels, few.labels, **told), steps, rates["router"], init="best")
+        model.fit_task(
+            told["task_ids"],
+            lambda: loss_of(model, pixels, few.labels, **told),
+            steps,
+            rates["router"],
+            init="best",
+        )
     elif way != "none":
         if way in ("full", "mu"):
             model.begin_regime(way, [told["task_ids"]] if told else None)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter-efficient fine-tuning with Poly, VB-LoRA and LoKr: an independent implementation of the PEFT interface.
+"""Parameter-efficient fine-tuning with Poly, VB-LoRA and LoKr: an independent implementation of the
+PEFT interface.
 
-Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others are imported where used.
+Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others
+are imported where used.
 """
 
 import typing as _typing

@@ -38,8 +38,8 @@ class AutoPeftModel:
         revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load an adapter and its base model. Where the adapter was saved with an embedding or a head of another number of tokens,
-        the base model gets that number first.
+        """Load an adapter and its base model. Where the adapter was saved with an embedding or a
+        head of another number of tokens, the base model gets that number first.
 
         Args:
             pretrained_model_name_or_path: The adapter: a local folder, or an id on the Hub.
@@ -47,32 +47,52 @@ class AutoPeftModel:
             is_trainable: False freezes it and puts the model into eval mode.
             config: Use this config in place of the saved one.
             revision: The adapter's revision; the base model's is in its config.
-            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …). Options for the Hub and
-                `ignore_mismatched_sizes` go to both; `strict` to the adapter, as for `PeftModel.from_pretrained`.
+            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …).
+                Options for the Hub and `ignore_mismatched_sizes` go to both; `strict` to the adapter, as for `PeftModel.from_pretrained`.
 
         Raises:
             PeftTypeError: A switch is neither True nor False.
-            PeftValueError: The adapter is for another task, or its config does not say which base model it is for.
+            PeftValueError: The adapter is for another task, or its config does not say which base
+                model it is for.
         """
         check_path(pretrained_model_name_or_path)
-        fit = {"strict": kwargs.pop("strict", True), "ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False)}
+        fit = {
+            "strict": kwargs.pop("strict", True),
+            "ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False),
+        }
         check_flags(is_trainable=is_trainable, **fit)
         hub, _ = split_hub_options(kwargs)
-        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
+        config = config or PeftConfig.from_pretrained(
+            pretrained_model_name_or_path, revision=revision, **hub
+        )
         if config.base_model_name_or_path is None:
             raise PeftValueError(
-                "The adapter's config does not name its base model; load that, then use PeftModel.from_pretrained."
+                "The adapter's config does not name its base model; load that, then use "
+                "PeftModel.from_pretrained."
             )
         subfolder = kwargs.pop("subfolder", None)
-        base = cls._base_class(config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        base = cls._base_class(config).from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, **kwargs
+        )
         files = {**hub, "revision": revision, "subfolder": subfolder}
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-        weights = find_file(pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None})
-        fit_vocabulary(base, read_shapes(weights), lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).saved_by_token)
+        weights = find_file(
+            pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None}
+        )
+        fit_vocabulary(
+            base,
+            read_shapes(weights),
+            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).saved_by_token,
+        )
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
         options: dict[str, Any] = {**files, **fit}
         return model_cls.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
+            base,
+            pretrained_model_name_or_path,
+            adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            **options,
         )
 
     @classmethod
@@ -80,17 +100,27 @@ class AutoPeftModel:
         """The class that loads the base model."""
         if cls._auto_class is not None:
             if config.task_type != cls._task:
-                raise PeftValueError(f"{cls.__name__} is for {cls._task}, the adapter for task type {config.task_type!r}.")
+                raise PeftValueError(
+                    f"{cls.__name__} is for {cls._task}, the adapter for task type "
+                    f"{config.task_type!r}."
+                )
             return getattr(importlib.import_module("transformers"), cls._auto_class)
         if config.task_type is not None:
             raise PeftValueError(
-                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
-                f"(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {config.task_type!r})"
+                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your "
+                "task type. "
+                "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is "
+                f"{config.task_type!r})"
             )
         mapping = config.auto_mapping or {}
         if not {"parent_library", "base_model_class"} <= mapping.keys():
-            raise PeftValueError("The adapter's config has no `auto_mapping` that says what class its base model has.")
-        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+            raise PeftValueError(
+                "The adapter's config has no `auto_mapping` that says what class its base model "
+                "has."
+            )
+        return getattr(
+            importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]
+        )
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -18,7 +18,18 @@ from .base.patterns import meant, written
 from .base.plain_values import as_list, is_empty, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
-from .base.validation import at_least, boolean, choice, is_int, name_list, name_patterns, number, pattern_dict, probability, regex
+from .base.validation import (
+    at_least,
+    boolean,
+    choice,
+    is_int,
+    name_list,
+    name_patterns,
+    number,
+    pattern_dict,
+    probability,
+    regex,
+)
 from .checkpoint.files import CONFIG_NAME, read_json, write_config
 from .checkpoint.hub import check_path, find_file, pass_over, split_hub_options
 
@@ -44,11 +55,13 @@ __all__ = [
 class PeftConfig:
     """What every adapter's config has.
 
-    Whatever a config accepts can be saved: paths, dtypes, NumPy's numbers and the like become what a file holds when the config is
-    made. None for a switch, a dictionary or a dropout rate means the default, as it does in files.
+    Whatever a config accepts can be saved: paths, dtypes, NumPy's numbers and the like become what
+    a file holds when the config is made. None for a switch, a dictionary or a dropout rate means
+    the default, as it does in files.
 
     Args:
-        task_type: A `TaskType` or its name; chooses the `PeftModelFor…` class, None the plain `PeftModel`.
+        task_type: A `TaskType` or its name; chooses the `PeftModelFor…` class, None the plain
+            `PeftModel`.
         peft_type: The method; each subclass sets its own.
         auto_mapping: Class and library of the base model, written for adapters without a task type.
         peft_version: Version that wrote the file.
@@ -60,11 +73,19 @@ class PeftConfig:
         PeftValueError: A value is not allowed. All of a config's offences are in one message.
     """
 
-    task_type: str | TaskType | None = field(default=None, metadata={"help": "What the model is used for."})
+    task_type: str | TaskType | None = field(
+        default=None, metadata={"help": "What the model is used for."}
+    )
     peft_type: str | PeftType | None = field(default=None, metadata={"help": "The method."})
-    auto_mapping: dict | None = field(default=None, metadata={"help": "Class and library of the base model."})
-    peft_version: str | None = field(default=None, metadata={"help": "Version that wrote the config."})
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Where the base model came from."})
+    auto_mapping: dict | None = field(
+        default=None, metadata={"help": "Class and library of the base model."}
+    )
+    peft_version: str | None = field(
+        default=None, metadata={"help": "Version that wrote the config."}
+    )
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Where the base model came from."}
+    )
     revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
 
@@ -76,19 +97,27 @@ class PeftConfig:
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PeftConfig:
-        """Refuse unknown fields with a name for what was probably meant, which Python's own message lacks."""
+        """Refuse unknown fields with a name for what was probably meant, which Python's own message
+        lacks.
+        """
         if not kwargs.keys() <= cls.__dataclass_fields__.keys():
             known = inspect.signature(cls.__init__).parameters
-            takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+            takes_any = any(
+                parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()
+            )
             if not takes_any and (unknown := [name for name in kwargs if name not in known]):
-                raise PeftTypeError(f"{cls.__name__}.__init__() got {_unknown_fields(unknown, [*known][1:])}")
+                raise PeftTypeError(
+                    f"{cls.__name__}.__init__() got {_unknown_fields(unknown, [*known][1:])}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         vars(self)["_is_new"] = self.peft_version is None  # else these are the fields of a file
         self.peft_version = self.peft_version or __version__
         for item in fields(self):
-            if getattr(self, item.name) is None and (isinstance(item.default, bool) or "dropout" in item.name):
+            if getattr(self, item.name) is None and (
+                isinstance(item.default, bool) or "dropout" in item.name
+            ):
                 setattr(self, item.name, item.default)
             elif getattr(self, item.name) is None and item.default_factory is not MISSING:
                 setattr(self, item.name, item.default_factory())
@@ -126,7 +155,9 @@ class PeftConfig:
 
     @property
     def trained_biases(self) -> str:
-        """Which biases of the base model are trained too: "none", "all", or (anything else) those of the adapted layers."""
+        """Which biases of the base model are trained too: "none", "all", or (anything else) those
+        of the adapted layers.
+        """
         return "none"
 
     @property
@@ -152,12 +183,22 @@ class PeftConfig:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        r"""All fields by name, but for what is in no file, and what this package adds where a dictionary without it means the same,
-        so that others can make their config of it. Sets stay sets; `save_pretrained` writes them as lists. Keys of patterns are
-        those of a file: `^layers.0` is `^layers.0(\..*)?` there, which means the modules below it to other readers, too.
+        r"""All fields by name, but for what is in no file, and what this package adds where a
+        dictionary without it means the same, so that others can make their config of it. Sets stay
+        sets; `save_pretrained` writes them as lists. Keys of patterns are those of a file:
+        `^layers.0` is `^layers.0(\..*)?` there, which means the modules below it to other readers,
+        too.
         """
-        content = {k: written(v) if k in self.patterns else v for k, v in asdict(self).items() if k not in self.unsaved}
-        return {k: v for k, v in content.items() if k not in self.absent_values or v != self.absent_values[k]}
+        content = {
+            k: written(v) if k in self.patterns else v
+            for k, v in asdict(self).items()
+            if k not in self.unsaved
+        }
+        return {
+            k: v
+            for k, v in content.items()
+            if k not in self.absent_values or v != self.absent_values[k]
+        }
 
     def to_json(self, auto_mapping: dict | None = None) -> str:
         """The text of `adapter_config.json`."""
@@ -173,7 +214,8 @@ class PeftConfig:
 
         Args:
             save_directory: The folder.
-            **kwargs: `auto_mapping_dict` is what to write as `auto_mapping`; options for saving whole models have no effect.
+            **kwargs: `auto_mapping_dict` is what to write as `auto_mapping`; options for saving
+                whole models have no effect.
 
         Raises:
             PeftValueError: `save_directory` is a file.
@@ -184,7 +226,14 @@ class PeftConfig:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, self.to_json(auto_mapping))
 
-    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None, **options: Any) -> Any:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """Save the config to a repository on the Hub, made if missing.
 
         Args:
@@ -198,19 +247,24 @@ class PeftConfig:
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         text = self.to_json().encode()
-        return api.upload_file(path_or_fileobj=text, path_in_repo=CONFIG_NAME, repo_id=repo_id, **options)
+        return api.upload_file(
+            path_or_fileobj=text, path_in_repo=CONFIG_NAME, repo_id=repo_id, **options
+        )
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> PeftConfig:
         """Read the config of a saved adapter; the result has the class of its method.
 
         Args:
             pretrained_model_name_or_path: A local folder, or an id on the Hub.
             subfolder: Folder inside it.
-            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set in place of the file's.
-                Others are passed over: callers hand on what they load the base model with.
+            **kwargs: Options for the Hub (`revision`, `token`, `cache_dir`, …), and fields to set
+                in place of the file's. Others are passed over: callers hand on what they load the base model with.
 
         Raises:
             CheckpointNotFoundError: No such config.
@@ -222,13 +276,18 @@ class PeftConfig:
         path = find_file(pretrained_model_name_or_path, (CONFIG_NAME,), hub)
         config = cls._from_file_fields(cls.from_json_file(path), overrides)
         is_local = os.path.isdir(pretrained_model_name_or_path)
-        config.place = os.path.abspath(pretrained_model_name_or_path) if is_local else pretrained_model_name_or_path, hub
+        config.place = (
+            os.path.abspath(pretrained_model_name_or_path)
+            if is_local
+            else pretrained_model_name_or_path,
+            hub,
+        )
         return config
 
     @property
     def place(self) -> tuple[str | os.PathLike, dict[str, Any]] | None:
-        """The folder or Hub id that the config was read from, with options for the Hub; files that it names may be there. It is no
-        field, as it says nothing of what the adapter is.
+        """The folder or Hub id that the config was read from, with options for the Hub; files that
+        it names may be there. It is no field, as it says nothing of what the adapter is.
         """
         return vars(self).get("_place")
 
@@ -240,7 +299,10 @@ class PeftConfig:
         """Without the token that the config was read with, so that no copy holds it."""
         state = dict(vars(self))
         if self.place is not None:
-            state["_place"] = self.place[0], {key: value for key, value in self.place[1].items() if key != "token"}
+            state["_place"] = (
+                self.place[0],
+                {key: value for key, value in self.place[1].items() if key != "token"},
+            )
         return state
 
     @classmethod
@@ -256,27 +318,37 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Make a config of the class that `peft_type` names (or of this class), ignoring unknown fields, with a warning unless they
-        ask for nothing.
+        """Make a config of the class that `peft_type` names (or of this class), ignoring unknown
+        fields, with a warning unless they ask for nothing.
         """
         peft_type = kwargs.get("peft_type")
         config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         if not issubclass(config_cls, cls):
-            raise PeftValueError(f"A config of type {peft_type!r} is no {cls.__name__}; read it as a {config_cls.__name__}.")
+            raise PeftValueError(
+                f"A config of type {peft_type!r} is no {cls.__name__}; read it as a "
+                f"{config_cls.__name__}."
+            )
         return config_cls(**config_cls.check_kwargs(**kwargs))
 
     @classmethod
     def _from_file_fields(cls, content: dict[str, Any], overrides: dict[str, Any]) -> PeftConfig:
-        """The config that a file's fields describe, where what they lack means what it meant to their writer."""
+        """The config that a file's fields describe, where what they lack means what it meant to
+        their writer.
+        """
         peft_type = content.get("peft_type")
         if peft_type is None:
             raise PeftTypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. "
                 "The file is not an adapter's config."
             )
         config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         own = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
-        own |= {name: meant(own[name], True) for name in config_cls.patterns if isinstance(own.get(name), dict)}
+        own |= {
+            name: meant(own[name], True)
+            for name in config_cls.patterns
+            if isinstance(own.get(name), dict)
+        }
         content = {**content, "peft_version": content.get("peft_version") or __version__, **own}
         return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
 
@@ -293,19 +365,23 @@ class PeftConfig:
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Those of `kwargs` that are fields; the others are dropped, and named in a warning if they ask for anything."""
+        """Those of `kwargs` that are fields; the others are dropped, and named in a warning if they
+        ask for anything.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(name for name in set(kwargs) - known if kwargs[name])
         if unknown:
             warn(
-                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. This probably means that "
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
+                "ignored. This probably means that "
                 "the configuration file was saved by a newer version or by another implementation.",
             )
         return {key: value for key, value in kwargs.items() if key in known}
 
 
 class TargetedConfig(PeftConfig):
-    """What configs share that adapt modules chosen by name: the rules for `target_modules` and its companions.
+    """What configs share that adapt modules chosen by name: the rules for `target_modules` and its
+    companions.
 
     No dataclass itself: subclasses declare the fields, each in its documented order.
     """
@@ -330,7 +406,9 @@ class TargetedConfig(PeftConfig):
         tokens = self.trainable_token_indices
         for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens or [])]:
             entry = f"`trainable_token_indices`{f'[{name!r}]' if name else ''}"
-            if not isinstance(indices, (list, tuple)) or not all(is_int(i) and i >= 0 for i in indices):
+            if not isinstance(indices, (list, tuple)) or not all(
+                is_int(i) and i >= 0 for i in indices
+            ):
                 yield f"{entry}={indices!r} must be a list of token ids."
             elif len(set(indices)) != len(indices):
                 yield f"{entry} names a token twice."
@@ -346,7 +424,9 @@ class LayeredConfig(TargetedConfig):
         yield from super()._problems()
         indices, pattern = self.layers_to_transform, self.layers_pattern
         listed = [indices] if isinstance(indices, int) else indices
-        if listed is not None and not (isinstance(listed, (list, tuple, set)) and all(is_int(i) and i >= 0 for i in listed)):
+        if listed is not None and not (
+            isinstance(listed, (list, tuple, set)) and all(is_int(i) and i >= 0 for i in listed)
+        ):
             yield f"`layers_to_transform`={indices!r} must be a non-negative integer, a list of them, or None."
         if not is_empty(pattern) and indices is None:
             yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
@@ -394,7 +474,12 @@ def as_folder(path: str | os.PathLike) -> Path:
 
 def _unknown_fields(names: list[str], known: list[str]) -> str:
     """The end of a message about fields that a config does not have."""
-    hints = [f" The rank is `r`, not `{name}`." if "rank" in name and "r" in known else did_you_mean(name, known) for name in names]
+    hints = [
+        f" The rank is `r`, not `{name}`."
+        if "rank" in name and "r" in known
+        else did_you_mean(name, known)
+        for name in names
+    ]
     own = [name for name in known if name not in PeftConfig.__dataclass_fields__]
     listed = "" if all(hints) else f" There are {', '.join(own or known)}."
     start = "an unexpected keyword argument" if len(names) == 1 else "unexpected keyword arguments"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other libraries do with adapters in a model of their own, as plain functions: no `PeftModel` is needed around it.
+"""What other libraries do with adapters in a model of their own, as plain functions: no `PeftModel`
+is needed around it.
 
 The adapters may be of several methods; all of an adapter is found, what its layers share included.
 """
@@ -47,12 +48,15 @@ def set_adapter(
         layer_cls: Switch layers of this class only.
 
     Raises:
-        PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing is changed.
+        PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing
+            is changed.
     """
     _adapted(model, layer_cls).set_adapter(adapter_name, inference_mode)
 
 
-def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+def set_requires_grad(
+    model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True
+) -> None:
     """Unfreeze or freeze adapters, active or not.
 
     Args:
@@ -66,13 +70,20 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     _adapted(model).set_requires_grad(adapter_names, requires_grad)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> list[str]:
-    """Remove an adapter and its config. If it was active, the others that were stay so, else the first by name becomes active.
+def delete_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    prefix: str,
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> list[str]:
+    """Remove an adapter and its config. If it was active, the others that were stay so, else the
+    first by name becomes active.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
         adapter_name: The adapter.
-        prefix: How names of its parameters start; accepted for compatibility, they are found without.
+        prefix: How names of its parameters start; accepted for compatibility, they are found
+            without.
         layer_cls: Remove it from layers of this class only.
 
     Returns:
@@ -87,7 +98,9 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str, layer_cls: 
 
 
 @ordinary_tensors()
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+def cast_adapter_dtype(
+    model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True
+) -> None:
     """Keep an adapter in float32 where it has fewer bits, for stable training.
 
     Args:
@@ -100,7 +113,12 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """
     adapted = _adapted(model)
     check_adapter(adapter_name, adapted.peft_config)
-    own = [p for layer in adapted.tuner_layers() if adapter_name in layer.scaling for p in layer.adapter_parameters(adapter_name)]
+    own = [
+        p
+        for layer in adapted.tuner_layers()
+        if adapter_name in layer.scaling
+        for p in layer.adapter_parameters(adapter_name)
+    ]
     own += [container[adapter_name] for container in adapted._shared() if adapter_name in container]
     for parameter in own if autocast_adapter_dtype else ():
         if parameter.is_floating_point() and parameter.element_size() < 4:
@@ -118,6 +136,8 @@ def _adapted(model: Any, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> Ad
     for config in adapted.peft_config.values():
         adapted.method_of(config)
     adapted.tuner_layer_cls = layer_cls  # type: ignore[misc]
-    active = dict.fromkeys(name for layer in adapted.tuner_layers() for name in layer.active_adapters)
+    active = dict.fromkeys(
+        name for layer in adapted.tuner_layers() for name in layer.active_adapters
+    )
     adapted._active = [name for name in active if name in adapted.peft_config]
     return adapted

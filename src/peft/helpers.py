@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helps in using adapters: signatures of the base model, scales and precision for a while, a look at a folder."""
+"""Small helps in using adapters: signatures of the base model, scales and precision for a while, a
+look at a folder.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ if not TYPE_CHECKING:  # to which any name would be right
 
 
 def update_forward_signature(model: Any) -> None:
-    """Give a `PeftModel`'s `forward` the signature and docstring of its base model's, which name what the adapter's method takes
-    too (`task_ids`).
+    """Give a `PeftModel`'s `forward` the signature and docstring of its base model's, which name
+    what the adapter's method takes too (`task_ids`).
 
     Args:
         model: The model, changed in place.
@@ -63,8 +65,8 @@ def update_forward_signature(model: Any) -> None:
 
 
 def update_generate_signature(model: Any) -> None:
-    """Give a `PeftModel`'s `generate` the signature and docstring of its base model's, which name what the adapter's method takes
-    too (`task_ids`).
+    """Give a `PeftModel`'s `generate` the signature and docstring of its base model's, which name
+    what the adapter's method takes too (`task_ids`).
 
     Args:
         model: The model, changed in place; one whose base has no `generate` stays as it is.
@@ -87,13 +89,16 @@ def update_signature(model: Any, method: str = "all") -> None:
         PeftValueError: Another `method`.
     """
     if method not in ("forward", "generate", "all"):
-        raise PeftValueError(f"`method`={method!r} is not supported; choose one of 'forward', 'generate' and 'all'.")
+        raise PeftValueError(
+            f"`method`={method!r} is not supported; choose one of 'forward', 'generate' and 'all'."
+        )
     for name in ("forward", "generate") if method == "all" else (method,):
         _update(model, name)
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike) -> bool:
-    """Whether a local folder or a repository on the Hub holds an adapter that this package can read.
+    """Whether a local folder or a repository on the Hub holds an adapter that this package can
+    read.
 
     Args:
         model_name_or_path: The folder, or the repository's id.
@@ -107,7 +112,8 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A context in which all adapters count `multiplier` times as much; their scales are afterwards what they were.
+    """A context in which all adapters count `multiplier` times as much; their scales are afterwards
+    what they were.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
@@ -130,12 +136,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise PeftValueError(
-            "The model has no adapters whose scale could be changed: scaling is only supported for models with `LoraLayer`s, or "
+            "The model has no adapters whose scale could be changed: scaling is only supported for "
+            "models with `LoraLayer`s, or "
             "layers of another method of this package."
         )
     if any(layer.merged for layer in layers):
-        raise PeftValueError("Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first.")
-    before = [(layer, name, float(scale)) for layer in layers for name, scale in layer.scaling.items()]
+        raise PeftValueError(
+            "Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first."
+        )
+    before = [
+        (layer, name, float(scale)) for layer in layers for name, scale in layer.scaling.items()
+    ]
     for layer in layers:
         layer.scaling = dict(layer.scaling)  # callers may hold the one that was, to compare
     try:
@@ -150,7 +161,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """A context in which adapters do not cast their input to the precision of their parameters where that is narrower.
+    """A context in which adapters do not cast their input to the precision of their parameters
+    where that is narrower.
 
     It is for who keeps parameters in a narrow format and casts them when they are used.
 
@@ -158,7 +170,11 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: A `PeftModel`, or a model that adapters were injected into.
         active: False makes it a context in which nothing is changed.
     """
-    layers = [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)] if active else []
+    layers = (
+        [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
+        if active
+        else []
+    )
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:
@@ -183,5 +199,8 @@ def _update(model: Any, name: str) -> None:
     signature = inspect.signature(shown)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    method.__name__, method.__doc__ = name, getattr(type(model.get_base_model()), name, shown).__doc__
+    method.__name__, method.__doc__ = (
+        name,
+        getattr(type(model.get_base_model()), name, shown).__doc__,
+    )
     setattr(model, name, MethodType(method, model))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names to classes, and adapters for models that are to stay as they are, without a `PeftModel` around them."""
+"""From names to classes, and adapters for models that are to stay as they are, without a
+`PeftModel` around them.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,12 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         PeftValueError: `peft_type` is missing or not provided, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
-        raise PeftValueError(f"The config has no `peft_type`; name one of {', '.join(registered_methods())}.")
-    return lookup(PEFT_TYPE_TO_CONFIG_MAPPING, config_dict["peft_type"]).from_peft_type(**config_dict)
+        raise PeftValueError(
+            f"The config has no `peft_type`; name one of {', '.join(registered_methods())}."
+        )
+    return lookup(PEFT_TYPE_TO_CONFIG_MAPPING, config_dict["peft_type"]).from_peft_type(
+        **config_dict
+    )
 
 
 def inject_adapter_in_model(
@@ -51,19 +57,23 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model in place and return the model itself.
 
-    The model's attribute `peft_config` then holds the configs by adapter name; `get_peft_model_state_dict` and
-    `set_peft_model_state_dict` work on it. A new adapter becomes the active one of its method.
+    The model's attribute `peft_config` then holds the configs by adapter name;
+    `get_peft_model_state_dict` and `set_peft_model_state_dict` work on it. A new adapter becomes
+    the active one of its method.
 
     Args:
         peft_config: The adapter's config.
         model: The model.
         adapter_name: A new name, without dots.
-        low_cpu_mem_usage: Make the adapter on the meta device, to be filled by `set_peft_model_state_dict`.
-        state_dict: Adapt the modules this checkpoint has parameters for, in place of those the config targets.
+        low_cpu_mem_usage: Make the adapter on the meta device, to be filled by
+            `set_peft_model_state_dict`.
+        state_dict: Adapt the modules this checkpoint has parameters for, in place of those the
+            config targets.
 
     Raises:
         PeftTypeError: Not a config, or a switch is neither True nor False.
-        PeftValueError: The name is taken, or the config is invalid or does not fit; the model is left as it was.
+        PeftValueError: The name is taken, or the config is invalid or does not fit; the model is
+            left as it was.
 
     Example:
         >>> import torch
@@ -77,10 +87,19 @@ def inject_adapter_in_model(
     check_flags(low_cpu_mem_usage=low_cpu_mem_usage)
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name in configs:
-        raise PeftValueError(f"Adapter with name '{adapter_name}' already exists; choose another, or delete that one first.")
+        raise PeftValueError(
+            f"Adapter with name '{adapter_name}' already exists; choose another, or delete that "
+            "one first."
+        )
     tuner_cls: type[BaseTuner] = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
-    options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict, "shared_root": model}
+    options: Any = {
+        "low_cpu_mem_usage": low_cpu_mem_usage,
+        "state_dict": state_dict,
+        "shared_root": model,
+    }
     tuner = tuner_cls(model, peft_config, adapter_name, **options)
-    configs[adapter_name] = tuner.config_to_save(adapter_name)  # it is the clients who will write it
+    configs[adapter_name] = tuner.config_to_save(
+        adapter_name
+    )  # it is the clients who will write it
     model.peft_config = configs  # type: ignore[assignment]
     return model

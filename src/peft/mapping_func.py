@@ -19,7 +19,9 @@ M = TypeVar("M", covariant=True)
 
 
 class _Typed(Protocol[M]):
-    """A config that tells type checkers the class of the models it makes, with its method's methods."""
+    """A config that tells type checkers the class of the models it makes, with its method's
+    methods.
+    """
 
     def adapts_as(self) -> M: ...
 
@@ -108,12 +110,16 @@ def get_peft_model(
     before, name = peft_config.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
     if name and before not in (None, name):
         warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. Please ensure that the correct "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. "
+            "Please ensure that the correct "
             "base model is loaded when loading this checkpoint."
         )
     peft_config.base_model_name_or_path = name or before
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")
+            warn(
+                f"peft config has already set base model revision to {peft_config.revision}, "
+                f"overwriting with revision {revision}"
+            )
         peft_config.revision = revision
     return result

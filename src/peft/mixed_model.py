@@ -12,10 +12,12 @@ from .tuners.mixed import MixedModel
 
 
 class PeftMixedModel(PeftModel):
-    """A `PeftModel` whose adapters may be of different methods, active together or one for each sample of a batch.
+    """A `PeftModel` whose adapters may be of different methods, active together or one for each
+    sample of a batch.
 
-    Each adapter is saved as it would be by itself: "default" into the folder, the others into sub-folders of their names. To load
-    them again, give one to `from_pretrained` and the others to `load_adapter`.
+    Each adapter is saved as it would be by itself: "default" into the folder, the others into
+    sub-folders of their names. To load them again, give one to `from_pretrained` and the others to
+    `load_adapter`.
 
     Args:
         As `PeftModel`.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PeftModel`: a base model with adapters that can be trained, saved, loaded, switched, merged and removed."""
+"""`PeftModel`: a base model with adapters that can be trained, saved, loaded, switched, merged and
+removed.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,6 @@ class PeftModel(BasePeftModel):
         trainable params: 32 || all params: 304 || trainable%: 10.5263
     """
 
-    # --- files --------------------------------------------------------------------------------------------------------
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -90,23 +90,28 @@ class PeftModel(BasePeftModel):
     ) -> None:
         """Write adapters to a folder: "default" into it, each other into a sub-folder of its name.
 
-        A reader sees each adapter as it was before or as it is now, whole, whatever moment the process is killed.
+        A reader sees each adapter as it was before or as it is now, whole, whatever moment the
+        process is killed.
 
         Args:
             save_directory: The folder, made if missing.
             safe_serialization: False writes the legacy pickle format.
             selected_adapters: Which adapters, by default all.
-            save_embedding_layers: True writes the token embeddings too; "auto" if an adapter targets one.
-            is_main_process: False writes nothing. Where tensors are DTensors (FSDP2), every process has to call, to gather them.
-            path_initial_model_for_weight_conversion: Anything but None writes adapters that start from the base weight (LoRA's
-                "pissa" and "olora") as plain ones of twice the rank, for the weight as it is. The adapter itself knows what it
+            save_embedding_layers: True writes the token embeddings too; "auto" if an adapter
+                targets one.
+            is_main_process: False writes nothing. Where tensors are DTensors (FSDP2), every process
+                has to call, to gather them.
+            path_initial_model_for_weight_conversion: Anything but None writes adapters that start
+                from the base weight (LoRA's "pissa" and "olora") as plain ones of twice the rank, for the weight as it is. The adapter itself knows what it
                 started with, and nothing is read from the path.
             state_dict: Take the tensors from this state dict of the model (a gathered one, say).
-            **kwargs: Options for saving whole models (`save_function`, `max_shard_size`, …), which have no effect.
+            **kwargs: Options for saving whole models (`save_function`, `max_shard_size`, …), which
+                have no effect.
 
         Raises:
             CheckpointError: `state_dict` has no tensors of an adapter.
-            PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not given.
+            PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not
+                given.
             PeftTypeError: A switch is neither True nor False.
             PeftValueError: The path is a file, or an adapter is unknown.
         """
@@ -114,22 +119,31 @@ class PeftModel(BasePeftModel):
         folder = as_folder(save_directory)
         pass_over(kwargs, "save_pretrained")
         if isinstance(selected_adapters, str):
-            raise PeftTypeError(f"`selected_adapters`={selected_adapters!r} must be a list of names: [{selected_adapters!r}].")
+            raise PeftTypeError(
+                f"`selected_adapters`={selected_adapters!r} must be a list of names: "
+                f"[{selected_adapters!r}]."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in names:
             check_adapter(name)
         if unknown := [name for name in names if name not in self.peft_config]:
             raise PeftValueError(
-                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {names}.{did_you_mean(str(unknown[0]), self.peft_config)}"
+                "You passed an invalid `selected_adapters` arguments, current supported adapter "
+                "names are "
+                f"{list(self.peft_config)} - got "
+                f"{names}.{did_you_mean(str(unknown[0]), self.peft_config)}"
             )
         if not self.peft_config:
             raise PeftValueError(
-                "The model has no adapters to save: they were deleted, or taken out by `unload` or `merge_and_unload`. Save the "
+                "The model has no adapters to save: they were deleted, or taken out by `unload` or "
+                "`merge_and_unload`. Save the "
                 "model that those return."
             )
         if path_initial_model_for_weight_conversion is not None:
-            converted = {name: self.base_model.method_of(self.peft_config[name]).without_start(self, name) for name in names}
+            converted = {
+                name: self.base_model.method_of(self.peft_config[name]).without_start(self, name)
+                for name in names
+            }
         else:
             converted = {}
         tensors = self.parameters() if state_dict is None else state_dict.values()
@@ -137,21 +151,33 @@ class PeftModel(BasePeftModel):
             return
         options: Any = {"save_embedding_layers": save_embedding_layers}
         states = {
-            name: converted[name][1] if converted else get_peft_model_state_dict(self, state_dict, name, **options)
+            name: converted[name][1]
+            if converted
+            else get_peft_model_state_dict(self, state_dict, name, **options)
             for name in names
         }
-        states = {name: {key: whole(tensor) for key, tensor in state.items()} for name, state in states.items()}
+        states = {
+            name: {key: whole(tensor) for key, tensor in state.items()}
+            for name, state in states.items()
+        }
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in states.items():
             config = converted[name][0] if converted else self.base_model.config_to_save(name)
             config, state = self.base_model.method_of(config).form_to_save(name, config, state)
-            write_adapter(folder if name == "default" else folder / name, state, self._config_text(config), safe_serialization)
+            write_adapter(
+                folder if name == "default" else folder / name,
+                state,
+                self._config_text(config),
+                safe_serialization,
+            )
         self.create_or_update_model_card(folder)
 
     def _config_text(self, config: PeftConfig) -> str:
-        """An adapter's config as it is written: frozen, and with what says which base model it is for."""
+        """An adapter's config as it is written: frozen, and with what says which base model it is
+        for.
+        """
         inference_mode, config.inference_mode = config.inference_mode, True
         try:
             return config.to_json(None if config.task_type is not None else self._auto_mapping())
@@ -237,7 +263,8 @@ class PeftModel(BasePeftModel):
     ) -> PeftModel:
         """Put a saved adapter into a base model.
 
-        Names, shapes and kinds of all tensors are checked first; on any error the model is left exactly as it was.
+        Names, shapes and kinds of all tensors are checked first; on any error the model is left
+        exactly as it was.
 
         Args:
             model: The base model.
@@ -247,34 +274,44 @@ class PeftModel(BasePeftModel):
             config: Use this config in place of the saved one.
             autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
             ephemeral_gpu_offload: Refused.
-            low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint fills.
-            key_mapping: Renaming of module paths in the checkpoint's keys: regular expression → replacement. By default what
-                the base model declares for checkpoints of its own earlier versions. Modules that the model does not have then
+            low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint
+                fills.
+            key_mapping: Renaming of module paths in the checkpoint's keys: regular expression →
+                replacement. By default what the base model declares for checkpoints of its own earlier versions. Modules that the model does not have then
                 are looked for under the names that transformers' rules give them, in keys and in the config.
-            ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head with other classes, say) as
-                they start, with a warning.
-            strict: False loads the keys that fit and names the rest in a warning: what of the file has no place in the adapter
-                is left out, what the file lacks stays as it starts. Keys may then have the adapter's name in them. Another
+            ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head
+                with other classes, say) as they start, with a warning.
+            strict: False loads the keys that fit and names the rest in a warning: what of the file
+                has no place in the adapter is left out, what the file lacks stays as it starts. Keys may then have the adapter's name in them. Another
                 shape is an error still, and so is a file of which nothing fits.
             **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
             CheckpointNotFoundError: There is no such adapter.
             CheckpointError: A file is damaged or does not fit.
-            PeftTypeError: The model is no module, the place no path, or a switch neither True nor False.
+            PeftTypeError: The model is no module, the place no path, or a switch neither True nor
+                False.
             PeftValueError: The config does not fit the model.
         """
         refuse_offload(ephemeral_gpu_offload)
-        flags = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "strict": strict}
+        flags = {
+            "is_trainable": is_trainable,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
+            "strict": strict,
+        }
         check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
         check_arguments(model, model_id)
         hub = only_hub_options(kwargs, "from_pretrained")
         config = read_config(model_id, config, hub)
         key_mapping = key_mapping or renamings(model)
-        config, state = present_names(model, config, load_peft_weights(model_id, key_mapping=key_mapping, **hub))
+        config, state = present_names(
+            model, config, load_peft_weights(model_id, key_mapping=key_mapping, **hub)
+        )
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
-        check = Filler(model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict)
+        check = Filler(
+            model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
+        )
         before, config.inference_mode = config.inference_mode, not is_trainable
         try:
             options: Any = {"initialise": ignore_mismatched_sizes or not strict, "check": check}
@@ -303,22 +340,28 @@ class PeftModel(BasePeftModel):
 
         Args:
             model_id: A local folder, or an id on the Hub.
-            adapter_name: The name; if the model has such an adapter, its values are replaced (by those in the sub-folder of its
-                name, if `save_pretrained` made one).
+            adapter_name: The name; if the model has such an adapter, its values are replaced (by
+                those in the sub-folder of its name, if `save_pretrained` made one).
             is_trainable: Whether a new adapter is trainable.
             torch_device: Where to read the file to.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, strict,
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping,
+            ignore_mismatched_sizes, strict,
                 **kwargs: As for `from_pretrained`.
 
         Returns:
-            Names of the adapter's parameters that were not loaded, and keys of the file that have no place in it. A checkpoint
-            that does not fit is an error, so there are none but what `ignore_mismatched_sizes` and `strict=False` let pass.
+            Names of the adapter's parameters that were not loaded, and keys of the file that have
+            no place in it. A checkpoint that does not fit is an error, so there are none but what
+            `ignore_mismatched_sizes` and `strict=False` let pass.
 
         Raises:
             As for `from_pretrained`; model and adapters are left exactly as they were.
         """
         refuse_offload(ephemeral_gpu_offload)
-        flags = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "strict": strict}
+        flags = {
+            "is_trainable": is_trainable,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
+            "strict": strict,
+        }
         check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
         check_adapter(adapter_name)
         hub = only_hub_options(kwargs, "load_adapter")
@@ -331,8 +374,12 @@ class PeftModel(BasePeftModel):
         if known is None:
             config, state = present_names(base, config, state)
             config.inference_mode = not is_trainable
-            check = Filler(base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict)
-            construction = Construction(autocast_adapter_dtype, initialise=ignore_mismatched_sizes or not strict)
+            check = Filler(
+                base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
+            )
+            construction = Construction(
+                autocast_adapter_dtype, initialise=ignore_mismatched_sizes or not strict
+            )
             self._add(adapter_name, config, construction, check)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
@@ -341,18 +388,28 @@ class PeftModel(BasePeftModel):
         saved, state = present_names(base, read_config(model_id, None, hub), state)
         if saved.peft_type != known.peft_type:
             raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {known.peft_type} and {saved.peft_type}: the model "
+                f"Cannot combine adapters with different peft types. Found {known.peft_type} and "
+                f"{saved.peft_type}: the model "
                 f"has an adapter {adapter_name!r} already; load this one under another name."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
         named = own_state(self, in_view(config, adapter_name))
         if not strict:
-            state = understood(state, adapter_tensors(named.items(), config, adapter_name), config, adapter_name)
+            state = understood(
+                state, adapter_tensors(named.items(), config, adapter_name), config, adapter_name
+            )
         incoming = import_state(state, config)
         expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        left = fitting(expected, incoming, str(model_id), ignore_mismatched_sizes, strict).unexpected_keys
+        left = fitting(
+            expected, incoming, str(model_id), ignore_mismatched_sizes, strict
+        ).unexpected_keys
         state = {key: tensor for key, tensor in state.items() if key not in left}
-        return LoadResult(set_peft_model_state_dict(self, state, adapter_name, ignore_mismatched_sizes).missing_keys, left)
+        return LoadResult(
+            set_peft_model_state_dict(
+                self, state, adapter_name, ignore_mismatched_sizes
+            ).missing_keys,
+            left,
+        )
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter would be on a model, before it is made: sizes, cost, rank. Works on the meta device; the model is left alone."""
+"""What an adapter would be on a model, before it is made: sizes, cost, rank. Works on the meta
+device; the model is left alone.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class LayerPlan:
         tensors: Shapes of the adapter's tensors by name.
         parameters: Their number.
         bytes: Their size in memory.
-        multiplications: Of the adapter, for each row of the layer's input or position of its output.
+        multiplications: Of the adapter, for each row of the layer's input or position of its
+            output.
         base_multiplications: Of the layer itself.
         rank: The largest rank that the delta can have.
         full_rank: That of the layer's weight.
@@ -55,13 +58,15 @@ class LayerPlan:
 
 @dataclass(repr=False)
 class AdapterPlan:
-    """What an adapter would be on a model; printed, a table. In it, layers that differ only by a number in their path and are
-    adapted alike share a row: `layers.*.q_proj` stands for all of the model's, `layers.{0-3,7}.q_proj` for some.
+    """What an adapter would be on a model; printed, a table. In it, layers that differ only by a
+    number in their path and are adapted alike share a row: `layers.*.q_proj` stands for all of the
+    model's, `layers.{0-3,7}.q_proj` for some.
 
     Args:
         method: The method's name.
         layers: What it has on each layer.
-        shared: Tensors of all layers together, of whole modules and of rows of embeddings: number of elements by name.
+        shared: Tensors of all layers together, of whole modules and of rows of embeddings: number
+            of elements by name.
         bytes: Size in memory of all of it.
         base_parameters: Parameters of the model.
         module_paths: Paths of the model's modules.
@@ -101,12 +106,20 @@ class AdapterPlan:
     def __str__(self) -> str:
         rows = [("module", "layer", "factors", "parameters", "FLOPs a row", "rank"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
-        share, work = self.parameters / max(self.base_parameters, 1), self.multiplications / max(self.base_multiplications, 1)
+        share, work = (
+            self.parameters / max(self.base_parameters, 1),
+            self.multiplications / max(self.base_multiplications, 1),
+        )
         lines.append(
-            f"{self.method} on {self._count()}: {self.parameters:,} parameters ({share:.2%} of the model's), "
-            f"{self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} ({work:.1%} of those layers' own)"
+            f"{self.method} on {self._count()}: {self.parameters:,} parameters ({share:.2%} of the "
+            "model's), "
+            f"{self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} ({work:.1%} of those "
+            "layers' own)"
         )
         for remark, paths in self.remarks.items():
             where = f"`{paths[0]}`" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
@@ -117,7 +130,9 @@ class AdapterPlan:
         """A row for each layer; those that differ by numbers in their paths share one."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for plan in self.layers:
-            factors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items())
+            factors = ", ".join(
+                f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items()
+            )
             row: tuple[str, ...] = (
                 plan.layer,
                 factors,
@@ -137,7 +152,8 @@ class AdapterPlan:
 
     def __repr__(self) -> str:
         return (
-            f"<AdapterPlan: {self.method} on {self._count()}, {self.parameters:,} parameters, {self.bytes:,} bytes; "
+            f"<AdapterPlan: {self.method} on {self._count()}, {self.parameters:,} parameters, "
+            f"{self.bytes:,} bytes; "
             "print it for a table>"
         )
 
@@ -171,7 +187,9 @@ def _numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
         return
     position = next(i for i, choice in enumerate(choices) if len(choice) > 1)
     for value in choices[position]:
-        yield from _numbered([path for path, own in zip(paths, numbers, strict=True) if own[position] == value])
+        yield from _numbered(
+            [path for path, own in zip(paths, numbers, strict=True) if own[position] == value]
+        )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -184,14 +202,19 @@ def _ranges(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
+    return (
+        "{"
+        + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+        + "}"
+    )
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:
-    """What an adapter would be on a model: for each layer and in total its tensors, parameters, bytes, FLOPs and largest rank, with
-    remarks where a config may not do what was meant.
+    """What an adapter would be on a model: for each layer and in total its tensors, parameters,
+    bytes, FLOPs and largest rank, with remarks where a config may not do what was meant.
 
-    Nothing is allocated and neither model nor config is changed, so that a model on the meta device does as well as a loaded one.
+    Nothing is allocated and neither model nor config is changed, so that a model on the meta device
+    does as well as a loaded one.
 
     Args:
         model: A base model, on any device.
@@ -221,7 +244,9 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     targets = _plan.make(tuner, adapter_name, config)
     build = tuner._build(targets, Construction(device=torch.device("meta")))
     result = AdapterPlan(str(getattr(config.peft_type, "value", config.peft_type)))
-    result.layers = [_layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()]
+    result.layers = [
+        _layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()
+    ]
     result.shared = _shared(build)
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
     result.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -230,7 +255,9 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     return result
 
 
-def _layer_plan(path: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig) -> LayerPlan:
+def _layer_plan(
+    path: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig
+) -> LayerPlan:
     size, cost = layer.geometry, layer.adapter_cost(adapter_name, config)
     tensors, numbers, memory = {}, 0, 0
     for holder in layer.container_names:
@@ -240,7 +267,10 @@ def _layer_plan(path: str, layer: BaseTunerLayer, adapter_name: str, config: Pef
             own = entry.named_parameters() if isinstance(entry, nn.Module) else [("", entry)]
             for name, tensor in own:
                 tensors[f"{holder}.{name}" if name else holder] = tuple(tensor.shape)
-                numbers, memory = numbers + tensor.numel(), memory + tensor.numel() * tensor.element_size()
+                numbers, memory = (
+                    numbers + tensor.numel(),
+                    memory + tensor.numel() * tensor.element_size(),
+                )
     wide = columns(size)
     return LayerPlan(
         path,
@@ -266,6 +296,8 @@ def _kind(layer: BaseTunerLayer) -> str:
 def _shared(build: Build) -> dict[str, int]:
     """What an adapter has beside its layers' own tensors."""
     shared = {name: parameter.numel() for name, parameter in build.shared.items()}
-    copies = {path: sum(p.numel() for p in module.parameters()) for path, module in build.copies.items()}
+    copies = {
+        path: sum(p.numel() for p in module.parameters()) for path, module in build.copies.items()
+    }
     rows = {f"rows of {path}": tokens.rows.numel() for path, tokens in build.tokens.items()}
     return {**shared, **copies, **rows}

@@ -20,7 +20,11 @@ from .core.weights import is_quantised
 from .integrations import quantization
 
 Irregular = Literal["irregular"]
-_BACKENDS = {quantization._INT8: "bnb 8bit", quantization._FOUR_BIT: "bnb 4bit", quantization._TORCHAO: "torchao"}
+_BACKENDS = {
+    quantization._INT8: "bnb 8bit",
+    quantization._FOUR_BIT: "bnb 4bit",
+    quantization._TORCHAO: "torchao",
+}
 
 
 @dataclass
@@ -33,7 +37,8 @@ class TunerLayerStatus:
         enabled: Whether its adapters are switched on.
         active_adapters: Names of the active adapters, those included that this layer lacks.
         merged_adapters: Names of the adapters whose delta is in the weight.
-        requires_grad: By adapter, whether it is trainable; "irregular" if only some of its parameters are.
+        requires_grad: By adapter, whether it is trainable; "irregular" if only some of its
+            parameters are.
         available_adapters: Names of the adapters the layer has, sorted.
         devices: By adapter, the kinds of devices its parameters are on.
         quantization_backend: What keeps the base weight in few bits, None where it is not.
@@ -55,14 +60,16 @@ class TunerModelStatus:
     """The state of a model's adapters. What is not the same on all layers is "irregular".
 
     Args:
-        base_model_type: The base model's class; "other" for a model that is neither a `PeftModel` nor of transformers.
+        base_model_type: The base model's class; "other" for a model that is neither a `PeftModel`
+            nor of transformers.
         adapter_model_type: The tuner's class, "None" for a model that adapters were injected into.
         peft_types: The method of each adapter, empty for a model that adapters were injected into.
         trainable_params, total_params: Numbers of parameters of the whole model.
         num_adapter_layers: How many layers have adapters.
         enabled: Whether adapters are switched on.
         active_adapters: Names of the active adapters.
-        merged_adapters: Names of the adapters whose deltas are in the weights, as far as the layers have them.
+        merged_adapters: Names of the adapters whose deltas are in the weights, as far as the layers
+            have them.
         requires_grad: By adapter, whether it is trainable.
         available_adapters: Names of all adapters, sorted.
         devices: By adapter, the kinds of devices its parameters are on, sorted.
@@ -113,7 +120,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     ]
     if not result:
         raise PeftValueError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters injected in "
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that "
+            "you have PEFT adapters injected in "
             "the model."
         )
     return result
@@ -142,8 +150,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     base, tuner, methods = _kinds(model)
     trainable, total = BasePeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    by_name = {name: [layer for layer in layers if name in layer.available_adapters] for name in names}
-    adapted = [layer for layer in layers if "." in layer.module_type]  # the others are trained whole
+    by_name = {
+        name: [layer for layer in layers if name in layer.available_adapters] for name in names
+    }
+    adapted = [
+        layer for layer in layers if "." in layer.module_type
+    ]  # the others are trained whole
     return TunerModelStatus(
         base_model_type=base,
         adapter_model_type=tuner,
@@ -154,10 +166,17 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         enabled=_same(layer.enabled for layer in layers),
         active_adapters=_active(layers, adapted),
         merged_adapters=_merged(adapted),
-        requires_grad={name: _same(layer.requires_grad[name] for layer in own) for name, own in by_name.items()},
+        requires_grad={
+            name: _same(layer.requires_grad[name] for layer in own) for name, own in by_name.items()
+        },
         available_adapters=names,
-        devices={name: sorted({d for layer in own for d in layer.devices[name]}) for name, own in by_name.items()},
-        quantization_backend=_same(layer.quantization_backend for layer in adapted) if adapted else None,
+        devices={
+            name: sorted({d for layer in own for d in layer.devices[name]})
+            for name, own in by_name.items()
+        },
+        quantization_backend=_same(layer.quantization_backend for layer in adapted)
+        if adapted
+        else None,
     )
 
 
@@ -172,11 +191,17 @@ def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
     """The state of a layer, or of a module trained beside adapters."""
     is_layer = isinstance(layer, BaseTunerLayer)
     read = layer.adapter_tensors if is_layer else layer.parameters_of
-    parameters = {name: list(read(name)) for name in sorted(layer.scaling if is_layer else layer.adapters)}
-    names = [name for name, own in parameters.items() if own]  # a head may use the rows of the embedding it is tied to
+    parameters = {
+        name: list(read(name)) for name in sorted(layer.scaling if is_layer else layer.adapters)
+    }
+    names = [
+        name for name, own in parameters.items() if own
+    ]  # a head may use the rows of the embedding it is tied to
     return TunerLayerStatus(
         name=path,
-        module_type=f"{_method(layer)}.{type(layer).__name__}" if is_layer else type(layer).__name__,
+        module_type=f"{_method(layer)}.{type(layer).__name__}"
+        if is_layer
+        else type(layer).__name__,
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
         merged_adapters=list(layer.merged_adapters) if is_layer else [],
@@ -206,7 +231,9 @@ def _backend(base: nn.Module) -> str | None:
 def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:
     """The kinds of base model and tuner, and the method of each adapter."""
     if isinstance(model, BasePeftModel):
-        methods = {name: PeftType(config.peft_type).value for name, config in model.peft_config.items()}
+        methods = {
+            name: PeftType(config.peft_type).value for name, config in model.peft_config.items()
+        }
         return type(model.get_base_model()).__name__, type(model.base_model).__name__, methods
     is_known = hasattr(model, "config") and not isinstance(model, AdaptedModel)
     return type(model).__name__ if is_known else "other", "None", {}
@@ -218,11 +245,15 @@ def _same(values: Iterable[Any]) -> Any:
     return first if all(value == first for value in others) else "irregular"
 
 
-def _active(layers: list[TunerLayerStatus], adapted: list[TunerLayerStatus]) -> list[str] | Irregular:
+def _active(
+    layers: list[TunerLayerStatus], adapted: list[TunerLayerStatus]
+) -> list[str] | Irregular:
     """The active adapters, if all layers agree on them, those apart that lack one."""
     active = _same(layer.active_adapters for layer in adapted or layers)
     for layer in layers if active != "irregular" else ():
-        if layer not in adapted and layer.active_adapters != [name for name in active if name in layer.available_adapters]:
+        if layer not in adapted and layer.active_adapters != [
+            name for name in active if name in layer.available_adapters
+        ]:
             return "irregular"
     return active
 
@@ -230,5 +261,10 @@ def _active(layers: list[TunerLayerStatus], adapted: list[TunerLayerStatus]) -> 
 def _merged(adapted: list[TunerLayerStatus]) -> list[str] | Irregular:
     """The merged adapters, if all layers that have them agree."""
     merged = list(dict.fromkeys(name for layer in adapted for name in layer.merged_adapters))
-    agree = all(name in layer.merged_adapters for layer in adapted for name in merged if name in layer.available_adapters)
+    agree = all(
+        name in layer.merged_adapters
+        for layer in adapted
+        for name in merged
+        if name in layer.available_adapters
+    )
     return merged if agree else "irregular"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate with every method: prepared models, mixed precision, states, offloading, dispatch, and its launcher."""
+"""accelerate with every method: prepared models, mixed precision, states, offloading, dispatch, and
+its launcher.
+"""
 
 import copy
 import inspect
@@ -45,14 +47,20 @@ def method(request):
 @pytest.fixture(params=["PeftModel", "model of its own class"])
 def model(method, request):
     config = method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
-    return get_peft_model(llama(), config) if request.param == "PeftModel" else peft.inject_adapter_in_model(config, llama())
+    return (
+        get_peft_model(llama(), config)
+        if request.param == "PeftModel"
+        else peft.inject_adapter_in_model(config, llama())
+    )
 
 
 def batches(method, number=4):
     generator = torch.Generator().manual_seed(1)
     for i in range(number):
         ids = torch.randint(3, 48, (2, 5), generator=generator)
-        tasks = {"task_ids": torch.tensor([i % 3, (i + 1) % 3])} if "task_ids" in method.call else {}
+        tasks = (
+            {"task_ids": torch.tensor([i % 3, (i + 1) % 3])} if "task_ids" in method.call else {}
+        )
         yield {"input_ids": ids, "labels": ids, **tasks}
 
 
@@ -169,7 +177,11 @@ OFFLOADING = {
 def devices(model):
     """What accelerate itself chooses where the CPU has room for half of the model."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return infer_auto_device_map(model, max_memory={"cpu": size // 2, "disk": size}, no_split_module_classes=["LlamaDecoderLayer"])
+    return infer_auto_device_map(
+        model,
+        max_memory={"cpu": size // 2, "disk": size},
+        no_split_module_classes=["LlamaDecoderLayer"],
+    )
 
 
 @pytest.mark.parametrize("kind", OFFLOADING)
@@ -178,12 +190,19 @@ def test_weights_come_back_for_each_call(method, model, kind, tmp_path):
     model.eval()
     batch = next(batches(method))
     expected = model(**batch).logits
-    tokens = {"input_ids": batch["input_ids"], "max_new_tokens": 3, "do_sample": False, **method.call}
+    tokens = {
+        "input_ids": batch["input_ids"],
+        "max_new_tokens": 3,
+        "do_sample": False,
+        **method.call,
+    }
     written = model.generate(**tokens)
     OFFLOADING[kind](model, tmp_path)
     away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     adapter = {name for name, _ in model.named_parameters() if ".default" in name}
-    assert away >= ({name for name in adapter if ".layers.1." in name} if kind == "dispatched" else adapter)
+    assert away >= (
+        {name for name in adapter if ".layers.1." in name} if kind == "dispatched" else adapter
+    )
     assert_rounded(model(**batch).logits, expected)  # layers with hooks are called one by one
     assert torch.equal(model.generate(**tokens), written)
     remove_hook_from_submodules(model)
@@ -194,7 +213,9 @@ def test_weights_come_back_for_each_call(method, model, kind, tmp_path):
 def shuffled(method, seed):
     """A `PeftModel` on the one base model, its adapter's values by the seed."""
     torch.manual_seed(0)
-    model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
+    ).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -253,7 +274,9 @@ def test_an_offloaded_base_gets_an_adapter_and_trains_it(method, kind, tmp_path)
         if offloaded:
             OFFLOADING[kind](base, tmp_path)
         torch.manual_seed(1)
-        model = get_peft_model(base, method.config(target_modules=LLAMA, task_type="CAUSAL_LM")).eval()
+        model = get_peft_model(
+            base, method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
+        ).eval()
         assert not any(p.is_meta for name, p in model.named_parameters() if ".default" in name)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses.append([])
@@ -263,7 +286,9 @@ def test_an_offloaded_base_gets_an_adapter_and_trains_it(method, kind, tmp_path)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-    assert_rounded(*(torch.tensor(curve) for curve in losses), terms=256 * len(losses[0]))  # a step carries on what came before
+    assert_rounded(
+        *(torch.tensor(curve) for curve in losses), terms=256 * len(losses[0])
+    )  # a step carries on what came before
 
 
 def llama_with_seed():
@@ -300,11 +325,23 @@ def test_the_launcher(tmp_path):
     name = "LOKR"
     (tmp_path / "train.py").write_text(SCRIPT)
     conftest = os.path.dirname(sys.modules["conftest"].__file__)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(tmp_path / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        str(tmp_path / "train.py"),
+    ]
     folder = tmp_path / "adapter"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, json.dumps([conftest]), name, str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [*command, json.dumps([conftest]), name, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     torch.manual_seed(0)
@@ -321,7 +358,9 @@ def test_the_launcher(tmp_path):
 def test_saving_as_the_guides_do(method, tmp_path):
     """`save_pretrained` takes what it takes on a model of transformers."""
     accelerator = Accelerator(cpu=True)
-    model = accelerator.prepare(get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    model = accelerator.prepare(
+        get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    )
     unwrapped = accelerator.unwrap_model(model)
     unwrapped.save_pretrained(
         tmp_path,
@@ -330,9 +369,15 @@ def test_saving_as_the_guides_do(method, tmp_path):
         state_dict=accelerator.get_state_dict(model),
         max_shard_size="2GB",
     )
-    with pytest.warns(UserWarning, match="save_pretrained got unexpected keyword arguments: nonsense"):
-        unwrapped.peft_config["default"].save_pretrained(tmp_path / "config", push_to_hub=False, nonsense=1)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, torch_dtype=torch.float16, device_map={"": "cpu"})
+    with pytest.warns(
+        UserWarning, match="save_pretrained got unexpected keyword arguments: nonsense"
+    ):
+        unwrapped.peft_config["default"].save_pretrained(
+            tmp_path / "config", push_to_hub=False, nonsense=1
+        )
+    loaded = PeftModel.from_pretrained(
+        llama(), tmp_path, torch_dtype=torch.float16, device_map={"": "cpu"}
+    )
     assert loaded.peft_config["default"].r == unwrapped.peft_config["default"].r
     assert (tmp_path / "config" / "adapter_config.json").exists()
 
@@ -352,11 +397,26 @@ def test_pushing_as_the_guides_do(method, monkeypatch):
             calls.append(options["commit_description"])
 
         def upload_file(self, path_or_fileobj, path_in_repo, **options):
-            calls.append((json.loads(path_or_fileobj)["r"], path_in_repo, options["commit_message"]))
+            calls.append(
+                (json.loads(path_or_fileobj)["r"], path_in_repo, options["commit_message"])
+            )
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     model = get_peft_model(llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    model.push_to_hub("a/b", use_temp_dir=True, token="t", max_shard_size="5GB", safe_serialization=True, commit_description="why")
+    model.push_to_hub(
+        "a/b",
+        use_temp_dir=True,
+        token="t",
+        max_shard_size="5GB",
+        safe_serialization=True,
+        commit_description="why",
+    )
     model.peft_config["default"].push_to_hub("a/b", token="t", commit_message="config")
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert calls == ["t", files, "why", "t", (model.peft_config["default"].r, "adapter_config.json", "config")]
+    assert calls == [
+        "t",
+        files,
+        "why",
+        "t",
+        (model.peft_config["default"].r, "adapter_config.json", "config"),
+    ]

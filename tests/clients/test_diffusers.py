@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' models and pipelines with every method: what a user of them does, on tiny random models."""
+"""diffusers' models and pipelines with every method: what a user of them does, on tiny random
+models.
+"""
 
 import copy
 import json
@@ -22,12 +24,25 @@ pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.clients
 LINEAR = ["to_q", "to_k", "add_q_proj", "ff.net.0.proj", "proj_mlp", "norm1.linear"]
-CONVOLUTIONAL = ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "conv", "ff.net.0.proj", "time_emb_proj"]
-# Methods that adapt convolutions, those whose files diffusers can load, with configs that show their forms.
+CONVOLUTIONAL = [
+    "to_q",
+    "to_v",
+    "proj_in",
+    "conv1",
+    "conv_shortcut",
+    "conv",
+    "ff.net.0.proj",
+    "time_emb_proj",
+]
+# Methods that adapt convolutions, those whose files diffusers can load, with configs that show
+# their forms.
 CONFIGS = {
     "lokr": ("LOKR", {"decompose_both": True}),
     "lokr-tucker": ("LOKR", {"use_effective_conv2d": True}),
-    "lokr-pattern": ("LOKR", {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"to_q": 1.5}, "decompose_factor": 4}),
+    "lokr-pattern": (
+        "LOKR",
+        {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"to_q": 1.5}, "decompose_factor": 4},
+    ),
     "lora": ("LORA", {}),
     "lora-pattern": ("LORA", {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"to_q": 1.5}}),
 }
@@ -51,7 +66,10 @@ def config_of(method, targets=LINEAR, **more):
     return METHODS[method].config(target_modules=list(targets), **{**one_task, **more})
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models
+# -------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def flux2():
@@ -157,10 +175,15 @@ def close(actual, expected):
 
 
 def adapter_names(model):
-    return {name for name in model.state_dict() if any(key in name for key in ("lokr_", "lora_", "vblora_", "poly_"))}
+    return {
+        name
+        for name in model.state_dict()
+        if any(key in name for key in ("lokr_", "lora_", "vblora_", "poly_"))
+    }
 
 
-# --- adapters on a model ------------------------------------------------------------------------------------------------
+# --- adapters on a model
+# ------------------------------------------------------------------------------------------------
 
 
 def test_several_adapters_with_weights(method):
@@ -180,7 +203,10 @@ def test_several_adapters_with_weights(method):
     close(output(model, flux), plain(flux, (0.3, b)))
     model.set_adapters(["b", "a"])
     close(output(model, flux), plain(flux, (1, a), (1, b)))
-    for switch_off, switch_on in ((model.disable_adapters, model.enable_adapters), (model.disable_lora, model.enable_lora)):
+    for switch_off, switch_on in (
+        (model.disable_adapters, model.enable_adapters),
+        (model.disable_lora, model.enable_lora),
+    ):
         switch_off()
         assert torch.equal(output(model, flux), base)
         switch_on()
@@ -222,7 +248,9 @@ def test_deleting_and_unloading(method):
     model.unload_lora()
     assert torch.equal(output(model, flux), base)
     left = model.state_dict().keys() - flux().state_dict().keys()
-    assert all(name.startswith("vblora_vector_bank.") for name in left)  # the one thing that is no layer's own
+    assert all(
+        name.startswith("vblora_vector_bank.") for name in left
+    )  # the one thing that is no layer's own
     if left:
         del model.vblora_vector_bank
     assert model.state_dict().keys() == flux().state_dict().keys()
@@ -230,7 +258,9 @@ def test_deleting_and_unloading(method):
 
 
 def test_training_under_checkpointing(method):
-    """Gradients are those without checkpointing, and reach all of the active adapter and nothing else."""
+    """Gradients are those without checkpointing, and reach all of the active adapter and nothing
+    else.
+    """
     gradients = []
     for checkpointing in (False, True):
         model = add(add(flux(), config_of(method), "a"), config_of(method), "b")
@@ -241,7 +271,9 @@ def test_training_under_checkpointing(method):
         torch.manual_seed(3)
         model(**flux_inputs(), return_dict=False)[0].square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-        assert gradients[-1].keys() == {name for name, _ in model.named_parameters() if ".a." in f"{name}."}
+        assert gradients[-1].keys() == {
+            name for name, _ in model.named_parameters() if ".a." in f"{name}."
+        }
         assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0
@@ -249,7 +281,9 @@ def test_training_under_checkpointing(method):
 
 
 def test_poly_tasks():
-    """`task_ids` go with the call, past the model; they are asked for as long as the adapter is there."""
+    """`task_ids` go with the call, past the model; they are asked for as long as the adapter is
+    there.
+    """
     config = METHODS["POLY"].config(target_modules=LINEAR)
     model, base = add(flux(), config), plain(flux)
     both = output(model, flux, task_ids=torch.tensor([0, 2]))
@@ -280,7 +314,10 @@ def test_a_peft_model_of_a_unet():
     close(output(merged, unet), expected)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 @torch.no_grad()
@@ -293,7 +330,9 @@ def kronecker(tensors, scale):
             return full.double()
         left, right = tensors[f"lokr_{name}_a"].double(), tensors[f"lokr_{name}_b"].double()
         if "lokr_t2" in tensors:
-            return torch.einsum("ijkl,ip,jq->pqkl", tensors["lokr_t2"].double(), left, right).contiguous()
+            return torch.einsum(
+                "ijkl,ip,jq->pqkl", tensors["lokr_t2"].double(), left, right
+            ).contiguous()
         return left @ right
 
     w1, w2 = side("w1"), side("w2")
@@ -312,11 +351,15 @@ def test_a_file_with_metadata(name, low_memory, tmp_path):
     close(expected, plain(unet, (1, deltas(model, "a"))))
     model.save_lora_adapter(tmp_path, adapter_name="a")
     again = unet()
-    again.load_lora_adapter(tmp_path, prefix=None, adapter_name="x", use_safetensors=True, low_cpu_mem_usage=low_memory)
+    again.load_lora_adapter(
+        tmp_path, prefix=None, adapter_name="x", use_safetensors=True, low_cpu_mem_usage=low_memory
+    )
     assert again.active_adapters() == ["x"]
     assert not any(p.is_meta for p in again.parameters())
     assert torch.equal(output(again, unet), expected)
-    again.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True, low_cpu_mem_usage=low_memory)
+    again.load_lora_adapter(
+        tmp_path, prefix=None, use_safetensors=True, low_cpu_mem_usage=low_memory
+    )
     assert sorted(again.peft_config) == ["default_1", "x"]
 
 
@@ -332,7 +375,9 @@ def test_convolutions_are_kronecker_products(name):
     for module, tensors in by_module.items():
         layer = model.get_submodule(module)
         weight = layer.get_base_layer().weight
-        if weight.dim() == 4 and "lokr_w2_b" in tensors and "lokr_t2" not in tensors:  # a kernel in a matrix's columns
+        if (
+            weight.dim() == 4 and "lokr_w2_b" in tensors and "lokr_t2" not in tensors
+        ):  # a kernel in a matrix's columns
             product = tensors.pop("lokr_w2_a").double() @ tensors.pop("lokr_w2_b").double()
             tensors["lokr_w2"] = product.reshape(product.shape[0], -1, *weight.shape[2:])
         book[module] = kronecker(tensors, layer.alpha["a"] / layer.r["a"]).reshape(weight.shape)
@@ -340,21 +385,53 @@ def test_convolutions_are_kronecker_products(name):
 
 
 def test_metadata_is_what_others_can_read(tmp_path):
-    """Only fields of the documented interface are written, since readers make their config of all of them."""
+    """Only fields of the documented interface are written, since readers make their config of all
+    of them.
+    """
     interface = {
-        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("rank_pattern", "alpha_pattern", "r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d"),
-        *("decompose_both", "decompose_factor", "rank_dropout_scale", "target_modules", "exclude_modules", "init_weights"),
+        *(
+            "task_type",
+            "peft_type",
+            "auto_mapping",
+            "peft_version",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+        ),
+        *(
+            "rank_pattern",
+            "alpha_pattern",
+            "r",
+            "alpha",
+            "rank_dropout",
+            "module_dropout",
+            "use_effective_conv2d",
+        ),
+        *(
+            "decompose_both",
+            "decompose_factor",
+            "rank_dropout_scale",
+            "target_modules",
+            "exclude_modules",
+            "init_weights",
+        ),
         *("layers_to_transform", "layers_pattern", "modules_to_save"),
     }
     add(unet(), config_of("LOKR", CONVOLUTIONAL)).save_lora_adapter(tmp_path, adapter_name="a")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         fields = json.loads(file.metadata()["lora_adapter_metadata"])
     assert set(fields) == interface
-    assert peft.LoKrConfig(**fields).to_dict() == {**fields, "target_modules": set(fields["target_modules"])}
+    assert peft.LoKrConfig(**fields).to_dict() == {
+        **fields,
+        "target_modules": set(fields["target_modules"]),
+    }
 
 
-class Sound(diffusers.ModelMixin, diffusers.configuration_utils.ConfigMixin, diffusers.loaders.peft.PeftAdapterMixin):
+class Sound(
+    diffusers.ModelMixin,
+    diffusers.configuration_utils.ConfigMixin,
+    diffusers.loaders.peft.PeftAdapterMixin,
+):
     """A model with a one-dimensional convolution, whose full factor writers order in two ways."""
 
     def __init__(self):
@@ -414,12 +491,18 @@ def test_files_that_do_not_fit(low_memory, caplog):
     base = plain(flux)
     source = add(flux(), config_of("LOKR", ["to_q"]))
     state = peft.get_peft_model_state_dict(source, adapter_name="a")
-    lacking = {key: tensor for key, tensor in state.items() if not key.endswith("single_transformer_blocks.0.attn.to_q.lokr_w1")}
+    lacking = {
+        key: tensor
+        for key, tensor in state.items()
+        if not key.endswith("single_transformer_blocks.0.attn.to_q.lokr_w1")
+    }
     assert len(lacking) == len(state) - 1
     model, metadata = flux(), source.peft_config["a"].to_dict()
     arguments = {"prefix": None, "metadata": metadata, "low_cpu_mem_usage": low_memory}
     if low_memory:
-        with pytest.raises(RuntimeError, match=r"meta device.*single_transformer_blocks\.0\.attn\.to_q\.lokr_w1"):
+        with pytest.raises(
+            RuntimeError, match=r"meta device.*single_transformer_blocks\.0\.attn\.to_q\.lokr_w1"
+        ):
             model.load_lora_adapter(lacking, **arguments)
         assert torch.equal(output(model, flux), base)
         assert "default_0" not in getattr(model, "peft_config", {})
@@ -428,7 +511,10 @@ def test_files_that_do_not_fit(low_memory, caplog):
         diffusers.utils.logging.enable_propagation()
         with caplog.at_level(logging.WARNING):
             model.load_lora_adapter(lacking, **arguments)
-        assert "missing keys in the model: single_transformer_blocks.0.attn.to_q.lokr_w1.default_0" in caplog.text
+        assert (
+            "missing keys in the model: single_transformer_blocks.0.attn.to_q.lokr_w1.default_0"
+            in caplog.text
+        )
     wrong = {key: torch.zeros(3, 3) for key in state}
     model = flux()
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -438,7 +524,8 @@ def test_files_that_do_not_fit(low_memory, caplog):
     assert torch.equal(output(model, flux), output(source, flux))
 
 
-# --- LyCORIS files through pipelines ------------------------------------------------------------------------------------
+# --- LyCORIS files through pipelines
+# ------------------------------------------------------------------------------------
 
 
 def divisor(size, factor):
@@ -446,7 +533,9 @@ def divisor(size, factor):
 
 
 def lycoris(model, paths, form, factor=8, r=1, alpha=3.0):
-    """LyCORIS tensors for modules, and the deltas they mean: `alpha / r` counts where a side is decomposed."""
+    """LyCORIS tensors for modules, and the deltas they mean: `alpha / r` counts where a side is
+    decomposed.
+    """
     draw = torch.Generator().manual_seed(4)
     tensors, meant = {}, {}
     for path in paths:
@@ -476,9 +565,17 @@ def zimage_pipeline(transformer):
 def test_lycoris_keys_in_flux2(form):
     """A file as LyCORIS writes it; then everything a pipeline does with adapters."""
     model, base = flux2(), plain(flux2)
-    inside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n and ".attn." in n]
+    inside = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "transformer_blocks" in n and ".attn." in n
+    ]
     tensors, meant = lycoris(model, inside, form)
-    state = {f"lycoris_{path.replace('.', '_')}.{key}": t for path, own in tensors.items() for key, t in own.items()}
+    state = {
+        f"lycoris_{path.replace('.', '_')}.{key}": t
+        for path, own in tensors.items()
+        for key, t in own.items()
+    }
     pipeline = flux2_pipeline(model)
     pipeline.load_lora_weights(state, adapter_name="x")
     close(output(model, flux2), plain(flux2, (1, meant)))
@@ -504,7 +601,9 @@ def test_lycoris_keys_in_flux2(form):
 
 @pytest.mark.parametrize("form", ["right", "none"])
 def test_fused_projections_in_flux2(form):
-    """Files of the original layout, whose query, key and value are one matrix: the model's are fused to fit."""
+    """Files of the original layout, whose query, key and value are one matrix: the model's are
+    fused to fit.
+    """
     places = {
         "double_blocks.0.img_attn.qkv": "transformer_blocks.0.attn.to_qkv",
         "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
@@ -519,7 +618,11 @@ def test_fused_projections_in_flux2(form):
 
     tensors, meant = lycoris(fused(), places.values(), form)
     model = flux2()
-    state = {f"diffusion_model.{theirs}.{key}": t for theirs, ours in places.items() for key, t in tensors[ours].items()}
+    state = {
+        f"diffusion_model.{theirs}.{key}": t
+        for theirs, ours in places.items()
+        for key, t in tensors[ours].items()
+    }
     flux2_pipeline(model).load_lora_weights(state)
     expected = fused()
     with torch.no_grad():
@@ -531,8 +634,14 @@ def test_fused_projections_in_flux2(form):
 @pytest.mark.parametrize("form", ["both", "right", "none"])
 def test_lycoris_in_z_image(form, tmp_path):
     model = zimage()
-    tensors, meant = lycoris(model, [f"layers.0.attention.to_{name}" for name in ("q", "k", "v", "out.0")], form)
-    state = {f"diffusion_model.{path}.{key}": tensor for path, own in tensors.items() for key, tensor in own.items()}
+    tensors, meant = lycoris(
+        model, [f"layers.0.attention.to_{name}" for name in ("q", "k", "v", "out.0")], form
+    )
+    state = {
+        f"diffusion_model.{path}.{key}": tensor
+        for path, own in tensors.items()
+        for key, tensor in own.items()
+    }
     save_file(state, tmp_path / "lokr.safetensors")
     pipeline = zimage_pipeline(model)
     pipeline.load_lora_weights(tmp_path, weight_name="lokr.safetensors")
@@ -554,7 +663,8 @@ def test_a_pipeline_saves_and_loads(method, tmp_path):
     assert torch.equal(output(again, flux2), output(model, flux2))
 
 
-# --- LoRA: files of other ranks in place of what is there -----------------------------------------------------------------
+# --- LoRA: files of other ranks in place of what is there
+# -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -574,20 +684,27 @@ def test_hotswapping(prepared, tmp_path):
     model.load_lora_adapter(tmp_path / "0", prefix=None, adapter_name="x", use_safetensors=True)
     close(output(model, flux), expected[0])
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert (4 in {size for name, shape in shapes.items() if "lora_" in name for size in shape}) is prepared
+    assert (
+        4 in {size for name, shape in shapes.items() if "lora_" in name for size in shape}
+    ) is prepared
     for i in (1, 0):
-        model.load_lora_adapter(tmp_path / str(i), prefix=None, adapter_name="x", use_safetensors=True, hotswap=True)
+        model.load_lora_adapter(
+            tmp_path / str(i), prefix=None, adapter_name="x", use_safetensors=True, hotswap=True
+        )
         close(output(model, flux), expected[i])
         assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-# --- precision and memory -----------------------------------------------------------------------------------------------
+# --- precision and memory
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("build", [flux, unet], ids=["flux", "unet"])
 def test_layerwise_casting(method, build, storage):
-    """Base weights are stored in fewer bits and computed with in float32; the adapter keeps all of its own."""
+    """Base weights are stored in fewer bits and computed with in float32; the adapter keeps all of
+    its own.
+    """
     if build is unet and method not in ("LOKR", "LORA"):
         targets = ["to_q", "to_v", "ff.net.0.proj"]
     else:
@@ -612,7 +729,9 @@ def offloaded_by_group(kind, folder=None):
     def offload(model):
         disk = {"offload_to_disk_path": str(folder)} if folder else {}
         blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks, **disk)
+        model.enable_group_offload(
+            torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks, **disk
+        )
 
     return offload
 
@@ -626,7 +745,9 @@ def offloaded_one_by_one(model):
 
 @pytest.mark.parametrize("how", ["block", "leaf", "disk", "accelerate"])
 def test_offloading(method, how, tmp_path):
-    """Weights that are brought in layer by layer, adapters' too; also those added to a model that is offloaded already."""
+    """Weights that are brought in layer by layer, adapters' too; also those added to a model that
+    is offloaded already.
+    """
     expected = output(add(flux(), config_of(method)), flux)
     offload = {
         "block": offloaded_by_group("block_level"),

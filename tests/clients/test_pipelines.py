@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' pipelines over a `PeftModel`, over an adapter's folder, and over a model of its own class with an adapter."""
+"""transformers' pipelines over a `PeftModel`, over an adapter's folder, and over a model of its own
+class with an adapter.
+"""
 
 import copy
 
@@ -56,19 +58,39 @@ def tokenizer(task="text-generation"):
 
 def bert_config(**more):
     return BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=48, pad_token_id=0, **more
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        pad_token_id=0,
+        **more,
     )
 
 
 def llama():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 48,
+    }
     return LlamaForCausalLM(LlamaConfig(bos_token_id=1, eos_token_id=None, pad_token_id=0, **sizes))
 
 
 KINDS = {
     "text-generation": (llama, "CAUSAL_LM", ["q_proj", "v_proj"]),
-    "text-classification": (lambda: BertForSequenceClassification(bert_config(num_labels=4)), "SEQ_CLS", ["query", "value"]),
-    "feature-extraction": (lambda: BertModel(bert_config()), "FEATURE_EXTRACTION", ["query", "value"]),
+    "text-classification": (
+        lambda: BertForSequenceClassification(bert_config(num_labels=4)),
+        "SEQ_CLS",
+        ["query", "value"],
+    ),
+    "feature-extraction": (
+        lambda: BertModel(bert_config()),
+        "FEATURE_EXTRACTION",
+        ["query", "value"],
+    ),
 }
 
 
@@ -103,7 +125,11 @@ def by_hand(task, model, text, call):
             written = model.generate(**tokens, max_new_tokens=4, do_sample=False, **call)
             return tokenizer().decode(written[0], skip_special_tokens=True)
         output = model(**tokens, **call)
-        return output.logits.softmax(-1)[0] if task == "text-classification" else output.last_hidden_state[0]
+        return (
+            output.logits.softmax(-1)[0]
+            if task == "text-classification"
+            else output.last_hidden_state[0]
+        )
 
 
 def options(task, call):
@@ -121,13 +147,17 @@ def assert_same(task, answer, expected):
         scores = {entry["label"]: entry["score"] for entry in answer}
         torch.testing.assert_close(torch.tensor([scores[f"LABEL_{i}"] for i in range(4)]), expected)
     else:
-        torch.testing.assert_close(torch.tensor(answer[0])[: len(expected)], expected)  # without padding
+        torch.testing.assert_close(
+            torch.tensor(answer[0])[: len(expected)], expected
+        )  # without padding
 
 
 @pytest.mark.parametrize("source", ["PeftModel", "folder", "own class"])
 def test_a_pipeline(task, method, prepared, source):
     model, folder = prepared
-    call = method.call if task == "text-generation" else {}  # the other pipelines hand nothing on to the model
+    call = (
+        method.call if task == "text-generation" else {}
+    )  # the other pipelines hand nothing on to the model
     expected = [by_hand(task, model, text, method.call) for text in TEXTS]
     if source == "own class":
         given = KINDS[task][0]().eval()
@@ -143,7 +173,9 @@ def test_a_pipeline(task, method, prepared, source):
             if isinstance(module, BaseTunerLayer):
                 module.merge(**method.merge)
     for batch_size in (1, 2):
-        for answer, own in zip(pipe(TEXTS, batch_size=batch_size, **options(task, call)), expected, strict=True):
+        for answer, own in zip(
+            pipe(TEXTS, batch_size=batch_size, **options(task, call)), expected, strict=True
+        ):
             assert_same(task, answer, own)
 
 
@@ -151,11 +183,26 @@ def test_a_pipeline_with_tasks_by_name():
     """Ids of one call are for one text each; a name is for all."""
     base = llama().eval()
     names = ["a", "b", "c"]
-    config = PolyConfig(r=2, n_tasks=3, task_names=names, init_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = PolyConfig(
+        r=2,
+        n_tasks=3,
+        task_names=names,
+        init_weights=False,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
         [parameter.normal_() for name, parameter in model.named_parameters() if ".default" in name]
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
     for name in names:
-        for answer, text in zip(pipe(TEXTS, batch_size=2, task_ids=name, max_new_tokens=4, do_sample=False), TEXTS, strict=True):
-            assert_same("text-generation", answer, by_hand("text-generation", model, text, {"task_ids": name}))
+        for answer, text in zip(
+            pipe(TEXTS, batch_size=2, task_ids=name, max_new_tokens=4, do_sample=False),
+            TEXTS,
+            strict=True,
+        ):
+            assert_same(
+                "text-generation",
+                answer,
+                by_hand("text-generation", model, text, {"task_ids": name}),
+            )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sentence-transformers with every method: embedders and cross-encoders that get, train, save and load adapters."""
+"""sentence-transformers with every method: embedders and cross-encoders that get, train, save and
+load adapters.
+"""
 
 import copy
 
@@ -59,7 +61,13 @@ def tokenizer():
 
 def bert(kind, folder, **more):
     config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=48, pad_token_id=0, **more
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        pad_token_id=0,
+        **more,
     )
     model = kind(config)
     model.save_pretrained(folder)
@@ -80,7 +88,9 @@ def embedder(folder):
 
 def one_task(method):
     """These clients pass no tasks by themselves: with one, none are needed."""
-    return method.config(target_modules=TARGETS, **({"n_tasks": 1} if "task_ids" in method.call else {}))
+    return method.config(
+        target_modules=TARGETS, **({"n_tasks": 1} if "task_ids" in method.call else {})
+    )
 
 
 def shuffle(model):
@@ -113,7 +123,10 @@ def test_adding_switching_and_deleting(method, base, tmp_path):
     assert (adapted - without).abs().max() > 1e-2
     assert model.active_adapters() == ["default"]
     peft_model = get_peft_model(transformers.BertModel.from_pretrained(base), one_task(method))
-    peft_state = {f"base_model.model.{name}": tensor for name, tensor in model.get_adapter_state_dict().items()}
+    peft_state = {
+        f"base_model.model.{name}": tensor
+        for name, tensor in model.get_adapter_state_dict().items()
+    }
     assert not set_peft_model_state_dict(peft_model, peft_state).missing_keys
     torch.testing.assert_close(by_hand(peft_model.eval()), adapted)
     peft_model.save_pretrained(tmp_path / "adapter")
@@ -133,7 +146,9 @@ def test_adding_switching_and_deleting(method, base, tmp_path):
 
 
 def test_an_adapters_folder_is_a_model(method, base, tmp_path):
-    peft_model = get_peft_model(transformers.BertModel.from_pretrained(base), one_task(method)).eval()
+    peft_model = get_peft_model(
+        transformers.BertModel.from_pretrained(base), one_task(method)
+    ).eval()
     shuffle(peft_model)
     peft_model.save_pretrained(tmp_path / "adapter")
     tokenizer().save_pretrained(tmp_path / "adapter")
@@ -141,11 +156,25 @@ def test_an_adapters_folder_is_a_model(method, base, tmp_path):
 
 
 def arguments(kind, folder, **more):
-    usual = {"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 0.05, "report_to": [], "disable_tqdm": True}
-    return kind(output_dir=str(folder), use_cpu=True, logging_steps=1, **{**usual, "save_strategy": "no", **more})
+    usual = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 0.05,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return kind(
+        output_dir=str(folder),
+        use_cpu=True,
+        logging_steps=1,
+        **{**usual, "save_strategy": "no", **more},
+    )
 
 
-PAIRS = {"anchor": [f"w{i} w{i + 1}" for i in range(9)], "positive": [f"w{20 + i} w{10 + i} w3" for i in range(9)]}
+PAIRS = {
+    "anchor": [f"w{i} w{i + 1}" for i in range(9)],
+    "positive": [f"w{20 + i} w{10 + i} w3" for i in range(9)],
+}
 
 
 def losses(trainer):
@@ -158,7 +187,12 @@ def test_training_saving_and_loading(method, base, tmp_path):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     trainer = SentenceTransformerTrainer(
         model,
-        arguments(SentenceTransformerTrainingArguments, tmp_path / "run", save_strategy="steps", save_steps=2),
+        arguments(
+            SentenceTransformerTrainingArguments,
+            tmp_path / "run",
+            save_strategy="steps",
+            save_steps=2,
+        ),
         train_dataset=datasets.Dataset.from_dict(PAIRS),
         loss=MultipleNegativesRankingLoss(model),
     )
@@ -170,7 +204,9 @@ def test_training_saving_and_loading(method, base, tmp_path):
         assert (folder / "adapter_model.safetensors").exists()
         assert not (folder / "model.safetensors").exists()
         torch.testing.assert_close(encode(embedder(str(folder))), encode(model))
-    loaded = PeftModel.from_pretrained(transformers.BertModel.from_pretrained(base), tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(
+        transformers.BertModel.from_pretrained(base), tmp_path / "saved"
+    )
     torch.testing.assert_close(by_hand(loaded), encode(model))
 
 
@@ -205,7 +241,9 @@ def test_a_cross_encoder(method, head, tmp_path):
 
 def poly(base):
     model = embedder(base)
-    config = PolyConfig(r=2, n_tasks=3, task_names=["a", "b", "c"], init_weights=False, target_modules=TARGETS)
+    config = PolyConfig(
+        r=2, n_tasks=3, task_names=["a", "b", "c"], init_weights=False, target_modules=TARGETS
+    )
     model.add_adapter(config)
     shuffle(model)
     model[0].forward_kwargs = {"task_ids"}  # has `encode` hand them on
@@ -226,7 +264,11 @@ def test_encoding_by_task(base):
 def test_training_by_task(base, tmp_path):
     """Each pair has its own task; the first loss is that of the pairs run one by one."""
     model, config = poly(base)
-    rows = {**{name: column[:4] for name, column in PAIRS.items()}, "label": [0.0, 1.0, 0.5, 1.0], "task_ids": ["c", "a", "a", "b"]}
+    rows = {
+        **{name: column[:4] for name, column in PAIRS.items()},
+        "label": [0.0, 1.0, 0.5, 1.0],
+        "task_ids": ["c", "a", "a", "b"],
+    }
     plain = copy.deepcopy(model.transformers_model).eval()
     pairs = zip(rows["anchor"], rows["positive"], rows["task_ids"], rows["label"], strict=True)
     errors = []
@@ -235,7 +277,12 @@ def test_training_by_task(base, tmp_path):
         errors.append((torch.cosine_similarity(first, second, dim=0) - label) ** 2)
     trainer = SentenceTransformerTrainer(
         model,
-        arguments(SentenceTransformerTrainingArguments, tmp_path, per_device_train_batch_size=4, max_steps=2),
+        arguments(
+            SentenceTransformerTrainingArguments,
+            tmp_path,
+            per_device_train_batch_size=4,
+            max_steps=2,
+        ),
         train_dataset=datasets.Dataset.from_dict(rows),
         loss=CosineSimilarityLoss(model),
     )

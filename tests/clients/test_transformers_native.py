@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own adapter methods (`model.add_adapter`, `model.load_adapter`, …) with every method, against `PeftModel`."""
+"""transformers' own adapter methods (`model.add_adapter`, `model.load_adapter`, …) with every
+method, against `PeftModel`.
+"""
 
 import copy
 import json
@@ -13,7 +15,14 @@ from conftest import METHODS, gpt2, llama, t5
 from safetensors.torch import load_file
 
 import peft
-from peft import LoraConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -43,7 +52,12 @@ def method(request):
 
 def bert():
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=48, num_labels=4
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        num_labels=4,
     )
     return BertForSequenceClassification(config).eval()
 
@@ -94,14 +108,18 @@ def trainable(model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_adapter_is_added_and_trained(method, base, training):
-    model, peft_model = plain(base).train(training), get_peft_model(plain(base).train(training), config(method))
+    model, peft_model = (
+        plain(base).train(training),
+        get_peft_model(plain(base).train(training), config(method)),
+    )
     before = plain(base)(IDS).logits
     model.add_adapter(config(method))
     assert model.training == training
     assert model.active_adapters() == ["default"]
-    assert {f"base_model.model.{name}".replace(".model.vblora_vec", ".vblora_vec") for name in trainable(model)} == trainable(
-        peft_model
-    )
+    assert {
+        f"base_model.model.{name}".replace(".model.vblora_vec", ".vblora_vec")
+        for name in trainable(model)
+    } == trainable(peft_model)
     peft.set_peft_model_state_dict(model, get_peft_model_state_dict(peft_model))
     model.eval()
     close(model(IDS, **method.call).logits, peft_model.eval()(IDS, **method.call).logits)
@@ -115,7 +133,9 @@ def test_an_adapter_is_added_and_trained(method, base, training):
         optimiser.step()
         optimiser.zero_grad()
     assert losses[2] < losses[0]
-    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+    assert all(
+        torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen
+    )
 
 
 def test_a_saved_adapter_is_loaded(method, saved, base, tmp_path):
@@ -131,17 +151,24 @@ def test_a_saved_adapter_is_loaded(method, saved, base, tmp_path):
         for name, t in get_peft_model_state_dict(peft_model).items()
     }
     written = model.generate(IDS, max_new_tokens=4, num_beams=2, do_sample=False, **method.call)
-    again = peft_model.generate(input_ids=IDS, max_new_tokens=4, num_beams=2, do_sample=False, **method.call)
+    again = peft_model.generate(
+        input_ids=IDS, max_new_tokens=4, num_beams=2, do_sample=False, **method.call
+    )
     assert torch.equal(written, again)
 
 
 def test_a_model_is_made_of_an_adapters_folder(method, saved, base):
     peft_model, folder = saved
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert (
+        json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"]
+        == base
+    )
     assert type(model).__name__ == "LlamaForCausalLM"
     close(model(IDS, **method.call).logits, peft_model(IDS, **method.call).logits)
-    assert not trainable(model) & {name for name, _ in model.named_parameters() if ".default" in name}
+    assert not trainable(model) & {
+        name for name, _ in model.named_parameters() if ".default" in name
+    }
 
 
 def test_what_is_saved_is_loaded_by_either(method, saved, base, tmp_path):
@@ -153,12 +180,20 @@ def test_what_is_saved_is_loaded_by_either(method, saved, base, tmp_path):
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
     assert not any(name.startswith("model") for name in files)
-    first, second = (load_file(f"{path}/adapter_model.safetensors") for path in (folder, tmp_path / "again"))
+    first, second = (
+        load_file(f"{path}/adapter_model.safetensors") for path in (folder, tmp_path / "again")
+    )
     # transformers puts the prefix of modules before all names, that of a bank among them.
-    second = {name.replace("base_model.model.vblora_vector_bank", "base_model.vblora_vector_bank"): t for name, t in second.items()}
+    second = {
+        name.replace("base_model.model.vblora_vector_bank", "base_model.vblora_vector_bank"): t
+        for name, t in second.items()
+    }
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    close(PeftModel.from_pretrained(plain(base), tmp_path / "again")(IDS, **method.call).logits, expected)
+    close(
+        PeftModel.from_pretrained(plain(base), tmp_path / "again")(IDS, **method.call).logits,
+        expected,
+    )
     native = plain(base)
     native.load_adapter(str(tmp_path / "again"))
     close(native(IDS, **method.call).logits, expected)
@@ -168,12 +203,17 @@ def test_what_is_saved_is_loaded_by_either(method, saved, base, tmp_path):
 def test_tensors_in_memory_are_loaded(method, saved, base, prefix):
     peft_model, folder = saved
     state = {
-        name.replace("base_model.vblora", "base_model.model.vblora").replace("base_model.model.", prefix, 1): tensor
+        name.replace("base_model.vblora", "base_model.model.vblora").replace(
+            "base_model.model.", prefix, 1
+        ): tensor
         for name, tensor in load_file(f"{folder}/adapter_model.safetensors").items()
     }
     model = plain(base)
     info = model.load_adapter(
-        peft_config=peft.PeftConfig.from_pretrained(folder), adapter_state_dict=state, adapter_name="mine", is_trainable=True
+        peft_config=peft.PeftConfig.from_pretrained(folder),
+        adapter_state_dict=state,
+        adapter_name="mine",
+        is_trainable=True,
     )
     assert not info.missing_keys and not info.unexpected_keys
     close(model(IDS, **method.call).logits, peft_model(IDS, **method.call).logits)
@@ -190,7 +230,9 @@ def test_without_memory_and_in_other_precision(method, saved, base):
     half.load_adapter(folder)
     logits = half(IDS, **method.call).logits
     assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.float(), peft_model(IDS, **method.call).logits, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        logits.float(), peft_model(IDS, **method.call).logits, atol=0.1, rtol=0.1
+    )
 
 
 def test_several_adapters(method, saved, base):
@@ -202,10 +244,14 @@ def test_several_adapters(method, saved, base):
     model.add_adapter(config(method, target_modules=["q_proj"]), "b")
     shuffle(model, [".b"])
     assert model.active_adapters() == ["b"]
-    assert trainable(model) == {name for name, _ in model.named_parameters() if name.endswith(".b") or ".b." in name}
+    assert trainable(model) == {
+        name for name, _ in model.named_parameters() if name.endswith(".b") or ".b." in name
+    }
     peft_model.add_adapter("b", config(method, target_modules=["q_proj"]))
     state = get_peft_model_state_dict(model, adapter_name="b")
-    result = peft.set_peft_model_state_dict(peft_model, {f"base_model.model.{name}": t for name, t in state.items()}, "b")
+    result = peft.set_peft_model_state_dict(
+        peft_model, {f"base_model.model.{name}": t for name, t in state.items()}, "b"
+    )
     assert not result.missing_keys
     for active in ("default", "b", ["default", "b"]):
         model.set_adapter(active)
@@ -239,7 +285,10 @@ def test_a_head_is_trained_whole_and_saved(method, tmp_path):
     fields = method.config(target_modules=names, modules_to_save=["classifier"])
     model.add_adapter(fields)
     shuffle(model)
-    assert {"classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias"} <= trainable(model)
+    assert {
+        "classifier.modules_to_save.default.weight",
+        "classifier.modules_to_save.default.bias",
+    } <= trainable(model)
     logits = model(IDS, **method.call).logits
     apart(logits, base(IDS).logits)
     model.save_pretrained(tmp_path / "adapter")
@@ -247,9 +296,16 @@ def test_a_head_is_trained_whole_and_saved(method, tmp_path):
     assert "base_model.model.classifier.weight" in saved
     loaded = copy.deepcopy(base)
     info = loaded.load_adapter(str(tmp_path / "adapter"), "other")
-    assert not info.unexpected_keys and not [key for key in info.missing_keys if "modules_to_save" in key]
+    assert not info.unexpected_keys and not [
+        key for key in info.missing_keys if "modules_to_save" in key
+    ]
     close(loaded(IDS, **method.call).logits, logits)
-    close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")(IDS, **method.call).logits, logits)
+    close(
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")(
+            IDS, **method.call
+        ).logits,
+        logits,
+    )
     content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(content))
@@ -286,13 +342,19 @@ def test_what_does_not_fit(method, saved, base, kind, tmp_path):
         key = next(name for name in state if "q_proj" in name)
         if kind == "missing":
             tensor = state.pop(key)
-            info = model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(folder), adapter_state_dict=state)
-            assert [name.replace(".default", "") for name in info.missing_keys] == [key.removeprefix("base_model.model.")]
+            info = model.load_adapter(
+                peft_config=peft.PeftConfig.from_pretrained(folder), adapter_state_dict=state
+            )
+            assert [name.replace(".default", "") for name in info.missing_keys] == [
+                key.removeprefix("base_model.model.")
+            ]
         else:
             tensor = state[key]
             state[key] = torch.zeros(3, *tensor.shape)
             with pytest.raises(RuntimeError):
-                model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(folder), adapter_state_dict=state)
+                model.load_adapter(
+                    peft_config=peft.PeftConfig.from_pretrained(folder), adapter_state_dict=state
+                )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -330,7 +392,9 @@ def test_a_copy_and_a_pickle_are_models_of_their_own(method, saved, base):
 def test_hotswapping(base, tmp_path):
     """transformers allows it for LoRA alone."""
     for name in ("one", "two"):
-        model = get_peft_model(plain(base), LoraConfig(r=2, target_modules=LLAMA, task_type="CAUSAL_LM")).eval()
+        model = get_peft_model(
+            plain(base), LoraConfig(r=2, target_modules=LLAMA, task_type="CAUSAL_LM")
+        ).eval()
         shuffle(model)
         model.save_pretrained(tmp_path / name)
     expected = model(IDS).logits
@@ -347,12 +411,23 @@ def test_hotswapping(base, tmp_path):
 
 @pytest.mark.parametrize("vectors", [12, 300])
 def test_topk_files(base, tmp_path, vectors):
-    fields = {"r": 2, "num_vectors": vectors, "vector_length": 4, "topk": 2, "save_only_topk_weights": True}
-    model = get_peft_model(plain(base), VBLoRAConfig(target_modules=LLAMA, task_type="CAUSAL_LM", **fields)).eval()
+    fields = {
+        "r": 2,
+        "num_vectors": vectors,
+        "vector_length": 4,
+        "topk": 2,
+        "save_only_topk_weights": True,
+    }
+    model = get_peft_model(
+        plain(base), VBLoRAConfig(target_modules=LLAMA, task_type="CAUSAL_LM", **fields)
+    ).eval()
     shuffle(model)
     expected = model(IDS).logits
     model.save_pretrained(tmp_path)
-    assert all("topk" in name or "bank" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(
+        "topk" in name or "bank" in name
+        for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
     native = plain(base)
     info = native.load_adapter(str(tmp_path))
     assert not info.missing_keys and not info.unexpected_keys
@@ -360,10 +435,14 @@ def test_topk_files(base, tmp_path, vectors):
     native.train()
     with pytest.raises(RuntimeError, match="save_only_topk_weights"):
         native(IDS)
-    with pytest.raises(RuntimeError, match="conversion of the weights"):  # the report above it says that it can't be trained
+    with pytest.raises(
+        RuntimeError, match="conversion of the weights"
+    ):  # the report above it says that it can't be trained
         plain(base).load_adapter(str(tmp_path), is_trainable=True)
     native.eval().save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(PeftModel.from_pretrained(plain(base), tmp_path / "again")(IDS).logits, expected)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(plain(base), tmp_path / "again")(IDS).logits, expected
+    )
 
 
 def test_each_adapter_has_its_own_bank(base):
@@ -399,7 +478,13 @@ FORMS = {
 
 
 def poly(model, **more):
-    fields = {"r": 2, "n_tasks": 3, "n_skills": 2, "init_weights": False, "task_names": ["a", "b", "c"]}
+    fields = {
+        "r": 2,
+        "n_tasks": 3,
+        "n_skills": 2,
+        "init_weights": False,
+        "task_names": ["a", "b", "c"],
+    }
     config = PolyConfig(**{**fields, **more})
     wrapped = get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
     shuffle(wrapped)
@@ -408,14 +493,22 @@ def poly(model, **more):
     return model.eval(), wrapped
 
 
-MODELS = {"llama": (llama, LLAMA), "gpt2": (gpt2, ["c_attn", "c_proj"]), "t5": (t5, ["q", "v", "wo"])}
+MODELS = {
+    "llama": (llama, LLAMA),
+    "gpt2": (gpt2, ["c_attn", "c_proj"]),
+    "t5": (t5, ["q", "v", "wo"]),
+}
 
 
 BEAMS = [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(("form", "options"), [*((form, {}) for form in FORMS), *(("list", options) for options in BEAMS)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [*((form, {}) for form in FORMS), *(("list", options) for options in BEAMS)],
+    ids=str,
+)
 @torch.no_grad()
 def test_a_native_model_generates_by_task(kind, form, options):
     made, targets = MODELS[kind]
@@ -440,7 +533,9 @@ def test_a_native_model_generates_by_task(kind, form, options):
 @torch.no_grad()
 def test_a_native_model_that_routes_by_input_decides_by_the_prompt(kind):
     made, targets = MODELS[kind]
-    model, wrapped = poly(made(), target_modules=targets, poly_type="mope", n_tasks=1, task_names=None)
+    model, wrapped = poly(
+        made(), target_modules=targets, poly_type="mope", n_tasks=1, task_names=None
+    )
     options = {"max_new_tokens": 5, "do_sample": False}
     written = model.generate(IDS, **options)
     assert torch.equal(written, wrapped.generate(input_ids=IDS, **options))
@@ -452,16 +547,24 @@ def test_a_native_model_that_routes_by_input_decides_by_the_prompt(kind):
 
 @torch.no_grad()
 def test_forward_called_past_all_hooks():
-    """As sentence-transformers calls it; also after a call that failed, whose tasks must not linger."""
+    """As sentence-transformers calls it; also after a call that failed, whose tasks must not
+    linger.
+    """
     model, wrapped = poly(llama(), target_modules=LLAMA)
     for ids in ([2, 0], "b", torch.tensor([0, 1])):
         close(model.forward(IDS, task_ids=ids).logits, wrapped(IDS, task_ids=ids).logits)
-        close(wrapped.get_base_model().forward(IDS, task_ids=ids).logits, wrapped(IDS, task_ids=ids).logits)
+        close(
+            wrapped.get_base_model().forward(IDS, task_ids=ids).logits,
+            wrapped(IDS, task_ids=ids).logits,
+        )
         for call in (model, model.forward):
             with pytest.raises((IndexError, RuntimeError)):
                 call(IDS + 1000, task_ids=ids)
             written = model.generate(IDS, task_ids=ids, max_new_tokens=2, do_sample=False)
-            assert torch.equal(written, wrapped.generate(input_ids=IDS, task_ids=ids, max_new_tokens=2, do_sample=False))
+            assert torch.equal(
+                written,
+                wrapped.generate(input_ids=IDS, task_ids=ids, max_new_tokens=2, do_sample=False),
+            )
             with pytest.raises((IndexError, RuntimeError)):
                 call(IDS + 1000, task_ids=ids)
             with pytest.raises(ValueError, match="task_ids should not be None"):
@@ -490,6 +593,8 @@ def test_a_deleted_adapter_leaves_generate_as_it_was():
     base = llama()
     expected = copy.deepcopy(base).generate(IDS, max_new_tokens=3, do_sample=False)
     model, _ = poly(base, target_modules=LLAMA)
-    assert not torch.equal(model.generate(IDS, task_ids=1, max_new_tokens=3, do_sample=False), expected)
+    assert not torch.equal(
+        model.generate(IDS, task_ids=1, max_new_tokens=3, do_sample=False), expected
+    )
     model.delete_adapter("default")
     assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), expected)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' `Trainer` and `Seq2SeqTrainer` with every method: what a user of them does, on tiny random models."""
+"""transformers' `Trainer` and `Seq2SeqTrainer` with every method: what a user of them does, on tiny
+random models.
+"""
 
 import copy
 import inspect
@@ -56,7 +58,9 @@ def samples(method=None, number=8, tokens=6, **more):
     for i in range(number):
         ids = torch.randint(3, 48, (tokens,), generator=generator).tolist()
         tasks = {"task_ids": i % 3} if method is not None and "task_ids" in method.call else {}
-        rows.append({"input_ids": ids, "attention_mask": [1] * tokens, "labels": ids, **tasks, **more})
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * tokens, "labels": ids, **tasks, **more}
+        )
     return rows
 
 
@@ -89,7 +93,9 @@ def losses(trainer):
 
 
 def without_noise(model):
-    """Have `train` change nothing: what a Poly router draws in training is another for other batches."""
+    """Have `train` change nothing: what a Poly router draws in training is another for other
+    batches.
+    """
     model.eval().train = lambda mode=True: model
 
 
@@ -110,14 +116,22 @@ def tokenizer(side="right"):
     words = ["<pad>", "<s>", "</s>", *[f"w{i}" for i in range(45)]]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side=side)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side=side,
+    )
 
 
 # Training
 
 
 def test_training_is_the_textbook_loop(method, tmp_path):
-    """AdamW, a linear schedule and clipped gradients, written out; a Poly router keeps to its means here."""
+    """AdamW, a linear schedule and clipped gradients, written out; a Poly router keeps to its means
+    here.
+    """
     model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
     by_hand = copy.deepcopy(model).eval()
     data = samples(method, number=4)
@@ -140,7 +154,9 @@ def test_training_is_the_textbook_loop(method, tmp_path):
         optimiser.zero_grad()
         expected.append(loss.item())
     assert losses(trainer) == pytest.approx(expected, abs=2e-4)
-    for (name, parameter), other in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        model.named_parameters(), by_hand.parameters(), strict=True
+    ):
         torch.testing.assert_close(parameter, other, atol=2e-4, rtol=1e-3, msg=name)
     assert expected[-1] < expected[0]
 
@@ -155,7 +171,14 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(method, name, tmp_path):
         model = get_peft_model(copy.deepcopy(base), config, adapter_name=name)
         return Trainer(
             model,
-            arguments(tmp_path / folder, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=2, **more),
+            arguments(
+                tmp_path / folder,
+                save_strategy="steps",
+                save_steps=3,
+                eval_strategy="steps",
+                eval_steps=2,
+                **more,
+            ),
             train_dataset=samples(method, number=12),
             eval_dataset=samples(method, number=4),
         )
@@ -163,30 +186,43 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(method, name, tmp_path):
     whole = trainer("whole", seed=3)
     whole.train()
     again = trainer("again", seed=4)
-    assert not torch.equal(next(iter(trained(whole.model).values())), next(iter(trained(again.model).values())))
+    assert not torch.equal(
+        next(iter(trained(whole.model).values())), next(iter(trained(again.model).values()))
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_equal(trained(whole.model), trained(again.model))
     assert losses(whole) == losses(again)
     for file in ("optimizer.pt", "scheduler.pt"):
-        first, second = (torch.load(tmp_path / run / "checkpoint-6" / file) for run in ("whole", "again"))
+        first, second = (
+            torch.load(tmp_path / run / "checkpoint-6" / file) for run in ("whole", "again")
+        )
         assert str(first) == str(second)
     assert again.model.active_adapters == [name]
 
 
 def test_a_checkpoint_holds_the_adapter_alone(method, tmp_path):
     model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
-    trainer = Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1), train_dataset=samples(method))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+        train_dataset=samples(method),
+    )
     trainer.train()
     folder = tmp_path / "checkpoint-2"
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "trainer_state.json"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "trainer_state.json",
+    } <= {path.name for path in folder.iterdir()}
     assert not list(folder.glob("model*.safetensors"))
     saved = load_file(folder / "adapter_model.safetensors")
     assert saved.keys() == peft.get_peft_model_state_dict(model).keys()
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(llama(), folder)
-    batch = {name: torch.tensor([row[name] for row in samples(method)]) for name in samples(method)[0]}
+    batch = {
+        name: torch.tensor([row[name] for row in samples(method)]) for name in samples(method)[0]
+    }
     torch.testing.assert_close(loaded(**batch).loss, model.eval()(**batch).loss)
 
 
@@ -220,11 +256,23 @@ def test_the_best_of_several_checkpoints_is_loaded(method, tmp_path):
 
 
 def test_the_best_of_several_adapters_is_the_active_ones_own(method, tmp_path):
-    """`Trainer` names the checkpoint's folder for whatever adapter is active; the values of this one are in a sub-folder."""
+    """`Trainer` names the checkpoint's folder for whatever adapter is active; the values of this
+    one are in a sub-folder.
+    """
     scores = iter([3.0, 1.0])
     model = two_adapters(method)
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 2,
+    }
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+    }
     trainer = Trainer(
         model,
         arguments(tmp_path, **options, **best),
@@ -243,7 +291,9 @@ def test_the_best_of_several_adapters_is_the_active_ones_own(method, tmp_path):
 
 def two_adapters(method):
     torch.manual_seed(0)
-    model = get_peft_model(noisy_llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        noisy_llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
+    )
     model.add_adapter("other", method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
     model.set_adapter("other")
     return model
@@ -264,7 +314,9 @@ def test_several_adapters_are_resumed_each_into_its_own(method, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert again.model.active_adapters == ["other"]
     for name in ("default", "other"):
-        states = [peft.get_peft_model_state_dict(run.model, adapter_name=name) for run in (whole, again)]
+        states = [
+            peft.get_peft_model_state_dict(run.model, adapter_name=name) for run in (whole, again)
+        ]
         assert_equal(*states)
     assert_equal(trained(whole.model), trained(again.model))
 
@@ -277,7 +329,9 @@ def test_gradient_checkpointing_changes_nothing(method, reentrant, tmp_path):
     curves = []
     for on in (False, True):
         torch.manual_seed(0)
-        model = get_peft_model(noisy_llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            noisy_llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM")
+        )
         options = arguments(
             tmp_path / str(on),
             max_steps=4,
@@ -298,7 +352,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, tmp_path):
         model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
         without_noise(model)
         options = arguments(
-            tmp_path / str(size), max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+            tmp_path / str(size),
+            max_steps=3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
         )
         trainer = Trainer(model, options, train_dataset=samples(method))
         trainer.train()
@@ -313,7 +370,9 @@ def test_bfloat16_autocast_keeps_adapters_in_float32(method, tmp_path):
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
-        trainer = Trainer(model, arguments(tmp_path / str(bf16), bf16=bf16), train_dataset=samples(method))
+        trainer = Trainer(
+            model, arguments(tmp_path / str(bf16), bf16=bf16), train_dataset=samples(method)
+        )
         before = trained(model)
         trainer.train()
         after = trained(model)
@@ -338,10 +397,14 @@ def test_label_smoothing_and_neftune(method, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
     seen = []
     embedding = model.get_base_model().get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    handle = embedding.register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().clone())
+    )
     trainer.train()
     handle.remove()
-    assert all(not torch.equal(output, embedding(batch["input_ids"])) for output in seen)  # the noise came before this hook
+    assert all(
+        not torch.equal(output, embedding(batch["input_ids"])) for output in seen
+    )  # the noise came before this hook
     assert not embedding._forward_hooks
     assert not hasattr(embedding, "neftune_noise_alpha")
 
@@ -349,13 +412,17 @@ def test_label_smoothing_and_neftune(method, tmp_path):
 class Counting(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.counted = model.get_nb_trainable_parameters()
-        self.configs = json.loads(json.dumps({k: v.to_dict() for k, v in model.peft_config.items()}, default=str))
+        self.configs = json.loads(
+            json.dumps({k: v.to_dict() for k, v in model.peft_config.items()}, default=str)
+        )
 
 
 def test_callbacks_count_parameters_and_read_configs(method, tmp_path):
     model = get_peft_model(llama(), method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
     counting = Counting()
-    Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=samples(method), callbacks=[counting]).train()
+    Trainer(
+        model, arguments(tmp_path, max_steps=1), train_dataset=samples(method), callbacks=[counting]
+    ).train()
     own = sum(p.numel() for n, p in model.named_parameters() if model.prefix in n)
     base = sum(p.numel() for p in llama().parameters())
     assert counting.counted == (own, own + base)
@@ -377,7 +444,11 @@ def test_the_model_card_and_what_is_pushed(method, tmp_path, monkeypatch):
     base.config._name_or_path = base.name_or_path = "someone/base"
     base.add_model_tags(["of-the-base"])
     model = get_peft_model(base, method.config(target_modules=LLAMA, task_type="CAUSAL_LM"))
-    trainer = Trainer(model, arguments(tmp_path, max_steps=1, hub_model_id="someone/something"), train_dataset=samples(method))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1, hub_model_id="someone/something"),
+        train_dataset=samples(method),
+    )
     trainer.train()
     trainer.push_to_hub()
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= Hub.uploads[0]
@@ -385,7 +456,12 @@ def test_the_model_card_and_what_is_pushed(method, tmp_path, monkeypatch):
     assert "library_name: peft" in card
     assert "base_model: someone/base" in card
     assert "pipeline_tag: text-generation" in card
-    for tag in ("of-the-base", "base_model:adapter:someone/base", "transformers", model.peft_type.value.lower()):
+    for tag in (
+        "of-the-base",
+        "base_model:adapter:someone/base",
+        "transformers",
+        model.peft_type.value.lower(),
+    ):
         assert f"- {tag}\n" in card
 
 
@@ -399,7 +475,9 @@ def translation(method, number=4):
         length = 3 + i % 3
         ids = torch.randint(3, 48, (length,), generator=generator).tolist()
         tasks = {"task_ids": i % 3} if "task_ids" in method.call else {}
-        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids[::-1], **tasks})
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * length, "labels": ids[::-1], **tasks}
+        )
     return rows
 
 
@@ -426,7 +504,10 @@ def test_predictions_are_generated(method, beams, tmp_path):
         compute_metrics=lambda prediction: {"rows": float(len(prediction.predictions))},
     )
     trainer.train()
-    assert [entry["eval_rows"] for entry in trainer.state.log_history if "eval_rows" in entry] == [4.0, 4.0]
+    assert [entry["eval_rows"] for entry in trainer.state.log_history if "eval_rows" in entry] == [
+        4.0,
+        4.0,
+    ]
     predictions = trainer.predict(data).predictions
     model.eval()
     for row, predicted in zip(data, predictions, strict=True):
@@ -441,7 +522,14 @@ NAMES = ["copy", "reverse", "sort"]
 
 
 def poly(base, task_type="CAUSAL_LM", targets=LLAMA, **more):
-    fields = {"r": 2, "n_tasks": 3, "n_skills": 2, "init_weights": False, "task_names": NAMES, **more}
+    fields = {
+        "r": 2,
+        "n_tasks": 3,
+        "n_skills": 2,
+        "init_weights": False,
+        "task_names": NAMES,
+        **more,
+    }
     return get_peft_model(base, PolyConfig(target_modules=targets, task_type=task_type, **fields))
 
 
@@ -478,12 +566,23 @@ def test_a_data_set_with_a_column_of_tasks_is_all_it_takes(named, native, tmp_pa
     data = datasets.Dataset.from_list(rows)
     if native:
         model = llama()
-        model.add_adapter(PolyConfig(r=2, n_tasks=3, n_skills=2, init_weights=False, task_names=NAMES, target_modules=LLAMA))
+        model.add_adapter(
+            PolyConfig(
+                r=2,
+                n_tasks=3,
+                n_skills=2,
+                init_weights=False,
+                task_names=NAMES,
+                target_modules=LLAMA,
+            )
+        )
     else:
         model = poly(llama())
     apart(model)
     config = model.peft_config["default"]
-    options = arguments(tmp_path, per_device_train_batch_size=3, per_device_eval_batch_size=2, max_steps=3)
+    options = arguments(
+        tmp_path, per_device_train_batch_size=3, per_device_eval_batch_size=2, max_steps=3
+    )
     collator = TaskCollator(transformers.default_data_collator, config) if named else None
     trainer = Trainer(model, options, train_dataset=data, eval_dataset=data, data_collator=collator)
     trainer.train()
@@ -501,14 +600,19 @@ def test_collators_carry_a_column_of_numbers(kind, tmp_path):
         "language modelling": lambda: DataCollatorForLanguageModeling(pad, mlm=False),
         "default": lambda: transformers.default_data_collator,
     }[kind]()
-    rows = [{"input_ids": [5] * 3, "task_ids": 2}, {"input_ids": [6] * (3 if kind == "default" else 5), "task_ids": 0}]
+    rows = [
+        {"input_ids": [5] * 3, "task_ids": 2},
+        {"input_ids": [6] * (3 if kind == "default" else 5), "task_ids": 0},
+    ]
     if kind == "seq2seq":
         rows = [{**row, "labels": row["input_ids"]} for row in rows]
     batch = collator([dict(row) for row in rows])
     assert batch["task_ids"].tolist() == [2, 0]
     assert batch["task_ids"].dtype == torch.long
     named = [{**row, "task_ids": NAMES[row["task_ids"]]} for row in rows]
-    batch = TaskCollator(collator, PolyConfig(n_tasks=3, task_names=NAMES))([dict(row) for row in named])
+    batch = TaskCollator(collator, PolyConfig(n_tasks=3, task_names=NAMES))(
+        [dict(row) for row in named]
+    )
     assert batch["task_ids"].tolist() == [2, 0]
     assert batch["input_ids"].shape[0] == 2
 
@@ -521,9 +625,13 @@ BAD_TASKS = [
 ]
 
 
-@pytest.mark.parametrize(("tasks", "error", "message"), BAD_TASKS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"), BAD_TASKS, ids=lambda value: str(value)[:20]
+)
 def test_a_collator_refuses_bad_tasks(tasks, error, message):
-    collator = TaskCollator(transformers.default_data_collator, PolyConfig(n_tasks=3, task_names=NAMES))
+    collator = TaskCollator(
+        transformers.default_data_collator, PolyConfig(n_tasks=3, task_names=NAMES)
+    )
     with pytest.raises(error, match=message):
         collator([{"input_ids": [1], "task_ids": task} for task in tasks])
     with pytest.raises(ValueError, match="have no `task_ids`"):
@@ -534,7 +642,9 @@ def test_a_data_set_without_tasks_is_an_error_and_with_one_task_is_fine(tmp_path
     trainer = Trainer(poly(llama()), arguments(tmp_path), train_dataset=samples())
     with pytest.raises(ValueError, match="task_ids should not be None: the adapter has 3 tasks"):
         trainer.train()
-    Trainer(poly(llama(), n_tasks=1, task_names=None), arguments(tmp_path), train_dataset=samples()).train()
+    Trainer(
+        poly(llama(), n_tasks=1, task_names=None), arguments(tmp_path), train_dataset=samples()
+    ).train()
 
 
 def test_metrics_by_task(tmp_path):
@@ -544,7 +654,10 @@ def test_metrics_by_task(tmp_path):
         labels, tasks = prediction.label_ids
         logits = torch.tensor(prediction.predictions)[:, :-1].transpose(1, 2)
         each = F.cross_entropy(logits, torch.tensor(labels)[:, 1:], reduction="none").mean(1)
-        return {f"loss_{NAMES[task]}": each[torch.tensor(tasks) == task].mean().item() for task in range(3)}
+        return {
+            f"loss_{NAMES[task]}": each[torch.tensor(tasks) == task].mean().item()
+            for task in range(3)
+        }
 
     rows = samples(METHODS["POLY"], number=9)
     model = poly(llama())
@@ -559,9 +672,16 @@ def test_signatures_come_and_go_with_the_adapter():
     base = llama()
     plain = inspect.signature(base.forward)
     model = apart(poly(base))
-    for copied in (base, copy.deepcopy(model).get_base_model(), pickle.loads(pickle.dumps(model)).get_base_model()):
+    for copied in (
+        base,
+        copy.deepcopy(model).get_base_model(),
+        pickle.loads(pickle.dumps(model)).get_base_model(),
+    ):
         parameters = inspect.signature(copied.forward).parameters
-        assert [name for name in parameters if name not in plain.parameters] == ["task_ids", "routing_mask"]
+        assert [name for name in parameters if name not in plain.parameters] == [
+            "task_ids",
+            "routing_mask",
+        ]
         ids = torch.randint(3, 48, (2, 4))
         expected = model(input_ids=ids, task_ids=[0, 2]).logits
         assert torch.equal(copied(input_ids=ids, task_ids=[0, 2]).logits, expected)

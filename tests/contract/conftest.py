@@ -35,11 +35,26 @@ class Method:
 
 
 METHODS = {
-    "LOHA": Method(peft.LoHaConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}),
-    "LOKR": Method(peft.LoKrConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}),
-    "LORA": Method(peft.LoraConfig, {"r": 2, "lora_alpha": 3, "init_lora_weights": False}, no_op={"init_lora_weights": True}),
+    "LOHA": Method(
+        peft.LoHaConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}
+    ),
+    "LOKR": Method(
+        peft.LoKrConfig, {"r": 2, "alpha": 3, "init_weights": False}, no_op={"init_weights": True}
+    ),
+    "LORA": Method(
+        peft.LoraConfig,
+        {"r": 2, "lora_alpha": 3, "init_lora_weights": False},
+        no_op={"init_lora_weights": True},
+    ),
     "VBLORA": Method(
-        peft.VBLoRAConfig, {"r": 2, "num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 1.0, "init_logits_std": 1.0}
+        peft.VBLoRAConfig,
+        {
+            "r": 2,
+            "num_vectors": 12,
+            "vector_length": 4,
+            "init_vector_bank_bound": 1.0,
+            "init_logits_std": 1.0,
+        },
     ),
     "POLY": Method(
         peft.PolyConfig,
@@ -67,7 +82,11 @@ def _seed():
 
 
 def mlp(dtype=torch.float32):
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).to(dtype).eval()
+    return (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        .to(dtype)
+        .eval()
+    )
 
 
 def llama():
@@ -91,7 +110,14 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=48, bos_token_id=1, eos_token_id=None, pad_token_id=0
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        vocab_size=48,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -125,8 +151,12 @@ def snapshot(model):
     """All that an error must leave alone."""
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "modules": {name: (type(module).__name__, module.training) for name, module in model.named_modules()},
+        "requires_grad": {
+            name: parameter.requires_grad for name, parameter in model.named_parameters()
+        },
+        "modules": {
+            name: (type(module).__name__, module.training) for name, module in model.named_modules()
+        },
         "rng": torch.get_rng_state(),
     }
 
@@ -144,8 +174,11 @@ def assert_unchanged(before, model):
 def assert_rounded(actual, expected, terms=256):
     """Assert that two ways to compute the same differ by rounding alone.
 
-    Each number is a sum of products on the way of which at most `terms` numbers are added, so two orders of adding them are apart by at
-    most `terms` units in the last place of the largest. The small models here have two layers with some seven products of width 16 or 24.
+    Each number is a sum of products on the way of which at most `terms` numbers are added, so two
+    orders of adding them are apart by at most `terms` units in the last place of the largest. The
+    small models here have two layers with some seven products of width 16 or 24.
     """
     size = max(1.0, expected.detach().abs().max().item())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=terms * torch.finfo(expected.dtype).eps * size)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=terms * torch.finfo(expected.dtype).eps * size
+    )

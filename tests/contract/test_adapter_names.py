@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter for each sample of a batch: always the same as running each sample alone with its adapter active."""
+"""An adapter for each sample of a batch: always the same as running each sample alone with its
+adapter active.
+"""
 
 import contextlib
 import copy
@@ -40,12 +42,17 @@ def alone(model, method, name, sample, run):
 NAMES = ["b", "a", "__base__", "c", "a", "b"]
 
 
-@pytest.mark.parametrize("names", [NAMES, ["a"] * 6, ["__base__"] * 6], ids=["mixed", "one", "none"])
+@pytest.mark.parametrize(
+    "names", [NAMES, ["a"] * 6, ["__base__"] * 6], ids=["mixed", "one", "none"]
+)
 def test_each_sample_runs_with_its_adapter(method, names):
     model = three_adapters(conftest.mlp(torch.float64), method, target_modules=["0", "2"])
     x = torch.randn(6, 8, dtype=torch.float64)
     together = model(x, adapter_names=names, **all_tasks(method, 6))
-    each = [alone(model, method, n, i, lambda i, call: model(x[i : i + 1], **call)) for i, n in enumerate(names)]
+    each = [
+        alone(model, method, n, i, lambda i, call: model(x[i : i + 1], **call))
+        for i, n in enumerate(names)
+    ]
     torch.testing.assert_close(together, torch.cat(each))
 
 
@@ -54,13 +61,21 @@ def test_each_sample_runs_with_its_adapter(method, names):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generate(method, family, beams):
     model = three_adapters(
-        getattr(conftest, family)(), method, target_modules={"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(family, ["q_proj", "v_proj"])
+        getattr(conftest, family)(),
+        method,
+        target_modules={"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(family, ["q_proj", "v_proj"]),
     )
     ids = torch.randint(3, 48, (6, 5))
     options = {"num_beams": beams, "max_new_tokens": 6, "do_sample": False}
     together = model.generate(input_ids=ids, adapter_names=NAMES, **options, **all_tasks(method, 6))
     for i, name in enumerate(NAMES):
-        own = alone(model, method, name, i, lambda i, call: model.generate(input_ids=ids[i : i + 1], **options, **call))
+        own = alone(
+            model,
+            method,
+            name,
+            i,
+            lambda i, call: model.generate(input_ids=ids[i : i + 1], **options, **call),
+        )
         assert torch.equal(together[i : i + 1], own), (i, name)
 
 
@@ -69,14 +84,17 @@ def test_training_reaches_each_adapter_by_its_own_samples(method, checkpointing)
     model = three_adapters(conftest.llama(), method, target_modules=["q_proj", "v_proj"])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-        # Checkpointing is on in training only; dropout and drawn weights are off so that runs can be compared.
+        # Checkpointing is on in training only; dropout and drawn weights are off so that runs can
+        # be compared.
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True
     model.set_requires_grad(["a", "b", "c"], True)
     ids = torch.randint(3, 48, (4, 5))
     names = ["a", "c", "__base__", "a"]
-    model(input_ids=ids, adapter_names=names, **all_tasks(method, 4)).logits.square().sum().backward()
+    model(
+        input_ids=ids, adapter_names=names, **all_tasks(method, 4)
+    ).logits.square().sum().backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert got
     assert not any(".b." in n or n.endswith(".b") for n in got)
@@ -100,7 +118,10 @@ def test_trained_heads_follow(method):
             model.base_model.model[4].modules_to_save[name].weight.normal_()
     x = torch.randn(6, 8)
     together = model(x, adapter_names=NAMES, **all_tasks(method, 6))
-    each = [alone(model, method, n, i, lambda i, call: model(x[i : i + 1], **call)) for i, n in enumerate(NAMES)]
+    each = [
+        alone(model, method, n, i, lambda i, call: model(x[i : i + 1], **call))
+        for i, n in enumerate(NAMES)
+    ]
     torch.testing.assert_close(together, torch.cat(each))
 
 
@@ -154,9 +175,14 @@ def test_rows_that_do_not_belong_to_samples_are_refused(method):
 
     model = peft.get_peft_model(Pairs(), method.config(target_modules=["linear"])).eval()
     x = torch.randn(4, 8)
-    with pytest.raises(ValueError, match=r"^linear sees an input of shape \[3, 8\] in a call of 4 samples.*the same adapter"):
+    with pytest.raises(
+        ValueError,
+        match=r"^linear sees an input of shape \[3, 8\] in a call of 4 samples.*the same adapter",
+    ):
         model(x, adapter_names=["default", "__base__"] * 2, **method.call)
-    torch.testing.assert_close(model(x, adapter_names=["default"] * 4, **method.call), model(x, **method.call))
+    torch.testing.assert_close(
+        model(x, adapter_names=["default"] * 4, **method.call), model(x, **method.call)
+    )
 
 
 def test_disabled_adapters_stay_off(method, model):

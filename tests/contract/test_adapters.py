@@ -11,9 +11,20 @@ from conftest import TARGETS, gpt2, llama, mlp, t5
 from torch import nn
 
 import peft
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, inspect_matched_modules
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+    inspect_matched_modules,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -48,7 +59,11 @@ def test_only_the_adapter_is_trained(model, method):
     assert names
     assert all(model.prefix in name for name in names)
     model(torch.randn(5, 8), **method.call).square().sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == names
+    assert {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    } == names
 
 
 WAYS = {
@@ -68,7 +83,9 @@ def test_what_inference_mode_made_can_be_trained(method, way, tmp_path):
     for base in bases:
         base.load_state_dict(bases[0].state_dict())
     with torch.inference_mode():
-        model = get_peft_model(bases[0], method.config(target_modules=TARGETS, modules_to_save=["4"]))
+        model = get_peft_model(
+            bases[0], method.config(target_modules=TARGETS, modules_to_save=["4"])
+        )
         model.save_pretrained(tmp_path)
         if way == "from_pretrained":
             model = PeftModel.from_pretrained(bases[1], tmp_path, is_trainable=True)
@@ -87,11 +104,17 @@ def test_what_inference_mode_made_can_be_trained(method, way, tmp_path):
 def test_delta_weight_is_what_forward_adds(method):
     """`layer(x) = base(x) + x·ΔWᵀ`, in float64."""
     base = nn.Linear(8, 16).double()
-    model = get_peft_model(nn.Sequential(copy.deepcopy(base)), method.config(target_modules=["0"])).double().eval()
+    model = (
+        get_peft_model(nn.Sequential(copy.deepcopy(base)), method.config(target_modules=["0"]))
+        .double()
+        .eval()
+    )
     x = torch.randn(5, 3, 8, dtype=torch.float64)
     delta = model.base_model.model[0].get_delta_weight("default", **method.merge)
     assert delta.shape == base.weight.shape and delta.abs().max() > 1e-3
-    torch.testing.assert_close(model(x, **method.call) - base(x), torch.einsum("bti,oi->bto", x, delta))
+    torch.testing.assert_close(
+        model(x, **method.call) - base(x), torch.einsum("bti,oi->bto", x, delta)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -138,7 +161,9 @@ def test_several_adapters_add_up(model, method):
         deltas[name] = layer(x, **options) - plain
     model.set_adapter(["default", "b"])
     assert model.active_adapters == ["default", "b"]
-    torch.testing.assert_close(layer(x, **options) - plain, deltas["default"] + deltas["b"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x, **options) - plain, deltas["default"] + deltas["b"], atol=1e-5, rtol=1e-4
+    )
     assert not torch.allclose(deltas["default"], deltas["b"])
 
 
@@ -173,7 +198,10 @@ def test_deleting(model, method):
     randomised(model, method, "c")
     model.delete_adapter("c")
     assert model.active_adapters == ["default"]
-    with pytest.warns(UserWarning, match="Adapter default was active which is now deleted. Setting active adapter to b"):
+    with pytest.warns(
+        UserWarning,
+        match="Adapter default was active which is now deleted. Setting active adapter to b",
+    ):
         model.delete_adapter("default")
     assert model.active_adapters == ["b"]
     assert all("b" in name for name in trainable(model))
@@ -234,7 +262,9 @@ def test_modules_to_save(method, tmp_path):
 
 @pytest.mark.parametrize(("autocast", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_precision_of_the_adapter(method, autocast, expected):
-    model = get_peft_model(mlp(torch.bfloat16), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        mlp(torch.bfloat16), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast
+    )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
     output = model(torch.randn(5, 8, dtype=torch.bfloat16), **method.call)
     assert output.dtype == torch.bfloat16
@@ -265,7 +295,9 @@ def test_copies_are_whole_and_apart(model, method):
 
 def test_new_modules_take_the_layers_mode(method):
     model = get_peft_model(mlp().eval(), method.config(target_modules=TARGETS))
-    assert not any(module.training for module in model.modules() if isinstance(module, BaseTunerLayer))
+    assert not any(
+        module.training for module in model.modules() if isinstance(module, BaseTunerLayer)
+    )
     x = torch.randn(5, 8)
     assert torch.equal(model(x, **method.call), model(x, **method.call))
 
@@ -302,10 +334,16 @@ def test_injection_into_a_plain_model(method):
     expected = base(x, **method.call)
     other, kind = mlp(), method.config().peft_type
     other.load_state_dict(
-        {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if PEFT_TYPE_TO_PREFIX_MAPPING[kind] not in k}
+        {
+            k.replace(".base_layer", ""): v
+            for k, v in base.state_dict().items()
+            if PEFT_TYPE_TO_PREFIX_MAPPING[kind] not in k
+        }
     )
     inject_adapter_in_model(method.config(target_modules=["none"]), other, state_dict=state)
-    set_peft_model_state_dict(other, {f"base_model.model.{key}": tensor for key, tensor in state.items()})
+    set_peft_model_state_dict(
+        other, {f"base_model.model.{key}": tensor for key, tensor in state.items()}
+    )
     assert torch.equal(other.eval()(x, **method.call), expected)
     inject_adapter_in_model(method.config(target_modules=TARGETS), base, adapter_name="b")
     assert set(base.peft_config) == {"default", "b"}
@@ -324,14 +362,19 @@ def test_generation_is_the_same_alone_and_in_a_batch(method, build):
         together = model.generate(input_ids=ids, **call, **options)
         for i in range(3):
             alone = {} if task_ids is None else {"task_ids": task_ids[i : i + 1]}
-            assert torch.equal(model.generate(input_ids=ids[i : i + 1], **alone, **options), together[2 * i : 2 * i + 2])
+            assert torch.equal(
+                model.generate(input_ids=ids[i : i + 1], **alone, **options),
+                together[2 * i : 2 * i + 2],
+            )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
     model = get_peft_model(llama(), method.config(target_modules="all-linear")).train()
     ids = torch.randint(3, 48, (3, 5))
-    calls = [{"task_ids": torch.tensor(tasks)} if method.call else {} for tasks in ([0, 2, 1], [1, 1, 0])]
+    calls = [
+        {"task_ids": torch.tensor(tasks)} if method.call else {} for tasks in ([0, 2, 1], [1, 1, 0])
+    ]
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -339,7 +382,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
         torch.manual_seed(1)
         losses = [model(input_ids=ids, labels=ids, use_cache=False, **call).loss for call in calls]
         (losses[0] + 2 * losses[1]).backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.requires_grad})
+        gradients.append(
+            {
+                n: p.grad.clone()
+                for n, p in model.named_parameters()
+                if p.grad is not None and p.requires_grad
+            }
+        )
         model.zero_grad()
     assert gradients[0].keys() == gradients[1].keys() == trainable(model)
     for name, gradient in gradients[0].items():
@@ -360,16 +409,23 @@ def test_a_language_model_compiles_whole_and_once(method):
     for tasks in ([0, 2, 1], [1, 1, 2]):
         call = {"task_ids": torch.tensor(tasks)} if method.call else {}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            losses = [run(input_ids=ids, labels=ids, use_cache=False, **call).loss for run in (eager, compiled)]
+            losses = [
+                run(input_ids=ids, labels=ids, use_cache=False, **call).loss
+                for run in (eager, compiled)
+            ]
         torch.testing.assert_close(losses[1], losses[0])
         [loss.backward() for loss in losses]
     assert trainable(eager)
     for name in trainable(eager):
-        torch.testing.assert_close(model.get_parameter(name).grad, eager.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, eager.get_parameter(name).grad, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_fused_encoder_path_does_not_bypass_adapters(method):
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2
+    ).eval()
     x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     padding[1, 3:] = True
     nested = encoder.use_nested_tensor
@@ -379,7 +435,9 @@ def test_the_fused_encoder_path_does_not_bypass_adapters(method):
         fast = model(x, src_key_padding_mask=padding, **method.call)
         torch.testing.assert_close(fast[~padding], slow[~padding])
         with model.disable_adapter():
-            assert not torch.allclose(model(x, src_key_padding_mask=padding)[~padding], slow[~padding])
+            assert not torch.allclose(
+                model(x, src_key_padding_mask=padding)[~padding], slow[~padding]
+            )
     plain = model.unload()
     assert plain.use_nested_tensor == nested
     assert not any(module._forward_pre_hooks for module in plain.modules())
@@ -439,21 +497,33 @@ def test_a_checkpoint_for_other_modules_than_the_config_means(method):
     state = get_peft_model_state_dict(first)
     config = method.config(target_modules=["2", "4"])
     with (
-        pytest.warns(RuntimeWarning, match=r"PEFT config contained these additional target modules: \['4'\]"),
-        pytest.warns(RuntimeWarning, match=r"state_dict contained these additional target modules: \['0'\]"),
+        pytest.warns(
+            RuntimeWarning, match=r"PEFT config contained these additional target modules: \['4'\]"
+        ),
+        pytest.warns(
+            RuntimeWarning, match=r"state_dict contained these additional target modules: \['0'\]"
+        ),
     ):
         second = inject_adapter_in_model(config, mlp(), state_dict=state)
     assert get_peft_model_state_dict(second).keys() == state.keys()
     plain = mlp()
-    with pytest.raises(peft.NoMatchingPeftModuleError, match="no parameters of a .* for modules of this model"):
-        inject_adapter_in_model(config, plain, state_dict={f"elsewhere.{key}": value for key, value in state.items()})
+    with pytest.raises(
+        peft.NoMatchingPeftModuleError, match="no parameters of a .* for modules of this model"
+    ):
+        inject_adapter_in_model(
+            config, plain, state_dict={f"elsewhere.{key}": value for key, value in state.items()}
+        )
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
 
 
 @pytest.mark.compile
 def test_a_checkpoint_is_injected_into_a_compiled_model(method):
-    state = get_peft_model_state_dict(inject_adapter_in_model(method.config(target_modules=TARGETS), mlp()))
-    model = inject_adapter_in_model(method.config(target_modules=TARGETS), torch.compile(mlp()), state_dict=state)
+    state = get_peft_model_state_dict(
+        inject_adapter_in_model(method.config(target_modules=TARGETS), mlp())
+    )
+    model = inject_adapter_in_model(
+        method.config(target_modules=TARGETS), torch.compile(mlp()), state_dict=state
+    )
     assert get_peft_model_state_dict(model).keys() == state.keys()
 
 
@@ -470,17 +540,27 @@ def test_the_model_tells_what_was_targeted(method):
 
 def test_warnings_of_what_may_be_a_mistake(method):
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method.config().peft_type]
-    with pytest.warns(UserWarning, match=f"Adapter name '{prefix[:-1]}' should not be contained in the prefix '{prefix}'"):
+    with pytest.warns(
+        UserWarning,
+        match=f"Adapter name '{prefix[:-1]}' should not be contained in the prefix '{prefix}'",
+    ):
         get_peft_model(mlp(), method.config(target_modules=TARGETS), adapter_name=prefix[:-1])
     base = mlp()
     base.name_or_path = "here"
-    with pytest.warns(UserWarning, match="`base_model_name_or_path` was renamed from 'there' to 'here'"):
+    with pytest.warns(
+        UserWarning, match="`base_model_name_or_path` was renamed from 'there' to 'here'"
+    ):
         get_peft_model(base, method.config(target_modules=TARGETS, base_model_name_or_path="there"))
 
 
 def test_keys_of_patterns_that_mean_nothing_are_named():
-    config = peft.LoraConfig(target_modules=TARGETS, rank_pattern={"0": 2, "typo": 3}, alpha_pattern={"0": 2})
-    with pytest.warns(RuntimeWarning, match=r"`rank_pattern` has keys that did not match any targeted module .*: 'typo'") as caught:
+    config = peft.LoraConfig(
+        target_modules=TARGETS, rank_pattern={"0": 2, "typo": 3}, alpha_pattern={"0": 2}
+    )
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"`rank_pattern` has keys that did not match any targeted module .*: 'typo'",
+    ) as caught:
         get_peft_model(mlp(), config)
     assert len(caught) == 1
 
@@ -499,5 +579,7 @@ def test_keys_of_patterns_that_mean_nothing_are_named():
 )
 def test_the_outermost_list_is_the_layers(indices, pattern, path, meant):
     """Also where the model itself begins with it."""
-    config = peft.LoraConfig(target_modules=["up_proj"], layers_to_transform=indices, layers_pattern=pattern)
+    config = peft.LoraConfig(
+        target_modules=["up_proj"], layers_to_transform=indices, layers_pattern=pattern
+    )
     assert check_target_module_exists(config, path) is meant

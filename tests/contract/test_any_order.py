@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random orders of evaluating, training, switching, growing, merging, loading and deleting: after each step a model gives what one
-gives that is loaded afresh from what it saves, and that has never computed anything before.
+"""Random orders of evaluating, training, switching, growing, merging, loading and deleting: after
+each step a model gives what one gives that is loaded afresh from what it saves, and that has never
+computed anything before.
 """
 
 import copy
@@ -20,7 +21,12 @@ from torch import nn
 from variants import Case
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.base.errors import CheckpointError, PeftNotSupportedError, PeftRuntimeError, PeftValueError
+from peft.base.errors import (
+    CheckpointError,
+    PeftNotSupportedError,
+    PeftRuntimeError,
+    PeftValueError,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 
 NAMES = ["a", "b", "c"]
@@ -29,12 +35,16 @@ CASES = {
     "VBLORA compact": Case("VBLORA", {"save_only_topk_weights": True, "output_gate": True}),
     "POLY one head": Case("POLY", {"n_splits": 1}),
     "POLY own skills": Case("POLY", {"task_rank": 1, "n_splits": 1}),
-    "POLY one router": Case("POLY", {"n_skills": 3, "eval_top_k": 2, "router_granularity": "model"}),
+    "POLY one router": Case(
+        "POLY", {"n_skills": 3, "eval_top_k": 2, "router_granularity": "model"}
+    ),
 }
 
 
 class Base(nn.Sequential):
-    """Two layers that start with the same numbers each time, and what `PeftModel.generate` asks for."""
+    """Two layers that start with the same numbers each time, and what `PeftModel.generate` asks
+    for.
+    """
 
     def __init__(self):
         super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -51,7 +61,8 @@ class Base(nn.Sequential):
 
 
 class Walk:
-    """A model on its way, and the steps it can take. One that is impossible where it stands is passed over.
+    """A model on its way, and the steps it can take. One that is impossible where it stands is
+    passed over.
 
     Args:
         case: The method.
@@ -66,7 +77,8 @@ class Walk:
         self.model.save_pretrained(folder / "start")
         self.x = torch.randn(2, 8)
 
-    # --- the two models that are compared -----------------------------------------------------------------------------
+    # --- the two models that are compared
+    # -----------------------------------------------------------------------------
 
     @property
     def active(self):
@@ -80,13 +92,17 @@ class Walk:
         """The tasks that can be asked for now."""
         if self.merged:
             return [self.task_merged]
-        return range(min(self.model.peft_config[name].n_tasks for name in self.model.active_adapters))
+        return range(
+            min(self.model.peft_config[name].n_tasks for name in self.model.active_adapters)
+        )
 
     def outputs(self, run):
         """What a model gives for all tasks."""
         if not self.by_task:
             return run(self.x)
-        return torch.cat([run(self.x, task_ids=torch.full((len(self.x),), task)) for task in self.tasks()])
+        return torch.cat(
+            [run(self.x, task_ids=torch.full((len(self.x),), task)) for task in self.tasks()]
+        )
 
     def fresh(self):
         """What a model gives that is loaded from what this one saves."""
@@ -110,10 +126,15 @@ class Walk:
     def parameters(self):
         """The active adapters' parameters."""
         wanted = set(self.model.active_adapters)
-        named = ((set(name.split(".")), p) for name, p in self.model.named_parameters() if ".rows." not in name)
+        named = (
+            (set(name.split(".")), p)
+            for name, p in self.model.named_parameters()
+            if ".rows." not in name
+        )
         return [p for parts, p in named if p.is_floating_point() and parts & wanted]
 
-    # --- steps of all methods -----------------------------------------------------------------------------------------
+    # --- steps of all methods
+    # -----------------------------------------------------------------------------------------
 
     def evaluate_in_inference_mode(self):
         with torch.inference_mode():
@@ -128,12 +149,19 @@ class Walk:
 
     def evaluate_by_sample(self):
         if not self.merged:
-            names = [list(self.model.peft_config)[i % len(self.model.peft_config)] for i in range(len(self.x))]
+            names = [
+                list(self.model.peft_config)[i % len(self.model.peft_config)]
+                for i in range(len(self.x))
+            ]
             with torch.no_grad():
                 self.model(
                     self.x,
                     adapter_names=names,
-                    **({"task_ids": torch.zeros(len(self.x), dtype=torch.long)} if self.by_task else {}),
+                    **(
+                        {"task_ids": torch.zeros(len(self.x), dtype=torch.long)}
+                        if self.by_task
+                        else {}
+                    ),
                 )
 
     def train(self):
@@ -189,18 +217,25 @@ class Walk:
     def load_values(self):
         if not self.merged:
             state = get_peft_model_state_dict(self.model, adapter_name=self.active)
-            state = {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()}
+            state = {
+                key: value * 0.5 if value.is_floating_point() else value
+                for key, value in state.items()
+            }
             set_peft_model_state_dict(self.model, state, adapter_name=self.active)
 
     def load_state_dict(self):
         if not self.merged:
             own = {id(p) for p in self.parameters()}
             names = {name for name, p in self.model.named_parameters() if id(p) in own}
-            self.model.load_state_dict({k: v * 0.5 if k in names else v for k, v in self.model.state_dict().items()})
+            self.model.load_state_dict(
+                {k: v * 0.5 if k in names else v for k, v in self.model.state_dict().items()}
+            )
 
     def load_into_the_same_name(self):
         if not self.merged:
-            with suppress(PeftValueError):  # refused where it has been grown, or its routing is held
+            with suppress(
+                PeftValueError
+            ):  # refused where it has been grown, or its routing is held
                 self.model.load_adapter(self.folder / "start" / "b", self.active, is_trainable=True)
 
     def hotswap(self):
@@ -268,7 +303,11 @@ class PolyWalk(Walk):
 
     def _alone(self, at_least=1):
         """Whether one adapter is active, not merged, and has as many tasks."""
-        return not self.merged and len(self.model.active_adapters) == 1 and self.config.n_tasks >= at_least
+        return (
+            not self.merged
+            and len(self.model.active_adapters) == 1
+            and self.config.n_tasks >= at_least
+        )
 
     def train_rows(self):
         if self._alone():
@@ -283,7 +322,12 @@ class PolyWalk(Walk):
     def fit(self):
         if self._alone(2):
             task = self.config.n_tasks - 1
-            self.model.fit_task(task, lambda: self.model(self.x, task_ids=task).square().mean(), steps=2, init="best")
+            self.model.fit_task(
+                task,
+                lambda: self.model(self.x, task_ids=task).square().mean(),
+                steps=2,
+                init="best",
+            )
 
     def regime_z(self):
         if self._alone():
@@ -342,7 +386,13 @@ def _no_waiting_for_disks():
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+)
 @given(data=st.data())
 def test_any_order(name, data):
     torch.manual_seed(0)

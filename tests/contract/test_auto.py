@@ -23,11 +23,17 @@ from peft import (
 def test_an_adapter_and_its_base(method, task_type, tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = type(llama()).from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, method.config(target_modules=["q_proj"], task_type=task_type)).eval()
+    model = get_peft_model(
+        base, method.config(target_modules=["q_proj"], task_type=task_type)
+    ).eval()
     ids = torch.randint(3, 48, (2, 5))
     expected = model(input_ids=ids, **method.call).logits
     model.save_pretrained(tmp_path / "adapter")
-    right, wrong = (AutoPeftModel, AutoPeftModelForSeq2SeqLM) if task_type is None else (AutoPeftModelForCausalLM, AutoPeftModel)
+    right, wrong = (
+        (AutoPeftModel, AutoPeftModelForSeq2SeqLM)
+        if task_type is None
+        else (AutoPeftModelForCausalLM, AutoPeftModel)
+    )
     loaded = right.from_pretrained(tmp_path / "adapter")
     assert type(loaded) is type(model)
     torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
@@ -49,7 +55,9 @@ def test_a_config_that_names_no_base(model, tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head", "embed_tokens"]}])
 @pytest.mark.parametrize("tokens", [50, 64, 40])
 def test_a_vocabulary_of_another_size(method, fields, tokens, tmp_path):
-    """Tokens were added to the base, padded to a multiple, or taken away; the file's own rows say how many there are."""
+    """Tokens were added to the base, padded to a multiple, or taken away; the file's own rows say
+    how many there are.
+    """
     llama().save_pretrained(tmp_path / "base")
     base = type(llama()).from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(tokens)
@@ -57,15 +65,21 @@ def test_a_vocabulary_of_another_size(method, fields, tokens, tmp_path):
         base.get_input_embeddings().weight.normal_()
     config = method.config(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
     model = get_peft_model(base, config).eval()
-    model.save_pretrained(tmp_path / "adapter")  # with its embedding and head, since the vocabulary is another
+    model.save_pretrained(
+        tmp_path / "adapter"
+    )  # with its embedding and head, since the vocabulary is another
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[3, tokens - 1]])
     assert loaded.get_input_embeddings().weight.shape[0] == tokens
-    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits)
+    torch.testing.assert_close(
+        loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits
+    )
 
 
 def test_a_head_with_other_labels(tmp_path):
-    """The message says how many labels the file's head has; or the head is left as the base model starts it."""
+    """The message says how many labels the file's head has; or the head is left as the base model
+    starts it.
+    """
     base = llama()
     base.config.pad_token_id = 0
     base.save_pretrained(tmp_path / "base")
@@ -74,7 +88,9 @@ def test_a_head_with_other_labels(tmp_path):
     model = get_peft_model(base, LoKrConfig(**options)).eval()
     model.save_pretrained(tmp_path / "adapter")
     load = partial(AutoPeftModelForSequenceClassification.from_pretrained, tmp_path / "adapter")
-    with pytest.raises(RuntimeError, match="head in it has 3 labels: load the base model with `num_labels=3`"):
+    with pytest.raises(
+        RuntimeError, match="head in it has 3 labels: load the base model with `num_labels=3`"
+    ):
         load(num_labels=5)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         loaded = load(num_labels=5, ignore_mismatched_sizes=True)
@@ -82,4 +98,6 @@ def test_a_head_with_other_labels(tmp_path):
     assert loaded(input_ids=ids).logits.shape == (2, 5)
     bodies = [each.get_base_model().model(input_ids=ids)[0] for each in (loaded, model)]
     torch.testing.assert_close(*bodies)
-    torch.testing.assert_close(load(num_labels=3)(input_ids=ids).logits, model(input_ids=ids).logits)
+    torch.testing.assert_close(
+        load(num_labels=3)(input_ids=ids).logits, model(input_ids=ids).logits
+    )

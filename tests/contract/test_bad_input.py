@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
-from peft import LoKrConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_config, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoKrConfig,
+    PeftModel,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_config,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.checkpoint.state_dict import set_base_model_state_dict
 
@@ -39,10 +47,18 @@ CONFIGS = [
     (VBLoRAConfig, {"num_vectors": 0}, "`num_vectors`=0"),
     (VBLoRAConfig, {"vector_length": 0}, "`vector_length`=0"),
     (VBLoRAConfig, {"topk": 0}, "`topk`=0"),
-    (VBLoRAConfig, {"topk": 5, "num_vectors": 4}, "`topk`=5 must not be larger than `num_vectors`=4"),
+    (
+        VBLoRAConfig,
+        {"topk": 5, "num_vectors": 4},
+        "`topk`=5 must not be larger than `num_vectors`=4",
+    ),
     (VBLoRAConfig, {"bias": "foo"}, "`bias`='foo'"),
     (VBLoRAConfig, {"vblora_dropout": 1.0}, "`vblora_dropout`=1.0 must be a probability"),
-    (VBLoRAConfig, {"init_vector_bank_bound": 0}, "`init_vector_bank_bound`=0 must be a positive finite number"),
+    (
+        VBLoRAConfig,
+        {"init_vector_bank_bound": 0},
+        "`init_vector_bank_bound`=0 must be a positive finite number",
+    ),
     (VBLoRAConfig, {"init_logits_std": -1}, "`init_logits_std`=-1 must not be negative"),
     (VBLoRAConfig, {"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
     (LoKrConfig, {"r": "8"}, "`r`='8'"),
@@ -55,11 +71,17 @@ CONFIGS = [
     (LoKrConfig, {"rank_pattern": ["a"]}, "`rank_pattern`=['a'] must be a dictionary"),
     (LoKrConfig, {"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
     (LoKrConfig, {"layers_to_transform": [0]}, "`layers_pattern` must also be specified"),
-    (LoKrConfig, {"layers_to_transform": [-1], "layers_pattern": "h"}, "`layers_to_transform`=[-1]"),
+    (
+        LoKrConfig,
+        {"layers_to_transform": [-1], "layers_pattern": "h"},
+        "`layers_to_transform`=[-1]",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("config_cls", "fields", "message"), CONFIGS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("config_cls", "fields", "message"), CONFIGS, ids=lambda value: str(value)[:40]
+)
 def test_configs(config_cls, fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_cls(**fields)
@@ -79,7 +101,10 @@ def test_a_config_spoilt_later_is_refused_at_injection(method):
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
-    [({}, ValueError, "no `peft_type`"), ({"peft_type": "IA3"}, ValueError, "LOHA, LOKR, LORA, POLY, VBLORA")],
+    [
+        ({}, ValueError, "no `peft_type`"),
+        ({"peft_type": "IA3"}, ValueError, "LOHA, LOKR, LORA, POLY, VBLORA"),
+    ],
 )
 def test_configs_of_other_methods(content, error, message):
     with pytest.raises(error, match=message):
@@ -87,17 +112,34 @@ def test_configs_of_other_methods(content, error, message):
 
 
 MODELS = [
-    ({"target_modules": ["lin"]}, "default", ValueError, "Target modules {'lin'} not found in the base model"),
-    ({"target_modules": ["1", "3"]}, "default", TypeError, "`1`: Target module ReLU.*`3`: Target module ReLU"),
+    (
+        {"target_modules": ["lin"]},
+        "default",
+        ValueError,
+        "Target modules {'lin'} not found in the base model",
+    ),
+    (
+        {"target_modules": ["1", "3"]},
+        "default",
+        TypeError,
+        "`1`: Target module ReLU.*`3`: Target module ReLU",
+    ),
     ({"target_modules": []}, "default", ValueError, "`target_modules` is empty"),
     ({}, "default", ValueError, "Please specify `target_modules` in `peft_config`"),
-    ({"target_modules": ["0"], "exclude_modules": ["0"]}, "default", ValueError, "No modules were targeted"),
+    (
+        {"target_modules": ["0"], "exclude_modules": ["0"]},
+        "default",
+        ValueError,
+        "No modules were targeted",
+    ),
     ({"target_modules": ["0"]}, "a.b", ValueError, "'a.b' must be a non-empty string without dots"),
     ({"target_modules": ["0"]}, "keys", ValueError, "'keys' is an attribute of torch's containers"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "name", "error", "message"), MODELS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("fields", "name", "error", "message"), MODELS, ids=lambda value: str(value)[:40]
+)
 def test_targets_and_names(method, fields, name, error, message):
     model, config = mlp(), method.config(**fields)
     before, written = snapshot(model), dict(vars(config))
@@ -116,7 +158,8 @@ def test_near_misses_are_named():
 def test_sizes_that_do_not_divide_are_all_named():
     model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 6))
     with pytest.raises(
-        ValueError, match=r"`0`: `in_features`=10 is not divisible by `n_splits`=4; choose 1, 2, 5 or 10\..*`1`: `out_features`=6"
+        ValueError,
+        match=r"`0`: `in_features`=10 is not divisible by `n_splits`=4; choose 1, 2, 5 or 10\..*`1`: `out_features`=6",
     ):
         get_peft_model(model, PolyConfig(n_splits=4, target_modules=["0", "1"]))
     message = (
@@ -129,7 +172,9 @@ def test_sizes_that_do_not_divide_are_all_named():
 
 def test_a_bypassed_layer_is_refused_by_name(method):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
-    with pytest.raises(TypeError, match=r"`attention.out_proj`: nn.MultiheadAttention reads this layer's weight"):
+    with pytest.raises(
+        TypeError, match=r"`attention.out_proj`: nn.MultiheadAttention reads this layer's weight"
+    ):
         get_peft_model(model, method.config(target_modules=["out_proj", "linear"]))
     with pytest.warns(UserWarning, match=r"leaves out `attention.out_proj`"):
         get_peft_model(model, method.config(target_modules="all-linear"))
@@ -138,12 +183,18 @@ def test_a_bypassed_layer_is_refused_by_name(method):
 def test_names_of_adapters(model, method):
     before = snapshot(model)
     for call, message in [
-        (lambda: model.add_adapter("default", method.config(target_modules=TARGETS)), "Adapter with name 'default' already exists"),
+        (
+            lambda: model.add_adapter("default", method.config(target_modules=TARGETS)),
+            "Adapter with name 'default' already exists",
+        ),
         (lambda: model.set_adapter("zz"), "Adapter zz not found"),
         (lambda: model.set_adapter(["default", "zz"]), "Adapter zz not found"),
         (lambda: model.delete_adapter("zz"), "Adapter zz does not exist"),
         (lambda: model.merge_adapter(adapter_names=["zz"]), "Adapter zz not found"),
-        (lambda: model.save_pretrained("x", selected_adapters=["zz"]), "invalid `selected_adapters`"),
+        (
+            lambda: model.save_pretrained("x", selected_adapters=["zz"]),
+            "invalid `selected_adapters`",
+        ),
         (lambda: set_peft_model_state_dict(model, {}, adapter_name="zz"), "Adapter zz not found"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -165,11 +216,17 @@ def test_arguments_that_cannot_be_honoured(model, method):
         model(x, no_such_argument=1, **method.call)
     with pytest.raises(TypeError, match="must be a PeftConfig"):
         get_peft_model(mlp(), {"r": 1})
-    with pytest.warns(UserWarning, match="unexpected keyword arguments: foo; they"), pytest.raises(FileNotFoundError):
+    with (
+        pytest.warns(UserWarning, match="unexpected keyword arguments: foo; they"),
+        pytest.raises(FileNotFoundError),
+    ):
         model.load_adapter("somewhere", "b", foo=1, torch_dtype=torch.float16, device_map="auto")
     with pytest.raises(ValueError, match="PeftModel already"):
         PeftModel(model, method.config(target_modules=TARGETS))
-    with pytest.raises(NotImplementedError, match="AdaLoraConfig is not provided by this package; it provides LOHA, LOKR, LORA"):
+    with pytest.raises(
+        NotImplementedError,
+        match="AdaLoraConfig is not provided by this package; it provides LOHA, LOKR, LORA",
+    ):
         peft.AdaLoraConfig(r=8)
 
 
@@ -179,7 +236,10 @@ def test_a_broken_adapter_is_not_merged(model, method):
         for parameter in last:
             parameter.fill_(float("nan"))
     before = snapshot(model)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError,
+        match="NaNs detected in the merged weights. The adapter default seems to be broken",
+    ):
         model.merge_adapter(safe_merge=True, **method.merge)
     assert_unchanged(before, model)
     assert not any(layer.merged for layer in model.base_model.tuner_layers())
@@ -206,7 +266,10 @@ def _spoil(file, how):
         save_file(state, file)
 
 
-@pytest.mark.parametrize("how", ["truncated", "foreign", "empty", "missing key", "extra key", "other shape", "other kind"])
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "foreign", "empty", "missing key", "extra key", "other shape", "other kind"],
+)
 def test_checkpoints_that_do_not_fit(model, tmp_path, how):
     model.save_pretrained(tmp_path)
     _spoil(tmp_path / "adapter_model.safetensors", how)
@@ -223,11 +286,18 @@ def test_checkpoints_that_do_not_fit(model, tmp_path, how):
     assert list(model.peft_config) == ["default"]
 
 
-STRAY = ["base_model.model.0.rotary_emb.inv_freq", "base_model.model.0.base_layer.weight", "base_model.model.4.bias", "something"]
+STRAY = [
+    "base_model.model.0.rotary_emb.inv_freq",
+    "base_model.model.0.base_layer.weight",
+    "base_model.model.4.bias",
+    "something",
+]
 
 
 def test_what_has_no_place_is_left_out_on_request(method, tmp_path):
-    """The rest is loaded and what is left is named; a tensor that the file lacks stays as it starts, or as it is."""
+    """The rest is loaded and what is left is named; a tensor that the file lacks stays as it
+    starts, or as it is.
+    """
     base, x = mlp(), torch.randn(3, 8)
     model = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS)).eval()
     expected = model(x, **method.call)
@@ -235,10 +305,13 @@ def test_what_has_no_place_is_left_out_on_request(method, tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)
     save_file({**state, **{key: torch.zeros(2) for key in STRAY}}, file)
-    with pytest.raises(RuntimeError, match="Unexpected keys: .*something.*Pass `strict=False` to load the rest"):
+    with pytest.raises(
+        RuntimeError, match="Unexpected keys: .*something.*Pass `strict=False` to load the rest"
+    ):
         PeftModel.from_pretrained(base, tmp_path)
     with pytest.warns(
-        UserWarning, match=f"loaded with `strict=False`. In the file, and without a place in the adapter: .*{STRAY[0]}"
+        UserWarning,
+        match=f"loaded with `strict=False`. In the file, and without a place in the adapter: .*{STRAY[0]}",
     ):
         loaded = PeftModel.from_pretrained(base, tmp_path, strict=False)
     torch.testing.assert_close(loaded(x, **method.call), expected)
@@ -260,21 +333,31 @@ def test_what_has_no_place_is_left_out_on_request(method, tmp_path):
         assert torch.isfinite(loaded.get_parameter(result.missing_keys[0])).all()
     assert torch.equal(loaded.get_parameter(result.missing_keys[0]), before[result.missing_keys[0]])
     save_file({"other": torch.zeros(2)}, file)
-    with pytest.raises(RuntimeError, match="does not hold this adapter's weights; nothing .*No key fits, so `strict=False` has"):
+    with pytest.raises(
+        RuntimeError,
+        match="does not hold this adapter's weights; nothing .*No key fits, so `strict=False` has",
+    ):
         PeftModel.from_pretrained(base, tmp_path, strict=False)
     save_file({**state, first: torch.zeros(3, 5)}, file)
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     for name in ("another", "new"):
-        with pytest.raises(RuntimeError, match="nothing was loaded. size mismatch .* `ignore_mismatched_sizes=True` leaves these"):
+        with pytest.raises(
+            RuntimeError,
+            match="nothing was loaded. size mismatch .* `ignore_mismatched_sizes=True` leaves these",
+        ):
             loaded.load_adapter(tmp_path, name, strict=False)
     after = loaded.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
 
 
 def test_names_of_a_models_own_tensors_are_understood_on_request(method, tmp_path):
     """As in the state dict of a whole model, which programs write by themselves."""
     base, x = mlp(), torch.randn(3, 8)
-    model = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS, modules_to_save=["4"])).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), method.config(target_modules=TARGETS, modules_to_save=["4"])
+    ).eval()
     model.add_adapter("other", method.config(target_modules=TARGETS))
     model.save_pretrained(tmp_path)
     state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
@@ -299,31 +382,61 @@ def test_a_state_dict_of_other_shapes(model):
 
 LOADING = ["is_trainable", "strict", "ignore_mismatched_sizes", "autocast_adapter_dtype"]
 SWITCHES = {
-    "from_pretrained": (lambda model, path, base: partial(PeftModel.from_pretrained, base, path), LOADING),
+    "from_pretrained": (
+        lambda model, path, base: partial(PeftModel.from_pretrained, base, path),
+        LOADING,
+    ),
     "load_adapter": (lambda model, path, base: partial(model.load_adapter, path, "new"), LOADING),
-    "load_adapter again": (lambda model, path, base: partial(model.load_adapter, path, "default"), LOADING),
-    "Auto": (lambda model, path, base: partial(peft.AutoPeftModel.from_pretrained, path), LOADING[:3]),
+    "load_adapter again": (
+        lambda model, path, base: partial(model.load_adapter, path, "default"),
+        LOADING,
+    ),
+    "Auto": (
+        lambda model, path, base: partial(peft.AutoPeftModel.from_pretrained, path),
+        LOADING[:3],
+    ),
     "save_pretrained": (
         lambda model, path, base: partial(model.save_pretrained, path / "new"),
         ["safe_serialization", "is_main_process", "save_embedding_layers"],
     ),
-    "get state": (lambda model, path, base: partial(peft.get_peft_model_state_dict, model), ["save_embedding_layers"]),
-    "set state": (lambda model, path, base: partial(set_peft_model_state_dict, model, {}), ["ignore_mismatched_sizes"]),
-    "set base": (lambda model, path, base: partial(set_base_model_state_dict, model, {}), ["strict"]),
+    "get state": (
+        lambda model, path, base: partial(peft.get_peft_model_state_dict, model),
+        ["save_embedding_layers"],
+    ),
+    "set state": (
+        lambda model, path, base: partial(set_peft_model_state_dict, model, {}),
+        ["ignore_mismatched_sizes"],
+    ),
+    "set base": (
+        lambda model, path, base: partial(set_base_model_state_dict, model, {}),
+        ["strict"],
+    ),
     "add_adapter": (
-        lambda model, path, base: partial(model.add_adapter, "new", copy.deepcopy(model.peft_config["default"])),
+        lambda model, path, base: partial(
+            model.add_adapter, "new", copy.deepcopy(model.peft_config["default"])
+        ),
         ["low_cpu_mem_usage", "autocast_adapter_dtype"],
     ),
     "get_peft_model": (
-        lambda model, path, base: partial(get_peft_model, base, copy.deepcopy(model.peft_config["default"])),
+        lambda model, path, base: partial(
+            get_peft_model, base, copy.deepcopy(model.peft_config["default"])
+        ),
         ["mixed", "low_cpu_mem_usage", "autocast_adapter_dtype"],
     ),
     "inject": (
-        lambda model, path, base: partial(peft.inject_adapter_in_model, copy.deepcopy(model.peft_config["default"]), base),
+        lambda model, path, base: partial(
+            peft.inject_adapter_in_model, copy.deepcopy(model.peft_config["default"]), base
+        ),
         ["low_cpu_mem_usage"],
     ),
-    "load_lokr_file": (lambda model, path, base: partial(peft.load_lokr_file, base, {}), ["is_trainable", "ignore_unplaced"]),
-    "copy_adapter": (lambda model, path, base: partial(model.copy_adapter, "default", "new"), ["reference"]),
+    "load_lokr_file": (
+        lambda model, path, base: partial(peft.load_lokr_file, base, {}),
+        ["is_trainable", "ignore_unplaced"],
+    ),
+    "copy_adapter": (
+        lambda model, path, base: partial(model.copy_adapter, "default", "new"),
+        ["reference"],
+    ),
 }
 
 
@@ -336,7 +449,9 @@ def test_switches_are_true_or_false(where, tmp_path):
     make, names = SWITCHES[where]
     for name in names:
         for value in (None, "no", 2, []):
-            with pytest.raises(TypeError, match=re.escape(f"`{name}`={value!r} must be True or False")):
+            with pytest.raises(
+                TypeError, match=re.escape(f"`{name}`={value!r} must be True or False")
+            ):
                 make(model, tmp_path, base)(**{name: value})
     assert_unchanged(before[0], model)
     assert_unchanged(before[1], base)
@@ -390,12 +505,18 @@ def test_unknown_keys_in_a_config_are_named_and_ignored(model, tmp_path):
         PeftModel.from_pretrained(mlp(), tmp_path)
 
 
-@pytest.mark.parametrize("container", [nn.ModuleList([nn.Linear(2, 2)]), nn.ParameterDict({"a": nn.Parameter(torch.zeros(1))})])
+@pytest.mark.parametrize(
+    "container",
+    [nn.ModuleList([nn.Linear(2, 2)]), nn.ParameterDict({"a": nn.Parameter(torch.zeros(1))})],
+)
 def test_containers_are_no_modules_to_save(method, container):
     model = mlp()
     model.add_module("some", container)
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"modules_to_save cannot be applied to modules of type <class 'torch.*'> \(`some`\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"modules_to_save cannot be applied to modules of type <class 'torch.*'> \(`some`\)",
+    ):
         get_peft_model(model, method.config(target_modules=TARGETS, modules_to_save=["some"]))
     assert_unchanged(before, model)
 
@@ -407,7 +528,9 @@ def test_everything_is_excluded(method):
 
 def test_another_revision_is_said(method):
     config = method.config(target_modules=TARGETS, revision="a")
-    with pytest.warns(UserWarning, match="already set base model revision to a, overwriting with revision b"):
+    with pytest.warns(
+        UserWarning, match="already set base model revision to a, overwriting with revision b"
+    ):
         get_peft_model(mlp(), config, revision="b")
     assert config.revision == "b"
 
@@ -417,7 +540,11 @@ def test_active_adapters_are_named_once(method):
     before = snapshot(model)
     with pytest.raises(peft.PeftError, match="names an adapter twice"):
         model.set_adapter(["default", "default"])
-    for call in (model.set_adapter, model.base_model.set_adapter, partial(peft.functional.set_adapter, model)):
+    for call in (
+        model.set_adapter,
+        model.base_model.set_adapter,
+        partial(peft.functional.set_adapter, model),
+    ):
         with pytest.raises(peft.PeftError, match=r"=\[\] names no adapter.*`disable_adapter\(\)`"):
             call([])
     assert_unchanged(before, model)
@@ -436,7 +563,9 @@ READERS = {
     "from_pretrained": lambda model, base, folder, state: PeftModel.from_pretrained(base, folder),
     "a new adapter": lambda model, base, folder, state: model.load_adapter(folder, "new"),
     "an adapter there": lambda model, base, folder, state: model.load_adapter(folder, "default"),
-    "strict=False": lambda model, base, folder, state: model.load_adapter(folder, "new", strict=False),
+    "strict=False": lambda model, base, folder, state: model.load_adapter(
+        folder, "new", strict=False
+    ),
     "a state dict": lambda model, base, folder, state: set_peft_model_state_dict(model, state),
     "hotswap": lambda model, base, folder, state: hotswap_adapter(model, folder, "default"),
 }
@@ -455,7 +584,10 @@ def test_values_of_a_run_that_diverged_are_loaded_and_named(method, reader, tmp_
         READERS[reader](model, copy.deepcopy(base), tmp_path, state)
     state[first].view(-1)[-1], state[last].view(-1)[0] = torch.nan, torch.inf
     save_file(state, file)
-    with pytest.warns(UserWarning, match=f"has values that are NaN or infinite.*{re.escape(first)}, {re.escape(last)}. It"):
+    with pytest.warns(
+        UserWarning,
+        match=f"has values that are NaN or infinite.*{re.escape(first)}, {re.escape(last)}. It",
+    ):
         loaded = READERS[reader](copy.deepcopy(model), copy.deepcopy(base), tmp_path, state)
     if reader == "from_pretrained":
         assert sum(int(not p.isfinite().all()) for p in loaded.parameters()) == 2 <= len(keys)
@@ -473,14 +605,23 @@ def test_values_that_the_adapters_dtype_does_not_hold_are_named():
     wide = get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(**fields))
     wide.base_model.model[0].lora_A["default"].weight.data[1, 2] = -7e4
     state = peft.get_peft_model_state_dict(wide)
-    half = get_peft_model(nn.Sequential(nn.Linear(4, 4)).half(), peft.LoraConfig(**fields), autocast_adapter_dtype=False)
-    with pytest.warns(UserWarning, match=r"infinite in the dtype of the adapter in the model: .*lora_A.weight \(7e\+04\)"):
+    half = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)).half(),
+        peft.LoraConfig(**fields),
+        autocast_adapter_dtype=False,
+    )
+    with pytest.warns(
+        UserWarning,
+        match=r"infinite in the dtype of the adapter in the model: .*lora_A.weight \(7e\+04\)",
+    ):
         set_peft_model_state_dict(half, state)
 
 
 def test_minus_infinity_is_a_logit(tmp_path):
     fields = {"target_modules": ["0"], "r": 2, "num_vectors": 6, "vector_length": 4}
-    compact = get_peft_model(nn.Sequential(nn.Linear(4, 4)), VBLoRAConfig(**fields, save_only_topk_weights=True))
+    compact = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), VBLoRAConfig(**fields, save_only_topk_weights=True)
+    )
     compact.save_pretrained(tmp_path)
     logits = VBLoRAConfig(**fields)
     with warnings.catch_warnings():

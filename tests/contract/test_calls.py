@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to a call ends with it, whatever ends it: the next one gives what a model gives that never saw the first."""
+"""What belongs to a call ends with it, whatever ends it: the next one gives what a model gives that
+never saw the first.
+"""
 
 import copy
 import threading
@@ -16,14 +18,25 @@ ERRORS = [KeyboardInterrupt("stopped"), torch.OutOfMemoryError("out of memory")]
 
 
 class Blocks(nn.Module):
-    """Two layers, of which the first may be checkpointed; it can be told to fail after it, or on the way back."""
+    """Two layers, of which the first may be checkpointed; it can be told to fail after it, or on
+    the way back.
+    """
 
     def __init__(self, reentrant=None):
         super().__init__()
-        self.first, self.second, self.reentrant, self.inside = nn.Linear(8, 8), nn.Linear(8, 8), reentrant, None
+        self.first, self.second, self.reentrant, self.inside = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            reentrant,
+            None,
+        )
 
     def forward(self, x):
-        h = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        h = (
+            self.first(x)
+            if self.reentrant is None
+            else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        )
         if self.inside is not None:
             h = self.inside(h)
         return self.second(h.tanh())
@@ -64,7 +77,10 @@ def check_next(model, fresh, method):
     """Calls of other sizes, with names and without, give what the model gives that never failed."""
     for names in (None, ["b", "a", "a"], ["a"]):
         x = torch.randn(3 if names is None else len(names), 8)
-        call = {**tasks(method, *[i % 3 for i in range(len(x))]), **({} if names is None else {"adapter_names": names})}
+        call = {
+            **tasks(method, *[i % 3 for i in range(len(x))]),
+            **({} if names is None else {"adapter_names": names}),
+        }
         torch.testing.assert_close(model(x, **call), fresh(x, **call))
         torch.testing.assert_close(model(x, **call).sum(), sum(fresh(x, **call)).sum())
     if method.call:
@@ -122,20 +138,27 @@ def test_after_an_error_inside_generate(method):
         for error in ERRORS:
             handle = part.register_forward_hook(lambda *_, error=error: failing(error)(None))
             with pytest.raises(type(error)):
-                model.generate(input_ids=ids, adapter_names=["a", "b", "b"], **tasks(method, 0, 1, 2), **options)
+                model.generate(
+                    input_ids=ids,
+                    adapter_names=["a", "b", "b"],
+                    **tasks(method, 0, 1, 2),
+                    **options,
+                )
             handle.remove()
             for call in (tasks(method, 2), {"adapter_names": ["b"], **tasks(method, 1)}):
                 expected = fresh.generate(input_ids=ids[:1], **call, **options)
                 assert torch.equal(model.generate(input_ids=ids[:1], **call, **options), expected)
                 labels = torch.randint(3, 48, (1, 4))
                 expected = fresh(input_ids=ids[:1], labels=labels, **call).logits
-                torch.testing.assert_close(model(input_ids=ids[:1], labels=labels, **call).logits, expected)
+                torch.testing.assert_close(
+                    model(input_ids=ids[:1], labels=labels, **call).logits, expected
+                )
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_a_call_inside_a_call(method, reentrant):
-    """A forward in a hook, with another adapter and task for each sample, and with none: values and gradients are those of the calls
-    one after the other.
+    """A forward in a hook, with another adapter and task for each sample, and with none: values and
+    gradients are those of the calls one after the other.
     """
     model = adapted(method, Blocks(reentrant))
     model.set_requires_grad(["a", "b"], True)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`add_weighted_adapter` for every method: what it sums exactly, what it approximates, what it refuses, what it leaves alone."""
+"""`add_weighted_adapter` for every method: what it sums exactly, what it approximates, what it
+refuses, what it leaves alone.
+"""
 
 import pytest
 import torch
@@ -8,11 +10,18 @@ from conftest import METHODS, TARGETS, assert_unchanged, llama, mlp, snapshot
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.ops.task_vectors import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
+from peft.ops.task_vectors import (
+    calculate_majority_sign_mask,
+    disjoint_merge,
+    prune,
+    task_arithmetic,
+)
 from peft.tuners.tuners_utils import BaseTuner
 
 
-@pytest.fixture(params=sorted(name for name in METHODS if PEFT_TYPE_TO_TUNER_MAPPING[name].combination_types))
+@pytest.fixture(
+    params=sorted(name for name in METHODS if PEFT_TYPE_TO_TUNER_MAPPING[name].combination_types)
+)
 def method(request):
     return METHODS[request.param]
 
@@ -47,7 +56,9 @@ def test_a_sum_is_exact_or_tells_its_error(two, method, weights):
     errors = two.add_weighted_adapter(["a", "b"], weights, "new", some(two))
     assert sorted(errors) == ["0", "2", "4"]
     for path in errors:
-        whole = weights[0] * delta(two, method, path, "a") + weights[1] * delta(two, method, path, "b")
+        whole = weights[0] * delta(two, method, path, "a") + weights[1] * delta(
+            two, method, path, "b"
+        )
         lost = (delta(two, method, path, "new") - whole).norm()
         assert float(lost) == pytest.approx(errors[path] * float(whole.norm()), rel=1e-3, abs=1e-5)
         assert not exact or errors[path] == 0
@@ -97,8 +108,12 @@ def test_the_others_are_left_alone_and_the_new_one_waits(two, method):
     after = snapshot(two)
     for part in ("state", "requires_grad"):
         assert before[part].keys() < after[part].keys()
-    assert all(torch.equal(after["state"][name], tensor) for name, tensor in before["state"].items())
-    assert all(after["requires_grad"][name] == flag for name, flag in before["requires_grad"].items())
+    assert all(
+        torch.equal(after["state"][name], tensor) for name, tensor in before["state"].items()
+    )
+    assert all(
+        after["requires_grad"][name] == flag for name, flag in before["requires_grad"].items()
+    )
     assert torch.equal(after["rng"], before["rng"])
     assert {name: two.peft_config[name].to_dict() for name in configs} == configs
     new = {name for name in after["requires_grad"] if name not in before["requires_grad"]}
@@ -120,7 +135,10 @@ def test_one_adapter_may_come_twice_and_many_at_once(method):
     names, weights = ["a", "b", "a", "c"], [0.5, 0.25, 0.5, -1.0]
     errors = model.add_weighted_adapter(names, weights, "new", some(model))
     for path in TARGETS:
-        whole = sum(weight * delta(model, method, path, name) for name, weight in zip(names, weights, strict=True))
+        whole = sum(
+            weight * delta(model, method, path, name)
+            for name, weight in zip(names, weights, strict=True)
+        )
         lost = (delta(model, method, path, "new") - whole).norm() / whole.norm()
         assert float(lost) == pytest.approx(errors[path], rel=1e-3, abs=1e-5)
 
@@ -146,7 +164,9 @@ def test_a_whole_module_of_one_adapter_goes_along(method):
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", some(model))
     assert model.peft_config["new"].modules_to_save == ["4"]
     copy = head.modules_to_save["new"]
-    assert copy is not head.modules_to_save["b"] and torch.equal(copy.weight, head.modules_to_save["b"].weight)
+    assert copy is not head.modules_to_save["b"] and torch.equal(
+        copy.weight, head.modules_to_save["b"].weight
+    )
     assert not copy.weight.requires_grad
 
 
@@ -181,7 +201,13 @@ def test_token_rows_of_one_adapter_go_along(method):
 )
 def test_refusals_change_nothing(two, arguments, message):
     before = snapshot(two)
-    request = {"adapters": ["a", "b"], "weights": [1.0, 1.0], "adapter_name": "new", "combination_type": some(two), **arguments}
+    request = {
+        "adapters": ["a", "b"],
+        "weights": [1.0, 1.0],
+        "adapter_name": "new",
+        "combination_type": some(two),
+        **arguments,
+    }
     with pytest.raises(ValueError, match=message):
         two.add_weighted_adapter(**request)
     assert_unchanged(before, two)
@@ -196,20 +222,26 @@ def test_names_are_a_list(two):
 def test_every_method_says_what_it_has(two, method):
     lacking = [kind for kind in ("cat", "svd", "linear", "ties") if kind not in kinds(two)]
     for kind in lacking:
-        with pytest.raises(ValueError, match=rf"Invalid combination_type: '{kind}'; .* has '{kinds(two)[0]}'"):
+        with pytest.raises(
+            ValueError, match=rf"Invalid combination_type: '{kind}'; .* has '{kinds(two)[0]}'"
+        ):
             two.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", kind, density=0.5)
     assert bool(lacking) == (method.config_cls is not peft.LoraConfig)
 
 
 def test_a_method_without_any(two, monkeypatch):
     monkeypatch.setattr(type(two.base_model), "combination_types", BaseTuner.combination_types)
-    with pytest.raises(ValueError, match="Invalid combination_type: 'cat'; .*Model has no combinations"):
+    with pytest.raises(
+        ValueError, match="Invalid combination_type: 'cat'; .*Model has no combinations"
+    ):
         two.add_weighted_adapter(["a"], [1.0], "new", "cat")
 
 
 def with_heads(method, base=mlp, **fields):
     """A model with two adapters that each train a copy of its last layer."""
-    configs = [method.config(target_modules=TARGETS, modules_to_save=["4"], **fields) for _ in range(2)]
+    configs = [
+        method.config(target_modules=TARGETS, modules_to_save=["4"], **fields) for _ in range(2)
+    ]
     model = get_peft_model(base(), configs[0], "a").eval()
     model.add_adapter("b", configs[1])
     with torch.no_grad():
@@ -226,10 +258,15 @@ def test_two_copies_of_a_module_need_a_word(method):
         (
             None,
             ValueError,
-            r"Adapters a, b each train a copy of `4\.weight`. Say what .* `heads`: 'mean' or the name of .* \('a', 'b'\)",
+            r"Adapters a, b each train a copy of `4\.weight`. Say what .* `heads`: 'mean' or the "
+            r"name of .* \('a', 'b'\)",
         ),
         ("c", ValueError, r"`heads`='c' must be 'mean' or the name of .* \('a', 'b'\)"),
-        ("stack", ValueError, "`heads`='stack' is offered by `save_as_poly` .* must be 'mean' or the name"),
+        (
+            "stack",
+            ValueError,
+            "`heads`='stack' is offered by `save_as_poly` .* must be 'mean' or the name",
+        ),
         ("maen", ValueError, "Did you mean 'mean'"),
         (1, TypeError, "`heads`=1 must be"),
     ):
@@ -237,7 +274,10 @@ def test_two_copies_of_a_module_need_a_word(method):
             model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", some(model), heads=heads)
     with pytest.raises(ValueError, match="weights .* sum to zero"):
         model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "new", some(model), heads="mean")
-    with pytest.raises(ValueError, match=r"Only one adapter .* a, b each train .*add_weighted_adapter\(…, heads=…\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"Only one adapter .* a, b each train .*add_weighted_adapter\(…, heads=…\)",
+    ):
         model.set_adapter(["a", "b"])
     assert_unchanged(before, model)
 
@@ -248,7 +288,9 @@ def test_copies_of_a_module_become_their_mean_or_that_of_one(method):
     model.add_weighted_adapter(["a", "b"], [3.0, -1.0], "mean", some(model), heads="mean")
     model.add_weighted_adapter(["a", "b"], [3.0, -1.0], "of b", some(model), heads="b")
     for name in ("weight", "bias"):
-        a, b, mean, of_b = (getattr(copies[adapter], name).double() for adapter in ("a", "b", "mean", "of b"))
+        a, b, mean, of_b = (
+            getattr(copies[adapter], name).double() for adapter in ("a", "b", "mean", "of b")
+        )
         torch.testing.assert_close(mean, (3 * a - b) / 2, atol=1e-6, rtol=1e-6)
         assert torch.equal(of_b, b)
     assert model.peft_config["mean"].modules_to_save == ["4"]
@@ -273,12 +315,15 @@ def test_adapters_of_several_methods(method):
     assert type(model.peft_config["new"]) is method.config_cls
 
 
-# --- utils.merge_utils ------------------------------------------------------------------------------------------------
+# --- utils.merge_utils
+# ------------------------------------------------------------------------------------------------
 
 
 def test_pruning_keeps_the_largest_or_draws():
     x = torch.tensor([[1.0, -4.0, 2.0], [0.5, 3.0, -0.1]])
-    assert torch.equal(prune(x, 0.5, "magnitude"), torch.tensor([[0.0, -4.0, 2.0], [0.0, 3.0, 0.0]]))
+    assert torch.equal(
+        prune(x, 0.5, "magnitude"), torch.tensor([[0.0, -4.0, 2.0], [0.0, 3.0, 0.0]])
+    )
     assert not prune(x, 0.1, "magnitude").any()
     many = torch.ones(10000)
     drawn = prune(many, 0.3, "random", rescale=True)
@@ -295,8 +340,16 @@ def test_pruning_keeps_the_largest_or_draws():
 
 def test_signs_are_elected_by_weight_or_by_count():
     x = torch.tensor([[5.0, 1.0, 0.0], [-1.0, -1.0, 2.0], [-1.0, 0.0, 3.0]])
-    assert calculate_majority_sign_mask(x, "total").tolist() == [[True, True, False], [False, False, True], [False, False, True]]
-    assert calculate_majority_sign_mask(x, "frequency").tolist() == [[False, True, False], [True, False, True], [True, False, True]]
+    assert calculate_majority_sign_mask(x, "total").tolist() == [
+        [True, True, False],
+        [False, False, True],
+        [False, False, True],
+    ]
+    assert calculate_majority_sign_mask(x, "frequency").tolist() == [
+        [False, True, False],
+        [True, False, True],
+        [True, False, True],
+    ]
     assert disjoint_merge(x, calculate_majority_sign_mask(x, "total")).tolist() == [5.0, 1.0, 2.5]
     with pytest.raises(ValueError, match='Unimplemented mask method "loudest"'):
         calculate_majority_sign_mask(x, "loudest")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`torch.compile` of adapted models: whole graphs, none made twice without need, and what an eager model computes."""
+"""`torch.compile` of adapted models: whole graphs, none made twice without need, and what an eager
+model computes.
+"""
 
 import copy
 
@@ -38,8 +40,8 @@ def gradients(model):
 
 
 def test_one_graph_for_all_tasks_and_steps(case):
-    """Forward, backward and an optimiser's step, three times with other tasks; values are those of the eager model, which has two
-    adapters at work where one variant of a method stands for all.
+    """Forward, backward and an optimiser's step, three times with other tasks; values are those of
+    the eager model, which has two adapters at work where one variant of a method stands for all.
     """
     eager = case.model()
     if case in [CASES[name] for name in METHODS]:
@@ -49,7 +51,10 @@ def test_one_graph_for_all_tasks_and_steps(case):
     model = copy.deepcopy(eager)
     backend = counted("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    optimisers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (eager, model)]
+    optimisers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+        for m in (eager, model)
+    ]
     for tasks in TASKS:
         x, call, outputs = case.input(), case.call(*tasks), []
         for run in (eager, compiled):
@@ -112,7 +117,9 @@ def test_switching_disabling_and_merging(case):
         with model.disable_adapter():
             torch.testing.assert_close(compiled(x), case_base(eager, x))
         torch.testing.assert_close(compiled(x, **call), expected)
-        torch.testing.assert_close(model.merge_and_unload(**case.merge)(x), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.merge_and_unload(**case.merge)(x), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def case_base(model, x):
@@ -127,7 +134,11 @@ def case_base(model, x):
 def test_a_base_that_was_compiled_before(case, where):
     """As `torch.compile(base)`, which wraps it, or `base.compile()`, which does not."""
     config = case.config(target_modules=["layers.0", "layers.2"])
-    eager, base, backend = get_peft_model(Model(case.base()), config).eval(), Model(case.base()), counted()
+    eager, base, backend = (
+        get_peft_model(Model(case.base()), config).eval(),
+        Model(case.base()),
+        counted(),
+    )
     if where == "around":
         base = torch.compile(base, fullgraph=True, backend=backend)
     else:
@@ -156,7 +167,9 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("case", [*METHODS, "POLY by sample"], indirect=True)
 def test_equal_blocks_share_their_graphs(case):
-    """Compiled one by one, five blocks need what one needs: a graph for an input that no gradient flows to, one for any other."""
+    """Compiled one by one, five blocks need what one needs: a graph for an input that no gradient
+    flows to, one for any other.
+    """
     base = nn.Sequential(*(Block() for _ in range(5)))
     eager = get_peft_model(base, case.config(target_modules=["up", "down"])).train()
     model, backend = copy.deepcopy(eager), counted()
@@ -183,7 +196,9 @@ def test_checkpointed_blocks_inside_a_graph(case):
         def forward(self, x):
             return torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
 
-    plain = get_peft_model(Checkpointed(case.base()), case.config(target_modules=["layers.0", "layers.2"])).eval()
+    plain = get_peft_model(
+        Checkpointed(case.base()), case.config(target_modules=["layers.0", "layers.2"])
+    ).eval()
     model = copy.deepcopy(plain)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, call = case.input(), case.call(0, 2, 1)
@@ -197,7 +212,9 @@ def test_checkpointed_blocks_inside_a_graph(case):
 def test_generation_with_a_compiled_forward(case):
     base = llama()
     base.model.layers = base.model.layers[:1]
-    model = get_peft_model(base, case.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        base, case.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).eval()
     ids, call = torch.randint(3, 48, (2, 4)), case.call(0, 2)
     options = {"max_new_tokens": 2, "do_sample": False, **call}
     expected = model.generate(input_ids=ids, **options)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base layers that compute their weight in each forward: adapters apply as on any layer, and a merge is refused or made right."""
+"""Base layers that compute their weight in each forward: adapters apply as on any layer, and a
+merge is refused or made right.
+"""
 
 import copy
 
@@ -63,7 +65,10 @@ def test_merging_is_refused_and_unloading_makes_the_weight_plain(method, kind):
     expected = F.linear(x, weight + up.get_delta_weight("default", **method.merge), base["up"].bias)
     torch.testing.assert_close(run(x), expected, atol=1e-5, rtol=1e-4)
     for safe in (False, True):
-        with pytest.raises(NotImplementedError, match=r"`up`: .* computes its weight in each forward.*torch.nn.utils"):
+        with pytest.raises(
+            NotImplementedError,
+            match=r"`up`: .* computes its weight in each forward.*torch.nn.utils",
+        ):
             model.merge_adapter(safe_merge=safe, **method.merge)
     with pytest.raises(NotImplementedError, match="computes its weight"):
         up.merge(**method.merge)
@@ -86,7 +91,10 @@ def test_a_merge_that_fails_leaves_the_weight_computed(kind):
     up, down = model.base_model.model["up"], model.base_model.model["down"]
     before, keys = up(x).clone(), list(model.state_dict())
     down.lora_A["default"].weight.data.fill_(torch.nan)
-    with pytest.warns(UserWarning, match="plain parameters"), pytest.raises(ValueError, match="broken"):
+    with (
+        pytest.warns(UserWarning, match="plain parameters"),
+        pytest.raises(ValueError, match="broken"),
+    ):
         model.merge_and_unload(safe_merge=True)
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(up(x), before, rtol=0, atol=0)
@@ -98,7 +106,9 @@ def test_lengths_of_a_computed_weight(kind):
     """DoRA starts as the base layer's output, and merges into its weight."""
     base, x = base_of(kind), torch.randn(5, 8)
     expected, weight, bias = base["up"](x), base["up"].weight.clone(), base["up"].bias.clone()
-    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["up"], use_dora=True, init_lora_weights=True))
+    model = get_peft_model(
+        base, METHODS["LORA"].config(target_modules=["up"], use_dora=True, init_lora_weights=True)
+    )
     up = model.base_model.model["up"]
     torch.testing.assert_close(up(x), expected, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
@@ -112,7 +122,9 @@ def test_lengths_of_a_computed_weight(kind):
 def test_a_trained_copy_of_a_computed_layer(kind):
     base, x = base_of(kind), torch.randn(5, 8)
     expected = base["up"](x)
-    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["down"], modules_to_save=["up"]))
+    model = get_peft_model(
+        base, METHODS["LORA"].config(target_modules=["down"], modules_to_save=["up"])
+    )
     torch.testing.assert_close(model.base_model.model["up"](x), expected)
 
 

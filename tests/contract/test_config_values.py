@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config accepts can be saved, and values that ask for nothing are accepted, as other writers put them into files."""
+"""What a config accepts can be saved, and values that ask for nothing are accepted, as other
+writers put them into files.
+"""
 
 import enum
 import json
@@ -11,23 +13,70 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PolyConfig, VBLoRAConfig, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 
-TARGETED = {"exclude_modules": [None, [], ""], "modules_to_save": [None, []], "inference_mode": [None], "auto_mapping": [None, {}]}
+TARGETED = {
+    "exclude_modules": [None, [], ""],
+    "modules_to_save": [None, []],
+    "inference_mode": [None],
+    "auto_mapping": [None, {}],
+}
 LAYERED = {**TARGETED, "layers_to_transform": [None, []], "layers_pattern": [None, [], ""]}
 LYCORIS = {
     **LAYERED,
     **{key: [None, {}] for key in ("rank_pattern", "alpha_pattern")},
-    **{key: [None] for key in ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")},
+    **{
+        key: [None]
+        for key in ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
+    },
 }
 NEUTRAL = {
     LoraConfig: {
         **LAYERED,
-        **{key: [None, {}] for key in ("rank_pattern", "alpha_pattern", "loftq_config", "runtime_config", "megatron_config")},
-        **{key: [None, {}] for key in ("eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config")},
+        **{
+            key: [None, {}]
+            for key in (
+                "rank_pattern",
+                "alpha_pattern",
+                "loftq_config",
+                "runtime_config",
+                "megatron_config",
+            )
+        },
+        **{
+            key: [None, {}]
+            for key in (
+                "eva_config",
+                "corda_config",
+                "lora_ga_config",
+                "velora_config",
+                "monteclora_config",
+            )
+        },
         **{key: [None, {}, False] for key in ("use_bdlora", "arrow_config", "kasa_config")},
-        **{key: [None, []] for key in ("target_parameters", "layer_replication", "alora_invocation_tokens")},
-        **{key: [None] for key in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalora", "init_lora_weights")},
+        **{
+            key: [None, []]
+            for key in ("target_parameters", "layer_replication", "alora_invocation_tokens")
+        },
+        **{
+            key: [None]
+            for key in (
+                "fan_in_fan_out",
+                "use_rslora",
+                "use_dora",
+                "lora_bias",
+                "use_qalora",
+                "init_lora_weights",
+            )
+        },
         "trainable_token_indices": [None, [], {}],
         "ensure_weight_tying": [None, True],  # nothing is tied in the model below
         "megatron_core": [None, "elsewhere"],
@@ -36,16 +85,26 @@ NEUTRAL = {
     },
     LoHaConfig: LYCORIS,
     LoKrConfig: {**LYCORIS, "decompose_both": [None], "rank_dropout_scale": [None]},
-    VBLoRAConfig: {**LAYERED, **{key: [None] for key in ("save_only_topk_weights", "fan_in_fan_out", "vblora_dropout")}},
+    VBLoRAConfig: {
+        **LAYERED,
+        **{key: [None] for key in ("save_only_topk_weights", "fan_in_fan_out", "vblora_dropout")},
+    },
     PolyConfig: {**TARGETED, "init_weights": [None]},
 }
 
 
 @pytest.mark.parametrize("config_cls", NEUTRAL, ids=lambda cls: cls.__name__)
 def test_values_that_ask_for_nothing(config_cls, tmp_path):
-    """The adapter of a file that says nothing with a value is that of a file that does not mention the field."""
-    sizes = {"num_vectors": 8, "vector_length": 4, "r": 2} if config_cls is VBLoRAConfig else {"r": 2}
-    written = {**config_cls(target_modules=["0", "2"], **sizes).to_dict(), "target_modules": ["0", "2"]}
+    """The adapter of a file that says nothing with a value is that of a file that does not mention
+    the field.
+    """
+    sizes = (
+        {"num_vectors": 8, "vector_length": 4, "r": 2} if config_cls is VBLoRAConfig else {"r": 2}
+    )
+    written = {
+        **config_cls(target_modules=["0", "2"], **sizes).to_dict(),
+        "target_modules": ["0", "2"],
+    }
     file = tmp_path / "adapter_config.json"
 
     def shapes(content):
@@ -53,7 +112,9 @@ def test_values_that_ask_for_nothing(config_cls, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             config = PeftConfig.from_pretrained(tmp_path)
-            model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), config)
+            model = get_peft_model(
+                nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), config
+            )
         model.save_pretrained(tmp_path / "again")
         return [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
 
@@ -70,11 +131,17 @@ def test_layer_indices_that_name_none_limit_nothing():
         for config_cls in (LoraConfig, LoKrConfig):
             config = config_cls(target_modules=["0", "1"], layers_to_transform=[], **fields)
             assert get_peft_model(base, config).targeted_module_names == ["layers.0", "layers.1"]
-    assert LoraConfig(target_modules=".*0", layers_to_transform=[], layers_pattern=[]).target_modules == ".*0"
+    assert (
+        LoraConfig(target_modules=".*0", layers_to_transform=[], layers_pattern=[]).target_modules
+        == ".*0"
+    )
 
 
 def test_settings_of_a_start_that_is_not_used():
-    with pytest.warns(UserWarning, match="`eva_config` is ignored, since `init_lora_weights` is True and not 'eva'"):
+    with pytest.warns(
+        UserWarning,
+        match="`eva_config` is ignored, since `init_lora_weights` is True and not 'eva'",
+    ):
         assert LoraConfig(eva_config={"rho": 2.0}).eva_config is None
     with pytest.warns(UserWarning, match="`loftq_config` is ignored"):
         assert LoraConfig(loftq_config={"loftq_bits": 4}).loftq_config == {}
@@ -85,7 +152,9 @@ def test_tied_weights_are_not_adapted_apart():
     model.forward = lambda ids: model["head"](model["table"](ids))
     model["head"].weight = model["table"].weight
     before = dict(model.state_dict())
-    with pytest.raises(NotImplementedError, match="`ensure_weight_tying`=True: `head` shares a weight with `table`"):
+    with pytest.raises(
+        NotImplementedError, match="`ensure_weight_tying`=True: `head` shares a weight with `table`"
+    ):
         get_peft_model(model, LoraConfig(target_modules=["head"], ensure_weight_tying=True))
     assert dict(model.state_dict()).keys() == before.keys()
     config = LoraConfig(target_modules=["head"], modules_to_save=[], ensure_weight_tying=False)
@@ -96,7 +165,9 @@ def test_tied_weights_are_not_adapted_apart():
 def test_fields_of_newer_writers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LoraConfig.from_peft_type(peft_type="LORA", use_this=False, with_that=None, those=[], rate=0.0)
+        LoraConfig.from_peft_type(
+            peft_type="LORA", use_this=False, with_that=None, those=[], rate=0.0
+        )
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['use_this'\]"):
         LoraConfig.from_peft_type(peft_type="LORA", use_this=True, with_that=None)
 
@@ -113,15 +184,35 @@ ODD = [
     (LoraConfig, {"base_model_name_or_path": Path("a") / "b"}, {"base_model_name_or_path": "a/b"}),
     (LoraConfig, {"r": np.int64(2), "lora_alpha": np.float32(4)}, {"r": 2, "lora_alpha": 4.0}),
     (LoraConfig, {"r": torch.tensor(2), "bias": Bias.NONE}, {"r": 2, "bias": "none"}),
-    (LoraConfig, {"layers_to_transform": range(2), "layers_pattern": "0"}, {"layers_to_transform": [0, 1], "layers_pattern": "0"}),
+    (
+        LoraConfig,
+        {"layers_to_transform": range(2), "layers_pattern": "0"},
+        {"layers_to_transform": [0, 1], "layers_pattern": "0"},
+    ),
     (LoraConfig, {"use_rslora": np.bool_(True)}, {"use_rslora": True}),
-    (LoraConfig, {"trainable_token_indices": np.array([1, 2])}, {"trainable_token_indices": [1, 2]}),
+    (
+        LoraConfig,
+        {"trainable_token_indices": np.array([1, 2])},
+        {"trainable_token_indices": [1, 2]},
+    ),
     (LoraConfig, {"rank_pattern": {"0": np.int32(3)}}, {"rank_pattern": {"0": 3}}),
     (LoraConfig, {"target_modules": {"0": 1}.keys()}, {"target_modules": ["0"]}),
     (LoraConfig, {"modules_to_save": frozenset({"head"})}, {"modules_to_save": ["head"]}),
-    (LoKrConfig, {"r": Rank.TWO, "factor_pattern": {"0": (2, 4)}}, {"r": 2, "factor_pattern": {"0": [2, 4]}}),
-    (VBLoRAConfig, {"topk_weights_dtype": torch.float16, "bank": Path("x")}, {"topk_weights_dtype": "float16", "bank": "x"}),
-    (PolyConfig, {"task_names": np.array(["a", "b"]), "n_tasks": 2}, {"task_names": ["a", "b"], "n_tasks": 2}),
+    (
+        LoKrConfig,
+        {"r": Rank.TWO, "factor_pattern": {"0": (2, 4)}},
+        {"r": 2, "factor_pattern": {"0": [2, 4]}},
+    ),
+    (
+        VBLoRAConfig,
+        {"topk_weights_dtype": torch.float16, "bank": Path("x")},
+        {"topk_weights_dtype": "float16", "bank": "x"},
+    ),
+    (
+        PolyConfig,
+        {"task_names": np.array(["a", "b"]), "n_tasks": 2},
+        {"task_names": ["a", "b"], "n_tasks": 2},
+    ),
     (
         LoraConfig,
         {"auto_mapping": {"where": Path("m"), "kind": torch.bfloat16}},

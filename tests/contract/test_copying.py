@@ -12,17 +12,28 @@ VARIANTS = {
     **{name: (name, {}) for name in METHODS},
     "LORA dora": ("LORA", {"use_dora": True, "lora_dropout": 0.5}),
     "LORA pissa": ("LORA", {"init_lora_weights": "pissa_niter_2"}),
-    "LOKR lengths": ("LOKR", {"weight_decompose": True, "use_scalar": True, "rank_dropout": 0.5, "module_dropout": 0.5}),
+    "LOKR lengths": (
+        "LOKR",
+        {"weight_decompose": True, "use_scalar": True, "rank_dropout": 0.5, "module_dropout": 0.5},
+    ),
     "POLY input": ("POLY", {"poly_type": "mope", "n_tasks": 1, "task_rank": 0}),
-    "POLY own skills": ("POLY", {"task_rank": 2, "router_dropout": 0.3, "router_granularity": "model"}),
-    "VBLORA gate": ("VBLORA", {"output_gate": True, "vblora_dropout": 0.5, "save_only_topk_weights": True}),
+    "POLY own skills": (
+        "POLY",
+        {"task_rank": 2, "router_dropout": 0.3, "router_granularity": "model"},
+    ),
+    "VBLORA gate": (
+        "VBLORA",
+        {"output_gate": True, "vblora_dropout": 0.5, "save_only_topk_weights": True},
+    ),
 }
 
 
 def trained(variant, base=mlp, **more):
     """A model with an adapter whose values are none that an adapter starts with."""
     method, fields = VARIANTS[variant]
-    model = get_peft_model(base(), METHODS[method].config(**{"target_modules": TARGETS, **fields, **more}))
+    model = get_peft_model(
+        base(), METHODS[method].config(**{"target_modules": TARGETS, **fields, **more})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -81,7 +92,9 @@ def base():
 
 
 def test_a_copy_of_a_loaded_adapter_is_saved_as_that_one_is(method, tmp_path):
-    model = get_peft_model(base(), method.config(target_modules=["q_proj"], trainable_token_indices=[3, 5]))
+    model = get_peft_model(
+        base(), method.config(target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -94,7 +107,9 @@ def test_a_copy_of_a_loaded_adapter_is_saved_as_that_one_is(method, tmp_path):
     ids = torch.randint(3, 48, (2, 5))
     once = PeftModel.from_pretrained(base(), tmp_path / "first").eval()
     with torch.no_grad():
-        torch.testing.assert_close(again(ids, **method.call).logits, once(ids, **method.call).logits)
+        torch.testing.assert_close(
+            again(ids, **method.call).logits, once(ids, **method.call).logits
+        )
 
 
 def test_copies_that_are_refused_change_nothing():
@@ -122,7 +137,9 @@ def test_one_config_object_makes_adapters_of_their_own(method):
     assert model.peft_config["default"] is config and model.peft_config["other"] is not config
     layer = model.base_model.model[0]
     drawn = [layer.adapter_tensors(name) for name in ("default", "other")]
-    assert any(not torch.equal(a, b) for a, b in zip(*drawn, strict=True))  # a fresh adapter, no copy
+    assert any(
+        not torch.equal(a, b) for a, b in zip(*drawn, strict=True)
+    )  # a fresh adapter, no copy
     if config.peft_type == "POLY":
         model.add_tasks(2)
         assert (config.n_tasks, model.peft_config["other"].n_tasks) == (5, 3)
@@ -134,7 +151,11 @@ def test_one_config_object_makes_adapters_of_their_own(method):
 def test_only_trl_gets_a_copy_for_the_config_of_an_adapter():
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
-    for caller, is_copy in (("trl.trainer.some_trainer", True), ("trlx.trainer", False), ("__main__", False)):
+    for caller, is_copy in (
+        ("trl.trainer.some_trainer", True),
+        ("trlx.trainer", False),
+        ("__main__", False),
+    ):
         scope = {"__name__": caller, "model": model, "config": config}
         exec("model.add_adapter('ref', config)", scope)
         A = model.base_model.model[0].lora_A

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First and second derivatives, forward and backward, batched or not, against the dense formula and finite differences."""
+"""First and second derivatives, forward and backward, batched or not, against the dense formula and
+finite differences.
+"""
 
 import functools
 
@@ -11,11 +13,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 # Whose lengths of rows or columns have no gradient, which finite differences don't know.
-WITHOUT_LENGTHS = sorted(case for case, fields in CASES.items() if not ({"use_dora", "weight_decompose"} & fields.keys()))
+WITHOUT_LENGTHS = sorted(
+    case for case, fields in CASES.items() if not ({"use_dora", "weight_decompose"} & fields.keys())
+)
 
 
 def parts(case, x, adapters=("default",)):
-    """A model, its output as a function of input and parameters, that of the formula, and the values of the parameters."""
+    """A model, its output as a function of input and parameters, that of the formula, and the
+    values of the parameters.
+    """
     model = model_of(case, adapters)
     if len(adapters) > 1:
         model.base_model.set_adapter(list(adapters))
@@ -29,13 +35,17 @@ def parts(case, x, adapters=("default",)):
         own = functools.partial(dense, case, model.base_model.model[0], x, tasks, adapters)
         holder = nn.Module()
         holder.model, holder.forward = model, lambda: torch.stack(own())
-        return functional_call(holder, {f"model.{name}": v for name, v in zip(trained, values, strict=True)}, ())
+        return functional_call(
+            holder, {f"model.{name}": v for name, v in zip(trained, values, strict=True)}, ()
+        )
 
     return model, run, formula, tuple(p.detach() for p in trained.values())
 
 
 def assert_same(one, other):
-    for a, b in zip(torch.utils._pytree.tree_leaves(one), torch.utils._pytree.tree_leaves(other), strict=True):
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves(one), torch.utils._pytree.tree_leaves(other), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -47,7 +57,9 @@ def test_finite_differences(case):
         sources = [tensor.clone().requires_grad_() for tensor in (x, *values)]
         batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
         assert gradcheck(run, sources, check_forward_ad=True, fast_mode=True, **batched)
-        assert gradgradcheck(run, sources, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+        assert gradgradcheck(
+            run, sources, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,7 +76,11 @@ def test_against_the_formula(case):
     wanted = [torch.autograd.functional.hessian(functools.partial(loss, formula), (values[0], x))]
     wanted.append(hessian(lambda pair: loss(run, *pair))((values[0], x)))
     wanted.append(torch.autograd.functional.hessian(functools.partial(loss, run), (values[0], x)))
-    wanted.append(torch.autograd.functional.hessian(functools.partial(loss, run), (values[0], x), vectorize=True))
+    wanted.append(
+        torch.autograd.functional.hessian(
+            functools.partial(loss, run), (values[0], x), vectorize=True
+        )
+    )
     for found in wanted[1:]:
         assert_same(found, wanted[0])
 
@@ -91,7 +107,12 @@ def test_a_layer_that_runs_twice(case):
 
     expected = torch.autograd.grad(formula(formula(x).tanh()).square().sum(), trained)
     for create_graph in (False, True):
-        assert_same(torch.autograd.grad(model(x, **call).square().sum(), trained, create_graph=create_graph), expected)
+        assert_same(
+            torch.autograd.grad(
+                model(x, **call).square().sum(), trained, create_graph=create_graph
+            ),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,7 +124,11 @@ def test_for_each_sample(case):
     call = {"task_ids": 1} if call_of(case, x)[0] else {}
 
     def loss(values, x):
-        return functional_call(model, dict(zip(trained, values, strict=True)), (x,), call).square().sum()
+        return (
+            functional_call(model, dict(zip(trained, values, strict=True)), (x,), call)
+            .square()
+            .sum()
+        )
 
     found = vmap(grad(loss), in_dims=(None, 0))(values, x)
     again = vmap(grad(loss), in_dims=(None, 0))(values, x.unsqueeze(1))

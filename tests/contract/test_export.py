@@ -24,7 +24,9 @@ def case(request) -> Case:
 
 
 class WithTasks(nn.Module):
-    """A model whose call has the task ids by position; export takes free sizes for named arguments alone."""
+    """A model whose call has the task ids by position; export takes free sizes for named arguments
+    alone.
+    """
 
     def __init__(self, model, **options):
         super().__init__()
@@ -38,15 +40,19 @@ class WithTasks(nn.Module):
 
 def sample(case, size):
     """An input of any number of samples, with task ids where there are any."""
-    return torch.randn(size, *case.input().shape[1:]), *case.call(*[(2 * i + 1) % 3 for i in range(size)]).values()
+    return torch.randn(size, *case.input().shape[1:]), *case.call(
+        *[(2 * i + 1) % 3 for i in range(size)]
+    ).values()
 
 
 @pytest.mark.parametrize(
-    ("case", "strict"), [*((name, False) for name in CASES), *((name, True) for name in METHODS)], indirect=["case"]
+    ("case", "strict"),
+    [*((name, False) for name in CASES), *((name, True) for name in METHODS)],
+    indirect=["case"],
 )
 def test_batch_and_length_may_be_free(case, strict):
-    """Other inputs and, where the method has any, other tasks than it was exported with. What strict mode traces of the other variants
-    is what a compiler does.
+    """Other inputs and, where the method has any, other tasks than it was exported with. What
+    strict mode traces of the other variants is what a compiler does.
     """
     model = WithTasks(case.model().eval())
     shape = (8, 4, 4) if case.conv else (4, 8)
@@ -71,12 +77,16 @@ def test_a_language_model_with_free_batch_and_length(name):
     case = CASES[name]
     base = llama()
     base.model.layers = base.model.layers[:1]
-    adapted = get_peft_model(base, case.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    adapted = get_peft_model(
+        base, case.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).eval()
     model = WithTasks(adapted, use_cache=False, return_dict=False)
     batch, length = Dim("batch", min=2, max=64), Dim("length", min=2, max=32)
     tasks = tuple(case.call(0, 2, 1).values())
     shapes = ({0: batch, 1: length}, *({0: batch} for _ in tasks))
-    program = export(model, (torch.randint(3, 48, (3, 5)), *tasks), strict=False, dynamic_shapes=shapes).module()
+    program = export(
+        model, (torch.randint(3, 48, (3, 5)), *tasks), strict=False, dynamic_shapes=shapes
+    ).module()
     for size in ((2, 9), (5, 4)):
         ids = torch.randint(3, 48, size)
         tasks = tuple(case.call(*[i % 3 for i in range(size[0])]).values())
@@ -88,7 +98,9 @@ def test_a_language_model_with_free_batch_and_length(name):
 def test_a_model_that_adapters_were_put_into(name, strict):
     """The model itself, without a `PeftModel` around it; its forward names the task ids."""
     case = CASES[name]
-    model = inject_adapter_in_model(case.config(target_modules=["layers.0", "layers.2"]), Model(case.base())).eval()
+    model = inject_adapter_in_model(
+        case.config(target_modules=["layers.0", "layers.2"]), Model(case.base())
+    ).eval()
     program = export(model, (case.input(),), case.call(0, 2, 1), strict=strict).module()
     x, call = case.input(), case.call(2, 0, 0)
     torch.testing.assert_close(program(x, **call), model(x, **call))
@@ -104,14 +116,18 @@ def test_a_program_goes_through_a_file(name):
     torch.export.save(export(model, (case.input(),), case.call(0, 2, 1), strict=False), file)
     file.seek(0)
     loaded = torch.export.load(file)
-    assert {key for key in loaded.state_dict if "vector_bank" not in key} <= model.state_dict().keys()
+    assert {
+        key for key in loaded.state_dict if "vector_bank" not in key
+    } <= model.state_dict().keys()
     x, call = case.input(), case.call(1, 1, 2)
     torch.testing.assert_close(loaded.module()(x, **call), model(x, **call))
 
 
 def test_out_of_range_tasks_fail_in_an_exported_program():
     case = CASES["POLY"]
-    program = export(case.model().eval(), (case.input(),), case.call(0, 2, 1), strict=False).module()
+    program = export(
+        case.model().eval(), (case.input(),), case.call(0, 2, 1), strict=False
+    ).module()
     for bad in ((0, 3, 1), (-1, 0, 0)):
         with pytest.raises((RuntimeError, IndexError)):
             program(case.input(), **case.call(*bad))
@@ -127,7 +143,11 @@ def test_a_traced_model(case):
 
 
 def trained(model):
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def test_a_call_with_other_parameters(case):
@@ -147,22 +167,35 @@ def test_gradients_of_each_sample(case):
 
     def loss(parameters, *one):
         x, *tasks = (tensor.unsqueeze(0) for tensor in one)
-        return functional_call(WithTasks(model), {f"model.{n}": p for n, p in parameters.items()}, (x, *tasks)).square().sum()
+        return (
+            functional_call(
+                WithTasks(model), {f"model.{n}": p for n, p in parameters.items()}, (x, *tasks)
+            )
+            .square()
+            .sum()
+        )
 
     every = vmap(grad(loss), in_dims=(None, *[0] * len(inputs)))(trained(model), *inputs)
     for i in range(3):
         single = copy.deepcopy(model)
         WithTasks(single)(*(tensor[i : i + 1] for tensor in inputs)).square().sum().backward()
         for name, gradient in every.items():
-            torch.testing.assert_close(gradient[i], single.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                gradient[i], single.get_parameter(name).grad, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_several_models_at_once(case):
     """`vmap` over parameters."""
     model = case.model().eval()
     x, call = case.input(), case.call(0, 2, 1)
-    sets = [{name: torch.randn_like(tensor) for name, tensor in trained(model).items()} for _ in range(2)]
+    sets = [
+        {name: torch.randn_like(tensor) for name, tensor in trained(model).items()}
+        for _ in range(2)
+    ]
     stacked = {name: torch.stack([one[name] for one in sets]) for name in sets[0]}
     outputs = vmap(lambda parameters: functional_call(model, parameters, (x,), call))(stacked)
     for parameters, output in zip(sets, outputs, strict=True):
-        torch.testing.assert_close(output, functional_call(model, parameters, (x,), call), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            output, functional_call(model, parameters, (x,), call), atol=1e-4, rtol=1e-4
+        )

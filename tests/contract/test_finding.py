@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where checkpoints are looked for: a path is never asked of the Hub, and what is said of a misspelt one."""
+"""Where checkpoints are looked for: a path is never asked of the Hub, and what is said of a
+misspelt one.
+"""
 
 import re
 from pathlib import Path
@@ -40,12 +42,18 @@ WRONG = [
     ("runs/adaptr", r"there is no folder 'runs/adaptr' \(did you mean 'runs/adapter'\?\)"),
     ("./runs/adaptr", r"no folder './runs/adaptr' \(did you mean 'runs/adapter'\?\)"),
     ("rums/adapter/x", r"no folder 'rums/adapter/x' \(did you mean 'runs'\?\)"),
-    ("rusn", r"no folder 'rusn' \(did you mean 'runs'\?\).*named 'owner/name'.*pass `revision='main'`"),
+    (
+        "rusn",
+        r"no folder 'rusn' \(did you mean 'runs'\?\).*named 'owner/name'.*pass `revision='main'`",
+    ),
     ("~/runs/adapter", r"`~` is not replaced; did you mean '.*/runs/adapter'\?"),
     ("some/where/else", r"no folder 'some/where/else' \('.' has no 'some'\)"),
     ("C:\\runs\\adapter", r"no folder 'C:\\runs\\adapter'"),
     ("runs/adapter/adapter_model.safetensors", "is a file; give the path of the folder"),
-    ("runs/several", r"in the folder 'runs/several'; its sub-folders 'second' have one \(`subfolder=…`\)"),
+    (
+        "runs/several",
+        r"in the folder 'runs/several'; its sub-folders 'second' have one \(`subfolder=…`\)",
+    ),
     (Path("some") / "where", r"no folder 'some/where'"),
 ]
 
@@ -61,16 +69,23 @@ def test_a_path_is_not_asked_of_the_hub(folders, asked, source, message):
 
 
 def test_a_misspelt_subfolder(folders, asked):
-    with pytest.raises(FileNotFoundError, match=r"'runs/several/secnd', which does not exist \(did you mean 'runs/several/second'"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"'runs/several/secnd', which does not exist \(did you mean 'runs/several/second'",
+    ):
         PeftModel.from_pretrained(mlp(), "runs/several", subfolder="secnd")
     assert not asked
 
 
 def test_the_hub_is_asked_once_for_what_can_be_a_repository(folders, asked):
-    with pytest.raises(FileNotFoundError, match=r"'someone/something'.*neither a local folder.*The Hub is away"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'someone/something'.*neither a local folder.*The Hub is away"
+    ):
         load_peft_weights("someone/something")
     names = ("adapter_model.safetensors", "adapter_model.bin")
-    assert asked == [("someone/something", name, local) for name, local in zip(names, (False, True), strict=True)]
+    assert asked == [
+        ("someone/something", name, local) for name, local in zip(names, (False, True), strict=True)
+    ]
     asked.clear()
     with pytest.raises(FileNotFoundError):
         PeftConfig.from_pretrained("runs/adaptr", revision="main")  # said to be one

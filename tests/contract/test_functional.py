@@ -23,7 +23,9 @@ def several():
     """A plain model with an adapter of each method, two of them around the same layer."""
     model = mlp()
     for name in sorted(METHODS):
-        F.inject_adapter_in_model(METHODS[name].config(target_modules=["0" if name == "LOKR" else "2"]), model, name)
+        F.inject_adapter_in_model(
+            METHODS[name].config(target_modules=["0" if name == "LOKR" else "2"]), model, name
+        )
     return model
 
 
@@ -33,7 +35,9 @@ def trainable(model):
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             for name in module.scaling:
-                own.setdefault(name, set()).update(p.requires_grad for p in module.adapter_parameters(name))
+                own.setdefault(name, set()).update(
+                    p.requires_grad for p in module.adapter_parameters(name)
+                )
         if isinstance(module, AdapterParameterDict):
             for name, parameter in module.items():
                 own.setdefault(name, set()).add(parameter.requires_grad)
@@ -42,7 +46,11 @@ def trainable(model):
 
 
 def active(model):
-    return {tuple(module.active_adapters) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    return {
+        tuple(module.active_adapters)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+    }
 
 
 def test_one_or_several_adapters_are_set(two):
@@ -103,12 +111,16 @@ def test_a_deleted_adapter_leaves_nothing_behind(method):
     x = torch.randn(3, 8)
     expected = model(x, **method.call)
     F.inject_adapter_in_model(method.config(target_modules=["2"]), model, "two")
-    with pytest.warns(UserWarning, match="two was active which is now deleted. Setting active adapter to one"):
+    with pytest.warns(
+        UserWarning, match="two was active which is now deleted. Setting active adapter to one"
+    ):
         assert F.delete_adapter(model, "two", prefix="") == ["one"]
     assert list(model.peft_config) == ["one"]
     assert model.state_dict().keys() == kept.keys()
     assert torch.equal(model(x, **method.call), expected)
-    F.inject_adapter_in_model(method.config(target_modules=["2"]), model, "two")  # the name is free again
+    F.inject_adapter_in_model(
+        method.config(target_modules=["2"]), model, "two"
+    )  # the name is free again
 
 
 def test_the_last_adapter_can_be_deleted(method):
@@ -128,12 +140,18 @@ def test_an_adapter_of_several_methods_is_deleted(several):
         left = F.delete_adapter(several, name, prefix="")
         assert left == [other for other in sorted(METHODS) if other > name]
         several(x, **({"task_ids": 1} if "POLY" in left else {}))
-    assert not [name for name in several.state_dict() if any(prefix in name for prefix in ("lora", "lokr"))]
+    assert not [
+        name for name in several.state_dict() if any(prefix in name for prefix in ("lora", "lokr"))
+    ]
 
 
 def test_a_merged_adapter_is_not_deleted(two, method):
     F.set_adapter(two, "two")
-    layer = next(module for module in two.modules() if isinstance(module, BaseTunerLayer) and "two" in module.scaling)
+    layer = next(
+        module
+        for module in two.modules()
+        if isinstance(module, BaseTunerLayer) and "two" in module.scaling
+    )
     layer.merge(**method.merge)
     before = snapshot(two)
     with pytest.raises(ValueError, match="while they are merged"):
@@ -148,7 +166,9 @@ def test_one_adapter_is_cast(method):
     model.bfloat16()
 
     def dtypes(adapter):
-        return {tensor.dtype for name, tensor in model.named_parameters() if adapter in name.split(".")}
+        return {
+            tensor.dtype for name, tensor in model.named_parameters() if adapter in name.split(".")
+        }
 
     F.cast_adapter_dtype(model, "one", autocast_adapter_dtype=False)
     assert dtypes("one") == {torch.bfloat16}
@@ -156,7 +176,11 @@ def test_one_adapter_is_cast(method):
         F.cast_adapter_dtype(model, "one")
     assert not any(tensor.is_inference() for tensor in model.parameters())
     assert (dtypes("one"), dtypes("two")) == ({torch.float32}, {torch.bfloat16})
-    assert all(tensor.dtype == torch.bfloat16 for name, tensor in model.named_parameters() if "base_layer" in name)
+    assert all(
+        tensor.dtype == torch.bfloat16
+        for name, tensor in model.named_parameters()
+        if "base_layer" in name
+    )
 
 
 def test_they_work_on_a_peft_model_too(method):
@@ -172,14 +196,23 @@ def test_they_work_on_a_peft_model_too(method):
 
 
 def test_a_state_goes_out_of_one_model_and_into_another(method):
-    models = [F.inject_adapter_in_model(method.config(target_modules=TARGETS), mlp(), "x") for _ in range(2)]
+    models = [
+        F.inject_adapter_in_model(method.config(target_modules=TARGETS), mlp(), "x")
+        for _ in range(2)
+    ]
     models[1].load_state_dict(
         {
             **models[1].state_dict(),
-            **{k: v for k, v in models[0].state_dict().items() if "base_layer" in k or k.startswith("4")},
+            **{
+                k: v
+                for k, v in models[0].state_dict().items()
+                if "base_layer" in k or k.startswith("4")
+            },
         }
     )
-    result = F.set_peft_model_state_dict(models[1], F.get_peft_model_state_dict(models[0], adapter_name="x"), "x")
+    result = F.set_peft_model_state_dict(
+        models[1], F.get_peft_model_state_dict(models[0], adapter_name="x"), "x"
+    )
     assert not result.missing_keys
     assert not result.unexpected_keys
     x = torch.randn(3, 8)

@@ -39,17 +39,26 @@ def test_a_folder_with_an_adapter_is_one(model, tmp_path):
 @pytest.mark.parametrize("multiplier", [2, 0.5, 0, -1.0])
 def test_rescaling_multiplies_what_the_adapter_adds(method, multiplier):
     """On one layer, where the output is the base's plus the adapter's part."""
-    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), method.config(target_modules=["0"])).eval()
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)), method.config(target_modules=["0"])
+    ).eval()
     x = torch.randn(4, 8)
     full = model(x, **method.call)
     with model.disable_adapter():
         base = model(x, **method.call)
-    before, held = [dict(layer.scaling) for layer in adapter_layers(model)], [layer.scaling for layer in adapter_layers(model)]
+    before, held = (
+        [dict(layer.scaling) for layer in adapter_layers(model)],
+        [layer.scaling for layer in adapter_layers(model)],
+    )
     with rescale_adapter_scale(model, multiplier):
-        assert before == held and (multiplier == 1 or held != [layer.scaling for layer in adapter_layers(model)])
+        assert before == held and (
+            multiplier == 1 or held != [layer.scaling for layer in adapter_layers(model)]
+        )
         torch.testing.assert_close(model(x, **method.call), base + multiplier * (full - base))
         with rescale_adapter_scale(model, 3):
-            torch.testing.assert_close(model(x, **method.call), base + 3 * multiplier * (full - base))
+            torch.testing.assert_close(
+                model(x, **method.call), base + 3 * multiplier * (full - base)
+            )
     assert [dict(layer.scaling) for layer in adapter_layers(model)] == before
     assert torch.equal(model(x, **method.call), full)
 
@@ -73,7 +82,10 @@ def test_rescaling_works_on_a_model_with_injected_adapters(method):
 
 
 def test_rescaling_refuses_what_has_no_meaning(model, method):
-    with pytest.raises(TypeError, match="multiplier should be of type float, got <class 'str'>"), rescale_adapter_scale(model, "2"):
+    with (
+        pytest.raises(TypeError, match="multiplier should be of type float, got <class 'str'>"),
+        rescale_adapter_scale(model, "2"),
+    ):
         pass
     with pytest.raises(ValueError, match="no adapters"), rescale_adapter_scale(mlp(), 2):
         pass
@@ -83,7 +95,9 @@ def test_rescaling_refuses_what_has_no_meaning(model, method):
 
 
 def test_casting_of_inputs_can_be_left_to_others(method):
-    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), method.config(target_modules=["0"])).eval()
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)), method.config(target_modules=["0"])
+    ).eval()
     x = torch.randn(4, 8, dtype=torch.float64)
     layer = adapter_layers(model)[0]
     layer.base_layer.to(torch.float64)
@@ -101,12 +115,17 @@ def test_casting_of_inputs_can_be_left_to_others(method):
     assert not layer.cast_input_dtype_enabled
 
 
-# --- signatures -------------------------------------------------------------------------------------------------------
+# --- signatures
+# -------------------------------------------------------------------------------------------------------
+#
+#
 
 
 @pytest.fixture
 def language_model(method):
-    return peft.get_peft_model(conftest.llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        conftest.llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
 
 
 def test_a_model_shows_its_base_models_signatures(language_model, method):
@@ -125,16 +144,27 @@ def test_a_model_shows_its_base_models_signatures(language_model, method):
 def test_a_model_with_a_shown_signature_works_as_before(language_model, method):
     ids = torch.tensor([[1, 2, 3, 4]])
     expected = language_model(ids, **method.call).logits
-    tokens = language_model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, **method.call)
+    tokens = language_model.generate(
+        input_ids=ids, max_new_tokens=2, do_sample=False, **method.call
+    )
     update_signature(language_model)
-    for model in (language_model, copy.deepcopy(language_model), pickle.loads(pickle.dumps(language_model))):
+    for model in (
+        language_model,
+        copy.deepcopy(language_model),
+        pickle.loads(pickle.dumps(language_model)),
+    ):
         assert torch.equal(model(ids, **method.call).logits, expected)
-        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, **method.call), tokens)
+        assert torch.equal(
+            model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, **method.call), tokens
+        )
     again = copy.deepcopy(language_model)
     assert again.forward.__self__ is again
 
 
-@pytest.mark.parametrize(("update", "name"), [(update_forward_signature, "forward"), (update_generate_signature, "generate")])
+@pytest.mark.parametrize(
+    ("update", "name"),
+    [(update_forward_signature, "forward"), (update_generate_signature, "generate")],
+)
 def test_either_signature_can_be_updated(language_model, update, name):
     update(language_model)
     assert name in vars(language_model)
@@ -154,7 +184,10 @@ def test_signatures_of_other_things_are_refused(model):
         update_signature(mlp())
 
 
-@pytest.mark.parametrize("name", ["DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"])
+@pytest.mark.parametrize(
+    "name",
+    ["DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"],
+)
 def test_what_is_not_provided_says_so(name):
     with pytest.raises(NotImplementedError, match=f"{name} is not provided.*{sorted(METHODS)[0]}"):
         getattr(peft.helpers, name)()

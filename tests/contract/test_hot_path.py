@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer does on the way: gradients of functions of our own, who may look on, and how large the tensors are that it makes."""
+"""What a layer does on the way: gradients of functions of our own, who may look on, and how large
+the tensors are that it makes.
+"""
 
 import copy
 
@@ -28,12 +30,20 @@ def normal(*shape):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("leading", "first", "last"), [((3,), (4, 2), (2, 6)), ((2, 3), (4, 2), (2, 6)), ((2, 3), (2, 4, 2), (2, 2, 6))]
+    ("leading", "first", "last"),
+    [((3,), (4, 2), (2, 6)), ((2, 3), (4, 2), (2, 6)), ((2, 3), (2, 4, 2), (2, 2, 6))],
 )
 def test_products_taken_together(leading, first, last, bias, product):
-    """Values and first and second derivatives of a layer and an adapter that share their memory, against finite differences."""
+    """Values and first and second derivatives of a layer and an adapter that share their memory,
+    against finite differences.
+    """
     layer = nn.Linear(4, 6, bias, dtype=torch.float64)
-    operands = normal(*leading, 4), normal(*first), normal(*last), *(p.detach().requires_grad_() for p in layer.parameters())
+    operands = (
+        normal(*leading, 4),
+        normal(*first),
+        normal(*last),
+        *(p.detach().requires_grad_() for p in layer.parameters()),
+    )
 
     def together(x, first, last, *parameters):
         twin = copy.copy(layer)
@@ -43,7 +53,9 @@ def test_products_taken_together(leading, first, last, bias, product):
 
     x, A, B, *parameters = operands
     h = x.view(2, 3, 4) @ A if A.dim() == 3 else x @ A
-    torch.testing.assert_close(together(*operands), nn.functional.linear(x, *parameters) + h.tanh() @ B)
+    torch.testing.assert_close(
+        together(*operands), nn.functional.linear(x, *parameters) + h.tanh() @ B
+    )
     assert torch.autograd.gradcheck(together, operands)
     assert torch.autograd.gradgradcheck(together, operands)
 
@@ -67,7 +79,9 @@ def test_product_added_in_place(p):
 @pytest.mark.parametrize("peft_type", sorted(METHODS))
 def test_an_output_that_a_replaced_forward_keeps_is_left_alone(peft_type):
     method, kept = METHODS[peft_type], []
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), method.config(target_modules=["0"])).eval()
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), method.config(target_modules=["0"])
+    ).eval()
     base = model.get_submodule("base_model.model.0.base_layer")
 
     def forward(x):
@@ -95,7 +109,9 @@ def outcome(model, x, call, seed=0):
 @pytest.mark.parametrize("trained_base", [False, True])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_same_whoever_looks_on(name, trained_base):
-    """A hook on the base layer, which has it called by itself, sees it called and changes no number."""
+    """A hook on the base layer, which has it called by itself, sees it called and changes no
+    number.
+    """
     case = CASES[name]
     model = case.model().double().train()
     for layer in model.base_model.tuner_layers():
@@ -136,12 +152,20 @@ class Sizes(TorchDispatchMode):
         self.made = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in inputs
+            ):
                 self.made[str(function)] = max(
-                    self.made.get(str(function), 0), tensor.untyped_storage().nbytes() // tensor.itemsize
+                    self.made.get(str(function), 0),
+                    tensor.untyped_storage().nbytes() // tensor.itemsize,
                 )
         return result
 
@@ -153,11 +177,14 @@ LINEAR = sorted(name for name, case in CASES.items() if not case.conv and name !
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_no_tensor_of_the_weights_size(name, grad):
-    """Neither forward nor backward makes a tensor of `out · in` elements, nor of more than some times the activations'; a decomposed
-    adapter, which measures the rows of the base weight, some of the length of a block for each row.
+    """Neither forward nor backward makes a tensor of `out · in` elements, nor of more than some
+    times the activations'; a decomposed adapter, which measures the rows of the base weight, some
+    of the length of a block for each row.
     """
     case, width, rows = CASES[name], 256, 3
-    model = get_peft_model(nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"])
+    )
     model.train(grad)
     x = torch.randn(rows, width, requires_grad=grad)
     with Sizes() as sizes, torch.set_grad_enabled(grad):
@@ -165,16 +192,25 @@ def test_no_tensor_of_the_weights_size(name, grad):
         if grad:
             y.sum().backward()
     inventory = max(p.numel() for name, p in model.named_parameters() if p.requires_grad)
-    assert max(sizes.made.values()) <= max(inventory, 4 * rows * width, width**1.5) < width * width, sizes.made
+    assert (
+        max(sizes.made.values()) <= max(inventory, 4 * rows * width, width**1.5) < width * width
+    ), sizes.made
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in LINEAR if not ("dropout" in name or "decomposed" in name or CASES[name].method == "POLY")]
+    "name",
+    [
+        name
+        for name in LINEAR
+        if not ("dropout" in name or "decomposed" in name or CASES[name].method == "POLY")
+    ],
 )
 def test_little_is_kept_for_backward(name):
     """Beyond the layer's input: the adapter's factors, and less than an eighth of the input's size."""
     case, width, rows = CASES[name], 128, 192
-    model = get_peft_model(nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"])).train()
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(width, width)), case.config(target_modules=["0"])
+    ).train()
     layer = next(iter(model.base_model.tuner_layers()))
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     x, kept = torch.randn(rows, width, requires_grad=True), {}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hotswapping: one adapter's weights in the place of another's, for every method, in plain and in compiled models."""
+"""Hotswapping: one adapter's weights in the place of another's, for every method, in plain and in
+compiled models.
+"""
 
 import copy
 
@@ -59,7 +61,10 @@ def loaded(folder, net=base):
 
 def same_values(model, folder):
     """Whether a model's adapter is the one in a folder, to the bit."""
-    expected, state = load_file(folder / "adapter_model.safetensors"), peft.get_peft_model_state_dict(model)
+    expected, state = (
+        load_file(folder / "adapter_model.safetensors"),
+        peft.get_peft_model_state_dict(model),
+    )
     assert state.keys() == expected.keys()
     return all(torch.equal(state[key], expected[key]) for key in expected)
 
@@ -84,7 +89,9 @@ def test_what_is_trainable_stays_so(method, saved):
 
 
 def test_an_adapter_without_memory_gets_some(method, saved):
-    model = peft.get_peft_model(base(), method.config(target_modules=TARGETS), low_cpu_mem_usage=True).eval()
+    model = peft.get_peft_model(
+        base(), method.config(target_modules=TARGETS), low_cpu_mem_usage=True
+    ).eval()
     hotswap_adapter(model, saved / "2", "default")
     assert torch.equal(model(X, **method.call), loaded(saved / "2")(X, **method.call))
 
@@ -105,8 +112,14 @@ def test_injected_adapters_are_swapped(method, saved):
 
 
 def test_an_adapter_among_those_of_other_methods_is_swapped(method, saved):
-    other = next(METHODS[name] for name in sorted(METHODS) if name != kind_of(method) and not METHODS[name].call)
-    model = peft.get_peft_model(base(), other.config(target_modules=TARGETS), "below", mixed=True).eval()
+    other = next(
+        METHODS[name]
+        for name in sorted(METHODS)
+        if name != kind_of(method) and not METHODS[name].call
+    )
+    model = peft.get_peft_model(
+        base(), other.config(target_modules=TARGETS), "below", mixed=True
+    ).eval()
     model.add_adapter("x", method.config(target_modules=TARGETS))
     model.set_adapter("x")
     hotswap_adapter(model, saved / "2", "x")
@@ -121,17 +134,28 @@ def test_tensors_in_memory_come_with_or_without_the_adapters_name(method, saved,
     if injected:
         model = peft.inject_adapter_in_model(method.config(target_modules=TARGETS), base())
     if named:
-        state = {key: tensor for key, tensor in source.state_dict().items() if "default" in key.split(".")}
+        state = {
+            key: tensor
+            for key, tensor in source.state_dict().items()
+            if "default" in key.split(".")
+        }
     else:
         state = peft.get_peft_model_state_dict(source)
     if injected:
-        state = {key.removeprefix("base_model.").removeprefix("model."): tensor for key, tensor in state.items()}
+        state = {
+            key.removeprefix("base_model.").removeprefix("model."): tensor
+            for key, tensor in state.items()
+        }
     hotswap_adapter_from_state_dict(model, state, "default", source.peft_config["default"])
     assert torch.equal(model.eval()(X, **method.call), source(X, **method.call))
 
 
 def test_whole_modules_and_rows_of_embeddings_are_swapped_too(method, tmp_path):
-    fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
+    fields = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [3, 5],
+    }
     models = [made(method, seed, lambda: _seeded(conftest.llama), **fields) for seed in (1, 2)]
     with torch.no_grad():
         for parameter in models[1].parameters():
@@ -169,7 +193,9 @@ def test_the_new_config_counts_from_then_on(method, tmp_path):
     before = [dict(layer.scaling) for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     model.base_model.model[0].scale_layer(3)
     model.base_model.model[0].unscale_layer()
-    assert [dict(layer.scaling) for layer in model.modules() if isinstance(layer, BaseTunerLayer)] == before
+    assert [
+        dict(layer.scaling) for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+    ] == before
 
 
 ROUTING = [
@@ -215,11 +241,14 @@ def test_a_top_k_file_is_swapped_in(tmp_path):
         model.train()(X)
 
 
-# --- compiled models --------------------------------------------------------------------------------------------------
+# --- compiled models
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("name", "training"), [*((name, False) for name in sorted(METHODS)), ("POLY", True)])
+@pytest.mark.parametrize(
+    ("name", "training"), [*((name, False) for name in sorted(METHODS)), ("POLY", True)]
+)
 def test_a_prepared_model_is_compiled_once(name, training, tmp_path):
     """For adapters that come and for other scales; in training, where Poly draws, too."""
     method = METHODS[name]
@@ -243,7 +272,11 @@ def test_a_prepared_model_is_compiled_once(name, training, tmp_path):
             hotswap_adapter(compiled, tmp_path / i, "default")
             torch.testing.assert_close(call(compiled), call(loaded(tmp_path / i).train(training)))
         layer = model.base_model.model[0]
-        for change in (lambda: layer.set_scale("default", 0.5), lambda: layer.scale_layer(3), layer.unscale_layer):
+        for change in (
+            lambda: layer.set_scale("default", 0.5),
+            lambda: layer.scale_layer(3),
+            layer.unscale_layer,
+        ):
             change()
             assert isinstance(layer.scaling["default"], torch.Tensor)
             torch.testing.assert_close(call(compiled), call(model))
@@ -264,7 +297,9 @@ def test_a_prepared_model_does_all_that_others_do(method, saved, tmp_path):
     y = plain(X, **method.call)
     torch.testing.assert_close(model(X, **method.call), y)
     torch.testing.assert_close(copy.deepcopy(model)(X, **method.call), y)
-    weights = [parameter.clone() for name, parameter in model.named_parameters() if "base_layer" in name]
+    weights = [
+        parameter.clone() for name, parameter in model.named_parameters() if "base_layer" in name
+    ]
     model.merge_adapter(**method.merge)
     model.base_model.model[0].scale_layer(5)  # what is merged comes off as it went in
     torch.testing.assert_close(model(X, **method.call), y)
@@ -294,12 +329,21 @@ def test_preparing_a_model_asks_for_adapters_and_no_compilation(model):
         prepare_model_for_compiled_hotswap(model)
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks
+# ------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def conv():
     torch.manual_seed(0)
-    layers = nn.Conv2d(8, 16, 3, groups=2), nn.Conv2d(16, 16, 3, stride=2), nn.Flatten(), nn.Linear(64, 4), nn.Embedding(1, 1)
+    layers = (
+        nn.Conv2d(8, 16, 3, groups=2),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+        nn.Embedding(1, 1),
+    )
     return nn.Sequential(*layers[:4]).eval()
 
 
@@ -325,7 +369,9 @@ def test_ranks_and_scales_may_differ(kind, prepared, tmp_path):
     variants = {"4": {"r": 4}, "2": {"r": 2, "lora_alpha": 7}, "8": {"r": 8, "use_rslora": True}}
     variants["pattern"] = {"r": 4, "rank_pattern": {"0": 6}, "alpha_pattern": {"1": 11}}
     for seed, (name, more) in enumerate(variants.items()):
-        made(METHODS["LORA"], seed, net, target_modules=targets, **fields, **more).save_pretrained(tmp_path / name)
+        made(METHODS["LORA"], seed, net, target_modules=targets, **fields, **more).save_pretrained(
+            tmp_path / name
+        )
     model = loaded(tmp_path / "4", net)
     if prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
@@ -335,7 +381,9 @@ def test_ranks_and_scales_may_differ(kind, prepared, tmp_path):
     for name in ("2", "8", "pattern", "4"):
         hotswap_adapter(model, tmp_path / name, "default")
         with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close((compiled if prepared else model)(x), loaded(tmp_path / name, net)(x))
+            torch.testing.assert_close(
+                (compiled if prepared else model)(x), loaded(tmp_path / name, net)(x)
+            )
         model.save_pretrained(tmp_path / "again")
         assert same_values(model, tmp_path / name)
         assert torch.equal(loaded(tmp_path / "again", net)(x), loaded(tmp_path / name, net)(x))
@@ -394,20 +442,39 @@ def test_an_adapter_that_starts_from_the_weight_is_swapped(tmp_path):
 def test_a_target_rank_that_does_not_fit_changes_nothing(rank):
     model = made(METHODS["LORA"], 1)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"can't be filled up to `target_rank`=.*0.lora_A.weight` has shape \[2, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"can't be filled up to `target_rank`=.*0.lora_A.weight` has shape \[2, 8\]",
+    ):
         prepare_model_for_compiled_hotswap(model, target_rank=rank)
     assert_unchanged(before, model)
     assert model.base_model.model[0].scaling == {"default": 1.5}
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
+# --- what does not fit
+# ------------------------------------------------------------------------------------------------
 
 OTHER_SHAPES = {
-    "LOHA": ({"r": 3}, r"hada_w1_a`: the checkpoint has shape \[16, 3\], the adapter in the model \[16, 2\]"),
-    "LOKR": ({"r": 1, "decompose_factor": 2}, r"lokr_w1`: the checkpoint has shape \[2, 2\], the adapter in the model \[4, 2\]"),
-    "VBLORA": ({"num_vectors": 10}, r"logits_A`: the checkpoint has shape \[2, 2, 10\], the adapter in the model \[2, 2, 12\]"),
-    "POLY": ({"n_tasks": 4}, r"module_logits`: the checkpoint has shape \[4, 4\], the adapter in the model \[3, 4\]"),
-    "LORA": ({"use_dora": True}, "lora_magnitude_vector.weight`: the adapter in the model has no such tensor"),
+    "LOHA": (
+        {"r": 3},
+        r"hada_w1_a`: the checkpoint has shape \[16, 3\], the adapter in the model \[16, 2\]",
+    ),
+    "LOKR": (
+        {"r": 1, "decompose_factor": 2},
+        r"lokr_w1`: the checkpoint has shape \[2, 2\], the adapter in the model \[4, 2\]",
+    ),
+    "VBLORA": (
+        {"num_vectors": 10},
+        r"logits_A`: the checkpoint has shape \[2, 2, 10\], the adapter in the model \[2, 2, 12\]",
+    ),
+    "POLY": (
+        {"n_tasks": 4},
+        r"module_logits`: the checkpoint has shape \[4, 4\], the adapter in the model \[3, 4\]",
+    ),
+    "LORA": (
+        {"use_dora": True},
+        "lora_magnitude_vector.weight`: the adapter in the model has no such tensor",
+    ),
 }
 
 
@@ -427,7 +494,9 @@ def test_other_shapes_are_an_error_that_names_them(method, tmp_path):
 
 def test_more_layers_are_an_error(method, saved):
     refused(
-        made(method, 1, target_modules=["0"]), saved / "1", r"`base_model.model.2\..*the adapter in the model has no such tensor"
+        made(method, 1, target_modules=["0"]),
+        saved / "1",
+        r"`base_model.model.2\..*the adapter in the model has no such tensor",
     )
 
 
@@ -442,7 +511,12 @@ def test_another_method_is_an_error(method, tmp_path):
     other = next(METHODS[name] for name in sorted(METHODS) if name != kind_of(method))
     made(other, 2).save_pretrained(tmp_path)
     kinds = [kind_of(m) for m in (method, other)]
-    refused(made(method, 1), tmp_path, f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}", ValueError)
+    refused(
+        made(method, 1),
+        tmp_path,
+        f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}",
+        ValueError,
+    )
     with pytest.raises(ValueError, match="Incompatible PEFT types"):
         check_hotswap_configs_compatible(method.config(), other.config())
     check_hotswap_configs_compatible(method.config(), method.config(r=1))
@@ -455,12 +529,18 @@ def test_tensors_that_belie_their_config_are_an_error(method):
     before = snapshot(model)
     for broken, match in (
         ({k: v for k, v in state.items() if k != key}, f"`{key}`: the checkpoint lacks it"),
-        ({**state, key: state[key][..., :1]}, f"`{key}`: the checkpoint has shape .*, which its config says is"),
+        (
+            {**state, key: state[key][..., :1]},
+            f"`{key}`: the checkpoint has shape .*, which its config says is",
+        ),
         (
             {**state, key: state[key].int()},
             f"`{key}`: the checkpoint has dtype torch.int32, the adapter in the model torch.float32",
         ),
-        ({**state, "base_model.model.9.weight": torch.ones(1)}, r"model.9.weight`: the adapter in the model has no such tensor"),
+        (
+            {**state, "base_model.model.9.weight": torch.ones(1)},
+            r"model.9.weight`: the adapter in the model has no such tensor",
+        ),
         ({}, "nothing for this layer|lacks it|is empty"),
     ):
         with pytest.raises(RuntimeError, match=match):
@@ -472,8 +552,12 @@ def test_sizes_that_do_not_fit_the_layers_are_an_error():
     method = METHODS["VBLORA"]
     source, model = made(method, 2), made(method, 1)
     config = method.config(target_modules=TARGETS, vector_length=3)
-    with pytest.raises(RuntimeError, match="nothing was changed.*must be divisible by `vector_length` 3"):
-        hotswap_adapter_from_state_dict(model, peft.get_peft_model_state_dict(source), "default", config)
+    with pytest.raises(
+        RuntimeError, match="nothing was changed.*must be divisible by `vector_length` 3"
+    ):
+        hotswap_adapter_from_state_dict(
+            model, peft.get_peft_model_state_dict(source), "default", config
+        )
 
 
 def test_a_merged_adapter_is_not_swapped(method, saved):

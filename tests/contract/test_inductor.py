@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`torch.compile` with its default backend, which makes kernels: too slow for more than one graph, so all methods are in it."""
+"""`torch.compile` with its default backend, which makes kernels: too slow for more than one graph,
+so all methods are in it.
+"""
 
 import copy
 
@@ -16,11 +18,17 @@ class Every(nn.Module):
 
     def __init__(self):
         super().__init__()
-        made = {name: get_peft_model(nn.Sequential(nn.Linear(8, 8)), m.config(target_modules=["0"])) for name, m in METHODS.items()}
+        made = {
+            name: get_peft_model(nn.Sequential(nn.Linear(8, 8)), m.config(target_modules=["0"]))
+            for name, m in METHODS.items()
+        }
         self.models = nn.ModuleDict(made)
 
     def forward(self, x, tasks):
-        return [model(x, **({"task_ids": tasks} if METHODS[name].call else {})) for name, model in self.models.items()]
+        return [
+            model(x, **({"task_ids": tasks} if METHODS[name].call else {}))
+            for name, model in self.models.items()
+        ]
 
 
 @pytest.mark.compile
@@ -29,7 +37,8 @@ def test_values_and_gradients():
     eager = Every().eval()
     model = copy.deepcopy(eager)
     x, tasks = torch.randn(3, 8), torch.tensor([0, 2, 1])
-    # A pool of processes takes longer to start than this takes, and kernels without vector instructions are compiled the fastest.
+    # A pool of processes takes longer to start than this takes, and kernels without vector
+    # instructions are compiled the fastest.
     with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         outputs = [run(x, tasks) for run in (eager, torch.compile(model, fullgraph=True))]
         torch.testing.assert_close(outputs[1], outputs[0])
@@ -37,4 +46,6 @@ def test_values_and_gradients():
             sum(each.square().sum() for each in output).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, eager.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                parameter.grad, eager.get_parameter(name).grad, atol=1e-4, rtol=1e-4
+            )

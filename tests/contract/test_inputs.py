@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever the base layer takes an adapted one takes: inputs of every form against the dense formula, in float64."""
+"""Whatever the base layer takes an adapted one takes: inputs of every form against the dense
+formula, in float64.
+"""
 
 import pytest
 import torch
@@ -64,7 +66,9 @@ INPUTS = {
     "a subclass": lambda: numbers(3, IN).as_subclass(Subclass),
     "a parameter": lambda: nn.Parameter(numbers(3, 4, IN)),
     "jagged": lambda: samples_of_two_lengths(torch.jagged),
-    "jagged, with heads": lambda: torch.nested.nested_tensor([numbers(2, 3, IN), numbers(4, 3, IN)], layout=torch.jagged),
+    "jagged, with heads": lambda: torch.nested.nested_tensor(
+        [numbers(2, 3, IN), numbers(4, 3, IN)], layout=torch.jagged
+    ),
     "nested": lambda: samples_of_two_lengths(torch.strided),
 }
 
@@ -98,7 +102,9 @@ def samples_of(y):
 
 
 def dense(case, layer, x, tasks, adapters=("default",)):
-    """What the layer computes for each sample, by the formula; for routing by token for each token by itself."""
+    """What the layer computes for each sample, by the formula; for routing by token for each token
+    by itself.
+    """
     base = layer.get_base_layer()
 
     def of(x, task):
@@ -118,7 +124,10 @@ def dense(case, layer, x, tasks, adapters=("default",)):
             W, total = W + changed, total + base.bias * 1 + extra
         return x @ W.T + total
 
-    return [of(sample.as_subclass(torch.Tensor), task) for sample, task in zip(samples_of(x), tasks, strict=False)]
+    return [
+        of(sample.as_subclass(torch.Tensor), task)
+        for sample, task in zip(samples_of(x), tasks, strict=False)
+    ]
 
 
 def assert_right(case, model, x, found, expected):
@@ -131,7 +140,9 @@ def assert_right(case, model, x, found, expected):
         torch.testing.assert_close(one.as_subclass(torch.Tensor), other)
     if not found or not found[0].requires_grad:
         return
-    sources = [parameter for parameter in model.parameters() if parameter.requires_grad] + [x] * x.requires_grad
+    sources = [parameter for parameter in model.parameters() if parameter.requires_grad] + [
+        x
+    ] * x.requires_grad
     outcomes = []
     for outputs in (found, expected):
         total = sum(y.square().sum() for y in outputs)
@@ -144,7 +155,9 @@ def assert_right(case, model, x, found, expected):
             for own, right in zip(one.unbind(), other.unbind(), strict=True):
                 torch.testing.assert_close(own, right)
         else:
-            torch.testing.assert_close(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+            torch.testing.assert_close(
+                one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor)
+            )
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -166,7 +179,9 @@ def test_values_and_gradients(case, kind):
 @pytest.mark.parametrize("case", sorted(METHODS))
 @pytest.mark.parametrize("train", [False, True])
 def test_several_adapters_and_precisions(case, train):
-    """Of inputs that go different roads, a sum of adapters; in float32, and in bfloat16 with adapters in float32."""
+    """Of inputs that go different roads, a sum of adapters; in float32, and in bfloat16 with
+    adapters in float32.
+    """
     for kind in ("a vector", "no rows", "tokens", "tokens first", "jagged", "nested"):
         model = model_of(case, ("one", "two"))
         model.base_model.set_adapter(["one", "two"])
@@ -175,7 +190,10 @@ def test_several_adapters_and_precisions(case, train):
         expected = dense(case, model.base_model.model[0], x, tasks, ("one", "two"))
         with torch.set_grad_enabled(train):
             assert_right(case, model, x, model(x, **call), expected)
-            for dtype, base, tolerance in ((torch.float32, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 0.1)):
+            for dtype, base, tolerance in (
+                (torch.float32, torch.float32, 1e-5),
+                (torch.float32, torch.bfloat16, 0.1),
+            ):
                 model.to(dtype).base_model.model[0].base_layer.to(base)
                 found = samples_of(model(x.to(base), **call))
                 assert len(found) == len(expected)
@@ -190,7 +208,9 @@ def test_without_values(case):
     model, x = model_of(case), numbers(3, IN)
     call, tasks = call_of(case, x)
     expected = torch.stack(dense(case, model.base_model.model[0], x, tasks))
-    torch.testing.assert_close(torch.vmap(lambda x: model(x, **({"task_ids": 1} if call else {})))(x)[1], expected[1])
+    torch.testing.assert_close(
+        torch.vmap(lambda x: model(x, **({"task_ids": 1} if call else {})))(x)[1], expected[1]
+    )
     with torch.inference_mode():
         torch.testing.assert_close(model(x.clone(), **call), expected)
         inference = x.clone()
@@ -201,7 +221,10 @@ def test_without_values(case):
         assert model(torch.empty(3, IN, dtype=torch.float64), **call).shape == (3, OUT)
     model = model.to("meta").requires_grad_()
     for shape in ((IN,), (3, IN), (3, 4, IN), (0, IN)):
-        y = model(torch.empty(shape, dtype=torch.float64, device="meta"), **({"task_ids": 1} if call else {}))
+        y = model(
+            torch.empty(shape, dtype=torch.float64, device="meta"),
+            **({"task_ids": 1} if call else {}),
+        )
         assert y.is_meta
         assert y.shape == (*shape[:-1], OUT)
         y.sum().backward()
@@ -227,7 +250,11 @@ def test_other_layers(case):
             assert len(found) == len(samples_of(x))
             for one, sample, task in zip(found, samples_of(x), tasks, strict=False):
                 bias = 0 if layer.get_base_layer().bias is None else layer.get_base_layer().bias
-                expected = sample @ adapted_weight(layer, sample, task)[0].T + bias if sample.numel() else sample.new_zeros(0, OUT)
+                expected = (
+                    sample @ adapted_weight(layer, sample, task)[0].T + bias
+                    if sample.numel()
+                    else sample.new_zeros(0, OUT)
+                )
                 torch.testing.assert_close(one, expected)
             model.base_model.disable_adapter_layers()
 
@@ -259,23 +286,33 @@ def test_convolutions(case):
     options = {"stride": 2, "padding": 1, "dtype": torch.float64}
     method = METHODS[case.split()[0]]
     model = get_peft_model(
-        nn.Sequential(nn.Conv2d(IN, OUT, 3, **options)), method.config(target_modules=["0"], **CONVOLUTIONS[case])
+        nn.Sequential(nn.Conv2d(IN, OUT, 3, **options)),
+        method.config(target_modules=["0"], **CONVOLUTIONS[case]),
     ).eval()
     model.double()
     layer = model.base_model.model[0]
     for kind, make in IMAGES.items():
         x = make().requires_grad_()
-        expected = nn.functional.conv2d(x, adapted_weight(layer, x)[0], layer.get_base_layer().bias, 2, 1)
+        expected = nn.functional.conv2d(
+            x, adapted_weight(layer, x)[0], layer.get_base_layer().bias, 2, 1
+        )
         found = model(x)
         assert type(found) is type(x), kind
         torch.testing.assert_close(found, expected)
         sources = [x, *(p for p in model.parameters() if p.requires_grad)]
         for one, other in zip(
-            torch.autograd.grad(found.square().sum(), sources), torch.autograd.grad(expected.square().sum(), sources), strict=True
+            torch.autograd.grad(found.square().sum(), sources),
+            torch.autograd.grad(expected.square().sum(), sources),
+            strict=True,
         ):
             torch.testing.assert_close(one, other)
     assert torch.vmap(model)(numbers(3, IN, 5, 6)).shape == (3, OUT, 3, 3)
-    assert model.to("meta")(torch.empty(2, IN, 5, 6, dtype=torch.float64, device="meta")).shape == (2, OUT, 3, 3)
+    assert model.to("meta")(torch.empty(2, IN, 5, 6, dtype=torch.float64, device="meta")).shape == (
+        2,
+        OUT,
+        3,
+        3,
+    )
 
 
 def test_embeddings():
@@ -283,9 +320,19 @@ def test_embeddings():
     model = model_of("LORA", base=nn.Sequential(nn.Embedding(7, OUT)))
     layer = model.base_model.model[0]
     nn.init.normal_(layer.lora_embedding_A["default"])
-    W = layer.base_layer.weight + (layer.lora_embedding_B["default"] @ layer.lora_embedding_A["default"]).T * 1.5
-    jagged = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
-    for x in (torch.tensor(3), torch.tensor([1, 6, 1]), torch.zeros(2, 0, dtype=torch.long), torch.tensor([[0, 1], [2, 3]])):
+    W = (
+        layer.base_layer.weight
+        + (layer.lora_embedding_B["default"] @ layer.lora_embedding_A["default"]).T * 1.5
+    )
+    jagged = torch.nested.nested_tensor(
+        [torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged
+    )
+    for x in (
+        torch.tensor(3),
+        torch.tensor([1, 6, 1]),
+        torch.zeros(2, 0, dtype=torch.long),
+        torch.tensor([[0, 1], [2, 3]]),
+    ):
         torch.testing.assert_close(model(x), W[x])
     torch.testing.assert_close(model(jagged).values(), W[jagged.values()])
 

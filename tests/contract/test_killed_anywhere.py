@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saving process is killed at each of its system calls in turn; a reader sees the old adapter or the new one."""
+"""A saving process is killed at each of its system calls in turn; a reader sees the old adapter or
+the new one.
+"""
 
 import os
 import sys
@@ -11,20 +13,37 @@ from conftest import TARGETS, mlp
 import peft
 from peft import LoKrConfig, PeftModel, get_peft_model
 
-EVENTS = {"open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "os.truncate", "os.link", "os.symlink", "tempfile.mkstemp"}
+EVENTS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.chmod",
+    "os.mkdir",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+    "tempfile.mkstemp",
+}
 KILLED = 77
 
 
 def adapter(rank):
     torch.manual_seed(rank)
-    # Rank 2 has other tensors than rank 1 at these sizes, so weights of one never fit the config of the other.
-    return get_peft_model(mlp(), LoKrConfig(r=rank, alpha=rank * 8, target_modules=TARGETS, init_weights=False))
+    # Rank 2 has other tensors than rank 1 at these sizes, so weights of one never fit the config of
+    # the other.
+    return get_peft_model(
+        mlp(), LoKrConfig(r=rank, alpha=rank * 8, target_modules=TARGETS, init_weights=False)
+    )
 
 
 def scaled(alpha):
-    """Adapters whose tensors have one shape and whose configs differ: a mixture would load without complaint."""
+    """Adapters whose tensors have one shape and whose configs differ: a mixture would load without
+    complaint.
+    """
     torch.manual_seed(int(alpha))
-    return get_peft_model(mlp(), LoKrConfig(r=1, alpha=alpha, target_modules=TARGETS, init_weights=False))
+    return get_peft_model(
+        mlp(), LoKrConfig(r=1, alpha=alpha, target_modules=TARGETS, init_weights=False)
+    )
 
 
 def read(folder):
@@ -39,7 +58,9 @@ def read(folder):
 
 
 def run_killed(save, folder, step):
-    """Run `save` in a child that ends for good just before its `step`-th event in `folder`; how it ended."""
+    """Run `save` in a child that ends for good just before its `step`-th event in `folder`; how it
+    ended.
+    """
     child = os.fork()
     if child == 0:
         seen = 0
@@ -78,7 +99,9 @@ def kill_everywhere(tmp_path, make_old, make_new, old_options, new_options):
         folder = tmp_path / f"step{step}"
         if old is not None:
             old.save_pretrained(folder, **old_options)
-        code = run_killed(lambda folder=folder: new.save_pretrained(folder, **new_options), folder, step)
+        code = run_killed(
+            lambda folder=folder: new.save_pretrained(folder, **new_options), folder, step
+        )
         assert code in (0, KILLED)
         state = read(folder)
         assert state in values, f"a mixture or nothing at step {step}"
@@ -107,7 +130,9 @@ def test_an_adapter_is_written_where_none_was(tmp_path):
 
 @pytest.mark.processes
 def test_a_legacy_adapter_is_replaced(tmp_path):
-    kill_everywhere(tmp_path, lambda: scaled(1), lambda: scaled(2), {"safe_serialization": False}, {})
+    kill_everywhere(
+        tmp_path, lambda: scaled(1), lambda: scaled(2), {"safe_serialization": False}, {}
+    )
 
 
 @pytest.mark.processes

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to one adapter leaves alone a thousand others, and costs what it costs beside one.
 
-Cost is counted in calls of functions, Python's and C's, which does not depend on how busy a machine is.
+Cost is counted in calls of functions, Python's and C's, which does not depend on how busy a machine
+is.
 """
 
 import gc
@@ -15,7 +16,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import peft
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.base.containers import ByAdapter, named_tensors, state_of, walk
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.tuners_utils import AdapterModuleDict, AdapterParameterDict, BaseTunerLayer
@@ -66,7 +73,9 @@ def with_adapters(method, number, **fields):
 
 
 def added(model, name, method, **fields):
-    """Add an adapter, always with the same values: how often a weight is rounded in merging depends on them."""
+    """Add an adapter, always with the same values: how often a weight is rounded in merging depends
+    on them.
+    """
     torch.manual_seed(0)
     model.add_adapter(name, method.config(target_modules=TARGETS, **fields))
 
@@ -84,7 +93,9 @@ def work_on_one(model, method, folder, **fields):
         "train": lambda: tuner.set_requires_grad("other", True),
         "merge": lambda: tuner.merge_adapter(["other"], **method.merge),
         "unmerge": lambda: tuner.unmerge_adapter(),
-        "convert": lambda: peft.convert_to_lora(model, 2, "other", **({"task_id": 1} if method.call else {})),
+        "convert": lambda: peft.convert_to_lora(
+            model, 2, "other", **({"task_id": 1} if method.call else {})
+        ),
         "delete": lambda: model.delete_adapter("other"),
         "delete loaded": lambda: model.delete_adapter("new"),
     }
@@ -106,19 +117,35 @@ def test_cost_does_not_grow_with_other_adapters(kind, tmp_path):
         model = with_adapters(method, number, **fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            costs.append({name: calls_of(work) for name, work in work_on_one(model, method, tmp_path, **fields).items()})
-    # A call for each other adapter would be 40 calls more; names of temporary files, say, take now one call and now another.
-    grown = {name: (cost, costs[2][name]) for name, cost in costs[1].items() if abs(costs[2][name] - cost) > 15}
+            costs.append(
+                {
+                    name: calls_of(work)
+                    for name, work in work_on_one(model, method, tmp_path, **fields).items()
+                }
+            )
+    # A call for each other adapter would be 40 calls more; names of temporary files, say, take now
+    # one call and now another.
+    grown = {
+        name: (cost, costs[2][name])
+        for name, cost in costs[1].items()
+        if abs(costs[2][name] - cost) > 15
+    }
     assert not grown
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_of_other_adapters_are_not_touched(kind, tmp_path):
-    """No function of torch sees one, and no attribute of one is asked for: nothing is read, written, frozen or copied."""
+    """No function of torch sees one, and no attribute of one is asked for: nothing is read,
+    written, frozen or copied.
+    """
     method, fields = METHODS[kind.split()[0]], KINDS[kind]
     with_adapters(method, 1, **fields).save_pretrained(tmp_path)
     model = with_adapters(method, FEW, **fields)
-    others = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if ".a" in name}
+    others = {
+        id(tensor): name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if ".a" in name
+    }
     assert len(others) >= FEW - 1
     for name, work in work_on_one(model, method, tmp_path, **fields).items():
         with Touched() as touched, warnings.catch_warnings():
@@ -128,11 +155,19 @@ def test_tensors_of_other_adapters_are_not_touched(kind, tmp_path):
         assert not seen, name
 
 
-@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["4"]}], ids=["layers", "trained whole"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"modules_to_save": ["4"]}], ids=["layers", "trained whole"]
+)
 def test_switching_asks_others_for_flags_alone(method, fields):
-    """Any adapter may have been unfrozen by hand; those that were not are seen to be frozen, and left so."""
+    """Any adapter may have been unfrozen by hand; those that were not are seen to be frozen, and
+    left so.
+    """
     model = with_adapters(method, 4, **fields)
-    others = {id(p) for name, p in model.named_parameters() if not {"a2", "a3"}.isdisjoint(name.split("."))}
+    others = {
+        id(p)
+        for name, p in model.named_parameters()
+        if not {"a2", "a3"}.isdisjoint(name.split("."))
+    }
     asked = []
 
     class Asked(TorchFunctionMode):
@@ -150,7 +185,9 @@ def test_switching_asks_others_for_flags_alone(method, fields):
         if "a2" in name.split("."):
             parameter.requires_grad_(True)
     model.set_adapter("a3")
-    trained = {part for name, p in model.named_parameters() if p.requires_grad for part in name.split(".")}
+    trained = {
+        part for name, p in model.named_parameters() if p.requires_grad for part in name.split(".")
+    }
     assert trained & {"default", "a1", "a2", "a3"} == {"a3"}
 
 
@@ -164,10 +201,18 @@ def test_containers_by_adapter_name_are_known_by_their_type(kind):
     assert list(dict(walk(model, ["default", "a1", "a2"]))) == list(everywhere)
     for adapters in ((), ("a1",)):
         left_out = {"default", "a1", "a2"}.difference(adapters)
-        assert list(dict(walk(model, adapters))) == [path for path in everywhere if left_out.isdisjoint(path.split("."))]
-        state = {k: v for k, v in model.state_dict(keep_vars=True).items() if left_out.isdisjoint(k.split("."))}
+        assert list(dict(walk(model, adapters))) == [
+            path for path in everywhere if left_out.isdisjoint(path.split("."))
+        ]
+        state = {
+            k: v
+            for k, v in model.state_dict(keep_vars=True).items()
+            if left_out.isdisjoint(k.split("."))
+        }
         found = state_of(model, adapters)
-        assert list(found) == list(state) and all(found[key] is tensor for key, tensor in state.items())
+        assert list(found) == list(state) and all(
+            found[key] is tensor for key, tensor in state.items()
+        )
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             by_name = [
@@ -189,12 +234,23 @@ def test_a_walk_is_in_the_order_of_named_modules():
     shared = nn.Linear(2, 2)
     inner = nn.Sequential(shared, nn.ReLU(), Own(2, 2))
     root = nn.ModuleDict(
-        {"a": inner, "b": nn.ModuleList([inner, shared]), "c": AdapterModuleDict({"x": inner}), "d": nn.BatchNorm1d(2)}
+        {
+            "a": inner,
+            "b": nn.ModuleList([inner, shared]),
+            "c": AdapterModuleDict({"x": inner}),
+            "d": nn.BatchNorm1d(2),
+        }
     )
     root["d"].register_buffer("transient", torch.zeros(1), persistent=False)
-    root["d"].register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.running_mean.add_(1))
-    root["a"].register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update({f"{prefix}more": torch.ones(1)}))
-    root["e"] = AdapterParameterDict({"x": nn.Parameter(torch.zeros(1)), "y": nn.Parameter(torch.zeros(1))})
+    root["d"].register_state_dict_pre_hook(
+        lambda module, prefix, keep_vars: module.running_mean.add_(1)
+    )
+    root["a"].register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({f"{prefix}more": torch.ones(1)})
+    )
+    root["e"] = AdapterParameterDict(
+        {"x": nn.Parameter(torch.zeros(1)), "y": nn.Parameter(torch.zeros(1))}
+    )
     assert list(walk(root, None)) == list(root.named_modules())
     assert list(walk(root, None, repeated=True)) == list(root.named_modules(remove_duplicate=False))
     closed = [path for path, _ in walk(root, None, repeated=True, closed=(nn.Sequential,))]
@@ -205,7 +261,9 @@ def test_a_walk_is_in_the_order_of_named_modules():
     assert "e.x" not in dict(named_tensors(walk(root)))
     before = root["d"].running_mean.clone()
     state, expected = state_of(root, None), root.state_dict(keep_vars=True)
-    assert list(state) == list(expected) and all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+    assert list(state) == list(expected) and all(
+        torch.equal(state[key], tensor) for key, tensor in expected.items()
+    )
     assert torch.equal(root["d"].running_mean, before + 2)  # by the hook, once each
 
 
@@ -214,7 +272,9 @@ def test_biases_in_layers_of_other_adapters_are_saved_too(tmp_path):
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["2"], bias="lora_only"))
     keys = get_peft_model_state_dict(model, adapter_name="b").keys()
-    assert {key for key in keys if key.endswith("bias")} == {f"base_model.model.{i}.base_layer.bias" for i in (0, 2)}
+    assert {key for key in keys if key.endswith("bias")} == {
+        f"base_model.model.{i}.base_layer.bias" for i in (0, 2)
+    }
 
 
 def test_tied_weights_count_once_beside_many_adapters(method):
@@ -222,7 +282,10 @@ def test_tied_weights_count_once_beside_many_adapters(method):
     model.base_model.model.lm_head.weight = model.base_model.model.model.embed_tokens.weight
     model.add_adapter("b", method.config(target_modules=["q_proj"]))
     state = get_peft_model_state_dict(model, adapter_name="b", save_embedding_layers=True)
-    assert "base_model.model.model.embed_tokens.weight" in state and "base_model.model.lm_head.weight" not in state
+    assert (
+        "base_model.model.model.embed_tokens.weight" in state
+        and "base_model.model.lm_head.weight" not in state
+    )
     assert not set_peft_model_state_dict(model, state, "b").unexpected_keys
 
 
@@ -231,7 +294,9 @@ def test_a_copy_of_a_module_is_without_others_adapters(method, tmp_path):
 
     def net():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))).eval()
+        return nn.Sequential(
+            nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        ).eval()
 
     x = torch.randn(3, 8)
     for whole in ("1", "1.2"):
@@ -239,12 +304,16 @@ def test_a_copy_of_a_module_is_without_others_adapters(method, tmp_path):
         model.add_adapter("b", method.config(target_modules=["0"], modules_to_save=[whole]))
         model.set_adapter("b")
         copy = model.base_model.model.get_submodule(whole).modules_to_save["b"]
-        assert repr(copy) == repr(net().get_submodule(whole)) and all(p.requires_grad for p in copy.parameters())
+        assert repr(copy) == repr(net().get_submodule(whole)) and all(
+            p.requires_grad for p in copy.parameters()
+        )
         model.save_pretrained(tmp_path, selected_adapters=["b"])
         again = PeftModel.from_pretrained(net(), tmp_path / "b")
         torch.testing.assert_close(again(x, **method.call), model(x, **method.call))
     model = get_peft_model(net(), method.config(target_modules=["1.0"]), "a")
     model.merge_adapter(**method.merge)
-    with pytest.raises(ValueError, match="`1`: adapters are merged into it; call `unmerge_adapter`"):
+    with pytest.raises(
+        ValueError, match="`1`: adapters are merged into it; call `unmerge_adapter`"
+    ):
         model.add_adapter("b", method.config(target_modules=["0"], modules_to_save=["1"]))
     assert list(model.peft_config) == ["a"]

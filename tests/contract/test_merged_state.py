@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""While an adapter is merged nothing may reach the base weights by a side door, and no argument of a merge is ignored."""
+"""While an adapter is merged nothing may reach the base weights by a side door, and no argument of
+a merge is ignored.
+"""
 
 import copy
 import warnings
@@ -9,7 +11,13 @@ import torch
 from conftest import TARGETS, gpt2, llama, mlp
 from torch import nn
 
-from peft import LoraConfig, PolyConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PolyConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 
 def _base_and_model(method, dtype=torch.float32):
@@ -26,7 +34,9 @@ def _assert_base(before, model):
 
 
 def test_new_values_for_a_merged_adapter_do_not_spoil_the_base(method, tmp_path):
-    """Loading either refuses while merged, or leaves base + new delta; taking it off gives back the base to the bit."""
+    """Loading either refuses while merged, or leaves base + new delta; taking it off gives back the
+    base to the bit.
+    """
     before, model = _base_and_model(method)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -64,7 +74,9 @@ def test_scaling_a_merged_layer_does_not_spoil_the_base(method, change):
     model.merge_adapter(**method.merge)
     for layer in model.base_model.tuner_layers():
         try:
-            layer.set_scale("default", 3) if change == "set_scale" else getattr(layer, change)(*[3] * (change == "scale_layer"))
+            layer.set_scale("default", 3) if change == "set_scale" else getattr(layer, change)(
+                *[3] * (change == "scale_layer")
+            )
         except (ValueError, RuntimeError) as error:
             assert "merged" in str(error)
     if any(layer.merged for layer in model.base_model.tuner_layers()):
@@ -96,7 +108,9 @@ def test_two_adapters_come_off_to_the_bit(method, dtype):
     model.merge_adapter(["default"], **method.merge)
     with pytest.warns(UserWarning, match="Already following adapters were merged default"):
         model.merge_adapter(["default", "b"], **method.merge)
-    assert all(layer.merged_adapters == ["default", "b"] for layer in model.base_model.tuner_layers())
+    assert all(
+        layer.merged_adapters == ["default", "b"] for layer in model.base_model.tuner_layers()
+    )
     model.unmerge_adapter()
     _assert_base(before, model)
 
@@ -113,7 +127,9 @@ def test_conv1d_merges_to_what_it_computed_and_back(method, dtype):
         assert not torch.equal(model(input_ids=ids).logits, expected)
     model.merge_adapter(**method.merge)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, expected, atol=tolerance, rtol=tolerance
+    )
     model.unmerge_adapter()
     _assert_base(before, model)
 
@@ -141,7 +157,16 @@ def test_a_task_is_refused_where_there_are_none(method, verb):
 
 def _poly(**fields):
     torch.manual_seed(1)
-    return PolyConfig(**{"r": 2, "n_tasks": 3, "n_skills": 2, "init_weights": False, "target_modules": TARGETS, **fields})
+    return PolyConfig(
+        **{
+            "r": 2,
+            "n_tasks": 3,
+            "n_skills": 2,
+            "init_weights": False,
+            "target_modules": TARGETS,
+            **fields,
+        }
+    )
 
 
 def _spread(model):
@@ -154,7 +179,9 @@ def _spread(model):
 
 
 def test_another_task_than_the_merged_one_is_not_passed_over():
-    """The model holds task 1; asking it to unload with task 2 gives task 2 or an error, never task 1."""
+    """The model holds task 1; asking it to unload with task 2 gives task 2 or an error, never task
+    1.
+    """
     x = torch.randn(5, 8)
     model = _spread(get_peft_model(mlp(), _poly()))
     wanted = model(x, task_ids=2).detach()
@@ -170,7 +197,9 @@ def test_another_task_than_the_merged_one_is_not_passed_over():
 def test_a_task_name_means_each_adapters_own_task():
     """Two adapters that have the same tasks in another order."""
     x = torch.randn(5, 8)
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), _poly(task_names=["a", "b", "c"], target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), _poly(task_names=["a", "b", "c"], target_modules=["0"])
+    )
     model.add_adapter("other", _poly(task_names=["c", "b", "a"], target_modules=["0"]))
     _spread(model)
     layer = model.base_model.model[0]
@@ -192,7 +221,11 @@ def test_a_merge_that_fails_for_one_adapter_merges_none(order):
     before = copy.deepcopy(base.state_dict())
     model = get_peft_model(base, _poly(n_tasks=1), adapter_name="one")
     model.add_adapter("three", _poly(n_tasks=3))
-    for verb, options in [("merge_adapter", {}), ("merge_adapter", {"task_id": 2}), ("merge_and_unload", {})]:
+    for verb, options in [
+        ("merge_adapter", {}),
+        ("merge_adapter", {"task_id": 2}),
+        ("merge_and_unload", {}),
+    ]:
         with pytest.raises(ValueError, match="task"):
             getattr(model, verb)(adapter_names=order, **options)
         assert not any(layer.merged for layer in model.base_model.tuner_layers())
@@ -248,7 +281,9 @@ def test_training_what_is_merged_earns_a_word(method):
     with torch.no_grad():
         assert not words()
     (word,) = words()
-    assert "adapters are merged: default" in word and "Call `unmerge_adapter` before training" in word
+    assert (
+        "adapters are merged: default" in word and "Call `unmerge_adapter` before training" in word
+    )
     assert not words()
     model.unmerge_adapter()
     assert not words()
@@ -270,12 +305,20 @@ def test_merging_for_good_makes_two_of_a_tied_weight(method, merged_before, tmp_
     with pytest.warns(UserWarning, match="`lm_head` shares a weight with `model.embed_tokens`"):
         model = get_peft_model(_tied(), method.config(target_modules=["lm_head", "q_proj"])).eval()
     with torch.no_grad():
-        for parameter in (p for name, p in model.named_parameters() if model.prefix in name and p.is_floating_point()):
+        for parameter in (
+            p
+            for name, p in model.named_parameters()
+            if model.prefix in name and p.is_floating_point()
+        ):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    expected, embeddings = model(ids, **method.call).logits, model.get_input_embeddings().weight.clone()
+    expected, embeddings = (
+        model(ids, **method.call).logits,
+        model.get_input_embeddings().weight.clone(),
+    )
     if merged_before:
         with pytest.warns(
-            UserWarning, match="`lm_head` shares its weight with `model.embed_tokens`, and merging changes it in both"
+            UserWarning,
+            match="`lm_head` shares its weight with `model.embed_tokens`, and merging changes it in both",
         ):
             model.merge_adapter(**method.merge)
         assert not torch.equal(model.get_input_embeddings().weight, embeddings)
@@ -284,7 +327,9 @@ def test_merging_for_good_makes_two_of_a_tied_weight(method, merged_before, tmp_
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(merged.get_input_embeddings().weight, embeddings)
     merged.save_pretrained(tmp_path)
-    torch.testing.assert_close(type(merged).from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        type(merged).from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("merged_before", [False, True])
@@ -292,14 +337,19 @@ def test_a_merge_that_fails_leaves_weights_tied(merged_before):
     base = _tied()
     before = base.lm_head.weight.detach().clone()
     with pytest.warns(UserWarning, match="shares a weight"):
-        model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+        model = get_peft_model(
+            base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+        )
     model.add_adapter("b", LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     model.lm_head.lora_A["b"].weight.data[0] = torch.nan
     if merged_before:
         with pytest.warns(UserWarning, match="changes it in both"):
             model.merge_adapter()
     merged = model.lm_head.base_layer.weight.detach().clone()
-    with pytest.warns(UserWarning, match="Setting"), pytest.raises(ValueError, match="seems to be broken"):
+    with (
+        pytest.warns(UserWarning, match="Setting"),
+        pytest.raises(ValueError, match="seems to be broken"),
+    ):
         model.merge_and_unload(safe_merge=True, adapter_names=["default", "b"])
     assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings
@@ -313,7 +363,9 @@ def test_a_merge_that_fails_leaves_weights_tied(merged_before):
 def test_only_merging_into_a_tied_weight_earns_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(_tied(), LoraConfig(target_modules=["lm_head", "q_proj"]), adapter_name="a")
+        model = get_peft_model(
+            _tied(), LoraConfig(target_modules=["lm_head", "q_proj"]), adapter_name="a"
+        )
         model.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
         model.merge_adapter(["a"])
         model.unmerge_adapter()
@@ -326,7 +378,9 @@ def test_merges_into_a_tied_weight_come_off_to_the_bit():
     base = _tied()
     before = base.lm_head.weight.detach().clone()
     with pytest.warns(UserWarning, match="shares a weight"):
-        model = get_peft_model(base, LoraConfig(target_modules=["lm_head", "embed_tokens"], init_lora_weights=False))
+        model = get_peft_model(
+            base, LoraConfig(target_modules=["lm_head", "embed_tokens"], init_lora_weights=False)
+        )
     model.merge_adapter()
     assert not torch.equal(base.lm_head.base_layer.weight, before)
     model.unmerge_adapter()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is merged stays what it was, and comes off to the bit, whatever becomes of adapters, formats and modes meanwhile."""
+"""What is merged stays what it was, and comes off to the bit, whatever becomes of adapters, formats
+and modes meanwhile.
+"""
 
 import copy
 import io
@@ -20,7 +22,10 @@ VARIANTS = {
     "DoRA": (METHODS["LORA"], {"use_dora": True}),
     "lora_bias": (METHODS["LORA"], {"lora_bias": True}),
     "pissa": (METHODS["LORA"], {"init_lora_weights": "pissa"}),
-    "LoKr by columns": (METHODS["LOKR"], {"weight_decompose": True, "wd_on_output": False, "use_scalar": True}),
+    "LoKr by columns": (
+        METHODS["LOKR"],
+        {"weight_decompose": True, "wd_on_output": False, "use_scalar": True},
+    ),
     "Poly own skills": (METHODS["POLY"], {"task_rank": 1, "n_splits": 1}),
     "VB-LoRA gate": (METHODS["VBLORA"], {"output_gate": True}),
 }
@@ -49,7 +54,10 @@ def change(model):
 
 
 def assert_base(model, expected):
-    plain = {name.replace("base_layer.", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
+    plain = {
+        name.replace("base_layer.", ""): tensor
+        for name, tensor in model.get_base_model().state_dict().items()
+    }
     for name, tensor in expected.items():
         assert plain[name].dtype == tensor.dtype
         assert torch.equal(plain[name], tensor), name
@@ -63,7 +71,14 @@ def as_a_step(model, method):
 
 
 def as_a_state(model, method):
-    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items() if model.prefix in k and v.is_floating_point()}, False)
+    model.load_state_dict(
+        {
+            k: v + 1
+            for k, v in model.state_dict().items()
+            if model.prefix in k and v.is_floating_point()
+        },
+        False,
+    )
 
 
 def as_a_reset(model, method):
@@ -118,7 +133,10 @@ def test_casting_a_merged_model(variant, dtype):
     before, model = adapted(variant)
     x = torch.randn(5, 8)
     model.merge_adapter(**method.merge)
-    weights = {name: layer.get_base_layer().weight.clone() for name, layer in model.base_model.named_tuner_layers()}
+    weights = {
+        name: layer.get_base_layer().weight.clone()
+        for name, layer in model.base_model.named_tuner_layers()
+    }
     model.to(dtype)
     for name, layer in model.base_model.named_tuner_layers():
         assert torch.equal(layer.get_base_layer().weight, weights[name].to(dtype)), name
@@ -149,7 +167,9 @@ def test_casting_behind_the_layers_back(dtype):
     model.unmerge_adapter()
     for name, layer in zip(TARGETS, model.base_model.tuner_layers(), strict=True):
         weight, expected = layer.base_layer.weight, before[f"{name}.weight"].to(dtype)
-        torch.testing.assert_close(weight, expected, rtol=0, atol=0 if dtype == torch.float64 else 2**-7)
+        torch.testing.assert_close(
+            weight, expected, rtol=0, atol=0 if dtype == torch.float64 else 2**-7
+        )
 
 
 def test_moving_to_the_meta_device_and_sharing_memory_leave_a_merged_model_whole(method):
@@ -176,7 +196,9 @@ def test_inference_mode_leaves_weights_that_can_be_trained(variant, when):
     with torch.inference_mode(when in ("unmerge", "both")):
         model.unmerge_adapter()
     model(torch.randn(5, 8), **method.call).sum().backward()
-    assert all(layer.get_base_layer().weight.grad is not None for layer in model.base_model.tuner_layers())
+    assert all(
+        layer.get_base_layer().weight.grad is not None for layer in model.base_model.tuner_layers()
+    )
     assert_base(model, before)
     with torch.inference_mode():
         plain = model.merge_and_unload(**method.merge)
@@ -190,8 +212,12 @@ def test_autocast_has_no_part_in_a_merge(variant):
     with torch.autocast("cpu", torch.bfloat16):
         model.merge_adapter(**method.merge)
     other.merge_adapter(**method.merge)
-    for one, two in zip(model.base_model.tuner_layers(), other.base_model.tuner_layers(), strict=True):
-        torch.testing.assert_close(one.get_base_layer().weight, two.get_base_layer().weight, rtol=1e-6, atol=1e-6)
+    for one, two in zip(
+        model.base_model.tuner_layers(), other.base_model.tuner_layers(), strict=True
+    ):
+        torch.testing.assert_close(
+            one.get_base_layer().weight, two.get_base_layer().weight, rtol=1e-6, atol=1e-6
+        )
     with torch.autocast("cpu", torch.bfloat16):
         other.unmerge_adapter()
     model.unmerge_adapter()
@@ -244,7 +270,10 @@ def test_loading_an_unmerged_state_into_a_merged_model(variant, note):
     model.load_state_dict(saved(other, note))
     assert model.base_model.merged_adapters == []
     assert torch.equal(model(x, **method.call), other(x, **method.call))
-    expected = {name.replace("base_layer.", ""): tensor for name, tensor in other.get_base_model().state_dict().items()}
+    expected = {
+        name.replace("base_layer.", ""): tensor
+        for name, tensor in other.get_base_model().state_dict().items()
+    }
     assert_base(model, {name: expected[name] for name in before})
     model.merge_adapter(**method.merge)
     model.unmerge_adapter()
@@ -281,11 +310,15 @@ def test_loading_the_state_of_another_merged_model(variant, is_merged):
     assert torch.equal(model(x, **method.call), other(x, **method.call))
     assert model.base_model.merged_adapters == ["default"]
     for verb in (model.unmerge_adapter, model.unload, model.base_model.disable_adapter_layers):
-        with pytest.raises(RuntimeError, match="default was merged in the state dict that this model loaded"):
+        with pytest.raises(
+            RuntimeError, match="default was merged in the state dict that this model loaded"
+        ):
             verb()
     assert torch.equal(model(x, **method.call), other(x, **method.call))
     cast = copy.deepcopy(model).half().float()
-    torch.testing.assert_close(cast.merge_and_unload()(x), model(x, **method.call), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        cast.merge_and_unload()(x), model(x, **method.call), atol=0.02, rtol=0.02
+    )
     other.unmerge_adapter()
     model.load_state_dict(saved(other, True))
     assert torch.equal(model(x, **method.call), other(x, **method.call))
@@ -330,7 +363,9 @@ def test_merging_twice_warns_once(method):
     x = torch.randn(5, 8)
     assert warnings_of(model.merge_adapter, ["default", "default"], **method.merge) == []
     once = model(x, **method.call)
-    assert warnings_of(model.merge_adapter, **method.merge) == ["All adapters are already merged, nothing to do."]
+    assert warnings_of(model.merge_adapter, **method.merge) == [
+        "All adapters are already merged, nothing to do."
+    ]
     assert torch.equal(model(x, **method.call), once)
     assert warnings_of(model.unmerge_adapter) == []
     assert warnings_of(model.unmerge_adapter) == ["Already unmerged. Nothing to do."]
@@ -352,8 +387,13 @@ def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):
 def test_another_task_of_a_merged_adapter_is_refused():
     before, model = adapted((METHODS["POLY"], {}))
     model.merge_adapter(task_id=1)
-    assert warnings_of(model.merge_adapter, task_id=1) == ["All adapters are already merged, nothing to do."]
-    with pytest.raises(ValueError, match=r"default is merged with task_id=1; call `unmerge_adapter` before .* task_id=2"):
+    assert warnings_of(model.merge_adapter, task_id=1) == [
+        "All adapters are already merged, nothing to do."
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"default is merged with task_id=1; call `unmerge_adapter` before .* task_id=2",
+    ):
         model.merge_adapter(task_id=2)
     for change_ids in (lambda: model.remove_tasks([0]), lambda: model.reorder_tasks([2, 1, 0])):
         with pytest.raises(ValueError, match="default is merged for one of its tasks"):
@@ -369,14 +409,20 @@ def test_another_task_of_a_merged_adapter_is_refused():
 
 
 def test_unmerging_in_any_order_of_methods():
-    """Layers around one base layer share its weight; each takes its own part off, whichever lies on top."""
+    """Layers around one base layer share its weight; each takes its own part off, whichever lies on
+    top.
+    """
     base = nn.Sequential(nn.Linear(8, 8))
     before = base[0].weight.clone()
     model = get_peft_model(base, METHODS["LORA"].config(target_modules=["0"]), "a", mixed=True)
     model.add_adapter("b", METHODS["LOKR"].config(target_modules=["0"]))
     model.add_adapter("c", METHODS["LORA"].config(target_modules=["0"]))
     outer, inner = model.base_model.model[0], model.base_model.model[0].base_layer
-    deltas = {name: layer.get_delta_weight(name).detach() for layer in (outer, inner) for name in layer.scaling}
+    deltas = {
+        name: layer.get_delta_weight(name).detach()
+        for layer in (outer, inner)
+        for name in layer.scaling
+    }
     for name in "abc":
         (outer if name in outer.scaling else inner).merge(adapter_names=[name])
     assert (outer.merged_adapters, inner.merged_adapters) == (["b"], ["a", "c"])
@@ -400,7 +446,9 @@ def test_a_merge_keeps_little(variant):
             parameter.mul_(0.1)
     model.merge_adapter(**method.merge)
     merge = model.base_model.model[0]._merges.entries[0]
-    if merge.factor is None:  # lengths change all of a weight, much of which undoing does not give to the bit
+    if (
+        merge.factor is None
+    ):  # lengths change all of a weight, much of which undoing does not give to the bit
         kept = [merge.correction.values, *(tensor for tensor in tensors(merge.delta.arguments))]
         assert sum(tensor.numel() for tensor in kept) < 64 * 64 / 5
 
@@ -414,7 +462,9 @@ def tensors(value):
 
 
 def test_files_of_a_merged_model_have_the_weights_without_what_is_merged(tmp_path):
-    """An adapter of an embedding is saved with the embedding's own weight, which would count the delta twice."""
+    """An adapter of an embedding is saved with the embedding's own weight, which would count the
+    delta twice.
+    """
     base = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 8), "head": nn.Linear(8, 8)})
     fresh, ids = copy.deepcopy(base), torch.arange(10)
     config = METHODS["LORA"].config(target_modules=["embed_tokens"])
@@ -430,7 +480,10 @@ def test_files_of_a_merged_model_have_the_weights_without_what_is_merged(tmp_pat
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
     torch.testing.assert_close(loaded.embed_tokens(ids), expected)
     state = peft.get_base_model_state_dict(loaded)
-    with pytest.raises(RuntimeError, match=r"`base_model.model.embed_tokens`: default is merged .* call `unmerge_adapter`"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"`base_model.model.embed_tokens`: default is merged .* call `unmerge_adapter`",
+    ):
         peft.set_base_model_state_dict(model, state)
     model.unmerge_adapter()
     assert torch.equal(model.embed_tokens.base_layer.weight, weight)

@@ -11,7 +11,15 @@ from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
 from torch import nn
 
 import peft
-from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, get_peft_model, inject_adapter_in_model, plan
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+    plan,
+)
 from peft.base import missing_attribute
 from peft.checkpoint.hotswap import hotswap_adapter
 
@@ -28,13 +36,18 @@ class WithProperty(nn.Module):
 
 def test_a_missing_attribute_is_missing_from_the_peft_model(model, monkeypatch):
     with pytest.raises(
-        AttributeError, match=r"^'PeftModel' object has no attribute 'set_adpter', .* Did you mean 'set_adapter'\?"
+        AttributeError,
+        match=r"^'PeftModel' object has no attribute 'set_adpter', .* Did you mean 'set_adapter'\?",
     ) as caught:
         model.set_adpter("default")
-    assert f"nor has its {type(model.base_model).__name__}, nor has its Sequential" in str(caught.value)
+    assert f"nor has its {type(model.base_model).__name__}, nor has its Sequential" in str(
+        caught.value
+    )
     assert isinstance(caught.value, peft.PeftError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(AttributeError, match=r"^'\w+' object has no attribute 'ad_adapter'.*'add_adapter'"):
+    with pytest.raises(
+        AttributeError, match=r"^'\w+' object has no attribute 'ad_adapter'.*'add_adapter'"
+    ):
         _ = model.base_model.ad_adapter
 
     def not_now(*args):
@@ -45,11 +58,18 @@ def test_a_missing_attribute_is_missing_from_the_peft_model(model, monkeypatch):
 
 
 def test_a_missing_attribute_may_be_another_methods():
-    lokr, poly = (get_peft_model(mlp(), METHODS[name].config(target_modules=TARGETS)) for name in ("LOKR", "POLY"))
-    with pytest.raises(AttributeError, match="no attribute 'add_tasks'.*It is for adapters of POLY"):
+    lokr, poly = (
+        get_peft_model(mlp(), METHODS[name].config(target_modules=TARGETS))
+        for name in ("LOKR", "POLY")
+    )
+    with pytest.raises(
+        AttributeError, match="no attribute 'add_tasks'.*It is for adapters of POLY"
+    ):
         lokr.add_tasks(1)
     for model in (lokr, poly):
-        with pytest.raises(AttributeError, match=r"no attribute 'ad_tasks'.*Did you mean 'add_tasks'\?"):
+        with pytest.raises(
+            AttributeError, match=r"no attribute 'ad_tasks'.*Did you mean 'add_tasks'\?"
+        ):
             model.ad_tasks(1)
 
 
@@ -110,11 +130,18 @@ def test_what_is_no_config(kind):
 
 
 NOT_A_PATH = {
-    "nothing": (None, "a folder's path, or the name of a repository on the Hub, got None. Pass that of the folder which"),
+    "nothing": (
+        None,
+        "a folder's path, or the name of a repository on the Hub, got None. Pass that of the "
+        "folder which",
+    ),
     "a number": (3, "got 3."),
     "bytes": (b"folder", "got b'folder'."),
     "a list": (["folder"], "got an object of type list."),
-    "a config": (LoraConfig(), "got an object of type LoraConfig. A config is passed as `config=…`"),
+    "a config": (
+        LoraConfig(),
+        "got an object of type LoraConfig. A config is passed as `config=…`",
+    ),
     "a model": (nn.Linear(2, 2), "got an object of type Linear. A model comes before the path"),
     "an empty string": ("", "The path '' is empty; name the folder, or pass '.'"),
 }
@@ -141,7 +168,9 @@ def test_what_is_no_path(kind, tmp_path, monkeypatch):
             call()
         assert isinstance(caught.value, TypeError if thing != "" else ValueError)
     for call in (lambda: model.save_pretrained(thing), lambda: config.save_pretrained(thing)):
-        with pytest.raises(peft.PeftError, match="Expected a folder's path, got " if thing != "" else "is empty"):
+        with pytest.raises(
+            peft.PeftError, match="Expected a folder's path, got " if thing != "" else "is empty"
+        ):
             call()
     assert_unchanged(before, model)
     assert not list(tmp_path.iterdir())
@@ -156,22 +185,32 @@ def test_another_method_on_the_same_model_needs_a_mixed_model(model, method, tmp
     other = METHODS["LOKR" if method.config_cls is LoraConfig else "LORA"]
     get_peft_model(mlp(), other.config(target_modules=TARGETS)).save_pretrained(tmp_path)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"different peft types.*`get_peft_model\(model, config, mixed=True\)`"):
+    with pytest.raises(
+        ValueError, match=r"different peft types.*`get_peft_model\(model, config, mixed=True\)`"
+    ):
         model.add_adapter("b", other.config(target_modules=TARGETS))
     assert_unchanged(before, model)
     with pytest.raises(ValueError, match=r"`PeftMixedModel.from_pretrained`"):
         model.load_adapter(tmp_path, "b")
-    with pytest.raises(ValueError, match="has an adapter 'default' already; load this one under another name"):
+    with pytest.raises(
+        ValueError, match="has an adapter 'default' already; load this one under another name"
+    ):
         model.load_adapter(tmp_path, "default")
     assert_unchanged(before, model)
 
 
 def test_fields_that_a_config_lacks():
-    with pytest.raises(TypeError, match=r"LoraConfig.__init__\(\) got an unexpected keyword argument 'rank'. The rank is `r`"):
+    with pytest.raises(
+        TypeError,
+        match=r"LoraConfig.__init__\(\) got an unexpected keyword argument 'rank'. The rank is `r`",
+    ):
         LoraConfig(rank=8)
     with pytest.raises(TypeError, match="'lora_alpha'. Did you mean 'alpha'"):
         LoKrConfig(lora_alpha=8)
-    with pytest.raises(peft.PeftError, match=r"arguments 'tasks', 'quux'. Did you mean 'n_tasks'\? There are r, target_modules,"):
+    with pytest.raises(
+        peft.PeftError,
+        match=r"arguments 'tasks', 'quux'. Did you mean 'n_tasks'\? There are r, target_modules,",
+    ):
         PolyConfig(tasks=3, quux=1)
 
     class Own(LoraConfig):
@@ -195,12 +234,18 @@ def test_adapters_that_are_not_there(model):
         lambda: model(x, adapter_names=["style", "stile"]),
         lambda: peft.get_peft_model_state_dict(model, adapter_name="stile"),
     ):
-        with pytest.raises(ValueError, match=r"stile.* this model has default, style, tasks\. Did you mean 'style'\?"):
+        with pytest.raises(
+            ValueError,
+            match=r"stile.* this model has default, style, tasks\. Did you mean 'style'\?",
+        ):
             call()
     for name in (None, 3):
         with pytest.raises(TypeError, match="named by a string or a list of strings"):
             model.set_adapter(name)
-    with pytest.raises(TypeError, match=r"\['style', 'tasks'\] must be one adapter's name; delete several one by one"):
+    with pytest.raises(
+        TypeError,
+        match=r"\['style', 'tasks'\] must be one adapter's name; delete several one by one",
+    ):
         model.delete_adapter(["style", "tasks"])
 
 
@@ -214,14 +259,22 @@ def test_what_is_not_provided_says_whose_package_this_is():
     ):
         with pytest.raises(ValueError, match=re.escape(way_back)):
             call()
-    for call in (peft.TrainableTokensConfig, lambda: peft.get_peft_config({"peft_type": "TRAINABLE_TOKENS"})):
+    for call in (
+        peft.TrainableTokensConfig,
+        lambda: peft.get_peft_config({"peft_type": "TRAINABLE_TOKENS"}),
+    ):
         with pytest.raises(ValueError, match="`trainable_token_indices` in its config"):
             call()
-    with pytest.raises(ValueError, match=r"`peft_type`='LOKRR' .* names no method.* Did you mean 'LOKR'\?"):
+    with pytest.raises(
+        ValueError, match=r"`peft_type`='LOKRR' .* names no method.* Did you mean 'LOKR'\?"
+    ):
         peft.get_peft_config({"peft_type": "LOKRR"})
     with pytest.raises(ValueError, match="name one of LOHA, LOKR"):
         peft.get_peft_config({"r": 3})
-    with pytest.raises(AttributeError, match=r"module 'peft' has no attribute 'PolyConfg'. Did you mean 'PolyConfig'\?"):
+    with pytest.raises(
+        AttributeError,
+        match=r"module 'peft' has no attribute 'PolyConfg'. Did you mean 'PolyConfig'\?",
+    ):
         _ = peft.PolyConfg
 
 
@@ -230,12 +283,22 @@ def test_calls_with_the_wrong_things(model, tmp_path):
     base, before = mlp(), snapshot(model)
     calls = {
         "`weights`=1.0 must be a list": lambda: model.add_weighted_adapter(["default"], 1.0, "c"),
-        "must be a list of names: ['default']": lambda: model.save_pretrained(tmp_path, selected_adapters="default"),
-        "got ['defualt']. Did you mean 'default'?": lambda: model.save_pretrained(tmp_path, selected_adapters=["defualt"]),
-        "The model comes first, then the adapter's folder": lambda: PeftModel.from_pretrained(tmp_path, base),
-        "`from_pretrained(model, folder)`": lambda: peft.PeftMixedModel.from_pretrained(str(tmp_path), base),
+        "must be a list of names: ['default']": lambda: model.save_pretrained(
+            tmp_path, selected_adapters="default"
+        ),
+        "got ['defualt']. Did you mean 'default'?": lambda: model.save_pretrained(
+            tmp_path, selected_adapters=["defualt"]
+        ),
+        "The model comes first, then the adapter's folder": lambda: PeftModel.from_pretrained(
+            tmp_path, base
+        ),
+        "`from_pretrained(model, folder)`": lambda: peft.PeftMixedModel.from_pretrained(
+            str(tmp_path), base
+        ),
         "Load the model first": lambda: hotswap_adapter(str(tmp_path), model, "default"),
-        "must be a dictionary of tensors, got <class 'str'>": lambda: peft.set_peft_model_state_dict(model, "file"),
+        "must be a dictionary of tensors, got <class 'str'>": lambda: (
+            peft.set_peft_model_state_dict(model, "file")
+        ),
     }
     for sentence, call in calls.items():
         with pytest.raises(peft.PeftError, match=re.escape(sentence)):
@@ -244,7 +307,11 @@ def test_calls_with_the_wrong_things(model, tmp_path):
 
 
 def test_a_combination_that_a_method_lacks(model, method):
-    kinds = {"LOHA": "LoHaModel has no combinations. Combine them as LoRA", "LORA": "Did you mean 'linear'?", "LOKR": "has 'svd'"}
+    kinds = {
+        "LOHA": "LoHaModel has no combinations. Combine them as LoRA",
+        "LORA": "Did you mean 'linear'?",
+        "LOKR": "has 'svd'",
+    }
     sentence = kinds.get(str(model.peft_type.value), "has 'cat'")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         model.add_weighted_adapter(["default"], [1.0], "c", combination_type="liner")
@@ -252,25 +319,31 @@ def test_a_combination_that_a_method_lacks(model, method):
 
 def test_nothing_is_saved_of_a_model_without_adapters(model, tmp_path):
     model.unload()
-    with pytest.raises(ValueError, match="no adapters to save: they were deleted, or taken out by `unload`"):
+    with pytest.raises(
+        ValueError, match="no adapters to save: they were deleted, or taken out by `unload`"
+    ):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_targets_have_to_be_named_for_a_model_of_no_known_kind(method):
     with pytest.raises(
-        ValueError, match="none are known for model type None. Modules that can be adapted are called '0', '2', '4'"
+        ValueError,
+        match="none are known for model type None. Modules that can be adapted are called '0', '2', '4'",
     ):
         get_peft_model(mlp(), method.config())
 
 
 def test_what_a_base_model_lacks(model):
-    with pytest.raises(AttributeError, match=r"^'Sequential' object has no attribute 'generate'\.$"):
+    with pytest.raises(
+        AttributeError, match=r"^'Sequential' object has no attribute 'generate'\.$"
+    ):
         model.generate(torch.zeros(1, 8))
     base = mlp().half()
     before = snapshot(base)
     with pytest.raises(
-        TypeError, match="Sequential has no .*`gradient_checkpointing_enable`; pass `use_gradient_checkpointing=False`"
+        TypeError,
+        match="Sequential has no .*`gradient_checkpointing_enable`; pass `use_gradient_checkpointing=False`",
     ):
         peft.prepare_model_for_kbit_training(base)
     assert_unchanged(before, base)
@@ -279,7 +352,10 @@ def test_what_a_base_model_lacks(model):
 
 
 def test_choices_that_are_misspelt():
-    with pytest.raises(ValueError, match=r"`init_lora_weights`='gausian' must be one of .* Did you mean 'gaussian'\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"`init_lora_weights`='gausian' must be one of .* Did you mean 'gaussian'\?",
+    ):
         LoraConfig(init_lora_weights="gausian")
     mixed = get_peft_model(mlp(), LoraConfig(target_modules=["0"]), mixed=True)
     with pytest.raises(TypeError, match="`peft.get_peft_config` makes one"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of several methods on one model: what they add, adds up; each can be saved, merged and taken out by itself."""
+"""Adapters of several methods on one model: what they add, adds up; each can be saved, merged and
+taken out by itself.
+"""
 
 import copy
 import itertools
@@ -31,14 +33,18 @@ def merge(*methods):
 
 
 def mixed(first, second, base=None, **options):
-    model = get_peft_model(base or mlp(**options), first.config(target_modules=TARGETS["a"]), "a", mixed=True)
+    model = get_peft_model(
+        base or mlp(**options), first.config(target_modules=TARGETS["a"]), "a", mixed=True
+    )
     model.add_adapter("b", second.config(target_modules=TARGETS["b"]))
     model.add_adapter("c", first.config(target_modules=TARGETS["c"]))
     return model.eval()
 
 
 def layer_deltas(model, names, x, **arguments):
-    """The output where the named adapters are active, of a model that is otherwise plain: the sum, layer by layer, by hand."""
+    """The output where the named adapters are active, of a model that is otherwise plain: the sum,
+    layer by layer, by hand.
+    """
     tuner_layers = {}
     for path, module in model.base_model.model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -67,7 +73,9 @@ def test_what_methods_add_adds_up(pair):
         # One after the other on models of their own, where no layers overlap for "a" and "b" alone.
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trainable == {
-            n for n, p in model.named_parameters() if n.split(".")[-1] in names or any(f".{a}." in n for a in names)
+            n
+            for n, p in model.named_parameters()
+            if n.split(".")[-1] in names or any(f".{a}." in n for a in names)
         }
     with model.disable_adapter():
         torch.testing.assert_close(model(x), mlp_like(model)(x))
@@ -75,7 +83,12 @@ def test_what_methods_add_adds_up(pair):
 
 def mlp_like(model):
     """The base model, rebuilt from its own layers."""
-    return torch.nn.Sequential(*(m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in model.base_model.model))
+    return torch.nn.Sequential(
+        *(
+            m.get_base_layer() if isinstance(m, BaseTunerLayer) else m
+            for m in model.base_model.model
+        )
+    )
 
 
 def test_it_equals_each_method_alone(pair):
@@ -85,7 +98,9 @@ def test_it_equals_each_method_alone(pair):
     for name, method in (("a", first), ("b", second), ("c", first)):
         model.set_adapter(name)
         state = peft.get_peft_model_state_dict(model, adapter_name=name)
-        alone = get_peft_model(copy.deepcopy(mlp_like(model)), method.config(target_modules=TARGETS[name])).eval()
+        alone = get_peft_model(
+            copy.deepcopy(mlp_like(model)), method.config(target_modules=TARGETS[name])
+        ).eval()
         result = peft.set_peft_model_state_dict(alone, state)
         assert not result.missing_keys
         assert not result.unexpected_keys
@@ -203,7 +218,9 @@ def test_generation(pair):
 
 
 def test_two_methods_injected_into_a_plain_model(pair):
-    """Without a PeftModel around them, adapters of two methods find their own parts in a checkpoint."""
+    """Without a PeftModel around them, adapters of two methods find their own parts in a
+    checkpoint.
+    """
     base = mlp()
     inject_adapter_in_model(pair[0].config(target_modules=TARGETS["a"]), base, "a")
     inject_adapter_in_model(pair[1].config(target_modules=TARGETS["b"]), base, "b")
@@ -211,7 +228,10 @@ def test_two_methods_injected_into_a_plain_model(pair):
         state = peft.get_peft_model_state_dict(base, adapter_name=name)
         assert state
         assert not any("base_layer" in key for key in state)
-        doubled = {key: tensor * 2 if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+        doubled = {
+            key: tensor * 2 if tensor.is_floating_point() else tensor
+            for key, tensor in state.items()
+        }
         result = peft.set_peft_model_state_dict(base, doubled, name)
         assert not result.missing_keys
         assert not result.unexpected_keys

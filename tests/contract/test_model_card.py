@@ -8,7 +8,9 @@ from huggingface_hub import ModelCard
 
 from peft import PeftModel, get_peft_model
 
-OURS = "tags:\n- mine\n- lokr\nlicense: mit\nlanguage: [en, 日本]\nempty: null\nlist: [1, 2.5, yes]\n"
+OURS = (
+    "tags:\n- mine\n- lokr\nlicense: mit\nlanguage: [en, 日本]\nempty: null\nlist: [1, 2.5, yes]\n"
+)
 RESULTS = """model-index:
 - name: one
   results:
@@ -39,7 +41,10 @@ def test_what_a_card_has_is_kept(model, metadata, body, tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
         after = ModelCard.load(tmp_path / "README.md")
-        added = {"library_name": "peft", "tags": sorted({*before.data.to_dict().get("tags", []), "lokr"})}
+        added = {
+            "library_name": "peft",
+            "tags": sorted({*before.data.to_dict().get("tags", []), "lokr"}),
+        }
         assert after.data.to_dict() == {**before.data.to_dict(), **added}
         assert after.text == before.text
     written = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
@@ -50,13 +55,20 @@ def test_what_a_card_has_is_kept(model, metadata, body, tmp_path):
 def test_a_text_without_metadata_gets_some(model, tmp_path):
     (tmp_path / "README.md").write_text("# Title\n")
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "---\nlibrary_name: peft\ntags:\n- lokr\n---\n\n# Title\n"
+    assert (
+        tmp_path / "README.md"
+    ).read_text() == "---\nlibrary_name: peft\ntags:\n- lokr\n---\n\n# Title\n"
 
 
-@pytest.mark.parametrize("text", ["---\n- a list\n---\n", "---\na: [\n---\nText", "---\njust words\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["---\n- a list\n---\n", "---\na: [\n---\nText", "---\njust words\n---\n"]
+)
 def test_metadata_that_cannot_be_read_is_left_alone(model, text, tmp_path):
     (tmp_path / "README.md").write_text(text)
-    with pytest.warns(UserWarning, match=r"The metadata at the top of '.*README.md' is not what a model card has there"):
+    with pytest.warns(
+        UserWarning,
+        match=r"The metadata at the top of '.*README.md' is not what a model card has there",
+    ):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert PeftModel.from_pretrained(mlp(), tmp_path).peft_config["default"].r == 2

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method's own methods on the model: found by completion, `help()` and type checkers, without a change to what clients check."""
+"""A method's own methods on the model: found by completion, `help()` and type checkers, without a
+change to what clients check.
+"""
 
 import copy
 import inspect
@@ -44,12 +46,16 @@ def test_a_models_methods_are_those_of_its_tuner(name):
         assert inspect.signature(own) == inspect.signature(theirs)
     text = pydoc.plain(pydoc.render_doc(model))
     assert all(f" {method}(self" in text for method in OWN[name].split())
-    assert all(f" {method}(self" in pydoc.plain(pydoc.render_doc(PeftModel)) for method in COMMON.split())
+    assert all(
+        f" {method}(self" in pydoc.plain(pydoc.render_doc(PeftModel)) for method in COMMON.split()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_no_documented_method_of_a_tuner_is_left_out(name):
-    """What a tuner's users call has examples, arguments or results in its docstring; helpers of the package have none."""
+    """What a tuner's users call has examples, arguments or results in its docstring; helpers of the
+    package have none.
+    """
     tuner, methods = PEFT_TYPE_TO_TUNER_MAPPING[name], OWN[name].split()
     public = {
         key
@@ -64,15 +70,28 @@ def test_no_documented_method_of_a_tuner_is_left_out(name):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_classes_keep_the_names_that_clients_check(name, task_type):
     expected = peft.PeftModelForCausalLM if task_type else PeftModel
-    model = get_peft_model(llama(), METHODS[name].config(target_modules=["q_proj"], task_type=task_type))
+    model = get_peft_model(
+        llama(), METHODS[name].config(target_modules=["q_proj"], task_type=task_type)
+    )
     assert isinstance(model, expected) and type(model).__name__ == expected.__name__
-    assert (type(model).__module__, type(model).__qualname__) == ("peft.peft_model", expected.__qualname__)
+    assert (type(model).__module__, type(model).__qualname__) == (
+        "peft.peft_model",
+        expected.__qualname__,
+    )
     assert repr(model).startswith(f"{expected.__name__}(")
-    assert type(model) is type(get_peft_model(llama(), METHODS[name].config(target_modules=["q_proj"], task_type=task_type)))
+    assert type(model) is type(
+        get_peft_model(
+            llama(), METHODS[name].config(target_modules=["q_proj"], task_type=task_type)
+        )
+    )
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for same in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
         assert type(same) is type(model)
         for key, tensor in model.state_dict().items():
             assert torch.equal(same.state_dict()[key], tensor)
@@ -104,7 +123,9 @@ def test_subclasses_and_engines_that_change_the_class():
 
 
 def test_methods_reach_the_tuner_of_now():
-    """A client that patches the tuner's method sees the model's calls, as when they were forwarded by name."""
+    """A client that patches the tuner's method sees the model's calls, as when they were forwarded
+    by name.
+    """
     model, seen = small("POLY"), []
     model.base_model.add_tasks = lambda *args, **kwargs: seen.append((args, kwargs))
     model.add_tasks(2, init="uniform")
@@ -162,12 +183,19 @@ def test_type_checkers_see_methods_and_misspelt_imports(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Torch itself, which would take half a minute, is left unread: its classes are Any.
     (tmp_path / "mypy.ini").write_text(
-        "[mypy]\nignore_missing_imports = true\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n"
+        "[mypy]\nignore_missing_imports = true\nfollow_imports = "
+        "silent\n[mypy-torch.*]\nfollow_imports = skip\n"
     )
-    report, problems, _ = api.run(["--cache-dir", str(tmp_path / "cache"), "--no-error-summary", "good.py", "bad.py"])
+    report, problems, _ = api.run(
+        ["--cache-dir", str(tmp_path / "cache"), "--no-error-summary", "good.py", "bad.py"]
+    )
     assert not problems
     good = [line for line in report.splitlines() if line.startswith("good")]
     assert [line.split('"')[1].replace("builtins.", "") for line in good] == REVEALED, report
-    bad = [line.split(":")[1] for line in report.splitlines() if line.startswith("bad") and ": error:" in line]
+    bad = [
+        line.split(":")[1]
+        for line in report.splitlines()
+        if line.startswith("bad") and ": error:" in line
+    ]
     assert bad == ["2", "3", "4", "5", "6", "8", "9"], report
     assert 'has no attribute "IA3Confg"; maybe "IA3Config"?' in report

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method on models people have: classifiers of texts and images, decoders, encoder-decoders, convolutions, blocks in blocks."""
+"""Every method on models people have: classifiers of texts and images, decoders, encoder-decoders,
+convolutions, blocks in blocks.
+"""
 
 import copy
 
@@ -20,7 +22,12 @@ def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=48, num_labels=4
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        num_labels=4,
     )
     return BertForSequenceClassification(config).eval()
 
@@ -29,7 +36,12 @@ def tagger():
     from transformers import BertConfig, BertForTokenClassification
 
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=48, num_labels=4
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        num_labels=4,
     )
     return BertForTokenClassification(config).eval()
 
@@ -38,22 +50,42 @@ def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4, num_labels=4
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=4,
     )
     return ViTForImageClassification(config).eval()
 
 
 def texts(**more):
-    return {"input_ids": torch.randint(3, 48, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.long), **more}
+    return {
+        "input_ids": torch.randint(3, 48, (3, 5)),
+        "attention_mask": torch.ones(3, 5, dtype=torch.long),
+        **more,
+    }
 
 
 CASES = {
     "llama": (llama, "CAUSAL_LM", lambda: texts(), peft.PeftModelForCausalLM),
     "gpt2": (gpt2, "CAUSAL_LM", lambda: texts(), peft.PeftModelForCausalLM),
-    "t5": (t5, "SEQ_2_SEQ_LM", lambda: texts(decoder_input_ids=torch.randint(3, 48, (3, 4))), peft.PeftModelForSeq2SeqLM),
+    "t5": (
+        t5,
+        "SEQ_2_SEQ_LM",
+        lambda: texts(decoder_input_ids=torch.randint(3, 48, (3, 4))),
+        peft.PeftModelForSeq2SeqLM,
+    ),
     "bert": (bert, "SEQ_CLS", lambda: texts(), peft.PeftModelForSequenceClassification),
     "tagger": (tagger, "TOKEN_CLS", lambda: texts(), peft.PeftModelForTokenClassification),
-    "features": (lambda: bert().bert, "FEATURE_EXTRACTION", lambda: texts(), peft.PeftModelForFeatureExtraction),
+    "features": (
+        lambda: bert().bert,
+        "FEATURE_EXTRACTION",
+        lambda: texts(),
+        peft.PeftModelForFeatureExtraction,
+    ),
     "vit": (vit, None, lambda: {"pixel_values": torch.randn(3, 3, 8, 8)}, PeftModel),
 }
 
@@ -92,7 +124,9 @@ def test_the_life_of_an_adapter(method, name, tmp_path):
         merged = loaded.merge_and_unload(**method.merge)
         assert merged is base
         torch.testing.assert_close(output(merged, inputs), expected, atol=1e-5, rtol=1e-4)
-    assert not any(part in key for key in merged.state_dict() for part in ("base_layer", "modules_to_save"))
+    assert not any(
+        part in key for key in merged.state_dict() for part in ("base_layer", "modules_to_save")
+    )
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "classifier"), ("tagger", "classifier")])
@@ -105,7 +139,9 @@ def test_heads_of_classifiers_are_trained_and_saved(method, name, head, tmp_path
     assert {f"base_model.model.{head}.weight", f"base_model.model.{head}.bias"} <= keys
     assert not any("modules_to_save" in key or "original_module" in key for key in keys)
     output(model.train(), make_inputs(), **method.call).sum().backward()
-    assert getattr(model.base_model.model, head).modules_to_save["default"].weight.grad.abs().sum() > 0
+    assert (
+        getattr(model.base_model.model, head).modules_to_save["default"].weight.grad.abs().sum() > 0
+    )
     assert getattr(model.base_model.model, head).original_module.weight.grad is None
 
 
@@ -114,7 +150,11 @@ def test_all_linear_leaves_the_head_alone(method, name):
     build, task_type, _, _ = CASES[name]
     base = build()
     heads = {"lm_head", "classifier"}
-    linear = {path for path, module in base.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    linear = {
+        path
+        for path, module in base.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+    }
     model = get_peft_model(base, method.config(target_modules="all-linear", task_type=task_type))
     adapted = {path for path, module in base.named_modules() if hasattr(module, "base_layer")}
     assert adapted == linear - heads
@@ -125,16 +165,24 @@ def test_all_linear_leaves_the_head_alone(method, name):
 def test_greedy_generation_is_the_forwards_argmax(method, build):
     """With a cache and without, as token after token by hand."""
     task_type = "SEQ_2_SEQ_LM" if build is t5 else "CAUSAL_LM"
-    model = get_peft_model(build(), method.config(target_modules="all-linear", task_type=task_type)).eval()
+    model = get_peft_model(
+        build(), method.config(target_modules="all-linear", task_type=task_type)
+    ).eval()
     ids = torch.randint(3, 48, (2, 4))
     sequence = torch.zeros(2, 1, dtype=torch.long) if build is t5 else ids
     with torch.no_grad():
         for _ in range(4):
-            inputs = {"input_ids": ids, "decoder_input_ids": sequence} if build is t5 else {"input_ids": sequence}
+            inputs = (
+                {"input_ids": ids, "decoder_input_ids": sequence}
+                if build is t5
+                else {"input_ids": sequence}
+            )
             token = model(**inputs, **method.call).logits[:, -1].argmax(-1, keepdim=True)
             sequence = torch.cat([sequence, token], dim=1)
         for cache in (True, False):
-            made = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=cache, **method.call)
+            made = model.generate(
+                input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=cache, **method.call
+            )
             assert torch.equal(made, sequence)
 
 
@@ -151,7 +199,9 @@ def test_checkpointing_of_a_block_by_hand(method, reentrant):
             return self.second(self.first(x).tanh())
 
         def forward(self, x):
-            return checkpoint(self.block, x, use_reentrant=reentrant) if self.saving else self.block(x)
+            return (
+                checkpoint(self.block, x, use_reentrant=reentrant) if self.saving else self.block(x)
+            )
 
     model = get_peft_model(Model(), method.config(target_modules=["first", "second"])).train()
     gradients = []
@@ -162,7 +212,10 @@ def test_checkpointing_of_a_block_by_hand(method, reentrant):
         y = model(x, **method.call)
         z = model(2 * x, **method.call)
         (y.square().sum() + z.sum()).backward()
-        gradients.append({"x": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        gradients.append(
+            {"x": x.grad}
+            | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        )
         model.zero_grad()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)

@@ -49,12 +49,23 @@ def test_the_rules_of_the_interface(method):
     config = method.config()
     rules = own_rules()
     found = build_peft_weight_mapping(rules, "x", peft_config=config)
-    patterns = [(rule.source_patterns, rule.target_patterns) for rule in found if type(rule) is loading.WeightRenaming]
+    patterns = [
+        (rule.source_patterns, rule.target_patterns)
+        for rule in found
+        if type(rule) is loading.WeightRenaming
+    ]
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-    assert patterns[:2] == [(["base_model.model.model."], ["model."]), (["base_model.model."], [""])]
+    assert patterns[:2] == [
+        (["base_model.model.model."], ["model."]),
+        (["base_model.model."], [""]),
+    ]
     assert ([rf"({prefix}[^\.]*)"], [r"\1.x"]) in patterns
     assert found[-1] is rules[0]
-    assert build_peft_weight_mapping(None, "x", config) == build_peft_weight_mapping([], "x", config) == []
+    assert (
+        build_peft_weight_mapping(None, "x", config)
+        == build_peft_weight_mapping([], "x", config)
+        == []
+    )
 
 
 @pytest.mark.parametrize("configured", [True, False])
@@ -79,7 +90,9 @@ def test_an_adapter_loads_from_either_kind_of_model(variant, dtype, tmp_path):
     assert not info.missing_keys
     assert not info.unexpected_keys
     native.save_pretrained(tmp_path / "native")
-    first, second = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("wrapped", "native"))
+    first, second = (
+        load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("wrapped", "native")
+    )
     assert {key.removeprefix("base_model.").removeprefix("model.") for key in first} == {
         key.removeprefix("base_model.").removeprefix("model.") for key in second
     }
@@ -95,7 +108,9 @@ def test_an_adapter_loads_from_either_kind_of_model(variant, dtype, tmp_path):
 
 def test_a_form_that_is_for_inference_is_not_loaded_for_training(tmp_path):
     method = METHODS["VBLORA"]
-    model = peft.get_peft_model(base(), method.config(target_modules=["q_proj"], save_only_topk_weights=True))
+    model = peft.get_peft_model(
+        base(), method.config(target_modules=["q_proj"], save_only_topk_weights=True)
+    )
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         base().load_adapter(tmp_path, is_trainable=True)

@@ -11,7 +11,12 @@ from torch import nn
 import peft
 from peft import LoraConfig, get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.optimizers import create_loraplus_optimizer, create_optimizer, parameter_groups, trainer_optimizer
+from peft.optimizers import (
+    create_loraplus_optimizer,
+    create_optimizer,
+    parameter_groups,
+    trainer_optimizer,
+)
 
 COMPANIONS = {"modules_to_save", "tokens", "biases", "base"}
 
@@ -21,7 +26,9 @@ def names_in(model, groups):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = {}
     for group in groups:
-        result.setdefault(group["name"], []).extend(names[id(parameter)] for parameter in group["params"])
+        result.setdefault(group["name"], []).extend(
+            names[id(parameter)] for parameter in group["params"]
+        )
     return result
 
 
@@ -46,7 +53,11 @@ def test_every_trainable_parameter_is_in_one_group_and_has_a_role(method, model)
 def test_roles_name_containers_that_there_are():
     for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values():
         holders = {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names}
-        named = [parameter.partition(".")[0] for role in tuner.parameter_roles.values() for parameter in role.parameters]
+        named = [
+            parameter.partition(".")[0]
+            for role in tuner.parameter_roles.values()
+            for parameter in role.parameters
+        ]
         assert holders == set(named)
 
 
@@ -73,8 +84,16 @@ def test_a_step_moves_each_role_at_its_rate(method, model):
     optimiser = create_optimizer(model, torch.optim.SGD, lr=7.0, rates=rates)
     model.train()
     model(torch.randn(5, 8), **method.call).square().sum().backward()
-    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
-    role_of = {name: role for role, names in names_in(model, optimiser.param_groups).items() for name in names}
+    before = {
+        name: (p.detach().clone(), p.grad.clone())
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    role_of = {
+        name: role
+        for role, names in names_in(model, optimiser.param_groups).items()
+        for name in names
+    }
     assert before.keys() == role_of.keys()
     optimiser.step()
     for name, parameter in model.named_parameters():
@@ -93,18 +112,32 @@ def test_what_is_trained_beside_the_adapter_has_roles_too(method):
     assert COMPANIONS - found.keys() == {"biases"}
     assert all("lm_head" in name for name in found["modules_to_save"])
     assert len(found["tokens"]) == 1 and "trainable_tokens_delta" in found["tokens"][0]
-    assert {name.rpartition(".model.")[2] for name in found["base"]} == {"norm.weight", "layers.0.mlp.up_proj.weight"}
-    decay = {group["weight_decay"] for group in parameter_groups(model, 0.3, weight_decay=0.1) if group["name"] == "base"}
+    assert {name.rpartition(".model.")[2] for name in found["base"]} == {
+        "norm.weight",
+        "layers.0.mlp.up_proj.weight",
+    }
+    decay = {
+        group["weight_decay"]
+        for group in parameter_groups(model, 0.3, weight_decay=0.1)
+        if group["name"] == "base"
+    }
     assert decay == {0.1, 0.0}
 
 
 def test_biases_do_not_decay():
-    model = get_peft_model(mlp(), LoraConfig(target_modules=TARGETS, bias="all", lora_bias=True, use_dora=False))
+    model = get_peft_model(
+        mlp(), LoraConfig(target_modules=TARGETS, bias="all", lora_bias=True, use_dora=False)
+    )
     groups = parameter_groups(model, 0.3, weight_decay=0.1)
     for group in groups:
         names = names_in(model, [group])[group["name"]]
         assert {name.endswith("bias") for name in names} == {group["weight_decay"] == 0.0}
-    assert [(group["name"], group["weight_decay"]) for group in groups] == [("A", 0.1), ("B", 0.1), ("B", 0.0), ("biases", 0.0)]
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("A", 0.1),
+        ("B", 0.1),
+        ("B", 0.0),
+        ("biases", 0.0),
+    ]
 
 
 def test_bank_and_logits_do_not_decay():
@@ -122,11 +155,15 @@ def test_frozen_adapters_are_left_out(method, model):
 
 
 def test_adapters_of_several_methods():
-    model = get_peft_model(mlp(), METHODS["LOKR"].config(target_modules=TARGETS, alpha=2), "a", mixed=True)
+    model = get_peft_model(
+        mlp(), METHODS["LOKR"].config(target_modules=TARGETS, alpha=2), "a", mixed=True
+    )
     model.add_adapter("b", METHODS["VBLORA"].config(target_modules=TARGETS))
     model.set_adapter(["a", "b"])
     groups = by_name(parameter_groups(model, 0.3))
-    assert {name: group["lr"] for name, group in groups.items() if name in ("bank", "logits", "full")} == {
+    assert {
+        name: group["lr"] for name, group in groups.items() if name in ("bank", "logits", "full")
+    } == {
         "full": 0.3,
         "bank": 1e-3,
         "logits": 1e-2,
@@ -150,7 +187,10 @@ def test_bad_input(method, model):
     for options, message in [
         ({"rates": {"bnak": 1.0}}, f"no role 'bnak'; it has .*'{role}'.*'modules_to_save'"),
         ({"ratios": {"bnak": 1.0}}, "no role 'bnak'"),
-        ({"rates": {role: -1.0}}, rf"`rates`\['{role}'\]=-1.0 must be a finite number of at least 0"),
+        (
+            {"rates": {role: -1.0}},
+            rf"`rates`\['{role}'\]=-1.0 must be a finite number of at least 0",
+        ),
         ({"ratios": {role: "16"}}, rf"`ratios`\['{role}'\]='16' must be"),
         ({"lr": float("inf")}, "`lr`=inf must be"),
         ({"weight_decay": None}, "`weight_decay`=None must be"),
@@ -172,7 +212,10 @@ def test_a_ratio_needs_a_rate():
         parameter_groups(model, ratios={"B": 16})
 
 
-# --- LoRA+ ------------------------------------------------------------------------------------------------------------------
+# --- LoRA+
+# ------------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 class Tokens(nn.Module):
@@ -188,11 +231,19 @@ class Tokens(nn.Module):
 
 
 def test_lora_plus_has_the_groups_of_the_interface():
-    config = LoraConfig(r=2, target_modules=["embed", "inner"], modules_to_save=["head"], bias="lora_only")
+    config = LoraConfig(
+        r=2, target_modules=["embed", "inner"], modules_to_save=["head"], bias="lora_only"
+    )
     model = get_peft_model(Tokens(), config)
     model.get_base_model().norm.weight.requires_grad_(True)
     optimiser = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=1.2, loraplus_weight_decay=0.1, loraplus_lr_embedding=0.02, eps=1e-5
+        model,
+        torch.optim.AdamW,
+        lr=0.01,
+        loraplus_lr_ratio=1.2,
+        loraplus_weight_decay=0.1,
+        loraplus_lr_embedding=0.02,
+        eps=1e-5,
     )
     assert isinstance(optimiser, torch.optim.AdamW)
     rates = [(group["lr"], group["weight_decay"], group["eps"]) for group in optimiser.param_groups]
@@ -214,7 +265,10 @@ def test_lora_plus_for_low_rank_kronecker_factors():
     model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
     optimiser = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8)
     groups = by_name(optimiser.param_groups)
-    names = {name: [n.split(".")[-2] for n in names] for name, names in names_in(model, optimiser.param_groups).items()}
+    names = {
+        name: [n.split(".")[-2] for n in names]
+        for name, names in names_in(model, optimiser.param_groups).items()
+    }
     assert names["A"] == ["lokr_w1_b", "lokr_w2_b"] and names["B"] == ["lokr_w1_a", "lokr_w2_a"]
     assert groups["B"]["lr"] == 0.08
     # At the output side of both products: each is [out, r], the other [r, in].
@@ -224,7 +278,10 @@ def test_lora_plus_for_low_rank_kronecker_factors():
 
 def test_lora_plus_needs_an_output_side():
     model = get_peft_model(mlp(), METHODS["POLY"].config(target_modules=TARGETS))
-    with pytest.raises(ValueError, match="No trainable parameter has the role 'B' that LoRA\\+ is about; there are router, skills"):
+    with pytest.raises(
+        ValueError,
+        match="No trainable parameter has the role 'B' that LoRA\\+ is about; there are router, skills",
+    ):
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8)
     model = get_peft_model(mlp(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="`loraplus_lr_ratio`=0 must be positive"):
@@ -237,7 +294,10 @@ def test_the_other_optimisers_of_the_interface_say_that_they_are_not_provided():
             getattr(peft.optimizers, name)(model=None)
 
 
-# --- transformers' Trainer ---------------------------------------------------------------------------------------------------
+# --- transformers' Trainer
+# ---------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_the_trainer_trains_with_the_groups(method, tmp_path):
@@ -259,7 +319,10 @@ def test_the_trainer_trains_with_the_groups(method, tmp_path):
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(
-        model, args, train_dataset=data, optimizer_cls_and_kwargs=trainer_optimizer(lr=0.01, betas=(0.9, 0.99))
+        model,
+        args,
+        train_dataset=data,
+        optimizer_cls_and_kwargs=trainer_optimizer(lr=0.01, betas=(0.9, 0.99)),
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()
@@ -268,7 +331,9 @@ def test_the_trainer_trains_with_the_groups(method, tmp_path):
     assert [(g["name"], g["initial_lr"], g["weight_decay"], g["betas"]) for g in groups] == [
         (g["name"], g["lr"], g["weight_decay"], (0.9, 0.99)) for g in expected
     ]
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert all(
+        not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before
+    )
 
 
 def test_a_trainer_that_does_not_show_the_model_is_refused():

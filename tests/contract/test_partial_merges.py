@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of which some adapters are merged computes `(W + Σ merged) x + Σ Δ(x)` over those that are active and not merged."""
+"""A model of which some adapters are merged computes `(W + Σ merged) x + Σ Δ(x)` over those that
+are active and not merged.
+"""
 
 import copy
 import itertools
@@ -79,9 +81,13 @@ def test_every_choice_for_two_methods(pair):
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"weight_decompose": True}, COLUMNS])
 def test_decomposed_adapters_compute_the_same_or_are_refused(fields):
-    """They apply one after the other: a merge in another order, or around one, would be another function."""
+    """They apply one after the other: a merge in another order, or around one, would be another
+    function.
+    """
     method = METHODS["LORA" if "use_dora" in fields else "LOKR"]
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)).double(), method.config(target_modules=["0"], **fields), "a").eval()
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)).double(), method.config(target_modules=["0"], **fields), "a"
+    ).eval()
     model.add_adapter("b", method.config(target_modules=["0"]))
     model.add_adapter("c", method.config(target_modules=["0"], **fields))
     with torch.no_grad():
@@ -89,11 +95,17 @@ def test_decomposed_adapters_compute_the_same_or_are_refused(fields):
             if "magnitude" in name:
                 parameter.mul_(1.5)
     layer = model.base_model.model[0]
-    x, before, merges = torch.randn(5, 8, dtype=torch.float64), layer.get_base_layer().weight.clone(), 0
+    x, before, merges = (
+        torch.randn(5, 8, dtype=torch.float64),
+        layer.get_base_layer().weight.clone(),
+        0,
+    )
     for active in itertools.permutations("abc"):
         model.set_adapter(list(active))
         expected = model(x)
-        for merged in (list(names) for n in (1, 2, 3) for names in itertools.permutations("abc", n)):
+        for merged in (
+            list(names) for n in (1, 2, 3) for names in itertools.permutations("abc", n)
+        ):
             try:
                 model.merge_adapter(merged)
             except NotImplementedError as error:
@@ -110,7 +122,10 @@ def test_decomposed_adapters_compute_the_same_or_are_refused(fields):
 
 def test_an_active_decomposed_adapter_beside_an_inactive_merge():
     """As if both were active and the merged one came first."""
-    for method, fields in ((METHODS["LORA"], {"use_dora": True, "lora_dropout": 0.5}), (METHODS["LOKR"], COLUMNS)):
+    for method, fields in (
+        (METHODS["LORA"], {"use_dora": True, "lora_dropout": 0.5}),
+        (METHODS["LOKR"], COLUMNS),
+    ):
         base = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)).double()
         model = get_peft_model(base, method.config(target_modules=["0"], **fields), "a")
         model.add_adapter("b", method.config(target_modules=["0"]))
@@ -128,7 +143,9 @@ def test_an_active_decomposed_adapter_beside_an_inactive_merge():
 
 
 def test_tasks_of_a_partly_merged_model():
-    """Ids have to name the merged task, but where the merged adapter is not active: they are for the others then."""
+    """Ids have to name the merged task, but where the merged adapter is not active: they are for
+    the others then.
+    """
     method = METHODS["POLY"]
     base, model = three(method, method)
     layers = list(model.base_model.tuner_layers())
@@ -140,7 +157,9 @@ def test_tasks_of_a_partly_merged_model():
             model(x, task_ids=ids)
     with pytest.raises(ValueError, match="task_ids should not be None"):
         model(x)
-    torch.testing.assert_close(model(x, task_ids=[1, 1, 1]), dense(base, model, "ab", {"task_id": 1}, x))
+    torch.testing.assert_close(
+        model(x, task_ids=[1, 1, 1]), dense(base, model, "ab", {"task_id": 1}, x)
+    )
     model.unmerge_adapter()
     model.set_adapter("a")
     model.merge_adapter(["b"], task_id=1)
@@ -195,5 +214,7 @@ def test_a_merge_in_the_middle_of_generate(method):
     ids = torch.randint(3, 48, (2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, **method.call}
     expected = model.generate(input_ids=ids, **options)
-    assert torch.equal(model.generate(input_ids=ids, logits_processor=[Merging()], **options), expected)
+    assert torch.equal(
+        model.generate(input_ids=ids, logits_processor=[Merging()], **options), expected
+    )
     assert model.base_model.merged_adapters

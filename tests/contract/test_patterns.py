@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that begin with `^` mean the modules below a path, in a new config and, to every reader, in its file; those of other writers
-mean what they mean there.
+"""Keys that begin with `^` mean the modules below a path, in a new config and, to every reader, in
+its file; those of other writers mean what they mean there.
 """
 
 import copy
@@ -12,12 +12,28 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PolyConfig,
+    get_peft_model,
+)
 
 PATHS = ["layers.0.a", "layers.0.b.c", "layers.1.a", "layers.1.b.c", "layers.10.a", "head.a"]
 KEYS = {"^layers.0": 2, r"^layers\.1\.b|head": 3, "^layers.10$": 4, "^layers.10.a": 5, "a": 6}
-# By the words of the documentation: a whole path or the end of one; below the path too, where the key begins with `^`.
-NEW = {"layers.0.a": 2, "layers.0.b.c": 2, "layers.1.a": 6, "layers.1.b.c": 3, "layers.10.a": 5, "head.a": 3}
+# By the words of the documentation: a whole path or the end of one; below the path too, where the
+# key begins with `^`.
+NEW = {
+    "layers.0.a": 2,
+    "layers.0.b.c": 2,
+    "layers.1.a": 6,
+    "layers.1.b.c": 3,
+    "layers.10.a": 5,
+    "head.a": 3,
+}
 # The same without what is below.
 OF_OTHERS = {**NEW, "layers.0.a": 6, "layers.0.b.c": 1, "layers.1.b.c": 1, "head.a": 6}
 FIELDS = [
@@ -40,7 +56,10 @@ class Block(nn.Module):
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers, self.head = nn.ModuleList([Block() for _ in range(11)]), nn.ModuleDict({"a": nn.Linear(8, 8)})
+        self.layers, self.head = (
+            nn.ModuleList([Block() for _ in range(11)]),
+            nn.ModuleDict({"a": nn.Linear(8, 8)}),
+        )
 
     def forward(self, x):
         return x
@@ -56,7 +75,10 @@ def make(config_cls, field, attribute, keys, **fields):
 
 
 def values(model, attribute):
-    return {path: getattr(layer, attribute)["default"] for path, layer in model.base_model.named_tuner_layers()}
+    return {
+        path: getattr(layer, attribute)["default"]
+        for path, layer in model.base_model.named_tuner_layers()
+    }
 
 
 @pytest.mark.parametrize(("config_cls", "field", "attribute"), FIELDS)
@@ -83,7 +105,9 @@ def test_a_key_of_another_writer_means_what_it_does_there(config_cls, field, att
         assert values(get_peft_model(Base(), config), attribute) == OF_OTHERS
         config.save_pretrained(tmp_path / "again")
         assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())[field] == KEYS
-        over = PeftConfig.from_pretrained(tmp_path, **{field: KEYS})  # a value of the caller's is a new one
+        over = PeftConfig.from_pretrained(
+            tmp_path, **{field: KEYS}
+        )  # a value of the caller's is a new one
         assert values(get_peft_model(Base(), over), attribute) == NEW
 
 
@@ -108,11 +132,25 @@ def test_our_own_dictionaries_follow():
     lokr = LoKrConfig(r=8, target_modules=PATHS, factor_pattern={"^layers.0": 2, "^layers.1": 1})
     layers = dict(get_peft_model(Base(), lokr).base_model.named_tuner_layers())
     sizes = {path: layer.lokr_w1["default"].shape[0] for path, layer in layers.items()}
-    assert sizes == {"layers.0.a": 2, "layers.0.b.c": 2, "layers.1.a": 1, "layers.1.b.c": 1, "layers.10.a": 2, "head.a": 2}
+    assert sizes == {
+        "layers.0.a": 2,
+        "layers.0.b.c": 2,
+        "layers.1.a": 1,
+        "layers.1.b.c": 1,
+        "layers.10.a": 2,
+        "head.a": 2,
+    }
     read = LoKrConfig.from_peft_type(**json.loads(lokr.to_json()))
-    assert dict(get_peft_model(Base(), read).base_model.named_tuner_layers()).keys() == layers.keys()
+    assert (
+        dict(get_peft_model(Base(), read).base_model.named_tuner_layers()).keys() == layers.keys()
+    )
     assert read.to_dict() == lokr.to_dict()
-    poly = PolyConfig(n_skills=2, target_modules=PATHS, n_skills_pattern={"^layers.0": 3}, routing_pattern={"^layers.1": "fixed"})
+    poly = PolyConfig(
+        n_skills=2,
+        target_modules=PATHS,
+        n_skills_pattern={"^layers.0": 3},
+        routing_pattern={"^layers.1": "fixed"},
+    )
     poly = PolyConfig.from_peft_type(**json.loads(poly.to_json()))
     layers = dict(get_peft_model(Base(), poly).base_model.named_tuner_layers())
     skills = {path: layer.poly_lora_A["default"].shape[1] for path, layer in layers.items()}

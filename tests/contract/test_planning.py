@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `plan` says of an adapter, against the adapter itself: counted, multiplied out, its rank taken."""
+"""What `plan` says of an adapter, against the adapter itself: counted, multiplied out, its rank
+taken.
+"""
 
 import copy
 import math
@@ -26,7 +28,11 @@ def test_a_plan_counts_what_is_made(name):
     assert vars(config) == fields
     model = get_peft_model(base, config)
     layers = dict(model.base_model.named_tuner_layers())
-    own = {n: p for n, p in model.named_parameters() if "base_layer" not in n and any(part in n for part in ("default",))}
+    own = {
+        n: p
+        for n, p in model.named_parameters()
+        if "base_layer" not in n and any(part in n for part in ("default",))
+    }
     assert found.parameters == sum(p.numel() for p in own.values())
     assert found.bytes == sum(p.numel() * p.element_size() for p in own.values())
     assert [layer.path for layer in found.layers] == list(layers)
@@ -41,7 +47,9 @@ def test_a_plan_counts_what_is_made(name):
 def test_a_model_without_memory_does_as_well(name):
     with torch.device("meta"):
         empty = llama()
-    config = METHODS[name].config(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    config = METHODS[name].config(
+        target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
+    )
     found, real = plan(empty, config), plan(llama(), config)
     assert found == real
     text = str(found)
@@ -53,7 +61,10 @@ def test_a_model_without_memory_does_as_well(name):
 def blocks(*sizes):
     """Numbered blocks, in each of which are numbered layers of the given sizes."""
     return nn.ModuleList(
-        nn.ModuleDict({"resnets": nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(i, o, 3)}) for i, o in each)}) for each in sizes
+        nn.ModuleDict(
+            {"resnets": nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(i, o, 3)}) for i, o in each)}
+        )
+        for each in sizes
     )
 
 
@@ -70,18 +81,33 @@ def unet():
 
 @pytest.mark.parametrize("excluded", [r"", r"|down\.1\..*", r"|up\.[02]\.resnets\.1\..*"])
 def test_rows_name_the_modules_that_they_are_about(excluded):
-    """Each row's name, read as a pattern for the model's own modules, gives as many as it says, and of the size it says."""
+    """Each row's name, read as a pattern for the model's own modules, gives as many as it says, and
+    of the size it says.
+    """
     model = unet()
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    found = plan(model, LoraConfig(target_modules=["conv", "conv_in"], exclude_modules=r"other\.2\.conv" + excluded))
+    modules = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
+    found = plan(
+        model,
+        LoraConfig(
+            target_modules=["conv", "conv_in"], exclude_modules=r"other\.2\.conv" + excluded
+        ),
+    )
     seen = []
     for row in str(found).splitlines()[1 : -1 - len(found.remarks)]:
-        name, count, size = re.fullmatch(r"(\S+)(?: \((\d+)x\))?  +(Conv2d \d+->\d+) 3x3  .*", row).groups()
+        name, count, size = re.fullmatch(
+            r"(\S+)(?: \((\d+)x\))?  +(Conv2d \d+->\d+) 3x3  .*", row
+        ).groups()
         pattern = re.escape(name).replace(r"\*", r"\d+")
-        pattern = re.sub(r"\\{(.*?)\\}", lambda m: "[" + m[1].replace("\\", "").replace(",", "") + "]", pattern)
+        pattern = re.sub(
+            r"\\{(.*?)\\}", lambda m: "[" + m[1].replace("\\", "").replace(",", "") + "]", pattern
+        )
         meant = [path for path in modules if re.fullmatch(pattern, path)]
         assert len(meant) == int(count or 1), row
-        assert {f"Conv2d {modules[path].in_channels}->{modules[path].out_channels}" for path in meant} == {size}
+        assert {
+            f"Conv2d {modules[path].in_channels}->{modules[path].out_channels}" for path in meant
+        } == {size}
         seen += meant
     assert sorted(seen) == sorted(layer.path for layer in found.layers)
     assert len(set(seen)) == len(seen)
@@ -89,7 +115,10 @@ def test_rows_name_the_modules_that_they_are_about(excluded):
 
 def test_a_plan_is_short_in_a_debugger_and_a_table_in_a_notebook():
     found = plan(llama(), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
-    assert repr(found) == "<AdapterPlan: LORA on 1 layer, 64 parameters, 256 bytes; print it for a table>"
+    assert (
+        repr(found)
+        == "<AdapterPlan: LORA on 1 layer, 64 parameters, 256 bytes; print it for a table>"
+    )
     assert "\nmodel.layers.1.self_attn.q_proj  Linear" in str(found)
 
     class Printer:
@@ -138,7 +167,8 @@ def test_cost_and_rank_are_those_of_the_adapter(kind, form):
     with FlopCounterMode(display=False) as counter:
         layer.delta_activations("default", x)
     positions = math.prod(layer.base_layer(x).shape[2:])
-    # Composing factors does not grow with the input; it is not in the plan, and little here but for the whole product of LoHa.
+    # Composing factors does not grow with the input; it is not in the plan, and little here but for
+    # the whole product of LoHa.
     once = layer.get_delta_weight("default").numel() * 2 * config.r if form == "loha whole" else 0
     counted = (counter.get_total_flops() / 2 - once) / positions
     assert counted == pytest.approx(planned.multiplications, rel=0.15 if kind != "linear" else 0.05)
@@ -154,11 +184,18 @@ def test_remarks():
     assert better.parameters < small.parameters and not better.remarks
     assert f"{better.parameters:,} in place of {small.parameters:,}" in remark
     whole = plan(base, LoKrConfig(r=8, target_modules=["0", "1"]))
-    assert whole.remarks == {"`r`=8 is at least half of 8, so that W2 is whole; `r` only divides the scale.": ["1"]}
+    assert whole.remarks == {
+        "`r`=8 is at least half of 8, so that W2 is whole; `r` only divides the scale.": ["1"]
+    }
     assert "! `1`: `r`=8 is at least half of 8" in str(whole)
     assert not plan(base, LoKrConfig(full_matrix=True, target_modules=["1"])).remarks
-    assert "`r`=100 is above the weight's own rank, 64." in plan(base, LoraConfig(r=100, target_modules=["1"])).remarks
-    assert "are no cheaper than the whole product" in str(plan(base, LoHaConfig(r=8, target_modules=["1"])))
+    assert (
+        "`r`=100 is above the weight's own rank, 64."
+        in plan(base, LoraConfig(r=100, target_modules=["1"])).remarks
+    )
+    assert "are no cheaper than the whole product" in str(
+        plan(base, LoHaConfig(r=8, target_modules=["1"]))
+    )
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half precision, autocast, float8 storage and gradient checkpointing: dtypes of what comes out, values near those of float64."""
+"""Half precision, autocast, float8 storage and gradient checkpointing: dtypes of what comes out,
+values near those of float64.
+"""
 
 import copy
 
@@ -25,15 +27,23 @@ def case(request) -> Case:
 
 def own(model):
     """The adapter's floating-point parameters, by name."""
-    return {n: p for n, p in model.named_parameters() if model.prefix in n and p.is_floating_point()}
+    return {
+        n: p for n, p in model.named_parameters() if model.prefix in n and p.is_floating_point()
+    }
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
 
 
 def alike(gradient, expected):
-    """Whether two gradients point the same way; where there is none but for rounding, whether both are that small."""
+    """Whether two gradients point the same way; where there is none but for rounding, whether both
+    are that small.
+    """
     gradient, expected = gradient.double().flatten(), expected.double().flatten()
     if expected.norm() < 1e-8:
         return gradient.norm() < 1e-6
@@ -43,9 +53,13 @@ def alike(gradient, expected):
 @pytest.mark.parametrize("autocast", [True, False], ids=["float32 adapter", "adapter as base"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 def test_dtypes_and_values(case, dtype, autocast):
-    """The output has the base's dtype, gradients have the adapter's, and both are near those in double precision."""
+    """The output has the base's dtype, gradients have the adapter's, and both are near those in
+    double precision.
+    """
     exact = get_peft_model(case.base().double(), case.config()).eval()
-    model = get_peft_model(case.base().to(dtype), case.config(), autocast_adapter_dtype=autocast).eval()
+    model = get_peft_model(
+        case.base().to(dtype), case.config(), autocast_adapter_dtype=autocast
+    ).eval()
     wanted = torch.float32 if autocast and dtype in HALF else dtype
     assert {p.dtype for p in own(model).values()} == {wanted}
     with torch.no_grad():
@@ -57,7 +71,12 @@ def test_dtypes_and_values(case, dtype, autocast):
         outputs.append(run(inputs, **call))
         outputs[-1].square().mean().backward()
     assert outputs[1].dtype == dtype
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    tolerance = {
+        torch.float64: 1e-12,
+        torch.float32: 1e-5,
+        torch.bfloat16: 0.1,
+        torch.float16: 0.02,
+    }[dtype]
     torch.testing.assert_close(outputs[1].double(), outputs[0], atol=tolerance, rtol=tolerance)
     for name, gradient in gradients(model).items():
         assert gradient.dtype == wanted
@@ -95,7 +114,9 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
         with pytest.raises(NotImplementedError, match="routes by input"):
             model.merge_adapter()
         return
-    model = get_peft_model(case.base().to(dtype), case.config(), autocast_adapter_dtype=False).eval()
+    model = get_peft_model(
+        case.base().to(dtype), case.config(), autocast_adapter_dtype=False
+    ).eval()
     layers = list(model.base_model.tuner_layers())
     before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     with torch.no_grad():
@@ -104,7 +125,9 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
     model.merge_adapter(**case.merge)
     for layer, weight, delta, factor in zip(layers, before, deltas, factors, strict=True):
         total = weight.double() + delta.double()
-        total = total if factor is None else total.float() * factor.float()  # as wide as two factors need
+        total = (
+            total if factor is None else total.float() * factor.float()
+        )  # as wide as two factors need
         assert torch.equal(layer.get_base_layer().weight, total.to(dtype))
     model.unmerge_adapter()
     for layer, weight in zip(layers, before, strict=True):
@@ -117,14 +140,16 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("order", ["cast first", "adapt first"])
 def test_weights_that_are_cast_when_used(case, storage, order):
-    """diffusers' layerwise casting: float8 between calls, bfloat16 in them. Adapters keep their own precision, since its models pass
-    over what adapters name.
+    """diffusers' layerwise casting: float8 between calls, bfloat16 in them. Adapters keep their own
+    precision, since its models pass over what adapters name.
     """
     from diffusers.hooks import apply_layerwise_casting
 
     base, fields = Model(case.base()), {"target_modules": ["layers.0", "layers.2"]}
     options = {"storage_dtype": storage, "compute_dtype": torch.bfloat16}
-    options["skip_modules_pattern"] = PEFT_TYPE_TO_TUNER_MAPPING[case.config().peft_type].tuner_layer_cls.adapter_layer_names
+    options["skip_modules_pattern"] = PEFT_TYPE_TO_TUNER_MAPPING[
+        case.config().peft_type
+    ].tuner_layer_cls.adapter_layer_names
     if order == "cast first":
         apply_layerwise_casting(base, **options)
         model = get_peft_model(base, case.config(**fields)).eval()
@@ -160,7 +185,9 @@ def test_merging_into_float8_comes_off_to_the_bit(method, storage):
     model.merge_adapter(safe_merge=True, **method.merge)
     for layer, weight, delta in zip(layers, before, deltas, strict=True):
         assert layer.get_base_layer().weight.dtype == storage
-        assert torch.equal(dense_weight(layer.get_base_layer()), (weight + delta).to(storage).float())
+        assert torch.equal(
+            dense_weight(layer.get_base_layer()), (weight + delta).to(storage).float()
+        )
     model.unmerge_adapter()
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(dense_weight(layer.get_base_layer()), weight)
@@ -173,7 +200,9 @@ def test_an_input_is_not_narrowed_where_that_is_switched_off(method):
     layer = model.base_model.model[0]
     seen = []
     original = layer._cast_input_dtype
-    layer._cast_input_dtype = lambda x, dtype: seen.append(original(x, dtype).dtype) or original(x, dtype)
+    layer._cast_input_dtype = lambda x, dtype: (
+        seen.append(original(x, dtype).dtype) or original(x, dtype)
+    )
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     expected = model(x, **method.call)
     with disable_input_dtype_casting(model):
@@ -187,7 +216,9 @@ def test_an_input_is_not_narrowed_where_that_is_switched_off(method):
 
 
 def checked(model, run, calls):
-    """Gradients of two calls and one backward, the seed fixed; recomputation restores the generator's state."""
+    """Gradients of two calls and one backward, the seed fixed; recomputation restores the
+    generator's state.
+    """
     torch.manual_seed(3)
     losses = [run(model, **call) for call in calls]
     (losses[0] + 2 * losses[1]).backward()
@@ -199,20 +230,30 @@ def checked(model, run, calls):
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_a_part(case, reentrant):
-    """Each variant in training, with what it draws: two calls with tasks of their own, then one backward."""
+    """Each variant in training, with what it draws: two calls with tasks of their own, then one
+    backward.
+    """
 
     class Checkpointed(Model):
         saving = False
 
         def forward(self, x):
-            return checkpoint(self.layers, x, use_reentrant=reentrant) if self.saving else self.layers(x)
+            return (
+                checkpoint(self.layers, x, use_reentrant=reentrant)
+                if self.saving
+                else self.layers(x)
+            )
 
-    model = get_peft_model(Checkpointed(case.base()), case.config(target_modules=["layers.0", "layers.2"])).train()
+    model = get_peft_model(
+        Checkpointed(case.base()), case.config(target_modules=["layers.0", "layers.2"])
+    ).train()
     x = case.input().requires_grad_()
     calls = [case.call(0, 2, 1), case.call(1, 1, 0)]
     expected = checked(model, lambda m, **call: m(x, **call).square().sum(), calls)
     model.get_base_model().saving = True
-    for name, gradient in checked(model, lambda m, **call: m(x, **call).square().sum(), calls).items():
+    for name, gradient in checked(
+        model, lambda m, **call: m(x, **call).square().sum(), calls
+    ).items():
         torch.testing.assert_close(gradient, expected[name])
 
 
@@ -220,7 +261,12 @@ def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=48, hidden_dropout_prob=0.1
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=48,
+        hidden_dropout_prob=0.1,
     )
     return BertForSequenceClassification(config)
 
@@ -241,10 +287,15 @@ def test_checkpointing_transformers_models(variant, name, reentrant):
     """In training, dropout of the model included."""
     case = CASES[variant]
     build, task_type, targets = MODELS[name]
-    model = get_peft_model(build(), case.config(target_modules=targets, task_type=task_type)).train()
+    model = get_peft_model(
+        build(), case.config(target_modules=targets, task_type=task_type)
+    ).train()
     ids = torch.randint(3, 48, (3, 5))
     labels = torch.tensor([0, 1, 0]) if name == "bert" else ids
-    calls = [{"input_ids": ids, "labels": labels, **case.call(*tasks)} for tasks in ((0, 2, 1), (1, 1, 0))]
+    calls = [
+        {"input_ids": ids, "labels": labels, **case.call(*tasks)}
+        for tasks in ((0, 2, 1), (1, 1, 0))
+    ]
 
     def run(m, **call):
         return m(**call).loss
@@ -257,12 +308,18 @@ def test_checkpointing_transformers_models(variant, name, reentrant):
 
 def test_checkpointing_under_autocast(case):
     """The recomputation runs in the same precision."""
-    model = get_peft_model(Model(case.base()), case.config(target_modules=["layers.0", "layers.2"])).train()
+    model = get_peft_model(
+        Model(case.base()), case.config(target_modules=["layers.0", "layers.2"])
+    ).train()
     x = case.input().requires_grad_()
 
     def run(m, saving=False, **call):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = checkpoint(lambda x: m(x, **call), x, use_reentrant=False) if saving else m(x, **call)
+            y = (
+                checkpoint(lambda x: m(x, **call), x, use_reentrant=False)
+                if saving
+                else m(x, **call)
+            )
         return y.float().square().sum()
 
     calls = [case.call(0, 2, 1), case.call(1, 1, 0)]

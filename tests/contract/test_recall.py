@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference cache: what is kept, for how long, and that it is never used once a parameter has other numbers, however it got them.
+"""The inference cache: what is kept, for how long, and that it is never used once a parameter has
+other numbers, however it got them.
 
-The right output is that of a model that has computed nothing before: a fresh base, and the adapter loaded from what was saved.
-`test_any_order.py` walks random orders of all that can be done with a model.
+The right output is that of a model that has computed nothing before: a fresh base, and the adapter
+loaded from what was saved. `test_any_order.py` walks random orders of all that can be done with a
+model.
 """
 
 import copy
@@ -60,11 +62,16 @@ def composed(monkeypatch):
     from peft.tuners.vblora import layer as module
 
     calls, compose = [], module.compose_factors
-    monkeypatch.setattr(module, "compose_factors", lambda *args: (calls.append(1), compose(*args))[1])
+    monkeypatch.setattr(
+        module, "compose_factors", lambda *args: (calls.append(1), compose(*args))[1]
+    )
     return calls
 
 
-# --- never stale ----------------------------------------------------------------------------------------------------------
+# --- never stale
+# ----------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def halve(p):
@@ -90,12 +97,16 @@ def test_any_change_is_seen(case, change, tmp_path):
     for parameter in own(model):
         with torch.no_grad():
             CHANGES[change](parameter)
-        torch.testing.assert_close(run(model, case, x), run(reloaded(model, case, tmp_path), case, x))
+        torch.testing.assert_close(
+            run(model, case, x), run(reloaded(model, case, tmp_path), case, x)
+        )
     assert not torch.allclose(run(model, case, x), before)
 
 
 def test_memory_taken_between_calls(case, tmp_path):
-    """Engines that shard parameters free their memory after a layer's forward, and bring it back before the next."""
+    """Engines that shard parameters free their memory after a layer's forward, and bring it back
+    before the next.
+    """
     model, x = model_of(case), case.input()
     expected = run(reloaded(model, case, tmp_path), case, x)
     run(model, case, x)
@@ -152,7 +163,9 @@ def test_scale(case):
 
 
 FITS = {
-    "fit": lambda m, x: m.fit_task(2, lambda: m(x, task_ids=2).square().mean(), steps=1, init="best"),
+    "fit": lambda m, x: m.fit_task(
+        2, lambda: m(x, task_ids=2).square().mean(), steps=1, init="best"
+    ),
     "rows": lambda m, x: m.train_only(tasks=[2]),
     "two rows": lambda m, x: m.train_only(tasks=[0, 2]),
     "regime": lambda m, x: m.begin_regime("Z", tasks=[2]),
@@ -193,14 +206,23 @@ def test_rows_that_change_inside_a_call(tmp_path):
     torch.testing.assert_close(after, run(reloaded(model, case, tmp_path), case, x))
 
 
-# --- one call ------------------------------------------------------------------------------------------------------------
+# --- one call
+# ------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_generate_computes_once_and_sees_changes(composed, monkeypatch):
-    """Inside `generate` what was computed is used again in each step, unless a parameter is changed between two."""
-    model = get_peft_model(llama(), CASES["VBLORA"].config(target_modules=["q_proj", "v_proj"])).eval()
+    """Inside `generate` what was computed is used again in each step, unless a parameter is changed
+    between two.
+    """
+    model = get_peft_model(
+        llama(), CASES["VBLORA"].config(target_modules=["q_proj", "v_proj"])
+    ).eval()
     layers = len(list(model.base_model.tuner_layers()))
-    monkeypatch.setattr(inference_cache, "LARGEST", 3)  # as on a device, where nothing can be compared
+    monkeypatch.setattr(
+        inference_cache, "LARGEST", 3
+    )  # as on a device, where nothing can be compared
     ids = torch.tensor([[5, 6, 7]])
 
     def generate(tokens, **options):
@@ -242,7 +264,9 @@ def test_a_call_inside_a_call():
                 fail_inside()
             p.data.add_(1)
             assert look()
-            assert made == [1]  # changed past torch inside a call: the one thing that is not looked for
+            assert made == [
+                1
+            ]  # changed past torch inside a call: the one thing that is not looked for
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -263,7 +287,9 @@ def test_calls_of_several_threads(case, tmp_path):
 
     def work(x, right):
         begin.wait()
-        wrong.extend(1 for _ in range(20) if not torch.allclose(run(model, case, x), right, atol=1e-6))
+        wrong.extend(
+            1 for _ in range(20) if not torch.allclose(run(model, case, x), right, atol=1e-6)
+        )
 
     def fail():
         begin.wait()
@@ -271,7 +297,9 @@ def test_calls_of_several_threads(case, tmp_path):
             with pytest.raises(RuntimeError):
                 run(model, case, torch.randn(3, 5))
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)
+    ]
     threads.append(threading.Thread(target=fail))
     for thread in threads:
         thread.start()
@@ -280,7 +308,10 @@ def test_calls_of_several_threads(case, tmp_path):
     assert not wrong
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------------
+# --- what is kept
+# ---------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_factors_are_composed_once(composed):

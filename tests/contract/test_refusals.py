@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More input that can't be honoured: refused with a message of its own; model, config, random state and files stay as they were."""
+"""More input that can't be honoured: refused with a message of its own; model, config, random state
+and files stay as they were.
+"""
 
 import copy
 import os
@@ -12,15 +14,27 @@ from safetensors.torch import save_file
 from torch import nn
 
 import peft
-from peft import LoKrConfig, PeftConfig, PeftModel, PolyConfig, VBLoRAConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoKrConfig,
+    PeftConfig,
+    PeftModel,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 
 
 def everything(model, *configs, folder=None):
     """The snapshot, with hooks, configs and files."""
-    hooks = {n: (list(m._forward_pre_hooks), list(m._forward_hooks)) for n, m in model.named_modules()}
+    hooks = {
+        n: (list(m._forward_pre_hooks), list(m._forward_hooks)) for n, m in model.named_modules()
+    }
     fields = [copy.deepcopy(vars(config)) for config in configs]
-    files = {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder else {}
+    files = (
+        {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder else {}
+    )
     known = {name: copy.deepcopy(vars(c)) for name, c in getattr(model, "peft_config", {}).items()}
     return snapshot(model), (hooks, fields, files, known)
 
@@ -79,7 +93,9 @@ def test_config_values(config_cls, fields, name):
     with pytest.raises(ValueError, match=name) as info:
         config_cls(**fields)
     assert isinstance(info.value, peft.PeftError)
-    if not isinstance(value, (list, dict)):  # of a collection, the entry that is wrong may be shown alone
+    if not isinstance(
+        value, (list, dict)
+    ):  # of a collection, the entry that is wrong may be shown alone
         assert str(value) in str(info.value)
 
 
@@ -99,7 +115,10 @@ def test_unknown_arguments_of_a_config_are_refused(method):
         (nn.LazyLinear(8), "LazyLinear"),
         (nn.Sequential(nn.Linear(8, 8)), "Sequential"),
         (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
-        (nn.Linear(8, 8, dtype=torch.complex64), r"complex numbers \(torch.complex64\), and adapters are real"),
+        (
+            nn.Linear(8, 8, dtype=torch.complex64),
+            r"complex numbers \(torch.complex64\), and adapters are real",
+        ),
         (nn.Conv2d(8, 8, 1, dtype=torch.complex64), "complex numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -132,10 +151,14 @@ def test_complex_layers_are_left_out_or_trained_whole(method, tmp_path):
 
     base = Spectral()
     x, head = torch.randn(3, 8), copy.deepcopy(base.head)
-    with pytest.warns(UserWarning, match="'all-linear' leaves out `head`: its weights are complex numbers"):
+    with pytest.warns(
+        UserWarning, match="'all-linear' leaves out `head`: its weights are complex numbers"
+    ):
         model = get_peft_model(copy.deepcopy(base), method.config(target_modules="all-linear"))
     assert model.targeted_module_names == ["real"]
-    model = get_peft_model(base, method.config(target_modules=["real"], modules_to_save=["head"])).eval()
+    model = get_peft_model(
+        base, method.config(target_modules=["real"], modules_to_save=["head"])
+    ).eval()
     seen = []
     base.head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model(x, **method.call).abs().square().sum().backward()
@@ -174,14 +197,18 @@ def test_a_block_with_sizes_and_no_weight_is_no_linear_map(method):
         def forward(self, x):
             return self.linear(x).relu()
 
-    model = get_peft_model(nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules="all-linear"))
+    model = get_peft_model(
+        nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules="all-linear")
+    )
     assert set(model.peft_config["default"].target_modules) == {"0.linear", "1"}
     with pytest.raises(TypeError, match="`0`"):
         get_peft_model(nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules=["0"]))
 
 
 def test_every_offending_layer_is_named_at_once():
-    model = nn.ModuleDict({name: nn.Linear(10, 6) for name in ("a", "b", "c")} | {"d": nn.Linear(8, 8)})
+    model = nn.ModuleDict(
+        {name: nn.Linear(10, 6) for name in ("a", "b", "c")} | {"d": nn.Linear(8, 8)}
+    )
     for config, rule in [
         (PolyConfig(n_splits=4, target_modules=list("abcd")), "n_splits"),
         (VBLoRAConfig(vector_length=4, target_modules=list("abcd")), "vector_length"),
@@ -189,7 +216,9 @@ def test_every_offending_layer_is_named_at_once():
         before = everything(model, config)
         with pytest.raises(ValueError, match=rule) as info:
             get_peft_model(model, config)
-        assert re.findall(r"`([abcd])`: `(in|out)_features", str(info.value)) == [(n, s) for n in "abc" for s in ("in", "out")]
+        assert re.findall(r"`([abcd])`: `(in|out)_features", str(info.value)) == [
+            (n, s) for n in "abc" for s in ("in", "out")
+        ]
         assert_same(before, model, config)
 
 
@@ -205,12 +234,16 @@ def test_bad_adapter_names(method, model, name):
 
 NAMED = {
     "load_adapter": lambda model, path, name: model.load_adapter(path, name),
-    "save_pretrained": lambda model, path, name: model.save_pretrained(path, selected_adapters=[name]),
+    "save_pretrained": lambda model, path, name: model.save_pretrained(
+        path, selected_adapters=[name]
+    ),
     "get state": lambda model, path, name: peft.get_peft_model_state_dict(model, adapter_name=name),
     "set state": lambda model, path, name: peft.set_peft_model_state_dict(model, {}, name),
     "convert_to_lora": lambda model, path, name: peft.convert_to_lora(model, adapter_name=name),
     "supports": lambda model, path, name: model.supports_lora_conversion(name),
-    "save_lokr_file": lambda model, path, name: peft.save_lokr_file(model, path / "new.safetensors", adapter_name=name),
+    "save_lokr_file": lambda model, path, name: peft.save_lokr_file(
+        model, path / "new.safetensors", adapter_name=name
+    ),
     "load_lokr_file": lambda model, path, name: peft.load_lokr_file(model, {}, name),
     "inject": lambda model, path, name: inject_adapter_in_model(LoKrConfig(), model, name),
     "hotswap": lambda model, path, name: hotswap_adapter(model, path, name),
@@ -231,7 +264,9 @@ def test_an_adapter_is_named_by_one_string(call, tmp_path):
     model.save_pretrained(tmp_path)
     before = everything(model, folder=tmp_path)
     for name in (["default"], ("default",), b"default", 3):  # None may mean the only one
-        with pytest.raises(TypeError, match=rf"(named by one string, not |adapter_name`=){re.escape(repr(name))}") as info:
+        with pytest.raises(
+            TypeError, match=rf"(named by one string, not |adapter_name`=){re.escape(repr(name))}"
+        ) as info:
             call(model, tmp_path, name)
         assert isinstance(info.value, peft.PeftError)
     assert_same(before, model, folder=tmp_path)
@@ -240,11 +275,15 @@ def test_an_adapter_is_named_by_one_string(call, tmp_path):
 @pytest.mark.parametrize("name", ["a b", "ü", "0", "lokr", "model", "weight", "base_layer", "a/b"])
 def test_odd_adapter_names_work_everywhere(method, tmp_path, name):
     x = torch.randn(3, 8)
-    model = get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"]), adapter_name=name).eval()
+    model = get_peft_model(
+        mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"]), adapter_name=name
+    ).eval()
     expected = model(x, **method.call)
     model.save_pretrained(tmp_path)
     state = peft.get_peft_model_state_dict(model, adapter_name=name)
-    plain = peft.get_peft_model_state_dict(get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"])))
+    plain = peft.get_peft_model_state_dict(
+        get_peft_model(mlp(), method.config(target_modules=TARGETS, modules_to_save=["4"]))
+    )
     assert state.keys() == plain.keys()
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path, adapter_name=name, subfolder=name)
     assert torch.equal(loaded(x, **method.call), expected)
@@ -255,7 +294,9 @@ def test_an_adapters_name_does_not_lead_out_of_the_folder(method, tmp_path):
     outside, inside = tmp_path / "outside", tmp_path / "inside"
     inside.mkdir()
     try:
-        model = get_peft_model(mlp(), method.config(target_modules=TARGETS), adapter_name=str(outside))
+        model = get_peft_model(
+            mlp(), method.config(target_modules=TARGETS), adapter_name=str(outside)
+        )
         model.save_pretrained(inside)
     except ValueError as error:
         assert "name" in str(error)
@@ -263,12 +304,17 @@ def test_an_adapters_name_does_not_lead_out_of_the_folder(method, tmp_path):
 
 
 def test_unknown_arguments(method, model, tmp_path):
-    """Callers hand to loading and saving what they have for the base model, so those say what they make nothing of; others refuse."""
+    """Callers hand to loading and saving what they have for the base model, so those say what they
+    make nothing of; others refuse.
+    """
     model.save_pretrained(tmp_path)
     for options in ({}, {"config": PeftConfig.from_pretrained(tmp_path)}):
         with pytest.warns(UserWarning, match="no_such_option; they have no effect"):
             loaded = PeftModel.from_pretrained(mlp(), tmp_path, no_such_option=1, **options)
-        assert peft.get_peft_model_state_dict(loaded).keys() == peft.get_peft_model_state_dict(model).keys()
+        assert (
+            peft.get_peft_model_state_dict(loaded).keys()
+            == peft.get_peft_model_state_dict(model).keys()
+        )
     with pytest.warns(UserWarning, match="no_such_option; they have no effect"):
         model.save_pretrained(tmp_path, no_such_option=1)
     with pytest.raises(TypeError, match="no_such_option"):
@@ -304,7 +350,9 @@ def test_a_config_of_another_method_is_refused(method, model, tmp_path):
 
 
 def test_values_of_another_scale_are_not_loaded_under_the_old_one(tmp_path):
-    """A checkpoint whose config computes something else with the same tensors: its outputs, or an error that says so."""
+    """A checkpoint whose config computes something else with the same tensors: its outputs, or an
+    error that says so.
+    """
     x = torch.randn(3, 8)
     fields = {"r": 2, "init_weights": False, "target_modules": TARGETS}
     saved = get_peft_model(mlp(), LoKrConfig(alpha=2, **fields)).eval()
@@ -330,15 +378,23 @@ def test_a_header_that_lies_about_its_size_is_refused(model, tmp_path, entry):
         target = mlp() if entry == "from_pretrained" else model
         before = everything(target, folder=tmp_path)
         with pytest.raises(RuntimeError, match="not a readable weights file"):
-            PeftModel.from_pretrained(target, tmp_path) if entry == "from_pretrained" else target.load_adapter(tmp_path, "new")
+            PeftModel.from_pretrained(
+                target, tmp_path
+            ) if entry == "from_pretrained" else target.load_adapter(tmp_path, "new")
         assert_same(before, target, folder=tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"peft_type": 3}', b'{"peft_type": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"peft_type": 3}', b'{"peft_type": null}'],
+)
 def test_configs_that_are_none(model, tmp_path, content):
     model.save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(content)
-    for target, load in ((mlp(), PeftModel.from_pretrained), (model, lambda m, path: m.load_adapter(path, "new"))):
+    for target, load in (
+        (mlp(), PeftModel.from_pretrained),
+        (model, lambda m, path: m.load_adapter(path, "new")),
+    ):
         before = everything(target, folder=tmp_path)
         with pytest.raises((ValueError, TypeError)) as info:
             load(target, tmp_path)
@@ -361,7 +417,10 @@ def test_a_checkpoint_without_its_config_or_weights(model, tmp_path):
     model.save_pretrained(tmp_path)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / name).unlink()
-        for target, load in ((mlp(), PeftModel.from_pretrained), (model, lambda m, path: m.load_adapter(path, "new"))):
+        for target, load in (
+            (mlp(), PeftModel.from_pretrained),
+            (model, lambda m, path: m.load_adapter(path, "new")),
+        ):
             before = everything(target, folder=tmp_path)
             with pytest.raises(FileNotFoundError, match=re.escape(name)):
                 load(target, tmp_path)
@@ -372,8 +431,14 @@ def test_the_wrong_file_of_a_pair_is_told_apart(method, tmp_path):
     """Weights of the right shapes and foreign names."""
     model = get_peft_model(mlp(), method.config(target_modules=TARGETS))
     model.save_pretrained(tmp_path)
-    state = {f"base_model.model.x{i}": t for i, t in enumerate(peft.get_peft_model_state_dict(model).values())}
-    save_file({key: tensor.detach().clone() for key, tensor in state.items()}, tmp_path / "adapter_model.safetensors")
+    state = {
+        f"base_model.model.x{i}": t
+        for i, t in enumerate(peft.get_peft_model_state_dict(model).values())
+    }
+    save_file(
+        {key: tensor.detach().clone() for key, tensor in state.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
     base = mlp()
     before = everything(base, folder=tmp_path)
     with pytest.raises(RuntimeError, match=r"Missing keys: .*Unexpected keys: base_model.model.x0"):
@@ -431,7 +496,9 @@ def test_saving_an_empty_adapter_is_refused(method, tmp_path):
 
 
 def test_an_argument_for_another_method_is_not_swallowed(method):
-    """transformers models take any keyword; `task_ids` must reach a method that knows it or be refused."""
+    """transformers models take any keyword; `task_ids` must reach a method that knows it or be
+    refused.
+    """
     model = get_peft_model(llama(), method.config(target_modules=["q_proj"])).eval()
     ids = torch.randint(3, 48, (2, 4))
     if method.call:
@@ -451,4 +518,6 @@ def test_an_argument_for_another_method_is_not_swallowed(method):
 
     x = torch.randn(2, 8)
     own = get_peft_model(Own(), method.config(target_modules=["linear"])).eval()
-    torch.testing.assert_close(own(x, task_ids=torch.tensor([1, 1])), own(x, task_ids=torch.tensor([0, 0])) + 1)
+    torch.testing.assert_close(
+        own(x, task_ids=torch.tensor([1, 1])), own(x, task_ids=torch.tensor([0, 0])) + 1
+    )

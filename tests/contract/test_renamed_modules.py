@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters written when modules of transformers' models had other names: all ways to load them find the modules of today.
+"""Adapters written when modules of transformers' models had other names: all ways to load them find
+the modules of today.
 
-Each case says by hand what a module was called. The file is one of today with those names put in, as the earlier version wrote it.
+Each case says by hand what a module was called. The file is one of today with those names put in,
+as the earlier version wrote it.
 """
 
 import copy
@@ -25,7 +27,13 @@ from peft import (
 )
 from peft.checkpoint.hotswap import hotswap_adapter
 
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 48,
+}
 IMAGE = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -38,7 +46,12 @@ IDS = torch.tensor([[1, 2, 3]])
 
 
 def llava():
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     text = LlamaConfig(**TEXT, num_key_value_heads=2)
     return LlavaForConditionalGeneration(
@@ -49,7 +62,11 @@ def llava():
 def qwen2_vl():
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    text = {**TEXT, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    text = {
+        **TEXT,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
     vision = {"embed_dim": 16, "hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
 
@@ -82,7 +99,10 @@ LLAVA = [
 ]
 VIT = [
     (r"^vit\.layers\.", "vit.encoder.layer."),
-    (r"attention\.(q_proj|v_proj)", lambda m: "attention.attention." + {"q_proj": "query", "v_proj": "value"}[m[1]]),
+    (
+        r"attention\.(q_proj|v_proj)",
+        lambda m: "attention.attention." + {"q_proj": "query", "v_proj": "value"}[m[1]],
+    ),
     (r"attention\.o_proj", "attention.output.dense"),
 ]
 # Model, its inputs, what modules were called, a config of today, and the same in the words of then.
@@ -92,15 +112,24 @@ CASES = {
         llava,
         {"input_ids": IDS},
         LLAVA,
-        {"target_modules": r"model\.language_model.*(q_proj|up_proj)", "rank_pattern": {r"model.*\.1\..*": 3}},
-        {"target_modules": r"language_model\.model.*(q_proj|up_proj)", "rank_pattern": {r"language_model.*\.1\..*": 3}},
+        {
+            "target_modules": r"model\.language_model.*(q_proj|up_proj)",
+            "rank_pattern": {r"model.*\.1\..*": 3},
+        },
+        {
+            "target_modules": r"language_model\.model.*(q_proj|up_proj)",
+            "rank_pattern": {r"language_model.*\.1\..*": 3},
+        },
     ),
     "paths, patterns and a whole module": (
         llava,
         {"input_ids": IDS, "pixel_values": None},
         LLAVA,
         {
-            "target_modules": ["model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.mlp.fc1"],
+            "target_modules": [
+                "model.language_model.layers.0.self_attn.q_proj",
+                "model.vision_tower.encoder.layers.0.mlp.fc1",
+            ],
             "rank_pattern": {"^model.vision_tower": 3},
             "alpha_pattern": {"model.language_model.layers.0.self_attn.q_proj": 5},
             "modules_to_save": ["lm_head", "model.multi_modal_projector"],
@@ -119,10 +148,19 @@ CASES = {
         qwen2_vl,
         {"input_ids": IDS},
         [(r"^model\.language_model\.", "model."), (r"^model\.visual", "visual")],
-        {"target_modules": ["q_proj", "qkv"], "trainable_token_indices": {"model.language_model.embed_tokens": [1, 2]}},
+        {
+            "target_modules": ["q_proj", "qkv"],
+            "trainable_token_indices": {"model.language_model.embed_tokens": [1, 2]},
+        },
         {"trainable_token_indices": {"model.embed_tokens": [1, 2]}},
     ),
-    "a text tower": (clip_text, {"input_ids": IDS}, [(r"^", "text_model.")], {"target_modules": ["q_proj", "fc1"]}, {}),
+    "a text tower": (
+        clip_text,
+        {"input_ids": IDS},
+        [(r"^", "text_model.")],
+        {"target_modules": ["q_proj", "fc1"]},
+        {},
+    ),
     "last names": (
         vit,
         {"pixel_values": torch.linspace(-1, 1, 192).view(1, 3, 8, 8)},
@@ -182,13 +220,18 @@ def test_all_ways_to_load_an_adapter(case, tmp_path):
     torch.testing.assert_close(output(model, inputs), expected)
     model.save_pretrained(tmp_path / "again")  # under the names that the modules have
     assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == names
-    torch.testing.assert_close(output(PeftModel.from_pretrained(fresh(make), tmp_path / "again"), inputs), expected)
+    torch.testing.assert_close(
+        output(PeftModel.from_pretrained(fresh(make), tmp_path / "again"), inputs), expected
+    )
 
     model = get_peft_model(fresh(make), LoraConfig(target_modules=["k_proj"]), "other").eval()
     model.load_adapter(tmp_path, "old")
     model.set_adapter("old")
     torch.testing.assert_close(output(model, inputs), expected)
-    for load in (lambda: model.load_adapter(tmp_path, "old"), lambda: hotswap_adapter(model, tmp_path, "old")):
+    for load in (
+        lambda: model.load_adapter(tmp_path, "old"),
+        lambda: hotswap_adapter(model, tmp_path, "old"),
+    ):
         with torch.no_grad():
             [p.zero_() for name, p in model.named_parameters() if "lora_B.old" in name]
         load()
@@ -226,7 +269,9 @@ def test_experts_that_are_one_tensor_now(tmp_path):
     def make():
         return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=2))
 
-    get_peft_model(fresh(make), LoraConfig(r=2, target_modules=["q_proj", "o_proj"])).save_pretrained(tmp_path)
+    get_peft_model(
+        fresh(make), LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+    ).save_pretrained(tmp_path)
     expert = (r"self_attn.o_proj", "block_sparse_moe.experts.0.w1")
     as_it_was(tmp_path, [expert], {"target_modules": ["q_proj", "w1"]})
     model = get_peft_model(fresh(make), LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
@@ -239,7 +284,8 @@ def test_experts_that_are_one_tensor_now(tmp_path):
         lambda: hotswap_adapter(model, tmp_path, "default"),
     ):
         with pytest.raises(
-            RuntimeError, match=r"`model.layers.0.block_sparse_moe.experts.0.w1` is a part of .*gate_up_proj.*none of the"
+            RuntimeError,
+            match=r"`model.layers.0.block_sparse_moe.experts.0.w1` is a part of .*gate_up_proj.*none of the",
         ):
             load()
     assert_unchanged(before, model)
@@ -267,12 +313,17 @@ def tower(inner):
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_tower_of_another_version(inner, tmp_path):
     """Whichever of the two wrote the file, the other reads it."""
-    writer = get_peft_model(fresh(lambda: tower(inner)), LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False))
+    writer = get_peft_model(
+        fresh(lambda: tower(inner)),
+        LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False),
+    )
     writer.save_pretrained(tmp_path)
     reader = PeftModel.from_pretrained(fresh(lambda: tower(not inner)), tmp_path)
     x = torch.randn(2, 8)
     torch.testing.assert_close(reader(x), writer(x))
-    both = nn.ModuleDict({"text_model": copy.deepcopy(tower(False)), "vision_model": copy.deepcopy(tower(False))})
+    both = nn.ModuleDict(
+        {"text_model": copy.deepcopy(tower(False)), "vision_model": copy.deepcopy(tower(False))}
+    )
     if not inner:  # it can mean either of two
         with pytest.raises(RuntimeError, match="does not hold this adapter's weights"):
             PeftModel.from_pretrained(both, tmp_path)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose the rows are that a layer sees: every sample of a mixed call gives what it gives alone, or the call is refused by the layer's
-name.
+"""Whose the rows are that a layer sees: every sample of a mixed call gives what it gives alone, or
+the call is refused by the layer's name.
 """
 
 import pytest
@@ -32,7 +32,12 @@ import peft
 
 BATCH, LENGTH = 3, 4
 WORDS = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 SEQ2SEQ = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -48,7 +53,9 @@ SEQ2SEQ = {
 
 @pytest.fixture(params=["LOKR", "VBLORA", "POLY"])
 def method(request):
-    """One method whose samples differ by adapter, one with a road of its own for that, one whose samples differ by task."""
+    """One method whose samples differ by adapter, one with a road of its own for that, one whose
+    samples differ by task.
+    """
     return METHODS[request.param]
 
 
@@ -57,31 +64,47 @@ def words(batch=BATCH, length=LENGTH):
 
 
 def xlnet():
-    return XLNetModel(XLNetConfig(vocab_size=48, d_model=16, n_layer=1, n_head=2, d_inner=24, dropout=0.0))
+    return XLNetModel(
+        XLNetConfig(vocab_size=48, d_model=16, n_layer=1, n_head=2, d_inner=24, dropout=0.0)
+    )
 
 
 def longformer():
-    config = LongformerConfig(**SMALL, vocab_size=48, attention_window=4, max_position_embeddings=32, pad_token_id=0)
+    config = LongformerConfig(
+        **SMALL, vocab_size=48, attention_window=4, max_position_embeddings=32, pad_token_id=0
+    )
     return LongformerModel(config, add_pooling_layer=False)
 
 
 def led():
-    return LEDModel(LEDConfig(**SEQ2SEQ, **WORDS, attention_window=4, max_encoder_position_embeddings=32))
+    return LEDModel(
+        LEDConfig(**SEQ2SEQ, **WORDS, attention_window=4, max_encoder_position_embeddings=32)
+    )
 
 
 def fsmt():
-    config = FSMTConfig(**SEQ2SEQ, langs=["a", "b"], src_vocab_size=48, tgt_vocab_size=48, max_position_embeddings=32)
+    config = FSMTConfig(
+        **SEQ2SEQ,
+        langs=["a", "b"],
+        src_vocab_size=48,
+        tgt_vocab_size=48,
+        max_position_embeddings=32,
+    )
     return FSMTForConditionalGeneration(config)
 
 
 class Torch(nn.Module):
-    """torch's own encoder and decoder as they are by default, in a model whose inputs have the batch first."""
+    """torch's own encoder and decoder as they are by default, in a model whose inputs have the
+    batch first.
+    """
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(48, 16)
         options = {"dim_feedforward": 24, "dropout": 0.0}
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, **options), 1, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, **options), 1, enable_nested_tensor=False
+        )
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, **options), 1)
 
     def forward(self, input_ids):
@@ -117,24 +140,42 @@ class Declared(Turned):
 
 SEQUENCE_FIRST = {
     "xlnet": (xlnet, ["layer_1", "layer_2"], LENGTH, {}),
-    "longformer": (longformer, ["query", "key", "value", "query_global"], LENGTH, {"global_attention_mask": [1, 0, 0, 1]}),
+    "longformer": (
+        longformer,
+        ["query", "key", "value", "query_global"],
+        LENGTH,
+        {"global_attention_mask": [1, 0, 0, 1]},
+    ),
     "led": (led, ["query", "key", "value_global", "output", "v_proj"], LENGTH, {}),
     "fsmt": (fsmt, ["q_proj", "k_proj", "fc1"], LENGTH, {}),
     "torch": (Torch, ["linear1", "linear2"], LENGTH, {}),
     "turned": (Turned, ["linear"], LENGTH + 2, {}),
     "declared": (Declared, ["linear"], LENGTH, {}),
 }
-MODELS = {"nllb": NllbMoeForConditionalGeneration, "switch": SwitchTransformersForConditionalGeneration}
+MODELS = {
+    "nllb": NllbMoeForConditionalGeneration,
+    "switch": SwitchTransformersForConditionalGeneration,
+}
 
 
 def swin():
-    config = SwinConfig(image_size=8, patch_size=1, window_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], num_channels=3)
+    config = SwinConfig(
+        image_size=8,
+        patch_size=1,
+        window_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[2, 2],
+        num_channels=3,
+    )
     return SwinModel(config)
 
 
 def timesformer():
     options = {"image_size": 4, "patch_size": 2, "num_frames": 2}
-    return TimesformerModel(TimesformerConfig(**SMALL, **options, attention_type="divided_space_time"))
+    return TimesformerModel(
+        TimesformerConfig(**SMALL, **options, attention_type="divided_space_time")
+    )
 
 
 def multiple_choice():
@@ -143,7 +184,9 @@ def multiple_choice():
 
 def adapted(base, method, targets, **more):
     torch.manual_seed(1)
-    model = peft.get_peft_model(base.eval().double(), method.config(target_modules=list(targets), **more), "a")
+    model = peft.get_peft_model(
+        base.eval().double(), method.config(target_modules=list(targets), **more), "a"
+    )
     if not method.call:
         model.add_adapter("b", method.config(target_modules=list(targets), **more))
     with torch.no_grad():
@@ -155,7 +198,11 @@ def adapted(base, method, targets, **more):
 
 def mixed(method, kinds):
     """What tells a call that its samples are of these kinds, 0 or 1."""
-    return {"task_ids": list(kinds)} if method.call else {"adapter_names": ["ab"[kind] for kind in kinds]}
+    return (
+        {"task_ids": list(kinds)}
+        if method.call
+        else {"adapter_names": ["ab"[kind] for kind in kinds]}
+    )
 
 
 def output(result):
@@ -167,7 +214,12 @@ def check(model, method, inputs, kinds):
     """A mixed call against each sample alone, which has no other sample to be mixed up with."""
     together = output(model(**inputs, **mixed(method, kinds)))
     for i, kind in enumerate(kinds):
-        alone = output(model(**{name: value[i : i + 1] for name, value in inputs.items()}, **mixed(method, [kind])))
+        alone = output(
+            model(
+                **{name: value[i : i + 1] for name, value in inputs.items()},
+                **mixed(method, [kind]),
+            )
+        )
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=1e-5)
     other = output(model(**inputs, **mixed(method, [1 - kind for kind in kinds])))
     assert not torch.allclose(together, other, atol=1e-5)
@@ -202,8 +254,16 @@ def test_a_model_that_is_sequence_first_itself(method, root):
 @pytest.mark.parametrize(
     ("build", "targets", "inputs"),
     [
-        (swin, ["q_proj", "v_proj", "fc1", "reduction"], {"pixel_values": torch.randn(4, 3, 8, 8).double()}),
-        (timesformer, ["qkv", "temporal_dense"], {"pixel_values": torch.randn(4, 2, 3, 4, 4).double()}),
+        (
+            swin,
+            ["q_proj", "v_proj", "fc1", "reduction"],
+            {"pixel_values": torch.randn(4, 3, 8, 8).double()},
+        ),
+        (
+            timesformer,
+            ["qkv", "temporal_dense"],
+            {"pixel_values": torch.randn(4, 2, 3, 4, 4).double()},
+        ),
         (multiple_choice, ["value", "dense"], {"input_ids": torch.randint(3, 48, (4, 2, 5))}),
     ],
     ids=["windows", "frames", "choices"],
@@ -224,7 +284,9 @@ def nllb():
         "decoder_sparse_step": 2,
         "router_ignore_padding_tokens": False,
     }
-    return NllbMoeForConditionalGeneration(NllbMoeConfig(**SEQ2SEQ, **WORDS, **options, max_position_embeddings=32))
+    return NllbMoeForConditionalGeneration(
+        NllbMoeConfig(**SEQ2SEQ, **WORDS, **options, max_position_embeddings=32)
+    )
 
 
 def switch():
@@ -235,11 +297,22 @@ def switch():
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
     }
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0}
-    return SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes, **options, **WORDS))
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.0,
+    }
+    return SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**sizes, **options, **WORDS)
+    )
 
 
-@pytest.mark.parametrize(("build", "targets"), [(nllb, ["fc1", "fc2", "q_proj"]), (switch, ["wi", "wo", "q"])])
+@pytest.mark.parametrize(
+    ("build", "targets"), [(nllb, ["fc1", "fc2", "q_proj"]), (switch, ["wi", "wo", "q"])]
+)
 @pytest.mark.parametrize("batch", [3])
 @torch.no_grad()
 def test_experts_get_each_tokens_own(method, build, targets, batch):
@@ -251,7 +324,9 @@ def test_experts_get_each_tokens_own(method, build, targets, batch):
     kinds = [i % 2 for i in range(batch)]
     written = model.generate(input_ids=inputs["input_ids"], **mixed(method, kinds), **options)
     for i, kind in enumerate(kinds):
-        alone = model.generate(input_ids=inputs["input_ids"][i : i + 1], **mixed(method, [kind]), **options)
+        alone = model.generate(
+            input_ids=inputs["input_ids"][i : i + 1], **mixed(method, [kind]), **options
+        )
         assert torch.equal(written[i : i + 1, : alone.shape[1]], alone)
 
 
@@ -260,7 +335,10 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.experts = nn.Embedding(48, 16), nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.embed, self.experts = (
+            nn.Embedding(48, 16),
+            nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]),
+        )
         self.shared, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
 
     def forward(self, input_ids):
@@ -275,11 +353,18 @@ class Experts(nn.Module):
 
 
 def test_experts_of_unknown_tokens_are_refused(method):
-    """By name, whether or not the number of their tokens could be shared out; what can be told goes on."""
+    """By name, whether or not the number of their tokens could be shared out; what can be told goes
+    on.
+    """
     model = adapted(Experts(), method, ["experts.0", "experts.1"])
-    even = torch.tensor([[4, 6, 3], [3, 5, 3]])  # as many tokens for one expert as there are samples, of one of them
+    even = torch.tensor(
+        [[4, 6, 3], [3, 5, 3]]
+    )  # as many tokens for one expert as there are samples, of one of them
     for ids in (even, even[:, :2], torch.tensor([[4, 6, 3], [3, 5, 4]])):
-        with pytest.raises(ValueError, match=r"^experts\.[01] sees an input of shape \[\d, 16\] in a call of 2 samples.*expert"):
+        with pytest.raises(
+            ValueError,
+            match=r"^experts\.[01] sees an input of shape \[\d, 16\] in a call of 2 samples.*expert",
+        ):
             model(input_ids=ids, **mixed(method, [0, 1]))
         for kind in (0, 1):  # all samples alike are right whoever has which token
             same = model(input_ids=ids, **mixed(method, [kind, kind]))
@@ -287,7 +372,9 @@ def test_experts_of_unknown_tokens_are_refused(method):
             torch.testing.assert_close(same, torch.cat(alone))
     model = adapted(Experts(), method, ["shared", "head"])
     check(model, method, {"input_ids": words(2, 3)}, [0, 1])
-    model = adapted(Experts(), method, ["experts.0", "experts.1"])  # all tokens to one expert is every token, in order
+    model = adapted(
+        Experts(), method, ["experts.0", "experts.1"]
+    )  # all tokens to one expert is every token, in order
     check(model, method, {"input_ids": torch.full((2, 3), 4)}, [0, 1])
 
 
@@ -296,7 +383,11 @@ class Images(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.tower, self.head = nn.Embedding(48, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.embed, self.tower, self.head = (
+            nn.Embedding(48, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+        )
 
     def forward(self, input_ids, pixel_values):
         return self.head(self.embed(input_ids)) + self.tower(pixel_values).sum()
@@ -306,11 +397,28 @@ def test_what_nothing_tells_of_is_refused(method):
     """And the next call that is plain goes on."""
     model, x = adapted(Images(), method, ["tower", "head"]), torch.randn(4, 16).double()
     for images in (1, 3, 4, 6):
-        with pytest.raises(ValueError, match=rf"^tower sees an input of shape \[{images}, 16\] in a call of 2 samples"):
-            model(input_ids=words(2, 5), pixel_values=torch.randn(images, 16).double(), **mixed(method, [0, 1]))
-        model(input_ids=words(2, 5), pixel_values=torch.randn(2, 16).double(), **mixed(method, [0, 1]))
-        model(input_ids=words(1, 5), pixel_values=torch.randn(images, 16).double(), **mixed(method, [1]))
-        model(input_ids=words(2, 5), pixel_values=torch.randn(images, 16).double(), **mixed(method, [1, 1]))
+        with pytest.raises(
+            ValueError,
+            match=rf"^tower sees an input of shape \[{images}, 16\] in a call of 2 samples",
+        ):
+            model(
+                input_ids=words(2, 5),
+                pixel_values=torch.randn(images, 16).double(),
+                **mixed(method, [0, 1]),
+            )
+        model(
+            input_ids=words(2, 5), pixel_values=torch.randn(2, 16).double(), **mixed(method, [0, 1])
+        )
+        model(
+            input_ids=words(1, 5),
+            pixel_values=torch.randn(images, 16).double(),
+            **mixed(method, [1]),
+        )
+        model(
+            input_ids=words(2, 5),
+            pixel_values=torch.randn(images, 16).double(),
+            **mixed(method, [1, 1]),
+        )
     with pytest.raises(ValueError, match="texts packed into one row are one sample"):
         model(input_ids=words(1, 5), pixel_values=x, **mixed(method, [0, 1]))
 
@@ -328,8 +436,12 @@ def test_a_model_that_calls_itself_on_parts(method):
     with pytest.raises(ValueError, match="^linear sees an input"):
         model(x, **mixed(method, [0, 1, 1, 0]))
     same = model(x, **mixed(method, [1] * 4))
-    torch.testing.assert_close(same, model(torch.cat([x[2:], x[:2]]), **mixed(method, [1] * 4)).roll(2, 0))
-    torch.testing.assert_close(model(x[:2], **mixed(method, [0, 1]))[1:], model(x[1:2], **mixed(method, [1])))
+    torch.testing.assert_close(
+        same, model(torch.cat([x[2:], x[:2]]), **mixed(method, [1] * 4)).roll(2, 0)
+    )
+    torch.testing.assert_close(
+        model(x[:2], **mixed(method, [0, 1]))[1:], model(x[1:2], **mixed(method, [1]))
+    )
 
 
 class Guided(nn.Module):
@@ -360,7 +472,9 @@ def test_guidance(method, sequences):
 
 
 def test_training_draws_once_for_a_sample():
-    """Poly draws weights for each sample; the tokens of a sample that an expert is handed share them, and gradients reach them."""
+    """Poly draws weights for each sample; the tokens of a sample that an expert is handed share
+    them, and gradients reach them.
+    """
     method = METHODS["POLY"]
     model = adapted(switch(), method, ["wi", "wo"]).train()
     drawn = []
@@ -373,7 +487,9 @@ def test_training_draws_once_for_a_sample():
 
 
 def test_heads_and_tokens_follow_a_turned_sequence():
-    """A head of an adapter's own, and rows of the embedding that it trains, where the sequence comes first."""
+    """A head of an adapter's own, and rows of the embedding that it trains, where the sequence
+    comes first.
+    """
     method = METHODS["LOKR"]
     more = {"modules_to_save": ["layer_2"], "trainable_token_indices": {"word_embedding": [5, 6]}}
     model = adapted(xlnet(), method, ["layer_1"], **more)
@@ -402,4 +518,9 @@ def test_routing_by_input_sees_its_own_sample(level):
             ids = words(batch, 4)
             together = output(model(input_ids=ids))
             for i in range(batch):
-                torch.testing.assert_close(together[i : i + 1], output(model(input_ids=ids[i : i + 1])), atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(
+                    together[i : i + 1],
+                    output(model(input_ids=ids[i : i + 1])),
+                    atol=1e-6,
+                    rtol=1e-5,
+                )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter is made of: flags, tensors, names; and that wrappers, copies and files keep all of it."""
+"""What an adapter is made of: flags, tensors, names; and that wrappers, copies and files keep all
+of it.
+"""
 
 import contextlib
 import copy
@@ -13,7 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -40,7 +48,9 @@ def test_a_mixed_mode_is_kept(method):
     model = get_peft_model(base, method.config(target_modules=TARGETS))
     assert not model.base_model.model[0].training
     assert model.base_model.model[2].training
-    assert not any(isinstance(m, BaseTunerLayer) and m.training for m in model.base_model.model[0].modules())
+    assert not any(
+        isinstance(m, BaseTunerLayer) and m.training for m in model.base_model.model[0].modules()
+    )
 
 
 def test_the_state_dict_restores_another_model(model, method):
@@ -62,7 +72,11 @@ def test_names_in_the_model_carry_prefix_and_adapter(model, method):
     names = own(model)
     assert names.keys() == trainable(model)
     assert all("default" in name.split(".") for name in names)
-    base = {name.replace(".base_layer", "").removeprefix("base_model.model.") for name in model.state_dict() if name not in names}
+    base = {
+        name.replace(".base_layer", "").removeprefix("base_model.model.")
+        for name in model.state_dict()
+        if name not in names
+    }
     assert base == mlp().state_dict().keys()
 
 
@@ -94,14 +108,18 @@ def test_adapters_on_different_layers(method, tmp_path):
 def test_files_hold_contiguous_tensors_of_the_adapter_alone(model, tmp_path):
     model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
     model.save_pretrained(tmp_path, selected_adapters=["b"])
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+    assert sorted(
+        p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()
+    ) == [
         "README.md",
         "b/adapter_config.json",
         "b/adapter_model.safetensors",
     ]
     state = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert all(key.startswith("base_model.") and "b" not in key.split(".") for key in state)
-    assert sum(t.numel() for t in state.values()) == sum(p.numel() for n, p in own(model).items() if "b" in n.split("."))
+    assert sum(t.numel() for t in state.values()) == sum(
+        p.numel() for n, p in own(model).items() if "b" in n.split(".")
+    )
     with safe_open(tmp_path / "b" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
 
@@ -150,7 +168,9 @@ def test_a_loaded_adapter_waits_unless_trainable(model, method, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precision_through_a_file(method, tmp_path, autocast, dtype):
     x = torch.randn(5, 8, dtype=dtype)
-    model = get_peft_model(mlp(dtype), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast).eval()
+    model = get_peft_model(
+        mlp(dtype), method.config(target_modules=TARGETS), autocast_adapter_dtype=autocast
+    ).eval()
     wanted = torch.float32 if autocast else dtype
     model.save_pretrained(tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {wanted}
@@ -207,24 +227,33 @@ def test_compiled_modules_leave_no_trace_in_files(method, tmp_path, where):
         else:
             base[0] = torch.compile(base[0])
     expected = model.eval()(x, **method.call)
-    reference = get_peft_model_state_dict(get_peft_model(mlp(), method.config(target_modules=TARGETS)))
+    reference = get_peft_model_state_dict(
+        get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    )
     saver.save_pretrained(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == reference.keys()
     plain = mlp()
     plain.load_state_dict(
         {
-            name.replace("_orig_mod.", "").replace("base_layer.", "").removeprefix("base_model.model."): tensor
+            name.replace("_orig_mod.", "")
+            .replace("base_layer.", "")
+            .removeprefix("base_model.model."): tensor
             for name, tensor in model.state_dict().items()
             if model.prefix not in name
         }
     )
-    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)(x, **method.call), expected)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(plain, tmp_path)(x, **method.call), expected
+    )
 
 
 def test_a_gathered_state_dict_with_wrappers_names(model, tmp_path):
     """FSDP and DDP hand over a state dict whose names have their own parts."""
     expected = get_peft_model_state_dict(model)
-    gathered = {f"module.{name}".replace(".model.", ".model._fsdp_wrapped_module."): t for name, t in model.state_dict().items()}
+    gathered = {
+        f"module.{name}".replace(".model.", ".model._fsdp_wrapped_module."): t
+        for name, t in model.state_dict().items()
+    }
     model.save_pretrained(tmp_path, state_dict=gathered)
     written = load_file(tmp_path / "adapter_model.safetensors")
     assert written.keys() == expected.keys()
@@ -234,7 +263,8 @@ def test_a_gathered_state_dict_with_wrappers_names(model, tmp_path):
 def test_unloading_leaves_nothing_behind(method):
     base = mlp()
     before = {
-        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in base.named_modules()
+        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks))
+        for name, m in base.named_modules()
     }
     tensors = {name: t.data_ptr() for name, t in base.state_dict().items()}
     model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"]))
@@ -242,7 +272,8 @@ def test_unloading_leaves_nothing_behind(method):
     plain = model.unload()
     assert plain is base
     assert {
-        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in base.named_modules()
+        name: (id(m), sorted(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks))
+        for name, m in base.named_modules()
     } == before
     assert {name: t.data_ptr() for name, t in base.state_dict().items()} == tensors
     again = get_peft_model(plain, method.config(target_modules=TARGETS))
@@ -273,7 +304,9 @@ def test_disabling_uses_the_original_head(method):
     x = torch.randn(3, 8)
     base = mlp()
     expected = base(x)
-    model = get_peft_model(base, method.config(target_modules=TARGETS, modules_to_save=["4"])).eval()
+    model = get_peft_model(
+        base, method.config(target_modules=TARGETS, modules_to_save=["4"])
+    ).eval()
     with torch.no_grad():
         model.base_model.model[4].modules_to_save["default"].weight.add_(1)
     flags = trainable(model)
@@ -312,7 +345,9 @@ def test_deleting_one_of_several_active_keeps_the_others(model, method):
 
 
 def test_a_second_injection_and_its_state(method):
-    """Two adapters on a plain model: each can be read, written and told apart; the second is the active one."""
+    """Two adapters on a plain model: each can be read, written and told apart; the second is the
+    active one.
+    """
     x = torch.randn(3, 8)
     base = mlp()
     inject_adapter_in_model(method.config(target_modules=TARGETS), base, "a")
@@ -333,13 +368,17 @@ def test_a_second_injection_and_its_state(method):
 
 
 def test_an_adapter_is_filled_on_a_base_that_has_no_memory_yet(model, method, tmp_path):
-    """Weights offloaded by device maps stand on the meta device; the adapter's come from the file nevertheless."""
+    """Weights offloaded by device maps stand on the meta device; the adapter's come from the file
+    nevertheless.
+    """
     model.save_pretrained(tmp_path)
     expected = get_peft_model_state_dict(model)
     loaded = PeftModel.from_pretrained(mlp().to("meta"), tmp_path)
     state = get_peft_model_state_dict(loaded)
     assert state.keys() == expected.keys()
-    assert all(not tensor.is_meta and torch.equal(tensor, expected[key]) for key, tensor in state.items())
+    assert all(
+        not tensor.is_meta and torch.equal(tensor, expected[key]) for key, tensor in state.items()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
@@ -359,7 +398,10 @@ def test_an_adapter_added_on_meta_is_filled_by_its_state(model, method):
     expected = model(x, **method.call)
     model.add_adapter("b", method.config(target_modules=TARGETS), low_cpu_mem_usage=True)
     assert {p.device.type for n, p in own(model).items() if "b" in n.split(".")} == {"meta"}
-    assert set_peft_model_state_dict(model, state, adapter_name="b", low_cpu_mem_usage=True) == ([], [])
+    assert set_peft_model_state_dict(model, state, adapter_name="b", low_cpu_mem_usage=True) == (
+        [],
+        [],
+    )
     model.set_adapter("b")
     assert torch.equal(model(x, **method.call), expected)
     assert {name.replace(".b", ".default") for name in trainable(model)} <= set(model.state_dict())
@@ -378,9 +420,14 @@ def test_a_subfolder_of_a_hub_repository(method, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = PeftModel.from_pretrained(mlp(), "someone/something", subfolder="b")
-    assert asked == [("someone/something", name, "b") for name in ("adapter_config.json", "adapter_model.safetensors")]
+    assert asked == [
+        ("someone/something", name, "b")
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
     expected = get_peft_model_state_dict(model, adapter_name="b")
-    assert all(torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items())
+    assert all(
+        torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items()
+    )
 
 
 def test_the_hubs_legacy_file_is_the_second_choice(method, model, tmp_path, monkeypatch):
@@ -400,7 +447,9 @@ def test_the_hubs_legacy_file_is_the_second_choice(method, model, tmp_path, monk
     loaded = PeftModel.from_pretrained(mlp(), "someone/something")
     assert asked == ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
     expected = get_peft_model_state_dict(model)
-    assert all(torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items())
+    assert all(
+        torch.equal(t, expected[key]) for key, t in get_peft_model_state_dict(loaded).items()
+    )
 
 
 def test_a_hub_that_is_away_is_a_clear_error(monkeypatch):
@@ -411,13 +460,17 @@ def test_a_hub_that_is_away_is_a_clear_error(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     base = mlp()
-    with pytest.raises(FileNotFoundError, match=r"adapter_config.json.*someone/something.*no network"):
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_config.json.*someone/something.*no network"
+    ):
         PeftModel.from_pretrained(base, "someone/something")
     assert [type(m) for m in base] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
 
 
 def test_a_head_with_other_classes_is_left_out_on_request(method, tmp_path):
-    """`ignore_mismatched_sizes` takes all of a checkpoint but the tensors whose shape differs, which stay as they are made."""
+    """`ignore_mismatched_sizes` takes all of a checkpoint but the tensors whose shape differs,
+    which stay as they are made.
+    """
 
     def base(classes):
         torch.manual_seed(0)
@@ -446,10 +499,15 @@ def test_a_head_with_other_classes_is_left_out_on_request(method, tmp_path):
 
 @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
 def test_embeddings_and_heads_trained_whole(method, names, tmp_path):
-    """What an adapter trained of them comes back into its own copies, however it is loaded; the base's stay as they are."""
+    """What an adapter trained of them comes back into its own copies, however it is loaded; the
+    base's stay as they are.
+    """
     config = {"target_modules": ["q_proj"], "modules_to_save": names}
     base = llama()
-    model, ids = get_peft_model(copy.deepcopy(base), method.config(**config)), torch.randint(3, 48, (2, 5))
+    model, ids = (
+        get_peft_model(copy.deepcopy(base), method.config(**config)),
+        torch.randint(3, 48, (2, 5)),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -478,7 +536,9 @@ def test_embeddings_and_heads_trained_whole(method, names, tmp_path):
 
 
 def test_a_resized_vocabulary_is_saved_with_the_adapter(method, tmp_path):
-    """The base model's folder tells how many tokens there were; the new embeddings can be had nowhere else."""
+    """The base model's folder tells how many tokens there were; the new embeddings can be had
+    nowhere else.
+    """
     from transformers import LlamaForCausalLM
 
     llama().save_pretrained(tmp_path / "base")
@@ -494,15 +554,23 @@ def test_a_resized_vocabulary_is_saved_with_the_adapter(method, tmp_path):
     again.resize_token_embeddings(50)
     ids = torch.tensor([[3, 49, 48]])
     loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
-    torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits)
+    torch.testing.assert_close(
+        loaded(input_ids=ids, **method.call).logits, model(input_ids=ids, **method.call).logits
+    )
     model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
-    assert not any("embed_tokens" in key for key in load_file(tmp_path / "without" / "adapter_model.safetensors"))
+    assert not any(
+        "embed_tokens" in key
+        for key in load_file(tmp_path / "without" / "adapter_model.safetensors")
+    )
 
 
 def test_an_unchanged_vocabulary_is_not_saved(method, tmp_path, recwarn):
     from transformers import LlamaForCausalLM
 
     llama().save_pretrained(tmp_path / "base")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), method.config(target_modules=["q_proj"]))
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        method.config(target_modules=["q_proj"]),
+    )
     assert not any("embed_tokens" in key for key in get_peft_model_state_dict(model))
     assert not any("resized" in str(warning.message) for warning in recwarn)

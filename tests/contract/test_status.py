@@ -29,7 +29,9 @@ class Net(nn.Module):
 
 @pytest.fixture
 def model(method):
-    model = peft.get_peft_model(Net(), method.config(target_modules=["a", "b"], modules_to_save=["head"]), "one")
+    model = peft.get_peft_model(
+        Net(), method.config(target_modules=["a", "b"], modules_to_save=["head"]), "one"
+    )
     model.add_adapter("two", method.config(target_modules=["b"]))
     return model
 
@@ -84,7 +86,10 @@ def test_a_fresh_model(model, method):
     )
     assert found["model.b"].requires_grad == {"one": True, "two": False}
     assert found["model.b"].available_adapters == ["one", "two"]
-    assert (found["model.head"].module_type, found["model.head"].available_adapters) == ("ModulesToSaveWrapper", ["one"])
+    assert (found["model.head"].module_type, found["model.head"].available_adapters) == (
+        "ModulesToSaveWrapper",
+        ["one"],
+    )
     trainable, total = model.get_nb_trainable_parameters()
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[method.config().peft_type].__name__
     assert model.get_model_status() == TunerModelStatus(
@@ -129,7 +134,9 @@ def test_irregular_states_are_called_so(model, method):
     b.merge(**method.merge)
     assert model.get_model_status().merged_adapters == "irregular"
     a.merge(**method.merge)
-    assert model.get_model_status().merged_adapters == ["one"]  # `head` is no layer that could merge
+    assert model.get_model_status().merged_adapters == [
+        "one"
+    ]  # `head` is no layer that could merge
     model.unmerge_adapter()
     next(a.adapter_parameters("one")).requires_grad_(False)
     assert layers(model)["model.a"].requires_grad == {"one": "irregular"}
@@ -144,12 +151,18 @@ def test_a_module_that_uses_another_adapter_than_the_layers_is_irregular(model):
 
 
 def test_a_model_with_injected_adapters(method):
-    model = peft.inject_adapter_in_model(method.config(target_modules=TARGETS), mlp(), "x", low_cpu_mem_usage=True)
+    model = peft.inject_adapter_in_model(
+        method.config(target_modules=TARGETS), mlp(), "x", low_cpu_mem_usage=True
+    )
     found = get_layer_status(model)
     assert [status.name for status in found] == TARGETS
     assert found[0].devices == {"x": ["meta"]}
     status = get_model_status(model)
-    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("other", "None", {})
+    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == (
+        "other",
+        "None",
+        {},
+    )
     assert (status.active_adapters, status.num_adapter_layers) == (["x"], 2)
 
 
@@ -157,19 +170,31 @@ def test_a_transformers_model_with_adapters_of_its_own(method):
     model = conftest.llama()
     model.add_adapter(method.config(target_modules=["q_proj"]), "x")
     status = get_model_status(model)
-    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("LlamaForCausalLM", "None", {})
-    assert [layer.name for layer in get_layer_status(model)] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == (
+        "LlamaForCausalLM",
+        "None",
+        {},
+    )
+    assert [layer.name for layer in get_layer_status(model)] == [
+        f"model.layers.{i}.self_attn.q_proj" for i in range(2)
+    ]
 
 
 def test_several_methods_on_one_model():
     names = sorted(METHODS)
-    model = peft.get_peft_model(mlp(), METHODS[names[0]].config(target_modules=["0"]), names[0], mixed=True)
+    model = peft.get_peft_model(
+        mlp(), METHODS[names[0]].config(target_modules=["0"]), names[0], mixed=True
+    )
     for name in names[1:]:
         model.add_adapter(name, METHODS[name].config(target_modules=["2"]))
     model.set_adapter(names)
     status = model.get_model_status()
     assert status.peft_types == {name: name for name in names}
-    assert (status.base_model_type, status.active_adapters, status.available_adapters) == ("Sequential", names, names)
+    assert (status.base_model_type, status.active_adapters, status.available_adapters) == (
+        "Sequential",
+        names,
+        names,
+    )
     kinds = [layer.module_type for layer in model.get_layer_status()]
     assert sorted(kinds) == sorted(f"{name.lower()}.Linear" for name in names)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface's names: all can be imported, those that are provided have its signatures, the others say that they are not."""
+"""The interface's names: all can be imported, those that are provided have its signatures, the
+others say that they are not.
+"""
 
 import importlib
 import inspect
@@ -52,7 +54,11 @@ CONFIGS = words("""
     PromptLearning PromptTuning Velora
 """)
 
-ALL = [*NAMES, *(f"{name}Config" for name in (*CLASSES, *CONFIGS)), *(f"{name}Model" for name in CLASSES)]
+ALL = [
+    *NAMES,
+    *(f"{name}Config" for name in (*CLASSES, *CONFIGS)),
+    *(f"{name}Model" for name in CLASSES),
+]
 
 SIGNATURES = {
     "peft.helpers": {
@@ -67,12 +73,14 @@ SIGNATURES = {
         "cast_adapter_dtype": "model, adapter_name, autocast_adapter_dtype=True",
         "delete_adapter": "model, adapter_name, prefix, layer_cls=BaseTunerLayer",
         "get_peft_model_state_dict": (
-            "model, state_dict=None, adapter_name='default', unwrap_compiled=False, save_embedding_layers='auto'"
+            "model, state_dict=None, adapter_name='default', unwrap_compiled=False, "
+            "save_embedding_layers='auto'"
         ),
         "inject_adapter_in_model": "peft_config, model, adapter_name='default', low_cpu_mem_usage=False, state_dict=None",
         "set_adapter": "model, adapter_name, inference_mode=False, layer_cls=BaseTunerLayer",
         "set_peft_model_state_dict": (
-            "model, peft_model_state_dict, adapter_name='default', ignore_mismatched_sizes=False, low_cpu_mem_usage=False"
+            "model, peft_model_state_dict, adapter_name='default', ignore_mismatched_sizes=False, "
+            "low_cpu_mem_usage=False"
         ),
         "set_requires_grad": "model, adapter_names, requires_grad=True",
     },
@@ -92,7 +100,8 @@ SIGNATURES = {
         "shift_tokens_right": "input_ids, pad_token_id, decoder_start_token_id",
         "transpose": "weight, fan_in_fan_out",
         "prepare_model_for_kbit_training": (
-            "model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, auto_clear_cache=True"
+            "model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, "
+            "auto_clear_cache=True"
         ),
     },
     "peft": {
@@ -100,7 +109,8 @@ SIGNATURES = {
         "get_model_status": "model",
         "get_peft_config": "config_dict",
         "get_peft_model": (
-            "model, peft_config, adapter_name='default', mixed=False, autocast_adapter_dtype=True, revision=None, "
+            "model, peft_config, adapter_name='default', mixed=False, autocast_adapter_dtype=True, "
+            "revision=None, "
             "low_cpu_mem_usage=False"
         ),
         "get_base_model_state_dict": "model",
@@ -115,7 +125,11 @@ def written(function):
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
-        default = p.default.__name__ if isinstance(p.default, type) and p.default is not p.empty else repr(p.default)
+        default = (
+            p.default.__name__
+            if isinstance(p.default, type) and p.default is not p.empty
+            else repr(p.default)
+        )
         stars = "**" if p.kind is p.VAR_KEYWORD else ""
         parts.append(stars + p.name + ("" if p.default is p.empty else f"={default}"))
     return ", ".join(parts)
@@ -141,10 +155,15 @@ def test_what_is_not_provided_is_a_class_that_nothing_is_of():
         assert not isinstance(peft.LoKrConfig(), marker)
         assert not issubclass(peft.PeftModel, marker)
         if name in placeholders._LORA_CONFIGS.split():
-            with pytest.raises(NotImplementedError, match=rf"`kasa_config`={name}\(1, a=2\) asks for what this package does not"):
+            with pytest.raises(
+                NotImplementedError,
+                match=rf"`kasa_config`={name}\(1, a=2\) asks for what this package does not",
+            ):
                 peft.LoraConfig(kasa_config=marker(1, a=2))
             continue
-        with pytest.raises(NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"):
+        with pytest.raises(
+            NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"
+        ):
             marker(1, a=2)
     with pytest.raises(AttributeError, match="module 'peft' has no attribute 'Nothing'"):
         _ = peft.Nothing
@@ -221,11 +240,21 @@ def test_layer_classes_tell_what_their_parameters_are_called():
     from peft.tuners.loha.layer import LoHaLayer
     from peft.tuners.lora import LoraLayer
 
-    assert LoHaLayer.adapter_layer_names == ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-    assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(LoraLayer.adapter_layer_names)
+    assert LoHaLayer.adapter_layer_names == (
+        "hada_w1_a",
+        "hada_w1_b",
+        "hada_w2_a",
+        "hada_w2_b",
+        "hada_t1",
+        "hada_t2",
+    )
+    assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(
+        LoraLayer.adapter_layer_names
+    )
 
 
-# --- small functions --------------------------------------------------------------------------------------------------
+# --- small functions
+# --------------------------------------------------------------------------------------------------
 
 
 LIBRARIES = {
@@ -244,7 +273,9 @@ LIBRARIES = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Installed libraries, by version, in place of those that are: what is not in here is not there."""
+    """Installed libraries, by version, in place of those that are: what is not in here is not
+    there.
+    """
     utils, libraries = peft.import_utils, {}
     monkeypatch.setattr(utils, "find_spec", lambda name: object() if name in libraries else None)
 
@@ -280,9 +311,15 @@ def test_installed_libraries_are_found_and_missing_ones_not(installed):
 
 def test_versions_of_transformers_are_compared(installed):
     utils = peft.import_utils
-    assert not utils.is_transformers_ge_v4_0_0 and not utils.is_transformers_le_5_0  # it is not installed
+    assert (
+        not utils.is_transformers_ge_v4_0_0 and not utils.is_transformers_le_5_0
+    )  # it is not installed
     installed["transformers"] = "4.53.2"
-    assert utils.is_transformers_ge_v4_53_2 and utils.is_transformers_ge_v4 and not utils.is_transformers_ge_v4_53_3
+    assert (
+        utils.is_transformers_ge_v4_53_2
+        and utils.is_transformers_ge_v4
+        and not utils.is_transformers_ge_v4_53_3
+    )
     assert utils.is_transformers_le_4_54 and not utils.is_transformers_le_4_53
     with pytest.raises(AttributeError, match="has no attribute 'is_nothing'"):
         _ = utils.is_nothing
@@ -295,10 +332,18 @@ def test_the_tables_of_target_modules_count(method, monkeypatch):
     assert table["llama"] == ["q_proj", "v_proj"]
     assert table is tuner.default_target_modules
     monkeypatch.setitem(table, "llama", ["o_proj"])
-    model = peft.get_peft_model(conftest.llama(), conftest.METHODS[method].config(task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        conftest.llama(), conftest.METHODS[method].config(task_type="CAUSAL_LM")
+    )
     assert {status.name.rpartition(".")[2] for status in model.get_layer_status()} == {"o_proj"}
-    others = [PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(other)] for other in conftest.METHODS if other != method]
-    assert all(list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others)
+    others = [
+        PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(other)]
+        for other in conftest.METHODS
+        if other != method
+    ]
+    assert all(
+        list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others
+    )
     with pytest.raises(AttributeError):
         _ = peft.utils.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
 
@@ -328,24 +373,34 @@ def test_tensors_that_share_memory_are_known():
 
 
 def test_trainable_parameters_are_cast_up_and_frozen_ones_down(method):
-    model = peft.get_peft_model(conftest.mlp(), method.config(target_modules=["0"]), autocast_adapter_dtype=False).bfloat16()
+    model = peft.get_peft_model(
+        conftest.mlp(), method.config(target_modules=["0"]), autocast_adapter_dtype=False
+    ).bfloat16()
     peft.cast_mixed_precision_params(model, torch.float16)
     for parameter in model.parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.float16)
 
 
-# --- FSDP -------------------------------------------------------------------------------------------------------------
+# --- FSDP
+# -------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def wrapped(policy, model):
-    return {name for name, module in model.named_modules() if policy(module=module, recurse=False, nonwrapped_numel=0)}
+    return {
+        name
+        for name, module in model.named_modules()
+        if policy(module=module, recurse=False, nonwrapped_numel=0)
+    }
 
 
 @pytest.fixture
 def sharded(monkeypatch):
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
     return peft.get_peft_model(
-        conftest.llama(), conftest.METHODS["LOKR"].config(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        conftest.llama(),
+        conftest.METHODS["LOKR"].config(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
 
 
@@ -361,11 +416,15 @@ def test_blocks_and_trainable_leaves_are_wrapped(sharded, monkeypatch):
     parts = {f"{block}.{part}" for block, part in itertools.product(blocks, ("mlp", "self_attn"))}
     assert wrapped(policy, sharded) == {*parts, head}
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nothing")
-    with pytest.raises(TypeError, match="Could not find the transformer layer class to wrap in the model: Nothing"):
+    with pytest.raises(
+        TypeError, match="Could not find the transformer layer class to wrap in the model: Nothing"
+    ):
         peft.utils.other.fsdp_auto_wrap_policy(sharded)
 
 
 def test_factors_that_are_leaves_are_wrapped_by_themselves():
-    model = peft.get_peft_model(conftest.mlp(), conftest.METHODS["LORA"].config(target_modules=["0"]))
+    model = peft.get_peft_model(
+        conftest.mlp(), conftest.METHODS["LORA"].config(target_modules=["0"])
+    )
     found = wrapped(peft.utils.other.fsdp_auto_wrap_policy(model), model)
     assert found == {f"base_model.model.0.lora_{part}.default" for part in "AB"}

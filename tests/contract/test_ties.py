@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tied weights that come apart: a merged model that is saved and loaded by transformers computes what it did."""
+"""Tied weights that come apart: a merged model that is saved and loaded by transformers computes
+what it did.
+"""
 
 import json
 
@@ -22,23 +24,48 @@ def tied_llama():
 def bert():
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 48,
+    }
     return BertForMaskedLM(BertConfig(**sizes)).eval()
 
 
 def bart():
     from transformers import BartConfig, BartForConditionalGeneration
 
-    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))}
-    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "vocab_size": 48, "max_position_embeddings": 32}
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 2))
+    }
+    sizes |= {
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "d_model": 16,
+        "vocab_size": 48,
+        "max_position_embeddings": 32,
+    }
     return BartForConditionalGeneration(BartConfig(**sizes)).eval()
 
 
 def umt5():
     from transformers import UMT5Config, UMT5ForConditionalGeneration
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 48}
-    return UMT5ForConditionalGeneration(UMT5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)).eval()
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 48,
+    }
+    return UMT5ForConditionalGeneration(
+        UMT5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)
+    ).eval()
 
 
 CASES = {
@@ -60,7 +87,11 @@ def test_a_saved_model_is_read_as_it_was(case, how, tmp_path):
     base = build()
     ids = torch.arange(3, 9).view(1, -1)
     more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-    fields = {"target_modules": [target], "modules_to_save": [place]} if how == "modules_to_save" else {"target_modules": [place]}
+    fields = (
+        {"target_modules": [target], "modules_to_save": [place]}
+        if how == "modules_to_save"
+        else {"target_modules": [place]}
+    )
     if case == "masked head" and how == "target_modules":
         fields = {"target_modules": r".*predictions\.decoder"}
     elif case == "masked head":
@@ -83,10 +114,14 @@ def test_a_saved_model_is_read_as_it_was(case, how, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_unloaded_or_trains_nothing_tied_stays_tied():
     base = tied_llama()
-    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = get_peft_model(
+        base, METHODS["LORA"].config(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     plain = model.unload()
     assert plain.config.tie_word_embeddings is True
     assert plain.lm_head.weight is plain.get_input_embeddings().weight
-    plain = get_peft_model(plain, METHODS["LORA"].config(target_modules=["q_proj"])).merge_and_unload()
+    plain = get_peft_model(
+        plain, METHODS["LORA"].config(target_modules=["q_proj"])
+    ).merge_and_unload()
     assert plain.config.tie_word_embeddings is True
     assert plain.lm_head.weight is plain.get_input_embeddings().weight

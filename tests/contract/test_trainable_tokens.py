@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trainable_token_indices`: single rows of an embedding are trained beside an adapter, as if the weight itself had been changed there."""
+"""`trainable_token_indices`: single rows of an embedding are trained beside an adapter, as if the
+weight itself had been changed there.
+"""
 
 import copy
 
@@ -55,20 +57,30 @@ CASES = {
 
 @pytest.fixture(params=sorted(CASES))
 def case(request, method):
-    """(adapted model with rows drawn anew, the base model changed in place as it should act, method)."""
+    """(adapted model with rows drawn anew, the base model changed in place as it should act,
+    method).
+    """
     build, tokens, paths = CASES[request.param]
     base = build().eval()
     reference = copy.deepcopy(base)
-    model = get_peft_model(base, method.config(target_modules=["q_proj"], trainable_token_indices=tokens)).eval()
+    model = get_peft_model(
+        base, method.config(target_modules=["q_proj"], trainable_token_indices=tokens)
+    ).eval()
     with torch.no_grad():
         for path in paths:
-            rows = base.get_submodule(path).token_adapter.trainable_tokens_delta["default"].normal_()
+            rows = (
+                base.get_submodule(path).token_adapter.trainable_tokens_delta["default"].normal_()
+            )
             indices = tokens[path.split(".")[-1]] if isinstance(tokens, dict) else tokens
             reference.get_submodule(path).weight[indices] = rows
     reference = get_peft_model(reference, method.config(target_modules=["q_proj"])).eval()
     state = peft.get_peft_model_state_dict(model)
-    assert len([key for key in state if key.endswith("token_adapter.trainable_tokens_delta")]) == len(paths)
-    peft.set_peft_model_state_dict(reference, {k: v for k, v in state.items() if "token_adapter" not in k})
+    assert len(
+        [key for key in state if key.endswith("token_adapter.trainable_tokens_delta")]
+    ) == len(paths)
+    peft.set_peft_model_state_dict(
+        reference, {k: v for k, v in state.items() if "token_adapter" not in k}
+    )
     return model, reference, method
 
 
@@ -84,7 +96,9 @@ def test_it_acts_as_if_the_weight_had_changed(case, tmp_path):
     expected = logits(reference, ids, **method.call)
     torch.testing.assert_close(logits(model, ids, **method.call), expected)
     embedding = next(m for n, m in model.named_modules() if n.endswith(("embed_tokens", "words")))
-    torch.testing.assert_close(embedding.weight[TOKENS], embedding.token_adapter.trainable_tokens_delta["default"])
+    torch.testing.assert_close(
+        embedding.weight[TOKENS], embedding.token_adapter.trainable_tokens_delta["default"]
+    )
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path).eval()
     torch.testing.assert_close(logits(again, ids, **method.call), expected)
@@ -106,7 +120,9 @@ def test_only_the_rows_are_trained_and_get_the_weights_gradient(case):
         if "trainable_tokens_delta" in name:
             path = name.partition(".token_adapter")[0]
             indices = model.get_submodule(path).token_adapter.token_indices["default"]
-            torch.testing.assert_close(parameter.grad, gradients[f"{path}.weight"][indices], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                parameter.grad, gradients[f"{path}.weight"][indices], rtol=1e-4, atol=1e-5
+            )
             checked += 1
         elif ".token_adapter." in name:
             assert parameter.grad is None
@@ -119,14 +135,18 @@ def test_switching_it_off(case):
     untouched = copy.deepcopy(model).unload()
     with model.disable_adapter():
         torch.testing.assert_close(logits(model, ids), logits(untouched, ids))
-        assert not any(p.requires_grad for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
+        assert not any(
+            p.requires_grad for n, p in model.named_parameters() if "trainable_tokens_delta" in n
+        )
     expected = logits(reference, ids, **method.call)
     torch.testing.assert_close(logits(model, ids, **method.call), expected)
 
 
 @pytest.mark.parametrize("build", [llama, tied_llama])
 def test_two_adapters_with_tokens_of_their_own(method, build):
-    model = get_peft_model(build(), method.config(target_modules=["q_proj"], trainable_token_indices=[3]), "a").eval()
+    model = get_peft_model(
+        build(), method.config(target_modules=["q_proj"], trainable_token_indices=[3]), "a"
+    ).eval()
     model.add_adapter("b", method.config(target_modules=["q_proj"], trainable_token_indices=[7, 4]))
     model.add_adapter("c", method.config(target_modules=["q_proj"]))
     ids = some_ids()
@@ -137,14 +157,20 @@ def test_two_adapters_with_tokens_of_their_own(method, build):
                 parameter.normal_()
     for name in "abc":
         model.set_adapter(name)
-        trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad and "trainable_tokens_delta" in n}
+        trained = {
+            n.rpartition(".")[2]
+            for n, p in model.named_parameters()
+            if p.requires_grad and "trainable_tokens_delta" in n
+        }
         assert trained == {name} - {"c"}
         expected[name] = logits(model, ids, **method.call)
     names = ["b", "a", "c", "a"]
     together = logits(model, ids, adapter_names=names, **method.call)
     for i, name in enumerate(names):
         torch.testing.assert_close(together[i], expected[name][i])
-    with pytest.raises(ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper"):
+    with pytest.raises(
+        ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper"
+    ):
         model.set_adapter(["a", "b"])
     model.delete_adapter("b")
     model.set_adapter("a")
@@ -156,9 +182,18 @@ def test_what_does_not_fit_is_refused_before_anything_changes(method):
     before = snapshot(base)
     cases = [
         ({"trainable_token_indices": [48]}, r"has \[48\]; the tokens go from 0 to 47"),
-        ({"trainable_token_indices": {"nowhere": [1]}}, "names 'nowhere': the model has no such module"),
-        ({"trainable_token_indices": {"norm": [1]}}, "LlamaRMSNorm is no nn.Embedding or nn.Linear"),
-        ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "already marked to be trained fully"),
+        (
+            {"trainable_token_indices": {"nowhere": [1]}},
+            "names 'nowhere': the model has no such module",
+        ),
+        (
+            {"trainable_token_indices": {"norm": [1]}},
+            "LlamaRMSNorm is no nn.Embedding or nn.Linear",
+        ),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            "already marked to be trained fully",
+        ),
         ({"trainable_token_indices": [1, 1]}, "names a token twice"),
         ({"trainable_token_indices": [-1]}, "must be a list of token ids"),
         ({"trainable_token_indices": {"embed_tokens": "x"}}, "must be a list of token ids"),

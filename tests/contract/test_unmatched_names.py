@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and numbers in a config that mean nothing in the model: said one by one, with what was probably meant; not said of files."""
+"""Names and numbers in a config that mean nothing in the model: said one by one, with what was
+probably meant; not said of files.
+"""
 
 import re
 import warnings
@@ -34,7 +36,11 @@ def said(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
-    return result, [str(warning.message) for warning in caught if issubclass(warning.category, (peft.PeftWarning, RuntimeWarning))]
+    return result, [
+        str(warning.message)
+        for warning in caught
+        if issubclass(warning.category, (peft.PeftWarning, RuntimeWarning))
+    ]
 
 
 # What a config says beside one good target, and the one message it earns.
@@ -73,8 +79,14 @@ def test_a_slip_beside_what_is_right_is_named(slip):
 
 def test_what_is_right_earns_no_word(method):
     rights = [
-        {"target_modules": ["q_proj", "attn.v_proj", "head"], "exclude_modules": ["layers.1.attn.v_proj"]},
-        {"target_modules": r".*\.(q_proj|v_proj|query|self_attention)", "modules_to_save": ["head"]},
+        {
+            "target_modules": ["q_proj", "attn.v_proj", "head"],
+            "exclude_modules": ["layers.1.attn.v_proj"],
+        },
+        {
+            "target_modules": r".*\.(q_proj|v_proj|query|self_attention)",
+            "modules_to_save": ["head"],
+        },
         {"target_modules": "all-linear", "trainable_token_indices": [3]},
         {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
     ]
@@ -93,8 +105,14 @@ def test_defaults_name_what_a_model_may_lack(method, tmp_path, monkeypatch):
 
 
 def test_files_earn_no_word(method, tmp_path):
-    """Another writer's file may target what only other models have; its tensors say that all of it has been found."""
-    config = method.config(target_modules=[*TARGETS, "added_proj"], modules_to_save=["4", "other_head"], exclude_modules=["text"])
+    """Another writer's file may target what only other models have; its tensors say that all of it
+    has been found.
+    """
+    config = method.config(
+        target_modules=[*TARGETS, "added_proj"],
+        modules_to_save=["4", "other_head"],
+        exclude_modules=["text"],
+    )
     model, messages = said(lambda: get_peft_model(mlp(), config))
     assert len(messages) == 3
     model.save_pretrained(tmp_path)
@@ -129,7 +147,9 @@ UNFIT = {
 @pytest.mark.parametrize("kind", UNFIT)
 def test_targets_that_mean_nothing_get_names_that_fit(kind, method):
     targets, sentences = UNFIT[kind]
-    with pytest.raises(peft.NoMatchingPeftModuleError, match="not found in the base model") as caught:
+    with pytest.raises(
+        peft.NoMatchingPeftModuleError, match="not found in the base model"
+    ) as caught:
         get_peft_model(llama(), method.config(target_modules=targets))
     for sentence in sentences:
         assert sentence in str(caught.value)
@@ -138,16 +158,29 @@ def test_targets_that_mean_nothing_get_names_that_fit(kind, method):
     for name in named:  # each of the names can be taken
         get_peft_model(model, method.config(target_modules=[name])).unload()
     assert all(
-        f"'{name}' ({sum(path.endswith(name) for path, _ in model.named_modules())}x)" in str(caught.value) for name in named
+        f"'{name}' ({sum(path.endswith(name) for path, _ in model.named_modules())}x)"
+        in str(caught.value)
+        for name in named
     )
 
 
 def test_other_reasons_why_nothing_is_adapted(method):
-    with pytest.raises(peft.NoMatchingPeftModuleError, match=r"No modules were targeted .* Did you mean 'q_proj'\?"):
-        get_peft_model(llama(), method.config(target_modules=["qproj"], modules_to_save=["lm_head"]))
+    with pytest.raises(
+        peft.NoMatchingPeftModuleError, match=r"No modules were targeted .* Did you mean 'q_proj'\?"
+    ):
+        get_peft_model(
+            llama(), method.config(target_modules=["qproj"], modules_to_save=["lm_head"])
+        )
     if hasattr(method.config(), "layers_to_transform"):
-        with pytest.raises(peft.NoMatchingPeftModuleError, match="The model has some in layers 0 to 1"):
-            get_peft_model(llama(), method.config(target_modules=["q_proj"], layers_to_transform=[7], layers_pattern="layers"))
+        with pytest.raises(
+            peft.NoMatchingPeftModuleError, match="The model has some in layers 0 to 1"
+        ):
+            get_peft_model(
+                llama(),
+                method.config(
+                    target_modules=["q_proj"], layers_to_transform=[7], layers_pattern="layers"
+                ),
+            )
 
 
 def test_a_second_adapter_is_told_the_same(method):

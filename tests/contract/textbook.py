@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods' formulas, written down as the papers have them: dense, slow, and from an adapter's parameters alone."""
+"""The methods' formulas, written down as the papers have them: dense, slow, and from an adapter's
+parameters alone.
+"""
 
 import torch
 
 
 def adapted_weight(layer, x, task=None, adapter="default"):
-    """The weight `[out, in // groups, *kernel]` that a layer with one adapter has for a sample, and what is added to its bias.
+    """The weight `[out, in // groups, *kernel]` that a layer with one adapter has for a sample, and
+    what is added to its bias.
 
     Args:
         layer: The adapted layer, in evaluation.
-        x: The sample's input, of which routing by input takes the mean over all but the last dimension.
+        x: The sample's input, of which routing by input takes the mean over all but the last
+            dimension.
         task: The sample's task.
         adapter: The adapter's name.
     """
     base = layer.get_base_layer()
     method = type(layer).__module__.split(".")[-2]
     W = base.weight.T if layer.geometry.transposed else base.weight
-    own = {key: holder[adapter] for key in layer.container_names if adapter in (holder := getattr(layer, key))}
+    own = {
+        key: holder[adapter]
+        for key in layer.container_names
+        if adapter in (holder := getattr(layer, key))
+    }
     if method == "poly":
         return W + poly(layer, own, x, task, adapter), 0.0
     delta = DELTAS[method](layer, own, adapter).reshape(W.shape) * layer.scaling[adapter]
@@ -26,13 +34,21 @@ def adapted_weight(layer, x, task=None, adapter="default"):
         delta = delta * own["vblora_gate"]
     changed, rows = W + delta, (1, *range(2, W.dim()))
     if "lora_magnitude_vector" in own or ("lokr_magnitude" in own and layer.wd_on_output[adapter]):
-        m = own["lokr_magnitude"] if "lokr_magnitude" in own else own["lora_magnitude_vector"].weight
+        m = (
+            own["lokr_magnitude"]
+            if "lokr_magnitude" in own
+            else own["lora_magnitude_vector"].weight
+        )
         lengths = changed.detach().square().sum(rows, keepdim=True).sqrt()
         changed = m.reshape(lengths.shape) * changed / lengths
     elif "lokr_magnitude" in own:
         lengths = changed.detach().square().sum((0, *rows[1:]), keepdim=True).sqrt()
         changed = own["lokr_magnitude"].reshape(lengths.shape) * changed / lengths
-    extra = own["lora_B"].bias * layer.scaling[adapter] if method == "lora" and layer.lora_bias[adapter] else 0.0
+    extra = (
+        own["lora_B"].bias * layer.scaling[adapter]
+        if method == "lora" and layer.lora_bias[adapter]
+        else 0.0
+    )
     return changed, extra
 
 
@@ -48,7 +64,12 @@ def lora(layer, own, adapter):
 def loha(layer, own, adapter):
     if "hada_t1" not in own:
         return (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
-    one, two = (torch.einsum("ijkl,ip,jq->pqkl", own[f"hada_t{i}"], own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in (1, 2))
+    one, two = (
+        torch.einsum(
+            "ijkl,ip,jq->pqkl", own[f"hada_t{i}"], own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]
+        )
+        for i in (1, 2)
+    )
     return one * two
 
 
@@ -71,8 +92,15 @@ def vblora(layer, own, adapter):
         weights = values.exp() / values.exp().sum()
         return sum(w * bank[i] for w, i in zip(weights, chosen.tolist(), strict=True))
 
-    A = torch.stack([torch.cat([tile(position) for position in row]) for row in own["vblora_logits_A"]])
-    B = torch.cat([torch.stack([tile(position) for position in tiles], dim=1) for tiles in own["vblora_logits_B"]])
+    A = torch.stack(
+        [torch.cat([tile(position) for position in row]) for row in own["vblora_logits_A"]]
+    )
+    B = torch.cat(
+        [
+            torch.stack([tile(position) for position in tiles], dim=1)
+            for tiles in own["vblora_logits_B"]
+        ]
+    )
     return B[: layer.geometry.out_features] @ A[:, : layer.geometry.in_features]
 
 
@@ -88,12 +116,19 @@ def poly(layer, own, x, task, adapter):
     if router.kept is not None:
         values, chosen = weights.topk(router.kept)
         weights = torch.zeros_like(weights).scatter(1, chosen, values / values.sum(1, keepdim=True))
-    A_w = torch.cat([sum(weights[q, s] * A[q, s] for s in range(n_skills)) for q in range(n_splits)])
-    B_w = torch.cat([sum(weights[q, s] * B[q, s] for s in range(n_skills)) for q in range(n_splits)], dim=1)
+    A_w = torch.cat(
+        [sum(weights[q, s] * A[q, s] for s in range(n_skills)) for q in range(n_splits)]
+    )
+    B_w = torch.cat(
+        [sum(weights[q, s] * B[q, s] for s in range(n_skills)) for q in range(n_splits)], dim=1
+    )
     delta = (A_w @ B_w).T * layer.alpha[adapter] / layer.r[adapter]
     if "poly_task_skills" in own:
         skills = own["poly_task_skills"]
-        delta = delta + (skills.A.values[task] @ skills.B.values[task]).T * layer.alpha[adapter] / skills.rank
+        delta = (
+            delta
+            + (skills.A.values[task] @ skills.B.values[task]).T * layer.alpha[adapter] / skills.rank
+        )
     return delta
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of the methods, beyond the one of each that the contract table has, for tests of how torch runs them."""
+"""Variants of the methods, beyond the one of each that the contract table has, for tests of how
+torch runs them.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,11 +59,19 @@ DROPOUT = {"rank_dropout": 0.3, "rank_dropout_scale": True, "module_dropout": 0.
 CASES = {
     **{name: Case(name) for name in METHODS},
     "POLY by sample": Case("POLY", {"poly_type": "mope"}, routes_by_input=True),
-    "POLY by token": Case("POLY", {"poly_type": "mope", "routing_level": "token"}, routes_by_input=True),
+    "POLY by token": Case(
+        "POLY", {"poly_type": "mope", "routing_level": "token"}, routes_by_input=True
+    ),
     "POLY one head": Case("POLY", {"n_splits": 1}),
     "POLY one hard router": Case(
         "POLY",
-        {"n_skills": 3, "straight_through": True, "router_dropout": 0.2, "n_shared_skills": 1, "router_granularity": "model"},
+        {
+            "n_skills": 3,
+            "straight_through": True,
+            "router_dropout": 0.2,
+            "n_shared_skills": 1,
+            "router_granularity": "model",
+        },
     ),
     "POLY own skills": Case("POLY", {"task_rank": 1, "n_splits": 1}),
     "POLY top 1": Case("POLY", {"n_skills": 6, "eval_top_k": 1, "rank_pattern": {"2": 3}}),
@@ -69,9 +79,15 @@ CASES = {
     "LOHA conv": Case("LOHA", {"use_effective_conv2d": True}, conv=True),
     "LOHA whole": Case("LOHA", {"r": 8}),
     "LOKR dropout": Case("LOKR", DROPOUT),
-    "LOKR conv": Case("LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True),
-    "LOKR decomposed": Case("LOKR", {"weight_decompose": True, "use_scalar": True, "module_dropout": 0.3}),
-    "LOKR columns": Case("LOKR", {"weight_decompose": True, "wd_on_output": False, "full_matrix": True}, conv=True),
+    "LOKR conv": Case(
+        "LOKR", {**DROPOUT, "use_effective_conv2d": True, "decompose_both": True}, conv=True
+    ),
+    "LOKR decomposed": Case(
+        "LOKR", {"weight_decompose": True, "use_scalar": True, "module_dropout": 0.3}
+    ),
+    "LOKR columns": Case(
+        "LOKR", {"weight_decompose": True, "wd_on_output": False, "full_matrix": True}, conv=True
+    ),
     "VBLORA dropout": Case("VBLORA", {"vblora_dropout": 0.3}),
 }
 TASKS = [(0, 2, 1), (1, 1, 0), (2, 2, 2)]

@@ -36,7 +36,11 @@ def batch(method, step, rank):
     """A process's part of a step's batch: two samples, with other tasks than the other process has."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     ids = torch.randint(2, 48, (2, 7), generator=generator)
-    call = {"task_ids": torch.tensor([[0, 0], [1, 0]][rank])} if "task_ids" in METHODS[method].call else {}
+    call = (
+        {"task_ids": torch.tensor([[0, 0], [1, 0]][rank])}
+        if "task_ids" in METHODS[method].call
+        else {}
+    )
     return {"input_ids": ids, "labels": ids, **call}
 
 
@@ -50,8 +54,8 @@ def optimiser_of(model, lr=0.5):
 
 
 def train(model, method, optimiser, steps=range(STEPS), plain=None):
-    """Train on this process's part of each batch; the mean loss of all processes in each step. With `plain`, the `PeftModel`, its
-    base is asked in between, as trainers do for a reference.
+    """Train on this process's part of each batch; the mean loss of all processes in each step. With
+    `plain`, the `PeftModel`, its base is asked in between, as trainers do for a reference.
     """
     losses = []
     for step in steps:
@@ -85,11 +89,17 @@ def reference(method, steps=STEPS, **fields):
         optimiser.step()
         losses.append(total)
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return losses, {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}, frozen
+    return (
+        losses,
+        {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()},
+        frozen,
+    )
 
 
 def ddp(method, ask_base=False, fields=None):
-    model = adapted(method, seed=dist.get_rank(), **(fields or {}))  # rank 0's adapter is what counts
+    model = adapted(
+        method, seed=dist.get_rank(), **(fields or {})
+    )  # rank 0's adapter is what counts
     wrapped = nn.parallel.DistributedDataParallel(model)
     losses = train(wrapped, method, optimiser_of(wrapped), plain=model if ask_base else None)
     grads = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -98,7 +108,10 @@ def ddp(method, ask_base=False, fields=None):
 
 def whole(state):
     """Copies of a state's tensors, gathered where they are sharded."""
-    return {key: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for key, t in state.items()}
+    return {
+        key: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+        for key, t in state.items()
+    }
 
 
 def fsdp2_model(method, per_layer=True, seed=0, fields=None, **options):
@@ -128,7 +141,9 @@ def fsdp1_model(method, policy=None, seed=0, fields=None, **options):
         options["auto_wrap_policy"] = ModuleWrapPolicy({LlamaDecoderLayer})
     elif policy == "peft":
         options["auto_wrap_policy"] = fsdp_auto_wrap_policy(model)
-    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
+    return FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), **{"use_orig_params": True, **options}
+    )
 
 
 def fsdp1(method, ask_base=False, **options):
@@ -155,17 +170,28 @@ def roundtrip(engine, method, **options):
     return before, whole(state), after, result, outputs
 
 
-def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fields=None, steps=2, **options):
-    """Train with accelerate's FSDP, save as it does, load into a fresh model, and go on; the same without the break."""
+def accelerate_fsdp(
+    method, folder, version, kind, adapter_only=True, seed=0, fields=None, steps=2, **options
+):
+    """Train with accelerate's FSDP, save as it does, load into a fresh model, and go on; the same
+    without the break.
+    """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
-    from accelerate.utils.fsdp_utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+    from accelerate.utils.fsdp_utils import (
+        load_fsdp_model,
+        load_fsdp_optimizer,
+        save_fsdp_model,
+        save_fsdp_optimizer,
+    )
 
     AcceleratorState._reset_state(True)
     PartialState(cpu=True)
     # It offers FSDP on GPUs only, which have numbers.
-    PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu"))
+    PartialState._shared_state.update(
+        distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu")
+    )
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
         state_dict_type=kind,
@@ -180,9 +206,14 @@ def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fi
     def prepared(seed):
         model = adapted(method, seed=seed)
         trained = [p for p in model.parameters() if p.requires_grad]
-        # Of FSDP1, accelerate reads a sharded optimiser state into a fresh optimiser as empty, and torch on CPU gathers both of Adam's
-        # moments into the same memory, with any model: without moments, what is resumed is the adapter.
-        optimiser = torch.optim.SGD(trained, lr=0.5) if version == 1 else torch.optim.AdamW(trained, lr=0.01)
+        # Of FSDP1, accelerate reads a sharded optimiser state into a fresh optimiser as empty, and
+        # torch on CPU gathers both of Adam's moments into the same memory, with any model: without
+        # moments, what is resumed is the adapter.
+        optimiser = (
+            torch.optim.SGD(trained, lr=0.5)
+            if version == 1
+            else torch.optim.AdamW(trained, lr=0.01)
+        )
         return accelerator.prepare(model, optimiser)
 
     try:
@@ -193,7 +224,9 @@ def accelerate_fsdp(method, folder, version, kind, adapter_only=True, seed=0, fi
         losses += train(model, method, optimiser, range(steps, steps + 2))
         again, optimiser = prepared(5)
         load_fsdp_model(plugin, accelerator, again, folder, adapter_only=adapter_only)
-        load_fsdp_optimizer(plugin, accelerator, optimiser, again, folder, adapter_only=adapter_only)
+        load_fsdp_optimizer(
+            plugin, accelerator, optimiser, again, folder, adapter_only=adapter_only
+        )
         resumed = train(again, method, optimiser, range(steps, steps + 2))
         return type(model).__name__, losses, resumed
     finally:
@@ -216,7 +249,9 @@ def holders(method):
 
 
 def merging(method, engine, **options):
-    """Logits while an adapter is merged into a sharded model, and after, beside those before; and what refuses it."""
+    """Logits while an adapter is merged into a sharded model, and after, beside those before; and
+    what refuses it.
+    """
     make = {"fsdp1": fsdp1_model, "fsdp2": fsdp2_model}[engine]
     model = make(method, **options).eval()
     options = METHODS[method].merge
@@ -227,7 +262,11 @@ def merging(method, engine, **options):
         with torch.no_grad():
             return model(**data).logits.clone()
 
-    inside = functools.partial(type(model).summon_full_params, model) if engine == "fsdp1" else nullcontext
+    inside = (
+        functools.partial(type(model).summon_full_params, model)
+        if engine == "fsdp1"
+        else nullcontext
+    )
     outputs = [logits()]
     if engine == "fsdp1":
         try:
@@ -271,7 +310,11 @@ def save_sharded(method, folder, topk=False):
 def dcp(method, folder, adapter_only):
     """Train, checkpoint in shards, and go on; in another model, load the shards and go on."""
     import torch.distributed.checkpoint as checkpoint
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
 
     options = StateDictOptions(ignore_frozen_params=adapter_only, strict=not adapter_only)
 
@@ -288,7 +331,9 @@ def dcp(method, folder, adapter_only):
     optimiser = adamw(again)
     state, moments = get_state_dict(again, optimiser, options=options)
     checkpoint.load({"model": state, "optimiser": moments}, checkpoint_id=folder)
-    set_state_dict(again, optimiser, model_state_dict=state, optim_state_dict=moments, options=options)
+    set_state_dict(
+        again, optimiser, model_state_dict=state, optim_state_dict=moments, options=options
+    )
     return losses, train(again, method, optimiser, range(2, 4)), sorted(state)
 
 
@@ -306,10 +351,16 @@ def dcp_adapter(method, folder):
 
 def gathered(method, folder):
     """Whole tensors on the first process, saved; and broadcast from there into another model."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
 
     model, again = fsdp2_model(method), fsdp2_model(method, seed=5)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state)
     dist.barrier()
@@ -329,7 +380,9 @@ def meta(method):
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    state = {key: tensor.detach() for key, tensor in get_peft_model_state_dict(adapted(method)).items()}
+    state = {
+        key: tensor.detach() for key, tensor in get_peft_model_state_dict(adapted(method)).items()
+    }
     result = peft.set_peft_model_state_dict(model, state)
     losses = train(model.train(), method, optimiser_of(model))
     return result, losses
@@ -339,7 +392,12 @@ class Rows(torch.utils.data.Dataset):
     """The samples of all steps, in an order that gives each process what `batch` does."""
 
     def __init__(self, method, steps=STEPS):
-        self.rows = [row for step in range(steps) for rank in range(2) for row in self.split(batch(method, step, rank))]
+        self.rows = [
+            row
+            for step in range(steps)
+            for rank in range(2)
+            for row in self.split(batch(method, step, rank))
+        ]
 
     @staticmethod
     def split(data):
@@ -373,7 +431,11 @@ def prepared(method):
             losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
         plain = accelerator.unwrap_model(model)
         state = accelerator.get_state_dict(model)
-        return type(model).__name__, losses, dict(get_peft_model_state_dict(plain, state_dict=state))
+        return (
+            type(model).__name__,
+            losses,
+            dict(get_peft_model_state_dict(plain, state_dict=state)),
+        )
     finally:
         AcceleratorState._reset_state(True)
 
@@ -408,9 +470,13 @@ def trainer(method, folder, fsdp=None):
             **({"fsdp": True, "fsdp_config": fsdp} if fsdp else {}),
         )
         if fsdp:
-            PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu"))
+            PartialState._shared_state.update(
+                distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu")
+            )
         made = Trainer(model, arguments, train_dataset=Rows(method, 4), callbacks=[Seed()])
-        made._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(made.train_dataset)
+        made._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(
+            made.train_dataset
+        )
         return made
 
     def losses(made):
@@ -433,7 +499,9 @@ def trainer(method, folder, fsdp=None):
 
 
 def with_deepspeed():
-    """DeepSpeed over torch's collectives: those of its own it would compile first, for as long as it takes on the machine at hand."""
+    """DeepSpeed over torch's collectives: those of its own it would compile first, for as long as
+    it takes on the machine at hand.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -449,7 +517,9 @@ def engine_of(model, stage):
         "zero_allow_untested_optimizer": True,
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimiser_of(model), config=config)[0]
+    return deepspeed.initialize(
+        model=model, model_parameters=trained, optimizer=optimiser_of(model), config=config
+    )[0]
 
 
 def train_engine(engine, method, steps=range(STEPS)):
@@ -466,9 +536,14 @@ def train_engine(engine, method, steps=range(STEPS)):
 
 
 def zero_init(method):
-    """Adapt a base model whose weights ZeRO-3 has distributed as they were made; merge while it gathers them."""
+    """Adapt a base model whose weights ZeRO-3 has distributed as they were made; merge while it
+    gathers them.
+    """
     deepspeed = with_deepspeed()
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
     shard = functools.partial(deepspeed.zero.Init, config_dict_or_path=config, dtype=torch.float32)
     model = adapted(method, shard=shard, modules_to_save=["lm_head"])
     engine = engine_of(model, 3)
@@ -502,12 +577,18 @@ def zero(method, stage, folder):
                 call()
             except peft.PeftError as error:
                 refused.append(str(error))
-    context = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0) if stage == 3 else nullcontext()
+    context = (
+        deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)
+        if stage == 3
+        else nullcontext()
+    )
     with context:
         state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(engine).items()}
         peft.set_peft_model_state_dict(model, {key: tensor + 1 for key, tensor in state.items()})
         peft.set_peft_model_state_dict(model, state)
-    whole_model = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module_state_dict()
+    whole_model = (
+        engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module_state_dict()
+    )
     model.save_pretrained(folder, is_main_process=dist.get_rank() == 0, state_dict=whole_model)
     engine.save_checkpoint(f"{folder}/engine", exclude_frozen_parameters=True)
     losses += train_engine(engine, method, range(STEPS, STEPS + 2))
@@ -544,7 +625,9 @@ def native(method, engine):
         return (
             fully_shard(model)
             if engine == "fsdp2"
-            else FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+            else FullyShardedDataParallel(
+                model, device_id=torch.device("cpu"), use_orig_params=True
+            )
         )
 
     model, again = make(0), make(5)
@@ -563,7 +646,10 @@ def misfit(method, engine):
     messages = []
     calls = [lambda: peft.set_peft_model_state_dict(model, bad)]
     if engine == "fsdp1":
-        calls += [lambda: get_peft_model_state_dict(model.module), lambda: model.module.save_pretrained("never")]
+        calls += [
+            lambda: get_peft_model_state_dict(model.module),
+            lambda: model.module.save_pretrained("never"),
+        ]
         calls += [lambda: peft.set_peft_model_state_dict(model.module, state)]
     for call in calls:
         try:
@@ -591,7 +677,9 @@ def traffic(method):
 
 
 def roles(method):
-    """The names of the parameters in each role, under every engine; and what a flat parameter gives."""
+    """The names of the parameters in each role, under every engine; and what a flat parameter
+    gives.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
@@ -600,14 +688,25 @@ def roles(method):
 
     found = {}
     plain, ddp_model = adapted(method), DistributedDataParallel(adapted(method))
-    models = {"one": plain, "ddp": ddp_model, "fsdp2": fsdp2_model(method), "fsdp1": fsdp1_model(method, policy="layers")}
+    models = {
+        "one": plain,
+        "ddp": ddp_model,
+        "fsdp2": fsdp2_model(method),
+        "fsdp1": fsdp1_model(method, policy="layers"),
+    }
     for engine, model in models.items():
         names = {id(parameter): unwrapped(name) for name, parameter in model.named_parameters()}
         found[engine] = {}
         for group in parameter_groups(model, 0.3):
-            found[engine].setdefault((group["name"], group["lr"]), []).extend(names[id(p)] for p in group["params"])
+            found[engine].setdefault((group["name"], group["lr"]), []).extend(
+                names[id(p)] for p in group["params"]
+            )
     try:
-        flat = FullyShardedDataParallel(adapted(method).requires_grad_(True), device_id=torch.device("cpu"), use_orig_params=False)
+        flat = FullyShardedDataParallel(
+            adapted(method).requires_grad_(True),
+            device_id=torch.device("cpu"),
+            use_orig_params=False,
+        )
         parameter_groups(flat)
     except RuntimeError as error:
         return found, str(error)
@@ -628,7 +727,9 @@ def rows_of_tasks():
             for layer in model.get_base_model().model.layers:
                 fully_shard(layer)
             fully_shard(model)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+        optimiser = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
+        )
         for step in range(STEPS):
             optimiser.zero_grad()
             model(**batch("POLY", step, 1)).loss.backward()

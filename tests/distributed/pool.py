@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes that wait for work and do it together, so that many checks share one start.
 
-Processes find each other through a file, so that no port has to be free. Whatever hangs is killed: a job that is not done by its
-deadline, or whose other process failed, ends both processes, and the next job starts new ones.
+Processes find each other through a file, so that no port has to be free. Whatever hangs is killed:
+a job that is not done by its deadline, or whose other process failed, ends both processes, and the
+next job starts new ones.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ HERE = Path(__file__).parent
 WORLD = 2
 START_SECONDS = 180
 JOB_SECONDS = 90
-# After one process failed, how long the other may still take: it is most likely waiting for the first.
+# After one process failed, how long the other may still take: it is most likely waiting for the
+# first.
 GRACE_SECONDS = 3
 
 
@@ -56,7 +58,12 @@ class Pool:
                 }
                 with open(f"{log}{rank}", "wb") as output:
                     self.processes.append(
-                        subprocess.Popen([sys.executable, HERE / "worker.py"], env=environment, stdout=output, stderr=output)
+                        subprocess.Popen(
+                            [sys.executable, HERE / "worker.py"],
+                            env=environment,
+                            stdout=output,
+                            stderr=output,
+                        )
                     )
             try:
                 connections = [listener.accept() for _ in range(WORLD)]
@@ -98,14 +105,22 @@ class Pool:
             if time.monotonic() > deadline:
                 break
         if failures:
-            raise JobError("\n".join(f"--- process {rank} ---\n{text}" for rank, text in failures.items()))
+            raise JobError(
+                "\n".join(f"--- process {rank} ---\n{text}" for rank, text in failures.items())
+            )
         if len(results) < WORLD:
-            raise JobError(f"{job} was not done in time by all processes, only by {sorted(results)}:\n{self.log()}")
+            raise JobError(
+                f"{job} was not done in time by all processes, only by "
+                f"{sorted(results)}:\n{self.log()}"
+            )
         return [results[rank] for rank in range(WORLD)]
 
     def log(self):
         """The end of what the processes printed."""
-        texts = [path.read_text(errors="replace")[-3000:] for path in sorted(Path(self.folder.name).glob("log*"))]
+        texts = [
+            path.read_text(errors="replace")[-3000:]
+            for path in sorted(Path(self.folder.name).glob("log*"))
+        ]
         return "\n---\n".join(texts)
 
     def stop(self):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes against one: the same losses and adapters, whole and sharded checkpoints, and resuming."""
+"""Two processes against one: the same losses and adapters, whole and sharded checkpoints, and
+resuming.
+"""
 
 import sys
 from pathlib import Path
@@ -53,21 +55,27 @@ def references():
 def close(left, right):
     assert left.keys() == right.keys()
     for key, tensor in right.items():
-        torch.testing.assert_close(left[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            left[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(pool, references, name, engine):
-    """Also where the base is asked between steps, as trainers do for a reference: adapters are off and frozen meanwhile, and train on as
-    if nothing had been.
+    """Also where the base is asked between steps, as trainers do for a reference: adapters are off
+    and frozen meanwhile, and train on as if nothing had been.
     """
     job, options = ENGINES[engine]
     losses, adapter, _ = references(name)
-    for found, state, gradients in pool.run(job, name, ask_base=engine not in ("fsdp1 policy", "fsdp1 root"), **options):
+    for found, state, gradients in pool.run(
+        job, name, ask_base=engine not in ("fsdp1 policy", "fsdp1 root"), **options
+    ):
         assert found == pytest.approx(losses, rel=1e-4)
         close(state, adapter)
         assert gradients or engine.startswith("fsdp1")
-        assert not any("base_layer" in parameter or "embed_tokens" in parameter for parameter in gradients)
+        assert not any(
+            "base_layer" in parameter or "embed_tokens" in parameter for parameter in gradients
+        )
 
 
 def test_containers_as_units_of_their_own(pool, references, name):
@@ -118,9 +126,13 @@ def test_a_checkpoint_that_does_not_fit(pool, name, engine):
         close(after, before)
 
 
-@pytest.mark.parametrize(("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"}), ("fsdp1", {})])
+@pytest.mark.parametrize(
+    ("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"}), ("fsdp1", {})]
+)
 def test_an_adapter_goes_from_one_sharded_model_to_another(pool, name, engine, options):
-    for before, state, after, result, (expected, logits) in pool.run("roundtrip", engine, name, **options):
+    for before, state, after, result, (expected, logits) in pool.run(
+        "roundtrip", engine, name, **options
+    ):
         assert state
         assert not result.missing_keys
         assert not result.unexpected_keys
@@ -151,8 +163,15 @@ def test_all_processes_save_into_one_folder(pool, name, tmp_path):
     pool.run("save_from_all", name, str(tmp_path))
     from safetensors.torch import load_file
 
-    close(load_file(tmp_path / "adapter_model.safetensors"), dict(jobs.get_peft_model_state_dict(jobs.adapted(name))))
-    assert not [path for path in tmp_path.iterdir() if "adapter" in path.name and path.suffix not in (".json", ".safetensors")]
+    close(
+        load_file(tmp_path / "adapter_model.safetensors"),
+        dict(jobs.get_peft_model_state_dict(jobs.adapted(name))),
+    )
+    assert not [
+        path
+        for path in tmp_path.iterdir()
+        if "adapter" in path.name and path.suffix not in (".json", ".safetensors")
+    ]
 
 
 def test_saving_a_sharded_model(pool, name, tmp_path):
@@ -172,13 +191,18 @@ def test_merging_a_sharded_model(pool, name, engine, options):
         assert not torch.allclose(off, before, atol=1e-4)
 
 
-@pytest.mark.parametrize(("version", "kind"), [(1, "SHARDED_STATE_DICT"), (1, "FULL_STATE_DICT"), (2, "SHARDED_STATE_DICT")])
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [(1, "SHARDED_STATE_DICT"), (1, "FULL_STATE_DICT"), (2, "SHARDED_STATE_DICT")],
+)
 def test_accelerate_saves_and_resumes(pool, name, tmp_path, version, kind):
     for _, losses, resumed in pool.run("accelerate_fsdp", name, str(tmp_path), version, kind):
         assert resumed == pytest.approx(losses[2:], rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "stage"), [*((name, 3) for name in sorted(METHODS)), ("POLY", 2), ("VBLORA", 2)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [*((name, 3) for name in sorted(METHODS)), ("POLY", 2), ("VBLORA", 2)]
+)
 def test_deepspeed(pool, references, name, tmp_path, stage):
     losses, adapter, _ = references(name)
     for found, state, refused, resumed in pool.run("zero", name, stage, str(tmp_path)):
@@ -209,9 +233,16 @@ def test_roles_are_known_under_every_engine(pool, name):
 
 
 def test_trainer_shards(pool, name, tmp_path):
-    """By the Trainer's own settings, with FSDP2. (Of FSDP1 on a CPU, torch crashes in the whole state dict that it asks for.)"""
+    """By the Trainer's own settings, with FSDP2. (Of FSDP1 on a CPU, torch crashes in the whole
+    state dict that it asks for.)
+    """
     wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    config = {"version": 2, "sync_module_states": False, "cpu_ram_efficient_loading": False, **wrapped}
+    config = {
+        "version": 2,
+        "sync_module_states": False,
+        "cpu_ram_efficient_loading": False,
+        **wrapped,
+    }
     for first, second, state, resumed in pool.run("trainer", name, str(tmp_path), config):
         assert second[-2:] == pytest.approx(first[-2:], rel=1e-3)
         close(resumed, state)
@@ -236,4 +267,6 @@ def test_rows_of_tasks_train_by_themselves_in_a_sharded_model(pool):
         tables = [key for key in start if "router" in key or "task_skills" in key]
         assert len(tables) == 3 * len([key for key in start if "poly_lora_A" in key])
         for key in tables:
-            assert torch.equal(sharded[key][[0, 2]], start[key][[0, 2]]) and not torch.equal(sharded[key][1], start[key][1])
+            assert torch.equal(sharded[key][[0, 2]], start[key][[0, 2]]) and not torch.equal(
+                sharded[key][1], start[key][1]
+            )

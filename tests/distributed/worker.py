@@ -40,7 +40,9 @@ def main():
             name, args, kwargs = pickle.loads(connection.recv_bytes())
         except EOFError:
             break
-        gc.freeze()  # trainers collect garbage, which takes as long as there are objects; those of libraries stay
+        # Trainers collect garbage, which takes as long as there are objects; those of libraries
+        # stay.
+        gc.freeze()
         try:
             answer = True, getattr(jobs, name)(*args, **kwargs)
         except BaseException:

@@ -48,7 +48,11 @@ def case(request):
     def run(model, rows=slice(None), **options):
         some = {key: tensor[rows] for key, tensor in inputs.items()}
         with torch.no_grad():
-            output = model(*some.values(), **options) if spec["base"]["kind"] == "sequential" else model(**some, **options)
+            output = (
+                model(*some.values(), **options)
+                if spec["base"]["kind"] == "sequential"
+                else model(**some, **options)
+            )
         return output if isinstance(output, torch.Tensor) else output.logits
 
     spec.update(folder=folder, run=run, out=tensors["out"], out_disabled=tensors["out_disabled"])
@@ -64,7 +68,9 @@ def test_loads_to_the_writers_outputs(case):
     model = PeftModel.from_pretrained(base_model(case["folder"]), case["folder"] / "adapter")
     torch.testing.assert_close(case["run"](model, **case["call"]), case["out"], **CLOSE)
     with model.disable_adapter():
-        torch.testing.assert_close(case["run"](model, **case["call"]), case["out_disabled"], **CLOSE)
+        torch.testing.assert_close(
+            case["run"](model, **case["call"]), case["out_disabled"], **CLOSE
+        )
 
 
 def test_merges_to_the_writers_outputs_and_back(case):
@@ -79,7 +85,9 @@ def test_merges_to_the_writers_outputs_and_back(case):
     else:
         for task in tasks.unique().tolist():
             model.merge_adapter(task_id=task)
-            torch.testing.assert_close(case["run"](model, tasks == task), case["out"][tasks == task], **CLOSE)
+            torch.testing.assert_close(
+                case["run"](model, tasks == task), case["out"][tasks == task], **CLOSE
+            )
             model.unmerge_adapter()
     after = model.unload().state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -90,7 +98,9 @@ def test_writes_what_it_read(case, tmp_path):
     model.save_pretrained(tmp_path)
     theirs = load_file(case["folder"] / "adapter" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "adapter_model.safetensors")
-    assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
+    assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {
+        k: (t.shape, t.dtype) for k, t in theirs.items()
+    }
     for key, tensor in theirs.items():
         # Top-k weights go through a logarithm and back; all else is kept to the bit.
         tolerance = 1e-7 if key.endswith("_topk_weights") else 0
@@ -109,4 +119,6 @@ def test_a_fresh_adapter_has_the_same_tensors(case):
     config = getattr(peft, case["method"])(**case["config"])
     state = get_peft_model_state_dict(get_peft_model(base_model(case["folder"]), config))
     theirs = load_file(case["folder"] / "adapter" / "adapter_model.safetensors")
-    assert {k: (t.shape, t.dtype) for k, t in state.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
+    assert {k: (t.shape, t.dtype) for k, t in state.items()} == {
+        k: (t.shape, t.dtype) for k, t in theirs.items()
+    }

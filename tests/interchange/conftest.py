@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two packages that exchange files, each in one process for all tests. Both are called `peft`, so they can't be in the same."""
+"""The two packages that exchange files, each in one process for all tests. Both are called `peft`,
+so they can't be in the same.
+"""
 
 import json
 import os
@@ -24,12 +26,22 @@ class Package:
         command = [sys.executable, Path(__file__).with_name("worker.py"), path]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command, env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command,
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
 
     def order(self, verb, *arguments):
         """Have something done; `answer` waits for it."""
-        print(json.dumps([verb, *arguments, str(self.folder / verb)]), file=self.process.stdin, flush=True)
+        print(
+            json.dumps([verb, *arguments, str(self.folder / verb)]),
+            file=self.process.stdin,
+            flush=True,
+        )
 
     def answer(self, verb):
         """The result of the order before."""
@@ -41,8 +53,9 @@ class Package:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    """The processes by who they are. Hugging Face PEFT is in the folder that `PEFT_PEER` names, `.peer` by default, where `make test`
-    installs it. Where it is missing the tests are skipped; on CI that is an error.
+    """The processes by who they are. Hugging Face PEFT is in the folder that `PEFT_PEER` names,
+    `.peer` by default, where `make test` installs it. Where it is missing the tests are skipped; on
+    CI that is an error.
     """
     if not (PEER / "peft").is_dir():
         message = f"Hugging Face PEFT is not in {PEER}; `make test` puts it there."

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small base models for the interchange tests, the same in every process that makes them from the same description."""
+"""Small base models for the interchange tests, the same in every process that makes them from the
+same description.
+"""
 
 import torch
 from torch import nn
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 BATCH, LENGTH = 3, 5
 
 
@@ -14,7 +22,9 @@ class Mlp(nn.Module):
     def __init__(self, inner, middle):
         super().__init__()
         self.first = nn.Linear(inner, middle)
-        self.block = nn.ModuleDict({"second": nn.Linear(middle, 8, bias=False), "norm": nn.LayerNorm(8)})
+        self.block = nn.ModuleDict(
+            {"second": nn.Linear(middle, 8, bias=False), "norm": nn.LayerNorm(8)}
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
@@ -52,32 +62,55 @@ class Embedder(nn.Module):
 def _llama(head):
     import transformers
 
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, num_labels=3, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(
+        **SIZES, num_key_value_heads=2, pad_token_id=0, num_labels=3, tie_word_embeddings=False
+    )
     return getattr(transformers, f"Llama{head}")(config)
 
 
 def _gpt2(head):
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=4, pad_token_id=0, num_labels=3, n_positions=16)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=3, n_head=4, pad_token_id=0, num_labels=3, n_positions=16
+    )
     return getattr(transformers, f"GPT2{head}")(config)
 
 
 def _bert(head):
     import transformers
 
-    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SIZES, num_labels=3, max_position_embeddings=16))
+    return getattr(transformers, f"Bert{head}")(
+        transformers.BertConfig(**SIZES, num_labels=3, max_position_embeddings=16)
+    )
 
 
 def _t5(head):
     import transformers
 
-    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0, tie_word_embeddings=False)
+    sizes = {
+        "vocab_size": 40,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    config = transformers.T5Config(
+        **sizes, pad_token_id=0, decoder_start_token_id=0, tie_word_embeddings=False
+    )
     return getattr(transformers, f"T5{head}")(config)
 
 
-MAKERS = {"mlp": Mlp, "conv": Convolutions, "embedder": Embedder, "llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5}
+MAKERS = {
+    "mlp": Mlp,
+    "conv": Convolutions,
+    "embedder": Embedder,
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "bert": _bert,
+    "t5": _t5,
+}
 
 
 def make_base(spec, seed):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random adapters for the interchange tests: what each consists of, as plain data made from a seed.
 
-A case is a base model, one or two configs, and a way to write and to read the files. Only what Hugging Face PEFT can make is in here;
-where it can't, a comment says so.
+A case is a base model, one or two configs, and a way to write and to read the files. Only what
+Hugging Face PEFT can make is in here; where it can't, a comment says so.
 """
 
 import random
@@ -47,7 +47,11 @@ TRANSFORMERS = {
         ("ForCausalLM", None),
     ],
     "gpt2": [("LMHeadModel", "CAUSAL_LM"), ("ForTokenClassification", "TOKEN_CLS")],
-    "bert": [("ForTokenClassification", "TOKEN_CLS"), ("ForSequenceClassification", "SEQ_CLS"), ("Model", None)],
+    "bert": [
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("Model", None),
+    ],
     "t5": [("ForConditionalGeneration", "SEQ_2_SEQ_LM")],
 }
 
@@ -68,25 +72,43 @@ class Maker:
         if kind in TRANSFORMERS:
             heads = TRANSFORMERS[kind]
             # Poly there takes `task_ids` only in the classes that a task type chooses.
-            head, task = self.pick([pair for pair in heads if pair[1]] if method == "Poly" else heads)
+            head, task = self.pick(
+                [pair for pair in heads if pair[1]] if method == "Poly" else heads
+            )
             base = [kind, head]
         elif kind == "mlp":
             base = [kind, self.pick([8, 12, 16]), self.pick([12, 20, 24])]
         elif kind == "conv":
-            dimensions = self.pick([1, 2, 3] if method == "Lora" else [1, 2])  # LoHa and LoKr there have no Conv3d
-            # LoRA there does not follow dilation, and can't merge into groups or into a Conv3d with a kernel of one.
-            dilation, groups = (1, 1) if method == "Lora" else (self.pick([1, 2]), self.pick([1, 2]))
-            base = [kind, dimensions, self.pick([1, 2, 3] if dimensions < 3 else [2, 3]), self.pick([1, 2]), dilation, groups]
+            dimensions = self.pick(
+                [1, 2, 3] if method == "Lora" else [1, 2]
+            )  # LoHa and LoKr there have no Conv3d
+            # LoRA there does not follow dilation, and can't merge into groups or into a Conv3d with
+            # a kernel of one.
+            dilation, groups = (
+                (1, 1) if method == "Lora" else (self.pick([1, 2]), self.pick([1, 2]))
+            )
+            base = [
+                kind,
+                dimensions,
+                self.pick([1, 2, 3] if dimensions < 3 else [2, 3]),
+                self.pick([1, 2]),
+                dilation,
+                groups,
+            ]
         else:
             base = [kind]
         first = self.config(base, task)
         adapters = {"default": first}
-        # Two adapters can't both train biases or, as a rule, the head of a task; nor there can one have rows of an embedding alone.
+        # Two adapters can't both train biases or, as a rule, the head of a task; nor there can one
+        # have rows of an embedding alone.
         if not self.single and task not in ("SEQ_CLS", "TOKEN_CLS") and self.chance(0.35):
             adapters["other"] = self.config(base, task, alone=False)
-        # What can be made a LoRA there: linear layers without trained biases, all layers that the config's names fit, one adapter.
+        # What can be made a LoRA there: linear layers without trained biases, all layers that the
+        # config's names fit, one adapter.
         alone = len(adapters) == 1 and not self.single and "exclude_modules" not in first
-        convertible = method in ("LoHa", "LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and alone
+        convertible = (
+            method in ("LoHa", "LoKr", "VBLoRA") and kind in ("mlp", "llama", "bert") and alone
+        )
         return {
             "id": f"{method.lower()}-{self.index:02}",
             "config_class": f"{method}Config",
@@ -96,16 +118,25 @@ class Maker:
             "file": self.pick(["safetensors", "safetensors", "safetensors", "bin"]),
             "reader": self.pick(["from_pretrained", "from_pretrained", "state_dict"]),
             "lora_rank": self.pick([None, 1, 3, 0.9]) if convertible else None,
-            "task_ids": [self.random.randrange(self.tasks) for _ in range(3)] if method == "Poly" else None,
+            "task_ids": [self.random.randrange(self.tasks) for _ in range(3)]
+            if method == "Poly"
+            else None,
         }
 
     def config(self, base, task, alone=True):
         """Arguments of a config."""
         kind = base[0]
-        # By default only LoRA there has targets for every type of model. A second adapter may not target what the first trains whole.
+        # By default only LoRA there has targets for every type of model. A second adapter may not
+        # target what the first trains whole.
         unfit = [] if self.method == "Lora" else [None]
-        targets = self.pick([t for t in TARGETS[kind] if t not in [*unfit, *([] if alone else ["all-linear"])]])
-        config = {"target_modules": targets, "task_type": task, **getattr(self, self.method.lower())(base, alone)}
+        targets = self.pick(
+            [t for t in TARGETS[kind] if t not in [*unfit, *([] if alone else ["all-linear"])]]
+        )
+        config = {
+            "target_modules": targets,
+            "task_type": task,
+            **getattr(self, self.method.lower())(base, alone),
+        }
         if (
             self.chance(0.25)
             and not config.get("trainable_token_indices")
@@ -113,18 +144,26 @@ class Maker:
             and alone is not False
         ):
             saved = (
-                SAVED[kind] if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION") else ["embed_tokens"]
+                SAVED[kind]
+                if "lm_head" not in SAVED[kind] or task not in ("SEQ_CLS", "FEATURE_EXTRACTION")
+                else ["embed_tokens"]
             )
             config["modules_to_save"] = list(saved)
         if self.chance(0.2):
             config["exclude_modules"] = self.pick([r".*\.0\..*", ["nothing_of_this_name"]])
-        if kind in LAYERS and self.method != "Poly" and not isinstance(targets, str) and self.chance(0.3):
+        if (
+            kind in LAYERS
+            and self.method != "Poly"
+            and not isinstance(targets, str)
+            and self.chance(0.3)
+        ):
             config.update(layers_to_transform=self.pick([1, [0, 2]]), layers_pattern=LAYERS[kind])
         return config
 
     def patterns(self, kind):
         """Ranks and alphas of single modules."""
-        # In alphabetical order, for a file written there has them in it, and of those that fit a module the first counts.
+        # In alphabetical order, for a file written there has them in it, and of those that fit a
+        # module the first counts.
         ranks = {name: self.pick([1, 2, 3]) for name in sorted(NAMED[kind]) if self.chance(0.4)}
         alphas = {name: self.pick([1, 5]) for name in sorted(NAMED[kind]) if self.chance(0.4)}
         return {"rank_pattern": ranks, "alpha_pattern": alphas}
@@ -220,12 +259,37 @@ KINDS = {
 COUNTS = {"LoHa": 30, "LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
 
 
-# What is seen of options with many values wherever they stand, where of others it is seen on each kind of base.
+# What is seen of options with many values wherever they stand, where of others it is seen on each
+# kind of base.
 NUMBERS = {
-    *("r", "alpha", "lora_alpha", "decompose_factor", "rank_dropout", "module_dropout", "rank_dropout_scale", "lora_dropout"),
-    *("num_vectors", "vector_length", "topk", "vblora_dropout", "n_tasks", "n_skills", "n_splits", "bias"),
+    *(
+        "r",
+        "alpha",
+        "lora_alpha",
+        "decompose_factor",
+        "rank_dropout",
+        "module_dropout",
+        "rank_dropout_scale",
+        "lora_dropout",
+    ),
+    *(
+        "num_vectors",
+        "vector_length",
+        "topk",
+        "vblora_dropout",
+        "n_tasks",
+        "n_skills",
+        "n_splits",
+        "bias",
+    ),
 }
-MAPPINGS = ("rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "layers_to_transform")
+MAPPINGS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "exclude_modules",
+    "layers_to_transform",
+)
 
 
 def shown(case):
@@ -233,7 +297,9 @@ def shown(case):
     method, (kind, *sizes) = case["config_class"], case["base"]
     facts = {(method, key, case[key]) for key in ("file", "reader", "lora_rank")}
     facts.add((method, case["reader"], len(case["adapters"])))
-    facts |= {(method, kind, place, size) for place, size in enumerate(sizes) if kind != "mlp"} | {(method, kind)}
+    facts |= {(method, kind, place, size) for place, size in enumerate(sizes) if kind != "mlp"} | {
+        (method, kind)
+    }
     for config in case["adapters"].values():
         for key, value in config.items():
             value = bool(value) if key in MAPPINGS else str(value)
@@ -242,8 +308,14 @@ def shown(case):
 
 
 def make_cases(seed):
-    """Of many random cases as few as show all that those do; the methods that can be are also written as LoRA adapters."""
-    drawn = [Maker(method, index, seed).case() for method, count in COUNTS.items() for index in range(count)]
+    """Of many random cases as few as show all that those do; the methods that can be are also
+    written as LoRA adapters.
+    """
+    drawn = [
+        Maker(method, index, seed).case()
+        for method, count in COUNTS.items()
+        for index in range(count)
+    ]
     missing, kept = set().union(*map(shown, drawn)), []
     while missing:
         kept.append(max(drawn, key=lambda case: len(shown(case) & missing)))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters written by this package are read by Hugging Face PEFT, and the other way round, to the same outputs and gradients.
+"""Adapters written by this package are read by Hugging Face PEFT, and the other way round, to the
+same outputs and gradients.
 
 `PEFT_INTERCHANGE_SEED` makes other random adapters.
 """
@@ -24,10 +25,15 @@ EXACT, ROUNDED, SPARSE, CONVERTED = 1e-9, 1e-6, 1e-5, 1e-4
 
 @pytest.fixture(scope="session")
 def results(packages, tmp_path_factory):
-    """What each package measured, by what it did, who it is, and case; and the folders that each wrote to."""
+    """What each package measured, by what it did, who it is, and case; and the folders that each
+    wrote to.
+    """
     root = tmp_path_factory.mktemp("interchange")
     found = {"folders": {name: root / name for name in packages}}
-    for verb, source in ("write", {"ours": "ours", "theirs": "theirs"}), ("read", {"ours": "theirs", "theirs": "ours"}):
+    for verb, source in (
+        ("write", {"ours": "ours", "theirs": "theirs"}),
+        ("read", {"ours": "theirs", "theirs": "ours"}),
+    ):
         for name, package in packages.items():
             package.order(verb, list(CASES.values()), str(found["folders"][source[name]]))
         for name, package in packages.items():
@@ -45,8 +51,8 @@ def outcome(results, verb, package, case):
 
 
 def is_wrong_there(case, key):
-    """Whether a gradient is one that the peer gets wrong: of LoHa's `w1_a` and `w2_a` in Tucker's form, for which it takes the other
-    side's `t` and `w_b` in place of their own.
+    """Whether a gradient is one that the peer gets wrong: of LoHa's `w1_a` and `w2_a` in Tucker's
+    form, for which it takes the other side's `t` and `w_b` in place of their own.
     """
     tucker = any(config.get("use_effective_conv2d") for config in CASES[case]["adapters"].values())
     return tucker and key.endswith(("hada_w1_a", "hada_w2_a"))
@@ -55,7 +61,9 @@ def is_wrong_there(case, key):
 def assert_same(found, expected, case):
     """Two measurements agree, in every tensor there is."""
     # Weights of chosen vectors are float32 and go through a logarithm and back.
-    sparse = any(config.get("save_only_topk_weights") for config in CASES[case]["adapters"].values())
+    sparse = any(
+        config.get("save_only_topk_weights") for config in CASES[case]["adapters"].values()
+    )
     # LoHa's scale is a number of single precision there.
     exact = ROUNDED if CASES[case]["config_class"] == "LoHaConfig" else EXACT
     assert found.keys() == expected.keys()
@@ -64,7 +72,11 @@ def assert_same(found, expected, case):
             continue
         if isinstance(theirs, dict):
             assert found[name].keys() == theirs.keys()
-            own = [key for key in theirs if not (name.startswith("gradients") and is_wrong_there(case, key))]
+            own = [
+                key
+                for key in theirs
+                if not (name.startswith("gradients") and is_wrong_there(case, key))
+            ]
             pairs = [(f"{name}: {key}", found[name][key], theirs[key]) for key in own]
         else:
             pairs = [(name, found[name], theirs)]
@@ -74,7 +86,9 @@ def assert_same(found, expected, case):
             if tensor.numel():
                 ours, tensor = ours.double(), tensor.double()
                 difference, size = (ours - tensor).abs().max(), tensor.abs().max()
-                assert difference <= limit * (1 + size), f"{label} differs by {difference:.2g} of {size:.2g}: {CASES[case]}"
+                assert difference <= limit * (1 + size), (
+                    f"{label} differs by {difference:.2g} of {size:.2g}: {CASES[case]}"
+                )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,21 +109,35 @@ def test_both_write_the_same_files(results, case):
                 fields[package][name] = sorted(value) if isinstance(value, list) else value
         assert fields["ours"].pop("peft_version") == peft.__version__
         assert fields["theirs"].pop("peft_version") == PEER_VERSION
-        if CASES[case]["adapters"][adapter]["target_modules"] == "all-linear":  # the names are written out, at different lengths
+        if (
+            CASES[case]["adapters"][adapter]["target_modules"] == "all-linear"
+        ):  # the names are written out, at different lengths
             assert fields["ours"].pop("target_modules")
             assert fields["theirs"].pop("target_modules")
         assert fields["ours"] == fields["theirs"]
-        # With all biases, the peer repeats those of modules that are trained whole, and adds the frozen ones.
-        repeated = {key for key in tensors["theirs"] if key.endswith((".modules_to_save.bias", ".original_module.bias"))}
+        # With all biases, the peer repeats those of modules that are trained whole, and adds the
+        # frozen ones.
+        repeated = {
+            key
+            for key in tensors["theirs"]
+            if key.endswith((".modules_to_save.bias", ".original_module.bias"))
+        }
         assert tensors["ours"].keys() == tensors["theirs"].keys() - repeated
         for key, tensor in tensors["ours"].items():
             assert tensor.dtype == tensors["theirs"][key].dtype
-            torch.testing.assert_close(tensor, tensors["theirs"][key], rtol=0, atol=1e-6 if key.endswith("_topk_weights") else 0)
+            torch.testing.assert_close(
+                tensor,
+                tensors["theirs"][key],
+                rtol=0,
+                atol=1e-6 if key.endswith("_topk_weights") else 0,
+            )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_compute_the_same(results, case):
-    assert_same(outcome(results, "write", "ours", case), outcome(results, "write", "theirs", case), case)
+    assert_same(
+        outcome(results, "write", "ours", case), outcome(results, "write", "theirs", case), case
+    )
 
 
 @pytest.mark.parametrize(("reader", "writer"), [("ours", "theirs"), ("theirs", "ours")])
@@ -117,6 +145,9 @@ def test_both_compute_the_same(results, case):
 def test_one_reads_what_the_other_wrote(results, case, reader, writer):
     read, written = outcome(results, "read", reader, case), outcome(results, "write", writer, case)
     assert_same(read, written, case)
-    # A config may earn a remark, about a pattern that fits nothing for example; that another package wrote it may not.
-    remarks = {text for text in read["warnings"] if "loaded from a compact file" not in text}  # as of its own
+    # A config may earn a remark, about a pattern that fits nothing for example; that another
+    # package wrote it may not.
+    remarks = {
+        text for text in read["warnings"] if "loaded from a compact file" not in text
+    }  # as of its own
     assert remarks <= set(outcome(results, "write", reader, case)["warnings"])

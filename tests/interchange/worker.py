@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes or reads the adapters of the interchange tests with whichever `peft` the process finds, and measures what they do.
+"""Writes or reads the adapters of the interchange tests with whichever `peft` the process finds,
+and measures what they do.
 
     python worker.py PACKAGE_FOLDER
 
-Orders come as lines of JSON, [verb, argument, …], and each is answered by one: null when it is done, or what went wrong. Whatever else is
-printed goes to the log.
+Orders come as lines of JSON, [verb, argument, …], and each is answered by one: null when it is
+done, or what went wrong. Whatever else is printed goes to the log.
 """
 
 import hashlib
@@ -22,22 +23,37 @@ import peft
 
 
 def values(key, shape, seed):
-    """Values for a tensor that depend on its key alone, so that both packages give an adapter the same ones."""
+    """Values for a tensor that depend on its key alone, so that both packages give an adapter the
+    same ones.
+    """
     digest = hashlib.sha256(f"{key} {seed}".encode()).digest()
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))) * 0.3
+    tensor = (
+        torch.randn(
+            shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        )
+        * 0.3
+    )
     return tensor.abs() + 0.5 if "magnitude_vector" in key else tensor
 
 
 def plain_name(name, adapter):
-    """A parameter's name as both packages have it: the place of the adapter's name and of a shared bank left out."""
+    """A parameter's name as both packages have it: the place of the adapter's name and of a shared
+    bank left out.
+    """
     name = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
     return "vblora_vector_bank" if name.endswith("vblora_vector_bank") else name
 
 
 def own_tensors(model, adapter):
-    """What a file of the adapter holds. The peer repeats the biases of modules that are trained whole, and adds the frozen ones."""
+    """What a file of the adapter holds. The peer repeats the biases of modules that are trained
+    whole, and adds the frozen ones.
+    """
     state = peft.get_peft_model_state_dict(model, adapter_name=adapter)
-    return {key: t for key, t in state.items() if not key.endswith((".modules_to_save.bias", ".original_module.bias"))}
+    return {
+        key: t
+        for key, t in state.items()
+        if not key.endswith((".modules_to_save.bias", ".original_module.bias"))
+    }
 
 
 def call(model, case):
@@ -47,7 +63,9 @@ def call(model, case):
     if case["task_ids"] is not None:
         kwargs["task_ids"] = torch.tensor(case["task_ids"])
     result = model(*args, **kwargs)
-    return result if isinstance(result, torch.Tensor) else result[0]  # transformers' outputs have what is of interest first
+    return (
+        result if isinstance(result, torch.Tensor) else result[0]
+    )  # transformers' outputs have what is of interest first
 
 
 def fill(model, adapter, case):
@@ -64,16 +82,24 @@ def fill(model, adapter, case):
 
 
 def make_config(case, adapter):
-    """The config; new LoKr adapters of this project are asked for the peer's order of a Conv1d's elements."""
+    """The config; new LoKr adapters of this project are asked for the peer's order of a Conv1d's
+    elements.
+    """
     config_class = getattr(peft, case["config_class"])
-    same_order = {"kronecker_layout": "flat"} if "kronecker_layout" in config_class.__dataclass_fields__ else {}
+    same_order = (
+        {"kronecker_layout": "flat"}
+        if "kronecker_layout" in config_class.__dataclass_fields__
+        else {}
+    )
     return config_class(**case["adapters"][adapter], **same_order)
 
 
 def write(case, folder):
     """Make a case's adapters and save them."""
     first, *others = case["adapters"]
-    model = peft.get_peft_model(make_base(case["base"], case["seed"]), make_config(case, first), first).eval()
+    model = peft.get_peft_model(
+        make_base(case["base"], case["seed"]), make_config(case, first), first
+    ).eval()
     for name in others:
         model.add_adapter(name, make_config(case, name))
     for name in case["adapters"]:
@@ -108,12 +134,16 @@ def read(case, folder):
 
 
 def measure(model, case):
-    """Everything about a model with adapters that the two packages should agree on, in float64 to tell faults from rounding."""
+    """Everything about a model with adapters that the two packages should agree on, in float64 to
+    tell faults from rounding.
+    """
     result = {}
     model.double()
     for name in case["adapters"]:
         model.set_adapter(name)
-        result[f"state {name}"] = {key: tensor.clone() for key, tensor in own_tensors(model, name).items()}
+        result[f"state {name}"] = {
+            key: tensor.clone() for key, tensor in own_tensors(model, name).items()
+        }
         result[f"output {name}"] = call(model, case).detach()
         result[f"gradients {name}"] = gradients(model, name, case)
         with model.disable_adapter():
@@ -131,19 +161,32 @@ def measure(model, case):
 
 
 def measure_conversion(case, folder):
-    """What the LoRA adapter does that the writer made of the first adapter. Its factors are defined but for signs."""
-    model = peft.PeftModel.from_pretrained(make_base(case["base"], case["seed"]), folder / "as_lora")
-    shapes = {key: torch.tensor(tensor.shape) for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    """What the LoRA adapter does that the writer made of the first adapter. Its factors are defined
+    but for signs.
+    """
+    model = peft.PeftModel.from_pretrained(
+        make_base(case["base"], case["seed"]), folder / "as_lora"
+    )
+    shapes = {
+        key: torch.tensor(tensor.shape)
+        for key, tensor in peft.get_peft_model_state_dict(model).items()
+    }
     return {"shapes as LoRA": shapes, "output as LoRA": call(model.eval().double(), case).detach()}
 
 
 def gradients(model, adapter, case):
-    """Gradients of a training step without its random parts, by plain name. Indices and weights of vectors can't be trained."""
+    """Gradients of a training step without its random parts, by plain name. Indices and weights of
+    vectors can't be trained.
+    """
     if any(config.get("save_only_topk_weights") for config in case["adapters"].values()):
         return {}
     output = call(model, case)
     (output * values("loss", output.shape, case["seed"])).sum().backward()
-    result = {plain_name(n, adapter): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    result = {
+        plain_name(n, adapter): p.grad.clone()
+        for n, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
     model.zero_grad()
     return result
 
@@ -156,7 +199,11 @@ def run(verb, case, folder):
             model = {"write": write, "read": read}[verb](case, folder)
         except Exception:
             return {"error": traceback.format_exc(limit=-3)}
-        seen = [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+        seen = [
+            str(w.message)
+            for w in caught
+            if not issubclass(w.category, (DeprecationWarning, FutureWarning))
+        ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -189,7 +236,9 @@ def look(folders, result):
 
 def main():
     answers, sys.stdout = sys.stdout, sys.stderr
-    assert Path(peft.__file__).is_relative_to(sys.argv[1]), f"`peft` came from {peft.__file__}, not from {sys.argv[1]}"
+    assert Path(peft.__file__).is_relative_to(sys.argv[1]), (
+        f"`peft` came from {peft.__file__}, not from {sys.argv[1]}"
+    )
     torch.set_num_threads(1)
     for line in sys.stdin:
         verb, *arguments = json.loads(line)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels on the CPU: Triton interprets those that are imported here, where the rest of the session runs without kernels."""
+"""Kernels on the CPU: Triton interprets those that are imported here, where the rest of the session
+runs without kernels.
+"""
 
 import importlib.util
 import os
@@ -19,7 +21,10 @@ KERNELS = (
 if importlib.util.find_spec("triton") is None:  # it is not built for every system
     collect_ignore_glob = ["test_interpreted*.py"]
 else:
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(triton_support, "INTERPRETED", True):
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(triton_support, "INTERPRETED", True),
+    ):
         for name in KERNELS:
             importlib.import_module(name)
 

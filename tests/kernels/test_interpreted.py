@@ -57,19 +57,33 @@ def counted():
     """How often kernels compute results."""
     calls: list[int] = []
     with contextlib.ExitStack() as stack:
-        for module, name in ((vblora_kernels, "_composed"), (poly_kernels, "_weighed"), (mixing_kernels, "_mixed")):
+        for module, name in (
+            (vblora_kernels, "_composed"),
+            (poly_kernels, "_weighed"),
+            (mixing_kernels, "_mixed"),
+        ):
             own = getattr(module, name)
-            stack.enter_context(mock.patch.object(module, name, lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1]))
+            stack.enter_context(
+                mock.patch.object(
+                    module, name, lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1]
+                )
+            )
         yield calls
 
 
-# --- VB-LoRA --------------------------------------------------------------------------------------------------------
+# --- VB-LoRA
+# --------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def factors(logits_A, logits_B, bank, topk):
     """By the words of the paper, one tile after the other."""
     (r, tiles_A, _), tiles_B, v = logits_A.shape, logits_B.shape[0], bank.shape[1]
-    A, B = torch.zeros(r, tiles_A * v, dtype=torch.float64), torch.zeros(tiles_B * v, r, dtype=torch.float64)
+    A, B = (
+        torch.zeros(r, tiles_A * v, dtype=torch.float64),
+        torch.zeros(tiles_B * v, r, dtype=torch.float64),
+    )
     for j in range(r):
         for t in range(tiles_A):
             A[j, t * v : (t + 1) * v] = tile(logits_A[j, t], bank, topk)
@@ -108,10 +122,14 @@ def test_factors_and_their_gradients(sizes, dtype):
     plainly = [tensor.detach().clone().requires_grad_() for tensor in ours]
     found = compose_factors(*ours, topk)
     expected = factors(*exact, topk)
-    eager = place_tiles(compose(plainly[0], plainly[2], topk), compose(plainly[1], plainly[2], topk))
+    eager = place_tiles(
+        compose(plainly[0], plainly[2], topk), compose(plainly[1], plainly[2], topk)
+    )
     hand_down = [torch.randn(f.shape, generator=torch.Generator().manual_seed(7)) for f in expected]
     for outputs in (found, expected, eager):
-        torch.autograd.backward(outputs, [h.to(o.dtype) for h, o in zip(hand_down, outputs, strict=True)])
+        torch.autograd.backward(
+            outputs, [h.to(o.dtype) for h, o in zip(hand_down, outputs, strict=True)]
+        )
     for one, other, third in zip(found, expected, eager, strict=True):
         assert one.dtype == dtype
         assert_near(one, other, TOLERANCE[dtype])
@@ -121,7 +139,9 @@ def test_factors_and_their_gradients(sizes, dtype):
         assert_near(one.grad, other.grad, TOLERANCE[dtype])
         assert_near(one.grad, third.grad, TOLERANCE[dtype])
     for logits in ours[:2]:
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(topk).indices, True)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            -1, logits.topk(topk).indices, True
+        )
         assert (logits.grad[~chosen] == 0).all()
 
 
@@ -133,7 +153,11 @@ def test_gradients_for_some_alone():
         some = [tensor.detach().requires_grad_(i in trained) for i, tensor in enumerate(whole)]
         sum(f.sin().sum() for f in compose_factors(*some, 2)).backward()
         for i, (one, other) in enumerate(zip(some, whole, strict=True)):
-            assert one.grad is None if i not in trained else torch.allclose(one.grad, other.grad, atol=1e-6)
+            assert (
+                one.grad is None
+                if i not in trained
+                else torch.allclose(one.grad, other.grad, atol=1e-6)
+            )
 
 
 def test_infinities_ties_and_nan():
@@ -152,7 +176,9 @@ def test_infinities_ties_and_nan():
     A.square().sum().backward()
     assert logits_A.grad.isfinite().all()
     # Of equal greatest logits the first are taken; a zero with a sign is a zero.
-    A, _ = compose_factors(torch.tensor([[[-1.0, 0.0, -0.0, -7.0, -8.0, -9.0]]]), logits_B[:, :1], bank, topk=2)
+    A, _ = compose_factors(
+        torch.tensor([[[-1.0, 0.0, -0.0, -7.0, -8.0, -9.0]]]), logits_B[:, :1], bank, topk=2
+    )
     assert torch.equal(A[0, 1:3], half)
 
 
@@ -168,7 +194,9 @@ def test_second_derivatives_of_factors():
     tensors = problem(6, 4, 2, 1, 2, 2, torch.float32)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     found = second_derivatives(lambda *t: compose_factors(*t, 2), *tensors)
-    for one, other in zip(found, second_derivatives(lambda *t: factors(*t, 2), *exact), strict=True):
+    for one, other in zip(
+        found, second_derivatives(lambda *t: factors(*t, 2), *exact), strict=True
+    ):
         assert_near(one, other, 1e-5)
 
 
@@ -177,11 +205,21 @@ def refused(logits_A, logits_B, bank):
     yield lambda: compose_factors(logits_A.double(), logits_B.double(), bank.double(), 2)
     yield lambda: compose_factors(logits_A.half(), logits_B, bank, 2)
     yield lambda: compose_factors(logits_A, logits_B, bank.T.contiguous().T, 2)
-    yield lambda: compose_factors(logits_A, logits_B, bank.as_subclass(type("Own", (torch.Tensor,), {})), 2)
-    yield lambda: torch.func.grad(lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0].sum())(bank)
-    yield lambda: torch.func.vmap(lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0])(bank[None])
-    yield lambda: torch.compile(compose_factors, fullgraph=True, backend="eager")(logits_A, logits_B, bank, 2)
-    yield lambda: torch.jit.trace(lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0], bank, check_trace=False)
+    yield lambda: compose_factors(
+        logits_A, logits_B, bank.as_subclass(type("Own", (torch.Tensor,), {})), 2
+    )
+    yield lambda: torch.func.grad(
+        lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0].sum()
+    )(bank)
+    yield lambda: torch.func.vmap(lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0])(
+        bank[None]
+    )
+    yield lambda: torch.compile(compose_factors, fullgraph=True, backend="eager")(
+        logits_A, logits_B, bank, 2
+    )
+    yield lambda: torch.jit.trace(
+        lambda bank: compose_factors(logits_A, logits_B, bank, 2)[0], bank, check_trace=False
+    )
 
 
 def test_plain_operations_for_all_else():
@@ -203,14 +241,19 @@ def test_what_computes_something_else_is_not_used():
     """Were a compiler to get it wrong, plain operations would do it."""
     tensors = problem(6, 4, 2, 1, 2, 2, torch.float32)
     own = vblora_kernels.compose_factors
-    wrong = mock.patch.object(vblora_kernels, "compose_factors", lambda *a: tuple(f * 1.01 for f in own(*a)))
+    wrong = mock.patch.object(
+        vblora_kernels, "compose_factors", lambda *a: tuple(f * 1.01 for f in own(*a))
+    )
     with wrong, pytest.warns(peft.PeftWarning, match="differ"):
         found = compose_factors(*tensors, 2)
     with plain():
         assert all(map(torch.equal, found, compose_factors(*tensors, 2)))
 
 
-# --- Poly -----------------------------------------------------------------------------------------------------------
+# --- Poly
+# -----------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def task_weights(table, task_ids, n_splits, u):
@@ -225,22 +268,39 @@ def task_weights(table, task_ids, n_splits, u):
 
 @pytest.mark.parametrize("draw", [False, True])
 def test_second_derivatives_of_weights(draw):
-    table, task_ids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 2])
+    table, task_ids = (
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([2, 0, 2]),
+    )
     torch.manual_seed(3)
-    found = second_derivatives(lambda t: gating.task_weights(t, task_ids, 2, Gating(), draw), table.clone().requires_grad_())
+    found = second_derivatives(
+        lambda t: gating.task_weights(t, task_ids, 2, Gating(), draw),
+        table.clone().requires_grad_(),
+    )
     torch.manual_seed(3)
     u = torch.rand(3, 2, 4) if draw else None
-    exact = second_derivatives(lambda t: task_weights(t, task_ids, 2, u), table.double().requires_grad_())
+    exact = second_derivatives(
+        lambda t: task_weights(t, task_ids, 2, u), table.double().requires_grad_()
+    )
     assert_near(found[0], exact[0], 1e-5)
 
 
 @dtypes
 @pytest.mark.parametrize("draw", [False, True])
-@pytest.mark.parametrize(("n_tasks", "n_splits", "n_skills", "batch"), [(3, 4, 3, 5), (150, 4, 8, 4), (2, 1, 300, 2)])
+@pytest.mark.parametrize(
+    ("n_tasks", "n_splits", "n_skills", "batch"), [(3, 4, 3, 5), (150, 4, 8, 4), (2, 1, 300, 2)]
+)
 def test_weights_and_their_gradients(n_tasks, n_splits, n_skills, batch, draw, dtype):
     generator = torch.Generator().manual_seed(0)
-    table = (torch.randn(n_tasks, n_splits * n_skills, generator=generator) * 4).to(dtype).requires_grad_()
-    exact, plainly = table.detach().double().requires_grad_(), table.detach().clone().requires_grad_()
+    table = (
+        (torch.randn(n_tasks, n_splits * n_skills, generator=generator) * 4)
+        .to(dtype)
+        .requires_grad_()
+    )
+    exact, plainly = (
+        table.detach().double().requires_grad_(),
+        table.detach().clone().requires_grad_(),
+    )
     task_ids = torch.randint(n_tasks, (batch,), generator=generator)
     task_ids[-1] = task_ids[0]  # two samples of one task
     hand_down = torch.randn(batch, n_splits, n_skills, generator=generator)
@@ -249,10 +309,14 @@ def test_weights_and_their_gradients(n_tasks, n_splits, n_skills, batch, draw, d
     found = gating.task_weights(table, task_ids, n_splits, Gating(), draw)
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    eager = mixing_weights(F.embedding(task_ids, plainly).unflatten(-1, (n_splits, -1)), Gating(), draw)
+    eager = mixing_weights(
+        F.embedding(task_ids, plainly).unflatten(-1, (n_splits, -1)), Gating(), draw
+    )
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(3)
-    expected = task_weights(exact, task_ids, n_splits, torch.rand(batch, n_splits, n_skills) if draw else None)
+    expected = task_weights(
+        exact, task_ids, n_splits, torch.rand(batch, n_splits, n_skills) if draw else None
+    )
     for weights in (found, expected, eager):
         weights.backward(hand_down.to(weights.dtype))
     assert found.dtype == torch.float32
@@ -266,8 +330,12 @@ def test_weights_and_their_gradients(n_tasks, n_splits, n_skills, batch, draw, d
 
 @pytest.mark.parametrize("draw", [False, True])
 def test_gates_at_their_ends(draw):
-    """Far from zero gates are held where they are in plain operations, with no gradient; a row of closed gates has no weight."""
-    values = torch.tensor([[-100.0, 100.0, -16.0, 15.0], [-1e4, -1e4, -1e4, -1e4], [-15.0, -14.0, 14.0, 16.0]])
+    """Far from zero gates are held where they are in plain operations, with no gradient; a row of
+    closed gates has no weight.
+    """
+    values = torch.tensor(
+        [[-100.0, 100.0, -16.0, 15.0], [-1e4, -1e4, -1e4, -1e4], [-15.0, -14.0, 14.0, 16.0]]
+    )
     found, expected = (values.clone().requires_grad_() for _ in range(2))
     ids = torch.tensor([0, 1, 2])
     outputs = []
@@ -283,7 +351,9 @@ def test_gates_at_their_ends(draw):
 def test_one_id_for_all_and_a_task_that_is_not_there():
     table = torch.randn(3, 8)
     one = poly_kernels.task_weights(table, torch.tensor([2]).expand(4), 2, draw=False)
-    torch.testing.assert_close(one, mixing_weights(table[2].view(1, 2, 4), Gating(), False).expand(4, 2, 4))
+    torch.testing.assert_close(
+        one, mixing_weights(table[2].view(1, 2, 4), Gating(), False).expand(4, 2, 4)
+    )
     found = poly_kernels.task_weights(table, torch.tensor([0, 3, -1, 2]), 2, draw=False)
     assert found[1:3].isnan().all() and found[[0, 3]].isfinite().all()
     table[1, 5] = math.nan
@@ -302,8 +372,12 @@ def test_other_gates_are_plain_operations():
         ):
             gating.task_weights(table, ids, 2, how, training)
         gating.task_weights(table.double(), ids, 2, Gating(), True)
-        torch.func.grad(lambda table: gating.task_weights(table, ids, 2, Gating(), True).square().sum())(table)
-        torch.compile(gating.task_weights, fullgraph=True, backend="eager")(table, ids, 2, Gating(), False)
+        torch.func.grad(
+            lambda table: gating.task_weights(table, ids, 2, Gating(), True).square().sum()
+        )(table)
+        torch.compile(gating.task_weights, fullgraph=True, backend="eager")(
+            table, ids, 2, Gating(), False
+        )
         assert calls == []
         for how, training in (
             (Gating(relaxed=False), True),
@@ -314,34 +388,49 @@ def test_other_gates_are_plain_operations():
             torch.manual_seed(0)
             found = gating.task_weights(table, ids, 2, how, training)
             torch.manual_seed(0)
-            torch.testing.assert_close(found, mixing_weights(table[ids].unflatten(-1, (2, 4)), how, training))
+            torch.testing.assert_close(
+                found, mixing_weights(table[ids].unflatten(-1, (2, 4)), how, training)
+            )
         assert len(calls) == 4
 
 
 def skills(batch, n_splits, n_skills, width, out, r, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = (batch, n_splits, n_skills), (n_splits, n_skills, width, r), (n_splits, n_skills, r, out)
+    shapes = (
+        (batch, n_splits, n_skills),
+        (n_splits, n_skills, width, r),
+        (n_splits, n_skills, r, out),
+    )
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def mixed(weights, A, B, scale):
-    A_w, B_w = torch.einsum("bqs,qsdr->bqdr", weights, A), torch.einsum("bqs,qsrd->brqd", weights, B)
+    A_w, B_w = (
+        torch.einsum("bqs,qsdr->bqdr", weights, A),
+        torch.einsum("bqs,qsrd->brqd", weights, B),
+    )
     return A_w.flatten(1, 2), B_w.flatten(2) * scale
 
 
 @dtypes
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 40, 32, 8), (5, 2, 9, 23, 14, 3), (18, 2, 1, 1, 70, 2), (2, 1, 18, 5, 5, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 4, 40, 32, 8), (5, 2, 9, 23, 14, 3), (18, 2, 1, 1, 70, 2), (2, 1, 18, 5, 5, 1)]
+)
 def test_mixed_skills_and_their_gradients(sizes, dtype):
     ours = skills(*sizes, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
     found, expected = mix(*ours, 0.5), mixed(*exact, 0.5)
-    of_A, of_B = (torch.randn(f.shape, generator=torch.Generator().manual_seed(7)).to(dtype) for f in expected)
+    of_A, of_B = (
+        torch.randn(f.shape, generator=torch.Generator().manual_seed(7)).to(dtype) for f in expected
+    )
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype and one.is_contiguous()
         assert_near(one, other, TOLERANCE[dtype])
     for own in (of_A, of_A.mT.contiguous().mT):
         gradients = torch.autograd.grad(found, ours, (own, of_B), retain_graph=True)
-        wanted = torch.autograd.grad(expected, exact, (own.double(), of_B.double()), retain_graph=True)
+        wanted = torch.autograd.grad(
+            expected, exact, (own.double(), of_B.double()), retain_graph=True
+        )
         for one, other in zip(gradients, wanted, strict=True):
             assert one.dtype == dtype
             assert_near(one, other, TOLERANCE[dtype])
@@ -354,10 +443,16 @@ def test_mixing_gradients_for_some_alone_and_second_ones():
         some = [tensor.detach().requires_grad_(i in trained) for i, tensor in enumerate(whole)]
         sum(f.sin().sum() for f in mix(*some)).backward()
         for i, (one, expected) in enumerate(zip(some, everything, strict=True)):
-            assert one.grad is None if i not in trained else torch.allclose(one.grad, expected, atol=1e-6)
+            assert (
+                one.grad is None
+                if i not in trained
+                else torch.allclose(one.grad, expected, atol=1e-6)
+            )
     exact, seconds = [tensor.detach().double().requires_grad_() for tensor in whole], []
     for tensors, function in ((whole, mix), (exact, mixed)):
-        firsts = torch.autograd.grad(sum(f.sin().sum() for f in function(*tensors, 0.5)), tensors, create_graph=True)
+        firsts = torch.autograd.grad(
+            sum(f.sin().sum() for f in function(*tensors, 0.5)), tensors, create_graph=True
+        )
         seconds.append(torch.autograd.grad(sum(first.cos().sum() for first in firsts), tensors))
     for one, other in zip(*seconds, strict=True):
         assert_near(one, other, 1e-5)
@@ -372,7 +467,9 @@ def test_mixing_under_autocast_gives_what_products_would():
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype == torch.bfloat16
         assert_near(one, other, TOLERANCE[torch.bfloat16])
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(sum(f.sum() for f in found), tensors))
+    assert all(
+        g.dtype == torch.float32 for g in torch.autograd.grad(sum(f.sum() for f in found), tensors)
+    )
 
 
 def test_other_mixing_is_plain_operations():
@@ -388,13 +485,20 @@ def test_other_mixing_is_plain_operations():
         assert calls == [1]
 
 
-# --- whole models ---------------------------------------------------------------------------------------------------
+# --- whole models
+# ---------------------------------------------------------------------------------------------------
+#
+#
 
 
 CONFIGS = {
     "vblora": peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=8, target_modules=["0", "2"]),
-    "vblora padded": peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=5, pad_last_tile=True, target_modules=["0", "2"]),
-    "poly": peft.PolyConfig(r=2, n_tasks=3, n_skills=3, n_splits=2, init_weights=False, target_modules=["0", "2"]),
+    "vblora padded": peft.VBLoRAConfig(
+        r=2, num_vectors=9, vector_length=5, pad_last_tile=True, target_modules=["0", "2"]
+    ),
+    "poly": peft.PolyConfig(
+        r=2, n_tasks=3, n_skills=3, n_splits=2, init_weights=False, target_modules=["0", "2"]
+    ),
 }
 
 
@@ -402,7 +506,9 @@ CONFIGS = {
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_with_kernels_is_the_model_without(name, training):
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)), CONFIGS[name]).train(training)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)), CONFIGS[name]
+    ).train(training)
     call = {"task_ids": torch.tensor([2, 0, 2])} if name == "poly" else {}
     x, outcomes = torch.randn(3, 8, 16), []
     for way in (contextlib.nullcontext(), plain()):

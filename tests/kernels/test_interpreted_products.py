@@ -43,7 +43,9 @@ def counted():
 
     with contextlib.ExitStack() as stack:
         for name in ("down", "across", "up"):
-            stack.enter_context(mock.patch.object(kernels, name, noted(name, getattr(kernels, name))))
+            stack.enter_context(
+                mock.patch.object(kernels, name, noted(name, getattr(kernels, name)))
+            )
         yield calls
 
 
@@ -64,7 +66,12 @@ def tensors(shape, dtype, last=None):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(*lead, *size, generator=generator)  # noqa: E731
     # Numbers of very different sizes, so that no part of them is of no account.
-    return draw(rows, k).to(dtype), draw(k, m) * 10 ** draw(k, m), draw(rows, m) * 10 ** draw(rows, m), draw(m, last or k)
+    return (
+        draw(rows, k).to(dtype),
+        draw(k, m) * 10 ** draw(k, m),
+        draw(rows, m) * 10 ** draw(rows, m),
+        draw(m, last or k),
+    )
 
 
 SHAPES = [(37, 50, 5), (70, 300, 16), (3, 20, 40, 8), (130, 70, 33), (2, 40, 50, 128), (1, 1, 1)]
@@ -77,14 +84,18 @@ def test_products_are_as_exact_as_float32(shape, parts, dtype):
     wide, thin, other, _ = tensors(shape, dtype)
     transposed = thin.mT.contiguous().mT
     kernels._plan_down.cache_clear(), kernels._plan_across.cache_clear()
-    in_parts = mock.patch.object(kernels, "_splits", lambda blocks, most, programs: min(most, parts))
+    in_parts = mock.patch.object(
+        kernels, "_splits", lambda blocks, most, programs: min(most, parts)
+    )
     with in_parts, counted() as calls:
         for factor in (thin, transposed):
             exact = 0.5 * wide.double() @ thin.double()
             found = mixed_precision.down(wide, factor, 0.5)
             assert found.dtype == torch.float32 and error(found, exact) < 1e-6
             exact = 2 * other.double().mT @ wide.double()
-            found = mixed_precision.across(other if factor is thin else other.mT.contiguous().mT, wide, 2.0)
+            found = mixed_precision.across(
+                other if factor is thin else other.mT.contiguous().mT, wide, 2.0
+            )
             assert found.dtype == torch.float32 and error(found, exact) < 1e-6
     assert calls == ["down", "across"] * 2
 
@@ -101,7 +112,10 @@ def test_a_product_is_added_and_rounded_once(shape, dtype):
     assert calls == ["up"] * 3 and same is wide and torch.equal(new, same)
     for found, expected in ((new, exact), (alone, p.double() @ q.double())):
         assert found.dtype == dtype and found.shape == wide.shape
-        assert ((found.double() - expected).abs() <= ROUNDED[dtype] * 1.01 * expected.abs() + 1e-5 * expected.abs().max()).all()
+        assert (
+            (found.double() - expected).abs()
+            <= ROUNDED[dtype] * 1.01 * expected.abs() + 1e-5 * expected.abs().max()
+        ).all()
 
 
 def test_one_matrix_for_all_samples():
@@ -110,7 +124,13 @@ def test_one_matrix_for_all_samples():
     with counted() as calls:
         assert error(mixed_precision.down(wide, one.mT), wide.double() @ one.double().mT) < 1e-6
         assert error(mixed_precision.across(many, wide), many.double().mT @ wide.double()) < 1e-6
-        assert error(mixed_precision.add(wide, many, q, in_place=False), wide.double() + many.double() @ q.double()) < 1e-3
+        assert (
+            error(
+                mixed_precision.add(wide, many, q, in_place=False),
+                wide.double() + many.double() @ q.double(),
+            )
+            < 1e-3
+        )
     assert calls == ["down", "across", "up"]
 
 
@@ -137,7 +157,9 @@ def test_gradients(shape, in_place, dtype):
     expected.backward(g.double())
     for one, other in zip(ours, exact, strict=True):
         assert one.grad.dtype == one.dtype
-        assert error(one.grad, other.grad) < (1e-6 if one.dtype == torch.float32 else ROUNDED[dtype])
+        assert error(one.grad, other.grad) < (
+            1e-6 if one.dtype == torch.float32 else ROUNDED[dtype]
+        )
 
 
 def test_derivatives_of_derivatives():
@@ -153,7 +175,8 @@ def test_derivatives_of_derivatives():
     torch.testing.assert_close(*outcomes, rtol=2e-2, atol=2e-2)
 
 
-# --- what takes no kernels --------------------------------------------------------------------------------------------
+# --- what takes no kernels
+# --------------------------------------------------------------------------------------------
 
 
 def refused(x, F):
@@ -194,7 +217,9 @@ def looked_at(model, x):
 
 
 def test_nobody_else_has_to_see_kernels():
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 32)).half(), peft.LoraConfig(r=2, target_modules=["0"]))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(16, 32)).half(), peft.LoraConfig(r=2, target_modules=["0"])
+    )
     x = torch.randn(5, 16).half()
     with counted() as calls:
         for call in looked_at(model.base_model.model[0], x):
@@ -219,11 +244,16 @@ def test_each_size_of_blocks_is_tried(monkeypatch):
     tried = []
     monkeypatch.setattr(mixed_precision, "agrees", lambda *case: tried.append(case[0]) or True)
     for length, width in [(4096, 8), (300, 3), (64, 8), (4096, 64), (4096, 8)]:
-        assert mixed_precision._are_taken(torch.zeros(2, length).half(), length, width, torch.zeros(length, width))
+        assert mixed_precision._are_taken(
+            torch.zeros(2, length).half(), length, width, torch.zeros(length, width)
+        )
     assert tried[0] is tried[1] is tried[4] and len(set(tried)) == 3
 
 
-# --- whole models -----------------------------------------------------------------------------------------------------
+# --- whole models
+# -----------------------------------------------------------------------------------------------------
+#
+#
 
 T = {"target_modules": ["0", "2"]}
 CONFIGS = {
@@ -235,7 +265,9 @@ CONFIGS = {
     "vblora": lambda: peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=8, **T),
     "poly": lambda: peft.PolyConfig(r=2, n_tasks=3, n_skills=3, init_weights=False, **T),
     "mhr": lambda: peft.PolyConfig(r=2, n_tasks=3, n_skills=3, n_splits=2, init_weights=False, **T),
-    "by token": lambda: peft.PolyConfig(r=2, n_skills=3, poly_type="mope", routing_level="token", init_weights=False, **T),
+    "by token": lambda: peft.PolyConfig(
+        r=2, n_skills=3, poly_type="mope", routing_level="token", init_weights=False, **T
+    ),
 }
 
 
@@ -249,7 +281,9 @@ def outcomes(model, x, training, **call):
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*((name, 8) for name in CONFIGS), ("poly", 2), ("mhr", 2)])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [*((name, 8) for name in CONFIGS), ("poly", 2), ("mhr", 2)]
+)
 def test_a_model_with_kernels_is_the_model_without(name, tokens):
     """And is as near to the same in float64."""
     torch.manual_seed(0)
@@ -271,22 +305,32 @@ def test_a_model_with_kernels_is_the_model_without(name, tokens):
         assert error(one, other.double()) < 4e-3
     exact = outcomes(model.double(), x.double(), name == "lora, dropped", **call)
     if name != "lora, dropped":  # whose draws are others in another precision
-        ours, plainly = (sum(error(one, e) for one, e in zip(each, exact, strict=True)) for each in (found, without))
+        ours, plainly = (
+            sum(error(one, e) for one, e in zip(each, exact, strict=True))
+            for each in (found, without)
+        )
         assert ours <= 1.25 * plainly
 
 
 def test_what_is_frozen_costs_nothing():
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 32)).half(), peft.LoraConfig(r=2, target_modules=["0"]))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(64, 32)).half(), peft.LoraConfig(r=2, target_modules=["0"])
+    )
     layer, x = model.base_model.model[0], torch.randn(5, 64).half()
     layer.lora_A["default"].weight.requires_grad_(False)
     with counted() as calls:
         model(x).float().square().sum().backward()
     assert calls == ["down", "up", "across"]
-    assert layer.lora_A["default"].weight.grad is None and layer.lora_B["default"].weight.grad is not None
+    assert (
+        layer.lora_A["default"].weight.grad is None
+        and layer.lora_B["default"].weight.grad is not None
+    )
 
 
 def test_beside_another_kind_of_layer():
-    """A layer whose call is not taken over has its output left as it is, and the part is added to it all the same."""
+    """A layer whose call is not taken over has its output left as it is, and the part is added to
+    it all the same.
+    """
 
     class Own(nn.Linear):
         kept = None
@@ -297,7 +341,9 @@ def test_beside_another_kind_of_layer():
 
     torch.manual_seed(0)
     base = nn.Sequential(Own(16, 32)).half()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
     x = torch.randn(5, 16).half()
     with counted() as calls:
         found = outcomes(model, x, False)

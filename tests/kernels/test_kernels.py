@@ -18,7 +18,11 @@ def test_neither_without_triton_nor_on_an_old_gpu(monkeypatch):
     spec = importlib.util.find_spec
     cuda = torch.device("cuda:0")
     for installed, capability in ((True, (9, 0)), (False, (9, 0)), (True, (7, 5))):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, i=installed: i or None if name == "triton" else spec(name))
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, i=installed: i or None if name == "triton" else spec(name),
+        )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert triton_support.has_triton.__wrapped__(cuda) == (installed and capability >= (8, 0))
 
@@ -36,7 +40,8 @@ def fails(x):
 
 
 @pytest.mark.parametrize(
-    ("ours", "words"), [(lambda x: x * 2.1, "differ"), (lambda x: x.detach() * 2, "grad"), (fails, "C compiler")]
+    ("ours", "words"),
+    [(lambda x: x * 2.1, "differ"), (lambda x: x.detach() * 2, "grad"), (fails, "C compiler")],
 )
 def test_what_does_not_agree_is_not_used_and_one_is_told_once(ours, words):
     with pytest.warns(peft.PeftWarning, match=words):
@@ -63,7 +68,9 @@ def test_not_tried_inside_a_backward():
         return x + x
 
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda g: answers.append(triton_support.agrees(ours, double, example, torch.device("cpu"))))
+    x.register_hook(
+        lambda g: answers.append(triton_support.agrees(ours, double, example, torch.device("cpu")))
+    )
     x.sum().backward()
     answers.append(triton_support.agrees(ours, double, example, torch.device("cpu")))
     x.sum().backward()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on layers that bitsandbytes keeps in 8 or 4 bits; it runs on the CPU.
 
-The oracle is a plain model with the same numbers in full precision, and the library's own quantisation of what merging should give.
+The oracle is a plain model with the same numbers in full precision, and the library's own
+quantisation of what merging should give.
 """
 
 import copy
@@ -59,7 +60,9 @@ def quantise(linear, kind):
 
 def quantised_mlp(kind):
     torch.manual_seed(3)
-    return nn.Sequential(quantise(nn.Linear(64, 128), kind), nn.ReLU(), quantise(nn.Linear(128, 64), kind))
+    return nn.Sequential(
+        quantise(nn.Linear(64, 128), kind), nn.ReLU(), quantise(nn.Linear(128, 64), kind)
+    )
 
 
 def full_mlp(kind):
@@ -73,7 +76,9 @@ def full_mlp(kind):
 
 
 def in_numbers(layer):
-    """A layer's weight, by the library's own forward of the identity in training, which multiplies in full precision."""
+    """A layer's weight, by the library's own forward of the identity in training, which multiplies
+    in full precision.
+    """
     layer = copy.deepcopy(layer).train()
     layer.bias = None
     with torch.no_grad():
@@ -92,22 +97,30 @@ def assert_same_state(model, expected):
 
 
 def assert_quantised_alike(layer, wanted):
-    """The same but where rounding puts a number on the other side of the border between two codes, or a block's scale."""
+    """The same but where rounding puts a number on the other side of the border between two codes,
+    or a block's scale.
+    """
     found, expected = in_numbers(layer), in_numbers(wanted)
     size = expected.abs().max()
     assert ((found - expected).abs() > 0.01 * size).float().mean() < 0.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.4 * size)  # codes are at most a third of the largest number apart
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=0.4 * size
+    )  # codes are at most a third of the largest number apart
 
 
 def same_bits(one, other):
     """Equal even where packed weights read as NaN."""
-    return one.dtype == other.dtype and torch.equal(*(t.detach().flatten().view(torch.uint8) for t in (one, other)))
+    return one.dtype == other.dtype and torch.equal(
+        *(t.detach().flatten().view(torch.uint8) for t in (one, other))
+    )
 
 
 def adapted(base, method):
     torch.manual_seed(5)
     config = method.config(target_modules=TARGETS)
-    if config.peft_type == "LOHA":  # whose products of random numbers are small beside the rounding to four bits
+    if (
+        config.peft_type == "LOHA"
+    ):  # whose products of random numbers are small beside the rounding to four bits
         config.alpha *= 8
     return get_peft_model(base, config)
 
@@ -127,7 +140,10 @@ def test_a_quantised_weight_is_read_as_the_layer_computes_with_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_are_those_over_the_same_numbers(method, kind):
-    full, model = adapted(full_mlp(kind), method).train(), adapted(quantised_mlp(kind), method).train()
+    full, model = (
+        adapted(full_mlp(kind), method).train(),
+        adapted(quantised_mlp(kind), method).train(),
+    )
     before = state(model)
     x = torch.randn(5, 64)
     for adapted_model in (full, model):
@@ -155,7 +171,10 @@ def test_saving_and_loading(method, kind, tmp_path):
         loaded = PeftModel.from_pretrained(quantised_mlp(kind), tmp_path)
         torch.testing.assert_close(loaded(x, **method.call), expected)
         torch.testing.assert_close(
-            PeftModel.from_pretrained(full_mlp(kind), tmp_path)(x, **method.call), expected, atol=0.05, rtol=0.02
+            PeftModel.from_pretrained(full_mlp(kind), tmp_path)(x, **method.call),
+            expected,
+            atol=0.05,
+            rtol=0.02,
         )
 
 
@@ -171,7 +190,9 @@ def test_merging_is_the_librarys_quantisation_of_the_sum_and_comes_off_to_the_bi
         wanted = quantise(full.base_model.model[i].base_layer, kind)
         layer = model.base_model.model[i].base_layer
         assert type(layer) is type(wanted)
-        assert {k: (t.dtype, t.shape) for k, t in state(layer).items()} == {k: (t.dtype, t.shape) for k, t in state(wanted).items()}
+        assert {k: (t.dtype, t.shape) for k, t in state(layer).items()} == {
+            k: (t.dtype, t.shape) for k, t in state(wanted).items()
+        }
         assert_quantised_alike(layer, wanted)
         assert not layer.weight.requires_grad
         assert not torch.equal(layer.weight, before[f"base_model.model.{i}.base_layer.weight"])
@@ -209,7 +230,9 @@ def test_merging_between_forwards_and_disabling(method, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluating_does_not_stop_gradients_nor_spoil_what_is_saved(method, kind, tmp_path):
-    """On CPUs with bfloat16 instructions the library repacks 4-bit weights to evaluate, which by itself does both."""
+    """On CPUs with bfloat16 instructions the library repacks 4-bit weights to evaluate, which by
+    itself does both.
+    """
     x = torch.randn(5, 64)
     base = quantised_mlp(kind).eval()
     with torch.no_grad():
@@ -243,7 +266,9 @@ def test_merge_and_unload_leaves_the_librarys_layers(method, kind):
     merged.merge_adapter(**method.merge)
     plain = model.merge_and_unload(**method.merge)
     fresh = quantised_mlp(kind)
-    assert [type(module) for module in plain.modules()] == [type(module) for module in fresh.modules()]
+    assert [type(module) for module in plain.modules()] == [
+        type(module) for module in fresh.modules()
+    ]
     assert plain.state_dict().keys() == fresh.state_dict().keys()
     x = torch.randn(5, 64, requires_grad=True)
     output = plain.train()(x)
@@ -335,7 +360,9 @@ def llama(tmp_path, **quantisation):
     )
     torch.manual_seed(2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    return LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), dtype=torch.bfloat16)
+    return LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), dtype=torch.bfloat16
+    )
 
 
 QUANTISATIONS = {
@@ -376,7 +403,9 @@ def test_a_transformers_model_in_few_bits(method, bits, tmp_path):
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, plain, atol=0.02, rtol=0.02)
         loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-        torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected, atol=0.06, rtol=0.06)
+        torch.testing.assert_close(
+            loaded(input_ids=ids, **method.call).logits, expected, atol=0.06, rtol=0.06
+        )
         merged = loaded.merge_and_unload(**method.merge)
         assert sum(isinstance(module, linear) for module in merged.modules()) == 14
         difference = merged(input_ids=ids).logits - expected

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on layers whose weight is one of torchao's quantised tensors.
 
-The oracle is a plain model with the same numbers in full precision, and `quantize_` itself applied to what merging should give.
+The oracle is a plain model with the same numbers in full precision, and `quantize_` itself applied
+to what merging should give.
 """
 
 import copy
@@ -29,7 +30,9 @@ CONFIGS = {
 # These quantise their inputs too, through which no gradient passes.
 INFERENCE = {
     "int8-dynamic": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
-    "int4-dynamic": lambda: ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32)),
+    "int4-dynamic": lambda: ao.Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32)
+    ),
 }
 EVERY = {**CONFIGS, **INFERENCE}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -48,7 +51,11 @@ def _seed():
 
 def plain_mlp(dtype=torch.float32):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(dtype).requires_grad_(False)
+    return (
+        nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        .to(dtype)
+        .requires_grad_(False)
+    )
 
 
 def quantise(module, kind):
@@ -108,7 +115,10 @@ def test_a_quantised_weight_is_read_as_numbers(kind, dtype):
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_output_and_gradients_are_those_over_the_same_numbers(method, kind):
-    full, model = adapted(full_mlp(kind), method).train(), adapted(quantised_mlp(kind), method).train()
+    full, model = (
+        adapted(full_mlp(kind), method).train(),
+        adapted(quantised_mlp(kind), method).train(),
+    )
     x = torch.randn(5, 64)
     for adapted_model in (full, model):
         torch.manual_seed(7)
@@ -140,13 +150,17 @@ def test_saving_loading_and_precision(method, kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", sorted(EVERY))
-def test_merging_is_the_librarys_quantisation_of_the_sum_and_comes_off_to_the_bit(method, kind, dtype):
+def test_merging_is_the_librarys_quantisation_of_the_sum_and_comes_off_to_the_bit(
+    method, kind, dtype
+):
     x = torch.randn(5, 64, dtype=dtype)
     model = adapted(quantised_mlp(kind, dtype), method).eval()
     before = weights(model)
     with torch.no_grad():
         expected = model(x, **method.call)
-        deltas = [model.base_model.model[i].get_delta_weight("default", **method.merge) for i in (0, 2)]
+        deltas = [
+            model.base_model.model[i].get_delta_weight("default", **method.merge) for i in (0, 2)
+        ]
     model.merge_adapter(safe_merge=True, **method.merge)
     for i, weight, old, delta in zip((0, 2), weights(model), before, deltas, strict=True):
         wanted = plain_mlp(dtype)[i : i + 1]
@@ -172,7 +186,12 @@ def test_merge_and_unload_leaves_plain_layers_with_the_librarys_weights(method, 
     merged.merge_adapter(**method.merge)
     x = torch.randn(5, 64)
     plain = model.merge_and_unload(**method.merge)
-    assert [type(module) for module in plain.modules()] == [nn.Sequential, nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(module) for module in plain.modules()] == [
+        nn.Sequential,
+        nn.Linear,
+        nn.ReLU,
+        nn.Linear,
+    ]
     assert plain.state_dict().keys() == quantised_mlp(kind).state_dict().keys()
     with torch.no_grad():
         assert torch.equal(plain(x), merged(x))
@@ -201,12 +220,16 @@ def test_two_adapters_are_rounded_once(method, kind):
 
 
 def test_a_scaled_input_is_refused_before_anything_is_merged():
-    """AWQ and SmoothQuant multiply inputs before they meet the weight, which is then not the layer's map."""
+    """AWQ and SmoothQuant multiply inputs before they meet the weight, which is then not the
+    layer's map.
+    """
     model = adapted(quantised_mlp("int8-row"), METHODS["LOKR"])
     last = model.base_model.model[2].base_layer
     last.weight.act_pre_scale = torch.ones(128)
     before = weights(model)
-    with pytest.raises(NotImplementedError, match="quantised form that an adapter can't be merged into"):
+    with pytest.raises(
+        NotImplementedError, match="quantised form that an adapter can't be merged into"
+    ):
         model.merge_adapter()
     assert not model.base_model.merged_adapters
     for weight, old in zip(weights(model), before, strict=True):
@@ -244,10 +267,14 @@ def test_a_transformers_model_in_few_bits(method, tmp_path):
 
     def load():
         quantisation = TorchAoConfig(ao.Int8WeightOnlyConfig())
-        return LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, dtype=torch.bfloat16).eval()
+        return LlamaForCausalLM.from_pretrained(
+            tmp_path, quantization_config=quantisation, dtype=torch.bfloat16
+        ).eval()
 
     ids = torch.randint(3, 48, (2, 6))
-    model = get_peft_model(load(), method.config(target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    model = get_peft_model(
+        load(), method.config(target_modules="all-linear", task_type="CAUSAL_LM")
+    ).train()
     model(input_ids=ids, labels=ids, **method.call).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
     model.eval().save_pretrained(tmp_path / "adapter")
@@ -257,7 +284,9 @@ def test_a_transformers_model_in_few_bits(method, tmp_path):
         loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
         torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
         expected = loaded(input_ids=ids, **method.call).logits
-        assert loaded.generate(input_ids=ids, max_new_tokens=3, do_sample=False, **method.call).shape == (2, 9)
+        assert loaded.generate(
+            input_ids=ids, max_new_tokens=3, do_sample=False, **method.call
+        ).shape == (2, 9)
         loaded.merge_adapter(**method.merge)
         merged = loaded(input_ids=ids).logits
         assert (merged - expected).norm() < 0.3 * (plain - expected).norm()

@@ -68,12 +68,20 @@ class AdapterBatch:
             shared: How the rows are shared out.
         """
         if shared.owner is not None:
-            every = {name: torch.tensor(samples, device=device) for name, samples in self.samples.items()}
-            return {name: torch.isin(shared.owner, samples).nonzero().flatten() for name, samples in every.items()}
+            every = {
+                name: torch.tensor(samples, device=device) for name, samples in self.samples.items()
+            }
+            return {
+                name: torch.isin(shared.owner, samples).nonzero().flatten()
+                for name, samples in every.items()
+            }
         key = total, device
         if key not in self._rows:
             each = total // self.size
-            rows = {name: [s * each + i for s in samples for i in range(each)] for name, samples in self.samples.items()}
+            rows = {
+                name: [s * each + i for s in samples for i in range(each)]
+                for name, samples in self.samples.items()
+            }
             self._rows[key] = {name: torch.tensor(own, device=device) for name, own in rows.items()}
         return self._rows[key]
 
@@ -81,19 +89,23 @@ class AdapterBatch:
         """The same call, of which only some samples run with an adapter."""
         part = copy.copy(self)
         part.samples = samples
-        part._rows = {key: {name: rows[name] for name in samples} for key, rows in self._rows.items()}
+        part._rows = {
+            key: {name: rows[name] for name in samples} for key, rows in self._rows.items()
+        }
         return part
 
     def numbers(self, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """Integers as a tensor, which all layers of a call that ask for the same share: making one waits for the device."""
+        """Integers as a tensor, which all layers of a call that ask for the same share: making one
+        waits for the device.
+        """
         key = values, device
         if key not in self._numbers:
             self._numbers[key] = torch.tensor(values, device=device)
         return self._numbers[key]
 
     def owners(self, names: tuple[str, ...], x: Tensor, shared: Rows) -> tuple[Tensor, Tensor]:
-        """The rows, of a layer's input, of the samples that run with some adapters, and the number of the adapter that each has;
-        in the order of the rows.
+        """The rows, of a layer's input, of the samples that run with some adapters, and the number
+        of the adapter that each has; in the order of the rows.
         """
         key = names, x.shape[0], x.device
         if key not in self._owners or shared.owner is not None:
@@ -109,15 +121,21 @@ class AdapterBatch:
 
     @contextmanager
     def generating(self, model: nn.Module) -> Iterator[None]:
-        """A call of `generate` for these samples, in which each forward says how many rows and tokens it has."""
+        """A call of `generate` for these samples, in which each forward says how many rows and
+        tokens it has.
+        """
         call_rows, handles = self.call_rows, []
         try:
             for entrance in entrances(model):
                 names = positional_names(entrance.forward)
 
-                def note(module: nn.Module, args: Any, kwargs: Any, names: tuple[str, ...] = names) -> None:
+                def note(
+                    module: nn.Module, args: Any, kwargs: Any, names: tuple[str, ...] = names
+                ) -> None:
                     if ADAPTER_BATCHES.current is self:
-                        self.call_rows = call_rows.inside(describe(bind(names, args, kwargs)), is_generating=True)
+                        self.call_rows = call_rows.inside(
+                            describe(bind(names, args, kwargs)), is_generating=True
+                        )
 
                 handles.append(entrance.register_forward_pre_hook(note, with_kwargs=True))
             with ADAPTER_BATCHES.during(self):
@@ -144,12 +162,19 @@ def adapter_batch(names: Any, known: Mapping[str, Any], call_rows: CallRows) -> 
         PeftTypeError: Not a list of strings.
         PeftValueError: An unknown name, or not one for each sample.
     """
-    if isinstance(names, str) or not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise PeftTypeError(f"`adapter_names`={names!r} must be a list with an adapter's name for each sample.")
+    if (
+        isinstance(names, str)
+        or not isinstance(names, (list, tuple))
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise PeftTypeError(
+            f"`adapter_names`={names!r} must be a list with an adapter's name for each sample."
+        )
     unknown = sorted({name for name in names if name not in known and name != BASE_MODEL})
     if unknown:
         raise PeftValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {BASE_MODEL!r} means none, and this model has "
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {BASE_MODEL!r} "
+            "means none, and this model has "
             f"{adapters_there(unknown[0], known)}"
         )
     samples = len(names) if call_rows.samples is None else call_rows.samples

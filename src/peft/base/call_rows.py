@@ -121,7 +121,9 @@ class CallRows:
         """What a forward inside this call knows. Its rows are this call's samples, each as often as
         `generate` has it, or as this call's inputs have it.
         """
-        inner = CallRows(self.samples, shapes, self.root, self.repeats, self.is_guided, self.batch_dim)
+        inner = CallRows(
+            self.samples, shapes, self.root, self.repeats, self.is_guided, self.batch_dim
+        )
         if inner.rows is not None and self.samples and inner.rows != self.samples:
             times, rest = divmod(inner.rows, self.samples)
             is_doubled = self.is_guided and times % 2 == 0 and times // 2 in self.repeats
@@ -141,21 +143,28 @@ class CallRows:
         return CallRows(samples, own, self.root, self.repeats, settled=settled)
 
     def by_row(self) -> CallRows:
-        """The same for rows of the forward in place of samples; each of several texts of a sample is a row."""
+        """The same for rows of the forward in place of samples; each of several texts of a sample
+        is a row.
+        """
         if self._by_row is None:
             shapes, times = self.shapes, 1
-            ids = next((s.sizes for s in shapes if s.name == "input_ids" and len(s.sizes) == 3), None)
+            ids = next(
+                (s.sizes for s in shapes if s.name == "input_ids" and len(s.sizes) == 3), None
+            )
             if ids is not None:
                 times = ids[1]
-                shapes = tuple(Shape(n, (z[0] * z[1], *z[2:]), f) if z[:2] == ids[:2] else Shape(n, z, f) for n, z, f in shapes)
+                shapes = tuple(
+                    Shape(n, (z[0] * z[1], *z[2:]), f) if z[:2] == ids[:2] else Shape(n, z, f)
+                    for n, z, f in shapes
+                )
             rows = self.samples if self.rows is None else self.rows * times
             is_settled = self.settled is not None and self.settled.owner is None
             settled = IN_ORDER if is_settled else None
-            self._by_row = CallRows(rows, shapes, self.root, batch_dim=self.batch_dim, settled=settled)
+            self._by_row = CallRows(
+                rows, shapes, self.root, batch_dim=self.batch_dim, settled=settled
+            )
             self._by_row.are_rows = True
         return self._by_row
-
-    # --- what layers ask ----------------------------------------------------------------------------------------------
 
     def share(self, x: Tensor, layout: RowLayout = ORDINARY) -> Rows | None:
         """How a layer's input is shared out; None where nothing tells."""
@@ -174,7 +183,9 @@ class CallRows:
             self._known[key] = self._share(x, sizes, leading, layout)
         return self._known[key]
 
-    def _share(self, x: Tensor, sizes: Sequence[int], leading: int, layout: RowLayout) -> Rows | None:
+    def _share(
+        self, x: Tensor, sizes: Sequence[int], leading: int, layout: RowLayout
+    ) -> Rows | None:
         first, second = sizes[0], sizes[1] if leading > 1 else None
         if leading < 1 or (layout.sequence_first and second is None):
             return None
@@ -199,7 +210,9 @@ class CallRows:
         return IN_ORDER if first == 0 else self._flattened(first, x.device, counts)
 
     def _flattened(self, rows: int, device: torch.device, counts: Iterable[int]) -> Rows | None:
-        """How rows are shared out of which each of the forward's has some number, one after the other."""
+        """How rows are shared out of which each of the forward's has some number, one after the
+        other.
+        """
         shared = (self._in_blocks(rows, device, count) for count in counts)
         return next((rows for rows in shared if rows is not None), None)
 
@@ -236,15 +249,21 @@ class CallRows:
     def tokens(self, stream: str) -> int | None:
         """How many tokens the forward is given, if it is given tokens."""
         known = {shape.name: shape.sizes for shape in self.shapes if len(shape.sizes) > 1}
-        return next((known[name][1 - self.batch_dim] for name in _TOKENS[stream] if name in known), None)
+        return next(
+            (known[name][1 - self.batch_dim] for name in _TOKENS[stream] if name in known), None
+        )
 
     def has_more_than_tokens(self) -> bool:
         """Whether the forward is given features of something else too."""
         known = (*_TOKENS["main"], *_TOKENS["decoder"])
-        return any(s.is_floating and s.name not in known and not _NO_TOKENS.search(s.name) for s in self.shapes)
+        return any(
+            s.is_floating and s.name not in known and not _NO_TOKENS.search(s.name)
+            for s in self.shapes
+        )
 
     def counts(self, stream: str, without_last: bool = False) -> list[int]:
-        """How many tokens a row of the forward has, by its inputs: of `[rows, a, b]` there can be `a` or `a · b`.
+        """How many tokens a row of the forward has, by its inputs: of `[rows, a, b]` there can be
+        `a` or `a · b`.
 
         Args:
             stream: Which tokens.
@@ -253,7 +272,9 @@ class CallRows:
         counts: list[int] = []
         for name, sizes, is_floating in self.shapes:
             of_decoder = name.startswith("decoder_")
-            if _NO_TOKENS.search(name) or (of_decoder != (stream == "decoder") and name != "labels"):
+            if _NO_TOKENS.search(name) or (
+                of_decoder != (stream == "decoder") and name != "labels"
+            ):
                 continue
             if len(sizes) <= self.batch_dim or sizes[self.batch_dim] != self.rows:
                 continue
@@ -263,8 +284,12 @@ class CallRows:
                     counts.append(size)
         return counts
 
-    def _leading(self, name: str, sizes: list[int], is_floating: bool, without_last: bool) -> Iterator[int]:
-        """Products of the sizes that do not count features or places in an image; of these the number of patches."""
+    def _leading(
+        self, name: str, sizes: list[int], is_floating: bool, without_last: bool
+    ) -> Iterator[int]:
+        """Products of the sizes that do not count features or places in an image; of these the
+        number of patches.
+        """
         is_image = is_floating and any(word in name for word in ("pixel", "image", "video"))
         dims = len(sizes) - (3 if is_image else int(is_floating) + int(without_last))
         product = 1
@@ -275,16 +300,22 @@ class CallRows:
             yield from (product * patches for patches in self._patches(*sizes[-2:]))
 
     def _patches(self, height: int, width: int) -> Iterator[int]:
-        """How many tokens an image can be, by the model's config: patches, with or without one for the whole and registers."""
+        """How many tokens an image can be, by the model's config: patches, with or without one for
+        the whole and registers.
+        """
         config = getattr(self.root, "config", None)
         for part in (config, getattr(config, "vision_config", None)):
             patch = getattr(part, "patch_size", None)
-            high, wide = patch if isinstance(patch, (list, tuple)) and len(patch) == 2 else (patch, patch)
+            high, wide = (
+                patch if isinstance(patch, (list, tuple)) and len(patch) == 2 else (patch, patch)
+            )
             if isinstance(high, int) and isinstance(wide, int) and high and wide:
                 number = (height // high) * (width // wide)
-                yield from (number, number + 1, number + 1 + getattr(part, "num_register_tokens", 0))
-
-    # --- refusing -----------------------------------------------------------------------------------------------------
+                yield from (
+                    number,
+                    number + 1,
+                    number + 1 + getattr(part, "num_register_tokens", 0),
+                )
 
     def refusal(self, x: Tensor, layer: Any, remedy: str) -> PeftValueError:
         """The error for a layer of which nothing tells whose its rows are.
@@ -296,23 +327,32 @@ class CallRows:
         """
         layout: RowLayout = layer.layout
         modules = () if self.root is None else walk(self.root)
-        name = next((path for path, module in modules if module is layer), "") or type(layer).__name__
+        name = (
+            next((path for path, module in modules if module is layer), "") or type(layer).__name__
+        )
         if layout.expert is not None:
             reason = "it is an expert, which is handed some of the tokens, and nothing tells which"
         elif x.shape[0] == 1:
             reason = "all of them share it"
         else:
             counts = sorted({*self.repeats, *self.counts(layout.stream)})
-            number, where = " or ".join(map(str, counts)), "second" if layout.sequence_first else "first"
+            number, where = (
+                " or ".join(map(str, counts)),
+                "second" if layout.sequence_first else "first",
+            )
             reason = f"here a sample can have {number} rows along the {where} dimension"
         return PeftValueError(
-            f"{name} sees an input of shape {list(x.shape)} in a call of {self.samples} samples, and nothing tells which "
-            f"of them its rows belong to: {reason}. {remedy}, or call the model with one sample at a time, or leave this layer out "
+            f"{name} sees an input of shape {list(x.shape)} in a call of {self.samples} samples, "
+            "and nothing tells which "
+            f"of them its rows belong to: {reason}. {remedy}, or call the model with one sample at "
+            "a time, or leave this layer out "
             "of `target_modules`."
         )
 
 
-def of_call(root: nn.Module | None, arguments: Mapping[str, Any], besides: Iterable[str] = ()) -> CallRows:
+def of_call(
+    root: nn.Module | None, arguments: Mapping[str, Any], besides: Iterable[str] = ()
+) -> CallRows:
     """What a call of a model knows.
 
     Args:
@@ -323,13 +363,19 @@ def of_call(root: nn.Module | None, arguments: Mapping[str, Any], besides: Itera
     batch_dim = int(is_sequence_first(root))
     shapes = describe(arguments, besides)
     is_vector = all(len(shape.sizes) == 1 and shape.is_floating for shape in shapes)
-    if is_vector and not any(isinstance(value, (list, tuple, Mapping)) for value in arguments.values()):
+    if is_vector and not any(
+        isinstance(value, (list, tuple, Mapping)) for value in arguments.values()
+    ):
         shapes = []  # of a single sample
     return CallRows(count_samples(shapes, batch_dim), shapes, root, batch_dim=batch_dim)
 
 
-def of_generation(root: nn.Module, arguments: Mapping[str, Any], besides: Iterable[str] = ()) -> CallRows:
-    """What a call of a model's `generate` knows: it has each sample as often as there are beams or sequences to return."""
+def of_generation(
+    root: nn.Module, arguments: Mapping[str, Any], besides: Iterable[str] = ()
+) -> CallRows:
+    """What a call of a model's `generate` knows: it has each sample as often as there are beams or
+    sequences to return.
+    """
     rows = of_call(root, arguments, besides)
     for name in ("num_beams", "num_return_sequences"):
         times = generation_option(root, arguments, name)
@@ -349,11 +395,15 @@ def generation_option(root: nn.Module, arguments: Mapping[str, Any], name: str) 
 
 
 def entrances(root: Any) -> list[nn.Module]:
-    """The modules that `generate` calls by themselves: the model, its encoder, a language model inside it."""
+    """The modules that `generate` calls by themselves: the model, its encoder, a language model
+    inside it.
+    """
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         parts = [root.get_encoder()] if hasattr(root, "get_encoder") else []
     else:
-        parts = [module for _, module in walk(root) if callable(getattr(type(module), "generate", None))]
+        parts = [
+            module for _, module in walk(root) if callable(getattr(type(module), "generate", None))
+        ]
     return [root, *(part for part in parts if isinstance(part, nn.Module) and part is not root)]
 
 
@@ -363,11 +413,15 @@ def positional_names(function: Any) -> tuple[str, ...]:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return ()
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return tuple(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
 
 
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name. Those that have none are counted, and what a mapping holds counts by itself."""
+    """A call's arguments by name. Those that have none are counted, and what a mapping holds counts
+    by itself.
+    """
     bound: dict[str, Any] = {}
     for i, value in enumerate(args):
         if isinstance(value, Mapping):
@@ -385,13 +439,17 @@ def describe(arguments: Mapping[str, Any], besides: Iterable[str] = ()) -> list[
             name, value = "encoder_hidden_states", value[0]  # type: ignore[index]
         if isinstance(value, Tensor) and value.dim() > 0 and name not in besides:
             with untraced():
-                sizes = (value.size(0),) if value.is_nested else tuple(value.shape)  # a nested tensor may have no `shape`
+                sizes = (
+                    (value.size(0),) if value.is_nested else tuple(value.shape)
+                )  # a nested tensor may have no `shape`
             found.append(Shape(name, sizes, value.is_floating_point()))
     return found
 
 
 def count_samples(shapes: Iterable[Shape], batch_dim: int = 0) -> int | None:
-    """How many samples a call has: as the first of its arguments says that is known by its name, or the first."""
+    """How many samples a call has: as the first of its arguments says that is known by its name, or
+    the first.
+    """
     fitting = {name: sizes for name, sizes, _ in shapes if len(sizes) > batch_dim}
     likely = [name for name in fitting if not _NO_TOKENS.search(name)]
     for name in (*_INPUTS, *likely, *fitting):

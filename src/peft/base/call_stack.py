@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What travels beside a call of a model, because the model does not hand it down to its layers.
 
-A `CallStack` holds it while the call runs, and puts it back while backward runs layers again (gradient checkpointing). Either ends
-with what it was for, be that an error: a call is held by the frame that runs it, a call put back by autograd's own record of the
-backward pass, which autograd drops when that pass is over.
+A `CallStack` holds it while the call runs, and puts it back while backward runs layers again
+(gradient checkpointing). Either ends with what it was for, be that an error: a call is held by the
+frame that runs it, a call put back by autograd's own record of the backward pass, which autograd
+drops when that pass is over.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class CallStack(Generic[T]):
             _remove(calls, call)
 
     def run(self, call: T, function: Callable[[], Any]) -> Any:
-        """Run a forward as a call, which is put back when backward reaches the output, should it run layers again: those come after
-        it.
+        """Run a forward as a call, which is put back when backward reaches the output, should it
+        run layers again: those come after it.
         """
         replays = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         first = torch._C._autograd._get_sequence_nr() if replays else 0  # type: ignore[attr-defined]
@@ -86,13 +87,15 @@ class CallStack(Generic[T]):
 
     def _put_back(self, call: T, nodes: range) -> None:
         calls, backward = self._thread.calls, _Backward()
-        calls.append(_PutBack(call, nodes, weakref.ref(backward, functools.partial(_take_off, calls))))
+        calls.append(
+            _PutBack(call, nodes, weakref.ref(backward, functools.partial(_take_off, calls)))
+        )
         torch.autograd.Variable._execution_engine.queue_callback(backward)  # type: ignore[attr-defined]
 
 
 class _Backward:
-    """A backward pass. Autograd alone holds this object, among what it will call when the pass is over; so it is gone when the pass
-    is, also when that ends in an error and nothing is called.
+    """A backward pass. Autograd alone holds this object, among what it will call when the pass is
+    over; so it is gone when the pass is, also when that ends in an error and nothing is called.
     """
 
     def __call__(self) -> None:
@@ -133,12 +136,15 @@ class _Replay:
 
 
 def _whose_turn(calls: list[Any]) -> Any:
-    """Of the calls at a stack's end that backward has put back, the one that the step it is at belongs to: calls can lie in one
-    another. Steps that were noted while layers ran again belong to the one that was put back last.
+    """Of the calls at a stack's end that backward has put back, the one that the step it is at
+    belongs to: calls can lie in one another. Steps that were noted while layers ran again belong to
+    the one that was put back last.
     """
     put_back = list(itertools.takewhile(lambda entry: type(entry) is _PutBack, reversed(calls)))
     node = torch._C._current_autograd_node() if len(put_back) > 1 else None  # type: ignore[attr-defined]
-    own = [] if node is None else [entry for entry in put_back if node._sequence_nr() in entry.nodes]
+    own = (
+        [] if node is None else [entry for entry in put_back if node._sequence_nr() in entry.nodes]
+    )
     return min(own, key=lambda entry: len(entry.nodes), default=put_back[0]).call
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that stand for something: task heads, and the layers adapted by default in known architectures."""
+"""Names that stand for something: task heads, and the layers adapted by default in known
+architectures.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 # Heads a task class trains beside the adapter, since they start at random.
 SEQ_CLS_HEAD_NAMES = ("classifier", "score")
 QA_HEAD_NAMES = ("qa_outputs",)
-# Output heads that "all-linear" leaves alone, beside what the model's own `get_output_embeddings()` gives.
+# Output heads that "all-linear" leaves alone, beside what the model's own `get_output_embeddings()`
+# gives.
 OUTPUT_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
 
 # What `BaseTuner.get_model_config` says of a model without a config.
@@ -32,8 +35,8 @@ DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 _QV_PROJ = ("q_proj", "v_proj")
 _QUERY_VALUE = ("query", "value")
 
-# model_type -> target modules, where a config names none: the query and value projections, as in the LoRA paper
-# (arXiv:2106.09685, section 4.2), or the fused projection that holds them.
+# model_type -> target modules, where a config names none: the query and value projections, as in
+# the LoRA paper (arXiv:2106.09685, section 4.2), or the fused projection that holds them.
 DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
     **dict.fromkeys(
         (
@@ -65,8 +68,8 @@ MIN_TARGET_MODULES_FOR_OPTIMIZATION: Any  # not provided here
 
 
 def __getattr__(name: str) -> Any:
-    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: the layers that a method adapts by default, by model type. An entry
-    that is added there counts from then on.
+    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: the layers that a method adapts by
+    default, by model type. An entry that is added there counts from then on.
     """
     method = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING", name)
     if method is None or method[1] not in PEFT_TYPE_TO_TUNER_MAPPING:
@@ -78,5 +81,7 @@ def __getattr__(name: str) -> Any:
 def _own_defaults(tuner: Any) -> dict[str, list[str] | str]:
     """A method's defaults as a dictionary of its own."""
     entries = tuner.default_target_modules.items()
-    tuner.default_target_modules = {kind: names if isinstance(names, str) else list(names) for kind, names in entries}
+    tuner.default_target_modules = {
+        kind: names if isinstance(names, str) else list(names) for kind, names in entries
+    }
     return tuner.default_target_modules

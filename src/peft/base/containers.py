@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going through a model without going through all of its adapters, so that what is done to one costs the same beside a thousand.
+"""Going through a model without going through all of its adapters, so that what is done to one
+costs the same beside a thousand.
 
-What belongs to an adapter lies in containers by adapter name. They are recognised by their type, and only the entries of the
-adapters asked for are gone into.
+What belongs to an adapter lies in containers by adapter name. They are recognised by their type,
+and only the entries of the adapters asked for are gone into.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ class AdapterModuleDict(ByAdapter, nn.ModuleDict):
 
 
 def walk(
-    root: nn.Module, adapters: Collection[str] | None = (), repeated: bool = False, closed: tuple[type, ...] = ()
+    root: nn.Module,
+    adapters: Collection[str] | None = (),
+    repeated: bool = False,
+    closed: tuple[type, ...] = (),
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their paths in the order of `named_modules`, without the entries that containers have for adapters.
+    """Modules with their paths in the order of `named_modules`, without the entries that containers
+    have for adapters.
 
     Args:
         root: Where to begin.
@@ -50,13 +55,19 @@ def walk(
         yield path, module
         if module._modules and not isinstance(module, closed):
             inner = _chosen(module._modules, module, adapters)
-            waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
+            waiting += [
+                (f"{path}.{name}" if path else name, child) for name, child in reversed(inner)
+            ]
 
 
 def named_tensors(
-    modules: Iterable[tuple[str, nn.Module]], adapters: Collection[str] | None = (), buffers: bool = False
+    modules: Iterable[tuple[str, nn.Module]],
+    adapters: Collection[str] | None = (),
+    buffers: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a walk's modules, each once, by its first name; in containers those of some adapters. With them buffers."""
+    """Parameters of a walk's modules, each once, by its first name; in containers those of some
+    adapters. With them buffers.
+    """
     seen: set[int] = set()
     for path, module in modules:
         for tensors in (module._parameters, module._buffers) if buffers else (module._parameters,):
@@ -66,9 +77,11 @@ def named_tensors(
                     yield f"{path}.{name}" if path else name, tensor
 
 
-def state_of(root: nn.Module, adapters: Collection[str] | None, prefix: str = "", into: Any = None) -> dict[str, Any]:
-    """`root.state_dict(keep_vars=True)`, its modules' own ways of making theirs included, without the entries of adapters other
-    than those given; None for all.
+def state_of(
+    root: nn.Module, adapters: Collection[str] | None, prefix: str = "", into: Any = None
+) -> dict[str, Any]:
+    """`root.state_dict(keep_vars=True)`, its modules' own ways of making theirs included, without
+    the entries of adapters other than those given; None for all.
     """
     state: Any = {} if into is None else into
     if type(root).state_dict is not nn.Module.state_dict:
@@ -89,7 +102,9 @@ def state_of(root: nn.Module, adapters: Collection[str] | None, prefix: str = ""
     return state
 
 
-def _chosen(entries: Mapping[str, T | None], module: nn.Module, adapters: Collection[str] | None) -> list[tuple[str, T]]:
+def _chosen(
+    entries: Mapping[str, T | None], module: nn.Module, adapters: Collection[str] | None
+) -> list[tuple[str, T]]:
     """Of a module's modules, parameters or buffers those that are looked at, with their names."""
     if adapters is None or not isinstance(module, ByAdapter):
         return [(name, entry) for name, entry in entries.items() if entry is not None]

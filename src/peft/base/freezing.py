@@ -13,22 +13,36 @@ from .containers import walk
 class Pause:
     """Which parameters are frozen for a while.
 
-    They are known by the places they have in modules too: FSDP2 puts other tensors there to compute with. Those decide what is
-    trainable in a forward, and take that over from the parameter itself when they are next put there.
+    They are known by the places they have in modules too: FSDP2 puts other tensors there to compute
+    with. Those decide what is trainable in a forward, and take that over from the parameter itself
+    when they are next put there.
     """
 
     def __init__(self) -> None:
         self._paused: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def begin(
-        self, roots: Iterable[nn.Module], parameters: Iterable[nn.Parameter | None], adapters: Collection[str] | None = None
+        self,
+        roots: Iterable[nn.Module],
+        parameters: Iterable[nn.Parameter | None],
+        adapters: Collection[str] | None = None,
     ) -> None:
-        """Freeze those of some parameters that are trainable; they are somewhere in the modules `roots`, being these adapters'."""
-        trainable = {id(parameter) for parameter in parameters if parameter is not None and parameter.requires_grad}
+        """Freeze those of some parameters that are trainable; they are somewhere in the modules
+        `roots`, being these adapters'.
+        """
+        trainable = {
+            id(parameter)
+            for parameter in parameters
+            if parameter is not None and parameter.requires_grad
+        }
         if not trainable:
             return
         for module in dict.fromkeys(module for root in roots for _, module in walk(root, adapters)):
-            self._paused += [(module, name, p) for name, p in module._parameters.items() if p is not None and id(p) in trainable]
+            self._paused += [
+                (module, name, p)
+                for name, p in module._parameters.items()
+                if p is not None and id(p) in trainable
+            ]
         self._require_grad(False)
 
     def end(self) -> None:

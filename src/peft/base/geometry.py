@@ -13,7 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Size and storage of a linear map `[in] → [out]`, over channels where the layer is a convolution.
+    """Size and storage of a linear map `[in] → [out]`, over channels where the layer is a
+    convolution.
 
     Args:
         out_features: Rows of the weight.

@@ -19,7 +19,11 @@ def check_model(model: Any) -> None:
     """
     if isinstance(model, nn.Module):
         return
-    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+    inside = [
+        name
+        for name, value in getattr(model, "__dict__", {}).items()
+        if isinstance(value, nn.Module)
+    ]
     if isinstance(model, type):
         remedy = f"Make or load an object of the class {model.__name__} first."
     elif inside:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Keys of dictionaries that give modules other values (`rank_pattern`), in a config and in its file.
+r"""Keys of dictionaries that give modules other values (`rank_pattern`), in a config and in its
+file.
 
-A key is a regular expression for a module's whole path, or for its end after a dot. In a config that is made here, one that begins
-with `^` also means all modules below the path it describes. Other implementations read the same key without those, so files have it
-in a form that means the same to everybody: `^layers.0` is written as `^layers.0(\..*)?`. `^layers.0` in a file is one module.
+A key is a regular expression for a module's whole path, or for its end after a dot. In a config
+that is made here, one that begins with `^` also means all modules below the path it describes.
+Other implementations read the same key without those, so files have it in a form that means the
+same to everybody: `^layers.0` is written as `^layers.0(\..*)?`. `^layers.0` in a file is one
+module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of the PEFT interface that `peft` and `peft.tuners` do not provide, as declarations.
 
-Type checkers take them from here, so that a misspelt import is an error to them; `markers.py` makes the class that
-stands for each. Other modules declare theirs in the same way, each for itself.
+Type checkers take them from here, so that a misspelt import is an error to them; `markers.py` makes
+the class that stands for each. Other modules declare theirs in the same way, each for itself.
 """
 
 from typing import Any

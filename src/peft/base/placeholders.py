@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of the PEFT interface that this package does not provide.
 
-Client libraries import them at their own import and ask `isinstance(config, PrefixTuningConfig)`. They get a class that nothing is
-an instance of; making one, or calling what is a function elsewhere, raises an error that says what is provided. Modules that this
-package lacks can be imported too, and all that is in them is such a class. Options of LoRA can be made; `LoraConfig` refuses them.
+Client libraries import them at their own import and ask `isinstance(config, PrefixTuningConfig)`.
+They get a class that nothing is an instance of; making one, or calling what is a function
+elsewhere, raises an error that says what is provided. Modules that this package lacks can be
+imported too, and all that is in them is such a class. Options of LoRA can be made; `LoraConfig`
+refuses them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _NAMES = frozenset(placeholder_names.__annotations__)
 _LORA_CONFIGS = """
     ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig
 """
-# Folders of methods, and modules of features, that are not here. Whatever is asked of them is a marker.
+# Folders of methods, and modules of features, that are not here. Whatever is asked of them is a
+# marker.
 _METHODS = """
     adalora adamss adaption_prompt beft boft c3a cartridge cpt deft delora fourierft frod glora gralora hira hra ia3
     lily ln_tuning miss multitask_prompt_tuning oft osf p_tuning peanut prefix_tuning prompt_tuning psoft pvera
@@ -53,8 +56,16 @@ def marker(name: str, module: str = "peft") -> type:
     is_named = name in declared or (name in _NAMES and module in ("peft", "peft.tuners"))
     if not is_named and (name.startswith("__") or not is_absent(module)):
         declared = [*declared, *(_NAMES if module in ("peft", "peft.tuners") else ())]
-        present = () if name.startswith("_") or module not in sys.modules else [*vars(sys.modules[module]), *declared]
-        raise AttributeError(f"module {module!r} has no attribute {name!r}.{did_you_mean(name, present)}", name=name, obj=None)
+        present = (
+            ()
+            if name.startswith("_") or module not in sys.modules
+            else [*vars(sys.modules[module]), *declared]
+        )
+        raise AttributeError(
+            f"module {module!r} has no attribute {name!r}.{did_you_mean(name, present)}",
+            name=name,
+            obj=None,
+        )
 
     if name in _LORA_CONFIGS.split():
         return _refused_where_used(name, module)
@@ -62,12 +73,16 @@ def marker(name: str, module: str = "peft") -> type:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise PeftNotSupportedError(not_provided(name))
 
-    return type(name, (), {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."})
+    return type(
+        name,
+        (),
+        {"__init__": refuse, "__module__": module, "__doc__": "Not provided by this package."},
+    )
 
 
 def _refused_where_used(name: str, module: str) -> type:
-    """The class that stands for an option of LoRA. Scripts make such options at their own import, for cases they may never come to;
-    it is `LoraConfig` that refuses them.
+    """The class that stands for an option of LoRA. Scripts make such options at their own import,
+    for cases they may never come to; it is `LoraConfig` that refuses them.
     """
 
     def hold(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +91,16 @@ def _refused_where_used(name: str, module: str) -> type:
     def show(self: Any) -> str:
         return f"{name}({', '.join([*map(repr, self.args), *(f'{key}={value!r}' for key, value in self.kwargs.items())])})"
 
-    return type(name, (), {"__init__": hold, "__repr__": show, "__module__": module, "__doc__": "Not provided by this package."})
+    return type(
+        name,
+        (),
+        {
+            "__init__": hold,
+            "__repr__": show,
+            "__module__": module,
+            "__doc__": "Not provided by this package.",
+        },
+    )
 
 
 def is_absent(module: str) -> bool:
@@ -85,7 +109,9 @@ def is_absent(module: str) -> bool:
 
 
 class _Absent(MetaPathFinder, Loader):
-    """Finds modules of the interface that are not here, after all other finders: in them, every name is a marker."""
+    """Finds modules of the interface that are not here, after all other finders: in them, every
+    name is a marker.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self, is_package=True) if is_absent(fullname) else None

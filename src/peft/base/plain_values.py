@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as a JSON file can hold them, for what people put into configs: paths, dtypes, enumerations, NumPy's numbers, ranges."""
+"""Values as a JSON file can hold them, for what people put into configs: paths, dtypes,
+enumerations, NumPy's numbers, ranges.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from .errors import PeftTypeError
 
 
 def plain(value: Any) -> Any:
-    """The value that JSON has for `value`, sets and tuples apart; `value` itself where there is none.
+    """The value that JSON has for `value`, sets and tuples apart; `value` itself where there is
+    none.
 
     Example:
         >>> from pathlib import Path
@@ -28,7 +31,9 @@ def plain(value: Any) -> Any:
         return plain(os.fspath(value))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # a tensor, an array, a number out of one
+    if hasattr(value, "dtype") and hasattr(
+        value, "tolist"
+    ):  # a tensor, an array, a number out of one
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
@@ -65,5 +70,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a config's value asks for nothing: None, or a collection or string without contents. Zero is a value."""
+    """Whether a config's value asks for nothing: None, or a collection or string without contents.
+    Zero is a value.
+    """
     return value is None or (isinstance(value, (str, list, tuple, set, dict)) and not value)

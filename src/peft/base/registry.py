@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary of methods and tasks, and the registry that links a method's name to its classes.
 
-The names are those of the PEFT interface, so that configs and `isinstance` checks written against it can be read. Which of
-them this package implements is what the registry holds: registration is the only link between the core and a tuner.
+The names are those of the PEFT interface, so that configs and `isinstance` checks written against
+it can be read. Which of them this package implements is what the registry holds: registration is
+the only link between the core and a tuner.
 """
 
 from __future__ import annotations
@@ -82,12 +83,18 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, type] = {}
 
 
 def register_peft_method(
-    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
+    *,
+    name: str,
+    config_cls: type,
+    model_cls: type,
+    prefix: str | None = None,
+    is_mixed_compatible: bool = False,
 ) -> None:
     """Make a method known: its config class, its tuner class and the prefix of its parameter names.
 
     Args:
-        name: Lower-case name; its upper-case form is the `peft_type` in configs. A name outside the vocabulary is added to it.
+        name: Lower-case name; its upper-case form is the `peft_type` in configs. A name outside the
+            vocabulary is added to it.
         config_cls: Subclass of `PeftConfig`.
         model_cls: Subclass of `BaseTuner`.
         prefix: Start of the adapter's parameter names, by default `name` followed by an underscore.
@@ -103,7 +110,9 @@ def register_peft_method(
         raise PeftValueError(f"A method named {name!r} is registered already; choose another name.")
     prefix = prefix or f"{name}_"
     if prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
-        raise PeftValueError(f"The parameter prefix {prefix!r} is taken already; pass another `prefix`.")
+        raise PeftValueError(
+            f"The parameter prefix {prefix!r} is taken already; pass another `prefix`."
+        )
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
@@ -135,10 +144,13 @@ def not_provided(name: str) -> str:
 
 
 WAY_BACK = (
-    "This `peft` is an independent implementation of the PEFT interface, not Hugging Face's. To go back to theirs, which has the "
+    "This `peft` is an independent implementation of the PEFT interface, not Hugging Face's. To go "
+    "back to theirs, which has the "
     "same name: `pip uninstall peft`, then `pip install peft`."
 )
-_TOKENS = " Rows of embeddings are trained beside any method by `trainable_token_indices` in its config."
+_TOKENS = (
+    " Rows of embeddings are trained beside any method by `trainable_token_indices` in its config."
+)
 # What there is in place of a feature, by a part of its name.
 _INSTEAD = {"TrainableTokens": _TOKENS, "TRAINABLE_TOKENS": _TOKENS}
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the rows of a layer lie, as far as its place in a model tells.
 
-Most layers see the samples of a call one after the other along their first dimension. This file knows which do not: layers that
-take the sequence first, layers that see a sample in windows, the experts of a mixture of experts.
+Most layers see the samples of a call one after the other along their first dimension. This file
+knows which do not: layers that take the sequence first, layers that see a sample in windows, the
+experts of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 
 from torch import nn
 
-# Modules that take `[sequence, batch, …]`, by the full name of their class, and which of the layers in them do.
+# Modules that take `[sequence, batch, …]`, by the full name of their class, and which of the layers
+# in them do.
 _SEQUENCE_FIRST = (
     (r"transformers\.models\.xlnet\..*\.XLNetLayer", r".*"),
     (r"transformers\.models\.xlnet\..*\.XLNetModel", r"word_embedding"),
-    (r"transformers\.models\.(longformer|led)\..*\.\w+SelfAttention", r"(query|key|value)(_global)?"),
+    (
+        r"transformers\.models\.(longformer|led)\..*\.\w+SelfAttention",
+        r"(query|key|value)(_global)?",
+    ),
     (r"transformers\.models\.bridgetower\..*\.BridgeTowerResidualAttention", r"mlp\..*"),
     (r"transformers\.models\.mask2former\..*\.Mask2FormerMaskedAttentionDecoderLayer", r"fc[12]"),
     (r"transformers\.models\.oneformer\..*\.OneFormerTransformerDecoderFFNLayer", r"linear[12]"),
@@ -27,7 +32,10 @@ _SEQUENCE_FIRST = (
     (r"transformers\.models\.oneformer\..*\.OneFormerTextTransformerLayer", r"mlp\..*"),
     (r"transformers\.models\.fsmt\..*\.(En|De)coderLayer", r".*"),
     (r"transformers\.models\.bros\..*\.BrosRelationExtractor", r".*"),
-    (r"transformers\.models\.bros\..*\.BrosSpadeEEForTokenClassification", r"initial_token_classifier\..*"),
+    (
+        r"transformers\.models\.bros\..*\.BrosSpadeEEForTokenClassification",
+        r"initial_token_classifier\..*",
+    ),
 )
 # Modules that see a sample as several rows (windows, frames, channels), which follow one another.
 _GROUPED = re.compile(
@@ -38,7 +46,9 @@ _GROUPED = re.compile(
     r"|transformers\.models\.granite_speech\w*\..*\.\w+(Projector|Conformer)\w*"
 )
 # Projections in a decoder that read the encoder's output.
-_CROSS_ATTENTION = re.compile(r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)")
+_CROSS_ATTENTION = re.compile(
+    r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)"
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,12 @@ class RowLayout:
     Attributes:
         features: How many of its input's dimensions, the last ones, are not rows.
         sequence_first: Its input is `[sequence, batch, …]`.
-        is_declared: A module that it lies in says so of itself, which need not hold for all layers in it.
+        is_declared: A module that it lies in says so of itself, which need not hold for all layers
+            in it.
         is_grouped: All rows of a sample follow one another, however many there are.
         expert: The name, among its like, of the expert that it belongs to.
-        stream: Which of the model's tokens it sees, those of the encoder or single model ("main") or of the decoder.
+        stream: Which of the model's tokens it sees, those of the encoder or single model ("main")
+            or of the decoder.
     """
 
     features: int = 1
@@ -77,7 +89,8 @@ def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
     Args:
         root: The model.
         path: The layer's path in it.
-        features: How many dimensions of the layer's input are not rows: 1 for a linear layer, 0 for an embedding.
+        features: How many dimensions of the layer's input are not rows: 1 for a linear layer, 0 for
+            an embedding.
     """
     layout = RowLayout(features, stream=stream_of(root, path))
     for module, name, inner in _ancestors(root, path):
@@ -91,14 +104,19 @@ def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
                 layout = replace(layout, sequence_first=True)
         if _is_grouped(kind):
             layout = replace(layout, is_grouped=True)
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "expert" in f"{name} {kind.__name__}".lower():
+        if (
+            isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and "expert" in f"{name} {kind.__name__}".lower()
+        ):
             layout = replace(layout, expert=inner.partition(".")[0])
     return _KNOWN.setdefault(layout, layout)  # so that layers alike have one and the same
 
 
 def stream_of(root: nn.Module, path: str) -> str:
     """Which of a model's tokens the layer at a path sees."""
-    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False) or "decoder" not in path.split("."):
+    if not getattr(
+        getattr(root, "config", None), "is_encoder_decoder", False
+    ) or "decoder" not in path.split("."):
         return "main"
     return "main" if _CROSS_ATTENTION.fullmatch(path) else "decoder"
 
@@ -113,7 +131,9 @@ def is_sequence_first(module: Any) -> bool:
 
 
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """The modules that a layer lies in from the outermost, each with its name and the layer's path in it."""
+    """The modules that a layer lies in from the outermost, each with its name and the layer's path
+    in it.
+    """
     module, name, inner = root, "", path
     while inner:
         yield module, name, inner
@@ -128,7 +148,11 @@ def _full_names(kind: type) -> list[str]:
 @lru_cache(maxsize=4096)
 def _sequence_first(kind: Any) -> tuple[re.Pattern[str], ...]:
     names = _full_names(kind)
-    return tuple(re.compile(inside) for pattern, inside in _SEQUENCE_FIRST if any(re.fullmatch(pattern, name) for name in names))
+    return tuple(
+        re.compile(inside)
+        for pattern, inside in _SEQUENCE_FIRST
+        if any(re.fullmatch(pattern, name) for name in names)
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,8 @@ _LISTED = 8
 
 
 def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the `choices` that look like `name`, the most alike first; case, `_`, `-` and `.` count little.
+    """Return the `choices` that look like `name`, the most alike first; case, `_`, `-` and `.`
+    count little.
 
     Example:
         >>> near_misses("vproj", ["q_proj", "v_proj", "o_proj"], n=1)
@@ -22,14 +23,17 @@ def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0
     """
     scored = []
     for choice in dict.fromkeys(choices):
-        likeness = max(_likeness(name, choice, cutoff), _likeness(_bare(name), _bare(choice), cutoff) - 0.01)
+        likeness = max(
+            _likeness(name, choice, cutoff), _likeness(_bare(name), _bare(choice), cutoff) - 0.01
+        )
         if likeness >= cutoff:
             scored.append((-likeness, choice))
     return [choice for score, choice in sorted(scored)[:n] if score < min(scored)[0] + _NEAREST]
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a sentence to put behind a message, or nothing if none of the `choices` looks like `name`.
+    """Return a sentence to put behind a message, or nothing if none of the `choices` looks like
+    `name`.
 
     Example:
         >>> did_you_mean("stile", ["style", "tasks"])
@@ -40,7 +44,8 @@ def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def no_adapter(name: object, known: Iterable[str], verb: str = "not found") -> str:
-    """Return the message for the name of an adapter that a model does not have; `known` are those it has.
+    """Return the message for the name of an adapter that a model does not have; `known` are those
+    it has.
 
     Example:
         >>> no_adapter("stile", ["style", "tasks"])
@@ -50,15 +55,23 @@ def no_adapter(name: object, known: Iterable[str], verb: str = "not found") -> s
 
 
 def adapters_there(name: object, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown adapter `name`: the `known` ones, and which was meant."""
+    """Return the end of a message about an unknown adapter `name`: the `known` ones, and which was
+    meant.
+    """
     names = list(known)
-    shown = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    shown = ", ".join(names[:_LISTED]) + (
+        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    )
     return f"{shown or 'none'}.{did_you_mean(str(name), names)}"
 
 
 def _likeness(a: str, b: str, cutoff: float) -> float:
     matcher = difflib.SequenceMatcher(None, a, b)
-    return matcher.ratio() if matcher.real_quick_ratio() >= cutoff and matcher.quick_ratio() >= cutoff else 0.0
+    return (
+        matcher.ratio()
+        if matcher.real_quick_ratio() >= cutoff and matcher.quick_ratio() >= cutoff
+        else 0.0
+    )
 
 
 def _bare(name: str) -> str:

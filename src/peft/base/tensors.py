@@ -27,7 +27,9 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A weight's transpose if it is stored `[in, out]`, else the weight; a parameter gives a parameter."""
+    """A weight's transpose if it is stored `[in, out]`, else the weight; a parameter gives a
+    parameter.
+    """
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
@@ -39,8 +41,11 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
-    """A decoder's input for given labels: each token one place to the right, the start token first, padding for what is ignored.
+def shift_tokens_right(
+    input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int
+) -> Tensor:
+    """A decoder's input for given labels: each token one place to the right, the start token first,
+    padding for what is ignored.
 
     Args:
         input_ids: `[batch, tokens]`.
@@ -55,8 +60,12 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
         tensor([[9, 5, 0]])
     """
     if pad_token_id is None:
-        raise PeftValueError("`pad_token_id` has to be defined to shift tokens: labels of -100 become padding.")
-    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
+        raise PeftValueError(
+            "`pad_token_id` has to be defined to shift tokens: labels of -100 become padding."
+        )
+    shifted = torch.cat(
+        [torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1
+    )
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the fields of configs: each yields the offence, if any, as a sentence. And checks of arguments."""
+"""Rules for the fields of configs: each yields the offence, if any, as a sentence. And checks of
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ def at_least(name: str, value: Any, least: int = 1) -> Iterator[str]:
 
 def number(name: str, value: Any, *, positive: bool = False) -> Iterator[str]:
     """`value` must be a finite number, `positive` if asked."""
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf") and value == value
+    finite = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) != float("inf")
+        and value == value
+    )
     if not finite or (positive and value <= 0):
         yield f"`{name}`={value!r} must be a {'positive ' if positive else ''}finite number."
 
@@ -48,7 +55,9 @@ def check_flags(**flags: Any) -> None:
         PeftTypeError: One is not.
     """
     for name, value in flags.items():
-        if type(value).__name__ not in ("bool", "bool_") and not (isinstance(value, int) and value in (0, 1)):
+        if type(value).__name__ not in ("bool", "bool_") and not (
+            isinstance(value, int) and value in (0, 1)
+        ):
             raise PeftTypeError(f"`{name}`={value!r} must be True or False.")
 
 
@@ -60,7 +69,9 @@ def check_adapter(name: Any, known: Iterable[str] | None = None, verb: str = "no
         PeftValueError: There is no such adapter.
     """
     if not isinstance(name, str):
-        raise PeftTypeError(f"An adapter is named by one string, not {name!r}; pass several one by one.")
+        raise PeftTypeError(
+            f"An adapter is named by one string, not {name!r}; pass several one by one."
+        )
     if known is not None and name not in known:
         raise PeftValueError(no_adapter(name, known, verb))
 
@@ -77,7 +88,11 @@ def name_list(name: str, value: Any) -> Iterator[str]:
     """`value` must be a collection of strings, or None."""
     if value is None:
         return
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
+    if (
+        isinstance(value, str)
+        or not isinstance(value, (list, tuple, set))
+        or not all(isinstance(v, str) for v in value)
+    ):
         yield f"`{name}`={value!r} must be a list of strings or None."
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, written so that no reader sees half of one.
+"""An adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, written so that no
+reader sees half of one.
 
 Two files cannot be replaced in one step, so the weights file is the commit point. A save writes
 
 1. the new config beside the old one, under a name made from its digest,
-2. the new weights, which carry that digest, in place of the old ones (one atomic rename: from here on the adapter is new),
-3. the new config in place of the old one.
+2. the new weights, which carry that digest, in place of the old ones (one atomic rename: from here
+on the adapter is new), 3. the new config in place of the old one.
 
-A reader takes the waiting config whose digest the weights carry, if there is one, and else `adapter_config.json`. Killed at any
-moment, a save therefore leaves the old adapter or the new one. A config edited by hand afterwards is read as edited.
+A reader takes the waiting config whose digest the weights carry, if there is one, and else
+`adapter_config.json`. Killed at any moment, a save therefore leaves the old adapter or the new one.
+A config edited by hand afterwards is read as edited.
 """
 
 from __future__ import annotations
@@ -61,13 +63,17 @@ def as_file(path: Any) -> Path:
     if file.is_dir():
         raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file in it.")
     if above := next((str(parent) for parent in file.parents if parent.is_file()), None):
-        raise PeftValueError(f"`path`='{file}' can't be written, since '{above}' is a file; give the path of another file.")
+        raise PeftValueError(
+            f"`path`='{file}' can't be written, since '{above}' is a file; give the path of "
+            "another file."
+        )
     return file
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A context in which no other process writes an adapter to a folder: all processes of a training run may save at once.
+    """A context in which no other process writes an adapter to a folder: all processes of a
+    training run may save at once.
 
     Where the file system knows no locks, or one is held for a minute, it goes on without.
     """
@@ -115,18 +121,24 @@ def write_config(folder: Path, text: str) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def write_adapter(folder: Path, state: Mapping[str, Tensor], config_text: str, safe_serialization: bool = True) -> None:
-    """Write an adapter's weights and config; a reader sees the old adapter or the new one, never a mixture.
+def write_adapter(
+    folder: Path, state: Mapping[str, Tensor], config_text: str, safe_serialization: bool = True
+) -> None:
+    """Write an adapter's weights and config; a reader sees the old adapter or the new one, never a
+    mixture.
 
     Args:
         folder: Made if missing. Other files in it are left alone.
         state: Tensors by checkpoint key, on any device.
         config_text: JSON.
-        safe_serialization: False writes the legacy pickle format, whose two files are replaced one after the other.
+        safe_serialization: False writes the legacy pickle format, whose two files are replaced one
+            after the other.
     """
     empty = [key for key, tensor in state.items() if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"`{empty[0]}` is on the meta device and has no values to save; nothing was written.")
+        raise CheckpointError(
+            f"`{empty[0]}` is on the meta device and has no values to save; nothing was written."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
     state = _unshared(state)
@@ -142,12 +154,18 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     """
     empty = [key for key, tensor in state.items() if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"`{empty[0]}` is on the meta device and has no values to save; nothing was written.")
+        raise CheckpointError(
+            f"`{empty[0]}` is on the meta device and has no values to save; nothing was written."
+        )
     own = _unshared({key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()})
-    _replace(path, lambda temporary: save_file(own, temporary, metadata={"format": "pt", **metadata}))
+    _replace(
+        path, lambda temporary: save_file(own, temporary, metadata={"format": "pt", **metadata})
+    )
 
 
-def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool) -> None:
+def _write_adapter(
+    folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool
+) -> None:
     if not safe_serialization:
         _replace(folder / WEIGHTS_NAME, lambda temporary: torch.save(state, temporary))
         (folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -157,7 +175,10 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config_text: str, saf
     waiting = _waiting_config(folder, digest)
     write_text(waiting, config_text)
     metadata = {"format": "pt", _DIGEST: digest}
-    _replace(folder / SAFETENSORS_WEIGHTS_NAME, lambda temporary: save_file(state, temporary, metadata=metadata))
+    _replace(
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        lambda temporary: save_file(state, temporary, metadata=metadata),
+    )
     os.replace(waiting, folder / CONFIG_NAME)
     for leftover in folder.glob(".adapter_*"):  # of saves that were killed
         leftover.unlink(missing_ok=True)
@@ -186,7 +207,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It is not JSON, or not an object.
     """
     try:
-        content = json.loads(read_config_text(path) if path.name == CONFIG_NAME else path.read_text(encoding="utf-8"))
+        content = json.loads(
+            read_config_text(path) if path.name == CONFIG_NAME else path.read_text(encoding="utf-8")
+        )
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -197,10 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a weights file; a legacy `.bin` is read with `weights_only=True`, so that nothing in it can run.
+    """The tensors of a weights file; a legacy `.bin` is read with `weights_only=True`, so that
+    nothing in it can run.
 
     Raises:
-        CheckpointError: The file is truncated, of another format, or holds anything but named tensors.
+        CheckpointError: The file is truncated, of another format, or holds anything but named
+            tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -209,9 +234,13 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
-    except Exception as error:  # each format has its own, of many types; whichever, the file can't be read
+    except (
+        Exception
+    ) as error:  # each format has its own, of many types; whichever, the file can't be read
         raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()
+    ):
         raise CheckpointError(f"'{path}' does not hold a dictionary of named tensors.")
     return state
 
@@ -232,7 +261,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where it can't be read, which reading the weights will report."""
+    """The metadata of a safetensors file; empty where it can't be read, which reading the weights
+    will report.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -245,7 +276,9 @@ def _waiting_config(folder: Path, digest: str) -> Path:
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies where tensors share or exceed their storage, which the safetensors format can't express."""
+    """Copies where tensors share or exceed their storage, which the safetensors format can't
+    express.
+    """
     seen: set[int] = set()
     result = {}
     for key, tensor in state.items():
@@ -258,7 +291,9 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary file beside `path`, make it durable, and put it in `path`'s place."""
+    """Have `write` fill a temporary file beside `path`, make it durable, and put it in `path`'s
+    place.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".adapter_", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hotswapping: another adapter's weights in the place of a loaded one's, without new layers, and without compiling a model anew.
+"""Hotswapping: another adapter's weights in the place of a loaded one's, without new layers, and
+without compiling a model anew.
 
-A checkpoint is read by what its own config says of it: the adapter that this describes is made for the model's layers, though
-without values, and tells what shapes and scales the tensors have. All of it is checked before anything is changed.
+A checkpoint is read by what its own config says of it: the adapter that this describes is made for
+the model's layers, though without values, and tells what shapes and scales the tensors have. All of
+it is checked before anything is changed.
 
-Tensors of the same shape are swapped in place, whatever the method. Where zeros that fill up a rank are without effect (a layer's
-`rank_room`) a tensor of smaller rank is filled up with them and one of larger rank replaces the present one; saving leaves out
-again what was filled up. Any other difference is an error that names it.
+Tensors of the same shape are swapped in place, whatever the method. Where zeros that fill up a rank
+are without effect (a layer's `rank_room`) a tensor of smaller rank is filled up with them and one
+of larger rank replaces the present one; saving leaves out again what was filled up. Any other
+difference is an error that names it.
 """
 
 from __future__ import annotations
@@ -21,12 +24,27 @@ from torch import Tensor, nn
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftValueError, warn
 from ..base.modules import check_model
-from ..base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from ..base.registry import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftType,
+    lookup,
+)
 from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import is_without_memory, own_state, unparallel, unwrapped
 from .hub import only_hub_options
 from .rank_padding import RankRoom, filled_up
-from .state_dict import MODEL_ROOT, ROOT, adapter_config, adapter_tensors, import_state, in_view, load_peft_weights, write_state
+from .state_dict import (
+    MODEL_ROOT,
+    ROOT,
+    adapter_config,
+    adapter_tensors,
+    import_state,
+    in_view,
+    load_peft_weights,
+    write_state,
+)
 from .values import warn_of_values
 
 __all__ = [
@@ -38,12 +56,18 @@ __all__ = [
 
 
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
 ) -> None:
-    """Put a saved adapter's weights in the place of an adapter of the model, which keeps its name and its layers.
+    """Put a saved adapter's weights in the place of an adapter of the model, which keeps its name
+    and its layers.
 
-    It is quicker than loading a second adapter and needs no memory for it. A model that is compiled with `torch.compile` is not
-    compiled anew if it was made ready by `prepare_model_for_compiled_hotswap` before. On any error the model is left as it was.
+    It is quicker than loading a second adapter and needs no memory for it. A model that is compiled
+    with `torch.compile` is not compiled anew if it was made ready by
+    `prepare_model_for_compiled_hotswap` before. On any error the model is left as it was.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; compiled or not.
@@ -70,14 +94,20 @@ def hotswap_adapter(
     hub = only_hub_options(kwargs, "hotswap_adapter")
     known = adapter_config(_plain(model), adapter_name)
     peft_type = type(known)._get_peft_type(model_name_or_path, **hub)
-    config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(model_name_or_path, **hub)
+    config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(
+        model_name_or_path, **hub
+    )
     check_hotswap_configs_compatible(known, config)
     state = load_peft_weights(model_name_or_path, device=torch_device, **hub)
     _Swap(_plain(model), adapter_name, known, config, state).carry_out()
 
 
 def hotswap_adapter_from_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: Any,
+    parameter_prefix: str = "lora_",
 ) -> None:
     """As `hotswap_adapter`, from tensors in memory.
 
@@ -101,7 +131,8 @@ def hotswap_adapter_from_state_dict(
 
 
 def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
-    """Insist that an adapter of one config can take the place of one of another as far as configs tell: they are of one method.
+    """Insist that an adapter of one config can take the place of one of another as far as configs
+    tell: they are of one method.
 
     Rank, scale and dropout may differ; which tensors there are is compared when they are swapped.
 
@@ -110,7 +141,10 @@ def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     """
     first, second = (PeftType(config.peft_type) for config in (config0, config1))
     if first != second:
-        raise PeftValueError(f"Incompatible PEFT types found: {first.value} and {second.value}; swap adapters of one method.")
+        raise PeftValueError(
+            f"Incompatible PEFT types found: {first.value} and {second.value}; swap adapters of "
+            "one method."
+        )
     lookup(PEFT_TYPE_TO_TUNER_MAPPING, first)
 
 
@@ -122,24 +156,31 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Make a model ready for being compiled now and having its adapters swapped later, without being compiled anew then.
+    """Make a model ready for being compiled now and having its adapters swapped later, without
+    being compiled anew then.
 
-    Scales become tensors, which compiled code reads, in place of numbers, which it contains. With a `target_rank`, low-rank factors
-    are filled up to it with zeros, so that every later adapter of at most that rank has their shape.
+    Scales become tensors, which compiled code reads, in place of numbers, which it contains. With a
+    `target_rank`, low-rank factors are filled up to it with zeros, so that every later adapter of
+    at most that rank has their shape.
 
     Args:
-        model: A `PeftModel`, or a model that adapters were injected into, with its first adapter loaded and not compiled yet.
-        target_rank: The largest rank of any adapter to come. It concerns methods whose tensors can be filled up; others take
-            adapters of the same shapes only.
-        config: Accepted for compatibility; configs go on saying what the adapters' ranks are, whatever room they have.
-        check_compiled: What to do if the model is compiled already, so that its next call compiles it anew: "error", "warn" or
-            "ignore".
+        model: A `PeftModel`, or a model that adapters were injected into, with its first adapter
+            loaded and not compiled yet.
+        target_rank: The largest rank of any adapter to come. It concerns methods whose tensors can
+            be filled up; others take adapters of the same shapes only.
+        config: Accepted for compatibility; configs go on saying what the adapters' ranks are,
+            whatever room they have.
+        check_compiled: What to do if the model is compiled already, so that its next call compiles
+            it anew: "error", "warn" or "ignore".
 
     Raises:
-        PeftValueError: The model has no adapters or is compiled, or `target_rank` does not fit them; nothing is changed.
+        PeftValueError: The model has no adapters or is compiled, or `target_rank` does not fit
+            them; nothing is changed.
     """
     if check_compiled not in ("error", "warn", "ignore"):
-        raise PeftValueError(f"`check_compiled`={check_compiled!r} must be one of 'error', 'warn' and 'ignore'.")
+        raise PeftValueError(
+            f"`check_compiled`={check_compiled!r} must be one of 'error', 'warn' and 'ignore'."
+        )
     if check_compiled != "ignore" and any(_is_compiled(module) for _, module in walk(model)):
         message = "Call `prepare_model_for_compiled_hotswap` before compiling the model; it is compiled already"
         if check_compiled == "error":
@@ -149,7 +190,8 @@ def prepare_model_for_compiled_hotswap(
     layers: list[Any] = [module for _, module in walk(model) if isinstance(module, kinds)]
     if not layers:
         raise PeftValueError(
-            "No adapter layers found on the model; call `prepare_model_for_compiled_hotswap` after loading the first adapter and "
+            "No adapter layers found on the model; call `prepare_model_for_compiled_hotswap` after "
+            "loading the first adapter and "
             "before loading the second."
         )
     if target_rank is not None:
@@ -208,7 +250,9 @@ class _Adapter:
         return adapter_tensors(named.items(), self.config, self.name, embeddings)
 
     def place(self, key: str) -> tuple[str, str] | None:
-        """The path of the layer that a tensor belongs to, and the name of its container; None if it belongs to no layer."""
+        """The path of the layer that a tensor belongs to, and the name of its container; None if it
+        belongs to no layer.
+        """
         parts = key.removeprefix(self.root).split(".")
         holders = self.tuner.tuner_layer_cls.container_names
         found = next((i for i, part in enumerate(parts) if part in holders), None)
@@ -216,17 +260,26 @@ class _Adapter:
 
     def correct_sizes(self) -> None:
         """Have the modules that adapters are made of say what sizes their weights have now."""
-        holders = [getattr(layer, name) for layer in self.layers.values() for name in layer.container_names]
+        holders = [
+            getattr(layer, name) for layer in self.layers.values() for name in layer.container_names
+        ]
         for module in (module for holder in holders for _, module in walk(holder, (self.name,))):
             if isinstance(module, nn.Linear) and module.weight.dim() == 2:
                 module.out_features, module.in_features = module.weight.shape
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight.dim() > 2:
-                module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+                module.out_channels, module.in_channels = (
+                    module.weight.shape[0],
+                    module.weight.shape[1] * module.groups,
+                )
 
     def room(self, key: str) -> RankRoom | None:
         """Where a tensor has a rank that can be filled up."""
         place = self.place(key)
-        return None if place is None or place[0] not in self.layers else self.layers[place[0]].rank_room(place[1])
+        return (
+            None
+            if place is None or place[0] not in self.layers
+            else self.layers[place[0]].rank_room(place[1])
+        )
 
 
 def _make_room(model: Any, target_rank: int) -> None:
@@ -242,12 +295,19 @@ def _make_room(model: Any, target_rank: int) -> None:
             room = adapter.room(key)
             if room is None or tensor.dim() <= room.dim:
                 continue
-            if not isinstance(target_rank, int) or not room.holds(target_rank) or room.size(target_rank) < tensor.shape[room.dim]:
+            if (
+                not isinstance(target_rank, int)
+                or not room.holds(target_rank)
+                or room.size(target_rank) < tensor.shape[room.dim]
+            ):
                 problems.append(f"`{key}` has shape {list(tensor.shape)}")
             else:
                 todo.append((config, key, tensor, room))
     if problems:
-        raise PeftValueError(f"Adapters can't be filled up to `target_rank`={target_rank!r}: {'; '.join(problems[:8])}.")
+        raise PeftValueError(
+            f"Adapters can't be filled up to `target_rank`={target_rank!r}: "
+            f"{'; '.join(problems[:8])}."
+        )
     for config, key, tensor, room in todo:
         filled_up(config).setdefault(key, (room, tensor.shape[room.dim]))
         tensor.data = room.filled(tensor.data, room.size(target_rank))
@@ -270,7 +330,9 @@ class _Swap:
         PeftRuntimeError: The adapter is merged.
     """
 
-    def __init__(self, model: Any, adapter_name: str, known: Any, config: Any, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, adapter_name: str, known: Any, config: Any, state: Mapping[str, Tensor]
+    ) -> None:
         self.adapter = _Adapter(model, adapter_name, known)
         self.config, state = config, _ = self.adapter.tuner.present_names(config, state)
         self.problems: list[str] = []
@@ -279,25 +341,38 @@ class _Swap:
         tuner, layers = self.adapter.tuner, self.adapter.layers
         tuner.check_loadable(model, adapter_name)
         for path, layer in layers.items():
-            self.problems += [f"`{path}`: {problem}" for problem in tuner.target_problems(config, path, layer.base_layer)]
+            self.problems += [
+                f"`{path}`: {problem}"
+                for problem in tuner.target_problems(config, path, layer.base_layer)
+            ]
         self._insist()
-        self.incoming_name = f"{adapter_name}_incoming"  # of its own: layers may share what belongs to a name
+        self.incoming_name = (
+            f"{adapter_name}_incoming"  # of its own: layers may share what belongs to a name
+        )
         self.build = tuner.build_for(self.incoming_name, config, layers, known)
         self._compare(import_state(state, config, "" if self.adapter.root else ROOT))
         self._insist()
         values = {key: value for key, (_, value) in self.pairs.items()}
         places = {key: tensor for key, (tensor, _) in self.pairs.items()}
-        warn_of_values(f"The checkpoint for adapter {adapter_name}", values, places, tuner.masked_names)
+        warn_of_values(
+            f"The checkpoint for adapter {adapter_name}", values, places, tuner.masked_names
+        )
 
     def _insist(self) -> None:
         if self.problems:
-            listed = "; ".join(self.problems[:8]) + (f"; and {len(self.problems) - 8} more" if len(self.problems) > 8 else "")
-            raise CheckpointError(f"Adapter {self.adapter.name} can't be swapped; nothing was changed. {listed}.")
+            listed = "; ".join(self.problems[:8]) + (
+                f"; and {len(self.problems) - 8} more" if len(self.problems) > 8 else ""
+            )
+            raise CheckpointError(
+                f"Adapter {self.adapter.name} can't be swapped; nothing was changed. {listed}."
+            )
 
     def _compare(self, incoming: Mapping[str, Tensor]) -> None:
         """Note which tensor goes where, and what is in the way."""
         adapter = self.adapter
-        embeddings = {key: tensor for key, tensor in adapter.tensors(True).items() if key in incoming}
+        embeddings = {
+            key: tensor for key, tensor in adapter.tensors(True).items() if key in incoming
+        }
         old = {**adapter.tensors(), **embeddings}
         new = adapter_tensors(self._described(), self.config, self.incoming_name)
         groups: dict[str, list[str]] = {}
@@ -311,14 +386,20 @@ class _Swap:
                 self.silent.update((key, old[key]) for key in keys if key in old)
                 continue
             for key in keys:
-                problem = self._difference(key, old.get(key), new.get(key, incoming.get(key)), incoming.get(key))
+                problem = self._difference(
+                    key, old.get(key), new.get(key, incoming.get(key)), incoming.get(key)
+                )
                 if problem is not None:
                     self.problems.append(f"`{key}`: {problem}")
                 elif path in adapter.layers and key not in new:
                     self.problems.append(f"`{key}`: by its config the checkpoint would not have it")
                 else:
                     self.pairs[key] = (old[key], incoming[key])
-        self.problems += [f"`{key}`: the adapter in the model has no such tensor" for key in incoming if key not in {**old, **new}]
+        self.problems += [
+            f"`{key}`: the adapter in the model has no such tensor"
+            for key in incoming
+            if key not in {**old, **new}
+        ]
         if not self.pairs and not self.problems:
             self.problems.append("The checkpoint is empty")
 
@@ -326,16 +407,32 @@ class _Swap:
         """Whether a layer's adapter is without effect if its tensors are zero."""
         layer, name = self.adapter.layers[path], self.adapter.name
         others = [getattr(layer, attribute) for attribute in layer.value_names]
-        modules = [other[name] for other in others if isinstance(other, nn.ModuleDict) and name in other]
-        return all(self.adapter.room(key) is not None for key in keys) and not any(list(m.buffers()) for m in modules)
+        modules = [
+            other[name] for other in others if isinstance(other, nn.ModuleDict) and name in other
+        ]
+        return all(self.adapter.room(key) is not None for key in keys) and not any(
+            list(m.buffers()) for m in modules
+        )
 
     def _described(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the adapter that the new config describes, named as in the model."""
         for name, tensor in self.build.named_tensors():
             is_shared = name.partition(".")[0] in self.build.shared
-            yield (ROOT if is_shared and self.adapter.root else self.adapter.root if not is_shared else "") + name, tensor
+            yield (
+                (
+                    ROOT
+                    if is_shared and self.adapter.root
+                    else self.adapter.root
+                    if not is_shared
+                    else ""
+                )
+                + name,
+                tensor,
+            )
 
-    def _difference(self, key: str, old: Tensor | None, new: Tensor | None, value: Tensor | None) -> str | None:
+    def _difference(
+        self, key: str, old: Tensor | None, new: Tensor | None, value: Tensor | None
+    ) -> str | None:
         """Why a tensor can't be put in place of the present one, None if it can."""
         room = self.adapter.room(key)
         if old is None:
@@ -346,19 +443,30 @@ class _Swap:
             return f"the checkpoint has shape {list(value.shape)}, which its config says is {list(new.shape)}"
         if old.is_floating_point() != value.is_floating_point():
             return f"the checkpoint has dtype {value.dtype}, the adapter in the model {old.dtype}"
-        if value.shape == old.shape or (room is not None and room.fits(value, old) and type(old) is nn.Parameter):
+        if value.shape == old.shape or (
+            room is not None and room.fits(value, old) and type(old) is nn.Parameter
+        ):
             return None
         return f"the checkpoint has shape {list(value.shape)}, the adapter in the model {list(old.shape)}"
 
     @torch.no_grad()
     def carry_out(self) -> None:
         """Swap. Nothing here can fail."""
-        own: dict[str, tuple[RankRoom, int]] = {key: (self.adapter.room(key), 0) for key in self.silent}  # type: ignore[misc]
+        own: dict[str, tuple[RankRoom, int]] = {
+            key: (self.adapter.room(key), 0) for key in self.silent
+        }  # type: ignore[misc]
         targets = {**self.silent, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
-        values = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in self.silent.items()}
+        values = {
+            key: torch.zeros(tensor.shape, dtype=tensor.dtype)
+            for key, tensor in self.silent.items()
+        }
         for key, (tensor, value) in self.pairs.items():
             room = self.adapter.room(key)
-            if room is not None and value.dim() > room.dim and value.shape[room.dim] < tensor.shape[room.dim]:
+            if (
+                room is not None
+                and value.dim() > room.dim
+                and value.shape[room.dim] < tensor.shape[room.dim]
+            ):
                 own[key] = (room, value.shape[room.dim])
                 value = room.filled(value, tensor.shape[room.dim])
             if value.shape == tensor.shape or is_without_memory(tensor):
@@ -372,7 +480,9 @@ class _Swap:
             if path in swapped:
                 self._adopt_values(self.adapter.layers[path], fresh)
         known = self.adapter.config
-        vars(known).update({**vars(self.config), "inference_mode": known.inference_mode, "_filled_up": own})
+        vars(known).update(
+            {**vars(self.config), "inference_mode": known.inference_mode, "_filled_up": own}
+        )
         self.adapter.tuner.note_loaded(self.adapter.model, self.adapter.name)
 
     def _adopt_values(self, layer: Any, fresh: Any) -> None:
@@ -391,5 +501,9 @@ class _Swap:
 def _same(present: Any, wanted: Any) -> bool:
     """Whether a value need not be replaced; compiled code knows modules by their identity."""
     if isinstance(wanted, nn.Module):
-        return type(present) is type(wanted) and repr(present) == repr(wanted) and not wanted.state_dict()
+        return (
+            type(present) is type(wanted)
+            and repr(present) == repr(wanted)
+            and not wanted.state_dict()
+        )
     return present == wanted

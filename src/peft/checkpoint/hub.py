@@ -13,11 +13,31 @@ from torch import nn
 from ..base.errors import CheckpointNotFoundError, PeftTypeError, PeftValueError, warn
 
 HUB_OPTIONS = frozenset(
-    {"cache_dir", "force_download", "local_files_only", "repo_type", "revision", "subfolder", "token", "user_agent"}
+    {
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "repo_type",
+        "revision",
+        "subfolder",
+        "token",
+        "user_agent",
+    }
 )
-# Options that once steered downloads and no longer have an effect in huggingface_hub; callers still pass them.
-_OBSOLETE = frozenset({"proxies", "resume_download", "use_auth_token", "etag_timeout", "_commit_hash", "adapter_kwargs"})
-# Options for loading the base model, which callers pass on to the adapter, where they have no effect.
+# Options that once steered downloads and no longer have an effect in huggingface_hub; callers still
+# pass them.
+_OBSOLETE = frozenset(
+    {
+        "proxies",
+        "resume_download",
+        "use_auth_token",
+        "etag_timeout",
+        "_commit_hash",
+        "adapter_kwargs",
+    }
+)
+# Options for loading the base model, which callers pass on to the adapter, where they have no
+# effect.
 _FOR_THE_BASE = frozenset(
     [
         "attn_implementation",
@@ -65,9 +85,13 @@ _FOR_SAVING = frozenset(
 
 
 def pass_over(options: dict[str, Any], caller: str) -> None:
-    """Accept options for saving that have no effect on adapters; those that nobody knows are named in a warning."""
+    """Accept options for saving that have no effect on adapters; those that nobody knows are named
+    in a warning.
+    """
     if unknown := sorted(options.keys() - _FOR_SAVING):
-        warn(f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect.")
+        warn(
+            f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect."
+        )
 
 
 def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,7 +99,11 @@ def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
     if options.get("use_auth_token") is not None:
         hub.setdefault("token", options["use_auth_token"])
-    rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS and key not in _OBSOLETE}
+    rest = {
+        key: value
+        for key, value in options.items()
+        if key not in HUB_OPTIONS and key not in _OBSOLETE
+    }
     return hub, rest
 
 
@@ -83,7 +111,9 @@ def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
     """The options for the Hub; those that nobody knows are named in a warning and passed over."""
     hub, rest = split_hub_options(options)
     if unknown := sorted(rest.keys() - _FOR_THE_BASE):
-        warn(f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect.")
+        warn(
+            f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect."
+        )
     return hub
 
 
@@ -100,7 +130,9 @@ def check_path(path: Any, kind: str = _SOURCE) -> None:
     """
     if isinstance(path, (str, os.PathLike)):
         if not os.fspath(path):
-            raise PeftValueError("The path '' is empty; name the folder, or pass '.' for the working directory.")
+            raise PeftValueError(
+                "The path '' is empty; name the folder, or pass '.' for the working directory."
+            )
         return
     is_plain = path is None or isinstance(path, (bool, int, float, bytes))
     remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
@@ -108,7 +140,10 @@ def check_path(path: Any, kind: str = _SOURCE) -> None:
         remedy = " A model comes before the path, as the first argument."
     elif hasattr(path, "peft_type"):
         remedy = " A config is passed as `config=…`, and tells nothing of the weights."
-    raise PeftTypeError(f"Expected {kind}, got {repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}")
+    raise PeftTypeError(
+        f"Expected {kind}, got "
+        f"{repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}"
+    )
 
 
 def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:
@@ -124,11 +159,13 @@ def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Pat
     return folder / subfolder if subfolder else folder
 
 
-def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: dict[str, Any]) -> Path:
+def find_file(
+    source: str | os.PathLike, names: tuple[str, ...], hub_options: dict[str, Any]
+) -> Path:
     """The path of the first of `names` that `source` holds, downloaded if `source` is a Hub id.
 
-    The Hub is asked only for what can be the name of a repository and does not look like a folder's path; a misspelt folder is an
-    error at once.
+    The Hub is asked only for what can be the name of a repository and does not look like a folder's
+    path; a misspelt folder is an error at once.
 
     Raises:
         CheckpointNotFoundError: None of the files is there, or the Hub could not be reached.
@@ -143,22 +180,30 @@ def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: di
                 return folder / name
         raise CheckpointNotFoundError(f"{wanted} in the folder '{folder}'{_hint(folder, names)}.")
     if Path(source).is_file():
-        raise CheckpointNotFoundError(f"{wanted} in '{source}', which is a file; give the path of the folder that it is in.")
+        raise CheckpointNotFoundError(
+            f"{wanted} in '{source}', which is a file; give the path of the folder that it is in."
+        )
     text = os.fspath(source)
     if isinstance(source, os.PathLike) or _is_path(text):
-        raise CheckpointNotFoundError(f"{wanted}: there is no folder '{text}'{_near(Path(source))}.")
+        raise CheckpointNotFoundError(
+            f"{wanted}: there is no folder '{text}'{_near(Path(source))}."
+        )
     meant = options.keys() & {"revision", "repo_type", "token", "cache_dir", "force_download"}
-    on_disk = Path(text).parent.is_dir() and not meant  # "a/b" where there is a folder "a", and single names
+    on_disk = (
+        Path(text).parent.is_dir() and not meant
+    )  # "a/b" where there is a folder "a", and single names
     try:
         return _download(text, names, {**options, "local_files_only": True} if on_disk else options)
     except OSError as error:
         if on_disk:
             raise CheckpointNotFoundError(
-                f"{wanted}: there is no folder '{text}'{_near(Path(text))}. The Hub was not asked, since this looks like a path; "
+                f"{wanted}: there is no folder '{text}'{_near(Path(text))}. The Hub was not asked, "
+                "since this looks like a path; "
                 "its repositories are named 'owner/name'. If it is one, pass `revision='main'`."
             ) from None
         raise CheckpointNotFoundError(
-            f"{wanted} at '{text}': it is neither a local folder that exists nor a model repository that could be read "
+            f"{wanted} at '{text}': it is neither a local folder that exists nor a model "
+            "repository that could be read "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -167,16 +212,23 @@ def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) 
     """The first of some files of a repository on the Hub, or in its local cache.
 
     Raises:
-        OSError: There is none, or the Hub could not be reached; it is asked once then, whatever the number of names.
+        OSError: There is none, or the Hub could not be reached; it is asked once then, whatever the
+            number of names.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     problem: Exception = FileNotFoundError(repository)
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, **options))
-        except LocalEntryNotFoundError as error:  # the Hub is away: what is in the cache is all there is
+        except (
+            LocalEntryNotFoundError
+        ) as error:  # the Hub is away: what is in the cache is all there is
             problem, options = error, {**options, "local_files_only": True}
         except EntryNotFoundError as error:
             problem = error
@@ -190,7 +242,13 @@ def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) 
 
 def _is_path(text: str) -> bool:
     """Whether a string can be nothing but a folder's path: no repository has such a name."""
-    return os.path.isabs(text) or text.startswith((".", "~")) or "\\" in text or text.count("/") > 1 or text.endswith("/")
+    return (
+        os.path.isabs(text)
+        or text.startswith((".", "~"))
+        or "\\" in text
+        or text.count("/") > 1
+        or text.endswith("/")
+    )
 
 
 def _near(path: Path) -> str:
@@ -201,10 +259,17 @@ def _near(path: Path) -> str:
     while not missing.parent.is_dir() and missing != missing.parent:
         missing = missing.parent
     try:
-        there = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        there = sorted(
+            entry.name
+            for entry in missing.parent.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
     except OSError:
         return ""
-    near = [str(missing.parent / name) for name in difflib.get_close_matches(missing.name, there, n=3, cutoff=0.6)]
+    near = [
+        str(missing.parent / name)
+        for name in difflib.get_close_matches(missing.name, there, n=3, cutoff=0.6)
+    ]
     if near:
         return f" (did you mean {' or '.join(map(repr, near))}?)"
     return f" ('{missing.parent}' has no '{missing.name}')" if missing != path else ""
@@ -215,4 +280,8 @@ def _hint(folder: Path, names: tuple[str, ...]) -> str:
     if not folder.is_dir():
         return f", which does not exist{_near(folder)}"
     within = sorted({path.parent.name for name in names for path in folder.glob(f"*/{name}")})
-    return f"; its sub-folders {', '.join(map(repr, within[:4]))} have one (`subfolder=…`)" if within else ""
+    return (
+        f"; its sub-folders {', '.join(map(repr, within[:4]))} have one (`subfolder=…`)"
+        if within
+        else ""
+    )

@@ -26,7 +26,8 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
         config: The adapter's config.
         model: The base model.
     """
-    import yaml  # by itself: huggingface_hub's cards take longer to import than an adapter takes to save
+    # By itself: huggingface_hub's cards take longer to import than an adapter takes to save.
+    import yaml
 
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(config)
@@ -36,7 +37,10 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
     except yaml.YAMLError as error:
         data = str(error)
     if not isinstance(data, dict):
-        warn(f"The metadata at the top of '{path}' is not what a model card has there, and is left as it is: {data}.")
+        warn(
+            f"The metadata at the top of '{path}' is not what a model card has there, and is left "
+            f"as it is: {data}."
+        )
         return
     data["library_name"] = "peft"
     tags = {*map(str, _as_list(data.get("tags"))), *(getattr(model, "model_tags", None) or [])}
@@ -48,7 +52,9 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
         data.setdefault("pipeline_tag", _PIPELINES[config.task_type])
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     data["tags"] = sorted({*tags, method})
-    metadata = yaml.dump({k: v for k, v in data.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    metadata = yaml.dump(
+        {k: v for k, v in data.items() if v is not None}, sort_keys=False, allow_unicode=True
+    )
     body = text[found.end() :] if found else f"\n{text}"
     with alone_in(folder):
         write_text(path, f"---\n{metadata}---\n{body}")
@@ -62,7 +68,8 @@ def _as_list(value: Any) -> list[Any]:
 def _body(config: Any) -> str:
     base = config.base_model_name_or_path or "its base model"
     return (
-        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\nAn adapter for {base}. "
+        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\nAn adapter for "
+        f"{base}. "
         "Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
         f"### Framework versions\n\n- PEFT {__version__}\n"
     )

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors with room for a larger rank than they have: zeros that fill up the rank of a low-rank pair leave its product as it is.
+"""Factors with room for a larger rank than they have: zeros that fill up the rank of a low-rank
+pair leave its product as it is.
 
-They are no part of the adapter. What is filled up is noted beside the adapter's config, and left out again on saving.
+They are no part of the adapter. What is filled up is noted beside the adapter's config, and left
+out again on saving.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ class RankRoom(NamedTuple):
 
     Args:
         dim: The dimension along which it has `r // share` entries.
-        blocks: How many equal blocks they come in, each filled up by itself (the groups of a convolution).
+        blocks: How many equal blocks they come in, each filled up by itself (the groups of a
+            convolution).
         share: In how many parts the rank is.
     """
 
@@ -48,14 +51,20 @@ class RankRoom(NamedTuple):
         return F.pad(parts, padding).flatten(self.dim, self.dim + 1)
 
     def cut(self, tensor: Tensor, size: int) -> Tensor:
-        """The first `size` entries along the dimension, of each block its share: what `filled` was given."""
+        """The first `size` entries along the dimension, of each block its share: what `filled` was
+        given.
+        """
         parts = tensor.unflatten(self.dim, (self.blocks, -1))
-        return parts.narrow(self.dim + 1, 0, size // self.blocks).flatten(self.dim, self.dim + 1).contiguous()
+        return (
+            parts.narrow(self.dim + 1, 0, size // self.blocks)
+            .flatten(self.dim, self.dim + 1)
+            .contiguous()
+        )
 
 
 def filled_up(config: Any) -> dict[str, tuple[RankRoom, int]]:
-    """How many entries of tensors that are filled up are the adapter's own, by checkpoint key: none of a layer that it does not
-    have. To be changed by what fills up.
+    """How many entries of tensors that are filled up are the adapter's own, by checkpoint key: none
+    of a layer that it does not have. To be changed by what fills up.
     """
     return vars(config).setdefault("_filled_up", {})
 

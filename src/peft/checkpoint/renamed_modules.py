@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names that the modules of a model had before, for adapters written for them under those.
 
-transformers renames modules from version to version, and has rules that turn a tensor's old name into its present one. A module of
-a checkpoint that the model has is never renamed; for others these rules are asked. Text and vision towers lost their inner
-`text_model.` and `vision_model.`; with them or without, they are found in any version.
+transformers renames modules from version to version, and has rules that turn a tensor's old name
+into its present one. A module of a checkpoint that the model has is never renamed; for others these
+rules are asked. Text and vision towers lost their inner `text_model.` and `vision_model.`; with
+them or without, they are found in any version.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Renamed(NamedTuple):
 
     Args:
         state: Its tensors.
-        paths: The present path of each module by that in the checkpoint; empty if they are the same.
+        paths: The present path of each module by that in the checkpoint; empty if they are the
+            same.
         layers: Those of the modules that have adapters, by the path in the checkpoint.
     """
 
@@ -76,7 +78,8 @@ class ModuleNames:
         return self._known
 
     def now(self, path: str, is_adapted: bool = True) -> str | None:
-        """The path that the model has for a module of this one, or of this one before; None if it has none.
+        """The path that the model has for a module of this one, or of this one before; None if it
+        has none.
 
         Raises:
             CheckpointError: The module has an adapter and is a part of another one now.
@@ -112,11 +115,15 @@ class ModuleNames:
 
 
 def names_in_files(model: nn.Module) -> dict[str, str]:
-    """What files of other programs call the modules of a text or vision encoder that is by itself: with the `text_model.` or
-    `vision_model.` that it had before, by the path that each has.
+    """What files of other programs call the modules of a text or vision encoder that is by itself:
+    with the `text_model.` or `vision_model.` that it had before, by the path that each has.
     """
     before = ModuleNames(model).before()
-    return {path: old for path, old in before.items() if _without_towers(path) == path and _without_towers(old) == path}
+    return {
+        path: old
+        for path, old in before.items()
+        if _without_towers(path) == path and _without_towers(old) == path
+    }
 
 
 def plain_path(path: str) -> str:
@@ -124,7 +131,9 @@ def plain_path(path: str) -> str:
     return ".".join(part for part in unwrapped(path).split(".") if part not in _WRAPPERS)
 
 
-def renamed_state(model: nn.Module, state: Mapping[str, Tensor], holders: Collection[str]) -> Renamed:
+def renamed_state(
+    model: nn.Module, state: Mapping[str, Tensor], holders: Collection[str]
+) -> Renamed:
     """A checkpoint's tensors under the names that the model's modules have now.
 
     Args:
@@ -140,8 +149,14 @@ def renamed_state(model: nn.Module, state: Mapping[str, Tensor], holders: Collec
     same = Renamed(dict(state), {}, [])
     if all(path in names.paths for _, path, _ in places.values()):
         return same
-    layers = {path: None for _, path, end in places.values() if path and end.split(".")[1].startswith(tuple(holders))}
-    found = {path: names.now(path, is_adapted=path in layers) or path for _, path, _ in places.values()}
+    layers = {
+        path: None
+        for _, path, end in places.values()
+        if path and end.split(".")[1].startswith(tuple(holders))
+    }
+    found = {
+        path: names.now(path, is_adapted=path in layers) or path for _, path, _ in places.values()
+    }
     result = {f"{root}{found[path]}{end}": state[key] for key, (root, path, end) in places.items()}
     if len(result) < len(state):  # two modules of the checkpoint would be one
         return same
@@ -153,11 +168,19 @@ def _place(key: str, holders: Collection[str]) -> tuple[str, str, str]:
     root = _ROOT.match(key)
     assert root is not None
     parts = key[root.end() :].split(".")
-    ends = (i for i, part in enumerate(parts) if any(part == name or part.startswith(f"{name}_topk") for name in holders))
+    ends = (
+        i
+        for i, part in enumerate(parts)
+        if any(part == name or part.startswith(f"{name}_topk") for name in holders)
+    )
     end = next(ends, len(parts) - 1)
     while end and parts[end - 1] in _WRAPPERS:
         end -= 1
-    return root.group(), ".".join(parts[:end]), "".join(f".{part}" for part in parts[end:]).removeprefix("" if end else ".")
+    return (
+        root.group(),
+        ".".join(parts[:end]),
+        "".join(f".{part}" for part in parts[end:]).removeprefix("" if end else "."),
+    )
 
 
 def _without_towers(path: str) -> str:
@@ -165,7 +188,9 @@ def _without_towers(path: str) -> str:
 
 
 def _rules(model: nn.Module) -> Iterator[_Rules]:
-    """The rules for each outermost transformers model in a model; none for versions that have no such rules."""
+    """The rules for each outermost transformers model in a model; none for versions that have no
+    such rules.
+    """
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None:
         return
@@ -180,22 +205,34 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
             continue
         inside.append(place := f"{path}." if path else "")
         rules = get_model_conversion_mapping(module, add_legacy=False)
-        names = {f"{plain_path(inner)}.weight": True for inner, part in walk(module) if part._parameters}
+        names = {
+            f"{plain_path(inner)}.weight": True for inner, part in walk(module) if part._parameters
+        }
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        yield _Rules(plain_path(place.rstrip(".")) + "." * bool(path), renamings, converters, module.base_model_prefix, names)
+        yield _Rules(
+            plain_path(place.rstrip(".")) + "." * bool(path),
+            renamings,
+            converters,
+            module.base_model_prefix,
+            names,
+        )
 
 
 def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
     """A module's path after all rules, which are for names of tensors."""
     from transformers.core_model_loading import rename_source_key
 
-    name, fused = rename_source_key(f"{path}.weight", rules.renamings, rules.converters, rules.prefix, rules.names)
+    name, fused = rename_source_key(
+        f"{path}.weight", rules.renamings, rules.converters, rules.prefix, rules.names
+    )
     if fused is not None and not is_adapted:
         return path
     if fused is not None:
         raise CheckpointError(
-            f"`{rules.place}{path}` is a part of `{rules.place}{name}` in the installed version of transformers, and an adapter of "
-            "the part is none of the whole; nothing was loaded. Use the version that the adapter was written with."
+            f"`{rules.place}{path}` is a part of `{rules.place}{name}` in the installed version of "
+            "transformers, and an adapter of "
+            "the part is none of the whole; nothing was loaded. Use the version that the adapter "
+            "was written with."
         )
     return name.removesuffix(".weight")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a checkpoint that no adapter can work with: NaN, infinite, or beyond what the adapter's dtype holds.
+"""Values of a checkpoint that no adapter can work with: NaN, infinite, or beyond what the adapter's
+dtype holds.
 
-All readers keep one rule: such a checkpoint is loaded, for one may want to look at a run that diverged, and a warning names
-its tensors.
+All readers keep one rule: such a checkpoint is loaded, for one may want to look at a run that
+diverged, and a warning names its tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from torch import Tensor, nn
 from ..base.errors import warn
 
 
-def warn_of_values(source: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], masked: Collection[str] = ()) -> None:
-    """Warn of the tensors of a checkpoint that have values which are NaN, infinite, or too large for where they go.
+def warn_of_values(
+    source: str,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    masked: Collection[str] = (),
+) -> None:
+    """Warn of the tensors of a checkpoint that have values which are NaN, infinite, or too large
+    for where they go.
 
     Args:
         source: What the checkpoint is called in the message.
-        state: Its tensors. Those without values (on the meta device, fake) or in pieces (DTensors) are not looked at.
+        state: Its tensors. Those without values (on the meta device, fake) or in pieces (DTensors)
+            are not looked at.
         expected: The tensors they go to, by the same keys.
         masked: Parts of keys of tensors in which minus infinity stands for what is left out.
     """
@@ -36,13 +44,16 @@ def warn_of_values(source: str, state: Mapping[str, Tensor], expected: Mapping[s
             too_large.append(f"{key} ({max(-low, high):.4g})")
     if diverged:
         warn(
-            f"{source} has values that are NaN or infinite, and so will the outputs be: {some(diverged)}. It is loaded as it is; "
+            f"{source} has values that are NaN or infinite, and so will the outputs be: "
+            f"{some(diverged)}. It is loaded as it is; "
             "the training that wrote it went wrong, take a checkpoint of an earlier step."
         )
     if too_large:
         warn(
-            f"{source} has values that are infinite in the dtype of the adapter in the model: {some(too_large)}. It is loaded so; "
-            "give the adapter a wider dtype (`autocast_adapter_dtype=True`, or cast the model before)."
+            f"{source} has values that are infinite in the dtype of the adapter in the model: "
+            f"{some(too_large)}. It is loaded so; "
+            "give the adapter a wider dtype (`autocast_adapter_dtype=True`, or cast the model "
+            "before)."
         )
 
 
@@ -53,10 +64,17 @@ def some(keys: Collection[str]) -> str:
 
 @torch.no_grad()
 def _extremes(state: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest value of each tensor, NaN where one is; a device is waited for once a dtype."""
+    """Return the smallest and the largest value of each tensor, NaN where one is; a device is
+    waited for once a dtype.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
     for key, tensor in state.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.is_meta
+            or not tensor.is_floating_point()
+            or not tensor.numel()
+        ):
             continue
         low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
         if type(low) is Tensor:  # fake ones have no values
@@ -64,5 +82,8 @@ def _extremes(state: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     result: dict[str, tuple[float, float]] = {}
     for group in groups.values():
         numbers = torch.stack([number for _, *pair in group for number in pair]).tolist()
-        result |= {key: (low, high) for (key, *_), low, high in zip(group, numbers[::2], numbers[1::2], strict=True)}
+        result |= {
+            key: (low, high)
+            for (key, *_), low, high in zip(group, numbers[::2], numbers[1::2], strict=True)
+        }
     return result

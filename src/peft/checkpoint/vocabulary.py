@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a base model's vocabulary: whether it was changed since the model was loaded, and what an adapter needs."""
+"""The size of a base model's vocabulary: whether it was changed since the model was loaded, and
+what an adapter needs.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from .renamed_modules import ModuleNames, plain_path
 
 
 def was_resized(model: nn.Module, config: Any) -> bool:
-    """Whether a transformers model has another number of tokens than the model its adapter's config names as its base.
+    """Whether a transformers model has another number of tokens than the model its adapter's config
+    names as its base.
 
-    Looks in the base model's folder, or among the files of the Hub that are on this machine; nothing is downloaded. Where neither
-    has the base model's config, the answer is no.
+    Looks in the base model's folder, or among the files of the Hub that are on this machine;
+    nothing is downloaded. Where neither has the base model's config, the answer is no.
 
     Args:
         model: The base model, or a model around it.
@@ -29,28 +32,39 @@ def was_resized(model: nn.Module, config: Any) -> bool:
     if config.base_model_name_or_path is None or now is None:
         return False
     try:
-        before = _size(read_json(find_file(config.base_model_name_or_path, ("config.json",), {"local_files_only": True})))
+        before = _size(
+            read_json(
+                find_file(
+                    config.base_model_name_or_path, ("config.json",), {"local_files_only": True}
+                )
+            )
+        )
     except PeftError:
         return False
     return before is not None and before != now
 
 
 def _size(content: dict[str, Any]) -> int | None:
-    """The vocabulary's size in a model's config; of models of several kinds of input that of the text."""
+    """The vocabulary's size in a model's config; of models of several kinds of input that of the
+    text.
+    """
     for part in (content, content.get("text_config") or {}):
         if part.get("vocab_size") is not None:
             return part["vocab_size"]
     return None
 
 
-def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: Mapping[str, int]) -> None:
-    """Give a transformers model as many tokens as an adapter's checkpoint has rows for, padding included. It is left alone where
-    the checkpoint has none, or several numbers of them.
+def fit_vocabulary(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: Mapping[str, int]
+) -> None:
+    """Give a transformers model as many tokens as an adapter's checkpoint has rows for, padding
+    included. It is left alone where the checkpoint has none, or several numbers of them.
 
     Args:
         model: The base model.
         shapes: Shapes of the checkpoint's tensors by key.
-        by_token: Names of the method's parameters that have one entry for each token, with the dimension.
+        by_token: Names of the method's parameters that have one entry for each token, with the
+            dimension.
     """
     if not hasattr(model, "resize_token_embeddings"):
         return
@@ -70,7 +84,11 @@ def fit_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: 
         plain = key.removeprefix("base_model.model.")
         for end, dim in ends.items():
             path = plain.removesuffix(f".{end}")
-            place = places.get(names.now(path, is_adapted=False) or path) if path != plain and len(shape) == 2 else None
+            place = (
+                places.get(names.now(path, is_adapted=False) or path)
+                if path != plain and len(shape) == 2
+                else None
+            )
             if place is not None:
                 rows.add(shape[dim])
     if len(rows) == 1 and rows != {table.weight.shape[0]}:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdaptedModel`: a model with adapters in it, and all that can be done with them: run, switch, merge, delete, take out."""
+"""`AdaptedModel`: a model with adapters in it, and all that can be done with them: run, switch,
+merge, delete, take out.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class AdaptedModel(nn.Module):
 
     Args:
         model: The model.
-        shared_root: Module that parameters shared by all layers are registered on, by default this one.
+        shared_root: Module that parameters shared by all layers are registered on, by default this
+            one.
 
     Attributes:
         model: The model.
@@ -53,7 +56,8 @@ class AdaptedModel(nn.Module):
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
     # Clients ask whether a method works only inside a PeftModel; none here does.
     uses_shared_state: ClassVar[bool] = False
-    # Keyword arguments of the model's forward and generate that are meant for the method and not for the model.
+    # Keyword arguments of the model's forward and generate that are meant for the method and not
+    # for the model.
     adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
     # Arguments that merging takes beside the common ones.
     merge_options: ClassVar[tuple[str, ...]] = ()
@@ -70,17 +74,27 @@ class AdaptedModel(nn.Module):
         self._active: str | list[str] = []
         self._paused: Pause | None = None
         self.inference_cache = InferenceCache()
-        every = {name for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() for name in getattr(tuner, "adapter_call_arguments", ())}
+        every = {
+            name
+            for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()
+            for name in getattr(tuner, "adapter_call_arguments", ())
+        }
         self._positional_names = positional_names(model.forward)
-        self._methods_arguments = tuple(sorted(every.difference(inspect.signature(model.forward).parameters)))
-        self._shared_root = (self if shared_root is None else shared_root,)  # in a tuple, not to be registered
+        self._methods_arguments = tuple(
+            sorted(every.difference(inspect.signature(model.forward).parameters))
+        )
+        self._shared_root = (
+            self if shared_root is None else shared_root,
+        )  # in a tuple, not to be registered
         self.training = model.training
 
     def detach_adapter(self, adapter_name: str) -> None:
         """Undo what ties an adapter to the model beside its layers, before it is deleted."""
 
     def detach_adapters(self) -> None:
-        """Undo what ties the method to the model beside its layers, when the last adapter is taken out."""
+        """Undo what ties the method to the model beside its layers, when the last adapter is taken
+        out.
+        """
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -90,15 +104,19 @@ class AdaptedModel(nn.Module):
             return asdict(config)
         return config if isinstance(config, dict) else config.to_dict()
 
-    def form_to_save(self, adapter_name: str, config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """An adapter's config and tensors as a file has them, where that is another form than `get_peft_model_state_dict` gives."""
+    def form_to_save(
+        self, adapter_name: str, config: Any, state: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """An adapter's config and tensors as a file has them, where that is another form than
+        `get_peft_model_state_dict` gives.
+        """
         return config, state
 
-    def present_names(self, config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def present_names(
+        self, config: Any, state: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
         """A checkpoint's config and tensors under the names that the model's modules have now."""
         return present_names(self.model, config, state)
-
-    # --- walking ------------------------------------------------------------------------------------------------------
 
     def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """This method's layers, with their module paths."""
@@ -123,7 +141,8 @@ class AdaptedModel(nn.Module):
         """The base model's forward, adapters included.
 
         Args:
-            adapter_names: An adapter for each sample in place of the active ones, `"__base__"` for none.
+            adapter_names: An adapter for each sample in place of the active ones, `"__base__"` for
+                none.
             *args, **kwargs: For the base model.
 
         Raises:
@@ -132,7 +151,12 @@ class AdaptedModel(nn.Module):
         """
         self.refuse_foreign_arguments(kwargs)
         # First of all conditions, so that no compiled code depends on the others.
-        if not torch.compiler.is_compiling() and self._merged_lately and self.training and torch.is_grad_enabled():
+        if (
+            not torch.compiler.is_compiling()
+            and self._merged_lately
+            and self.training
+            and torch.is_grad_enabled()
+        ):
             self._merged_lately = False
             _model_merges.warn_of_training(self.tuner_layers())
         batch = self.chosen_adapters(args, kwargs)
@@ -141,8 +165,11 @@ class AdaptedModel(nn.Module):
                 return self.model(*args, **kwargs)
             return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
 
-    def chosen_adapters(self, args: tuple[Any, ...], arguments: dict[str, Any], generate: Any = None) -> AdapterBatch | None:
-        """The choice of an adapter for each sample, taken out of a call's keyword arguments; None if it makes none.
+    def chosen_adapters(
+        self, args: tuple[Any, ...], arguments: dict[str, Any], generate: Any = None
+    ) -> AdapterBatch | None:
+        """The choice of an adapter for each sample, taken out of a call's keyword arguments; None
+        if it makes none.
 
         Args:
             args, arguments: What the call was given.
@@ -158,10 +185,15 @@ class AdaptedModel(nn.Module):
         if generate is None:
             call_rows = of_call(self.model, bind(self._positional_names, args, arguments), own)
         else:
-            call_rows = of_generation(self.model, bind(positional_names(generate), args, arguments), own)
+            call_rows = of_generation(
+                self.model, bind(positional_names(generate), args, arguments), own
+            )
         batch = adapter_batch(names, self.peft_config, call_rows)
         if self.merged_adapters:
-            raise PeftValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise PeftValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -179,22 +211,25 @@ class AdaptedModel(nn.Module):
         raise PeftAttributeError((self, self.model), name)
 
     def refuse_foreign_arguments(self, arguments: dict[str, Any]) -> None:
-        """Raise rather than ignore what is for another method (`task_ids`): models that take any keyword would swallow it."""
+        """Raise rather than ignore what is for another method (`task_ids`): models that take any
+        keyword would swallow it.
+        """
         for name in self._methods_arguments:
             if arguments.get(name) is not None and name not in self.adapter_call_arguments:
                 raise PeftTypeError(
-                    f"`{name}` is for another method than {type(self).__name__}, and the model has no such argument; leave it out."
+                    f"`{name}` is for another method than {type(self).__name__}, and the model has "
+                    "no such argument; leave it out."
                 )
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Whether all of an adapter's layers have low-rank factors; by default of the one that `convert_to_lora` would take."""
+        """Whether all of an adapter's layers have low-rank factors; by default of the one that
+        `convert_to_lora` would take.
+        """
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
         check_adapter(adapter_name)
         own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
         return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)
-
-    # --- switching ----------------------------------------------------------------------------------------------------
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -214,7 +249,9 @@ class AdaptedModel(nn.Module):
     @property
     def merged_adapters(self) -> list[str]:
         """Adapters that are merged into the base weights."""
-        return list(dict.fromkeys(name for layer in self.tuner_layers() for name in layer.merged_adapters))
+        return list(
+            dict.fromkeys(name for layer in self.tuner_layers() for name in layer.merged_adapters)
+        )
 
     def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list.
@@ -224,7 +261,9 @@ class AdaptedModel(nn.Module):
             PeftValueError: One is not an adapter of this model.
         """
         if not isinstance(adapter_names, (str, Iterable)):
-            raise PeftTypeError(f"Adapters are named by a string or a list of strings, got {adapter_names!r}.")
+            raise PeftTypeError(
+                f"Adapters are named by a string or a list of strings, got {adapter_names!r}."
+            )
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
             check_adapter(name, self.peft_config)
@@ -238,26 +277,35 @@ class AdaptedModel(nn.Module):
             inference_mode: Leave the active adapters frozen too.
 
         Raises:
-            PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing is changed.
+            PeftValueError: No name, an unknown one, or adapters that can't be active together;
+                nothing is changed.
         """
         names = self.check_names(adapter_name)
         if not names:
             raise PeftValueError(
-                f"`adapter_name`={adapter_name!r} names no adapter. To run the model without adapters use the context "
+                f"`adapter_name`={adapter_name!r} names no adapter. To run the model without "
+                "adapters use the context "
                 "`disable_adapter()`, or `disable_adapter_layers()`."
             )
         if len(set(names)) < len(names):
-            raise PeftValueError(f"`adapter_name`={names} names an adapter twice; active adapters add up, each once.")
+            raise PeftValueError(
+                f"`adapter_name`={names} names an adapter twice; active adapters add up, each once."
+            )
         self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters, all of them known, the active ones; none is the state after the last was deleted."""
+        """Make adapters, all of them known, the active ones; none is the state after the last was
+        deleted.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         parts = list(self._parts())
         for part in parts:
             if isinstance(part, AuxiliaryTrainingWrapper):
                 part.check_one_of(names)
-        if any(isinstance(part, BaseTunerLayer) and (part.merged or part.is_suspended) for part in parts):
+        if any(
+            isinstance(part, BaseTunerLayer) and (part.merged or part.is_suspended)
+            for part in parts
+        ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         for part in parts:
@@ -268,7 +316,9 @@ class AdaptedModel(nn.Module):
         self._paused = None
         self._active = adapter_name
 
-    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
         """Unfreeze or freeze adapters, active or not.
 
         Raises:
@@ -292,7 +342,8 @@ class AdaptedModel(nn.Module):
             biases = self.peft_config[name].trained_biases
             if biases != "none":
                 warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{biases}' does not produce the same output as "
+                    f"Careful, disabling adapter layers with bias configured to be '{biases}' does "
+                    "not produce the same output as "
                     "the base model would without adaption.",
                 )
         self._enable(False)
@@ -304,7 +355,10 @@ class AdaptedModel(nn.Module):
             module.enable_adapters(enabled)
         if not enabled and self._paused is None:
             self._paused = Pause()
-            self._paused.begin(self._shared(), (p for container in self._shared() for p in container._parameters.values()))
+            self._paused.begin(
+                self._shared(),
+                (p for container in self._shared() for p in container._parameters.values()),
+            )
         elif enabled and self._paused is not None:
             self._paused.end()
             self._paused = None
@@ -321,18 +375,28 @@ class AdaptedModel(nn.Module):
         return self if root is self else base_layer.place_for_shared(root, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the others that were stay so, else the first by name becomes active.
+        """Remove an adapter. If it was active, the others that were stay so, else the first by name
+        becomes active.
 
         Raises:
             PeftValueError: There is no such adapter, or it is merged.
         """
         if not isinstance(adapter_name, str):
-            raise PeftTypeError(f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one by one.")
+            raise PeftTypeError(
+                f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one "
+                "by one."
+            )
         if adapter_name not in self.peft_config:
             raise PeftValueError(no_adapter(adapter_name, self.peft_config, "does not exist"))
         parts = list(self._parts())
-        if any(isinstance(part, BaseTunerLayer) and adapter_name in part.merged_adapters for part in parts):
-            raise PeftValueError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
+        if any(
+            isinstance(part, BaseTunerLayer) and adapter_name in part.merged_adapters
+            for part in parts
+        ):
+            raise PeftValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
+                "unmerge them first."
+            )
         active = self.active_adapters
         self.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
@@ -346,19 +410,25 @@ class AdaptedModel(nn.Module):
             left = [name for name in active if name != adapter_name]
             if not left and self.peft_config:
                 left = [min(self.peft_config)]
-                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
+                warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active "
+                    f"adapter to {left[0]}."
+                )
             self._activate(left[0] if len(left) == 1 else left)
 
-    # --- merging and removing -----------------------------------------------------------------------------------------
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any
+    ) -> None:
+        """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off
+        again exactly.
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
-        """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off again exactly.
+        Merged adapters count whether or not they are active; active ones that are not merged are
+        computed besides.
 
-        Merged adapters count whether or not they are active; active ones that are not merged are computed besides.
-
-        What is taken off is what was added, even if the adapters were trained, loaded or scaled meanwhile: a merge keeps a copy of
-        the adapters' factors. Weights that bitsandbytes or torchao quantised are quantised again in their own form; the originals
-        stay in memory until they are unmerged or unloaded.
+        What is taken off is what was added, even if the adapters were trained, loaded or scaled
+        meanwhile: a merge keeps a copy of the adapters' factors. Weights that bitsandbytes or
+        torchao quantised are quantised again in their own form; the originals stay in memory until
+        they are unmerged or unloaded.
 
         Args:
             adapter_names: Which adapters, by default the active ones.
@@ -366,14 +436,19 @@ class AdaptedModel(nn.Module):
             **options: What the method needs to know besides.
 
         Raises:
-            PeftValueError: An unknown name, or a weight would break, or an adapter is merged with other options; nothing is merged
-                then.
-            PeftNotSupportedError: A weight is quantised in another form, or the method can't be merged, or a decomposed adapter
-                would not apply in its place among the others.
+            PeftValueError: An unknown name, or a weight would break, or an adapter is merged with
+                other options; nothing is merged then.
+            PeftNotSupportedError: A weight is quantised in another form, or the method can't be
+                merged, or a decomposed adapter would not apply in its place among the others.
         """
         self.check_merge_options(options)
-        names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
-        named, each = dict(self.named_tuner_layers()), {name: self.merge_options_of(name, options) for name in names}
+        names = self.check_names(
+            checked_names(self.active_adapters if adapter_names is None else adapter_names)
+        )
+        named, each = (
+            dict(self.named_tuner_layers()),
+            {name: self.merge_options_of(name, options) for name in names},
+        )
         _model_merges.warn_of_ties(self.model, named, each)
         _model_merges.merge(named, each, safe_merge)
         self._merged_lately = True
@@ -394,9 +469,12 @@ class AdaptedModel(nn.Module):
         """
         unknown = sorted(set(options) - set(self.merge_options))
         if unknown:
-            known = ", ".join(map("`{}`".format, ("adapter_names", "safe_merge", *self.merge_options)))
+            known = ", ".join(
+                map("`{}`".format, ("adapter_names", "safe_merge", *self.merge_options))
+            )
             raise PeftTypeError(
-                f"Merging got unexpected keyword arguments: {', '.join(unknown)}. With {type(self).__name__} it takes {known}."
+                f"Merging got unexpected keyword arguments: {', '.join(unknown)}. With "
+                f"{type(self).__name__} it takes {known}."
             )
 
     def unmerge_adapter(self) -> None:
@@ -410,8 +488,9 @@ class AdaptedModel(nn.Module):
         adapter_names: list[str] | None = None,
         **options: Any,
     ) -> nn.Module:
-        """The base model with adapters merged into its weights, and nothing of this package left in it. A weight that its layer
-        computes in each forward (`weight_norm`, `spectral_norm`, `parametrize`, `prune`) becomes a plain parameter.
+        """The base model with adapters merged into its weights, and nothing of this package left in
+        it. A weight that its layer computes in each forward (`weight_norm`, `spectral_norm`,
+        `parametrize`, `prune`) becomes a plain parameter.
 
         Args:
             progressbar: Show one.
@@ -423,16 +502,39 @@ class AdaptedModel(nn.Module):
             As `merge_adapter`.
         """
         self.check_merge_options(options)
-        names = self.check_names(checked_names(self.active_adapters if adapter_names is None else adapter_names))
+        names = self.check_names(
+            checked_names(self.active_adapters if adapter_names is None else adapter_names)
+        )
         chosen = {name: self.merge_options_of(name, options) for name in names if options}
         for wrapper in self.auxiliary_wrappers():
             wrapper.check_one_of(names)
         was_tied = tied_weights.is_tied(self.model)
-        own = [(layer, name) for layer in self.tuner_layers() for name in names if name in layer.scaling]
-        changed = list(dict.fromkeys([*(layer for layer in self.tuner_layers() if layer.merged), *(layer for layer, _ in own)]))
-        with _model_merges.without_other_merges(self.tuner_layers(), chosen), _model_merges.apart(self.model, changed):
-            if adapter_names is not None or any(name not in layer.merged_adapters for layer, name in own):
-                bases = dict.fromkeys(layer.get_base_layer() for layer, name in own if name not in layer.merged_adapters)
+        own = [
+            (layer, name)
+            for layer in self.tuner_layers()
+            for name in names
+            if name in layer.scaling
+        ]
+        changed = list(
+            dict.fromkeys(
+                [
+                    *(layer for layer in self.tuner_layers() if layer.merged),
+                    *(layer for layer, _ in own),
+                ]
+            )
+        )
+        with (
+            _model_merges.without_other_merges(self.tuner_layers(), chosen),
+            _model_merges.apart(self.model, changed),
+        ):
+            if adapter_names is not None or any(
+                name not in layer.merged_adapters for layer, name in own
+            ):
+                bases = dict.fromkeys(
+                    layer.get_base_layer()
+                    for layer, name in own
+                    if name not in layer.merged_adapters
+                )
                 with made_plain(bases):
                     self.merge_adapter(adapter_names, safe_merge, **options)
         plain = self._unload(names, "Unloading and merging model" if progressbar else None)

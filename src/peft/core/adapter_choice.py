@@ -15,12 +15,15 @@ from ..base.validation import check_adapter
 from .layer import BaseTunerLayer
 
 
-def adapter_of(model: nn.Module, name: str | None, layer_class: type[BaseTunerLayer], kind: str) -> str:
+def adapter_of(
+    model: nn.Module, name: str | None, layer_class: type[BaseTunerLayer], kind: str
+) -> str:
     """Return the name of the adapter that is meant among those that layers of a class have.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        name: As given; None means "default", or else the only adapter that is active, or else the only one.
+        name: As given; None means "default", or else the only adapter that is active, or else the
+            only one.
         layer_class: That of the layers.
         kind: What messages say behind the name of such an adapter, " of LoKr".
 
@@ -29,12 +32,22 @@ def adapter_of(model: nn.Module, name: str | None, layer_class: type[BaseTunerLa
         PeftValueError: There is none, or several could be meant.
     """
     if not isinstance(model, nn.Module):
-        raise PeftTypeError(f"`model`={model!r} must be a module of torch with adapters, not {type(model).__name__}.")
+        raise PeftTypeError(
+            f"`model`={model!r} must be a module of torch with adapters, not "
+            f"{type(model).__name__}."
+        )
     layers: list[Any] = [layer for _, layer in walk(model) if isinstance(layer, layer_class)]
-    return adapter_meant(name, dict.fromkeys(own for layer in layers for own in layer.scaling), active_in(layers), kind)
+    return adapter_meant(
+        name,
+        dict.fromkeys(own for layer in layers for own in layer.scaling),
+        active_in(layers),
+        kind,
+    )
 
 
-def adapter_meant(name: str | None, known: Collection[str], active: Collection[str], kind: str = "") -> str:
+def adapter_meant(
+    name: str | None, known: Collection[str], active: Collection[str], kind: str = ""
+) -> str:
     """Return the same, given which adapters there are and which of them are active."""
     if name is not None:
         check_adapter(name)
@@ -42,13 +55,16 @@ def adapter_meant(name: str | None, known: Collection[str], active: Collection[s
         if name in known:
             return name  # type: ignore[return-value]
         named = "" if name is None else f" {name!r}"
-        raise PeftValueError(f"The model has no adapter{named}{kind}; there are {adapters_there(name, known)}")
+        raise PeftValueError(
+            f"The model has no adapter{named}{kind}; there are {adapters_there(name, known)}"
+        )
     if "default" in known:
         return "default"
     meant = [own for own in known if own in active] or list(known)
     if len(meant) > 1:
         raise PeftValueError(
-            f"The model has no adapter 'default'{kind}, and several could be meant; pass `adapter_name`, one of "
+            f"The model has no adapter 'default'{kind}, and several could be meant; pass "
+            "`adapter_name`, one of "
             f"{adapters_there('', meant)}"
         )
     return meant[0]

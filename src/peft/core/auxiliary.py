@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are trained beside an adapter: `AuxiliaryTrainingWrapper`, and full copies for `modules_to_save`."""
+"""Modules that are trained beside an adapter: `AuxiliaryTrainingWrapper`, and full copies for
+`modules_to_save`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ..integrations.distributed import gathered
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module of which something is trained beside each of several adapters, and used while that adapter is active.
+    """A module of which something is trained beside each of several adapters, and used while that
+    adapter is active.
 
     Args:
         module_to_save: The module as it was; it is used while no adapter's part is.
@@ -39,8 +42,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self._paused = Pause()
         self.training = module_to_save.training
 
-    # --- what a kind of wrapper supplies ------------------------------------------------------------------------------
-
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that train something of this module."""
@@ -59,16 +60,14 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """What to put in this wrapper's place: the module as it is with the part of one of some adapters, or as it was if none of
-        them has one.
+        """What to put in this wrapper's place: the module as it is with the part of one of some
+        adapters, or as it was if none of them has one.
         """
         raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """For each key under which a part of an adapter is saved, the name it has in this module."""
         raise NotImplementedError
-
-    # --- switching ----------------------------------------------------------------------------------------------------
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -88,14 +87,21 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's part, or the original module, while which all parts are frozen."""
         if not enabled and not self._disable_adapters:
-            trained = [name for name in self.adapters if any(p.requires_grad for p in self.parameters_of(name))]
-            self._paused.begin([self], (p for name in trained for p in self.parameters_of(name)), trained)
+            trained = [
+                name
+                for name in self.adapters
+                if any(p.requires_grad for p in self.parameters_of(name))
+            ]
+            self._paused.begin(
+                [self], (p for name in trained for p in self.parameters_of(name)), trained
+            )
         elif enabled:
             self._paused.end()
         self._disable_adapters = not enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts are frozen.
+        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts
+        are frozen.
 
         Raises:
             PeftValueError: More than one of the adapters has a part in this module.
@@ -120,8 +126,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """
         if len(own := self.among(adapter_names)) > 1:
             raise PeftValueError(
-                f"Only one adapter can be set at a time for {type(self).__name__}: {', '.join(own)} each train the same "
-                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give each sample its own "
+                f"Only one adapter can be set at a time for {type(self).__name__}: "
+                f"{', '.join(own)} each train the same "
+                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give "
+                "each sample its own "
                 "with `adapter_names`."
             )
 
@@ -129,7 +137,9 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Unfreeze or freeze adapters' parts."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.parameters_of(name) if self.has(name) else ():
-                if parameter.requires_grad != requires_grad:  # with many adapters most are frozen and stay so
+                if (
+                    parameter.requires_grad != requires_grad
+                ):  # with many adapters most are frozen and stay so
                     parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -138,8 +148,15 @@ class AuxiliaryTrainingWrapper(nn.Module):
             self.remove(adapter_name)
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
-    def _run_for_samples(self, batch: AdapterBatch, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output for each sample of a call of what runs for its adapter, from those rows of the inputs that are the sample's.
+    def _run_for_samples(
+        self,
+        batch: AdapterBatch,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The output for each sample of a call of what runs for its adapter, from those rows of the
+        inputs that are the sample's.
 
         Raises:
             PeftNotSupportedError: It is no tensor.
@@ -151,17 +168,24 @@ class AuxiliaryTrainingWrapper(nn.Module):
         total = args[0].shape[dim]
 
         def part(value: Any, own: torch.Tensor) -> Any:
-            has_rows = isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
+            has_rows = (
+                isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
+            )
             return value.index_select(dim, own) if has_rows else value
 
         rows = batch.rows(total, args[0].device, shared)
         outputs = [
-            run(name, *(part(value, own) for value in args), **{key: part(value, own) for key, value in kwargs.items()})
+            run(
+                name,
+                *(part(value, own) for value in args),
+                **{key: part(value, own) for key, value in kwargs.items()},
+            )
             for name, own in rows.items()
         ]
         if not all(isinstance(output, torch.Tensor) for output in outputs):
             raise PeftNotSupportedError(
-                f"`adapter_names` needs modules in `modules_to_save` that return a tensor; {type(self.original_module).__name__} "
+                "`adapter_names` needs modules in `modules_to_save` that return a tensor; "
+                f"{type(self.original_module).__name__} "
                 "does not."
             )
         return torch.cat(outputs, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
@@ -171,11 +195,17 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return self.original_module  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …), private names apart."""
+        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …),
+        private names apart.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name in ("original_module", "modules_to_save", "token_adapter"):
+            if name.startswith("_") or name in (
+                "original_module",
+                "modules_to_save",
+                "token_adapter",
+            ):
                 raise
             return getattr(self._current(), name)
 
@@ -211,15 +241,23 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @staticmethod
     def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
-        """A trainable copy of a module (of the original one, if it is wrapped already). Of the modules in it that are keys of
-        `plain`, those are copied that stand there.
+        """A trainable copy of a module (of the original one, if it is wrapped already). Of the
+        modules in it that are keys of `plain`, those are copied that stand there.
         """
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         with gathered(module.parameters()):
-            instead: dict[int, Any] = {id(layer): copy.deepcopy(inner) for layer, inner in plain.items()}
-            for inner in module.modules():  # computed by a hook, they have a history, which torch does not copy
-                computed = [value for value in vars(inner).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+            instead: dict[int, Any] = {
+                id(layer): copy.deepcopy(inner) for layer, inner in plain.items()
+            }
+            for inner in (
+                module.modules()
+            ):  # computed by a hook, they have a history, which torch does not copy
+                computed = [
+                    value
+                    for value in vars(inner).values()
+                    if isinstance(value, torch.Tensor) and not value.is_leaf
+                ]
                 instead.update({id(value): value.detach().clone() for value in computed})
             fresh = copy.deepcopy(module, instead)
         for parameter in fresh.parameters():
@@ -235,15 +273,21 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         del self.modules_to_save[adapter_name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module in use, or for each sample that of the adapter its call chose for it."""
+        """The output of the module in use, or for each sample that of the adapter its call chose
+        for it.
+        """
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
-        return self._run_for_samples(batch, lambda name, *own, **more: self._of(name)(*own, **more), args, kwargs)
+        return self._run_for_samples(
+            batch, lambda name, *own, **more: self._of(name)(*own, **more), args, kwargs
+        )
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
         """The copy of one of some adapters, or the original module."""
-        return next((self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module)
+        return next(
+            (self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module
+        )
 
     def _of(self, adapter_name: str) -> nn.Module:
         """An adapter's copy, or the original module if it has none."""
@@ -260,7 +304,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """For each key of the wrapped module's state dict, the key of an adapter's copy."""
         if adapter_name not in self.modules_to_save:
             return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+        return {
+            key: f"modules_to_save.{adapter_name}.{key}"
+            for key in self.modules_to_save[adapter_name].state_dict()
+        }
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:

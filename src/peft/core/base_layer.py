@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows kinds of layers: how large they are, where their weight lives, how it is stored, who bypasses them."""
+"""The only file that knows kinds of layers: how large they are, where their weight lives, how it is
+stored, who bypasses them.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,24 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def geometry(module: nn.Module) -> Geometry | None:
     """The size of a supported layer, None for any other module.
 
-    Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantised linears), transformers'
-    `Conv1D`, and `nn.Conv1d/2d/3d`. An adapted layer has the size of the layer it adapts.
+    Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantised
+    linears), transformers' `Conv1D`, and `nn.Conv1d/2d/3d`. An adapted layer has the size of the
+    layer it adapts.
     """
     module = innermost(module)
     if isinstance(module, _CONVOLUTIONS):
-        return Geometry(module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size))
+        return Geometry(
+            module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size)
+        )
     if is_conv1d(module):
         weight: Any = module.weight
-        rows, columns = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed ZeRO-3 empties the weight and keeps its shape
+        rows, columns = getattr(
+            weight, "ds_shape", weight.shape
+        )  # DeepSpeed ZeRO-3 empties the weight and keeps its shape
         return Geometry(columns, rows, transposed=True)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # A module with others inside is a block that notes its sizes; one of size zero has not seen its input yet.
+    # A module with others inside is a block that notes its sizes; one of size zero has not seen its
+    # input yet.
     is_layer = isinstance(module, nn.Linear) or not module._modules
     if is_layer and all(isinstance(size, int) and size > 0 for size in sizes):
         return Geometry(*sizes)  # type: ignore[arg-type]
@@ -40,17 +48,24 @@ def geometry(module: nn.Module) -> Geometry | None:
 
 
 def table(module: nn.Module) -> Geometry | None:
-    """The size of an `nn.Embedding`, a linear map of one-hot vectors with its weight stored `[in, out]`; None for any other module.
+    """The size of an `nn.Embedding`, a linear map of one-hot vectors with its weight stored
+    `[in, out]`; None for any other module.
 
-    It is apart from `geometry` since a layer around an embedding has to look rows up in place of multiplying.
+    It is apart from `geometry` since a layer around an embedding has to look rows up in place of
+    multiplying.
     """
     module = innermost(module)
-    return Geometry(module.embedding_dim, module.num_embeddings, transposed=True) if isinstance(module, nn.Embedding) else None
+    return (
+        Geometry(module.embedding_dim, module.num_embeddings, transposed=True)
+        if isinstance(module, nn.Embedding)
+        else None
+    )
 
 
 def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
-    """What a config's `fan_in_fan_out` should be: whether layers to be adapted store their weight `[in, out]`. A warning tells if
-    it says otherwise. Embeddings do not count, which all store it one way.
+    """What a config's `fan_in_fan_out` should be: whether layers to be adapted store their weight
+    `[in, out]`. A warning tells if it says otherwise. Embeddings do not count, which all store it
+    one way.
     """
     stored = {size.transposed for size in map(geometry, modules) if size is not None}
     if True in stored and not fan_in_fan_out:
@@ -63,18 +78,23 @@ def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
 
 
 def embedding_scale(module: nn.Module) -> float | Tensor:
-    """What an embedding multiplies the rows it looks up by (in transformers' scaled word embeddings)."""
+    """What an embedding multiplies the rows it looks up by (in transformers' scaled word
+    embeddings).
+    """
     return getattr(innermost(module), "embed_scale", 1.0)
 
 
 def place_for_shared(root: nn.Module, name: str) -> nn.Module:
-    """The module that parameters shared by a model's layers are registered on as `name`: the one that has them already, else the
-    root, or inside it where the root is a container that takes all its children for steps or items.
+    """The module that parameters shared by a model's layers are registered on as `name`: the one
+    that has them already, else the root, or inside it where the root is a container that takes all
+    its children for steps or items.
     """
     modules = [module for _, module in walk(root)]
     owners = (module for module in modules if name in module._modules)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next(owners, next((module for module in modules if not isinstance(module, containers)), root))
+    return next(
+        owners, next((module for module in modules if not isinstance(module, containers)), root)
+    )
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -105,9 +125,9 @@ def describe(module: nn.Module) -> str:
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
     """Where to make adapter parameters for a layer.
 
-    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless given. The precision is the
-    layer's own, or float32 where that has less than 32 bits and `autocast` is set, or where it is no precision to compute in
-    (float8, quantised).
+    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless
+    given. The precision is the layer's own, or float32 where that has less than 32 bits and
+    `autocast` is set, or where it is no precision to compute in (float8, quantised).
     """
     for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
         dtype = tensor.dtype
@@ -119,14 +139,23 @@ def placement(module: nn.Module, autocast: bool, device: torch.device | None = N
 
 
 def conv_options(module: nn.Module) -> dict[str, Any]:
-    """`stride`, `padding`, `dilation` and `groups` of a convolution whose input went through `pad_input`."""
+    """`stride`, `padding`, `dilation` and `groups` of a convolution whose input went through
+    `pad_input`.
+    """
     conv: Any = innermost(module)
     padding = conv.padding if conv.padding_mode == "zeros" else (0,) * len(conv.kernel_size)
-    return {"stride": conv.stride, "padding": padding, "dilation": conv.dilation, "groups": conv.groups}
+    return {
+        "stride": conv.stride,
+        "padding": padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
 
 
 def pad_input(module: nn.Module, x: Tensor) -> Tensor:
-    """`x` with the padding that a convolution function can't do itself (reflect, replicate, circular)."""
+    """`x` with the padding that a convolution function can't do itself (reflect, replicate,
+    circular).
+    """
     conv: Any = innermost(module)
     if conv.padding_mode == "zeros":
         return x

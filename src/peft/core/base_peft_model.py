@@ -62,12 +62,17 @@ class BasePeftModel(nn.Module):
         super().__init__()
         check_model(model)
         if isinstance(model, BasePeftModel):
-            raise PeftValueError("The model is a PeftModel already; use its `add_adapter` or `load_adapter`.")
+            raise PeftValueError(
+                "The model is a PeftModel already; use its `add_adapter` or `load_adapter`."
+            )
         check_config(peft_config)
-        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_flags(
+            autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             warn(
-                "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different "
+                "You are trying to modify a model with PEFT for a second time. If you want to "
+                "reload the model with a different "
                 "config, make sure to call `.unload()` before.",
             )
         tuner_cls = self._tuner_class(peft_config)
@@ -84,7 +89,9 @@ class BasePeftModel(nn.Module):
         self.peft_type = peft_config.peft_type
         self.training = model.training
         self.__class__ = self._around(tuner_cls)
-        if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        if any(
+            getattr(module, "gradient_checkpointing", False) is True for module in model.modules()
+        ):
             self.prepare_model_for_gradient_checkpointing()
 
     @classmethod
@@ -100,13 +107,17 @@ class BasePeftModel(nn.Module):
         check_config(config)
         if config.peft_type != self.peft_type:
             raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. A model that "
-                "takes both is made by `get_peft_model(model, config, mixed=True)`, or loaded by `PeftMixedModel.from_pretrained`."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{config.peft_type}. A model that "
+                "takes both is made by `get_peft_model(model, config, mixed=True)`, or loaded by "
+                "`PeftMixedModel.from_pretrained`."
             )
 
     @contextmanager
     def _with_heads(self, config: Any) -> Iterator[None]:
-        """Add the task's heads to the config's `modules_to_save`; take them back if the adapter can't be made."""
+        """Add the task's heads to the config's `modules_to_save`; take them back if the adapter
+        can't be made.
+        """
         before = config.modules_to_save
         if self._head_names:
             config.modules_to_save = list(dict.fromkeys([*(before or []), *self._head_names]))
@@ -116,11 +127,10 @@ class BasePeftModel(nn.Module):
             config.modules_to_save = before
             raise
 
-    # --- the model ----------------------------------------------------------------------------------------------------
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward with the active adapters. What the method needs (`task_ids`) is passed by keyword, and so is
-        `adapter_names`: an adapter for each sample in place of the active ones, `"__base__"` for none.
+        """The base model's forward with the active adapters. What the method needs (`task_ids`) is
+        passed by keyword, and so is `adapter_names`: an adapter for each sample in place of the
+        active ones, `"__base__"` for none.
         """
         return self.base_model(*args, **kwargs)
 
@@ -131,14 +141,24 @@ class BasePeftModel(nn.Module):
             raise PeftAttributeError((self.get_base_model(),), "generate")
         generate = self.base_model.generate
         batch = self.base_model.chosen_adapters(args, kwargs, generate)
-        chosen = ADAPTER_BATCHES.during(None) if batch is None else batch.generating(self.get_base_model())
+        chosen = (
+            ADAPTER_BATCHES.during(None)
+            if batch is None
+            else batch.generating(self.get_base_model())
+        )
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with chosen, self.base_model.adapter_call_context(args, kwargs), cached:
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's inputs for one step, with what the method needs (`task_ids`) carried along."""
-        own = {name: kwargs.pop(name) for name in self.base_model.adapter_call_arguments if name in kwargs}
+        """The base model's inputs for one step, with what the method needs (`task_ids`) carried
+        along.
+        """
+        own = {
+            name: kwargs.pop(name)
+            for name in self.base_model.adapter_call_arguments
+            if name in kwargs
+        }
         return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
 
     def __getattr__(self, name: str) -> Any:
@@ -159,7 +179,9 @@ class BasePeftModel(nn.Module):
         return self.base_model.model
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's method of that name; also lets gradients pass the frozen input, which checkpoints need to see."""
+        """The base model's method of that name; also lets gradients pass the frozen input, which
+        checkpoints need to see.
+        """
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
 
@@ -169,12 +191,14 @@ class BasePeftModel(nn.Module):
         self.prepare_model_for_gradient_checkpointing()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
-        """Let gradients pass the frozen input of the base model (or of `model`), without which checkpointed layers have none."""
-        enable = getattr(self.get_base_model() if model is None else model, "enable_input_require_grads", None)
+        """Let gradients pass the frozen input of the base model (or of `model`), without which
+        checkpointed layers have none.
+        """
+        enable = getattr(
+            self.get_base_model() if model is None else model, "enable_input_require_grads", None
+        )
         if enable is not None:
             enable()
-
-    # --- adapters -----------------------------------------------------------------------------------------------------
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -205,7 +229,11 @@ class BasePeftModel(nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that adapters train whole."""
-        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        names = {
+            name
+            for config in self.peft_config.values()
+            for name in getattr(config, "modules_to_save", None) or ()
+        }
         return names or None
 
     @property
@@ -236,9 +264,9 @@ class BasePeftModel(nn.Module):
     ) -> None:
         """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
 
-        TRL's trainers call this for the reference of a model that has a trained adapter, with that adapter's own
-        config, and mean a copy; but then they copy values by names that most methods do not have. They get one,
-        as of `copy_adapter`.
+        TRL's trainers call this for the reference of a model that has a trained adapter, with that
+        adapter's own config, and mean a copy; but then they copy values by names that most methods
+        do not have. They get one, as of `copy_adapter`.
 
         Args:
             adapter_name: A new name, without dots.
@@ -247,7 +275,8 @@ class BasePeftModel(nn.Module):
             autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
 
         Raises:
-            PeftValueError: The name is taken, or the config is of another method or does not fit; nothing is changed.
+            PeftValueError: The name is taken, or the config is of another method or does not fit;
+                nothing is changed.
         """
         if isinstance(adapter_name, PeftConfig):
             raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
@@ -256,20 +285,25 @@ class BasePeftModel(nn.Module):
         if source is not None:
             if calling_library() == "trl":
                 return self.copy_adapter(source, adapter_name, reference=True)
-            peft_config = peft_config.for_copy()  # or a change to one adapter would be one to the other
-        check_flags(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+            peft_config = (
+                peft_config.for_copy()
+            )  # or a change to one adapter would be one to the other
+        check_flags(
+            autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
         device = torch.device("meta") if low_cpu_mem_usage else None
         self._add(adapter_name, peft_config, Construction(autocast_adapter_dtype, device))
         return None
 
     def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
-        """Add an adapter that is like another one, values included; it waits, frozen, until `set_adapter`.
+        """Add an adapter that is like another one, values included; it waits, frozen, until
+        `set_adapter`.
 
         Args:
             adapter_name: The adapter to copy, which stays as it is.
             new_name: A new name, without dots.
-            reference: Leave out what is random in training (dropout, the draws of gates), so that the copy computes
-                in training mode what it does in evaluation: a reference for preference tuning, say.
+            reference: Leave out what is random in training (dropout, the draws of gates), so that
+                the copy computes in training mode what it does in evaluation: a reference for preference tuning, say.
 
         Raises:
             PeftTypeError: A name is no string, or `reference` neither True nor False.
@@ -286,20 +320,30 @@ class BasePeftModel(nn.Module):
         """
         check_flags(reference=reference)
         if not isinstance(adapter_name, str):
-            raise PeftTypeError(f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by one.")
+            raise PeftTypeError(
+                f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by "
+                "one."
+            )
         self.base_model.check_names(adapter_name)
         config = self.peft_config[adapter_name]
         fill = copier(self, config, adapter_name)
         self._add(new_name, config.for_copy(reference), Construction(initialise=False), fill)
         self.base_model.note_loaded(self, new_name)
 
-    def _add(self, name: str, config: PeftConfig, construction: Construction, check: Callable[[Build], None] | None = None) -> None:
+    def _add(
+        self,
+        name: str,
+        config: PeftConfig,
+        construction: Construction,
+        check: Callable[[Build], None] | None = None,
+    ) -> None:
         self._check_method(config)
         with self._with_heads(config):
             self.base_model.add_adapter(name, config, construction, check=check)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several that add up, the active one and (unless `inference_mode`) the trainable one.
+        """Make one adapter, or several that add up, the active one and (unless `inference_mode`)
+        the trainable one.
 
         Raises:
             PeftValueError: No name or an unknown one; nothing is changed.
@@ -308,14 +352,17 @@ class BasePeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model computes what it did without adapters, and none of them is trainable."""
+        """A context in which the model computes what it did without adapters, and none of them is
+        trainable.
+        """
         states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
         if states == {True}:
             yield
             return
         if len(states) > 1:
             warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. All of them will be enabled "
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. All of them will be enabled "
                 "at the end of the `disable_adapter` context.",
             )
         self.base_model.disable_adapter_layers()
@@ -325,7 +372,8 @@ class BasePeftModel(nn.Module):
             self.base_model.enable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the active one, the first of the others by name becomes active.
+        """Remove an adapter; if it was the active one, the first of the others by name becomes
+        active.
 
         Raises:
             PeftValueError: There is no such adapter.
@@ -341,15 +389,17 @@ class BasePeftModel(nn.Module):
     enable_adapter_layers = forwarded(BaseTuner.enable_adapter_layers)
     disable_adapter_layers = forwarded(BaseTuner.disable_adapter_layers)
 
-    # --- parameters ---------------------------------------------------------------------------------------------------
-
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # ZeRO-3 empties parameters
+            count = parameter.numel() or getattr(
+                parameter, "ds_numel", 0
+            )  # ZeRO-3 empties parameters
             if type(parameter).__name__ == "Params4bit":
-                count = count * 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize  # two weights a byte
+                count = (
+                    count * 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+                )  # two weights a byte
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
@@ -358,4 +408,6 @@ class BasePeftModel(nn.Module):
         """Print how many parameters are trainable."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )

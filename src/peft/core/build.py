@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter that is complete but not yet in the model: what stands between planning an injection and doing it."""
+"""An adapter that is complete but not yet in the model: what stands between planning an injection
+and doing it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Construction:
     Args:
         autocast: Use float32 where the base layer has 16 bits.
         device: Make all of them here; None follows each base layer.
-        initialise: Draw initial values; without, memory is left as it is, to be filled from a checkpoint.
+        initialise: Draw initial values; without, memory is left as it is, to be filled from a
+            checkpoint.
     """
 
     autocast: bool = True
@@ -37,7 +40,9 @@ class Construction:
         """The arguments for `update_layer`."""
         place = placement(base_layer, self.autocast, self.device)
         if not self.initialise and place.device.type == "meta":
-            place = place._replace(device=torch.device("cpu"))  # what a checkpoint fills needs memory, whatever the base has
+            place = place._replace(
+                device=torch.device("cpu")
+            )  # what a checkpoint fills needs memory, whatever the base has
         return {"placement": place, "initialise": self.initialise and place.device.type != "meta"}
 
 
@@ -79,12 +84,20 @@ class Build:
 
 
 def plain_copy(path: str, module: nn.Module) -> nn.Module:
-    """A trainable copy of the module at a path as it is without the adapters that others have in it.
+    """A trainable copy of the module at a path as it is without the adapters that others have in
+    it.
 
     Raises:
         PeftValueError: Some are merged into it.
     """
-    inside = [layer for _, layer in walk(module, closed=(BaseTunerLayer,)) if isinstance(layer, BaseTunerLayer)]
+    inside = [
+        layer
+        for _, layer in walk(module, closed=(BaseTunerLayer,))
+        if isinstance(layer, BaseTunerLayer)
+    ]
     if any(layer.merged for layer in inside):
-        raise PeftValueError(f"`{path}`: adapters are merged into it; call `unmerge_adapter` before one trains a copy of it.")
+        raise PeftValueError(
+            f"`{path}`: adapters are merged into it; call `unmerge_adapter` before one trains a "
+            "copy of it."
+        )
     return ModulesToSaveWrapper.copy_of(module, {layer: layer.get_base_layer() for layer in inside})

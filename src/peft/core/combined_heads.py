@@ -15,35 +15,46 @@ from ..base.suggestions import did_you_mean
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
-# Values of `heads` beside adapters' names. An adapter of such a name, among those that are combined, goes before.
+# Values of `heads` beside adapters' names. An adapter of such a name, among those that are
+# combined, goes before.
 MEAN, STACK = "mean", "stack"
 
 
 def combine(
-    parts: Parts, heads: str | None, weights: Mapping[str, float] | None = None, *, can_stack: bool = False
+    parts: Parts,
+    heads: str | None,
+    weights: Mapping[str, float] | None = None,
+    *,
+    can_stack: bool = False,
 ) -> dict[str, Tensor]:
     """Return one set of what adapters train beside their layers.
 
     Args:
-        parts: Each adapter's tensors by checkpoint key. What only one adapter has is taken as it is.
-        heads: What to take where several have the same: "mean", or one's name. A name goes before "mean".
+        parts: Each adapter's tensors by checkpoint key. What only one adapter has is taken as it
+            is.
+        heads: What to take where several have the same: "mean", or one's name. A name goes before
+            "mean".
         weights: For the mean, by adapter; it is `Σ w·t / Σ w`. By default all count alike.
         can_stack: The caller can stack these heads, too; for messages.
 
     Raises:
         PeftTypeError: `heads` is no string.
-        PeftValueError: Several train the same and `heads` is not given, or is no adapter's name, or there is no mean.
+        PeftValueError: Several train the same and `heads` is not given, or is no adapter's name, or
+            there is no mean.
     """
     choices = _choices(parts, can_stack)
     if heads is not None and not isinstance(heads, str):
         raise PeftTypeError(f"`heads`={heads!r} must be {choices}.")
     if heads == STACK not in parts:
         raise PeftValueError(
-            f"`heads`={heads!r} is offered by `save_as_poly` and `convert_to_poly` alone, whose tasks have labels of their own; "
+            f"`heads`={heads!r} is offered by `save_as_poly` and `convert_to_poly` alone, whose "
+            "tasks have labels of their own; "
             f"here it must be {choices}."
         )
     if heads not in (None, MEAN, *parts):
-        raise PeftValueError(f"`heads`={heads!r} must be {choices}.{did_you_mean(str(heads), [*parts, MEAN])}")
+        raise PeftValueError(
+            f"`heads`={heads!r} must be {choices}.{did_you_mean(str(heads), [*parts, MEAN])}"
+        )
     result: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for own in parts.values() for key in own):
         owners = [name for name, own in parts.items() if key in own]
@@ -53,23 +64,34 @@ def combine(
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
             alike = len({parts[name][key].shape for name in owners}) == 1
             raise PeftValueError(
-                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Say what becomes of it by `heads`: "
+                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Say what "
+                "becomes of it by `heads`: "
                 f"{_choices(owners, can_stack, mean=alike)}."
             )
         else:
             own = {name: parts[name][key] for name in owners}
-            result[key] = _mean(key, own, weights, f"pass as `heads` {_choices(owners, can_stack, mean=False)}")
+            result[key] = _mean(
+                key, own, weights, f"pass as `heads` {_choices(owners, can_stack, mean=False)}"
+            )
     return result
 
 
 def _choices(names: Collection[str], can_stack: bool, mean: bool = True) -> str:
-    """Return what `heads` may be, for messages; a word that is also an adapter's name is that alone."""
+    """Return what `heads` may be, for messages; a word that is also an adapter's name is that
+    alone.
+    """
     words = [f"{MEAN!r}"] * (mean and MEAN not in names)
-    words += [f"{STACK!r} (a head with the labels of all, see `TaskLabels`)"] * (can_stack and STACK not in names)
-    return " or ".join([*words, f"the name of the adapter whose copy is taken ({', '.join(map(repr, names))})"])
+    words += [f"{STACK!r} (a head with the labels of all, see `TaskLabels`)"] * (
+        can_stack and STACK not in names
+    )
+    return " or ".join(
+        [*words, f"the name of the adapter whose copy is taken ({', '.join(map(repr, names))})"]
+    )
 
 
-def _mean(key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] | None, remedy: str) -> Tensor:
+def _mean(
+    key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] | None, remedy: str
+) -> Tensor:
     """Return the weighted mean of tensors.
 
     Raises:
@@ -84,7 +106,12 @@ def _mean(key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] 
     shares = {name: 1.0 if weights is None else weights[name] for name in tensors}
     total = sum(shares.values())
     if abs(total) < 1e-12:
-        raise PeftValueError(f"`{key}`: the weights {shares} sum to zero, so there is no mean; {remedy}.")
+        raise PeftValueError(
+            f"`{key}`: the weights {shares} sum to zero, so there is no mean; {remedy}."
+        )
     wide = torch.promote_types(first.dtype, torch.float32)
-    summed = sum((tensor.detach().to(first.device, wide) * shares[name] for name, tensor in tensors.items()), torch.zeros(()))
+    summed = sum(
+        (tensor.detach().to(first.device, wide) * shares[name] for name, tensor in tensors.items()),
+        torch.zeros(()),
+    )
     return (summed / total).to(first.dtype)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making an adapter out of others of its method: what is the same whatever the method.
 
-A request is checked whole, the method computes the new adapter's tensors from the others', and only then it is put into the model
-like one that is loaded. Those it is made of are read and never written.
+A request is checked whole, the method computes the new adapter's tensors from the others', and only
+then it is put into the model like one that is loaded. Those it is made of are read and never
+written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
-from ..checkpoint.state_dict import check_complete, check_state, checkpoint_key, companion_tensors, in_view, own_state, write_state
+from ..checkpoint.state_dict import (
+    check_complete,
+    check_state,
+    checkpoint_key,
+    companion_tensors,
+    in_view,
+    own_state,
+    write_state,
+)
 from ..config import is_int
 from . import combined_heads
 from . import plan as _plan
@@ -47,7 +56,8 @@ class Combination:
         svd_full_matrices, svd_driver: For `torch.linalg.svd`.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected: "total" or "frequency".
-        heads: What becomes of modules that several train whole: the name of the one whose is taken, or "mean".
+        heads: What becomes of modules that several train whole: the name of the one whose is taken,
+            or "mean".
     """
 
     adapters: Sequence[str]
@@ -73,8 +83,8 @@ class Combined:
     Args:
         config: Its config; targets and companions are filled in by the core.
         tensors: Its tensors by checkpoint key.
-        errors: How far each layer's delta is from the weighted sum of the others', relative to that sum in the Frobenius norm; only
-            where the sum is what is aimed at.
+        errors: How far each layer's delta is from the weighted sum of the others', relative to that
+            sum in the Frobenius norm; only where the sum is what is aimed at.
     """
 
     config: Any
@@ -87,39 +97,69 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
 
     Raises:
         PeftTypeError: Names or weights are no lists.
-        PeftValueError: An unknown adapter, a wrong number of weights, or a value that is not allowed.
+        PeftValueError: An unknown adapter, a wrong number of weights, or a value that is not
+            allowed.
     """
     if isinstance(request.adapters, str) or not isinstance(request.adapters, Sequence):
         raise PeftTypeError(f"`adapters`={request.adapters!r} must be a list of names.")
     if not isinstance(request.weights, Sequence):
-        raise PeftTypeError(f"`weights`={request.weights!r} must be a list with a number for each adapter.")
+        raise PeftTypeError(
+            f"`weights`={request.weights!r} must be a list with a number for each adapter."
+        )
     for name in request.adapters:
         check_adapter(name, tuner.peft_config, "does not exist")
     if not request.adapters or len(request.adapters) != len(request.weights):
-        raise PeftValueError(f"Pass one weight for each adapter; got {len(request.adapters)} and {len(request.weights)}.")
+        raise PeftValueError(
+            f"Pass one weight for each adapter; got {len(request.adapters)} and "
+            f"{len(request.weights)}."
+        )
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in request.weights):
         raise PeftValueError(f"`weights`={list(request.weights)} must be finite numbers.")
     kinds = {PeftType(tuner.peft_config[name].peft_type).value for name in request.adapters}  # type: ignore[arg-type]
     if len(kinds) > 1:
-        raise PeftValueError(f"Adapters of different methods can't be combined: {', '.join(sorted(kinds))}.")
+        raise PeftValueError(
+            f"Adapters of different methods can't be combined: {', '.join(sorted(kinds))}."
+        )
     method = tuner.method_of(tuner.peft_config[request.adapters[0]])
     if request.kind not in method.combination_types:
         offers = ", ".join(map(repr, method.combination_types)) or "no combinations"
         hint = did_you_mean(str(request.kind), method.combination_types)
-        remedy = "" if method.combination_types else " Combine them as LoRA, which `convert_to_lora` makes of them."
-        raise PeftValueError(f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has {offers}.{hint}{remedy}")
+        remedy = (
+            ""
+            if method.combination_types
+            else " Combine them as LoRA, which `convert_to_lora` makes of them."
+        )
+        raise PeftValueError(
+            f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has "
+            f"{offers}.{hint}{remedy}"
+        )
     for name, value, valid in (
-        ("svd_rank", request.svd_rank, request.svd_rank is None or (is_int(request.svd_rank) and request.svd_rank >= 1)),
+        (
+            "svd_rank",
+            request.svd_rank,
+            request.svd_rank is None or (is_int(request.svd_rank) and request.svd_rank >= 1),
+        ),
         ("svd_clamp", request.svd_clamp, request.svd_clamp is None or 0 < request.svd_clamp <= 1),
-        ("majority_sign_method", request.majority_sign_method, request.majority_sign_method in ("total", "frequency")),
-        ("density", request.density, not request.kind.startswith(_PRUNING) or _is_density(request.density)),
+        (
+            "majority_sign_method",
+            request.majority_sign_method,
+            request.majority_sign_method in ("total", "frequency"),
+        ),
+        (
+            "density",
+            request.density,
+            not request.kind.startswith(_PRUNING) or _is_density(request.density),
+        ),
     ):
         if not valid:
-            raise PeftValueError(f"`{name}`={value!r} is not allowed for combination_type {request.kind!r}.")
+            raise PeftValueError(
+                f"`{name}`={value!r} is not allowed for combination_type {request.kind!r}."
+            )
     for name in request.adapters:
         if tuner.peft_config[name].trained_biases != "none":
             raise PeftValueError(
-                f"Adapter {name} trains biases of the base model, of which there is one copy only; adapters with `bias` other than "
+                f"Adapter {name} trains biases of the base model, of which there is one copy only; "
+                "adapters with `bias` other than "
                 "'none' can't be combined."
             )
     return method
@@ -137,7 +177,8 @@ def add(tuner: BaseTuner, adapter_name: str, request: Combination) -> dict[str, 
 
 
 def derive(tuner: BaseTuner, adapter_name: str, source: str, combined: Combined) -> None:
-    """Put an adapter into the model that a method made of one other; what that trains beside its layers comes along.
+    """Put an adapter into the model that a method made of one other; what that trains beside its
+    layers comes along.
 
     Raises:
         PeftValueError: The name can't be used.
@@ -147,7 +188,13 @@ def derive(tuner: BaseTuner, adapter_name: str, source: str, combined: Combined)
     put(tuner, adapter_name, request, combined, _companions(tuner, request))
 
 
-def put(tuner: BaseTuner, adapter_name: str, request: Combination, combined: Combined, companions: dict[str, Tensor]) -> None:
+def put(
+    tuner: BaseTuner,
+    adapter_name: str,
+    request: Combination,
+    combined: Combined,
+    companions: dict[str, Tensor],
+) -> None:
     """Put a combined adapter into the model; it waits, frozen."""
     method = tuner.method_of(tuner.peft_config[request.adapters[0]])
     paths = [path for path, _ in layers_of(method, request)]
@@ -158,12 +205,23 @@ def put(tuner: BaseTuner, adapter_name: str, request: Combination, combined: Com
         "target_modules": targets,
         "exclude_modules": excluded,
         "modules_to_save": list(whole) or None,
-        "trainable_token_indices": next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
-        **{name: None for name in ("layers_to_transform", "layers_pattern") if hasattr(configs[0], name)},
+        "trainable_token_indices": next(
+            (c.trainable_token_indices for c in configs if c.trainable_token_indices), None
+        ),
+        **{
+            name: None
+            for name in ("layers_to_transform", "layers_pattern")
+            if hasattr(configs[0], name)
+        },
     }
     config = replace(combined.config, inference_mode=False, **changes)
     tensors = {**combined.tensors, **companions}
-    tuner.add_adapter(adapter_name, config, Construction(initialise=False), check=lambda build: fill(method, build, tensors))
+    tuner.add_adapter(
+        adapter_name,
+        config,
+        Construction(initialise=False),
+        check=lambda build: fill(method, build, tensors),
+    )
     method.note_loaded(tuner.model, adapter_name)
 
 
@@ -202,10 +260,15 @@ def shared_value(tuner: BaseTuner, request: Combination, *names: str) -> None:
         PeftValueError: One has several.
     """
     for name in names:
-        values = {adapter: getattr(tuner.peft_config[adapter], name) for adapter in request.adapters}
+        values = {
+            adapter: getattr(tuner.peft_config[adapter], name) for adapter in request.adapters
+        }
         if any(value != values[request.adapters[0]] for value in values.values()):
             shown = ", ".join(f"{adapter} has {value!r}" for adapter, value in values.items())
-            raise PeftValueError(f"Adapters are combined as {request.kind!r} only if they have the same `{name}`: {shown}.")
+            raise PeftValueError(
+                f"Adapters are combined as {request.kind!r} only if they have the same `{name}`: "
+                f"{shown}."
+            )
 
 
 def uniform_scale(layers: Sequence[BaseTunerLayer], adapter_name: str) -> float:
@@ -215,9 +278,14 @@ def uniform_scale(layers: Sequence[BaseTunerLayer], adapter_name: str) -> float:
         PeftValueError: They have not.
     """
     own = [layer for layer in layers if adapter_name in layer.scaling]
-    scales = {float(layer.scaling[adapter_name]) / layer.base_scaling(adapter_name) for layer in own}
+    scales = {
+        float(layer.scaling[adapter_name]) / layer.base_scaling(adapter_name) for layer in own
+    }
     if len(scales) > 1:
-        raise PeftValueError(f"Adapter {adapter_name} is scaled differently in different layers; call `unscale_layer` on them.")
+        raise PeftValueError(
+            f"Adapter {adapter_name} is scaled differently in different layers; call "
+            "`unscale_layer` on them."
+        )
     return next(iter(scales), 1.0)
 
 
@@ -225,18 +293,23 @@ def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
     """Return what the adapters have beside their layers' own tensors, made into one.
 
     Raises:
-        PeftValueError: Several train a copy of the same module, or rows of the same embedding, and the request does not
-            say what becomes of them; or they train different rows.
+        PeftValueError: Several train a copy of the same module, or rows of the same embedding, and
+            the request does not say what becomes of them; or they train different rows.
     """
     names = dict.fromkeys(request.adapters)
     rows = {name: tuner.peft_config[name].trainable_token_indices for name in names}  # type: ignore[attr-defined]
     differing = [name for name, indices in rows.items() if indices]
     if len({repr(rows[name]) for name in differing}) > 1:
-        raise PeftValueError(f"Adapters {', '.join(differing)} train different rows of embeddings, which can't be combined.")
+        raise PeftValueError(
+            f"Adapters {', '.join(differing)} train different rows of embeddings, which can't be "
+            "combined."
+        )
     parts = {}
     for name in names:
         config = tuner.peft_config[name]
-        parts[name] = companion_tensors(own_state(tuner.model, in_view(config, name)).items(), config, name)
+        parts[name] = companion_tensors(
+            own_state(tuner.model, in_view(config, name)).items(), config, name
+        )
     weights: dict[str, float] = {}
     for name, weight in request.terms():
         weights[name] = weights.get(name, 0.0) + weight

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a layer computes anew in each forward: `torch.nn.utils.parametrize`, `weight_norm`, `spectral_norm`, `prune`.
+"""Weights that a layer computes anew in each forward: `torch.nn.utils.parametrize`, `weight_norm`,
+`spectral_norm`, `prune`.
 
-Such a weight is no parameter of the layer, and what is written into it is lost with the next forward.
+Such a weight is no parameter of the layer, and what is written into it is lost with the next
+forward.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ _REMEDIES = (
 def is_computed(module: nn.Module) -> bool:
     """Return whether a layer's weight is a tensor that it does not hold as a parameter or buffer."""
     own = module.__dict__
-    return "weight" not in own["_parameters"] and "weight" not in own["_buffers"] and isinstance(_weight(module), Tensor)
+    return (
+        "weight" not in own["_parameters"]
+        and "weight" not in own["_buffers"]
+        and isinstance(_weight(module), Tensor)
+    )
 
 
 def read(module: nn.Module) -> Tensor:
@@ -59,26 +65,33 @@ def refuse(module: nn.Module) -> None:
     """
     if is_computed(module):
         raise PeftNotSupportedError(
-            f"{type(module).__name__} computes its weight in each forward, so that what is merged into it would be lost; make it "
+            f"{type(module).__name__} computes its weight in each forward, so that what is merged "
+            "into it would be lost; make it "
             f"plain first, by {_remedy(module)}, or use `merge_and_unload`, which does so."
         )
 
 
 @contextmanager
 def made_plain(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context for merging for good: layers with a computed weight have it as a parameter from then on. An error undoes it.
+    """A context for merging for good: layers with a computed weight have it as a parameter from
+    then on. An error undoes it.
 
     Raises:
         PeftNotSupportedError: It is not known how some layer computes its weight.
     """
     computed = [module for module in modules if is_computed(module)]
-    unknown = [m for m in computed if not parametrize.is_parametrized(m, "weight") and _hook(m) is None]
+    unknown = [
+        m for m in computed if not parametrize.is_parametrized(m, "weight") and _hook(m) is None
+    ]
     if unknown:
         refuse(unknown[0])
     before = [(module, module.__class__, _shallow(vars(module))) for module in computed]
     if computed:
         kinds = ", ".join(sorted({type(module).__name__ for module in computed}))
-        warn(f"Making the computed weights of {len(computed)} layers ({kinds}) plain parameters, to merge into them.")
+        warn(
+            f"Making the computed weights of {len(computed)} layers ({kinds}) plain parameters, to "
+            "merge into them."
+        )
     try:
         for module in computed:
             make_plain(module)
@@ -98,11 +111,17 @@ def make_plain(module: nn.Module) -> None:
     with ordinary_tensors():
         weight = read(module).detach().clone()
     if parametrize.is_parametrized(module, "weight"):
-        trained = any(p.requires_grad for p in module.parametrizations["weight"].parameters(recurse=False))  # type: ignore[union-attr, index]
+        trained = any(
+            p.requires_grad for p in module.parametrizations["weight"].parameters(recurse=False)
+        )  # type: ignore[union-attr, index]
         _drop_parametrization(module)
     else:
         hook: Any = _hook(module)
-        trained = any(p.requires_grad for name, p in module._parameters.items() if p is not None and name.startswith("weight_"))
+        trained = any(
+            p.requires_grad
+            for name, p in module._parameters.items()
+            if p is not None and name.startswith("weight_")
+        )
         if isinstance(hook, WeightNorm):
             nn.utils.remove_weight_norm(module)
         elif isinstance(hook, SpectralNorm):
@@ -115,20 +134,28 @@ def make_plain(module: nn.Module) -> None:
 
 
 def _drop_parametrization(module: nn.Module) -> None:
-    """Take the weight's off; the class that torch made is shared with copies of the layer, and stays as it is."""
+    """Take the weight's off; the class that torch made is shared with copies of the layer, and
+    stays as it is.
+    """
     made, plain = module.__class__, parametrize.type_before_parametrizations(module)
     others = {name: part for name, part in module.parametrizations.items() if name != "weight"}  # type: ignore[union-attr, operator]
     if not others:
         del module._modules["parametrizations"]
         module.__class__ = plain
         return
-    entries = {name: value for name, value in vars(made).items() if name not in ("weight", "__dict__", "__weakref__")}
+    entries = {
+        name: value
+        for name, value in vars(made).items()
+        if name not in ("weight", "__dict__", "__weakref__")
+    }
     module.__class__ = type(made.__name__, (plain,), entries)
     module._modules["parametrizations"] = nn.ModuleDict(others)
 
 
 def _hook(module: nn.Module) -> Any:
-    """The hook by which torch's older functions compute the weight; the last, where there are several."""
+    """The hook by which torch's older functions compute the weight; the last, where there are
+    several.
+    """
     found = None
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
@@ -141,11 +168,16 @@ def _remedy(module: nn.Module) -> str:
     if parametrize.is_parametrized(module, "weight"):
         return '`torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`'
     hook = _hook(module)
-    return next((f"`{text}`" for kind, text in _REMEDIES if isinstance(hook, kind)), "giving it an `nn.Parameter`")
+    return next(
+        (f"`{text}`" for kind, text in _REMEDIES if isinstance(hook, kind)),
+        "giving it an `nn.Parameter`",
+    )
 
 
 def _shallow(entries: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in entries.items()}
+    return {
+        name: value.copy() if isinstance(value, dict) else value for name, value in entries.items()
+    }
 
 
 def _weight(module: nn.Module) -> Any:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversions of adapters between methods share: where a model's layers are, and their deltas as thin factors."""
+"""What conversions of adapters between methods share: where a model's layers are, and their deltas
+as thin factors.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ def config_of(model: Any, adapter_name: str) -> Any:
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
-        raise UnsupportedModuleError("Could not detect any layer that supports LoRA conversion: the model has no adapters.")
+        raise UnsupportedModuleError(
+            "Could not detect any layer that supports LoRA conversion: the model has no adapters."
+        )
     check_adapter(adapter_name, configs)
     return configs[adapter_name]
 
 
 def name_of(model: Any, adapter_name: str | None) -> str:
-    """The name of the adapter that is meant: the given one; else "default", the only one that is active, or the only one.
+    """The name of the adapter that is meant: the given one; else "default", the only one that is
+    active, or the only one.
 
     Raises:
         PeftValueError: Several could be meant.
@@ -61,7 +66,10 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
     for path, module in walk(root):
         if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
-                raise PeftValueError(f"`{path}`: the adapter is on the meta device and has no values yet; load them first.")
+                raise PeftValueError(
+                    f"`{path}`: the adapter is on the meta device and has no values yet; load them "
+                    "first."
+                )
             yield outer_path(path), module
 
 
@@ -71,7 +79,13 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
     Raises:
         UnsupportedModuleError: One has none, or there are no layers.
     """
-    unfit = sorted({type(layer).__name__ for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
+    unfit = sorted(
+        {
+            type(layer).__name__
+            for layer in layers.values()
+            if not layer.supports_lora_conversion(adapter_name)
+        }
+    )
     if unfit or not layers:
         raise UnsupportedModuleError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."

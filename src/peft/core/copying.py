@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.state_dict import MODEL_ROOT, ROOT, adapter_tensors, check_complete, check_state, in_view, write_state
+from ..checkpoint.state_dict import (
+    MODEL_ROOT,
+    ROOT,
+    adapter_tensors,
+    check_complete,
+    check_state,
+    in_view,
+    write_state,
+)
 from ..config import PeftConfig
 from ..integrations.distributed import own_state
 from .build import Build
@@ -36,13 +44,20 @@ def copier(model: nn.Module, config: PeftConfig, source: str) -> Callable[[Build
         check_complete(check_state(expected, values), source)
         write_state(None, expected, values)
         for path, layer in build.layers.items():
-            _copy_rest(layer, layer_of(model.get_submodule(MODEL_ROOT + path), type(layer)), build.adapter_name, source)
+            _copy_rest(
+                layer,
+                layer_of(model.get_submodule(MODEL_ROOT + path), type(layer)),
+                build.adapter_name,
+                source,
+            )
 
     return fill
 
 
 def _copy_rest(layer: Any, known: Any, name: str, source: str) -> None:
-    """Copy what belongs to an adapter in a layer and is in no checkpoint: its strength now, what it started with."""
+    """Copy what belongs to an adapter in a layer and is in no checkpoint: its strength now, what it
+    started with.
+    """
     layer.scaling[name] = known.scaling[source]
     for attribute in layer.value_names:
         entries, values = getattr(layer, attribute), getattr(known, attribute)

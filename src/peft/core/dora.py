@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DecomposedLayer`: weight decomposition (DoRA) as methods share it: a weight's lengths are trained apart from its direction."""
+"""`DecomposedLayer`: weight decomposition (DoRA) as methods share it: a weight's lengths are
+trained apart from its direction.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ from .weights import dense_weight, is_quantised
 
 
 class DecomposedLayer(BaseTunerLayer):
-    """A layer whose adapters may be decomposed: `W' = m ⊙ V / ‖V‖` with `V = W + ΔW`, row by row or column by column.
+    """A layer whose adapters may be decomposed: `W' = m ⊙ V / ‖V‖` with `V = W + ΔW`, row by row or
+    column by column.
 
-    A method's layer supplies `ΔW`, the lengths `‖V‖` and where it keeps `m`; this one the base weight and arithmetic on outputs.
+    A method's layer supplies `ΔW`, the lengths `‖V‖` and where it keeps `m`; this one the base
+    weight and arithmetic on outputs.
 
     Source: arXiv:2402.09353, section 4
     """
@@ -37,13 +41,15 @@ class DecomposedLayer(BaseTunerLayer):
         return False
 
     def is_by_columns(self, adapter_name: str) -> bool:
-        """Whether a decomposed adapter has lengths of columns: it changes the input of the base layer and of its own delta, and so
-        leaves what others add as it is.
+        """Whether a decomposed adapter has lengths of columns: it changes the input of the base
+        layer and of its own delta, and so leaves what others add as it is.
         """
         return False
 
     def merge_of(self, adapter_name: str, options: Mapping[str, Any], is_first: bool) -> Merge:
-        """As for all methods; lengths of columns where something else is merged before as the sum that they are."""
+        """As for all methods; lengths of columns where something else is merged before as the sum
+        that they are.
+        """
         merge = super().merge_of(adapter_name, options, is_first)
         if is_first or not self.is_by_columns(adapter_name):
             return merge
@@ -52,20 +58,27 @@ class DecomposedLayer(BaseTunerLayer):
         return merge._replace(delta=Recipe(as_it_is, (total - weight,)), factor=None)
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """A merge must not change what the active adapters compute, who apply one after the other, the merged ones first.
+        """A merge must not change what the active adapters compute, who apply one after the other,
+        the merged ones first.
 
         Raises:
-            PeftNotSupportedError: A decomposed adapter would come before or after others than it does in the forward.
+            PeftNotSupportedError: A decomposed adapter would come before or after others than it
+                does in the forward.
         """
         super().check_mergeable(adapter_names)
         active = [name for name in self.active_adapters if name in self.scaling]
         merged = [*self.merged_adapters, *adapter_names]
-        order = [name for name in merged if name in active] + [name for name in active if name not in merged]
-        for name in (name for name in active if self.is_decomposed(name) and not self.is_by_columns(name)):
+        order = [name for name in merged if name in active] + [
+            name for name in active if name not in merged
+        ]
+        for name in (
+            name for name in active if self.is_decomposed(name) and not self.is_by_columns(name)
+        ):
             before = active[: active.index(name)]
             if set(order[: order.index(name)]) != set(before):
                 raise PeftNotSupportedError(
-                    f"Adapter {name} is decomposed and applies after {', '.join(before) or 'no other'} in the forward, where "
+                    f"Adapter {name} is decomposed and applies after "
+                    f"{', '.join(before) or 'no other'} in the forward, where "
                     f"{', '.join(active)} are active; merge them in that order."
                 )
 
@@ -108,12 +121,18 @@ class DecomposedLayer(BaseTunerLayer):
         return convolve(pad_input(self, x), weight, **conv_options(self))
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The base layer's bias as outputs take it; it may be stored in a format that is no precision to compute in."""
+        """The base layer's bias as outputs take it; it may be stored in a format that is no
+        precision to compute in.
+        """
         bias: Any = getattr(self.get_base_layer(), "bias", None)  # it may be computed
         return None if bias is None else self.by_channel(bias).to(dtype)
 
-    def first_lengths(self, lengths: Tensor | None, size: int, place: tuple[torch.device, torch.dtype]) -> Tensor:
-        """The lengths that an adapter starts with, where it is made; memory for them if there are none yet."""
+    def first_lengths(
+        self, lengths: Tensor | None, size: int, place: tuple[torch.device, torch.dtype]
+    ) -> Tensor:
+        """The lengths that an adapter starts with, where it is made; memory for them if there are
+        none yet.
+        """
         device, dtype = place
         if lengths is None or device.type == "meta":
             return torch.empty(size, device=device, dtype=dtype)

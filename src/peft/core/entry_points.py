@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's own methods under signatures that also name what its adapters take out of a call.
 
-Trainers drop those columns of a data set, and `generate` refuses those keyword arguments, that `inspect.signature(model.forward)`
-does not name; and some libraries call `model.forward` itself, past all hooks. An `Entry` takes the place of a model's `forward` or
-`generate`. It belongs to the one model, not to its class, and goes with it through `copy.deepcopy` and pickle.
+Trainers drop those columns of a data set, and `generate` refuses those keyword arguments, that
+`inspect.signature(model.forward)` does not name; and some libraries call `model.forward` itself,
+past all hooks. An `Entry` takes the place of a model's `forward` or `generate`. It belongs to the
+one model, not to its class, and goes with it through `copy.deepcopy` and pickle.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import nn
 from ..base.call_rows import positional_names
 
 Function = Callable[..., Any]
-# Carries a call out: (function, model, its positional and keyword arguments, names of the former) → what the function returns.
+# Carries a call out: (function, model, its positional and keyword arguments, names of the former) →
+# what the function returns.
 Conduct = Callable[[Function, Any, tuple[Any, ...], dict[str, Any], tuple[str, ...]], Any]
 
 
@@ -30,11 +32,17 @@ class Entry:
         names: The further arguments.
         conduct: Carries a call out, and takes the further arguments out of it for that.
         model: The model, None for the function by itself.
-        replaced: The attribute of the model whose place this takes, if the model and not only its class had one.
+        replaced: The attribute of the model whose place this takes, if the model and not only its
+            class had one.
     """
 
     def __init__(
-        self, function: Function, names: tuple[str, ...], conduct: Conduct, model: nn.Module | None = None, replaced: Any = None
+        self,
+        function: Function,
+        names: tuple[str, ...],
+        conduct: Conduct,
+        model: nn.Module | None = None,
+        replaced: Any = None,
     ) -> None:
         self.function = function
         self.names = names
@@ -64,7 +72,10 @@ class Entry:
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
         given = list(signature.parameters.values())[0 if self.model is None else 1 :]
-        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.names]
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in self.names
+        ]
         own = [parameter for parameter in named if parameter.name not in signature.parameters]
         rest = [parameter for parameter in given if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         return signature.replace(parameters=[*given[: len(given) - len(rest)], *own, *rest])
@@ -99,7 +110,9 @@ def put_entry(model: nn.Module, method: str, names: tuple[str, ...], conduct: Co
 
 
 def remove_entries(model: nn.Module, *conducts: Conduct) -> None:
-    """Give a model its methods back that are called in some ways, where nothing has wrapped an entry since."""
+    """Give a model its methods back that are called in some ways, where nothing has wrapped an
+    entry since.
+    """
     for method, entry in list(vars(model).items()):
         if isinstance(entry, Entry) and entry.conduct in conducts:
             delattr(model, method)

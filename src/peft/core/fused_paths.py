@@ -13,31 +13,44 @@ from .base_layer import innermost
 
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
-    """Return why no adapter can be at `parent.name`, or None: it would lose the imaginary part of complex numbers, or never
-    run, since some parents read a child's weight and skip its forward.
+    """Return why no adapter can be at `parent.name`, or None: it would lose the imaginary part of
+    complex numbers, or never run, since some parents read a child's weight and skip its forward.
     """
     layer = innermost(parent._modules[name])  # type: ignore[arg-type]
-    dtype = next((parameter.dtype for parameter in layer.parameters() if parameter.is_complex()), None)
+    dtype = next(
+        (parameter.dtype for parameter in layer.parameters() if parameter.is_complex()), None
+    )
     if dtype is not None:
-        return f"its weights are complex numbers ({dtype}), and adapters are real; adapt other layers"
-    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
-        return "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
-    if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in ("out_proj", "conv1d"):
         return (
-            f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} read this layer's weight and never "
+            f"its weights are complex numbers ({dtype}), and adapters are real; adapt other layers"
+        )
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        return (
+            "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
+        )
+    if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in (
+        "out_proj",
+        "conv1d",
+    ):
+        return (
+            f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} "
+            "read this layer's weight and never "
             "call it; adapt `in_proj` or `x_proj`"
         )
     return None
 
 
 def avoid_fused_paths(model: nn.Module) -> None:
-    """Have torch's transformer encoder call the adapted layers in it: its fused inference path reads their weights instead, and
-    back where any module has a hook; the encoder's packing of padded batches is of use to that path alone. Have 4-bit layers stay
-    in the form that gradients pass.
+    """Have torch's transformer encoder call the adapted layers in it: its fused inference path
+    reads their weights instead, and back where any module has a hook; the encoder's packing of
+    padded batches is of use to that path alone. Have 4-bit layers stay in the form that gradients
+    pass.
     """
     quantization.stay_differentiable(model)
     for _, module in walk(model):
-        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and _has_adapters(module):
+        if isinstance(
+            module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+        ) and _has_adapters(module):
             if _no_operation not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_no_operation)
             if getattr(module, "use_nested_tensor", False):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BaseTunerLayer`: a layer with adapters. Its forward, merging, switching and deleting are written here, once for all methods.
+"""`BaseTunerLayer`: a layer with adapters. Its forward, merging, switching and deleting are written
+here, once for all methods.
 
-A method's layer declares where it keeps what belongs to an adapter and supplies three things: `update_layer` makes an adapter's
-parameters, `delta_activations` computes what the adapter adds to the output, `get_delta_weight` what it adds to the weight.
+A method's layer declares where it keeps what belongs to an adapter and supplies three things:
+`update_layer` makes an adapter's parameters, `delta_activations` computes what the adapter adds to
+the output, `get_delta_weight` what it adds to the weight.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from ..base.row_layout import ORDINARY, RowLayout
 from ..checkpoint.rank_padding import RankRoom
 from ..integrations.accelerate import at_hand
 from ..ops.exact_merge import Recipe, as_it_is, by_itself
-from ..ops.fused_linear import Steps, add_steps, is_ordinary, is_plain_product, may_write_to_output, run_with_steps
+from ..ops.fused_linear import (
+    Steps,
+    add_steps,
+    is_ordinary,
+    is_plain_product,
+    may_write_to_output,
+    run_with_steps,
+)
 from ..ops.low_rank import LowRank, cut, dense_svd
 from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, nested_like
@@ -34,7 +43,8 @@ from .weights import quantised_form
 
 
 class BaseTunerLayer(AdapterHolder):
-    """A layer `base_layer` with any number of adapters, of which the active ones add up: `y = base(x) + Σ Δ(x)`.
+    """A layer `base_layer` with any number of adapters, of which the active ones add up:
+    `y = base(x) + Σ Δ(x)`.
 
     Args:
         base_layer: The layer to adapt. It stays as it is, below this one.
@@ -57,11 +67,11 @@ class BaseTunerLayer(AdapterHolder):
                 self.layout = RowLayout(1 + len(size.kernel_size))
             elif geometry(base_layer) is None:
                 self.layout = RowLayout(0)
-        self._merges: Merges = base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
+        self._merges: Merges = (
+            base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
+        )
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
-
-    # --- what a method supplies ---------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Make (or make anew) an adapter's parameters, as its config says."""
@@ -76,19 +86,22 @@ class BaseTunerLayer(AdapterHolder):
         raise NotImplementedError
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
-        """`delta_activations` as steps from its first matrix product to its last, which are then taken together with the base
-        layer's; None, before anything is computed, where it is not to be had so. It is asked for where `x` is ordinary: dense,
-        of two dimensions or more, with rows.
+        """`delta_activations` as steps from its first matrix product to its last, which are then
+        taken together with the base layer's; None, before anything is computed, where it is not to
+        be had so. It is asked for where `x` is ordinary: dense, of two dimensions or more, with
+        rows.
         """
         return None
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout."""
-        raise PeftNotSupportedError(f"{type(self).__name__} has no delta that could be merged into a weight.")
+        raise PeftNotSupportedError(
+            f"{type(self).__name__} has no delta that could be merged into a weight."
+        )
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """`get_delta_weight` as a function of small tensors, which a merge keeps to take the same delta off again. By default the
-        delta itself is kept.
+        """`get_delta_weight` as a function of small tensors, which a merge keeps to take the same
+        delta off again. By default the delta itself is kept.
         """
         return Recipe(as_it_is, (self.get_delta_weight(adapter_name, **options),))
 
@@ -98,7 +111,9 @@ class BaseTunerLayer(AdapterHolder):
         return False
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
-        """What merging multiplies the sum of weight and delta by, None for nothing; for a method whose part is not a sum."""
+        """What merging multiplies the sum of weight and delta by, None for nothing; for a method
+        whose part is not a sum.
+        """
         return None
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
@@ -109,39 +124,44 @@ class BaseTunerLayer(AdapterHolder):
         """Whether an adapter's delta is a matrix, of which there are low-rank factors."""
         return type(self).get_delta_weight is not BaseTunerLayer.get_delta_weight
 
-    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
-        """The adapter's delta as `B·A` of a rank: an integer, the share of energy to keep, or None for exact. A method whose delta
-        is low rank by its structure overrides this.
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
+        """The adapter's delta as `B·A` of a rank: an integer, the share of energy to keep, or None
+        for exact. A method whose delta is low rank by its structure overrides this.
         """
-        delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options))  # [out, in, *kernel]
+        delta = self.geometry.as_stored(
+            self.get_delta_weight(adapter_name, **options)
+        )  # [out, in, *kernel]
         return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """What an adapter costs here, from shapes alone. By default each of its numbers is multiplied once for a row, and its delta
-        can have any rank; a method that knows better overrides this.
+        """What an adapter costs here, from shapes alone. By default each of its numbers is
+        multiplied once for a row, and its delta can have any rank; a method that knows better
+        overrides this.
         """
         numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
         return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
 
     def rank_room(self, holder: str) -> RankRoom | None:
-        """Where a container's tensors can be filled up with zeros without a change to the delta; None if they can't be."""
+        """Where a container's tensors can be filled up with zeros without a change to the delta;
+        None if they can't be.
+        """
         return None
-
-    # --- base layer -----------------------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
         """The layer itself, below all adapters."""
         return innermost(self)
 
-    # --- forward ------------------------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus that of the active adapters, in the base output's dtype.
 
-        - Merged adapters count by the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over active ones that are not merged.
-        - While the adapters are disabled it is the base layer's output, from which merged ones were taken off.
-        - Where the call chose an adapter for each sample, that one's part is added to the sample's rows instead; a model refuses
-          such a call while anything is merged.
+        - Merged adapters count by the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over
+          active ones that are not merged.
+        - While the adapters are disabled it is the base layer's output, from which merged ones were
+          taken off.
+        - Where the call chose an adapter for each sample, that one's part is added to the sample's
+          rows instead; a model refuses such a call while anything is merged.
         """
         base: Any = self._modules["base_layer"]
         if self._disable_adapters:
@@ -151,9 +171,13 @@ class BaseTunerLayer(AdapterHolder):
         batch = ADAPTER_BATCHES.current
         if batch is not None and not self.merged_adapters:
             result = base(x, *args, **kwargs)
-            return self._apply_to_batch(batch, x, result) if x.numel() else result  # an expert may get no tokens
+            return (
+                self._apply_to_batch(batch, x, result) if x.numel() else result
+            )  # an expert may get no tokens
         active, scaling = self._active_adapter, self.scaling
-        names = [name for name in ((active,) if isinstance(active, str) else active) if name in scaling]
+        names = [
+            name for name in ((active,) if isinstance(active, str) else active) if name in scaling
+        ]
         if self.merged_adapters:
             names = [name for name in names if name not in self.merged_adapters]
         together = names and not (args or kwargs) and is_plain_product(base, x)
@@ -171,7 +195,9 @@ class BaseTunerLayer(AdapterHolder):
         """Apply an adapter to an input of any layout."""
         if not x.is_nested:
             return self.apply_adapter(adapter_name, x, result)
-        own = as_tokens(result).clone()  # it may be written to, which a view of a nested one may not
+        own = as_tokens(
+            result
+        ).clone()  # it may be written to, which a view of a nested one may not
         return nested_like(x, self.apply_to_tokens(adapter_name, x, as_tokens(x), own))
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
@@ -181,7 +207,9 @@ class BaseTunerLayer(AdapterHolder):
             return result + self.delta_activations(adapter_name, x)
         return add_steps(steps, result, may_write_to_output(self._modules["base_layer"]))  # type: ignore[arg-type]
 
-    def apply_to_tokens(self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor) -> Tensor:
+    def apply_to_tokens(
+        self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
+    ) -> Tensor:
         """Apply an adapter to all tokens of a nested input's samples, as `apply_adapter` does.
 
         A method that knows something of each sample overrides this.
@@ -194,14 +222,18 @@ class BaseTunerLayer(AdapterHolder):
         """
         return self.apply_adapter(adapter_name, x, result)
 
-    def apply_to_samples(self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None) -> Tensor:
-        """`apply_adapter` for the rows of some of a call's samples; a method that knows something of each sample overrides this.
+    def apply_to_samples(
+        self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
+    ) -> Tensor:
+        """`apply_adapter` for the rows of some of a call's samples; a method that knows something
+        of each sample overrides this.
 
         Args:
             adapter_name: The adapter.
             samples: Numbers of the samples.
             x, result: The layer's input and output for their rows.
-            owner: The number of each row's sample; None where each sample has the same number of rows, one after the other.
+            owner: The number of each row's sample; None where each sample has the same number of
+                rows, one after the other.
         """
         return self.apply_adapter(adapter_name, x, result)
 
@@ -213,35 +245,57 @@ class BaseTunerLayer(AdapterHolder):
         shared = batch.share(x, self)
         if not shared.turned:
             return self._apply_by_sample(batch, x, result, shared)
-        return self._apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), shared).transpose(0, 1).contiguous()
+        return (
+            self._apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), shared)
+            .transpose(0, 1)
+            .contiguous()
+        )
 
-    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
-        """The same with rows along the first dimension: a gather for each adapter, one scatter for all."""
+    def _apply_by_sample(
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+    ) -> Tensor:
+        """The same with rows along the first dimension: a gather for each adapter, one scatter for
+        all.
+        """
         every = batch.rows(x.shape[0], x.device, shared)
-        own = {name: rows for name, rows in every.items() if name in self.scaling and name in batch.samples}
+        own = {
+            name: rows
+            for name, rows in every.items()
+            if name in self.scaling and name in batch.samples
+        }
         if not own:
             return result
         owner = shared.owner
         parts = [
-            self.apply_to_samples(name, batch.samples[name], x[rows], result[rows], None if owner is None else owner[rows]).to(
-                result.dtype
-            )
+            self.apply_to_samples(
+                name,
+                batch.samples[name],
+                x[rows],
+                result[rows],
+                None if owner is None else owner[rows],
+            ).to(result.dtype)
             for name, rows in own.items()
         ]
         return result.index_copy(0, torch.cat(list(own.values())), torch.cat(parts))
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in the adapter's precision, but where `helpers.disable_input_dtype_casting` says so not in a narrower one than its
-        own: that is for storage then.
+        """`x` in the adapter's precision, but where `helpers.disable_input_dtype_casting` says so
+        not in a narrower one than its own: that is for storage then.
         """
-        return x.to(dtype) if self.cast_input_dtype_enabled or dtype.itemsize >= x.dtype.itemsize else x
+        return (
+            x.to(dtype)
+            if self.cast_input_dtype_enabled or dtype.itemsize >= x.dtype.itemsize
+            else x
+        )
 
     def _input_of_steps(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in the adapter's precision, or as it is where the products with it are taken so."""
         return x if x.dtype == dtype or can_stay(x, dtype) else self._cast_input_dtype(x, dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …), private names apart."""
+        """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …),
+        private names apart.
+        """
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
             return modules[name]
@@ -257,8 +311,8 @@ class BaseTunerLayer(AdapterHolder):
         return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, for which merged ones are taken off the weight, or on. Active ones are then computed in the
-        forward; others that were merged are merged again.
+        """Switch all adapters off, for which merged ones are taken off the weight, or on. Active
+        ones are then computed in the forward; others that were merged are merged again.
         """
         if not enabled and self.merged:
             with at_hand(self, self.merged_adapters):
@@ -283,29 +337,33 @@ class BaseTunerLayer(AdapterHolder):
             with at_hand(self, names):
                 self._merges.resume(self, wanted)
 
-    # --- merging ------------------------------------------------------------------------------------------------------
-
     @property
     def merged(self) -> bool:
         """Whether any adapter's delta is in the base weight."""
         return bool(self.merged_adapters)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any) -> None:
-        """Add adapters' deltas to the base weight, from where `unmerge` takes them off again exactly, whatever becomes of the
-        adapters meanwhile.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any
+    ) -> None:
+        """Add adapters' deltas to the base weight, from where `unmerge` takes them off again
+        exactly, whatever becomes of the adapters meanwhile.
 
-        For that a copy of each adapter's factors is kept, and the few elements of the weight that subtracting the delta would not
-        give back. A quantised weight is read, summed in float32 and quantised once more in its own form; the original stays in
-        memory until it is unmerged: half a byte a number in 4 bits, one byte in 8.
+        For that a copy of each adapter's factors is kept, and the few elements of the weight that
+        subtracting the delta would not give back. A quantised weight is read, summed in float32 and
+        quantised once more in its own form; the original stays in memory until it is unmerged: half
+        a byte a number in 4 bits, one byte in 8.
 
         Args:
             safe_merge: Check that no resulting weight is NaN or infinite.
-            adapter_names: Which adapters, by default the active ones; those merged already are passed over with a warning.
+            adapter_names: Which adapters, by default the active ones; those merged already are
+                passed over with a warning.
             **options: Passed to `get_delta_weight`.
 
         Raises:
-            PeftValueError: `safe_merge` found a broken weight, or an adapter is merged with other options; nothing was changed.
-            PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the method can't be merged.
+            PeftValueError: `safe_merge` found a broken weight, or an adapter is merged with other
+                options; nothing was changed.
+            PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the
+                method can't be merged.
         """
         names = checked_names(self.active_adapters if adapter_names is None else adapter_names)
         own = {name: options for name in names if name in self.scaling}
@@ -319,14 +377,21 @@ class BaseTunerLayer(AdapterHolder):
         self.merged_adapters[:] = adapter_names
 
     def not_merged(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """Those of the layer's adapters that are to be merged with some options, by name, and are not yet.
+        """Those of the layer's adapters that are to be merged with some options, by name, and are
+        not yet.
 
         Raises:
             PeftValueError: One is merged with other options.
         """
-        return {name: own for name, own in self._merges.missing(self, options).items() if name in self.scaling}
+        return {
+            name: own
+            for name, own in self._merges.missing(self, options).items()
+            if name in self.scaling
+        }
 
-    def merge_each(self, options: Mapping[str, Mapping[str, Any]], safe_merge: bool = False) -> None:
+    def merge_each(
+        self, options: Mapping[str, Mapping[str, Any]], safe_merge: bool = False
+    ) -> None:
         """Merge adapters that are not merged, each with its own options; all or none.
 
         Raises:
@@ -356,13 +421,15 @@ class BaseTunerLayer(AdapterHolder):
         quantised_form(self.get_base_layer())
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
-        """Take merged adapters' deltas off the base weight; without all of them it is to the bit what it was, quantised or not.
+        """Take merged adapters' deltas off the base weight; without all of them it is to the bit
+        what it was, quantised or not.
 
         Args:
             adapter_names: Which, by default all.
 
         Raises:
-            PeftRuntimeError: They came merged with a state dict, which does not say what the weight was before.
+            PeftRuntimeError: They came merged with a state dict, which does not say what the weight
+                was before.
         """
         was_suspended = self.is_suspended
         self._merges.resume(self, False)
@@ -377,7 +444,11 @@ class BaseTunerLayer(AdapterHolder):
 
     def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
         """Unmerge adapters, by default all; what is returned can be `put_on` again."""
-        return self._merges.remove(self.get_base_layer(), self.merged_adapters if adapter_names is None else adapter_names, self)
+        return self._merges.remove(
+            self.get_base_layer(),
+            self.merged_adapters if adapter_names is None else adapter_names,
+            self,
+        )
 
     def put_on(self, merges: Sequence[Merge]) -> None:
         """Merge again what was taken off, as it was."""
@@ -387,8 +458,6 @@ class BaseTunerLayer(AdapterHolder):
         """The base weight in numbers, to the bit as it is while nothing is merged."""
         return self._merges.original(self.get_base_layer())
 
-    # --- state --------------------------------------------------------------------------------------------------------
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._merges.drop_suspended(self, adapter_name)
@@ -397,8 +466,12 @@ class BaseTunerLayer(AdapterHolder):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._merges.note_in(self, destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        """A weight that is loaded brings its own merges: those that its state dict was taken with, or none."""
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        """A weight that is loaded brings its own merges: those that its state dict was taken with,
+        or none.
+        """
         self._merges.see_loaded(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -406,9 +479,9 @@ class BaseTunerLayer(AdapterHolder):
         """Cast or move the layer; what is merged comes off as the original weight cast or moved."""
         if not self.merged or not recurse:
             return super()._apply(fn, recurse)
-        return self._merges.converted(self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn)
-
-    # --- making parameters --------------------------------------------------------------------------------------------
+        return self._merges.converted(
+            self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn
+        )
 
     def _placement(self, given: Placement | None) -> Placement:
         """Where to make parameters: as given, else as the base layer's."""
@@ -416,7 +489,9 @@ class BaseTunerLayer(AdapterHolder):
 
 
 def layer_of(module: nn.Module, layer_cls: type[BaseTunerLayer]) -> BaseTunerLayer | None:
-    """The layer of a class among those around one base layer, from `module` inwards; None if there is none."""
+    """The layer of a class among those around one base layer, from `module` inwards; None if there
+    is none.
+    """
     while not isinstance(module, layer_cls):
         if not isinstance(module, BaseTunerLayer):
             return None

@@ -31,6 +31,9 @@ def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
         left: Those that are not.
     """
     if merged and left:
-        warn(f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(left)}.")
+        warn(
+            f"Already following adapters were merged {','.join(merged)}. You are now additionally "
+            f"merging {','.join(left)}."
+        )
     elif merged:
         warn("All adapters are already merged, nothing to do.")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Merges`: what is merged into the weight of one base layer, by all layers around it, and how each part comes off again."""
+"""`Merges`: what is merged into the weight of one base layer, by all layers around it, and how each
+part comes off again.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +51,17 @@ class Merge(NamedTuple):
 
 
 class Merges:
-    """The merges into one base layer's weight, in their order. All layers around the base layer share it.
+    """The merges into one base layer's weight, in their order. All layers around the base layer
+    share it.
 
-    Of each merge it keeps the adapter's own small tensors, copied, and the few elements of the weight that subtracting the delta
-    would not give back. A quantised weight is kept whole, as it was stored; so is one that the model uses elsewhere, where it still
-    is.
+    Of each merge it keeps the adapter's own small tensors, copied, and the few elements of the
+    weight that subtracting the delta would not give back. A quantised weight is kept whole, as it
+    was stored; so is one that the model uses elsewhere, where it still is.
 
     Attributes:
         entries: The merges.
-        shared: The parameter that the base layer's weight was taken apart from, None if it is its own.
+        shared: The parameter that the base layer's weight was taken apart from, None if it is its
+            own.
     """
 
     def __init__(self) -> None:
@@ -67,8 +71,6 @@ class Merges:
         self._original: Any = None  # of a quantised weight
         self._bias: Tensor | None = None  # as it was, once something was added to it
         self._dtype: torch.dtype | None = None  # of the weight when it was last written
-
-    # --- changing -----------------------------------------------------------------------------------------------------
 
     def add(self, base: nn.Module, new: Sequence[Merge], check: bool = False) -> None:
         """Merge more; all or none.
@@ -84,13 +86,15 @@ class Merges:
         self._rewrite(base, len(self.entries), list(new), check)
 
     def remove(self, base: nn.Module, names: Collection[str], layer: Any) -> list[Merge]:
-        """Take adapters of a layer off. The weight is then to the bit what the others alone make of it.
+        """Take adapters of a layer off. The weight is then to the bit what the others alone make of
+        it.
 
         Returns:
             What was taken off; it can be merged again.
 
         Raises:
-            PeftRuntimeError: It came merged with a state dict, and what the weight was before is not known.
+            PeftRuntimeError: It came merged with a state dict, and what the weight was before is
+                not known.
         """
         return self._remove(base, lambda merge: merge.layer is layer and merge.name in names)
 
@@ -98,7 +102,9 @@ class Merges:
         gone = [merge for merge in self.entries if is_gone(merge)]
         if gone:
             first = self.entries.index(gone[0])
-            self._rewrite(base, first, [merge for merge in self.entries[first:] if not is_gone(merge)], False)
+            self._rewrite(
+                base, first, [merge for merge in self.entries[first:] if not is_gone(merge)], False
+            )
         return gone
 
     def suspend(self, layer: Any) -> None:
@@ -107,16 +113,20 @@ class Merges:
 
     def resume(self, layer: Any, wanted: bool) -> None:
         """Merge the layer's suspended adapters again, or forget them."""
-        again = [merge for merge in self._suspended if merge.layer is layer and merge.name not in layer.merged_adapters]
+        again = [
+            merge
+            for merge in self._suspended
+            if merge.layer is layer and merge.name not in layer.merged_adapters
+        ]
         self._suspended = [merge for merge in self._suspended if merge.layer is not layer]
         if wanted:
             self.add(layer.get_base_layer(), again)
 
     def drop_suspended(self, layer: Any, name: str) -> None:
         """Forget a suspended adapter."""
-        self._suspended = [merge for merge in self._suspended if merge.layer is not layer or merge.name != name]
-
-    # --- state dicts --------------------------------------------------------------------------------------------------
+        self._suspended = [
+            merge for merge in self._suspended if merge.layer is not layer or merge.name != name
+        ]
 
     def note_in(self, layer: Any, destination: Any, prefix: str) -> None:
         """Note in a state dict's metadata what a layer has merged into the weight that is in it."""
@@ -125,19 +135,26 @@ class Merges:
             metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
             metadata["untied"] = self.shared is not None
 
-    def see_loaded(self, layer: Any, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    def see_loaded(
+        self, layer: Any, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
         """Take over what is merged into a weight that a layer is about to load.
 
-        Without a note, which not all formats of files keep, a weight with the numbers of the present one is merged as that is, and
-        any other has nothing merged.
+        Without a note, which not all formats of files keep, a weight with the numbers of the
+        present one is merged as that is, and any other has nothing merged.
         """
         base, depth = layer.base_layer, 1
         while base is not layer.get_base_layer():
             base, depth = base.base_layer, depth + 1
-        value, weight = state.get(f"{prefix}{'base_layer.' * depth}weight"), getattr(base, "weight", None)
+        value, weight = (
+            state.get(f"{prefix}{'base_layer.' * depth}weight"),
+            getattr(base, "weight", None),
+        )
         if value is None or weight is None or value.shape != weight.shape:
             return
-        noted = {name: own for name, own in metadata.get("merged", {}).items() if name in layer.scaling}
+        noted = {
+            name: own for name, own in metadata.get("merged", {}).items() if name in layer.scaling
+        }
         if not noted and not self.entries:
             return
         is_same = _same_numbers(value, weight)
@@ -162,13 +179,18 @@ class Merges:
         self._put_bias(base, [])
         self._note(base, [])
 
-    # --- casting and moving -------------------------------------------------------------------------------------------
-
-    def converted(self, base: nn.Module, convert: Callable[[], Any], function: Callable[[Tensor], Tensor]) -> Any:
-        """Have the base layer converted (cast, moved) by `convert`, so that the merged weight becomes what `function` makes of it,
-        and taking everything off gives what it makes of the original.
+    def converted(
+        self, base: nn.Module, convert: Callable[[], Any], function: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """Have the base layer converted (cast, moved) by `convert`, so that the merged weight
+        becomes what `function` makes of it, and taking everything off gives what it makes of the
+        original.
         """
-        if not self.entries or not self.entries[0].is_known or not self._is_changed_by(base, function):
+        if (
+            not self.entries
+            or not self.entries[0].is_known
+            or not self._is_changed_by(base, function)
+        ):
             return convert()
         with exact_merge.by_itself(_device(base)):
             if quantised_form(base) is not None:
@@ -186,13 +208,13 @@ class Merges:
                 self.entries = self.entries or entries
                 self._dtype = base.weight.dtype  # type: ignore[union-attr, assignment]
 
-    # --- reading ------------------------------------------------------------------------------------------------------
-
     def names(self, layer: Any) -> list[str]:
         """Names of a layer's merged adapters, in the order of merging."""
         return [merge.name for merge in self.entries if merge.layer is layer]
 
-    def missing(self, layer: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    def missing(
+        self, layer: Any, options: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Mapping[str, Any]]:
         """Those of the adapters that a layer is to merge with some options which it has not merged.
 
         Raises:
@@ -201,9 +223,13 @@ class Merges:
         merged = self.options(layer)
         for name, own in options.items():
             if name in merged and own and dict(merged[name]) != dict(own):
-                now, wanted = (", ".join(f"{k}={v!r}" for k, v in given.items()) for given in (merged[name], own))
+                now, wanted = (
+                    ", ".join(f"{k}={v!r}" for k, v in given.items())
+                    for given in (merged[name], own)
+                )
                 raise PeftValueError(
-                    f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` before merging it with {wanted}."
+                    f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` "
+                    f"before merging it with {wanted}."
                 )
         return {name: own for name, own in options.items() if name not in merged}
 
@@ -228,8 +254,6 @@ class Merges:
             finally:
                 form.put(base, merged)
 
-    # --- the weight ---------------------------------------------------------------------------------------------------
-
     def _rewrite(self, base: nn.Module, first: int, new: list[Merge], check: bool) -> None:
         """Merge `new` in place of the merges from `first` on; on an error nothing is changed."""
         with exact_merge.by_itself(_device(base)):
@@ -239,9 +263,13 @@ class Merges:
                 return
             weight, entries = self._before(base, first), []
             for merge in (merge._replace(correction=None) for merge in new):
-                weight, correction = exact_merge.add(weight, merge.dense(weight.device), merge.factor)
+                weight, correction = exact_merge.add(
+                    weight, merge.dense(weight.device), merge.factor
+                )
                 _insist_on_finite(merge, weight, check)
-                entries.append(merge._replace(correction=None if self.shared is not None else correction))
+                entries.append(
+                    merge._replace(correction=None if self.shared is not None else correction)
+                )
             entries = self.entries[:first] + entries
             if not entries and self.shared is not None:
                 base.weight, self.shared = self.shared, None
@@ -250,7 +278,9 @@ class Merges:
             self._put_bias(base, entries)
             self._note(base, entries)
 
-    def _rewrite_quantised(self, form: Any, base: nn.Module, entries: list[Merge], check: bool) -> None:
+    def _rewrite_quantised(
+        self, form: Any, base: nn.Module, entries: list[Merge], check: bool
+    ) -> None:
         """Merge into a quantised weight, from the original: it is rounded once."""
         present = form.get(base)
         original = self._original if self.entries else present
@@ -291,8 +321,8 @@ class Merges:
         return self._peeled(weight, self.entries[first:])
 
     def _peeled(self, weight: Tensor, entries: Sequence[Merge]) -> Tensor:
-        """A plain weight without the merges that were added last. One that was cast behind this object's back is as the original
-        cast so, but for rounding.
+        """A plain weight without the merges that were added last. One that was cast behind this
+        object's back is as the original cast so, but for rounding.
         """
         present, weight = weight.dtype, weight.to(self._dtype)
         for merge in reversed(entries):
@@ -301,7 +331,11 @@ class Merges:
         return weight.to(present)
 
     def _convert_stages(
-        self, base: nn.Module, entries: list[Merge], convert: Callable[[], Any], function: Callable[[Tensor], Tensor]
+        self,
+        base: nn.Module,
+        entries: list[Merge],
+        convert: Callable[[], Any],
+        function: Callable[[Tensor], Tensor],
     ) -> Any:
         merged = stored_weight(base).data
         stages = [self._peeled(merged, entries[i:]) for i in range(len(entries))]
@@ -353,19 +387,32 @@ class Merges:
 
     def insist_on_known(self, first: int = 0) -> None:
         """Raise where the merges from `first` on can't be taken off."""
-        names = [merge.name for merge in self.entries[0 if self.shared is not None else first :] if not merge.is_known]
-        if names and (first > 0 or self.shared is None):  # a weight that the model uses elsewhere is still there
+        names = [
+            merge.name
+            for merge in self.entries[0 if self.shared is not None else first :]
+            if not merge.is_known
+        ]
+        if names and (
+            first > 0 or self.shared is None
+        ):  # a weight that the model uses elsewhere is still there
             raise PeftRuntimeError(
-                f"Adapter {names[0]} was merged in the state dict that this model loaded, which does not say what the weight was "
+                f"Adapter {names[0]} was merged in the state dict that this model loaded, which "
+                "does not say what the weight was "
                 "before; load a state dict that was taken while nothing was merged."
             )
 
 
 def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
-    if check and not (torch.isfinite(weight.float()).all() and (merge.bias is None or torch.isfinite(merge.bias).all())):
-        kind = "weights" if merge.bias is None or not torch.isfinite(weight.float()).all() else "bias"
+    if check and not (
+        torch.isfinite(weight.float()).all()
+        and (merge.bias is None or torch.isfinite(merge.bias).all())
+    ):
+        kind = (
+            "weights" if merge.bias is None or not torch.isfinite(weight.float()).all() else "bias"
+        )
         raise PeftValueError(
-            f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; nothing was merged."
+            f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; "
+            "nothing was merged."
         )
 
 

@@ -25,16 +25,25 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: bool) -> None:
-    """Merge adapters into those of some layers that have them and have not merged them; all or none.
+    """Merge adapters into those of some layers that have them and have not merged them; all or
+    none.
 
     Raises:
-        PeftValueError: An adapter is merged with other options, or a weight would break; nothing is merged then.
+        PeftValueError: An adapter is merged with other options, or a weight would break; nothing is
+            merged then.
         PeftNotSupportedError: A layer can't be merged into.
     """
     layers = list(named.values())
     todo = [(layer, own) for layer in layers if (own := layer.not_merged(options))]
     left = [name for name in options if any(name in own for _, own in todo)]
-    warn_of_merged([name for name in options if name not in left and any(name in layer.scaling for layer in layers)], left)
+    warn_of_merged(
+        [
+            name
+            for name in options
+            if name not in left and any(name in layer.scaling for layer in layers)
+        ],
+        left,
+    )
     _check(named, todo)
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
@@ -49,7 +58,9 @@ def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: boo
         raise
 
 
-def _check(named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLayer, Mapping[str, Any]]]) -> None:
+def _check(
+    named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLayer, Mapping[str, Any]]]
+) -> None:
     """Check that all layers can be merged into; those that can't are named by what is in the way."""
     paths = {id(layer): path for path, layer in named.items()}
     problems: dict[str, list[str]] = {}
@@ -60,7 +71,10 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLa
             except PeftNotSupportedError as error:
                 problems.setdefault(str(error), []).append(f"`{paths[id(layer)]}`")
     if problems:
-        some = {text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8)) for text, found in problems.items()}
+        some = {
+            text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8))
+            for text, found in problems.items()
+        }
         raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
 
 
@@ -76,27 +90,41 @@ def warn_of_ties(model: nn.Module, named: Mapping[str, BaseTunerLayer], options:
     for path, layer in named.items():
         base = layer.get_base_layer()
         weight = base._parameters.get("weight")
-        if weight is None or all(name not in layer.scaling or name in layer.merged_adapters for name in options):
+        if weight is None or all(
+            name not in layer.scaling or name in layer.merged_adapters for name in options
+        ):
             continue
         owners = owners or tied_weights.owners(model)
-        others = sorted({owner for owner in owners[id(weight)] if model.get_submodule(owner) is not base})
+        others = sorted(
+            {owner for owner in owners[id(weight)] if model.get_submodule(owner) is not base}
+        )
         if others:
             names = ", ".join(f"`{owner.partition('.base_layer')[0]}`" for owner in others)
             warn(
-                f"`{path}` shares its weight with {names}, and merging changes it in both places: the model computes "
-                "something else than with the adapter unmerged. Take it off with `unmerge_adapter`; `merge_and_unload` makes "
+                f"`{path}` shares its weight with {names}, and merging changes it in both places: "
+                "the model computes "
+                "something else than with the adapter unmerged. Take it off with "
+                "`unmerge_adapter`; `merge_and_unload` makes "
                 "two weights of it."
             )
 
 
 @contextmanager
 def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """A context for merging for good: layers whose weight the model uses elsewhere too have one of their own, and what is
-    merged into it already is in that one alone. An error undoes this.
+    """A context for merging for good: layers whose weight the model uses elsewhere too have one of
+    their own, and what is merged into it already is in that one alone. An error undoes this.
     """
     owners = tied_weights.owners(model)
-    merged = [layer for layer in layers if layer.merged and all(merge.is_known for merge in layer._merges.entries)]
-    shared = [layer for layer in merged if len(owners.get(id(layer.get_base_layer()._parameters.get("weight")), ())) > 1]
+    merged = [
+        layer
+        for layer in layers
+        if layer.merged and all(merge.is_known for merge in layer._merges.entries)
+    ]
+    shared = [
+        layer
+        for layer in merged
+        if len(owners.get(id(layer.get_base_layer()._parameters.get("weight")), ())) > 1
+    ]
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
 
     def put_on_again() -> None:
@@ -132,8 +160,10 @@ def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
     }
     if names:
         warn(
-            f"The model is in training mode while adapters are merged: {', '.join(names)}. No gradient reaches them in the "
-            "weights. Call `unmerge_adapter` before training; `set_requires_grad(names, False)` freezes them."
+            f"The model is in training mode while adapters are merged: {', '.join(names)}. No "
+            "gradient reaches them in the "
+            "weights. Call `unmerge_adapter` before training; `set_requires_grad(names, False)` "
+            "freezes them."
         )
 
 
@@ -154,8 +184,8 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
 
 
 def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
-    """Before adapters are switched off, see that merged ones can be taken off; before they are switched on, merge all of those
-    again if some layer would not compute one.
+    """Before adapters are switched off, see that merged ones can be taken off; before they are
+    switched on, merge all of those again if some layer would not compute one.
 
     Raises:
         PeftRuntimeError: A weight came merged with a state dict.
@@ -170,7 +200,9 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
 
 @contextmanager
 def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> Iterator[None]:
-    """A context in which adapters are not merged that are to be merged with other options; an error merges them again."""
+    """A context in which adapters are not merged that are to be merged with other options; an error
+    merges them again.
+    """
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     for layer in layers:
         names = [name for name, own in options.items() if own and name in layer.merged_adapters]
@@ -187,13 +219,19 @@ def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> 
         raise
 
 
-def unload(model: nn.Module, layer_cls: type[BaseTunerLayer], adapters: Sequence[str], progressbar: str | None) -> None:
+def unload(
+    model: nn.Module,
+    layer_cls: type[BaseTunerLayer],
+    adapters: Sequence[str],
+    progressbar: str | None,
+) -> None:
     """Put the layers that adapters were put around back in their places.
 
     Args:
         model: The model.
         layer_cls: The class of layers that are taken out.
-        adapters: The adapters whose trained copies of modules, or rows of embeddings, stay in the model.
+        adapters: The adapters whose trained copies of modules, or rows of embeddings, stay in the
+            model.
         progressbar: Show one with this description.
     """
     modules = list(walk(model, repeated=True))

@@ -69,7 +69,9 @@ def around(model_cls: type, tuner_cls: type[BaseTuner]) -> type:
     if methods is None or issubclass(model_cls, methods):
         return model_cls
     named = {name: getattr(model_cls, name) for name in ("__doc__", "__module__", "__qualname__")}
-    return _Combined(model_cls.__name__, (methods, model_cls), {**named, "_made_of": (model_cls, tuner_cls)})
+    return _Combined(
+        model_cls.__name__, (methods, model_cls), {**named, "_made_of": (model_cls, tuner_cls)}
+    )
 
 
 def _pickled(cls: Any) -> Any:

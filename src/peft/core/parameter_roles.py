@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method's parameters are for: by their roles an optimiser gives them rates of their own (`peft.optimizers`)."""
+"""What a method's parameters are for: by their roles an optimiser gives them rates of their own
+(`peft.optimizers`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ class Role(NamedTuple):
     """A role that some of a method's parameters play, and how the method's papers train them.
 
     Args:
-        parameters: Containers by adapter name whose parameters play it, `"vblora_logits_A"`; a single parameter of the modules in
-            a container is named behind it, `"poly_router.module_logits"`.
+        parameters: Containers by adapter name whose parameters play it, `"vblora_logits_A"`; a
+            single parameter of the modules in a container is named behind it,
+            `"poly_router.module_logits"`.
         lr: The papers' learning rate, None where they have none of its own for this role.
         decays: Whether weight decay suits them.
     """

@@ -53,7 +53,8 @@ class Plan:
         config: Its config, with the targets resolved.
         targets: Modules to adapt, by path.
         trained_whole: Modules to make trainable copies of, by path.
-        places: Every path at which a targeted module sits in the model (more than one where it is shared).
+        places: Every path at which a targeted module sits in the model (more than one where it is
+            shared).
         tokens: Embeddings to train single rows of.
     """
 
@@ -80,8 +81,8 @@ def make(
         adapter_name: The adapter's name.
         config: Its config; names that it leaves open are filled in.
         state_dict: Adapt the modules this checkpoint has parameters for.
-        is_new: Warn of names in the config that mean nothing in this model. For an adapter that a checkpoint fills that is no
-            slip: the checkpoint fits, or is refused.
+        is_new: Warn of names in the config that mean nothing in this model. For an adapter that a
+            checkpoint fills that is no slip: the checkpoint fits, or is refused.
 
     Raises:
         PeftValueError: The name or the config can't be used.
@@ -94,14 +95,23 @@ def make(
     check_name(adapter_name, tuner)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     if adapter_name in prefix and len(adapter_name) >= len(prefix) - 1:
-        warn(f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. Other writers confuse the two.")
+        warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
+            "Other writers confuse the two."
+        )
     _check_biases(config, tuner)
     plan = Plan(adapter_name, config)
     modules = own_modules(tuner.model)
     plan.trained_whole = _trained_whole(plan.config, modules)
-    candidates = {p: m for p, m in modules.items() if not any(_below(p, whole) for whole in plan.trained_whole)}
+    candidates = {
+        p: m
+        for p, m in modules.items()
+        if not any(_below(p, whole) for whole in plan.trained_whole)
+    }
     paths = (
-        _saved(state_dict, tuner, config, candidates) if state_dict else _targeted(tuner, config, candidates, plan.trained_whole)
+        _saved(state_dict, tuner, config, candidates)
+        if state_dict
+        else _targeted(tuner, config, candidates, plan.trained_whole)
     )
     by_module: dict[int, list[str]] = {}
     for path, module in modules.items():
@@ -112,10 +122,16 @@ def make(
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
     if is_new and not state_dict:
         unmatched_names.warn_of_unused(config, modules)
-    patterns = {f.name: getattr(config, f.name) for f in fields(config) if f.name.endswith("_pattern")}
-    unmatched_names.warn_of_patterns({k: v for k, v in patterns.items() if isinstance(v, dict)}, plan.targets)
+    patterns = {
+        f.name: getattr(config, f.name) for f in fields(config) if f.name.endswith("_pattern")
+    }
+    unmatched_names.warn_of_patterns(
+        {k: v for k, v in patterns.items() if isinstance(v, dict)}, plan.targets
+    )
     _check_modules(tuner, plan)
-    plan.tokens = _trainable_tokens.plan(plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole})
+    plan.tokens = _trainable_tokens.plan(
+        plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole}
+    )
     _warn_of_ties(tuner.model, plan)
     return plan
 
@@ -129,7 +145,9 @@ def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
         plain, name = module, path
         while isinstance(plain, BaseTunerLayer):
             plain, name = plain.base_layer, f"{name}.base_layer"
-        if plain._parameters.get("bias") is not None and (plain is not module or config.trained_biases == "all"):
+        if plain._parameters.get("bias") is not None and (
+            plain is not module or config.trained_biases == "all"
+        ):
             names.append(f"{name}.bias")
     return names
 
@@ -139,19 +157,31 @@ def check_name(name: str, tuner: BaseTuner) -> None:
     if not isinstance(name, str):
         raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
     if not name or "." in name:
-        raise PeftValueError(f"The adapter's name {name!r} must be a non-empty string without dots.")
+        raise PeftValueError(
+            f"The adapter's name {name!r} must be a non-empty string without dots."
+        )
     if name.startswith(("/", "\\")):
-        raise PeftValueError(f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name.")
+        raise PeftValueError(
+            f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name."
+        )
     if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
-        raise PeftValueError(f"The adapter's name {name!r} is an attribute of torch's containers; choose another.")
+        raise PeftValueError(
+            f"The adapter's name {name!r} is an attribute of torch's containers; choose another."
+        )
     if name == BASE_MODEL:
-        raise PeftValueError(f"The adapter's name {name!r} means no adapter in `adapter_names`; choose another.")
+        raise PeftValueError(
+            f"The adapter's name {name!r} means no adapter in `adapter_names`; choose another."
+        )
     if name in tuner.peft_config:
-        raise PeftValueError(f"Adapter with name '{name}' already exists; choose another, or delete that one first.")
+        raise PeftValueError(
+            f"Adapter with name '{name}' already exists; choose another, or delete that one first."
+        )
 
 
 def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
-    if config.trained_biases != "none" and any(other.trained_biases != "none" for other in tuner.peft_config.values()):
+    if config.trained_biases != "none" and any(
+        other.trained_biases != "none" for other in tuner.peft_config.values()
+    ):
         raise PeftValueError(
             f"{type(tuner).__name__} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."
@@ -159,11 +189,17 @@ def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path (each path, where there are several), seen as if there were no adapters: what is inside adapted
-    layers is left out, and what computes a layer's weight.
+    """The model's modules by path (each path, where there are several), seen as if there were no
+    adapters: what is inside adapted layers is left out, and what computes a layer's weight.
     """
-    whole = walk(model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList))
-    return {path: module for path, module in whole if path and not isinstance(module, (ByAdapter, ParametrizationList))}
+    whole = walk(
+        model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
+    )
+    return {
+        path: module
+        for path, module in whole
+        if path and not isinstance(module, (ByAdapter, ParametrizationList))
+    }
 
 
 def _below(path: str, outer: str) -> bool:
@@ -176,49 +212,82 @@ def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, n
     if not names:
         return {}
     found = {path: m for path, m in modules.items() if _targets.named(set(names), path)}
-    outermost = {p: m for p, m in found.items() if not any(p != other and _below(p, other) for other in found)}
+    outermost = {
+        p: m
+        for p, m in found.items()
+        if not any(p != other and _below(p, other) for other in found)
+    }
     if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
         named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())
-        raise PeftTypeError(f"modules_to_save cannot be applied to modules of type {named}; name the modules in it.")
+        raise PeftTypeError(
+            f"modules_to_save cannot be applied to modules of type {named}; name the modules in it."
+        )
     return outermost
 
 
-def _targeted(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the modules that the config targets; writes resolved defaults and "all-linear" into the config."""
+def _targeted(
+    tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]
+) -> list[str]:
+    """Paths of the modules that the config targets; writes resolved defaults and "all-linear" into
+    the config.
+    """
     if config.target_modules is None:
         kind = model_type(tuner.model)
         defaults = tuner.default_target_modules.get(kind or "")
         if defaults is None:
             there = unmatched_names.counted_names(_adaptable(tuner, config, modules))
             raise PeftValueError(
-                f"Please specify `target_modules` in `peft_config`: none are known for model type {kind!r}."
+                "Please specify `target_modules` in `peft_config`: none are known for model type "
+                f"{kind!r}."
                 + (f" Modules that can be adapted are called {there}." if there else "")
             )
         # Of the names that a kind of model may have, those that this one has.
-        present = defaults if isinstance(defaults, str) else set(defaults).difference(unmatched_names.unused(defaults, modules))
+        present = (
+            defaults
+            if isinstance(defaults, str)
+            else set(defaults).difference(unmatched_names.unused(defaults, modules))
+        )
         config.target_modules = present or set(defaults)
     if not config.target_modules:
-        raise PeftValueError("`target_modules` is empty; name at least one module, or use 'all-linear'.")
+        raise PeftValueError(
+            "`target_modules` is empty; name at least one module, or use 'all-linear'."
+        )
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         linear = _all_linear(tuner.model, modules)
-        config.target_modules = set(_targets.select(linear, set(linear) or {""}, config.exclude_modules))
-    paths = _targets.select(modules, config.target_modules, config.exclude_modules, *unmatched_names.layer_choice(config))
+        config.target_modules = set(
+            _targets.select(linear, set(linear) or {""}, config.exclude_modules)
+        )
+    paths = _targets.select(
+        modules,
+        config.target_modules,
+        config.exclude_modules,
+        *unmatched_names.layer_choice(config),
+    )
     if not paths:
         _raise_unmatched(tuner, config, modules, whole)
     return paths
 
 
-def _raise_unmatched(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]) -> None:
-    if config.exclude_modules and all(_targets.named(config.exclude_modules, path) for path in modules):
+def _raise_unmatched(
+    tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]
+) -> None:
+    if config.exclude_modules and all(
+        _targets.named(config.exclude_modules, path) for path in modules
+    ):
         raise NoMatchingPeftModuleError(
-            f"All modules were excluded by `exclude_modules`={config.exclude_modules!r}; leave out those that are to be adapted."
+            f"All modules were excluded by `exclude_modules`={config.exclude_modules!r}; leave out "
+            "those that are to be adapted."
         )
     adaptable = _adaptable(tuner, config, modules)
-    if whole or _targets.select(modules, config.target_modules, None, *unmatched_names.layer_choice(config)):
+    if whole or _targets.select(
+        modules, config.target_modules, None, *unmatched_names.layer_choice(config)
+    ):
         named = _targets.select([*modules, *whole], config.target_modules)
         raise NoMatchingPeftModuleError(
-            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
-            "excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also have only "
+            "No modules were targeted for adaptation. This might be caused by a combination of "
+            "mismatched target modules and "
+            "excluded modules. Please check your `target_modules` and `exclude_modules` "
+            "configuration. You may also have only "
             "targeted modules that are marked to be saved (`modules_to_save`)."
             + ("" if named else unmatched_names.what_there_is(config, list(modules), adaptable))
         )
@@ -227,8 +296,14 @@ def _raise_unmatched(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Mod
 
 def _adaptable(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the modules that a method can adapt."""
-    bases = {path: (layer_of(module, tuner.tuner_layer_cls), module) for path, module in modules.items()}
-    return [p for p, (layer, m) in bases.items() if tuner.tuner_layer_class(config, layer.base_layer if layer else m) is not None]
+    bases = {
+        path: (layer_of(module, tuner.tuner_layer_cls), module) for path, module in modules.items()
+    }
+    return [
+        p
+        for p, (layer, m) in bases.items()
+        if tuner.tuner_layer_class(config, layer.base_layer if layer else m) is not None
+    ]
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -242,7 +317,11 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         heads |= {id(getattr(model, name)) for name in OUTPUT_HEAD_NAMES if name in model._modules}
     paths = []
     for path, module in modules.items():
-        if not base_layer.is_linear(module) or id(module) in heads or id(base_layer.innermost(module)) in heads:
+        if (
+            not base_layer.is_linear(module)
+            or id(module) in heads
+            or id(base_layer.innermost(module)) in heads
+        ):
             continue
         parent, _, name = get_submodules(model, path)
         reason = unfit_reason(parent, name, model_type(model))
@@ -262,47 +341,79 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
     owners = tied_weights.owners(model)
     for path, module in {**plan.targets, **plan.trained_whole}.items():
         for parameter in module.parameters(recurse=False):
-            others = sorted({owner for owner in owners.get(id(parameter), []) if owner not in plan.places.get(path, [path])})
+            others = sorted(
+                {
+                    owner
+                    for owner in owners.get(id(parameter), [])
+                    if owner not in plan.places.get(path, [path])
+                }
+            )
             if others and getattr(plan.config, "ensure_weight_tying", False):
                 raise PeftNotSupportedError(
-                    f"`ensure_weight_tying`=True: `{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, and "
-                    "adapters of both can't be tied; leave out the module or the option. `trainable_token_indices` are tied anyway."
+                    f"`ensure_weight_tying`=True: `{path}` shares a weight with "
+                    f"{', '.join(f'`{owner}`' for owner in others)}, and "
+                    "adapters of both can't be tied; leave out the module or the option. "
+                    "`trainable_token_indices` are tied anyway."
                 )
             if others:
                 warn(
-                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, which will go on using it as it "
-                    "is: no implementation exists to tie the adapters. `merge_adapter` changes it in both places, "
+                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, "
+                    "which will go on using it as it "
+                    "is: no implementation exists to tie the adapters. `merge_adapter` changes it "
+                    "in both places, "
                     "`merge_and_unload` makes two weights of it.",
                 )
 
 
-def _saved(state_dict: Mapping[str, Tensor], tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the modules that a checkpoint has parameters for; warns where the config targets others."""
+def _saved(
+    state_dict: Mapping[str, Tensor],
+    tuner: BaseTuner,
+    config: Any,
+    modules: Mapping[str, nn.Module],
+) -> list[str]:
+    """Paths of the modules that a checkpoint has parameters for; warns where the config targets
+    others.
+    """
     names = ModuleNames(tuner.model)
     saved = {names.now(path) or path for path in _paths_in(state_dict, tuner)}
     paths = [path for path in modules if unwrapped(path) in saved]
     if not paths:
         raise NoMatchingPeftModuleError(
-            f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter for modules of this model."
+            f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter for modules "
+            "of this model."
             + (f" It has some for {', '.join(sorted(saved)[:3])}." if saved else "")
         )
-    targets = config.target_modules or tuner.default_target_modules.get(model_type(tuner.model) or "") or ()
+    targets = (
+        config.target_modules
+        or tuner.default_target_modules.get(model_type(tuner.model) or "")
+        or ()
+    )
     if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         targets = _all_linear(tuner.model, modules)
-    meant = _targets.select(modules, targets, config.exclude_modules, *unmatched_names.layer_choice(config))
-    for place, others in (("PEFT config", set(meant).difference(paths)), ("state_dict", set(paths).difference(meant))):
+    meant = _targets.select(
+        modules, targets, config.exclude_modules, *unmatched_names.layer_choice(config)
+    )
+    for place, others in (
+        ("PEFT config", set(meant).difference(paths)),
+        ("state_dict", set(paths).difference(meant)),
+    ):
         if others:
             warn(
-                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
-                "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
-                f"The {place} contained these additional target modules: {sorted(others)}. The state_dict decides.",
+                "While injecting the PEFT adapters, an inconsistency was discovered between the "
+                "PEFT config and the provided "
+                "state_dict. This is not necessarily an issue and can be ignored if this was the "
+                "intent. "
+                f"The {place} contained these additional target modules: {sorted(others)}. The "
+                "state_dict decides.",
                 RuntimeWarning,
             )
     return paths
 
 
 def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> set[str]:
-    """Paths of the modules that a checkpoint has parameters for, without what wrappers put into them."""
+    """Paths of the modules that a checkpoint has parameters for, without what wrappers put into
+    them.
+    """
     holders = tuner.tuner_layer_cls.container_names
     paths = set()
     for key in state_dict:
@@ -326,14 +437,22 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
         if reason:
             unsupported.append(f"`{path}`: {reason}.")
         elif tuner.tuner_layer_class(plan.config, base) is None:
-            unsupported.append(f"`{path}`: Target module {base_layer.describe(base)} is not supported.")
+            unsupported.append(
+                f"`{path}`: Target module {base_layer.describe(base)} is not supported."
+            )
         elif isinstance(base, BaseTunerLayer) and base.needs_layer_alone:
-            misfits.append(f"`{path}`: {type(base).__name__} has an adapter that needs the layer for itself.")
+            misfits.append(
+                f"`{path}`: {type(base).__name__} has an adapter that needs the layer for itself."
+            )
         else:
-            misfits += [f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)]
+            misfits += [
+                f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)
+            ]
     if unsupported:
         remedy = f"{type(tuner).__name__} adapts {tuner.supported_modules}; leave out others by `exclude_modules`."
         raise UnsupportedModuleError(" ".join([*unsupported, remedy]))
     if misfits:
-        remedy = tuner.target_remedy(plan.config, [base_layer.innermost(module) for module in plan.targets.values()])
+        remedy = tuner.target_remedy(
+            plan.config, [base_layer.innermost(module) for module in plan.targets.values()]
+        )
         raise PeftValueError(" ".join([*misfits, remedy]).strip())

@@ -17,8 +17,11 @@ from ..checkpoint.renamed_modules import ModuleNames, renamed_state
 from .targets import exactly, named, pattern_value, select
 
 
-def renamed_config(config: Any, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]) -> Any:
-    """A config whose names mean the same modules under their present paths: the config itself where they do already.
+def renamed_config(
+    config: Any, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]
+) -> Any:
+    """A config whose names mean the same modules under their present paths: the config itself where
+    they do already.
 
     Args:
         config: The config.
@@ -42,17 +45,30 @@ def renamed_config(config: Any, paths: Collection[str], renamed: Mapping[str, st
         patterns = getattr(config, field)
         values = {new: pattern_value(patterns, old, None) for old, new in own.items()}
         if any(pattern_value(patterns, new, None) != value for new, value in values.items()):
-            setattr(result, field, {f"^{re.escape(new)}$": value for new, value in values.items() if value is not None})
+            setattr(
+                result,
+                field,
+                {
+                    f"^{re.escape(new)}$": value
+                    for new, value in values.items()
+                    if value is not None
+                },
+            )
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
         result.trainable_token_indices = {
-            new: value for name, value in tokens.items() for new in _saved([name], paths, renamed) or [name]
+            new: value
+            for name, value in tokens.items()
+            for new in _saved([name], paths, renamed) or [name]
         }
     return result
 
 
-def present_names(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """A checkpoint's config and tensors under the names that a model's modules have now; the config is a copy if it has others.
+def present_names(
+    model: nn.Module, config: Any, state: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """A checkpoint's config and tensors under the names that a model's modules have now; the config
+    is a copy if it has others.
 
     Raises:
         CheckpointError: A module is a part of another one now.
@@ -65,8 +81,9 @@ def present_names(model: nn.Module, config: Any, state: Mapping[str, Tensor]) ->
 
 
 def config_of_now(config: Any, model: nn.Module) -> Any:
-    """A config that was read from a file, with names that the model's modules had before replaced by their present ones; the config
-    itself where all its names mean modules, or none does under earlier names.
+    """A config that was read from a file, with names that the model's modules had before replaced
+    by their present ones; the config itself where all its names mean modules, or none does under
+    earlier names.
     """
     if config.place is None:
         return config
@@ -106,7 +123,9 @@ def _selected(config: Any, paths: Iterable[str]) -> list[str]:
 
 
 def _saved(names: Any, paths: Collection[str], renamed: Mapping[str, str]) -> Any:
-    """Names of modules, those that mean none replaced by the present paths of those that they meant."""
+    """Names of modules, those that mean none replaced by the present paths of those that they
+    meant.
+    """
     if is_empty(names):
         return names
     result: dict[str, None] = {}
@@ -117,7 +136,9 @@ def _saved(names: Any, paths: Collection[str], renamed: Mapping[str, str]) -> An
 
 
 def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
-    """The present paths of the modules that a name meant: of those that are renamed, and of those around them."""
+    """The present paths of the modules that a name meant: of those that are renamed, and of those
+    around them.
+    """
     found = []
     for old, new in renamed.items():
         for end in _ends(old):

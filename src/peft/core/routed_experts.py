@@ -23,14 +23,16 @@ from .layer import BaseTunerLayer
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
-    """Have the adapted modules at some paths know how their rows lie, and mixtures of experts say, while they run, which token goes
-    to which expert, where that can be read.
+    """Have the adapted modules at some paths know how their rows lie, and mixtures of experts say,
+    while they run, which token goes to which expert, where that can be read.
     """
     has_experts = False
     for path in paths:
         module: Any = model.get_submodule(path)
         if isinstance(module, AuxiliaryTrainingWrapper):
-            module.layout = row_layout(model, path, int(not isinstance(module.original_module, nn.Embedding)))
+            module.layout = row_layout(
+                model, path, int(not isinstance(module.original_module, nn.Embedding))
+            )
         while isinstance(module, BaseTunerLayer):
             module.layout = row_layout(model, path, module.layout.features)
             has_experts |= module.layout.expert is not None
@@ -47,15 +49,20 @@ def forget(model: nn.Module) -> None:
         remove_entries(module, _conduct)
 
 
-def _of_nllb(experts: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
+def _of_nllb(
+    experts: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
+) -> Tensor:
     return F.one_hot(router_mask, num_classes=experts.num_experts).permute(2, 1, 0)
 
 
-def _of_switch(experts: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+def _of_switch(
+    experts: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
+) -> Tensor:
     return selected_experts.permute(2, 1, 0)
 
 
-# How containers of experts choose, from what they are called with: `[experts, choices, tokens]`, as they go by it themselves.
+# How containers of experts choose, from what they are called with: `[experts, choices, tokens]`, as
+# they go by it themselves.
 _READERS: dict[str, Callable[..., Tensor]] = {
     "transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeExperts": _of_nllb,
     "transformers.models.switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": _of_switch,
@@ -69,12 +76,18 @@ def _reader(kind: type) -> Callable[..., Tensor] | None:
 
 
 def _conduct(
-    function: Callable[..., Any], experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+    function: Callable[..., Any],
+    experts: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: tuple[str, ...],
 ) -> Any:
     """A call of a container of experts."""
     kind: Any = type(experts)
     reader: Any = _reader(kind)
     places = [name for name in experts._modules if name.startswith("expert_")]
-    routed = RoutedTokens(lambda: reader(experts, *args, **kwargs), {name: i for i, name in enumerate(places)})
+    routed = RoutedTokens(
+        lambda: reader(experts, *args, **kwargs), {name: i for i, name in enumerate(places)}
+    )
     with ROUTED_TOKENS.during(routed):
         return function(experts, *args, **kwargs)

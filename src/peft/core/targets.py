@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules a config means: pure string matching on module paths such as `model.layers.0.self_attn.q_proj`."""
+"""Which modules a config means: pure string matching on module paths such as
+`model.layers.0.self_attn.q_proj`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ T = TypeVar("T")
 
 
 def named(names: str | Collection[str] | None, path: str) -> bool:
-    """Whether `names` means the module at `path`: a string matches as a whole regular expression, a list's entry as the whole
-    path or as its end after a dot.
+    """Whether `names` means the module at `path`: a string matches as a whole regular expression, a
+    list's entry as the whole path or as its end after a dot.
     """
     if not names:
         return False
@@ -26,9 +28,12 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
 def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
     """Return the index of the layer that `path` lies in, None if it lies in none.
 
-    `pattern` names the list the index counts in (`layers`, `h`, or a regular expression); without it the outermost list counts.
+    `pattern` names the list the index counts in (`layers`, `h`, or a regular expression); without
+    it the outermost list counts.
     """
-    containers = [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
+    containers = (
+        [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
+    )
     for container in containers:
         match = re.match(rf"(?:.*?\.)??(?:{container})\.(\d+)(?:\.|$)", path)
         if match:
@@ -36,7 +41,9 @@ def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
     return None
 
 
-def in_layers(path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None) -> bool:
+def in_layers(
+    path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None
+) -> bool:
     """Return whether `path` lies in a layer of the given `indices` (None or none: any)."""
     if indices is None or (not isinstance(indices, int) and not indices):
         return True
@@ -50,26 +57,33 @@ def select(
     layers: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
 ) -> list[str]:
-    """The paths that a config targets, in order. A path that is listed whole is meant whatever its layer."""
+    """The paths that a config targets, in order. A path that is listed whole is meant whatever its
+    layer.
+    """
     whole = () if isinstance(targets, str) else targets
     return [
         path
         for path in paths
-        if named(targets, path) and not named(excluded, path) and (path in whole or in_layers(path, layers, layers_pattern))
+        if named(targets, path)
+        and not named(excluded, path)
+        and (path in whole or in_layers(path, layers, layers_pattern))
     ]
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first pattern that means `path`, else `default`. A pattern is a regular expression for the whole path or for
-    its end after a dot; see `utils.patterns` for those that begin with `^`.
+    """The value of the first pattern that means `path`, else `default`. A pattern is a regular
+    expression for the whole path or for its end after a dot; see `utils.patterns` for those that
+    begin with `^`.
     """
     return next((value for pattern, value in patterns.items() if fits(pattern, path)), default)
 
 
 def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], str | None]:
-    """`target_modules` and `exclude_modules` that mean the `chosen` of a model's module paths and no other.
+    """`target_modules` and `exclude_modules` that mean the `chosen` of a model's module paths and
+    no other.
 
-    Names where all modules of a name are chosen, whole paths else; what those mean besides by their ends is excluded.
+    Names where all modules of a name are chosen, whole paths else; what those mean besides by their
+    ends is excluded.
     """
     paths, chosen = list(paths), dict.fromkeys(chosen)
     others = {path.rpartition(".")[2] for path in paths if path not in chosen}
@@ -80,8 +94,12 @@ def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], s
 
 
 def patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
-    """The dictionary with which `pattern_value` gives each path its value, and others the default; with None it names all."""
+    """The dictionary with which `pattern_value` gives each path its value, and others the default;
+    with None it names all.
+    """
     differing = {path: value for path, value in values.items() if value != default}
     ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
     plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
-    return differing if plain else {f"^{re.escape(path)}$": value for path, value in differing.items()}
+    return (
+        differing if plain else {f"^{re.escape(path)}$": value for path, value in differing.items()}
+    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling a transformers model, when adapters are taken out, that weights it declares as tied have come apart.
+"""Telling a transformers model, when adapters are taken out, that weights it declares as tied have
+come apart.
 
-A loader ties weights again where the config says so. So the config is told; what else the model ties by the same flag gets numbers
-of its own then, since a file would lack them.
+A loader ties weights again where the config says so. So the config is told; what else the model
+ties by the same flag gets numbers of its own then, since a file would lack them.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ class Pair(NamedTuple):
         one, two = self.part.get_parameter(self.target), self.part.get_parameter(self.source)
         if one is two:
             return False
-        return one.shape != two.shape or (not one.is_meta and not two.is_meta and not torch.equal(one, two.to(one)))
+        return one.shape != two.shape or (
+            not one.is_meta and not two.is_meta and not torch.equal(one, two.to(one))
+        )
 
     def separate(self) -> None:
         """Give the target a copy of its own."""
         one = self.part.get_parameter(self.target)
         if one is self.part.get_parameter(self.source):
             path, _, name = self.target.rpartition(".")
-            setattr(self.part.get_submodule(path), name, nn.Parameter(one.detach().clone(), one.requires_grad))
+            setattr(
+                self.part.get_submodule(path),
+                name,
+                nn.Parameter(one.detach().clone(), one.requires_grad),
+            )
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -49,7 +56,9 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the paths of the modules that have a parameter, by its identity; of copies that adapters train, none."""
+    """Return the paths of the modules that have a parameter, by its identity; of copies that
+    adapters train, none.
+    """
     found: dict[int, list[str]] = {}
     for path, module in walk(model, repeated=True):
         if not isinstance(module, ByAdapter):
@@ -62,7 +71,11 @@ def can_tell(model: Any) -> bool:
     """Return whether a model computes, and its config reads, the same without the flag."""
     kind = type(model.config)
     try:
-        known = kind.from_dict({**model.config.to_dict(), _FLAG: False}) if hasattr(kind, "from_dict") else model.config
+        known = (
+            kind.from_dict({**model.config.to_dict(), _FLAG: False})
+            if hasattr(kind, "from_dict")
+            else model.config
+        )
         source = inspect.getsource(type(model).forward)
     except (OSError, TypeError, ValueError):
         return True
@@ -70,7 +83,8 @@ def can_tell(model: Any) -> bool:
 
 
 def settle(model: Any, was_tied: bool) -> None:
-    """See to it that a model is saved as what it is, after trained modules or merged weights took the places of tied ones.
+    """See to it that a model is saved as what it is, after trained modules or merged weights took
+    the places of tied ones.
 
     Args:
         model: The model, without adapters.
@@ -87,7 +101,10 @@ def settle(model: Any, was_tied: bool) -> None:
         return
     if not can_tell(model):
         names = ", ".join(f"`{pair.target}`" for pair in pairs if pair.is_apart)
-        warn(f"{names} came apart from what the model ties it to; a loader that does not compare the two ties them again.")
+        warn(
+            f"{names} came apart from what the model ties it to; a loader that does not compare "
+            "the two ties them again."
+        )
         return
     if before[0]:
         warn(f"Setting `{_FLAG}` to False in the model's config: weights that it ties are two now.")
@@ -102,10 +119,19 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
     for part in model.modules():
         expand: Any = getattr(part, "get_expanded_tied_weights_keys", None)
         tied = expand(all_submodels=False) if expand is not None else {}
-        known = {name for name, _ in part.named_parameters(remove_duplicate=False)} if tied else set()
-        yield from (Pair(part, one, two) for one, two in tied.items() if one in known and two in known)
-    if not hasattr(model, "get_expanded_tied_weights_keys") and hasattr(model, "get_output_embeddings"):
-        names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        known = (
+            {name for name, _ in part.named_parameters(remove_duplicate=False)} if tied else set()
+        )
+        yield from (
+            Pair(part, one, two) for one, two in tied.items() if one in known and two in known
+        )
+    if not hasattr(model, "get_expanded_tied_weights_keys") and hasattr(
+        model, "get_output_embeddings"
+    ):
+        names = {
+            id(p): name
+            for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
+        }
         ends: Any = [model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
         found = [names.get(id(getattr(end, "weight", None))) for end in ends]
         if all(found) and found[0] != found[1]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training single rows of a token embedding beside an adapter (`trainable_token_indices`), for tokens added to a vocabulary.
+"""Training single rows of a token embedding beside an adapter (`trainable_token_indices`), for
+tokens added to a vocabulary.
 
-The rows an adapter trains are kept apart from the weight, which stays as it is: an embedding's output is replaced where one of the
-tokens is looked up, an output head's logits where they belong to one. Where head and embedding share a weight, they share the rows.
+The rows an adapter trains are kept apart from the weight, which stays as it is: an embedding's
+output is replaced where one of the tokens is looked up, an output head's logits where they belong
+to one. Where head and embedding share a weight, they share the rows.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class TrainableTokensLayer(nn.Module):
         base_layer: The `nn.Embedding` or `nn.Linear`.
 
     Attributes:
-        trainable_tokens_delta: The rows `[tokens, features]` that stand in for those of the weight, by adapter name.
+        trainable_tokens_delta: The rows `[tokens, features]` that stand in for those of the weight,
+            by adapter name.
         token_indices: Which tokens they are, by adapter name.
     """
 
@@ -60,7 +63,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     Args:
         module: The module as it was.
-        tied_to: The wrapper of the embedding that shares its weight, whose rows this one uses; by default it has its own.
+        tied_to: The wrapper of the embedding that shares its weight, whose rows this one uses; by
+            default it has its own.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter",)
@@ -68,18 +72,35 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(module)
         self.token_adapter = TrainableTokensLayer(module)
-        self._owner = (self.token_adapter if tied_to is None else tied_to.token_adapter,)  # in a tuple, not to be registered
+        self._owner = (
+            self.token_adapter if tied_to is None else tied_to.token_adapter,
+        )  # in a tuple, not to be registered
 
     @staticmethod
-    def rows_of(module: nn.Module, indices: list[int], autocast: bool, device: torch.device | None, initialise: bool) -> TokenRows:
+    def rows_of(
+        module: nn.Module,
+        indices: list[int],
+        autocast: bool,
+        device: torch.device | None,
+        initialise: bool,
+    ) -> TokenRows:
         """An adapter's rows, at first those of the module's weight."""
         if isinstance(module, TrainableTokensWrapper):
             module = module.original_module
         weight: Any = module.weight
         place = placement(module, autocast, device)
         if weight.is_meta or place.device.type == "meta" or not initialise:
-            real = torch.device("cpu") if place.device.type == "meta" and not initialise else place.device
-            return TokenRows(indices, nn.Parameter(torch.empty(len(indices), weight.shape[1], device=real, dtype=place.dtype)))
+            real = (
+                torch.device("cpu")
+                if place.device.type == "meta" and not initialise
+                else place.device
+            )
+            return TokenRows(
+                indices,
+                nn.Parameter(
+                    torch.empty(len(indices), weight.shape[1], device=real, dtype=place.dtype)
+                ),
+            )
         return TokenRows(indices, nn.Parameter(weight.detach()[indices].to(*place, copy=True)))
 
     @property
@@ -120,7 +141,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             del self.token_adapter.token_indices[adapter_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output with the rows of the active adapter, or of the adapter that the call chose for each sample."""
+        """The module's output with the rows of the active adapter, or of the adapter that the call
+        chose for each sample.
+        """
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
@@ -135,11 +158,15 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         for name in self.among(adapter_names):
             make_plain(self.original_module)
             weight: Any = self.original_module.weight
-            weight.data[self._owner[0].token_indices[name]] = self._owner[0].trainable_tokens_delta[name].data.to(weight)
+            weight.data[self._owner[0].token_indices[name]] = (
+                self._owner[0].trainable_tokens_delta[name].data.to(weight)
+            )
         return self.original_module
 
     def _in_use(self) -> str | None:
-        name = self._active_adapter[0] if self._active_adapter and not self._disable_adapters else None
+        name = (
+            self._active_adapter[0] if self._active_adapter and not self._disable_adapters else None
+        )
         return name if name in self._owner[0].token_indices else None
 
     def _run(self, name: str | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,8 +185,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             looked_up = x.unsqueeze(-1) == self._indices(name, x.device)
             rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
-        # A class with a forward of its own (a scaled embedding, say) is given the weight as it would be.
-        return torch.func.functional_call(base, {"weight": self._replaced(base.weight, name)}, (x, *args), kwargs)  # type: ignore[arg-type]
+        # A class with a forward of its own (a scaled embedding, say) is given the weight as it
+        # would be.
+        return torch.func.functional_call(
+            base, {"weight": self._replaced(base.weight, name)}, (x, *args), kwargs
+        )  # type: ignore[arg-type]
 
     def _replaced(self, weight: Tensor, name: str) -> Tensor:
         return weight.index_copy(0, self._indices(name, weight.device), self._rows(name).to(weight))
@@ -174,7 +204,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Where an adapter's rows go, by the key they are saved under."""
         if adapter_name not in self.token_adapter.token_indices:
             return {}
-        return {"token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"}
+        return {
+            "token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"
+        }
 
 
 class TokenPlan(NamedTuple):
@@ -189,7 +221,9 @@ class TokenPlan(NamedTuple):
     tied: dict[str, str]
 
 
-def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken: Collection[str]) -> TokenPlan:
+def plan(
+    config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken: Collection[str]
+) -> TokenPlan:
     """Find what a config's `trainable_token_indices` means.
 
     Args:
@@ -199,7 +233,8 @@ def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken:
         taken: Paths of modules that the adapter changes otherwise.
 
     Raises:
-        PeftValueError: A module is missing, is no embedding or output head, is taken, or has no such tokens.
+        PeftValueError: A module is missing, is no embedding or output head, is taken, or has no
+            such tokens.
     """
     wanted = config.trainable_token_indices
     if not wanted:
@@ -210,8 +245,13 @@ def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken:
     for name, tokens in by_name.items():
         paths = [path for path in modules if _targets.named([name], path)]
         if not paths:
-            shown = with_near_misses([name], [path for path, module in modules.items() if isinstance(module, nn.Embedding)])
-            problems.append(f"`trainable_token_indices` names {shown}: the model has no such module.")
+            shown = with_near_misses(
+                [name],
+                [path for path, module in modules.items() if isinstance(module, nn.Embedding)],
+            )
+            problems.append(
+                f"`trainable_token_indices` names {shown}: the model has no such module."
+            )
         for path in paths:
             problems += _problems(path, modules[path], tokens, taken)
             indices[path] = list(tokens)
@@ -221,16 +261,21 @@ def plan(config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken:
     tied = {
         path: weights[id(weight)]
         for path, module in modules.items()
-        if path not in indices and (weight := _original(module)._parameters.get("weight")) is not None and id(weight) in weights
+        if path not in indices
+        and (weight := _original(module)._parameters.get("weight")) is not None
+        and id(weight) in weights
     }
     return TokenPlan(indices, tied)
 
 
-def _problems(path: str, module: nn.Module, tokens: list[int], taken: Collection[str]) -> Iterator[str]:
+def _problems(
+    path: str, module: nn.Module, tokens: list[int], taken: Collection[str]
+) -> Iterator[str]:
     module = _original(module)
     if path in taken:
         yield (
-            f"`{path}`: The embedding layer is already marked to be trained fully or adapted; name it in one of "
+            f"`{path}`: The embedding layer is already marked to be trained fully or adapted; name "
+            "it in one of "
             "`modules_to_save`, `target_modules` and `trainable_token_indices`."
         )
     elif not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():

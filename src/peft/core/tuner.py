@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`BaseTuner`: puts adapters into a model, plan → build → swap.
 
-Planning and building raise every error there is to raise and touch nothing; swapping only puts finished parts in place. A method's
-tuner names its layer class and says how one is made; it may add rules, parameters that all layers share, and transforms between
-its tensors and their form in a checkpoint.
+Planning and building raise every error there is to raise and touch nothing; swapping only puts
+finished parts in place. A method's tuner names its layer class and says how one is made; it may add
+rules, parameters that all layers share, and transforms between its tensors and their form in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ class BaseTuner(AdaptedModel):
 
     Args:
         model: The base model; adapters are put into it in place.
-        peft_config: The first adapter's config, or a dictionary with its name as key. None for a tuner without adapters yet.
+        peft_config: The first adapter's config, or a dictionary with its name as key. None for a
+            tuner without adapters yet.
         adapter_name: The first adapter's name.
         low_cpu_mem_usage: Make the parameters on the meta device, to be filled from a checkpoint.
-        state_dict: Adapt the modules this checkpoint has parameters for, in place of those the config targets.
+        state_dict: Adapt the modules this checkpoint has parameters for, in place of those the
+            config targets.
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
-        shared_root: Module that parameters shared by all layers are registered on; by default this tuner.
+        shared_root: Module that parameters shared by all layers are registered on; by default this
+            tuner.
         initialise: False leaves the adapter's memory as it is, for `check` to fill.
         check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
 
@@ -64,12 +68,14 @@ class BaseTuner(AdaptedModel):
     # What `tuner_layer_class` accepts, for messages.
     supported_modules: ClassVar[str] = ""
     default_target_modules: ClassVar[Mapping[str, Any]] = DEFAULT_TARGET_MODULES
-    # Tensors that a checkpoint may have in another form, with the names and dtypes of the parts `_import_state` makes them from.
+    # Tensors that a checkpoint may have in another form, with the names and dtypes of the parts
+    # `_import_state` makes them from.
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {}
-    # Containers of modules that have one parameter, whose name a checkpoint leaves out, with that name.
+    # Containers of modules that have one parameter, whose name a checkpoint leaves out, with that
+    # name.
     saved_bare: ClassVar[Mapping[str, str]] = {}
-    # Parameters in a checkpoint that have one entry for each token where they adapt the token embedding or the output head, with
-    # the dimension.
+    # Parameters in a checkpoint that have one entry for each token where they adapt the token
+    # embedding or the output head, with the dimension.
     saved_by_token: ClassVar[Mapping[str, int]] = {}
     # Names in a checkpoint's keys of tensors in which minus infinity stands for what is left out.
     masked_names: ClassVar[tuple[str, ...]] = ()
@@ -77,7 +83,9 @@ class BaseTuner(AdaptedModel):
     parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # What `add_weighted_adapter` can do with this method's adapters.
     combination_types: ClassVar[tuple[str, ...]] = ()
-    model_methods: ClassVar[type | None] = None  # what a model around this tuner has too, see `methods_of`
+    model_methods: ClassVar[type | None] = (
+        None  # what a model around this tuner has too, see `methods_of`
+    )
 
     def __init__(
         self,
@@ -99,12 +107,14 @@ class BaseTuner(AdaptedModel):
         self.add_adapter(
             adapter_name,
             config,
-            Construction(autocast_adapter_dtype, torch.device("meta") if low_cpu_mem_usage else None, initialise),
+            Construction(
+                autocast_adapter_dtype,
+                torch.device("meta") if low_cpu_mem_usage else None,
+                initialise,
+            ),
             state_dict=state_dict,
             check=check,
         )
-
-    # --- what a method supplies ---------------------------------------------------------------------------------------
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:
         """The class of layer that adapts `module`, None if the method can't."""
@@ -123,13 +133,16 @@ class BaseTuner(AdaptedModel):
         return ""
 
     def complete(self, config: Any) -> None:
-        """Fill in what a config says by reference to something else; called before anything is decided by it.
+        """Fill in what a config says by reference to something else; called before anything is
+        decided by it.
 
         Raises:
             PeftError: What it refers to can't be had.
         """
 
-    def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
+    def build_shared_parameters(
+        self, config: Any, placement: Placement, initialise: bool
+    ) -> dict[str, nn.Parameter]:
         """An adapter's parameters that all layers share, by attribute name."""
         return {}
 
@@ -138,21 +151,29 @@ class BaseTuner(AdaptedModel):
 
     @classmethod
     def check_loadable(cls, model: nn.Module, adapter_name: str) -> None:
-        """Refuse new values for a merged adapter, whose old ones have to come off the weights first.
+        """Refuse new values for a merged adapter, whose old ones have to come off the weights
+        first.
 
         Raises:
             PeftRuntimeError: It is merged.
         """
-        if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for _, module in walk(model)):
-            raise PeftRuntimeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it.")
+        if any(
+            isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters
+            for _, module in walk(model)
+        ):
+            raise PeftRuntimeError(
+                f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it."
+            )
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Take note that a checkpoint was written into an adapter of `model`."""
 
-    def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
-        """A context for a whole call that runs the model many times (`generate`). The method takes its own entries out of
-        `arguments`, the call's keyword arguments.
+    def adapter_call_context(
+        self, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """A context for a whole call that runs the model many times (`generate`). The method takes
+        its own entries out of `arguments`, the call's keyword arguments.
         """
         return nullcontext()
 
@@ -168,7 +189,9 @@ class BaseTuner(AdaptedModel):
 
     @classmethod
     def of(cls, model: Any, config: PeftConfig) -> BaseTuner:
-        """The tuner of a model's adapters of this method: a `PeftModel`'s own, or one for a model that they were injected into."""
+        """The tuner of a model's adapters of this method: a `PeftModel`'s own, or one for a model
+        that they were injected into.
+        """
         held = model._modules.get("base_model")
         if isinstance(held, BaseTuner):
             return held.method_of(config)
@@ -176,11 +199,20 @@ class BaseTuner(AdaptedModel):
         tuner.peft_config = model.peft_config
         return tuner
 
-    def build_for(self, adapter_name: str, config: PeftConfig, layers: Mapping[str, BaseTunerLayer], known: PeftConfig) -> Build:
-        """An adapter as a config describes it for layers of the model, without values and away from the model; in the form in which
-        the model holds the adapter of config `known`, where a method has several.
+    def build_for(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        layers: Mapping[str, BaseTunerLayer],
+        known: PeftConfig,
+    ) -> Build:
+        """An adapter as a config describes it for layers of the model, without values and away from
+        the model; in the form in which the model holds the adapter of config `known`, where a
+        method has several.
         """
-        return self._build(_plan.Plan(adapter_name, config, dict(layers)), Construction(initialise=False))
+        return self._build(
+            _plan.Plan(adapter_name, config, dict(layers)), Construction(initialise=False)
+        )
 
     def config_to_save(self, adapter_name: str) -> PeftConfig:
         """The config to write beside an adapter's weights."""
@@ -194,7 +226,9 @@ class BaseTuner(AdaptedModel):
             PeftTypeError: An option is for another method.
         """
         if foreign := sorted(name for name, value in options.items() if value is not None):
-            raise PeftTypeError(f"`{foreign[0]}` is for another method than {cls.__name__}; leave it out.")
+            raise PeftTypeError(
+                f"`{foreign[0]}` is for another method than {cls.__name__}; leave it out."
+            )
         return {}
 
     @classmethod
@@ -204,7 +238,9 @@ class BaseTuner(AdaptedModel):
         Raises:
             PeftNotSupportedError: It has one delta.
         """
-        raise PeftNotSupportedError(f"An adapter of {cls.__name__} has one delta and no tasks; use `save_as_lora`.")
+        raise PeftNotSupportedError(
+            f"An adapter of {cls.__name__} has one delta and no tasks; use `save_as_lora`."
+        )
 
     def without_start(self, model: nn.Module, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
         """Config and tensors of an adapter that starts from the base weight, as one that does not.
@@ -213,15 +249,16 @@ class BaseTuner(AdaptedModel):
             PeftNotSupportedError: It does not start so.
         """
         raise PeftNotSupportedError(
-            "`path_initial_model_for_weight_conversion` is not supported for adapters that leave the base weight as it is, and "
+            "`path_initial_model_for_weight_conversion` is not supported for adapters that leave "
+            "the base weight as it is, and "
             f"{adapter_name} does; leave it out."
         )
 
     def combine(self, request: Combination) -> Combined:
-        """A new adapter's tensors, made of those of others; `request` is one of the `combination_types`."""
+        """A new adapter's tensors, made of those of others; `request` is one of the
+        `combination_types`.
+        """
         raise NotImplementedError
-
-    # --- putting adapters in ------------------------------------------------------------------------------------------
 
     def method_of(self, config: PeftConfig) -> BaseTuner:
         """The tuner that plans and builds an adapter: this one, unless it holds several methods."""
@@ -236,7 +273,8 @@ class BaseTuner(AdaptedModel):
         state_dict: Mapping[str, Tensor] | None = None,
         check: Callable[[Build], None] | None = None,
     ) -> None:
-        """Put another adapter into the model. The first becomes the active one; later ones wait for `set_adapter`.
+        """Put another adapter into the model. The first becomes the active one; later ones wait for
+        `set_adapter`.
 
         Raises:
             PeftValueError: As for the class; model and config are left as they were.
@@ -265,32 +303,37 @@ class BaseTuner(AdaptedModel):
         majority_sign_method: str = "total",
         heads: str | None = None,
     ) -> dict[str, float]:
-        """Make an adapter out of others, which stay as they are. It waits, frozen, until `set_adapter`.
+        """Make an adapter out of others, which stay as they are. It waits, frozen, until
+        `set_adapter`.
 
         Args:
             adapters: Names of adapters of one method.
             weights: A factor for each, of any sign.
             adapter_name: The new adapter's name.
-            combination_type: What the method's `combination_types` lists. "cat" is the weighted sum of the deltas, exactly; "svd"
-                the nearest to it that the method has of `svd_rank`.
+            combination_type: What the method's `combination_types` lists. "cat" is the weighted sum
+                of the deltas, exactly; "svd" the nearest to it that the method has of `svd_rank`.
             svd_rank: Rank of an approximation, by default the largest of the adapters'.
             svd_clamp: Quantile at which entries of singular vectors are cut off.
             svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
-            density, majority_sign_method: The share of elements that pruning keeps; how signs are elected, "total" or "frequency".
-            heads: What becomes of modules that several train whole: "mean" (by the weights), or the adapter whose is taken
-                (so an adapter called "mean", if it is one of `adapters`).
+            density, majority_sign_method: The share of elements that pruning keeps; how signs are
+                elected, "total" or "frequency".
+            heads: What becomes of modules that several train whole: "mean" (by the weights), or the
+                adapter whose is taken (so an adapter called "mean", if it is one of `adapters`).
 
         Returns:
-            For combinations that aim at the weighted sum, each layer's distance from it, relative to it in the Frobenius norm.
+            For combinations that aim at the weighted sum, each layer's distance from it, relative
+            to it in the Frobenius norm.
 
         Raises:
             PeftTypeError: Names are no list.
-            PeftValueError: A value is not allowed, or the method has no such combination, or the adapters do not fit together;
-                nothing is changed.
+            PeftValueError: A value is not allowed, or the method has no such combination, or the
+                adapters do not fit together; nothing is changed.
         """
         svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
         numbers = list(weights) if isinstance(weights, Iterable) else weights
-        request = Combination(adapters, numbers, combination_type, *svd, density, majority_sign_method, heads)
+        request = Combination(
+            adapters, numbers, combination_type, *svd, density, majority_sign_method, heads
+        )
         return _combining.add(self, adapter_name, request)
 
     def _build(self, plan: _plan.Plan, construction: Construction) -> Build:
@@ -300,7 +343,9 @@ class BaseTuner(AdaptedModel):
             known: Any = self._shared_owner(name)._modules.get(name)
             if known is None:  # layers that another tuner put into the model have theirs
                 known = next((getattr(layer, name) for layer in self.tuner_layers()), None)
-            build.containers[name] = AdapterParameterDict().train(self.training) if known is None else known
+            build.containers[name] = (
+                AdapterParameterDict().train(self.training) if known is None else known
+            )
         first = base_layer.innermost(next(iter(plan.targets.values())))
         build.shared = self.build_shared_parameters(plan.config, **construction.options(first))
         for path, module in plan.targets.items():
@@ -308,7 +353,10 @@ class BaseTuner(AdaptedModel):
             base = module if existing is None else existing.base_layer
             layer_cls = self.tuner_layer_class(plan.config, base)
             assert layer_cls is not None  # the plan saw to it
-            options = {**construction.options(base), **self.tuner_layer_options(plan.config, path, build)}
+            options = {
+                **construction.options(base),
+                **self.tuner_layer_options(plan.config, path, build),
+            }
             layer = layer_cls(base, plan.adapter_name, plan.config, **options)  # type: ignore[call-arg, arg-type]
             for attribute in layer.container_names:
                 getattr(layer, attribute).train(layer.training)
@@ -317,7 +365,9 @@ class BaseTuner(AdaptedModel):
             build.copies[path] = plain_copy(path, module)
         for path, indices in plan.tokens.indices.items():
             module, how = self.model.get_submodule(path), construction
-            build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, how.autocast, how.device, how.initialise)
+            build.tokens[path] = TrainableTokensWrapper.rows_of(
+                module, indices, how.autocast, how.device, how.initialise
+            )
         return build
 
     def _swap(self, plan: _plan.Plan, build: Build) -> None:
@@ -326,7 +376,9 @@ class BaseTuner(AdaptedModel):
         method = self.method_of(build.config)
         if first:
             self._freeze_base()
-        self.targeted_module_names += [path for path in build.layers if path not in self.targeted_module_names]
+        self.targeted_module_names += [
+            path for path in build.layers if path not in self.targeted_module_names
+        ]
         for path, layer in build.layers.items():
             known = layer_of(self.model.get_submodule(path), method.tuner_layer_cls)
             if known is not None:
@@ -343,9 +395,13 @@ class BaseTuner(AdaptedModel):
                 setattr(parent, child, existing)
             existing.modules_to_save[name] = module
         self._swap_tokens(plan, build)
-        routed_experts.note(self.model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
+        routed_experts.note(
+            self.model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied)
+        )
         for attribute, parameter in build.shared.items():
-            self._shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
+            self._shared_owner(attribute)._modules.setdefault(
+                attribute, build.containers[attribute]
+            )
             bring_back(build.containers[attribute])
             build.containers[attribute][name] = parameter
         self.peft_config[name] = build.config
@@ -357,11 +413,17 @@ class BaseTuner(AdaptedModel):
         method.attach_adapter(build)
 
     def _swap_tokens(self, plan: _plan.Plan, build: Build) -> None:
-        """Put trainable rows beside embeddings, and those embeddings' rows beside the heads that share their weight."""
+        """Put trainable rows beside embeddings, and those embeddings' rows beside the heads that
+        share their weight.
+        """
         for path in (*build.tokens, *plan.tokens.tied):
             parent, module, child = get_submodules(self.model, path)
             if not isinstance(module, TrainableTokensWrapper):
-                owner: Any = self.model.get_submodule(plan.tokens.tied[path]) if path in plan.tokens.tied else None
+                owner: Any = (
+                    self.model.get_submodule(plan.tokens.tied[path])
+                    if path in plan.tokens.tied
+                    else None
+                )
                 module = TrainableTokensWrapper(module, owner)
                 setattr(parent, child, module)
             if path in build.tokens:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in a config that mean no module of the model: found one by one, and reported with the names that were probably meant."""
+"""Names in a config that mean no module of the model: found one by one, and reported with the names
+that were probably meant.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from . import targets as _targets
 
 # A group of a regular expression that lists plain words, such as `(q_proj|v_proj)`.
 _WORDS = re.compile(r"\((?:\?:)?((?:[\w.]|\\\.)+(?:\|(?:[\w.]|\\\.)+)+)\)")
-# How alike a word of a regular expression and a module's name must be before the word is taken for a slip: expressions that are
-# written for many models list words of all of them.
+# How alike a word of a regular expression and a module's name must be before the word is taken for
+# a slip: expressions that are written for many models list words of all of them.
 _SLIP = 0.75
 # How many names a message lists.
 _SHOWN = 24
@@ -24,7 +26,8 @@ _FEW = 8
 
 
 def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return ends of module `paths` that look like `name`: of as many parts as it has, or one more; else of one part.
+    """Return ends of module `paths` that look like `name`: of as many parts as it has, or one more;
+    else of one part.
 
     Of a regular expression, its words count.
     """
@@ -33,19 +36,31 @@ def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 
     lengths = (length, length + 1) if length > 1 else (1,)
     found = near_misses(name, (_end(path, parts) for parts in lengths for path in paths), n, cutoff)
     found = [end for end in found if not any(end.endswith(f".{other}") for other in found)]
-    return found or (near_misses(_end(name, 1), (_end(path, 1) for path in paths), n, cutoff) if length > 1 else [])
+    return found or (
+        near_misses(_end(name, 1), (_end(path, 1) for path in paths), n, cutoff)
+        if length > 1
+        else []
+    )
 
 
 def unused(names: str | Collection[str], paths: Collection[str]) -> list[str]:
     """Return the entries of a list of module names that mean none of `paths`, in order.
 
-    Of a regular expression, return the words in a group such as `(q_proj|v_proj)` without which it would match as much, if there
-    is a module of a similar name.
+    Of a regular expression, return the words in a group such as `(q_proj|v_proj)` without which it
+    would match as much, if there is a module of a similar name.
     """
     if isinstance(names, str):
         return [word for word in _idle_words(names, paths) if near_modules(word, paths, 1, _SLIP)]
-    ends = {path[i:] for path in paths for i in (0, *(i + 1 for i, sign in enumerate(path) if sign == "."))}
-    return [name for name in (names if isinstance(names, (list, tuple)) else sorted(names)) if name not in ends]
+    ends = {
+        path[i:]
+        for path in paths
+        for i in (0, *(i + 1 for i, sign in enumerate(path) if sign == "."))
+    }
+    return [
+        name
+        for name in (names if isinstance(names, (list, tuple)) else sorted(names))
+        if name not in ends
+    ]
 
 
 def with_near_misses(names: Iterable[str], paths: Collection[str]) -> str:
@@ -53,12 +68,15 @@ def with_near_misses(names: Iterable[str], paths: Collection[str]) -> str:
     shown = []
     for name in names:
         near = near_modules(name, paths)
-        shown.append(f"{name!r}" + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""))
+        shown.append(
+            f"{name!r}" + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
+        )
     return ", ".join(shown)
 
 
 def counted_names(paths: Iterable[str]) -> str:
-    """Return the names that modules at `paths` end in, in the model's order, each with the number of modules.
+    """Return the names that modules at `paths` end in, in the model's order, each with the number
+    of modules.
 
     Example:
         >>> counted_names(["layers.0.q_proj", "layers.0.to_out.0", "layers.1.q_proj", "lm_head"])
@@ -66,7 +84,9 @@ def counted_names(paths: Iterable[str]) -> str:
     """
     counts = Counter(re.sub(r".*\.(?=[^.]*[^\d.][^.]*(\.\d+)*$)", "", path) for path in paths)
     shown = [f"{name!r}" + (f" ({count}x)" if count > 1 else "") for name, count in counts.items()]
-    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more names" if len(shown) > _SHOWN else "")
+    return ", ".join(shown[:_SHOWN]) + (
+        f" and {len(shown) - _SHOWN} more names" if len(shown) > _SHOWN else ""
+    )
 
 
 def no_target(config: Any, paths: Collection[str], adaptable: Collection[str]) -> str:
@@ -78,7 +98,11 @@ def no_target(config: Any, paths: Collection[str], adaptable: Collection[str]) -
         adaptable: Those that the method can adapt.
     """
     targets, layers, pattern = config.target_modules, *layer_choice(config)
-    shown = repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets))) + "}"
+    shown = (
+        repr(targets)
+        if isinstance(targets, str)
+        else "{" + ", ".join(map(repr, sorted(targets))) + "}"
+    )
     message = f"Target modules {shown} not found in the base model. Please check the target modules and try again."
     message += what_there_is(config, paths, adaptable)
     if layers is not None:
@@ -88,19 +112,34 @@ def no_target(config: Any, paths: Collection[str], adaptable: Collection[str]) -
 
 
 def what_there_is(config: Any, paths: Collection[str], adaptable: Collection[str]) -> str:
-    """Return sentences that name what a config's targets probably mean; arguments as for `no_target`."""
+    """Return sentences that name what a config's targets probably mean; arguments as for
+    `no_target`.
+    """
     targets, _, pattern = config.target_modules, *layer_choice(config)
     if in_other_layers := _targets.select(paths, targets, config.exclude_modules):
         return f" The model has some {_layers_of(in_other_layers, pattern)}."
     words, text = sorted(targets), _if_expressions(targets)
     if isinstance(targets, str):
-        words, text = _words(targets), " A string is a regular expression for the whole path of a module"
+        words, text = (
+            _words(targets),
+            " A string is a regular expression for the whole path of a module",
+        )
         listed = [name for name in re.split(r"[,;|\s]+", targets) if _targets.select(paths, {name})]
-        text += f"; to name modules by the end of their path, pass a list: {listed!r}." if listed else "."
+        text += (
+            f"; to name modules by the end of their path, pass a list: {listed!r}."
+            if listed
+            else "."
+        )
         words = [name for name in words if name not in listed]
-    near = [match for name in words for match in near_modules(name, adaptable) or near_modules(name, paths)]
+    near = [
+        match
+        for name in words
+        for match in near_modules(name, adaptable) or near_modules(name, paths)
+    ]
     text += f" Did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
-    return text + (f" Modules that can be adapted are called {counted_names(adaptable)}." if adaptable else "")
+    return text + (
+        f" Modules that can be adapted are called {counted_names(adaptable)}." if adaptable else ""
+    )
 
 
 def layer_choice(config: Any) -> tuple[Any, Any]:
@@ -109,8 +148,14 @@ def layer_choice(config: Any) -> tuple[Any, Any]:
 
 
 def warn_of_unused(config: Any, paths: Collection[str]) -> None:
-    """Warn of names and layer indices in a config that mean nothing in a model with modules at `paths`."""
-    for field, effect in (("target_modules", "adapts"), ("exclude_modules", "excludes"), ("modules_to_save", "trains")):
+    """Warn of names and layer indices in a config that mean nothing in a model with modules at
+    `paths`.
+    """
+    for field, effect in (
+        ("target_modules", "adapts"),
+        ("exclude_modules", "excludes"),
+        ("modules_to_save", "trains"),
+    ):
         names = getattr(config, field, None)
         if not names:
             continue
@@ -125,11 +170,16 @@ def warn_of_unused(config: Any, paths: Collection[str]) -> None:
                 PeftWarning,
             )
         elif idle:
-            only = f"; it {effect} {', '.join(map(repr, rest))} only." if 0 < len(rest) <= _FEW else "."
+            only = (
+                f"; it {effect} {', '.join(map(repr, rest))} only."
+                if 0 < len(rest) <= _FEW
+                else "."
+            )
             if not rest and not any(near_modules(name, paths) for name in idle):
                 only += f" Its outermost modules are {counted_names(path for path in paths if '.' not in path)}."
             warn(
-                f"`{field}` names {with_near_misses(idle, paths)}: the model has no such module{only}{_if_expressions(idle)}",
+                f"`{field}` names {with_near_misses(idle, paths)}: the model has no such "
+                f"module{only}{_if_expressions(idle)}",
                 PeftWarning,
             )
     _warn_of_layers(config, paths)
@@ -139,27 +189,48 @@ _HEADS = (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)
 
 
 def _warn_of_layers(config: Any, paths: Collection[str]) -> None:
-    """Warn of entries of `layers_to_transform` and `layers_pattern` that mean no layer with a targeted module."""
+    """Warn of entries of `layers_to_transform` and `layers_pattern` that mean no layer with a
+    targeted module.
+    """
     wanted, pattern = layer_choice(config)
     if wanted is None or (not isinstance(wanted, int) and not wanted):
         return
     targeted = _targets.select(paths, config.target_modules, config.exclude_modules)
     present = {_targets.layer_index(path, pattern) for path in targeted}
     if absent := sorted({wanted} - present if isinstance(wanted, int) else set(wanted) - present):
-        warn(f"`layers_to_transform` names {absent}; the model has targeted modules {_layers_of(targeted, pattern)}.", PeftWarning)
+        warn(
+            f"`layers_to_transform` names {absent}; the model has targeted modules "
+            f"{_layers_of(targeted, pattern)}.",
+            PeftWarning,
+        )
     names = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    idle = [name for name in names if not any(_targets.layer_index(path, name) is not None for path in targeted)]
+    idle = [
+        name
+        for name in names
+        if not any(_targets.layer_index(path, name) is not None for path in targeted)
+    ]
     if idle:
-        warn(f"`layers_pattern` names {', '.join(map(repr, idle))}, and no targeted module lies in such a list.", PeftWarning)
+        warn(
+            f"`layers_pattern` names {', '.join(map(repr, idle))}, and no targeted module lies in "
+            "such a list.",
+            PeftWarning,
+        )
 
 
 def warn_of_patterns(patterns: Mapping[str, Mapping[str, Any]], targets: Collection[str]) -> None:
-    """Warn of keys of pattern dictionaries (by field name) that mean none of the modules that are adapted."""
+    """Warn of keys of pattern dictionaries (by field name) that mean none of the modules that are
+    adapted.
+    """
     for field, by_key in patterns.items():
-        idle = [key for key in by_key if not any(_targets.pattern_value({key: True}, path, False) for path in targets)]
+        idle = [
+            key
+            for key in by_key
+            if not any(_targets.pattern_value({key: True}, path, False) for path in targets)
+        ]
         if idle:
             warn(
-                f"`{field}` has keys that did not match any targeted module and are ignored: {with_near_misses(idle, targets)}.",
+                f"`{field}` has keys that did not match any targeted module and are ignored: "
+                f"{with_near_misses(idle, targets)}.",
                 RuntimeWarning,
             )
 
@@ -173,15 +244,23 @@ def _if_expressions(names: Iterable[str]) -> str:
 
 def _layers_of(paths: Iterable[str], pattern: Any) -> str:
     """Return in which layers modules lie, in words."""
-    present = sorted({index for path in paths if (index := _targets.layer_index(path, pattern)) is not None})
+    present = sorted(
+        {index for path in paths if (index := _targets.layer_index(path, pattern)) is not None}
+    )
     if not present:
         return f"in no list called {pattern!r}" if pattern else "in no list of layers"
     runs = len(present) > 1 and present == list(range(present[0], present[-1] + 1))
-    return f"in layers {present[0]} to {present[-1]}" if runs else f"in layers {', '.join(map(str, present))}"
+    return (
+        f"in layers {present[0]} to {present[-1]}"
+        if runs
+        else f"in layers {', '.join(map(str, present))}"
+    )
 
 
 def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:
-    """Words in groups of a regular expression that let it match nothing if each stands in its group alone."""
+    """Words in groups of a regular expression that let it match nothing if each stands in its group
+    alone.
+    """
     for group in _WORDS.finditer(pattern):
         start, end = group.span(1)
         for word in group[1].split("|"):
@@ -192,7 +271,9 @@ def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:
 
 def _words(pattern: str) -> list[str]:
     """Words in groups of a regular expression, or the plain name at its end."""
-    words = [word.replace("\\", "") for group in _WORDS.finditer(pattern) for word in group[1].split("|")]
+    words = [
+        word.replace("\\", "") for group in _WORDS.finditer(pattern) for word in group[1].split("|")
+    ]
     last = re.search(r"[\w.]+(?=\$?$)", pattern)
     return words or ([last[0].strip(".")] if last else [])
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a base layer: where it is stored, how it is read in numbers and replaced, quantized or tied."""
+"""The weight of a base layer: where it is stored, how it is read in numbers and replaced, quantized
+or tied.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from .tied_weights import can_tell, is_tied
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a layer in numbers, in the layer's layout: the parameter itself where it can be computed with, else (quantised
-    or float8) a copy in float32.
+    """The weight of a layer in numbers, in the layer's layout: the parameter itself where it can be
+    computed with, else (quantised or float8) a copy in float32.
 
     Raises:
         PeftNotSupportedError: The layer keeps it in a form that is not known here.
@@ -49,13 +51,16 @@ def stored_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     if is_elsewhere(weight):
         raise PeftNotSupportedError(
-            f"The weight of a {type(module).__name__} is spread over several processes, so that nothing can be merged into it; "
-            "merge inside `FullyShardedDataParallel.summon_full_params(...)` or `deepspeed.zero.GatheredParameters(...)`, or in "
+            f"The weight of a {type(module).__name__} is spread over several processes, so that "
+            "nothing can be merged into it; "
+            "merge inside `FullyShardedDataParallel.summon_full_params(...)` or "
+            "`deepspeed.zero.GatheredParameters(...)`, or in "
             "one process."
         )
     if not isinstance(weight, Tensor) or is_quantised(module):
         raise PeftNotSupportedError(
-            f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't be merged into; "
+            f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't "
+            "be merged into; "
             "load the base model without quantisation to merge."
         )
     refuse_computed(module)
@@ -63,7 +68,9 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 
 def put_weight(module: nn.Module, weight: Tensor) -> None:
-    """Give a layer another weight, whole: in place where its memory belongs to an engine that shards it."""
+    """Give a layer another weight, whole: in place where its memory belongs to an engine that
+    shards it.
+    """
     own: Any = stored_weight(module)
     if is_managed(own):
         own.detach().copy_(cut_like(own, weight))
@@ -73,18 +80,26 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
 
 @contextmanager
 def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """A context for merging: adapted layers whose weight a model uses elsewhere too have one of their own from then on, which the
-    model's config is told. An error ties them again.
+    """A context for merging: adapted layers whose weight a model uses elsewhere too have one of
+    their own from then on, which the model's config is told. An error ties them again.
 
     Args:
         model: The model.
         layers: Its adapted layers.
     """
-    users = Counter(id(p) for _, module in walk(model) for p in module._parameters.values() if p is not None)
+    users = Counter(
+        id(p) for _, module in walk(model) for p in module._parameters.values() if p is not None
+    )
     shared: list[tuple[nn.Module, nn.Parameter]] = []
     for base in map(innermost, layers):
         weight = base._parameters.get("weight")
-        if weight is None or users[id(weight)] < 2 or is_quantised(base) or is_managed(weight) or is_elsewhere(weight):
+        if (
+            weight is None
+            or users[id(weight)] < 2
+            or is_quantised(base)
+            or is_managed(weight)
+            or is_elsewhere(weight)
+        ):
             continue
         base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         users[id(weight)] -= 1
@@ -92,7 +107,10 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     is_told = bool(shared) and is_tied(model) and can_tell(model)
     if is_told:
-        warn("Setting `tie_word_embeddings` to False in the model's config: merging makes two weights of one.")
+        warn(
+            "Setting `tie_word_embeddings` to False in the model's config: merging makes two "
+            "weights of one."
+        )
         config.tie_word_embeddings = False
     try:
         yield
@@ -118,21 +136,29 @@ def quantised_form(module: nn.Module) -> quantization.Form | None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight in anything but plain floating-point numbers; in float8 these are plain if nothing scales
-    them.
+    """Whether a layer keeps its weight in anything but plain floating-point numbers; in float8
+    these are plain if nothing scales them.
     """
     module = innermost(module)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or _is_packed(weight, module):
+    if (
+        not isinstance(weight, Tensor)
+        or not weight.is_floating_point()
+        or _is_packed(weight, module)
+    ):
         return True
-    scaled = weight.dtype.itemsize == 1 and any("scale" in name for name in (*module._parameters, *module._buffers))
+    scaled = weight.dtype.itemsize == 1 and any(
+        "scale" in name for name in (*module._parameters, *module._buffers)
+    )
     return scaled or quantization.is_coded(weight)
 
 
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:
     """Whether a weight's shape is not the layer's (packed 4-bit formats)."""
     size = geometry(module) or table(module)
-    return size is None or weight.numel() != size.out_features * size.in_features * _prod(size.kernel_size)
+    return size is None or weight.numel() != size.out_features * size.in_features * _prod(
+        size.kernel_size
+    )
 
 
 def _prod(sizes: tuple[int, ...]) -> int:

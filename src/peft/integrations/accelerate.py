@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows how accelerate keeps weights elsewhere between calls (`cpu_offload`, `disk_offload`, `dispatch_model`).
+"""The only file that knows how accelerate keeps weights elsewhere between calls (`cpu_offload`,
+`disk_offload`, `dispatch_model`).
 
-A hook on a module fills its parameters from a map before each forward and puts them on the meta device after it. What is written
-into such a parameter is lost. So adapters, which are small, are brought back for good when they change, and a weight that is
-merged into is put back into the map.
+A hook on a module fills its parameters from a map before each forward and puts them on the meta
+device after it. What is written into such a parameter is lost. So adapters, which are small, are
+brought back for good when they change, and a weight that is merged into is put back into the map.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from ..base.containers import walk
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where an offloaded module's weights are when it runs; None for a module that is not offloaded."""
+    """Where an offloaded module's weights are when it runs; None for a module that is not
+    offloaded.
+    """
     hook = _hook(module)
     return None if hook is None else torch.empty(0, device=hook.execution_device).device
 
 
-def stored(model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None) -> dict[int, Tensor]:
-    """Of the tensors with these ids, which are the model's own or some adapters', those that are offloaded: their values by id."""
+def stored(
+    model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None
+) -> dict[int, Tensor]:
+    """Of the tensors with these ids, which are the model's own or some adapters', those that are
+    offloaded: their values by id.
+    """
     found = {}
     for _, module in walk(model, adapters) if tensors else ():
         hook = _hook(module)
@@ -41,7 +48,11 @@ def bring_back(module: nn.Module) -> None:
     hook, device = _hook(module), execution_device(module)
     if hook is None:
         return
-    values = {name: hook.weights_map[name].to(device) for name, parameter in module._parameters.items() if parameter is not None}
+    values = {
+        name: hook.weights_map[name].to(device)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
     trained = {name: module._parameters[name].requires_grad for name in values}  # type: ignore[union-attr]
     sys.modules["accelerate.hooks"].remove_hook_from_module(module)
     for name, value in values.items():
@@ -50,17 +61,30 @@ def bring_back(module: nn.Module) -> None:
 
 @contextmanager
 def at_hand(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
-    """The weights of a layer and of some of its adapters loaded; what takes their place meanwhile is kept."""
-    hooked = [(module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None]
+    """The weights of a layer and of some of its adapters loaded; what takes their place meanwhile
+    is kept.
+    """
+    hooked = [
+        (module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None
+    ]
     for module, hook in hooked:
         hook.pre_forward(module)
-    before = {(id(module), name): p.data_ptr() for module, _ in hooked for name, p in module._parameters.items() if p is not None}
+    before = {
+        (id(module), name): p.data_ptr()
+        for module, _ in hooked
+        for name, p in module._parameters.items()
+        if p is not None
+    }
     try:
         yield
     finally:
         for module, hook in hooked:
             for name, parameter in module._parameters.items():
-                if parameter is not None and not parameter.is_meta and parameter.data_ptr() != before[id(module), name]:
+                if (
+                    parameter is not None
+                    and not parameter.is_meta
+                    and parameter.data_ptr() != before[id(module), name]
+                ):
                     _store(hook.weights_map, name, parameter.detach())
             hook.post_forward(module, None)
 

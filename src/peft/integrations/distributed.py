@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows how engines spread a model's tensors over processes, and how to read and write them whole.
+"""The only file that knows how engines spread a model's tensors over processes, and how to read and
+write them whole.
 
-- DTensor (FSDP2, tensor parallelism): a parameter is a DTensor; it is passed on as such, and a whole tensor is cut to its pieces.
-- FullyShardedDataParallel (FSDP1): parameters are slices of flat ones. A stand-in on the meta device, which knows its unit, takes a
-  parameter's place until it is read or written; one unit at a time is made whole for that, as in a forward.
-- DeepSpeed ZeRO-3: a parameter is empty outside `deepspeed.zero.GatheredParameters`; reading or writing it there is refused.
+- DTensor (FSDP2, tensor parallelism): a parameter is a DTensor; it is passed on as such, and a
+  whole tensor is cut to its pieces.
+- FullyShardedDataParallel (FSDP1): parameters are slices of flat ones. A stand-in on the meta
+  device, which knows its unit, takes a parameter's place until it is read or written; one unit at a
+  time is made whole for that, as in a forward.
+- DeepSpeed ZeRO-3: a parameter is empty outside `deepspeed.zero.GatheredParameters`; reading or
+  writing it there is refused.
 
 All that gathers has to be called by all processes.
 """
@@ -51,7 +55,9 @@ def unwrapped(name: str) -> str:
     if not _WRAPPED.search(name):
         return name
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[1:] if parts[:2] == ["module", "base_model"] else parts)  # DistributedDataParallel
+    return ".".join(
+        parts[1:] if parts[:2] == ["module", "base_model"] else parts
+    )  # DistributedDataParallel
 
 
 def unparallel(model: Any) -> Any:
@@ -62,8 +68,8 @@ def unparallel(model: Any) -> Any:
 
 
 def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
-    """A model's state dict with the tensors themselves, each once: one that sits in several places by its first name. Parameters
-    that FSDP1 flattened are replaced by stand-ins.
+    """A model's state dict with the tensors themselves, each once: one that sits in several places
+    by its first name. Parameters that FSDP1 flattened are replaced by stand-ins.
 
     Args:
         model: The model.
@@ -88,16 +94,27 @@ def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, T
     outside = [name for name in flattened if name not in flat and _fsdp1_key(name) not in stand_ins]
     if outside:
         raise PeftRuntimeError(
-            f"`{outside[0]}` is a slice held by a FullyShardedDataParallel module around this model; pass that module in place of "
+            f"`{outside[0]}` is a slice held by a FullyShardedDataParallel module around this "
+            "model; pass that module in place of "
             "this one, or the gathered tensors as `state_dict`."
         )
-    transient = {f"{path}.{name}".lstrip(".") for path, module in modules for name in module._non_persistent_buffers_set}
-    plain = {_fsdp1_key(name): tensor for name, tensor in named if name not in transient and name not in flattened}
+    transient = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in modules
+        for name in module._non_persistent_buffers_set
+    }
+    plain = {
+        _fsdp1_key(name): tensor
+        for name, tensor in named
+        if name not in transient and name not in flattened
+    }
     return {**plain, **stand_ins}
 
 
 def own_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Any]:
-    """A model's state dict for reading: as `own_state`, or in pieces where the user has set FSDP1 to give them so."""
+    """A model's state dict for reading: as `own_state`, or in pieces where the user has set FSDP1
+    to give them so.
+    """
     library = sys.modules.get("torch.distributed.fsdp")
     if library is not None and _fsdp1_units(walk(model, adapters)):
         kind = library.FullyShardedDataParallel.get_state_dict_type(model).state_dict_type
@@ -107,8 +124,9 @@ def own_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, 
 
 
 def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for tensors of `own_values`, by the same keys: for a stand-in a whole copy, on the processes and the device that the
-    user has set FSDP1 to gather to; else the tensor itself, detached.
+    """Values for tensors of `own_values`, by the same keys: for a stand-in a whole copy, on the
+    processes and the device that the user has set FSDP1 to gather to; else the tensor itself,
+    detached.
 
     Raises:
         PeftRuntimeError: ZeRO-3 has emptied one.
@@ -121,7 +139,8 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: _detached(tensor) for key, tensor in tensors.items() if _place(tensor) is None}
     units = _fsdp1_units(model.named_modules()) if wanted else {}
     for unit in units.values():
-        unit.check_is_root()  # sets up the units inside it, which has to happen before they are used
+        # Sets up the units inside it, which has to happen before they are used.
+        unit.check_is_root()
     for unit in units.values():
         if id(unit) not in wanted:
             continue
@@ -132,18 +151,29 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
             for name, tensor in unit.named_parameters():
                 found = wanted[id(unit)].get(unwrapped(name))
                 if found is not None:
-                    result[found] = tensor.detach().to("cpu" if options.offload_to_cpu else tensor.device, copy=True)
+                    result[found] = tensor.detach().to(
+                        "cpu" if options.offload_to_cpu else tensor.device, copy=True
+                    )
     return {key: result[key] for key in tensors if key in result}
 
 
 def write(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into tensors of `own_state`; a whole value is cut where its target is in pieces, and the other way round."""
-    held = {_place(target).key: whole(value) for target, value in pairs if _place(target) is not None}
+    """Copy values into tensors of `own_state`; a whole value is cut where its target is in pieces,
+    and the other way round.
+    """
+    held = {
+        _place(target).key: whole(value) for target, value in pairs if _place(target) is not None
+    }
     if held and model is not None:
         library: Any = sys.modules["torch.distributed.fsdp"]
         in_pieces = any(hasattr(value, "local_shards") for value in held.values())
-        kind = library.FullyShardedDataParallel.state_dict_type(model, library.StateDictType.FULL_STATE_DICT)
-        with _silenced("torch.distributed.fsdp._state_dict_utils"), nullcontext() if in_pieces else kind:
+        kind = library.FullyShardedDataParallel.state_dict_type(
+            model, library.StateDictType.FULL_STATE_DICT
+        )
+        with (
+            _silenced("torch.distributed.fsdp._state_dict_utils"),
+            nullcontext() if in_pieces else kind,
+        ):
             model.load_state_dict(held, strict=False)
     for target, value in pairs:
         if _place(target) is None:
@@ -155,8 +185,10 @@ def refuse_empty(tensors: Mapping[str, Any]) -> None:
     for tensor in tensors.values():
         if _is_emptied(tensor):
             raise PeftRuntimeError(
-                "DeepSpeed ZeRO-3 has distributed the adapter's parameters over the processes; do this inside "
-                "`deepspeed.zero.GatheredParameters(...)`, or pass the gathered tensors (`accelerator.get_state_dict(model)`) as "
+                "DeepSpeed ZeRO-3 has distributed the adapter's parameters over the processes; do "
+                "this inside "
+                "`deepspeed.zero.GatheredParameters(...)`, or pass the gathered tensors "
+                "(`accelerator.get_state_dict(model)`) as "
                 "`state_dict`."
             )
 
@@ -180,7 +212,9 @@ def is_without_memory(tensor: Tensor) -> bool:
 
 
 def is_elsewhere(tensor: Any) -> bool:
-    """Whether a matrix is not here as a whole, nor in the form of a DTensor: FSDP1's slices have one dimension."""
+    """Whether a matrix is not here as a whole, nor in the form of a DTensor: FSDP1's slices have
+    one dimension.
+    """
     return _is_emptied(tensor) or (getattr(tensor, "_fsdp_flattened", False) and tensor.dim() < 2)
 
 
@@ -201,7 +235,9 @@ def whole(tensor: Any) -> Any:
 
 
 def cut_like(target: Tensor, value: Tensor) -> Tensor:
-    """`value` in pieces as `target` is, whole if that is, without asking other processes where `value` is whole."""
+    """`value` in pieces as `target` is, whole if that is, without asking other processes where
+    `value` is whole.
+    """
     if not is_distributed(target):
         return whole(value)
     if is_distributed(value):
@@ -211,7 +247,9 @@ def cut_like(target: Tensor, value: Tensor) -> Tensor:
     mesh: Any = target.device_mesh  # type: ignore[attr-defined]
     known = inspect.signature(distribute_tensor).parameters
     options: dict[str, Any] = {"src_data_rank": None} if "src_data_rank" in known else {}
-    return distribute_tensor(value.detach().to(mesh.device_type), mesh, target.placements, **options)  # type: ignore[attr-defined]
+    return distribute_tensor(
+        value.detach().to(mesh.device_type), mesh, target.placements, **options
+    )  # type: ignore[attr-defined]
 
 
 def _is_emptied(tensor: Any) -> bool:
@@ -229,7 +267,9 @@ def _place(tensor: Any) -> Any:
 
 @contextmanager
 def _silenced(name: str) -> Iterator[None]:
-    """Without a logger's warnings: FSDP1 has one for each parameter that a state dict lacks, which is all of the base's here."""
+    """Without a logger's warnings: FSDP1 has one for each parameter that a state dict lacks, which
+    is all of the base's here.
+    """
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -249,7 +289,11 @@ def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
     library = sys.modules.get("torch.distributed.fsdp")
     if library is None:
         return {}
-    return {path: module for path, module in modules if isinstance(module, library.FullyShardedDataParallel)}
+    return {
+        path: module
+        for path, module in modules
+        if isinstance(module, library.FullyShardedDataParallel)
+    }
 
 
 def _stand_ins(units: Mapping[str, Any]) -> list[tuple[Tensor, Place]]:
@@ -259,6 +303,8 @@ def _stand_ins(units: Mapping[str, Any]) -> list[tuple[Tensor, Place]]:
         flat: Any = None if unit._handle is None else unit._handle.flat_param
         for name, shape in () if flat is None else zip(flat._fqns, flat._shapes, strict=True):
             tensor: Any = torch.empty(shape, dtype=flat.dtype, device="meta")
-            tensor._peft_place = Place(unit, unwrapped(name), _fsdp1_key(f"{path}.{name}".lstrip(".")))
+            tensor._peft_place = Place(
+                unit, unwrapped(name), _fsdp1_key(f"{path}.{name}".lstrip("."))
+            )
             result.append((tensor, tensor._peft_place))
     return result

@@ -14,11 +14,12 @@ from ..base.errors import PeftTypeError
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """An auto-wrap policy for FSDP1: each transformer block by itself, and each trainable leaf with a `weight`, which is so kept
-    apart from the frozen weights around it.
+    """An auto-wrap policy for FSDP1: each transformer block by itself, and each trainable leaf with
+    a `weight`, which is so kept apart from the frozen weights around it.
 
-    The blocks are of the classes that the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP` names (separated by commas), by
-    default of those the model says are not to be split (`_no_split_modules`).
+    The blocks are of the classes that the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP` names
+    (separated by commas), by default of those the model says are not to be split
+    (`_no_split_modules`).
 
     Args:
         model: A `PeftModel`, or any model.
@@ -26,15 +27,24 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     Raises:
         PeftTypeError: The model has no module of a class that is named.
     """
-    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+    from torch.distributed.fsdp.wrap import (
+        _or_policy,
+        lambda_auto_wrap_policy,
+        transformer_auto_wrap_policy,
+    )
 
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = set(getattr(model, "_no_split_modules", None) or ()) if named is None else set(filter(None, named.split(",")))
+    names = (
+        set(getattr(model, "_no_split_modules", None) or ())
+        if named is None
+        else set(filter(None, named.split(",")))
+    )
     classes = {type(module) for module in model.modules() if type(module).__name__ in names}
     missing = names - {cls.__name__ for cls in classes}
     if missing and named is not None:
         raise PeftTypeError(
-            f"Could not find the transformer layer class to wrap in the model: {', '.join(sorted(missing))}, "
+            "Could not find the transformer layer class to wrap in the model: "
+            f"{', '.join(sorted(missing))}, "
             "from the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP`."
         )
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)

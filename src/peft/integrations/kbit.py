@@ -20,31 +20,44 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a quantised model and keep what is not quantised in float32, for stable training of adapters on it.
+    """Freeze a quantised model and keep what is not quantised in float32, for stable training of
+    adapters on it.
 
     Args:
         model: A transformers model, changed in place.
-        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the frozen input.
+        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the
+            frozen input.
         gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
         auto_clear_cache: Give the memory of what was cast back to the accelerator's driver.
 
     Raises:
-        PeftTypeError: Not a model, or one without gradient checkpointing where that is asked for; nothing is changed.
+        PeftTypeError: Not a model, or one without gradient checkpointing where that is asked for;
+            nothing is changed.
     """
     check_model(model)
     needed = ("enable_input_require_grads", "gradient_checkpointing_enable")
-    if use_gradient_checkpointing and (absent := [name for name in needed if not hasattr(model, name)]):
+    if use_gradient_checkpointing and (
+        absent := [name for name in needed if not hasattr(model, name)]
+    ):
         raise PeftTypeError(
-            f"{type(model).__name__} has no {', '.join(map('`{}`'.format, absent))}; pass `use_gradient_checkpointing=False`."
+            f"{type(model).__name__} has no {', '.join(map('`{}`'.format, absent))}; pass "
+            "`use_gradient_checkpointing=False`."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+        if (
+            parameter.dtype in (torch.float16, torch.bfloat16)
+            and type(parameter).__name__ != "Params4bit"
+        ):
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and infer_device() != "cpu":
         getattr(torch, infer_device()).empty_cache()
     if use_gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
-        options = {} if gradient_checkpointing_kwargs is None else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
+        options = (
+            {}
+            if gradient_checkpointing_kwargs is None
+            else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
+        )
         model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
     return model

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a library keeps in few bits: reading them as numbers, and writing numbers back in the same form.
+"""Weights that a library keeps in few bits: reading them as numbers, and writing numbers back in
+the same form.
 
-A layer with such a weight is adapted like any other, since adapters call it and never look inside. Only what needs the numbers
-themselves comes here: merging, and norms of the weight. No library is imported before the model has a layer of its.
+A layer with such a weight is adapted like any other, since adapters call it and never look inside.
+Only what needs the numbers themselves comes here: merging, and norms of the weight. No library is
+imported before the model has a layer of its.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class Form(NamedTuple):
     """How one kind of layer keeps its weight.
 
     Args:
-        get: The stored weight, whatever it is made of. It stays valid when another is put in its place.
+        get: The stored weight, whatever it is made of. It stays valid when another is put in its
+            place.
         put: Put a stored weight into the layer.
         read: The layer's weight in numbers, float32 `[out, in]`.
         pack: Numbers `[out, in]` in the form of the layer's weight at present, to be put into it.
@@ -43,23 +46,24 @@ def form(module: nn.Module) -> Form | None:
     if bits is not None and isinstance(module, bits.Linear4bit):
         return _FOUR_BIT if _state_of(module) is not None else None
     if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
-        plain = getattr(weight, "act_pre_scale", None) is None  # else inputs are scaled before they meet the weight
+        plain = (
+            getattr(weight, "act_pre_scale", None) is None
+        )  # else inputs are scaled before they meet the weight
         return _TORCHAO if plain and type(weight).__name__ in _TORCHAO_OPTIONS else None
     return None
 
 
 def is_coded(weight: Tensor) -> bool:
-    """Whether a weight that has a floating-point dtype is made of codes by some library: it consists of other tensors, and not of
-    pieces on several devices.
+    """Whether a weight that has a floating-point dtype is made of codes by some library: it
+    consists of other tensors, and not of pieces on several devices.
     """
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "to_local")
 
 
-# --- bitsandbytes, 8 bits: a row's numbers are codes · scale / 127 ----------------------------------------------------
-
-
 def _int8_get(layer: Any) -> tuple[Tensor, Tensor]:
-    """Codes `[out, in]` and scales `[out]`; the first forward moves the scales from the parameter to the layer's state."""
+    """Codes `[out, in]` and scales `[out]`; the first forward moves the scales from the parameter
+    to the layer's state.
+    """
     scale = getattr(layer.weight, "SCB", None)
     return layer.weight.data, layer.state.SCB if scale is None else scale
 
@@ -79,17 +83,18 @@ def _int8_read(layer: Any) -> Tensor:
 def _int8_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes import functional
 
-    return functional.int8_vectorwise_quant(weight.to(torch.float16))[:2]  # the precision the library quantises from
+    return functional.int8_vectorwise_quant(weight.to(torch.float16))[
+        :2
+    ]  # the precision the library quantises from
 
 
 _INT8 = Form(_int8_get, _int8_put, _int8_read, _int8_pack)
 
 
-# --- bitsandbytes, 4 bits: blocks of codes with a scale each, the scales quantised again or not -----------------------
-
-
 def _state_of(layer: Any) -> Any:
-    """What is needed to read the codes; sharding libraries strip it from the parameter, the layer has it too."""
+    """What is needed to read the codes; sharding libraries strip it from the parameter, the layer
+    has it too.
+    """
     state = getattr(layer.weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
@@ -113,7 +118,8 @@ def _four_bit_read(layer: Any) -> Tensor:
 
 
 def _in_blocks(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, Any]:
-    """Codes and state in the library's general form; evaluating on some CPUs repacks them, with scales in bfloat16.
+    """Codes and state in the library's general form; evaluating on some CPUs repacks them, with
+    scales in bfloat16.
 
     Args:
         nested: Quantise scales again that were before; to be read they need not be.
@@ -149,8 +155,9 @@ _FOUR_BIT = Form(_four_bit_get, _four_bit_put, _four_bit_read, _four_bit_pack)
 
 
 def stay_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers from repacking themselves when they evaluate on a CPU with bfloat16 instructions: no gradient passes a
-    repacked layer from then on, it computes with rounded scales, and taking its state dict may spoil it.
+    """Keep 4-bit layers from repacking themselves when they evaluate on a CPU with bfloat16
+    instructions: no gradient passes a repacked layer from then on, it computes with rounded scales,
+    and taking its state dict may spoil it.
     """
     for layer in _four_bit_layers(model):
         if getattr(layer, "support_avx512bf16_for_cpu", False):
@@ -168,10 +175,11 @@ def repack_again(model: nn.Module) -> None:
 
 def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
     bits = sys.modules.get("bitsandbytes.nn.modules")
-    return (module for _, module in walk(model) if isinstance(module, bits.Linear4bit)) if bits is not None else iter(())
-
-
-# --- torchao: tensors that quantise themselves, whatever layer they are in ---------------------------------------------
+    return (
+        (module for _, module in walk(model) if isinstance(module, bits.Linear4bit))
+        if bits is not None
+        else iter(())
+    )
 
 
 def _int8_tensor_options(weight: Any) -> dict[str, Any]:
@@ -220,7 +228,9 @@ def _torchao_get(layer: Any) -> nn.Parameter:
 
 def _torchao_put(layer: Any, stored: nn.Parameter) -> None:
     device = layer.weight.device
-    layer.weight = stored if stored.device == device else nn.Parameter(stored.to(device), requires_grad=False)
+    layer.weight = (
+        stored if stored.device == device else nn.Parameter(stored.to(device), requires_grad=False)
+    )
 
 
 def _torchao_read(layer: Any) -> Tensor:

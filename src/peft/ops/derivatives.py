@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients by way of plain operations, for functions whose own backward does not know all that autograd does."""
+"""Gradients by way of plain operations, for functions whose own backward does not know all that
+autograd does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from torch import Tensor
 
 
 def gradients_again(
-    function: Callable[..., Any], arguments: Sequence[Tensor | None], wanted: Sequence[bool], of_results: Sequence[Tensor]
+    function: Callable[..., Any],
+    arguments: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    of_results: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Return gradients for a function's arguments, in a backward.
 
@@ -32,6 +37,10 @@ def gradients_again(
         aliases = {i: arguments[i].view_as(arguments[i]) for i, want in enumerate(wanted) if want}  # type: ignore
         results = function(*[aliases.get(i, argument) for i, argument in enumerate(arguments)])
     sources, again = tuple(aliases.values()), torch.is_grad_enabled()
-    found = torch.autograd.grad(results, sources, of_results, create_graph=again, allow_unused=True) if sources else ()
+    found = (
+        torch.autograd.grad(results, sources, of_results, create_graph=again, allow_unused=True)
+        if sources
+        else ()
+    )
     gradients = dict(zip(aliases, found, strict=True))
     return [gradients.get(i) for i in range(len(wanted))]

@@ -71,8 +71,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class Correction(NamedTuple):
-    """What is needed beside the delta to get a weight back: the few elements that undoing the sum would not give, by flat position
-    (or all, where they are not few), and the factor on the sum.
+    """What is needed beside the delta to get a weight back: the few elements that undoing the sum
+    would not give, by flat position (or all, where they are not few), and the factor on the sum.
     """
 
     positions: Tensor | None
@@ -83,16 +83,18 @@ class Correction(NamedTuple):
 def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Correction]:
     """`factor · (weight + delta)`, rounded once, and what is needed to undo it exactly.
 
-    The sum is taken in a wider format than the weight's, so rounding moves an element by at most half a unit in its last place and
-    subtracting the same delta rounds back to it, except where the sum has a larger exponent; those elements are kept. With a factor
-    they are more.
+    The sum is taken in a wider format than the weight's, so rounding moves an element by at most
+    half a unit in its last place and subtracting the same delta rounds back to it, except where the
+    sum has a larger exponent; those elements are kept. With a factor they are more.
     """
     total = _wide(weight) + _wide(delta)
     merged = (total if factor is None else total * _wide(factor)).to(weight.dtype)
     return merged, correction(weight, merged, delta, factor)
 
 
-def correction(weight: Tensor, merged: Tensor, delta: Tensor, factor: Tensor | None = None) -> Correction:
+def correction(
+    weight: Tensor, merged: Tensor, delta: Tensor, factor: Tensor | None = None
+) -> Correction:
     """What is needed beside the delta to get `weight` back from `merged`, however that was rounded."""
     if weight.is_meta:
         return Correction(None, weight, factor)
@@ -119,7 +121,11 @@ def _take_off(merged: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """`tensor` in a format with room for its sums."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float32 and tensor.device.type != "mps" else _wider(tensor.dtype))
+    return tensor.to(
+        torch.float64
+        if tensor.dtype == torch.float32 and tensor.device.type != "mps"
+        else _wider(tensor.dtype)
+    )
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
@@ -128,8 +134,8 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def by_itself(device: torch.device) -> Iterator[None]:
-    """A context whose results do not depend on the caller's: without gradients, autocast, and inference tensors, which nobody could
-    train later.
+    """A context whose results do not depend on the caller's: without gradients, autocast, and
+    inference tensors, which nobody could train later.
     """
     with ordinary_tensors():
         if device.type == "meta" or not torch.is_autocast_enabled(device.type):

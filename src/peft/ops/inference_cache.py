@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference cache: results that depend on an adapter's tensors alone, such as factors composed from a vector bank.
+"""The inference cache: results that depend on an adapter's tensors alone, such as factors composed
+from a vector bank.
 
-What it guarantees: every call of a model gives what a freshly loaded model would give, in whatever order it was evaluated, trained,
-switched, grown, merged, loaded or deleted before, and however its parameters were written to.
+What it guarantees: every call of a model gives what a freshly loaded model would give, in whatever
+order it was evaluated, trained, switched, grown, merged, loaded or deleted before, and however its
+parameters were written to.
 
-- A call starts with the results of earlier calls only if the tensors that they were computed from hold the same numbers, which is
-  seen by comparing them with copies. Identity and version would be quicker to compare and wrong: `p.data.copy_(…)` and engines that
-  own a parameter's memory leave no trace. A result is used for the tensors that it was computed from, and for no others.
-- Within one call (a forward, or all steps of one `generate`) a tensor counts as unchanged while torch has counted no write to it
-  and it lies at the same address. Writing to parameters past torch while a call runs is the one thing that is not seen.
-- Nothing is kept where gradients are on, under a compiler, tracer or transform, and of layers that are called without their model.
-  Results of tensors that cannot be compared quickly (on another device, where it would wait for the device, and large ones) are
-  kept within one `generate` only, and given back when it ends.
+- A call starts with the results of earlier calls only if the tensors that they were computed from
+  hold the same numbers, which is seen by comparing them with copies. Identity and version would be
+  quicker to compare and wrong: `p.data.copy_(…)` and engines that own a parameter's memory leave no
+  trace. A result is used for the tensors that it was computed from, and for no others.
+- Within one call (a forward, or all steps of one `generate`) a tensor counts as unchanged while
+  torch has counted no write to it and it lies at the same address. Writing to parameters past torch
+  while a call runs is the one thing that is not seen.
+- Nothing is kept where gradients are on, under a compiler, tracer or transform, and of layers that
+  are called without their model. Results of tensors that cannot be compared quickly (on another
+  device, where it would wait for the device, and large ones) are kept within one `generate` only,
+  and given back when it ends.
 
-A call takes earlier results out of the model and puts them back at its end, so threads that call one model share none at a time.
+A call takes earlier results out of the model and puts them back at its end, so threads that call
+one model share none at a time.
 """
 
 from __future__ import annotations
@@ -38,11 +44,15 @@ ADAPTERS = 8
 
 
 class _Result:
-    """A value, the tensors it was computed from, and copies of what they held then; None if there are none."""
+    """A value, the tensors it was computed from, and copies of what they held then; None if there
+    are none.
+    """
 
     __slots__ = ("copies", "noted", "sources", "value")
 
-    def __init__(self, value: Any, sources: tuple[Tensor, ...], copies: tuple[Tensor, ...] | None) -> None:
+    def __init__(
+        self, value: Any, sources: tuple[Tensor, ...], copies: tuple[Tensor, ...] | None
+    ) -> None:
         self.value, self.sources, self.copies = value, sources, copies
         self.noted = [(source._version, source.data_ptr()) for source in sources]
 
@@ -91,11 +101,20 @@ class InferenceCache:
     def take(self, adapter_name: str) -> _Results:
         """Take an adapter's results out; none, if any of their tensors holds other numbers now.
 
-        All are compared in a row: between layers, whose weights fill the processor's caches, it takes several times as long.
+        All are compared in a row: between layers, whose weights fill the processor's caches, it
+        takes several times as long.
         """
         results = self._results.pop(adapter_name, {})
-        pairs = {(id(s), id(c)): (s, c) for r in results.values() for s, c in zip(r.sources, r.copies or (), strict=True)}
-        return results if all(_is_there(source) and _same(source, copy) for source, copy in pairs.values()) else {}
+        pairs = {
+            (id(s), id(c)): (s, c)
+            for r in results.values()
+            for s, c in zip(r.sources, r.copies or (), strict=True)
+        }
+        return (
+            results
+            if all(_is_there(source) and _same(source, copy) for source, copy in pairs.values())
+            else {}
+        )
 
     def put(self, adapter_name: str, results: _Results) -> None:
         """Keep those of an adapter's results that can be compared."""
@@ -169,7 +188,13 @@ def may_reuse(sources: tuple[Tensor, ...]) -> bool:
     return call.runs_often or _can_compare(sources)
 
 
-def reuse(owner: nn.Module, adapter_name: str, kind: Hashable, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+def reuse(
+    owner: nn.Module,
+    adapter_name: str,
+    kind: Hashable,
+    sources: tuple[Tensor, ...],
+    make: Callable[[], T],
+) -> T:
     """Return `make()`, or what it returned before for the same numbers.
 
     Args:
@@ -199,9 +224,16 @@ def _can_compare(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _is_there(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory: engines that shard parameters take it from them between calls."""
+    """Return whether a tensor has memory: engines that shard parameters take it from them between
+    calls.
+    """
     return tensor.untyped_storage().nbytes() > 0
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.device == other.device and one.shape == other.shape and torch.equal(one, other)
+    return (
+        one.dtype == other.dtype
+        and one.device == other.device
+        and one.shape == other.shape
+        and torch.equal(one, other)
+    )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A delta as a product of two thin factors, `ΔW = B·A`, and its best approximation of a smaller rank.
+"""A delta as a product of two thin factors, `ΔW = B·A`, and its best approximation of a smaller
+rank.
 
-Everything here works on the factors: a thin QR of each and the singular values of a small core give those of the product, which
-is never built. A convolution's kernel belongs to the columns: `ΔW` is read as `[out, in · taps]`.
+Everything here works on the factors: a thin QR of each and the singular values of a small core give
+those of the product, which is never built. A convolution's kernel belongs to the columns: `ΔW` is
+read as `[out, in · taps]`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class LowRank(NamedTuple):
     Attributes:
         A: `[r, in · taps]`.
         B: `[out, r]`.
-        error: `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm, before the factors are rounded to their dtype; 0 where `ΔW` is zero.
+        error: `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm, before the factors are rounded to their
+            dtype; 0 where `ΔW` is zero.
         norm: `‖ΔW‖`.
     """
 
@@ -39,7 +42,9 @@ class LowRank(NamedTuple):
 
 
 class SingularTriples(NamedTuple):
-    """`U · diag(S) · Vᵀ` with orthonormal columns `U [m, k]`, `V [n, k]` and `S [k]`, largest first."""
+    """`U · diag(S) · Vᵀ` with orthonormal columns `U [m, k]`, `V [n, k]` and `S [k]`, largest
+    first.
+    """
 
     U: Tensor
     S: Tensor
@@ -57,14 +62,16 @@ def check_rank(rank: int | float | None) -> None:
     if isinstance(rank, float) and 0 < rank <= 1:
         return
     rule = (
-        f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a fraction between 0 and 1, or None for "
+        f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a "
+        "fraction between 0 and 1, or None for "
         "an exact product."
     )
     if rank == 0:
         raise PeftValueError(f"Passing a rank of 0 doesn't make sense: {rule}")
     if isinstance(rank, float):
         raise PeftValueError(
-            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}: {rule}"
+            "If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but "
+            f"got {rank}: {rule}"
         )
     raise PeftValueError(rule)
 
@@ -74,8 +81,8 @@ def kept(values: Tensor, rank: int | float | None) -> int:
 
     Args:
         values: Singular values, largest first.
-        rank: An integer: as many. A fraction: as few as hold that share of the energy, the sum of squares. None, or 1.0: all but
-            those that are zero to rounding.
+        rank: An integer: as many. A fraction: as few as hold that share of the energy, the sum of
+            squares. None, or 1.0: all but those that are zero to rounding.
     """
     nonzero = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
     if rank is None or (rank == 1.0 and isinstance(rank, float)):
@@ -181,5 +188,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def _finite(tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
-        raise PeftValueError("The adapter has values that are NaN or infinite, of which there is no factorisation.")
+        raise PeftValueError(
+            "The adapter has values that are NaN or infinite, of which there is no factorisation."
+        )
     return wide(tensor)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a wide matrix, of the base model's activations, with an adapter's thin one, whatever precision each is in.
+"""Products of a wide matrix, of the base model's activations, with an adapter's thin one, whatever
+precision each is in.
 
-Beside a model in bfloat16 or float16, adapters are kept in float32. Plain operations have to copy an activation to float32 then,
-multiply it without the units that there are for matrices, and copy what comes out back: much more work than an adapter's few
-multiplications. Where Triton is, kernels read and write activations as they are (`kernels.py`). Results are as exact
-as those of float32, and what is in the base model's precision is rounded once.
+Beside a model in bfloat16 or float16, adapters are kept in float32. Plain operations have to copy
+an activation to float32 then, multiply it without the units that there are for matrices, and copy
+what comes out back: much more work than an adapter's few multiplications. Where Triton is, kernels
+read and write activations as they are (`kernels.py`). Results are as exact as those of float32, and
+what is in the base model's precision is rounded once.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ _PLAIN = nn.Parameter, Tensor
 _HALF = frozenset({torch.bfloat16, torch.float16})
 
 _LEAST = 2**22
-"""Numbers that a wide matrix must have for kernels to pay. With fewer a GPU waits for its host, whom they cost a little more."""
+"""Numbers that a wide matrix must have for kernels to pay. With fewer a GPU waits for its host,
+whom they cost a little more.
+"""
 
 _WIDEST = 128
 """The most columns of a thin matrix that kernels take."""
 
 
 def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an input need not be cast for its products with thin matrices of a dtype: kernels take those, if they agree."""
+    """Whether an input need not be cast for its products with thin matrices of a dtype: kernels
+    take those, if they agree.
+    """
     return (
         dtype is torch.float32
         and x.dtype in _HALF
@@ -147,12 +153,18 @@ def _are_mixed(wide: Tensor, thin: Tensor) -> bool:
 
 
 def _are_taken(wide: Tensor, length: int, width: int, *thin: Tensor) -> bool:
-    """Whether kernels take a product of these, in which rows of the wide matrix have a length and those of the thin one a width."""
+    """Whether kernels take a product of these, in which rows of the wide matrix have a length and
+    those of the thin one a width.
+    """
     if width > _WIDEST or wide.dtype not in _HALF or wide.numel() < _LEAST:
         return False
     device = wide.device
     for tensor in thin:
-        if tensor.dtype is not torch.float32 or type(tensor) not in _PLAIN or tensor.device != device:
+        if (
+            tensor.dtype is not torch.float32
+            or type(tensor) not in _PLAIN
+            or tensor.device != device
+        ):
             return False
     return (
         type(wide) in _PLAIN
@@ -178,9 +190,6 @@ def _kernels() -> Any:
     return kernels
 
 
-# --- what is tried before kernels are used on a device, for each size of their blocks ----------------------------------
-
-
 @functools.lru_cache(1024)
 def _case(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     return _case_of_blocks(*_kernels().blocks(length, width), dtype)
@@ -189,22 +198,46 @@ def _case(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 @functools.cache
 def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The kernels, the same in plain operations, and an example for both."""
-    rows, length, width = 500, 2 * length if length == 256 else length, width // 2  # several steps of each kernel's loop
+    rows, length, width = (
+        500,
+        2 * length if length == 256 else length,
+        width // 2,
+    )  # several steps of each kernel's loop
 
-    def ours(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
+    def ours(
+        x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor
+    ) -> tuple[Tensor, ...]:
         kernels = _kernels()
-        found = kernels.down(x, first, 0.5), kernels.across(h, x, 2.0), kernels.up(x, p, q, torch.empty_like(x))
+        found = (
+            kernels.down(x, first, 0.5),
+            kernels.across(h, x, 2.0),
+            kernels.up(x, p, q, torch.empty_like(x)),
+        )
         return tuple(one * tensor.float() for tensor in found)
 
-    def plain(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> tuple[Tensor, ...]:
-        found = (x.double() @ first.double()) * 0.5, (h.double().mT @ x.double()) * 2, x.float() + p @ q
+    def plain(
+        x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = (
+            (x.double() @ first.double()) * 0.5,
+            (h.double().mT @ x.double()) * 2,
+            x.float() + p @ q,
+        )
         return tuple(one * tensor.float() for tensor in found)
 
     def example(device: torch.device) -> tuple[Tensor, ...]:
-        """Results of about one, and whole numbers where they are rounded, so that rounding can't differ."""
+        """Results of about one, and whole numbers where they are rounded, so that rounding can't
+        differ.
+        """
         x = torch.randint(-3, 4, (rows, length), device=device).to(dtype)
-        p, q = (torch.randint(-1, 2, shape, device=device).float() for shape in ((rows, width), (width, length)))
-        first, h = torch.randn(width, length, device=device).mT / 16, torch.randn(rows, width, device=device) / 16
+        p, q = (
+            torch.randint(-1, 2, shape, device=device).float()
+            for shape in ((rows, width), (width, length))
+        )
+        first, h = (
+            torch.randn(width, length, device=device).mT / 16,
+            torch.randn(rows, width, device=device) / 16,
+        )
         return x, first, h, p, q, torch.ones((), device=device, requires_grad=True)
 
     return ours, plain, example

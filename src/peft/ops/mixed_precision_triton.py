@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of `_thin.py` in mixed precision, one kernel each, where Triton is (see `_kernels.py`).
+"""The products of `_thin.py` in mixed precision, one kernel each, where Triton is (see
+`_kernels.py`).
 
-A wide matrix, of the base model's activations, is in bfloat16 or float16, a thin one, an adapter's, in float32. The wide one is
-read once as it is, and no copy of it in float32 is made. Nothing is lost by that: what is in bfloat16 is multiplied by three parts
-of the float32 number, each in bfloat16, which together have all of its 24 bits; float16 is exact in TF32, and is multiplied by two
-parts in that. Sums are in float32; long ones are made in parts, which are added up in a fixed order.
+A wide matrix, of the base model's activations, is in bfloat16 or float16, a thin one, an adapter's,
+in float32. The wide one is read once as it is, and no copy of it in float32 is made. Nothing is
+lost by that: what is in bfloat16 is multiplied by three parts of the float32 number, each in
+bfloat16, which together have all of its 24 bits; float16 is exact in TF32, and is multiplied by two
+parts in that. Sums are in float32; long ones are made in parts, which are added up in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor
 
 from .triton_support import INTERPRETED, on_device_of
 
-_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
+_INTERPRETED: tl.constexpr = tl.constexpr(
+    INTERPRETED
+)  # the interpreter multiplies the bits of bfloat16 as integers
 
 LARGEST_RANK = 128
 """The widest that thin matrices may be."""
@@ -40,7 +45,9 @@ def down(wide: Tensor, thin: Tensor, scale: float) -> Tensor:
     splits, grid, steps, sizes = _plan_down(n, rows, k, m)
     out = wide.new_empty((splits, *wide.shape[:-1], m), dtype=torch.float32)
     with on_device_of(wide):
-        _down_kernel[grid](wide, thin, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes)
+        _down_kernel[grid](
+            wide, thin, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes
+        )
     return out[0] if splits == 1 else out.sum(0)
 
 
@@ -59,7 +66,9 @@ def across(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
     splits, grid, steps, sizes = _plan_across(n, rows, k, m)
     out = wide.new_empty((splits, *wide.shape[:-2], m, k), dtype=torch.float32)
     with on_device_of(wide):
-        _across_kernel[grid](thin, wide, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes)
+        _across_kernel[grid](
+            thin, wide, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes
+        )
     return out[0] if splits == 1 else out.sum(0)
 
 
@@ -76,7 +85,11 @@ def up(base: Tensor | None, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
     grid, sizes = _plan_up(n, rows, k, columns)
     first = out if base is None else base
     with on_device_of(out):
-        _up_kernel[grid](*(first, p, q, out, rows, columns, k, *_strides(p), *_strides(q)), ADDS=base is not None, **sizes)
+        _up_kernel[grid](
+            *(first, p, q, out, rows, columns, k, *_strides(p), *_strides(q)),
+            ADDS=base is not None,
+            **sizes,
+        )
     return out
 
 
@@ -88,17 +101,20 @@ def _strides(tensor: Tensor) -> Any:
     return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
 
 
-# --- in what blocks it is done: as was quickest on an H100 and fits the shared memory of smaller GPUs -------------------
-
-
 def blocks(length: int, width: int) -> tuple[int, int]:
-    """What the sizes of all blocks depend on, beside the number of rows: sides of a wide and of a thin matrix's."""
+    """What the sizes of all blocks depend on, beside the number of rows: sides of a wide and of a
+    thin matrix's.
+    """
     return _block(length, 256), _block(width, LARGEST_RANK)
 
 
 @functools.lru_cache(1024)
-def _plan_down(n: int, rows: int, k: int, m: int) -> tuple[int, tuple[int, int], int, dict[str, int]]:
-    """In how many parts sums are made, the grid, a program's steps, and what the kernel is compiled for."""
+def _plan_down(
+    n: int, rows: int, k: int, m: int
+) -> tuple[int, tuple[int, int], int, dict[str, int]]:
+    """In how many parts sums are made, the grid, a program's steps, and what the kernel is compiled
+    for.
+    """
     block_m = _block(m, LARGEST_RANK)
     is_thin = block_m < 64
     block_r, block_k = _block(rows, 64 if is_thin else 128), _block(k, 64 if block_m < 128 else 32)
@@ -109,11 +125,19 @@ def _plan_down(n: int, rows: int, k: int, m: int) -> tuple[int, tuple[int, int],
 
 
 @functools.lru_cache(1024)
-def _plan_across(n: int, rows: int, k: int, m: int) -> tuple[int, tuple[int, int], int, dict[str, int]]:
+def _plan_across(
+    n: int, rows: int, k: int, m: int
+) -> tuple[int, tuple[int, int], int, dict[str, int]]:
     """As `_plan_down`."""
     block_m = _block(m, LARGEST_RANK)
     block_k = _block(k, 256 if block_m < 32 else 128 if block_m < 64 else 64)
-    warps, stages, programs = (8, 4, 256) if block_k == 256 else (4, 3, 512) if block_k == 128 or block_m > 16 else (2, 4, 1024)
+    warps, stages, programs = (
+        (8, 4, 256)
+        if block_k == 256
+        else (4, 3, 512)
+        if block_k == 128 or block_m > 16
+        else (2, 4, 1024)
+    )
     block_r = _block(rows, 32 if block_k == 256 or block_m > 32 else 64)
     blocks = n * _ceil(k, block_k)
     splits = _splits(blocks, _ceil(rows, 4 * block_r), programs)
@@ -127,11 +151,17 @@ def _plan_up(n: int, rows: int, k: int, columns: int) -> tuple[tuple[int, int], 
     block_k = _block(k, LARGEST_RANK)
     block_c = _block(columns, 128 if block_k < 64 else 64)
     block_r = _block(rows, 32 if block_c == 128 or block_k == 128 else 64)
-    return (n * _ceil(rows, block_r), _ceil(columns, block_c)), _sizes(4, 3, R=block_r, C=block_c, K=block_k)
+    return (n * _ceil(rows, block_r), _ceil(columns, block_c)), _sizes(
+        4, 3, R=block_r, C=block_c, K=block_k
+    )
 
 
 def _sizes(warps: int, stages: int, **blocks: int) -> dict[str, int]:
-    return {"num_warps": warps, "num_stages": stages, **{f"BLOCK_{side}": size for side, size in blocks.items()}}
+    return {
+        "num_warps": warps,
+        "num_stages": stages,
+        **{f"BLOCK_{side}": size for side, size in blocks.items()},
+    }
 
 
 def _block(size: int, most: int) -> int:
@@ -144,7 +174,9 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _splits(blocks: int, most: int, programs: int) -> int:
-    """In how many parts a sum is made, so that there are about `programs`, a few for each multiprocessor."""
+    """In how many parts a sum is made, so that there are about `programs`, a few for each
+    multiprocessor.
+    """
     return max(min(programs // max(blocks, 1), most), 1)
 
 
@@ -177,8 +209,14 @@ def _down_kernel(
     total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for step in range(split * steps, min((split + 1) * steps, tl.cdiv(k, BLOCK_K))):
         at = step * BLOCK_K + inner
-        a = tl.load(wide + row[:, None] * k + at[None, :], mask=real_row & (at < k)[None, :], other=0.0)
-        b = tl.load(thin + at[:, None] * stride_k + column[None, :] * stride_m, mask=(at < k)[:, None] & real_column, other=0.0)
+        a = tl.load(
+            wide + row[:, None] * k + at[None, :], mask=real_row & (at < k)[None, :], other=0.0
+        )
+        b = tl.load(
+            thin + at[:, None] * stride_k + column[None, :] * stride_m,
+            mask=(at < k)[:, None] & real_column,
+            other=0.0,
+        )
         total = _add_dot(a, b, total)
     out += ((split.to(tl.int64) * n + sample) * rows + first) * m
     tl.store(out + row[:, None] * m + column[None, :], total * scale, mask=real_row & real_column)
@@ -214,11 +252,23 @@ def _across_kernel(
     for step in range(split * steps, min((split + 1) * steps, tl.cdiv(rows, BLOCK_R))):
         at = step * BLOCK_R + row
         real_row = (at < rows)[:, None]
-        a = tl.load(wide + at[:, None].to(tl.int64) * k + inner[None, :], mask=real_row & real_inner, other=0.0)
-        b = tl.load(thin + at[:, None].to(tl.int64) * stride_r + column[None, :] * stride_m, mask=real_row & real_column, other=0.0)
+        a = tl.load(
+            wide + at[:, None].to(tl.int64) * k + inner[None, :],
+            mask=real_row & real_inner,
+            other=0.0,
+        )
+        b = tl.load(
+            thin + at[:, None].to(tl.int64) * stride_r + column[None, :] * stride_m,
+            mask=real_row & real_column,
+            other=0.0,
+        )
         total = _add_dot(tl.trans(a), b, total)
     out += (split.to(tl.int64) * n + sample) * m * k
-    tl.store(out + column[None, :] * k + inner[:, None], total * scale, mask=(inner < k)[:, None] & real_column)
+    tl.store(
+        out + column[None, :] * k + inner[:, None],
+        total * scale,
+        mask=(inner < k)[:, None] & real_column,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -243,14 +293,29 @@ def _up_kernel(
 ):
     blocks = tl.cdiv(rows, BLOCK_R)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_R
-    row, column, inner = tl.arange(0, BLOCK_R), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    row, column, inner = (
+        tl.arange(0, BLOCK_R),
+        tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C),
+        tl.arange(0, BLOCK_K),
+    )
     real_row, real_column = (first + row < rows)[:, None], (column < columns)[None, :]
     p += sample * p_stride_n + first.to(tl.int64) * p_stride_r
     q += sample * q_stride_n
-    a = tl.load(p + row[:, None] * p_stride_r + inner[None, :] * p_stride_k, mask=real_row & (inner < k)[None, :], other=0.0)
-    b = tl.load(q + inner[:, None] * q_stride_k + column[None, :] * q_stride_c, mask=(inner < k)[:, None] & real_column, other=0.0)
+    a = tl.load(
+        p + row[:, None] * p_stride_r + inner[None, :] * p_stride_k,
+        mask=real_row & (inner < k)[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        q + inner[:, None] * q_stride_k + column[None, :] * q_stride_c,
+        mask=(inner < k)[:, None] & real_column,
+        other=0.0,
+    )
     total = tl.dot(a, b, input_precision="tf32x3")
-    place, real = (sample * rows + first) * columns + row[:, None] * columns + column[None, :], real_row & real_column
+    place, real = (
+        (sample * rows + first) * columns + row[:, None] * columns + column[None, :],
+        real_row & real_column,
+    )
     if ADDS:
         total += tl.load(base + place, mask=real, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=real)
@@ -258,7 +323,9 @@ def _up_kernel(
 
 @triton.jit
 def _add_dot(wide, thin, total):
-    """`total + wide · thin` with all bits of both. Matrix units cut what they add to a sum; so a block's is added without them."""
+    """`total + wide · thin` with all bits of both. Matrix units cut what they add to a sum; so a
+    block's is added without them.
+    """
     if wide.dtype == tl.bfloat16:
         high = thin.to(tl.bfloat16)
         rest = thin - high.to(tl.float32)

@@ -18,10 +18,15 @@ def nested_like(nested: Tensor, tokens: Tensor) -> Tensor:
     """Return tokens as samples of the lengths that those of a nested tensor have."""
     if nested.layout is torch.jagged:
         offsets = nested.offsets()  # type: ignore[attr-defined]
-        return torch.nested.nested_tensor_from_jagged(tokens, offsets)  # the same ones: both can be added
+        return torch.nested.nested_tensor_from_jagged(
+            tokens, offsets
+        )  # the same ones: both can be added
     samples = nested.unbind()
     parts = tokens.split([sample[..., 0].numel() for sample in samples])
-    shaped = [part.reshape(*sample.shape[:-1], part.shape[-1]) for part, sample in zip(parts, samples, strict=True)]
+    shaped = [
+        part.reshape(*sample.shape[:-1], part.shape[-1])
+        for part, sample in zip(parts, samples, strict=True)
+    ]
     return torch.nested.as_nested_tensor(shaped)
 
 
@@ -30,5 +35,7 @@ def are_tokens(nested: Tensor) -> Tensor:
     if nested.layout is torch.jagged:
         lengths = nested.offsets().diff()  # type: ignore[attr-defined]
     else:
-        lengths = torch.tensor([sample[..., 0].numel() for sample in nested.unbind()], device=nested.device)
+        lengths = torch.tensor(
+            [sample[..., 0].numel() for sample in nested.unbind()], device=nested.device
+        )
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)

@@ -27,12 +27,16 @@ def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
 
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """`tensor` with each element kept with probability `density`; `rescale` divides by it, which keeps the mean."""
+    """`tensor` with each element kept with probability `density`; `rescale` divides by it, which
+    keeps the mean.
+    """
     pruned = tensor * torch.bernoulli(torch.full_like(tensor, density))
     return pruned / density if rescale and density else pruned
 
 
-def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False) -> Tensor:
+def prune(
+    tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False
+) -> Tensor:
     """Set a share of a tensor's elements to zero.
 
     Args:
@@ -60,8 +64,11 @@ def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"]
     raise PeftValueError(f"Unknown method {method}; choose 'magnitude' or 'random'.")
 
 
-def calculate_majority_sign_mask(tensor: Tensor, method: Literal["total", "frequency"] = "total") -> Tensor:
-    """Where the elements of `[n, ...]` have the sign that wins over the first dimension; a draw is won by plus.
+def calculate_majority_sign_mask(
+    tensor: Tensor, method: Literal["total", "frequency"] = "total"
+) -> Tensor:
+    """Where the elements of `[n, ...]` have the sign that wins over the first dimension; a draw is
+    won by plus.
 
     Args:
         tensor: The stacked tensors.
@@ -73,15 +80,21 @@ def calculate_majority_sign_mask(tensor: Tensor, method: Literal["total", "frequ
     Source: arXiv:2306.01708, section 4.2
     """
     if method not in ("total", "frequency"):
-        raise PeftValueError(f'Unimplemented mask method "{method}"; choose "total" or "frequency".')
+        raise PeftValueError(
+            f'Unimplemented mask method "{method}"; choose "total" or "frequency".'
+        )
     signs = tensor.sign()
     votes = (tensor if method == "total" else signs).sum(dim=0)
     return signs == torch.where(votes >= 0, 1, -1)
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
-    """The mean of those elements of `[n, ...]` that the mask keeps; zero where it keeps none. Source: arXiv:2306.01708"""
-    return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
+    """The mean of those elements of `[n, ...]` that the mask keeps; zero where it keeps none.
+    Source: arXiv:2306.01708
+    """
+    return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(
+        min=1
+    )
 
 
 def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
@@ -92,32 +105,53 @@ def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
     """`Σ w_i · t_i` of tensors pruned by magnitude."""
-    return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
+    return task_arithmetic(
+        [prune(tensor, density, "magnitude") for tensor in task_tensors], weights
+    )
 
 
 def ties(
-    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Literal["total", "frequency"] = "total"
+    task_tensors: list[Tensor],
+    weights: Tensor,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Tensor:
-    """Prune by magnitude, let the tensors elect a sign for each element, and average those that have it, weighted.
+    """Prune by magnitude, let the tensors elect a sign for each element, and average those that
+    have it, weighted.
 
     Source: arXiv:2306.01708
     """
-    return _elected([prune(tensor, density, "magnitude") for tensor in task_tensors], weights, majority_sign_method)
+    return _elected(
+        [prune(tensor, density, "magnitude") for tensor in task_tensors],
+        weights,
+        majority_sign_method,
+    )
 
 
 def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
     """`Σ w_i · t_i` of tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
-    return task_arithmetic([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights)
+    return task_arithmetic(
+        [prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights
+    )
 
 
 def dare_ties(
-    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Literal["total", "frequency"] = "total"
+    task_tensors: list[Tensor],
+    weights: Tensor,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Tensor:
     """As `ties`, with tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
-    return _elected([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights, majority_sign_method)
+    return _elected(
+        [prune(tensor, density, "random", rescale=True) for tensor in task_tensors],
+        weights,
+        majority_sign_method,
+    )
 
 
-def _elected(task_tensors: list[Tensor], weights: Tensor, method: Literal["total", "frequency"]) -> Tensor:
+def _elected(
+    task_tensors: list[Tensor], weights: Tensor, method: Literal["total", "frequency"]
+) -> Tensor:
     stacked = torch.stack(task_tensors)
     mask = calculate_majority_sign_mask(stacked, method)
     return disjoint_merge(stacked * reshape_weight_task_tensors(stacked, weights), mask)

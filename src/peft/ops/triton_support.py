@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where kernels of our own can run: what stands between plain operations on tensors and Triton, which need not be there.
+"""Where kernels of our own can run: what stands between plain operations on tensors and Triton,
+which need not be there.
 
-On a GPU a chain of small operations costs its launches, whatever it computes. A tuner may have one kernel in place of such a chain,
-in a file `kernels.py` or `…_kernels.py` of its own; `kernels.py` beside this one has what they all share. Such a file needs Triton
-and so is imported by who asked `can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for
+On a GPU a chain of small operations costs its launches, whatever it computes. A tuner may have one
+kernel in place of such a chain, in a file `kernels.py` or `…_kernels.py` of its own; `kernels.py`
+beside this one has what they all share. Such a file needs Triton and so is imported by who asked
+`can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for
 all other cases.
 """
 
@@ -34,8 +36,9 @@ _TRIED: dict[tuple[Callable[..., Any], torch.device], bool] = {}
 def can_launch(*tensors: Tensor) -> bool:
     """Whether a kernel can take tensors as they are, in place of plain operations.
 
-    It can in eager mode (a compiler fuses the operations itself, a transform has to see them), if all are plain, contiguous and on
-    one GPU of this decade, and Triton is installed. Nothing waits for the device.
+    It can in eager mode (a compiler fuses the operations itself, a transform has to see them), if
+    all are plain, contiguous and on one GPU of this decade, and Triton is installed. Nothing waits
+    for the device.
 
     Args:
         tensors: What the kernel reads.
@@ -44,7 +47,11 @@ def can_launch(*tensors: Tensor) -> bool:
     if not (is_eager() and has_triton(device)):
         return False
     for tensor in tensors:
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device or not tensor.is_contiguous():
+        if (
+            type(tensor) not in (nn.Parameter, Tensor)
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
             return False
     return True
 
@@ -58,12 +65,16 @@ def has_triton(device: torch.device) -> bool:
 
 
 def agrees(
-    ours: Callable[..., Any], plain: Callable[..., Any], example: Callable[[torch.device], tuple[Any, ...]], device: torch.device
+    ours: Callable[..., Any],
+    plain: Callable[..., Any],
+    example: Callable[[torch.device], tuple[Any, ...]],
+    device: torch.device,
 ) -> bool:
     """Whether a function with kernels does on a device what plain operations do.
 
-    Which GPUs, compilers and versions of Triton it will meet is not known, so it is tried: once for a device, before it is used
-    there, values and gradients of one small example. If it differs or raises, one is warned, and it is not used there.
+    Which GPUs, compilers and versions of Triton it will meet is not known, so it is tried: once for
+    a device, before it is used there, values and gradients of one small example. If it differs or
+    raises, one is warned, and it is not used there.
 
     Args:
         ours: The function with kernels.
@@ -73,13 +84,18 @@ def agrees(
     """
     known = _TRIED.get((ours, device))
     if known is None:
-        if torch._C._current_graph_task_id() != -1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if torch._C._current_graph_task_id() != -1 or (
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):
             return False  # inside a backward, or while a graph is captured, is no time to try
         difference = _difference(ours, plain, example, device)
         known = _TRIED[ours, device] = difference is None
         if not known:
             warnings.warn(
-                f"{ours.__module__} is of no use on {device}, plain operations are used: {difference}", PeftWarning, stacklevel=2
+                f"{ours.__module__} is of no use on {device}, plain operations are used: "
+                f"{difference}",
+                PeftWarning,
+                stacklevel=2,
             )
     return known
 
@@ -90,17 +106,24 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    return (
+        nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    )
 
 
 def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> str | None:
-    """What is wrong with `ours`, tried in a thread, where nothing is in force of what the caller has switched on or hooked in."""
+    """What is wrong with `ours`, tried in a thread, where nothing is in force of what the caller
+    has switched on or hooked in.
+    """
     found: list[str | None] = []
 
     def run() -> None:
         try:
             both = [_values_and_gradients(function, example, device) for function in (ours, plain)]
-            same = all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(*both, strict=True))
+            same = all(
+                torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+                for one, other in zip(*both, strict=True)
+            )
             found.append(None if same else "results differ")
         except Exception as error:  # of whatever kind a compiler has
             found.append(f"{type(error).__name__}: {error}")
@@ -112,11 +135,19 @@ def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> st
 
 
 def _values_and_gradients(function: Any, example: Any, device: torch.device) -> list[Tensor]:
-    """Results for the example and its gradients, from the random numbers that come next, which stay the next."""
+    """Results for the example and its gradients, from the random numbers that come next, which stay
+    the next.
+    """
     cuda = device.type == "cuda"
-    with _on(device) if cuda else nullcontext(), torch.random.fork_rng([device.index] if cuda else []):
+    with (
+        _on(device) if cuda else nullcontext(),
+        torch.random.fork_rng([device.index] if cuda else []),
+    ):
         arguments = example(device)
         results = function(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         trained = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-        return [*results, *torch.autograd.grad(results, trained, [result.detach().cos() for result in results])]
+        return [
+            *results,
+            *torch.autograd.grad(results, trained, [result.detach().cos() for result in results]),
+        ]

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods. Each lives in a folder of its own; the line here that imports it also registers it and exports its names."""
+"""The methods. Each lives in a folder of its own; the line here that imports it also registers it
+and exports its names.
+"""
 
 import typing as _typing
 from typing import Any as _Any
 
 from ..base.placeholders import marker as _marker
 from .loha import LoHaConfig, LoHaModel
-from .lokr import LoKrConfig, LoKrModel, inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
-from .lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora, save_tasks_as_lora
+from .lokr import (
+    LoKrConfig,
+    LoKrModel,
+    inspect_lokr_file,
+    load_lokr_file,
+    lokr_config_from_lycoris,
+    save_lokr_file,
+)
+from .lora import (
+    LoraConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    save_as_lora,
+    save_tasks_as_lora,
+)
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the LyCORIS family of methods shares: alpha scaling, patterns by module, rank dropout and module dropout.
+"""What the LyCORIS family of methods shares: alpha scaling, patterns by module, rank dropout and
+module dropout.
 
 Source: arXiv:2309.14859
 """
@@ -26,14 +27,19 @@ class LycorisConfig(LayeredConfig):
     """Configuration that LyCORIS methods share.
 
     Args:
-        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
-            end; one that begins with `^` also means all modules below the path it describes (its file says so in a way that
-            other readers understand; in a file of theirs `^` means the module alone).
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
+            the whole module path or its end; one that begins with `^` also means all modules below
+            the path it describes (its file says so in a way that other readers understand; in a
+            file of theirs `^` means the module alone).
         alpha_pattern: Likewise for `alpha`.
     """
 
-    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Rank by module name or regular expression."})
-    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
+    rank_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
+    )
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
@@ -85,13 +91,17 @@ class LycorisLayer(DecomposedLayer):
 
     def drops(self, adapter_name: str) -> bool:
         """Whether dropout has an effect at present."""
-        return self.training and bool(self.rank_dropout[adapter_name] or self.module_dropout[adapter_name])
+        return self.training and bool(
+            self.rank_dropout[adapter_name] or self.module_dropout[adapter_name]
+        )
 
     def drop(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
-        """Rank and module dropout of what an adapter adds to the output; without effect outside training.
+        """Rank and module dropout of what an adapter adds to the output; without effect outside
+        training.
 
-        Dropping a row of ΔW is dropping an output feature of the delta. A dropped module is multiplied by zero and not skipped, so
-        that every parameter has a gradient on every process, and nothing waits for the device.
+        Dropping a row of ΔW is dropping an output feature of the delta. A dropped module is
+        multiplied by zero and not skipped, so that every parameter has a gradient on every process,
+        and nothing waits for the device.
 
         Args:
             delta: The adapter's output.

@@ -17,11 +17,12 @@ from ..core.tuner import BaseTuner
 
 
 class MixedModel(BaseTuner):
-    """A model with adapters of several methods. Where two methods adapt the same layer, the later one's layer is around the earlier
-    one's, and what they add to the output adds up.
+    """A model with adapters of several methods. Where two methods adapt the same layer, the later
+    one's layer is around the earlier one's, and what they add to the output adds up.
 
-    Each method has a tuner of its own, without adapters of its own account: it plans and builds, and knows what is peculiar to the
-    method. Everything that is said once for all methods (which adapters there are, which are active) is held here.
+    Each method has a tuner of its own, without adapters of its own account: it plans and builds,
+    and knows what is peculiar to the method. Everything that is said once for all methods (which
+    adapters there are, which are active) is held here.
 
     Args:
         As `BaseTuner`.
@@ -53,31 +54,48 @@ class MixedModel(BaseTuner):
         peft_type = config.peft_type
         if peft_type not in self._methods:
             if peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-                compatible = ", ".join(sorted(PeftType(known).value for known in PEFT_TYPE_TO_MIXED_MODEL_MAPPING))
+                compatible = ", ".join(
+                    sorted(PeftType(known).value for known in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+                )
                 raise PeftValueError(
-                    f"The provided `peft_type` {str(getattr(peft_type, 'value', peft_type))!r} is not compatible with the "
+                    f"The provided `peft_type` {str(getattr(peft_type, 'value', peft_type))!r} is "
+                    "not compatible with the "
                     f"`PeftMixedModel`. Compatible types are: {compatible}."
                 )
-            method: BaseTuner = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type](self.model, None, shared_root=self)
+            method: BaseTuner = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type](
+                self.model, None, shared_root=self
+            )
             method.peft_config = self.peft_config
             self._methods[peft_type] = method
         return self._methods[peft_type]
 
-    # --- what is peculiar to a method ---------------------------------------------------------------------------------
-
     @property
     def adapter_call_arguments(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(dict.fromkeys(name for method in self._methods.values() for name in method.adapter_call_arguments))
+        return tuple(
+            dict.fromkeys(
+                name for method in self._methods.values() for name in method.adapter_call_arguments
+            )
+        )
 
     @property
     def merge_options(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(dict.fromkeys(name for method in self._methods.values() for name in method.merge_options))
+        return tuple(
+            dict.fromkeys(
+                name for method in self._methods.values() for name in method.merge_options
+            )
+        )
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(dict.fromkeys(name for method in self._methods.values() for name in method.shared_parameter_names))
+        return tuple(
+            dict.fromkeys(
+                name for method in self._methods.values() for name in method.shared_parameter_names
+            )
+        )
 
-    def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:  # noqa: D102
+    def adapter_call_context(
+        self, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         stack: Any = ExitStack()
         for method in self._methods.values():
             stack.enter_context(method.adapter_call_context(args, arguments))
@@ -99,9 +117,9 @@ class MixedModel(BaseTuner):
     def config_to_save(self, adapter_name: str) -> PeftConfig:  # noqa: D102
         return self.method_of(self.peft_config[adapter_name]).config_to_save(adapter_name)
 
-    # --- merging ------------------------------------------------------------------------------------------------------
-
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the options that the adapter's method knows (`task_id`), as that has them."""
         method = self.method_of(self.peft_config[adapter_name])
-        return method.merge_options_of(adapter_name, {k: v for k, v in options.items() if k in method.merge_options})
+        return method.merge_options_of(
+            adapter_name, {k: v for k, v in options.items() if k in method.merge_options}
+        )

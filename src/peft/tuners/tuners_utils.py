@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented place of the base classes, `BaseTuner` and `BaseTunerLayer`, and how to see what a config targets."""
+"""The documented place of the base classes, `BaseTuner` and `BaseTunerLayer`, and how to see what a
+config targets.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
     """
     options: Any = config
     layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
-    return bool(_targets.select([key], options.target_modules or (), options.exclude_modules, *layers))
+    return bool(
+        _targets.select([key], options.target_modules or (), options.exclude_modules, *layers)
+    )
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -14,7 +14,12 @@ from ..base.constants import (
 from ..base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..base.modules import _get_submodules, infer_device
 from ..base.registry import PeftType, TaskType, register_peft_method
-from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+from ..base.tensors import (
+    cast_mixed_precision_params,
+    id_tensor_storage,
+    shift_tokens_right,
+    transpose,
+)
 from ..checkpoint.state_dict import (
     get_base_model_state_dict,
     get_peft_model_state_dict,

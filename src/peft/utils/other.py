@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.modules import _get_submodules, check_model, get_submodules, infer_device, model_type
 from ..base.placeholders import marker
-from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, shift_tokens_right, transpose
+from ..base.tensors import (
+    cast_mixed_precision_params,
+    id_tensor_storage,
+    shift_tokens_right,
+    transpose,
+)
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.fsdp import fsdp_auto_wrap_policy

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoHa against the dense Hadamard product in float64: layers of every kind, cost, dropout, conversion."""
+"""LoHa against the dense Hadamard product in float64: layers of every kind, cost, dropout,
+conversion.
+"""
 
 import copy
 
@@ -11,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft import LoHaConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
-from peft.tuners.loha.hadamard import HadamardFactors, factor_shapes, hadamard_weight, is_thin, low_rank_pair
+from peft.tuners.loha.hadamard import (
+    HadamardFactors,
+    factor_shapes,
+    hadamard_weight,
+    is_thin,
+    low_rank_pair,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -44,11 +52,18 @@ LAYERS = {
     "conv2d 1x1": (lambda: nn.Conv2d(16, 32, 1), (2, 16, 4, 4)),
     "conv2d groups": (lambda: nn.Conv2d(16, 32, 3, padding=1, groups=4), (2, 16, 6, 6)),
     "conv2d depthwise": (lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16), (2, 16, 6, 6)),
-    "conv2d reflect": (lambda: nn.Conv2d(16, 32, (3, 2), padding=1, padding_mode="reflect", dilation=2), (2, 16, 8, 8)),
+    "conv2d reflect": (
+        lambda: nn.Conv2d(16, 32, (3, 2), padding=1, padding_mode="reflect", dilation=2),
+        (2, 16, 8, 8),
+    ),
     "conv2d without batch": (lambda: nn.Conv2d(16, 32, 3), (16, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(8, 16, (2, 3, 1), padding=(1, 1, 0)), (2, 8, 4, 5, 3)),
 }
-FORMS = {"thin": {"r": 2, "alpha": 3}, "whole": {"r": 9}, "tucker": {"r": 2, "use_effective_conv2d": True}}
+FORMS = {
+    "thin": {"r": 2, "alpha": 3},
+    "whole": {"r": 9},
+    "tucker": {"r": 2, "use_effective_conv2d": True},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -57,13 +72,17 @@ def test_a_layer_against_the_dense_product(kind, form):
     make, shape = LAYERS[kind]
     base = make()
     changed = copy.deepcopy(base).double()
-    model = get_peft_model(nn.Sequential(base), LoHaConfig(target_modules=["0"], init_weights=False, **FORMS[form]))
+    model = get_peft_model(
+        nn.Sequential(base), LoHaConfig(target_modules=["0"], init_weights=False, **FORMS[form])
+    )
     layer = model.base_model.model[0]
     changed.weight.data += dense(layer)
     x = torch.randn(shape)
     expected = changed(x.double())
     torch.testing.assert_close(model(x), expected.float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(layer.get_delta_weight("default"), dense(layer).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer.get_delta_weight("default"), dense(layer).float(), atol=1e-5, rtol=1e-4
+    )
     direction = torch.randn_like(expected)
     (model(x).double() * direction).sum().backward()
     got = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
@@ -79,21 +98,35 @@ def test_a_layer_against_the_dense_product(kind, form):
 @pytest.mark.parametrize("tucker", [True, False])
 def test_two_forms_of_one_product(kernel, tucker):
     shapes = factor_shapes(10, 12, kernel, r=3, use_effective_conv2d=tucker)
-    f = HadamardFactors(**{name: torch.randn(shape, dtype=torch.double, requires_grad=True) for name, shape in shapes.items()})
+    f = HadamardFactors(
+        **{
+            name: torch.randn(shape, dtype=torch.double, requires_grad=True)
+            for name, shape in shapes.items()
+        }
+    )
     A, B = low_rank_pair(f, 0.7)
     assert A.shape[0] == 9
     torch.testing.assert_close(B @ A, hadamard_weight(f, 0.7))
     used = [factor for factor in f if factor is not None]
     names = list(shapes)
-    assert torch.autograd.gradcheck(lambda *t: hadamard_weight(HadamardFactors(**dict(zip(names, t, strict=True))), 0.7), used)
+    assert torch.autograd.gradcheck(
+        lambda *t: hadamard_weight(HadamardFactors(**dict(zip(names, t, strict=True))), 0.7), used
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_the_product_is_not_built_where_factors_are_cheaper(kind):
     base = nn.Linear(64, 64) if kind == "linear" else nn.Conv2d(32, 32, 3)
-    model = get_peft_model(nn.Sequential(base.requires_grad_(False)), LoHaConfig(r=2, target_modules=["0"], init_weights=False))
+    model = get_peft_model(
+        nn.Sequential(base.requires_grad_(False)),
+        LoHaConfig(r=2, target_modules=["0"], init_weights=False),
+    )
     layer, size = model.base_model.model[0], base.weight.numel()
-    x = torch.randn(3, 64, requires_grad=True) if kind == "linear" else torch.randn(1, 32, 4, 4, requires_grad=True)
+    x = (
+        torch.randn(3, 64, requires_grad=True)
+        if kind == "linear"
+        else torch.randn(1, 32, 4, 4, requires_grad=True)
+    )
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -113,13 +146,23 @@ def test_the_product_is_not_built_where_factors_are_cheaper(kind):
 @pytest.mark.parametrize(("out", "columns"), [(8, 8), (16, 64), (64, 64)])
 def test_the_cost_model_says_what_is_counted(out, columns):
     for r in (1, 2, 3, 4, 6, 8):
-        f = HadamardFactors(torch.randn(out, r), torch.randn(r, columns), torch.randn(out, r), torch.randn(r, columns))
-        model = get_peft_model(nn.Sequential(nn.Linear(columns, out)), LoHaConfig(r=r, target_modules=["0"], init_weights=False))
+        f = HadamardFactors(
+            torch.randn(out, r),
+            torch.randn(r, columns),
+            torch.randn(out, r),
+            torch.randn(r, columns),
+        )
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(columns, out)),
+            LoHaConfig(r=r, target_modules=["0"], init_weights=False),
+        )
         layer, x = model.base_model.model[0], torch.randn(50, columns)
         with FlopCounterMode(display=False) as counter:
             layer.delta_activations("default", x)
         thin = 2 * 50 * r * r * (out + columns)
-        whole = 2 * 50 * out * columns + 2 * 2 * r * out * columns  # and the element-wise product, which is not counted
+        whole = (
+            2 * 50 * out * columns + 2 * 2 * r * out * columns
+        )  # and the element-wise product, which is not counted
         assert is_thin(f) == (r * r * (out + columns) <= out * columns)
         assert counter.get_total_flops() == (thin if is_thin(f) else whole)
 
@@ -134,7 +177,8 @@ def test_how_factors_start():
 
 def test_rank_dropout_makes_up_for_what_it_drops():
     model = get_peft_model(
-        nn.Sequential(nn.Linear(8, 2048)), LoHaConfig(r=2, rank_dropout=0.25, target_modules=["0"], init_weights=False)
+        nn.Sequential(nn.Linear(8, 2048)),
+        LoHaConfig(r=2, rank_dropout=0.25, target_modules=["0"], init_weights=False),
     )
     layer, x = model.base_model.model[0], torch.randn(3, 8)
     whole = layer.eval().delta_activations("default", x)
@@ -146,7 +190,12 @@ def test_rank_dropout_makes_up_for_what_it_drops():
 
 @pytest.mark.parametrize("r", [2, 5])
 def test_conversion_to_lora_is_exact(r):
-    model, x = get_peft_model(mlp(), LoHaConfig(r=r, target_modules=["0", "2"], init_weights=False)).eval(), torch.randn(3, 8)
+    model, x = (
+        get_peft_model(
+            mlp(), LoHaConfig(r=r, target_modules=["0", "2"], init_weights=False)
+        ).eval(),
+        torch.randn(3, 8),
+    )
     converted, expected = convert_to_lora(model), model(x)
     assert converted.error < 1e-6
     ranks = [converted.state_dict[f"base_model.model.{i}.lora_A.weight"].shape[0] for i in (0, 2)]
@@ -157,15 +206,23 @@ def test_conversion_to_lora_is_exact(r):
 
 
 def test_conv1d_of_gpt2_merges():
-    model = get_peft_model(gpt2(), LoHaConfig(r=2, target_modules=["c_attn", "c_proj"], init_weights=False)).eval()
+    model = get_peft_model(
+        gpt2(), LoHaConfig(r=2, target_modules=["c_attn", "c_proj"], init_weights=False)
+    ).eval()
     ids = torch.randint(3, 48, (2, 5))
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"r": 0}, "`r`=0"), ({"init_weights": "lycoris"}, "`init_weights`='lycoris'"), ({"rank_dropout": 1}, "`rank_dropout`=1")],
+    [
+        ({"r": 0}, "`r`=0"),
+        ({"init_weights": "lycoris"}, "`init_weights`='lycoris'"),
+        ({"rank_dropout": 1}, "`rank_dropout`=1"),
+    ],
 )
 def test_fields_that_are_not_allowed(fields, message):
     with pytest.raises(ValueError, match=message):

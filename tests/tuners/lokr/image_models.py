@@ -62,7 +62,12 @@ def clip():
 
     torch.manual_seed(1)
     config = transformers.CLIPTextConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
     )
     return transformers.CLIPTextModel(config).eval()
 

@@ -14,28 +14,65 @@ import torch
 from image_models import MODELS, output
 from safetensors.torch import save_file
 
-sys.modules.setdefault("toml", types.ModuleType("toml"))  # LyCORIS reads preset files with it, of which there are none here
+sys.modules.setdefault(
+    "toml", types.ModuleType("toml")
+)  # LyCORIS reads preset files with it, of which there are none here
 
 CASES = {
-    "unet": ("unet", {"linear_dim": 2, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 2, "factor": 2}),
+    "unet": (
+        "unet",
+        {"linear_dim": 2, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 2, "factor": 2},
+    ),
     "unet-full": (
         "unet",
-        {"linear_dim": 10000, "linear_alpha": 1, "conv_dim": 10000, "conv_alpha": 1, "full_matrix": True, "factor": 2},
+        {
+            "linear_dim": 10000,
+            "linear_alpha": 1,
+            "conv_dim": 10000,
+            "conv_alpha": 1,
+            "full_matrix": True,
+            "factor": 2,
+        },
     ),
-    "unet-whole-by-rank": ("unet", {"linear_dim": 64, "linear_alpha": 1, "conv_dim": 64, "conv_alpha": 1}),
-    "unet-both": ("unet", {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "decompose_both": True}),
-    "unet-tucker": ("unet", {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "use_tucker": True}),
+    "unet-whole-by-rank": (
+        "unet",
+        {"linear_dim": 64, "linear_alpha": 1, "conv_dim": 64, "conv_alpha": 1},
+    ),
+    "unet-both": (
+        "unet",
+        {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "decompose_both": True},
+    ),
+    "unet-tucker": (
+        "unet",
+        {"linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "use_tucker": True},
+    ),
     "unet-dora": ("unet", {"linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "dora_wd": True}),
-    "unet-dora-in": ("unet", {"linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "dora_wd": True, "wd_on_output": False}),
+    "unet-dora-in": (
+        "unet",
+        {"linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "dora_wd": True, "wd_on_output": False},
+    ),
     "flux": ("flux", {"linear_dim": 3, "linear_alpha": 5, "factor": 4}),
-    "flux-rs": ("flux", {"linear_dim": 2, "linear_alpha": 5, "rs_lora": True, "factor": 16, "unbalanced_factorization": True}),
+    "flux-rs": (
+        "flux",
+        {
+            "linear_dim": 2,
+            "linear_alpha": 5,
+            "rs_lora": True,
+            "factor": 16,
+            "unbalanced_factorization": True,
+        },
+    ),
     "flux-scalar": ("flux", {"linear_dim": 2, "linear_alpha": 2, "use_scalar": True}),
     "flux-preset": ("flux", {"linear_dim": 1, "linear_alpha": 2}),
-    "kohya-unet": ("unet", {"lora_dim": 2, "alpha": 3, "conv_lora_dim": 1, "conv_alpha": 1, "factor": 2}),
+    "kohya-unet": (
+        "unet",
+        {"lora_dim": 2, "alpha": 3, "conv_lora_dim": 1, "conv_alpha": 1, "factor": 2},
+    ),
 }
 
 
-# Classes and names of modules that each model's cases adapt; and a preset with everything a preset can say.
+# Classes and names of modules that each model's cases adapt; and a preset with everything a preset
+# can say.
 TARGETS = {
     "unet": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
     "unet names": ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"],
@@ -46,7 +83,10 @@ PRESET = {
     "target_module": ["FluxSingleTransformerBlock"],
     "target_name": ["x_embedder"],
     "exclude_name": ["*proj_mlp"],
-    "module_algo_map": {"FeedForward": {"factor": 2, "dim": 3}, "AdaLayerNormZeroSingle": {"alpha": 7}},
+    "module_algo_map": {
+        "FeedForward": {"factor": 2, "dim": 3},
+        "AdaLayerNormZeroSingle": {"alpha": 7},
+    },
     "name_algo_map": {"transformer_blocks.*.attn.to_?": {"dim": 2, "alpha": 3, "factor": 4}},
     "use_fnmatch": True,
 }
@@ -57,14 +97,30 @@ def build(case, kind, options):
     from lycoris import create_lycoris, wrapper
 
     model = MODELS[kind][0]()
-    preset = PRESET if case.endswith("preset") else {"target_module": TARGETS[kind], "target_name": TARGETS[f"{kind} names"]}
+    preset = (
+        PRESET
+        if case.endswith("preset")
+        else {"target_module": TARGETS[kind], "target_name": TARGETS[f"{kind} names"]}
+    )
     if "rs_lora" in options:  # which `create_lycoris` drops
         wrapper.LycorisNetwork.apply_preset(preset)
         rest = {name: value for name, value in options.items() if not name.startswith("linear_")}
-        names = {"lora_dim": options["linear_dim"], "alpha": options["linear_alpha"], "network_module": "lokr"}
+        names = {
+            "lora_dim": options["linear_dim"],
+            "alpha": options["linear_alpha"],
+            "network_module": "lokr",
+        }
         return model, wrapper.LycorisNetwork(model, warn_on_unmatched=False, **names, **rest)
     wrapper.PRESET["of the test"] = preset
-    network = create_lycoris(model, 1.0, algo="lokr", preset="of the test", bypass_mode=False, warn_on_unmatched=False, **options)
+    network = create_lycoris(
+        model,
+        1.0,
+        algo="lokr",
+        preset="of the test",
+        bypass_mode=False,
+        warn_on_unmatched=False,
+        **options,
+    )
     return model, network
 
 
@@ -73,20 +129,28 @@ def kohya(options):
     from lycoris.kohya import LycorisNetworkKohya
 
     unet, clip = MODELS["unet"][0](), MODELS["clip"][0]()
-    LycorisNetworkKohya.apply_preset({"unet_target_module": ["Transformer2DModel", "ResnetBlock2D"], "unet_target_name": []})
-    network = LycorisNetworkKohya([clip], unet, network_module="lokr", warn_on_unmatched=False, **options)
+    LycorisNetworkKohya.apply_preset(
+        {"unet_target_module": ["Transformer2DModel", "ResnetBlock2D"], "unet_target_name": []}
+    )
+    network = LycorisNetworkKohya(
+        [clip], unet, network_module="lokr", warn_on_unmatched=False, **options
+    )
     return unet, clip, network
 
 
 def fill(network):
     torch.manual_seed(7)
     loras = (
-        list(network.loras) if "loras" in vars(network) and network.loras else [*network.unet_loras, *network.text_encoder_loras]
+        list(network.loras)
+        if "loras" in vars(network) and network.loras
+        else [*network.unet_loras, *network.text_encoder_loras]
     )
     for lora in loras:
         for name, parameter in lora.named_parameters():
             parameter.data = (
-                torch.rand_like(parameter) * parameter.abs() + 0.5 if name == "dora_scale" else torch.randn_like(parameter) * 0.4
+                torch.rand_like(parameter) * parameter.abs() + 0.5
+                if name == "dora_scale"
+                else torch.randn_like(parameter) * 0.4
             )
     return loras
 
@@ -111,11 +175,22 @@ def main():
             network.apply_to()
             outputs[case] = output(model, kind)
         assert len(loras) > 4, case
-        if case.endswith("scalar"):  # as versions before 2 wrote it: what is trained, each by itself
-            named = {f"{lora.lora_name}.{name}": p.detach() for lora in loras for name, p in lora.named_parameters()}
-            save_file({**named, **{f"{lora.lora_name}.alpha": lora.alpha for lora in loras}}, folder / "scalar-apart.safetensors")
+        if case.endswith(
+            "scalar"
+        ):  # as versions before 2 wrote it: what is trained, each by itself
+            named = {
+                f"{lora.lora_name}.{name}": p.detach()
+                for lora in loras
+                for name, p in lora.named_parameters()
+            }
+            save_file(
+                {**named, **{f"{lora.lora_name}.alpha": lora.alpha for lora in loras}},
+                folder / "scalar-apart.safetensors",
+            )
         network.save_weights(
-            str(folder / f"{case}.safetensors"), None, {"ss_network_module": "lycoris.kohya"} if "kohya" in case else {}
+            str(folder / f"{case}.safetensors"),
+            None,
+            {"ss_network_module": "lycoris.kohya"} if "kohya" in case else {},
         )
     torch.save(outputs, folder / "outputs.pt")
 

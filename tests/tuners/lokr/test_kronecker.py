@@ -29,7 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FORMS = [(w1, w2) for w1 in ("full", "low") for w2 in ("full", "low", "tucker")]
 SLOW = [HealthCheck.too_slow]
-quick = settings(max_examples=80, deadline=None, database=None, derandomize=True, suppress_health_check=SLOW)
+quick = settings(
+    max_examples=80, deadline=None, database=None, derandomize=True, suppress_health_check=SLOW
+)
 
 
 # The reference: sums written out as loops, one `torch.kron` per kernel position, dense products.
@@ -39,7 +41,9 @@ def reference_left(f):
     if f.w1 is not None:
         return f.w1
     w1 = torch.zeros(f.w1_a.shape[0], f.w1_b.shape[1], dtype=torch.float64)
-    for i, j, k in itertools.product(range(w1.shape[0]), range(w1.shape[1]), range(f.w1_a.shape[1])):
+    for i, j, k in itertools.product(
+        range(w1.shape[0]), range(w1.shape[1]), range(f.w1_a.shape[1])
+    ):
         w1[i, j] += f.w1_a[i, k] * f.w1_b[k, j]
     return w1
 
@@ -52,13 +56,17 @@ def reference_right(f, kernel):
         d = f.w2_b.shape[1] // len(taps)
         w2 = torch.zeros(f.w2_a.shape[0], d, *kernel, dtype=torch.float64)
         for p, q, (n, tap) in itertools.product(range(w2.shape[0]), range(d), enumerate(taps)):
-            w2[(p, q, *tap)] = sum(f.w2_a[p, k] * f.w2_b[k, q * len(taps) + n] for k in range(f.w2_a.shape[1]))
+            w2[(p, q, *tap)] = sum(
+                f.w2_a[p, k] * f.w2_b[k, q * len(taps) + n] for k in range(f.w2_a.shape[1])
+            )
         return w2
     ranks = range(f.t2.shape[0])
     w2 = torch.zeros(f.w2_a.shape[1], f.w2_b.shape[1], *kernel, dtype=torch.float64)
     for p, q, tap in itertools.product(range(w2.shape[0]), range(w2.shape[1]), taps):
         at = (*tap, 0) if len(kernel) == 1 else tap
-        w2[(p, q, *tap)] = sum(f.t2[(i, j, *at)] * f.w2_a[i, p] * f.w2_b[j, q] for i in ranks for j in ranks)
+        w2[(p, q, *tap)] = sum(
+            f.t2[(i, j, *at)] * f.w2_a[i, p] * f.w2_b[j, q] for i in ranks for j in ranks
+        )
     return w2
 
 
@@ -83,9 +91,15 @@ def make(form, sizes, ranks, kernel=(), seed=0, dtype=torch.float64):
     elif form[1] == "low":
         shapes |= {"w2_a": (c, r2), "w2_b": (r2, d * taps)}
     else:
-        shapes |= {"w2_a": (r2, c), "w2_b": (r2, d), "t2": (r2, r2, *kernel, *([1] if len(kernel) == 1 else []))}
+        shapes |= {
+            "w2_a": (r2, c),
+            "w2_b": (r2, d),
+            "t2": (r2, r2, *kernel, *([1] if len(kernel) == 1 else [])),
+        }
     rng = torch.Generator().manual_seed(seed)
-    return KroneckerFactors(**{k: torch.randn(v, generator=rng, dtype=dtype) for k, v in shapes.items()})
+    return KroneckerFactors(
+        **{k: torch.randn(v, generator=rng, dtype=dtype) for k, v in shapes.items()}
+    )
 
 
 def randn(*shape, seed=1, dtype=torch.float64):
@@ -112,7 +126,12 @@ def convolutions(draw, dims=(1, 2, 3)):
     groups = draw(st.sampled_from([g for g in range(1, out + 1) if out % g == 0]))
     f = make(draw(st.sampled_from(FORMS)), sizes, draw(RANKS), kernel, draw(st.integers(0, 99)))
     x = randn(draw(st.integers(0, 3)), groups * sizes[1] * sizes[3], *space)
-    return x, f, kernel, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return (
+        x,
+        f,
+        kernel,
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+    )
 
 
 # Sizes
@@ -151,20 +170,44 @@ TUCKER = {"use_effective_conv2d": True}
     ("layer", "options", "expected"),
     [
         ((32, 32), {"r": 2}, {"w1": (4, 4), "w2_a": (8, 2), "w2_b": (2, 8)}),
-        ((32, 32), {"r": 3, "decompose_both": True}, {"w1": (4, 4), "w2_a": (8, 3), "w2_b": (3, 8)}),
-        ((32, 32), {"r": 1, "decompose_both": True}, {"w1_a": (4, 1), "w1_b": (1, 4), "w2_a": (8, 1), "w2_b": (1, 8)}),
+        (
+            (32, 32),
+            {"r": 3, "decompose_both": True},
+            {"w1": (4, 4), "w2_a": (8, 3), "w2_b": (3, 8)},
+        ),
+        (
+            (32, 32),
+            {"r": 1, "decompose_both": True},
+            {"w1_a": (4, 1), "w1_b": (1, 4), "w2_a": (8, 1), "w2_b": (1, 8)},
+        ),
         ((32, 32), {"r": 4, "decompose_both": True}, {"w1": (4, 4), "w2": (8, 8)}),
         ((32, 32), {"r": 2, "decompose_factor": 8}, {"w1": (8, 8), "w2": (4, 4)}),
         ((24, 16, (3,)), {"r": 8}, {"w1": (4, 4), "w2": (6, 4, 3)}),
         ((24, 16, (3,)), {"r": 2}, {"w1": (4, 4), "w2_a": (6, 2), "w2_b": (2, 12)}),
-        ((24, 16, (3,)), {"r": 2} | TUCKER, {"w1": (4, 4), "w2_a": (2, 6), "w2_b": (2, 4), "t2": (2, 2, 3, 1)}),
+        (
+            (24, 16, (3,)),
+            {"r": 2} | TUCKER,
+            {"w1": (4, 4), "w2_a": (2, 6), "w2_b": (2, 4), "t2": (2, 2, 3, 1)},
+        ),
         ((24, 16, (1,)), {"r": 2} | TUCKER, {"w1": (4, 4), "w2_a": (6, 2), "w2_b": (2, 4)}),
         ((24, 16, (1,)), {"r": 8} | TUCKER, {"w1": (4, 4), "w2": (6, 4, 1)}),
         ((24, 16, (1, 1)), {"r": 8}, {"w1": (4, 4), "w2": (6, 4, 1, 1)}),
         ((24, 16, (1, 1)), {"r": 2} | TUCKER, {"w1": (4, 4), "w2_a": (6, 2), "w2_b": (2, 4)}),
-        ((24, 16, (3, 1)), {"r": 2} | TUCKER, {"w1": (4, 4), "w2_a": (2, 6), "w2_b": (2, 4), "t2": (2, 2, 3, 1)}),
-        ((24, 4, (3, 3)), {"r": 2}, {"w1": (4, 2), "w2_a": (6, 2), "w2_b": (2, 18)}),  # 16 channels in 4 groups
-        ((24, 4, (3, 3)), {"r": 2} | TUCKER, {"w1": (4, 2), "w2_a": (2, 6), "w2_b": (2, 2), "t2": (2, 2, 3, 3)}),
+        (
+            (24, 16, (3, 1)),
+            {"r": 2} | TUCKER,
+            {"w1": (4, 4), "w2_a": (2, 6), "w2_b": (2, 4), "t2": (2, 2, 3, 1)},
+        ),
+        (
+            (24, 4, (3, 3)),
+            {"r": 2},
+            {"w1": (4, 2), "w2_a": (6, 2), "w2_b": (2, 18)},
+        ),  # 16 channels in 4 groups
+        (
+            (24, 4, (3, 3)),
+            {"r": 2} | TUCKER,
+            {"w1": (4, 2), "w2_a": (2, 6), "w2_b": (2, 2), "t2": (2, 2, 3, 3)},
+        ),
         ((24, 4, (3, 3)), {"r": 3} | TUCKER, {"w1": (4, 2), "w2": (6, 2, 3, 3)}),
     ],
 )
@@ -181,7 +224,9 @@ def test_weights(case, scale):
     _, f, kernel, _ = case
     torch.testing.assert_close(left(f), reference_left(f))
     torch.testing.assert_close(right(f, kernel), reference_right(f, kernel))
-    torch.testing.assert_close(kronecker_weight(f, kernel, scale), reference_weight(f, kernel, scale))
+    torch.testing.assert_close(
+        kronecker_weight(f, kernel, scale), reference_weight(f, kernel, scale)
+    )
     if len(kernel) == 1:
         expected = reference_weight(f, kernel, scale, flat=True)
         torch.testing.assert_close(flat_kronecker_weight(f, kernel, scale), expected)
@@ -197,13 +242,21 @@ def test_tucker_rank_one_and_kernel_of_one_tap():
 
 
 @quick
-@given(st.sampled_from(FORMS[:2] + FORMS[3:5]), SIZES, RANKS, st.lists(st.integers(0, 3), max_size=3), st.floats(-2, 2))
+@given(
+    st.sampled_from(FORMS[:2] + FORMS[3:5]),
+    SIZES,
+    RANKS,
+    st.lists(st.integers(0, 3), max_size=3),
+    st.floats(-2, 2),
+)
 def test_linear(form, sizes, ranks, lead, scale):
     f = make(form, sizes, ranks)
     x = randn(*lead, sizes[1] * sizes[3])
     expected = F.linear(x, reference_weight(f, (), scale))
     torch.testing.assert_close(kronecker_linear(x, f, scale), expected)
-    torch.testing.assert_close(kronecker_linear(x, f, torch.tensor(scale, dtype=torch.float64)), expected)
+    torch.testing.assert_close(
+        kronecker_linear(x, f, torch.tensor(scale, dtype=torch.float64)), expected
+    )
 
 
 def test_linear_takes_strided_input():
@@ -220,9 +273,13 @@ def test_linear_takes_strided_input():
 def test_conv(case, scale):
     x, f, kernel, options = case
     expected = CONV[len(kernel)](x, reference_weight(f, kernel, scale), **options)
-    torch.testing.assert_close(kronecker_conv(x, f, kernel=kernel, scale=scale, **options), expected)
+    torch.testing.assert_close(
+        kronecker_conv(x, f, kernel=kernel, scale=scale, **options), expected
+    )
     if x.shape[0]:
-        torch.testing.assert_close(kronecker_conv(x[0], f, kernel=kernel, scale=scale, **options), expected[0])
+        torch.testing.assert_close(
+            kronecker_conv(x[0], f, kernel=kernel, scale=scale, **options), expected[0]
+        )
 
 
 @quick
@@ -230,7 +287,9 @@ def test_conv(case, scale):
 def test_flat_conv(case, scale):
     x, f, kernel, options = case
     expected = F.conv1d(x, reference_weight(f, kernel, scale, flat=True), **options)
-    torch.testing.assert_close(kronecker_conv(x, f, kernel=kernel, scale=scale, flat=True, **options), expected)
+    torch.testing.assert_close(
+        kronecker_conv(x, f, kernel=kernel, scale=scale, flat=True, **options), expected
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -239,14 +298,18 @@ def test_conv_groups_that_do_and_do_not_fit_the_blocks(form, groups):
     f = make(form, (4, 2, 6, 3), (2, 2), (2, 3))
     x = randn(2, groups * 6, 5, 6)
     expected = F.conv2d(x, reference_weight(f, (2, 3)), groups=groups, stride=2, padding=1)
-    torch.testing.assert_close(kronecker_conv(x, f, kernel=(2, 3), groups=groups, stride=2, padding=1), expected)
+    torch.testing.assert_close(
+        kronecker_conv(x, f, kernel=(2, 3), groups=groups, stride=2, padding=1), expected
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_conv_takes_channels_last(form):
     f = make(form, (2, 2, 3, 3), (2, 2), (3, 3))
     x = randn(2, 6, 5, 5).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(kronecker_conv(x, f, kernel=(3, 3)), F.conv2d(x, reference_weight(f, (3, 3))))
+    torch.testing.assert_close(
+        kronecker_conv(x, f, kernel=(3, 3)), F.conv2d(x, reference_weight(f, (3, 3)))
+    )
 
 
 # Cost
@@ -258,7 +321,9 @@ def cheapest(i, j, w1, w2, spatial, taps, stride):
         return 0
     space = (w1, w2, spatial, taps, stride)
     positions = stride if j <= spatial else 1
-    costs = [w1[i] * w1[k] * w2[j] * positions + cheapest(k, j, *space) for k in range(i + 1, len(w1))]
+    costs = [
+        w1[i] * w1[k] * w2[j] * positions + cheapest(k, j, *space) for k in range(i + 1, len(w1))
+    ]
     for k in range(j + 1, len(w2)):
         each = stride if k <= spatial else taps if j <= spatial else 1
         costs.append(w1[i] * w2[j] * w2[k] * each + cheapest(i, k, *space))
@@ -294,7 +359,13 @@ def test_stated_cost_is_the_cost(w2):
             kronecker_linear(randn(n, 20), make(("low", w2), sizes, ranks))
         assert counter.get_total_flops() == 2 * n * contraction_order((2, 1, 4), rights)[0]
     with FlopCounterMode(display=False) as counter:
-        kronecker_conv(randn(n, 20, 8, 8), make(("low", w2), sizes, ranks, (3, 3)), kernel=(3, 3), stride=2, padding=1)
+        kronecker_conv(
+            randn(n, 20, 8, 8),
+            make(("low", w2), sizes, ranks, (3, 3)),
+            kernel=(3, 3),
+            stride=2,
+            padding=1,
+        )
     cost, _ = contraction_order((2, 1, 4), rights, spatial=int(w2 == "tucker"), taps=9, stride=4)
     assert counter.get_total_flops() == 2 * n * 16 * cost
 
@@ -345,7 +416,9 @@ def test_gradients(form):
         def call(x, scale, *tensors):
             return function(x, KroneckerFactors(**dict(zip(names, tensors, strict=True))), scale)
 
-        assert torch.autograd.gradcheck(call, (x.requires_grad_(), scale.requires_grad_(), *leaves(f)))
+        assert torch.autograd.gradcheck(
+            call, (x.requires_grad_(), scale.requires_grad_(), *leaves(f))
+        )
 
     scale = torch.tensor(0.7, dtype=torch.float64)
     if form[1] != "tucker":
@@ -369,7 +442,9 @@ def test_autocast(form):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = kronecker_conv(x, f, kernel=(3,), scale=0.5)
         assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), kronecker_conv(x, f, kernel=(3,), scale=0.5), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        y.float(), kronecker_conv(x, f, kernel=(3,), scale=0.5), atol=0.1, rtol=0.1
+    )
     if form[1] != "tucker":
         f = make(form, (2, 3, 4, 3), (1, 1), dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoKr on models: layers of every kind against the dense product, starts, dropout, patterns, the layout of Conv1d."""
+"""LoKr on models: layers of every kind against the dense product, starts, dropout, patterns, the
+layout of Conv1d.
+"""
 
 import copy
 import json
@@ -34,11 +36,15 @@ def dense(layer, name="default"):
     if w1 is None:
         w1 = stored("w1_a") @ stored("w1_b")
     if w2 is None and t2 is not None:
-        w2 = torch.einsum("ij...,ip,jq->pq...", t2.reshape(*t2.shape[:2], *kernel), stored("w2_a"), stored("w2_b"))
+        w2 = torch.einsum(
+            "ij...,ip,jq->pq...", t2.reshape(*t2.shape[:2], *kernel), stored("w2_a"), stored("w2_b")
+        )
     elif w2 is None:
         w2 = stored("w2_a") @ stored("w2_b")
     taps = w2.reshape(w2.shape[0], -1, max(1, torch.tensor(kernel).prod().item() if kernel else 1))
-    product = torch.stack([torch.kron(w1, taps[..., k].contiguous()) for k in range(taps.shape[-1])], -1)
+    product = torch.stack(
+        [torch.kron(w1, taps[..., k].contiguous()) for k in range(taps.shape[-1])], -1
+    )
     weight = product.reshape(*product.shape[:2], *kernel)
     return layer.alpha[name] / layer.r[name] * weight
 
@@ -49,12 +55,21 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(16, 24, 3, stride=2, padding=1), (2, 16, 9)),
     "conv2d": (lambda: nn.Conv2d(16, 32, 3, padding=1, stride=2), (2, 16, 8, 8)),
     "conv2d 1x1": (lambda: nn.Conv2d(16, 32, 1), (2, 16, 4, 4)),
-    "conv2d dilated": (lambda: nn.Conv2d(16, 32, (3, 2), dilation=2, padding="valid"), (2, 16, 8, 8)),
+    "conv2d dilated": (
+        lambda: nn.Conv2d(16, 32, (3, 2), dilation=2, padding="valid"),
+        (2, 16, 8, 8),
+    ),
     "conv2d same": (lambda: nn.Conv2d(16, 32, 3, padding="same"), (2, 16, 6, 6)),
     "conv2d groups": (lambda: nn.Conv2d(16, 32, 3, padding=1, groups=4), (2, 16, 6, 6)),
     "conv2d depthwise": (lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16), (2, 16, 6, 6)),
-    "conv2d circular": (lambda: nn.Conv2d(16, 32, 3, padding=1, padding_mode="circular"), (2, 16, 6, 6)),
-    "conv2d reflect": (lambda: nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), (2, 16, 6, 6)),
+    "conv2d circular": (
+        lambda: nn.Conv2d(16, 32, 3, padding=1, padding_mode="circular"),
+        (2, 16, 6, 6),
+    ),
+    "conv2d reflect": (
+        lambda: nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"),
+        (2, 16, 6, 6),
+    ),
     "conv2d without batch": (lambda: nn.Conv2d(16, 32, 3), (16, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(8, 16, (2, 3, 1), padding=(1, 1, 0)), (2, 8, 4, 5, 3)),
 }
@@ -72,13 +87,17 @@ def test_a_layer_against_the_dense_product(kind, form):
     make, shape = LAYERS[kind]
     base = make()
     changed = copy.deepcopy(base).double()
-    model = get_peft_model(nn.Sequential(base), LoKrConfig(target_modules=["0"], init_weights=False, **FORMS[form]))
+    model = get_peft_model(
+        nn.Sequential(base), LoKrConfig(target_modules=["0"], init_weights=False, **FORMS[form])
+    )
     layer = model.base_model.model[0]
     changed.weight.data += dense(layer)
     x = torch.randn(shape)
     expected = changed(x.double())
     torch.testing.assert_close(model(x), expected.float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(layer.get_delta_weight("default"), dense(layer).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer.get_delta_weight("default"), dense(layer).float(), atol=1e-5, rtol=1e-4
+    )
     # Gradients, against those that reach the factors through the dense product.
     direction = torch.randn_like(expected)
     (model(x).double() * direction).sum().backward()
@@ -96,7 +115,10 @@ def test_a_layer_against_the_dense_product(kind, form):
 def test_the_product_is_never_built(kind):
     make, shape = LAYERS[kind]
     base = make()
-    model = get_peft_model(nn.Sequential(base.requires_grad_(False)), LoKrConfig(r=1, target_modules=["0"], init_weights=False))
+    model = get_peft_model(
+        nn.Sequential(base.requires_grad_(False)),
+        LoKrConfig(r=1, target_modules=["0"], init_weights=False),
+    )
     layer, size = model.base_model.model[0], base.weight.numel()
     x = torch.randn(1, *shape[1:], requires_grad=True)
     if x.dim() > 2:
@@ -117,10 +139,14 @@ def test_the_product_is_never_built(kind):
     assert 0 < largest < size
 
 
-@pytest.mark.parametrize(("init", "zero"), [(True, {"w1", "w1_a"}), ("lycoris", {"w2", "w2_b"}), (False, set())])
+@pytest.mark.parametrize(
+    ("init", "zero"), [(True, {"w1", "w1_a"}), ("lycoris", {"w2", "w2_b"}), (False, set())]
+)
 @pytest.mark.parametrize("both", [True, False])
 def test_how_factors_start(init, zero, both):
-    model = get_peft_model(mlp(), LoKrConfig(r=1, init_weights=init, decompose_both=both, target_modules=["2"]))
+    model = get_peft_model(
+        mlp(), LoKrConfig(r=1, init_weights=init, decompose_both=both, target_modules=["2"])
+    )
     layer = model.base_model.model[2]
     factors = {name: f for name, f in layer.factors("default")._asdict().items() if f is not None}
     assert set(factors) == ({"w1_a", "w1_b", "w2_a", "w2_b"} if both else {"w1", "w2_a", "w2_b"})
@@ -135,7 +161,8 @@ def test_how_factors_start(init, zero, both):
 
 def test_rank_dropout_drops_output_rows():
     model = get_peft_model(
-        nn.Sequential(nn.Linear(8, 4096)), LoKrConfig(r=8, rank_dropout=0.25, target_modules=["0"], init_weights=False)
+        nn.Sequential(nn.Linear(8, 4096)),
+        LoKrConfig(r=8, rank_dropout=0.25, target_modules=["0"], init_weights=False),
     )
     layer, x = model.base_model.model[0], torch.randn(3, 8)
     whole = layer.eval().delta_activations("default", x)
@@ -152,7 +179,8 @@ def test_rank_dropout_drops_output_rows():
 
 def test_rank_dropout_of_channels():
     model = get_peft_model(
-        nn.Sequential(nn.Conv2d(4, 512, 3)), LoKrConfig(r=8, rank_dropout=0.5, target_modules=["0"], init_weights=False)
+        nn.Sequential(nn.Conv2d(4, 512, 3)),
+        LoKrConfig(r=8, rank_dropout=0.5, target_modules=["0"], init_weights=False),
     )
     layer = model.base_model.model[0].train()
     dropped = layer.delta_activations("default", torch.randn(2, 4, 5, 5))
@@ -163,7 +191,9 @@ def test_rank_dropout_of_channels():
 
 @pytest.mark.compile
 def test_module_dropout_skips_the_adapter():
-    model = get_peft_model(mlp(), LoKrConfig(r=2, module_dropout=0.5, target_modules=["0"], init_weights=False))
+    model = get_peft_model(
+        mlp(), LoKrConfig(r=2, module_dropout=0.5, target_modules=["0"], init_weights=False)
+    )
     layer, x = model.base_model.model[0].train(), torch.randn(3, 8)
     whole, base = layer.eval()(x), layer.base_layer(x)
     layer.train()
@@ -179,7 +209,14 @@ def test_patterns_of_the_documentation():
     from transformers import OPTConfig, OPTForCausalLM
 
     opt = OPTForCausalLM(
-        OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, word_embed_proj_dim=16)
+        OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=32,
+            word_embed_proj_dim=16,
+        )
     )
     config = LoKrConfig(
         r=8,
@@ -194,16 +231,28 @@ def test_patterns_of_the_documentation():
     layers = dict(model.base_model.named_tuner_layers())
     assert len(layers) == 12
     for path, layer in layers.items():
-        rank = 16 if ".layers.0." in path else 3 if "k_proj" in path else 5 if path.endswith("fc1") else 8
+        rank = (
+            16
+            if ".layers.0." in path
+            else 3
+            if "k_proj" in path
+            else 5
+            if path.endswith("fc1")
+            else 8
+        )
         assert layer.r["default"] == rank, path
         assert layer.alpha["default"] == (7 if path.endswith("q_proj") else 16)
 
 
 def test_conv1d_of_gpt2_and_what_is_not_supported():
-    model = get_peft_model(gpt2(), LoKrConfig(r=2, target_modules=["c_attn", "c_proj"], init_weights=False)).eval()
+    model = get_peft_model(
+        gpt2(), LoKrConfig(r=2, target_modules=["c_attn", "c_proj"], init_weights=False)
+    ).eval()
     ids = torch.randint(3, 48, (2, 5))
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4
+    )
     with pytest.raises(TypeError, match="ConvTranspose2d.*LoKrModel adapts nn.Linear"):
         get_peft_model(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), LoKrConfig(target_modules=["0"]))
 
@@ -215,14 +264,17 @@ def conv1d_model():
 
 def test_the_layout_of_conv1d_is_kept(tmp_path):
     x = torch.randn(2, 16, 7)
-    model = get_peft_model(conv1d_model(), LoKrConfig(r=8, target_modules=["0"], init_weights=False)).eval()
+    model = get_peft_model(
+        conv1d_model(), LoKrConfig(r=8, target_modules=["0"], init_weights=False)
+    ).eval()
     expected = model(x)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     fields = json.loads(path.read_text())
     assert fields["kronecker_layout"] == "channels"
     assert torch.equal(PeftModel.from_pretrained(conv1d_model(), tmp_path)(x), expected)
-    # Without the field the file is another implementation's, whose full W2 of a Conv1d goes by torch.kron on padded shapes.
+    # Without the field the file is another implementation's, whose full W2 of a Conv1d goes by
+    # torch.kron on padded shapes.
     del fields["kronecker_layout"]
     path.write_text(json.dumps(fields))
     theirs = PeftModel.from_pretrained(conv1d_model(), tmp_path)
@@ -234,7 +286,9 @@ def test_the_layout_of_conv1d_is_kept(tmp_path):
     assert not torch.allclose(theirs(x), expected)
     theirs.save_pretrained(tmp_path)
     assert "kronecker_layout" not in json.loads(path.read_text())
-    torch.testing.assert_close(PeftModel.from_pretrained(conv1d_model(), tmp_path)(x), plain(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(conv1d_model(), tmp_path)(x), plain(x), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_configs_without_conv1d_say_nothing_of_layout(tmp_path):
@@ -243,10 +297,21 @@ def test_configs_without_conv1d_say_nothing_of_layout(tmp_path):
 
 
 def test_a_file_with_layer_indices_alone(tmp_path):
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(3)])})
-    fields = {"peft_type": "LOKR", "r": 8, "target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": None}
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(3)])}
+    )
+    fields = {
+        "peft_type": "LOKR",
+        "r": 8,
+        "target_modules": ["q"],
+        "layers_to_transform": [1],
+        "layers_pattern": None,
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    save_file({f"base_model.model.layers.1.q.lokr_w{i}": torch.ones(2, 2) for i in (1, 2)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.layers.1.q.lokr_w{i}": torch.ones(2, 2) for i in (1, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
     loaded = PeftModel.from_pretrained(model, tmp_path)
     assert [path for path, _ in loaded.base_model.named_tuner_layers()] == ["layers.1.q"]
 
@@ -254,14 +319,22 @@ def test_a_file_with_layer_indices_alone(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("fields", [{}, {"decompose_both": True, "r": 2}], ids=["defaults", "both"])
 def test_a_traced_layer(fields):
-    """The tracer checks its graph against one made without gradients; it leaves nothing behind in what is known of shapes."""
+    """The tracer checks its graph against one made without gradients; it leaves nothing behind in
+    what is known of shapes.
+    """
     config = LoKrConfig(**{"r": 8, "target_modules": ["0"], "init_weights": False, **fields})
     model = get_peft_model(nn.Sequential(nn.Linear(384, 384)), config).eval()
     layer, x = model.base_model.model[0], torch.randn(4, 384)
     sizes = []
     for _ in range(2):
         traced = torch.jit.trace(model, x)
-        sizes.append([kept.cache_info().currsize for kept in vars(kronecker).values() if hasattr(kept, "cache_info")])
+        sizes.append(
+            [
+                kept.cache_info().currsize
+                for kept in vars(kronecker).values()
+                if hasattr(kept, "cache_info")
+            ]
+        )
     assert sizes[0] == sizes[1] != []
     x = torch.randn(4, 384)
     expected = layer.base_layer(x).double() + x.double() @ dense(layer).T

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LyCORIS has beside the plain product, against dense float64 weights: decomposition, a scalar, scales, shapes, clipping."""
+"""What LyCORIS has beside the plain product, against dense float64 weights: decomposition, a
+scalar, scales, shapes, clipping.
+"""
 
 import copy
 
@@ -39,7 +41,9 @@ def decomposed(weight, delta, magnitude, by_rows):
     """`m ⊙ (W + ΔW) / ‖W + ΔW‖` in the textbook's order."""
     total = weight + delta
     kept = 0 if by_rows else 1
-    lengths = torch.linalg.vector_norm(total, dim=[d for d in range(total.dim()) if d != kept], keepdim=True)
+    lengths = torch.linalg.vector_norm(
+        total, dim=[d for d in range(total.dim()) if d != kept], keepdim=True
+    )
     return magnitude.double().view(lengths.shape) * total / lengths
 
 
@@ -50,14 +54,32 @@ def test_a_decomposed_layer_against_the_dense_weight(kind, form, by_rows):
     make, shape = LAYERS[kind]
     base = make()
     plain = copy.deepcopy(base).double()
-    config = LoKrConfig(target_modules=["0"], init_weights=False, weight_decompose=True, wd_on_output=by_rows, **FORMS[form])
+    config = LoKrConfig(
+        target_modules=["0"],
+        init_weights=False,
+        weight_decompose=True,
+        wd_on_output=by_rows,
+        **FORMS[form],
+    )
     model = get_peft_model(nn.Sequential(base), config)
     layer, x = model.base_model.model[0], torch.randn(shape)
-    start = (plain.weight + layer.get_delta_weight("default").double()).transpose(0, 0 if by_rows else 1).flatten(1).norm(dim=1)
-    torch.testing.assert_close(layer.lokr_magnitude["default"].double(), start, atol=1e-5, rtol=1e-5)
+    start = (
+        (plain.weight + layer.get_delta_weight("default").double())
+        .transpose(0, 0 if by_rows else 1)
+        .flatten(1)
+        .norm(dim=1)
+    )
+    torch.testing.assert_close(
+        layer.lokr_magnitude["default"].double(), start, atol=1e-5, rtol=1e-5
+    )
     with torch.no_grad():
         layer.lokr_magnitude["default"].mul_(torch.rand_like(layer.lokr_magnitude["default"]) + 0.5)
-    changed = decomposed(plain.weight, layer.get_delta_weight("default").double(), layer.lokr_magnitude["default"], by_rows)
+    changed = decomposed(
+        plain.weight,
+        layer.get_delta_weight("default").double(),
+        layer.lokr_magnitude["default"],
+        by_rows,
+    )
     before = base.weight.detach().clone()
     plain.weight.data = changed.detach()
     expected = plain(x.double()).float()
@@ -67,7 +89,9 @@ def test_a_decomposed_layer_against_the_dense_weight(kind, form, by_rows):
     model.unmerge_adapter()
     assert torch.equal(base.weight, before)
     low = layer.low_rank_factors("default")
-    torch.testing.assert_close((low.B @ low.A).view_as(before), (changed - before).float(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        (low.B @ low.A).view_as(before), (changed - before).float(), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
@@ -75,7 +99,12 @@ def test_gradients_of_a_decomposed_adapter(by_rows):
     """Against autograd through the dense weight, whose lengths are constants."""
     base = nn.Linear(12, 18)
     config = LoKrConfig(
-        r=1, target_modules=["0"], init_weights=False, weight_decompose=True, wd_on_output=by_rows, decompose_both=True
+        r=1,
+        target_modules=["0"],
+        init_weights=False,
+        weight_decompose=True,
+        wd_on_output=by_rows,
+        decompose_both=True,
     )
     model = get_peft_model(nn.Sequential(base), config).double()
     layer, x = model.base_model.model[0], torch.randn(5, 12, dtype=torch.double)
@@ -116,13 +145,21 @@ def test_decomposed_adapters_start_without_effect_and_are_saved(tmp_path):
 def test_a_decomposed_adapter_has_its_layer_to_itself():
     from peft import LoraConfig
 
-    model = get_peft_model(mlp(), LoKrConfig(target_modules=["0"], weight_decompose=True), mixed=True)
+    model = get_peft_model(
+        mlp(), LoKrConfig(target_modules=["0"], weight_decompose=True), mixed=True
+    )
     with pytest.raises(ValueError, match="needs the layer for itself"):
         model.add_adapter("other", LoraConfig(target_modules=["0"]))
 
 
 def test_module_dropout_leaves_a_decomposed_adapter_out():
-    config = LoKrConfig(target_modules=["0"], weight_decompose=True, init_weights=False, module_dropout=0.5, rank_dropout=0.2)
+    config = LoKrConfig(
+        target_modules=["0"],
+        weight_decompose=True,
+        init_weights=False,
+        module_dropout=0.5,
+        rank_dropout=0.2,
+    )
     model, x = get_peft_model(mlp(), config).train(), torch.randn(3, 8)
     layer = model.base_model.model[0]
     with torch.no_grad():
@@ -168,11 +205,19 @@ def test_unbalanced_factors_and_patterns():
         rank_pattern={"lin": 1},
     )
     base = nn.ModuleDict(
-        {"conv": nn.Conv2d(8, 32, 3), "point": nn.Conv2d(8, 32, 1), "lin": nn.Linear(8, 32), "other": nn.Linear(8, 12)}
+        {
+            "conv": nn.Conv2d(8, 32, 3),
+            "point": nn.Conv2d(8, 32, 1),
+            "lin": nn.Linear(8, 32),
+            "other": nn.Linear(8, 12),
+        }
     )
     layers = dict(get_peft_model(base, config).base_model.named_tuner_layers())
     factors = {path: layer.factors("default")._asdict() for path, layer in layers.items()}
-    shapes = {path: {name: tuple(t.shape) for name, t in own.items() if t is not None} for path, own in factors.items()}
+    shapes = {
+        path: {name: tuple(t.shape) for name, t in own.items() if t is not None}
+        for path, own in factors.items()
+    }
     assert shapes == {
         "conv": {"w1": (16, 2), "w2_a": (2, 1), "w2_b": (1, 36)},
         "point": {"w1": (8, 2), "w2": (4, 4, 1, 1)},
@@ -186,7 +231,12 @@ def test_unbalanced_factors_and_patterns():
 def test_rows_of_a_product_for_several_layers(tmp_path):
     shapes = {"w1": [3, 4], "w2_a": [6, 2], "w2_b": [2, 3]}
     config = LoKrConfig(
-        r=2, target_modules=["0"], tensor_shapes={"0": shapes}, row_offsets={"0": 5}, init_weights=False, weight_decompose=True
+        r=2,
+        target_modules=["0"],
+        tensor_shapes={"0": shapes},
+        row_offsets={"0": 5},
+        init_weights=False,
+        weight_decompose=True,
     )
     base = nn.Sequential(nn.Linear(12, 10))
     plain = copy.deepcopy(base)
@@ -195,14 +245,18 @@ def test_rows_of_a_product_for_several_layers(tmp_path):
     f = layer.factors("default")
     delta = (4 * torch.kron(f.w1, f.w2_a @ f.w2_b))[5:15]
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
-    torch.testing.assert_close(layer.lokr_magnitude["default"], (plain[0].weight + delta).norm(dim=1))
+    torch.testing.assert_close(
+        layer.lokr_magnitude["default"], (plain[0].weight + delta).norm(dim=1)
+    )
     plain[0].weight.data += delta
     torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-4)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(nn.Sequential(layer.base_layer), tmp_path)
     torch.testing.assert_close(again(x), model(x), atol=1e-6, rtol=1e-6)
     columns = LoKrConfig(**{**config.to_dict(), "wd_on_output": False})
-    layer.update_layer("columns", columns, shapes={n: tuple(s) for n, s in shapes.items()}, row_offset=5)
+    layer.update_layer(
+        "columns", columns, shapes={n: tuple(s) for n, s in shapes.items()}, row_offset=5
+    )
     total = layer.base_layer.weight + layer.get_delta_weight("columns")
     torch.testing.assert_close(layer.lokr_magnitude["columns"], total.norm(dim=0))
     low = layer.low_rank_factors("columns")
@@ -216,17 +270,25 @@ def test_rows_of_a_product_for_several_layers(tmp_path):
         ({"w1": (2, 2)}, "w2_a, w2_b would be"),
         ({"w1": (2, 2), "w2_a": (4, 2), "w2_b": (3, 5)}, "do not fit together"),
         ({"w1": (2, 2, 1), "w2": (4, 5)}, "w1 is of shape"),
-        ({"w1": (2, 2), "w1_a": (2, 1), "w1_b": (1, 2), "w2": (4, 5)}, "are not those of one adapter"),
+        (
+            {"w1": (2, 2), "w1_a": (2, 1), "w1_b": (1, 2), "w2": (4, 5)},
+            "are not those of one adapter",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_a_layer(shapes, problem):
     assert problem in shape_problems(shapes, 8, 10)
     with pytest.raises(ValueError, match="`tensor_shapes`"):
-        get_peft_model(nn.Sequential(nn.Linear(10, 8)), LoKrConfig(target_modules=["0"], tensor_shapes={"0": shapes}))
+        get_peft_model(
+            nn.Sequential(nn.Linear(10, 8)),
+            LoKrConfig(target_modules=["0"], tensor_shapes={"0": shapes}),
+        )
 
 
 @pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (1, 1)])
-@pytest.mark.parametrize("options", [{"r": 1}, {"r": 9}, {"r": 1, "decompose_both": True, "use_effective_conv2d": True}])
+@pytest.mark.parametrize(
+    "options", [{"r": 1}, {"r": 9}, {"r": 1, "decompose_both": True, "use_effective_conv2d": True}]
+)
 def test_shapes_by_rule_fit_their_layer(kernel, options):
     assert shape_problems(factor_shapes(40, 36, kernel, **options), 40, 36, kernel) is None
 
@@ -256,7 +318,9 @@ def test_pairs_that_do_not_divide_a_layer():
 
 
 def test_clipping_norms():
-    config = LoKrConfig(r=1, target_modules=["0", "2"], init_weights=False, decompose_both=True, decompose_factor=4)
+    config = LoKrConfig(
+        r=1, target_modules=["0", "2"], init_weights=False, decompose_both=True, decompose_factor=4
+    )
     model = get_peft_model(mlp(), config)
     layers = dict(model.base_model.named_tuner_layers())
     before = {path: layer.get_delta_weight("default").detach() for path, layer in layers.items()}

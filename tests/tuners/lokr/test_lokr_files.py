@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoKr files of other programs: written by the real LyCORIS, and synthetic ones in every other layout."""
+"""LoKr files of other programs: written by the real LyCORIS, and synthetic ones in every other
+layout.
+"""
 
 import copy
 import json
@@ -18,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
-from peft import LoKrConfig, PeftModel, get_peft_model, inspect_lokr_file, load_lokr_file, save_lokr_file
+from peft import (
+    LoKrConfig,
+    PeftModel,
+    get_peft_model,
+    inspect_lokr_file,
+    load_lokr_file,
+    save_lokr_file,
+)
 from peft.tuners.lokr.files.names import Names
 from peft.tuners.lokr.files.parts import FileModule, Piece, join, split
 
@@ -63,7 +72,9 @@ def same(ours, theirs):
 @pytest.mark.processes
 @pytest.mark.xdist_group("lycoris")
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(written, case, tmp_path):
+def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(
+    written, case, tmp_path
+):
     folder, outputs = written
     kind, path = CASES[case][0], folder / f"{case}.safetensors"
     model = MODELS[kind][0]()
@@ -74,7 +85,9 @@ def test_a_file_of_lycoris_gives_its_outputs_and_is_written_again_to_the_bit(wri
     found = output(model, kind)
     torch.testing.assert_close(found, outputs[case], atol=2e-4, rtol=1e-4)
     assert (found - plain).abs().max() > 0.05
-    keys = save_lokr_file(model, tmp_path / "again.safetensors", "kohya" if component == "lora_unet" else "lycoris")
+    keys = save_lokr_file(
+        model, tmp_path / "again.safetensors", "kohya" if component == "lora_unet" else "lycoris"
+    )
     theirs = {key: tensor for key, tensor in load_file(path).items() if key.startswith(component)}
     same(load_file(tmp_path / "again.safetensors"), theirs)
     assert keys == sorted(theirs)
@@ -113,7 +126,13 @@ def test_a_text_encoder_beside_an_image_model(written):
 def clip_text(projected):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 48,
+    }
     torch.manual_seed(0)
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return kind(CLIPTextConfig(**sizes, projection_dim=16, eos_token_id=47)).eval()
@@ -131,20 +150,34 @@ CLIP_KEYS = {
 
 @pytest.mark.parametrize("key", CLIP_KEYS)
 def test_names_of_clip_are_those_of_the_world(key, tmp_path):
-    """With the `text_model.` that other programs know, read and written, whatever the installed version calls the modules."""
+    """With the `text_model.` that other programs know, read and written, whatever the installed
+    version calls the modules.
+    """
     path = "text_model.encoder.layers.0.self_attn.q_proj"
     name = key.format(path=path, flat=path.replace(".", "_"))
     tensors = {f"{name}.{end}": tensor for end, tensor in full(16, 16, 4, 4).items()}
     model = clip_text(CLIP_KEYS[key])
-    layer = next(module for path, module in model.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
+    layer = next(
+        module
+        for path, module in model.named_modules()
+        if path.endswith("layers.0.self_attn.q_proj")
+    )
     x, before = torch.randn(3, 16), layer.weight.detach().clone()
     load_lokr_file(model, tensors)
-    adapted = next(module for path, module in model.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
+    adapted = next(
+        module
+        for path, module in model.named_modules()
+        if path.endswith("layers.0.self_attn.q_proj")
+    )
     delta = book({end: tensors[f"{name}.{end}"] for end in ("lokr_w1", "lokr_w2")})
-    torch.testing.assert_close(adapted(x), x @ (before + delta.float()).T + layer.bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        adapted(x), x @ (before + delta.float()).T + layer.bias, atol=1e-5, rtol=1e-5
+    )
     flat = "{flat}" in key
     component = key.split("_{flat}" if flat else ".{path}")[0]
-    keys = save_lokr_file(model, tmp_path / "lokr.safetensors", "kohya" if flat else "comfyui", component=component)
+    keys = save_lokr_file(
+        model, tmp_path / "lokr.safetensors", "kohya" if flat else "comfyui", component=component
+    )
     assert set(tensors) <= set(keys)
     again = clip_text(CLIP_KEYS[key])
     load_lokr_file(again, tmp_path / "lokr.safetensors")
@@ -155,10 +188,18 @@ def test_names_of_clip_are_those_of_the_world(key, tmp_path):
 @pytest.mark.parametrize("tower", ["text_model.", ""])
 def test_a_clip_of_another_version(tower):
     """Whose modules are called otherwise than the file's."""
-    layers = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(16, 16)})])})})
+    layers = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict(
+                {"layers": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(16, 16)})])}
+            )
+        }
+    )
     model = nn.ModuleDict({"text_model": layers}) if tower else layers
     for name in ("lora_te_text_model_encoder_layers_0_fc1", "lora_te_encoder_layers_0_fc1"):
-        report = inspect_lokr_file({f"{name}.{end}": tensor for end, tensor in full(16, 16, 4, 4).items()}, model)
+        report = inspect_lokr_file(
+            {f"{name}.{end}": tensor for end, tensor in full(16, 16, 4, 4).items()}, model
+        )
         assert report.fits and report.config.target_modules == {"fc1"}
 
 
@@ -167,8 +208,16 @@ def test_a_clip_of_another_version(tower):
 
 def book(f, scale=1.0, kernel=()):
     """`scale · (W1 ⊗ W2)` by the book, in float64."""
-    w1 = f["lokr_w1"].double() if "lokr_w1" in f else f["lokr_w1_a"].double() @ f["lokr_w1_b"].double()
-    w2 = f["lokr_w2"].double() if "lokr_w2" in f else f["lokr_w2_a"].double() @ f["lokr_w2_b"].double()
+    w1 = (
+        f["lokr_w1"].double()
+        if "lokr_w1" in f
+        else f["lokr_w1_a"].double() @ f["lokr_w1_b"].double()
+    )
+    w2 = (
+        f["lokr_w2"].double()
+        if "lokr_w2" in f
+        else f["lokr_w2_a"].double() @ f["lokr_w2_b"].double()
+    )
     w2 = w2.reshape(w2.shape[0], -1, *kernel)
     grid = torch.einsum("ab,cd...->acbd...", w1, w2)
     return scale * grid.flatten(0, 1).flatten(1, 2)
@@ -183,7 +232,10 @@ def low_rank(out, columns, a, b, r):
 
 
 def full(out, columns, a, b):
-    return {"lokr_w1": torch.randn(a, b) * 0.3, "lokr_w2": torch.randn(out // a, columns // b) * 0.3}
+    return {
+        "lokr_w1": torch.randn(a, b) * 0.3,
+        "lokr_w2": torch.randn(out // a, columns // b) * 0.3,
+    }
 
 
 LAYOUTS = {
@@ -200,7 +252,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_names_and_scales_of_each_layout(layout):
-    """A layer of low rank with alpha, one whole with a placeholder, one whole with any alpha, one without alpha."""
+    """A layer of low rank with alpha, one whole with a placeholder, one whole with any alpha, one
+    without alpha.
+    """
     paths = {
         "transformer_blocks.0.attn.to_q": (low_rank(32, 32, 2, 4, 3), 6.0, 2.0),
         "transformer_blocks.0.ff.net.0.proj": (full(128, 32, 8, 2), 9999999999.0, 1.0),
@@ -227,23 +281,33 @@ def test_names_and_scales_of_each_layout(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["kohya", "lycoris", "simpletuner", "onetrainer", "comfyui", "ai-toolkit"])
+@pytest.mark.parametrize(
+    "layout", ["kohya", "lycoris", "simpletuner", "onetrainer", "comfyui", "ai-toolkit"]
+)
 def test_round_trips_are_exact(layout, dtype, tmp_path):
     component, flat = peft.tuners.lokr.files.LAYOUTS[layout][:2]
     tensors = {}
     for path, factors, alpha in [
         ("transformer_blocks.0.attn.to_q", low_rank(32, 32, 2, 4, 3), 6.0),
-        ("transformer_blocks.0.attn.to_v", full(32, 32, 8, 2), 1e10 if dtype == torch.bfloat16 else 16.0),
+        (
+            "transformer_blocks.0.attn.to_v",
+            full(32, 32, 8, 2),
+            1e10 if dtype == torch.bfloat16 else 16.0,
+        ),
         ("proj_out", full(4, 32, 1, 1), 7.0),
     ]:
         stem = f"{component}_{path.replace('.', '_')}" if flat else f"{component}.{path}"
         tensors |= {f"{stem}.{name}": tensor.to(dtype) for name, tensor in factors.items()}
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
-    save_file(tensors, tmp_path / "theirs.safetensors", {"software": json.dumps({"name": "ai-toolkit"})})
+    save_file(
+        tensors, tmp_path / "theirs.safetensors", {"software": json.dumps({"name": "ai-toolkit"})}
+    )
     model = flux()
     report = load_lokr_file(model, tmp_path / "theirs.safetensors", "a")
     assert report.file.writer == "ai-toolkit"
-    save_lokr_file(model, tmp_path / "ours.safetensors", layout, "a", dtype=dtype, metadata={"note": "x"})
+    save_lokr_file(
+        model, tmp_path / "ours.safetensors", layout, "a", dtype=dtype, metadata={"note": "x"}
+    )
     same(load_file(tmp_path / "ours.safetensors"), tensors)
     assert metadata(tmp_path / "ours.safetensors")["note"] == "x"
 
@@ -252,7 +316,9 @@ def test_an_alpha_that_half_precision_made_infinite():
     factors = full(32, 32, 2, 2)
     model = flux()
     tensors = {f"lycoris_transformer_blocks_0_attn_to_q.{n}": t for n, t in factors.items()}
-    tensors["lycoris_transformer_blocks_0_attn_to_q.alpha"] = torch.tensor(float("inf"), dtype=torch.float16)
+    tensors["lycoris_transformer_blocks_0_attn_to_q.alpha"] = torch.tensor(
+        float("inf"), dtype=torch.float16
+    )
     load_lokr_file(model, tensors)
     delta = model.transformer_blocks[0].attn.to_q.get_delta_weight("default")
     torch.testing.assert_close(delta, book(factors).float())
@@ -261,7 +327,9 @@ def test_an_alpha_that_half_precision_made_infinite():
 @pytest.mark.parametrize("a", [1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize("r", [2, None])
 def test_one_layer_in_the_file_that_is_three_in_the_model(a, r, tmp_path):
-    """Flux's own names: `qkv` of 96 rows, whose blocks of `96 / a` rows go across the ends of q, k and v."""
+    """Flux's own names: `qkv` of 96 rows, whose blocks of `96 / a` rows go across the ends of q, k
+    and v.
+    """
     factors = low_rank(96, 32, a, 4, r) if r else full(96, 32, a, 4)
     mlp_factors = full(96 + 128, 32, 4, 4)
     tensors = {f"diffusion_model.double_blocks.0.img_attn.qkv.{n}": t for n, t in factors.items()}
@@ -271,10 +339,14 @@ def test_one_layer_in_the_file_that_is_three_in_the_model(a, r, tmp_path):
     changed = flux()
     delta = book(factors, 4.0 / r if r else 1.0).float()
     for i, name in enumerate(("to_q", "to_k", "to_v")):
-        getattr(changed.transformer_blocks[0].attn, name).weight.data += delta[32 * i : 32 * (i + 1)]
+        getattr(changed.transformer_blocks[0].attn, name).weight.data += delta[
+            32 * i : 32 * (i + 1)
+        ]
     delta = book(mlp_factors).float()
     for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
-        changed.single_transformer_blocks[0].get_submodule(name).weight.data += delta[32 * i : 32 * (i + 1)]
+        changed.single_transformer_blocks[0].get_submodule(name).weight.data += delta[
+            32 * i : 32 * (i + 1)
+        ]
     changed.single_transformer_blocks[0].proj_mlp.weight.data += delta[96:]
     model = flux()
     report = load_lokr_file(model, tensors)
@@ -298,7 +370,11 @@ def test_one_layer_in_the_file_that_is_three_in_the_model(a, r, tmp_path):
 
 def attention(fused):
     torch.manual_seed(3)
-    layers = {"qkv": nn.Linear(8, 24)} if fused else {name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v")}
+    layers = (
+        {"qkv": nn.Linear(8, 24)}
+        if fused
+        else {name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v")}
+    )
     return nn.ModuleDict({"attn": nn.ModuleDict(layers)})
 
 
@@ -306,15 +382,23 @@ def test_three_layers_in_the_file_that_are_one_in_the_model():
     shared = torch.randn(4, 2)
     tensors = {}
     for name in ("to_q", "to_k", "to_v"):
-        tensors |= {f"transformer.attn.{name}.lokr_w1": torch.randn(2, 4), f"transformer.attn.{name}.lokr_w2": shared.clone()}
+        tensors |= {
+            f"transformer.attn.{name}.lokr_w1": torch.randn(2, 4),
+            f"transformer.attn.{name}.lokr_w2": shared.clone(),
+        }
     model = attention(fused=True)
     load_lokr_file(model, tensors)
-    deltas = [torch.kron(tensors[f"transformer.attn.{n}.lokr_w1"], shared) for n in ("to_q", "to_k", "to_v")]
+    deltas = [
+        torch.kron(tensors[f"transformer.attn.{n}.lokr_w1"], shared)
+        for n in ("to_q", "to_k", "to_v")
+    ]
     torch.testing.assert_close(model.attn.qkv.get_delta_weight("default"), torch.cat(deltas))
     tensors["transformer.attn.to_k.lokr_w2"] += 1
     model = attention(fused=True)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="are one layer in the model, `attn.qkv`, and no Kronecker product"):
+    with pytest.raises(
+        ValueError, match="are one layer in the model, `attn.qkv`, and no Kronecker product"
+    ):
         load_lokr_file(model, tensors)
     assert_unchanged(before, model)
 
@@ -324,9 +408,17 @@ def test_three_layers_in_the_file_that_are_one_in_the_model():
 def test_splitting_and_joining_are_inverse(form, rows):
     sizes = [rows - 13, 8, 5]
     for a in (d for d in range(1, rows + 1) if rows % d == 0):
-        factors = {"w1": torch.randn(a, 2)} if form != "both" else {"w1_a": torch.randn(a, 2), "w1_b": torch.randn(2, 2)}
+        factors = (
+            {"w1": torch.randn(a, 2)}
+            if form != "both"
+            else {"w1_a": torch.randn(a, 2), "w1_b": torch.randn(2, 2)}
+        )
         c = rows // a
-        factors |= {"w2": torch.randn(c, 3)} if form == "whole" else {"w2_a": torch.randn(c, 2), "w2_b": torch.randn(2, 3)}
+        factors |= (
+            {"w2": torch.randn(c, 3)}
+            if form == "whole"
+            else {"w2_a": torch.randn(c, 2), "w2_b": torch.randn(2, 3)}
+        )
         module = FileModule("qkv", "", False, factors, alpha=2.0, dora_scale=torch.randn(rows, 1))
         whole = book({f"lokr_{n}": t for n, t in factors.items()})
         pieces, start = split(module, sizes, ()), 0
@@ -343,7 +435,14 @@ def test_splitting_and_joining_are_inverse(form, rows):
             changed[1].module.factors["w2"] = factors["w2"] + 1
             assert join(changed, sizes, ()) is None
     assert (
-        join([Piece(module), Piece(FileModule("k", "", False, {"w1": torch.ones(2, 2), "w2": torch.ones(2, 2)}))], [1, 1], ())
+        join(
+            [
+                Piece(module),
+                Piece(FileModule("k", "", False, {"w1": torch.ones(2, 2), "w2": torch.ones(2, 2)})),
+            ],
+            [1, 1],
+            (),
+        )
         is None
     )
 
@@ -351,7 +450,9 @@ def test_splitting_and_joining_are_inverse(form, rows):
 def test_names_of_stable_diffusion():
     """Blocks are numbered through: with two layers a block, as in the published models."""
     model = unet(layers=2)
-    paths = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    paths = [
+        path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     known = dict(Names(paths).originals())
     expected = {
         "input_blocks.0.0": "conv_in",
@@ -370,21 +471,35 @@ def test_names_of_stable_diffusion():
     assert {name: known[name][0] for name in expected} == expected
     assert sorted(path for own in known.values() for path in own) == sorted(paths)
     factors = {"lokr_w1": torch.randn(2, 2), "lokr_w2": torch.randn(4, 4, 3, 3)}
-    load_lokr_file(model, {f"lora_unet_input_blocks_1_0_in_layers_2.{n}": t for n, t in factors.items()})
+    load_lokr_file(
+        model, {f"lora_unet_input_blocks_1_0_in_layers_2.{n}": t for n, t in factors.items()}
+    )
     delta = model.down_blocks[0].resnets[0].conv1.get_delta_weight("default")
     torch.testing.assert_close(delta, book(factors, kernel=(3, 3)).float())
 
 
 def test_files_with_their_config(tmp_path):
-    """Hugging Face PEFT's rule, `alpha / r` always, holds where the config says so: in the header, or beside the file."""
-    config = LoKrConfig(r=4, alpha=6, target_modules=["to_q", "proj_mlp"], rank_pattern={"proj_mlp": 64}, init_weights=False)
+    """Hugging Face PEFT's rule, `alpha / r` always, holds where the config says so: in the header,
+    or beside the file.
+    """
+    config = LoKrConfig(
+        r=4,
+        alpha=6,
+        target_modules=["to_q", "proj_mlp"],
+        rank_pattern={"proj_mlp": 64},
+        init_weights=False,
+    )
     source = get_peft_model(flux(), config).eval()
     expected = output(source, "flux")
     source.save_pretrained(tmp_path / "peft")
     plain = flux()
     plain.add_adapter(config)
     peft.set_peft_model_state_dict(
-        plain, {k.removeprefix("base_model.model."): t for k, t in peft.get_peft_model_state_dict(source).items()}
+        plain,
+        {
+            k.removeprefix("base_model.model."): t
+            for k, t in peft.get_peft_model_state_dict(source).items()
+        },
     )
     plain.save_lora_adapter(tmp_path / "diffusers")
     for path in (tmp_path / "peft", tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"):
@@ -406,16 +521,21 @@ def test_the_order_of_elements_of_hugging_face():
     load_lokr_file(theirs, {f"base_model.model.0.{n}": t for n, t in factors.items()})
     load_lokr_file(lycoris, {f"lycoris_0.{n}": t for n, t in factors.items()})
     assert theirs[0].flat_layout["default"] and not lycoris[0].flat_layout["default"]
-    torch.testing.assert_close(lycoris[0].get_delta_weight("default"), book(factors, kernel=(3,)).float())
     torch.testing.assert_close(
-        theirs[0].get_delta_weight("default"), torch.kron(factors["lokr_w1"], factors["lokr_w2"]).view(24, 16, 3)
+        lycoris[0].get_delta_weight("default"), book(factors, kernel=(3,)).float()
+    )
+    torch.testing.assert_close(
+        theirs[0].get_delta_weight("default"),
+        torch.kron(factors["lokr_w1"], factors["lokr_w2"]).view(24, 16, 3),
     )
     with pytest.raises(NotImplementedError, match="`kronecker_layout`='flat'"):
         save_lokr_file(theirs, "never.safetensors")
 
 
 def test_tucker_of_one_dimension_and_axes_of_one(tmp_path):
-    model = nn.ModuleDict({"conv": nn.Conv1d(8, 12, 3), "point": nn.Conv2d(8, 12, 1), "lin": nn.Linear(8, 12)})
+    model = nn.ModuleDict(
+        {"conv": nn.Conv1d(8, 12, 3), "point": nn.Conv2d(8, 12, 1), "lin": nn.Linear(8, 12)}
+    )
     tensors = {
         "lycoris_conv.lokr_w1": torch.randn(2, 2),
         "lycoris_conv.lokr_t2": torch.randn(2, 2, 3),
@@ -427,19 +547,36 @@ def test_tucker_of_one_dimension_and_axes_of_one(tmp_path):
         "lycoris_lin.lokr_w2": torch.randn(6, 4, 1, 1),
     }
     load_lokr_file(model, tensors)
-    w2 = torch.einsum("ijk,ip,jq->pqk", *(tensors[f"lycoris_conv.lokr_{n}"] for n in ("t2", "w2_a", "w2_b")))
-    expected = torch.einsum("ab,cdk->acbdk", tensors["lycoris_conv.lokr_w1"], w2).flatten(0, 1).flatten(1, 2)
+    w2 = torch.einsum(
+        "ijk,ip,jq->pqk", *(tensors[f"lycoris_conv.lokr_{n}"] for n in ("t2", "w2_a", "w2_b"))
+    )
+    expected = (
+        torch.einsum("ab,cdk->acbdk", tensors["lycoris_conv.lokr_w1"], w2)
+        .flatten(0, 1)
+        .flatten(1, 2)
+    )
     torch.testing.assert_close(model.conv.get_delta_weight("default"), expected)
-    assert model.point.lokr_w2["default"].shape == (6, 4, 1, 1) and model.lin.lokr_w2["default"].shape == (6, 4)
+    assert model.point.lokr_w2["default"].shape == (6, 4, 1, 1) and model.lin.lokr_w2[
+        "default"
+    ].shape == (6, 4)
     save_lokr_file(model, tmp_path / "a.safetensors")
     ours = load_file(tmp_path / "a.safetensors")
-    same({k: t for k, t in ours.items() if "conv" in k and "alpha" not in k}, {k: t for k, t in tensors.items() if "conv" in k})
+    same(
+        {k: t for k, t in ours.items() if "conv" in k and "alpha" not in k},
+        {k: t for k, t in tensors.items() if "conv" in k},
+    )
 
 
 def test_our_own_features_in_their_files(tmp_path):
     """What a layout has no number for goes into the tensors."""
     config = LoKrConfig(
-        r=2, alpha=5, target_modules=["0", "2"], use_scalar=True, use_rslora=True, init_weights=False, weight_decompose=True
+        r=2,
+        alpha=5,
+        target_modules=["0", "2"],
+        use_scalar=True,
+        use_rslora=True,
+        init_weights=False,
+        weight_decompose=True,
     )
     config.rank_pattern = {"2": 32}
     model, x = get_peft_model(mlp(), config).eval(), torch.randn(3, 8)
@@ -471,32 +608,74 @@ def refused(model, tensors, message, **options):
 
 def test_what_can_not_be_placed_is_named_and_nothing_is_changed():
     good = {f"lycoris_transformer_blocks_0_attn_to_q.{n}": t for n, t in full(32, 32, 2, 2).items()}
-    wrong = {f"lycoris_transformer_blocks_0_attn_to_k.{n}": t for n, t in full(32, 64, 2, 2).items()}
-    absent = {f"lycoris_transformer_blocks_9_attn_to_k.{n}": t for n, t in full(32, 32, 2, 2).items()}
-    refused(flux(), {**good, **wrong}, "does not fit `transformer_blocks.0.attn.to_k`: its factors make a weight of 32 x 64")
+    wrong = {
+        f"lycoris_transformer_blocks_0_attn_to_k.{n}": t for n, t in full(32, 64, 2, 2).items()
+    }
+    absent = {
+        f"lycoris_transformer_blocks_9_attn_to_k.{n}": t for n, t in full(32, 32, 2, 2).items()
+    }
+    refused(
+        flux(),
+        {**good, **wrong},
+        "does not fit `transformer_blocks.0.attn.to_k`: its factors make a weight of 32 x 64",
+    )
     refused(flux(), {**good, **absent}, "no layer that 'transformer_blocks_9_attn_to_k' names")
-    refused(flux(), {**good, "lycoris_x.lora_down.weight": torch.ones(1)}, "Keys of no LoKr module: 'lycoris_x.lora_down.weight'")
-    refused(flux(), {**good, "lycoris_x.alpha": torch.tensor(1.0)}, "Keys of no LoKr module: 'lycoris.x'")
+    refused(
+        flux(),
+        {**good, "lycoris_x.lora_down.weight": torch.ones(1)},
+        "Keys of no LoKr module: 'lycoris_x.lora_down.weight'",
+    )
+    refused(
+        flux(),
+        {**good, "lycoris_x.alpha": torch.tensor(1.0)},
+        "Keys of no LoKr module: 'lycoris.x'",
+    )
     half = {key: tensor for key, tensor in good.items() if "w1" in key}
     refused(flux(), half, "tensors w1 are not those of one adapter")
-    refused(flux(), {"some.weight": torch.ones(2)}, "holds no LoKr modules; its keys are 'some.weight'")
+    refused(
+        flux(), {"some.weight": torch.ones(2)}, "holds no LoKr modules; its keys are 'some.weight'"
+    )
     dora = {**good, "lycoris_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(7)}
     refused(flux(), dora, "dora_scale is of shape")
-    other = {f"lycoris_transformer_blocks_0_attn_to_v.{n}": t for n, t in full(32, 32, 2, 2).items()}
-    mixed = {**good, **other, "lycoris_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(32, 1)}
+    other = {
+        f"lycoris_transformer_blocks_0_attn_to_v.{n}": t for n, t in full(32, 32, 2, 2).items()
+    }
+    mixed = {
+        **good,
+        **other,
+        "lycoris_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(32, 1),
+    }
     refused(flux(), mixed, "an adapter can't have both")
     refused(flux(), mixed, "an adapter can't have both", ignore_unplaced=True)
-    again = {key.replace("lycoris_transformer_blocks_0", "lycoris_double_blocks_0"): t for key, t in good.items()}
-    again = {key.replace("attn_to_q", "img_attn_qkv"): torch.cat([t] * 3) if "w2" in key else t for key, t in again.items()}
+    again = {
+        key.replace("lycoris_transformer_blocks_0", "lycoris_double_blocks_0"): t
+        for key, t in good.items()
+    }
+    again = {
+        key.replace("attn_to_q", "img_attn_qkv"): torch.cat([t] * 3) if "w2" in key else t
+        for key, t in again.items()
+    }
     refused(
-        flux(), {**good, **again}, "`transformer_blocks.0.attn.to_q` is meant by both 'transformer_blocks_0_attn_to_q' and 'double_"
+        flux(),
+        {**good, **again},
+        "`transformer_blocks.0.attn.to_q` is meant by both 'transformer_blocks_0_attn_to_q' and "
+        "'double_",
     )
-    fused = {f"diffusion_model.double_blocks.0.img_attn.qkv.{n}": t for n, t in full(96, 32, 2, 2).items()}
-    refused(flux(), {**fused, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1, 32)}, "can't be told apart")
+    fused = {
+        f"diffusion_model.double_blocks.0.img_attn.qkv.{n}": t
+        for n, t in full(96, 32, 2, 2).items()
+    }
+    refused(
+        flux(),
+        {**fused, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1, 32)},
+        "can't be told apart",
+    )
     model = flux()
     report = load_lokr_file(model, {**good, **absent}, ignore_unplaced=True)
     assert not report.fits
-    assert [path for path, module in model.named_modules() if hasattr(module, "lokr_w1")] == ["transformer_blocks.0.attn.to_q"]
+    assert [path for path, module in model.named_modules() if hasattr(module, "lokr_w1")] == [
+        "transformer_blocks.0.attn.to_q"
+    ]
     with pytest.raises(ValueError, match="already exists"):
         load_lokr_file(model, good)
     load_lokr_file(model, good, "second")
@@ -504,17 +683,32 @@ def test_what_can_not_be_placed_is_named_and_nothing_is_changed():
 
 
 def test_names_that_can_mean_several_layers():
-    model = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}), "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)})})
+    model = nn.ModuleDict(
+        {"a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}), "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)})}
+    )
     tensors = {"lycoris_a_b_c.lokr_w1": torch.ones(2, 2), "lycoris_a_b_c.lokr_w2": torch.ones(2, 2)}
     refused(model, tensors, "'a_b_c' is ambiguous: it can mean `a.b_c`, `a_b.c`")
-    load_lokr_file(model, {"transformer.a_b.c.lokr_w1": torch.ones(2, 2), "transformer.a_b.c.lokr_w2": torch.ones(2, 2)})
+    load_lokr_file(
+        model,
+        {
+            "transformer.a_b.c.lokr_w1": torch.ones(2, 2),
+            "transformer.a_b.c.lokr_w2": torch.ones(2, 2),
+        },
+    )
 
 
 def test_several_components_that_fit():
     tensors = {}
     for component in ("lora_te1", "lora_te2"):
-        tensors |= {f"{component}_0.lokr_w1": torch.ones(2, 2), f"{component}_0.lokr_w2": torch.ones(8, 4)}
-    refused(mlp(), tensors, "pass `component`. Modules that fit: 'lora_te1' .1 of 1., 'lora_te2' .1 of 1.")
+        tensors |= {
+            f"{component}_0.lokr_w1": torch.ones(2, 2),
+            f"{component}_0.lokr_w2": torch.ones(8, 4),
+        }
+    refused(
+        mlp(),
+        tensors,
+        "pass `component`. Modules that fit: 'lora_te1' .1 of 1., 'lora_te2' .1 of 1.",
+    )
     refused(mlp(), tensors, "pass `component`", ignore_unplaced=True)
     load_lokr_file(mlp(), tensors, component="lora_te2")
 
@@ -525,8 +719,14 @@ def test_several_components_that_fit():
         (5, "`file`=5 must be a path or tensors by key, not int"),
         ({"0.lokr_w1": 3.0}, "'0.lokr_w1' has float"),
         ({}, "'tensors' is empty"),
-        ({"lora_unet_0.lora_down.weight": torch.ones(2, 8)}, "It is a LoRA file: load it with .*`load_lora_weights`"),
-        ({"base_model.model.0.lora_A.weight": torch.ones(2, 8)}, "It is a LoRA file: load it with `PeftModel.from_pretrained`"),
+        (
+            {"lora_unet_0.lora_down.weight": torch.ones(2, 8)},
+            "It is a LoRA file: load it with .*`load_lora_weights`",
+        ),
+        (
+            {"base_model.model.0.lora_A.weight": torch.ones(2, 8)},
+            "It is a LoRA file: load it with `PeftModel.from_pretrained`",
+        ),
         ({"lycoris_0.hada_w1_a": torch.ones(2, 8)}, "It is a LoHa file"),
         ({"0.vblora_logits_A": torch.ones(2, 8)}, "It is a Poly or VB-LoRA adapter"),
     ],
@@ -545,14 +745,21 @@ def test_what_is_no_lokr_file_is_told_what_it_is(file, message):
 def test_a_scalar_is_a_factor_on_the_delta(dtype):
     factors = {name: tensor.to(dtype) for name, tensor in low_rank(8, 8, 2, 2, 2).items()}
     tensors = {f"lycoris_0.{name}": tensor for name, tensor in factors.items()}
-    numbers = {"lycoris_0.scalar": torch.tensor(-0.3, dtype=dtype), "lycoris_0.alpha": torch.tensor(6.0, dtype=dtype)}
+    numbers = {
+        "lycoris_0.scalar": torch.tensor(-0.3, dtype=dtype),
+        "lycoris_0.alpha": torch.tensor(6.0, dtype=dtype),
+    }
     model = nn.Sequential(nn.Linear(8, 8))
     load_lokr_file(model, {**tensors, **numbers})
     expected = book(factors, 3 * float(numbers["lycoris_0.scalar"]))
-    torch.testing.assert_close(model[0].get_delta_weight("default").double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        model[0].get_delta_weight("default").double(), expected, atol=1e-6, rtol=1e-5
+    )
     for key, value in (("scalar", torch.nan), ("scalar", torch.inf), ("alpha", torch.nan)):
         wrong = {**tensors, **numbers, f"lycoris_0.{key}": torch.tensor(value)}
-        refused(nn.Sequential(nn.Linear(8, 8)), wrong, f"'lycoris_0.{key}' is {value}.* an earlier step")
+        refused(
+            nn.Sequential(nn.Linear(8, 8)), wrong, f"'lycoris_0.{key}' is {value}.* an earlier step"
+        )
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
@@ -560,7 +767,10 @@ def test_factors_that_are_not_finite_are_loaded_and_named(value):
     tensors = {f"lycoris_0.{name}": tensor for name, tensor in low_rank(8, 8, 2, 2, 2).items()}
     tensors["lycoris_0.lokr_w2_b"][1, 0] = value
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.warns(UserWarning, match="'tensors' has values that are NaN or infinite.* 0.lokr_w2_b. It is loaded"):
+    with pytest.warns(
+        UserWarning,
+        match="'tensors' has values that are NaN or infinite.* 0.lokr_w2_b. It is loaded",
+    ):
         load_lokr_file(model, tensors)
     assert not model[0].lokr_w2_b["default"].isfinite().all()
 
@@ -596,20 +806,32 @@ def test_what_can_not_be_written(tmp_path):
 
 @pytest.mark.parametrize("tensor", ["lokr_w1", "lokr_w2_a", "alpha", "dora_scale"])
 def test_a_value_that_the_dtype_does_not_hold_is_named(tensor, tmp_path):
-    config = LoKrConfig(r=1, alpha=1e5 if tensor == "alpha" else 2, target_modules=["0"], weight_decompose=tensor == "dora_scale")
+    config = LoKrConfig(
+        r=1,
+        alpha=1e5 if tensor == "alpha" else 2,
+        target_modules=["0"],
+        weight_decompose=tensor == "dora_scale",
+    )
     model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
     container = {"alpha": None, "dora_scale": "lokr_magnitude"}.get(tensor, tensor)
     if container is not None:
         getattr(model.base_model.model[0], container)["default"].data.flatten()[1] = -1e5
-    with pytest.raises(ValueError, match=rf"`0`: the values of `{tensor}` go up to 1e\+05, those of torch.float16 to 6.55e\+04"):
+    with pytest.raises(
+        ValueError,
+        match=rf"`0`: the values of `{tensor}` go up to 1e\+05, those of torch.float16 to 6.55e\+04",
+    ):
         save_lokr_file(model, tmp_path / "new" / "a.safetensors", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
     save_lokr_file(model, tmp_path / "new" / "a.safetensors", dtype=torch.bfloat16)
-    assert all(value.isfinite().all() for value in load_file(tmp_path / "new" / "a.safetensors").values())
+    assert all(
+        value.isfinite().all() for value in load_file(tmp_path / "new" / "a.safetensors").values()
+    )
 
 
 def test_the_only_adapter_is_written(tmp_path):
-    model = get_peft_model(mlp(), LoKrConfig(r=1, target_modules=["0"], init_weights=False), "style")
+    model = get_peft_model(
+        mlp(), LoKrConfig(r=1, target_modules=["0"], init_weights=False), "style"
+    )
     model.add_adapter("other", LoKrConfig(r=1, target_modules=["0"], init_weights=False))
     for active in ("style", "other"):
         model.set_adapter(active)
@@ -617,7 +839,9 @@ def test_the_only_adapter_is_written(tmp_path):
         save_lokr_file(model, tmp_path / "b.safetensors", adapter_name=active)
         same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
     model.base_model.set_adapter(["style", "other"])
-    with pytest.raises(ValueError, match="no adapter 'default' of LoKr, and several could be meant.* style, other"):
+    with pytest.raises(
+        ValueError, match="no adapter 'default' of LoKr, and several could be meant.* style, other"
+    ):
         save_lokr_file(model, tmp_path / "c.safetensors")
     assert not (tmp_path / "c.safetensors").exists()
     with pytest.raises(ValueError, match="The model has no adapter of LoKr; there are none"):
@@ -627,7 +851,9 @@ def test_the_only_adapter_is_written(tmp_path):
 def test_a_product_with_the_scale_is_rounded_once(tmp_path):
     """Scale and scalar together are ordinary where one after the other would leave half precision."""
     config = LoKrConfig(r=2, alpha=2e4, target_modules=["0"], use_scalar=True, init_weights=False)
-    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)).half(), config, autocast_adapter_dtype=False)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16)).half(), config, autocast_adapter_dtype=False
+    )
     layer = model.base_model.model[0]
     layer.lokr_scalar["default"].data.fill_(3e-6)
     expected = layer.lokr_w1["default"].double() * layer.lokr_scalar["default"].double() * 1e4
@@ -639,7 +865,12 @@ def test_a_product_with_the_scale_is_rounded_once(tmp_path):
 
 def test_diffusers_goes_on_with_the_adapter():
     model = flux()
-    load_lokr_file(model, {f"lycoris_proj_out.{n}": t for n, t in full(4, 32, 1, 1).items()}, "style", is_trainable=True)
+    load_lokr_file(
+        model,
+        {f"lycoris_proj_out.{n}": t for n, t in full(4, 32, 1, 1).items()},
+        "style",
+        is_trainable=True,
+    )
     assert model.active_adapters() == ["style"]
     assert any(p.requires_grad for p in model.parameters())
     strong = output(model, "flux")
@@ -654,7 +885,9 @@ def test_hugging_face_can_read_what_followed_its_rules():
     tensors = {}
     for path, shape in [("to_q", (32, 32)), ("to_k", (32, 32)), ("to_v", (32, 32))]:
         stem = f"lycoris_transformer_blocks_0_attn_{path}"
-        tensors |= {f"{stem}.{n}": t for n, t in low_rank(*shape, 2, 2, 2).items()} | {f"{stem}.alpha": torch.tensor(3.0)}
+        tensors |= {f"{stem}.{n}": t for n, t in low_rank(*shape, 2, 2, 2).items()} | {
+            f"{stem}.alpha": torch.tensor(3.0)
+        }
     fields = inspect_lokr_file(tensors, flux()).config.to_dict()
     assert fields["r"] == 2 and fields["alpha"] == 3 and fields["decompose_factor"] == 2
     assert not set(fields) & (set(LoKrConfig.absent_values) - {"kronecker_layout"})

@@ -21,14 +21,23 @@ SHAPES = [
     pytest.param({"r": 2}, (3, 3), id="conv2d"),
     pytest.param({"r": 2, "use_effective_conv2d": True}, (3, 3), id="conv2d-tucker"),
     pytest.param({"r": 9}, (2, 1, 3), id="conv3d-whole"),
-    pytest.param({"r": 2, "use_effective_conv2d": True, "decompose_both": True}, (3,), id="conv1d-tucker-both"),
+    pytest.param(
+        {"r": 2, "use_effective_conv2d": True, "decompose_both": True},
+        (3,),
+        id="conv1d-tucker-both",
+    ),
 ]
 
 
 def factors(options, kernel, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = factor_shapes(40, 36, kernel, **options)
-    return KroneckerFactors(**{name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()})
+    return KroneckerFactors(
+        **{
+            name: torch.randn(shape, generator=generator, dtype=dtype)
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def dense(f, kernel, scale=1.0, flat=False):
@@ -38,7 +47,11 @@ def dense(f, kernel, scale=1.0, flat=False):
 def side_rank(f, names, kernel):
     """The rank that the structure of one side gives."""
     whole, pair = getattr(f, names), getattr(f, f"{names}_a")
-    return min(whole.flatten(1).shape) if whole is not None else min(2, *pair.shape, max(1, math.prod(kernel) * 99))
+    return (
+        min(whole.flatten(1).shape)
+        if whole is not None
+        else min(2, *pair.shape, max(1, math.prod(kernel) * 99))
+    )
 
 
 @pytest.mark.parametrize(("options", "kernel"), SHAPES)
@@ -47,7 +60,11 @@ def test_the_exact_form_has_the_structures_rank(options, kernel, scale):
     f = factors(options, kernel)
     expected = dense(f, kernel, scale)
     found = kronecker_low_rank(f, kernel, scale)
-    assert found.rank == side_rank(f, "w1", kernel) * side_rank(f, "w2", kernel) == torch.linalg.matrix_rank(expected)
+    assert (
+        found.rank
+        == side_rank(f, "w1", kernel) * side_rank(f, "w2", kernel)
+        == torch.linalg.matrix_rank(expected)
+    )
     assert found.error == 0
     torch.testing.assert_close(found.B @ found.A, expected, rtol=0, atol=1e-12)
     assert found.norm == pytest.approx(float(expected.norm()))
@@ -80,7 +97,11 @@ def test_a_share_of_energy_takes_the_fewest(share):
 
 def test_all_energy_is_all_that_is_there():
     f = factors({"r": 2}, ())
-    assert kronecker_low_rank(f, (), 1.0, 1.0).rank == kronecker_low_rank(f).rank == 2 * min(f.w1.shape)
+    assert (
+        kronecker_low_rank(f, (), 1.0, 1.0).rank
+        == kronecker_low_rank(f).rank
+        == 2 * min(f.w1.shape)
+    )
 
 
 def test_a_zero_delta_has_one_zero_rank():
@@ -110,7 +131,11 @@ def rearranged(W, a, b):
 
 @pytest.mark.parametrize(("options", "kernel"), SHAPES)
 def test_the_nearest_product_to_a_sum(options, kernel):
-    terms = [(0.7, factors(options, kernel, 1)), (-1.3, factors(options, kernel, 2)), (0.4, factors(options, kernel, 3))]
+    terms = [
+        (0.7, factors(options, kernel, 1)),
+        (-1.3, factors(options, kernel, 2)),
+        (0.4, factors(options, kernel, 3)),
+    ]
     whole = sum(factor * kronecker_weight(f, kernel).flatten(1) for factor, f in terms)
     found = nearest_product(terms)
     a, b = found.W1.shape
@@ -130,7 +155,9 @@ def test_one_term_is_its_own_nearest_product():
     f = factors({"r": 2}, (3, 3))
     found = nearest_product([(-3.0, f)], 2)
     assert found.error == pytest.approx(0, abs=1e-12)
-    torch.testing.assert_close(torch.kron(found.W1, found.W2_a @ found.W2_b), dense(f, (3, 3), -3.0), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        torch.kron(found.W1, found.W2_a @ found.W2_b), dense(f, (3, 3), -3.0), rtol=0, atol=1e-11
+    )
 
 
 def test_opposite_terms_leave_nothing():
@@ -141,7 +168,10 @@ def test_opposite_terms_leave_nothing():
 
 def test_a_rank_above_the_smaller_side_is_filled_up():
     """W2 [2, 60] of rank 8: a combination has the tensors that the config asks for."""
-    model = get_peft_model(nn.Sequential(nn.Linear(3600, 2, bias=False)), config := LoKrConfig(r=8, target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(3600, 2, bias=False)),
+        config := LoKrConfig(r=8, target_modules=["0"]),
+    )
     layer = model.base_model.model[0]
     with torch.no_grad():
         for parameter in layer.adapter_parameters("default"):
@@ -149,7 +179,9 @@ def test_a_rank_above_the_smaller_side_is_filled_up():
     errors = model.add_weighted_adapter(["default"], [2.0], "twice", "svd")
     assert errors["0"] < 1e-6
     assert layer.lokr_w2_b["twice"].shape == layer.lokr_w2_b["default"].shape == (config.r, 60)
-    torch.testing.assert_close(layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"), rtol=1e-4, atol=1e-4
+    )
 
 
 CONVOLUTIONS = {
@@ -165,7 +197,13 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize(
-    "options", [{"r": 1}, {"r": 1, "use_effective_conv2d": True}, {"r": 9}, {"r": 9, "kronecker_layout": "flat"}]
+    "options",
+    [
+        {"r": 1},
+        {"r": 1, "use_effective_conv2d": True},
+        {"r": 9},
+        {"r": 9, "kronecker_layout": "flat"},
+    ],
 )
 def test_convolutions_become_convolutions(kind, options, tmp_path):
     """`A` with the kernel, `B` over points; in groups each group has rows of `A` to itself."""
@@ -193,7 +231,10 @@ def test_each_group_of_a_convolution_is_approximated_by_itself():
     delta = model.base_model.model[0].get_delta_weight("default").detach().double().flatten(1)
     converted = convert_to_lora(model, 4)
     state = converted.state_dict
-    A, B = state["base_model.model.0.lora_A.weight"].double(), state["base_model.model.0.lora_B.weight"].double()
+    A, B = (
+        state["base_model.model.0.lora_A.weight"].double(),
+        state["base_model.model.0.lora_B.weight"].double(),
+    )
     assert A.shape == (4, 8, 3, 3) and B.shape == (12, 2, 1, 1)
     lost = 0.0
     for group in range(2):
@@ -207,7 +248,9 @@ def test_each_group_of_a_convolution_is_approximated_by_itself():
         assert float((inside.flatten(1) - own).norm()) == pytest.approx(best, rel=1e-5)
         lost += best**2
     assert converted.error == pytest.approx(math.sqrt(lost) / float(delta.norm()), rel=1e-5)
-    with pytest.raises(ValueError, match=r"`0`: `rank`=3 must be a multiple of the layer's 2 groups"):
+    with pytest.raises(
+        ValueError, match=r"`0`: `rank`=3 must be a multiple of the layer's 2 groups"
+    ):
         convert_to_lora(model, 3)
 
 
@@ -215,11 +258,15 @@ def test_a_combination_of_convolutions_is_loaded_again(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv1d(8, 12, 3))
     options = {"target_modules": ["0", "1"], "init_weights": False}
-    model = get_peft_model(base, LoKrConfig(r=1, use_effective_conv2d=True, decompose_both=True, **options), "a")
+    model = get_peft_model(
+        base, LoKrConfig(r=1, use_effective_conv2d=True, decompose_both=True, **options), "a"
+    )
     model.add_adapter("b", LoKrConfig(r=9, alpha=2, rank_pattern={"0": 2}, **options))
     errors = model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "new", "svd", svd_rank=2)
     for path, layer in model.base_model.named_tuner_layers():
-        whole = 0.5 * layer.get_delta_weight("a").double() - 2 * layer.get_delta_weight("b").double()
+        whole = (
+            0.5 * layer.get_delta_weight("a").double() - 2 * layer.get_delta_weight("b").double()
+        )
         lost = ((layer.get_delta_weight("new").double() - whole).norm() / whole.norm()).detach()
         assert 0 < errors[path] < 1 and errors[path] == pytest.approx(float(lost), rel=1e-4)
         assert layer.scaling["new"] == 1
@@ -234,7 +281,10 @@ def test_orders_of_elements_that_can_not_be_added():
     options = {"target_modules": ["0"], "init_weights": False, "kronecker_layout": "flat"}
     model = get_peft_model(nn.Sequential(nn.Conv1d(16, 64, 3)), LoKrConfig(r=9, **options), "a")
     model.add_adapter("b", LoKrConfig(r=1, **options))
-    with pytest.raises(ValueError, match=r"`0`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` is whole"):
+    with pytest.raises(
+        ValueError,
+        match=r"`0`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` is whole",
+    ):
         model.add_weighted_adapter(["a", "b"], [1, 1], "new", "svd")
     whole = model.add_weighted_adapter(["a"], [2.0], "new", "svd", svd_rank=9)
     assert whole["0"] < 1e-6

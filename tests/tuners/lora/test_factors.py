@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from peft.ops.mixed_precision import scaled
-from peft.tuners.lora.factors import draw, draw_for_embedding, grouped_row_norms, olora, orthogonal, pissa, row_norms
+from peft.tuners.lora.factors import (
+    draw,
+    draw_for_embedding,
+    grouped_row_norms,
+    olora,
+    orthogonal,
+    pissa,
+    row_norms,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +28,35 @@ def slow_row_norms(W, A, B, scale):
     """Element by element, of the dense sum."""
     return torch.tensor(
         [
-            math.sqrt(sum((W[o, i] + scale * sum(B[o, k] * A[k, i] for k in range(A.shape[0]))) ** 2 for i in range(W.shape[1])))
+            math.sqrt(
+                sum(
+                    (W[o, i] + scale * sum(B[o, k] * A[k, i] for k in range(A.shape[0]))) ** 2
+                    for i in range(W.shape[1])
+                )
+            )
             for o in range(W.shape[0])
         ],
         dtype=torch.float64,
     )
 
 
-@pytest.mark.parametrize(("out", "inp", "r", "scale"), [(5, 7, 3, 0.5), (4, 2, 6, -3.0), (1, 9, 1, 0.0), (6, 6, 2, 20.0)])
+@pytest.mark.parametrize(
+    ("out", "inp", "r", "scale"), [(5, 7, 3, 0.5), (4, 2, 6, -3.0), (1, 9, 1, 0.0), (6, 6, 2, 20.0)]
+)
 def test_row_norms_are_those_of_the_dense_sum(out, inp, r, scale):
-    W, A, B = torch.randn(out, inp).double(), torch.randn(r, inp).double(), torch.randn(out, r).double()
+    W, A, B = (
+        torch.randn(out, inp).double(),
+        torch.randn(r, inp).double(),
+        torch.randn(out, r).double(),
+    )
     expected = slow_row_norms(W, A, B, scale)
     torch.testing.assert_close(row_norms(W, A, B, scale), expected)
-    torch.testing.assert_close(row_norms(W.mT.contiguous().mT, A, B, scale), expected)  # as Conv1D stores it
-    torch.testing.assert_close(row_norms(W.float(), A.float(), B.float(), scale).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        row_norms(W.mT.contiguous().mT, A, B, scale), expected
+    )  # as Conv1D stores it
+    torch.testing.assert_close(
+        row_norms(W.float(), A.float(), B.float(), scale).double(), expected, atol=1e-5, rtol=1e-5
+    )
     scale_tensor = torch.tensor(scale, dtype=torch.float64)  # as it is held for compiled models
     torch.testing.assert_close(row_norms(W, A, B, scale_tensor), expected)
 
@@ -46,7 +69,9 @@ def test_row_norms_of_narrow_weights_are_wide(dtype):
     expected = (W.double() + 2 * B.double() @ A.double()).norm(dim=1)
     torch.testing.assert_close(norms.double(), expected, atol=0, rtol=2e-3)
     # Without a delta nothing but the sum itself is rounded.
-    torch.testing.assert_close(row_norms(W, A, 0 * B, 2.0).double(), W.double().norm(dim=1), atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        row_norms(W, A, 0 * B, 2.0).double(), W.double().norm(dim=1), atol=0, rtol=1e-6
+    )
 
 
 def test_row_norms_have_no_gradient_and_do_not_follow_autocast():
@@ -66,12 +91,18 @@ def test_a_row_of_zeros_can_be_divided_by():
 def test_grouped_norms_follow_the_interface():
     """W plus the product of the factors in the order of their elements, worked out entry by entry."""
     groups, r = 2, 4
-    W, A, B = torch.randn(6, 2, 3).double(), torch.randn(r, 4, 3).double(), torch.randn(6, r // groups, 1).double()
+    W, A, B = (
+        torch.randn(6, 2, 3).double(),
+        torch.randn(r, 4, 3).double(),
+        torch.randn(6, r // groups, 1).double(),
+    )
     flat = torch.zeros(W.numel()).double()
     columns = 4 * 3
     for n in range(W.numel()):
         row, column = divmod(n, columns)
-        flat[n] = sum(B.flatten()[row * r + k] * A.flatten()[k * columns + column] for k in range(r))
+        flat[n] = sum(
+            B.flatten()[row * r + k] * A.flatten()[k * columns + column] for k in range(r)
+        )
     expected = (W + 1.5 * flat.view(W.shape)).flatten(1).square().sum(1).sqrt()
     torch.testing.assert_close(grouped_row_norms(W, A, B, 1.5), expected)
     assert (grouped_row_norms(0 * W, A, 0 * B, 1.5) > 0).all()

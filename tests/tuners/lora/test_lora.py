@@ -15,7 +15,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft
-from peft import LoKrConfig, LoraConfig, PolyConfig, VBLoRAConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.layer import Conv2d, LoraLayer
@@ -44,16 +51,25 @@ def ids():
 # A layer, and inputs for it.
 KINDS = {
     "linear": (lambda: nn.Linear(6, 8), lambda: torch.randn(5, 6).double()),
-    "linear, no bias, 3d": (lambda: nn.Linear(6, 8, bias=False), lambda: torch.randn(2, 5, 6).double()),
+    "linear, no bias, 3d": (
+        lambda: nn.Linear(6, 8, bias=False),
+        lambda: torch.randn(2, 5, 6).double(),
+    ),
     "transformers.Conv1D": (transformers_conv1d, lambda: torch.randn(2, 5, 6).double()),
     "embedding": (lambda: nn.Embedding(10, 6), ids),
     "scaled embedding": (scaled_embedding, ids),
-    "conv1d": (lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 9).double()),
+    "conv1d": (
+        lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1),
+        lambda: torch.randn(2, 4, 9).double(),
+    ),
     "conv2d dilated": (
         lambda: nn.Conv2d(4, 8, (1, 3), padding="same", dilation=2, bias=False),
         lambda: torch.randn(2, 4, 6, 6).double(),
     ),
-    "conv2d circular": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), lambda: torch.randn(2, 4, 6, 6).double()),
+    "conv2d circular": (
+        lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"),
+        lambda: torch.randn(2, 4, 6, 6).double(),
+    ),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 3, 3, 3).double()),
 }
 FORMS = {
@@ -75,7 +91,9 @@ def shaken(model):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             with torch.no_grad():
-                parameter.mul_(torch.rand_like(parameter) + 0.5) if "magnitude" in name else parameter.normal_(0, 0.5)
+                parameter.mul_(
+                    torch.rand_like(parameter) + 0.5
+                ) if "magnitude" in name else parameter.normal_(0, 0.5)
     return model
 
 
@@ -96,7 +114,9 @@ def pieces(layer, name="default"):
 
 
 def textbook(layer, weight, *names, plain=None):
-    """The weight after adapters, one after the other: `m ⊙ (W' + s·B·A) / ‖W + s·B·A‖`, and without lengths `W' + s·B·A`."""
+    """The weight after adapters, one after the other: `m ⊙ (W' + s·B·A) / ‖W + s·B·A‖`, and without
+    lengths `W' + s·B·A`.
+    """
     plain = weight if plain is None else plain
     is_stored_by_input = isinstance(layer, Embedding) or type(layer.base_layer).__name__ == "Conv1D"
     rows, first = (weight.T, plain.T) if is_stored_by_input else (weight, plain)
@@ -148,7 +168,9 @@ def test_unmerging_gives_the_weight_back_to_the_bit(kind, dtype):
     build, _ = KINDS[kind]
     model = make(build(), dtype, use_dora=True)
     model.add_adapter("b", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
-    model.add_adapter("c", LoraConfig(r=1, target_modules=["0"], use_dora=True, init_lora_weights=False))
+    model.add_adapter(
+        "c", LoraConfig(r=1, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    )
     shaken(model)
     layer = model.base_model.model[0].base_layer
     weight = layer.weight.detach().clone()
@@ -162,7 +184,9 @@ def test_unmerging_gives_the_weight_back_to_the_bit(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_adapters_apply_one_after_the_other(kind):
-    """Sums add up; a DoRA adapter scales what is there, by the length that the plain weight has with its own delta."""
+    """Sums add up; a DoRA adapter scales what is there, by the length that the plain weight has
+    with its own delta.
+    """
     build, inputs = KINDS[kind]
     model, x = make(build(), use_dora=True), inputs()
     model.add_adapter("plain", LoraConfig(r=1, target_modules=["0"], use_rslora=True))
@@ -184,7 +208,9 @@ def test_several_adapters_apply_one_after_the_other(kind):
 @pytest.mark.parametrize("form", ["lora", "dora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, form):
-    """Those of the textbook formula, in which a row's length has none; finite differences where there is no length."""
+    """Those of the textbook formula, in which a row's length has none; finite differences where
+    there is no length.
+    """
     build, inputs = KINDS[kind]
     model, x = make(build(), **FORMS[form]), inputs()
     layer = model.base_model.model[0]
@@ -204,19 +230,25 @@ def test_gradients(kind, form):
     total = rows.flatten(1) + s * (B @ A)
     weight = ((m / total.detach().norm(dim=1)).unsqueeze(1) * total).view(rows.shape)
     expected = torch.func.functional_call(base, {"weight": weight.T if by_input else weight}, (x,))
-    for gradient, other in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+    for gradient, other in zip(
+        gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True
+    ):
         torch.testing.assert_close(gradient, other)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "embedding" not in kind])
 @pytest.mark.parametrize("form", ["lora", "dora"])
 def test_dropout_in_training(kind, form):
-    """On the adapter's input, and on DoRA's part of the base output; bias and the base's own part have none."""
+    """On the adapter's input, and on DoRA's part of the base output; bias and the base's own part
+    have none.
+    """
     build, inputs = KINDS[kind]
     model, x = make(build(), lora_dropout=0.4, **FORMS[form]), inputs()
     layer = model.base_model.model[0]
     expected = model(x)
-    torch.testing.assert_close(expected, computed(layer.base_layer, textbook(layer, layer.base_layer.weight), x))
+    torch.testing.assert_close(
+        expected, computed(layer.base_layer, textbook(layer, layer.base_layer.weight), x)
+    )
     model.train()
     torch.manual_seed(3)
     found = model(x)
@@ -249,7 +281,9 @@ def test_a_fresh_adapter_changes_nothing(kind, init, dora):
     expected = base(x)
     if init == "orthogonal" and "conv" in kind:
         init = "gaussian"  # this start is for linear layers
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=dora, init_lora_weights=init))
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["0"], use_dora=dora, init_lora_weights=init)
+    )
     if init is False:
         assert not torch.allclose(model(x), expected, atol=1e-3)
     else:
@@ -267,17 +301,23 @@ def test_convolutions_in_groups():
     for g in range(2):
         h = F.conv2d(x, A[2 * g : 2 * g + 2])
         out = slice(4 * g, 4 * g + 4)
-        expected[:, out] += 0.75 * (torch.einsum("or,brhw->bohw", B.weight[out].flatten(1), h) + B.bias[out].view(-1, 1, 1))
+        expected[:, out] += 0.75 * (
+            torch.einsum("or,brhw->bohw", B.weight[out].flatten(1), h) + B.bias[out].view(-1, 1, 1)
+        )
     torch.testing.assert_close(model(x), expected)
     before = snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload, layer.merge):
-        with pytest.raises(NotImplementedError, match="Merging is not supported for Conv2d layers with groups > 1"):
+        with pytest.raises(
+            NotImplementedError, match="Merging is not supported for Conv2d layers with groups > 1"
+        ):
             merge()
     assert_unchanged(before, model)
     for form in FORMS.values():
         found = make(nn.Conv2d(4, 8, 3, groups=2), **form)(x)
         assert found.isfinite().all()
-    with pytest.raises(ValueError, match=r"`0`: `r`=3 must be divisible by the convolution's groups, 2"):
+    with pytest.raises(
+        ValueError, match=r"`0`: `r`=3 must be divisible by the convolution's groups, 2"
+    ):
         get_peft_model(nn.Sequential(base), LoraConfig(r=3, target_modules=["0"]))
 
 
@@ -292,7 +332,9 @@ def test_a_bias_of_its_own(kind):
     own = 1.5 * layer.lora_B["default"].bias
     expected = expected + (own.view(-1, 1) if kind == "conv1d" else own)
     torch.testing.assert_close(model(x), expected)
-    model.add_adapter("b", LoraConfig(r=1, target_modules=["0"], lora_bias=True, init_lora_weights=False))
+    model.add_adapter(
+        "b", LoraConfig(r=1, target_modules=["0"], lora_bias=True, init_lora_weights=False)
+    )
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
     model.merge_adapter(["b"])
@@ -302,11 +344,16 @@ def test_a_bias_of_its_own(kind):
 
 
 def test_a_bias_that_can_not_be_merged():
-    with pytest.warns(peft.PeftWarning, match="`lora_bias=True` was passed but the targeted layer of type Linear has no bias"):
+    with pytest.warns(
+        peft.PeftWarning,
+        match="`lora_bias=True` was passed but the targeted layer of type Linear has no bias",
+    ):
         model = make(nn.Linear(6, 8, bias=False), lora_bias=True)
     model.base_model.model.append(nn.Linear(8, 8))
     before = snapshot(model)
-    with pytest.raises(NotImplementedError, match="Adapter default has `lora_bias=True` and the base layer no bias"):
+    with pytest.raises(
+        NotImplementedError, match="Adapter default has `lora_bias=True` and the base layer no bias"
+    ):
         model.merge_adapter()
     assert_unchanged(before, model)
     model = make(nn.Linear(6, 8), lora_bias=True)
@@ -320,7 +367,9 @@ def test_a_bias_that_can_not_be_merged():
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_20", "olora"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_starting_from_the_weight(start, dora, tmp_path):
-    """`ΔW = s · (B·A - B₀·A₀)`; the base stays what it is, and a file means the same to others, who take `B₀·A₀` off the weight."""
+    """`ΔW = s · (B·A - B₀·A₀)`; the base stays what it is, and a file means the same to others, who
+    take `B₀·A₀` off the weight.
+    """
     from transformers.pytorch_utils import Conv1D
 
     def fresh():
@@ -339,7 +388,9 @@ def test_starting_from_the_weight(start, dora, tmp_path):
     for layer, (A0, B0) in zip(layers, firsts, strict=True):
         is_conv1d = isinstance(layer.base_layer, Conv1D)
         A, B, m = pieces(layer)
-        rest = (layer.base_layer.weight.T if is_conv1d else layer.base_layer.weight) - layer.scaling["default"] * B0 @ A0
+        rest = (
+            layer.base_layer.weight.T if is_conv1d else layer.base_layer.weight
+        ) - layer.scaling["default"] * B0 @ A0
         rows = rest + layer.scaling["default"] * B @ A
         rows = rows if m is None else rows * (m / rows.norm(dim=1)).unsqueeze(1)
         weights.append(rows.T if is_conv1d else rows)
@@ -359,20 +410,29 @@ def test_starting_from_the_weight(start, dora, tmp_path):
     if not dora:
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
         plain = peft.PeftModel.from_pretrained(fresh(), tmp_path / "plain")
-        assert (plain.peft_config["default"].r, plain.peft_config["default"].init_lora_weights) == (6, True)
+        assert (plain.peft_config["default"].r, plain.peft_config["default"].init_lora_weights) == (
+            6,
+            True,
+        )
         torch.testing.assert_close(plain(x), trained, **close)
     model.merge_adapter()
     torch.testing.assert_close(model(x), trained, **close)
     assert torch.equal(model.unload()(x), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "alpha_pattern": {"^1": 3}}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "alpha_pattern": {"^1": 3}}, {"use_dora": True}]
+)
 def test_a_start_by_random_numbers_is_in_its_file(options, tmp_path):
-    """The file is a plain adapter of twice the rank, which others compute as such; here it is one of its own rank again."""
+    """The file is a plain adapter of twice the rank, which others compute as such; here it is one
+    of its own rank again.
+    """
 
     def fresh():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Embedding(9, 40), nn.Linear(40, 30), nn.Linear(30, 20)).double().eval()
+        return (
+            nn.Sequential(nn.Embedding(9, 40), nn.Linear(40, 30), nn.Linear(30, 20)).double().eval()
+        )
 
     def save(model, folder):
         shaken(model)
@@ -380,9 +440,17 @@ def test_a_start_by_random_numbers_is_in_its_file(options, tmp_path):
         return model(ids)
 
     ids = torch.tensor([[1, 2, 3]])
-    fields = {"r": 3, "rank_pattern": {"^1": 2}, "target_modules": ["0", "1", "2"], "init_lora_weights": "pissa_niter_1", **options}
+    fields = {
+        "r": 3,
+        "rank_pattern": {"^1": 2},
+        "target_modules": ["0", "1", "2"],
+        "init_lora_weights": "pissa_niter_1",
+        **options,
+    }
     model = get_peft_model(fresh(), LoraConfig(**fields))
-    torch.testing.assert_close(model(ids), fresh()(ids))  # without effect, however far its start is from the best
+    torch.testing.assert_close(
+        model(ids), fresh()(ids)
+    )  # without effect, however far its start is from the best
     trained = save(model, tmp_path)
 
     content = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -390,26 +458,43 @@ def test_a_start_by_random_numbers_is_in_its_file(options, tmp_path):
     assert (content["init_lora_weights"], content["r"]) == (True, 6)
     x, base = ids, fresh()
     for i in range(3):
-        names = [f"base_model.model.{i}.lora_{n}" for n in (("embedding_A", "embedding_B") if i == 0 else ("A.weight", "B.weight"))]
+        names = [
+            f"base_model.model.{i}.lora_{n}"
+            for n in (("embedding_A", "embedding_B") if i == 0 else ("A.weight", "B.weight"))
+        ]
         A, B = (state[name] for name in names)
         r = 4 if i == 1 else 6
         assert A.shape[0] == B.shape[1] == r
-        alpha = next(iter(content["alpha_pattern"].values())) if i == 1 and content["alpha_pattern"] else content["lora_alpha"]
+        alpha = (
+            next(iter(content["alpha_pattern"].values()))
+            if i == 1 and content["alpha_pattern"]
+            else content["lora_alpha"]
+        )
         delta = alpha / (math.sqrt(r) if content["use_rslora"] else r) * (B @ A).double()
         weight = base[i].weight.data + (delta.mT if i == 0 else delta)
         if options.get("use_dora"):
             rows = weight.mT if i == 0 else weight
-            rows = rows * (state[f"base_model.model.{i}.lora_magnitude_vector"] / rows.norm(dim=1)).unsqueeze(1)
+            rows = rows * (
+                state[f"base_model.model.{i}.lora_magnitude_vector"] / rows.norm(dim=1)
+            ).unsqueeze(1)
             weight = rows.mT if i == 0 else rows
         x = weight[x] if i == 0 else x @ weight.mT + base[i].bias
     torch.testing.assert_close(x, trained, atol=1e-5, rtol=1e-4)
 
     again = peft.PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True)
     torch.testing.assert_close(again(ids), trained, atol=1e-5, rtol=1e-4)
-    assert again.peft_config["default"].to_dict() == {**model.peft_config["default"].to_dict(), "auto_mapping": ANY}
+    assert again.peft_config["default"].to_dict() == {
+        **model.peft_config["default"].to_dict(),
+        "auto_mapping": ANY,
+    }
     assert get_peft_model_state_dict(again).keys() == state.keys()
-    assert all(torch.equal(t, get_peft_model_state_dict(model)[k]) for k, t in get_peft_model_state_dict(again).items())
-    more = save(again, tmp_path / "more")  # trained on and put into an adapter that is there, as trainers do
+    assert all(
+        torch.equal(t, get_peft_model_state_dict(model)[k])
+        for k, t in get_peft_model_state_dict(again).items()
+    )
+    more = save(
+        again, tmp_path / "more"
+    )  # trained on and put into an adapter that is there, as trainers do
     model.load_adapter(tmp_path / "more", "default")
     torch.testing.assert_close(model(ids), more, atol=1e-5, rtol=1e-4)
     if not options.get("use_dora"):
@@ -417,13 +502,20 @@ def test_a_start_by_random_numbers_is_in_its_file(options, tmp_path):
         torch.testing.assert_close(model(ids), trained, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("starts", [(True, "pissa"), ("olora", True), ("pissa", "olora"), ("gaussian", True), ("pissa", "pissa")])
+@pytest.mark.parametrize(
+    "starts",
+    [(True, "pissa"), ("olora", True), ("pissa", "olora"), ("gaussian", True), ("pissa", "pissa")],
+)
 def test_values_for_an_adapter_of_another_start(starts, tmp_path):
-    """They mean another delta where either start is a part of the base weight, which only loading under a new name gives."""
+    """They mean another delta where either start is a part of the base weight, which only loading
+    under a new name gives.
+    """
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(2, 6)
     model, other = (
-        get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)).eval()
+        get_peft_model(
+            copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+        ).eval()
         for start in starts
     )
     shaken(other)
@@ -449,13 +541,17 @@ def test_starts_that_are_not_in_a_file(tmp_path):
     with pytest.warns(UserWarning, match="drew random numbers that its file does not have"):
         LoraConfig.from_pretrained(tmp_path)
     file.write_text(json.dumps({**content, "init_lora_weights": "corda", "corda_config": {}}))
-    with pytest.raises(NotImplementedError, match="'corda' changed the base weight by data that is not in its file"):
+    with pytest.raises(
+        NotImplementedError, match="'corda' changed the base weight by data that is not in its file"
+    ):
         LoraConfig.from_pretrained(tmp_path)
 
 
 def test_only_a_start_from_the_weight_can_be_taken_out(tmp_path):
     model = make(nn.Linear(6, 8))
-    with pytest.raises(ValueError, match="`path_initial_model_for_weight_conversion` is not supported"):
+    with pytest.raises(
+        ValueError, match="`path_initial_model_for_weight_conversion` is not supported"
+    ):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
     assert not (tmp_path / "plain").exists()
 
@@ -468,10 +564,25 @@ def test_starts_that_do_not_fit():
             get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ["0"], **fields}))
         assert_unchanged(before, base)
 
-    refuse("`0`: `r`=4 is more than the 3 singular values", nn.Linear(3, 8), init_lora_weights="pissa")
-    refuse("'olora' is for linear layers, not for convolutions", nn.Conv1d(8, 8, 1), init_lora_weights="olora")
-    refuse("'orthogonal' is for linear layers, not for convolutions", nn.Conv1d(8, 8, 1), init_lora_weights="orthogonal")
-    refuse("needs a positive alpha, found 0", nn.Linear(8, 8), init_lora_weights="pissa", alpha_pattern={"0": 0})
+    refuse(
+        "`0`: `r`=4 is more than the 3 singular values", nn.Linear(3, 8), init_lora_weights="pissa"
+    )
+    refuse(
+        "'olora' is for linear layers, not for convolutions",
+        nn.Conv1d(8, 8, 1),
+        init_lora_weights="olora",
+    )
+    refuse(
+        "'orthogonal' is for linear layers, not for convolutions",
+        nn.Conv1d(8, 8, 1),
+        init_lora_weights="orthogonal",
+    )
+    refuse(
+        "needs a positive alpha, found 0",
+        nn.Linear(8, 8),
+        init_lora_weights="pissa",
+        alpha_pattern={"0": 0},
+    )
     refuse(
         "Orthogonal initialization requires the LoRA rank to be even, got 3",
         nn.Linear(8, 8),
@@ -480,7 +591,9 @@ def test_starts_that_do_not_fit():
     )
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(NotImplementedError, match="reads the base weight, which is on the meta device"):
+    with pytest.raises(
+        NotImplementedError, match="reads the base weight, which is on the meta device"
+    ):
         get_peft_model(empty, LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa"))
 
 
@@ -504,7 +617,13 @@ def test_all_linear_does_not_mean_embeddings():
 
 def test_the_scale_and_rank_of_each_layer():
     base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
-    fields = {"r": 4, "lora_alpha": 6, "rank_pattern": {"1": 2}, "alpha_pattern": {"2": 1}, "target_modules": ["0", "1", "2"]}
+    fields = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"1": 2},
+        "alpha_pattern": {"2": 1},
+        "target_modules": ["0", "1", "2"],
+    }
     layers = get_peft_model(base, LoraConfig(**fields)).base_model.model
     assert [layer.scaling["default"] for layer in layers] == [1.5, 3.0, 0.25]
     assert [layer.lora_A["default"].weight.shape[0] for layer in layers] == [4, 2, 4]
@@ -530,7 +649,9 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_forward_does_no_more_than_it_must():
-    """Two products beside the base's, the second added as it is taken; dropout of nothing, casts and a scale of one cost nothing."""
+    """Two products beside the base's, the second added as it is taken; dropout of nothing, casts
+    and a scale of one cost nothing.
+    """
 
     def run(alpha, dtype=torch.float32, **fields):
         base = nn.Sequential(nn.Linear(6, 8).to(dtype))
@@ -552,7 +673,9 @@ def test_autocast_and_mixed_precision():
     for layer in (nn.Linear(6, 8), nn.Linear(6, 8).bfloat16()):
         for dora in (False, True):
             base = nn.Sequential(layer)
-            model = shaken(get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=dora)))
+            model = shaken(
+                get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=dora))
+            )
             parameters = [p for name, p in model.named_parameters() if "lora_" in name]
             assert {p.dtype for p in parameters} == {torch.float32}
             adapted = model.base_model.model[0]
@@ -573,9 +696,13 @@ def test_autocast_and_mixed_precision():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("kind", ["linear", "transformers.Conv1D", "embedding", "scaled embedding", "conv2d circular"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}], ids=["lora", "dora", "dropout"]
+    "kind", ["linear", "transformers.Conv1D", "embedding", "scaled embedding", "conv2d circular"]
+)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}],
+    ids=["lora", "dora", "dropout"],
 )
 def test_compiled_whole(kind, fields):
     torch._dynamo.reset()
@@ -589,7 +716,9 @@ def test_compiled_whole(kind, fields):
         model.zero_grad()
         result = run(x)
         result.square().sum().backward()
-        results.append([result.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        results.append(
+            [result.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+        )
     torch.testing.assert_close(*results)
 
 
@@ -597,10 +726,14 @@ def test_dora_and_another_method_do_not_share_a_layer():
     """Its factor would be on what the other method adds, or not, as merging has it."""
     config, dora = LoKrConfig(target_modules=["0"]), LoraConfig(target_modules=["0"], use_dora=True)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), dora, mixed=True)
-    with pytest.raises(ValueError, match="`0`: Linear has an adapter that needs the layer for itself"):
+    with pytest.raises(
+        ValueError, match="`0`: Linear has an adapter that needs the layer for itself"
+    ):
         model.add_adapter("lokr", config)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, mixed=True)
-    with pytest.raises(ValueError, match="`use_dora`=True is for layers that no other method adapts"):
+    with pytest.raises(
+        ValueError, match="`use_dora`=True is for layers that no other method adapts"
+    ):
         model.add_adapter("dora", dora)
     model.add_adapter("lora", LoraConfig(target_modules=["0"]))
 
@@ -628,17 +761,32 @@ def test_the_attributes_that_other_libraries_read():
     model = make(nn.Linear(6, 8), torch.float32, use_dora=True, lora_dropout=0.1)
     layer = model.base_model.model[0]
     assert isinstance(layer, LoraLayer) and isinstance(layer, peft.tuners.lora.LoraLayer)
-    assert isinstance(layer.lora_A["default"], nn.Linear) and isinstance(layer.lora_B["default"], nn.Linear)
-    assert isinstance(layer.lora_dropout["default"], nn.Dropout) and not layer.lora_dropout["default"].training
-    assert (layer.r, layer.lora_alpha, layer.scaling) == ({"default": 2}, {"default": 3}, {"default": 1.5})
-    assert (layer.use_dora, layer.use_rslora, layer.lora_bias) == ({"default": True}, {"default": False}, {"default": False})
+    assert isinstance(layer.lora_A["default"], nn.Linear) and isinstance(
+        layer.lora_B["default"], nn.Linear
+    )
+    assert (
+        isinstance(layer.lora_dropout["default"], nn.Dropout)
+        and not layer.lora_dropout["default"].training
+    )
+    assert (layer.r, layer.lora_alpha, layer.scaling) == (
+        {"default": 2},
+        {"default": 3},
+        {"default": 1.5},
+    )
+    assert (layer.use_dora, layer.use_rslora, layer.lora_bias) == (
+        {"default": True},
+        {"default": False},
+        {"default": False},
+    )
     assert {name for name in layer.state_dict() if "lora_" in name} == {
         "lora_A.default.weight",
         "lora_B.default.weight",
         "lora_magnitude_vector.default.weight",
     }
     model.delete_adapter("default")
-    assert not any("default" in getattr(layer, name) for name in (*layer.container_names, *layer.value_names))
+    assert not any(
+        "default" in getattr(layer, name) for name in (*layer.container_names, *layer.value_names)
+    )
 
 
 def test_what_scripts_read_from_layers():
@@ -647,7 +795,11 @@ def test_what_scripts_read_from_layers():
     base = nn.Sequential(nn.Linear(4, 6), Conv1D(8, 6), nn.Embedding(5, 4))
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = get_peft_model(base, LoraConfig(target_modules=["0", "1", "2"]))
-    assert [layer.fan_in_fan_out for layer in model.base_model.tuner_layers()] == [False, True, True]
+    assert [layer.fan_in_fan_out for layer in model.base_model.tuner_layers()] == [
+        False,
+        True,
+        True,
+    ]
     assert [repr(layer).partition("(")[0] for layer in model.base_model.tuner_layers()] == [
         "lora.Linear",
         "lora.Linear",
@@ -662,7 +814,11 @@ def test_a_bias_that_is_not_finite_is_not_merged(value):
     layer = next(model.base_model.tuner_layers())
     before = {name: tensor.clone() for name, tensor in layer.base_layer.state_dict().items()}
     layer.lora_B["default"].bias.data[0] = value
-    with pytest.raises(ValueError, match="NaNs detected in the merged bias. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match="NaNs detected in the merged bias. The adapter default seems to be broken"
+    ):
         layer.merge(safe_merge=True)
     assert not layer.merged
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.base_layer.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in layer.base_layer.state_dict().items()
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA's config and files: the fields and keys that the interface has, and refusals of what is not here."""
+"""LoRA's config and files: the fields and keys that the interface has, and refusals of what is not
+here.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,14 @@ from conftest import llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    LoraRuntimeConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -72,12 +81,23 @@ def test_the_fields_of_the_interface(tmp_path):
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written.pop("peft_version") == config.peft_version
     assert written == FIELDS
-    assert {field.name for field in dataclasses.fields(LoraConfig)} == {*FIELDS, "peft_version", "runtime_config", "start"}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == {
+        *FIELDS,
+        "peft_version",
+        "runtime_config",
+        "start",
+    }
     assert config.runtime_config == LoraRuntimeConfig(ephemeral_gpu_offload=False)
 
 
 def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
-    fields = {**FIELDS, "target_modules": ["q_proj", "v_proj"], "r": 4, "rank_pattern": None, "peft_version": "0.21.2"}
+    fields = {
+        **FIELDS,
+        "target_modules": ["q_proj", "v_proj"],
+        "r": 4,
+        "rank_pattern": None,
+        "peft_version": "0.21.2",
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,8 +105,12 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
     assert isinstance(config, LoraConfig)
     assert (config.r, config.rank_pattern, config.target_modules) == (4, {}, {"q_proj", "v_proj"})
     eva = {"rho": 2.0, "tau": 0.99}
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "init_lora_weights": "eva", "eva_config": eva}))
-    assert PeftConfig.from_pretrained(tmp_path).init_lora_weights is True  # its start no longer matters
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**fields, "init_lora_weights": "eva", "eva_config": eva})
+    )
+    assert (
+        PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
+    )  # its start no longer matters
 
 
 @pytest.mark.parametrize(
@@ -104,7 +128,10 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
 )
 def test_features_that_are_not_provided(name, value):
     start = {"loftq_config": "loftq", "corda_config": "corda"}.get(name, True)
-    with pytest.raises(NotImplementedError, match=rf"LoraConfig: `{name}`=.* asks for what this package does not provide"):
+    with pytest.raises(
+        NotImplementedError,
+        match=rf"LoraConfig: `{name}`=.* asks for what this package does not provide",
+    ):
         LoraConfig(**{name: value}, init_lora_weights=start)
 
 
@@ -115,12 +142,18 @@ def test_features_that_are_not_provided(name, value):
         ({"lora_alpha": "8"}, "`lora_alpha`='8' must be a finite number"),
         ({"lora_dropout": 1.0}, "`lora_dropout`=1.0 must be a probability"),
         ({"bias": "some"}, "`bias`='some' must be one of 'none', 'all', 'lora_only'"),
-        ({"init_lora_weights": "corda"}, "`init_lora_weights`='corda' must be one of .*'pissa'.*pissa_niter_<n>"),
+        (
+            {"init_lora_weights": "corda"},
+            "`init_lora_weights`='corda' must be one of .*'pissa'.*pissa_niter_<n>",
+        ),
         ({"init_lora_weights": "pissa_niter_x"}, "`init_lora_weights`='pissa_niter_x'"),
         ({"init_lora_weights": "olora", "lora_alpha": 0}, "needs a positive `lora_alpha`"),
         ({"rank_pattern": {"q": 0}}, r"`rank_pattern\['q'\]`=0"),
         ({"alpha_pattern": {"q": "a"}}, r"`alpha_pattern\['q'\]`='a'"),
-        ({"use_dora": True, "lora_bias": True}, "lora_bias=True is not supported together with `use_dora`=True"),
+        (
+            {"use_dora": True, "lora_bias": True},
+            "lora_bias=True is not supported together with `use_dora`=True",
+        ),
         (
             {"lora_bias": True, "init_lora_weights": "gaussian"},
             "lora_bias=True is for `init_lora_weights` True or False, found 'gaussian'",
@@ -144,8 +177,16 @@ def every_kind():
             from transformers.pytorch_utils import Conv1D
 
             super().__init__()
-            self.linear, self.stored, self.table = nn.Linear(6, 8), Conv1D(8, 6), nn.Embedding(10, 6)
-            self.one, self.two, self.three = nn.Conv1d(4, 8, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Conv3d(4, 8, 2)
+            self.linear, self.stored, self.table = (
+                nn.Linear(6, 8),
+                Conv1D(8, 6),
+                nn.Embedding(10, 6),
+            )
+            self.one, self.two, self.three = (
+                nn.Conv1d(4, 8, 3),
+                nn.Conv2d(4, 8, 3, groups=2),
+                nn.Conv3d(4, 8, 2),
+            )
 
     return Every()
 
@@ -182,34 +223,62 @@ def test_the_keys_of_a_file(dora, tmp_path):
     model = get_peft_model(every_kind(), config)
     model.save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
-    expected = {f"base_model.model.{name}": shape for name, shape in {**FILE, **(LENGTHS if dora else {})}.items()}
+    expected = {
+        f"base_model.model.{name}": shape
+        for name, shape in {**FILE, **(LENGTHS if dora else {})}.items()
+    }
     assert {name: tuple(tensor.shape) for name, tensor in file.items()} == expected
-    save_file({name: torch.randn(shape) for name, shape in expected.items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: torch.randn(shape) for name, shape in expected.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
     again = PeftModel.from_pretrained(every_kind(), tmp_path)
     values = load_file(tmp_path / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, values[name]) for name, tensor in get_peft_model_state_dict(again).items())
+    assert all(
+        torch.equal(tensor, values[name])
+        for name, tensor in get_peft_model_state_dict(again).items()
+    )
 
 
 def test_biases_and_whole_modules(tmp_path):
-    """A bias of an adapter's own, one of the base, and one of a copied module have keys of their own."""
+    """A bias of an adapter's own, one of the base, and one of a copied module have keys of their
+    own.
+    """
 
     def fresh():
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
 
-    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], bias="all", lora_bias=True)
+    config = LoraConfig(
+        r=2, target_modules=["0"], modules_to_save=["2"], bias="all", lora_bias=True
+    )
     model = get_peft_model(fresh(), config)
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], lora_bias=True))
-    trained = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name.removeprefix("base_model.model.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     lora = {"0.lora_A.default.weight", "0.lora_B.default.weight", "0.lora_B.default.bias"}
-    assert trained == {*lora, "0.base_layer.bias", "1.bias", "2.modules_to_save.default.weight", "2.modules_to_save.default.bias"}
+    assert trained == {
+        *lora,
+        "0.base_layer.bias",
+        "1.bias",
+        "2.modules_to_save.default.weight",
+        "2.modules_to_save.default.bias",
+    }
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_()
     model.save_pretrained(tmp_path, selected_adapters=["default"])
-    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")}
-    assert names == {name.replace(".default", "").replace(".modules_to_save", "") for name in trained}
+    names = {
+        name.removeprefix("base_model.model.")
+        for name in load_file(tmp_path / "adapter_model.safetensors")
+    }
+    assert names == {
+        name.replace(".default", "").replace(".modules_to_save", "") for name in trained
+    }
     x = torch.randn(3, 4)
     assert torch.equal(PeftModel.from_pretrained(fresh(), tmp_path)(x), model(x))
 
@@ -225,15 +294,27 @@ def test_an_adapted_embedding_is_saved_with_its_weight(tmp_path):
             for layer in model.modules():
                 if isinstance(layer, BaseTunerLayer):
                     layer.base_layer.weight.normal_()
-        names = {name for name in get_peft_model_state_dict(model) if "base_layer" in name or name.endswith("lm_head.weight")}
+        names = {
+            name
+            for name in get_peft_model_state_dict(model)
+            if "base_layer" in name or name.endswith("lm_head.weight")
+        }
         assert names == {f"base_model.model.{name}.base_layer.weight" for name in saved}
-    assert not any("base_layer" in name for name in get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert not any(
+        "base_layer" in name
+        for name in get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
 
 
 def test_transformers_own_interface(tmp_path):
-    """Add, train, generate, save, load: DoRA's lengths find their place, and pissa takes its part off again."""
+    """Add, train, generate, save, load: DoRA's lengths find their place, and pissa takes its part
+    off again.
+    """
     ids = torch.randint(3, 48, (2, 5))
-    for fields in ({"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}, {"init_lora_weights": "pissa"}):
+    for fields in (
+        {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+    ):
         torch.manual_seed(2)
         base = llama()
         base.save_pretrained(tmp_path / "base")

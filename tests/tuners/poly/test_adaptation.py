@@ -26,7 +26,15 @@ def _seed():
 
 def config(**fields):
     return PolyConfig(
-        **{"r": 2, "n_tasks": 4, "n_skills": 3, "n_splits": 2, "init_weights": False, "target_modules": TARGETS, **fields}
+        **{
+            "r": 2,
+            "n_tasks": 4,
+            "n_skills": 3,
+            "n_splits": 2,
+            "init_weights": False,
+            "target_modules": TARGETS,
+            **fields,
+        }
     )
 
 
@@ -45,7 +53,10 @@ def trainable(model):
 def test_removing_and_reordering_moves_no_other_task(granularity, tmp_path):
     model = poly(router_granularity=granularity)
     x = torch.randn(4, 8)
-    before, of_two = model(x, task_ids=["a", "b", "c", "d"]), model(x, task_ids=["c", "d", "d", "c"])
+    before, of_two = (
+        model(x, task_ids=["a", "b", "c", "d"]),
+        model(x, task_ids=["c", "d", "d", "c"]),
+    )
     model.reorder_tasks(["d", 0, "c", "b"])
     assert model.peft_config["default"].task_names == ["d", "a", "c", "b"]
     assert torch.equal(model(x, task_ids=["a", "b", "c", "d"]), before)
@@ -66,7 +77,12 @@ BAD = [
     ("remove_tasks", ["a", "nobody"], ValueError, "Unknown task names"),
     ("remove_tasks", ["a", "b", "c", "d"], ValueError, "needs a task"),
     ("remove_tasks", [4], ValueError, "Only 4 tasks"),
-    ("remove_tasks", ["A"], ValueError, r"the adapter's are \['a', 'b', 'c', 'd'\]. Did you mean 'a'\?"),
+    (
+        "remove_tasks",
+        ["A"],
+        ValueError,
+        r"the adapter's are \['a', 'b', 'c', 'd'\]. Did you mean 'a'\?",
+    ),
     ("remove_tasks", [1.5], TypeError, "integers"),
     ("remove_tasks", {"a"}, TypeError, "not set; ids or names go in a list"),
     ("remove_tasks", [], ValueError, "`tasks` names no task; pass at least one"),
@@ -74,25 +90,62 @@ BAD = [
     ("reorder_tasks", (), ValueError, "`order` names no task"),
     ("reorder_tasks", ["a", "b", "c"], ValueError, "each of the adapter's 4 tasks once"),
     ("reorder_tasks", ["a", "a", "c", "d"], ValueError, "each of the adapter's 4 tasks once"),
-    ("set_router_weights", [[1.0, 2.0]], ValueError, r"shape \[1, 2\] must be \[4, 3\] or \[4, 2, 3\]"),
-    ("set_router_weights", [["a"] * 3] * 4, TypeError, "`0`: weights must be a table of numbers, not list"),
+    (
+        "set_router_weights",
+        [[1.0, 2.0]],
+        ValueError,
+        r"shape \[1, 2\] must be \[4, 3\] or \[4, 2, 3\]",
+    ),
+    (
+        "set_router_weights",
+        [["a"] * 3] * 4,
+        TypeError,
+        "`0`: weights must be a table of numbers, not list",
+    ),
     ("set_router_weights", None, TypeError, "must be a table of numbers, not NoneType"),
-    ("set_router_weights", torch.ones(4, 3) * 1j, TypeError, "must be real numbers, not torch.complex64"),
+    (
+        "set_router_weights",
+        torch.ones(4, 3) * 1j,
+        TypeError,
+        "must be real numbers, not torch.complex64",
+    ),
     ("set_router_weights", -torch.ones(4, 3), ValueError, "not negative"),
     ("set_router_weights", {"nowhere": torch.ones(4, 3)}, ValueError, "no paths of layers"),
     ("begin_regime", "Y", ValueError, "must be one of 'Z'"),
     ("begin_regime", "Z", ValueError, "takes the new tasks"),
     ("extract_tasks", "default", TypeError, "required positional"),
     (lambda m: m.train_only(tasks=[]), None, ValueError, "`tasks` names no task"),
-    (lambda m: m.base_model.model[0].get_delta_weight("default", task_id="a"), None, TypeError, "`task_id`='a' must be an integer"),
-    (lambda m: m.base_model.model[0].low_rank_factors("default", task_id={}), None, ValueError, "`task_id`={} names no task"),
+    (
+        lambda m: m.base_model.model[0].get_delta_weight("default", task_id="a"),
+        None,
+        TypeError,
+        "`task_id`='a' must be an integer",
+    ),
+    (
+        lambda m: m.base_model.model[0].low_rank_factors("default", task_id={}),
+        None,
+        ValueError,
+        "`task_id`={} names no task",
+    ),
     (lambda m: m.extract_tasks("new", []), None, ValueError, "`tasks` names no task"),
-    (lambda m: m.merge_adapter(task_id=["a", "b"]), None, ValueError, r"`task_id`=\['a', 'b'\] names 2 tasks; pass one"),
-    (lambda m: m.merge_adapter(task_id={"a": 1.0}), None, TypeError, "must be one task.*`extract_tasks`"),
+    (
+        lambda m: m.merge_adapter(task_id=["a", "b"]),
+        None,
+        ValueError,
+        r"`task_id`=\['a', 'b'\] names 2 tasks; pass one",
+    ),
+    (
+        lambda m: m.merge_adapter(task_id={"a": 1.0}),
+        None,
+        TypeError,
+        "must be one task.*`extract_tasks`",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "argument", "error", "message"), BAD, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("method", "argument", "error", "message"), BAD, ids=lambda value: str(value)[:20]
+)
 def test_what_cannot_be_done_changes_nothing(method, argument, error, message):
     model = poly()
     before, fields = snapshot(model), vars(model.peft_config["default"]).copy()
@@ -112,12 +165,17 @@ OPTIMISERS = [
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("skills", [False, True])
 def test_only_the_rows_asked_for_move(optimiser, skills):
-    """What steps do to the rows is what they do to a table of those rows alone, decay and state included."""
+    """What steps do to the rows is what they do to a table of those rows alone, decay and state
+    included.
+    """
     model = poly(relaxed_bernoulli=False)
     model.add_tasks(["e", "f"])
     model.train_only(tasks=["e", "f", "b"], skills=skills)
     names = trainable(model)
-    assert sum("rows" in name for name in names) == 4 and sum("lora" in name for name in names) == 4 * skills
+    assert (
+        sum("rows" in name for name in names) == 4
+        and sum("lora" in name for name in names) == 4 * skills
+    )
     x, y = torch.randn(8, 8), torch.randn(8, 8)
     tasks = [0, 1, 2, 3, 4, 5, 4, 1]  # closed rows are used too
     layers = [m for m in model.modules() if isinstance(m, PolyLayer)]
@@ -137,7 +195,9 @@ def test_only_the_rows_asked_for_move(optimiser, skills):
         assert (router.module_logits[[1, 4, 5]] != old[[1, 4, 5]]).any(1).all()
         assert router.module_logits.grad is None
         assert torch.equal(router.table(), router.module_logits)
-    assert {id(p) for p in mine.state} == {id(row) for layer in layers for row in layer.poly_router["default"].rows}
+    assert {id(p) for p in mine.state} == {
+        id(row) for layer in layers for row in layer.poly_router["default"].rows
+    }
     if skills:
         return
     # The slow way: step the rows as tensors of their own, with gradients of the whole table.
@@ -160,14 +220,21 @@ def test_open_rows_stay_in_the_table_wherever_the_model_goes(tmp_path):
     model = poly(relaxed_bernoulli=False)
     model.train_only(tasks="c")
     x = torch.randn(3, 8)
-    for moved in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+    for moved in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model).double().float(),
+    ):
         assert "base_model.model.0.poly_router.default.rows.0" in trainable(moved)
         optimizer = torch.optim.SGD([p for p in moved.parameters() if p.requires_grad], lr=1.0)
         moved(x, task_ids=2).sum().backward()
         optimizer.step()
         for layer in moved.base_model.tuner_layers():
             router = layer.poly_router["default"]
-            assert torch.equal(router.module_logits, router.table()) and router.rows[0].grad.abs().sum() > 0
+            assert (
+                torch.equal(router.module_logits, router.table())
+                and router.rows[0].grad.abs().sum() > 0
+            )
         assert not any("rows" in name for name in moved.state_dict())
         output = moved(x, task_ids=2)
         assert not torch.equal(output, model(x, task_ids=2))
@@ -200,7 +267,10 @@ NOTHING_TRAINS = {
     "no companions": ({}, lambda m: m.train_only(companions=True)),
     "fixed": ({"routing": "fixed"}, lambda m: m.train_only(tasks=["a"])),
     "removed": ({}, lambda m: [m.train_only(tasks=["a", "b"]), m.remove_tasks(["b", "a"])]),
-    "reordered away": ({}, lambda m: [m.train_only(tasks="all"), m.train_only(tasks="b"), m.remove_tasks("b")]),
+    "reordered away": (
+        {},
+        lambda m: [m.train_only(tasks="all"), m.train_only(tasks="b"), m.remove_tasks("b")],
+    ),
 }
 
 
@@ -209,7 +279,8 @@ def test_we_warn_where_nothing_is_left_that_trains(case):
     fields, change = NOTHING_TRAINS[case]
     model = poly(**fields)
     with pytest.warns(
-        UserWarning, match="No parameter of the model trains now.*adapter default.*`train_only`.*`set_adapter`"
+        UserWarning,
+        match="No parameter of the model trains now.*adapter default.*`train_only`.*`set_adapter`",
     ) as caught:
         change(model)
     assert caught[0].filename == __file__
@@ -244,7 +315,11 @@ def test_what_an_engine_has_sharded_is_left_alone(change, monkeypatch):
 
 
 START = lambda m, init: m.add_tasks(["new"], init=init)  # noqa: E731
-WORDS = [("mean", 0, START), ("uniform", 1, START), ("all", 2, lambda m, tasks: m.train_only(tasks=tasks))]
+WORDS = [
+    ("mean", 0, START),
+    ("uniform", 1, START),
+    ("all", 2, lambda m, tasks: m.train_only(tasks=tasks)),
+]
 
 
 @pytest.mark.parametrize(("word", "task", "change"), WORDS, ids=["mean", "uniform", "all"])
@@ -254,29 +329,57 @@ def test_a_word_goes_before_a_task_of_its_name_and_a_list_has_names(word, task, 
         model = poly()
         model.peft_config["default"].task_names = names
         change(model, value)
-        return sorted(trainable(model)), [weights.tolist() for weights in model.get_router_weights().values()]
+        return sorted(trainable(model)), [
+            weights.tolist() for weights in model.get_router_weights().values()
+        ]
 
     words, others = ["mean", "uniform", "all", "d"], ["a", "b", "c", "d"]
-    with pytest.warns(UserWarning, match=rf"='{word}' is not the task of that name: pass \['{word}'\] for the task"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"='{word}' is not the task of that name: pass \['{word}'\] for the task",
+    ):
         assert outcome(words, word) == outcome(others, word)
     with warnings.catch_warnings(action="error"):
         assert outcome(words, [word]) == outcome(others, task) != outcome(others, word)
 
 
 BAD_NEW = [
-    (lambda m: m.add_tasks("new"), TypeError, r"must be a number or a list of names. Did you mean \['new'\]"),
-    *((lambda m, t=t: m.add_tasks(t), TypeError, "must be a number or a list") for t in (None, True, 1.5, [None], b"n")),
+    (
+        lambda m: m.add_tasks("new"),
+        TypeError,
+        r"must be a number or a list of names. Did you mean \['new'\]",
+    ),
+    *(
+        (lambda m, t=t: m.add_tasks(t), TypeError, "must be a number or a list")
+        for t in (None, True, 1.5, [None], b"n")
+    ),
     (lambda m: m.add_tasks([]), ValueError, "it names none"),
     (lambda m: m.add_tasks([" "]), ValueError, "' ' is blank"),
     (lambda m: m.add_tasks(["new", "a"]), ValueError, "'a' comes twice"),
-    (lambda m: m.add_tasks(["new"], init=None), ValueError, "`init`=None must be 'mean', 'uniform', or the id or name of a task"),
+    (
+        lambda m: m.add_tasks(["new"], init=None),
+        ValueError,
+        "`init`=None must be 'mean', 'uniform', or the id or name of a task",
+    ),
     (lambda m: m.add_tasks(["new"], init="men"), ValueError, "Did you mean 'mean'"),
     (lambda m: m.add_tasks(["new"], init=["a", "b"]), ValueError, "names 2 tasks; pass one"),
     (lambda m: m.begin_regime("z", ["a"]), ValueError, "Did you mean 'Z'"),
-    (lambda m: m.begin_regime("Z"), ValueError, "takes the new tasks: pass `tasks=`.*adapter's 4; `add_tasks` adds"),
+    (
+        lambda m: m.begin_regime("Z"),
+        ValueError,
+        "takes the new tasks: pass `tasks=`.*adapter's 4; `add_tasks` adds",
+    ),
     (lambda m: m.begin_regime(["Z"], ["a"]), ValueError, "must be one of"),
-    (lambda m: m.begin_regime("Z", ["a"], new_adapter="b"), ValueError, "makes no adapter: leave out `new_adapter`='b'"),
-    (lambda m: m.set_router_weights({"O": torch.ones(4, 3)}), ValueError, r"\['O'\] are no paths .* those are \['0', '2'\]"),
+    (
+        lambda m: m.begin_regime("Z", ["a"], new_adapter="b"),
+        ValueError,
+        "makes no adapter: leave out `new_adapter`='b'",
+    ),
+    (
+        lambda m: m.set_router_weights({"O": torch.ones(4, 3)}),
+        ValueError,
+        r"\['O'\] are no paths .* those are \['0', '2'\]",
+    ),
 ]
 
 
@@ -315,11 +418,19 @@ def test_new_tasks_come_in_any_collection():
 
 @pytest.mark.compile
 def test_rows_train_in_mixed_batches_checkpoints_and_compiled():
-    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], relaxed_bernoulli=False))
-    model.add_adapter("other", config(target_modules=["q_proj"], n_tasks=2, relaxed_bernoulli=False))
+    model = get_peft_model(
+        llama(), config(target_modules=["q_proj", "v_proj"], relaxed_bernoulli=False)
+    )
+    model.add_adapter(
+        "other", config(target_modules=["q_proj"], n_tasks=2, relaxed_bernoulli=False)
+    )
     model.train_only(tasks=[3], adapter_name="default")
     ids = torch.randint(3, 48, (4, 5))
-    call = {"input_ids": ids, "task_ids": [3, 1, 0, 3], "adapter_names": ["default", "other", "default", "__base__"]}
+    call = {
+        "input_ids": ids,
+        "task_ids": [3, 1, 0, 3],
+        "adapter_names": ["default", "other", "default", "__base__"],
+    }
     model.train()
     gradients = []
     for checkpointing in (False, True):
@@ -338,7 +449,9 @@ def test_rows_train_in_mixed_batches_checkpoints_and_compiled():
         compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
         x = torch.randn(2, 8)
         for tasks in ([0, 1], [3, 3], [2, 0]):
-            torch.testing.assert_close(compiled(x, task_ids=torch.tensor(tasks)), small(x, task_ids=tasks))
+            torch.testing.assert_close(
+                compiled(x, task_ids=torch.tensor(tasks)), small(x, task_ids=tasks)
+            )
 
 
 # Regimes
@@ -361,7 +474,10 @@ def test_regimes():
         old = model(x, task_ids=["a", "c", "new"])
         chosen = model.begin_regime(name, ["new"] if regime.needs_tasks else None)
         assert chosen is regime
-        parts = {next(part for part in ("rows", "lora", "module_logits") if part in name) for name in trainable(model)}
+        parts = {
+            next(part for part in ("rows", "lora", "module_logits") if part in name)
+            for name in trainable(model)
+        }
         assert tuple(sorted(parts)) == expected[name]
         active = model.active_adapter
         assert all(f".{active}" in parameter for parameter in trainable(model))
@@ -387,9 +503,18 @@ def test_the_mean_of_all_skills():
         A, B = layer.poly_lora_A["default"].double(), layer.poly_lora_B["default"].double()
         left = torch.cat([sum(A[q, s] for s in range(3)) / 3 for q in range(2)], 0)
         right = torch.cat([sum(B[q, s] for s in range(3)) / 3 for q in range(2)], 1)
-        torch.testing.assert_close(layer.get_delta_weight("mean").double(), (left @ right * 1.5).T, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            layer.get_delta_weight("mean").double(), (left @ right * 1.5).T, atol=1e-6, rtol=1e-5
+        )
     new = model.peft_config["mean"]
-    assert (new.n_tasks, new.n_skills, new.n_splits, new.r, new.alpha, new.task_names) == (1, 1, 1, 2, 3.0, None)
+    assert (new.n_tasks, new.n_skills, new.n_splits, new.r, new.alpha, new.task_names) == (
+        1,
+        1,
+        1,
+        2,
+        3.0,
+        None,
+    )
 
 
 @pytest.mark.parametrize("granularity", ["linear", "layer"])
@@ -401,7 +526,9 @@ def test_extracting_tasks(granularity, tmp_path):
     model.extract_tasks("one", {"b": 1.0})
     model.extract_tasks("blend", {"d": 0.25, "b": 0.75})
     model.set_adapter("few")
-    assert model.peft_config["few"].task_names == ["d", "b"] and torch.equal(model(x, task_ids=[0, 1]), expected)
+    assert model.peft_config["few"].task_names == ["d", "b"] and torch.equal(
+        model(x, task_ids=[0, 1]), expected
+    )
     model.set_adapter("one")
     torch.testing.assert_close(model(x[1:]), expected[1:])
     for layer in model.base_model.tuner_layers():
@@ -420,7 +547,10 @@ BAD_SHARES = [
     ({}, "names no task; pass a share for each"),
     ({"A": 1.0}, "Did you mean 'a'"),
     ({("a", "b"): 1.0}, "names 2 tasks; pass one"),
-    *(({"b": 1.0, "a": share}, r"\['a'\]`=.* must be a finite number") for share in (NAN, INF, "1", None, True, [1.0])),
+    *(
+        ({"b": 1.0, "a": share}, r"\['a'\]`=.* must be a finite number")
+        for share in (NAN, INF, "1", None, True, [1.0])
+    ),
 ]
 
 
@@ -461,7 +591,9 @@ def test_fitting_finds_the_routing_of_a_task(init):
     before = snapshot(model)
     untouched = model.base_model.task_routers("default")["0"].module_logits[:4].clone()
     parameters = {id(p) for p in model.parameters()}
-    fit = model.fit_task("copy", lambda: (model(x, task_ids="copy") - y).square().mean(), steps=30, init=init)
+    fit = model.fit_task(
+        "copy", lambda: (model(x, task_ids="copy") - y).square().mean(), steps=30, init=init
+    )
     after = snapshot(model)
     assert {id(p) for p in model.parameters()} == parameters
     for key in ("requires_grad", "modules", "rng"):
@@ -479,7 +611,9 @@ def test_fitting_finds_the_routing_of_a_task(init):
 
 
 def test_fitting_with_batches_of_a_language_model():
-    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        llama(), config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 48, (3, 2, 6))]
     model.add_tasks(1)
     fit = model.fit_task(4, batches, steps=9, lr=1.0, init="best")
@@ -493,13 +627,29 @@ def test_fitting_with_batches_of_a_language_model():
 
 
 WRONG_LOSSES = {
-    "a float": (lambda y: float(y.detach().square().mean()), TypeError, "it returned .*, a float. Return the loss itself"),
+    "a float": (
+        lambda y: float(y.detach().square().mean()),
+        TypeError,
+        "it returned .*, a float. Return the loss itself",
+    ),
     "nothing": (lambda y: None, TypeError, "it returned None, a NoneType"),
     "many": (lambda y: y.square(), TypeError, r"it returned a tensor of shape \[3, 8\]"),
-    "detached": (lambda y: y.detach().square().mean(), ValueError, "`loss` does not depend on the routing of task 0"),
-    "NaN": (lambda y: y.sum() * NAN, ValueError, "`loss` is nan after 0 steps; the routing of task 0 is left.*look for"),
+    "detached": (
+        lambda y: y.detach().square().mean(),
+        ValueError,
+        "`loss` does not depend on the routing of task 0",
+    ),
+    "NaN": (
+        lambda y: y.sum() * NAN,
+        ValueError,
+        "`loss` is nan after 0 steps; the routing of task 0 is left.*look for",
+    ),
     "infinite": (lambda y: y.sum() * INF, ValueError, "`loss` is -?(inf|nan) after 0 steps"),
-    "no gradient": (lambda y: (y * 0).abs().sqrt().sum(), ValueError, "`loss` is 0.0, but has gradients that are NaN"),
+    "no gradient": (
+        lambda y: (y * 0).abs().sqrt().sum(),
+        ValueError,
+        "`loss` is 0.0, but has gradients that are NaN",
+    ),
 }
 
 
@@ -526,7 +676,10 @@ def test_a_loss_that_stops_being_finite_changes_nothing():
     ids = torch.tensor([[3, 4, 5]])
     before = snapshot(lm)
     with pytest.raises(ValueError, match="nan after 1 steps.*labels that are all left out"):
-        lm.fit_task(0, [{"input_ids": ids, "labels": labels} for labels in (ids, torch.full_like(ids, -100))])
+        lm.fit_task(
+            0,
+            [{"input_ids": ids, "labels": labels} for labels in (ids, torch.full_like(ids, -100))],
+        )
     assert_unchanged(before, lm)
 
 
@@ -537,7 +690,9 @@ def test_a_loss_that_runs_another_task_is_refused(init):
     before = snapshot(model)
     message = r"never ran the model with task 0 \('a'\), but with 1 \('b'\), 2 \('c'\): have it .* `task_ids=0`"
     with pytest.raises(ValueError, match=message):
-        model.fit_task("a", lambda: model(x, task_ids=["b", "c", "b"]).square().mean(), steps=2, init=init)
+        model.fit_task(
+            "a", lambda: model(x, task_ids=["b", "c", "b"]).square().mean(), steps=2, init=init
+        )
     assert_unchanged(before, model)
     turns = iter(["b", "a", "b"])  # some of the calls may be of other tasks
     fit = model.fit_task("a", lambda: model(x, task_ids=next(turns)).square().mean(), steps=2)
@@ -547,9 +702,18 @@ def test_a_loss_that_runs_another_task_is_refused(init):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"steps": steps}, f"`steps`={steps!r} must be an integer of at least 0") for steps in ("3", 1.5, -1, True, None)),
-        *(({"lr": lr}, f"`lr`={lr!r} must be a positive finite number") for lr in ("0.1", 0, INF, NAN, True, None)),
-        ({"init": "Best"}, "`init`='Best' must be one of None, 'best', 'equal'. Did you mean 'best'"),
+        *(
+            ({"steps": steps}, f"`steps`={steps!r} must be an integer of at least 0")
+            for steps in ("3", 1.5, -1, True, None)
+        ),
+        *(
+            ({"lr": lr}, f"`lr`={lr!r} must be a positive finite number")
+            for lr in ("0.1", 0, INF, NAN, True, None)
+        ),
+        (
+            {"init": "Best"},
+            "`init`='Best' must be one of None, 'best', 'equal'. Did you mean 'best'",
+        ),
         ({"init": ["best"]}, "must be one of"),
     ],
     ids=str,
@@ -572,7 +736,12 @@ def test_no_task_is_fitted_while_adapters_are_merged():
 def test_no_steps_take_the_best_start():
     model, x = poly(), torch.randn(3, 8)
     y = model(x, task_ids="c").detach()
-    fit = model.fit_task("a", lambda: (model(x, task_ids="a") - y).square().mean(), steps=torch.tensor(0), init="best")
+    fit = model.fit_task(
+        "a",
+        lambda: (model(x, task_ids="a") - y).square().mean(),
+        steps=torch.tensor(0),
+        init="best",
+    )
     assert fit.start == 2 and fit.losses == [0.0] and torch.equal(model(x, task_ids="a"), y)
 
 
@@ -589,7 +758,8 @@ def test_messages_name_the_argument_that_the_caller_passed(tmp_path):
         lambda **task: convert_to_lora(model, **task),
     ):
         with pytest.raises(
-            ValueError, match="^task_id should not be None: the adapter has 4 tasks; pass one of them, by id or name"
+            ValueError,
+            match="^task_id should not be None: the adapter has 4 tasks; pass one of them, by id or name",
         ):
             call()
         with pytest.raises(TypeError, match="`task_id` must be integers, not torch.float32"):
@@ -597,7 +767,11 @@ def test_messages_name_the_argument_that_the_caller_passed(tmp_path):
     assert not (tmp_path / "lora").exists()
     with pytest.raises(TypeError, match="`task_id` must be"):
         model.merge_adapter(task_id=0.5)
-    for method, argument in (("fit_task", "task"), ("remove_tasks", "tasks"), ("reorder_tasks", "order")):
+    for method, argument in (
+        ("fit_task", "task"),
+        ("remove_tasks", "tasks"),
+        ("reorder_tasks", "order"),
+    ):
         with pytest.raises(TypeError, match=f"`{argument}` must be integers"):
             getattr(model, method)(*(0.5, None)[: 2 if method == "fit_task" else 1])
     with pytest.raises(TypeError, match="`init` must be integers"):
@@ -643,7 +817,9 @@ def test_companions_train_on_request():
 
 @pytest.mark.parametrize("options", [{"skills": "yes"}, {"skills": 1}, {"companions": None}])
 def test_what_trains_is_said_by_true_or_false(options):
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), PolyConfig(n_tasks=2, target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), PolyConfig(n_tasks=2, target_modules=["0"])
+    )
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(TypeError, match="must be True or False"):
         model.train_only(**options)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing by input: whatever way a call tells which tokens are real and which are the answer, the same tokens decide."""
+"""Routing by input: whatever way a call tells which tokens are real and which are the answer, the
+same tokens decide.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,12 @@ from transformers import (
 
 from peft import PolyConfig, get_peft_model
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 QV = ["q_proj", "v_proj"]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -30,7 +37,14 @@ def _seed():
 
 def mope(base, targets=QV, **fields):
     """A model in which what decides is seen."""
-    options = {"r": 2, "n_skills": 3, "n_tasks": 1, "poly_type": "mope", "init_weights": False, **fields}
+    options = {
+        "r": 2,
+        "n_skills": 3,
+        "n_tasks": 1,
+        "poly_type": "mope",
+        "init_weights": False,
+        **fields,
+    }
     model = get_peft_model(base.eval(), PolyConfig(target_modules=targets, **options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,7 +84,9 @@ def test_arguments_by_position():
     by_name = model(input_ids=text, attention_mask=mask, labels=labels).logits
     torch.testing.assert_close(model(text, mask, labels=labels).logits, by_name)
     torch.testing.assert_close(model(text, mask, None, None, None, labels).logits, by_name)
-    torch.testing.assert_close(model.get_base_model()(text, mask, None, None, None, labels).logits, by_name)
+    torch.testing.assert_close(
+        model.get_base_model()(text, mask, None, None, None, labels).logits, by_name
+    )
     assert not torch.allclose(model(text, mask).logits, by_name)
     assert not torch.allclose(model(text, labels=labels).logits, by_name)
 
@@ -88,7 +104,9 @@ def test_masks_of_pairs(dtype):
 
 def test_masks_that_tell_nothing_are_refused():
     model = mope(llama())
-    with pytest.raises(TypeError, match="str does not tell which tokens are real; pass them as `routing_mask`"):
+    with pytest.raises(
+        TypeError, match="str does not tell which tokens are real; pass them as `routing_mask`"
+    ):
         model(ids(), attention_mask="all")
     with pytest.raises(NotImplementedError, match="3 texts are packed into 1 row"):
         model(ids(1), cu_seq_lens_q=torch.tensor([0, 1, 3, 6]))
@@ -97,7 +115,9 @@ def test_masks_that_tell_nothing_are_refused():
 
 @torch.no_grad()
 def test_the_prompt_decides_however_generation_goes():
-    """Guesses of what follows, of the same model or of another, beams, caches of fixed length: as written step by step."""
+    """Guesses of what follows, of the same model or of another, beams, caches of fixed length: as
+    written step by step.
+    """
     model, text = mope(llama()), ids(1)
     expected = model.generate(input_ids=text, **GREEDY)
     whole = model(expected, routing_mask=torch.arange(expected.shape[1])[None] < 6).logits
@@ -112,7 +132,9 @@ def test_the_prompt_decides_however_generation_goes():
     ]
     for way in ways:
         assert torch.equal(model.generate(input_ids=text, **GREEDY, **way), expected), way
-    assert torch.equal(model.get_base_model().generate(text, prompt_lookup_num_tokens=3, **GREEDY), expected)
+    assert torch.equal(
+        model.get_base_model().generate(text, prompt_lookup_num_tokens=3, **GREEDY), expected
+    )
 
 
 @torch.no_grad()
@@ -121,7 +143,10 @@ def test_padded_prompts_with_a_cache_of_fixed_length():
     text, mask = padded()
     expected = model.generate(input_ids=text, attention_mask=mask, **GREEDY)
     for more in ({"attention_mask": mask}, {}):  # without a mask, padding is told by its token
-        assert torch.equal(model.generate(input_ids=text, cache_implementation="static", **more, **GREEDY), expected)
+        assert torch.equal(
+            model.generate(input_ids=text, cache_implementation="static", **more, **GREEDY),
+            expected,
+        )
     beams = {"num_beams": 2, "num_return_sequences": 2}
     written = model.generate(input_ids=text, attention_mask=mask, **beams, **GREEDY)
     alone = model.generate(input_ids=text[1:2, 2:], **beams, **GREEDY)
@@ -146,15 +171,25 @@ def test_a_prompt_in_pieces_is_refused():
     written = model.generate(input_ids=text, **GREEDY)
     assert torch.equal(model.generate(input_ids=text, **GREEDY), written)
     token = mope(llama(), routing_level="token")
-    assert torch.equal(token.generate(input_ids=text, prefill_chunk_size=2, **GREEDY), token.generate(input_ids=text, **GREEDY))
+    assert torch.equal(
+        token.generate(input_ids=text, prefill_chunk_size=2, **GREEDY),
+        token.generate(input_ids=text, **GREEDY),
+    )
 
 
 @torch.no_grad()
 def test_text_with_images():
-    """A mask is for the tokens of the text and not for the patches, and the answer is hidden from those alone."""
+    """A mask is for the tokens of the text and not for the patches, and the answer is hidden from
+    those alone.
+    """
     vision = CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)
     text = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=48, pad_token_id=0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=47, vision_feature_select_strategy="default")
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=47,
+        vision_feature_select_strategy="default",
+    )
     model = mope(LlavaForConditionalGeneration(config), ["q_proj", "v_proj"])
     tokens = torch.cat([torch.full((2, 4), 47), torch.randint(3, 40, (2, 5))], 1)
     images, mask = torch.randn(2, 3, 8, 8), torch.ones_like(tokens)
@@ -164,18 +199,31 @@ def test_text_with_images():
     first = model(input_ids=tokens, **call).logits
     later = tokens.clone()
     later[:, 7:] = 5
-    assert torch.equal(model(input_ids=later, **call).logits[:, :7], first[:, :7])  # nothing of the answer decides
+    assert torch.equal(
+        model(input_ids=later, **call).logits[:, :7], first[:, :7]
+    )  # nothing of the answer decides
     for i, end in ((0, 9), (1, 8)):
-        alone = {name: value[i : i + 1, : None if name == "pixel_values" else end] for name, value in call.items()}
+        alone = {
+            name: value[i : i + 1, : None if name == "pixel_values" else end]
+            for name, value in call.items()
+        }
         torch.testing.assert_close(
-            model(input_ids=tokens[i : i + 1, :end], **alone).logits[0], first[i, :end], atol=1e-5, rtol=1e-4
+            model(input_ids=tokens[i : i + 1, :end], **alone).logits[0],
+            first[i, :end],
+            atol=1e-5,
+            rtol=1e-4,
         )
 
 
 @torch.no_grad()
 def test_padded_sounds():
     """Their mask is for samples, and the layers see frames."""
-    options = {"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (4, 2), "num_conv_pos_embeddings": 4}
+    options = {
+        "conv_dim": (8, 8),
+        "conv_stride": (4, 2),
+        "conv_kernel": (4, 2),
+        "num_conv_pos_embeddings": 4,
+    }
     config = Wav2Vec2Config(
         **SMALL, **options, num_feat_extract_layers=2, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
         do_stable_layer_norm=True, mask_time_prob=0.0,
@@ -187,7 +235,9 @@ def test_padded_sounds():
     alone = model(input_values=sounds[1:, :96]).last_hidden_state
     frames = alone.shape[1]
     torch.testing.assert_close(together[1:, :frames], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(model(input_values=sounds * mask).last_hidden_state[1:, :frames], alone, atol=1e-4)
+    assert not torch.allclose(
+        model(input_values=sounds * mask).last_hidden_state[1:, :frames], alone, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -204,7 +254,12 @@ def test_padded_choices():
 @torch.no_grad()
 def test_adapters_by_sample_with_beams():
     model = mope(llama())
-    model.add_adapter("b", PolyConfig(r=2, n_skills=3, n_tasks=1, poly_type="mope", init_weights=False, target_modules=QV))
+    model.add_adapter(
+        "b",
+        PolyConfig(
+            r=2, n_skills=3, n_tasks=1, poly_type="mope", init_weights=False, target_modules=QV
+        ),
+    )
     text, mask = padded()
     names, options = ["b", "default", "b"], {"num_beams": 3, **GREEDY}
     together = model.generate(input_ids=text, attention_mask=mask, adapter_names=names, **options)
@@ -240,4 +295,6 @@ def test_flattened_tokens_decide_together():
             weights = logits / logits.sum()
             A = (weights[0, :, None, None] * layer.poly_lora_A["default"][0]).sum(0)
             B = (weights[0, :, None, None] * layer.poly_lora_B["default"][0]).sum(0)
-            torch.testing.assert_close(found[i], layer.base_layer(x[i]) + x[i] @ A @ B / 2, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                found[i], layer.base_layer(x[i]) + x[i] @ A @ B / 2, atol=1e-4, rtol=1e-4
+            )

@@ -9,7 +9,16 @@ import torch
 from conftest import gpt2, mlp
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftError, PeftModel, PolyConfig, convert_to_poly, get_peft_model, save_as_poly
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftError,
+    PeftModel,
+    PolyConfig,
+    convert_to_poly,
+    get_peft_model,
+    save_as_poly,
+)
 
 TARGETS = ["0", "2"]
 
@@ -20,7 +29,9 @@ def _seed():
 
 
 def lora(r=2, **fields):
-    return LoraConfig(**{"r": r, "lora_alpha": 5, "init_lora_weights": False, "target_modules": TARGETS, **fields})
+    return LoraConfig(
+        **{"r": r, "lora_alpha": 5, "init_lora_weights": False, "target_modules": TARGETS, **fields}
+    )
 
 
 def library(base, *configs):
@@ -31,7 +42,13 @@ def library(base, *configs):
 
 
 def test_every_task_is_its_adapter(tmp_path):
-    model = library(mlp(), lora(), lora(3), lora(1, target_modules=["2"], use_rslora=True), lora(2, target_modules=["4"]))
+    model = library(
+        mlp(),
+        lora(),
+        lora(3),
+        lora(1, target_modules=["2"], use_rslora=True),
+        lora(2, target_modules=["4"]),
+    )
     x, expected = torch.randn(3, 8), {}
     for name in "abcd":
         model.set_adapter(name)
@@ -46,19 +63,29 @@ def test_every_task_is_its_adapter(tmp_path):
         torch.testing.assert_close(loaded(x, task_ids=name), expected[name], atol=1e-5, rtol=1e-4)
     loaded.add_tasks(["new"], init="mean")
     target = (expected["a"] + expected["b"]) / 2
-    fit = loaded.fit_task("new", lambda: (loaded(x, task_ids="new") - target).square().mean(), steps=20)
+    fit = loaded.fit_task(
+        "new", lambda: (loaded(x, task_ids="new") - target).square().mean(), steps=20
+    )
     assert min(fit.losses) < fit.losses[0]
     loaded.train()
     loaded(x, task_ids=["a", "b", "c"]).square().sum().backward()
-    assert all(layer.poly_lora_B["default"].grad.abs().sum() > 0 for layer in loaded.base_model.tuner_layers())
+    assert all(
+        layer.poly_lora_B["default"].grad.abs().sum() > 0
+        for layer in loaded.base_model.tuner_layers()
+    )
 
 
 def test_tasks_that_share_skills_a_little():
-    converted = convert_to_poly(library(mlp(), lora(), lora(), lora()), {"a": "sum", "c": "max"}, own_weight=0.9)
+    converted = convert_to_poly(
+        library(mlp(), lora(), lora(), lora()), {"a": "sum", "c": "max"}, own_weight=0.9
+    )
     logits = converted.state_dict["base_model.model.0.poly_router.module_logits"]
     gates = logits.double().sigmoid()
     torch.testing.assert_close(
-        gates / gates.sum(1, keepdim=True), torch.tensor([[0.9, 0.1], [0.1, 0.9]]).double(), atol=1e-6, rtol=0
+        gates / gates.sum(1, keepdim=True),
+        torch.tensor([[0.9, 0.1], [0.1, 0.9]]).double(),
+        atol=1e-6,
+        rtol=0,
     )
     assert converted.config.task_names == ["sum", "max"]
     smaller = convert_to_poly(library(mlp(), lora(4), lora()), ["a", "b"], rank=2)
@@ -66,11 +93,22 @@ def test_tasks_that_share_skills_a_little():
 
 
 def test_other_methods_and_layouts(tmp_path):
-    model = get_peft_model(gpt2(), lora(target_modules=["c_attn"], fan_in_fan_out=True), "a", mixed=True).eval()
+    model = get_peft_model(
+        gpt2(), lora(target_modules=["c_attn"], fan_in_fan_out=True), "a", mixed=True
+    ).eval()
     model.add_adapter(
-        "b", LoKrConfig(r=2, target_modules=["c_attn", "c_proj"], init_weights=False, decompose_both=True, decompose_factor=4)
+        "b",
+        LoKrConfig(
+            r=2,
+            target_modules=["c_attn", "c_proj"],
+            init_weights=False,
+            decompose_both=True,
+            decompose_factor=4,
+        ),
     )
-    model.add_adapter("c", PolyConfig(r=2, n_tasks=3, n_splits=2, init_weights=False, target_modules=["c_proj"]))
+    model.add_adapter(
+        "c", PolyConfig(r=2, n_tasks=3, n_splits=2, init_weights=False, target_modules=["c_proj"])
+    )
     ids = torch.randint(3, 48, (2, 5))
     expected = []
     for name in "ab":
@@ -116,23 +154,38 @@ BAD = [
         TypeError,
         "`words`: Poly adapts linear layers; Embedding",
     ),
-    (lambda: library(mlp(), PolyConfig(n_tasks=2, target_modules=["0"])), ["a"], ValueError, "task_id should not be None"),
+    (
+        lambda: library(mlp(), PolyConfig(n_tasks=2, target_modules=["0"])),
+        ["a"],
+        ValueError,
+        "task_id should not be None",
+    ),
     (mlp, ["a"], TypeError, "the model has no adapters"),
 ]
 
 
-@pytest.mark.parametrize(("build", "adapters", "error", "message"), BAD, ids=[case[3][:25] for case in BAD])
+@pytest.mark.parametrize(
+    ("build", "adapters", "error", "message"), BAD, ids=[case[3][:25] for case in BAD]
+)
 def test_what_is_refused(build, adapters, error, message, tmp_path):
     with pytest.raises(error, match=message):
         save_as_poly(tmp_path / "out", build(), adapters)
     assert not (tmp_path / "out").exists()
 
 
-WRONG = [(name, value) for name in ("own_weight", "rank") for value in (0, -1, math.nan, 1.5, "1", True, [1])]
+WRONG = [
+    (name, value)
+    for name in ("own_weight", "rank")
+    for value in (0, -1, math.nan, 1.5, "1", True, [1])
+]
 
 
-@pytest.mark.parametrize(("option", "value"), [*WRONG, ("own_weight", math.inf), ("own_weight", None)])
+@pytest.mark.parametrize(
+    ("option", "value"), [*WRONG, ("own_weight", math.inf), ("own_weight", None)]
+)
 def test_numbers_that_are_refused(option, value):
-    with pytest.raises((TypeError, ValueError), match=re.escape(f"`{option}`={value!r} must be a")) as refusal:
+    with pytest.raises(
+        (TypeError, ValueError), match=re.escape(f"`{option}`={value!r} must be a")
+    ) as refusal:
         convert_to_poly(library(mlp(), lora()), ["a"], **{option: value})
     assert isinstance(refusal.value, PeftError)

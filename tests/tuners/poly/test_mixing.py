@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.tuners.poly import mixing
-from peft.tuners.poly.mixing import gates, grow_skills, mix, normalise, poly_delta, rank_space_pays, task_delta_weight, task_factors
+from peft.tuners.poly.mixing import (
+    gates,
+    grow_skills,
+    mix,
+    normalise,
+    poly_delta,
+    rank_space_pays,
+    task_delta_weight,
+    task_factors,
+)
 from peft.tuners.poly.pooling import pool, prompt_mask
 
 few = settings(max_examples=25, deadline=None)
@@ -23,16 +32,22 @@ either_path = pytest.mark.parametrize("rank_space", [False, True], ids=["matrice
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def skills(n_splits: int, n_skills: int, n_in: int, n_out: int, r: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def skills(
+    n_splits: int, n_skills: int, n_in: int, n_out: int, r: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     A = normal(n_splits, n_skills, n_in // n_splits, r, seed=seed)
     return A, normal(n_splits, n_skills, r, n_out // n_splits, seed=seed + 1)
 
 
 def mixed(weights: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`A_w [in, r]` and `B_w [r, out]` of one sample: sums over skills, stacked and concatenated over splits."""
+    """`A_w [in, r]` and `B_w [r, out]` of one sample: sums over skills, stacked and concatenated
+    over splits.
+    """
     n_splits, n_skills = weights.shape
     stacked = [sum(weights[q, s] * A[q, s] for s in range(n_skills)) for q in range(n_splits)]
     joined = [sum(weights[q, s] * B[q, s] for s in range(n_skills)) for q in range(n_splits)]
@@ -77,7 +92,9 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @given(problems(), st.booleans())
 @few
-def test_delta_is_the_loop(problem: tuple[Tensor, Tensor, Tensor, Tensor], rank_space: bool) -> None:
+def test_delta_is_the_loop(
+    problem: tuple[Tensor, Tensor, Tensor, Tensor], rank_space: bool
+) -> None:
     with path(rank_space):
         delta = poly_delta(*problem, 0.5)
     torch.testing.assert_close(delta, delta_by_loop(*problem, 0.5))
@@ -127,13 +144,23 @@ def test_every_row_of_a_sample_keeps_its_weights(rank_space: bool) -> None:
 @pytest.mark.parametrize(
     ("x", "weights", "message"),
     [
-        ((3, 4), (2, 1, 2), r"3 rows \(shape \(3, 4\)\) does not fit routing weights for 2 samples"),
+        (
+            (3, 4),
+            (2, 1, 2),
+            r"3 rows \(shape \(3, 4\)\) does not fit routing weights for 2 samples",
+        ),
         ((2, 3, 4), (3, 1, 2), "2 rows .* 3 samples"),
         ((2, 4), (0, 1, 2), "2 rows .* 0 samples"),
-        ((2, 3, 4), (2, 2, 1, 2), r"weights of shape \(2, 2, 1, 2\) do not fit an input of shape \(2, 3, 4\)"),
+        (
+            (2, 3, 4),
+            (2, 2, 1, 2),
+            r"weights of shape \(2, 2, 1, 2\) do not fit an input of shape \(2, 3, 4\)",
+        ),
     ],
 )
-def test_rows_that_belong_to_no_sample_are_refused(x: tuple[int, ...], weights: tuple[int, ...], message: str) -> None:
+def test_rows_that_belong_to_no_sample_are_refused(
+    x: tuple[int, ...], weights: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         poly_delta(torch.zeros(x), torch.zeros(weights), *skills(1, 2, 4, 4, 2))
 
@@ -191,7 +218,9 @@ def test_half_precision_skills_take_float32_weights(rank_space: bool, dtype: tor
         delta = poly_delta(x.to(dtype), weights.float(), A.to(dtype), B.to(dtype), 0.5)
     assert delta.dtype == dtype
     tolerance = 16 * torch.finfo(dtype).eps
-    torch.testing.assert_close(delta.double(), delta_by_loop(x, weights, A, B, 0.5), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        delta.double(), delta_by_loop(x, weights, A, B, 0.5), atol=tolerance, rtol=tolerance
+    )
 
 
 @either_path
@@ -202,7 +231,9 @@ def test_autocast_multiplies_in_half_precision(rank_space: bool) -> None:
     with path(rank_space), torch.autocast("cpu", dtype=torch.bfloat16):
         delta = poly_delta(*leaves, 0.5)
     assert delta.dtype == torch.bfloat16
-    torch.testing.assert_close(delta.double(), delta_by_loop(x, weights, A, B, 0.5), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        delta.double(), delta_by_loop(x, weights, A, B, 0.5), atol=0.1, rtol=0.1
+    )
     delta.sum().backward()
     assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves)
 
@@ -218,10 +249,17 @@ def test_delta_compiles_without_a_graph_break(tokens: int) -> None:
 
 @pytest.mark.compile
 def test_routing_compiles_without_a_graph_break() -> None:
-    def route(logits: Tensor, x: Tensor, mask: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    def route(
+        logits: Tensor, x: Tensor, mask: Tensor, labels: Tensor, training: bool
+    ) -> tuple[Tensor, Tensor]:
         return normalise(gates(logits, training)), pool(x, prompt_mask(mask, labels))
 
-    arguments = (normal(2, 3), normal(2, 4, 5), torch.ones(2, 4), torch.tensor([[-100, 1, 2, 3]] * 2))
+    arguments = (
+        normal(2, 3),
+        normal(2, 4, 5),
+        torch.ones(2, 4),
+        torch.tensor([[-100, 1, 2, 3]] * 2),
+    )
     for training in (False, True):
         compiled = torch.compile(route, fullgraph=True, backend="eager")
         torch.manual_seed(0)
@@ -237,7 +275,9 @@ def test_training_gates_are_relaxed_bernoulli_to_the_bit(dtype: torch.dtype) -> 
     ours = gates(logits, training=True)
     state = torch.get_rng_state()
     torch.manual_seed(1)
-    reference = torch.distributions.RelaxedBernoulli(torch.ones((), dtype=dtype), logits=logits).rsample()
+    reference = torch.distributions.RelaxedBernoulli(
+        torch.ones((), dtype=dtype), logits=logits
+    ).rsample()
     assert torch.equal(ours, reference)
     assert torch.equal(state, torch.get_rng_state())
 
@@ -313,7 +353,10 @@ def test_growth_keeps_every_task(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    A, B = (tensor.to(dtype) for tensor in skills(n_splits, n_skills, 2 * n_splits, 3 * n_splits, 2, seed))
+    A, B = (
+        tensor.to(dtype)
+        for tensor in skills(n_splits, n_skills, 2 * n_splits, 3 * n_splits, 2, seed)
+    )
     logits = normal(5, n_splits * n_skills, seed=seed, dtype=dtype) * spread
     grown = grow_skills(logits, A, B, extra, torch.Generator().manual_seed(seed))
     assert grown[0].shape == (5, n_splits * (n_skills + extra))
@@ -322,7 +365,9 @@ def test_growth_keeps_every_task(
     assert all(tensor.dtype == dtype and tensor.isfinite().all() for tensor in grown)
     torch.testing.assert_close(grown[1][:, :n_skills], A)
     rounding = 1e-4 if dtype == torch.float32 else 1e-11
-    torch.testing.assert_close(task_deltas(*grown), task_deltas(logits, A, B), atol=rounding, rtol=rounding)
+    torch.testing.assert_close(
+        task_deltas(*grown), task_deltas(logits, A, B), atol=rounding, rtol=rounding
+    )
 
 
 def test_growth_splits_gates_between_twins() -> None:
@@ -331,7 +376,9 @@ def test_growth_splits_gates_between_twins() -> None:
     grown, new_A, _ = grow_skills(logits, A, B, 1, torch.Generator().manual_seed(0))
     assert torch.equal(new_A[:, 3], A[:, 1]), "the most used skill is cloned"
     assert torch.equal(grown[:, [0, 2]], logits[:, [0, 2]])
-    torch.testing.assert_close(grown[:, 1].sigmoid() + grown[:, 3].sigmoid(), logits[:, 1].sigmoid())
+    torch.testing.assert_close(
+        grown[:, 1].sigmoid() + grown[:, 3].sigmoid(), logits[:, 1].sigmoid()
+    )
     share = grown[:, 3].sigmoid() / logits[:, 1].sigmoid()
     assert ((share > 0.25) & (share < 0.75)).all()
     assert share[0] != share[1]
@@ -339,7 +386,9 @@ def test_growth_splits_gates_between_twins() -> None:
 
 def test_new_skills_learn() -> None:
     A, B = skills(2, 3, 4, 6, 2)
-    leaves = [tensor.detach().requires_grad_() for tensor in grow_skills(normal(4, 6), A, B, extra=2)]
+    leaves = [
+        tensor.detach().requires_grad_() for tensor in grow_skills(normal(4, 6), A, B, extra=2)
+    ]
     logits, A, B = leaves
     weights = normalise(gates(logits.view(4, 2, 5), training=False))
     poly_delta(normal(4, 3, 4), weights, A, B).square().sum().backward()
@@ -357,7 +406,9 @@ def test_growth_by_nothing_is_nothing() -> None:
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**12 - 1))
 @few
 def test_pool_is_the_mean_over_real_tokens(rows: int, tokens: int, bits: int) -> None:
-    mask = torch.tensor([[bits >> (row * tokens + t) & 1 for t in range(tokens)] for row in range(rows)])
+    mask = torch.tensor(
+        [[bits >> (row * tokens + t) & 1 for t in range(tokens)] for row in range(rows)]
+    )
     x = normal(rows, tokens, 3)
     expected = torch.zeros(rows, 3, dtype=torch.float64)
     for row in range(rows):
@@ -389,13 +440,17 @@ def test_pool_does_not_overflow_half_precision() -> None:
 
 
 def test_pool_refuses_a_mask_of_another_size() -> None:
-    with pytest.raises(ValueError, match=r"mask of shape \(2, 5\) does not fit .* \(2, 4, 3\): .* \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"mask of shape \(2, 5\) does not fit .* \(2, 4, 3\): .* \(2, 4\)"
+    ):
         pool(torch.zeros(2, 4, 3), torch.ones(2, 5))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=6), st.booleans())
 @few
-def test_prompt_mask_is_the_real_tokens_before_the_answer(tokens: list[tuple[bool, bool]], all_real: bool) -> None:
+def test_prompt_mask_is_the_real_tokens_before_the_answer(
+    tokens: list[tuple[bool, bool]], all_real: bool
+) -> None:
     tokens = [(real or all_real, supervised) for real, supervised in tokens]
     expected = [False] * len(tokens)
     for t, (real, supervised) in enumerate(tokens):

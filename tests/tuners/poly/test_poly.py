@@ -26,7 +26,9 @@ def config(**fields):
 
 
 def by_hand(layer, name, x, task):
-    """`x·A_w·B_w / r` of one sample and task in float64, with a loop for every sum (methods: Polytropon, MHR)."""
+    """`x·A_w·B_w / r` of one sample and task in float64, with a loop for every sum (methods:
+    Polytropon, MHR).
+    """
     A, B = layer.poly_lora_A[name].double(), layer.poly_lora_B[name].double()
     q, s, _, r = A.shape
     logits = layer.poly_router[name].module_logits.double()[task].view(q, s)
@@ -48,12 +50,17 @@ def test_a_layer_against_the_formula(n_splits, leading):
         layer.poly_router["default"].module_logits.normal_()
     x, tasks = torch.randn(4, *leading, 8), [2, 0, 1, 1]
     expected = torch.stack([by_hand(layer, "default", x[i], task) for i, task in enumerate(tasks)])
-    torch.testing.assert_close(layer(x, task_ids=torch.tensor(tasks)) - base(x), expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x, task_ids=torch.tensor(tasks)) - base(x), expected.float(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_gradients_of_a_layer():
     layer = Linear(nn.Linear(4, 4).double(), "default", config(n_splits=2)).eval()
-    inputs = (torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True), *[p for p in layer.parameters() if p.requires_grad])
+    inputs = (
+        torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True),
+        *[p for p in layer.parameters() if p.requires_grad],
+    )
     assert torch.autograd.gradcheck(lambda x, *_: layer(x, task_ids=[0, 2, 1]), inputs)
 
 
@@ -61,32 +68,59 @@ def test_gradients_of_a_layer():
 def test_the_documented_sizes(n_splits, count):
     with torch.device("meta"):
         base = nn.Sequential(nn.Linear(4096, 4096))
-    model = get_peft_model(base, PolyConfig(r=8, n_tasks=10, n_skills=4, n_splits=n_splits, target_modules=["0"]))
+    model = get_peft_model(
+        base, PolyConfig(r=8, n_tasks=10, n_skills=4, n_splits=n_splits, target_modules=["0"])
+    )
     assert model.get_nb_trainable_parameters()[0] == count
 
 
 def test_the_documented_gpt2_example():
     model = get_peft_model(
-        gpt2(), PolyConfig(r=8, n_tasks=4, n_skills=8, n_splits=1, target_modules=["c_attn", "c_proj"], poly_type="poly")
+        gpt2(),
+        PolyConfig(
+            r=8,
+            n_tasks=4,
+            n_skills=8,
+            n_splits=1,
+            target_modules=["c_attn", "c_proj"],
+            poly_type="poly",
+        ),
     )
     names = [name for name, module in model.named_modules() if isinstance(module, PolyLayer)]
     assert len(names) == 2 * 3
     model(torch.randint(3, 48, (4, 5)), task_ids=torch.tensor([0, 3, 1, 2])).logits.sum().backward()
-    assert "base_model.model.transformer.h.0.attn.c_attn.poly_router.default.module_logits" in dict(model.named_parameters())
+    assert "base_model.model.transformer.h.0.attn.c_attn.poly_router.default.module_logits" in dict(
+        model.named_parameters()
+    )
 
 
 IDS = torch.tensor([2, 0, 1])
-FORMS = [IDS, IDS[:, None], IDS.int(), IDS.to(torch.uint8), [2, 0, 1], (2, 0, 1), IDS.numpy(), ["c", "a", "b"]]
+FORMS = [
+    IDS,
+    IDS[:, None],
+    IDS.int(),
+    IDS.to(torch.uint8),
+    [2, 0, 1],
+    (2, 0, 1),
+    IDS.numpy(),
+    ["c", "a", "b"],
+]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{type(form).__name__}-{getattr(form, 'dtype', '')}")
+@pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: f"{type(form).__name__}-{getattr(form, 'dtype', '')}"
+)
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_forms_of_task_ids(form, task_type):
-    model = get_peft_model(llama(), config(target_modules=QV, task_names=["a", "b", "c"], task_type=task_type)).eval()
+    model = get_peft_model(
+        llama(), config(target_modules=QV, task_names=["a", "b", "c"], task_type=task_type)
+    ).eval()
     ids = torch.randint(3, 48, (3, 5))
     logits = model(input_ids=ids, task_ids=form).logits
     for i, task in enumerate([2, 0, 1]):
-        torch.testing.assert_close(model(input_ids=ids[i : i + 1], task_ids=task).logits, logits[i : i + 1])
+        torch.testing.assert_close(
+            model(input_ids=ids[i : i + 1], task_ids=task).logits, logits[i : i + 1]
+        )
     one = model(input_ids=ids, task_ids=torch.tensor([1])).logits
     torch.testing.assert_close(model(input_ids=ids, task_ids="b").logits, one)
     assert not torch.allclose(one, logits)
@@ -106,7 +140,9 @@ BAD_IDS = [
 ]
 
 
-@pytest.mark.parametrize(("task_ids", "error", "message"), BAD_IDS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("task_ids", "error", "message"), BAD_IDS, ids=lambda value: str(value)[:20]
+)
 def test_bad_task_ids_are_refused_before_any_layer_runs(task_ids, error, message):
     base = mlp()
     calls = []
@@ -160,7 +196,9 @@ def test_a_call_that_misnames_its_task_ids_is_told_their_name(name):
 def test_a_message_lists_the_first_of_many_tasks():
     names = [f"task{i}" for i in range(1000)]
     model = get_peft_model(mlp(), config(n_tasks=1000, task_names=names, target_modules=["0"]))
-    with pytest.raises(ValueError, match="'task15'\\] and 984 more. Did you mean 'task777'") as error:
+    with pytest.raises(
+        ValueError, match="'task15'\\] and 984 more. Did you mean 'task777'"
+    ) as error:
         model(torch.randn(2, 8), task_ids="Task_777")
     assert len(str(error.value)) < 400
 
@@ -227,7 +265,9 @@ def test_out_of_range_ids_fail_in_a_compiled_model_too():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 8)
-    torch.testing.assert_close(compiled(x, task_ids=torch.tensor([0, 2])), model(x, task_ids=[0, 2]))
+    torch.testing.assert_close(
+        compiled(x, task_ids=torch.tensor([0, 2])), model(x, task_ids=[0, 2])
+    )
     for bad in ([0, 3], [-1, 0]):
         with pytest.raises((RuntimeError, IndexError)):
             compiled(x, task_ids=torch.tensor(bad))
@@ -237,7 +277,9 @@ def test_out_of_range_ids_fail_in_a_compiled_model_too():
 
 
 def test_merging_one_task():
-    model = get_peft_model(mlp(), config(n_splits=2, target_modules=["0", "2"], task_names=["a", "b", "c"])).eval()
+    model = get_peft_model(
+        mlp(), config(n_splits=2, target_modules=["0", "2"], task_names=["a", "b", "c"])
+    ).eval()
     x = torch.randn(4, 8)
     expected = model(x, task_ids=2)
     with pytest.raises(ValueError, match="Pass `task_id`: the adapter has 3 tasks"):
@@ -251,16 +293,22 @@ def test_merging_one_task():
         model(x, task_ids=[2, 2, 0, 2])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, task_ids=torch.tensor([2] * 4)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        compiled(x, task_ids=torch.tensor([2] * 4)), expected, atol=1e-5, rtol=1e-4
+    )
     with pytest.raises(RuntimeError, match="Task 2 is merged"):
         compiled(x, task_ids=torch.tensor([2, 2, 0, 2]))
     model.unmerge_adapter()
     torch.testing.assert_close(model.merge_and_unload(task_id=2)(x), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("init", "expected"), [("mean", "mean"), ("uniform", "uniform"), (1, 1), ("b", 1)])
+@pytest.mark.parametrize(
+    ("init", "expected"), [("mean", "mean"), ("uniform", "uniform"), (1, 1), ("b", 1)]
+)
 def test_adding_tasks(init, expected, tmp_path):
-    model = get_peft_model(mlp(), config(n_splits=2, target_modules=["0", "2"], task_names=["a", "b", "c"])).eval()
+    model = get_peft_model(
+        mlp(), config(n_splits=2, target_modules=["0", "2"], task_names=["a", "b", "c"])
+    ).eval()
     with torch.no_grad():
         [p.normal_() for n, p in model.named_parameters() if "logits" in n]
     x = torch.randn(3, 8)
@@ -299,7 +347,9 @@ def test_tasks_that_cannot_be_added(bad):
 
 
 def test_progressive_training(tmp_path):
-    model = get_peft_model(mlp(), config(n_skills=2, n_tasks=5, n_splits=2, target_modules=["0", "2"])).eval()
+    model = get_peft_model(
+        mlp(), config(n_skills=2, n_tasks=5, n_splits=2, target_modules=["0", "2"])
+    ).eval()
     with torch.no_grad():
         [p.normal_() for n, p in model.named_parameters() if "logits" in n]
     x, tasks = torch.randn(5, 8), list(range(5))
@@ -318,7 +368,9 @@ def test_progressive_training(tmp_path):
         assert (layer.poly_router["default"].module_logits.grad[:, :].abs().sum(0) > 0).all()
     model.eval().save_pretrained(tmp_path)
     grown = model(x, task_ids=[0, 3, 6, 8, 9])
-    assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[0, 3, 6, 8, 9]), grown)
+    assert torch.equal(
+        PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[0, 3, 6, 8, 9]), grown
+    )
 
 
 # Routing by input
@@ -341,9 +393,15 @@ def test_input_routing_of_a_causal_model(level, tmp_path):
     ones = torch.ones_like(ids)
     logits = model(input_ids=ids).logits
     for i in range(3):  # no sample sees its neighbours
-        torch.testing.assert_close(model(input_ids=ids[i : i + 1]).logits, logits[i : i + 1], atol=1e-5, rtol=1e-4)
-    left = model(input_ids=torch.cat([padding, ids], 1), attention_mask=torch.cat([padding, ones], 1)).logits[:, 3:]
-    right = model(input_ids=torch.cat([ids, padding], 1), attention_mask=torch.cat([ones, padding], 1)).logits[:, :6]
+        torch.testing.assert_close(
+            model(input_ids=ids[i : i + 1]).logits, logits[i : i + 1], atol=1e-5, rtol=1e-4
+        )
+    left = model(
+        input_ids=torch.cat([padding, ids], 1), attention_mask=torch.cat([padding, ones], 1)
+    ).logits[:, 3:]
+    right = model(
+        input_ids=torch.cat([ids, padding], 1), attention_mask=torch.cat([ones, padding], 1)
+    ).logits[:, :6]
     torch.testing.assert_close(left, logits, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(right, logits, atol=1e-5, rtol=1e-4)
     # What comes after the prompt does not reach back.
@@ -360,7 +418,9 @@ def test_input_routing_of_a_causal_model(level, tmp_path):
     written = model.generate(input_ids=ids[:, :3], **options)
     labels = written.clone()
     labels[:, :3] = -100
-    assert torch.equal(model(input_ids=written, labels=labels).logits[:, 2:-1].argmax(-1), written[:, 3:])
+    assert torch.equal(
+        model(input_ids=written, labels=labels).logits[:, 2:-1].argmax(-1), written[:, 3:]
+    )
     padded = model.generate(input_ids=torch.cat([padding, ids[:, :3]], 1), **options)
     assert torch.equal(padded[:, 6:], written[:, 3:])
     model.save_pretrained(tmp_path)
@@ -399,7 +459,9 @@ class Packed(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight.view(self.out_features, -1) * self.scale, self.bias)
+        return nn.functional.linear(
+            x, self.weight.view(self.out_features, -1) * self.scale, self.bias
+        )
 
 
 def test_quantised_layers():
@@ -410,7 +472,10 @@ def test_quantised_layers():
     output.sum().backward()
     layer = model.base_model.model[0]
     torch.testing.assert_close(
-        layer(x, task_ids=1) - layer.base_layer(x), by_hand(layer, "default", x, 1).float(), atol=1e-5, rtol=1e-4
+        layer(x, task_ids=1) - layer.base_layer(x),
+        by_hand(layer, "default", x, 1).float(),
+        atol=1e-5,
+        rtol=1e-4,
     )
     with pytest.raises(NotImplementedError, match="Packed keeps its weight in a quantised form"):
         model.merge_adapter(task_id=0)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poly adapters side by side in one, and their tasks as LoRA adapters, against loops over splits and skills in float64."""
+"""Poly adapters side by side in one, and their tasks as LoRA adapters, against loops over splits
+and skills in float64.
+"""
 
 import json
 
@@ -7,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora, save_tasks_as_lora
+from peft import (
+    PeftModel,
+    PolyConfig,
+    convert_to_lora,
+    get_peft_model,
+    save_as_lora,
+    save_tasks_as_lora,
+)
 from peft.tuners.lora import conversion
 from peft.tuners.poly.combining import Inventory, has_rest, side_by_side
 from peft.tuners.poly.mixing import gates, normalise
@@ -17,13 +26,28 @@ def inventory(factor, n_tasks, n_splits, n_skills, r, seed, spread=3.0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     weights = normalise(gates(draw(n_tasks, n_splits, n_skills) * spread, False))
-    return Inventory(factor, weights, draw(n_splits, n_skills, 24 // n_splits, r), draw(n_splits, n_skills, r, 12 // n_splits))
+    return Inventory(
+        factor,
+        weights,
+        draw(n_splits, n_skills, 24 // n_splits, r),
+        draw(n_splits, n_skills, r, 12 // n_splits),
+    )
 
 
 def delta(weights, A, B):
-    """`[in, out]` of one task: blocks of rows from the splits of `A`, blocks of columns from those of `B`."""
-    rows = torch.cat([sum(w * a for w, a in zip(ws, As, strict=True)) for ws, As in zip(weights, A, strict=True)])
-    columns = torch.cat([sum(w * b for w, b in zip(ws, Bs, strict=True)) for ws, Bs in zip(weights, B, strict=True)], dim=1)
+    """`[in, out]` of one task: blocks of rows from the splits of `A`, blocks of columns from those
+    of `B`.
+    """
+    rows = torch.cat(
+        [sum(w * a for w, a in zip(ws, As, strict=True)) for ws, As in zip(weights, A, strict=True)]
+    )
+    columns = torch.cat(
+        [
+            sum(w * b for w, b in zip(ws, Bs, strict=True))
+            for ws, Bs in zip(weights, B, strict=True)
+        ],
+        dim=1,
+    )
     return rows @ columns
 
 
@@ -56,12 +80,24 @@ def test_an_adapter_that_a_task_has_closed_stays_closed(model):
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
     assert model.peft_config["new"].n_skills == 4
     for task in range(3):
-        expected = layer.get_delta_weight("a", task_id=task) + layer.get_delta_weight("b", task_id=task)
-        torch.testing.assert_close(layer.get_delta_weight("new", task_id=task), expected, rtol=1e-4, atol=1e-6)
+        expected = layer.get_delta_weight("a", task_id=task) + layer.get_delta_weight(
+            "b", task_id=task
+        )
+        torch.testing.assert_close(
+            layer.get_delta_weight("new", task_id=task), expected, rtol=1e-4, atol=1e-6
+        )
 
 
 def poly(**fields):
-    fields = {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": False, "target_modules": ["0"], **fields}
+    fields = {
+        "r": 2,
+        "n_tasks": 3,
+        "n_skills": 2,
+        "n_splits": 2,
+        "init_weights": False,
+        "target_modules": ["0"],
+        **fields,
+    }
     return PolyConfig(**fields)
 
 
@@ -79,8 +115,14 @@ def model():
     ("fields", "message"),
     [
         ({"n_tasks": 2, "task_names": ["x", "y"]}, r"the same `n_tasks`: a has 3, b has 2"),
-        ({"task_names": ["x", "y", "w"]}, r"the same `task_names`: a has \['x', 'y', 'z'\], b has \['x', 'y', 'w'\]"),
-        ({"poly_type": "mope"}, "Adapter b routes by input; only adapters that route by task can be combined"),
+        (
+            {"task_names": ["x", "y", "w"]},
+            r"the same `task_names`: a has \['x', 'y', 'z'\], b has \['x', 'y', 'w'\]",
+        ),
+        (
+            {"poly_type": "mope"},
+            "Adapter b routes by input; only adapters that route by task can be combined",
+        ),
     ],
 )
 def test_tasks_must_be_the_same(model, fields, message):
@@ -102,11 +144,15 @@ def test_a_sum_can_be_grown_and_keeps_its_names(model):
         torch.testing.assert_close(model(x, task_ids=name), expected, rtol=1e-4, atol=1e-5)
 
 
-# --- tasks as LoRA adapters -------------------------------------------------------------------------------------------
+# --- tasks as LoRA adapters
+# -------------------------------------------------------------------------------------------
 
 
 def lora_product(state, path="0"):
-    return state[f"base_model.model.{path}.lora_B.weight"] @ state[f"base_model.model.{path}.lora_A.weight"]
+    return (
+        state[f"base_model.model.{path}.lora_B.weight"]
+        @ state[f"base_model.model.{path}.lora_A.weight"]
+    )
 
 
 def test_a_task_by_id_or_name_is_exact_of_rank_r(model):
@@ -125,9 +171,18 @@ def test_a_task_by_id_or_name_is_exact_of_rank_r(model):
 
 def test_shares_of_tasks_mix_their_skills(model):
     layer = model.base_model.model[0]
-    state = convert_to_lora(model, adapter_name="a", task_id={"x": 0.25, 2: 0.5, "z": 0.25}).state_dict
+    state = convert_to_lora(
+        model, adapter_name="a", task_id={"x": 0.25, 2: 0.5, "z": 0.25}
+    ).state_dict
     w = layer.poly_router["a"].task_weights().double()
-    expected = delta(0.25 * w[0] + 0.75 * w[2], layer.poly_lora_A["a"].double(), layer.poly_lora_B["a"].double()).T / 2
+    expected = (
+        delta(
+            0.25 * w[0] + 0.75 * w[2],
+            layer.poly_lora_A["a"].double(),
+            layer.poly_lora_B["a"].double(),
+        ).T
+        / 2
+    )
     torch.testing.assert_close(lora_product(state).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -138,7 +193,9 @@ def test_all_tasks_become_folders(model, tmp_path, monkeypatch):
     errors = save_tasks_as_lora(model, tmp_path / "all", adapter_name="a")
     assert errors == dict.fromkeys("xyz", 0.0)
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["x", "y", "z"]
-    some = save_tasks_as_lora(model, tmp_path / "some", [2, "x"], rank=1, adapter_name="a", progressbar=True)
+    some = save_tasks_as_lora(
+        model, tmp_path / "some", [2, "x"], rank=1, adapter_name="a", progressbar=True
+    )
     assert list(some) == ["z", "x"] and all(0 < error < 1 for error in some.values())
     assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["x", "z"]
     assert json.loads((tmp_path / "some" / "x" / "adapter_config.json").read_text())["r"] == 1

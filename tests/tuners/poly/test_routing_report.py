@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures, terms for the loss, the report and the callback, against loops, exact counting and scipy."""
+"""Measures, terms for the loss, the report and the callback, against loops, exact counting and
+scipy.
+"""
 
 import itertools
 import json
@@ -32,7 +34,15 @@ def _seed():
 
 
 def poly(**fields):
-    options = {"r": 2, "n_tasks": 5, "n_skills": 3, "n_splits": 2, "init_weights": False, "target_modules": TARGETS, **fields}
+    options = {
+        "r": 2,
+        "n_tasks": 5,
+        "n_skills": 3,
+        "n_splits": 2,
+        "init_weights": False,
+        "target_modules": TARGETS,
+        **fields,
+    }
     model = get_peft_model(mlp(), PolyConfig(**options)).eval()
     with torch.no_grad():
         [p.normal_().mul_(2) for n, p in model.named_parameters() if "router" in n]
@@ -55,17 +65,26 @@ def test_measures_one_number_at_a_time():
     for q in range(2):
         u = [sum(float(weights[t, q, s]) for t in range(4)) / 4 for s in range(3)]
         mean = sum(u) / 3
-        uneven.append(sum((v - mean) ** 2 for v in u) / 3 / mean**2)  # squared coefficient of variation
+        uneven.append(
+            sum((v - mean) ** 2 for v in u) / 3 / mean**2
+        )  # squared coefficient of variation
     assert math.isclose(float(metrics.balance(weights)), sum(uneven) / 2, rel_tol=1e-9)
     one = torch.zeros(4, 2, 3)
     one[..., 1] = 1
-    assert float(metrics.balance(one)) == 2 and float(metrics.entropy(one).max()) == float(metrics.discreteness(one)) == 0
+    assert (
+        float(metrics.balance(one)) == 2
+        and float(metrics.entropy(one).max()) == float(metrics.discreteness(one)) == 0
+    )
 
 
 def test_the_prior_against_the_buffet():
-    """Customers come one by one: the probability of what they take, summed over the orders of dishes that make no difference."""
+    """Customers come one by one: the probability of what they take, summed over the orders of
+    dishes that make no difference.
+    """
     alpha, n = 1.3, 3
-    for columns in itertools.combinations([c for c in itertools.product([0, 1], repeat=n) if any(c)], 2):
+    for columns in itertools.combinations(
+        [c for c in itertools.product([0, 1], repeat=n) if any(c)], 2
+    ):
         Z = torch.tensor(columns, dtype=torch.float64).T
         log_p, taken = 0.0, [0] * 2
         for i in range(n):
@@ -80,7 +99,8 @@ def test_the_prior_against_the_buffet():
                     taken[k] = 1
             rate = alpha / (i + 1)
             log_p += new * math.log(rate) - rate - math.lgamma(new + 1)
-        # How many orders of new dishes lead to the same two different columns: those who came together may be swapped.
+        # How many orders of new dishes lead to the same two different columns: those who came
+        # together may be swapped.
         firsts = [next(i for i in range(n) if column[i]) for column in columns]
         log_p += math.log(2) if firsts[0] == firsts[1] else 0.0
         assert math.isclose(float(metrics.ibp_energy(Z, alpha)), -log_p, rel_tol=1e-9), columns
@@ -92,11 +112,20 @@ def test_terms_are_means_over_routers_and_have_gradients():
     model = poly()
     weights = list(model.get_router_weights().values())
     torch.testing.assert_close(
-        routing_loss(model, entropy=0.5), 0.5 * torch.stack([metrics.entropy(w).mean() for w in weights]).mean()
+        routing_loss(model, entropy=0.5),
+        0.5 * torch.stack([metrics.entropy(w).mean() for w in weights]).mean(),
     )
-    torch.testing.assert_close(routing_loss(model, balance=2.0), 2 * torch.stack([metrics.balance(w) for w in weights]).mean())
-    logits = [router.logits().detach().sigmoid() for router in model.base_model.task_routers("default").values()]
-    expected = torch.stack([metrics.ibp_energy(g[:, q], 1.5) for g in logits for q in range(2)]).mean()
+    torch.testing.assert_close(
+        routing_loss(model, balance=2.0),
+        2 * torch.stack([metrics.balance(w) for w in weights]).mean(),
+    )
+    logits = [
+        router.logits().detach().sigmoid()
+        for router in model.base_model.task_routers("default").values()
+    ]
+    expected = torch.stack(
+        [metrics.ibp_energy(g[:, q], 1.5) for g in logits for q in range(2)]
+    ).mean()
     torch.testing.assert_close(routing_loss(model, ibp=1.0, ibp_alpha=1.5), expected)
     before = float(routing_loss(model, entropy=1.0).detach())
     optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "router" in n], lr=0.1)
@@ -127,7 +156,11 @@ def test_terms_on_routing_by_input(level):
     model.zero_grad()
     (loss * 0 + routing_loss(model, balance=1.0, entropy=0.1, record=record)).backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "router" in n)
-    assert not any(module._forward_hooks for module in model.modules() if type(module).__name__ == "InputRouter")
+    assert not any(
+        module._forward_hooks
+        for module in model.modules()
+        if type(module).__name__ == "InputRouter"
+    )
     with pytest.raises(ValueError, match="prior is for routing by task"):
         routing_loss(model, ibp=1.0, record=record)
     with pytest.raises(ValueError, match="no adapter 'other' of Poly"):
@@ -143,14 +176,22 @@ def test_the_only_adapter_is_looked_at():
     uses = (routing_report, routing_loss, lambda model: RoutingWatch().look(model, 1))
     for active in ("a", "b"):
         model.set_adapter(active)
-        assert torch.equal(routing_report(model).similarity, routing_report(model, active).similarity)
-        assert routing_loss(model, entropy=1.0) == routing_loss(model, entropy=1.0, adapter_name=active)
+        assert torch.equal(
+            routing_report(model).similarity, routing_report(model, active).similarity
+        )
+        assert routing_loss(model, entropy=1.0) == routing_loss(
+            model, entropy=1.0, adapter_name=active
+        )
         assert RoutingWatch().look(model, 1) == RoutingWatch(active).look(model, 1)
     model.base_model.set_adapter(["a", "b"])
     for use in uses:
-        with pytest.raises(ValueError, match="no adapter 'default' of Poly, and several could be meant.* a, b"):
+        with pytest.raises(
+            ValueError, match="no adapter 'default' of Poly, and several could be meant.* a, b"
+        ):
             use(model)
-    by_input = get_peft_model(mlp(), PolyConfig(n_skills=2, poly_type="mope", target_modules=TARGETS))
+    by_input = get_peft_model(
+        mlp(), PolyConfig(n_skills=2, poly_type="mope", target_modules=TARGETS)
+    )
     with pytest.raises(ValueError, match="Adapter default routes by input .*`recorded_routing`"):
         routing_report(by_input)
 
@@ -174,7 +215,9 @@ def test_the_tree_against_scipy():
 
 def _cosines(rows):
     centred = rows - rows.mean(0)
-    return torch.stack([torch.stack([a @ b / (a.norm() * b.norm()) for b in centred]) for a in centred])
+    return torch.stack(
+        [torch.stack([a @ b / (a.norm() * b.norm()) for b in centred]) for a in centred]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +237,18 @@ def test_a_report_has_each_layers_weights_and_measures(reported):
     for path, table in report.weights.items():
         torch.testing.assert_close(table, model.get_router_weights()[path])
         torch.testing.assert_close(sum(report.layers[path]["usage"]), 1.0)
-        assert math.isclose(report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-5)
+        assert math.isclose(
+            report.layers[path]["entropy"], float(metrics.entropy(table).mean()), rel_tol=1e-5
+        )
     with pytest.raises(ValueError, match="no adapter 'x' of Poly"):
         routing_report(model, "x")
 
 
 def test_a_report_joins_tasks_that_route_alike(reported):
     _, report = reported
-    assert report.merges[0][:2] == (0, 3) and abs(report.order.index(0) - report.order.index(3)) == 1
+    assert (
+        report.merges[0][:2] == (0, 3) and abs(report.order.index(0) - report.order.index(3)) == 1
+    )
     assert float(report.similarity[0, 3]) > 0.99
 
 
@@ -233,31 +280,44 @@ def test_printing_a_report_gives_short_tables():
     report = routing_report(poly(task_names=["a", "b", "c", "d", "e"]))
     assert repr(report) == "RoutingReport(5 tasks, 2 layers)"
     head, *tasks = str(report).split("\n\n")[1].split("\n")
-    assert head.split() == ["task", "most", "alike", "cosine"] and [line.split()[0] for line in tasks] == [
-        report.tasks[i] for i in report.order
-    ]
+    assert head.split() == ["task", "most", "alike", "cosine"] and [
+        line.split()[0] for line in tasks
+    ] == [report.tasks[i] for i in report.order]
     for line in tasks:
         task, alike, cosine = line.split()
         others = {
-            name: float(report.similarity[report.tasks.index(task), i]) for i, name in enumerate(report.tasks) if name != task
+            name: float(report.similarity[report.tasks.index(task), i])
+            for i, name in enumerate(report.tasks)
+            if name != task
         }
         assert alike == max(others, key=others.get) and cosine == f"{others[alike]:.2f}"
     head, *layers, means = str(report).split("\n\n")[2].split("\n")
     names = head.split()[1:-2]
-    assert means.split()[1:] == [f"{sum(layer[n] for layer in report.layers.values()) / 2:.3f}" for n in names]
+    assert means.split()[1:] == [
+        f"{sum(layer[n] for layer in report.layers.values()) / 2:.3f}" for n in names
+    ]
     for path, line in zip(("0", "2"), layers, strict=True):
         usage = report.layers[path]["usage"]
         best = [f"skill {usage.index(max(usage))}", f"({max(usage):.0%})"]
-        assert " ".join(line.split()) == " ".join([path, *(f"{report.layers[path][n]:.3f}" for n in names), *best])
+        assert " ".join(line.split()) == " ".join(
+            [path, *(f"{report.layers[path][n]:.3f}" for n in names), *best]
+        )
     base = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(60)))
-    large = str(routing_report(get_peft_model(base, PolyConfig(r=1, n_tasks=500, target_modules=r"\d+"))))
+    large = str(
+        routing_report(get_peft_model(base, PolyConfig(r=1, n_tasks=500, target_modules=r"\d+")))
+    )
     assert "… 480 more tasks" in large and "… 40 more layers" in large and len(large) < 4000
 
 
 def test_how_far_tasks_differ_one_number_at_a_time():
     weights = torch.rand(4, 2, 3, dtype=torch.float64)
-    means = [[sum(float(weights[t, q, s]) for t in range(4)) / 4 for s in range(3)] for q in range(2)]
-    furthest = max(abs(float(weights[t, q, s]) - means[q][s]) for t, q, s in itertools.product(range(4), range(2), range(3)))
+    means = [
+        [sum(float(weights[t, q, s]) for t in range(4)) / 4 for s in range(3)] for q in range(2)
+    ]
+    furthest = max(
+        abs(float(weights[t, q, s]) - means[q][s])
+        for t, q, s in itertools.product(range(4), range(2), range(3))
+    )
     assert math.isclose(float(metrics.spread(weights)), 3 * furthest, rel_tol=1e-12)
     assert float(metrics.spread(weights[:1].expand(4, -1, -1))) < 1e-12
 
@@ -267,14 +327,20 @@ def test_a_watch_warns_once_of_routing_that_does_not_move(recwarn):
     watch = RoutingWatch()
     watch.look(model, 99)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
-    with pytest.warns(UserWarning, match="After 120 steps all tasks still mix .*peft.optimizers.trainer_optimizer"):
+    with pytest.warns(
+        UserWarning, match="After 120 steps all tasks still mix .*peft.optimizers.trainer_optimizer"
+    ):
         watch.look(model, 120)
     recwarn.clear()
     watch.look(model, 140)
     RoutingWatch(flat_after=500).look(model, 140)
     moved = poly()
     RoutingWatch(dead_below=0).look(moved, 140)
-    for still in (PolyConfig(n_tasks=1), PolyConfig(n_tasks=3, routing="fixed"), PolyConfig(n_tasks=3, inference_mode=True)):
+    for still in (
+        PolyConfig(n_tasks=1),
+        PolyConfig(n_tasks=3, routing="fixed"),
+        PolyConfig(n_tasks=3, inference_mode=True),
+    ):
         still.target_modules = {"0"}
         RoutingWatch().look(get_peft_model(mlp(), still), 140)
     model.train_only(skills=True)
@@ -306,7 +372,13 @@ def test_tasks_are_drawn_as_asked():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "options"), [([], {}), ([1], {"temperature": 0.5}), ([1], {"temperature": math.nan}), ([1], {"num_samples": 0})]
+    ("tasks", "options"),
+    [
+        ([], {}),
+        ([1], {"temperature": 0.5}),
+        ([1], {"temperature": math.nan}),
+        ([1], {"num_samples": 0}),
+    ],
 )
 def test_samplers_that_are_refused(tasks, options):
     with pytest.raises(ValueError, match="`"):
@@ -333,8 +405,16 @@ def closeness(prediction):
 def arguments(folder, **more):
     from transformers import TrainingArguments
 
-    options = {"max_steps": 4, "logging_steps": 2, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 4}
-    return TrainingArguments(str(folder), remove_unused_columns=False, use_cpu=True, **options, **more)
+    options = {
+        "max_steps": 4,
+        "logging_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+    }
+    return TrainingArguments(
+        str(folder), remove_unused_columns=False, use_cpu=True, **options, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +423,9 @@ def trained(tmp_path_factory):
     from transformers import Trainer
 
     torch.manual_seed(0)
-    config = PolyConfig(r=2, n_tasks=3, n_skills=2, task_names=["x", "y", "z"], target_modules=["body.0", "body.2"])
+    config = PolyConfig(
+        r=2, n_tasks=3, n_skills=2, task_names=["x", "y", "z"], target_modules=["body.0", "body.2"]
+    )
     model = get_peft_model(Regression(), config)
     data = [{"x": torch.randn(8), "labels": torch.randn(8), "task_ids": i % 3} for i in range(12)]
 
@@ -381,12 +463,18 @@ def test_a_trainer_evaluates_by_task(trained, tmp_path):
     for i, name in enumerate("xyz"):
         mine = [sample for sample in data if sample["task_ids"] == i]
         with torch.no_grad():
-            out = model(torch.stack([s["x"] for s in mine]), task_ids=[i] * 4, labels=torch.stack([s["labels"] for s in mine]))
+            out = model(
+                torch.stack([s["x"] for s in mine]),
+                task_ids=[i] * 4,
+                labels=torch.stack([s["labels"] for s in mine]),
+            )
         each[name] = -float(out["loss"])
         assert math.isclose(found[f"eval_closeness_{name}"], each[name], rel_tol=1e-5)
     assert math.isclose(found["eval_closeness_worst"], min(each.values()), rel_tol=1e-5)
     assert math.isclose(found["eval_closeness"], sum(each.values()) / 3, rel_tol=1e-5)
-    plain = type(trainer)(model, arguments(tmp_path), eval_dataset=data, compute_metrics=metrics_by_task(closeness))
+    plain = type(trainer)(
+        model, arguments(tmp_path), eval_dataset=data, compute_metrics=metrics_by_task(closeness)
+    )
     with pytest.raises(TypeError, match="set `label_names="):
         plain.evaluate()
 
@@ -407,7 +495,9 @@ def test_metrics_over_tasks_go_before_tasks_of_their_names():
 
 
 def test_a_watch_warns_of_skills_that_nobody_uses_and_of_one_that_all_use():
-    model = get_peft_model(Regression(), PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["body.0", "body.2"]))
+    model = get_peft_model(
+        Regression(), PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["body.0", "body.2"])
+    )
     with pytest.warns(UserWarning, match=r"skills \[0\] are hardly used by any task"):
         _judged(model, RoutingWatch(collapsed_above=0.99), [0.02, 0.98])
     with pytest.warns(UserWarning, match="skill 1 has 98% of the use"):

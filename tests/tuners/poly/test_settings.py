@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The papers' settings: how gates open, what has a router, fixed routing, top-k, and sizes that differ by layer."""
+"""The papers' settings: how gates open, what has a router, fixed routing, top-k, and sizes that
+differ by layer.
+"""
 
 import copy
 import json
@@ -24,7 +26,15 @@ def _seed():
 
 def config(**fields):
     return PolyConfig(
-        **{"r": 2, "n_tasks": 3, "n_skills": 4, "n_splits": 2, "init_weights": False, "target_modules": TARGETS, **fields}
+        **{
+            "r": 2,
+            "n_tasks": 3,
+            "n_skills": 4,
+            "n_splits": 2,
+            "init_weights": False,
+            "target_modules": TARGETS,
+            **fields,
+        }
     )
 
 
@@ -47,7 +57,10 @@ def weights_by_hand(logits, hard=False, always_on=0, top_k=None):
         kept = sorted(range(len(weights)), key=lambda i: -float(weights[i]))[:top_k]
         total = sum(weights[i] for i in kept)
         weights = torch.stack(
-            [weights[i] / total * weights.sum() if i in kept else torch.tensor(0.0).double() for i in range(len(weights))]
+            [
+                weights[i] / total * weights.sum() if i in kept else torch.tensor(0.0).double()
+                for i in range(len(weights))
+            ]
         )
     return weights
 
@@ -58,8 +71,12 @@ HOW = [{}, {"hard": True}, {"always_on": 2}, {"top_k": 2}, {"always_on": 1, "top
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_weights_of_logits(how):
     logits = torch.randn(5, 2, 6, dtype=torch.float64)
-    expected = torch.stack([torch.stack([weights_by_hand(row, **how) for row in sample]) for sample in logits])
-    torch.testing.assert_close(mixing_weights(logits, Gating(**how), False), expected, atol=1e-11, rtol=1e-9)
+    expected = torch.stack(
+        [torch.stack([weights_by_hand(row, **how) for row in sample]) for sample in logits]
+    )
+    torch.testing.assert_close(
+        mixing_weights(logits, Gating(**how), False), expected, atol=1e-11, rtol=1e-9
+    )
     calm = Gating(relaxed=False, **{k: v for k, v in how.items() if k != "top_k"})
     assert torch.equal(mixing_weights(logits, calm, True), mixing_weights(logits, calm, False))
 
@@ -83,17 +100,27 @@ def test_shut_gates():
     torch.testing.assert_close(sums[sums > 0], torch.ones_like(sums[sums > 0]))
     torch.testing.assert_close(mixing_weights(logits, how, False), torch.full_like(logits, 0.25))
     assert (mixing_weights(logits, how._replace(always_on=1), True)[..., -1] > 0).all()
-    assert torch.equal(mixing_weights(torch.full((1, 3), -5.0), Gating(hard=True), False), torch.zeros(1, 3))
+    assert torch.equal(
+        mixing_weights(torch.full((1, 3), -5.0), Gating(hard=True), False), torch.zeros(1, 3)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 9), (4, 2, 9), (2, 1, 2, 9), (5, 2, 9)], ids=str)
 def test_only_the_skills_that_are_used_are_read(shape):
-    A, B = torch.randn(2, 9, 4, 3, dtype=torch.float64), torch.randn(2, 9, 3, 5, dtype=torch.float64)
+    A, B = (
+        torch.randn(2, 9, 4, 3, dtype=torch.float64),
+        torch.randn(2, 9, 3, 5, dtype=torch.float64),
+    )
     weights = keep_largest(torch.rand(shape, dtype=torch.float64), 2)
     x = torch.randn(*shape[:-2], *([7] if len(shape) == 3 else []), 8, dtype=torch.float64)
     small = only_used(weights, A, B, 2)
     samples = weights[..., 0, 0].numel()
-    assert small[1].shape[1] == small[2].shape[1] == small[0].shape[-1] == (2 * samples if 2 * samples < 9 else 9)
+    assert (
+        small[1].shape[1]
+        == small[2].shape[1]
+        == small[0].shape[-1]
+        == (2 * samples if 2 * samples < 9 else 9)
+    )
     torch.testing.assert_close(poly_delta(x, *small), poly_delta(x, weights, A, B))
 
 
@@ -116,7 +143,9 @@ def test_alpha_and_drawing():
     calm = model(x, task_ids=[1] * 4)
     assert torch.equal(model.train()(x, task_ids=[1] * 4), calm)
     model.set_adapter("default")
-    assert not torch.allclose(poly().train()(x, task_ids=[1] * 4), poly().eval()(x, task_ids=[1] * 4))
+    assert not torch.allclose(
+        poly().train()(x, task_ids=[1] * 4), poly().eval()(x, task_ids=[1] * 4)
+    )
 
 
 GROUPS = {
@@ -130,7 +159,11 @@ GROUPS = {
 
 @pytest.mark.parametrize("granularity", GROUPS)
 def test_what_has_a_router(granularity, tmp_path):
-    fields = {"router_granularity": granularity, "target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+    fields = {
+        "router_granularity": granularity,
+        "target_modules": ["q", "v", "wo"],
+        "task_type": "SEQ_2_SEQ_LM",
+    }
     model = get_peft_model(t5(), config(**fields)).eval()
     routers = model.base_model.task_routers("default")
     groups = {}
@@ -144,7 +177,9 @@ def test_what_has_a_router(granularity, tmp_path):
     call = {"input_ids": ids, "labels": ids, "task_ids": [2, 0, 1]}
     expected = model(**call).logits
     twin = copy.deepcopy(model)
-    assert len({id(router) for router in twin.base_model.task_routers("default").values()}) == len(groups)
+    assert len({id(router) for router in twin.base_model.task_routers("default").values()}) == len(
+        groups
+    )
     model.save_pretrained(tmp_path)
     from safetensors import safe_open
 
@@ -175,10 +210,14 @@ def test_fixed_routing(tmp_path):
     out = model(x, task_ids=[0, 1, 2])
     assert torch.equal(model(x, task_ids=[0, 1, 2]), out)  # nothing is drawn
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[0, 1, 2]), out)
+    assert torch.equal(
+        PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[0, 1, 2]), out
+    )
     hard = poly(straight_through=True)
     hard.set_router_weights(torch.tensor([[1.0, 0, 0, 2]] * 3))
-    torch.testing.assert_close(hard.get_router_weights()["0"][0], torch.tensor([[0.5, 0, 0, 0.5]] * 2))
+    torch.testing.assert_close(
+        hard.get_router_weights()["0"][0], torch.tensor([[0.5, 0, 0, 0.5]] * 2)
+    )
     with pytest.raises(ValueError, match="always on"):
         poly(n_shared_skills=1).set_router_weights(torch.ones(3, 4))
 
@@ -202,7 +241,11 @@ class Body(nn.Module):
 
 def test_sizes_by_layer(tmp_path):
     model = get_peft_model(Body(), config(target_modules=["0", "2", "4"], **PATTERNS)).eval()
-    layers = {path: layer for path, layer in model.base_model.named_tuner_layers() if isinstance(layer, PolyLayer)}
+    layers = {
+        path: layer
+        for path, layer in model.base_model.named_tuner_layers()
+        if isinstance(layer, PolyLayer)
+    }
     shapes = {path: tuple(layer.poly_lora_A["default"].shape) for path, layer in layers.items()}
     assert shapes == {"body.0": (2, 6, 4, 2), "body.2": (2, 2, 8, 2), "body.4": (4, 4, 4, 3)}
     assert [layer.scaling["default"] for layer in layers.values()] == [1 / 2, 1 / 2, 1 / 3]
@@ -230,7 +273,9 @@ def test_sizes_by_layer(tmp_path):
 
 
 def test_tasks_in_some_layers_and_inputs_in_others(tmp_path):
-    model = get_peft_model(Body(), config(target_modules=["0", "2"], routing_pattern={"body.2": "input"})).eval()
+    model = get_peft_model(
+        Body(), config(target_modules=["0", "2"], routing_pattern={"body.2": "input"})
+    ).eval()
     assert list(model.get_router_weights()) == ["body.0"]
     x = torch.randn(3, 8)
     out = model(x, task_ids=[2, 0, 1])
@@ -244,7 +289,9 @@ def test_tasks_in_some_layers_and_inputs_in_others(tmp_path):
         model.add_skills(1)
     model.add_tasks(1)
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[2, 0, 1]), out)
+    assert torch.equal(
+        PeftModel.from_pretrained(model.unload(), tmp_path)(x, task_ids=[2, 0, 1]), out
+    )
 
 
 def test_a_plain_config_has_no_fields_that_others_do_not_know(tmp_path):
@@ -261,7 +308,15 @@ def test_a_plain_config_has_no_fields_that_others_do_not_know(tmp_path):
         "n_skills",
         "n_splits",
     }
-    general = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    general = {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    }
     assert set(fields) == known | general
 
 
@@ -276,8 +331,14 @@ BAD = [
     ({"routing_pattern": {"0": "mope"}}, "must be one of 'learned', 'fixed', 'input'"),
     ({"n_skills_pattern": {"0": 0}}, "must be an integer of at least 1"),
     ({"rank_pattern": {"(": 2}}, "not a valid regular expression"),
-    ({"router_granularity": "model", "n_splits_pattern": {"0": 1}}, "which `n_splits_pattern` makes different"),
-    ({"router_granularity": "model", "poly_type": "mope"}, "which `poly_type`='mope' makes different"),
+    (
+        {"router_granularity": "model", "n_splits_pattern": {"0": 1}},
+        "which `n_splits_pattern` makes different",
+    ),
+    (
+        {"router_granularity": "model", "poly_type": "mope"},
+        "which `poly_type`='mope' makes different",
+    ),
     ({"n_splits_pattern": {"2": 3}}, "`in_features`=16 is not divisible by `n_splits`=3"),
 ]
 
@@ -289,7 +350,14 @@ def test_settings_that_are_refused(fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"straight_through": True}, {"n_shared_skills": 1}, {"eval_top_k": 1}, {"router_granularity": "model"}], ids=str
+    "fields",
+    [
+        {"straight_through": True},
+        {"n_shared_skills": 1},
+        {"eval_top_k": 1},
+        {"router_granularity": "model"},
+    ],
+    ids=str,
 )
 def test_skills_are_not_added_where_tasks_would_change(fields):
     with pytest.raises(NotImplementedError, match="without a change of what it computes"):

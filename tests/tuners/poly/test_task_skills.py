@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skills of one task each, beside the shared ones: `Δ_t(x) = (alpha / r)·x·A_w·B_w + (alpha / r_t)·x·A_t·B_t`."""
+"""Skills of one task each, beside the shared ones:
+`Δ_t(x) = (alpha / r)·x·A_w·B_w + (alpha / r_t)·x·A_t·B_t`.
+"""
 
 import copy
 
@@ -18,7 +20,15 @@ def _seed():
 
 
 def config(**fields):
-    options = {"r": 2, "task_rank": 3, "alpha": 1.5, "n_tasks": 3, "n_skills": 2, "n_splits": 2, "init_weights": False}
+    options = {
+        "r": 2,
+        "task_rank": 3,
+        "alpha": 1.5,
+        "n_tasks": 3,
+        "n_skills": 2,
+        "n_splits": 2,
+        "init_weights": False,
+    }
     return PolyConfig(**{**options, "target_modules": ["0", "2"], **fields})
 
 
@@ -40,15 +50,21 @@ def by_hand(layer, x, task):
 
 
 def blend_by_hand(layer, shares):
-    """`[in, out]` of a blend: skills mixed by the tasks' weights times their shares, and each task's own skill times its share."""
+    """`[in, out]` of a blend: skills mixed by the tasks' weights times their shares, and each
+    task's own skill times its share.
+    """
     A, B = layer.poly_lora_A["default"].double(), layer.poly_lora_B["default"].double()
     q, s, _, r = A.shape
     gates = layer.poly_router["default"].module_logits.double().view(-1, q, s).sigmoid()
-    weights = sum(share * gates[task] / gates[task].sum(1, keepdim=True) for task, share in shares.items())
+    weights = sum(
+        share * gates[task] / gates[task].sum(1, keepdim=True) for task, share in shares.items()
+    )
     left = torch.cat([sum(weights[i, j] * A[i, j] for j in range(s)) for i in range(q)], 0)
     right = torch.cat([sum(weights[i, j] * B[i, j] for j in range(s)) for i in range(q)], 1)
     own = layer.poly_task_skills["default"]
-    own = sum(share * own.A.values[t].double() @ own.B.values[t].double() for t, share in shares.items())
+    own = sum(
+        share * own.A.values[t].double() @ own.B.values[t].double() for t, share in shares.items()
+    )
     return 1.5 / r * left @ right + 1.5 / 3 * own
 
 
@@ -58,9 +74,14 @@ def test_a_layer_against_the_formula(leading):
     layer = Linear(base, "default", config()).eval()
     x, tasks = torch.randn(4, *leading, 8), [2, 0, 1, 1]
     expected = torch.stack([by_hand(layer, x[i], task) for i, task in enumerate(tasks)])
-    torch.testing.assert_close(layer(x, task_ids=tasks) - base(x), expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x, task_ids=tasks) - base(x), expected.float(), atol=1e-5, rtol=1e-4
+    )
     double = Linear(nn.Linear(4, 4).double(), "default", config()).eval()
-    inputs = (torch.randn(3, 4, dtype=torch.double, requires_grad=True), *[p for p in double.parameters() if p.requires_grad])
+    inputs = (
+        torch.randn(3, 4, dtype=torch.double, requires_grad=True),
+        *[p for p in double.parameters() if p.requires_grad],
+    )
     assert torch.autograd.gradcheck(lambda x, *_: double(x, task_ids=[0, 2, 1]), inputs)
 
 
@@ -74,13 +95,20 @@ def test_merging_converting_and_extracting(tmp_path):
     assert lora.config.r == 4 + 3 and lora.error == 0
     for layer in model.base_model.tuner_layers():
         low = layer.low_rank_factors("default", task_id={2: 0.25, 0: 0.75})
-        torch.testing.assert_close((low.B @ low.A).T.double(), blend_by_hand(layer, {2: 0.25, 0: 0.75}), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            (low.B @ low.A).T.double(),
+            blend_by_hand(layer, {2: 0.25, 0: 0.75}),
+            atol=1e-6,
+            rtol=1e-4,
+        )
     model.extract_tasks("two", ["c", "a"])
     model.extract_tasks("one", {"c": 1.0})
     model.extract_tasks("blend", {"c": 0.25, "a": 0.75})
     for layer in model.base_model.tuner_layers():
         expected = blend_by_hand(layer, {2: 0.25, 0: 0.75})
-        torch.testing.assert_close(layer.get_delta_weight("blend").T.double(), expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            layer.get_delta_weight("blend").T.double(), expected, atol=1e-6, rtol=1e-4
+        )
     model.set_adapter("two")
     torch.testing.assert_close(model(x, task_ids=["c", "a", "a"])[:2], out[:2])
     model.set_adapter("one")
@@ -115,8 +143,14 @@ def test_only_the_new_tasks_skills_train():
     model.train_only(tasks=["new"])
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 3 and all(".rows.0" in name for name in names)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("values", "module_logits"))}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    before = {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if name.endswith(("values", "module_logits"))
+    }
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
+    )
     for _ in range(2):  # at first, zero factors let nothing through to the others
         optimizer.zero_grad()
         model(x, task_ids=["new", "new", "a", "b"]).square().sum().backward()
@@ -132,10 +166,14 @@ def test_only_the_new_tasks_skills_train():
 
 
 def test_in_a_language_model_with_mixed_batches():
-    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        llama(), config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).eval()
     model.add_adapter("plain", config(task_rank=0, target_modules=["q_proj"]))
     ids = torch.randint(3, 48, (3, 5))
-    out = model(input_ids=ids, task_ids=[2, 0, 1], adapter_names=["default", "plain", "default"]).logits
+    out = model(
+        input_ids=ids, task_ids=[2, 0, 1], adapter_names=["default", "plain", "default"]
+    ).logits
     torch.testing.assert_close(out[::2], model(input_ids=ids[::2], task_ids=[2, 1]).logits)
     model.generate(input_ids=ids, task_ids=[2, 0, 1], num_beams=2, max_new_tokens=2)
     with pytest.raises(ValueError, match="routing by input knows no tasks"):

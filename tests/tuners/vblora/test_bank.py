@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft.tuners.vblora import bank as bank_module
-from peft.tuners.vblora.bank import compose, compress, expand, index_dtype, is_topk_only, savable_parameters
+from peft.tuners.vblora.bank import (
+    compose,
+    compress,
+    expand,
+    index_dtype,
+    is_topk_only,
+    savable_parameters,
+)
 from peft.tuners.vblora.factors import compose_factors
 
 few = settings(max_examples=25, deadline=None)
@@ -38,7 +45,9 @@ def composed(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @st.composite
@@ -61,7 +70,9 @@ def test_compose_is_the_loop(problem: tuple[Tensor, Tensor, int]) -> None:
 
 @given(problems())
 @few
-def test_devices_without_the_fused_kernel_give_the_same(problem: tuple[Tensor, Tensor, int]) -> None:
+def test_devices_without_the_fused_kernel_give_the_same(
+    problem: tuple[Tensor, Tensor, int],
+) -> None:
     logits, bank, topk = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bank_module, "_FUSED_DEVICES", frozenset())
@@ -72,7 +83,9 @@ def test_devices_without_the_fused_kernel_give_the_same(problem: tuple[Tensor, T
 @pytest.mark.parametrize("topk", [1, 2, 5])
 def test_gradients_reach_logits_and_bank(topk: int) -> None:
     logits, bank = normal(2, 3, 5).requires_grad_(), normal(5, 4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits, bank: compose(logits, bank, topk), (logits, bank))
+    assert torch.autograd.gradcheck(
+        lambda logits, bank: compose(logits, bank, topk), (logits, bank)
+    )
 
 
 def test_only_the_chosen_logits_have_a_gradient() -> None:
@@ -107,12 +120,17 @@ def test_a_half_precision_bank_rounds_once(dtype: torch.dtype) -> None:
     mixed = compose(logits, bank, topk=3)
     assert mixed.dtype == dtype
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(mixed.double(), composed(logits.double(), bank.double(), 3), rtol=eps, atol=1e-6)
+    torch.testing.assert_close(
+        mixed.double(), composed(logits.double(), bank.double(), 3), rtol=eps, atol=1e-6
+    )
 
 
 @half
 def test_half_precision_trains(dtype: torch.dtype) -> None:
-    logits, bank = normal(3, 7, dtype=dtype).requires_grad_(), normal(7, 4, dtype=dtype).requires_grad_()
+    logits, bank = (
+        normal(3, 7, dtype=dtype).requires_grad_(),
+        normal(7, 4, dtype=dtype).requires_grad_(),
+    )
     compose(logits, bank, topk=2).sum().backward()
     assert logits.grad is not None and bank.grad is not None
     assert logits.grad.dtype == bank.grad.dtype == dtype
@@ -168,7 +186,9 @@ def test_index_dtype_holds_the_number_of_vectors(num_vectors: int, dtype: torch.
 
 @given(problems(), st.sampled_from([torch.float64, torch.float32]))
 @few
-def test_compact_form_composes_to_the_same(problem: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> None:
+def test_compact_form_composes_to_the_same(
+    problem: tuple[Tensor, Tensor, int], dtype: torch.dtype
+) -> None:
     logits, bank, topk = problem
     indices, weights = compress(logits.to(dtype), topk)
     assert indices.shape == (*logits.shape[:-1], topk) and indices.dtype == torch.uint8
@@ -176,12 +196,16 @@ def test_compact_form_composes_to_the_same(problem: tuple[Tensor, Tensor, int], 
     assert indices.is_contiguous() and weights.is_contiguous()
     rebuilt = expand(indices, weights, bank.shape[0])
     assert not rebuilt.isnan().any()
-    torch.testing.assert_close(compose(rebuilt, bank, topk), compose(logits, bank, topk), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compose(rebuilt, bank, topk), compose(logits, bank, topk), atol=1e-5, rtol=1e-5
+    )
 
 
 @given(problems())
 @few
-def test_compact_form_holds_best_first_and_leaves_out_the_last_weight(problem: tuple[Tensor, Tensor, int]) -> None:
+def test_compact_form_holds_best_first_and_leaves_out_the_last_weight(
+    problem: tuple[Tensor, Tensor, int],
+) -> None:
     logits, _, topk = problem
     indices, weights = compress(logits, topk)
     for row, chosen, kept in zip(
@@ -193,7 +217,9 @@ def test_compact_form_holds_best_first_and_leaves_out_the_last_weight(problem: t
         best = sorted(range(len(row)), key=lambda i: -row[i])[:topk]
         assert chosen == best
         total = sum(math.exp(row[i] - row[best[0]]) for i in best)
-        assert kept == pytest.approx([math.exp(row[i] - row[best[0]]) / total for i in best[:-1]], rel=1e-5)
+        assert kept == pytest.approx(
+            [math.exp(row[i] - row[best[0]]) / total for i in best[:-1]], rel=1e-5
+        )
 
 
 @half
@@ -213,7 +239,9 @@ def test_files_of_half_precision_weights_load(dtype: torch.dtype, topk: int) -> 
     assert rebuilt.dtype == torch.float64
     tolerance = 4 * torch.finfo(dtype).eps
     expected = composed(logits, bank, topk)
-    torch.testing.assert_close(compose(rebuilt, bank, topk), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        compose(rebuilt, bank, topk), expected, atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +276,8 @@ def test_only_rebuilt_logits_are_topk_only() -> None:
     assert not is_topk_only(expand(*compress(logits, 6), 6)), "nothing was left out"
 
 
-# Counts given by Hugging Face PEFT 0.21.2 for one or three linears of 8 -> 12 (2 + 3 tiles of length 4) at r = 3.
+# Counts given by Hugging Face PEFT 0.21.2 for one or three linears of 8 -> 12 (2 + 3 tiles of
+# length 4) at r = 3.
 @pytest.mark.parametrize(
     ("linears", "num_vectors", "topk", "total"),
     [
@@ -263,7 +292,9 @@ def test_only_rebuilt_logits_are_topk_only() -> None:
         (3, 300, None, 1200 + 3 * 15 * 300),
     ],
 )
-def test_savable_parameters_count_float32_numbers(linears: int, num_vectors: int, topk: int | None, total: int) -> None:
+def test_savable_parameters_count_float32_numbers(
+    linears: int, num_vectors: int, topk: int | None, total: int
+) -> None:
     positions = (3 * 2, 3 * 3) * linears
     counts = [savable_parameters(n * num_vectors, num_vectors, topk) for n in positions]
     assert int(sum(counts) + 4 * num_vectors) == total
@@ -285,5 +316,7 @@ def test_long_rows_are_searched_by_blocks(topk: int) -> None:
     assert torch.equal(ours[0], expected.values)
     assert torch.equal(logits.gather(-1, ours[1]), ours[0])
     assert all(len(set(row.tolist())) == topk for row in ours[1].flatten(0, 1))
-    of_ours, of_expected = (torch.autograd.grad(values.sum(), logits)[0] for values in (ours[0], expected.values))
+    of_ours, of_expected = (
+        torch.autograd.grad(values.sum(), logits)[0] for values in (ours[0], expected.values)
+    )
     assert torch.equal(of_ours[2], of_expected[2])

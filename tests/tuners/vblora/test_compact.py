@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters held in memory as indices and weights, trained on from there; tiles cut to size; gates that start at zero."""
+"""Adapters held in memory as indices and weights, trained on from there; tiles cut to size; gates
+that start at zero.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,13 @@ from conftest import llama, mlp
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import PeftModel, VBLoRAConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    VBLoRAConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
 from peft.tuners.vblora.packed import PackedTensors
@@ -23,7 +31,16 @@ def _seed():
 
 def config(**fields):
     start = {"init_vector_bank_bound": 1.0, "init_logits_std": 1.0}
-    return VBLoRAConfig(**{"r": 3, "num_vectors": 10, "vector_length": 4, "target_modules": TARGETS, **start, **fields})
+    return VBLoRAConfig(
+        **{
+            "r": 3,
+            "num_vectors": 10,
+            "vector_length": 4,
+            "target_modules": TARGETS,
+            **start,
+            **fields,
+        }
+    )
 
 
 def base():
@@ -43,7 +60,10 @@ def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-# --- running ----------------------------------------------------------------------------------------------------------------
+# --- running
+# ----------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 10])
@@ -69,7 +89,11 @@ def test_no_tensor_as_long_as_the_bank_is_made(tmp_path):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            sizes.update(t.shape[-1] for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.dim())
+            sizes.update(
+                t.shape[-1]
+                for t in torch.utils._pytree.tree_leaves(result)
+                if isinstance(t, torch.Tensor) and t.dim()
+            )
             return result
 
     with Watch():
@@ -120,32 +144,54 @@ def test_turning_the_compact_form_off_saves_logits(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_of_half_precision(tmp_path, dtype):
     x, expected = saved(tmp_path / "half", topk_weights_dtype=dtype)
-    weights = {key: tensor for key, tensor in tensors(tmp_path / "half").items() if key.endswith("weights")}
+    weights = {
+        key: tensor for key, tensor in tensors(tmp_path / "half").items() if key.endswith("weights")
+    }
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
     model = PeftModel.from_pretrained(base(), tmp_path / "half")
-    assert model.base_model.model[0].vblora_logits_A_topk_weights["default"].dtype == getattr(torch, dtype)
+    assert model.base_model.model[0].vblora_logits_A_topk_weights["default"].dtype == getattr(
+        torch, dtype
+    )
     torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.2)
     model.save_pretrained(tmp_path / "again")
-    assert all(torch.equal(tensors(tmp_path / "again")[key], tensor) for key, tensor in tensors(tmp_path / "half").items())
+    assert all(
+        torch.equal(tensors(tmp_path / "again")[key], tensor)
+        for key, tensor in tensors(tmp_path / "half").items()
+    )
     with pytest.raises(ValueError, match="`topk_weights_dtype`='int8' must be one of"):
         config(topk_weights_dtype="int8")
 
 
 def test_what_is_saved_is_counted(tmp_path):
-    for fields in ({}, {"save_only_topk_weights": True}, {"save_only_topk_weights": True, "topk_weights_dtype": "float16"}):
+    for fields in (
+        {},
+        {"save_only_topk_weights": True},
+        {"save_only_topk_weights": True, "topk_weights_dtype": "float16"},
+    ):
         trained = get_peft_model(base(), config(**fields))
         trained.save_pretrained(tmp_path / "a")
-        size = sum(tensor.numel() * tensor.itemsize for tensor in tensors(tmp_path / "a").values()) / 4
+        size = (
+            sum(tensor.numel() * tensor.itemsize for tensor in tensors(tmp_path / "a").values()) / 4
+        )
         loaded = PeftModel.from_pretrained(base(), tmp_path / "a")
-        assert trained.get_nb_savable_parameters() == loaded.get_nb_savable_parameters() == (int(size), 0)
+        assert (
+            trained.get_nb_savable_parameters()
+            == loaded.get_nb_savable_parameters()
+            == (int(size), 0)
+        )
 
 
-# --- training on ------------------------------------------------------------------------------------------------------------
+# --- training on
+# ------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def resumed(folder, model=None, **options):
     asked = VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)
-    return PeftModel.from_pretrained(model or base(), folder, is_trainable=True, config=asked, **options)
+    return PeftModel.from_pretrained(
+        model or base(), folder, is_trainable=True, config=asked, **options
+    )
 
 
 def test_training_on_keeps_the_choice_and_moves_the_weights(tmp_path):
@@ -162,7 +208,9 @@ def test_training_on_keeps_the_choice_and_moves_the_weights(tmp_path):
     model.eval()
     model.save_pretrained(tmp_path / "b")
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert {key: (t.shape, t.dtype) for key, t in before.items()} == {key: (t.shape, t.dtype) for key, t in after.items()}
+    assert {key: (t.shape, t.dtype) for key, t in before.items()} == {
+        key: (t.shape, t.dtype) for key, t in after.items()
+    }
     moved = 0
     for key in (key for key in before if key.endswith("indices")):
         assert torch.equal(before[key].sort(-1).values, after[key].sort(-1).values)
@@ -190,7 +238,12 @@ def test_its_gradient_is_that_of_the_full_logits(tmp_path):
         indices = logits.topk(2).indices
         expected = logits.grad.gather(-1, indices)
         assert torch.equal(logits.grad.scatter(-1, indices, 0.0), torch.zeros_like(logits))
-        torch.testing.assert_close(getattr(compact.base_model.model[0], name)["default"].grad, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(compact.base_model.model[0], name)["default"].grad,
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )
     bank, other = (model.vblora_vector_bank["default"].grad for model in (full, compact))
     torch.testing.assert_close(other, bank, rtol=1e-4, atol=1e-4)
 
@@ -213,19 +266,26 @@ def test_the_guard_stands_without_the_option(tmp_path):
     remedy = r"is_trainable=True.*VBLoRAConfig.from_pretrained\(folder, train_topk_weights=True\)"
     for trainable in (True, False):
         if trainable:
-            with pytest.warns(UserWarning, match=f"first forward in training will fail. .*{remedy}"):
+            with pytest.warns(
+                UserWarning, match=f"first forward in training will fail. .*{remedy}"
+            ):
                 model = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).train()
-            with pytest.warns(UserWarning, match="Adapter second is trainable but was loaded from a compact file"):
+            with pytest.warns(
+                UserWarning, match="Adapter second is trainable but was loaded from a compact file"
+            ):
                 model.load_adapter(tmp_path, "second", is_trainable=True)
         else:
             model = PeftModel.from_pretrained(base(), tmp_path).train()
-        with pytest.raises(RuntimeError, match=f"Found infinity values in VB-LoRA logits. .*{remedy}"):
+        with pytest.raises(
+            RuntimeError, match=f"Found infinity values in VB-LoRA logits. .*{remedy}"
+        ):
             model(x)
     with pytest.raises(RuntimeError, match="Found infinity values in VB-LoRA logits"):
         model(x, adapter_names=["default"] * 5)
 
 
-# --- sizes that vectors do not divide ---------------------------------------------------------------------------------------
+# --- sizes that vectors do not divide
+# ---------------------------------------------------------------------------------------
 
 
 def odd():
@@ -248,9 +308,14 @@ def test_the_last_tile_is_cut_to_size(tmp_path):
         return torch.cat(tiles)
 
     A = torch.stack([row(positions)[:10] for positions in layer.vblora_logits_A["default"]])
-    B = torch.stack([row(positions)[:7] for positions in layer.vblora_logits_B["default"].transpose(0, 1)], dim=1)
+    B = torch.stack(
+        [row(positions)[:7] for positions in layer.vblora_logits_B["default"].transpose(0, 1)],
+        dim=1,
+    )
     x = torch.randn(5, 10)
-    torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), x.double() @ A.T @ B.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (layer(x) - layer.base_layer(x)).double(), x.double() @ A.T @ B.T, rtol=1e-4, atol=1e-4
+    )
     expected = model(x)
     for fields in ({}, {"save_only_topk_weights": True}):
         model.peft_config["default"].save_only_topk_weights = bool(fields)
@@ -260,13 +325,20 @@ def test_the_last_tile_is_cut_to_size(tmp_path):
         torch.testing.assert_close(loaded.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
     model.train()(x).sum().backward()
     model.add_weighted_adapter(["default"], [2.0], "twice", "cat")
-    torch.testing.assert_close(layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_grouped_query_attention():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=30))
     fields = {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "vector_length": 16}
     with pytest.raises(ValueError, match="Lengths that divide all targeted sizes are 1, 2"):
@@ -284,7 +356,10 @@ def test_padding_changes_nothing_where_lengths_divide():
     assert torch.equal(plain(x), padded(x))
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------------
+# --- the gate
+# ---------------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_a_gate_starts_closed_and_opens_by_training(tmp_path):
@@ -294,7 +369,10 @@ def test_a_gate_starts_closed_and_opens_by_training(tmp_path):
     model = get_peft_model(plain, config(output_gate=True))
     torch.testing.assert_close(model.eval()(x), expected)
     layer = model.base_model.model[0]
-    optimiser = torch.optim.SGD([group["params"][0] for group in parameter_groups(model) if group["name"] == "gate"], lr=0.01)
+    optimiser = torch.optim.SGD(
+        [group["params"][0] for group in parameter_groups(model) if group["name"] == "gate"],
+        lr=0.01,
+    )
     model.train()(x).square().sum().backward()
     assert float(layer.vblora_gate["default"].grad.abs()) > 0
     assert not layer.vblora_logits_A["default"].grad.any()
@@ -317,16 +395,29 @@ def test_a_gate_starts_closed_and_opens_by_training(tmp_path):
         model.add_weighted_adapter(["default"], [2.0], "twice", "cat")
 
 
-# --- what is written without additions is what it was -----------------------------------------------------------------------
+# --- what is written without additions is what it was
+# -----------------------------------------------------------------------
 
 
 def test_a_config_without_additions_has_no_new_fields():
-    names = {"bank", "bank_sha256", "train_topk_weights", "topk_weights_dtype", "pad_last_tile", "output_gate"}
+    names = {
+        "bank",
+        "bank_sha256",
+        "train_topk_weights",
+        "topk_weights_dtype",
+        "pad_last_tile",
+        "output_gate",
+    }
     assert not names & config().to_dict().keys()
     assert (
         names
         <= config(
-            bank="a", bank_sha256="b", train_topk_weights=True, topk_weights_dtype="float16", pad_last_tile=True, output_gate=True
+            bank="a",
+            bank_sha256="b",
+            train_topk_weights=True,
+            topk_weights_dtype="float16",
+            pad_last_tile=True,
+            output_gate=True,
         )
         .to_dict()
         .keys()
@@ -338,7 +429,10 @@ def test_a_config_without_additions_has_no_new_fields():
         config(bank=1)
 
 
-# --- tensors side by side ---------------------------------------------------------------------------------------------------
+# --- tensors side by side
+# ---------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_packed_tensors_keep_what_they_are_given():
@@ -353,7 +447,11 @@ def test_packed_tensors_keep_what_they_are_given():
         dtype = torch.uint8 if step % 2 else torch.float32
         known[name] = torch.randint(0, 200, shape, generator=generator).to(dtype)
         packed[name] = known[name]
-        assert list(packed) == list(packed._places) and set(packed) == set(known) and len(packed) == len(known)
+        assert (
+            list(packed) == list(packed._places)
+            and set(packed) == set(known)
+            and len(packed) == len(known)
+        )
         for other, tensor in known.items():
             assert torch.equal(packed[other], tensor) and packed[other].dtype == tensor.dtype
     assert packed.state_dict().keys() == known.keys()
@@ -383,13 +481,22 @@ def test_packed_tensors_are_few_however_many_adapters():
 
 def test_native_loading_is_as_before(tmp_path):
     """transformers reads a compact file into full logits."""
-    model = get_peft_model(llama(), config(target_modules=["q_proj"], save_only_topk_weights=True, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        llama(),
+        config(target_modules=["q_proj"], save_only_topk_weights=True, task_type="CAUSAL_LM"),
+    )
     model.save_pretrained(tmp_path)
     plain = llama()
     plain.load_state_dict(
-        {k.replace(".base_layer", ""): v for k, v in model.get_base_model().state_dict().items() if "vblora" not in k}
+        {
+            k.replace(".base_layer", ""): v
+            for k, v in model.get_base_model().state_dict().items()
+            if "vblora" not in k
+        }
     )
     plain.load_adapter(str(tmp_path))
     ids = torch.randint(3, 48, (2, 5))
-    torch.testing.assert_close(plain(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        plain(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
     assert any("vblora_logits_A.default" in name for name, _ in plain.named_parameters())

@@ -12,7 +12,16 @@ import torch
 from conftest import llama, mlp
 from safetensors.torch import load_file, save_file
 
-from peft import LoKrConfig, PeftConfig, PeftModel, VBLoRAConfig, VectorBank, bank_usage, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoKrConfig,
+    PeftConfig,
+    PeftModel,
+    VBLoRAConfig,
+    VectorBank,
+    bank_usage,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
 
@@ -43,7 +52,9 @@ def bank(tmp_path):
 def new_user(folder, bank_folder, seed=0, **fields):
     """Train an adapter's logits for a step over a bank, save it, and give an input with its output."""
     torch.manual_seed(100 + seed)
-    model = get_peft_model(base(), config(bank=str(bank_folder), save_only_topk_weights=True, **fields))
+    model = get_peft_model(
+        base(), config(bank=str(bank_folder), save_only_topk_weights=True, **fields)
+    )
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()(torch.randn(4, 8)).square().sum().backward()
     optimiser.step()
@@ -58,7 +69,10 @@ def bank_parameters(model):
     return [name for name, _ in model.named_parameters() if "bank" in name]
 
 
-# --- the bank by itself -----------------------------------------------------------------------------------------------------
+# --- the bank by itself
+# -----------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_a_bank_comes_back_from_its_file(tmp_path, bank):
@@ -71,7 +85,11 @@ def test_a_bank_comes_back_from_its_file(tmp_path, bank):
     assert half.sha256() != bank.sha256()
     half.vectors.mul_(2)  # its digest is that of what it holds now
     half.save_pretrained(tmp_path / "half")
-    assert VectorBank.from_pretrained(tmp_path / "half").sha256() == VectorBank(half.vectors).sha256() != bank.sha256()
+    assert (
+        VectorBank.from_pretrained(tmp_path / "half").sha256()
+        == VectorBank(half.vectors).sha256()
+        != bank.sha256()
+    )
 
 
 def test_the_digest_is_that_of_length_and_values():
@@ -110,7 +128,9 @@ def test_a_bank_is_taken_out_of_an_adapter_and_put_into_one():
     ):
         bank.grow(2).put_into(other)
     for use in (lambda: VectorBank.of(model, "b"), lambda: bank.put_into(model, "b")):
-        with pytest.raises(ValueError, match="no adapter 'b' with a vector bank; there are default"):
+        with pytest.raises(
+            ValueError, match="no adapter 'b' with a vector bank; there are default"
+        ):
             use()
 
 
@@ -119,8 +139,14 @@ def test_a_bank_is_taken_out_of_an_adapter_and_put_into_one():
     [
         (torch.randn(0, 4), r"`vectors` of shape \[0, 4\] are none"),
         (torch.randn(4, 0), r"`vectors` of shape \[4, 0\] are none"),
-        (torch.zeros(4, 2).index_fill(0, torch.tensor([1, 3]), torch.nan), r"NaN or infinite \(rows 1, 3\).* an earlier step"),
-        (torch.full((12, 2), -torch.inf, dtype=torch.float16), "rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more"),
+        (
+            torch.zeros(4, 2).index_fill(0, torch.tensor([1, 3]), torch.nan),
+            r"NaN or infinite \(rows 1, 3\).* an earlier step",
+        ),
+        (
+            torch.full((12, 2), -torch.inf, dtype=torch.float16),
+            "rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more",
+        ),
         (torch.randn(4, 2, device="meta"), "on the meta device"),
         (torch.ones(4, 2, dtype=torch.int64), r"not torch.int64 \[4, 2\]"),
         ([[1.0]], "not list"),
@@ -140,14 +166,22 @@ def test_what_else_a_bank_refuses(bank, tmp_path):
         VectorBank(bank.vectors, replaces="ab")
     with pytest.raises(ValueError, match="`bound`=nan must be a positive finite number"):
         bank.grow(1, bound=float("nan"))
-    half = get_peft_model(base().half(), config(num_vectors=10, vector_length=4), autocast_adapter_dtype=False)
+    half = get_peft_model(
+        base().half(), config(num_vectors=10, vector_length=4), autocast_adapter_dtype=False
+    )
     before = half.vblora_vector_bank["default"].clone()
-    with pytest.raises(ValueError, match=r"values up to 7e\+04, which torch.float16, the dtype of adapter default"):
+    with pytest.raises(
+        ValueError, match=r"values up to 7e\+04, which torch.float16, the dtype of adapter default"
+    ):
         VectorBank(torch.full((10, 4), 7e4)).put_into(half)
     assert torch.equal(half.vblora_vector_bank["default"], before)
     VectorBank(torch.full((10, 4), 7e4)).save_pretrained(tmp_path / "large")
-    with pytest.warns(UserWarning, match=r"The shared bank has values that are infinite in the dtype .*\(7e\+04\)"):
-        get_peft_model(base().half(), config(bank=str(tmp_path / "large")), autocast_adapter_dtype=False)
+    with pytest.warns(
+        UserWarning, match=r"The shared bank has values that are infinite in the dtype .*\(7e\+04\)"
+    ):
+        get_peft_model(
+            base().half(), config(bank=str(tmp_path / "large")), autocast_adapter_dtype=False
+        )
     half.vblora_vector_bank["default"].data[2] = torch.nan
     with pytest.raises(ValueError, match="rows 2"):
         VectorBank.of(half)
@@ -157,7 +191,12 @@ def test_the_only_adapter_is_meant(tmp_path, bank):
     sizes = {"num_vectors": 10, "vector_length": 4}
     model = get_peft_model(base(), config(**sizes), "a")
     model.add_adapter("b", config(**sizes))
-    uses = (VectorBank.of, bank.put_into, bank_usage, lambda model: model.get_nb_savable_parameters())
+    uses = (
+        VectorBank.of,
+        bank.put_into,
+        bank_usage,
+        lambda model: model.get_nb_savable_parameters(),
+    )
     for active in ("a", "b"):
         model.set_adapter(active)
         assert torch.equal(VectorBank.of(model).vectors, model.vblora_vector_bank[active])
@@ -168,17 +207,26 @@ def test_the_only_adapter_is_meant(tmp_path, bank):
     assert not torch.equal(model.vblora_vector_bank["a"], bank.vectors)
     model.base_model.set_adapter(["a", "b"])
     for use in uses:
-        with pytest.raises(ValueError, match="no adapter 'default'.*, and several could be meant; pass `adapter_name`.* a, b"):
+        with pytest.raises(
+            ValueError,
+            match="no adapter 'default'.*, and several could be meant; pass `adapter_name`.* a, b",
+        ):
             use(model)
     model.add_adapter("default", config(**sizes))
     assert torch.equal(VectorBank.of(model).vectors, model.vblora_vector_bank["default"])
     bank.save_pretrained(tmp_path)
     shared = get_peft_model(base(), config(bank=str(tmp_path)), "only")
-    with pytest.raises(ValueError, match="Adapter only runs over a shared bank, which is frozen; .*`num_vectors=10` and"):
+    with pytest.raises(
+        ValueError,
+        match="Adapter only runs over a shared bank, which is frozen; .*`num_vectors=10` and",
+    ):
         bank.put_into(shared)
 
 
-# --- adapters over it -------------------------------------------------------------------------------------------------------
+# --- adapters over it
+# -------------------------------------------------------------------------------------------------------
+#
+#
 
 
 def test_only_logits_are_trained_over_a_frozen_bank(tmp_path, bank):
@@ -193,7 +241,9 @@ def test_only_logits_are_trained_over_a_frozen_bank(tmp_path, bank):
     assert [group["name"] for group in optimiser.param_groups] == ["logits"]
     model(torch.randn(4, 8)).square().sum().backward()
     optimiser.step()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert changed == set(trained)
     for call in (
         lambda: model.set_adapter("default"),
@@ -208,7 +258,9 @@ def test_the_delta_is_that_of_an_adapter_with_the_same_bank_of_its_own(tmp_path,
     shared = get_peft_model(base(), config(bank=str(tmp_path / "bank")))
     own = get_peft_model(base(), config(num_vectors=10, vector_length=4))
     bank.put_into(own)
-    own.load_state_dict({k: v for k, v in shared.state_dict().items() if "bank" not in k}, strict=False)
+    own.load_state_dict(
+        {k: v for k, v in shared.state_dict().items() if "bank" not in k}, strict=False
+    )
     x = torch.randn(3, 8)
     assert torch.equal(shared(x), own(x))
     assert torch.equal(shared.merge_and_unload()(x), own.merge_and_unload()(x))
@@ -216,7 +268,9 @@ def test_the_delta_is_that_of_an_adapter_with_the_same_bank_of_its_own(tmp_path,
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_a_user_is_loaded_over_the_bank(tmp_path, bank, compact):
-    model = get_peft_model(base(), config(bank=str(tmp_path / "bank"), save_only_topk_weights=compact)).eval()
+    model = get_peft_model(
+        base(), config(bank=str(tmp_path / "bank"), save_only_topk_weights=compact)
+    ).eval()
     x = torch.randn(3, 8)
     expected = model(x)
     model.save_pretrained(tmp_path / "user")
@@ -229,7 +283,10 @@ def test_a_user_is_loaded_over_the_bank(tmp_path, bank, compact):
     rewritten = load_file(again / "adapter_model.safetensors")
     assert rewritten.keys() == state.keys()
     assert all(torch.equal(rewritten[key], tensor) for key, tensor in state.items())
-    assert PeftConfig.from_pretrained(again).to_dict() == PeftConfig.from_pretrained(tmp_path / "user").to_dict()
+    assert (
+        PeftConfig.from_pretrained(again).to_dict()
+        == PeftConfig.from_pretrained(tmp_path / "user").to_dict()
+    )
 
 
 def test_many_users_share_one_bank(tmp_path, bank):
@@ -282,7 +339,11 @@ def test_users_are_served_in_one_batch(tmp_path, bank):
 
 def test_a_batch_of_users_generates_with_beams(tmp_path):
     VectorBank(torch.randn(10, 4)).save_pretrained(tmp_path / "bank")
-    fields = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "save_only_topk_weights": True}
+    fields = {
+        "target_modules": ["q_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+        "save_only_topk_weights": True,
+    }
     torch.manual_seed(3)
     plain = llama()
     for i in range(2):
@@ -295,7 +356,9 @@ def test_a_batch_of_users_generates_with_beams(tmp_path):
     found = model.generate(input_ids=ids, adapter_names=["user1", "user0", "user1"], **options)
     for row, name in enumerate(["user1", "user0", "user1"]):
         model.set_adapter(name)
-        assert torch.equal(model.generate(input_ids=ids[row : row + 1], **options), found[row : row + 1])
+        assert torch.equal(
+            model.generate(input_ids=ids[row : row + 1], **options), found[row : row + 1]
+        )
 
 
 def test_the_batch_is_composed_at_once(tmp_path, bank, monkeypatch):
@@ -318,7 +381,10 @@ def test_a_bank_that_is_wrong_or_missing(tmp_path, bank):
     model = base()
     before = copy.deepcopy(model.state_dict())
     (tmp_path / "bank").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"shared vector bank is not to be found at `bank`='.*bank'.*If it moved, pass"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"shared vector bank is not to be found at `bank`='.*bank'.*If it moved, pass",
+    ):
         PeftModel.from_pretrained(model, tmp_path / "user")
     moved = VBLoRAConfig.from_pretrained(tmp_path / "user", bank=str(tmp_path / "moved"))
     PeftModel.from_pretrained(base(), tmp_path / "user", config=moved)
@@ -329,12 +395,17 @@ def test_a_bank_that_is_wrong_or_missing(tmp_path, bank):
     ):
         PeftModel.from_pretrained(model, tmp_path / "user")
     nowhere = VBLoRAConfig.from_pretrained(tmp_path / "user", bank=None)
-    with pytest.raises(FileNotFoundError, match=f"needs the shared vector bank {bank.sha256()}, which this model does not have"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"needs the shared vector bank {bank.sha256()}, which this model does not have",
+    ):
         PeftModel.from_pretrained(model, tmp_path / "user", config=nowhere)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="`topk`=11 must not be larger than `num_vectors`=10"):
         get_peft_model(model, config(bank=str(tmp_path / "moved"), topk=11))
-    own = VBLoRAConfig(r=3, num_vectors=10, vector_length=4, target_modules=TARGETS, save_only_topk_weights=True)
+    own = VBLoRAConfig(
+        r=3, num_vectors=10, vector_length=4, target_modules=TARGETS, save_only_topk_weights=True
+    )
     with pytest.raises(RuntimeError, match="has no bank, but the config names none.*bank=folder"):
         PeftModel.from_pretrained(model, tmp_path / "user", config=own)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -350,19 +421,25 @@ def test_a_bank_the_model_has_needs_no_file(tmp_path, bank):
 
 
 def test_a_banks_path_starts_at_the_adapters_folder(tmp_path, bank, monkeypatch):
-    """Wherever the program runs; a bank of the same name that is another one does not stand in the way."""
+    """Wherever the program runs; a bank of the same name that is another one does not stand in the
+    way.
+    """
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     project.mkdir()
     shutil.move(tmp_path / "bank", project / "shared" / "bank")
     VectorBank(torch.randn(10, 4)).save_pretrained(elsewhere / "bank")
     elsewhere.joinpath("users").mkdir()
     monkeypatch.chdir(project)
-    x, y = new_user("users/ada", "shared/bank")  # from the project's folder, which is above the adapter's
+    x, y = new_user(
+        "users/ada", "shared/bank"
+    )  # from the project's folder, which is above the adapter's
     monkeypatch.chdir(elsewhere)
 
     def loads(**fields):
         saved = VBLoRAConfig.from_pretrained(project / "users" / "ada", **fields)
-        torch.testing.assert_close(PeftModel.from_pretrained(base(), project / "users" / "ada", config=saved)(x), y)
+        torch.testing.assert_close(
+            PeftModel.from_pretrained(base(), project / "users" / "ada", config=saved)(x), y
+        )
 
     loads()
     loads(bank="../../shared/bank")
@@ -370,7 +447,9 @@ def test_a_banks_path_starts_at_the_adapters_folder(tmp_path, bank, monkeypatch)
     loads(bank="bank")  # not the one in the working directory
     loads(bank="./bank")
     model = PeftModel.from_pretrained(
-        base(), project / "users" / "ada", config=VBLoRAConfig.from_pretrained(project / "users" / "ada", bank="bank")
+        base(),
+        project / "users" / "ada",
+        config=VBLoRAConfig.from_pretrained(project / "users" / "ada", bank="bank"),
     )
     hotswap_adapter(model, project / "users" / "ada", "default")
     (project / "users" / "ada" / "bank").rename(elsewhere / "users" / "bank")
@@ -380,7 +459,8 @@ def test_a_banks_path_starts_at_the_adapters_folder(tmp_path, bank, monkeypatch)
     with pytest.raises(RuntimeError, match="neither the one that the adapter was trained over"):
         loads(bank="bank")
     with pytest.raises(
-        FileNotFoundError, match=r"neither from the adapter's folder nor .*no folder 'users/bnk' \(did you mean 'users/bank'\?\)"
+        FileNotFoundError,
+        match=r"neither from the adapter's folder nor .*no folder 'users/bnk' \(did you mean 'users/bank'\?\)",
     ):
         loads(bank="users/bnk")
 
@@ -401,13 +481,18 @@ def test_a_bank_in_the_adapters_repository(tmp_path, bank, monkeypatch):
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    saved = VBLoRAConfig.from_pretrained("someone/users", subfolder="ada", token="secret", bank="../bank")
+    saved = VBLoRAConfig.from_pretrained(
+        "someone/users", subfolder="ada", token="secret", bank="../bank"
+    )
     assert b"secret" not in pickle.dumps(saved)
-    torch.testing.assert_close(PeftModel.from_pretrained(base(), "someone/users", config=saved, subfolder="ada")(x), y)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(base(), "someone/users", config=saved, subfolder="ada")(x), y
+    )
     assert ("someone/users", "vector_bank.safetensors", "bank", {"token": "secret"}) in asked
 
 
-# --- growing and replacing --------------------------------------------------------------------------------------------------
+# --- growing and replacing
+# --------------------------------------------------------------------------------------------------
 
 
 def test_users_of_a_bank_run_on_one_that_grew(tmp_path, bank):
@@ -417,9 +502,9 @@ def test_users_of_a_bank_run_on_one_that_grew(tmp_path, bank):
     grown = bank.grow(300, bound=1.0)  # from here on indices take two bytes
     grown.save_pretrained(tmp_path / "bank")
     x_new, y_new = new_user(tmp_path / "new", tmp_path / "bank", 5)
-    before = PeftModel.from_pretrained(base(), tmp_path / "old", config=VBLoRAConfig.from_pretrained(tmp_path / "old", bank=small))(
-        x
-    )
+    before = PeftModel.from_pretrained(
+        base(), tmp_path / "old", config=VBLoRAConfig.from_pretrained(tmp_path / "old", bank=small)
+    )(x)
     model = PeftModel.from_pretrained(base(), tmp_path / "new", "new")
     model.load_adapter(tmp_path / "old", "old")
     model.set_adapter("old")
@@ -449,7 +534,8 @@ def test_a_bank_may_replace_another(tmp_path, bank):
     assert not torch.allclose(model(x), y)
 
 
-# --- where else adapters go -------------------------------------------------------------------------------------------------
+# --- where else adapters go
+# -------------------------------------------------------------------------------------------------
 
 
 def test_an_injected_model_and_a_mixed_one(tmp_path, bank):
@@ -467,12 +553,20 @@ def test_an_injected_model_and_a_mixed_one(tmp_path, bank):
 def test_transformers_loads_it_into_its_own_model(tmp_path, bank):
     torch.manual_seed(3)
     plain = llama()
-    fields = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "save_only_topk_weights": True}
-    model = get_peft_model(copy.deepcopy(plain), config(bank=str(tmp_path / "bank"), **fields)).eval()
+    fields = {
+        "target_modules": ["q_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+        "save_only_topk_weights": True,
+    }
+    model = get_peft_model(
+        copy.deepcopy(plain), config(bank=str(tmp_path / "bank"), **fields)
+    ).eval()
     model.save_pretrained(tmp_path / "user")
     plain.load_adapter(str(tmp_path / "user"))
     ids = torch.randint(3, 48, (2, 5))
-    torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_copies_and_precision(tmp_path, bank):
@@ -481,8 +575,12 @@ def test_copies_and_precision(tmp_path, bank):
     x = torch.randn(3, 8)
     expected = model(x)
     assert torch.equal(copy.deepcopy(model)(x), expected)
-    torch.testing.assert_close(copy.deepcopy(model).double()(x.double()).float(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.5)
+    torch.testing.assert_close(
+        copy.deepcopy(model).double()(x.double()).float(), expected, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.5
+    )
     state = copy.deepcopy(model.state_dict())
     other = PeftModel.from_pretrained(base(), tmp_path / "user")
     other.load_state_dict(state)

@@ -15,7 +15,9 @@ from peft import PeftModel, VBLoRAConfig, bank_usage, get_peft_model
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = VBLoRAConfig(r=3, num_vectors=10, vector_length=4, topk=2, target_modules=["0", "2"], init_logits_std=1.0)
+    config = VBLoRAConfig(
+        r=3, num_vectors=10, vector_length=4, topk=2, target_modules=["0", "2"], init_logits_std=1.0
+    )
     return get_peft_model(mlp(), config)
 
 
@@ -33,9 +35,16 @@ def by_hand(logits, topk=2):
 
 def test_counts_and_weights_against_a_loop(model, tmp_path):
     usage = bank_usage(model)
-    assert [(use.layer, use.factor) for use in usage.uses] == [("0", "A"), ("0", "B"), ("2", "A"), ("2", "B")]
+    assert [(use.layer, use.factor) for use in usage.uses] == [
+        ("0", "A"),
+        ("0", "B"),
+        ("2", "A"),
+        ("2", "B"),
+    ]
     for use in usage.uses:
-        logits = getattr(model.base_model.model.get_submodule(use.layer), f"vblora_logits_{use.factor}")["default"]
+        logits = getattr(
+            model.base_model.model.get_submodule(use.layer), f"vblora_logits_{use.factor}"
+        )["default"]
         counts, weights = by_hand(logits)
         assert use.counts.tolist() == [counts[i] for i in range(10)]
         assert use.weights.tolist() == pytest.approx([weights[i] for i in range(10)], rel=1e-5)
@@ -60,7 +69,10 @@ def test_the_summary(model):
             logits[..., list(vectors)] = 0.0
     summary = bank_usage(model).summary()
     positions = 3 * 2 + 4 * 3 + 3 * 4 + 4 * 3
-    assert {key: summary[key] for key in ("num_vectors", "positions", "used", "only_A", "only_B", "both")} == {
+    assert {
+        key: summary[key]
+        for key in ("num_vectors", "positions", "used", "only_A", "only_B", "both")
+    } == {
         "num_vectors": 10,
         "positions": positions,
         "used": 3,
@@ -83,7 +95,11 @@ def test_what_it_gives(model, tmp_path):
     assert json.loads((tmp_path / "usage.json").read_text())["rows"] == rows
     assert len(str(usage).splitlines()) == 1 + 4 + 1
     files = usage.plot(tmp_path / "plots")
-    assert [file.name for file in files] == ["bank_map.png", "bank_histogram.png", "bank_layers.png"]
+    assert [file.name for file in files] == [
+        "bank_map.png",
+        "bank_histogram.png",
+        "bank_layers.png",
+    ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     pandas = pytest.importorskip("pandas")
     frame = usage.to_pandas()

@@ -11,7 +11,14 @@ from peft.tuners.vblora.combining import JoinedBank, placed
 
 
 def config(**fields):
-    fields = {"r": 2, "num_vectors": 10, "vector_length": 4, "topk": 2, "target_modules": ["0"], **fields}
+    fields = {
+        "r": 2,
+        "num_vectors": 10,
+        "vector_length": 4,
+        "topk": 2,
+        "target_modules": ["0"],
+        **fields,
+    }
     return VBLoRAConfig(**{"init_vector_bank_bound": 1.0, "init_logits_std": 1.0, **fields})
 
 
@@ -24,7 +31,9 @@ def model():
 
 def check_sum(model, weights, name="new", path="0", tolerance=1e-12):
     layer = model.base_model.model.get_submodule(path)
-    expected = sum(w * layer.get_delta_weight(n).detach() for n, w in weights.items() if n in layer.scaling)
+    expected = sum(
+        w * layer.get_delta_weight(n).detach() for n, w in weights.items() if n in layer.scaling
+    )
     found = layer.get_delta_weight(name).detach()
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
@@ -33,7 +42,10 @@ def check_sum(model, weights, name="new", path="0", tolerance=1e-12):
 @pytest.mark.parametrize("wanted", [0, 1, 5])
 def test_placed_logits_choose_what_they_chose(topk, wanted):
     torch.manual_seed(0)
-    logits, bank = torch.randn(3, 5, 7, dtype=torch.float64) * 20, torch.randn(7, 4, dtype=torch.float64)
+    logits, bank = (
+        torch.randn(3, 5, 7, dtype=torch.float64) * 20,
+        torch.randn(7, 4, dtype=torch.float64),
+    )
     larger = torch.randn(16, 4, dtype=torch.float64) * 100
     larger[6:13] = bank
     found = compose(placed(logits, topk, 6, 16, topk + wanted), larger, topk + wanted)
@@ -57,11 +69,15 @@ def test_ranks_banks_and_topk_may_differ(model, weights, topk):
     check_sum(model, {"b": weights[1]}, path="1")
     new = model.peft_config["new"]
     assert (new.r, new.topk) == (5, max(topk, 2))
-    assert new.num_vectors == sum(n * (1 + (w < 0)) for n, w in zip((10, 6), weights, strict=True)) + 1
+    assert (
+        new.num_vectors == sum(n * (1 + (w < 0)) for n, w in zip((10, 6), weights, strict=True)) + 1
+    )
 
 
 def test_adapters_that_have_only_their_topk(model, tmp_path):
-    """Their other logits are minus infinity; the sum infers and is refused in training, as they are."""
+    """Their other logits are minus infinity; the sum infers and is refused in training, as they
+    are.
+    """
     x = torch.randn(3, 8, dtype=torch.float64)
     model.add_adapter("b", config(r=3, topk=3))
     model.peft_config["a"].save_only_topk_weights = True
@@ -84,7 +100,9 @@ def test_a_sum_is_saved_by_its_topk(model, tmp_path):
     expected = model.base_model.model[0].get_delta_weight("new").detach()
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "new")
-    torch.testing.assert_close(loaded.base_model.model[0].get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        loaded.base_model.model[0].get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_training_a_sum_moves_its_own_bank(model):
@@ -100,7 +118,9 @@ def test_training_a_sum_moves_its_own_bank(model):
 
 def test_what_does_not_fit_together(model):
     model.add_adapter("b", config(vector_length=2))
-    with pytest.raises(ValueError, match=r"only if they have the same `vector_length`: a has 4, b has 2"):
+    with pytest.raises(
+        ValueError, match=r"only if they have the same `vector_length`: a has 4, b has 2"
+    ):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
     model.add_adapter("c", config(target_modules=["0", "1"]))
     model.base_model.model[1].set_scale("c", 2.0)

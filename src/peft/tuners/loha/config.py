@@ -14,23 +14,29 @@ from ..lycoris_utils import LycorisConfig
 
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """Configuration of LoHa, `ΔW = (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)`: of rank up to `r²` for the parameters of rank `2r`.
+    """Configuration of LoHa, `ΔW = (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)`: of rank up to `r²` for
+    the parameters of rank `2r`.
 
     Args:
         r: Rank of both matrices.
         alpha: The delta is scaled by `alpha / r`.
-        rank_dropout: Probability of dropping an output row of ΔW in training; the others are divided by the share that is kept.
+        rank_dropout: Probability of dropping an output row of ΔW in training; the others are
+            divided by the share that is kept.
         module_dropout: Probability of leaving the adapter out of a training forward.
-        use_effective_conv2d: Decompose kernels larger than one by Tucker's form (FedPara, proposition 3).
-        target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
-            defaults.
+        use_effective_conv2d: Decompose kernels larger than one by Tucker's form (FedPara,
+            proposition 3).
+        target_modules: Names (or ends of paths), a regular expression for whole paths,
+            "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
-        init_weights: True: `w2_b` starts at zero, so that the adapter has no effect. False: nothing does.
+        init_weights: True: `w2_b` starts at zero, so that the adapter has no effect. False: nothing
+            does.
         layers_to_transform: Index or indices of the layers to adapt.
-        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default the outermost.
+        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
+            the outermost.
         modules_to_save: Modules to train whole and save beside the adapter.
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
-            where it shares the weight); a dictionary names other modules: name → tokens.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
+            (and those of the output head, where it shares the weight); a dictionary names other
+            modules: name → tokens.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -44,21 +50,40 @@ class LoHaConfig(LycorisConfig):
 
     r: int = field(default=8, metadata={"help": "Rank of both matrices."})
     alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(default=0.0, metadata={"help": "Probability of dropping an output row of the delta."})
-    module_dropout: float = field(default=0.0, metadata={"help": "Probability of leaving the adapter out of a forward."})
-    use_effective_conv2d: bool = field(default=False, metadata={"help": "Tucker form for kernels larger than one."})
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts without effect."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+    rank_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an output row of the delta."}
+    )
+    module_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of leaving the adapter out of a forward."}
+    )
+    use_effective_conv2d: bool = field(
+        default=False, metadata={"help": "Tucker form for kernels larger than one."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Whether the adapter starts without effect."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole."}
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 
     absent_values: ClassVar[dict[str, Any]] = {"trainable_token_indices": None}
-    # The interface has no such field for LoHa: rows that are kept always make up for those that are dropped.
+    # The interface has no such field for LoHa: rows that are kept always make up for those that are
+    # dropped.
     rank_dropout_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

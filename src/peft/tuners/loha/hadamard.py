@@ -2,14 +2,15 @@
 """Hadamard products of low-rank matrices: the pure maths of LoHa.
 
 `ΔW = scale · (U1·V1) ∘ (U2·V2)` with `U [out, r]`, `V [r, in · taps]`. Row `p` of the product is
-`Σ_ij U1[p,i]·U2[p,j] · V1[i]∘V2[j]`: the product is itself one of rank `r²`, whose factors are the rows' (and columns') Kronecker
-products, `U1 ⊙ U2 [out, r²]` and `V1 ⊙ V2 [r², in · taps]`. So it need not be built to be applied:
+`Σ_ij U1[p,i]·U2[p,j] · V1[i]∘V2[j]`: the product is itself one of rank `r²`, whose factors are the
+rows' (and columns') Kronecker products, `U1 ⊙ U2 [out, r²]` and `V1 ⊙ V2 [r², in · taps]`. So it
+need not be built to be applied:
 
     whole         out·in·taps · (2r + 1)  to build it, and   out·in·taps  for each row of the input
     as factors    r²·(out + in·taps)      to build them, and the same     for each row of the input
 
-The factors are taken where `r²·(out + in·taps) <= out·in·taps`, by the shapes alone, so that a new batch size or sequence length
-neither changes the order of computation nor recompiles.
+The factors are taken where `r²·(out + in·taps) <= out·in·taps`, by the shapes alone, so that a new
+batch size or sequence length neither changes the order of computation nor recompiles.
 
 Source: arXiv:2108.06098, proposition 1 (the rank); Khatri and Rao, 1968 (the factors)
 """
@@ -50,7 +51,12 @@ class HadamardFactors(NamedTuple):
 
 
 def factor_shapes(
-    out_features: int, in_features: int, kernel: Sequence[int] = (), *, r: int, use_effective_conv2d: bool = False
+    out_features: int,
+    in_features: int,
+    kernel: Sequence[int] = (),
+    *,
+    r: int,
+    use_effective_conv2d: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Name and size the tensors of a new adapter; the keys are fields of `HadamardFactors`.
 
@@ -75,13 +81,16 @@ def factor_shapes(
 
 
 def hadamard_weight(f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
-    """The dense `ΔW = scale · (U1·V1) ∘ (U2·V2)`, `[out, in · taps]`, at `(2r + 1)·out·in·taps` multiplications."""
+    """The dense `ΔW = scale · (U1·V1) ∘ (U2·V2)`, `[out, in · taps]`, at `(2r + 1)·out·in·taps`
+    multiplications.
+    """
     (U1, V1), (U2, V2) = _sides(f)
     return ((U1 * scale) @ V1) * (U2 @ V2)
 
 
 def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """`A [r², in · taps]` and `B [out, r²]` with `B·A = ΔW`, at `r²·(out + in·taps)` multiplications.
+    """`A [r², in · taps]` and `B [out, r²]` with `B·A = ΔW`, at `r²·(out + in·taps)`
+    multiplications.
 
     Example:
         >>> f = HadamardFactors(torch.rand(5, 2), torch.rand(2, 7), torch.rand(5, 2), torch.rand(2, 7))
@@ -98,7 +107,9 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
 
 
 def is_thin(f: HadamardFactors) -> bool:
-    """Whether the factors of rank `r²` take fewer multiplications than the whole product: the one cost model of this file."""
+    """Whether the factors of rank `r²` take fewer multiplications than the whole product: the one
+    cost model of this file.
+    """
     out, columns, inner = _sizes(f)
     return inner * (out + columns) <= out * columns
 
@@ -114,7 +125,8 @@ def hadamard_conv(
     groups: int = 1,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Convolve with `ΔW [out, in // groups, *kernel]`: to `r²` channels in each group and on to the output's, or with the whole.
+    """Convolve with `ΔW [out, in // groups, *kernel]`: to `r²` channels in each group and on to the
+    output's, or with the whole.
 
     Args:
         x: `[batch, in_channels, *space]` or `[in_channels, *space]`.
@@ -129,7 +141,9 @@ def hadamard_conv(
     conv = _CONV[len(kernel)]
     if not is_thin(f):
         weight = hadamard_weight(f, scale)
-        return conv(x, weight.view(weight.shape[0], -1, *kernel), None, stride, padding, dilation, groups)  # type: ignore[operator]
+        return conv(
+            x, weight.view(weight.shape[0], -1, *kernel), None, stride, padding, dilation, groups
+        )  # type: ignore[operator]
     A, B = low_rank_pair(f, scale)
     down = A.view(A.shape[0], -1, *kernel).repeat(groups, *[1] * (1 + len(kernel)))
     hidden = conv(x, down, None, stride, padding, dilation, groups)  # type: ignore[operator]

@@ -18,7 +18,14 @@ from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Steps, thin_steps
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
-from .hadamard import HadamardFactors, factor_shapes, hadamard_conv, hadamard_weight, is_thin, low_rank_pair
+from .hadamard import (
+    HadamardFactors,
+    factor_shapes,
+    hadamard_conv,
+    hadamard_weight,
+    is_thin,
+    low_rank_pair,
+)
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoHaLayer"]
 
@@ -40,9 +47,13 @@ class LoHaLayer(LycorisLayer):
     Source: arXiv:2108.06098, section 2.2
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = tuple(f"hada_{name}" for name in HadamardFactors._fields)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = tuple(
+        f"hada_{name}" for name in HadamardFactors._fields
+    )
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+    ) -> None:
         super().__init__(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, AdapterParameterDict())
@@ -68,7 +79,9 @@ class LoHaLayer(LycorisLayer):
             placement: Device and dtype, by default the base layer's.
             initialise: False leaves the memory as it is.
         """
-        self.set_hyperparameters(adapter_name, config, r or config.r, config.alpha if alpha is None else alpha)
+        self.set_hyperparameters(
+            adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
+        )
         size, (device, dtype) = self.geometry, self._placement(placement)
         shapes = factor_shapes(
             size.out_features,
@@ -85,10 +98,16 @@ class LoHaLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter starts without effect."""
+        """Draw the factors anew: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter
+        starts without effect.
+        """
         for name, factor in self.factors(adapter_name)._asdict().items():
             if factor is not None:
-                nn.init.zeros_(factor) if init_weights and name == "w2_b" else nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                nn.init.zeros_(
+                    factor
+                ) if init_weights and name == "w2_b" else nn.init.kaiming_uniform_(
+                    factor, a=math.sqrt(5)
+                )
 
     def factors(self, adapter_name: str) -> HadamardFactors:
         """An adapter's factors."""
@@ -102,11 +121,18 @@ class LoHaLayer(LycorisLayer):
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
         """The factors of the product."""
-        return Recipe(_dense, (self.geometry, self.factors(adapter_name), self.scaling[adapter_name]))
+        return Recipe(
+            _dense, (self.geometry, self.factors(adapter_name), self.scaling[adapter_name])
+        )
 
-    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
         """ΔW as `B·A`, without building it; exact of rank `r²`, or of the weight's if that is less."""
-        A, B = (factor.detach() for factor in low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name]))
+        A, B = (
+            factor.detach()
+            for factor in low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name])
+        )
         if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
             return cut(product_svd(B, A), None, A.dtype)
         return approximate(B.contiguous(), A.contiguous(), rank)
@@ -123,7 +149,9 @@ class LoHaLayer(LycorisLayer):
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`ΔW x`, by whichever is cheaper: factors of rank `r²`, or the whole product."""
         factors = self.factors(adapter_name)
-        delta = self.apply_product(adapter_name, self._cast_input_dtype(x, factors.w1_a.dtype), factors)
+        delta = self.apply_product(
+            adapter_name, self._cast_input_dtype(x, factors.w1_a.dtype), factors
+        )
         return self.drop(adapter_name, delta, -1 - len(self.geometry.kernel_size))
 
     def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:

@@ -16,7 +16,8 @@ from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
 
 
 class LoHaModel(LycorisTuner):
-    """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted layer.
+    """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
+    layer.
 
     Args:
         As `BaseTuner`.
@@ -38,7 +39,9 @@ class LoHaModel(LycorisTuner):
         "B": Role(("hada_w1_a", "hada_w2_a")),
         "full": Role(("hada_t1", "hada_t2")),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    )
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
         size = geometry(module)

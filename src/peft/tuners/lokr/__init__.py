@@ -23,4 +23,6 @@ __all__ = [
     "save_lokr_file",
 ]
 
-register_peft_method(name="lokr", config_cls=LoKrConfig, model_cls=LoKrModel, is_mixed_compatible=True)
+register_peft_method(
+    name="lokr", config_cls=LoKrConfig, model_cls=LoKrModel, is_mixed_compatible=True
+)

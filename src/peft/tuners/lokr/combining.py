@@ -22,39 +22,63 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
     Raises:
         PeftValueError: The adapters split layers differently.
     """
-    names = ("decompose_factor", "conv_factor", "factor_pattern", "unbalanced_factorization", "full_matrix", "kronecker_layout")
+    names = (
+        "decompose_factor",
+        "conv_factor",
+        "factor_pattern",
+        "unbalanced_factorization",
+        "full_matrix",
+        "kronecker_layout",
+    )
     shared_value(tuner, request, *names)
     _refuse_what_is_no_product(tuner, request)
     layers = layers_of(tuner, request)
-    r = request.svd_rank or max(layer.r[name] for _, layer in layers for name in request.adapters if name in layer.scaling)
+    r = request.svd_rank or max(
+        layer.r[name] for _, layer in layers for name in request.adapters if name in layer.scaling
+    )
     config: Any = tuner.peft_config[request.adapters[0]]
-    # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1, no Tucker form.
-    changes = {"decompose_both": False, "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    config = replace(config, r=r, alpha=r, conv_r=None, conv_alpha=None, use_scalar=False, **changes)
+    # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1,
+    # no Tucker form.
+    changes = {
+        "decompose_both": False,
+        "use_effective_conv2d": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
+    config = replace(
+        config, r=r, alpha=r, conv_r=None, conv_alpha=None, use_scalar=False, **changes
+    )
     result = Combined(config)
     for path, layer in layers:
         shapes = layer.shapes_of(config, r, tuner.tuner_layer_options(config, path, None)["factor"])
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
         if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
             raise PeftValueError(
-                f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` is whole in all of them and in "
+                f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` "
+                "is whole in all of them and in "
                 "the result; choose a larger `svd_rank`."
             )
-        terms = [(weight * float(layer.scale(name)), layer.factors(name)) for name, weight in present]
+        terms = [
+            (weight * float(layer.scale(name)), layer.factors(name)) for name, weight in present
+        ]
         nearest = nearest_product(terms, None if "w2" in shapes else r)
         result.errors[path] = nearest.error
         result.tensors[f"{path}.lokr_w1"] = nearest.W1
         if "w2" in shapes:
             result.tensors[f"{path}.lokr_w2"] = (nearest.W2_a @ nearest.W2_b).view(shapes["w2"])
         else:
-            missing = r - nearest.W2_a.shape[1]  # a side smaller than the rank has fewer singular values
+            missing = (
+                r - nearest.W2_a.shape[1]
+            )  # a side smaller than the rank has fewer singular values
             result.tensors[f"{path}.lokr_w2_a"] = F.pad(nearest.W2_a, (0, missing))
             result.tensors[f"{path}.lokr_w2_b"] = F.pad(nearest.W2_b, (0, 0, 0, missing))
     return result
 
 
 def _refuse_what_is_no_product(tuner: LoKrModel, request: Combination) -> None:
-    """Insist that each adapter's part of every layer is one Kronecker product of the layer's size, split by a rule.
+    """Insist that each adapter's part of every layer is one Kronecker product of the layer's size,
+    split by a rule.
 
     Raises:
         PeftValueError: It is not.
@@ -63,7 +87,10 @@ def _refuse_what_is_no_product(tuner: LoKrModel, request: Combination) -> None:
         config: Any = tuner.peft_config[name]
         for field in ("weight_decompose", "tensor_shapes", "row_offsets"):
             if getattr(config, field):
-                raise PeftValueError(f"Adapter {name} has `{field}`; such adapters can't be combined. Convert them to LoRA first.")
+                raise PeftValueError(
+                    f"Adapter {name} has `{field}`; such adapters can't be combined. Convert them "
+                    "to LoRA first."
+                )
 
 
 def _flat(config: Any, shapes: Any) -> bool:

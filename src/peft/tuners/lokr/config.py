@@ -32,43 +32,51 @@ _TENSORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """Configuration of LoKr, `ΔW = (alpha / r) · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`, `out = a·c`, `in = b·d`.
+    """Configuration of LoKr, `ΔW = (alpha / r) · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`,
+    `out = a·c`, `in = b·d`.
 
     Args:
         r: Rank of the factors that are decomposed. `W2` is decomposed where `r < max(c, d) / 2`.
         alpha: The delta is scaled by `alpha / r`.
         rank_dropout: Probability of dropping an output row of ΔW in training.
         module_dropout: Probability of leaving the adapter out of a training forward.
-        use_effective_conv2d: Decompose kernels larger than one by Tucker's form (FedPara, proposition 3).
+        use_effective_conv2d: Decompose kernels larger than one by Tucker's form (FedPara,
+            proposition 3).
         decompose_both: Decompose `W1` too, where `r < max(a, b) / 2`.
         decompose_factor: Wanted size of `a` and `b`; -1 for the pair nearest to the square root.
         rank_dropout_scale: Divide by the share of rows kept by rank dropout.
-        target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
-            defaults.
+        target_modules: Names (or ends of paths), a regular expression for whole paths,
+            "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
-        init_weights: True: `W1` (or `w1_a`) starts at zero. "lycoris": `W2` (or `w2_b`) does. False: nothing does.
+        init_weights: True: `W1` (or `w1_a`) starts at zero. "lycoris": `W2` (or `w2_b`) does.
+            False: nothing does.
         layers_to_transform: Index or indices of the layers to adapt; needs `layers_pattern`.
         layers_pattern: Name of the list those indices count in, such as "layers" or "h".
         modules_to_save: Modules to train whole and save beside the adapter.
-        kronecker_layout: "channels": `W1 ⊗ W2` over channels for every layer. "flat": for the full three-dimensional `W2` of an
-            `nn.Conv1d`, the order of elements that Hugging Face PEFT uses. None is "flat" if `peft_version` is given, as for the
-            fields of a file that lacks this one, else "channels".
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
-            where it shares the weight); a dictionary names other modules: name → tokens.
-        full_matrix: Leave `W1` and `W2` whole in every layer; the delta is not scaled then, whatever `r` and `alpha`.
+        kronecker_layout: "channels": `W1 ⊗ W2` over channels for every layer. "flat": for the full
+            three-dimensional `W2` of an `nn.Conv1d`, the order of elements that Hugging Face PEFT
+            uses. None is "flat" if `peft_version` is given, as for the fields of a file that lacks
+            this one, else "channels".
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
+            (and those of the output head, where it shares the weight); a dictionary names other
+            modules: name → tokens.
+        full_matrix: Leave `W1` and `W2` whole in every layer; the delta is not scaled then,
+            whatever `r` and `alpha`.
         unbalanced_factorization: Give `W1` the larger factor of `out`, in place of the smaller.
-        use_scalar: Multiply the delta by a trained number, which starts at zero in place of a factor.
+        use_scalar: Multiply the delta by a trained number, which starts at zero in place of a
+            factor.
         use_rslora: Scale by `alpha / √r`.
         weight_decompose: Train the lengths of the weight's rows apart from their direction (DoRA).
-        wd_on_output: False: the lengths are those of columns, one for each input feature, at the cost of the base layer once more.
-        conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with kernels of more than one element;
-            None for the same as of others.
-        factor_pattern: `decompose_factor` for modules by name or regular expression, as in `rank_pattern`; a pair `[a, b]` says the
-            size of `W1` itself.
-        tensor_shapes: For modules by name or regular expression, the shapes of all tensors, `{"w1": [a, b], "w2_a": [c, r], …}`,
-            where they come from a file and follow no rule.
-        row_offsets: For modules by name or regular expression, whose product has more rows than the layer has outputs (it was for
-            several layers in one): the first row that is the layer's.
+        wd_on_output: False: the lengths are those of columns, one for each input feature, at the
+            cost of the base layer once more.
+        conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with
+            kernels of more than one element; None for the same as of others.
+        factor_pattern: `decompose_factor` for modules by name or regular expression, as in
+            `rank_pattern`; a pair `[a, b]` says the size of `W1` itself.
+        tensor_shapes: For modules by name or regular expression, the shapes of all tensors,
+            `{"w1": [a, b], "w2_a": [c, r], …}`, where they come from a file and follow no rule.
+        row_offsets: For modules by name or regular expression, whose product has more rows than the
+            layer has outputs (it was for several layers in one): the first row that is the layer's.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -77,42 +85,94 @@ class LoKrConfig(LycorisConfig):
         >>> LoKrConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).peft_type.value
         'LOKR'
 
-    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3; `use_rslora`: arXiv:2312.03732;
-    `weight_decompose`: arXiv:2402.09353
+    Source: arXiv:2309.14859, section 3.2; `use_effective_conv2d`: arXiv:2108.06098, proposition 3;
+    `use_rslora`: arXiv:2312.03732; `weight_decompose`: arXiv:2402.09353
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the decomposed factors."})
     alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(default=0.0, metadata={"help": "Probability of dropping an output row of the delta."})
-    module_dropout: float = field(default=0.0, metadata={"help": "Probability of leaving the adapter out of a forward."})
-    use_effective_conv2d: bool = field(default=False, metadata={"help": "Tucker form for kernels larger than one."})
+    rank_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an output row of the delta."}
+    )
+    module_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of leaving the adapter out of a forward."}
+    )
+    use_effective_conv2d: bool = field(
+        default=False, metadata={"help": "Tucker form for kernels larger than one."}
+    )
     decompose_both: bool = field(default=False, metadata={"help": "Decompose W1 too."})
-    decompose_factor: int = field(default=-1, metadata={"help": "Wanted size of W1; -1 for the square root."})
-    rank_dropout_scale: bool = field(default=False, metadata={"help": "Divide by the share rank dropout keeps."})
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    init_weights: bool | Literal["lycoris"] = field(default=True, metadata={"help": "How the factors start."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
-    kronecker_layout: Literal["channels", "flat"] | None = field(default=None, metadata={"help": "Order of elements."})
+    decompose_factor: int = field(
+        default=-1, metadata={"help": "Wanted size of W1; -1 for the square root."}
+    )
+    rank_dropout_scale: bool = field(
+        default=False, metadata={"help": "Divide by the share rank dropout keeps."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone."}
+    )
+    init_weights: bool | Literal["lycoris"] = field(
+        default=True, metadata={"help": "How the factors start."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole."}
+    )
+    kronecker_layout: Literal["channels", "flat"] | None = field(
+        default=None, metadata={"help": "Order of elements."}
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
-    full_matrix: bool = field(default=False, metadata={"help": "Leave both factors whole, without a scale."})
-    unbalanced_factorization: bool = field(default=False, metadata={"help": "Give W1 the larger factor of the outputs."})
-    use_scalar: bool = field(default=False, metadata={"help": "Multiply the delta by a trained number."})
+    full_matrix: bool = field(
+        default=False, metadata={"help": "Leave both factors whole, without a scale."}
+    )
+    unbalanced_factorization: bool = field(
+        default=False, metadata={"help": "Give W1 the larger factor of the outputs."}
+    )
+    use_scalar: bool = field(
+        default=False, metadata={"help": "Multiply the delta by a trained number."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
-    weight_decompose: bool = field(default=False, metadata={"help": "Train lengths apart from directions (DoRA)."})
-    wd_on_output: bool = field(default=True, metadata={"help": "Whether lengths are those of rows; else of columns."})
-    conv_r: int | None = field(default=None, metadata={"help": "Rank for convolutions with a kernel."})
-    conv_alpha: float | None = field(default=None, metadata={"help": "Alpha for convolutions with a kernel."})
-    conv_factor: int | None = field(default=None, metadata={"help": "Wanted size of W1 for convolutions with a kernel."})
-    factor_pattern: dict = field(default_factory=dict, metadata={"help": "Size of W1 by module name or regular expression."})
-    tensor_shapes: dict = field(default_factory=dict, metadata={"help": "Shapes of all tensors by module name."})
-    row_offsets: dict = field(default_factory=dict, metadata={"help": "First row of a product for several layers, by module."})
+    weight_decompose: bool = field(
+        default=False, metadata={"help": "Train lengths apart from directions (DoRA)."}
+    )
+    wd_on_output: bool = field(
+        default=True, metadata={"help": "Whether lengths are those of rows; else of columns."}
+    )
+    conv_r: int | None = field(
+        default=None, metadata={"help": "Rank for convolutions with a kernel."}
+    )
+    conv_alpha: float | None = field(
+        default=None, metadata={"help": "Alpha for convolutions with a kernel."}
+    )
+    conv_factor: int | None = field(
+        default=None, metadata={"help": "Wanted size of W1 for convolutions with a kernel."}
+    )
+    factor_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Size of W1 by module name or regular expression."}
+    )
+    tensor_shapes: dict = field(
+        default_factory=dict, metadata={"help": "Shapes of all tensors by module name."}
+    )
+    row_offsets: dict = field(
+        default_factory=dict,
+        metadata={"help": "First row of a product for several layers, by module."},
+    )
 
-    patterns: ClassVar[tuple[str, ...]] = (*LycorisConfig.patterns, "factor_pattern", "tensor_shapes", "row_offsets")
+    patterns: ClassVar[tuple[str, ...]] = (
+        *LycorisConfig.patterns,
+        "factor_pattern",
+        "tensor_shapes",
+        "row_offsets",
+    )
     absent_values: ClassVar[dict[str, Any]] = {
         "kronecker_layout": "flat",
         "trainable_token_indices": None,
@@ -167,7 +227,9 @@ class LoKrConfig(LycorisConfig):
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
         """Other writers allow `layers_to_transform` alone, which counts in whatever list there is."""
-        if not is_empty(content.get("layers_to_transform")) and is_empty(content.get("layers_pattern")):
+        if not is_empty(content.get("layers_to_transform")) and is_empty(
+            content.get("layers_pattern")
+        ):
             return {**content, "layers_pattern": r"[^.]+"}
         return content
 
@@ -186,6 +248,9 @@ def _factor_or_pair(name: str, value: Any) -> Iterator[str]:
 
 def _shapes(name: str, value: Any) -> Iterator[str]:
     sizes = value.values() if isinstance(value, dict) else ()
-    listed = all(isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 1 for size in shape) for shape in sizes)
+    listed = all(
+        isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 1 for size in shape)
+        for shape in sizes
+    )
     if not isinstance(value, dict) or not set(value) <= set(_TENSORS) or not listed:
         yield f"`{name}`={value!r} must be a dictionary of shapes, with keys among {', '.join(_TENSORS)}."

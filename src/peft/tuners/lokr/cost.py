@@ -34,7 +34,9 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
         right, spatial = (d, *shapes["t2"][1::-1], c), 1
     elif "w2" not in shapes:
         right = (d, shapes["w2_b"][0], c)
-    parts = groups if a % groups == 0 else 1  # groups hold whole blocks of rows; else this is an upper bound
+    parts = (
+        groups if a % groups == 0 else 1
+    )  # groups hold whole blocks of rows; else this is an upper bound
     left = (*left[:-1], left[-1] // parts)
     spatial = spatial if size.kernel_size else -1
     return parts * contraction_order(left, right, spatial=spatial, taps=taps, stride=positions)[0]
@@ -55,7 +57,12 @@ def numbers(shapes: Shapes) -> int:
 
 
 def cost(
-    shapes: Shapes, size: Geometry, r: int, by_rule: Callable[[int], Shapes] | None, groups: int = 1, positions: int = 1
+    shapes: Shapes,
+    size: Geometry,
+    r: int,
+    by_rule: Callable[[int], Shapes] | None,
+    groups: int = 1,
+    positions: int = 1,
 ) -> AdapterCost:
     """The cost of an adapter, with remarks on its config.
 
@@ -63,20 +70,31 @@ def cost(
         shapes: Of the factors.
         size: The layer's.
         r: The rank that was asked for.
-        by_rule: Shapes for a `decompose_factor`, None where they were given or all are meant to be whole.
+        by_rule: Shapes for a `decompose_factor`, None where they were given or all are meant to be
+            whole.
         groups, positions: As for `multiplications`.
     """
     remarks = []
     (a, b), (c, d) = sides(shapes, math.prod(size.kernel_size))
     if by_rule is not None:
         if "w2" in shapes:
-            remarks.append(f"`r`={r} is at least half of {max(c, d)}, so that W2 is whole; `r` only divides the scale.")
+            remarks.append(
+                f"`r`={r} is at least half of {max(c, d)}, so that W2 is whole; `r` only divides "
+                "the scale."
+            )
         own = numbers(shapes)
-        better = [(numbers(by_rule(factor)), factor) for factor in _divisors(size) if factor > max(a, b)]
+        better = [
+            (numbers(by_rule(factor)), factor) for factor in _divisors(size) if factor > max(a, b)
+        ]
         if better and min(better)[0] < own:
             fewest, factor = min(better)
-            remarks.append(f"a larger factor takes fewer parameters: `decompose_factor`={factor} {fewest:,} in place of {own:,}.")
-    return AdapterCost(multiplications(shapes, size, groups, positions), largest_rank(shapes, size), tuple(remarks))
+            remarks.append(
+                f"a larger factor takes fewer parameters: `decompose_factor`={factor} {fewest:,} "
+                f"in place of {own:,}."
+            )
+    return AdapterCost(
+        multiplications(shapes, size, groups, positions), largest_rank(shapes, size), tuple(remarks)
+    )
 
 
 def _divisors(size: Geometry) -> list[int]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured Kronecker products: the pure maths of LoKr.
 
-`ΔW = scale · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`, `out = a·c`, `in = b·d` (a convolution's `in` is its
-`in_channels // groups`), and `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
+`ΔW = scale · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`, `out = a·c`, `in = b·d` (a
+convolution's `in` is its `in_channels // groups`), and
+`ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
 
-One picture serves everything here. Each side of the product is a *chain* of small linear maps `[to, from]`, the first
-applied first; one map of `W2` may carry a kernel:
+One picture serves everything here. Each side of the product is a *chain* of small linear maps
+`[to, from]`, the first applied first; one map of `W2` may carry a kernel:
 
     W1             [a, b]                                b -> a
     W1 low rank    w1_b [r, b], w1_a [a, r]              b -> r -> a
@@ -13,9 +14,10 @@ applied first; one map of `W2` may carry a kernel:
     W2 low rank    w2_b [r, d, *kernel], w2_a [c, r]     d -> r -> c
     W2 Tucker      w2_b [r, d], t2 [r, r, *kernel], w2_aᵀ [c, r]     d -> r -> r -> c
 
-Composing a chain gives the small dense matrix. Applying the product means reading the input's channels as a grid
-`b x d` and walking the left chain down one side of it and the right chain along the other. Every order of these moves
-gives the same result; `contraction_order` picks the cheapest. Nothing of size `out x in` exists on the way.
+Composing a chain gives the small dense matrix. Applying the product means reading the input's
+channels as a grid `b x d` and walking the left chain down one side of it and the right chain along
+the other. Every order of these moves gives the same result; `contraction_order` picks the cheapest.
+Nothing of size `out x in` exists on the way.
 
 Source: arXiv:2309.14859, eq. 4 and appendix B.3 (LoKr); arXiv:2212.10650 (KronA)
 """
@@ -46,7 +48,8 @@ class KroneckerFactors(NamedTuple):
         w1: `[a, b]`, or None when low rank.
         w1_a, w1_b: `[a, r]` and `[r, b]`, with `W1 = w1_a · w1_b`.
         w2: `[c, d, *kernel]`, or None when low rank.
-        w2_a, w2_b: `[c, r]` and `[r, d · prod(kernel)]`, with `W2 = w2_a · w2_b`; beside `t2`: `[r, c]` and `[r, d]`.
+        w2_a, w2_b: `[c, r]` and `[r, d · prod(kernel)]`, with `W2 = w2_a · w2_b`; beside `t2`:
+            `[r, c]` and `[r, d]`.
         t2: `[r, r, *kernel]` (one-dimensional kernels are stored `[r, r, k, 1]`), with
             `W2[p, q, κ] = Σ_ij t2[i, j, κ] · w2_a[i, p] · w2_b[j, q]`.
 
@@ -63,20 +66,26 @@ class KroneckerFactors(NamedTuple):
 
 
 def left(f: KroneckerFactors) -> Tensor:
-    """Return the small dense `W1 [a, b]`; a low-rank pair costs `a·r·b` multiplications. Source: arXiv:2309.14859"""
+    """Return the small dense `W1 [a, b]`; a low-rank pair costs `a·r·b` multiplications. Source:
+    arXiv:2309.14859
+    """
     return _compose(_left_chain(f))
 
 
 def right(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
-    """Return the small dense `W2 [c, d, *kernel]`, at `c·r·d·taps` multiplications, Tucker `(c + r)·r·d·taps`.
+    """Return the small dense `W2 [c, d, *kernel]`, at `c·r·d·taps` multiplications, Tucker
+    `(c + r)·r·d·taps`.
 
     Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
     """
     return _compose(_right_chain(f, kernel))
 
 
-def kronecker_weight(f: KroneckerFactors, kernel: Sequence[int] = (), scale: float | Tensor = 1.0) -> Tensor:
-    """Return the dense `ΔW = scale · (W1 ⊗ W2)`, for merging: `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
+def kronecker_weight(
+    f: KroneckerFactors, kernel: Sequence[int] = (), scale: float | Tensor = 1.0
+) -> Tensor:
+    """Return the dense `ΔW = scale · (W1 ⊗ W2)`, for merging:
+    `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
 
     Args:
         f: The adapter's tensors.
@@ -91,13 +100,16 @@ def kronecker_weight(f: KroneckerFactors, kernel: Sequence[int] = (), scale: flo
     return _kron(left(f) * scale, right(f, kernel))
 
 
-def flat_kronecker_weight(f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor = 1.0) -> Tensor:
+def flat_kronecker_weight(
+    f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor = 1.0
+) -> Tensor:
     """Return the dense `scale · (W2 ⊗ W1)`: `kronecker_weight` with the two sides swapped.
 
-    Hugging Face PEFT 0.21.2 computes `torch.kron(W1, W2).reshape(out, in, k)` for a full three-dimensional `W2`
-    (`nn.Conv1d`). The missing axis of `W1` is added in front, which pairs `a` with `d` and `b` with `k`; read back in
-    memory order the result is `ΔW[p·a + i, q·b + j] = scale · W1[i, j] · W2[p, q]`. So such a file is a true Kronecker
-    product too, in the other order, and every fast path holds for it (`kronecker_conv(flat=True)`).
+    Hugging Face PEFT 0.21.2 computes `torch.kron(W1, W2).reshape(out, in, k)` for a full
+    three-dimensional `W2` (`nn.Conv1d`). The missing axis of `W1` is added in front, which pairs
+    `a` with `d` and `b` with `k`; read back in memory order the result is
+    `ΔW[p·a + i, q·b + j] = scale · W1[i, j] · W2[p, q]`. So such a file is a true Kronecker product
+    too, in the other order, and every fast path holds for it (`kronecker_conv(flat=True)`).
 
     Args:
         f: The adapter's tensors.
@@ -113,10 +125,12 @@ def flat_kronecker_weight(f: KroneckerFactors, kernel: Sequence[int], scale: flo
 
 
 def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Tensor:
-    """Apply `y = scale · (W1 ⊗ W2) x`, that is `Y = scale · W1 · X · W2ᵀ` with `X = x` read as `[b, d]`.
+    """Apply `y = scale · (W1 ⊗ W2) x`, that is `Y = scale · W1 · X · W2ᵀ` with `X = x` read as
+    `[b, d]`.
 
-    Multiplications per row, both sides full: `min(b·d·c + b·c·a, b·d·a + d·a·c)` in place of `a·b·c·d`; low-rank sides
-    are walked or multiplied out, whichever `contraction_order` finds cheaper.
+    Multiplications per row, both sides full: `min(b·d·c + b·c·a, b·d·a + d·a·c)` in place of
+    `a·b·c·d`; low-rank sides are walked or multiplied out, whichever `contraction_order` finds
+    cheaper.
 
     Args:
         x: `[..., in]`.
@@ -140,8 +154,9 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
 
 def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Steps:
-    """`kronecker_linear` in steps: first `x.view(rows·b, d)` times `[d, k]`, where the cheapest order begins with the right side,
-    and last `[rows·a, k]` times `[k, c]`, where it ends with that, or `[a, k]` times `[rows, k, c]`.
+    """`kronecker_linear` in steps: first `x.view(rows·b, d)` times `[d, k]`, where the cheapest
+    order begins with the right side, and last `[rows·a, k]` times `[k, c]`, where it ends with
+    that, or `[a, k]` times `[rows, k, c]`.
 
     Source: arXiv:2309.14859, eq. 4
     """
@@ -149,17 +164,21 @@ def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
     begun, then = _steps_of_shapes(*shapes)
     first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
-    return Steps(widened(x, w1s[0].dtype) if first is None else x, first, (*w1s, *w2s[begun:]), then)
+    return Steps(
+        widened(x, w1s[0].dtype) if first is None else x, first, (*w1s, *w2s[begun:]), then
+    )
 
 
 @functools.cache
-def _steps_of_shapes(left: Shapes, right: Shapes) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:
+def _steps_of_shapes(
+    left: Shapes, right: Shapes
+) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:
     """How many maps of the right chain are the first product, and what follows it."""
     order = _order_of_shapes(left, right)
     begun, (i, j), n_left = order[0][1], order[-2], len(left)
     a, b, k = left[-1][0], left[0][1], (*(shape[1] for shape in right), right[-1][0])[begun]
-    # A last product with the left side forms that one's gradient for each row before summing: only where it is no larger than
-    # the output.
+    # A last product with the left side forms that one's gradient for each row before summing: only
+    # where it is no larger than the output.
     apart = j < len(right) or a <= right[-1][0]
     path = tuple([(to_i, to_j - begun) for to_i, to_j in order[begun > 0 : len(order) - apart]])
     left_alone = path == ((n_left, 0),)
@@ -194,21 +213,23 @@ def kronecker_conv(
 ) -> Tensor:
     """Convolve with `scale · (W1 ⊗ W2)` (no bias): `Y[i] = scale · Σ_j W1[i, j] · conv(X[j], W2)`.
 
-    The convolution runs on blocks of `d` channels with the block index in the batch, and only the map with the kernel
-    sees space; all others are pointwise. Multiplications per output position, both sides full:
-    `min(b·c·(d·taps) + b·c·a, σ·b·d·a + a·c·(d·taps))` in place of `a·b·c·d·taps`, where `taps = prod(kernel)` and
-    `σ = prod(stride)`.
+    The convolution runs on blocks of `d` channels with the block index in the batch, and only the
+    map with the kernel sees space; all others are pointwise. Multiplications per output position,
+    both sides full: `min(b·c·(d·taps) + b·c·a, σ·b·d·a + a·c·(d·taps))` in place of `a·b·c·d·taps`,
+    where `taps = prod(kernel)` and `σ = prod(stride)`.
 
-    With groups, `ΔW` is `[out, in // groups, *kernel]` and its rows are dealt out in order. Groups hold whole blocks
-    of `c` rows (`groups` divides `a`: group the left side), or blocks hold whole groups (`a` divides `groups`: group
-    the right side too); otherwise each group is cut into equal parts that read the same input until that is so. A
-    depthwise `ΔW` has one input column per row, no larger than an activation: that one is multiplied out.
+    With groups, `ΔW` is `[out, in // groups, *kernel]` and its rows are dealt out in order. Groups
+    hold whole blocks of `c` rows (`groups` divides `a`: group the left side), or blocks hold whole
+    groups (`a` divides `groups`: group the right side too); otherwise each group is cut into equal
+    parts that read the same input until that is so. A depthwise `ΔW` has one input column per row,
+    no larger than an activation: that one is multiplied out.
 
     Args:
         x: `[batch, in_channels, *space]` or `[in_channels, *space]`, 1 to 3 spatial dimensions.
         f: The adapter's tensors, in the dtype of `x` (or under autocast).
         kernel: Kernel size, one number per spatial dimension.
-        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding is with zeros.
+        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding is with
+            zeros.
         scale: A number or a zero-dimensional tensor; it goes into the smallest factor.
         flat: Use the weight of `flat_kronecker_weight`.
 
@@ -224,7 +245,9 @@ def kronecker_conv(
         weight = (flat_kronecker_weight if flat else kronecker_weight)(f, kernel, scale)
         return _CONV[len(kernel)](x, weight, groups=groups, **options)
     batched = x if x.dim() == len(kernel) + 2 else x[None]
-    major, sides = (c, (d, b)) if flat else (a, (b, d))  # the slow index of the channels; groups split it
+    major, sides = (
+        (c, (d, b)) if flat else (a, (b, d))
+    )  # the slow index of the channels; groups split it
     if major % groups and groups % major:
         parts = major // math.gcd(major, groups)
         batched = batched.unflatten(1, (groups, -1)).repeat_interleave(parts, dim=1).flatten(1, 2)
@@ -249,7 +272,9 @@ def _left_chain(f: KroneckerFactors) -> Chain:
 
 
 def _right_chain(f: KroneckerFactors, kernel: Sequence[int]) -> Chain:
-    """Maps `[to, from]` of `W2`, the first applied first; the one with the kernel is `[to, from, *kernel]`."""
+    """Maps `[to, from]` of `W2`, the first applied first; the one with the kernel is
+    `[to, from, *kernel]`.
+    """
     if f.w2 is not None:
         return (f.w2.reshape(*f.w2.shape[:2], *kernel),)
     assert f.w2_a is not None and f.w2_b is not None
@@ -282,9 +307,13 @@ def _kron(major: Tensor, minor: Tensor) -> Tensor:
     return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
 
 
-def _order(w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1) -> tuple[State, ...]:
+def _order(
+    w1s: Chain, w2s: Chain, left_groups: int = 1, right_groups: int = 1, positions: int = 1
+) -> tuple[State, ...]:
     """The states to pass through, with `positions` input positions per output position."""
-    plan = _order_of_shapes if torch.compiler.is_compiling() else _known_order  # the compiler warns about caches
+    plan = (
+        _order_of_shapes if torch.compiler.is_compiling() else _known_order
+    )  # the compiler warns about caches
     return plan(tuple(shapes(*w1s)), tuple(shapes(*w2s)), left_groups, right_groups, positions)
 
 
@@ -305,7 +334,8 @@ _known_order = functools.cache(_order_of_shapes)
 
 
 def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any) -> Tensor:
-    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving `[n, g1, a // g1, g2, c // g2, *space']` at its end.
+    """Apply both chains to `[n, g1, b, g2, d, *space]` in an order, giving
+    `[n, g1, a // g1, g2, c // g2, *space']` at its end.
 
     Groups share all maps of a chain but the last, whose rows they divide.
     """
@@ -323,17 +353,24 @@ def _walk(z: Tensor, w1s: Chain, w2s: Chain, order: Sequence[State], **conv: Any
 
 def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
     """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
-    trains = torch.is_grad_enabled() and not torch.jit.is_tracing()  # the tracer compares graphs made with and without gradients
+    trains = (
+        torch.is_grad_enabled() and not torch.jit.is_tracing()
+    )  # the tracer compares graphs made with and without gradients
     (_, _, _, _, narrow, *_), (wide, *_) = shapes(z, w)
     if z.dim() == 5 and (axis == 4 or (narrow < wide and trains)):
-        # No space: one matrix product. The batched one below is quicker, but forms a weight gradient per row before summing.
+        # No space: one matrix product. The batched one below is quicker, but forms a weight
+        # gradient per row before summing.
         return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
     y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))
     return y.unflatten(-1, z.shape[axis + 1 :])
 
 
 def _spatial(z: Tensor, w: Tensor, groups: int, **conv: Any) -> Tensor:
-    """Convolve `z [n, g1, s1, g2, from, *space]` with `w [groups · to, from, *kernel]`, all before `from` as batch."""
+    """Convolve `z [n, g1, s1, g2, from, *space]` with `w [groups · to, from, *kernel]`, all before
+    `from` as batch.
+    """
     batch = z.shape[:3] if groups > 1 else z.shape[:4]
-    y = _CONV[w.dim() - 2](z.flatten(0, len(batch) - 1).flatten(1, -w.dim() + 1), w, groups=groups, **conv)
+    y = _CONV[w.dim() - 2](
+        z.flatten(0, len(batch) - 1).flatten(1, -w.dim() + 1), w, groups=groups, **conv
+    )
     return y.reshape(*z.shape[:4], w.shape[0] // groups, *y.shape[2:])

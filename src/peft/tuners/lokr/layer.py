@@ -20,7 +20,14 @@ from ...ops.fused_linear import Steps
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
 from ..lycoris_utils import LycorisLayer
 from .cost import cost
-from .kronecker import KroneckerFactors, flat_kronecker_weight, kronecker_conv, kronecker_linear, kronecker_steps, kronecker_weight
+from .kronecker import (
+    KroneckerFactors,
+    flat_kronecker_weight,
+    kronecker_conv,
+    kronecker_linear,
+    kronecker_steps,
+    kronecker_weight,
+)
 from .lowrank import kronecker_low_rank
 from .norms import column_norms, product_norm, row_norms
 from .shapes import Shapes, factor_shapes, factorization
@@ -31,7 +38,8 @@ _FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
 
 
 class LoKrLayer(LycorisLayer):
-    """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`, or decomposed, `W' = m ⊙ (W + ΔW) / ‖W + ΔW‖`.
+    """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`, or decomposed,
+    `W' = m ⊙ (W + ΔW) / ‖W + ΔW‖`.
 
     Args:
         base_layer: The layer to adapt.
@@ -41,12 +49,13 @@ class LoKrLayer(LycorisLayer):
 
     Attributes:
         lokr_w1: `[a, b]`; where decomposed `lokr_w1_a [a, r]`, `lokr_w1_b [r, b]`.
-        lokr_w2: `[c, d, *kernel]`; where decomposed `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`; in Tucker's form
-            `lokr_t2 [r, r, *kernel]`, `lokr_w2_a [r, c]`, `lokr_w2_b [r, d]`.
+        lokr_w2: `[c, d, *kernel]`; where decomposed `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`;
+            in Tucker's form `lokr_t2 [r, r, *kernel]`, `lokr_w2_a [r, c]`, `lokr_w2_b [r, d]`.
         lokr_scalar: `[1]`, a factor on the delta, of adapters with `use_scalar`.
         lokr_magnitude: `m`, `[out]` or `[in]`, of adapters with `weight_decompose`.
         flat_layout, full_matrix, use_rslora, wd_on_output: As in the configs, by adapter name.
-        row_offset: By adapter name, None, or the first row of the product that is the layer's (of a product for fused layers).
+        row_offset: By adapter name, None, or the first row of the product that is the layer's (of a
+            product for fused layers).
 
     Source: arXiv:2309.14859, section 3.2; arXiv:2402.09353, section 4
     """
@@ -62,7 +71,9 @@ class LoKrLayer(LycorisLayer):
         "row_offset",
     )
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+    ) -> None:
         super().__init__(base_layer)
         for name in self.container_names:
             setattr(self, name, AdapterParameterDict())
@@ -99,16 +110,32 @@ class LoKrLayer(LycorisLayer):
             shapes: Shapes of the factors by name, by default as the config's rules have them.
             row_offset: Which rows of the product are the layer's; by default it has no others.
         """
-        self.full_matrix[adapter_name], self.use_rslora[adapter_name] = config.full_matrix, config.use_rslora
-        self.wd_on_output[adapter_name], self.row_offset[adapter_name] = config.wd_on_output, row_offset
-        self.set_hyperparameters(adapter_name, config, r or config.r, config.alpha if alpha is None else alpha)
+        self.full_matrix[adapter_name], self.use_rslora[adapter_name] = (
+            config.full_matrix,
+            config.use_rslora,
+        )
+        self.wd_on_output[adapter_name], self.row_offset[adapter_name] = (
+            config.wd_on_output,
+            row_offset,
+        )
+        self.set_hyperparameters(
+            adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
+        )
         shapes = shapes or self.shapes_of(config, self.r[adapter_name], factor)
-        self.flat_layout[adapter_name] = len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
+        self.flat_layout[adapter_name] = (
+            len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
+        )
         place = self._placement(placement)
         for name, shape in shapes.items():
-            self._hold(f"lokr_{name}", adapter_name, torch.empty(shape, device=place.device, dtype=place.dtype))
+            self._hold(
+                f"lokr_{name}",
+                adapter_name,
+                torch.empty(shape, device=place.device, dtype=place.dtype),
+            )
         if config.use_scalar:
-            self._hold("lokr_scalar", adapter_name, torch.empty(1, device=place.device, dtype=place.dtype))
+            self._hold(
+                "lokr_scalar", adapter_name, torch.empty(1, device=place.device, dtype=place.dtype)
+            )
         if initialise:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
         if config.weight_decompose:
@@ -138,8 +165,8 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, one of them zero so that the adapter starts without effect; with a
-        scalar it is that which is zero.
+        """Draw the factors anew: `kaiming_uniform_(a=√5)`, one of them zero so that the adapter
+        starts without effect; with a scalar it is that which is zero.
         """
         scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
@@ -147,12 +174,16 @@ class LoKrLayer(LycorisLayer):
             zero = ("w2", "w2_b") if init_weights == "lycoris" else ("w1", "w1_a")
         for name, factor in self.factors(adapter_name)._asdict().items():
             if factor is not None:
-                nn.init.zeros_(factor) if name in zero else nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                nn.init.zeros_(factor) if name in zero else nn.init.kaiming_uniform_(
+                    factor, a=math.sqrt(5)
+                )
         if scalar:
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which has no rank."""
+        """`alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which has no
+        rank.
+        """
         if self.full_matrix[adapter_name]:
             return 1.0
         r = self.r[adapter_name]
@@ -170,8 +201,8 @@ class LoKrLayer(LycorisLayer):
         return KroneckerFactors(*[modules[holder].get(adapter_name) for holder in _FACTORS])
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """ΔW in the base weight's layout: the dense product, which only merging needs; what a decomposed adapter adds before rows
-        or columns get their lengths.
+        """ΔW in the base weight's layout: the dense product, which only merging needs; what a
+        decomposed adapter adds before rows or columns get their lengths.
         """
         return self.delta_recipe(adapter_name).weight()
 
@@ -179,18 +210,28 @@ class LoKrLayer(LycorisLayer):
         """The factors of the product."""
         product = flat_kronecker_weight if self.flat_layout[adapter_name] else kronecker_weight
         rows = self.row_offset[adapter_name], self.out_features
-        return Recipe(_dense, (product, self.geometry, self.factors(adapter_name), self.scale(adapter_name), *rows))
+        return Recipe(
+            _dense,
+            (product, self.geometry, self.factors(adapter_name), self.scale(adapter_name), *rows),
+        )
 
     def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
         """The part of a product for fused layers that is this layer's."""
         offset = self.row_offset[adapter_name]
         return product if offset is None else product.narrow(dim, offset, self.out_features)
 
-    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
-        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`. What a decomposed adapter does to the weight,
-        `f ⊙ (W + ΔW) - W`, has no such structure and is decomposed whole.
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
+        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`. What a decomposed
+        adapter does to the weight, `f ⊙ (W + ΔW) - W`, has no such structure and is decomposed
+        whole.
         """
-        kernel, flat, scale = self.geometry.kernel_size, self.flat_layout[adapter_name], self.scale(adapter_name)
+        kernel, flat, scale = (
+            self.geometry.kernel_size,
+            self.flat_layout[adapter_name],
+            self.scale(adapter_name),
+        )
         if adapter_name in self.lokr_magnitude:
             weight, delta = wide(self.base_weight()), wide(self.get_delta_weight(adapter_name))
             factor = self.merge_factor(adapter_name, self.scaling[adapter_name])
@@ -198,22 +239,36 @@ class LoKrLayer(LycorisLayer):
             change = self.geometry.as_stored(wide(factor) * (weight + delta) - weight)
             return cut(dense_svd(change.flatten(1)), rank, self._dtype(adapter_name))
         part = self.row_offset[adapter_name] is not None
-        exact = kronecker_low_rank(self.factors(adapter_name), kernel, float(scale), None if part else rank, flat)
-        return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank) if part else exact
+        exact = kronecker_low_rank(
+            self.factors(adapter_name), kernel, float(scale), None if part else rank, flat
+        )
+        return (
+            approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank) if part else exact
+        )
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of the cheapest order of the factors, with remarks on what the config makes of this layer's sizes."""
-        shapes = {n: tuple(f.shape) for n, f in self.factors(adapter_name)._asdict().items() if f is not None}
+        """That of the cheapest order of the factors, with remarks on what the config makes of this
+        layer's sizes.
+        """
+        shapes = {
+            n: tuple(f.shape)
+            for n, f in self.factors(adapter_name)._asdict().items()
+            if f is not None
+        }
         base: Any = self.get_base_layer()
-        given = config.full_matrix or self.row_offset[adapter_name] is not None or bool(config.tensor_shapes)
+        given = (
+            config.full_matrix
+            or self.row_offset[adapter_name] is not None
+            or bool(config.tensor_shapes)
+        )
         rule = None if given else partial(self.shapes_of, config, self.r[adapter_name])
         strides = math.prod(base.stride) if self.geometry.is_conv else 1
-        return cost(shapes, self.geometry, self.r[adapter_name], rule, getattr(base, "groups", 1), strides)
+        return cost(
+            shapes, self.geometry, self.r[adapter_name], rule, getattr(base, "groups", 1), strides
+        )
 
     def _dtype(self, adapter_name: str) -> torch.dtype:
         return next(factor.dtype for factor in self.factors(adapter_name) if factor is not None)
-
-    # --- forward ------------------------------------------------------------------------------------------------------
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`ΔW x`, without building ΔW."""
@@ -231,8 +286,9 @@ class LoKrLayer(LycorisLayer):
         raise NotImplementedError
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's part: a sum or, if it is decomposed, `f ⊙ (result - b + ΔW x) + b` with
-        `f = m / ‖W + ΔW‖` for lengths of rows; for those of columns `(W + ΔW)(f ⊙ x) + b`, which takes the base layer once more.
+        """`result` with the adapter's part: a sum or, if it is decomposed,
+        `f ⊙ (result - b + ΔW x) + b` with `f = m / ‖W + ΔW‖` for lengths of rows; for those of
+        columns `(W + ΔW)(f ⊙ x) + b`, which takes the base layer once more.
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
         """
@@ -248,8 +304,6 @@ class LoKrLayer(LycorisLayer):
         if not self.training or not self.module_dropout[adapter_name]:
             return changed
         return result + self.drop_module(adapter_name, changed - result)
-
-    # --- lengths ------------------------------------------------------------------------------------------------------
 
     def lengths(self, adapter_name: str, scale: Any) -> Tensor:
         """The lengths of the rows of `W + ΔW`, or of its columns."""
@@ -272,7 +326,9 @@ class LoKrLayer(LycorisLayer):
 
     @property
     def needs_layer_alone(self) -> bool:
-        """Whether there is a decomposed adapter, whose factor would be on what another method adds too."""
+        """Whether there is a decomposed adapter, whose factor would be on what another method adds
+        too.
+        """
         return len(self.lokr_magnitude) > 0
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
@@ -293,7 +349,10 @@ class LoKrLayer(LycorisLayer):
         Returns:
             The norm then, and whether it was larger.
         """
-        norm = float(product_norm(self.factors(adapter_name), self.geometry.kernel_size) * abs(self.scale(adapter_name)))
+        norm = float(
+            product_norm(self.factors(adapter_name), self.geometry.kernel_size)
+            * abs(self.scale(adapter_name))
+        )
         if norm <= largest:
             return norm, False
         own = [factor for factor in self.factors(adapter_name) if factor is not None]
@@ -309,7 +368,11 @@ class Linear(LoKrLayer):
         return kronecker_linear(x, factors, self.scale(adapter_name))
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
-        if self.drops(adapter_name) or self.row_offset[adapter_name] is not None or adapter_name in self.lokr_magnitude:
+        if (
+            self.drops(adapter_name)
+            or self.row_offset[adapter_name] is not None
+            or adapter_name in self.lokr_magnitude
+        ):
             return None
         factors = self.factors(adapter_name)
         dtype = (factors.w2_b if factors.w2 is None else factors.w2).dtype  # type: ignore[union-attr]
@@ -342,7 +405,14 @@ class Conv3d(_Conv):
     """`nn.Conv3d` with LoKr adapters."""
 
 
-def _dense(product: Any, geometry: Geometry, factors: KroneckerFactors, scale: Any, first: int | None, rows: int) -> Tensor:
+def _dense(
+    product: Any,
+    geometry: Geometry,
+    factors: KroneckerFactors,
+    scale: Any,
+    first: int | None,
+    rows: int,
+) -> Tensor:
     """ΔW in the base weight's layout; of a product for fused layers the rows from `first` on."""
     delta = product(factors, geometry.kernel_size, scale)
     return geometry.as_stored(delta if first is None else delta.narrow(0, first, rows))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kronecker products as low-rank products, and sums of them as one: pure maths on LoKr's factors.
 
-Nothing of size `out x in` is built. A convolution's kernel belongs to the columns of `W2`, read as `[c, d · taps]`: then
-`W1 ⊗ W2` is `ΔW` read as `[out, in · taps]`, and both have the same singular values.
+Nothing of size `out x in` is built. A convolution's kernel belongs to the columns of `W2`, read as
+`[c, d · taps]`: then `W1 ⊗ W2` is `ΔW` read as `[out, in · taps]`, and both have the same singular
+values.
 
 Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993
 """
@@ -46,20 +47,22 @@ def kronecker_low_rank(
 ) -> LowRank:
     """The best approximation of `scale · (W1 ⊗ W2)` by a product of rank `k`.
 
-    With `W1 = Σ_i s_i u_i v_iᵀ` and `W2 = Σ_j t_j x_j y_jᵀ` the product's singular values are all `s_i · t_j`, and its singular
-    vectors `u_i ⊗ x_j` and `v_i ⊗ y_j`. So two small decompositions give the whole one, of which the `k` largest are taken; a side
-    that is low rank has no more than `r` of them.
+    With `W1 = Σ_i s_i u_i v_iᵀ` and `W2 = Σ_j t_j x_j y_jᵀ` the product's singular values are all
+    `s_i · t_j`, and its singular vectors `u_i ⊗ x_j` and `v_i ⊗ y_j`. So two small decompositions
+    give the whole one, of which the `k` largest are taken; a side that is low rank has no more than
+    `r` of them.
 
     Args:
         f: The adapter's tensors.
         kernel: Kernel size of a convolution; empty for a linear layer.
         scale: Factor on the product.
-        rank: `k`, or the share of energy to keep, or None for all that are not zero: `rank(W1) · rank(W2)`.
+        rank: `k`, or the share of energy to keep, or None for all that are not zero:
+            `rank(W1) · rank(W2)`.
         flat: The order of `flat_kronecker_weight`.
 
     Returns:
-        `A [k, in · taps]` and `B [out, k]` in the factors' dtype, at `k · (in · taps + out)` multiplications beside the two small
-        decompositions.
+        `A [k, in · taps]` and `B [out, k]` in the factors' dtype, at `k · (in · taps + out)`
+        multiplications beside the two small decompositions.
 
     Example:
         >>> f = KroneckerFactors(w1=torch.tensor([[1.0, 0.0], [0.0, 2.0]]), w2=torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
@@ -82,26 +85,33 @@ def kronecker_low_rank(
     return LowRank(A.contiguous(), B.contiguous(), tail(values, k), norm(values))
 
 
-def nearest_product(terms: Sequence[tuple[float, KroneckerFactors]], rank: int | None = None) -> NearestProduct:
+def nearest_product(
+    terms: Sequence[tuple[float, KroneckerFactors]], rank: int | None = None
+) -> NearestProduct:
     """The Kronecker product nearest to a sum of several, `Σ_i f_i · (W1_i ⊗ W2_i)`.
 
-    Read with a row for each element of `W1` and a column for each of `W2`, a Kronecker product is the outer product
-    `vec(W1) · vec(W2)ᵀ`, and the sum is a matrix whose rank is at most the number of terms: its factors are the stacked `vec(W1_i)`
-    and `vec(W2_i)`. The first singular vectors are the nearest `W1` and `W2`; the second is cut to `rank` where that is less than
-    it has.
+    Read with a row for each element of `W1` and a column for each of `W2`, a Kronecker product is
+    the outer product `vec(W1) · vec(W2)ᵀ`, and the sum is a matrix whose rank is at most the number
+    of terms: its factors are the stacked `vec(W1_i)` and `vec(W2_i)`. The first singular vectors
+    are the nearest `W1` and `W2`; the second is cut to `rank` where that is less than it has.
 
     Args:
         terms: `f_i` and the tensors of each adapter, all of the same `a`, `b`, `c` and `d`.
         rank: Largest rank of `W2`, None for any.
 
     Returns:
-        Both sides in the precision of the computation, at `m² · (a·b + c·d·taps)` multiplications for `m` terms beside the small
-        decompositions.
+        Both sides in the precision of the computation, at `m² · (a·b + c·d·taps)` multiplications
+        for `m` terms beside the small decompositions.
 
     Source: Van Loan and Pitsianis, 1993, section 2
     """
-    lefts, rights = [_multiplied(*_left(f)) for _, f in terms], [_multiplied(*_right(f)) for _, f in terms]
-    rows = torch.stack([W1.flatten() * factor for W1, (factor, _) in zip(lefts, terms, strict=True)], dim=1)
+    lefts, rights = (
+        [_multiplied(*_left(f)) for _, f in terms],
+        [_multiplied(*_right(f)) for _, f in terms],
+    )
+    rows = torch.stack(
+        [W1.flatten() * factor for W1, (factor, _) in zip(lefts, terms, strict=True)], dim=1
+    )
     columns = torch.stack([W2.flatten() for W2 in rights])
     U, S, V = product_svd(rows, columns)
     W2 = dense_svd(V[:, 0].view_as(rights[0]))
@@ -111,7 +121,9 @@ def nearest_product(terms: Sequence[tuple[float, KroneckerFactors]], rank: int |
     lost = math.hypot(norm(S[1:]), float(S[0]) * norm(W2.S[k:]))
     share = W2.S[:k].sqrt()
     W2_a, W2_b = W2.U[:, :k] * (share * root.sqrt()), (W2.V[:, :k] * (share * root.sqrt())).mT
-    return NearestProduct(U[:, 0].view_as(lefts[0]) * root, W2_a, W2_b, lost / whole if whole else 0.0, whole)
+    return NearestProduct(
+        U[:, 0].view_as(lefts[0]) * root, W2_a, W2_b, lost / whole if whole else 0.0, whole
+    )
 
 
 def _left(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
@@ -141,8 +153,8 @@ def _svd(B: Tensor, A: Tensor | None) -> SingularTriples:
 
 
 def _pairs(first: Tensor, second: Tensor, flat: bool) -> Tensor:
-    """Column by column the Kronecker product of `[a, k]` and `[c, *taps, k]`, the first the slow index (the fast one if `flat`):
-    `[a·c, *taps, k]`.
+    """Column by column the Kronecker product of `[a, k]` and `[c, *taps, k]`, the first the slow
+    index (the fast one if `flat`): `[a·c, *taps, k]`.
     """
     outer = first.reshape(first.shape[0], 1, *[1] * (second.dim() - 2), -1) * second
     return (outer.transpose(0, 1) if flat else outer).flatten(0, 1)

@@ -46,7 +46,9 @@ class LoKrModel(LycorisTuner):
         "full": Role(("lokr_w1", "lokr_w2", "lokr_t2")),
         "magnitude": Role(("lokr_magnitude", "lokr_scalar"), decays=False),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    )
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
@@ -63,17 +65,23 @@ class LoKrModel(LycorisTuner):
         options = layer_options(config, path, size)
         factor, shapes, offset = options["factor"], options["shapes"], options["row_offset"]
         if shapes is not None:
-            problem = shape_problems(shapes, size.out_features, size.in_features, size.kernel_size, offset)
+            problem = shape_problems(
+                shapes, size.out_features, size.in_features, size.kernel_size, offset
+            )
             if problem:
                 yield f"`tensor_shapes`: {problem}."
-        elif not isinstance(factor, int) and (size.out_features % factor[0] or size.in_features % factor[1]):
+        elif not isinstance(factor, int) and (
+            size.out_features % factor[0] or size.in_features % factor[1]
+        ):
             yield f"`factor_pattern`={list(factor)} does not divide its sizes, {size.out_features} and {size.in_features}."
         if offset is not None and (shapes is None or getattr(module, "groups", 1) > 1):
             yield "`row_offsets` needs `tensor_shapes`, and a layer without groups."
 
-    def clip_weight_norms(self, largest: float, adapter_name: str | None = None) -> dict[str, float]:
-        """Scale down the factors of every layer whose delta is larger than `largest` in the Frobenius norm (LyCORIS's
-        `scale_weight_norms`); to be called after an optimiser's step.
+    def clip_weight_norms(
+        self, largest: float, adapter_name: str | None = None
+    ) -> dict[str, float]:
+        """Scale down the factors of every layer whose delta is larger than `largest` in the
+        Frobenius norm (LyCORIS's `scale_weight_norms`); to be called after an optimiser's step.
 
         Args:
             largest: Above zero.
@@ -83,7 +91,8 @@ class LoKrModel(LycorisTuner):
             The norm of each delta then, by module path; of several adapters the largest.
 
         Raises:
-            PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is changed.
+            PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is
+                changed.
 
         Source: computed as `|scale| · ‖W1‖ · ‖W2‖`, from the factors
         """
@@ -101,7 +110,9 @@ class LoKrModel(LycorisTuner):
         return combining.combine(self, request)
 
     def config_to_save(self, adapter_name: str) -> LoKrConfig:
-        """The config, its layout left out where no layer's tensors depend on it, so that others read the file without remark."""
+        """The config, its layout left out where no layer's tensors depend on it, so that others
+        read the file without remark.
+        """
         config: Any = self.peft_config[adapter_name]
         depends = any(
             adapter_name in layer.lokr_w2 and layer.lokr_w2[adapter_name].dim() == 3
@@ -112,7 +123,9 @@ class LoKrModel(LycorisTuner):
 
 
 def layer_options(config: Any, path: str, size: Geometry | None) -> dict[str, Any]:
-    """How a config wants the adapter of one layer: patterns first, then what it says of convolutions, then of all."""
+    """How a config wants the adapter of one layer: patterns first, then what it says of
+    convolutions, then of all.
+    """
     r, alpha, factor = config.r, config.alpha, config.decompose_factor
     if size is not None and any(n > 1 for n in size.kernel_size):
         r = config.conv_r or r

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lengths of rows and columns of `W + s·(W1 ⊗ W2)`, and of the product itself: pure maths on LoKr's factors.
+"""Lengths of rows and columns of `W + s·(W1 ⊗ W2)`, and of the product itself: pure maths on LoKr's
+factors.
 
-`‖w + s·δ‖² = ‖w‖² + 2s·⟨w, δ⟩ + s²·‖δ‖²` for each row (or column) `w` of `W` and `δ` of the product. The last term is one of `W1`
-times one of `W2`; the middle one reads `W` as `[a, c, b, d, taps]` and sums it against one factor after the other. The product is
-never built.
+`‖w + s·δ‖² = ‖w‖² + 2s·⟨w, δ⟩ + s²·‖δ‖²` for each row (or column) `w` of `W` and `δ` of the
+product. The last term is one of `W1` times one of `W2`; the middle one reads `W` as
+`[a, c, b, d, taps]` and sums it against one factor after the other. The product is never built.
 
 Source: arXiv:2402.09353, eq. 5, on the factors of arXiv:2309.14859
 """
@@ -64,7 +65,8 @@ def column_norms(
     flat: bool = False,
     row_offset: int = 0,
 ) -> Tensor:
-    """The lengths of the columns of `W + s·ΔW`, a column being all that one input feature (or channel of a group) is multiplied by.
+    """The lengths of the columns of `W + s·ΔW`, a column being all that one input feature (or
+    channel of a group) is multiplied by.
 
     Args:
         W, f, kernel, scale, flat, row_offset: As for `row_norms`.
@@ -89,11 +91,21 @@ def product_norm(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
 
 @torch.no_grad()
 def _norms(
-    what: str, W: Tensor, f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor, flat: bool, row_offset: int
+    what: str,
+    W: Tensor,
+    f: KroneckerFactors,
+    kernel: Sequence[int],
+    scale: float | Tensor,
+    flat: bool,
+    row_offset: int,
 ) -> Tensor:
     wide, taps = torch.promote_types(W.dtype, torch.float32), math.prod(kernel)
     with without_autocast(W):
-        W, W1, W2 = W.detach(), left(f).detach(), right(f, kernel).detach()  # from forward mode, too
+        W, W1, W2 = (
+            W.detach(),
+            left(f).detach(),
+            right(f, kernel).detach(),
+        )  # from forward mode, too
         scale = scale.detach() if isinstance(scale, Tensor) else scale
         W2 = W2.flatten(2) if kernel else W2.unsqueeze(-1)
         (a, b), (c, d, _), (out, *_) = shapes(W1, W2, W)
@@ -101,9 +113,13 @@ def _norms(
             padded = W.new_zeros(a * c, *W.shape[1:])
             padded[row_offset : row_offset + out] = W
             W = padded
-        grid = W.view(c, a, d, b, taps).permute(1, 0, 3, 2, 4) if flat else W.reshape(a, c, b, d, taps)
+        grid = (
+            W.view(c, a, d, b, taps).permute(1, 0, 3, 2, 4) if flat else W.reshape(a, c, b, d, taps)
+        )
         by_left, by_right, (square1, square2, both) = _TERMS[what]
-        if what == "rows" and not flat:  # against W2 first, for which W lies as it should: no copy of it is made
+        if (
+            what == "rows" and not flat
+        ):  # against W2 first, for which W lies as it should: no copy of it is made
             right_rows = W2.flatten(1).to(W.dtype).repeat(a, 1).unsqueeze(-1)
             partial = torch.bmm(grid.view(a * c, b, d * taps), right_rows).view(a, c, b).to(wide)
             overlap = torch.einsum("acb,ab->ac", partial, W1.to(wide))
@@ -114,8 +130,14 @@ def _norms(
         if what == "columns" and a * c != out:
             squares = _columns_within(W1, W2, row_offset, out)
         else:
-            squares = torch.einsum(both, torch.einsum(square1, W1.square()), torch.einsum(square2, W2.square()))
-        own = torch.linalg.vector_norm(W, dim=[0, *range(2, W.dim())] if what == "columns" else [*range(1, W.dim())], dtype=wide)
+            squares = torch.einsum(
+                both, torch.einsum(square1, W1.square()), torch.einsum(square2, W2.square())
+            )
+        own = torch.linalg.vector_norm(
+            W,
+            dim=[0, *range(2, W.dim())] if what == "columns" else [*range(1, W.dim())],
+            dtype=wide,
+        )
         added = 2 * scale * overlap + scale * scale * squares
         result = own.square() + (added.mT if flat else added).flatten()
         result = result[row_offset : row_offset + out] if what == "rows" else result

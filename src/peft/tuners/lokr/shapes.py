@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How LoKr splits a layer's sizes, and which tensors an adapter has: `out = a·c`, `in = b·d`, `W1 [a, b]`, `W2 [c, d, *kernel]`."""
+"""How LoKr splits a layer's sizes, and which tensors an adapter has: `out = a·c`, `in = b·d`,
+`W1 [a, b]`, `W2 [c, d, *kernel]`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +12,13 @@ Shapes = dict[str, tuple[int, ...]]
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     """Split a dimension into two factors `m · k = dimension`.
 
-    A `factor` that divides `dimension` is taken as `m`, also above the square root. Otherwise `m` is the largest
-    divisor not above `factor` (-1: no limit) nor above the square root, so `m <= k`.
+    A `factor` that divides `dimension` is taken as `m`, also above the square root. Otherwise `m`
+    is the largest divisor not above `factor` (-1: no limit) nor above the square root, so `m <= k`.
 
     Args:
         dimension: The size to split, at least 1.
-        factor: Wanted `m`; -1 asks for the pair nearest to the square root. Anything else below 1 gives `m = 1`.
+        factor: Wanted `m`; -1 asks for the pair nearest to the square root. Anything else below 1
+            gives `m = 1`.
 
     Returns:
         The pair `(m, k)`.
@@ -47,17 +50,19 @@ def factor_shapes(
 ) -> Shapes:
     """Name and size the tensors of a new adapter; the keys are fields of `KroneckerFactors`.
 
-    `(a, c)` and `(b, d)` are the factorizations of `out` and `in`. `W1` is low rank iff `decompose_both` and
-    `r < max(a, b) / 2`, `W2` iff `r < max(c, d) / 2`; a low-rank `W2` with a kernel of more than one tap is Tucker iff
-    `use_effective_conv2d`.
+    `(a, c)` and `(b, d)` are the factorizations of `out` and `in`. `W1` is low rank iff
+    `decompose_both` and `r < max(a, b) / 2`, `W2` iff `r < max(c, d) / 2`; a low-rank `W2` with a
+    kernel of more than one tap is Tucker iff `use_effective_conv2d`.
 
     Args:
         out_features: `out`: features, or output channels of a convolution.
         in_features: `in`: features, or `in_channels // groups` of a convolution.
-        kernel: Kernel size of a convolution, one number per spatial dimension; empty for a linear layer.
+        kernel: Kernel size of a convolution, one number per spatial dimension; empty for a linear
+            layer.
         r: Rank, at least 1.
         decompose_both: Let `W1` be low rank too. Off by default, since `W1` is the small side.
-        decompose_factor: `factor` of `factorization`; or the pair `(a, b)`, which divides `(out, in)`.
+        decompose_factor: `factor` of `factorization`; or the pair `(a, b)`, which divides
+            `(out, in)`.
         use_effective_conv2d: Allow the Tucker form.
         full_matrix: Leave both sides whole, whatever the rank.
         unbalanced_factorization: Give `W1` the larger factor of `out`, `W2` the smaller.
@@ -74,7 +79,10 @@ def factor_shapes(
     Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
     """
     if isinstance(decompose_factor, int):
-        (a, c), (b, d) = factorization(out_features, decompose_factor), factorization(in_features, decompose_factor)
+        (a, c), (b, d) = (
+            factorization(out_features, decompose_factor),
+            factorization(in_features, decompose_factor),
+        )
         a, c = (c, a) if unbalanced_factorization else (a, c)
     else:
         a, b = decompose_factor
@@ -97,7 +105,9 @@ def tucker_kernel(kernel: Sequence[int]) -> tuple[int, ...]:
     return (*kernel, 1) if len(kernel) == 1 else tuple(kernel)
 
 
-def sides(shapes: Mapping[str, Sequence[int]], taps: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+def sides(
+    shapes: Mapping[str, Sequence[int]], taps: int = 1
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """`(a, b)` and `(c, d)` of an adapter with tensors of these shapes.
 
     Args:
@@ -125,12 +135,14 @@ def shape_problems(
     kernel: Sequence[int] = (),
     row_offset: int | None = None,
 ) -> str | None:
-    """What is wrong with tensors of these shapes for a layer; None if they make a delta of its size.
+    """What is wrong with tensors of these shapes for a layer; None if they make a delta of its
+    size.
 
     Args:
         shapes: By name.
         out_features, in_features, kernel: As for `factor_shapes`.
-        row_offset: The layer's delta is the rows of the product from here on; None: the product has no others.
+        row_offset: The layer's delta is the rows of the product from here on; None: the product has
+            no others.
 
     Example:
         >>> shape_problems({"w1": (2, 2), "w2": (4, 4)}, 8, 10)
@@ -146,16 +158,26 @@ def shape_problems(
     dimensions = {name: 2 + len(kernels.get(name, ())) for name in names}
     for name, shape in shapes.items():
         if len(shape) != dimensions[name] or tuple(shape[2:]) != kernels.get(name, ()):
-            return f"{name} is of shape {list(shape)}, which does not fit a kernel of {list(kernel)}"
-    ranks = [(n, shapes[f"{n}_a"], shapes[f"{n}_b"]) for n, is_whole in zip(("w1", "w2"), whole, strict=True) if not is_whole]
+            return (
+                f"{name} is of shape {list(shape)}, which does not fit a kernel of {list(kernel)}"
+            )
+    ranks = [
+        (n, shapes[f"{n}_a"], shapes[f"{n}_b"])
+        for n, is_whole in zip(("w1", "w2"), whole, strict=True)
+        if not is_whole
+    ]
     for name, left, right in ranks:
         tucker = name == "w2" and "t2" in names
-        if (left[0] if tucker else left[1]) != right[0] or (tucker and tuple(shapes["t2"][:2]) != (left[0], right[0])):
+        if (left[0] if tucker else left[1]) != right[0] or (
+            tucker and tuple(shapes["t2"][:2]) != (left[0], right[0])
+        ):
             return f"the shapes of {name}_a {list(left)} and {name}_b {list(right)} do not fit together"
         if name == "w2" and not tucker and right[1] % taps:
             return f"w2_b is of shape {list(right)}, which does not fit a kernel of {list(kernel)}"
     (a, b), (c, d) = sides(shapes, taps)
     rows = a * c
-    if b * d != in_features or (rows != out_features if row_offset is None else rows < row_offset + out_features):
+    if b * d != in_features or (
+        rows != out_features if row_offset is None else rows < row_offset + out_features
+    ):
         return f"its factors make a weight of {rows} x {b * d}, the layer has {out_features} x {in_features}"
     return None

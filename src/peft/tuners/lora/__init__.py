@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: low-rank adaptation, `ΔW = s · B·A`, and DoRA, its form with separate lengths. Source: arXiv:2106.09685, 2402.09353"""
+"""LoRA: low-rank adaptation, `ΔW = s · B·A`, and DoRA, its form with separate lengths. Source:
+arXiv:2106.09685, 2402.09353
+"""
 
 import typing as _typing
 from typing import Any as _Any
@@ -60,4 +62,6 @@ __all__ = [
     "save_tasks_as_lora",
 ]
 
-register_peft_method(name="lora", config_cls=LoraConfig, model_cls=LoraModel, is_mixed_compatible=True)
+register_peft_method(
+    name="lora", config_cls=LoraConfig, model_cls=LoraModel, is_mixed_compatible=True
+)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoraLayer`: what layers with LoRA adapters share, DoRA's lengths included; the maths is in `factors.py`."""
+"""`LoraLayer`: what layers with LoRA adapters share, DoRA's lengths included; the maths is in
+`factors.py`.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ class Magnitude(nn.Module):
 
 
 class Start(nn.Module):
-    """Factors `A₀ [r, in]` and `B₀ [out, r]` of what an adapter starts with and is not to count twice. They follow from the base
-    weight and are no part of a state dict.
+    """Factors `A₀ [r, in]` and `B₀ [out, r]` of what an adapter starts with and is not to count
+    twice. They follow from the base weight and are no part of a state dict.
     """
 
     def __init__(self, factors: Factors) -> None:
@@ -54,7 +56,8 @@ class Start(nn.Module):
 
 
 class LoraLayer(DecomposedLayer):
-    """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters, `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
+    """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters,
+    `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
 
     Args:
         base_layer: The layer to adapt.
@@ -64,7 +67,8 @@ class LoraLayer(DecomposedLayer):
 
     Attributes:
         lora_A, lora_B: Modules that map `in → r` and `r → out`, by adapter name.
-        lora_embedding_A, lora_embedding_B: `[r, tokens]` and `[dim, r]` by adapter name, where the layer is an embedding.
+        lora_embedding_A, lora_embedding_B: `[r, tokens]` and `[dim, r]` by adapter name, where the
+            layer is an embedding.
         lora_magnitude_vector: DoRA's `m` by adapter name, with one entry for each output feature.
         lora_dropout: Dropout on the input by adapter name.
         lora_start: What adapters that start from the base weight started with, by adapter name.
@@ -99,7 +103,9 @@ class LoraLayer(DecomposedLayer):
         "lora_start",
     )
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+    ) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -152,7 +158,9 @@ class LoraLayer(DecomposedLayer):
         if config.starts_from_weight:
             self._start_from_weight(adapter_name, config.init_lora_weights, initialise)
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(self._first_magnitude(adapter_name, place, initialise))
+            self.lora_magnitude_vector[adapter_name] = Magnitude(
+                self._first_magnitude(adapter_name, place, initialise)
+            )
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -162,17 +170,23 @@ class LoraLayer(DecomposedLayer):
     def base_scaling(self, adapter_name: str) -> float:
         """`lora_alpha / r`, or over the root of `r` with `use_rslora`."""
         r = self.r[adapter_name]
-        return self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
-
-    # --- what kinds of layers supply ----------------------------------------------------------------------------------
+        return self.lora_alpha[adapter_name] / (
+            math.sqrt(r) if self.use_rslora[adapter_name] else r
+        )
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         """Make an adapter's containers, without values."""
         raise NotImplementedError
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+    def reset_lora_parameters(
+        self, adapter_name: str, init_lora_weights: bool | str = True
+    ) -> None:
         """Draw an adapter's factors anew."""
-        how = init_lora_weights if init_lora_weights in ("gaussian", "orthogonal") else bool(init_lora_weights)
+        how = (
+            init_lora_weights
+            if init_lora_weights in ("gaussian", "orthogonal")
+            else bool(init_lora_weights)
+        )
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         draw(A.weight, B.weight, how)  # type: ignore[arg-type]
         if B.bias is not None:
@@ -194,8 +208,6 @@ class LoraLayer(DecomposedLayer):
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
         """Set an adapter to a part of the base weight, and note the part."""
 
-    # --- forward ------------------------------------------------------------------------------------------------------
-
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """`s·B·A·x`, with dropout on `x` in training."""
         return self._delta(adapter_name, self._dropped(adapter_name, x))
@@ -215,10 +227,12 @@ class LoraLayer(DecomposedLayer):
         return dropout.training and not isinstance(dropout, nn.Identity)
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's part: a sum or, with DoRA, `f ⊙ (result - b + s·B·A·x) + b` with `f = m / ‖W + s·B·A‖`.
+        """`result` with the adapter's part: a sum or, with DoRA, `f ⊙ (result - b + s·B·A·x) + b`
+        with `f = m / ‖W + s·B·A‖`.
 
-        Where the adapter has dropout in training, DoRA's part of the base output is computed from the same dropped input:
-        `result + (f - 1) ⊙ W·x' + f ⊙ s·B·A·x'`. Several such adapters apply one after the other.
+        Where the adapter has dropout in training, DoRA's part of the base output is computed from
+        the same dropped input: `result + (f - 1) ⊙ W·x' + f ⊙ s·B·A·x'`. Several such adapters
+        apply one after the other.
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
         """
@@ -228,14 +242,18 @@ class LoraLayer(DecomposedLayer):
         factor = self.magnitude_factor(adapter_name, self.scaling[adapter_name])
         if self._drops(adapter_name):
             factor = self.by_channel(factor)
-            return result + (factor - 1) * self.without_bias(dropped.to(x.dtype)) + factor * self._delta(adapter_name, dropped)
+            return (
+                result
+                + (factor - 1) * self.without_bias(dropped.to(x.dtype))
+                + factor * self._delta(adapter_name, dropped)
+            )
         return self.rescaled(result + self._delta(adapter_name, dropped), factor)
-
-    # --- magnitudes ---------------------------------------------------------------------------------------------------
 
     def magnitude_factor(self, adapter_name: str, scale: float) -> Tensor:
         """What DoRA multiplies the rows of `W + s·B·A` by, `[out]`."""
-        return whole(self.lora_magnitude_vector[adapter_name]()).flatten() / self._row_norms(adapter_name, scale)
+        return whole(self.lora_magnitude_vector[adapter_name]()).flatten() / self._row_norms(
+            adapter_name, scale
+        )
 
     def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
         """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
@@ -249,15 +267,17 @@ class LoraLayer(DecomposedLayer):
         lengths = self._row_norms(adapter_name, self.scaling[adapter_name]) if known else None
         return self.first_lengths(lengths, self.geometry.out_features, place).view(shape)
 
-    # --- merging ------------------------------------------------------------------------------------------------------
-
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """`s·B·A` in the base weight's layout; with DoRA this is what is added before the rows get their lengths."""
+        """`s·B·A` in the base weight's layout; with DoRA this is what is added before the rows get
+        their lengths.
+        """
         return self.delta_recipe(adapter_name).weight()
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
         """The factors and their scale."""
-        return Recipe(scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name]))
+        return Recipe(
+            scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name])
+        )
 
     def is_decomposed(self, adapter_name: str) -> bool:
         """Whether an adapter is of DoRA."""
@@ -285,9 +305,14 @@ class LoraLayer(DecomposedLayer):
         names = [name for name in (*self.merged_adapters, *adapter_names) if name in self.scaling]
         biased = [name for name in names if self.lora_bias[name]]
         if biased and self.get_base_layer()._parameters.get("bias") is None:
-            raise PeftNotSupportedError(f"Adapter {biased[0]} has `lora_bias=True` and the base layer no bias to merge it into.")
+            raise PeftNotSupportedError(
+                f"Adapter {biased[0]} has `lora_bias=True` and the base layer no bias to merge it "
+                "into."
+            )
         if biased and any(self.use_dora[name] for name in names[names.index(biased[0]) :]):
-            raise PeftNotSupportedError(f"A DoRA adapter can't be merged after {biased[0]}, which has `lora_bias=True`.")
+            raise PeftNotSupportedError(
+                f"A DoRA adapter can't be merged after {biased[0]}, which has `lora_bias=True`."
+            )
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
         """`lora_bias` times the scale."""
@@ -295,7 +320,9 @@ class LoraLayer(DecomposedLayer):
         return None if bias is None else bias.detach() * scale
 
     def rank_room(self, holder: str) -> RankRoom | None:
-        """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a share for each."""
+        """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a
+        share for each.
+        """
         groups = getattr(self.get_base_layer(), "groups", 1)
         if holder in ("lora_A", "lora_embedding_A"):
             return RankRoom(0, blocks=groups)
@@ -310,12 +337,16 @@ class LoraLayer(DecomposedLayer):
         return not self.lora_bias[adapter_name]
 
     def is_product(self, adapter_name: str) -> bool:
-        """Whether an adapter's delta is the product of its two factors: not with DoRA, nor `lora_bias`, nor across groups."""
+        """Whether an adapter's delta is the product of its two factors: not with DoRA, nor
+        `lora_bias`, nor across groups.
+        """
         return self.supports_lora_conversion(adapter_name) and not self.use_dora[adapter_name]
 
-    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
-        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight). What DoRA does to the weight,
-        `f ⊙ (W + s·B·A) - W`, has no such structure and is decomposed whole.
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
+        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight). What DoRA does to
+        the weight, `f ⊙ (W + s·B·A) - W`, has no such structure and is decomposed whole.
         """
         A, B = self.factors(adapter_name)
         scale = float(self.scaling[adapter_name])

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combinations of LoRA adapters: exact sums, their best approximations, and the heuristics of model merging.
+"""Combinations of LoRA adapters: exact sums, their best approximations, and the heuristics of model
+merging.
 
-Each adapter comes with its factors and with `f = w·s`, its weight times its scaling; the result has scaling 1.
+Each adapter comes with its factors and with `f = w·s`, its weight times its scaling; the result has
+scaling 1.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Term(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a combination gives for one layer, and how far it is from the weighted sum, where it aims at it."""
+    """What a combination gives for one layer, and how far it is from the weighted sum, where it
+    aims at it.
+    """
 
     A: Tensor
     B: Tensor
@@ -60,11 +64,14 @@ def concatenated(terms: Sequence[Term]) -> Factors:
 
 
 def by_factor(terms: Sequence[Term], request: Combination) -> Factors:
-    """`A` and `B` combined each by itself, with weights `±√|f_i|` and `√|f_i|`: of the rank of one adapter, and not the sum of the
-    deltas, since every `A_i` meets every `B_j`.
+    """`A` and `B` combined each by itself, with weights `±√|f_i|` and `√|f_i|`: of the rank of one
+    adapter, and not the sum of the deltas, since every `A_i` meets every `B_j`.
     """
     roots = [math.sqrt(abs(term.weight * term.scale)) for term in terms]
-    signed = [math.copysign(root, term.weight * term.scale) for root, term in zip(roots, terms, strict=True)]
+    signed = [
+        math.copysign(root, term.weight * term.scale)
+        for root, term in zip(roots, terms, strict=True)
+    ]
     A = _by_element([term.A for term in terms], signed, request)
     return Factors(A, _by_element([term.B for term in terms], roots, request))
 
@@ -78,16 +85,22 @@ def approximated(terms: Sequence[Term], rank: int) -> Factors:
 
 
 def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed: bool) -> Factors:
-    """The deltas combined element by element, and the best approximation of that; builds them, and a dense decomposition.
+    """The deltas combined element by element, and the best approximation of that; builds them, and
+    a dense decomposition.
 
     Args:
         terms: The adapters.
         request: What is asked for.
         rank: Of the approximation.
-        transposed: Combine deltas as `[in, out]`, as the weight is stored; it decides which element gets which random number.
+        transposed: Combine deltas as `[in, out]`, as the weight is stored; it decides which element
+            gets which random number.
     """
     deltas = [term.B @ term.A * term.scale for term in terms]
-    combined = _by_element([delta.mT if transposed else delta for delta in deltas], [term.weight for term in terms], request)
+    combined = _by_element(
+        [delta.mT if transposed else delta for delta in deltas],
+        [term.weight for term in terms],
+        request,
+    )
     combined = combined.mT if transposed else combined
     U, S, Vh = torch.linalg.svd(
         combined.to(torch.promote_types(combined.dtype, torch.float32)),
@@ -109,7 +122,8 @@ def combine(tuner: LoraModel, request: Combination) -> Combined:
     """A combination of LoRA adapters.
 
     Raises:
-        PeftValueError: Ranks differ where they must not, or an adapter is more than a product of two factors.
+        PeftValueError: Ranks differ where they must not, or an adapter is more than a product of
+            two factors.
     """
     layers = dict(layers_of(tuner, request))
     terms = {path: _terms(path, layer, request) for path, layer in layers.items()}
@@ -119,20 +133,32 @@ def combine(tuner: LoraModel, request: Combination) -> Combined:
         configured = {tuner.peft_config[name].r for name in request.adapters}  # type: ignore[attr-defined]
         if unequal or len(configured) > 1:
             raise PeftValueError(
-                f"All adapters must have the same r value when using combination_type {request.kind}; they have "
+                "All adapters must have the same r value when using combination_type "
+                f"{request.kind}; they have "
                 f"{sorted(ranks[unequal[0]] if unequal else configured)}. 'cat' and 'svd' take any."
             )
     rank = request.svd_rank or max(max(several) for several in ranks.values())
-    made = {path: _made(own, request, rank, layers[path].geometry.transposed) for path, own in terms.items()}
-    r = rank if request.kind.endswith("svd") else max(factors.A.shape[0] for factors in made.values())
+    made = {
+        path: _made(own, request, rank, layers[path].geometry.transposed)
+        for path, own in terms.items()
+    }
+    r = (
+        rank
+        if request.kind.endswith("svd")
+        else max(factors.A.shape[0] for factors in made.values())
+    )
     config: Any = tuner.peft_config[request.adapters[0]]
     start = True if config.starts_from_weight else config.init_lora_weights
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
-    result = Combined(replace(config, r=r, lora_alpha=r, use_rslora=False, init_lora_weights=start, **patterns))
+    result = Combined(
+        replace(config, r=r, lora_alpha=r, use_rslora=False, init_lora_weights=start, **patterns)
+    )
     for path, layer in layers.items():
         missing = r - made[path].A.shape[0]
         A, B = F.pad(made[path].A, (0, 0, 0, missing)), F.pad(made[path].B, (0, missing))
-        result.tensors |= {f"{path}.{end}": tensor for end, tensor in lora_tensors(layer, A, B).items()}
+        result.tensors |= {
+            f"{path}.{end}": tensor for end, tensor in lora_tensors(layer, A, B).items()
+        }
         error = made[path].error
         if error is not None:
             result.errors[path] = error
@@ -155,7 +181,8 @@ def _terms(path: str, layer: LoraLayer, request: Combination) -> list[Term]:
     unfit = [name for name, _ in own if not layer.is_product(name)]
     if unfit:
         raise PeftValueError(
-            f"`{path}`: adapter {unfit[0]} is more than a product of two factors (`use_dora`, `lora_bias`, or a convolution in "
+            f"`{path}`: adapter {unfit[0]} is more than a product of two factors (`use_dora`, "
+            "`lora_bias`, or a convolution in "
             "groups); such adapters can't be combined."
         )
     return [Term(weight, float(layer.scaling[name]), *layer.factors(name)) for name, weight in own]

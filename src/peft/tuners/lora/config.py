@@ -66,49 +66,64 @@ _NOT_PROVIDED = (
     "kasa_config",
 )
 # Settings of a start, which without that start say nothing.
-_OF_STARTS = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
+_OF_STARTS = {
+    "loftq_config": "loftq",
+    "eva_config": "eva",
+    "corda_config": "corda",
+    "lora_ga_config": "lora_ga",
+}
 
 
 @dataclass
 class LoraConfig(LayeredConfig):
-    """Configuration of LoRA, `ΔW = s · B·A` with `A [r, in]`, `B [out, r]` and `s = lora_alpha / r`.
+    """Configuration of LoRA, `ΔW = s · B·A` with `A [r, in]`, `B [out, r]` and
+    `s = lora_alpha / r`.
 
     Args:
         r: Rank.
-        target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
-            defaults.
+        target_modules: Names (or ends of paths), a regular expression for whole paths,
+            "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
         lora_alpha: The delta is scaled by `lora_alpha / r`.
         lora_dropout: Dropout on the input, in training; embeddings have none.
-        fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The layer itself decides; this only
-            states what is expected.
-        bias: Which biases are trained: "none", "all" of the model's, or "lora_only", those of adapted layers.
-        use_rslora: Scale by `lora_alpha / √r`, which keeps the learning rate right for large ranks (rank-stabilised LoRA).
+        fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The
+            layer itself decides; this only states what is expected.
+        bias: Which biases are trained: "none", "all" of the model's, or "lora_only", those of
+            adapted layers.
+        use_rslora: Scale by `lora_alpha / √r`, which keeps the learning rate right for large ranks
+            (rank-stabilised LoRA).
         modules_to_save: Modules to train whole and save beside the adapter.
-        init_lora_weights: How an adapter starts. True: without effect, `A` uniform and `B` zero (of embeddings `A` is zero).
-            "gaussian": the same with `A` normal. "orthogonal": without effect though neither is zero; even ranks only. "pissa": at
-            the `r` largest singular values of the weight, `B₀·A₀`, and without effect since that part is taken off again:
-            `ΔW = s · (B·A - B₀·A₀)`; "pissa_niter_<n>" finds them faster, by `n` rounds of subspace iteration. "olora": likewise at
-            the first `r` columns of the weight's QR decomposition. These are for linear layers; embeddings start as with True.
-            False: at random, with an effect.
+        init_lora_weights: How an adapter starts. True: without effect, `A` uniform and `B` zero (of
+            embeddings `A` is zero). "gaussian": the same with `A` normal. "orthogonal": without
+            effect though neither is zero; even ranks only. "pissa": at the `r` largest singular
+            values of the weight, `B₀·A₀`, and without effect since that part is taken off again:
+            `ΔW = s · (B·A - B₀·A₀)`; "pissa_niter_<n>" finds them faster, by `n` rounds of subspace
+            iteration. "olora": likewise at the first `r` columns of the weight's QR decomposition.
+            These are for linear layers; embeddings start as with True. False: at random, with an
+            effect.
         layers_to_transform: Index or indices of the layers to adapt.
-        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default the outermost.
-        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means the whole module path or its
-            end; one that begins with `^` also means all modules below the path it describes (its file says so in a way that
-            other readers understand; in a file of theirs `^` means the module alone).
+        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
+            the outermost.
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
+            the whole module path or its end; one that begins with `^` also means all modules below
+            the path it describes (its file says so in a way that other readers understand; in a
+            file of theirs `^` means the module alone).
         alpha_pattern: Likewise for `lora_alpha`.
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
-            where it shares the weight); a dictionary names other modules: name → tokens.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
+            (and those of the output head, where it shares the weight); a dictionary names other
+            modules: name → tokens.
         use_dora: Train the length of each row of the weight by itself, beside its direction (DoRA).
         lora_bias: Give `B` a bias. Not for embeddings, and not with `use_dora`.
-        megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config, velora_config,
-        alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
-        target_parameters, use_bdlora, arrow_config, kasa_config: Of features that are not provided; they have their defaults, or
-            another value that asks for nothing.
-        ensure_weight_tying: Refuse a model in which the adapter would change one of two modules that share a weight. Rows of
-            `trainable_token_indices` are tied anyway.
-        start: Filled in by this package, where `init_lora_weights` draws random numbers ("pissa_niter_<n>"): its file is a plain
-            adapter of twice the rank, and this says how to tell the start from the rest.
+        megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
+        velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
+        layer_replication, runtime_config,
+        target_parameters, use_bdlora, arrow_config, kasa_config: Of features that are not provided;
+            they have their defaults, or another value that asks for nothing.
+        ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
+            that share a weight. Rows of `trainable_token_indices` are tied anyway.
+        start: Filled in by this package, where `init_lora_weights` draws random numbers
+            ("pissa_niter_<n>"): its file is a plain adapter of twice the rank, and this says how to
+            tell the start from the rest.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -118,24 +133,46 @@ class LoraConfig(LayeredConfig):
         >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True).peft_type.value
         'LORA'
 
-    Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`: arXiv:2402.09353; "pissa": arXiv:2404.02948;
-    "olora": arXiv:2406.01775
+    Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`:
+    arXiv:2402.09353; "pissa": arXiv:2404.02948; "olora": arXiv:2406.01775
     """
 
     r: int = field(default=8, metadata={"help": "Rank."})
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    lora_alpha: float = field(default=8, metadata={"help": "The delta is scaled by lora_alpha / r."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone."}
+    )
+    lora_alpha: float = field(
+        default=8, metadata={"help": "The delta is scaled by lora_alpha / r."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored [in, out]."})
-    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases are trained."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha over the root of r."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether weights are stored [in, out]."}
+    )
+    bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Which biases are trained."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha over the root of r."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole."}
+    )
     init_lora_weights: bool | str = field(default=True, metadata={"help": "How the factors start."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Rank by module name or regular expression."})
-    alpha_pattern: dict | None = field(default_factory=dict, metadata={"help": "Alpha by module name or regular expression."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers."}
+    )
+    rank_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
+    )
     megatron_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     megatron_core: str | None = field(default="megatron.core", metadata={"help": "Not provided."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
@@ -145,22 +182,34 @@ class LoraConfig(LayeredConfig):
     eva_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     corda_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     lora_ga_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the weight's rows by themselves."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train the lengths of the weight's rows by themselves."}
+    )
     velora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    alora_invocation_tokens: list[int] | None = field(default=None, metadata={"help": "Not provided."})
+    alora_invocation_tokens: list[int] | None = field(
+        default=None, metadata={"help": "Not provided."}
+    )
     use_qalora: bool = field(default=False, metadata={"help": "Not provided."})
     qalora_group_size: int = field(default=16, metadata={"help": "Not provided."})
     monteclora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Not provided."})
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata={"help": "Not provided."})
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Not provided."}
+    )
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata={"help": "Not provided."}
+    )
     lora_bias: bool = field(default=False, metadata={"help": "Give B a bias."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not provided."})
     use_bdlora: dict | None = field(default=None, metadata={"help": "Not provided."})
     arrow_config: dict | None = field(default=None, metadata={"help": "Not provided."})
     kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    ensure_weight_tying: bool = field(default=False, metadata={"help": "Refuse to adapt one of two tied modules."})
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Refuse to adapt one of two tied modules."}
+    )
 
-    start: Any = field(default=None, metadata={"help": "How a file has its start.", "besides": True})
+    start: Any = field(
+        default=None, metadata={"help": "How a file has its start.", "besides": True}
+    )
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     absent_values: ClassVar[dict[str, Any]] = {"start": None}
@@ -174,7 +223,10 @@ class LoraConfig(LayeredConfig):
             self.start = None
         for name, start in _OF_STARTS.items():
             if getattr(self, name) and self.init_lora_weights != start:
-                warn(f"`{name}` is ignored, since `init_lora_weights` is {self.init_lora_weights!r} and not {start!r}.")
+                warn(
+                    f"`{name}` is ignored, since `init_lora_weights` is {self.init_lora_weights!r} "
+                    f"and not {start!r}."
+                )
                 setattr(self, name, None)
         super().__post_init__()
 
@@ -185,7 +237,9 @@ class LoraConfig(LayeredConfig):
     @property
     def starts_from_weight(self) -> bool:
         """Whether the adapter starts with a part of the base weight."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(
+            ("pissa", "olora")
+        )
 
     def validate(self) -> None:
         """Check every field, first whether a feature is asked for that is not here.
@@ -200,9 +254,10 @@ class LoraConfig(LayeredConfig):
         if asked:
             named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
             raise PeftNotSupportedError(
-                f"LoraConfig: {named} asks for what this package does not provide. It provides LoRA with `use_rslora`, `use_dora`, "
-                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of `init_lora_weights`; leave the default. "
-                + WAY_BACK
+                f"LoraConfig: {named} asks for what this package does not provide. It provides "
+                "LoRA with `use_rslora`, `use_dora`, "
+                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of "
+                "`init_lora_weights`; leave the default. " + WAY_BACK
             )
         super().validate()
 
@@ -211,7 +266,13 @@ class LoraConfig(LayeredConfig):
         yield from at_least("r", self.r)
         yield from number("lora_alpha", self.lora_alpha)
         yield from probability("lora_dropout", self.lora_dropout)
-        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        for name in (
+            "fan_in_fan_out",
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "ensure_weight_tying",
+        ):
             yield from boolean(name, getattr(self, name))
         yield from choice("bias", self.bias, ("none", "all", "lora_only"))
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
@@ -230,7 +291,11 @@ class LoraConfig(LayeredConfig):
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
             yield from choice("init_lora_weights", start, (*INITIALISATIONS, "pissa_niter_<n>"))
-        if self.starts_from_weight and isinstance(self.lora_alpha, (int, float)) and self.lora_alpha <= 0:
+        if (
+            self.starts_from_weight
+            and isinstance(self.lora_alpha, (int, float))
+            and self.lora_alpha <= 0
+        ):
             yield f"`init_lora_weights`={start!r} needs a positive `lora_alpha`."
 
     @classmethod

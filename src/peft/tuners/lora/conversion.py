@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any adapter as a LoRA adapter, for programs that know no other: serving engines, exporters, other implementations.
+"""Any adapter as a LoRA adapter, for programs that know no other: serving engines, exporters, other
+implementations.
 
-Every layer that has a delta knows it as a product of two thin factors (`low_rank_factors`), exact where the method's structure is
-low rank. Here these become the tensors and the config of a LoRA adapter whose scaling is 1 everywhere.
+Every layer that has a delta knows it as a product of two thin factors (`low_rank_factors`), exact
+where the method's structure is low rank. Here these become the tensors and the config of a LoRA
+adapter whose scaling is 1 everywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class LoraConversion(_Pair):
     Attributes:
         config: Its config.
         state_dict: Its tensors by checkpoint key.
-        errors: For each layer `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm; 0 where the conversion is exact.
+        errors: For each layer `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm; 0 where the conversion is
+            exact.
         error: The same for all layers together.
     """
 
@@ -57,7 +60,9 @@ class LoraConversion(_Pair):
         return f"LoraConversion({self.config!r}, {len(self.state_dict)} tensors{error})"
 
     @classmethod
-    def of(cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: dict[str, LowRank]) -> LoraConversion:
+    def of(
+        cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: dict[str, LowRank]
+    ) -> LoraConversion:
         """The conversion whose layers have these factors."""
         result = cls(config, state_dict)
         result.errors = {path: part.error for path, part in parts.items()}
@@ -78,21 +83,25 @@ def convert_to_lora(
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        rank: An integer: the rank of every layer. A fraction: in each layer the smallest rank that keeps this share of the energy,
-            the sum of squared singular values. None: exact, of the smallest rank that the method's structure gives (Poly and
-            VB-LoRA `r`, LoKr `rank(W1) · rank(W2)`).
-        adapter_name: The adapter; by default the one called "default", else the only one that is active.
+        rank: An integer: the rank of every layer. A fraction: in each layer the smallest rank that
+            keeps this share of the energy, the sum of squared singular values. None: exact, of the
+            smallest rank that the method's structure gives (Poly and VB-LoRA `r`, LoKr
+            `rank(W1) · rank(W2)`).
+        adapter_name: The adapter; by default the one called "default", else the only one that is
+            active.
         progressbar: Show one.
-        compile_kwargs: Accepted for compatibility; everything is computed on thin factors, and there is nothing to compile.
-        task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary with the share of each of several.
+        compile_kwargs: Accepted for compatibility; everything is computed on thin factors, and
+            there is nothing to compile.
+        task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary
+            with the share of each of several.
 
     Returns:
-        `(config, state_dict)`, to be written by `save_as_lora` or loaded with `set_peft_model_state_dict`; with `errors` by layer
-        and the total `error`.
+        `(config, state_dict)`, to be written by `save_as_lora` or loaded with
+        `set_peft_model_state_dict`; with `errors` by layer and the total `error`.
 
     Raises:
-        PeftValueError: There is no such adapter or several could be meant, a rank is not allowed or larger than a layer's weight,
-            or values are not finite.
+        PeftValueError: There is no such adapter or several could be meant, a rank is not allowed or
+            larger than a layer's weight, or values are not finite.
         PeftTypeError: `task_id` for a method without tasks.
         PeftNotSupportedError: The adapter's delta depends on the input.
         UnsupportedModuleError: A layer has no delta that a LoRA adapter could be.
@@ -108,8 +117,13 @@ def convert_to_lora(
     adapter_name = name_of(model, adapter_name)
     config = config_of(model, adapter_name)
     if config.peft_type == PeftType.LORA and not config.starts_from_weight:
-        warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need to, but for another rank.")
-    options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(config, task_id=task_id)
+        warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need "
+            "to, but for another rank."
+        )
+    options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(
+        config, task_id=task_id
+    )
     return _convert(model, config, adapter_name, rank, [options], progressbar)[0]
 
 
@@ -136,7 +150,9 @@ def save_as_lora(
         As `convert_to_lora`; nothing is written then.
     """
     folder = as_folder(path)
-    converted = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id)
+    converted = convert_to_lora(
+        model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id
+    )
     _write(folder, model, converted)
     return converted
 
@@ -149,21 +165,25 @@ def save_tasks_as_lora(
     adapter_name: str | None = None,
     progressbar: bool = False,
 ) -> dict[str, float]:
-    """Write each task of an adapter as a LoRA adapter of its own, going through the layers once for many tasks.
+    """Write each task of an adapter as a LoRA adapter of its own, going through the layers once for
+    many tasks.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        folder: Each task gets a folder in it: its name, or "task_0", "task_1", … where tasks have no names.
+        folder: Each task gets a folder in it: its name, or "task_0", "task_1", … where tasks have
+            no names.
         tasks: Ids or names, by default all.
         rank: As for `convert_to_lora`; exact by default.
-        adapter_name: The adapter; by default the one called "default", else the only one that is active.
+        adapter_name: The adapter; by default the one called "default", else the only one that is
+            active.
         progressbar: Show one.
 
     Returns:
         The total error of each task's conversion, by the name of its folder.
 
     Raises:
-        PeftValueError: As `convert_to_lora`, or a task's name can't be a folder's. Nothing is written then.
+        PeftValueError: As `convert_to_lora`, or a task's name can't be a folder's. Nothing is
+            written then.
         PeftNotSupportedError: The adapter has no tasks.
     """
     check_rank(rank)
@@ -174,21 +194,33 @@ def save_tasks_as_lora(
     chosen: dict[str, Any] = tuner_cls.conversion_tasks(config, tasks)
     for name in chosen:
         if name in ("", ".", "..") or set(name) & set("/\\:\0"):
-            raise PeftValueError(f"The task's name {name!r} can't be a folder's; write it with `save_as_lora` where you want it.")
+            raise PeftValueError(
+                f"The task's name {name!r} can't be a folder's; write it with `save_as_lora` where "
+                "you want it."
+            )
     names, errors = list(chosen), {}
     for begin in range(0, len(names), _TASKS_AT_ONCE):
         some = names[begin : begin + _TASKS_AT_ONCE]
         options = [tuner_cls.conversion_options(config, task_id=chosen[name]) for name in some]
-        for name, converted in zip(some, _convert(model, config, adapter_name, rank, options, progressbar), strict=True):
+        for name, converted in zip(
+            some, _convert(model, config, adapter_name, rank, options, progressbar), strict=True
+        ):
             _write(parent / name, model, converted)
             errors[name] = converted.error
     return errors
 
 
 def _convert(
-    model: nn.Module, config: Any, adapter_name: str, rank: int | float | None, views: list[dict[str, Any]], progressbar: bool
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    rank: int | float | None,
+    views: list[dict[str, Any]],
+    progressbar: bool,
 ) -> list[LoraConversion]:
-    """An adapter's conversion for each of several options of `low_rank_factors`, in one pass over the layers."""
+    """An adapter's conversion for each of several options of `low_rank_factors`, in one pass over
+    the layers.
+    """
     root, prefix = root_of(model)
     layers = dict(layers_with(root, adapter_name))
     check_convertible(layers, adapter_name)
@@ -203,7 +235,9 @@ def _convert(
             part[path] = factors
             state |= {
                 f"{prefix}{path}.{name}": tensor
-                for name, tensor in lora_tensors(layer, factors.A.detach(), factors.B.detach()).items()
+                for name, tensor in lora_tensors(
+                    layer, factors.A.detach(), factors.B.detach()
+                ).items()
             }
     companions = _companions(model, config, adapter_name)
     return [
@@ -217,11 +251,17 @@ def _convert(
 
 
 def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Tensor]:
-    """What an adapter's checkpoint has beside its layers' own tensors: whole modules, biases, rows of embeddings or all of them."""
+    """What an adapter's checkpoint has beside its layers' own tensors: whole modules, biases, rows
+    of embeddings or all of them.
+    """
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     own = (*tuner_cls.tuner_layer_cls.container_names, *tuner_cls.shared_parameter_names)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: tensor for key, tensor in state.items() if not any(part.startswith(own) for part in key.split("."))}
+    return {
+        key: tensor
+        for key, tensor in state.items()
+        if not any(part.startswith(own) for part in key.split("."))
+    }
 
 
 def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
@@ -232,8 +272,11 @@ def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
     return tqdm(layers.items(), desc="Converting to LoRA")
 
 
-def _factors(layer: BaseTunerLayer, adapter_name: str, rank: int | float | None, options: dict[str, Any]) -> LowRank:
-    """An adapter's delta in a layer as the factors of a LoRA layer of the same kind; of exactly the rank, if that is a number.
+def _factors(
+    layer: BaseTunerLayer, adapter_name: str, rank: int | float | None, options: dict[str, Any]
+) -> LowRank:
+    """An adapter's delta in a layer as the factors of a LoRA layer of the same kind; of exactly the
+    rank, if that is a number.
 
     Raises:
         PeftValueError: The layer's weight has no such rank.
@@ -250,14 +293,17 @@ def _of_rank(factors: LowRank, rank: int) -> LowRank:
     A, B = factors.A, factors.B
     largest = min(A.shape[1], B.shape[0])
     if rank > largest:
-        raise PeftValueError(f"The chosen rank {rank} is larger than the weight shape ({largest}), please choose a lower rank.")
+        raise PeftValueError(
+            f"The chosen rank {rank} is larger than the weight shape ({largest}), please choose a "
+            "lower rank."
+        )
     missing = rank - A.shape[0]
     return factors._replace(A=F.pad(A, (0, 0, 0, missing)), B=F.pad(B, (0, missing)))
 
 
 def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRank:
-    """Factors of a convolution in groups. In a LoRA layer only `B` is in groups, so that each group needs rows of `A` to itself,
-    which are zero on the channels of the others.
+    """Factors of a convolution in groups. In a LoRA layer only `B` is in groups, so that each group
+    needs rows of `A` to itself, which are zero on the channels of the others.
 
     Args:
         factors: Exact, `A [r, in // groups · taps]` and `B [out, r]`.
@@ -276,11 +322,18 @@ def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRa
     A = factors.A.new_zeros(groups, k, groups, factors.A.shape[1])
     for group, part in enumerate(parts):
         A[group, :, group] = part.A
-    return LowRank(A.flatten(2).flatten(0, 1), torch.cat([part.B for part in parts]), total_error(parts), factors.norm)
+    return LowRank(
+        A.flatten(2).flatten(0, 1),
+        torch.cat([part.B for part in parts]),
+        total_error(parts),
+        factors.norm,
+    )
 
 
 def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same module, by the end of their keys."""
+    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same
+    module, by the end of their keys.
+    """
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
     kernel = layer.geometry.kernel_size
@@ -290,10 +343,14 @@ def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tenso
 
 
 def _lora_config(
-    root: nn.Module, config: Any, layers: dict[str, BaseTunerLayer], parts: dict[str, LowRank], by_energy: bool
+    root: nn.Module,
+    config: Any,
+    layers: dict[str, BaseTunerLayer],
+    parts: dict[str, LowRank],
+    by_energy: bool,
 ) -> LoraConfig:
-    """The config of a conversion, with scaling 1: its largest rank and a pattern for layers of another or, where each layer has the
-    rank that its energy asks for, a pattern for all layers.
+    """The config of a conversion, with scaling 1: its largest rank and a pattern for layers of
+    another or, where each layer has the rank that its energy asks for, a pattern for all layers.
     """
     ranks = {path: part.rank for path, part in parts.items()}
     r = 1 if by_energy else max(ranks.values())
@@ -309,7 +366,9 @@ def _lora_config(
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
         trainable_token_indices=config.trainable_token_indices,
         bias={"none": "none", "all": "all"}.get(config.trained_biases, "lora_only"),  # type: ignore[arg-type]
-        fan_in_fan_out=any(getattr(geometry(layer), "transposed", False) for layer in layers.values()),
+        fan_in_fan_out=any(
+            getattr(geometry(layer), "transposed", False) for layer in layers.values()
+        ),
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -323,5 +382,7 @@ def _write(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
     root, prefix = root_of(model)
     state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
     mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
-    text = replace(config, inference_mode=True).to_json(None if config.task_type is not None else mapping)
+    text = replace(config, inference_mode=True).to_json(
+        None if config.task_type is not None else mapping
+    )
     write_adapter(folder, state, text)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maths of LoRA and DoRA: pure functions of a weight `W [out, in]` and two factors `A [r, in]`, `B [out, r]`.
+"""The maths of LoRA and DoRA: pure functions of a weight `W [out, in]` and two factors `A [r, in]`,
+`B [out, r]`.
 
 A convolution's kernel belongs to the columns: its weight is read as `[out, in · taps]`.
 """
@@ -25,8 +26,8 @@ class Factors(NamedTuple):
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The lengths of the rows of `W + s·B·A`, without building it and without a gradient.
 
-    `‖w + s·b·A‖² = ‖w‖² + b·(2s·A·w + s²·(A·Aᵀ)·b)` for each row `w` of `W` and `b` of `B`, at `in·out·r` multiplications and two
-    readings of `W`.
+    `‖w + s·b·A‖² = ‖w‖² + b·(2s·A·w + s²·(A·Aᵀ)·b)` for each row `w` of `W` and `b` of `B`, at
+    `in·out·r` multiplications and two readings of `W`.
 
     Args:
         W: `[out, in]`, of any floating-point format.
@@ -57,8 +58,9 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """What the interface divides by in place of `row_norms` for a convolution in groups.
 
-    Its factors make a delta across groups, which has no place in `W`. Other implementations add to `W` the product of the factors
-    read as `[out / groups, r]` and `[r, in · taps]`, in the order of its elements; files mean the same only if this does too.
+    Its factors make a delta across groups, which has no place in `W`. Other implementations add to
+    `W` the product of the factors read as `[out / groups, r]` and `[r, in · taps]`, in the order of
+    its elements; files mean the same only if this does too.
 
     Args:
         W: `[out, in / groups, *kernel]`.
@@ -69,7 +71,9 @@ def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     W, A, B = W.detach(), A.detach(), B.detach()
     wide = torch.promote_types(W.dtype, torch.float32)
     product = B.to(wide).reshape(-1, A.shape[0]) @ A.to(wide).flatten(1)
-    lengths = torch.linalg.vector_norm((W.to(wide) + scale * product.reshape(W.shape)).flatten(1), dim=1)
+    lengths = torch.linalg.vector_norm(
+        (W.to(wide) + scale * product.reshape(W.shape)).flatten(1), dim=1
+    )
     return lengths.clamp_min(torch.finfo(wide).tiny)
 
 
@@ -80,12 +84,15 @@ def draw(A: Tensor, B: Tensor, how: bool | str) -> None:
     Args:
         A: `[r, in, *kernel]`.
         B: `[out, r, *1]`.
-        how: True or "gaussian" for `B·A = 0` with `B` zero, "orthogonal" for `B·A = 0` with neither zero, False for any.
+        how: True or "gaussian" for `B·A = 0` with `B` zero, "orthogonal" for `B·A = 0` with neither
+            zero, False for any.
 
     Source: arXiv:2106.09685, section 4.1
     """
     if how == "orthogonal":
-        for target, start in zip((A, B), orthogonal(A.shape[0], A.shape[1], B.shape[0], A.device), strict=True):
+        for target, start in zip(
+            (A, B), orthogonal(A.shape[0], A.shape[1], B.shape[0], A.device), strict=True
+        ):
             target.copy_(start)
         return
     if how == "gaussian":
@@ -97,14 +104,18 @@ def draw(A: Tensor, B: Tensor, how: bool | str) -> None:
 
 @torch.no_grad()
 def draw_for_embedding(A: Tensor, B: Tensor, how: bool | str) -> None:
-    """Fill the factors of an embedding as they start: `A [r, tokens]` zero unless `how` is False, `B [dim, r]` normal."""
+    """Fill the factors of an embedding as they start: `A [r, tokens]` zero unless `how` is False,
+    `B [dim, r]` normal.
+    """
     nn.init.zeros_(A) if how else nn.init.normal_(A)
     nn.init.normal_(B)
 
 
-def orthogonal(r: int, in_features: int, out_features: int, device: torch.device | None = None) -> Factors:
-    """Factors whose product is zero though neither is: the rows of `A` lie in half of an `r`-dimensional space, those of `B` in the
-    other.
+def orthogonal(
+    r: int, in_features: int, out_features: int, device: torch.device | None = None
+) -> Factors:
+    """Factors whose product is zero though neither is: the rows of `A` lie in half of an
+    `r`-dimensional space, those of `B` in the other.
 
     Args:
         r: An even rank.
@@ -121,13 +132,15 @@ def orthogonal(r: int, in_features: int, out_features: int, device: torch.device
 
 @torch.no_grad()
 def pissa(W: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
-    """The largest singular values of a weight as a product, `s·B·A ≈ W`, shared out evenly between both factors.
+    """The largest singular values of a weight as a product, `s·B·A ≈ W`, shared out evenly between
+    both factors.
 
     Args:
         W: `[out, in]`.
         r: How many.
         scale: `s`.
-        niter: Rounds of randomised subspace iteration, None for an exact decomposition. A weight has the same result each time.
+        niter: Rounds of randomised subspace iteration, None for an exact decomposition. A weight
+            has the same result each time.
 
     Source: arXiv:2404.02948, eq. 2 to 4; arXiv:0909.4061, algorithms 4.4 and 5.1
     """
@@ -147,7 +160,8 @@ def pissa(W: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
 
 @torch.no_grad()
 def olora(W: Tensor, r: int) -> Factors:
-    """The first `r` orthonormal columns of a weight's QR decomposition as `B`, the first rows of its triangle as `A`.
+    """The first `r` orthonormal columns of a weight's QR decomposition as `B`, the first rows of
+    its triangle as `A`.
 
     Source: arXiv:2406.01775, algorithm 1
     """

@@ -68,11 +68,16 @@ class Linear(LoraLayer):
         ):
             return None
         down, up = A._parameters["weight"], B._parameters["weight"]
-        x = self._dropped(adapter_name, x) if self._drops(adapter_name) else self._input_of_steps(x, down.dtype)
+        x = (
+            self._dropped(adapter_name, x)
+            if self._drops(adapter_name)
+            else self._input_of_steps(x, down.dtype)
+        )
         return thin_steps(x, down.mT, up.mT, self.scaling[adapter_name])
 
     def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
-        """Set an adapter to the largest singular values of the base weight ("pissa") or its first QR columns ("olora").
+        """Set an adapter to the largest singular values of the base weight ("pissa") or its first
+        QR columns ("olora").
 
         Raises:
             PeftNotSupportedError: The base weight is not there yet.
@@ -80,11 +85,16 @@ class Linear(LoraLayer):
         weight = self.geometry.as_stored(self.base_weight())
         if weight.is_meta:
             raise PeftNotSupportedError(
-                f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device yet; load it."
+                f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device "
+                "yet; load it."
             )
         r, scale = self.r[adapter_name], self.base_scaling(adapter_name)
         rounds = how.removeprefix("pissa_niter_")
-        start = olora(weight, r) if how == "olora" else pissa(weight, r, scale, int(rounds) if rounds.isdigit() else None)
+        start = (
+            olora(weight, r)
+            if how == "olora"
+            else pissa(weight, r, scale, int(rounds) if rounds.isdigit() else None)
+        )
         A: Any = self.lora_A[adapter_name].weight
         B: Any = self.lora_B[adapter_name].weight
         start = Factors(*(tensor.to(A.dtype) for tensor in start))
@@ -99,12 +109,22 @@ class Embedding(LoraLayer):
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         r, (device, dtype) = self.r[adapter_name], place
-        self.lora_embedding_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
-        self.lora_embedding_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.lora_embedding_A[adapter_name] = nn.Parameter(
+            torch.empty(r, self.in_features, device=device, dtype=dtype)
+        )
+        self.lora_embedding_B[adapter_name] = nn.Parameter(
+            torch.empty(self.out_features, r, device=device, dtype=dtype)
+        )
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+    def reset_lora_parameters(
+        self, adapter_name: str, init_lora_weights: bool | str = True
+    ) -> None:
         """Draw an adapter's factors anew; all starts but False are the same."""
-        draw_for_embedding(self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name], init_lora_weights)
+        draw_for_embedding(
+            self.lora_embedding_A[adapter_name],
+            self.lora_embedding_B[adapter_name],
+            init_lora_weights,
+        )
 
     def factors(self, adapter_name: str) -> Factors:  # noqa: D102
         return Factors(self.lora_embedding_A(adapter_name), self.lora_embedding_B(adapter_name))
@@ -119,18 +139,24 @@ class Embedding(LoraLayer):
         """`s·B·A[:, x]`, times what the base embedding multiplies its rows by."""
         A, B = self.factors(adapter_name)
         base: Any = self.get_base_layer()
-        h = F.embedding(x, A.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        h = F.embedding(
+            x, A.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+        )
         return F.linear(scaled(h, embedding_scale(base) * self.scaling[adapter_name]), B)
 
 
 class _Conv(LoraLayer):
-    """A convolution with LoRA adapters: `A` is a convolution to `r` channels, `B` one over single points."""
+    """A convolution with LoRA adapters: `A` is a convolution to `r` channels, `B` one over single
+    points.
+    """
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         base: Any = self.get_base_layer()
         kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(self.geometry.kernel_size) - 1]
         r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
-        options = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        options = {
+            name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")
+        }
         self.lora_A[adapter_name] = nn.utils.skip_init(
             kind, base.in_channels, r, base.kernel_size, bias=False, **options, **place._asdict()
         )
@@ -161,7 +187,8 @@ class _Conv(LoraLayer):
         """
         if self._is_grouped and any(name in self.scaling for name in adapter_names):
             raise PeftNotSupportedError(
-                f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with groups > 1, which can't hold a "
+                f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with "
+                "groups > 1, which can't hold a "
                 "delta that goes across them."
             )
         super().check_mergeable(adapter_names)
@@ -189,7 +216,9 @@ class _Undrawn(nn.Linear):
 
 
 def _undrawn(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
-    """An `nn.Linear` whose memory is as it is. `skip_init` also draws on the meta device and reads signatures."""
+    """An `nn.Linear` whose memory is as it is. `skip_init` also draws on the meta device and reads
+    signatures.
+    """
     module: Any = _Undrawn(in_features, out_features, bias=bias, **place._asdict())
     module.__class__ = nn.Linear
     return module

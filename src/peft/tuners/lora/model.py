@@ -52,7 +52,9 @@ class LoraModel(BaseTuner):
         "embedding": Role(("lora_embedding_A", "lora_embedding_B")),
         "magnitude": Role((_MAGNITUDE,), decays=False),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantised), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantised), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+    )
 
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS
 
@@ -99,13 +101,20 @@ class LoraModel(BaseTuner):
     def _build(self, plan: Plan, construction: Construction) -> Build:
         """Put the config right where it expects weights to be stored otherwise than they are."""
         if plan.config.lora_bias:
-            plain = {type(base).__name__ for base in map(innermost, plan.targets.values()) if base._parameters.get("bias") is None}
+            plain = {
+                type(base).__name__
+                for base in map(innermost, plan.targets.values())
+                if base._parameters.get("bias") is None
+            }
             for kind in sorted(plain):
                 warn(
-                    f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias. It can't be merged.",
+                    f"`lora_bias=True` was passed but the targeted layer of type {kind} has no "
+                    "bias. It can't be merged.",
                     PeftWarning,
                 )
-        plan.config.fan_in_fan_out = expected_layout(plan.targets.values(), plan.config.fan_in_fan_out)
+        plan.config.fan_in_fan_out = expected_layout(
+            plan.targets.values(), plan.config.fan_in_fan_out
+        )
         return super()._build(plan, construction)
 
     def without_start(self, model: nn.Module, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -114,7 +123,9 @@ class LoraModel(BaseTuner):
         if not config.starts_from_weight:
             return super().without_start(model, adapter_name)
         plain, state = convert_to_lora(model, None, adapter_name)
-        return replace(plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode), state
+        return replace(
+            plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode
+        ), state
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
@@ -122,18 +133,34 @@ class LoraModel(BaseTuner):
     @classmethod
     def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """A checkpoint has DoRA's lengths under the container's name."""
-        return {key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t for key, t in state.items()}
+        return {
+            key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t
+            for key, t in state.items()
+        }
 
-    def form_to_save(self, adapter_name: str, config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def form_to_save(
+        self, adapter_name: str, config: Any, state: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
         """As it is, or with a start that others would not find."""
         if not is_random(config.init_lora_weights):
             return config, state
-        own = {outer_path(path): layer for path, layer in self.named_tuner_layers() if adapter_name in layer.scaling}
-        starts = {path: layer.lora_start[adapter_name] for path, layer in own.items() if adapter_name in layer.lora_start}  # type: ignore
+        own = {
+            outer_path(path): layer
+            for path, layer in self.named_tuner_layers()
+            if adapter_name in layer.scaling
+        }
+        starts = {
+            path: layer.lora_start[adapter_name]
+            for path, layer in own.items()
+            if adapter_name in layer.lora_start
+        }  # type: ignore
         return with_start(config, state, starts)
 
     @classmethod
     def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """The layers have DoRA's lengths in modules, and a start that is drawn apart from the rest."""
         state = without_start(config, state) if is_random(config.init_lora_weights) else state
-        return {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in state.items()}
+        return {
+            f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor
+            for key, tensor in state.items()
+        }

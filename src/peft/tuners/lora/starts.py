@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of adapters whose start can't be found again by others.
 
-An adapter that starts from the base weight adds `s·(B·A - B₀·A₀)`. Where `B₀·A₀` follows from the weight ("pissa", "olora") a file
-needs `A` and `B` alone: every reader finds the rest. What "pissa_niter_<n>" finds depends on random numbers. Here they are the same
-each time, but others draw their own. So a file has a plain adapter of twice the rank, `[B, -B₀]·[A; A₀]`, which means the same to
-all; its config says that the second half is the start.
+An adapter that starts from the base weight adds `s·(B·A - B₀·A₀)`. Where `B₀·A₀` follows from the
+weight ("pissa", "olora") a file needs `A` and `B` alone: every reader finds the rest. What
+"pissa_niter_<n>" finds depends on random numbers. Here they are the same each time, but others draw
+their own. So a file has a plain adapter of twice the rank, `[B, -B₀]·[A; A₀]`, which means the same
+to all; its config says that the second half is the start.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from ...core.targets import pattern_value
 REPEATABLE = "repeatable"
 # Starts that change the base weight by something that is in no file.
 _ELSEWHERE = ("corda", "lora_ga", "loftq")
-_DOUBLED = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the rank's dimension
+_DOUBLED = {
+    "lora_A.weight": 0,
+    "lora_B.weight": 1,
+    "lora_embedding_A": 0,
+    "lora_embedding_B": 1,
+}  # the rank's dimension
 
 
 def is_random(init_lora_weights: Any) -> bool:
@@ -34,7 +40,9 @@ def is_random(init_lora_weights: Any) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa_niter_")
 
 
-def with_start(config: Any, state: Mapping[str, Tensor], starts: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+def with_start(
+    config: Any, state: Mapping[str, Tensor], starts: Mapping[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
     """Config and tensors of an adapter for a file, its start among them.
 
     Args:
@@ -61,8 +69,16 @@ def with_start(config: Any, state: Mapping[str, Tensor], starts: Mapping[str, An
         path, name = _taken_apart(key)
         if name in _DOUBLED:
             own = starts.get(path)
-            rest = torch.zeros_like(tensor) if own is None else own.A if name == "lora_A.weight" else -own.B
-            result[key] = torch.cat([tensor, rest.to(tensor.device, tensor.dtype)], dim=_DOUBLED[name])
+            rest = (
+                torch.zeros_like(tensor)
+                if own is None
+                else own.A
+                if name == "lora_A.weight"
+                else -own.B
+            )
+            result[key] = torch.cat(
+                [tensor, rest.to(tensor.device, tensor.dtype)], dim=_DOUBLED[name]
+            )
     return plain, result
 
 
@@ -88,17 +104,27 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
         return {**content, "init_lora_weights": True, "eva_config": None}
     if how in _ELSEWHERE:
         raise PeftNotSupportedError(
-            f"LoraConfig: the adapter's `init_lora_weights`={how!r} changed the base weight by data that is not in its file. Have "
-            "its writer save it with `path_initial_model_for_weight_conversion`; or, if this base is the changed one, pass a "
+            f"LoraConfig: the adapter's `init_lora_weights`={how!r} changed the base weight by "
+            "data that is not in its file. Have "
+            "its writer save it with `path_initial_model_for_weight_conversion`; or, if this base "
+            "is the changed one, pass a "
             "config with `init_lora_weights=True`."
         )
     if isinstance(start, dict):
         ranks = {key: r // 2 for key, r in (content.get("rank_pattern") or {}).items()}
-        return {**content, **start, "r": content["r"] // 2, "rank_pattern": ranks, "start": REPEATABLE}
+        return {
+            **content,
+            **start,
+            "r": content["r"] // 2,
+            "rank_pattern": ranks,
+            "start": REPEATABLE,
+        }
     if is_random(how) and start is None:
         warn(
-            f"The adapter's `init_lora_weights`={how!r} drew random numbers that its file does not have; with others, its outputs "
-            "are not those it was trained to. Have its writer save it with `path_initial_model_for_weight_conversion`."
+            f"The adapter's `init_lora_weights`={how!r} drew random numbers that its file does not "
+            "have; with others, its outputs "
+            "are not those it was trained to. Have its writer save it with "
+            "`path_initial_model_for_weight_conversion`."
         )
     return content
 

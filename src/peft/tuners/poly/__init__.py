@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poly: a shared inventory of low-rank skills, mixed for each task or input. Source: arXiv:2202.13914, arXiv:2211.03831"""
+"""Poly: a shared inventory of low-rank skills, mixed for each task or input. Source:
+arXiv:2202.13914, arXiv:2211.03831
+"""
 
 from ...base.registry import register_peft_method
 from .analysis.losses import recorded_routing, routing_loss
@@ -37,4 +39,6 @@ __all__ = [
     "save_as_poly",
 ]
 
-register_peft_method(name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True)
+register_peft_method(
+    name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True
+)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New tasks from few examples: what of an adapter trains, the regimes of the papers, and a task's routing fitted in seconds."""
+"""New tasks from few examples: what of an adapter trains, the regimes of the papers, and a task's
+routing fitted in seconds.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +48,25 @@ class AdaptingTuner(DerivingTuner):
     """A tuner whose adapters can be trained in part."""
 
     def train_only(
-        self, *, skills: bool = False, tasks: Any = None, companions: bool = False, adapter_name: str | None = None
+        self,
+        *,
+        skills: bool = False,
+        tasks: Any = None,
+        companions: bool = False,
+        adapter_name: str | None = None,
     ) -> None:
-        """Say what of an adapter trains: its skills, the routing of some tasks, or both. All else is frozen.
+        """Say what of an adapter trains: its skills, the routing of some tasks, or both. All else
+        is frozen.
 
-        The rows of tasks become parameters by themselves (in the memory of the table), so that an optimiser sees no other: those
-        have no gradient, no weight decay and no state. Make the optimiser afterwards. `set_adapter` trains all again. Warns
-        where nothing of the model trains then.
+        The rows of tasks become parameters by themselves (in the memory of the table), so that an
+        optimiser sees no other: those have no gradient, no weight decay and no state. Make the
+        optimiser afterwards. `set_adapter` trains all again. Warns where nothing of the model
+        trains then.
 
         Args:
             skills: Train the skills.
-            tasks: Whose routing trains, and whose own skills: ids or names, "all", or None for no one's. Input routing trains
-                with "all". A task that is called "all" is meant by `["all"]`.
+            tasks: Whose routing trains, and whose own skills: ids or names, "all", or None for no
+                one's. Input routing trains with "all". A task that is called "all" is meant by `["all"]`.
             companions: Train modules and embedding rows that the adapter has beside its layers.
             adapter_name: By default the active adapter.
 
@@ -83,7 +92,12 @@ class AdaptingTuner(DerivingTuner):
             if not isinstance(value, bool):
                 raise PeftTypeError(f"`{option}`={value!r} must be True or False.")
         numbers = [] if every or tasks is None else self.task_numbers(self.task_routed(name), tasks)
-        tables = [table for _, layer in self.poly_layers(name) for table in layer.task_tables(name) if not is_fixed(table)]
+        tables = [
+            table
+            for _, layer in self.poly_layers(name)
+            for table in layer.task_tables(name)
+            if not is_fixed(table)
+        ]
         if numbers:
             for table in tables:
                 table.check_can_open()
@@ -104,23 +118,29 @@ class AdaptingTuner(DerivingTuner):
         self.warn_if_frozen(name)
 
     def begin_regime(
-        self, regime: str, tasks: Any = None, adapter_name: str | None = None, new_adapter: str | None = None
+        self,
+        regime: str,
+        tasks: Any = None,
+        adapter_name: str | None = None,
+        new_adapter: str | None = None,
     ) -> Regime:
-        """Set an adapter up as a regime of the multi-head routing paper adapts it to new tasks. `REGIMES` describes all.
+        """Set an adapter up as a regime of the multi-head routing paper adapts it to new tasks.
+        `REGIMES` describes all.
 
         Args:
             regime: "Z", "full", "mu-Z", "mu", "random" or "shared"; "μ" may stand for "mu".
-            tasks: The new tasks, by id or name, which the adapter has already (`add_tasks`). "mu" and "shared" make an adapter of
-                one task and take none.
+            tasks: The new tasks, by id or name, which the adapter has already (`add_tasks`). "mu"
+                and "shared" make an adapter of one task and take none.
             adapter_name: By default the active adapter.
-            new_adapter: Name of the adapter that "mu", "random" and "shared" make, by default the old one's with the regime's. It
-                becomes the active one; the old one stays as it is.
+            new_adapter: Name of the adapter that "mu", "random" and "shared" make, by default the
+                old one's with the regime's. It becomes the active one; the old one stays as it is.
 
         Returns:
             The regime, with the paper's learning rates.
 
         Raises:
-            PeftValueError: The regime or a task is unknown, or tasks are missing or given where there are none to give.
+            PeftValueError: The regime or a task is unknown, or tasks are missing or given where
+                there are none to give.
             PeftRuntimeError: The model is sharded already.
 
         Source: arXiv:2211.03831, section 3.3 and 4
@@ -129,24 +149,34 @@ class AdaptingTuner(DerivingTuner):
         name = self.task_routed(adapter_name)
         if chosen.needs_tasks != (tasks is not None):
             raise PeftValueError(
-                f"Regime {chosen.name!r} takes the new tasks: pass `tasks=`, by id or name, of the adapter's "
+                f"Regime {chosen.name!r} takes the new tasks: pass `tasks=`, by id or name, of the "
+                "adapter's "
                 f"{self.peft_config[name].n_tasks}; `add_tasks` adds new ones."  # type: ignore[attr-defined]
                 if chosen.needs_tasks
                 else f"Regime {chosen.name!r} takes no tasks, for it makes an adapter of one: leave out `tasks`={tasks!r}."
             )
         if chosen.needs_tasks and chosen.name != "random" and new_adapter is not None:
-            raise PeftValueError(f"Regime {chosen.name!r} makes no adapter: leave out `new_adapter`={new_adapter!r}.")
+            raise PeftValueError(
+                f"Regime {chosen.name!r} makes no adapter: leave out `new_adapter`={new_adapter!r}."
+            )
         numbers = None if tasks is None else self.task_numbers(name, tasks)
         if chosen.name == "mu":
             name = self._activate_new(name, new_adapter or f"{name}_mu", self.average_skills)
         elif chosen.name in ("shared", "random"):
-            name = self._activate_new(name, new_adapter or f"{name}_{chosen.name}", self._redraw, shared=chosen.name == "shared")
+            name = self._activate_new(
+                name,
+                new_adapter or f"{name}_{chosen.name}",
+                self._redraw,
+                shared=chosen.name == "shared",
+            )
         elif chosen.name == "mu-Z":
             self.check_unsharded(name, "begin a regime")
             for router in dict.fromkeys(self.task_routers(name).values()):
                 with torch.no_grad():
                     router.module_logits[numbers] = 0
-        self.train_only(skills=chosen.skills, tasks=numbers if chosen.routing else None, adapter_name=name)
+        self.train_only(
+            skills=chosen.skills, tasks=numbers if chosen.routing else None, adapter_name=name
+        )
         if chosen.name == "mu-Z":
             self._hold_routing(name)
         return chosen
@@ -157,12 +187,12 @@ class AdaptingTuner(DerivingTuner):
             router.fixed, router.how = True, router.how._replace(relaxed=False, dropout=0.0)
         self.peft_config[name].routing = "fixed"  # type: ignore[attr-defined]
 
-    def _activate_new(self, source: str, new: str, make: Callable[..., None], **options: Any) -> str:
+    def _activate_new(
+        self, source: str, new: str, make: Callable[..., None], **options: Any
+    ) -> str:
         make(new, adapter_name=source, **options)
         self.set_adapter(new)
         return new
-
-    # --- fitting --------------------------------------------------------------------------------------------------------
 
     def fit_task(
         self,
@@ -173,19 +203,22 @@ class AdaptingTuner(DerivingTuner):
         init: str | None = None,
         adapter_name: str | None = None,
     ) -> TaskFit:
-        """Fit a task's routing to a few examples, in place; nothing else of the model is touched. Takes seconds.
+        """Fit a task's routing to a few examples, in place; nothing else of the model is touched.
+        Takes seconds.
 
-        The model runs in evaluation mode meanwhile (gates are not drawn, dropout is off) and Adam steps on the task's rows. What
-        trains, and training mode, are as before when it is done. The rows that gave the least loss are kept.
+        The model runs in evaluation mode meanwhile (gates are not drawn, dropout is off) and Adam
+        steps on the task's rows. What trains, and training mode, are as before when it is done. The
+        rows that gave the least loss are kept.
 
         Args:
             task: Id or name of a task that the adapter has; see `add_tasks`.
-            loss: A function that gives the loss of the model on the examples, called with no arguments and passing the task itself;
-                or batches as keyword arguments for the model, whose output has a `loss`. `task_ids` are filled in there.
-            steps: How many; each goes through one batch, or calls the function once. 0 takes none: what `init` says, and its loss.
+            loss: A function that gives the loss of the model on the examples, called with no
+                arguments and passing the task itself; or batches as keyword arguments for the model, whose output has a `loss`. `task_ids` are filled in there.
+            steps: How many; each goes through one batch, or calls the function once. 0 takes none:
+                what `init` says, and its loss.
             lr: Learning rate, by default the paper's for the router.
-            init: None: from the task's present weights. "best": from those of the task that has the least loss on the examples, one
-                forward for each task; "equal": from equal weights.
+            init: None: from the task's present weights. "best": from those of the task that has the
+                least loss on the examples, one forward for each task; "equal": from equal weights.
             adapter_name: By default the active adapter.
 
         Returns:
@@ -194,8 +227,8 @@ class AdaptingTuner(DerivingTuner):
         Raises:
             PeftTypeError: `loss` is neither a function nor batches, or returns something else than
                 a tensor of one number.
-            PeftValueError: The task is unknown, a value is not allowed, adapters are merged, or the loss does not depend on
-                the task's routing, runs other tasks only, or is not finite; nothing is changed.
+            PeftValueError: The task is unknown, a value is not allowed, adapters are merged, or the
+                loss does not depend on the task's routing, runs other tasks only, or is not finite; nothing is changed.
             PeftRuntimeError: The model is sharded already.
 
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
@@ -210,7 +243,14 @@ class AdaptingTuner(DerivingTuner):
         with self._fitting(name, number), self.poly_routing.noting() as used, torch.enable_grad():
             if init is not None:
                 fit.start = self._start_from(routers, number, init, closure, batches)
-            _descend(fit, closure, [row for router in routers for row in router.rows], steps, lr, keep_last=batches > 1)
+            _descend(
+                fit,
+                closure,
+                [row for router in routers for row in router.rows],
+                steps,
+                lr,
+                keep_last=batches > 1,
+            )
             if used and not any((ids == number).any() for ids in used):
                 raise PeftValueError(self._used_others(name, number, used))
         fit.seconds = perf_counter() - begin
@@ -224,11 +264,13 @@ class AdaptingTuner(DerivingTuner):
         """
         if self.merged_adapters:
             raise PeftValueError(
-                f"Adapters {self.merged_adapters} are merged into the weights; call `unmerge_adapter` before a task is fitted."
+                f"Adapters {self.merged_adapters} are merged into the weights; call "
+                "`unmerge_adapter` before a task is fitted."
             )
         if name not in self.active_adapters:
             raise PeftValueError(
-                f"Adapter {name} must be active to be fitted; the active ones are {self.active_adapters}. Call "
+                f"Adapter {name} must be active to be fitted; the active ones are "
+                f"{self.active_adapters}. Call "
                 f"`set_adapter({name!r})` first."
             )
         for router in self.task_routers(name).values():
@@ -240,27 +282,38 @@ class AdaptingTuner(DerivingTuner):
         others = sorted({other for ids in used for other in ids.tolist()})
         return (
             f"`loss` never ran the model with task {task_label(task, config)}, but with "
-            f"{', '.join(task_label(other, config) for other in others)}: have it call the model with `task_ids={task}`."
+            f"{', '.join(task_label(other, config) for other in others)}: have it call the model "
+            f"with `task_ids={task}`."
         )
 
     def _closure(self, loss: Any, task: int) -> tuple[Callable[[], Tensor], int]:
-        """A function that gives the loss of the next batch, and after how many calls it has gone through all."""
+        """A function that gives the loss of the next batch, and after how many calls it has gone
+        through all.
+        """
         if callable(loss):
             return (lambda: _one_number(loss())), 1
         batches = list(loss) if isinstance(loss, Iterable) else []
         if not batches or not all(isinstance(batch, Mapping) for batch in batches):
-            raise PeftTypeError("`loss` must be a function without arguments, or batches: keyword arguments for the model.")
+            raise PeftTypeError(
+                "`loss` must be a function without arguments, or batches: keyword arguments for "
+                "the model."
+            )
         turns = cycle(batches)
 
         def of_next() -> Tensor:
             output = self(**{**next(turns), "task_ids": task})
-            return _one_number(getattr(output, "loss", None), "The model's output has no `loss`; batches need `labels`.")
+            return _one_number(
+                getattr(output, "loss", None),
+                "The model's output has no `loss`; batches need `labels`.",
+            )
 
         return of_next, len(batches)
 
     @contextmanager
     def _fitting(self, name: str, task: int) -> Iterator[None]:
-        """A context in which one task's rows train and the model is in evaluation mode; after an error they are as before."""
+        """A context in which one task's rows train and the model is in evaluation mode; after an
+        error they are as before.
+        """
         parameters = [(p, p.requires_grad) for p in self.parameters()]
         modes = [(module, module.training) for module in self.modules()]
         routers = dict.fromkeys(self.task_routers(name).values())
@@ -288,7 +341,12 @@ class AdaptingTuner(DerivingTuner):
 
     @torch.no_grad()
     def _start_from(
-        self, routers: Sequence[TaskRouter], task: int, init: str, closure: Callable[[], Tensor], batches: int
+        self,
+        routers: Sequence[TaskRouter],
+        task: int,
+        init: str,
+        closure: Callable[[], Tensor],
+        batches: int,
     ) -> int | None:
         """Give a task's rows the values they start from; the task they are from."""
         best: int | None = None
@@ -343,9 +401,16 @@ def _checked_options(steps: Any, lr: Any, init: Any) -> tuple[int, float]:
     return steps, float(lr)
 
 
-def _descend(fit: TaskFit, closure: Callable[[], Tensor], rows: Sequence[Tensor], steps: int, lr: float, keep_last: bool) -> None:
-    """Take steps on a task's rows and leave them at the least loss; `keep_last` where losses, being of different batches, do
-    not compare.
+def _descend(
+    fit: TaskFit,
+    closure: Callable[[], Tensor],
+    rows: Sequence[Tensor],
+    steps: int,
+    lr: float,
+    keep_last: bool,
+) -> None:
+    """Take steps on a task's rows and leave them at the least loss; `keep_last` where losses, being
+    of different batches, do not compare.
 
     Raises:
         PeftValueError: The loss is not finite, or does not depend on the rows.
@@ -362,7 +427,12 @@ def _descend(fit: TaskFit, closure: Callable[[], Tensor], rows: Sequence[Tensor]
         if step < steps:
             for row, gradient in zip(rows, _gradients(value, rows, fit.task), strict=True):
                 if gradient is not None and not gradient.isfinite().all():
-                    raise _not_finite(f"`loss` is {fit.losses[-1]}, but has gradients that are NaN or infinite", fit.task, step, lr)
+                    raise _not_finite(
+                        f"`loss` is {fit.losses[-1]}, but has gradients that are NaN or infinite",
+                        fit.task,
+                        step,
+                        lr,
+                    )
                 row.grad = gradient
             optimizer.step()
     with torch.no_grad():
@@ -373,7 +443,8 @@ def _descend(fit: TaskFit, closure: Callable[[], Tensor], rows: Sequence[Tensor]
 def _not_finite(what: str, task: int, step: int, lr: float) -> PeftValueError:
     remedy = f"use a smaller `lr` than {lr}, or look" if step else "look"
     return PeftValueError(
-        f"{what} after {step} steps; the routing of task {task} is left as it was. To fit it, {remedy} for what makes the loss so: "
+        f"{what} after {step} steps; the routing of task {task} is left as it was. To fit it, "
+        f"{remedy} for what makes the loss so: "
         "values of the examples, labels that are all left out, a 16-bit dtype."
     )
 

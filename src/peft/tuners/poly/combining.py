@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted sums of Poly adapters, exact for every task: their skills side by side in one inventory, each with ranks of its own."""
+"""Weighted sums of Poly adapters, exact for every task: their skills side by side in one inventory,
+each with ranks of its own.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,26 @@ class Inventory(NamedTuple):
     B: Tensor
 
 
-def side_by_side(parts: Sequence[Inventory], with_rest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """One inventory whose delta for each task is the sum of those of several: `x·A'_w·B'_w / R = Σ_i f_i · x·A_w,i·B_w,i`.
+def side_by_side(
+    parts: Sequence[Inventory], with_rest: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One inventory whose delta for each task is the sum of those of several:
+    `x·A'_w·B'_w / R = Σ_i f_i · x·A_w,i·B_w,i`.
 
-    Skills and ranks are put side by side, so that no skill of one part meets the ranks of another. The gates of `m` parts are their
-    mixing weights divided by `2m`, which add up to a half in every task; so each skill has an `m`-th of the weight it had. The
-    factors are enlarged by `m`, and share out `f_i · R` evenly.
+    Skills and ranks are put side by side, so that no skill of one part meets the ranks of another.
+    The gates of `m` parts are their mixing weights divided by `2m`, which add up to a half in every
+    task; so each skill has an `m`-th of the weight it had. The factors are enlarged by `m`, and
+    share out `f_i · R` evenly.
 
     Args:
-        parts: With the same number of tasks; numbers of splits may differ, and have their least common multiple in the result.
-        with_rest: Add a skill of zeros that takes what weights lack to one, as they do where all gates are closed (`has_rest`).
+        parts: With the same number of tasks; numbers of splits may differ, and have their least
+            common multiple in the result.
+        with_rest: Add a skill of zeros that takes what weights lack to one, as they do where all
+            gates are closed (`has_rest`).
 
     Returns:
-        `logits [n_tasks, n_splits · n_skills]`, `A` and `B` with as many skills as all parts, of rank `R = Σ r`; with the skill of
-        zeros, one more.
+        `logits [n_tasks, n_splits · n_skills]`, `A` and `B` with as many skills as all parts, of
+        rank `R = Σ r`; with the skill of zeros, one more.
 
     Source: arXiv:2202.13914, section 3 (mixing weights); the construction follows from it
     """
@@ -90,19 +98,29 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
     configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
     for name, config in zip(request.adapters, configs, strict=True):
         if config.routes_by_input:
-            raise PeftNotSupportedError(f"Adapter {name} routes by input; only adapters that route by task can be combined.")
+            raise PeftNotSupportedError(
+                f"Adapter {name} routes by input; only adapters that route by task can be combined."
+            )
         if config.task_rank:
             raise PeftNotSupportedError(
-                f"Adapter {name} has a skill of rank {config.task_rank} for each task; these can't be combined."
+                f"Adapter {name} has a skill of rank {config.task_rank} for each task; these can't "
+                "be combined."
             )
     shared_value(tuner, request, "n_tasks", "task_names")
     parts = {
-        path: [_inventory(layer, name, weight, tuner.peft_config[name]) for name, weight in request.terms()]
+        path: [
+            _inventory(layer, name, weight, tuner.peft_config[name])
+            for name, weight in request.terms()
+        ]
         for path, layer in layers_of(tuner, request)
     }
     with_rest = any(has_rest(part) for several in parts.values() for part in several)
     # How the adapters' weights came about is in the weights; what mixes them from now on is plain.
-    plain = {name: value for name, value in type(configs[0]).absent_values.items() if name not in ("task_names", *_COMPANIONS)}
+    plain = {
+        name: value
+        for name, value in type(configs[0]).absent_values.items()
+        if name not in ("task_names", *_COMPANIONS)
+    }
     sizes: dict[str, dict[str, int]] = {
         path: {
             "r": sum(part.A.shape[3] for part in several),
@@ -111,9 +129,13 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
         }
         for path, several in parts.items()
     }
-    largest = {name: max(size[name] for size in sizes.values()) for name in ("r", "n_skills", "n_splits")}
+    largest = {
+        name: max(size[name] for size in sizes.values()) for name in ("r", "n_skills", "n_splits")
+    }
     differing = {
-        "rank_pattern" if name == "r" else f"{name}_pattern": patterns({path: size[name] for path, size in sizes.items()}, value)
+        "rank_pattern" if name == "r" else f"{name}_pattern": patterns(
+            {path: size[name] for path, size in sizes.items()}, value
+        )
         for name, value in largest.items()
     }
     result = Combined(replace(configs[0], **{**plain, **largest, **differing}))
@@ -132,12 +154,17 @@ def _inventory(layer: Any, name: str, weight: float, config: Any) -> Inventory:
     """What an adapter has in a layer; in one that it does not adapt, skills without effect."""
     if name in layer.scaling:
         A, B = layer.poly_lora_A(name), layer.poly_lora_B(name)
-        return Inventory(weight * float(layer.scaling[name]), layer.router(name).task_weights(), A, B)
+        return Inventory(
+            weight * float(layer.scaling[name]), layer.router(name).task_weights(), A, B
+        )
     q, s, r, size = config.n_splits, config.n_skills, config.r, layer.geometry
     q = q if size.in_features % q == size.out_features % q == 0 else 1
     like = next(layer.poly_lora_A(other) for other in layer.scaling)
     even = like.new_full((config.n_tasks, q, s), 1 / s)
-    nothing = like.new_zeros(q, s, size.in_features // q, r), like.new_zeros(q, s, r, size.out_features // q)
+    nothing = (
+        like.new_zeros(q, s, size.in_features // q, r),
+        like.new_zeros(q, s, r, size.out_features // q),
+    )
     return Inventory(0.0, even, *nothing)
 
 

@@ -9,7 +9,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...base.registry import PeftType
-from ...config import TargetedConfig, at_least, boolean, choice, is_int, name_list, number, pattern_dict, probability
+from ...config import (
+    TargetedConfig,
+    at_least,
+    boolean,
+    choice,
+    is_int,
+    name_list,
+    number,
+    pattern_dict,
+    probability,
+)
 from ...core import targets as _targets
 from .task_ids import name_offences
 
@@ -29,40 +39,49 @@ _ROUTING = {
 
 @dataclass
 class PolyConfig(TargetedConfig):
-    """Configuration of Poly, `Δ(x) = x·A_w·B_w / r` where `A_w` and `B_w` mix the skills of an inventory with weights `w`.
+    """Configuration of Poly, `Δ(x) = x·A_w·B_w / r` where `A_w` and `B_w` mix the skills of an
+    inventory with weights `w`.
 
     Args:
         r: Rank of each skill.
-        target_modules: Names (or ends of paths), a regular expression for whole paths, "all-linear", or None for the model type's
-            defaults.
+        target_modules: Names (or ends of paths), a regular expression for whole paths,
+            "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
         modules_to_save: Modules to train whole and save beside the adapter.
-        init_weights: True: the `B` matrices start at zero, so that the adapter starts without effect. False: at random.
-        poly_type: "poly": the weights are learned for each task, and calls take `task_ids`. "mope": a learned map of the layer's
-            input gives the weights.
+        init_weights: True: the `B` matrices start at zero, so that the adapter starts without
+            effect. False: at random.
+        poly_type: "poly": the weights are learned for each task, and calls take `task_ids`. "mope":
+            a learned map of the layer's input gives the weights.
         n_tasks: Number of tasks.
         n_skills: Number of skills in each layer's inventory.
-        n_splits: Number of heads that mix skills on their own, each for a share of the features (multi-head routing).
+        n_splits: Number of heads that mix skills on their own, each for a share of the features
+            (multi-head routing).
         task_names: Names of the tasks; `task_ids` may then use them.
-        routing_level: With "mope": "sample" mixes once for each sample, from the mean of its prompt's tokens; "token" for each
-            token from itself.
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter (and those of the output head,
-            where it shares the weight); a dictionary names other modules: name → tokens.
+        routing_level: With "mope": "sample" mixes once for each sample, from the mean of its
+            prompt's tokens; "token" for each token from itself.
+        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
+            (and those of the output head, where it shares the weight); a dictionary names other
+            modules: name → tokens.
         alpha: The adapter's output is scaled by `alpha / r`.
-        relaxed_bernoulli: Training draws each gate from a relaxed Bernoulli distribution. False takes the sigmoid, as the published
-            models of multi-head routing do.
-        straight_through: Gates are 0 or 1, the rounded sigmoid (or draw); gradients pass as if they were not rounded.
+        relaxed_bernoulli: Training draws each gate from a relaxed Bernoulli distribution. False
+            takes the sigmoid, as the published models of multi-head routing do.
+        straight_through: Gates are 0 or 1, the rounded sigmoid (or draw); gradients pass as if they
+            were not rounded.
         router_dropout: Probability in training that a sample does without a skill.
         n_shared_skills: How many of the `n_skills`, the last ones, are always on, for every task.
-        eval_top_k: In evaluation each split keeps its largest weights only, so many; a lone sample then reads that share of the
-            skills. None keeps all.
-        router_granularity: What has one router: each "linear" layer; each "layer", the module around them (attention, MLP); each
-            "block"; the encoder and the decoder ("coder"); the whole "model".
-        routing: "learned"; or "fixed": all skills have the same weight, or those that `set_router_weights` gives them.
+        eval_top_k: In evaluation each split keeps its largest weights only, so many; a lone sample
+            then reads that share of the skills. None keeps all.
+        router_granularity: What has one router: each "linear" layer; each "layer", the module
+            around them (attention, MLP); each "block"; the encoder and the decoder ("coder"); the
+            whole "model".
+        routing: "learned"; or "fixed": all skills have the same weight, or those that
+            `set_router_weights` gives them.
         task_rank: Rank of a skill that each task has to itself, beside the shared ones; 0 for none.
-        rank_pattern: Other values of `r` for some modules: name or regular expression → value. The first that fits counts.
+        rank_pattern: Other values of `r` for some modules: name or regular expression → value. The
+            first that fits counts.
         n_skills_pattern, n_splits_pattern: The same for `n_skills` and `n_splits`.
-        routing_pattern: The same for how weights come about: "learned" for each task, "fixed", or by "input".
+        routing_pattern: The same for how weights come about: "learned" for each task, "fixed", or
+            by "input".
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -75,35 +94,66 @@ class PolyConfig(TargetedConfig):
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
-    init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts without effect."})
-    poly_type: Literal["poly", "mope"] = field(default="poly", metadata={"help": "Routing by task or by input."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Whether the adapter starts without effect."}
+    )
+    poly_type: Literal["poly", "mope"] = field(
+        default="poly", metadata={"help": "Routing by task or by input."}
+    )
     n_tasks: int = field(default=1, metadata={"help": "Number of tasks."})
     n_skills: int = field(default=4, metadata={"help": "Number of skills in each layer."})
     n_splits: int = field(default=1, metadata={"help": "Number of heads that mix on their own."})
     task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks."})
-    routing_level: Literal["sample", "token"] = field(default="sample", metadata={"help": "What an input mixes for."})
+    routing_level: Literal["sample", "token"] = field(
+        default="sample", metadata={"help": "What an input mixes for."}
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 
     alpha: float = field(default=1.0, metadata={"help": "The output is scaled by alpha / r."})
-    relaxed_bernoulli: bool = field(default=True, metadata={"help": "Whether training draws the gates."})
+    relaxed_bernoulli: bool = field(
+        default=True, metadata={"help": "Whether training draws the gates."}
+    )
     straight_through: bool = field(default=False, metadata={"help": "Whether gates are 0 or 1."})
-    router_dropout: float = field(default=0.0, metadata={"help": "Probability in training that a gate is shut."})
+    router_dropout: float = field(
+        default=0.0, metadata={"help": "Probability in training that a gate is shut."}
+    )
     n_shared_skills: int = field(default=0, metadata={"help": "How many skills are always on."})
-    eval_top_k: int | None = field(default=None, metadata={"help": "How many skills of a split keep their weight in evaluation."})
+    eval_top_k: int | None = field(
+        default=None,
+        metadata={"help": "How many skills of a split keep their weight in evaluation."},
+    )
     router_granularity: Literal["linear", "layer", "block", "coder", "model"] = field(
         default="linear", metadata={"help": "What has a router of its own."}
     )
-    routing: Literal["learned", "fixed"] = field(default="learned", metadata={"help": "Whether the weights of tasks are trained."})
-    task_rank: int = field(default=0, metadata={"help": "Rank of a skill that each task has to itself."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other ranks for some modules."})
-    n_skills_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of skills for some modules."})
-    n_splits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Other numbers of heads for some modules."})
-    routing_pattern: dict[str, str] = field(default_factory=dict, metadata={"help": "Other routing for some modules."})
+    routing: Literal["learned", "fixed"] = field(
+        default="learned", metadata={"help": "Whether the weights of tasks are trained."}
+    )
+    task_rank: int = field(
+        default=0, metadata={"help": "Rank of a skill that each task has to itself."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks for some modules."}
+    )
+    n_skills_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other numbers of skills for some modules."}
+    )
+    n_splits_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other numbers of heads for some modules."}
+    )
+    routing_pattern: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Other routing for some modules."}
+    )
 
     patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
     absent_values: ClassVar[dict[str, Any]] = {
@@ -147,7 +197,10 @@ class PolyConfig(TargetedConfig):
         if isinstance(names, set):
             yield f"`task_names`={names!r} must be a list: a name's place in it is the task's id."
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-            offence = next(name_offences(names), "" if len(names) == self.n_tasks else f"there are {len(names)}")
+            offence = next(
+                name_offences(names),
+                "" if len(names) == self.n_tasks else f"there are {len(names)}",
+            )
             if offence:
                 yield f"`task_names` must be {self.n_tasks} different names, one for each of `n_tasks`; {offence}: got {names!r}."
         yield from self._routing_problems()
@@ -166,16 +219,25 @@ class PolyConfig(TargetedConfig):
         yield from choice("routing", self.routing, ("learned", "fixed"))
         for name in _PATTERNS:
             yield from pattern_dict(name, getattr(self, name), at_least)
-        yield from pattern_dict("routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING))
+        yield from pattern_dict(
+            "routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING)
+        )
         if self.routing == "fixed" and self.poly_type == "mope":
             yield "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not have."
         if self.task_rank and self.routes_by_input:
             yield f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows no tasks; use 0."
-        counts = [self.n_skills, *(self.n_skills_pattern.values() if isinstance(self.n_skills_pattern, dict) else ())]
+        counts = [
+            self.n_skills,
+            *(self.n_skills_pattern.values() if isinstance(self.n_skills_pattern, dict) else ()),
+        ]
         counts = [count for count in counts if is_int(count)]
         if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):
             yield f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: `n_skills` is {min(counts)}."
-        differing = [name for name in ("n_skills_pattern", "n_splits_pattern", "routing_pattern") if getattr(self, name)]
+        differing = [
+            name
+            for name in ("n_skills_pattern", "n_splits_pattern", "routing_pattern")
+            if getattr(self, name)
+        ]
         if self.router_granularity != "linear" and (differing or self.poly_type == "mope"):
             cause = f"`{differing[0]}`" if differing else "`poly_type`='mope'"
             yield f"`router_granularity`={self.router_granularity!r} has layers share a router, which {cause} makes different."
@@ -189,7 +251,9 @@ class PolyConfig(TargetedConfig):
     @property
     def routes_by_task(self) -> bool:
         """Whether any layer mixes skills by task."""
-        return self.poly_type == "poly" or any(kind != "input" for kind in self.routing_pattern.values())
+        return self.poly_type == "poly" or any(
+            kind != "input" for kind in self.routing_pattern.values()
+        )
 
     @property
     def routes_by_input(self) -> bool:
@@ -199,7 +263,8 @@ class PolyConfig(TargetedConfig):
     def at(self, path: str) -> PolyConfig:
         """The config as it is for the module at `path`, without patterns."""
         given: dict[str, Any] = {
-            name: _targets.pattern_value(getattr(self, pattern), path, getattr(self, name)) for pattern, name in _PATTERNS.items()
+            name: _targets.pattern_value(getattr(self, pattern), path, getattr(self, name))
+            for pattern, name in _PATTERNS.items()
         }
         given |= _ROUTING.get(_targets.pattern_value(self.routing_pattern, path, ""), {})
         if all(getattr(self, name) == value for name, value in given.items()):
@@ -216,7 +281,9 @@ class PolyConfig(TargetedConfig):
             case "layer":
                 return ".".join(parts[:-1])
             case "block":
-                number_at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+                number_at = next(
+                    (i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1
+                )
                 return ".".join(parts[: number_at + 1])
             case "coder":
                 return next((part for part in parts if part in ("encoder", "decoder")), "")

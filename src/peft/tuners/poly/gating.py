@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a router's logits to mixing weights: the settings of the papers, and the saving where few skills are used.
+"""From a router's logits to mixing weights: the settings of the papers, and the saving where few
+skills are used.
 
-    gates `g = σ(l)`, or in training a relaxed Bernoulli draw; rounded, dropped and held open as asked; `w = g / Σ g`
+    gates `g = σ(l)`, or in training a relaxed Bernoulli draw; rounded, dropped and held open as
+    asked; `w = g / Σ g`
 
 Pure functions of tensors; shapes as in `mixing.py`.
 
@@ -26,8 +28,10 @@ class Gating(NamedTuple):
     """How logits become mixing weights.
 
     Args:
-        relaxed: Training draws each gate from a relaxed Bernoulli distribution; False takes the sigmoid as evaluation does.
-        hard: Gates are rounded to 0 or 1, and gradients pass as if they were not (straight-through).
+        relaxed: Training draws each gate from a relaxed Bernoulli distribution; False takes the
+            sigmoid as evaluation does.
+        hard: Gates are rounded to 0 or 1, and gradients pass as if they were not
+            (straight-through).
         dropout: Probability in training that a gate is shut.
         always_on: How many skills, the last ones, have an open gate in every task.
         top_k: In evaluation, how many skills of each split keep their weight; None for all.
@@ -65,7 +69,8 @@ def open_gates(logits: Tensor, how: Gating, training: bool) -> Tensor:
 
 
 def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
-    """Mixing weights of logits: `open_gates` divided by their sum over the skills, and in evaluation the largest of them.
+    """Mixing weights of logits: `open_gates` divided by their sum over the skills, and in
+    evaluation the largest of them.
 
     Args:
         logits: `[..., n_splits, n_skills]`.
@@ -73,7 +78,8 @@ def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
         training: Whether gates are drawn and dropped.
 
     Returns:
-        The shape of `logits`, in float32 at least. Sums to one over the skills, unless all gates of a row are shut: to zero then.
+        The shape of `logits`, in float32 at least. Sums to one over the skills, unless all gates of
+        a row are shut: to zero then.
 
     Example:
         >>> mixing_weights(torch.tensor([[2.0, -1.0, 0.5]]), Gating(hard=True, always_on=1), training=False)
@@ -85,8 +91,11 @@ def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
     return w if training or how.top_k is None else keep_largest(w, how.top_k)
 
 
-def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool) -> Tensor:
-    """`mixing_weights` of the rows of a table that tasks have, drawn for each sample where they are.
+def task_weights(
+    table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool
+) -> Tensor:
+    """`mixing_weights` of the rows of a table that tasks have, drawn for each sample where they
+    are.
 
     Args:
         table: `[n_tasks, n_splits * n_skills]`.
@@ -96,23 +105,31 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, tr
         training: Whether gates are drawn and dropped.
 
     Returns:
-        `[batch, n_splits, n_skills]`, in float32 at least. On a GPU it is one kernel where that can be had (`kernels.py`) and gates
-        are drawn, or not, and no more is done to them.
+        `[batch, n_splits, n_skills]`, in float32 at least. On a GPU it is one kernel where that can
+        be had (`kernels.py`) and gates are drawn, or not, and no more is done to them.
 
     Source: arXiv:2202.13914, section 3
     """
     other = how.hard or how.always_on or (how.dropout if training else how.top_k)
-    if not other and can_launch(table) and type(task_ids) is Tensor and task_ids.device == table.device:
+    if (
+        not other
+        and can_launch(table)
+        and type(task_ids) is Tensor
+        and task_ids.device == table.device
+    ):
         from . import gating_triton as kernels
 
         ours = kernels.task_weights
-        if kernels.fits(table, task_ids, n_splits) and agrees(ours, _task_weights, _example, table.device):
+        if kernels.fits(table, task_ids, n_splits) and agrees(
+            ours, _task_weights, _example, table.device
+        ):
             return ours(table, task_ids, n_splits, training and how.relaxed)
     return _task_weights(table, task_ids, n_splits, training, how)
 
 
 def keep_largest(weights: Tensor, k: int) -> Tensor:
-    """The `k` largest weights of each row, made larger so that their sum stays what it was; the others zero.
+    """The `k` largest weights of each row, made larger so that their sum stays what it was; the
+    others zero.
 
     Args:
         weights: `[..., n_skills]`, not negative.
@@ -126,13 +143,17 @@ def keep_largest(weights: Tensor, k: int) -> Tensor:
         return weights
     values, index = weights.topk(k, dim=-1)
     total = weights.sum(-1, keepdim=True)
-    return torch.zeros_like(weights).scatter(-1, index, values / (values.sum(-1, keepdim=True) + 1e-12) * total)
+    return torch.zeros_like(weights).scatter(
+        -1, index, values / (values.sum(-1, keepdim=True) + 1e-12) * total
+    )
 
 
 def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The skills that a call uses, where that is a smaller inventory: with at most `k` weights in a row, `samples · k` skills.
+    """The skills that a call uses, where that is a smaller inventory: with at most `k` weights in a
+    row, `samples · k` skills.
 
-    What they compute is the same. An inventory of `n_skills` is read whole to mix it, so a lone sample reads `k / n_skills` of it.
+    What they compute is the same. An inventory of `n_skills` is read whole to mix it, so a lone
+    sample reads `k / n_skills` of it.
 
     Args:
         weights: `[..., n_splits, n_skills]` with at most `k` weights that are not zero in each row.
@@ -141,7 +162,8 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
         k: At least 1.
 
     Returns:
-        Weights, `A` and `B` with `samples · k` skills; as they were, where there are no more skills than that.
+        Weights, `A` and `B` with `samples · k` skills; as they were, where there are no more skills
+        than that.
 
     Source: the papers mix all skills; the construction follows from zero weights
     """
@@ -149,19 +171,29 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
     if not _certainly(math.prod(leading) * k < n_skills):
         return weights, A, B
     values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
-    slots = index.transpose(0, 1).flatten(1)  # [n_splits, samples * k]: each sample has `k` skills to itself
+    slots = index.transpose(0, 1).flatten(
+        1
+    )  # [n_splits, samples * k]: each sample has `k` skills to itself
     split = torch.arange(n_splits, device=index.device).unsqueeze(-1)
     own = torch.eye(samples, dtype=values.dtype, device=values.device)
     spread = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
     return spread.reshape(*weights.shape[:-1], samples * k), A[split, slots], B[split, slots]
 
 
-def _task_weights(table: Tensor, task_ids: Tensor, n_splits: int, training: bool, how: Gating = Gating()) -> Tensor:  # noqa: B008
+def _task_weights(
+    table: Tensor, task_ids: Tensor, n_splits: int, training: bool, how: Gating = Gating()
+) -> Tensor:
     """`task_weights` in plain operations."""
     return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, int, bool]:
-    """Arguments of `task_weights` to try a kernel with: a task that two samples have, one that none has."""
-    table = (torch.arange(70, device=device, dtype=torch.float32).sin() * 4).view(7, 10).requires_grad_()
+    """Arguments of `task_weights` to try a kernel with: a task that two samples have, one that none
+    has.
+    """
+    table = (
+        (torch.arange(70, device=device, dtype=torch.float32).sin() * 4)
+        .view(7, 10)
+        .requires_grad_()
+    )
     return table, torch.tensor([6, 0, 6], device=device), 2, True

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks' mixing weights as one kernel from table to weights, and one for their gradient, where Triton is (see `_kernels.py`).
+"""Tasks' mixing weights as one kernel from table to weights, and one for their gradient, where
+Triton is (see `_kernels.py`).
 
-    w[b, q] = g / (sum_s g_s + 1e-12),  g = sigmoid(l)  or, drawn,  g = sigmoid(l + log u - log(1 - u)),  l = table[task_b, q]
+    w[b, q] = g / (sum_s g_s + 1e-12),  g = sigmoid(l)  or, drawn,  g = sigmoid(l + log u - log(1 -
+    u)),  l = table[task_b, q]
 
-in float32, with `mixing.gates`' clamping: `sigmoid(l)` and `u` to within epsilon of 0 and 1, and so `g`.
+in float32, with `mixing.gates`' clamping: `sigmoid(l)` and `u` to within epsilon of 0 and 1, and so
+`g`.
 
 Source: arXiv:2202.13914
 """
@@ -37,13 +40,18 @@ _BOUND: tl.constexpr = tl.constexpr(15.942385)
 
 def fits(table: Tensor, task_ids: Tensor, n_splits: int) -> bool:
     """Whether the kernels are made for such tensors."""
-    return table.dtype in _DTYPES and table.shape[1] // n_splits <= _MOST_SKILLS and 0 < task_ids.shape[0] <= _MOST_SAMPLES
+    return (
+        table.dtype in _DTYPES
+        and table.shape[1] // n_splits <= _MOST_SKILLS
+        and 0 < task_ids.shape[0] <= _MOST_SAMPLES
+    )
 
 
 def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, draw: bool) -> Tensor:
     """Rows of a table of logits as mixing weights, in one launch beside that of the draws.
 
-    The draws are those that `mixing.gates` makes. The gradient is summed in order of the samples, and so always the same.
+    The draws are those that `mixing.gates` makes. The gradient is summed in order of the samples,
+    and so always the same.
 
     Args:
         table: `[n_tasks, n_splits * n_skills]`.
@@ -65,7 +73,9 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, draw: bool) -> 
 
 class _Weigh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]
+    ) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(table, task_ids, draws)
         ctx.shape = shape
         return _weighed(table, task_ids, draws, shape)
@@ -74,7 +84,9 @@ class _Weigh(torch.autograd.Function):
     def backward(ctx: Any, of_weights: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         table, task_ids, draws = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(of_weights):
-            plain = functools.partial(_weighed_plainly, task_ids=task_ids, draws=draws, shape=ctx.shape)
+            plain = functools.partial(
+                _weighed_plainly, task_ids=task_ids, draws=draws, shape=ctx.shape
+            )
             return *gradients_again(plain, (table,), (True,), (of_weights,)), None, None, None
         batch, n_splits, n_skills = ctx.shape
         of_table = torch.empty_like(table)
@@ -82,17 +94,29 @@ class _Weigh(torch.autograd.Function):
         sizes = _sizes(n_splits, n_skills, draws is not None)
         with on_device_of(table):
             _distribute_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
-                table, task_ids, draws, of_weights.contiguous(), of_table, batch, task_ids.stride(0), rows, **sizes
+                table,
+                task_ids,
+                draws,
+                of_weights.contiguous(),
+                of_table,
+                batch,
+                task_ids.stride(0),
+                rows,
+                **sizes,
             )
         return of_table, None, None, None
 
 
-def _weighed_plainly(table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]) -> Tensor:
+def _weighed_plainly(
+    table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]
+) -> Tensor:
     logits = F.embedding(task_ids, table).view(shape).float()
     return normalise(logits.sigmoid() if draws is None else relaxed_gates(logits, draws))
 
 
-def _weighed(table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]) -> Tensor:
+def _weighed(
+    table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]
+) -> Tensor:
     batch, n_splits, n_skills = shape
     weights = table.new_empty(shape, dtype=torch.float32)
     sizes = _sizes(n_splits, n_skills, draws is not None)
@@ -163,7 +187,9 @@ def _distribute_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A row is a split of a task; a program sums what the samples of its tasks hand down, and writes zeros where there are none."""
+    """A row is a split of a task; a program sums what the samples of its tasks hand down, and
+    writes zeros where there are none.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row, skill = first + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     real = (row < rows)[:, None] & (skill < S)[None, :]
@@ -189,12 +215,16 @@ def _distribute_kernel(
 
 @triton.jit
 def _open(logit, u, DRAWN: tl.constexpr):
-    """Gates, and their slope by the logits. Comparisons and not minima, which would make a number of NaN."""
+    """Gates, and their slope by the logits. Comparisons and not minima, which would make a number
+    of NaN.
+    """
     if DRAWN:
         u = tl.where(u < _EPS, _EPS, tl.where(u > 1 - _EPS, 1 - _EPS, u))
         held = tl.where(logit < -_BOUND, -_BOUND, tl.where(logit > _BOUND, _BOUND, logit))
         gate = tl.sigmoid(held + (tl.log(u) - tl.log(1 - u)))
-        slope = tl.where((held == logit) & (gate >= _TINY) & (gate <= 1 - _EPS), gate * (1 - gate), 0.0)
+        slope = tl.where(
+            (held == logit) & (gate >= _TINY) & (gate <= 1 - _EPS), gate * (1 - gate), 0.0
+        )
         gate = tl.where(gate < _TINY, _TINY, tl.where(gate > 1 - _EPS, 1 - _EPS, gate))
     else:
         gate = tl.sigmoid(logit)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks and skills of Poly adapters on a model: adding, removing, reordering, and the weights between them."""
+"""The tasks and skills of Poly adapters on a model: adding, removing, reordering, and the weights
+between them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError, warn
+from ...base.errors import (
+    PeftNotSupportedError,
+    PeftRuntimeError,
+    PeftTypeError,
+    PeftValueError,
+    warn,
+)
 from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
 from ...base.tensors import ordinary_tensors
@@ -29,8 +37,6 @@ _STARTS = ("mean", "uniform")
 class InventoryTuner(BaseTuner):
     """A tuner whose adapters have tasks and skills."""
 
-    # --- what there is ------------------------------------------------------------------------------------------------
-
     def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """How each layer mixes its skills for each task in evaluation.
 
@@ -38,19 +44,25 @@ class InventoryTuner(BaseTuner):
             adapter_name: By default the active adapter.
 
         Returns:
-            `[n_tasks, n_splits, n_skills]` by module path; sums to one over the skills. Layers that route by input are left out.
+            `[n_tasks, n_splits, n_skills]` by module path; sums to one over the skills. Layers that
+            route by input are left out.
 
         Raises:
             PeftValueError: There is no such adapter.
             PeftNotSupportedError: It routes by input.
         """
-        return {path: router.task_weights().detach() for path, router in self.task_routers(self.task_routed(adapter_name)).items()}
+        return {
+            path: router.task_weights().detach()
+            for path, router in self.task_routers(self.task_routed(adapter_name)).items()
+        }
 
     def one_adapter(self, adapter_name: str | None) -> str:
         """The name of an adapter that there is, by default the active one."""
         if adapter_name is None:
             if len(self.active_adapters) != 1:
-                raise PeftValueError(f"Name one adapter: the active ones are {self.active_adapters}.")
+                raise PeftValueError(
+                    f"Name one adapter: the active ones are {self.active_adapters}."
+                )
             adapter_name = self.active_adapters[0]
         self.check_names(adapter_name)
         return adapter_name
@@ -64,8 +76,12 @@ class InventoryTuner(BaseTuner):
         return adapter_name
 
     def task_routers(self, adapter_name: str) -> dict[str, TaskRouter]:
-        """The routers of an adapter that route by task, by module path; one that layers share comes with each of them."""
-        routers = {path: layer.router(adapter_name) for path, layer in self.poly_layers(adapter_name)}
+        """The routers of an adapter that route by task, by module path; one that layers share comes
+        with each of them.
+        """
+        routers = {
+            path: layer.router(adapter_name) for path, layer in self.poly_layers(adapter_name)
+        }
         return {path: router for path, router in routers.items() if isinstance(router, TaskRouter)}
 
     def poly_layers(self, adapter_name: str) -> Iterator[tuple[str, PolyLayer]]:
@@ -75,7 +91,8 @@ class InventoryTuner(BaseTuner):
                 yield path, layer
 
     def task_numbers(self, adapter_name: str, tasks: Any, argument: str = "tasks") -> list[int]:
-        """Return the ids of tasks given by id or name, one or several; messages use the argument's name.
+        """Return the ids of tasks given by id or name, one or several; messages use the argument's
+        name.
 
         Raises:
             PeftTypeError: A task is neither a number nor a name.
@@ -84,46 +101,58 @@ class InventoryTuner(BaseTuner):
         return some_tasks(tasks, self.peft_config[adapter_name], argument)
 
     def is_word(self, value: Any, words: Sequence[str], adapter_name: str, argument: str) -> bool:
-        """Tell if a value is one of the words that an argument knows beside tasks. A word goes before a task that is called so,
-        of which we warn; the task is meant by a list with its name, or by its id.
+        """Tell if a value is one of the words that an argument knows beside tasks. A word goes
+        before a task that is called so, of which we warn; the task is meant by a list with its
+        name, or by its id.
         """
         if not isinstance(value, str) or value not in words:
             return False
         if value in (getattr(self.peft_config[adapter_name], "task_names", None) or ()):
-            warn(f"`{argument}`={value!r} is not the task of that name: pass [{value!r}] for the task.")
+            warn(
+                f"`{argument}`={value!r} is not the task of that name: pass [{value!r}] for the "
+                "task."
+            )
         return True
 
     def check_unsharded(self, adapter_name: str, what: str) -> None:
-        """Check that no engine holds the memory of an adapter's tables and skills: it would not see what takes their place.
+        """Check that no engine holds the memory of an adapter's tables and skills: it would not see
+        what takes their place.
 
         Raises:
             PeftRuntimeError: One does; the message says what to do before.
         """
         for path, layer in self.poly_layers(adapter_name):
             tables = (table.closed_table for table in layer.task_tables(adapter_name))
-            if any(is_managed(p) for p in (layer.poly_lora_A[adapter_name], layer.poly_lora_B[adapter_name], *tables)):
-                raise PeftRuntimeError(f"`{path}`: an engine has sharded adapter {adapter_name}; {what} before that.")
+            if any(
+                is_managed(p)
+                for p in (layer.poly_lora_A[adapter_name], layer.poly_lora_B[adapter_name], *tables)
+            ):
+                raise PeftRuntimeError(
+                    f"`{path}`: an engine has sharded adapter {adapter_name}; {what} before that."
+                )
 
     def warn_if_frozen(self, adapter_name: str) -> None:
         """Warn if no parameter of the model trains."""
         if not any(p.requires_grad for p in self.parameters()):
             warn(
-                f"No parameter of the model trains now. Say what of adapter {adapter_name} does with `train_only` (its `skills`, "
+                f"No parameter of the model trains now. Say what of adapter {adapter_name} does "
+                "with `train_only` (its `skills`, "
                 "or the routing of `tasks`), or train all of it with `set_adapter`."
             )
 
-    # --- tasks --------------------------------------------------------------------------------------------------------
-
     @ordinary_tensors()
-    def add_tasks(self, tasks: int | Sequence[str], init: Any = "mean", adapter_name: str | None = None) -> None:
+    def add_tasks(
+        self, tasks: int | Sequence[str], init: Any = "mean", adapter_name: str | None = None
+    ) -> None:
         """Append tasks to an adapter. What existing tasks compute does not change by a bit.
 
         The router's parameters are replaced: make the optimiser afterwards.
 
         Args:
-            tasks: How many, or their names (if the adapter has names, or has none yet and all get one).
-            init: "mean": start from the mean of all tasks' gates. "uniform": from equal weights. A task's id or name: from
-                that task. Where tasks have skills of their own, only the last gives a new one that has an effect. A task that
+            tasks: How many, or their names (if the adapter has names, or has none yet and all get
+                one).
+            init: "mean": start from the mean of all tasks' gates. "uniform": from equal weights. A
+                task's id or name: from that task. Where tasks have skills of their own, only the last gives a new one that has an effect. A task that
                 is called "mean" or "uniform" is meant by `["mean"]` or `["uniform"]`.
             adapter_name: By default the active adapter.
 
@@ -140,16 +169,26 @@ class InventoryTuner(BaseTuner):
 
         def grown(logits: Tensor) -> Tensor:
             mean = logits.double().sigmoid().mean(0).clamp(1e-30, 1 - 1e-15).logit().to(logits)
-            row = logits[source] if source is not None else mean if init == "mean" else torch.zeros_like(logits[0])
+            row = (
+                logits[source]
+                if source is not None
+                else mean
+                if init == "mean"
+                else torch.zeros_like(logits[0])
+            )
             return torch.cat([logits, row.expand(extra, -1)])
 
         self._replace_tasks(name, grown, [*old, *[None] * extra], names, source)
 
     @ordinary_tensors()
-    def remove_tasks(self, tasks: int | str | Sequence[int | str], adapter_name: str | None = None) -> None:
-        """Take tasks out of an adapter. Those that stay move up; what they compute does not change by a bit.
+    def remove_tasks(
+        self, tasks: int | str | Sequence[int | str], adapter_name: str | None = None
+    ) -> None:
+        """Take tasks out of an adapter. Those that stay move up; what they compute does not change
+        by a bit.
 
-        The router's parameters are replaced: make the optimiser afterwards. Warns where the only ones go that train.
+        The router's parameters are replaced: make the optimiser afterwards. Warns where the only
+        ones go that train.
 
         Args:
             tasks: Ids or names.
@@ -157,7 +196,8 @@ class InventoryTuner(BaseTuner):
 
         Raises:
             PeftTypeError: A task is neither a number nor a name.
-            PeftValueError: A task is unknown, or none is named or would be left; nothing is changed.
+            PeftValueError: A task is unknown, or none is named or would be left; nothing is
+                changed.
             PeftRuntimeError: The model is sharded already.
 
         Example:
@@ -172,7 +212,9 @@ class InventoryTuner(BaseTuner):
         gone = set(self.task_numbers(name, tasks))
         stay = [task for task in range(self.peft_config[name].n_tasks) if task not in gone]  # type: ignore[attr-defined]
         if not stay:
-            raise PeftValueError("An adapter needs a task; to remove all of them use `delete_adapter`.")
+            raise PeftValueError(
+                "An adapter needs a task; to remove all of them use `delete_adapter`."
+            )
         self._select_tasks(name, stay)
 
     @ordinary_tensors()
@@ -193,26 +235,37 @@ class InventoryTuner(BaseTuner):
         name = self.task_routed(adapter_name)
         numbers, n_tasks = self.task_numbers(name, order, "order"), self.peft_config[name].n_tasks  # type: ignore[attr-defined]
         if sorted(numbers) != list(range(n_tasks)):
-            raise PeftValueError(f"`order`={list(order)} must have each of the adapter's {n_tasks} tasks once.")
+            raise PeftValueError(
+                f"`order`={list(order)} must have each of the adapter's {n_tasks} tasks once."
+            )
         self._select_tasks(name, numbers)
 
     def _select_tasks(self, name: str, chosen: list[int]) -> None:
         """Keep some tasks, in an order."""
         if name in self.merged_adapters:
             raise PeftValueError(
-                f"Adapter {name} is merged for one of its tasks; call `unmerge_adapter` before changing their ids."
+                f"Adapter {name} is merged for one of its tasks; call `unmerge_adapter` before "
+                "changing their ids."
             )
         names = self.peft_config[name].task_names  # type: ignore[attr-defined]
         trained = any(p.requires_grad for p in self.parameters())
-        self._replace_tasks(name, lambda logits: logits[chosen], chosen, names and [names[task] for task in chosen])
+        self._replace_tasks(
+            name, lambda logits: logits[chosen], chosen, names and [names[task] for task in chosen]
+        )
         if trained:
             self.warn_if_frozen(name)
 
     def _replace_tasks(
-        self, name: str, change: Any, origin: Sequence[int | None], names: list[str] | None, source: int | None = None
+        self,
+        name: str,
+        change: Any,
+        origin: Sequence[int | None],
+        names: list[str] | None,
+        source: int | None = None,
     ) -> None:
-        """Put other tables of tasks in place: of logits those that `change` makes, of tasks' own skills the present ones, and for
-        new tasks that of `source`; `origin` says which task each row was.
+        """Put other tables of tasks in place: of logits those that `change` makes, of tasks' own
+        skills the present ones, and for new tasks that of `source`; `origin` says which task each
+        row was.
         """
         self.check_unsharded(name, "change its tasks")
         config: Any = self.peft_config[name]
@@ -225,19 +278,22 @@ class InventoryTuner(BaseTuner):
         config.n_tasks, config.task_names = len(origin), names
 
     @torch.no_grad()
-    def set_router_weights(self, weights: Tensor | Mapping[str, Any] | Sequence[Any], adapter_name: str | None = None) -> None:
-        """Say how each task mixes the skills: what `get_router_weights` tells then. With `routing="fixed"` it stays so; learned
-        routing starts from there.
+    def set_router_weights(
+        self, weights: Tensor | Mapping[str, Any] | Sequence[Any], adapter_name: str | None = None
+    ) -> None:
+        """Say how each task mixes the skills: what `get_router_weights` tells then. With
+        `routing="fixed"` it stays so; learned routing starts from there.
 
         Args:
-            weights: `[n_tasks, n_skills]`, the same for every split, or `[n_tasks, n_splits, n_skills]`; not negative, and not all
-                zero in a row. Rows are divided by their sums; where gates are 0 or 1 (`straight_through`), skills with a weight
+            weights: `[n_tasks, n_skills]`, the same for every split, or
+                `[n_tasks, n_splits, n_skills]`; not negative, and not all zero in a row. Rows are divided by their sums; where gates are 0 or 1 (`straight_through`), skills with a weight
                 share it equally. A dictionary has such a table for each module path, or for some.
             adapter_name: By default the active adapter.
 
         Raises:
             PeftTypeError: A table is not one of real numbers; nothing is changed.
-            PeftValueError: A path is unknown, or a table has another shape or values that are not allowed; nothing is changed.
+            PeftValueError: A path is unknown, or a table has another shape or values that are not
+                allowed; nothing is changed.
 
         Example:
             >>> from peft import PolyConfig, get_peft_model
@@ -252,21 +308,22 @@ class InventoryTuner(BaseTuner):
         tables = weights if isinstance(weights, Mapping) else dict.fromkeys(routers, weights)
         if unknown := sorted(set(tables) - set(routers)):
             raise PeftValueError(
-                f"{unknown} are no paths of layers that route by task; those are {names_shown(list(routers))}."
+                f"{unknown} are no paths of layers that route by task; those are "
+                f"{names_shown(list(routers))}."
                 f"{did_you_mean(str(unknown[0]), routers)}"
             )
         logits = {path: _logits_of(table, routers[path], path) for path, table in tables.items()}
         for path, values in logits.items():
             routers[path].module_logits.copy_(values)
 
-    # --- skills -------------------------------------------------------------------------------------------------------
-
     @ordinary_tensors()
     def add_skills(self, n: int, adapter_name: str | None = None) -> None:
-        """Add skills to every layer's inventory. What tasks compute in evaluation changes by rounding only.
+        """Add skills to every layer's inventory. What tasks compute in evaluation changes by
+        rounding only.
 
-        The most used skills are cloned, and each task shares its weight out between original and clone at random, so that gradients
-        reach both and tell them apart. Parameters are replaced: make the optimiser afterwards.
+        The most used skills are cloned, and each task shares its weight out between original and
+        clone at random, so that gradients reach both and tell them apart. Parameters are replaced:
+        make the optimiser afterwards.
 
         Args:
             n: How many.
@@ -275,25 +332,34 @@ class InventoryTuner(BaseTuner):
         Raises:
             PeftValueError: `n` is below 1, or there is no such adapter.
             PeftRuntimeError: The model is sharded already.
-            PeftNotSupportedError: Weights of tasks can't be shared out: gates are 0 or 1, some are always on or cut off, or layers
-                share a router or route by input.
+            PeftNotSupportedError: Weights of tasks can't be shared out: gates are 0 or 1, some are
+                always on or cut off, or layers share a router or route by input.
         """
         name = self.task_routed(adapter_name)
         config: Any = self.peft_config[name]
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise PeftValueError(f"`n`={n!r} must be an integer of at least 1.")
-        plain = {"straight_through": False, "n_shared_skills": 0, "eval_top_k": None, "router_granularity": "linear"}
+        plain = {
+            "straight_through": False,
+            "n_shared_skills": 0,
+            "eval_top_k": None,
+            "router_granularity": "linear",
+        }
         other = [field for field, value in plain.items() if getattr(config, field) != value]
         if other or config.routes_by_input:
             cause = f"`{other[0]}`={getattr(config, other[0])!r}" if other else "routing by input"
-            raise PeftNotSupportedError(f"Skills can't be added to adapter {name} without a change of what it computes: {cause}.")
+            raise PeftNotSupportedError(
+                f"Skills can't be added to adapter {name} without a change of what it computes: "
+                f"{cause}."
+            )
         self.check_unsharded(name, "add skills")
         for _, layer in self.poly_layers(name):
             router = layer.router(name)
             router.close_rows()
             old = router.module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name]
             logits, A, B = (
-                nn.Parameter(new, requires_grad=o.requires_grad) for new, o in zip(grow_skills(*old, n), old, strict=True)
+                nn.Parameter(new, requires_grad=o.requires_grad)
+                for new, o in zip(grow_skills(*old, n), old, strict=True)
             )
             layer.poly_lora_A[name], layer.poly_lora_B[name] = A, B
             router.module_logits = logits
@@ -310,15 +376,24 @@ def _new_tasks(config: Any, tasks: Any) -> tuple[int, list[str] | None]:
         if tasks < 1:
             raise PeftValueError(f"`tasks`={tasks} must be at least 1.")
         if config.task_names is not None:
-            raise PeftValueError(f"The adapter's tasks have names; pass {tasks} names in place of their number.")
+            raise PeftValueError(
+                f"The adapter's tasks have names; pass {tasks} names in place of their number."
+            )
         return tasks, None
-    new: list[Any] = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes)) else [None]
+    new: list[Any] = (
+        list(tasks)
+        if isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes))
+        else [None]
+    )
     if not all(isinstance(task, str) for task in new):
         meant = f" Did you mean [{tasks!r}]?" if isinstance(tasks, str) else ""
         raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.{meant}")
     old = config.task_names or [str(i) for i in range(config.n_tasks)]
     if offence := next(chain(() if new else ["it names none"], name_offences([*old, *new])), None):
-        raise PeftValueError(f"`tasks`={new} must be new, different names; {offence}. The adapter has {names_shown(old)}.")
+        raise PeftValueError(
+            f"`tasks`={new} must be new, different names; {offence}. The adapter has "
+            f"{names_shown(old)}."
+        )
     return len(new), [*old, *new]
 
 
@@ -333,7 +408,8 @@ def _source(config: Any, init: Any) -> int:
     if init is None or (isinstance(init, str) and init not in names):
         near = did_you_mean(str(init), [*_STARTS, *names])
         raise PeftValueError(
-            f"`init`={init!r} must be 'mean', 'uniform', or the id or name of a task; the adapter's are "
+            f"`init`={init!r} must be 'mean', 'uniform', or the id or name of a task; the "
+            "adapter's are "
             f"{names_shown(names) if names else f'0 to {config.n_tasks - 1}'}.{near}"
         )
     return one_task(init, config, "init")
@@ -347,18 +423,26 @@ def _logits_of(weights: Any, router: TaskRouter, path: str) -> Tensor:
         is_complex = torch.as_tensor(weights).is_complex()
         w = torch.as_tensor(weights, dtype=None if is_complex else torch.float64).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PeftTypeError(f"`{path}`: weights must be a table of numbers, not {type(weights).__name__}: {error}.") from None
+        raise PeftTypeError(
+            f"`{path}`: weights must be a table of numbers, not {type(weights).__name__}: {error}."
+        ) from None
     if is_complex:
         raise PeftTypeError(f"`{path}`: weights must be real numbers, not {w.dtype}.")
     if w.shape == (n_tasks, router.n_skills):
         w = w.unsqueeze(1).expand(shape)
     if w.shape != shape:
-        raise PeftValueError(f"`{path}`: weights of shape {list(w.shape)} must be {[n_tasks, router.n_skills]} or {list(shape)}.")
+        raise PeftValueError(
+            f"`{path}`: weights of shape {list(w.shape)} must be {[n_tasks, router.n_skills]} or "
+            f"{list(shape)}."
+        )
     if not torch.isfinite(w).all() or (w < 0).any() or (w.sum(-1) == 0).any():
-        raise PeftValueError(f"`{path}`: weights must be finite, not negative, and not all zero for a task.")
+        raise PeftValueError(
+            f"`{path}`: weights must be finite, not negative, and not all zero for a task."
+        )
     if router.how.always_on:
         raise PeftValueError(
-            f"`{path}`: a task's weights can't be set where `n_shared_skills`={router.how.always_on} are always on."
+            f"`{path}`: a task's weights can't be set where "
+            f"`n_shared_skills`={router.how.always_on} are always on."
         )
     if router.how.hard:  # gates that are rounded: which skills a task has is all that can be said
         return torch.where(w > 0, 1.0, -1.0).flatten(1).to(logits)

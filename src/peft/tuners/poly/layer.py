@@ -104,14 +104,25 @@ class PolyLayer(BaseTunerLayer):
             (self.poly_lora_A, (q, s, size.in_features // q, r)),
             (self.poly_lora_B, (q, s, r, size.out_features // q)),
         ):
-            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not inference_mode)
+            parameter = nn.Parameter(
+                torch.empty(shape, device=device, dtype=dtype), requires_grad=not inference_mode
+            )
             container[adapter_name] = parameter
         self.r[adapter_name], self.n_skills[adapter_name], self.n_splits[adapter_name] = r, s, q
-        self.n_tasks[adapter_name], self.alpha[adapter_name] = poly_config.n_tasks, poly_config.alpha
+        self.n_tasks[adapter_name], self.alpha[adapter_name] = (
+            poly_config.n_tasks,
+            poly_config.alpha,
+        )
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, placement)
-        self.poly_router[adapter_name] = own.train(self.training).requires_grad_(not inference_mode and not is_fixed(own))
+        own = (
+            SharedRouter(router)
+            if router
+            else make_router(poly_config, size.in_features, placement)
+        )
+        self.poly_router[adapter_name] = own.train(self.training).requires_grad_(
+            not inference_mode and not is_fixed(own)
+        )
         if poly_config.task_rank:
             sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
             skills = TaskSkills(*sizes, placement).train(self.training)
@@ -121,8 +132,9 @@ class PolyLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Draw an adapter anew: the skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not `init_weights`), the tasks' own
-        skills likewise, and the router, unless it is that of another layer.
+        """Draw an adapter anew: the skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not
+        `init_weights`), the tasks' own skills likewise, and the router, unless it is that of
+        another layer.
         """
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
@@ -142,8 +154,12 @@ class PolyLayer(BaseTunerLayer):
         entry: Any = self._modules["poly_router"]._modules[adapter_name]  # type: ignore[union-attr]
         return entry.router if isinstance(entry, SharedRouter) else entry
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained by themselves are no more."""
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained
+        by themselves are no more.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for table in self.task_tables(name):
@@ -155,7 +171,9 @@ class PolyLayer(BaseTunerLayer):
                 self.poly_router[name].requires_grad_(False)
 
     def adopt_settings(self, adapter_name: str, fresh: Any, fresh_name: str) -> None:
-        """Also route as the other adapter does: how logits become weights, and whether they are trained."""
+        """Also route as the other adapter does: how logits become weights, and whether they are
+        trained.
+        """
         own, other = self.router(adapter_name), fresh.router(fresh_name)
         own.how = other.how
         if is_fixed(own) != is_fixed(other):
@@ -164,17 +182,24 @@ class PolyLayer(BaseTunerLayer):
             own.requires_grad_(not own.fixed and self.poly_lora_A[adapter_name].requires_grad)
 
     def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
-        """The tables with a row for each task that an adapter has in this layer; a shared router's is the other layer's."""
+        """The tables with a row for each task that an adapter has in this layer; a shared router's
+        is the other layer's.
+        """
         for container in (self.poly_router, self.poly_task_skills):
             if adapter_name in container:
-                yield from (module for module in container[adapter_name].modules() if isinstance(module, TaskTable))
+                yield from (
+                    module
+                    for module in container[adapter_name].modules()
+                    if isinstance(module, TaskTable)
+                )
 
     def forward(self, x: Tensor, *args: Any, task_ids: Any = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus that of the active adapters.
 
         Args:
             x: `[rows, *leading, in]`.
-            task_ids: A task for each row, where the layer is called by itself; inside a model they come with the model's call.
+            task_ids: A task for each row, where the layer is called by itself; inside a model they
+                come with the model's call.
         """
         if task_ids is None:
             return super().forward(x, *args, **kwargs)
@@ -187,15 +212,21 @@ class PolyLayer(BaseTunerLayer):
         with self.routing.narrowed(samples, owner):  # each sample keeps its own task
             return self.apply_adapter(adapter_name, x, result)
 
-    def apply_to_tokens(self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor) -> Tensor:
+    def apply_to_tokens(
+        self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
+    ) -> Tensor:
         """Apply an adapter to samples padded to one length, so that each keeps its own task."""
         real = are_tokens(nested)
         padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
-        with self.routing.masked(real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.layout.stream):
+        with self.routing.masked(
+            real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.layout.stream
+        ):
             return self.apply_adapter(adapter_name, *padded)[real]
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, and what the row's task adds by itself."""
+        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, and what the
+        row's task adds by itself.
+        """
         if x.dim() == 1:
             return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
         x, *operands = self._operands(adapter_name, x)
@@ -216,10 +247,19 @@ class PolyLayer(BaseTunerLayer):
         x, weights, A, B, scale = self._operands(adapter_name, x)
         if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(adapter_name):
             return poly_steps(x, weights, A, B, scale)
-        return poly_steps(x, weights, A, B, scale, lambda: reuse(self, adapter_name, "A", (A,), lambda: side_by_side(A)))
+        return poly_steps(
+            x,
+            weights,
+            A,
+            B,
+            scale,
+            lambda: reuse(self, adapter_name, "A", (A,), lambda: side_by_side(A)),
+        )
 
     def own_scale(self, adapter_name: str) -> Any:
-        """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured strength."""
+        """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured
+        strength.
+        """
         own: Any = self.poly_task_skills[adapter_name]
         return self.scaling[adapter_name] * self.r[adapter_name] / own.rank
 
@@ -233,11 +273,18 @@ class PolyLayer(BaseTunerLayer):
         weights, kept = self._weights(adapter_name, router, x), router.kept
         if kept is not None:
             weights, A, B = only_used(weights, A, B, kept)
-        return x, weights if weights.dtype == A.dtype else weights.to(A.dtype), A, B, self.scaling[adapter_name]
+        return (
+            x,
+            weights if weights.dtype == A.dtype else weights.to(A.dtype),
+            A,
+            B,
+            self.scaling[adapter_name],
+        )
 
     def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
-        """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where each sample has the same number
-        of successive rows, or `[rows, *leading, n_splits, n_skills]` at token level.
+        """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where
+        each sample has the same number of successive rows, or
+        `[rows, *leading, n_splits, n_skills]` at token level.
         """
         return self._weights(adapter_name, self.router(adapter_name), x)
 
@@ -260,7 +307,9 @@ class PolyLayer(BaseTunerLayer):
         sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
         if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
             return router(ids, checked=True)
-        return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(0, ids)
+        return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(
+            0, ids
+        )
 
     def _task_ids(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Rows]:
         """The call's task ids, and how the layer's rows are shared out among them.
@@ -272,7 +321,10 @@ class PolyLayer(BaseTunerLayer):
         if call is None or call.task_ids is None:
             if self.n_tasks[adapter_name] == 1:
                 return torch.zeros(1, dtype=torch.long, device=x.device), IN_ORDER
-            raise PeftValueError("task_ids should not be None: pass them to the model's call, one id for each sample.")
+            raise PeftValueError(
+                "task_ids should not be None: pass them to the model's call, one id for each "
+                "sample."
+            )
         ids, samples = call.task_ids, call.rows.samples
         ids, is_one = ids if ids.device == x.device else ids.to(x.device), shapes(ids)[0][0] == 1
         if not is_one or (self.training and samples):  # each sample draws its own weights
@@ -293,23 +345,36 @@ class PolyLayer(BaseTunerLayer):
         """
         task_id = plain(task_id)
         if task_id is not None and not is_int(task_id):
-            raise PeftTypeError(f"`task_id`={task_id!r} must be an integer; names of tasks are for the model's methods.")
+            raise PeftTypeError(
+                f"`task_id`={task_id!r} must be an integer; names of tasks are for the model's "
+                "methods."
+            )
         if isinstance(self.router(adapter_name), InputRouter):
-            raise PeftNotSupportedError("An adapter that routes by input can't be merged: its delta depends on the input.")
+            raise PeftNotSupportedError(
+                "An adapter that routes by input can't be merged: its delta depends on the input."
+            )
         n_tasks = self.n_tasks[adapter_name]
         if task_id is None and n_tasks > 1:
-            raise PeftValueError(f"Pass `task_id`: the adapter has {n_tasks} tasks, each with a delta of its own.")
+            raise PeftValueError(
+                f"Pass `task_id`: the adapter has {n_tasks} tasks, each with a delta of its own."
+            )
         if not 0 <= (task_id or 0) < n_tasks:
-            raise PeftValueError(f"Only {n_tasks} tasks available. Found task id = {task_id}; ids count from 0.")
+            raise PeftValueError(
+                f"Only {n_tasks} tasks available. Found task id = {task_id}; ids count from 0."
+            )
         return task_id or 0
 
     def note_merges(self, adapter_names: list[str]) -> None:
         """Also tell the routing for which tasks."""
         super().note_merges(adapter_names)
-        tasks = {name: self._merges.options(self)[name].get("task_id") or 0 for name in adapter_names}
+        tasks = {
+            name: self._merges.options(self)[name].get("task_id") or 0 for name in adapter_names
+        }
         self.routing.note_merges(self, tasks)
 
-    def get_delta_weight(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Tensor:
+    def get_delta_weight(
+        self, adapter_name: str, task_id: int | None = None, **options: Any
+    ) -> Tensor:
         """One task's delta, of rank `r`, in the base weight's layout."""
         return self.delta_recipe(adapter_name, task_id=task_id).weight()
 
@@ -324,7 +389,9 @@ class PolyLayer(BaseTunerLayer):
         return Recipe(sum_of_products, (self.geometry, *pairs))
 
     def own_factors(self, adapter_name: str, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
-        """What tasks add by themselves, each times its share, as factors `A [k·r_t, in]` and `B [out, k·r_t]`."""
+        """What tasks add by themselves, each times its share, as factors `A [k·r_t, in]` and
+        `B [out, k·r_t]`.
+        """
         own: Any = self.poly_task_skills[adapter_name]
         left, right = own.factors(shares)
         return left, right * self.own_scale(adapter_name)
@@ -344,8 +411,9 @@ class PolyLayer(BaseTunerLayer):
         task_id: int | Mapping[int, float] | None = None,
         **options: Any,
     ) -> LowRank:
-        """One task's delta as `B·A`, exact of rank `r` (and `r_t` more for a skill of its own); or that of a mixture of tasks,
-        whose skills are mixed by the sum of the tasks' weights, each times its share.
+        """One task's delta as `B·A`, exact of rank `r` (and `r_t` more for a skill of its own); or
+        that of a mixture of tasks, whose skills are mixed by the sum of the tasks' weights, each
+        times its share.
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
         if not shares:

@@ -28,7 +28,9 @@ class PolyMethods:
     average_skills = forwarded(PolyModel.average_skills)
     extract_tasks = forwarded(PolyModel.extract_tasks)
 
-    if not TYPE_CHECKING:  # who see the options of `PeftModel.merge_adapter`, of which `task_id` is one
+    if (
+        not TYPE_CHECKING
+    ):  # who see the options of `PeftModel.merge_adapter`, of which `task_id` is one
         merge_adapter = forwarded(PolyModel.merge_adapter)
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixing of low-rank skills: the arithmetic of Polytropon and multi-head routing, as pure functions of tensors.
+"""Mixing of low-rank skills: the arithmetic of Polytropon and multi-head routing, as pure functions
+of tensors.
 
-Every sample owns routing weights over an inventory of skills, and applies the low-rank map that the weighted skills
-make together. With `n_splits > 1` features fall into that many blocks, each mixed by weights of its own:
+Every sample owns routing weights over an inventory of skills, and applies the low-rank map that the
+weighted skills make together. With `n_splits > 1` features fall into that many blocks, each mixed
+by weights of its own:
 
     A_w = stack over splits q of  sum_s w[q, s] A[q, s]     [in, r]
     B_w = concat over splits q of sum_s w[q, s] B[q, s]     [r, out]
@@ -30,15 +32,17 @@ from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import agrees, can_launch
 
 _MOVE = 8
-"""Multiplications done while one number is written or read; fits timings on a CPU core in float32."""
+"""Multiplications done while one number is written or read; fits timings on a CPU core in float32.
+"""
 
 
 def gates(logits: Tensor, training: bool) -> Tensor:
     """Open each skill's gate: a probability in eval, a differentiable random draw in training.
 
-    Eval: `sigmoid(l)`. Training, the relaxed Bernoulli of temperature 1: `sigmoid(l + log u - log(1 - u))` with `u`
-    uniform in (0, 1). The draws, the clamping and hence every bit are those of
-    `torch.distributions.RelaxedBernoulli(1, logits=l).rsample()`, without its checks of values.
+    Eval: `sigmoid(l)`. Training, the relaxed Bernoulli of temperature 1:
+    `sigmoid(l + log u - log(1 - u))` with `u` uniform in (0, 1). The draws, the clamping and hence
+    every bit are those of `torch.distributions.RelaxedBernoulli(1, logits=l).rsample()`, without
+    its checks of values.
 
     Args:
         logits: any shape.
@@ -93,8 +97,8 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
         scale: goes into `B_w`, by way of its weights.
 
     Returns:
-        `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r` multiplications. On a GPU it is one
-        kernel where that can be had (`mixing_kernels.py`).
+        `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r`
+        multiplications. On a GPU it is one kernel where that can be had (`mixing_kernels.py`).
 
     Source: arXiv:2211.03831
     """
@@ -111,15 +115,17 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Args:
         x: `[rows, ..., in]`, in the skills' dtype (or under autocast).
-        weights: `[batch, n_splits, n_skills]` with `rows` a multiple of `batch`, where row `i` belongs to sample
-            `i // (rows // batch)`; or `[rows, ..., n_splits, n_skills]`, a weight for each token.
+        weights: `[batch, n_splits, n_skills]` with `rows` a multiple of `batch`, where row `i`
+            belongs to sample `i // (rows // batch)`; or `[rows, ..., n_splits, n_skills]`, a weight
+            for each token.
         A: `[n_splits, n_skills, in // n_splits, r]`.
         B: `[n_splits, n_skills, r, out // n_splits]`.
         scale: factor on the result.
 
     Returns:
-        `[rows, ..., out]`. Either the samples' matrices are mixed and then applied (`mix`), or all skills are applied
-        and mixed at rank `r`; `rank_space_pays` tells what each costs and chooses.
+        `[rows, ..., out]`. Either the samples' matrices are mixed and then applied (`mix`), or all
+        skills are applied and mixed at rank `r`; `rank_space_pays` tells what each costs and
+        chooses.
 
     Raises:
         PeftValueError: the leading sizes of `x` and `weights` do not fit together.
@@ -137,10 +143,15 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
 
 def poly_steps(
-    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, by_split: Callable[[], Tensor] | None = None
+    x: Tensor,
+    weights: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    by_split: Callable[[], Tensor] | None = None,
 ) -> Steps:
-    """`poly_delta` in steps: first `x` times `[batch, in, r]`, or in rank space `[in, n_skills·r]`. Splits in rank space, each with
-    factors of its own, do not begin and end with one product.
+    """`poly_delta` in steps: first `x` times `[batch, in, r]`, or in rank space `[in, n_skills·r]`.
+    Splits in rank space, each with factors of its own, do not begin and end with one product.
 
     Args:
         x, weights, A, B, scale: As for `poly_delta`.
@@ -156,7 +167,9 @@ def poly_steps(
     ((n_splits, n_skills, width, r),) = shapes(A)
 
     def spread(h: Tensor, weights: Tensor) -> Tensor:
-        """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it `scale w[q, s] z`."""
+        """From `h [rows, splits and skills, r]` comes `z = sum_qs w[q, s] h[q, s]`, and from it
+        `scale w[q, s] z`.
+        """
         w = weights.to(h.dtype)
         if tokens != 1:
             w = w.repeat_interleave(h.shape[0] // w.shape[0] if tokens else 0, 0)
@@ -173,11 +186,18 @@ def poly_steps(
             h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0])
             return spread(h.transpose(0, 1), weights).view(-1, n_skills * r), last
 
-        if by_split is None and not torch.is_grad_enabled() and is_eager():  # a product for each skill needs no copy of them
+        if (
+            by_split is None and not torch.is_grad_enabled() and is_eager()
+        ):  # a product for each skill needs no copy of them
             return Steps(widened(x, A.dtype), None, (A, last, weights), each)
-        return Steps(x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then)
+        return Steps(
+            x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then
+        )
 
-    first, last = side_by_side(A) if by_split is None else by_split(), B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
+    first, last = (
+        side_by_side(A) if by_split is None else by_split(),
+        B.flatten(1, 2),
+    )  # [n_splits, n_skills * r, out / n_splits]
 
     def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
@@ -190,24 +210,27 @@ def poly_steps(
 
 
 def side_by_side(A: Tensor) -> Tensor:
-    """The skills of each split as columns of one matrix: `[n_splits, n_skills, in // n_splits, r]` to `[n_splits, in // n_splits,
-    n_skills * r]`.
+    """The skills of each split as columns of one matrix: `[n_splits, n_skills, in // n_splits, r]`
+    to `[n_splits, in // n_splits, n_skills * r]`.
     """
     return A.transpose(1, 2).flatten(2)
 
 
 def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:
-    """Whether applying all skills and mixing at rank `r` is cheaper than mixing matrices and applying them.
+    """Whether applying all skills and mixing at rank `r` is cheaper than mixing matrices and
+    applying them.
 
-    Costs per rank and feature, in multiplications; a number moved through memory counts as `_MOVE` = 8 of them:
+    Costs per rank and feature, in multiplications; a number moved through memory counts as `_MOVE`
+    = 8 of them:
 
-    - mixing matrices: `batch * n_skills` to mix, `batch * tokens` to apply, `batch` numbers written and read;
-    - rank space: `batch * tokens * n_skills` to apply, `n_skills / 2` numbers to reorder `A`, and four passes over the
-      `batch * tokens * n_splits * n_skills` numbers at rank `r`.
+    - mixing matrices: `batch * n_skills` to mix, `batch * tokens` to apply, `batch` numbers written
+      and read;
+    - rank space: `batch * tokens * n_skills` to apply, `n_skills / 2` numbers to reorder `A`, and
+      four passes over the `batch * tokens * n_splits * n_skills` numbers at rank `r`.
 
-    So a few tokens per sample go through rank space (at most 6 with 4 skills, 3 with 8), and so does token-level
-    routing, where each token is a sample and matrices for each are out of the question. Longer sequences mix matrices,
-    and so does a lone sample in decoding.
+    So a few tokens per sample go through rank space (at most 6 with 4 skills, 3 with 8), and so
+    does token-level routing, where each token is a sample and matrices for each are out of the
+    question. Longer sequences mix matrices, and so does a lone sample in decoding.
 
     Args:
         batch: samples, each with weights of its own.
@@ -225,7 +248,9 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
 
 
 def _certainly(condition: bool) -> bool:
-    """A comparison of sizes; while a graph for free sizes is made, whether it holds for all of them: so one graph does."""
+    """A comparison of sizes; while a graph for free sizes is made, whether it holds for all of
+    them: so one graph does.
+    """
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -233,7 +258,9 @@ def _certainly(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def task_factors(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def task_factors(
+    weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Mix the skills of one task into a LoRA of rank `r`: `delta(x) = x @ A.T @ B.T`, exactly.
 
     Args:
@@ -265,11 +292,12 @@ def grow_skills(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add `extra` skills to an inventory without changing any task's function in eval.
 
-    In each split the most used skills (by mean weight over tasks) are cloned, and each clone shares its parent's gate:
-    `sigmoid(l) = f * sigmoid(l) + (1 - f) * sigmoid(l)` with a random `f` in (0.25, 0.75) per task. Sums of gates and
-    mixtures stay what they were, while each twin is used, and trained, to a different degree by each task. If `extra`
-    exceeds the inventory it doubles first, as often as needed. (In training twins draw their gates apart, so a
-    task's random weights then scatter a little less than before.)
+    In each split the most used skills (by mean weight over tasks) are cloned, and each clone shares
+    its parent's gate: `sigmoid(l) = f * sigmoid(l) + (1 - f) * sigmoid(l)` with a random `f` in
+    (0.25, 0.75) per task. Sums of gates and mixtures stay what they were, while each twin is used,
+    and trained, to a different degree by each task. If `extra` exceeds the inventory it doubles
+    first, as often as needed. (In training twins draw their gates apart, so a task's random weights
+    then scatter a little less than before.)
 
     Args:
         logits: `[n_tasks, n_splits * n_skills]`.
@@ -279,8 +307,8 @@ def grow_skills(
         generator: for the fractions.
 
     Returns:
-        `logits [n_tasks, n_splits * (n_skills + extra)]`, `A` and `B` with `n_skills + extra` skills, new ones last, in
-        their dtypes.
+        `logits [n_tasks, n_splits * (n_skills + extra)]`, `A` and `B` with `n_skills + extra`
+        skills, new ones last, in their dtypes.
 
     Source: arXiv:2202.13914
     """
@@ -295,7 +323,9 @@ def grow_skills(
     per_task = parents.expand(table.shape[0], -1, -1)
     shared = table.gather(-1, per_task)
     device = generator.device if generator is not None else shared.device
-    drawn = torch.rand(shared.shape, generator=generator, dtype=_working_dtype(shared), device=device)
+    drawn = torch.rand(
+        shared.shape, generator=generator, dtype=_working_dtype(shared), device=device
+    )
     fraction = 0.25 + 0.5 * drawn.to(shared.device)
     kept = table.scatter(-1, per_task, _share_gate(shared, 1 - fraction))
     grown = torch.cat((kept, _share_gate(shared, fraction)), dim=-1).flatten(-2)
@@ -323,7 +353,8 @@ def _sizes(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[int, bool]
     if len(owners) > 1:
         if owners != leading:
             raise PeftValueError(
-                f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape {tuple(x.shape)}: "
+                f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape "
+                f"{tuple(x.shape)}: "
                 "all but their last two sizes must be all but its last one."
             )
         batch, tokens = math.prod(leading), 1
@@ -332,7 +363,8 @@ def _sizes(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[int, bool]
         # Checked, since a reshape would silently move tokens between samples.
         if rows != batch and (batch == 0 or rows % batch != 0):
             raise PeftValueError(
-                f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights for {batch} samples: "
+                f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights "
+                f"for {batch} samples: "
                 "the rows must be a multiple of the samples."
             )
         # Rows of one sample become one sequence, so its matrices are mixed once and never repeated.
@@ -341,9 +373,13 @@ def _sizes(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[int, bool]
 
 
 def _share_gate(logits: Tensor, share: Tensor) -> Tensor:
-    """Logits of `share * sigmoid(logits)`, for shares well below 1; no gate is too small or too open for it."""
+    """Logits of `share * sigmoid(logits)`, for shares well below 1; no gate is too small or too
+    open for it.
+    """
     wide = logits.to(_working_dtype(logits))
-    return (share.log() + F.logsigmoid(wide) - torch.log1p(-share * wide.sigmoid())).to(logits.dtype)
+    return (share.log() + F.logsigmoid(wide) - torch.log1p(-share * wide.sigmoid())).to(
+        logits.dtype
+    )
 
 
 def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -356,13 +392,22 @@ def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, T
 
 def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, ...]:
     """In float64, of which no setting takes bits away."""
-    return tuple(factor.to(A.dtype) for factor in _mix(weights.double(), A.double(), B.double(), scale))
+    return tuple(
+        factor.to(A.dtype) for factor in _mix(weights.double(), A.double(), B.double(), scale)
+    )
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Arguments of `mix` to try a kernel with: more than one piece of each factor, none of them whole."""
+    """Arguments of `mix` to try a kernel with: more than one piece of each factor, none of them
+    whole.
+    """
 
     def numbers(*shape: int) -> Tensor:
-        return torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape).requires_grad_()
+        return (
+            torch.arange(math.prod(shape), device=device, dtype=torch.float32)
+            .sin()
+            .view(shape)
+            .requires_grad_()
+        )
 
     return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), 0.5

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mixing.mix` as one kernel, and one for its gradient, where Triton is (see `_kernels.py`).
 
-As products of matrices the mixing has as many rows as there are samples, a shape that libraries have nothing good for. Here each
-number of a skill is read once for a few samples, and each gradient once for a few skills.
+As products of matrices the mixing has as many rows as there are samples, a shape that libraries
+have nothing good for. Here each number of a skill is read once for a few samples, and each gradient
+once for a few skills.
 
 Source: arXiv:2202.13914, arXiv:2211.03831
 """
@@ -29,10 +30,12 @@ _TURNED: tl.constexpr = tl.constexpr(2)
 """Orders of a sample's factor, see `_place`."""
 
 _PIECE = 128
-"""Numbers of a skill that a program has. It is a single warp, which sums by itself and waits for no other."""
+"""Numbers of a skill that a program has. It is a single warp, which sums by itself and waits for no
+other.
+"""
 _SKILLS, _SKILLS_BACKWARD, _PAIRS = 4, 8, 16
-"""Skills, and pairs of a skill and a sample, that a program has at most at a time: forward reads skills again for more samples, and
-backward gradients again for more skills.
+"""Skills, and pairs of a skill and a sample, that a program has at most at a time: forward reads
+skills again for more samples, and backward gradients again for more skills.
 """
 
 
@@ -56,7 +59,8 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Te
         scale: Factor on `B_w`.
 
     Returns:
-        `A_w [batch, in, r]` and `B_w [batch, r, out]`, contiguous, of the skills' dtype; under autocast of autocast's.
+        `A_w [batch, in, r]` and `B_w [batch, r, out]`, contiguous, of the skills' dtype; under
+        autocast of autocast's.
 
     Source: arXiv:2211.03831
     """
@@ -69,7 +73,9 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Te
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(
+        ctx: Any, weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.save_for_backward(weights, A, B)
         ctx.scale = scale
         return _mixed(weights, A, B, scale, dtype)
@@ -82,15 +88,30 @@ class _Mix(torch.autograd.Function):
         for_weights, for_A, for_B, _, _ = ctx.needs_input_grad
         (batch, n_splits, n_skills), r = weights.shape, A.shape[3]
         is_turned = of_A_w.mT.is_contiguous()  # as a product with the input leaves it
-        of_A_w, order_A = (of_A_w, _TURNED.value) if is_turned else (of_A_w.contiguous(), _AS_IS.value)
+        of_A_w, order_A = (
+            (of_A_w, _TURNED.value) if is_turned else (of_A_w.contiguous(), _AS_IS.value)
+        )
         sizes, pieces = _sizes(n_splits, n_skills, r, batch, _SKILLS_BACKWARD), _pieces(A, B)
-        of_A, of_B = torch.empty_like(A if for_A else A[:0]), torch.empty_like(B if for_B else B[:0])
+        of_A, of_B = (
+            torch.empty_like(A if for_A else A[:0]),
+            torch.empty_like(B if for_B else B[:0]),
+        )
         parts = A.new_empty((pieces if for_weights else 0, *weights.shape), dtype=torch.float32)
         grid = pieces, n_splits, triton.cdiv(n_skills, sizes["BLOCK_S"])
         pointers = weights, A, B, of_A_w, of_B_w.contiguous(), of_A, of_B, parts
         with on_device_of(A):
             _unmix_kernel[grid](
-                *pointers, batch, A.shape[2], B.shape[3], ctx.scale, for_weights, for_A, for_B, order_A, **sizes, num_warps=1
+                *pointers,
+                batch,
+                A.shape[2],
+                B.shape[3],
+                ctx.scale,
+                for_weights,
+                for_A,
+                for_B,
+                order_A,
+                **sizes,
+                num_warps=1,
             )
         return (
             parts.sum(0).to(weights.dtype) if for_weights else None,
@@ -101,18 +122,30 @@ class _Mix(torch.autograd.Function):
         )
 
 
-def _gradients(weights: Tensor, A: Tensor, B: Tensor, scale: float, of_A_w: Tensor, of_B_w: Tensor) -> tuple[Tensor, ...]:
+def _gradients(
+    weights: Tensor, A: Tensor, B: Tensor, scale: float, of_A_w: Tensor, of_B_w: Tensor
+) -> tuple[Tensor, ...]:
     """The gradients in plain operations, which can be differentiated again."""
-    of_A_w, of_B_w = of_A_w.float().unflatten(1, (A.shape[0], -1)), of_B_w.float().unflatten(2, (A.shape[0], -1)) * scale
-    of_weights = torch.einsum("bqdr,qsdr->bqs", of_A_w, A.float()) + torch.einsum("brqd,qsrd->bqs", of_B_w, B.float())
+    of_A_w, of_B_w = (
+        of_A_w.float().unflatten(1, (A.shape[0], -1)),
+        of_B_w.float().unflatten(2, (A.shape[0], -1)) * scale,
+    )
+    of_weights = torch.einsum("bqdr,qsdr->bqs", of_A_w, A.float()) + torch.einsum(
+        "brqd,qsrd->bqs", of_B_w, B.float()
+    )
     of_A = torch.einsum("bqs,bqdr->qsdr", weights.float(), of_A_w)
     of_B = torch.einsum("bqs,brqd->qsrd", weights.float(), of_B_w)
     return of_weights.to(weights.dtype), of_A.to(A.dtype), of_B.to(B.dtype)
 
 
-def _mixed(weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _mixed(
+    weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     (batch, n_splits, n_skills), (width, r), out = weights.shape, A.shape[2:], B.shape[3]
-    A_w, B_w = A.new_empty((batch, n_splits * width, r), dtype=dtype), B.new_empty((batch, r, n_splits * out), dtype=dtype)
+    A_w, B_w = (
+        A.new_empty((batch, n_splits * width, r), dtype=dtype),
+        B.new_empty((batch, r, n_splits * out), dtype=dtype),
+    )
     sizes = _sizes(n_splits, n_skills, r, batch, _SKILLS)
     with on_device_of(A):
         _mix_kernel[(_pieces(A, B), n_splits, triton.cdiv(batch, sizes["BLOCK_B"]))](
@@ -132,7 +165,14 @@ def _sizes(n_splits: int, n_skills: int, r: int, batch: int, most_skills: int) -
     """What a kernel is compiled for."""
     skills = min(triton.next_power_of_2(n_skills), most_skills)
     samples = min(triton.next_power_of_2(batch), _PAIRS // skills)
-    return {"Q": n_splits, "S": n_skills, "R": r, "BLOCK_B": samples, "BLOCK_S": skills, "BLOCK": _PIECE}
+    return {
+        "Q": n_splits,
+        "S": n_skills,
+        "R": r,
+        "BLOCK_B": samples,
+        "BLOCK_S": skills,
+        "BLOCK": _PIECE,
+    }
 
 
 @triton.jit(do_not_specialize=["batch", "scale"])
@@ -156,9 +196,26 @@ def _mix_kernel(
     """A piece of one split's factor, for a few samples."""
     piece, pieces_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
     if piece < pieces_A:
-        _mix_piece(weights, A, A_w, piece, batch, width, 1.0, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK)
+        _mix_piece(
+            weights, A, A_w, piece, batch, width, 1.0, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
+        )
     else:
-        _mix_piece(weights, B, B_w, piece - pieces_A, batch, out, scale, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK)
+        _mix_piece(
+            weights,
+            B,
+            B_w,
+            piece - pieces_A,
+            batch,
+            out,
+            scale,
+            _BY_RANK,
+            Q,
+            S,
+            R,
+            BLOCK_B,
+            BLOCK_S,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -186,11 +243,16 @@ def _mix_piece(
     for first in range(0, S, BLOCK_S):
         skill = first + tl.arange(0, BLOCK_S)
         real = (skill < S)[:, None] & (number < size)[None, :]
-        values = tl.load(own + skill[:, None] * size + number[None, :], mask=real, other=0.0).to(tl.float32)
+        values = tl.load(own + skill[:, None] * size + number[None, :], mask=real, other=0.0).to(
+            tl.float32
+        )
         shares = _load_weights(weights, sample, skill, split, batch, Q, S)
         total += tl.sum(shares[:, :, None] * values[None, :, :], 1)
     real = (sample < batch)[:, None] & (number < size)[None, :]
-    place = sample.to(tl.int64)[:, None] * (Q * size) + _place(number, split, width, size, ORDER, Q, R)[None, :]
+    place = (
+        sample.to(tl.int64)[:, None] * (Q * size)
+        + _place(number, split, width, size, ORDER, Q, R)[None, :]
+    )
     tl.store(mixed + place, (total * scale).to(mixed.dtype.element_ty), mask=real)
 
 
@@ -219,17 +281,53 @@ def _unmix_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With `g` the gradient of a piece: `sum_b w[b, s] g[b]` for a few skills, and `g[b] . skill[s]`, its part of the weights'."""
+    """With `g` the gradient of a piece: `sum_b w[b, s] g[b]` for a few skills, and
+    `g[b] . skill[s]`, its part of the weights'.
+    """
     piece, pieces_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
     part = parts + piece.to(tl.int64) * batch * (Q * S)
     if piece < pieces_A:
         _unmix_piece(
-            weights, A, of_A_w, of_A, part, piece, batch, width, 1.0, FOR_WEIGHTS, FOR_A, ORDER_A, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
+            weights,
+            A,
+            of_A_w,
+            of_A,
+            part,
+            piece,
+            batch,
+            width,
+            1.0,
+            FOR_WEIGHTS,
+            FOR_A,
+            ORDER_A,
+            Q,
+            S,
+            R,
+            BLOCK_B,
+            BLOCK_S,
+            BLOCK,
         )
     else:
         piece -= pieces_A
         _unmix_piece(
-            weights, B, of_B_w, of_B, part, piece, batch, out, scale, FOR_WEIGHTS, FOR_B, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
+            weights,
+            B,
+            of_B_w,
+            of_B,
+            part,
+            piece,
+            batch,
+            out,
+            scale,
+            FOR_WEIGHTS,
+            FOR_B,
+            _BY_RANK,
+            Q,
+            S,
+            R,
+            BLOCK_B,
+            BLOCK_S,
+            BLOCK,
         )
 
 
@@ -266,14 +364,22 @@ def _unmix_piece(
     for first in range(0, batch, BLOCK_B):
         sample = first + tl.arange(0, BLOCK_B)
         there = (sample < batch)[:, None] & (number < size)[None, :]
-        g = tl.load(of_mixed + sample.to(tl.int64)[:, None] * (Q * size) + place[None, :], mask=there, other=0.0).to(tl.float32)
+        g = tl.load(
+            of_mixed + sample.to(tl.int64)[:, None] * (Q * size) + place[None, :],
+            mask=there,
+            other=0.0,
+        ).to(tl.float32)
         if FOR_SKILLS:
             shares = _load_weights(weights, sample, skill, split, batch, Q, S)
             total += tl.sum(shares[:, :, None] * g[:, None, :], 0)
         if FOR_WEIGHTS:
             at = (sample[:, None] * Q + split) * S + skill[None, :]
             products = values[None, :, :] * g[:, None, :]
-            tl.store(part + at, tl.sum(products, 2), mask=(sample < batch)[:, None] & (skill < S)[None, :])
+            tl.store(
+                part + at,
+                tl.sum(products, 2),
+                mask=(sample < batch)[:, None] & (skill < S)[None, :],
+            )
     if FOR_SKILLS:
         tl.store(of_skills + own, (total * scale).to(of_skills.dtype.element_ty), mask=real)
 
@@ -282,15 +388,17 @@ def _unmix_piece(
 def _load_weights(weights, sample, skill, split, batch, Q: tl.constexpr, S: tl.constexpr):
     """`[samples, skills]`."""
     place = (sample[:, None] * Q + split) * S + skill[None, :]
-    return tl.load(weights + place, mask=(sample < batch)[:, None] & (skill < S)[None, :], other=0.0).to(tl.float32)
+    return tl.load(
+        weights + place, mask=(sample < batch)[:, None] & (skill < S)[None, :], other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
 def _place(number, split, width, size, ORDER: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
     """Where in a sample's factor a number of a split's skill is.
 
-    The factor is `[Q * width, R]` and the skill `[width, R]`; by rank, they are `[R, Q * width]` and `[R, width]`; or the factor is
-    turned, `[R, Q * width]`, and the skill `[width, R]`.
+    The factor is `[Q * width, R]` and the skill `[width, R]`; by rank, they are `[R, Q * width]`
+    and `[R, width]`; or the factor is turned, `[R, Q * width]`, and the skill `[width, R]`.
     """
     if ORDER == _TURNED:
         place = (number % R) * (Q * width) + split * width + number // R

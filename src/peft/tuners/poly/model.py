@@ -22,12 +22,20 @@ from ...core.parameter_roles import Role
 from . import combining
 from .adaptation import AdaptingTuner
 from .layer import Linear, PolyLayer
-from .routing import CALL_ARGUMENTS, Routing, conduct_body, conduct_forward, conduct_generate, conduct_part
+from .routing import (
+    CALL_ARGUMENTS,
+    Routing,
+    conduct_body,
+    conduct_forward,
+    conduct_generate,
+    conduct_part,
+)
 from .task_ids import one_task, some_tasks, task_shares
 
 
 class PolyModel(AdaptingTuner):
-    """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is one task, or input decides).
+    """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is
+    one task, or input decides).
 
     Args:
         As `BaseTuner`.
@@ -47,7 +55,9 @@ class PolyModel(AdaptingTuner):
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     parameter_roles: ClassVar[Mapping[str, Role]] = {
-        "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),  # the table, and rows that train by themselves
+        "router": Role(
+            ("poly_router.module_logits", "poly_router"), lr=0.1
+        ),  # the table, and rows that train by themselves
         "input_router": Role(("poly_router.weight",)),
         "skills": Role(("poly_lora_A", "poly_lora_B", "poly_task_skills"), lr=1e-3),
     }
@@ -63,7 +73,11 @@ class PolyModel(AdaptingTuner):
         options = {"routing": self.poly_routing, "at": config.at(path)}
         if config.router_granularity != "linear":
             group = config.router_group(path)
-            others: Any = (layer for other, layer in build.layers.items() if config.router_group(other) == group)
+            others: Any = (
+                layer
+                for other, layer in build.layers.items()
+                if config.router_group(other) == group
+            )
             options["router"] = next((layer.router(build.adapter_name) for layer in others), None)
         return options
 
@@ -75,22 +89,26 @@ class PolyModel(AdaptingTuner):
             features = getattr(size, name)
             if features % config.n_splits:
                 fitting = [str(d) for d in range(1, features + 1) if features % d == 0]
-                choice = " or ".join([", ".join(fitting[:-1]), fitting[-1]] if len(fitting) > 1 else fitting)
+                choice = " or ".join(
+                    [", ".join(fitting[:-1]), fitting[-1]] if len(fitting) > 1 else fitting
+                )
                 yield f"`{name}`={features} is not divisible by `n_splits`={config.n_splits}; choose {choice}."
-
-    # --- routing ------------------------------------------------------------------------------------------------------
 
     @property
     def poly_routing(self) -> Routing:
-        """The calls in progress; one object for all of a model's Poly adapters, found through the layers that are there."""
+        """The calls in progress; one object for all of a model's Poly adapters, found through the
+        layers that are there.
+        """
         if "_poly_routing" not in vars(self):
             layer = next((m for _, m in walk(self.model) if isinstance(m, PolyLayer)), None)
-            self._poly_routing: Routing = layer.routing if layer is not None else Routing(self.model)
+            self._poly_routing: Routing = (
+                layer.routing if layer is not None else Routing(self.model)
+            )
         return self._poly_routing
 
     def attach_adapter(self, build: Build) -> None:
-        """Have the calls of the model (and of parts of it that `generate` calls by themselves) go through the routing, and name the
-        routing's arguments in its signatures.
+        """Have the calls of the model (and of parts of it that `generate` calls by themselves) go
+        through the routing, and name the routing's arguments in its signatures.
         """
         config: Any = build.config
         if self.poly_routing.probe is None:
@@ -100,7 +118,9 @@ class PolyModel(AdaptingTuner):
                 if module is not self.model:
                     put_entry(module, "forward", (), conduct_part)
             body = getattr(self.model, "base_model", None)
-            if isinstance(body, nn.Module) and not any(body is module for module in entrances(self.model)):
+            if isinstance(body, nn.Module) and not any(
+                body is module for module in entrances(self.model)
+            ):
                 body._poly_routing = self.poly_routing  # type: ignore[assignment]
                 put_entry(body, "forward", (), conduct_body)
             put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
@@ -122,15 +142,19 @@ class PolyModel(AdaptingTuner):
             vars(module).pop("_poly_routing", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with the active adapters. Where a client has put a forward of its own in the
-        place of the model's since, as TRL does, that one's calls take `task_ids` too.
+        """Call the model with the active adapters. Where a client has put a forward of its own in
+        the place of the model's since, as TRL does, that one's calls take `task_ids` too.
         """
-        replaced = not torch.compiler.is_compiling() and not isinstance(vars(self.model).get("forward"), Entry)
+        replaced = not torch.compiler.is_compiling() and not isinstance(
+            vars(self.model).get("forward"), Entry
+        )
         if replaced and self.poly_routing.probe is not None:
             put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
         return super().forward(*args, **kwargs)
 
-    def adapter_call_context(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    def adapter_call_context(
+        self, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
         bound = bind(positional_names(self.model.generate), args, arguments)  # type: ignore[arg-type]
         for name in CALL_ARGUMENTS:
@@ -139,8 +163,6 @@ class PolyModel(AdaptingTuner):
 
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)
-
-    # --- merging ------------------------------------------------------------------------------------------------------
 
     def merge_adapter(
         self,
@@ -157,21 +179,28 @@ class PolyModel(AdaptingTuner):
             task_id: The task, by id or name; not needed where there is one.
 
         Raises:
-            PeftValueError: A name or the task is unknown or missing, or a weight would break; nothing is merged then.
+            PeftValueError: A name or the task is unknown or missing, or a weight would break;
+                nothing is merged then.
             PeftNotSupportedError: The adapter routes by input, or a weight is quantised.
         """
-        super().merge_adapter(adapter_names, safe_merge, **options, **({} if task_id is None else {"task_id": task_id}))
+        super().merge_adapter(
+            adapter_names,
+            safe_merge,
+            **options,
+            **({} if task_id is None else {"task_id": task_id}),
+        )
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The task as a number, which a name may be another of in another adapter; none for one that routes by input, which its
-        layers refuse.
+        """The task as a number, which a name may be another of in another adapter; none for one
+        that routes by input, which its layers refuse.
         """
         config: Any = self.peft_config[adapter_name]
         task = options.get("task_id")
         if task is not None and config.routes_by_task:
             if isinstance(task, Mapping):
                 raise PeftTypeError(
-                    f"`task_id`={task!r} must be one task, by id or name; make an adapter of a blend with `extract_tasks`, "
+                    f"`task_id`={task!r} must be one task, by id or name; make an adapter of a "
+                    "blend with `extract_tasks`, "
                     "and merge that."
                 )
             task = one_task(task, config)
@@ -179,19 +208,23 @@ class PolyModel(AdaptingTuner):
             layer.resolve_task(adapter_name, task)
         return {} if task is None else {"task_id": task}
 
-    # --- converting and combining -------------------------------------------------------------------------------------
-
     @classmethod
-    def conversion_options(cls, config: Any, *, task_id: Any = None, **options: Any) -> dict[str, Any]:
+    def conversion_options(
+        cls, config: Any, *, task_id: Any = None, **options: Any
+    ) -> dict[str, Any]:
         """The task, or the share of each of several: {task: share}, each by id or name.
 
         Raises:
             PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: The task is unknown, or missing where there are several, or a share is not a finite number.
+            PeftValueError: The task is unknown, or missing where there are several, or a share is
+                not a finite number.
         """
         super().conversion_options(config, **options)
         if config.routes_by_input:
-            raise PeftNotSupportedError("An adapter that routes by input can't be converted: its delta depends on the input.")
+            raise PeftNotSupportedError(
+                "An adapter that routes by input can't be converted: its delta depends on the "
+                "input."
+            )
         if isinstance(task_id, Mapping):
             return {"task_id": task_shares(task_id, config, "task_id")}
         return {"task_id": one_task(task_id, config)}

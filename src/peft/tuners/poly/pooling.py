@@ -19,11 +19,12 @@ def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         x: `[rows, ..., in]`; of `[rows, in]` there is nothing to pool.
-        mask: `[rows, tokens]`, true (or not 0) at real tokens; all are if `None`. What padded positions hold, NaN
-            included, has no effect.
+        mask: `[rows, tokens]`, true (or not 0) at real tokens; all are if `None`. What padded
+            positions hold, NaN included, has no effect.
 
     Returns:
-        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without a real token.
+        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without a real
+        token.
 
     Raises:
         PeftValueError: `mask` has another size than the tokens of `x`.
@@ -42,7 +43,8 @@ def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
         return (total / tokens.shape[1] if shapes(tokens)[0][1] else total).to(x.dtype)
     if mask.shape != tokens.shape[:2]:
         raise PeftValueError(
-            f"The mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: "
+            f"The mask of shape {tuple(mask.shape)} does not fit an input of shape "
+            f"{tuple(x.shape)}: "
             f"give one of shape {tuple(tokens.shape[:2])}, or none."
         )
     real = mask.bool().unsqueeze(-1)
@@ -54,8 +56,8 @@ def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
     """Tokens a causal LM may route by in training: what it will have before it generates.
 
-    The real tokens before the first supervised one (label other than -100); the first real token where there are none,
-    since generation starts from at least one.
+    The real tokens before the first supervised one (label other than -100); the first real token
+    where there are none, since generation starts from at least one.
 
     Args:
         attention_mask: `[batch, n]`, not 0 at real tokens; all are if `None`.
@@ -71,7 +73,11 @@ def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
 
     Source: arXiv:2211.03831
     """
-    real = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    real = (
+        torch.ones_like(labels, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool()
+    )
     supervised = real & (labels != -100)
     prompt = real & (supervised.cumsum(dim=-1) == 0)
     first = real & (real.cumsum(dim=-1) == 1)

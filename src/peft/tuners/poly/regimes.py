@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to adapt to new tasks that the multi-head routing paper compares, by name, with its hyper-parameters."""
+"""The ways to adapt to new tasks that the multi-head routing paper compares, by name, with its
+hyper-parameters.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Regime(NamedTuple):
         routing: Whether the new tasks' routing trains.
         skills: Whether skills train.
         needs_tasks: Whether the adapter keeps its tasks, so that the new ones have to be named.
-        rates: The paper's learning rates by role, as `peft.optimizers.create_optimizer` uses them too.
+        rates: The paper's learning rates by role, as `peft.optimizers.create_optimizer` uses them
+            too.
 
     Source: arXiv:2211.03831, sections 3.3 and 4
     """
@@ -37,11 +40,37 @@ REGIMES = {
     regime.name: regime
     for regime in (
         Regime(
-            "Z", "Only the new tasks' routing trains; skills are shared with the others as they are.", True, False, True, _ROUTER
+            "Z",
+            "Only the new tasks' routing trains; skills are shared with the others as they are.",
+            True,
+            False,
+            True,
+            _ROUTER,
         ),
-        Regime("full", "The new tasks' routing and all skills train.", True, True, True, {**_ROUTER, **_SKILLS}),
-        Regime("mu-Z", "The new tasks mix all skills equally, and the skills train.", False, True, True, _SKILLS),
-        Regime("mu", "The skills are averaged into one, which trains: an adapter like LoRA.", False, True, False, _SKILLS),
+        Regime(
+            "full",
+            "The new tasks' routing and all skills train.",
+            True,
+            True,
+            True,
+            {**_ROUTER, **_SKILLS},
+        ),
+        Regime(
+            "mu-Z",
+            "The new tasks mix all skills equally, and the skills train.",
+            False,
+            True,
+            True,
+            _SKILLS,
+        ),
+        Regime(
+            "mu",
+            "The skills are averaged into one, which trains: an adapter like LoRA.",
+            False,
+            True,
+            False,
+            _SKILLS,
+        ),
         Regime(
             "random",
             "As full, from new random skills: what training on many tasks was worth.",
@@ -50,7 +79,14 @@ REGIMES = {
             True,
             {**_ROUTER, **_SKILLS},
         ),
-        Regime("shared", "One new adapter of one skill for all, with as many parameters.", False, True, False, _SKILLS),
+        Regime(
+            "shared",
+            "One new adapter of one skill for all, with as many parameters.",
+            False,
+            True,
+            False,
+            _SKILLS,
+        ),
     )
 }
 

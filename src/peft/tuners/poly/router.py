@@ -18,13 +18,14 @@ from .task_ids import as_task_ids
 
 
 class Router(nn.Module):
-    """A layer's router: logits for every split and skill, from which come mixing weights that sum to one over the skills.
+    """A layer's router: logits for every split and skill, from which come mixing weights that sum
+    to one over the skills.
 
     Args:
         n_splits: Number of heads.
         n_skills: Number of skills.
-        how: How logits become weights; by default training draws a relaxed Bernoulli sample (temperature 1) for every row, and
-            evaluation takes the sigmoid.
+        how: How logits become weights; by default training draws a relaxed Bernoulli sample
+            (temperature 1) for every row, and evaluation takes the sigmoid.
 
     Source: arXiv:2202.13914, section 3
     """
@@ -45,7 +46,9 @@ class Router(nn.Module):
 
     def weights(self, logits: Tensor) -> Tensor:
         """Mixing weights `[..., n_splits, n_skills]` of logits `[..., n_splits·n_skills]`."""
-        return mixing_weights(logits.unflatten(-1, (self.n_splits, self.n_skills)), self.how, self.training)
+        return mixing_weights(
+            logits.unflatten(-1, (self.n_splits, self.n_skills)), self.how, self.training
+        )
 
     @property
     def kept(self) -> int | None:
@@ -84,18 +87,23 @@ class TaskRouter(Router, TaskTable):
         super().__init__(n_splits, n_skills, how)
         device, dtype = placement
         self.fixed = fixed
-        self.module_logits = nn.Parameter(torch.empty(n_tasks, n_splits * n_skills, device=device, dtype=dtype))
+        self.module_logits = nn.Parameter(
+            torch.empty(n_tasks, n_splits * n_skills, device=device, dtype=dtype)
+        )
 
     def reset_parameters(self) -> None:
         """Draw the table anew, uniform between −1e−3 and 1e−3; a fixed one becomes zero."""
         bound = 0 if self.fixed else 1e-3
         self.overwrite(nn.init.uniform_(torch.empty_like(self.module_logits), -bound, bound))
 
-    def forward(self, task_ids: Any = None, input_ids: Any = None, *, checked: bool = False) -> Tensor:
+    def forward(
+        self, task_ids: Any = None, input_ids: Any = None, *, checked: bool = False
+    ) -> Tensor:
         """Return mixing weights `[batch, n_splits, n_skills]`.
 
         Args:
-            task_ids: `[batch]`; also in the other forms that a call of the model takes, names apart.
+            task_ids: `[batch]`; also in the other forms that a call of the model takes, names
+                apart.
             input_ids: The layer's input, which has no influence.
             checked: The task ids are a tensor `[batch]` of valid ids.
 
@@ -103,7 +111,9 @@ class TaskRouter(Router, TaskTable):
             PeftTypeError: The task ids are no integers.
             PeftValueError: They are missing though there are several tasks, or out of range.
         """
-        ids = task_ids if checked else as_task_ids(task_ids, [self], None, self.module_logits.device)
+        ids = (
+            task_ids if checked else as_task_ids(task_ids, [self], None, self.module_logits.device)
+        )
         return task_weights(self.table(), ids, self.n_splits, self.how, self.training)
 
     @property
@@ -161,25 +171,33 @@ class InputRouter(Router):
         super().__init__(n_splits, n_skills, how)
         device, dtype = placement
         self.in_features = in_features
-        self.weight = nn.Parameter(torch.empty(n_splits * n_skills, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(n_splits * n_skills, in_features, device=device, dtype=dtype)
+        )
 
     def reset_parameters(self) -> None:
         """Draw the map anew, uniform between −1e−3 and 1e−3."""
         nn.init.uniform_(self.weight, -1e-3, 1e-3)
 
-    def forward(self, task_ids: Any = None, input_ids: Tensor | None = None, *, pooled: bool = False) -> Tensor:
+    def forward(
+        self, task_ids: Any = None, input_ids: Tensor | None = None, *, pooled: bool = False
+    ) -> Tensor:
         """Return mixing weights `[batch, n_splits, n_skills]`.
 
         Args:
             task_ids: Task ids, which have no influence.
-            input_ids: The layer's input, `[batch, in]`; or `[batch, *leading, in]`, of which the mean over `leading` decides.
-            pooled: Whether each entry of `leading` decides for itself: the result is `[batch, *leading, n_splits, n_skills]` then.
+            input_ids: The layer's input, `[batch, in]`; or `[batch, *leading, in]`, of which the
+                mean over `leading` decides.
+            pooled: Whether each entry of `leading` decides for itself: the result is
+                `[batch, *leading, n_splits, n_skills]` then.
 
         Raises:
             PeftTypeError: `input_ids` is missing.
         """
         if input_ids is None:
-            raise PeftTypeError("A router by input needs `input_ids`, the layer's input [batch, …, in].")
+            raise PeftTypeError(
+                "A router by input needs `input_ids`, the layer's input [batch, …, in]."
+            )
         x = input_ids if pooled else pool(input_ids)
         return self.weights(nn.functional.linear(x.to(self.weight.dtype), self.weight))
 
@@ -189,7 +207,8 @@ class InputRouter(Router):
 
 
 class SharedRouter(nn.Module):
-    """The place of a router in a layer that shares the router of another, which alone has it as a part.
+    """The place of a router in a layer that shares the router of another, which alone has it as a
+    part.
 
     Args:
         router: The other layer's.
@@ -213,7 +232,9 @@ def make_router(config: Any, in_features: int, placement: Placement) -> Router:
     """Return the router that a config asks for, without values yet."""
     fixed = config.routing == "fixed"
     relaxed, dropout = (False, 0.0) if fixed else (config.relaxed_bernoulli, config.router_dropout)
-    how = Gating(relaxed, config.straight_through, dropout, config.n_shared_skills, config.eval_top_k)
+    how = Gating(
+        relaxed, config.straight_through, dropout, config.n_shared_skills, config.eval_top_k
+    )
     if config.poly_type == "mope":
         return InputRouter(in_features, config.n_splits, config.n_skills, placement, how)
     return TaskRouter(config.n_tasks, config.n_splits, config.n_skills, placement, how, fixed)

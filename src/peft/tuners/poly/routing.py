@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Poly's layers need to know of the call that runs them: which task each sample has, which tokens are its prompt.
+"""What Poly's layers need to know of the call that runs them: which task each sample has, which
+tokens are its prompt.
 
-A base model does not hand `task_ids` down to its layers, so they travel beside it. One `Routing` belongs to a model and is read by
-all its layers. The model's own `forward`, as it is called, takes the arguments out of the call, checks them once and puts them in
-place for as long as it runs; `generate` does the same for all the forwards it runs.
+A base model does not hand `task_ids` down to its layers, so they travel beside it. One `Routing`
+belongs to a model and is read by all its layers. The model's own `forward`, as it is called, takes
+the arguments out of the call, checks them once and puts them in place for as long as it runs;
+`generate` does the same for all the forwards it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ...base.call_context import ADAPTER_BATCHES, AdapterBatch
-from ...base.call_rows import IN_ORDER, CallRows, Rows, bind, describe, generation_option, of_call, of_generation
+from ...base.call_rows import (
+    IN_ORDER,
+    CallRows,
+    Rows,
+    bind,
+    describe,
+    generation_option,
+    of_call,
+    of_generation,
+)
 from ...base.call_stack import CallStack
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
@@ -41,7 +52,8 @@ class Call:
         rows: What it knows of its rows.
         deciding: The tokens that decide where the input routes.
         task_ids: `[samples]` or `[1]`, checked; None where no adapter routes by task.
-        decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a plain forward.
+        decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a
+            plain forward.
     """
 
     rows: CallRows
@@ -53,7 +65,9 @@ class Call:
     def has_one_task(self) -> bool:
         """Whether all samples have the same task. To know it waits for the device."""
         ids = self.task_ids
-        return ids is not None and not torch.compiler.is_compiling() and bool((ids == ids[:1]).all())
+        return (
+            ids is not None and not torch.compiler.is_compiling() and bool((ids == ids[:1]).all())
+        )
 
 
 class Routing:
@@ -62,7 +76,8 @@ class Routing:
     Attributes:
         configs: Config of every Poly adapter on the model, by name.
         probe: Any of the layers, to see which adapters are active.
-        merged_tasks: By name of the adapters that are merged somewhere, the tasks they were merged for.
+        merged_tasks: By name of the adapters that are merged somewhere, the tasks they were merged
+            for.
         is_encoder_decoder, is_causal: What kind of model it is.
         noted: Task ids of calls that began while `noting`; None at other times.
     """
@@ -76,7 +91,9 @@ class Routing:
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         writes = getattr(model, "can_generate", None)
         named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        self.is_causal = not self.is_encoder_decoder and (named or (callable(writes) and bool(writes())))
+        self.is_causal = not self.is_encoder_decoder and (
+            named or (callable(writes) and bool(writes()))
+        )
         self.stack: CallStack[Call] = CallStack()
         self.noted: list[Tensor] | None = None
 
@@ -88,7 +105,10 @@ class Routing:
     @property
     def pools(self) -> bool:
         """Whether any adapter routes by a sample's input."""
-        return any(config.routes_by_input and config.routing_level != "token" for config in self.configs.values())
+        return any(
+            config.routes_by_input and config.routing_level != "token"
+            for config in self.configs.values()
+        )
 
     @contextmanager
     def noting(self) -> Iterator[list[Tensor]]:
@@ -105,19 +125,27 @@ class Routing:
         if tasks:
             self._merged_layers[layer] = tasks
         every = [pair for own in self._merged_layers.values() for pair in own.items()]
-        self.merged_tasks = {name: sorted({task for other, task in every if other == name}) for name, _ in every}
-
-    # --- calls of the model and of its parts ------------------------------------------------------------------------------
+        self.merged_tasks = {
+            name: sorted({task for other, task in every if other == name}) for name, _ in every
+        }
 
     def forward(
-        self, function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], part: bool = False
+        self,
+        function: Any,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: tuple[str, ...],
+        part: bool = False,
     ) -> Any:
         """A forward of the model, or of a part of it that is called by itself too, as a call of its
         own. Without arguments of its own it is for the samples of the call that it lies in.
         """
         arguments = bind(names, args, kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
-        outer = self.stack.current if part else self.stack.running  # a part may be among what backward runs again
+        outer = (
+            self.stack.current if part else self.stack.running
+        )  # a part may be among what backward runs again
         if outer is None or any(name in kwargs for name in CALL_ARGUMENTS):
             call = self._begin(model, arguments, of_call(model, arguments, CALL_ARGUMENTS))
             if self.pools:
@@ -143,12 +171,17 @@ class Routing:
             yield  # a `PeftModel` began this call
             return
         rows = of_generation(model, arguments, CALL_ARGUMENTS)
-        call = self._begin(model, arguments, rows) if outer is None or own else Call(outer.rows, outer.deciding, outer.task_ids)
+        call = (
+            self._begin(model, arguments, rows)
+            if outer is None or own
+            else Call(outer.rows, outer.deciding, outer.task_ids)
+        )
         call.decisions = {}
         if self.pools:
             if generation_option(model, arguments, "prefill_chunk_size") is not None:
                 raise PeftNotSupportedError(
-                    "Routing by input decides by the whole prompt, which `prefill_chunk_size` cuts up; leave that out, or use "
+                    "Routing by input decides by the whole prompt, which `prefill_chunk_size` cuts "
+                    "up; leave that out, or use "
                     "`routing_level='token'`."
                 )
             call.deciding = Deciding(self.is_causal)
@@ -169,7 +202,8 @@ class Routing:
 
         Args:
             samples: Their numbers.
-            owner: The number of each row's sample; None where each sample has the same number of rows, one after the other.
+            owner: The number of each row's sample; None where each sample has the same number of
+                rows, one after the other.
         """
         call = self.call
         if call is None:
@@ -183,8 +217,12 @@ class Routing:
         deciding = call.deciding.inside()
         for stream, mask in deciding.masks.items():
             each = mask.shape[0] // (call.rows.samples or 1)
-            deciding.masks[stream] = mask[[sample * each + i for sample in samples for i in range(each)]]
-        return self.stack.during(Call(call.rows.of_some(len(samples), Rows(owner=owner)), deciding, ids, call.decisions))
+            deciding.masks[stream] = mask[
+                [sample * each + i for sample in samples for i in range(each)]
+            ]
+        return self.stack.during(
+            Call(call.rows.of_some(len(samples), Rows(owner=owner)), deciding, ids, call.decisions)
+        )
 
     def masked(self, mask: Tensor, stream: str) -> AbstractContextManager[Any]:
         """Begin the present call anew for a layer that sees samples padded, with a mask of tokens."""
@@ -192,8 +230,6 @@ class Routing:
         deciding = call.deciding.inside()
         deciding.masks[stream] = mask
         return self.stack.during(replace(call, deciding=deciding))
-
-    # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _begin(self, model: Any, arguments: Mapping[str, Any], rows: CallRows) -> Call:
         """A call with its task ids checked.
@@ -206,8 +242,16 @@ class Routing:
         if self.probe is None or self.probe.disable_adapters:
             return call
         task_ids = arguments.get("task_ids")
-        misnamed = next((name for name in _MISNAMED if name in arguments), None) if task_ids is None else None
-        tensors = (value for name, value in arguments.items() if isinstance(value, Tensor) and name not in CALL_ARGUMENTS)
+        misnamed = (
+            next((name for name in _MISNAMED if name in arguments), None)
+            if task_ids is None
+            else None
+        )
+        tensors = (
+            value
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and name not in CALL_ARGUMENTS
+        )
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         chosen = ADAPTER_BATCHES.current
         active = self.probe.active_adapters
@@ -217,17 +261,34 @@ class Routing:
                 active = [name for name in active if name not in self.merged_tasks]
         if chosen is not None and not self.merged_tasks:
             call.task_ids = self._ids_by_adapter(task_ids, chosen, device, misnamed)
-        elif (by_task := self._by_task(active)) and (task_ids is not None or self._has_layers(model)):
+        elif (by_task := self._by_task(active)) and (
+            task_ids is not None or self._has_layers(model)
+        ):
             call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device, misnamed=misnamed)
-        if self.noted is not None and call.task_ids is not None and not torch.compiler.is_compiling() and has_values(call.task_ids):
+        if (
+            self.noted is not None
+            and call.task_ids is not None
+            and not torch.compiler.is_compiling()
+            and has_values(call.task_ids)
+        ):
             self.noted.append(call.task_ids)
-        if rows.samples is None and call.task_ids is not None and (count := shapes(call.task_ids)[0][0]) > 1:
+        if (
+            rows.samples is None
+            and call.task_ids is not None
+            and (count := shapes(call.task_ids)[0][0]) > 1
+        ):
             rows.samples = count
         return call
 
     def _has_layers(self, model: Any) -> bool:
-        """Whether any of the layers are still in the model: some clients put the layers below them back by themselves."""
-        inner = (module for _, module in walk(model)) if isinstance(model, nn.Module) else iter([self.probe])
+        """Whether any of the layers are still in the model: some clients put the layers below them
+        back by themselves.
+        """
+        inner = (
+            (module for _, module in walk(model))
+            if isinstance(model, nn.Module)
+            else iter([self.probe])
+        )
         return any(vars(module).get("routing") is self for module in inner)
 
     def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
@@ -235,43 +296,63 @@ class Routing:
         known = (self.configs[name] for name in adapter_names if name in self.configs)
         return [config for config in known if config.routes_by_task]
 
-    def _ids_by_adapter(self, task_ids: Any, chosen: AdapterBatch, device: torch.device, misnamed: str | None) -> Tensor | None:
-        """Task ids where each sample has an adapter of its own; those of samples whose adapter has no tasks are not looked at."""
+    def _ids_by_adapter(
+        self, task_ids: Any, chosen: AdapterBatch, device: torch.device, misnamed: str | None
+    ) -> Tensor | None:
+        """Task ids where each sample has an adapter of its own; those of samples whose adapter has
+        no tasks are not looked at.
+        """
         if not self._by_task(chosen.samples):
             return None
-        several = isinstance(task_ids, (list, tuple)) or (isinstance(task_ids, Tensor) and task_ids.dim() > 0)
+        several = isinstance(task_ids, (list, tuple)) or (
+            isinstance(task_ids, Tensor) and task_ids.dim() > 0
+        )
         several = several and len(task_ids) != 1
         if several and len(task_ids) != chosen.size:
-            raise PeftValueError(f"`task_ids` has {len(task_ids)} entries; expected {chosen.size}, one for each sample.")
+            raise PeftValueError(
+                f"`task_ids` has {len(task_ids)} entries; expected {chosen.size}, one for each "
+                "sample."
+            )
         result = torch.zeros(chosen.size, dtype=torch.long, device=device)
         for name, samples in chosen.samples.items():
             for config in self._by_task([name]):
                 own = task_ids
                 if several:
-                    own = task_ids[samples] if isinstance(task_ids, Tensor) else [task_ids[i] for i in samples]
-                result[samples] = as_task_ids(own, [config], len(samples), device, misnamed=misnamed)
+                    own = (
+                        task_ids[samples]
+                        if isinstance(task_ids, Tensor)
+                        else [task_ids[i] for i in samples]
+                    )
+                result[samples] = as_task_ids(
+                    own, [config], len(samples), device, misnamed=misnamed
+                )
         return result
 
-    def _check_merged(self, task_ids: Any, active: Iterable[str], batch: int | None, device: torch.device) -> None:
-        """Task ids in a call of a merged model must say what was merged; where active adapters read them, of those only."""
+    def _check_merged(
+        self, task_ids: Any, active: Iterable[str], batch: int | None, device: torch.device
+    ) -> None:
+        """Task ids in a call of a merged model must say what was merged; where active adapters read
+        them, of those only.
+        """
         if task_ids is None:
             return
         reading = self._by_task(active)
-        for name in [name for name in self.merged_tasks if not reading or self.configs[name] in reading]:
+        for name in [
+            name for name in self.merged_tasks if not reading or self.configs[name] in reading
+        ]:
             tasks = self.merged_tasks[name]
-            same = as_task_ids(task_ids, [self.configs[name]], batch, device) == (tasks[0] if len(tasks) == 1 else -1)
-            message = (
-                f"Task {' or '.join(map(str, tasks))} is merged into the weights; call `unmerge_adapter` before using other tasks."
+            same = as_task_ids(task_ids, [self.configs[name]], batch, device) == (
+                tasks[0] if len(tasks) == 1 else -1
             )
+            message = f"Task {' or '.join(map(str, tasks))} is merged into the weights; call `unmerge_adapter` before using other tasks."
             if torch.compiler.is_compiling():
                 torch._assert_async(same.all(), message)
             elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
                 raise PeftValueError(message)
 
-    # --- what layers ask ----------------------------------------------------------------------------------------------
-
     def share_by_input(self, x: Tensor, layer: Any) -> Rows:
-        """How a layer's input is shared out among the rows of the forward, each of which decides for itself.
+        """How a layer's input is shared out among the rows of the forward, each of which decides
+        for itself.
 
         Raises:
             PeftValueError: Nothing tells.
@@ -282,12 +363,15 @@ class Routing:
         rows = call.rows.by_row()
         shared = rows.share(x, layer.layout)
         mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
-        if (shared is None and mixes and rows.samples != 1) or (shared is not None and shared.owner is not None):
+        if (shared is None and mixes and rows.samples != 1) or (
+            shared is not None and shared.owner is not None
+        ):
             raise rows.refusal(x, layer, "Use `routing_level='token'`")
         return IN_ORDER if shared is None else shared
 
     def pooled(self, x: Tensor, layer: Any, shared: Rows) -> Tensor:
-        """A layer's input `[rows, *leading, in]` averaged over the tokens that decide, `[samples, in]`.
+        """A layer's input `[rows, *leading, in]` averaged over the tokens that decide,
+        `[samples, in]`.
 
         Raises:
             PeftValueError: The mask is for another number of tokens than the layer sees.
@@ -308,31 +392,51 @@ class Routing:
         return pool(x, call.deciding.mask_for(x, layer.layout.stream, call_rows))
 
 
-def conduct_forward(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+def conduct_forward(
+    function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> Any:
     """A call of a model's forward."""
     routing: Routing | None = getattr(model, "_poly_routing", None)
-    return function(model, *args, **kwargs) if routing is None else routing.forward(function, model, args, kwargs, names)
+    return (
+        function(model, *args, **kwargs)
+        if routing is None
+        else routing.forward(function, model, args, kwargs, names)
+    )
 
 
-def conduct_part(function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+def conduct_part(
+    function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> Any:
     """A call of the forward of a part that a model has called by itself."""
     routing: Routing | None = getattr(part, "_poly_routing", None)
-    return function(part, *args, **kwargs) if routing is None else routing.forward(function, part, args, kwargs, names, part=True)
+    return (
+        function(part, *args, **kwargs)
+        if routing is None
+        else routing.forward(function, part, args, kwargs, names, part=True)
+    )
 
 
-def conduct_body(function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """Begin a call where a model's body is given the routing's arguments. The model's own forward takes
-    them out; what a client has put in its place, to fuse the head with a loss, hands them on.
+def conduct_body(
+    function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> Any:
+    """Begin a call where a model's body is given the routing's arguments. The model's own forward
+    takes them out; what a client has put in its place, to fuse the head with a loss, hands them on.
     """
     if any(name in kwargs for name in CALL_ARGUMENTS):
         return conduct_part(function, part, args, kwargs, names)
     return function(part, *args, **kwargs)
 
 
-def conduct_generate(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+def conduct_generate(
+    function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> Any:
     """A call of a model's `generate`."""
     routing: Routing | None = getattr(model, "_poly_routing", None)
     if routing is None:
         return function(model, *args, **kwargs)
     with routing.generating(model, bind(names, args, kwargs)):
-        return function(model, *args, **{name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS})
+        return function(
+            model,
+            *args,
+            **{name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS},
+        )

@@ -14,7 +14,9 @@ from ...integrations.distributed import cut_like, is_distributed, is_managed, wh
 
 
 class _Rows(nn.ParameterList):
-    """Rows of a table that are trained by themselves. They share the table's memory, and a checkpoint has the table."""
+    """Rows of a table that are trained by themselves. They share the table's memory, and a
+    checkpoint has the table.
+    """
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         return {} if destination is None else destination
@@ -26,9 +28,10 @@ class _Rows(nn.ParameterList):
 class TaskTable(nn.Module):
     """A parameter `[n_tasks, …]`.
 
-    Rows can be opened for training: each run of successive rows becomes a parameter of its own, in the table's memory, and the
-    table is frozen. An optimiser then sees those rows alone: closed rows get no gradient, no weight decay, and have no state in
-    it. All that reads the table (saving, merging, converting) sees what was learned.
+    Rows can be opened for training: each run of successive rows becomes a parameter of its own, in
+    the table's memory, and the table is frozen. An optimiser then sees those rows alone: closed
+    rows get no gradient, no weight decay, and have no state in it. All that reads the table
+    (saving, merging, converting) sees what was learned.
 
     Attributes:
         table_name: The parameter's name.
@@ -78,7 +81,9 @@ class TaskTable(nn.Module):
             PeftRuntimeError: An engine holds the table's memory.
         """
         if is_managed(self.closed_table):
-            raise PeftRuntimeError("An engine has sharded the adapter; choose what trains before the model is sharded.")
+            raise PeftRuntimeError(
+                "An engine has sharded the adapter; choose what trains before the model is sharded."
+            )
 
     def open_rows(self, tasks: Collection[int]) -> None:
         """Train the rows of some tasks, and no others.
@@ -111,7 +116,11 @@ class TaskTable(nn.Module):
         """
         opened = set(self.opened)
         self.close_rows()
-        setattr(self, self.table_name, nn.Parameter(values, requires_grad=self.closed_table.requires_grad))
+        setattr(
+            self,
+            self.table_name,
+            nn.Parameter(values, requires_grad=self.closed_table.requires_grad),
+        )
         if opened:
             self.open_rows([task for task, before in enumerate(origin) if before in opened])
 
@@ -119,8 +128,6 @@ class TaskTable(nn.Module):
     def overwrite(self, values: Tensor) -> None:
         """Write other values of the same shape into the table; rows that are open have them too."""
         self.closed_table.copy_(values)
-
-    # --- one memory -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -29,10 +29,12 @@ def as_task_ids(
     argument: str = "task_ids",
     misnamed: str | None = None,
 ) -> Tensor:
-    """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will read them.
+    """Task ids as a tensor `[batch]` or `[1]` on `device`, checked against every adapter that will
+    read them.
 
     Args:
-        task_ids: A tensor `[batch]`, `[batch, 1]`, `[1]` or `[]` of integers, a list, one integer, or names.
+        task_ids: A tensor `[batch]`, `[batch, 1]`, `[1]` or `[]` of integers, a list, one integer,
+            or names.
         configs: The adapters' configs.
         batch: Number of samples, if known.
         device: Where the model's inputs are.
@@ -41,15 +43,22 @@ def as_task_ids(
 
     Raises:
         PeftTypeError: A wrong type.
-        PeftValueError: None given though there are several tasks, a wrong number, an unknown name, or out of range.
+        PeftValueError: None given though there are several tasks, a wrong number, an unknown name,
+            or out of range.
     """
     n_tasks = min(config.n_tasks for config in configs)
     if task_ids is None:
         if n_tasks == 1 and all(config.n_tasks == 1 for config in configs):
             return torch.zeros(1, dtype=torch.long, device=device)
-        wanted = "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
-        meant = f" The argument is called `{argument}`; this call has `{misnamed}`." if misnamed else ""
-        raise PeftValueError(f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.{meant}")
+        wanted = (
+            "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
+        )
+        meant = (
+            f" The argument is called `{argument}`; this call has `{misnamed}`." if misnamed else ""
+        )
+        raise PeftValueError(
+            f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.{meant}"
+        )
     ids = _integers(task_ids, configs, argument)
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
@@ -57,18 +66,32 @@ def as_task_ids(
     count = shapes(ids)[0][0]
     if count == 0 and argument != "task_ids":
         raise _no_task(argument)
-    if ids.dim() != 1 or (batch is not None and count not in (1, batch)) or (count == 0 and batch != 0):
-        wanted = "one id for each sample" if batch is None else f"{batch} ids, one for each sample, or a single one"
+    if (
+        ids.dim() != 1
+        or (batch is not None and count not in (1, batch))
+        or (count == 0 and batch != 0)
+    ):
+        wanted = (
+            "one id for each sample"
+            if batch is None
+            else f"{batch} ids, one for each sample, or a single one"
+        )
         packed = " (texts packed into one row are one sample)" if batch == 1 else ""
-        raise PeftValueError(f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}.")
+        raise PeftValueError(
+            f"`{argument}` has shape {list(ids.shape)}; expected {wanted}{packed}."
+        )
     if torch.compiler.is_compiling():
-        torch._assert_async(((ids >= 0) & (ids < n_tasks)).all(), f"`{argument}` must be at least 0 and below {n_tasks}.")
+        torch._assert_async(
+            ((ids >= 0) & (ids < n_tasks)).all(),
+            f"`{argument}` must be at least 0 and below {n_tasks}.",
+        )
     elif count and has_values(ids):
         with untraced():
             lowest, highest = (int(i) for i in torch.stack(ids.aminmax()).tolist())
         if lowest < 0 or highest >= n_tasks:
             raise PeftValueError(
-                f"Only {n_tasks} tasks available. Found task id = {lowest if lowest < 0 else highest}; ids count from 0."
+                f"Only {n_tasks} tasks available. Found task id = "
+                f"{lowest if lowest < 0 else highest}; ids count from 0."
             )
     return ids.to(device=device, dtype=torch.long)
 
@@ -81,7 +104,9 @@ def some_tasks(tasks: Any, config: Any, argument: str = "tasks") -> list[int]:
         PeftValueError: There is no such task, or none is named.
     """
     each, cpu = tasks if isinstance(tasks, (list, tuple)) else [tasks], torch.device("cpu")
-    numbers = [i for task in each for i in as_task_ids(task, [config], None, cpu, argument).tolist()]
+    numbers = [
+        i for task in each for i in as_task_ids(task, [config], None, cpu, argument).tolist()
+    ]
     if not numbers:
         raise _no_task(argument)
     return numbers
@@ -101,14 +126,17 @@ def one_task(task: Any, config: Any, argument: str = "task_id") -> int:
 
 
 def task_shares(shares: Mapping[Any, Any], config: Any, argument: str) -> dict[int, float]:
-    """Return the share that each task has in a blend, by id; those of a task that comes by id and by name add up.
+    """Return the share that each task has in a blend, by id; those of a task that comes by id and
+    by name add up.
 
     Raises:
         PeftTypeError: A task is neither a number nor a name.
         PeftValueError: There is no such task, or none is named, or a share is not a finite number.
     """
     if not shares:
-        raise PeftValueError(f"`{argument}`={{}} names no task; pass a share for each task, by id or name.")
+        raise PeftValueError(
+            f"`{argument}`={{}} names no task; pass a share for each task, by id or name."
+        )
     result: dict[int, float] = {}
     for task, share in shares.items():
         share, which = plain(share), one_task(task, config, argument)
@@ -135,7 +163,9 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
         names = configs[0].task_names or []
         unknown = [task for task in task_ids if task not in names]
         if unknown:
-            raise PeftValueError(f"Unknown task names {unknown}; the adapter's are {_names_there(unknown[0], names)}")
+            raise PeftValueError(
+                f"Unknown task names {unknown}; the adapter's are {_names_there(unknown[0], names)}"
+            )
         task_ids = [names.index(task) for task in task_ids]
     if not isinstance(task_ids, Tensor):
         try:
@@ -144,7 +174,8 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
                 is_empty = task_ids.numel() == 0
         except (TypeError, ValueError, RuntimeError):
             raise PeftTypeError(
-                f"`{argument}` must be integers, not {type(task_ids).__name__}; ids or names go in a list."
+                f"`{argument}` must be integers, not {type(task_ids).__name__}; ids or names go in "
+                "a list."
             ) from None
         if is_empty:
             return task_ids.long()  # an empty list has no dtype of its own
@@ -154,7 +185,9 @@ def _integers(task_ids: Any, configs: Sequence[Any], argument: str) -> Tensor:
 
 
 def _names_there(meant: Any, names: Sequence[str]) -> str:
-    """Return the end of a message about an unknown task: the first of those there are, and which was meant."""
+    """Return the end of a message about an unknown task: the first of those there are, and which
+    was meant.
+    """
     if not names:
         return "none, so use ids."
     return f"{names_shown(names)}.{did_you_mean(str(meant), names)}"

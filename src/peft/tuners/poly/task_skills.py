@@ -66,7 +66,9 @@ class TaskSkills(nn.Module):
 
     @staticmethod
     def draw(A: Tensor, B: Tensor, init_weights: bool = True) -> None:
-        """Fill factors with what a skill starts from: `A` as `nn.Linear` would, `B` zero or likewise."""
+        """Fill factors with what a skill starts from: `A` as `nn.Linear` would, `B` zero or
+        likewise.
+        """
         A.uniform_(-1, 1).mul_(1 / math.sqrt(A.shape[1]))
         if init_weights:
             B.zero_()
@@ -74,10 +76,14 @@ class TaskSkills(nn.Module):
             B.uniform_(-1, 1).mul_(1 / math.sqrt(B.shape[1]))
 
     def forward(self, x: Tensor, task_ids: Tensor, scale: float) -> Tensor:
-        """What the tasks' own skills add for `x [rows, …, in]`, where each of `task_ids` has the same number of rows."""
+        """What the tasks' own skills add for `x [rows, …, in]`, where each of `task_ids` has the
+        same number of rows.
+        """
         A, B = self.A.table(), self.B.table()
         batch = task_ids.shape[0]
-        samples = x.reshape(batch, math.prod(x.shape[:-1]) // (batch if shapes(task_ids)[0][0] else 1), x.shape[-1])
+        samples = x.reshape(
+            batch, math.prod(x.shape[:-1]) // (batch if shapes(task_ids)[0][0] else 1), x.shape[-1]
+        )
         own = samples.bmm(A[task_ids] * scale).bmm(B[task_ids])
         return own.reshape(*x.shape[:-1], B.shape[2])
 

@@ -9,6 +9,17 @@ from .model import VBLoRAModel
 from .shared_bank import VectorBank
 from .usage import BankUsage, bank_usage
 
-__all__ = ["BankUsage", "Linear", "VBLoRAConfig", "VBLoRALayer", "VBLoRAMethods", "VBLoRAModel", "VectorBank", "bank_usage"]
+__all__ = [
+    "BankUsage",
+    "Linear",
+    "VBLoRAConfig",
+    "VBLoRALayer",
+    "VBLoRAMethods",
+    "VBLoRAModel",
+    "VectorBank",
+    "bank_usage",
+]
 
-register_peft_method(name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True)
+register_peft_method(
+    name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True
+)

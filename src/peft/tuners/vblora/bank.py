@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k composition from a vector bank: the arithmetic of VB-LoRA, as pure functions of tensors.
 
-A *position* is one tile of `vector_length` entries of a low-rank factor. It owns a row of `num_vectors` logits and is
-the mixture of the `topk` bank vectors it scores highest:
+A *position* is one tile of `vector_length` entries of a low-rank factor. It owns a row of
+`num_vectors` logits and is the mixture of the `topk` bank vectors it scores highest:
 
     tile = sum_{i in top-k} softmax(logits[top-k])_i * bank[i]
 
@@ -35,8 +35,8 @@ _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     """Mix each position's `topk` best bank vectors.
 
-    `tile = sum_i softmax(logits[top-k])_i * bank[top-k_i]`, the softmax running over the chosen logits only, so that
-    all others get neither weight nor gradient.
+    `tile = sum_i softmax(logits[top-k])_i * bank[top-k_i]`, the softmax running over the chosen
+    logits only, so that all others get neither weight nor gradient.
 
     Args:
         logits: `[..., num_vectors]`; entries may be `-inf` as long as one of each row is finite.
@@ -45,8 +45,9 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 
     Returns:
         `[..., vector_length]` in the bank's dtype, computed in float32 at least. The cost is
-        `positions * topk * vector_length` multiplications, next to a pass over `logits` to select; no
-        `[..., topk, vector_length]` is held, now or for a first derivative (save off CPU and CUDA).
+        `positions * topk * vector_length` multiplications, next to a pass over `logits` to select;
+        no `[..., topk, vector_length]` is held, now or for a first derivative (save off CPU and
+        CUDA).
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
@@ -60,13 +61,17 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 
 def _mixed(chosen: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     """Return tiles `[..., vector_length]` for chosen logits `[..., topk]`."""
-    # float32 even for a half bank: it rounds once, and CUDA has no bfloat16 gradient for the weights of a bag.
+    # float32 even for a half bank: it rounds once, and CUDA has no bfloat16 gradient for the
+    # weights of a bag.
     dtype = torch.promote_types(bank.dtype, torch.float32)
-    return _weighted_sum(chosen.softmax(dim=-1, dtype=dtype), indices, bank.to(dtype)).to(bank.dtype)
+    return _weighted_sum(chosen.softmax(dim=-1, dtype=dtype), indices, bank.to(dtype)).to(
+        bank.dtype
+    )
 
 
 def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    """Tiles of positions of which it is known what they chose: `tile = sum_i weights_i * bank[indices_i]`.
+    """Tiles of positions of which it is known what they chose:
+    `tile = sum_i weights_i * bank[indices_i]`.
 
     Args:
         indices: `[..., topk]`, any integer dtype.
@@ -74,7 +79,8 @@ def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
         bank: `[num_vectors, vector_length]`.
 
     Returns:
-        `[..., vector_length]` in the bank's dtype, computed in float32 at least; nothing of size `num_vectors` is made.
+        `[..., vector_length]` in the bank's dtype, computed in float32 at least; nothing of size
+        `num_vectors` is made.
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
@@ -90,7 +96,8 @@ def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
 def best(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """`logits.topk(topk)`, in a time that hardly grows with the bank.
 
-    A long row is first searched by blocks: the `topk` largest numbers are in the `topk` blocks whose maxima are largest.
+    A long row is first searched by blocks: the `topk` largest numbers are in the `topk` blocks
+    whose maxima are largest.
 
     Args:
         logits: `[..., num_vectors]`.
@@ -100,19 +107,28 @@ def best(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         The numbers and their indices, `[..., topk]`, largest first; of equal ones any.
     """
     n = logits.shape[-1]
-    if torch.jit.is_tracing() or logits.device.type != "cpu" or n < _LONG or n % _BLOCK or topk > n // _BLOCK:
+    if (
+        torch.jit.is_tracing()
+        or logits.device.type != "cpu"
+        or n < _LONG
+        or n % _BLOCK
+        or topk > n // _BLOCK
+    ):
         return logits.topk(topk, dim=-1)
     with torch.no_grad():
         blocks = logits.unflatten(-1, (-1, _BLOCK))
         leading = blocks.amax(dim=-1).topk(topk, dim=-1).indices
-        numbers = blocks.gather(-2, leading.unsqueeze(-1).expand(*leading.shape, _BLOCK)).flatten(-2)
+        numbers = blocks.gather(-2, leading.unsqueeze(-1).expand(*leading.shape, _BLOCK)).flatten(
+            -2
+        )
         found = numbers.topk(topk, dim=-1).indices
         indices = leading.gather(-1, found // _BLOCK) * _BLOCK + found % _BLOCK
     return logits.gather(-1, indices), indices
 
 
 def all_weights(weights: Tensor) -> Tensor:
-    """The weights `[..., topk]` of which a compact file lacks the last: one minus the others, or zero if rounding made it less.
+    """The weights `[..., topk]` of which a compact file lacks the last: one minus the others, or
+    zero if rounding made it less.
 
     Example:
         >>> all_weights(torch.tensor([[0.75], [1.0]], dtype=torch.float16))
@@ -126,7 +142,8 @@ def all_weights(weights: Tensor) -> Tensor:
 
 
 def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay tiles side by side: `A[..., j, t*v + e] = tiles_A[..., j, t, e]`, `B[..., t*v + e, j] = tiles_B[..., t, j, e]`.
+    """Lay tiles side by side: `A[..., j, t*v + e] = tiles_A[..., j, t, e]`,
+    `B[..., t*v + e, j] = tiles_B[..., t, j, e]`.
 
     Args:
         tiles_A: `[..., r, in / v, v]`.
@@ -143,7 +160,8 @@ def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
 def index_dtype(num_vectors: int) -> torch.dtype:
     """Smallest of uint8, int16, int32 and int64 that holds the number `num_vectors` itself.
 
-    The largest index would fit one size lower at 256 and 32768 vectors; readers expect the boundary here.
+    The largest index would fit one size lower at 256 and 32768 vectors; readers expect the boundary
+    here.
 
     Example:
         >>> index_dtype(255), index_dtype(256)
@@ -174,7 +192,9 @@ def choose(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return indices.to(index_dtype(logits.shape[-1])), chosen
 
 
-def compress(logits: Tensor, topk: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def compress(
+    logits: Tensor, topk: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Reduce logits to what inference needs: the chosen vectors and their weights.
 
     Args:
@@ -183,8 +203,8 @@ def compress(logits: Tensor, topk: int, dtype: torch.dtype = torch.float32) -> t
         dtype: of the weights; other readers want float32.
 
     Returns:
-        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`: the softmax of the chosen
-        logits without its last entry, which is one minus the others.
+        `indices [..., topk]` in `index_dtype`, best first, and `weights [..., topk - 1]`: the
+        softmax of the chosen logits without its last entry, which is one minus the others.
 
     Example:
         >>> compress(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
@@ -198,17 +218,21 @@ def compress(logits: Tensor, topk: int, dtype: torch.dtype = torch.float32) -> t
 
 
 def chosen_logits(weights: Tensor) -> Tensor:
-    """Logits `[..., topk]` of chosen vectors whose softmax is their weights, of which `weights [..., topk - 1]` lacks the last.
+    """Logits `[..., topk]` of chosen vectors whose softmax is their weights, of which
+    `weights [..., topk - 1]` lacks the last.
 
     Source: arXiv:2405.15179
     """
     return all_weights(weights).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def expand(
+    indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Rebuild logits that compose to the same tiles as those that were compressed.
 
-    `logits[indices] = log(weights)`, `-inf` elsewhere: the softmax over the chosen ones gives the weights back.
+    `logits[indices] = log(weights)`, `-inf` elsewhere: the softmax over the chosen ones gives the
+    weights back.
 
     Args:
         indices: `[..., topk]`, any integer dtype.
@@ -217,8 +241,8 @@ def expand(indices: Tensor, weights: Tensor, num_vectors: int, dtype: torch.dtyp
         dtype: of the result.
 
     Returns:
-        `[..., num_vectors]`. A weight of zero (or a last one that rounding made negative) becomes the log of the
-        smallest normal float32, not `-inf`, so top-k finds every index again.
+        `[..., num_vectors]`. A weight of zero (or a last one that rounding made negative) becomes
+        the log of the smallest normal float32, not `-inf`, so top-k finds every index again.
 
     Example:
         >>> expand(torch.tensor([2, 0]), torch.tensor([1.0]), num_vectors=3).softmax(-1)
@@ -242,7 +266,9 @@ def is_topk_only(logits: Tensor) -> bool:
     return bool(torch.isneginf(logits).any())
 
 
-def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dtype: torch.dtype = torch.float32) -> float:
+def savable_parameters(
+    count: int, num_vectors: int, topk: int | None = None, dtype: torch.dtype = torch.float32
+) -> float:
     """Size in a checkpoint of one logits tensor, in float32 numbers.
 
     Args:
@@ -252,8 +278,9 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
         dtype: of the compact form's weights.
 
     Returns:
-        `count`, or `positions * ((topk - 1) * weightsize / 4 + topk * itemsize / 4)` for indices of `itemsize` bytes.
-        Fractions are meant to be added up over the model before the sum is cut to an integer.
+        `count`, or `positions * ((topk - 1) * weightsize / 4 + topk * itemsize / 4)` for indices of
+        `itemsize` bytes. Fractions are meant to be added up over the model before the sum is cut to
+        an integer.
 
     Example:
         >>> savable_parameters(3 * 10, num_vectors=10), savable_parameters(3 * 10, num_vectors=10, topk=2)
@@ -263,10 +290,17 @@ def savable_parameters(count: int, num_vectors: int, topk: int | None = None, dt
     """
     if topk is None:
         return float(count)
-    return count // num_vectors * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
+    return (
+        count
+        // num_vectors
+        * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize)
+        / 4
+    )
 
 
-def compose_in_full(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def compose_in_full(
+    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
     """Compose both low-rank factors of one layer in plain operations; as `factors.compose_factors`."""
     (chosen_A, indices_A), (chosen_B, indices_B) = best(logits_A, topk), best(logits_B, topk)
     # All positions are one bag after the other, so that there is one gradient of the bank's size.
@@ -278,13 +312,15 @@ def compose_in_full(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
 
 
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
-    """`sum_k weights[..., k] * bank[indices[..., k]]`: two of `[..., topk]` and a bank to `[..., vector_length]`."""
+    """`sum_k weights[..., k] * bank[indices[..., k]]`: two of `[..., topk]` and a bank to
+    `[..., vector_length]`.
+    """
     compiled = torch.compiler.is_compiling()
     if bank.device.type not in _FUSED_DEVICES or not (compiled or is_eager()):
         return _gathered_sum(weights, indices, bank)
-    # One kernel, as fast as gather-and-sum (at half precision up to twice as fast) while the backward keeps `topk`
-    # numbers a position in place of `topk * vector_length`; a dense `[positions, num_vectors] @ bank` took 2 to 8 times
-    # as long for 256 to 2048 vectors.
+    # One kernel, as fast as gather-and-sum (at half precision up to twice as fast) while the
+    # backward keeps `topk` numbers a position in place of `topk * vector_length`; a dense
+    # `[positions, num_vectors] @ bank` took 2 to 8 times as long for 256 to 2048 vectors.
     topk = indices.shape[-1]
     flat, rows = weights.reshape(-1, topk), indices.reshape(-1, topk)
     bags = F.embedding_bag(rows, bank, mode="sum", per_sample_weights=flat)
@@ -298,7 +334,9 @@ def _gathered_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * F.embedding(indices, bank)).sum(dim=-2)
 
 
-def _differentiable(weights: Tensor, indices: Tensor, bank: Tensor, of_inputs: Any, of_outputs: Any) -> Any:
+def _differentiable(
+    weights: Tensor, indices: Tensor, bank: Tensor, of_inputs: Any, of_outputs: Any
+) -> Any:
     """Return gradients in place of those of `embedding_bag`, where these are differentiated again.
 
     Its own can't be. This is a hook of its node in the graph.
@@ -306,5 +344,15 @@ def _differentiable(weights: Tensor, indices: Tensor, bank: Tensor, of_inputs: A
     if not (torch.is_grad_enabled() or is_batched(of_outputs[0])):
         return None
     wanted = [gradient is not None for gradient in of_inputs]
-    own = gradients_again(lambda bank, weights: _gathered_sum(weights, indices, bank), (bank, weights), wanted, of_outputs[:1])
-    return tuple([g if g is None else g.view(shape) for g, shape in zip(own, (bank.shape, (-1,)), strict=True)])
+    own = gradients_again(
+        lambda bank, weights: _gathered_sum(weights, indices, bank),
+        (bank, weights),
+        wanted,
+        of_outputs[:1],
+    )
+    return tuple(
+        [
+            g if g is None else g.view(shape)
+            for g, shape in zip(own, (bank.shape, (-1,)), strict=True)
+        ]
+    )

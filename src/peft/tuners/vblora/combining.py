@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted sums of VB-LoRA adapters, exact: their ranks side by side, and their banks one below the other."""
+"""Weighted sums of VB-LoRA adapters, exact: their ranks side by side, and their banks one below the
+other.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,17 @@ from ...ops.low_rank import wide
 if TYPE_CHECKING:
     from .model import VBLoRAModel
 
-# How far below its chosen logits a position has those that it must not choose: their weight underflows to zero.
+# How far below its chosen logits a position has those that it must not choose: their weight
+# underflows to zero.
 _FAR = 1000.0
 
 
 class JoinedBank:
     """A bank that holds those of several adapters, each scaled by the root of its weight.
 
-    `A` and `B` are both composed from an adapter's vectors, so that the root comes in twice. Of a negative weight the sign goes to
-    `B`, which then has a copy of the vectors to itself. A vector of zeros is for layers that an adapter lacks.
+    `A` and `B` are both composed from an adapter's vectors, so that the root comes in twice. Of a
+    negative weight the sign goes to `B`, which then has a copy of the vectors to itself. A vector
+    of zeros is for layers that an adapter lacks.
 
     Args:
         banks: `[num_vectors, vector_length]` each.
@@ -73,7 +77,9 @@ def placed(logits: Tensor, topk: int, begin: int, num_vectors: int, wanted: int)
     chosen, indices = logits.topk(topk, dim=-1)
     far = chosen[..., -1:] - _FAR
     if wanted > topk:
-        unchosen = far.expand_as(logits).where(~logits.isneginf(), logits)  # minus infinity says that the rest was not saved
+        unchosen = far.expand_as(logits).where(
+            ~logits.isneginf(), logits
+        )  # minus infinity says that the rest was not saved
         logits = unchosen.scatter(-1, indices, chosen)
     result = far.repeat_interleave(num_vectors, dim=-1)
     result[..., begin : begin + logits.shape[-1]] = logits
@@ -91,27 +97,47 @@ def combine(tuner: VBLoRAModel, request: Combination) -> Combined:
     gated = [name for name in request.adapters if tuner.peft_config[name].output_gate]  # type: ignore[attr-defined]
     if gated:
         raise PeftNotSupportedError(
-            f"Adapters with an output gate ({', '.join(gated)}) have a factor in each layer; merge them instead."
+            f"Adapters with an output gate ({', '.join(gated)}) have a factor in each layer; merge "
+            "them instead."
         )
     configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
     layers = layers_of(tuner, request)
-    weights = [weight * uniform_scale([layer for _, layer in layers], name) for name, weight in request.terms()]
-    banks = [next(layer for _, layer in layers if name in layer.scaling).bank(name).detach() for name in request.adapters]
+    weights = [
+        weight * uniform_scale([layer for _, layer in layers], name)
+        for name, weight in request.terms()
+    ]
+    banks = [
+        next(layer for _, layer in layers if name in layer.scaling).bank(name).detach()
+        for name in request.adapters
+    ]
     incomplete = any(name not in layer.scaling for _, layer in layers for name in request.adapters)
     bank = JoinedBank(banks, weights, incomplete)
     n, topk = len(bank.vectors), max(config.topk for config in configs)
     own_bank = {"bank": None, "bank_sha256": None, "output_gate": False}
-    result = Combined(replace(configs[0], r=sum(config.r for config in configs), num_vectors=n, topk=topk, **own_bank))
+    result = Combined(
+        replace(
+            configs[0], r=sum(config.r for config in configs), num_vectors=n, topk=topk, **own_bank
+        )
+    )
     result.tensors["vblora_vector_bank"] = bank.vectors
     for path, layer in layers:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for i, (name, config) in enumerate(zip(request.adapters, configs, strict=True)):
-            tiles = config.tiles(layer.geometry.in_features), config.tiles(layer.geometry.out_features)
+            tiles = (
+                config.tiles(layer.geometry.in_features),
+                config.tiles(layer.geometry.out_features),
+            )
             if name in layer.scaling:
                 own = *layer.logits(name), config.topk, bank.for_A[i], bank.for_B[i]
             else:
                 like = banks[i]
-                own = like.new_zeros(config.r, tiles[0], 1), like.new_zeros(tiles[1], config.r, 1), 1, bank.zero, bank.zero
+                own = (
+                    like.new_zeros(config.r, tiles[0], 1),
+                    like.new_zeros(tiles[1], config.r, 1),
+                    1,
+                    bank.zero,
+                    bank.zero,
+                )
             logits_A, logits_B, k, *begins = own
             for holder, logits, begin in zip(parts, (logits_A, logits_B), begins, strict=True):
                 holder.append(placed(logits, k, begin, n, topk))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of how a bank is used. The only file here that needs matplotlib, which it imports when it draws."""
+"""Pictures of how a bank is used. The only file here that needs matplotlib, which it imports when
+it draws.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _paint_map(usage: BankUsage, figure: Any) -> None:
     axes = figure.subplots()
     shares = torch.stack([use.weights / use.weights.sum() for use in usage.uses])
     image = axes.imshow(shares.numpy(), aspect="auto", cmap="cividis", interpolation="nearest")
-    axes.set_yticks(range(len(usage.uses)), [f"{use.layer} {use.factor}" for use in usage.uses], fontsize=7)
+    axes.set_yticks(
+        range(len(usage.uses)), [f"{use.layer} {use.factor}" for use in usage.uses], fontsize=7
+    )
     axes.set(xlabel="vector of the bank", title="which vectors serve which layers")
     figure.colorbar(image, ax=axes, label="share of the factor's weight")
 
@@ -54,11 +58,25 @@ def _paint_histogram(usage: BankUsage, figure: Any) -> None:
     bottom = torch.zeros(usage.num_vectors)
     for factor, colour in _COLOURS.items():
         heights = usage.counts(factor)[order].float()
-        axes.bar(range(usage.num_vectors), heights.numpy(), bottom=bottom.numpy(), width=1.0, color=colour, label=f"in {factor}")
+        axes.bar(
+            range(usage.num_vectors),
+            heights.numpy(),
+            bottom=bottom.numpy(),
+            width=1.0,
+            color=colour,
+            label=f"in {factor}",
+        )
         bottom = bottom + heights
     summary = usage.summary()
-    axes.set(xlabel="vectors, the most used first", ylabel="positions that chose it", xlim=(-0.5, usage.num_vectors - 0.5))
-    axes.set_title(f"{summary['used']} of {usage.num_vectors} vectors used, effectively {summary['effective']:.0f}")
+    axes.set(
+        xlabel="vectors, the most used first",
+        ylabel="positions that chose it",
+        xlim=(-0.5, usage.num_vectors - 0.5),
+    )
+    axes.set_title(
+        f"{summary['used']} of {usage.num_vectors} vectors used, effectively "
+        f"{summary['effective']:.0f}"
+    )
     axes.legend(frameon=False)
 
 
@@ -69,8 +87,16 @@ def _paint_layers(usage: BankUsage, figure: Any) -> None:
     for offset, (factor, colour) in zip((-0.2, 0.2), _COLOURS.items(), strict=True):
         own = [use for use in usage.uses if use.factor == factor]
         places = [layers.index(use.layer) + offset for use in own]
-        axes.barh(places, [int((use.counts > 0).sum()) for use in own], height=0.38, color=colour, label=factor)
+        axes.barh(
+            places,
+            [int((use.counts > 0).sum()) for use in own],
+            height=0.38,
+            color=colour,
+            label=factor,
+        )
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel=f"different vectors used, of {usage.num_vectors}", title="usage by layer and factor")
+    axes.set(
+        xlabel=f"different vectors used, of {usage.num_vectors}", title="usage by layer and factor"
+    )
     figure.legend(frameon=False, loc="outside right upper", title="factor")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`factors.compose_factors` as one kernel, and one for its gradient, where Triton is (see `_kernels.py`).
+"""`factors.compose_factors` as one kernel, and one for its gradient, where Triton is (see
+`_kernels.py`).
 
-A program makes one tile: it finds the top-k of its row of logits, takes the softmax of those and writes their mixture into the
-factor's memory. Products and sums are in float32; each result is rounded once.
+A program makes one tile: it finds the top-k of its row of logits, takes the softmax of those and
+writes their mixture into the factor's memory. Products and sums are in float32; each result is
+rounded once.
 
 Source: arXiv:2405.15179
 """
@@ -29,16 +31,25 @@ _LARGEST_ROW, _LARGEST_CHOICE = 16384, 8192
 
 def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
     """Whether the kernels are made for such tensors."""
-    if bank.dtype not in _DTYPES or logits_A.dtype not in _DTYPES or logits_A.dtype != logits_B.dtype:
+    if (
+        bank.dtype not in _DTYPES
+        or logits_A.dtype not in _DTYPES
+        or logits_A.dtype != logits_B.dtype
+    ):
         return False
     sizes = _sizes(*bank.shape, logits_A.shape[0], topk)
-    return sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_CHOICE
+    return (
+        sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_CHOICE
+    )
 
 
-def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def compose_factors(
+    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
     """`factors.compose_factors` in one launch.
 
-    Among equal logits the vector of the lowest number is chosen first. The gradient of the bank is summed in no fixed order.
+    Among equal logits the vector of the lowest number is chosen first. The gradient of the bank is
+    summed in no fixed order.
 
     Args:
         logits_A: `[r, in / vector_length, num_vectors]`.
@@ -61,7 +72,9 @@ def compose_factors(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int)
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(
+        ctx: Any, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         A, B, chosen = _composed(logits_A, logits_B, bank, topk, keep=True)
         ctx.save_for_backward(logits_A, logits_B, bank, chosen)
         ctx.topk = topk
@@ -72,17 +85,35 @@ class _Compose(torch.autograd.Function):
         *sources, bank, chosen = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(of_A) or is_batched(of_B):
             plain = functools.partial(compose_in_full, topk=ctx.topk)
-            return *gradients_again(plain, (*sources, bank), ctx.needs_input_grad[:3], (of_A, of_B.T)), None
+            return *gradients_again(
+                plain, (*sources, bank), ctx.needs_input_grad[:3], (of_A, of_B.T)
+            ), None
         (shape_A, shape_B), dtype = (logits.shape for logits in sources), sources[0].dtype
-        for_logits, for_bank = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        for_logits, for_bank = (
+            ctx.needs_input_grad[0] or ctx.needs_input_grad[1],
+            ctx.needs_input_grad[2],
+        )
         of_logits_A = bank.new_empty(shape_A if for_logits else (), dtype=dtype)
         of_logits_B = bank.new_empty(shape_B if for_logits else (), dtype=dtype)
         of_bank = bank.new_zeros(bank.shape if for_bank else (), dtype=torch.float32)
         (r, tiles_A, _), (tiles_B, _, _) = shape_A, shape_B
-        pointers = of_A.contiguous(), of_B.contiguous(), bank, chosen, of_logits_A, of_logits_B, of_bank
+        pointers = (
+            of_A.contiguous(),
+            of_B.contiguous(),
+            bank,
+            chosen,
+            of_logits_A,
+            of_logits_B,
+            of_bank,
+        )
         with on_device_of(bank):
             _distribute_kernel[((tiles_A + tiles_B) * r,)](
-                *pointers, tiles_A * r, tiles_B, for_logits, for_bank, **_sizes(*bank.shape, r, chosen.shape[1])
+                *pointers,
+                tiles_A * r,
+                tiles_B,
+                for_logits,
+                for_bank,
+                **_sizes(*bank.shape, r, chosen.shape[1]),
             )
         return (
             of_logits_A if ctx.needs_input_grad[0] else None,
@@ -92,15 +123,28 @@ class _Compose(torch.autograd.Function):
         )
 
 
-def _composed(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`A [r, in]`, `B` transposed, `[r, out]`, and what was chosen, `[positions, topk]`, if that is to be kept."""
+def _composed(
+    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`A [r, in]`, `B` transposed, `[r, out]`, and what was chosen, `[positions, topk]`, if that is
+    to be kept.
+    """
     (r, tiles_A, _), tiles_B, length = logits_A.shape, logits_B.shape[0], bank.shape[1]
     A, B = bank.new_empty(r, tiles_A * length), bank.new_empty(r, tiles_B * length)
     positions = (tiles_A + tiles_B) * r
     chosen = bank.new_empty(positions if keep else 0, topk, dtype=torch.int64)
     with on_device_of(bank):
         _compose_kernel[(positions,)](
-            logits_A, logits_B, bank, A, B, chosen, tiles_A * r, tiles_B, keep, **_sizes(*bank.shape, r, topk)
+            logits_A,
+            logits_B,
+            bank,
+            A,
+            B,
+            chosen,
+            tiles_A * r,
+            tiles_B,
+            keep,
+            **_sizes(*bank.shape, r, topk),
         )
     return A, B, chosen
 
@@ -108,9 +152,19 @@ def _composed(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, keep:
 @functools.cache
 def _sizes(num_vectors: int, length: int, r: int, topk: int) -> dict[str, int]:
     """What a kernel is compiled for."""
-    sizes = {f"BLOCK_{of}": triton.next_power_of_2(n) for of, n in (("N", num_vectors), ("V", length), ("K", topk))}
+    sizes = {
+        f"BLOCK_{of}": triton.next_power_of_2(n)
+        for of, n in (("N", num_vectors), ("V", length), ("K", topk))
+    }
     warps = max(sizes["BLOCK_N"], sizes["BLOCK_K"] * sizes["BLOCK_V"]) // 512
-    return {"N": num_vectors, "V": length, "R": r, "K": topk, **sizes, "num_warps": min(max(warps, 1), 8)}
+    return {
+        "N": num_vectors,
+        "V": length,
+        "R": r,
+        "K": topk,
+        **sizes,
+        "num_warps": min(max(warps, 1), 8),
+    }
 
 
 @triton.jit(do_not_specialize=["positions_A", "tiles_B"])
@@ -147,7 +201,9 @@ def _compose_kernel(
             highest = logit
         weight = tl.exp(logit - highest)
         total += weight
-        mixed += weight * tl.load(bank + index * V + entry, mask=entry < V, other=0.0).to(tl.float32)
+        mixed += weight * tl.load(bank + index * V + entry, mask=entry < V, other=0.0).to(
+            tl.float32
+        )
         if KEEP:
             tl.store(chosen + position * K + k, best)
     tl.store(tile + entry, (mixed / total).to(tile.dtype.element_ty), mask=entry < V)
@@ -174,12 +230,14 @@ def _distribute_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """With `g` a tile's gradient and `w` its weights: `w_i g` for the bank; for the logits `w_i (d_i - sum_j w_j d_j)`, where
-    `d_i = g . bank_i`, and zero for those not chosen.
+    """With `g` a tile's gradient and `w` its weights: `w_i g` for the bank; for the logits
+    `w_i (d_i - sum_j w_j d_j)`, where `d_i = g . bank_i`, and zero for those not chosen.
     """
     position = tl.program_id(0).to(tl.int64)
     rank, entry = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    row, tile = _places(position, of_logits_A, of_logits_B, of_A, of_B, positions_A, tiles_B, N, V, R)
+    row, tile = _places(
+        position, of_logits_A, of_logits_B, of_A, of_B, positions_A, tiles_B, N, V, R
+    )
     g = tl.load(tile + entry, mask=entry < V, other=0.0).to(tl.float32)
     index, logit = _unpack(tl.load(chosen + position * K + rank, mask=rank < K, other=0x7FFFFFFF))
     logit = tl.where(rank < K, logit, float("-inf"))
@@ -196,15 +254,28 @@ def _distribute_kernel(
         of_row = tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(K):
             here = tl.sum(tl.where(rank == k, index, 0), 0)
-            of_row = tl.where(vector == here, tl.sum(tl.where(rank == k, of_chosen, 0.0), 0), of_row)
+            of_row = tl.where(
+                vector == here, tl.sum(tl.where(rank == k, of_chosen, 0.0), 0), of_row
+            )
         tl.store(row + vector, of_row.to(row.dtype.element_ty), mask=vector < N)
 
 
 @triton.jit
 def _places(
-    position, rows_A, rows_B, tiles_of_A, tiles_of_B, positions_A, tiles_B, N: tl.constexpr, V: tl.constexpr, R: tl.constexpr
+    position,
+    rows_A,
+    rows_B,
+    tiles_of_A,
+    tiles_of_B,
+    positions_A,
+    tiles_B,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
 ):
-    """Where a position's row of logits is, and its tile: positions of `A [r, tiles]` come first, then those of `B [tiles, r]`."""
+    """Where a position's row of logits is, and its tile: positions of `A [r, tiles]` come first,
+    then those of `B [tiles, r]`.
+    """
     if position < positions_A:
         row = rows_A + position * N
         tile = tiles_of_A + position * V
@@ -217,7 +288,9 @@ def _places(
 
 @triton.jit
 def _pack(value, vector):
-    """Integers in the order of values, NaN last as the greatest, and among equal values the lowest number last."""
+    """Integers in the order of values, NaN last as the greatest, and among equal values the lowest
+    number last.
+    """
     bits = value.to(tl.int32, bitcast=True)
     order = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     return (order.to(tl.int64) << 32) | (0x7FFFFFFF - vector).to(tl.int64)

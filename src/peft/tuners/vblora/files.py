@@ -8,7 +8,8 @@
 | shared bank | `vblora_vector_bank [0, vector_length]`: elsewhere | no bank of its own |
 | gate | `vblora_vector_bank [1, num_vectors, vector_length]`, `vblora_gate` | a gate |
 
-The last two say by the bank's shape that there is more to the adapter than other readers know, so that they refuse the file.
+The last two say by the bank's shape that there is more to the adapter than other readers know, so
+that they refuse the file.
 """
 
 from __future__ import annotations
@@ -45,15 +46,21 @@ def export_state(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return result
 
 
-def _exported_weights(key: str, weights: Tensor, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A checkpoint's tensors for indices and weights; logits, minus infinity for the rest, if it is to have such."""
+def _exported_weights(
+    key: str, weights: Tensor, state: dict[str, Tensor], config: Any
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors for indices and weights; logits, minus infinity for the rest, if it is
+    to have such.
+    """
     indices = state[key + INDICES]
     if not config.save_only_topk_weights:
         return {key: expand(indices, weights, config.num_vectors)}
     return {key + INDICES: indices, key + WEIGHTS: weights.to(config.weights_dtype)}
 
 
-def _exported_logits(key: str, logits: Tensor, indices: Tensor | None, config: Any) -> dict[str, Tensor]:
+def _exported_logits(
+    key: str, logits: Tensor, indices: Tensor | None, config: Any
+) -> dict[str, Tensor]:
     """A checkpoint's tensors for logits, for all vectors or for those that `indices` names."""
     if indices is not None:
         order = logits.argsort(dim=-1, descending=True)
@@ -61,7 +68,10 @@ def _exported_logits(key: str, logits: Tensor, indices: Tensor | None, config: A
         indices = indices.gather(-1, order)
         if not config.save_only_topk_weights:
             return {key: expand(indices, weights, config.num_vectors)}
-        return {key + INDICES: indices, key + WEIGHTS: weights.to(config.weights_dtype).contiguous()}
+        return {
+            key + INDICES: indices,
+            key + WEIGHTS: weights.to(config.weights_dtype).contiguous(),
+        }
     if not config.save_only_topk_weights:
         return {key: logits}
     indices, weights = compress(logits, config.topk, config.weights_dtype)
@@ -72,7 +82,8 @@ def import_state(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """The tensors that the model has, of those that a checkpoint has.
 
     Raises:
-        CheckpointError: Indices without weights, or beyond the bank; or a bank where there should be none, or none.
+        CheckpointError: Indices without weights, or beyond the bank; or a bank where there should
+            be none, or none.
     """
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -94,11 +105,15 @@ def _imported_bank(key: str, bank: Tensor, config: Any) -> Tensor | None:
     """An adapter's own bank, None where it has none."""
     if config.shares_bank != (bank.shape[0] == 0):
         says, remedy = (
-            ("a bank, but the config names a shared one", "Load it with the config that was saved with it, without `bank`.")
+            (
+                "a bank, but the config names a shared one",
+                "Load it with the config that was saved with it, without `bank`.",
+            )
             if config.shares_bank
             else (
                 "no bank, but the config names none, by `bank` or `bank_sha256`",
-                "Say where its shared bank is: `config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`.",
+                "Say where its shared bank is: `config=VBLoRAConfig.from_pretrained(adapter, "
+                "bank=folder)`.",
             )
         )
         raise CheckpointError(f"`{key}` has {says}; nothing was loaded. {remedy}")
@@ -113,9 +128,12 @@ def _checked(key: str, indices: Tensor, state: dict[str, Tensor], config: Any) -
     weights = state.get(name)
     if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != tuple(indices.shape):
         raise CheckpointError(f"`{key}` has no `{name}` that goes with it; nothing was loaded.")
-    if indices.is_floating_point() or not all(0 <= int(i) < config.num_vectors for i in indices.aminmax()):
+    if indices.is_floating_point() or not all(
+        0 <= int(i) < config.num_vectors for i in indices.aminmax()
+    ):
         raise CheckpointError(
-            f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. Load it with the config that "
+            f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. "
+            "Load it with the config that "
             "was saved with it."
         )
     return weights

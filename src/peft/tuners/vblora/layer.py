@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with VB-LoRA adapters: they hold the logits and reach the shared bank; the maths is in `bank.py`."""
+"""Layers with VB-LoRA adapters: they hold the logits and reach the shared bank; the maths is in
+`bank.py`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from ...ops.fused_linear import Steps, thin_steps
 from ...ops.inference_cache import reuse
 from ...ops.low_rank import LowRank, approximate
 from ...ops.mixed_precision import scaled
-from .bank import all_weights, expand, index_dtype, is_topk_only, mix, place_tiles, savable_parameters
+from .bank import (
+    all_weights,
+    expand,
+    index_dtype,
+    is_topk_only,
+    mix,
+    place_tiles,
+    savable_parameters,
+)
 from .config import Form
 from .factors import compose_factors
 from .packed import PackedTensors
@@ -44,17 +54,18 @@ class VBLoRALayer(BaseTunerLayer):
 
     Args:
         base_layer: The layer to adapt.
-        vblora_vector_bank: The adapters' own banks, `[num_vectors, vector_length]` by adapter name. Not registered here: they have
-            one owner.
+        vblora_vector_bank: The adapters' own banks, `[num_vectors, vector_length]` by adapter name.
+            Not registered here: they have one owner.
         vblora_shared_banks: Banks that adapters share, by digest; likewise.
 
     Attributes:
         vblora_logits_A: `[r, in / vector_length, num_vectors]` by adapter name.
-        vblora_logits_B: `[out / vector_length, r, num_vectors]`. Both are `[…, topk]` for what is trained on from a compact file.
-        vblora_logits_A_topk_indices, vblora_logits_B_topk_indices: The vectors that positions chose, `[…, topk]`, of adapters that
-            the model has in compact form.
-        vblora_logits_A_topk_weights, vblora_logits_B_topk_weights: Their weights but the last, `[…, topk - 1]`, of those that are
-            only run.
+        vblora_logits_B: `[out / vector_length, r, num_vectors]`. Both are `[…, topk]` for what is
+            trained on from a compact file.
+        vblora_logits_A_topk_indices, vblora_logits_B_topk_indices: The vectors that positions
+            chose, `[…, topk]`, of adapters that the model has in compact form.
+        vblora_logits_A_topk_weights, vblora_logits_B_topk_weights: Their weights but the last,
+            `[…, topk - 1]`, of those that are only run.
         vblora_gate: `[1]` by adapter name, of adapters with a gate.
         form: How each adapter's choice is held.
 
@@ -68,7 +79,13 @@ class VBLoRALayer(BaseTunerLayer):
         *(name + end for end in (INDICES, WEIGHTS) for name in LOGITS),
         GATE,
     )
-    value_names: ClassVar[tuple[str, ...]] = (*other_param_names, "num_vectors", "topk_only", "form", "bank_key")
+    value_names: ClassVar[tuple[str, ...]] = (
+        *other_param_names,
+        "num_vectors",
+        "topk_only",
+        "form",
+        "bank_key",
+    )
 
     def __init__(
         self,
@@ -109,15 +126,16 @@ class VBLoRALayer(BaseTunerLayer):
         return self._bank[0](adapter_name) if key is None else self._bank[1](key)
 
     def containers(self) -> Iterator[nn.Module]:
-        """Also that of the adapters' own banks, so that these are frozen and unfrozen by who goes from layer to layer and knows of
-        no bank.
+        """Also that of the adapters' own banks, so that these are frozen and unfrozen by who goes
+        from layer to layer and knows of no bank.
         """
         yield from super().containers()
         yield self.vblora_vector_bank
 
     def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:
-        """Also of the adapters' own banks, for the same reason. transformers freezes its own models layer by layer after it has
-        loaded an adapter into their parameters, and says no more of that.
+        """Also of the adapters' own banks, for the same reason. transformers freezes its own models
+        layer by layer after it has loaded an adapter into their parameters, and says no more of
+        that.
         """
         self.vblora_vector_bank.requires_grad_(requires_grad)
         super().requires_grad_(requires_grad)
@@ -150,13 +168,22 @@ class VBLoRALayer(BaseTunerLayer):
         self.topk_only[adapter_name] = config.form is Form.WEIGHTS
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         device, dtype = self._placement(placement)
-        tiles_in, tiles_out = config.tiles(self.geometry.in_features), config.tiles(self.geometry.out_features)
-        for name, positions in zip(LOGITS, ((config.r, tiles_in), (tiles_out, config.r)), strict=True):
+        tiles_in, tiles_out = (
+            config.tiles(self.geometry.in_features),
+            config.tiles(self.geometry.out_features),
+        )
+        for name, positions in zip(
+            LOGITS, ((config.r, tiles_in), (tiles_out, config.r)), strict=True
+        ):
             if config.form is not Form.LOGITS:
-                indices = torch.zeros(*positions, config.topk, device=device, dtype=index_dtype(config.num_vectors))
+                indices = torch.zeros(
+                    *positions, config.topk, device=device, dtype=index_dtype(config.num_vectors)
+                )
                 getattr(self, name + INDICES)[adapter_name] = indices
             if config.form is Form.WEIGHTS:
-                weights = torch.zeros(*positions, config.topk - 1, device=device, dtype=config.weights_dtype)
+                weights = torch.zeros(
+                    *positions, config.topk - 1, device=device, dtype=config.weights_dtype
+                )
                 getattr(self, name + WEIGHTS)[adapter_name] = weights
                 continue
             length = config.num_vectors if config.form is Form.LOGITS else config.topk
@@ -165,7 +192,9 @@ class VBLoRALayer(BaseTunerLayer):
             if initialise:
                 nn.init.normal_(logits, 0, config.init_logits_std)
         if config.output_gate:
-            self.vblora_gate[adapter_name] = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+            self.vblora_gate[adapter_name] = nn.Parameter(
+                torch.zeros(1, device=device, dtype=dtype)
+            )
 
     def note_loaded(self, adapter_name: str) -> None:
         """See whether an adapter's logits came from a top-k checkpoint, which can't be trained on."""
@@ -186,10 +215,15 @@ class VBLoRALayer(BaseTunerLayer):
         return count
 
     def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Logits `[…, num_vectors]` for `A` and `B`, rebuilt where the adapter is held in compact form."""
+        """Logits `[…, num_vectors]` for `A` and `B`, rebuilt where the adapter is held in compact
+        form.
+        """
         if self.form[adapter_name] is Form.LOGITS:
             return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
-        A, B = (expand(i, w[..., :-1], self.num_vectors[adapter_name], w.dtype) for i, w in self.chosen(adapter_name))
+        A, B = (
+            expand(i, w[..., :-1], self.num_vectors[adapter_name], w.dtype)
+            for i, w in self.chosen(adapter_name)
+        )
         return A, B
 
     def chosen(self, adapter_name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -219,7 +253,9 @@ class VBLoRALayer(BaseTunerLayer):
         if self.form[adapter_name] is Form.LOGITS:
             topk, sources = self.topk[adapter_name], (*self.logits(adapter_name), bank)
             if self._modules["vblora_logits_A"]._parameters.get(adapter_name) is sources[0]:  # type: ignore[union-attr]
-                A, B = reuse(self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk))
+                A, B = reuse(
+                    self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk)
+                )
             else:  # offloaded, and here for this call only
                 A, B = compose_factors(*sources, topk)
         else:
@@ -248,7 +284,9 @@ class VBLoRALayer(BaseTunerLayer):
         """That of factors of rank `r`, beside composing them once for a forward."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
-    def low_rank_factors(self, adapter_name: str, rank: int | float | None = None, **options: Any) -> LowRank:
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
         """`B·A` as composed, exact of rank `r`."""
         A, B = self.factors(adapter_name)
         return approximate(B.detach(), A.detach(), rank)
@@ -265,7 +303,11 @@ class VBLoRALayer(BaseTunerLayer):
         """`x·Aᵀ`, then `Bᵀ`."""
         A, B = self._factors_for_forward(adapter_name)
         dropout = self._dropout(adapter_name)
-        x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout) if dropout else self._input_of_steps(x, A.dtype)
+        x = (
+            F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
+            if dropout
+            else self._input_of_steps(x, A.dtype)
+        )
         return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
 
     def _factors_for_forward(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -291,47 +333,70 @@ class VBLoRALayer(BaseTunerLayer):
         """The share of the input that is dropped at present."""
         return self.vblora_dropout[adapter_name] if self.training else 0.0
 
-    # --- an adapter for each sample -----------------------------------------------------------------------------------
-
-    def _apply_by_sample(self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
-        """Compact adapters over one shared bank are composed and applied all at once, the others one by one."""
-        together = [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
+    def _apply_by_sample(
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+    ) -> Tensor:
+        """Compact adapters over one shared bank are composed and applied all at once, the others
+        one by one.
+        """
+        together = (
+            [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
+        )
         for names in together:
             result = self._apply_together(names, batch, x, result, shared)
         if not together:
             return super()._apply_by_sample(batch, x, result, shared)
         done = {name for names in together for name in names}
-        rest = {name: samples for name, samples in batch.samples.items() if name in self.scaling and name not in done}
+        rest = {
+            name: samples
+            for name, samples in batch.samples.items()
+            if name in self.scaling and name not in done
+        }
         return super()._apply_by_sample(batch.part(rest), x, result, shared) if rest else result
 
     def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
-        """Those of a call's adapters that can be applied together: compact ones, not scaled, whose tensors are in the same buffers,
-        over the same bank.
+        """Those of a call's adapters that can be applied together: compact ones, not scaled, whose
+        tensors are in the same buffers, over the same bank.
         """
         places = [getattr(self, name + end).place for name in LOGITS for end in (INDICES, WEIGHTS)]
-        bank_key, form, scaling, gated = self.bank_key, self.form, self.scaling, self.vblora_gate._parameters
+        bank_key, form, scaling, gated = (
+            self.bank_key,
+            self.form,
+            self.scaling,
+            self.vblora_gate._parameters,
+        )
         kinds: dict[Any, list[str]] = {}
         for name in batch.samples:
             if form.get(name) is Form.WEIGHTS and bank_key[name] is not None and name not in gated:
                 scale = scaling[name]
                 if not isinstance(scale, Tensor) and scale == 1:
-                    kinds.setdefault((bank_key[name], *[place(name)[0] for place in places]), []).append(name)
+                    kinds.setdefault(
+                        (bank_key[name], *[place(name)[0] for place in places]), []
+                    ).append(name)
         return map(tuple, kinds.values())
 
-    def _apply_together(self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows) -> Tensor:
+    def _apply_together(
+        self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+    ) -> Tensor:
         """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
         bank = self.bank(names[0])
         tiles = []
         for name in LOGITS:
-            indices, weights = (self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS))
+            indices, weights = (
+                self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS)
+            )
             tiles.append(mix(indices, all_weights(weights), bank))
         A = tiles[0].flatten(-2)[..., : self.geometry.in_features]  # [names, r, in]
-        B = tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]  # [names, r, out], transposed
+        B = (
+            tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]
+        )  # [names, r, out], transposed
         rows, owner = batch.owners(names, x, shared)
         if len(rows) != len(names):  # else each has one row, and both are in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
-        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype).reshape(len(rows), -1, x.shape[-1])
+        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype).reshape(
+            len(rows), -1, x.shape[-1]
+        )
         delta = (own @ A.mT @ B).view(len(rows), *result.shape[1:]).to(result.dtype)
         return result + delta if is_all else result.index_add(0, rows, delta)
 

@@ -35,7 +35,8 @@ _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", 
 
 
 class VBLoRAModel(BaseTuner):
-    """A model with VB-LoRA adapters; each adapter's layers share one bank `[num_vectors, vector_length]`.
+    """A model with VB-LoRA adapters; each adapter's layers share one bank
+    `[num_vectors, vector_length]`.
 
     Args:
         As `BaseTuner`.
@@ -96,11 +97,11 @@ class VBLoRAModel(BaseTuner):
     def target_remedy(self, config: Any, modules: Sequence[nn.Module]) -> str:
         """The lengths that divide all sizes."""
         sizes = [size for module in modules if (size := geometry(module)) is not None]
-        common = math.gcd(*(size.in_features for size in sizes), *(size.out_features for size in sizes))
-        fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-        return (
-            f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, which cuts the last tile to size."
+        common = math.gcd(
+            *(size.in_features for size in sizes), *(size.out_features for size in sizes)
         )
+        fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+        return f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, which cuts the last tile to size."
 
     def complete(self, config: Any) -> None:
         """Have the shared bank at hand that a config names, and put its size into the config.
@@ -113,7 +114,10 @@ class VBLoRAModel(BaseTuner):
             found = find_bank(config, self._shared_banks())
             vars(config)["_bank"] = found
             if config.bank_sha256 is None:
-                config.bank_sha256, (config.num_vectors, config.vector_length) = found.key, found.vectors.shape
+                config.bank_sha256, (config.num_vectors, config.vector_length) = (
+                    found.key,
+                    found.vectors.shape,
+                )
                 config.validate()
 
     def _shared_banks(self) -> Mapping[str, Tensor]:
@@ -123,18 +127,28 @@ class VBLoRAModel(BaseTuner):
             known = next((layer.vblora_shared_banks for layer in self.tuner_layers()), None)
         return {} if known is None else dict(known.items())  # type: ignore[operator]
 
-    def build_shared_parameters(self, config: Any, placement: Placement, initialise: bool) -> dict[str, nn.Parameter]:
-        """The adapter's own bank, uniform within the config's bound. A shared one is put where the adapter is."""
+    def build_shared_parameters(
+        self, config: Any, placement: Placement, initialise: bool
+    ) -> dict[str, nn.Parameter]:
+        """The adapter's own bank, uniform within the config's bound. A shared one is put where the
+        adapter is.
+        """
         device, dtype = placement
         if config.shares_bank:
             found = _at_hand(config)
             place = torch.device("cpu") if device.type == "meta" else device
             if not found.is_resident:
-                warn_of_values("The shared bank", {_SHARED: found.vectors}, {_SHARED: torch.empty(0, dtype=dtype)})
+                warn_of_values(
+                    "The shared bank",
+                    {_SHARED: found.vectors},
+                    {_SHARED: torch.empty(0, dtype=dtype)},
+                )
                 found = found._replace(vectors=found.vectors.to(place, dtype))
             vars(config)["_bank"] = found
             return {}
-        bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype))
+        bank = nn.Parameter(
+            torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype)
+        )
         if initialise:
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
         return {_BANK: bank}
@@ -152,22 +166,41 @@ class VBLoRAModel(BaseTuner):
 
     def detach_adapter(self, adapter_name: str) -> None:
         """Let go of a shared bank that no other adapter uses."""
-        keys = {layer.bank_key.get(adapter_name) for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)} - {None}
+        keys = {
+            layer.bank_key.get(adapter_name)
+            for layer in self.tuner_layers()
+            if isinstance(layer, VBLoRALayer)
+        } - {None}
         others = [layer.bank_key for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)]
         container: Any = self._shared_owner(_SHARED)._modules.get(_SHARED)
         for key in keys:
-            if not any(other == key for banks in others for name, other in banks.items() if name != adapter_name):
+            if not any(
+                other == key
+                for banks in others
+                for name, other in banks.items()
+                if name != adapter_name
+            ):
                 del container[key]
 
     def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
         """Draw an adapter's bank anew."""
-        nn.init.uniform_(self.vblora_vector_bank[adapter_name], -config.init_vector_bank_bound, config.init_vector_bank_bound)
+        nn.init.uniform_(
+            self.vblora_vector_bank[adapter_name],
+            -config.init_vector_bank_bound,
+            config.init_vector_bank_bound,
+        )
 
     def _build(self, plan: Plan, construction: Construction) -> Build:
-        """Say so if the layers store their weights otherwise than the config expects, and put the config right."""
+        """Say so if the layers store their weights otherwise than the config expects, and put the
+        config right.
+        """
         config = plan.config
         config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
-        if "_form" not in vars(config) and config.save_only_topk_weights and not construction.initialise:
+        if (
+            "_form" not in vars(config)
+            and config.save_only_topk_weights
+            and not construction.initialise
+        ):
             if config.inference_mode:
                 config.form = Form.WEIGHTS
             elif config.train_topk_weights:
@@ -183,7 +216,8 @@ class VBLoRAModel(BaseTuner):
         if config.bank_sha256 != known.bank_sha256:
             banks = f"{config.bank_sha256 or 'one of its own'}, the adapter has {known.bank_sha256 or 'one of its own'}"
             raise CheckpointError(
-                f"The checkpoint needs the vector bank {banks}; nothing was changed. `load_adapter` it under a new name."
+                f"The checkpoint needs the vector bank {banks}; nothing was changed. "
+                "`load_adapter` it under a new name."
             )
         config.form = known.form
         self.complete(config)
@@ -199,7 +233,9 @@ class VBLoRAModel(BaseTuner):
         for _, module in walk(model):
             if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
                 module.note_loaded(adapter_name)
-                trainable = any(parameter.requires_grad for parameter in module.adapter_parameters(adapter_name))
+                trainable = any(
+                    parameter.requires_grad for parameter in module.adapter_parameters(adapter_name)
+                )
                 waiting |= trainable and module.topk_only[adapter_name]
         if waiting:
             warn(
@@ -215,20 +251,23 @@ class VBLoRAModel(BaseTuner):
 
     @classmethod
     def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The tensors of the form in which the model holds the adapter, of whichever form the checkpoint has.
+        """The tensors of the form in which the model holds the adapter, of whichever form the
+        checkpoint has.
 
         Raises:
-            CheckpointError: Indices without weights, or beyond the bank; or a bank where there should be none, or none.
+            CheckpointError: Indices without weights, or beyond the bank; or a bank where there
+                should be none, or none.
         """
         return import_state(state, config)
 
     def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
-        """What saving an adapter writes, in units of float32: (bank and logits, biases and whole modules).
+        """What saving an adapter writes, in units of float32: (bank and logits, biases and whole
+        modules).
 
         By default the adapter called "default", else the only one that is active.
 
-        A bank that is shared is not written with the adapter. Parameters of the base model that were unfrozen by hand count too, as
-        something that needs saving.
+        A bank that is shared is not written with the adapter. Parameters of the base model that
+        were unfrozen by hand count too, as something that needs saving.
 
         Raises:
             PeftValueError: There is no such adapter, or several could be meant.
@@ -243,11 +282,18 @@ class VBLoRAModel(BaseTuner):
                 own += layer.savable_parameters(adapter, config)
                 counted |= {id(tensor) for tensor in layer.adapter_tensors(adapter)}
         view = in_view(config, adapter)
-        for tensor in adapter_tensors(named_tensors(walk(self.model, view), view), config, adapter).values():
+        for tensor in adapter_tensors(
+            named_tensors(walk(self.model, view), view), config, adapter
+        ).values():
             if id(tensor) not in counted:
                 other += tensor.numel()
                 counted.add(id(tensor))
-        others = {id(p) for layer in self.tuner_layers() for name in layer.scaling for p in layer.adapter_parameters(name)}
+        others = {
+            id(p)
+            for layer in self.tuner_layers()
+            for name in layer.scaling
+            for p in layer.adapter_parameters(name)
+        }
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in counted | others:
                 other += parameter.numel()
@@ -257,7 +303,10 @@ class VBLoRAModel(BaseTuner):
     def print_savable_parameters(self, adapter: str | None = None) -> None:
         """Print how much saving an adapter writes, by default the active one."""
         own, other = self.get_nb_savable_parameters(adapter or self.active_adapters[0])
-        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}")
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
+            f"to-be-saved: {own + other:,d}"
+        )
 
 
 def _at_hand(config: Any) -> FoundBank:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PackedTensors`: small tensors that nobody trains, of thousands of adapters, side by side in a few large ones.
+"""`PackedTensors`: small tensors that nobody trains, of thousands of adapters, side by side in a
+few large ones.
 
-A tensor of a few hundred bytes costs about as much again in Python and torch objects, and to run a batch of adapters their tensors
-would have to be stacked in every call. Here all entries of one shape and dtype are rows of one buffer.
+A tensor of a few hundred bytes costs about as much again in Python and torch objects, and to run a
+batch of adapters their tensors would have to be stacked in every call. Here all entries of one
+shape and dtype are rows of one buffer.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from ...base.containers import ByAdapter
 
 
 class PackedTensors(ByAdapter, nn.Module):
-    """Tensors by adapter name, read by a call as those of `AdapterParameterDict`. In a state dict each is an entry of its own.
+    """Tensors by adapter name, read by a call as those of `AdapterParameterDict`. In a state dict
+    each is an entry of its own.
 
-    An entry is a view: what is written into it is kept, until another entry is added and its buffer grows.
+    An entry is a view: what is written into it is kept, until another entry is added and its buffer
+    grows.
 
     Example:
         >>> packed = PackedTensors()
@@ -41,7 +45,10 @@ class PackedTensors(ByAdapter, nn.Module):
 
     def extra_repr(self) -> str:
         """Dtype and shape of the entries, of the first few where there are many."""
-        shown = [f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in islice(self.items(), 8)]
+        shown = [
+            f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+            for name, t in islice(self.items(), 8)
+        ]
         more = [f"… {len(self) - len(shown)} more"] if len(self) > len(shown) else []
         return ", ".join([*shown, *more])
 
@@ -128,4 +135,6 @@ class PackedTensors(ByAdapter, nn.Module):
                 tensor.copy_(state_dict[key])
         if strict:
             known = {prefix + name for name in self}
-            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+            unexpected_keys.extend(
+                key for key in state_dict if key.startswith(prefix) and key not in known
+            )

@@ -26,7 +26,8 @@ class Use(NamedTuple):
         layer: The layer's path.
         factor: "A" (input side) or "B" (output side).
         counts: How many positions chose each vector, `[num_vectors]`.
-        weights: What weight these choices have together, `[num_vectors]`; sums to the number of positions.
+        weights: What weight these choices have together, `[num_vectors]`; sums to the number of
+            positions.
     """
 
     layer: str
@@ -59,9 +60,10 @@ class BankUsage:
         """The bank's usage in a few numbers.
 
         Returns:
-            `num_vectors`; `positions`; `used`: vectors that any position chose; `only_A`, `only_B`, `both`: those used on one side
-            or on both; `effective`: exp of the entropy of the choices' weights, as many vectors as would be used alike;
-            `top_tenth`: the share of all weight that the most used tenth of the vectors has.
+            `num_vectors`; `positions`; `used`: vectors that any position chose; `only_A`, `only_B`,
+            `both`: those used on one side or on both; `effective`: exp of the entropy of the
+            choices' weights, as many vectors as would be used alike; `top_tenth`: the share of all
+            weight that the most used tenth of the vectors has.
         """
         a, b = self.counts("A") > 0, self.counts("B") > 0
         weights = torch.stack([use.weights for use in self.uses]).sum(0).double()
@@ -80,9 +82,17 @@ class BankUsage:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each vector that a factor of a layer uses: `layer`, `factor`, `vector`, `count`, `weight`."""
+        """A row for each vector that a factor of a layer uses: `layer`, `factor`, `vector`,
+        `count`, `weight`.
+        """
         return [
-            {"layer": use.layer, "factor": use.factor, "vector": i, "count": int(use.counts[i]), "weight": float(use.weights[i])}
+            {
+                "layer": use.layer,
+                "factor": use.factor,
+                "vector": i,
+                "count": int(use.counts[i]),
+                "weight": float(use.weights[i]),
+            }
             for use in self.uses
             for i in use.counts.nonzero().flatten().tolist()
         ]
@@ -91,7 +101,9 @@ class BankUsage:
         """`rows` as a pandas `DataFrame`."""
         import pandas
 
-        return pandas.DataFrame(self.rows(), columns=["layer", "factor", "vector", "count", "weight"])
+        return pandas.DataFrame(
+            self.rows(), columns=["layer", "factor", "vector", "count", "weight"]
+        )
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `summary` and `rows` to a file; its folder is made if missing."""
@@ -106,20 +118,27 @@ class BankUsage:
         lines = [f"{'layer':{width}}  factor  positions  vectors  most used"]
         for use in self.uses:
             positions, used = int(use.weights.sum().round()), int((use.counts > 0).sum())
-            best = ", ".join(f"{i} ({int(use.counts[i])})" for i in use.counts.argsort(descending=True, stable=True)[:3].tolist())
+            best = ", ".join(
+                f"{i} ({int(use.counts[i])})"
+                for i in use.counts.argsort(descending=True, stable=True)[:3].tolist()
+            )
             lines.append(f"{use.layer:{width}}  {use.factor:6}  {positions:9}  {used:7}  {best}")
         s = self.summary()
         lines.append(
-            f"{s['used']} of {s['num_vectors']} used: {s['only_A']} in A only, {s['only_B']} in B only, {s['both']} in both; "
-            f"effectively {s['effective']:.1f}; the most used tenth has {100 * s['top_tenth']:.0f} % of the weight"
+            f"{s['used']} of {s['num_vectors']} used: {s['only_A']} in A only, {s['only_B']} in B "
+            f"only, {s['both']} in both; "
+            f"effectively {s['effective']:.1f}; the most used tenth has {100 * s['top_tenth']:.0f} "
+            "% of the weight"
         )
         return "\n".join(lines)
 
     def plot(self, folder: str | os.PathLike) -> list[Path]:
-        """Draw the map of selections, the histogram of how often vectors are chosen, and the usage by layer.
+        """Draw the map of selections, the histogram of how often vectors are chosen, and the usage
+        by layer.
 
         Args:
-            folder: Where "bank_map.png", "bank_histogram.png" and "bank_layers.png" go; made if missing.
+            folder: Where "bank_map.png", "bank_histogram.png" and "bank_layers.png" go; made if
+                missing.
 
         Returns:
             The files' paths.
@@ -136,8 +155,8 @@ def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter, in any form: logits, or indices and weights; by default the one called "default", else
-            the only one that is active.
+        adapter_name: The adapter, in any form: logits, or indices and weights; by default the one
+            called "default", else the only one that is active.
 
     Raises:
         PeftValueError: The model has no such adapter, or several could be meant.
@@ -159,9 +178,19 @@ def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
         size = len(layer.bank(adapter_name))
         path = path.removeprefix("base_model.model.")
         for factor, (indices, weights) in zip("AB", _choices(layer, adapter_name), strict=True):
-            indices, weights = indices.detach().cpu().long().flatten(), weights.detach().cpu().double().flatten()
+            indices, weights = (
+                indices.detach().cpu().long().flatten(),
+                weights.detach().cpu().double().flatten(),
+            )
             counts = torch.bincount(indices, minlength=size)
-            uses.append(Use(path, factor, counts, torch.zeros(size, dtype=torch.float64).index_add(0, indices, weights)))
+            uses.append(
+                Use(
+                    path,
+                    factor,
+                    counts,
+                    torch.zeros(size, dtype=torch.float64).index_add(0, indices, weights),
+                )
+            )
     return BankUsage(uses, size)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How writers of LoKr files name tensors: `<component>_<module path with _>.<tensor>` or `<component>.<module path>.<tensor>`."""
+"""How writers of LoKr files name tensors: `<component>_<module path with _>.<tensor>` or
+`<component>.<module path>.<tensor>`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ from typing import NamedTuple
 from ..kronecker import KroneckerFactors
 
 FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
-# Of one value each: the scale times the rank, and what some versions of LyCORIS train beside the factors.
+# Of one value each: the scale times the rank, and what some versions of LyCORIS train beside the
+# factors.
 NUMBERS = ("alpha", "scalar")
 TENSORS = (*FACTORS, *NUMBERS, "dora_scale")
 
-# What stands before a module's path with `_` for dots: the part of a pipeline that it is in. Longer ones first.
+# What stands before a module's path with `_` for dots: the part of a pipeline that it is in. Longer
+# ones first.
 _FLAT = (
     "lora_prior_unet",
     "lora_transformer",
@@ -46,7 +50,8 @@ class Key(NamedTuple):
     """A key, taken apart.
 
     Attributes:
-        component: What its writer put before the module's path, which tells the parts of a pipeline apart; empty for nothing.
+        component: What its writer put before the module's path, which tells the parts of a pipeline
+            apart; empty for nothing.
         name: The module's path, with dots or with `_` in their place.
         flat: Which of the two.
         tensor: One of `TENSORS`.
@@ -63,7 +68,8 @@ def split_key(key: str) -> Key | None:
 
     Example:
         >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lokr_w1")
-        Key(component='lora_unet', name='mid_block_attentions_0_proj_in', flat=True, tensor='lokr_w1')
+        Key(component='lora_unet', name='mid_block_attentions_0_proj_in', flat=True,
+        tensor='lokr_w1')
         >>> split_key("diffusion_model.blocks.0.attn.qkv.alpha").name
         'blocks.0.attn.qkv'
     """

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of a model a file's names mean: its own paths, and the names that original implementations of known models have.
+"""Which modules of a model a file's names mean: its own paths, and the names that original
+implementations of known models have.
 
-Files of kohya's scripts and ComfyUI name the modules of Stable Diffusion XL and Flux as those models were first published;
-diffusers has other names for them, and three layers where the originals have one.
+Files of kohya's scripts and ComfyUI name the modules of Stable Diffusion XL and Flux as those
+models were first published; diffusers has other names for them, and three layers where the
+originals have one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import NamedTuple
 
 from .keys import flattened
 
-# Layers that implementations have as one or as several, by the last part of their paths; and outputs that one has in a list.
+# Layers that implementations have as one or as several, by the last part of their paths; and
+# outputs that one has in a list.
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "qkv": ("to_q", "to_k", "to_v"),
@@ -49,7 +52,14 @@ class Names:
     def __init__(self, paths: Iterable[str], before: Mapping[str, str] | None = None) -> None:
         self.paths = tuple(paths)
         own = {path: Target((path,)) for path in self.paths}
-        tiers = (own, {name: target for name, target in _aliases(set(self.paths), before or {}) if name not in own})
+        tiers = (
+            own,
+            {
+                name: target
+                for name, target in _aliases(set(self.paths), before or {})
+                if name not in own
+            },
+        )
         self._dotted = [{name: {target} for name, target in tier.items()} for tier in tiers]
         self._flat: list[dict[str, set[Target]]] = [{}, {}]
         for flat, tier in zip(self._flat, tiers, strict=True):
@@ -64,9 +74,13 @@ class Names:
         return set()
 
     def originals(self) -> list[tuple[str, tuple[str, ...]]]:
-        """The names of the original implementation with the layers that each means, a name for a layer."""
+        """The names of the original implementation with the layers that each means, a name for a
+        layer.
+        """
         paths, named, result = set(self.paths), set[str](), []
-        for name, target in sorted((*_unet(paths), *_flux(paths)), key=lambda item: -len(item[1].paths)):
+        for name, target in sorted(
+            (*_unet(paths), *_flux(paths)), key=lambda item: -len(item[1].paths)
+        ):
             if paths.issuperset(target.paths) and named.isdisjoint(target.paths):
                 named.update(target.paths)
                 result.append((name, target.paths))
@@ -74,23 +88,36 @@ class Names:
 
 
 def _aliases(paths: Collection[str], before: Mapping[str, str]) -> Iterator[tuple[str, Target]]:
-    """All names that are not the model's own. Where two mean different things for the same name, the first counts."""
+    """All names that are not the model's own. Where two mean different things for the same name,
+    the first counts.
+    """
     seen: set[str] = set()
     earlier = [(before[path], Target((path,))) for path in paths if path in before]
-    for name, target in (*earlier, *_towers(paths), *_unet(paths), *_flux(paths), *_fused(paths), *_parts(paths)):
+    for name, target in (
+        *earlier,
+        *_towers(paths),
+        *_unet(paths),
+        *_flux(paths),
+        *_fused(paths),
+        *_parts(paths),
+    ):
         if name not in seen and all(path in paths for path in target.paths):
             seen.add(name)
             yield name, target
 
 
 def _towers(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
-    """The parts of a CLIP encoder, which have a `text_model.` or `vision_model.` around them in some versions and not in others."""
+    """The parts of a CLIP encoder, which have a `text_model.` or `vision_model.` around them in
+    some versions and not in others.
+    """
     for path in paths:
         tower, _, inner = path.partition(".")
         if tower in ("text_model", "vision_model"):
             yield inner, Target((path,))
         elif path.startswith("encoder.layers."):
-            yield from ((f"{name}.{path}", Target((path,))) for name in ("text_model", "vision_model"))
+            yield from (
+                (f"{name}.{path}", Target((path,))) for name in ("text_model", "vision_model")
+            )
 
 
 def _fused(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
@@ -98,7 +125,10 @@ def _fused(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
     for parent, own in _children(paths).items():
         for name, members in _FUSED.items():
             if set(members) <= own:
-                yield _under(parent, name), Target(tuple(_under(parent, member) for member in members))
+                yield (
+                    _under(parent, name),
+                    Target(tuple(_under(parent, member) for member in members)),
+                )
         if "to_out.0" in own:
             yield _under(parent, "to_out"), Target((_under(parent, "to_out.0"),))
             yield _under(parent, "out"), Target((_under(parent, "to_out.0"),))
@@ -110,7 +140,10 @@ def _parts(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
         for name, members in _FUSED.items():
             if name in own:
                 for part, member in enumerate(members):
-                    yield _under(parent, member), Target((_under(parent, name),), part, len(members))
+                    yield (
+                        _under(parent, member),
+                        Target((_under(parent, name),), part, len(members)),
+                    )
 
 
 def _children(paths: Collection[str]) -> Mapping[str, set[str]]:
@@ -129,7 +162,9 @@ def _under(parent: str, name: str) -> str:
 
 
 def _unet(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
-    """Stable Diffusion's names for diffusers' UNet: blocks are numbered through, with a resolution's change as one of them."""
+    """Stable Diffusion's names for diffusers' UNet: blocks are numbered through, with a
+    resolution's change as one of them.
+    """
     resnet = {
         "in_layers.2": "conv1",
         "out_layers.3": "conv2",
@@ -162,13 +197,22 @@ def _unet(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
             blocks[f"output_blocks.{number}.0"] = f"up_blocks.{i}.resnets.{j}"
             blocks[f"output_blocks.{number}.1"] = f"up_blocks.{i}.attentions.{j}"
             if j == layers - 1:
-                place = 2 if any(path.startswith(f"up_blocks.{i}.attentions.") for path in paths) else 1
+                place = (
+                    2 if any(path.startswith(f"up_blocks.{i}.attentions.") for path in paths) else 1
+                )
                 blocks[f"output_blocks.{number}.{place}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
             number += 1
     ours = {path: original for original, path in blocks.items()}
     ends = {name: original for original, name in resnet.items()}
     for path in paths:
-        block = next((path[: m.end()] for m in [re.match(r"\w+(\.\d+)?\.(resnets|attentions)\.\d+", path)] if m), path)
+        block = next(
+            (
+                path[: m.end()]
+                for m in [re.match(r"\w+(\.\d+)?\.(resnets|attentions)\.\d+", path)]
+                if m
+            ),
+            path,
+        )
         if block in ours:
             end = path[len(block) + 1 :]
             yield _joined(ours[block], ends.get(end, end)), Target((path,))
@@ -189,20 +233,32 @@ def _flux(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
     for i in range(_count(paths, r"transformer_blocks\.(\d+)\.")):
         theirs, ours = f"double_blocks.{i}", f"transformer_blocks.{i}"
         for stream, own, more in zip(("img", "txt"), attention, ("", "_context"), strict=True):
-            yield f"{theirs}.{stream}_attn.qkv", Target(tuple(f"{ours}.attn.{name}" for name in own))
+            yield (
+                f"{theirs}.{stream}_attn.qkv",
+                Target(tuple(f"{ours}.attn.{name}" for name in own)),
+            )
             fused = "to_qkv" if stream == "img" else "to_added_qkv"
             yield f"{theirs}.{stream}_attn.qkv", Target((f"{ours}.attn.{fused}",))
             out = "to_out.0" if stream == "img" else "to_add_out"
             yield f"{theirs}.{stream}_attn.proj", Target((f"{ours}.attn.{out}",))
             yield f"{theirs}.{stream}_mod.lin", Target((f"{ours}.norm1{more}.linear",))
-            for place, names in (("0", ("net.0.proj", "linear_in")), ("2", ("net.2", "linear_out"))):
-                yield from ((f"{theirs}.{stream}_mlp.{place}", Target((f"{ours}.ff{more}.{name}",))) for name in names)
+            for place, names in (
+                ("0", ("net.0.proj", "linear_in")),
+                ("2", ("net.2", "linear_out")),
+            ):
+                yield from (
+                    (f"{theirs}.{stream}_mlp.{place}", Target((f"{ours}.ff{more}.{name}",)))
+                    for name in names
+                )
     for i in range(_count(paths, r"single_transformer_blocks\.(\d+)\.")):
         theirs, ours = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         parts = *(f"{ours}.attn.{name}" for name in attention[0]), f"{ours}.proj_mlp"
         yield f"{theirs}.linear1", Target(parts)
         yield f"{theirs}.linear1", Target((f"{ours}.attn.to_qkv_mlp_proj",))
-        yield from ((f"{theirs}.linear2", Target((f"{ours}.{name}",))) for name in ("proj_out", "attn.to_out"))
+        yield from (
+            (f"{theirs}.linear2", Target((f"{ours}.{name}",)))
+            for name in ("proj_out", "attn.to_out")
+        )
         yield f"{theirs}.modulation.lin", Target((f"{ours}.norm.linear",))
     yield from ((original, Target((path,))) for original, path in _FLUX_ENDS)
 

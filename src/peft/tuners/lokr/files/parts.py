@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file's modules: their tensors, their rank and scale, and what becomes of them where a layer is in one or several parts."""
+"""A file's modules: their tensors, their rank and scale, and what becomes of them where a layer is
+in one or several parts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from ..shapes import sides, tucker_kernel
 
-# An alpha of this size is no number to scale by: writers put the rank there, and an impossible one where factors are whole.
+# An alpha of this size is no number to scale by: writers put the rank there, and an impossible one
+# where factors are whole.
 PLACEHOLDER = 1e9
 
 
@@ -26,9 +29,12 @@ class FileModule:
         flat: Whether the name has `_` for dots.
         factors: Tensors by the fields of `KroneckerFactors`.
         alpha: What the file says, None for nothing.
-        scalar: A factor on the product that LyCORIS trained (`use_scalar`), None where the factors have it in them.
-        dora_scale: Lengths of the weight's rows `[out, 1, …]` or columns `[1, in, …]`, None without decomposition.
-        known: `r` and `alpha` as a config says them, which then decide the scale alone, None without a config.
+        scalar: A factor on the product that LyCORIS trained (`use_scalar`), None where the factors
+            have it in them.
+        dora_scale: Lengths of the weight's rows `[out, 1, …]` or columns `[1, in, …]`, None without
+            decomposition.
+        known: `r` and `alpha` as a config says them, which then decide the scale alone, None
+            without a config.
     """
 
     name: str
@@ -53,7 +59,9 @@ class FileModule:
 
     @property
     def scale(self) -> float:
-        """The factor on the product: `alpha / rank`; 1 where both sides are whole, or alpha is missing or a placeholder."""
+        """The factor on the product: `alpha / rank`; 1 where both sides are whole, or alpha is
+        missing or a placeholder.
+        """
         if self.known is not None:
             return self.known[1] / self.known[0]
         if self.rank is None or self.alpha is None or self.has_placeholder:
@@ -65,7 +73,9 @@ class FileModule:
         left = next((name for name in ("w1", "w1_a") if name in self.factors), None)
         if self.scalar is not None and left is not None:
             tensor = self.factors[left]
-            self.factors[left] = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * self.scalar
+            self.factors[left] = (
+                tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * self.scalar
+            )
             self.scalar = None
 
     @property
@@ -76,23 +86,38 @@ class FileModule:
             return "x".join(map(str, tensor.shape))
 
         f = self.factors
-        left = size(f["w1"]) if "w1" in f else "·".join(size(f[n]) for n in ("w1_a", "w1_b") if n in f)
-        right = size(f["w2"]) if "w2" in f else "·".join(size(f[n]) for n in ("w2_a", "t2", "w2_b") if n in f)
+        left = (
+            size(f["w1"]) if "w1" in f else "·".join(size(f[n]) for n in ("w1_a", "w1_b") if n in f)
+        )
+        right = (
+            size(f["w2"])
+            if "w2" in f
+            else "·".join(size(f[n]) for n in ("w2_a", "t2", "w2_b") if n in f)
+        )
         return f"{left} (x) {right}"
 
     def for_kernel(self, kernel: Sequence[int]) -> FileModule:
-        """The same with its tensors in the shapes of a layer with this kernel: writers differ in what they do with axes of one."""
+        """The same with its tensors in the shapes of a layer with this kernel: writers differ in
+        what they do with axes of one.
+        """
         factors = dict(self.factors)
         taps = math.prod(kernel)
         for name, end in (("w2", tuple(kernel)), ("t2", tucker_kernel(kernel))):
             tensor = factors.get(name)
-            if tensor is not None and tensor.dim() >= 2 and math.prod(tensor.shape[2:]) == taps and (name == "w2" or taps > 1):
+            if (
+                tensor is not None
+                and tensor.dim() >= 2
+                and math.prod(tensor.shape[2:]) == taps
+                and (name == "w2" or taps > 1)
+            ):
                 factors[name] = tensor.reshape(*tensor.shape[:2], *end)
         return replace(self, factors=factors)
 
     def rows(self, kernel: Sequence[int]) -> int:
         """Rows of the product."""
-        (a, _), (c, _) = sides({name: tensor.shape for name, tensor in self.factors.items()}, math.prod(kernel))
+        (a, _), (c, _) = sides(
+            {name: tensor.shape for name, tensor in self.factors.items()}, math.prod(kernel)
+        )
         return a * c
 
 
@@ -112,9 +137,9 @@ class Piece:
 def split(module: FileModule, sizes: Sequence[int], kernel: Sequence[int]) -> list[Piece]:
     """A module for a layer, as pieces for layers that have its outputs between them; exact.
 
-    Row `i·c + p` of `W1 ⊗ W2` is row `i` of `W1` times row `p` of `W2`. So the rows from `start` to `stop` need the rows of `W1`
-    from `start // c` to `⌈stop / c⌉`; where blocks of `c` rows go across the ends, the layer takes its rows of a slightly larger
-    product.
+    Row `i·c + p` of `W1 ⊗ W2` is row `i` of `W1` times row `p` of `W2`. So the rows from `start` to
+    `stop` need the rows of `W1` from `start // c` to `⌈stop / c⌉`; where blocks of `c` rows go
+    across the ends, the layer takes its rows of a slightly larger product.
 
     Args:
         module: With factors that fit a layer of `sum(sizes)` outputs.
@@ -150,7 +175,8 @@ def split(module: FileModule, sizes: Sequence[int], kernel: Sequence[int]) -> li
 
 
 def join(pieces: Sequence[Piece], sizes: Sequence[int], kernel: Sequence[int]) -> FileModule | None:
-    """The inverse of `split`: one module with the outputs of several, None where no Kronecker product is exactly that.
+    """The inverse of `split`: one module with the outputs of several, None where no Kronecker
+    product is exactly that.
 
     Args:
         pieces: What the layers have.
@@ -160,22 +186,36 @@ def join(pieces: Sequence[Piece], sizes: Sequence[int], kernel: Sequence[int]) -
     first = pieces[0].module
     names = set(first.factors)
     left = "w1" if "w1" in names else "w1_a"
-    if any(set(piece.module.factors) != names or piece.module.scale != first.scale for piece in pieces):
+    if any(
+        set(piece.module.factors) != names or piece.module.scale != first.scale for piece in pieces
+    ):
         return None
     shared = names - {left}
     if all(_same(piece.module.factors, first.factors, shared) for piece in pieces):
         stacked = _stacked(pieces, sizes, left, first.rows(kernel) // first.factors[left].shape[0])
-        return None if stacked is None else replace(first, factors={**first.factors, left: stacked}, dora_scale=_lengths(pieces))
+        return (
+            None
+            if stacked is None
+            else replace(
+                first, factors={**first.factors, left: stacked}, dora_scale=_lengths(pieces)
+            )
+        )
     name, axis = ("w2", 0) if "w2" in names else ("w2_a", 1 if "t2" in names else 0)
-    one_row = first.factors[left].shape[0] == 1 and all(piece.row_offset is None for piece in pieces)
-    if one_row and all(_same(piece.module.factors, first.factors, names - {name}) for piece in pieces):
+    one_row = first.factors[left].shape[0] == 1 and all(
+        piece.row_offset is None for piece in pieces
+    )
+    if one_row and all(
+        _same(piece.module.factors, first.factors, names - {name}) for piece in pieces
+    ):
         whole = torch.cat([piece.module.factors[name] for piece in pieces], dim=axis)
         return replace(first, factors={**first.factors, name: whole}, dora_scale=_lengths(pieces))
     return None
 
 
 def _stacked(pieces: Sequence[Piece], sizes: Sequence[int], left: str, c: int) -> Tensor | None:
-    """`W1` of which the pieces have rows, some of them twice; None where these differ or leave gaps."""
+    """`W1` of which the pieces have rows, some of them twice; None where these differ or leave
+    gaps.
+    """
     total = sum(sizes)
     if total % c:
         return None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the modules of a file go in a model, and the config that describes the adapter they make there."""
+"""Where the modules of a file go in a model, and the config that describes the adapter they make
+there.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,20 @@ class Placed(NamedTuple):
 
     @property
     def r(self) -> int:
-        """The rank; where factors are whole, alpha, which is where writers put it, if that can be one."""
+        """The rank; where factors are whole, alpha, which is where writers put it, if that can be
+        one.
+        """
         module = self.piece.module
         if module.known is not None:
             return module.known[0]
         if module.rank is not None:
             return module.rank
         alpha = module.alpha
-        return int(alpha) if alpha is not None and alpha >= 1 and alpha < float("inf") and alpha == int(alpha) else 1
+        return (
+            int(alpha)
+            if alpha is not None and alpha >= 1 and alpha < float("inf") and alpha == int(alpha)
+            else 1
+        )
 
     @property
     def alpha(self) -> float:
@@ -70,9 +78,13 @@ class Placed(NamedTuple):
         """For people."""
         module, offset = self.piece.module, self.piece.row_offset
         more = f", rank {module.rank}" if module.rank else ""
-        more += "" if self.by_rows is None else f", lengths of {'rows' if self.by_rows else 'columns'}"
+        more += (
+            "" if self.by_rows is None else f", lengths of {'rows' if self.by_rows else 'columns'}"
+        )
         more += "" if offset is None else f", rows from {offset} on"
-        return f"{self.path} <- {', '.join(self.sources)}: {module.form}{more}, scale {module.scale:g}"
+        return (
+            f"{self.path} <- {', '.join(self.sources)}: {module.form}{more}, scale {module.scale:g}"
+        )
 
 
 @dataclass
@@ -82,7 +94,8 @@ class Placement:
     Args:
         paths: All module paths of the model.
         count: Modules of the component.
-        flat_layout: Whether full factors of one-dimensional convolutions are in the order of Hugging Face PEFT.
+        flat_layout: Whether full factors of one-dimensional convolutions are in the order of
+            Hugging Face PEFT.
     """
 
     paths: list[str]
@@ -105,18 +118,34 @@ class Placement:
         return result
 
     def config(self) -> LoKrConfig:
-        """A config of which these are the tensors: by its rules as far as they go, by shape for the rest."""
+        """A config of which these are the tensors: by its rules as far as they go, by shape for the
+        rest.
+        """
         ranks, alphas = {p.path: p.r for p in self.placed}, {p.path: p.alpha for p in self.placed}
         r, alpha = _most(ranks), _most(alphas)
         rules: dict[str, Any] = {
             "decompose_both": any("w1_a" in p.shapes for p in self.placed),
             "use_effective_conv2d": any("t2" in p.shapes for p in self.placed),
-            "full_matrix": all(p.piece.module.rank is None and p.piece.module.known is None for p in self.placed),
+            "full_matrix": all(
+                p.piece.module.rank is None and p.piece.module.known is None for p in self.placed
+            ),
         }
-        lefts = sorted({sides(p.shapes, math.prod(p.size.kernel_size))[0][0] for p in self.placed if p.piece.row_offset is None})
-        irregular = min((self._irregular(factor, rules) for factor in (-1, *lefts)), key=lambda found: len(found[1]))
+        lefts = sorted(
+            {
+                sides(p.shapes, math.prod(p.size.kernel_size))[0][0]
+                for p in self.placed
+                if p.piece.row_offset is None
+            }
+        )
+        irregular = min(
+            (self._irregular(factor, rules) for factor in (-1, *lefts)),
+            key=lambda found: len(found[1]),
+        )
         targets, excluded = exactly(list(ranks), self.paths)
-        shapes = {p.path: {n: list(s) for n, s in p.shapes.items()} if p.path in irregular[1] else None for p in self.placed}
+        shapes = {
+            p.path: {n: list(s) for n, s in p.shapes.items()} if p.path in irregular[1] else None
+            for p in self.placed
+        }
         return LoKrConfig(
             r=r,
             alpha=alpha,
@@ -138,13 +167,22 @@ class Placement:
         found = set()
         for p in self.placed:
             size = p.size
-            own = factor_shapes(size.out_features, size.in_features, size.kernel_size, r=p.r, decompose_factor=factor, **rules)
+            own = factor_shapes(
+                size.out_features,
+                size.in_features,
+                size.kernel_size,
+                r=p.r,
+                decompose_factor=factor,
+                **rules,
+            )
             if p.piece.row_offset is not None or own != p.shapes:
                 found.add(p.path)
         return factor, found
 
 
-def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | None = None) -> Placement:
+def place(
+    modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | None = None
+) -> Placement:
     """Find out where modules go. What can't be placed is among the result's `problems`, all of it.
 
     Args:
@@ -155,8 +193,12 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
     own = own_modules(model)
     layers = {path: size for path, module in own.items() if (size := geometry(module)) is not None}
     names = Names(layers, ModuleNames(model).before())
-    peft = saved is not None or any(module.component.endswith("base_model.model") for module in modules)
-    result = Placement(list(own), len(modules), peft and (saved is None or saved.kronecker_layout == "flat"))
+    peft = saved is not None or any(
+        module.component.endswith("base_model.model") for module in modules
+    )
+    result = Placement(
+        list(own), len(modules), peft and (saved is None or saved.kronecker_layout == "flat")
+    )
     partial: dict[str, dict[int, FileModule]] = {}
     parts: dict[str, int] = {}
     taken: dict[str, str] = {}
@@ -171,7 +213,9 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
             parts[target.paths[0]] = target.parts
             continue
         if twice := [path for path in target.paths if path in taken]:
-            result.problems.append(f"`{twice[0]}` is meant by both {taken[twice[0]]!r} and {module.name!r}.")
+            result.problems.append(
+                f"`{twice[0]}` is meant by both {taken[twice[0]]!r} and {module.name!r}."
+            )
             continue
         taken |= dict.fromkeys(target.paths, module.name)
         if saved is not None:
@@ -181,9 +225,11 @@ def place(modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | N
         _place_joined(result, path, found, parts[path], layers[path], own[path])
     kinds = {p.by_rows for p in result.placed}
     if len(kinds) > 1:
-        result.placed.clear()  # whatever is left out, the rest would be an adapter without some of its values
+        # Whatever is left out, the rest would be an adapter without some of its values.
+        result.placed.clear()
         result.problems.append(
-            "Some modules have a `dora_scale` and others have none, or they have it on different sides; an adapter can't have both."
+            "Some modules have a `dora_scale` and others have none, or they have it on different "
+            "sides; an adapter can't have both."
         )
     return result
 
@@ -203,7 +249,11 @@ def _unresolved(module: FileModule, targets: set[Target]) -> str:
 
 
 def _place_whole(
-    result: Placement, module: FileModule, paths: Sequence[str], layers: Mapping[str, Geometry], own: Mapping[str, nn.Module]
+    result: Placement,
+    module: FileModule,
+    paths: Sequence[str],
+    layers: Mapping[str, Geometry],
+    own: Mapping[str, nn.Module],
 ) -> None:
     """Place a module that is one layer, or several as one."""
     sizes = [layers[path] for path in paths]
@@ -223,29 +273,42 @@ def _place_whole(
     if problem is None and groups > 1 and any(piece.row_offset is not None for piece in pieces):
         problem = "a layer in groups can't take its rows of a larger product"
     if problem is not None:
-        result.problems.append(f"{module.name!r} does not fit {', '.join(f'`{path}`' for path in paths)}: {problem}.")
+        result.problems.append(
+            f"{module.name!r} does not fit {', '.join(f'`{path}`' for path in paths)}: {problem}."
+        )
         return
     for path, size, piece in zip(paths, sizes, pieces, strict=True):
         result.placed.append(Placed(path, (module.name,), piece, size, by_rows))
 
 
 def _place_joined(
-    result: Placement, path: str, found: Mapping[int, FileModule], parts: int, size: Geometry, layer: nn.Module
+    result: Placement,
+    path: str,
+    found: Mapping[int, FileModule],
+    parts: int,
+    size: Geometry,
+    layer: nn.Module,
 ) -> None:
     """Place several modules that are one layer of the model."""
     names = tuple(found[i].name for i in sorted(found))
     pieces = [Piece(found[i].for_kernel(size.kernel_size)) for i in sorted(found)]
     whole = None
     if len(pieces) == parts:
-        whole = join(pieces, [piece.module.rows(size.kernel_size) for piece in pieces], size.kernel_size)
+        whole = join(
+            pieces, [piece.module.rows(size.kernel_size) for piece in pieces], size.kernel_size
+        )
     if whole is None:
         result.problems.append(
-            f"{', '.join(map(repr, names))} are one layer in the model, `{path}`, and no Kronecker product is what they are "
+            f"{', '.join(map(repr, names))} are one layer in the model, `{path}`, and no Kronecker "
+            "product is what they are "
             "together; use a model that has them apart (diffusers' `unfuse_qkv_projections`)."
         )
         return
     problem = shape_problems(
-        {n: tuple(t.shape) for n, t in whole.factors.items()}, size.out_features, size.in_features, size.kernel_size
+        {n: tuple(t.shape) for n, t in whole.factors.items()},
+        size.out_features,
+        size.in_features,
+        size.kernel_size,
     )
     by_rows = None
     if problem is None and whole.dora_scale is not None:
@@ -256,14 +319,19 @@ def _place_joined(
     result.placed.append(Placed(path, names, Piece(whole), size, by_rows))
 
 
-def _axis(dora_scale: Tensor, out_features: int, in_features: int) -> tuple[bool | None, str | None]:
+def _axis(
+    dora_scale: Tensor, out_features: int, in_features: int
+) -> tuple[bool | None, str | None]:
     """Whether lengths are those of rows; and what is wrong with them."""
     shape = tuple(dora_scale.shape)
     if shape[:1] == (out_features,) and dora_scale.numel() == out_features:
         return True, None
     if shape[1:2] == (in_features,) and dora_scale.numel() == in_features:
         return False, None
-    return None, f"dora_scale is of shape {list(shape)}, the layer has {out_features} x {in_features}"
+    return (
+        None,
+        f"dora_scale is of shape {list(shape)}, the layer has {out_features} x {in_features}",
+    )
 
 
 def _most(values: Mapping[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LyCORIS's settings and presets as a `LoKrConfig`: which modules of a model they mean, and how each is split."""
+"""LyCORIS's settings and presets as a `LoKrConfig`: which modules of a model they mean, and how
+each is split.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +66,13 @@ def lokr_config_from_lycoris(model: nn.Module, settings: Mapping[str, Any]) -> L
 
     Args:
         model: The model that the adapter is for; it is not changed.
-        settings: The arguments of LyCORIS's `create_lycoris`, as SimpleTuner's `lycoris_config.json` has them: `algo`,
-            `linear_dim`, `linear_alpha`, `conv_dim`, `conv_alpha`, `factor`, `full_matrix`, …, and a preset as a dictionary under
-            `apply_preset` (or `preset`): classes (`target_module`) and names (`target_name`) of modules to adapt, with wildcards if
-            `use_fnmatch`; names to leave out (`exclude_name`); settings by class or name (`module_algo_map`, `name_algo_map`).
-            Without a preset all linear and convolutional layers are adapted.
+        settings: The arguments of LyCORIS's `create_lycoris`, as SimpleTuner's
+            `lycoris_config.json` has them: `algo`, `linear_dim`, `linear_alpha`, `conv_dim`,
+            `conv_alpha`, `factor`, `full_matrix`, …, and a preset as a dictionary under
+            `apply_preset` (or `preset`): classes (`target_module`) and names (`target_name`) of
+            modules to adapt, with wildcards if `use_fnmatch`; names to leave out (`exclude_name`);
+            settings by class or name (`module_algo_map`, `name_algo_map`). Without a preset all
+            linear and convolutional layers are adapted.
 
     Raises:
         PeftTypeError: A setting is unknown.
@@ -86,27 +90,53 @@ def lokr_config_from_lycoris(model: nn.Module, settings: Mapping[str, Any]) -> L
     """
     preset = settings.get("apply_preset", settings.get("preset")) or {}
     if not isinstance(preset, Mapping):
-        raise PeftTypeError(f"The preset {preset!r} must be a dictionary; names of presets are LyCORIS's own.")
-    unknown = sorted(set(settings) - _READ - set(_FIELDS) - _WITHOUT_EFFECT) + sorted(set(preset) - _PRESET)
+        raise PeftTypeError(
+            f"The preset {preset!r} must be a dictionary; names of presets are LyCORIS's own."
+        )
+    unknown = sorted(set(settings) - _READ - set(_FIELDS) - _WITHOUT_EFFECT) + sorted(
+        set(preset) - _PRESET
+    )
     if unknown:
-        raise PeftTypeError(f"LyCORIS's LoKr has no setting {', '.join(map(repr, unknown))} that is known here.")
+        raise PeftTypeError(
+            f"LyCORIS's LoKr has no setting {', '.join(map(repr, unknown))} that is known here."
+        )
     modules = own_modules(model)
     chosen = {path: {**settings, **own} for path, own in _chosen(modules, preset).items()}
     for path, own in chosen.items():
         if str(own.get("algo", "lokr")).lower() not in ("lokr", "kron"):
-            raise PeftValueError(f"`{path}`: the settings ask for {own['algo']!r}; this is for LoKr alone.")
-    sized = {path: (own, size) for path, own in chosen.items() if (size := geometry(modules[path])) is not None}
+            raise PeftValueError(
+                f"`{path}`: the settings ask for {own['algo']!r}; this is for LoKr alone."
+            )
+    sized = {
+        path: (own, size)
+        for path, own in chosen.items()
+        if (size := geometry(modules[path])) is not None
+    }
     with_conv = preset.get("enable_conv", True)
-    layers = {path: _layer(own, size) for path, (own, size) in sized.items() if with_conv or not _is_spatial(size)}
+    layers = {
+        path: _layer(own, size)
+        for path, (own, size) in sized.items()
+        if with_conv or not _is_spatial(size)
+    }
     if not layers:
         raise PeftValueError("The settings mean no linear or convolutional layer of the model.")
     return _config(settings, layers, list(modules))
 
 
-def _config(settings: Mapping[str, Any], layers: Mapping[str, tuple[int, float, tuple[int, int]]], paths: list[str]) -> LoKrConfig:
-    ranks, alphas = {path: layer[0] for path, layer in layers.items()}, {path: layer[1] for path, layer in layers.items()}
+def _config(
+    settings: Mapping[str, Any],
+    layers: Mapping[str, tuple[int, float, tuple[int, int]]],
+    paths: list[str],
+) -> LoKrConfig:
+    ranks, alphas = (
+        {path: layer[0] for path, layer in layers.items()},
+        {path: layer[1] for path, layer in layers.items()},
+    )
     pairs: dict[str, Any] = {path: list(layer[2]) for path, layer in layers.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    r, alpha = (
+        Counter(ranks.values()).most_common(1)[0][0],
+        Counter(alphas.values()).most_common(1)[0][0],
+    )
     targets, excluded = exactly(list(layers), paths)
     return LoKrConfig(
         r=r,
@@ -121,17 +151,29 @@ def _config(settings: Mapping[str, Any], layers: Mapping[str, tuple[int, float, 
     )
 
 
-def _chosen(modules: Mapping[str, nn.Module], preset: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _chosen(
+    modules: Mapping[str, nn.Module], preset: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """The modules that a preset means, with the settings it has for each."""
     by_class, by_name = preset.get("module_algo_map", {}), preset.get("name_algo_map", {})
-    plain = not any(key in preset for key in ("target_module", "target_name", "module_algo_map", "name_algo_map"))
-    classes = {*preset.get("target_module", ["Linear", "Conv1d", "Conv2d", "Conv3d"] if plain else []), *by_class}
+    plain = not any(
+        key in preset
+        for key in ("target_module", "target_name", "module_algo_map", "name_algo_map")
+    )
+    classes = {
+        *preset.get("target_module", ["Linear", "Conv1d", "Conv2d", "Conv3d"] if plain else []),
+        *by_class,
+    }
     names = [*by_name, *preset.get("target_name", [])]
     excluded = preset.get("exclude_name", [])
 
     def fits(pattern: str, path: str) -> bool:
         same = path == pattern
-        return same or (fnmatch.fnmatch(path, pattern) if preset.get("use_fnmatch") else re.match(pattern, path) is not None)
+        return same or (
+            fnmatch.fnmatch(path, pattern)
+            if preset.get("use_fnmatch")
+            else re.match(pattern, path) is not None
+        )
 
     def named(path: str) -> str | None:
         return next((pattern for pattern in names if fits(pattern, path)), None)
@@ -143,8 +185,16 @@ def _chosen(modules: Mapping[str, nn.Module], preset: Mapping[str, Any]) -> dict
     for path in filter(kept, modules):
         places = [*(path[:i] for i, sign in enumerate(path) if sign == "."), path]
         kinds = [type(modules[place]).__name__ if place in modules else "" for place in places]
-        # The outermost module of a class that is meant comes first, with the settings of the innermost that has some.
-        start = next((i for i, place in enumerate(places) if kinds[i] in classes and kept(place) and named(place) is None), None)
+        # The outermost module of a class that is meant comes first, with the settings of the
+        # innermost that has some.
+        start = next(
+            (
+                i
+                for i, place in enumerate(places)
+                if kinds[i] in classes and kept(place) and named(place) is None
+            ),
+            None,
+        )
         if start is not None:
             own = next((kind for kind in reversed(kinds[start:]) if kind in by_class), None)
             result[path] = _translated(by_class.get(own, {}))
@@ -164,14 +214,16 @@ def _translated(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(settings: Mapping[str, Any], size: Geometry) -> tuple[int, float, tuple[int, int]]:
-    """Rank, alpha and the size of `W1` of one layer. A factor above the square root is swapped there, and where both sides are
-    whole alpha is the rank.
+    """Rank, alpha and the size of `W1` of one layer. A factor above the square root is swapped
+    there, and where both sides are whole alpha is the rank.
     """
     r, alpha = int(settings.get("linear_dim") or 4), float(settings.get("linear_alpha", 1) or 0)
     if _is_spatial(size):
         r, alpha = int(settings.get("conv_dim") or r), float(settings.get("conv_alpha") or alpha)
     factor = int(settings.get("factor", -1))
-    (a, c), (b, d) = (sorted(factorization(n, factor)) for n in (size.out_features, size.in_features))
+    (a, c), (b, d) = (
+        sorted(factorization(n, factor)) for n in (size.out_features, size.in_features)
+    )
     if settings.get("unbalanced_factorization"):
         a, c = c, a
     whole = 2 * r >= max(c, d) and not (settings.get("decompose_both") and 2 * r < max(a, b))

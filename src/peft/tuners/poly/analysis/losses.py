@@ -20,8 +20,8 @@ from . import metrics
 
 @contextmanager
 def recorded_routing(model: nn.Module) -> Iterator[dict[Router, list[Tensor]]]:
-    """A context that keeps the mixing weights which routers give, with their gradients: for routing by input, whose weights are
-    known in a forward only.
+    """A context that keeps the mixing weights which routers give, with their gradients: for routing
+    by input, whose weights are known in a forward only.
 
     Args:
         model: A model with Poly adapters.
@@ -34,7 +34,11 @@ def recorded_routing(model: nn.Module) -> Iterator[dict[Router, list[Tensor]]]:
     def keep(router: Any, args: Any, weights: Tensor) -> None:
         record.setdefault(router, []).append(weights)
 
-    hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, Router)]
+    hooks = [
+        module.register_forward_hook(keep)
+        for module in model.modules()
+        if isinstance(module, Router)
+    ]
     try:
         yield record
     finally:
@@ -52,25 +56,31 @@ def routing_loss(
     record: dict[Router, list[Tensor]] | None = None,
     adapter_name: str | None = None,
 ) -> Tensor:
-    """A sum of terms on the routing of an adapter, the mean over its routers, to be added to the loss.
+    """A sum of terms on the routing of an adapter, the mean over its routers, to be added to the
+    loss.
 
-    Routing by task is judged by its table, as it is in evaluation. Routing by input is judged by what it chose for a batch.
+    Routing by task is judged by its table, as it is in evaluation. Routing by input is judged by
+    what it chose for a batch.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        entropy: Factor on the entropy of each row of weights (0 to 1). Positive: rows of few skills.
-        balance: Factor on the unevenness of skills' use over tasks or samples. Positive: no skill falls out of use.
-        ibp: Factor on the negative logarithm of the Indian buffet process prior; for routing by task.
+        entropy: Factor on the entropy of each row of weights (0 to 1). Positive: rows of few
+            skills.
+        balance: Factor on the unevenness of skills' use over tasks or samples. Positive: no skill
+            falls out of use.
+        ibp: Factor on the negative logarithm of the Indian buffet process prior; for routing by
+            task.
         ibp_alpha: That prior's expected number of skills of a task.
         record: What `recorded_routing` kept of the forward; routers in it are judged by that.
-        adapter_name: The adapter; by default the one called "default", else the only one that is active.
+        adapter_name: The adapter; by default the one called "default", else the only one that is
+            active.
 
     Returns:
         A number with gradients.
 
     Raises:
-        PeftValueError: There is no such adapter, several could be meant, or routing by input was not recorded or is asked for
-            its prior.
+        PeftValueError: There is no such adapter, several could be meant, or routing by input was
+            not recorded or is asked for its prior.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -85,10 +95,22 @@ def routing_loss(
     name = adapter_of(model, adapter_name, PolyLayer, " of Poly")
     layers = (layer for _, layer in walk(model) if isinstance(layer, PolyLayer))
     routers = dict.fromkeys(layer.router(name) for layer in layers if name in layer.scaling)
-    return torch.stack([_terms(router, entropy, balance, ibp, ibp_alpha, (record or {}).get(router)) for router in routers]).mean()
+    return torch.stack(
+        [
+            _terms(router, entropy, balance, ibp, ibp_alpha, (record or {}).get(router))
+            for router in routers
+        ]
+    ).mean()
 
 
-def _terms(router: Any, entropy: float, balance: float, ibp: float, ibp_alpha: float, seen: list[Tensor] | None) -> Tensor:
+def _terms(
+    router: Any,
+    entropy: float,
+    balance: float,
+    ibp: float,
+    ibp_alpha: float,
+    seen: list[Tensor] | None,
+) -> Tensor:
     """The terms of one router."""
     by_task = isinstance(router, TaskRouter)
     if not by_task and (ibp or not seen):
@@ -104,5 +126,7 @@ def _terms(router: Any, entropy: float, balance: float, ibp: float, ibp_alpha: f
     if balance:
         total = total + balance * metrics.balance(weights)
     if ibp:
-        total = total + ibp * metrics.ibp_energy(router.task_gates().transpose(0, 1), ibp_alpha).mean()
+        total = (
+            total + ibp * metrics.ibp_energy(router.task_gates().transpose(0, 1), ibp_alpha).mean()
+        )
     return total

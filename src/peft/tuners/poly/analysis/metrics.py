@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a routing is spread over its skills: the papers' measures and priors, as pure functions of gates and mixing weights.
+"""How a routing is spread over its skills: the papers' measures and priors, as pure functions of
+gates and mixing weights.
 
-Shapes: gates and weights `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`; gates are in [0, 1], weights sum to one over
-the skills.
+Shapes: gates and weights `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`; gates are in
+[0, 1], weights sum to one over the skills.
 
 Source: arXiv:2202.13914, section 5; arXiv:2211.03831
 """
@@ -16,7 +17,8 @@ from torch import Tensor
 
 
 def discreteness(gates: Tensor) -> Tensor:
-    """Mean entropy of the gates in bits, `−(g·log₂ g + (1 − g)·log₂(1 − g))`: 0 where all are open or shut, 1 where all are a half.
+    """Mean entropy of the gates in bits, `−(g·log₂ g + (1 − g)·log₂(1 − g))`: 0 where all are open
+    or shut, 1 where all are a half.
 
     Args:
         gates: In [0, 1], of any shape.
@@ -28,7 +30,9 @@ def discreteness(gates: Tensor) -> Tensor:
     Source: arXiv:2202.13914, section 5
     """
     shut = 1 - gates
-    return -(torch.special.xlogy(gates, gates) + torch.special.xlogy(shut, shut)).mean() / math.log(2)
+    return -(torch.special.xlogy(gates, gates) + torch.special.xlogy(shut, shut)).mean() / math.log(
+        2
+    )
 
 
 def sparsity(gates: Tensor) -> Tensor:
@@ -40,13 +44,16 @@ def sparsity(gates: Tensor) -> Tensor:
 
 
 def usage(weights: Tensor) -> Tensor:
-    """Each skill's share of all tasks' weight: the mean over all but the last dimension, `[n_skills]`, divided by its sum."""
+    """Each skill's share of all tasks' weight: the mean over all but the last dimension,
+    `[n_skills]`, divided by its sum.
+    """
     mean = weights.flatten(0, -2).mean(0)
     return mean / mean.sum().clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Entropy of weights over the skills, divided by its largest value `log n_skills`: 0 for one skill, 1 for all alike.
+    """Entropy of weights over the skills, divided by its largest value `log n_skills`: 0 for one
+    skill, 1 for all alike.
 
     Args:
         weights: `[..., n_skills]`, each row's sum one.
@@ -63,7 +70,8 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def spread(weights: Tensor) -> Tensor:
-    """How far tasks differ in their weights: the largest `n_skills · |w − mean over tasks of w|`. 0 where all tasks mix alike.
+    """How far tasks differ in their weights: the largest `n_skills · |w − mean over tasks of w|`. 0
+    where all tasks mix alike.
 
     Args:
         weights: `[n_tasks, ..., n_skills]`, each row's sum one.
@@ -76,8 +84,9 @@ def spread(weights: Tensor) -> Tensor:
 
 
 def balance(weights: Tensor) -> Tensor:
-    """How unevenly skills are used over tasks (or samples): `n_skills · Σ_s u_s² − 1`, the mean over splits, with `u` a split's
-    `usage`. 0 where all are used alike, `n_skills − 1` where one is.
+    """How unevenly skills are used over tasks (or samples): `n_skills · Σ_s u_s² − 1`, the mean
+    over splits, with `u` a split's `usage`. 0 where all are used alike, `n_skills − 1` where one
+    is.
 
     Args:
         weights: `[..., n_splits, n_skills]`.
@@ -90,13 +99,14 @@ def balance(weights: Tensor) -> Tensor:
 
 
 def ibp_energy(gates: Tensor, alpha: float = 3.0) -> Tensor:
-    """Negative logarithm of the Indian buffet process's probability of an allocation of skills to tasks, `[n_tasks, n_skills]`:
+    """Negative logarithm of the Indian buffet process's probability of an allocation of skills to
+    tasks, `[n_tasks, n_skills]`:
 
         `−K·log α + α·H_N − Σ_k [log Γ(N − m_k + 1) + log Γ(m_k) − log Γ(N + 1)]`
 
-    with `m_k` the number of tasks that have skill `k` (the sum of its gates), `N` tasks, `K` skills and `H_N = Σ 1/n`. Few
-    skills in most tasks and many in few are likely. Terms for skills that have just the same tasks are left out: gates
-    that are not rounded differ.
+    with `m_k` the number of tasks that have skill `k` (the sum of its gates), `N` tasks, `K` skills
+    and `H_N = Σ 1/n`. Few skills in most tasks and many in few are likely. Terms for skills that
+    have just the same tasks are left out: gates that are not rounded differ.
 
     Args:
         gates: In [0, 1].
@@ -115,7 +125,8 @@ def ibp_energy(gates: Tensor, alpha: float = 3.0) -> Tensor:
 
 
 def task_similarity(weights: Tensor) -> Tensor:
-    """Cosine of each two tasks' weights over all splits and skills, less the mean of all tasks: `[n_tasks, n_tasks]`.
+    """Cosine of each two tasks' weights over all splits and skills, less the mean of all tasks:
+    `[n_tasks, n_tasks]`.
 
     Args:
         weights: `[n_tasks, ...]`, such as all layers' side by side.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's routing looks like: tables by layer, split, task and skill, and how alike tasks are."""
+"""What an adapter's routing looks like: tables by layer, split, task and skill, and how alike tasks
+are.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,21 @@ _MEASURES = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
 
 @dataclass(repr=False)
 class RoutingReport:
-    """An adapter's routing by task, in evaluation. Printing gives a table of the tasks, and one of the layers.
+    """An adapter's routing by task, in evaluation. Printing gives a table of the tasks, and one of
+    the layers.
 
     Attributes:
         tasks: Names of the tasks, or "task_0", "task_1", ….
         weights: `[n_tasks, n_splits, n_skills]` by module path, on the CPU in float32 or wider.
-        order: The tasks, by id, such that alike ones are near each other: the leaves of the tree of `merges`.
+        order: The tasks, by id, such that alike ones are near each other: the leaves of the tree of
+            `merges`.
         similarity: `[n_tasks, n_tasks]`, the cosine of tasks' weights less their mean.
-        merges: How tasks join to a tree, closest first: the two that join (a task's id, or `n_tasks + i` for what step `i` made),
-            their distance (one minus similarity, the mean over pairs), and how many tasks they are together.
-        layers: Of each layer the entropy of tasks' weights and of skills' use (0 to 1), the discreteness and sparsity of gates, the
-            spread of weights over tasks (0 where all mix alike), and the use of each skill.
+        merges: How tasks join to a tree, closest first: the two that join (a task's id, or
+            `n_tasks + i` for what step `i` made), their distance (one minus similarity, the mean
+            over pairs), and how many tasks they are together.
+        layers: Of each layer the entropy of tasks' weights and of skills' use (0 to 1), the
+            discreteness and sparsity of gates, the spread of weights over tasks (0 where all mix
+            alike), and the use of each skill.
     """
 
     tasks: list[str]
@@ -84,17 +90,27 @@ class RoutingReport:
             for t, task in enumerate(self.tasks):
                 for q, split in enumerate(table[t].tolist()):
                     for s, weight in enumerate(split):
-                        yield {"layer": path, "task": task, "split": q, "skill": s, "weight": weight}
+                        yield {
+                            "layer": path,
+                            "task": task,
+                            "split": q,
+                            "skill": s,
+                            "weight": weight,
+                        }
 
     def to_pandas(self) -> dict[str, Any]:
-        """Data frames, by name: "weights" with a row for each layer, split, task and skill; "layers" with the measures of each;
-        "usage" with the use of each skill by layer; "similarity" of tasks, in `order`.
+        """Data frames, by name: "weights" with a row for each layer, split, task and skill;
+        "layers" with the measures of each; "usage" with the use of each skill by layer;
+        "similarity" of tasks, in `order`.
         """
         import pandas
 
         names = [self.tasks[i] for i in self.order]
         similarity = self.similarity[self.order][:, self.order]
-        measures = {path: {k: v for k, v in layer.items() if k != "usage"} for path, layer in self.layers.items()}
+        measures = {
+            path: {k: v for k, v in layer.items() if k != "usage"}
+            for path, layer in self.layers.items()
+        }
         return {
             "weights": pandas.DataFrame(list(self.rows())),
             "layers": pandas.DataFrame.from_dict(measures, orient="index").rename_axis("layer"),
@@ -120,10 +136,12 @@ class RoutingReport:
         write_report(path, self.to_dict())
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """Draw the tree of tasks, their weights in all layers, and the use of skills by layer, in matplotlib.
+        """Draw the tree of tasks, their weights in all layers, and the use of skills by layer, in
+        matplotlib.
 
         Args:
-            path: Where to save the figure (the end of the name says in which form); None leaves that to the caller.
+            path: Where to save the figure (the end of the name says in which form); None leaves
+                that to the caller.
 
         Returns:
             The figure.
@@ -141,13 +159,15 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter; by default the one called "default", else the only one that is active.
+        adapter_name: The adapter; by default the one called "default", else the only one that is
+            active.
 
     Returns:
         The tables. Layers that share a router are one, with the first of their paths.
 
     Raises:
-        PeftValueError: There is no such adapter, several could be meant, or no layer of it routes by task.
+        PeftValueError: There is no such adapter, several could be meant, or no layer of it routes
+            by task.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -164,7 +184,11 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
     seen: set[int] = set()
     with torch.no_grad():
         for path, layer in walk(root):  # type: ignore[arg-type]
-            router = layer.router(adapter_name) if isinstance(layer, PolyLayer) and adapter_name in layer.scaling else None
+            router = (
+                layer.router(adapter_name)
+                if isinstance(layer, PolyLayer) and adapter_name in layer.scaling
+                else None
+            )
             if isinstance(router, TaskRouter) and id(router) not in seen:
                 seen.add(id(router))
                 table = router.task_weights().detach().cpu()
@@ -172,14 +196,22 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
                 gates[path] = router.task_gates().detach().cpu()
     if not weights:
         raise PeftValueError(
-            f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` keeps what it chooses in a call."
+            f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` "
+            "keeps what it chooses in a call."
         )
     config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     tasks = list(config.task_names or (f"task_{i}" for i in range(config.n_tasks)))
-    similarity = metrics.task_similarity(torch.cat([table.flatten(1) for table in weights.values()], 1).double())
+    similarity = metrics.task_similarity(
+        torch.cat([table.flatten(1) for table in weights.values()], 1).double()
+    )
     merges, order = join_closest(similarity)
     return RoutingReport(
-        tasks, weights, order, similarity, merges, {path: _measures(w, gates[path]) for path, w in weights.items()}
+        tasks,
+        weights,
+        order,
+        similarity,
+        merges,
+        {path: _measures(w, gates[path]) for path, w in weights.items()},
     )
 
 
@@ -213,7 +245,8 @@ def join_closest(similarity: Tensor) -> tuple[list[tuple[int, int, float, int]],
         similarity: `[n, n]`, symmetric; the distance is one minus it.
 
     Returns:
-        The joins as in `RoutingReport.merges`, which is the form of scipy's linkage; and the leaves of the tree from left to right.
+        The joins as in `RoutingReport.merges`, which is the form of scipy's linkage; and the leaves
+        of the tree from left to right.
 
     Source: Sokal & Michener (1958), the unweighted pair-group method
     """

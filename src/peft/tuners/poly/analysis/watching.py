@@ -27,8 +27,8 @@ class RoutingWatch:
     of any skill.
 
     Args:
-        adapter_name: The adapter; by default, whenever it looks, the one called "default", else the only one that is
-            active.
+        adapter_name: The adapter; by default, whenever it looks, the one called "default", else the
+            only one that is active.
         dead_below: A skill whose share of use is below this part of the equal share is dead.
         collapsed_above: A layer has collapsed if one skill's share of use is above this.
         start: Do not warn of skills before this step: routers begin with equal weights, and find
@@ -60,13 +60,26 @@ class RoutingWatch:
         flat_below: float = 0.1,
         flat_after: int = 100,
     ) -> None:
-        if not (0 <= dead_below < 1 and 0 < collapsed_above <= 1 and flat_below >= 0 and is_int(start) and is_int(flat_after)):
+        if not (
+            0 <= dead_below < 1
+            and 0 < collapsed_above <= 1
+            and flat_below >= 0
+            and is_int(start)
+            and is_int(flat_after)
+        ):
             raise PeftValueError(
-                f"`dead_below`={dead_below!r} must be at least 0 and below 1, `collapsed_above`={collapsed_above!r} above 0 and at "
-                f"most 1, `flat_below`={flat_below!r} at least 0, and `start`={start!r} and `flat_after`={flat_after!r} integers."
+                f"`dead_below`={dead_below!r} must be at least 0 and below 1, "
+                f"`collapsed_above`={collapsed_above!r} above 0 and at "
+                f"most 1, `flat_below`={flat_below!r} at least 0, and `start`={start!r} and "
+                f"`flat_after`={flat_after!r} integers."
             )
         self.flat_below, self.flat_after = flat_below, flat_after
-        self.adapter_name, self.dead_below, self.collapsed_above, self.start = adapter_name, dead_below, collapsed_above, start
+        self.adapter_name, self.dead_below, self.collapsed_above, self.start = (
+            adapter_name,
+            dead_below,
+            collapsed_above,
+            start,
+        )
         self.history: list[dict[str, Any]] = []
         self._warned: set[tuple[str, str]] = set()
 
@@ -85,7 +98,9 @@ class RoutingWatch:
         layers = routing_report(model, name).layers
         shares = [share for layer in layers.values() for share in layer["usage"]]
         names = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
-        values = {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in names}
+        values = {
+            name: sum(layer[name] for layer in layers.values()) / len(layers) for name in names
+        }
         values |= {"least_used": min(shares), "most_used": max(shares)}
         self.history.append({"step": step, **values, "layers": layers})
         if step >= self.start:
@@ -109,7 +124,8 @@ class RoutingWatch:
         if ("", "flat") not in self._warned:
             self._warned.add(("", "flat"))
             warnings.warn(
-                f"After {step} steps all tasks still mix their skills alike: the routing has hardly "
+                f"After {step} steps all tasks still mix their skills alike: the routing has "
+                "hardly "
                 "moved. The paper's rate for it is a hundred times that of the skills; give it one "
                 "of its own with `peft.optimizers.create_optimizer(model)`, or in a Trainer with "
                 "`optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
@@ -120,22 +136,28 @@ class RoutingWatch:
     def _warn(self, path: str, kind: str, text: str) -> None:
         if (path, kind) not in self._warned:
             self._warned.add((path, kind))
-            warnings.warn(f"`{path}`: {text}; a term `routing_loss(balance=…)` keeps skills in use.", PeftWarning, stacklevel=4)
+            warnings.warn(
+                f"`{path}`: {text}; a term `routing_loss(balance=…)` keeps skills in use.",
+                PeftWarning,
+                stacklevel=4,
+            )
 
 
 def _trains(model: nn.Module, name: str) -> bool:
     """Return whether any of an adapter's tables of several tasks trains as a whole."""
-    routers = (r.router(name) for _, r in walk(model) if isinstance(r, PolyLayer) and name in r.scaling)
+    routers = (
+        r.router(name) for _, r in walk(model) if isinstance(r, PolyLayer) and name in r.scaling
+    )
     tables = (r for r in routers if isinstance(r, TaskRouter) and min(r.n_tasks, r.n_skills) > 1)
     return any(table.module_logits.requires_grad for table in tables)
 
 
 def routing_callback(watch: RoutingWatch | None = None) -> Any:
-    """A callback for transformers' `Trainer`: whenever that logs, a `RoutingWatch` looks, and its measures are logged too, as
-    `routing/entropy` and so on.
+    """A callback for transformers' `Trainer`: whenever that logs, a `RoutingWatch` looks, and its
+    measures are logged too, as `routing/entropy` and so on.
 
-    Callbacks are called in turn. To have those of TensorBoard or Weights & Biases get the measures too, put this one first,
-    `trainer.callback_handler.callbacks.insert(0, routing_callback())`.
+    Callbacks are called in turn. To have those of TensorBoard or Weights & Biases get the measures
+    too, put this one first, `trainer.callback_handler.callbacks.insert(0, routing_callback())`.
 
     Args:
         watch: By default a new one; the callback has it as `watch`.
@@ -146,9 +168,19 @@ def routing_callback(watch: RoutingWatch | None = None) -> Any:
         def __init__(self) -> None:
             self.watch = watch or RoutingWatch()
 
-        def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            model: Any = None,
+            logs: Any = None,
+            **kwargs: Any,
+        ) -> None:
             values = self.watch.look(model, state.global_step)
-            for entry in ([] if logs is None else [logs]) + state.log_history[-1:]:  # the trainer keeps a copy of what it logs
+            for entry in ([] if logs is None else [logs]) + state.log_history[
+                -1:
+            ]:  # the trainer keeps a copy of what it logs
                 entry.update({f"routing/{key}": round(value, 6) for key, value in values.items()})
 
     return RoutingCallback()

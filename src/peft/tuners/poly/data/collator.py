@@ -14,16 +14,17 @@ from ..task_ids import as_task_ids
 
 
 class TaskCollator:
-    """A data collator around another, which never sees the tasks: names become ids, and all are checked before they reach a model.
+    """A data collator around another, which never sees the tasks: names become ids, and all are
+    checked before they reach a model.
 
-    Collators that pad with a tokenizer carry a column of whole numbers by themselves; this one is for columns of names, and for
-    collators that drop what they do not know.
+    Collators that pad with a tokenizer carry a column of whole numbers by themselves; this one is
+    for columns of names, and for collators that drop what they do not know.
 
     Args:
         collator: Makes a batch of the samples' other columns.
         config: The adapter's config, for `n_tasks` and `task_names`.
-        copies: How many rows of the batch a sample becomes, where the collator stacks all samples so many times: 2 for pairs of a
-            chosen and a rejected answer, as TRL stacks them.
+        copies: How many rows of the batch a sample becomes, where the collator stacks all samples
+            so many times: 2 for pairs of a chosen and a rejected answer, as TRL stacks them.
 
     Example:
         >>> from peft import PolyConfig
@@ -48,8 +49,9 @@ class TaskCollator:
         return f"TaskCollator({self.collator!r}, n_tasks={self.config.n_tasks})"
 
     def __call__(self, samples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        """A batch with `task_ids`, `[batch]`, in the order of its rows. Where a sample has several texts, in columns `…_input_ids`,
-        each of them has the sample's task, in a column `…_task_ids`.
+        """A batch with `task_ids`, `[batch]`, in the order of its rows. Where a sample has several
+        texts, in columns `…_input_ids`, each of them has the sample's task, in a column
+        `…_task_ids`.
 
         Args:
             samples: Each with its task, by id or name, as `task_ids`.
@@ -62,13 +64,22 @@ class TaskCollator:
         without = [i for i, sample in enumerate(samples) if sample.get("task_ids") is None]
         if without:
             raise PeftValueError(
-                f"Samples {without} of a batch have no `task_ids`; add a column of that name to the data set, and have "
+                f"Samples {without} of a batch have no `task_ids`; add a column of that name to "
+                "the data set, and have "
                 "the trainer keep it (`remove_unused_columns=False`)."
             )
         tasks = [sample["task_ids"] for sample in samples]
         ids = as_task_ids(tasks, [self.config], len(tasks), torch.device("cpu"))
-        batch = self.collator([{k: v for k, v in sample.items() if k != "task_ids"} for sample in samples], *args, **kwargs)
-        texts = [] if "input_ids" in batch else [key for key in batch if key.endswith("_input_ids") and key != "decoder_input_ids"]
+        batch = self.collator(
+            [{k: v for k, v in sample.items() if k != "task_ids"} for sample in samples],
+            *args,
+            **kwargs,
+        )
+        texts = (
+            []
+            if "input_ids" in batch
+            else [key for key in batch if key.endswith("_input_ids") and key != "decoder_input_ids"]
+        )
         for prefix in ("", *(key.removesuffix("input_ids") for key in texts)):
             batch[f"{prefix}task_ids"] = ids.repeat(self.copies)
         return batch

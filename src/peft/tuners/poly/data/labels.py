@@ -20,11 +20,12 @@ from ..task_ids import has_values
 
 
 class TaskLabels:
-    """Label sets of several tasks, side by side in one head: `[batch, total]` logits, of which each task has a range.
+    """Label sets of several tasks, side by side in one head: `[batch, total]` logits, of which each
+    task has a range.
 
-    The head is that of a base model with `num_labels=labels.total`, and trained like any other. A label of the data is
-    its number in the head, `encode(task, label)`. The loss compares a sample's label with others of its task only, so
-    tasks do not compete.
+    The head is that of a base model with `num_labels=labels.total`, and trained like any other. A
+    label of the data is its number in the head, `encode(task, label)`. The loss compares a sample's
+    label with others of its task only, so tasks do not compete.
 
     Args:
         sizes: By task, in the order of the adapter's tasks: how many labels it has, or their names.
@@ -48,12 +49,18 @@ class TaskLabels:
 
     def __init__(self, sizes: Mapping[str, int | Sequence[str]]) -> None:
         if not isinstance(sizes, Mapping):
-            raise PeftTypeError(f"`sizes`={sizes!r} must be a dictionary: a number of labels, or their names, by task.")
+            raise PeftTypeError(
+                f"`sizes`={sizes!r} must be a dictionary: a number of labels, or their names, by "
+                "task."
+            )
         if nameless := [task for task in sizes if not isinstance(task, str)]:
             raise PeftTypeError(
-                f"Tasks in `sizes` must have names (strings), not {nameless[0]!r}; numbers are their places in the dictionary."
+                f"Tasks in `sizes` must have names (strings), not {nameless[0]!r}; numbers are "
+                "their places in the dictionary."
             )
-        self.names: dict[str, list[str]] = {task: _names(task, labels) for task, labels in sizes.items()}
+        self.names: dict[str, list[str]] = {
+            task: _names(task, labels) for task, labels in sizes.items()
+        }
         if not self.names:
             raise PeftValueError("`sizes` names no tasks.")
         self.tasks = list(self.names)
@@ -69,7 +76,11 @@ class TaskLabels:
     @property
     def id2label(self) -> dict[int, str]:
         """Names for a model's config, "task: label" by number in the head."""
-        return {self.encode(task, i): f"{task}: {name}" for task in self.tasks for i, name in enumerate(self.names[task])}
+        return {
+            self.encode(task, i): f"{task}: {name}"
+            for task in self.tasks
+            for i, name in enumerate(self.names[task])
+        }
 
     def span(self, task: int | str) -> slice:
         """Return a task's range of the head.
@@ -92,11 +103,16 @@ class TaskLabels:
         """
         name = self._task(task)
         own = self.names[name]
-        number = own.index(label) if label in own else None if isinstance(label, str) else _whole(label)
+        number = (
+            own.index(label) if label in own else None if isinstance(label, str) else _whole(label)
+        )
         if number == -100:
             return -100
         if number is None or not 0 <= number < len(own):
-            raise PeftValueError(f"Task {name!r} has no label {label!r}; its labels are {', '.join(own)} (or 0 to {len(own) - 1}).")
+            raise PeftValueError(
+                f"Task {name!r} has no label {label!r}; its labels are {', '.join(own)} (or 0 to "
+                f"{len(own) - 1})."
+            )
         return self._starts[name] + number
 
     def _task(self, task: Any) -> str:
@@ -109,7 +125,10 @@ class TaskLabels:
         if isinstance(task, str) and task in self.names:
             return task
         if number is None or not 0 <= number < len(self.tasks):
-            raise PeftValueError(f"Unknown task {task!r}; the tasks are {', '.join(self.tasks)} (or 0 to {len(self.tasks) - 1}).")
+            raise PeftValueError(
+                f"Unknown task {task!r}; the tasks are {', '.join(self.tasks)} (or 0 to "
+                f"{len(self.tasks) - 1})."
+            )
         return self.tasks[number]
 
     def task_of(self, labels: Tensor) -> Tensor:
@@ -123,7 +142,9 @@ class TaskLabels:
         """
         numbers = _integers("labels", labels)
         self._check_range(numbers)
-        return torch.where(numbers == -100, -100, self._owners_on(numbers.device)[numbers.clamp(min=0)])
+        return torch.where(
+            numbers == -100, -100, self._owners_on(numbers.device)[numbers.clamp(min=0)]
+        )
 
     def _check_range(self, labels: Tensor) -> None:
         """Insist on labels of the head, or −100.
@@ -134,7 +155,8 @@ class TaskLabels:
         wrong = ((labels < 0) & (labels != -100)) | (labels >= self.total)
         if wrong.any():
             raise PeftValueError(
-                f"`labels` has {int(labels[wrong][0])}; labels of the head are 0 to {self.total - 1}, or -100 for those that are "
+                f"`labels` has {int(labels[wrong][0])}; labels of the head are 0 to "
+                f"{self.total - 1}, or -100 for those that are "
                 "left out. `encode` gives them from a task's own."
             )
 
@@ -153,7 +175,8 @@ class TaskLabels:
 
         Raises:
             PeftTypeError: The logits are no numbers.
-            PeftValueError: A task is unknown, there is not one for each sample, or the logits have another shape.
+            PeftValueError: A task is unknown, there is not one for each sample, or the logits have
+                another shape.
         """
         logits = self._logits(logits)
         numbers = self._numbers(tasks, len(logits)).to(logits.device)
@@ -170,7 +193,8 @@ class TaskLabels:
 
         Raises:
             As for `masked`.
-            PeftValueError: A sample has NaN among the logits of its task, or nothing but −∞, so that none is best.
+            PeftValueError: A sample has NaN among the logits of its task, or nothing but −∞, so
+                that none is best.
         """
         masked = self.masked(logits, tasks)
         numbers = self._numbers(tasks, len(masked))
@@ -179,17 +203,19 @@ class TaskLabels:
             place = undecided.nonzero()[0].tolist()
             name = self.tasks[int(numbers[place[0] if len(numbers) > 1 else 0])]
             raise PeftValueError(
-                f"`logits{place}` has NaN for labels of task {name!r}, or -inf for all of them: none is best. Look for what made "
+                f"`logits{place}` has NaN for labels of task {name!r}, or -inf for all of them: "
+                "none is best. Look for what made "
                 "them so in the model, or leave the sample out."
             )
         starts = torch.tensor([self._starts[task] for task in self.tasks])[numbers]
         return masked.argmax(-1) - starts.to(masked.device).view(-1, *[1] * (masked.dim() - 2))
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Return the cross-entropy of each sample's label among those of its task, as `compute_loss_func` of a `Trainer`.
+        """Return the cross-entropy of each sample's label among those of its task, as
+        `compute_loss_func` of a `Trainer`.
 
-        Types and shapes are checked, the range of labels only on a CPU: elsewhere a label out of range is for torch to
-        find, since a look at values waits for the device.
+        Types and shapes are checked, the range of labels only on a CPU: elsewhere a label out of
+        range is for torch to find, since a look at values waits for the device.
 
         Args:
             outputs: A model's output with `logits` `[batch, ..., total]`, or the logits.
@@ -204,7 +230,8 @@ class TaskLabels:
         labels = _integers("labels", labels)
         if labels.shape != logits.shape[:-1]:
             raise PeftValueError(
-                f"`labels` has the shape {list(labels.shape)}, the logits {list(logits.shape)}; expected one label for each row "
+                f"`labels` has the shape {list(labels.shape)}, the logits {list(logits.shape)}; "
+                "expected one label for each row "
                 f"of logits, {list(logits.shape[:-1])}, by number in the head."
             )
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(labels):
@@ -227,51 +254,73 @@ class TaskLabels:
         try:
             logits = torch.as_tensor(logits)
         except (TypeError, ValueError, RuntimeError):
-            raise PeftTypeError(f"Logits must be a tensor, an array or lists of numbers, not {type(logits).__name__}.") from None
+            raise PeftTypeError(
+                "Logits must be a tensor, an array or lists of numbers, not "
+                f"{type(logits).__name__}."
+            ) from None
         if logits.is_complex():
             raise PeftTypeError(f"Logits must be real numbers, not {logits.dtype}.")
         if logits.dim() < 2:
             raise PeftValueError(
-                f"The logits have the shape {list(logits.shape)}; expected [batch, ..., {self.total}]. `logits[None]` makes a "
+                f"The logits have the shape {list(logits.shape)}; expected [batch, ..., "
+                f"{self.total}]. `logits[None]` makes a "
                 "batch of one sample's."
             )
         if logits.shape[-1] != self.total:
             raise PeftValueError(
-                f"The logits are for {logits.shape[-1]} labels, the tasks have {self.total} in all; load the base model with "
+                f"The logits are for {logits.shape[-1]} labels, the tasks have {self.total} in "
+                "all; load the base model with "
                 f"`num_labels={self.total}` (`labels.total`)."
             )
         return logits if logits.is_floating_point() else logits.float()
 
     @torch.no_grad()
     def narrow(self, model: nn.Module, task: int | str, module: str | None = None) -> nn.Module:
-        """Cut a plain model's head down to one task, in place, after `merge_and_unload(task_id=task)`.
+        """Cut a plain model's head down to one task, in place, after
+        `merge_and_unload(task_id=task)`.
 
         Args:
             model: A model without adapters.
             task: By number or name.
-            module: The path of the linear layer whose rows are the labels; by default the one there is in the head.
+            module: The path of the linear layer whose rows are the labels; by default the one there
+                is in the head.
 
         Returns:
             The model, whose config then has the task's number of labels and their names.
 
         Raises:
             PeftTypeError: The model is none.
-            PeftValueError: The task is unknown, or there is no such layer, or there are several; or there are adapters.
+            PeftValueError: The task is unknown, or there is no such layer, or there are several; or
+                there are adapters.
         """
         span = self.span(task)
         if not isinstance(model, nn.Module):
             raise PeftTypeError(f"`model` must be a model, not {type(model).__name__}.")
         if not isinstance(module, (str, type(None))):
-            raise PeftTypeError(f"`module`={module!r} must be the path of a module of the model, or None for its head.")
-        adapted = (path for path, layer in model.named_modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+            raise PeftTypeError(
+                f"`module`={module!r} must be the path of a module of the model, or None for its "
+                "head."
+            )
+        adapted = (
+            path
+            for path, layer in model.named_modules()
+            if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        )
         if (with_adapters := next(adapted, None)) is not None:
             raise PeftValueError(
-                f"The model has adapters (in `{with_adapters}`); call `merge_and_unload(task_id={self._task(task)!r})` first and "
+                f"The model has adapters (in `{with_adapters}`); call "
+                f"`merge_and_unload(task_id={self._task(task)!r})` first and "
                 "narrow the model that it returns."
             )
         path = self._head_of(model) if module is None else module
         old = self._linear(model, path)
-        new = nn.Linear(old.in_features, span.stop - span.start, old.bias is not None, old.weight.device, old.weight.dtype)
+        new = nn.Linear(
+            old.in_features,
+            span.stop - span.start,
+            old.bias is not None,
+            old.weight.device,
+            old.weight.dtype,
+        )
         new.weight.copy_(old.weight[span])
         if old.bias is not None:
             new.bias.copy_(old.bias[span])
@@ -281,21 +330,29 @@ class TaskLabels:
         config: Any = getattr(model, "config", None)
         if hasattr(config, "id2label"):
             names = self.names[self._task(task)]
-            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+            config.id2label, config.label2id = (
+                dict(enumerate(names)),
+                {name: i for i, name in enumerate(names)},
+            )
         if hasattr(model, "num_labels"):
             model.num_labels = span.stop - span.start
         return model
 
     def _head_of(self, model: nn.Module) -> str:
-        """Return the path of the only linear layer in a head that has as many outputs as there are labels."""
+        """Return the path of the only linear layer in a head that has as many outputs as there are
+        labels.
+        """
         found = [
             path
             for path, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and layer.out_features == self.total and set(path.split(".")) & set(SEQ_CLS_HEAD_NAMES)
+            if isinstance(layer, nn.Linear)
+            and layer.out_features == self.total
+            and set(path.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if len(found) != 1:
             raise PeftValueError(
-                f"Found {found or 'no layer'} with {self.total} outputs in {' or '.join(SEQ_CLS_HEAD_NAMES)}; name the one that "
+                f"Found {found or 'no layer'} with {self.total} outputs in "
+                f"{' or '.join(SEQ_CLS_HEAD_NAMES)}; name the one that "
                 "gives the labels as `module`."
             )
         return found[0]
@@ -306,13 +363,16 @@ class TaskLabels:
         Raises:
             PeftValueError: There is none.
         """
-        modules = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name}
+        modules = {
+            name: layer for name, layer in model.named_modules(remove_duplicate=False) if name
+        }
         layer = modules.get(path)
         if layer is None:
             raise PeftValueError(f"The model has no module `{path}`.{did_you_mean(path, modules)}")
         if not isinstance(layer, nn.Linear) or layer.out_features != self.total:
             raise PeftValueError(
-                f"`{path}` ({type(layer).__name__}) is no linear layer with {self.total} outputs, one for each label of all tasks."
+                f"`{path}` ({type(layer).__name__}) is no linear layer with {self.total} outputs, "
+                "one for each label of all tasks."
             )
         return layer
 
@@ -325,9 +385,14 @@ class TaskLabels:
         if hasattr(tasks, "tolist"):
             tasks = (tasks.reshape(-1) if hasattr(tasks, "reshape") else tasks).tolist()
         each = tasks if isinstance(tasks, (list, tuple, range)) else [tasks]
-        numbers = torch.tensor([self.tasks.index(self._task(task)) for task in each], dtype=torch.long)
+        numbers = torch.tensor(
+            [self.tasks.index(self._task(task)) for task in each], dtype=torch.long
+        )
         if len(numbers) not in (1, batch):
-            raise PeftValueError(f"`tasks` names {len(numbers)} tasks; expected one for each of {batch} samples, or one for all.")
+            raise PeftValueError(
+                f"`tasks` names {len(numbers)} tasks; expected one for each of {batch} samples, or "
+                "one for all."
+            )
         return numbers
 
 
@@ -345,9 +410,16 @@ def _integers(name: str, values: Any) -> Tensor:
     Raises:
         PeftTypeError: It is none.
     """
-    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+    if (
+        not isinstance(values, Tensor)
+        or values.is_floating_point()
+        or values.is_complex()
+        or values.dtype == torch.bool
+    ):
         given = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise PeftTypeError(f"`{name}` must be a tensor of integers, labels by number in the head, not {given}.")
+        raise PeftTypeError(
+            f"`{name}` must be a tensor of integers, labels by number in the head, not {given}."
+        )
     return values.long()
 
 
@@ -358,12 +430,17 @@ def _logits_of(outputs: Any) -> Tensor:
         PeftTypeError: There are none.
     """
     try:
-        logits = outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, Mapping) else 0]
+        logits = (
+            outputs
+            if isinstance(outputs, Tensor)
+            else outputs["logits" if isinstance(outputs, Mapping) else 0]
+        )
     except (KeyError, IndexError, TypeError):
         logits = None
     if not isinstance(logits, Tensor):
         raise PeftTypeError(
-            f"`outputs` ({type(outputs).__name__}) has no logits; expected a model's output with `logits`, a tuple that begins "
+            f"`outputs` ({type(outputs).__name__}) has no logits; expected a model's output with "
+            "`logits`, a tuple that begins "
             "with them, or themselves."
         )
     return logits
@@ -382,7 +459,11 @@ def _names(task: str, labels: Any) -> list[str]:
     elif isinstance(labels, (list, tuple)) and all(isinstance(name, str) for name in labels):
         names = list(labels)
     else:
-        raise PeftTypeError(f"Task {task!r} has {labels!r} for labels; give their number or their names.")
+        raise PeftTypeError(
+            f"Task {task!r} has {labels!r} for labels; give their number or their names."
+        )
     if not names or len(set(names)) != len(names):
-        raise PeftValueError(f"Task {task!r} has {labels!r} for labels; there must be some, each of another name.")
+        raise PeftValueError(
+            f"Task {task!r} has {labels!r} for labels; there must be some, each of another name."
+        )
     return names
