@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _load_beside(method: str, size: int) -> dict[str, float]:
         model.load_adapter(folder, "first")
         return {
             "seconds": min(
-                _seconds(lambda: model.load_adapter(folder, f"one{i}")) for i in range(3)
+                _seconds(partial(model.load_adapter, folder, f"one{i}")) for i in range(3)
             )
         }
 

@@ -20,7 +20,7 @@ pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (
+from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,

@@ -452,9 +452,7 @@ class _Swap:
     @torch.no_grad()
     def carry_out(self) -> None:
         """Swap. Nothing here can fail."""
-        own: dict[str, tuple[RankRoom, int]] = {
-            key: (self.adapter.room(key), 0) for key in self.silent
-        }  # type: ignore[misc]
+        own: dict[str, tuple[Any, int]] = {key: (self.adapter.room(key), 0) for key in self.silent}
         targets = {**self.silent, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
         values = {
             key: torch.zeros(tensor.shape, dtype=tensor.dtype)

@@ -29,6 +29,7 @@ class AdapterParameterDict(ByAdapter, nn.ParameterDict):
     """
 
     def __call__(self, adapter_name: str) -> Tensor:
+        """Return an adapter's parameter, as `forward` does."""
         if is_bare(self, AdapterParameterDict) and not torch.compiler.is_compiling():
             parameter = self._parameters.get(adapter_name)
             if type(parameter) is nn.Parameter:
@@ -49,6 +50,7 @@ class AdapterParameterDict(ByAdapter, nn.ParameterDict):
         return ", ".join(shapes) + (f" and {len(self) - 3} more" if len(self) > 3 else "")
 
     def forward(self, adapter_name: str) -> Tensor:
+        """Return an adapter's parameter, gathered where it is sharded."""
         own = type(self) is AdapterParameterDict
         # FSDP2, told to shard this container by itself, changes its class, and takes the memory
         # back after this call.

@@ -111,9 +111,8 @@ def make_plain(module: nn.Module) -> None:
     with ordinary_tensors():
         weight = read(module).detach().clone()
     if parametrize.is_parametrized(module, "weight"):
-        trained = any(
-            p.requires_grad for p in module.parametrizations["weight"].parameters(recurse=False)
-        )  # type: ignore[union-attr, index]
+        parts: Any = module.parametrizations
+        trained = any(p.requires_grad for p in parts["weight"].parameters(recurse=False))
         _drop_parametrization(module)
     else:
         hook: Any = _hook(module)

@@ -52,6 +52,7 @@ class Entry:
         self.positional = positional_names(function)[1:]  # without the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Carry a call out."""
         if self.model is None:
             return self.conduct(self.function, args[0], args[1:], kwargs, self.positional)
         return self.conduct(self.function, self.model, args, kwargs, self.positional)

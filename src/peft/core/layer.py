@@ -459,6 +459,7 @@ class BaseTunerLayer(AdapterHolder):
         return self._merges.original(self.get_base_layer())
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, and forget that it was merged before adapters were disabled."""
         super().delete_adapter(adapter_name)
         self._merges.drop_suspended(self, adapter_name)
 

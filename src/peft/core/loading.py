@@ -40,6 +40,7 @@ from .build import Build
 
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    """Raise if loading is asked to pass through a GPU."""
     if ephemeral_gpu_offload:
         raise PeftNotSupportedError(
             "`ephemeral_gpu_offload` is not supported; leave the default, False."
@@ -64,6 +65,7 @@ def check_arguments(model: Any, model_id: Any) -> None:
 def read_config(
     model_id: str | os.PathLike, config: PeftConfig | None, kwargs: dict[str, Any]
 ) -> PeftConfig:
+    """Return the config that a caller gave, or the one in an adapter's folder."""
     if config is None:
         return PeftConfig.from_pretrained(model_id, **kwargs)
     if not isinstance(config, PeftConfig):

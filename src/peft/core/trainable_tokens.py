@@ -187,9 +187,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
         # A class with a forward of its own (a scaled embedding, say) is given the weight as it
         # would be.
-        return torch.func.functional_call(
-            base, {"weight": self._replaced(base.weight, name)}, (x, *args), kwargs
-        )  # type: ignore[arg-type]
+        weight: Any = base.weight
+        replaced = {"weight": self._replaced(weight, name)}
+        return torch.func.functional_call(base, replaced, (x, *args), kwargs)
 
     def _replaced(self, weight: Tensor, name: str) -> Tensor:
         return weight.index_copy(0, self._indices(name, weight.device), self._rows(name).to(weight))

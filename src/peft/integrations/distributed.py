@@ -247,9 +247,8 @@ def cut_like(target: Tensor, value: Tensor) -> Tensor:
     mesh: Any = target.device_mesh  # type: ignore[attr-defined]
     known = inspect.signature(distribute_tensor).parameters
     options: dict[str, Any] = {"src_data_rank": None} if "src_data_rank" in known else {}
-    return distribute_tensor(
-        value.detach().to(mesh.device_type), mesh, target.placements, **options
-    )  # type: ignore[attr-defined]
+    placements: Any = target.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements, **options)
 
 
 def _is_emptied(tensor: Any) -> bool:

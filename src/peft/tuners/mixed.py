@@ -96,6 +96,7 @@ class MixedModel(BaseTuner):
     def adapter_call_context(
         self, args: tuple[Any, ...], arguments: dict[str, Any]
     ) -> AbstractContextManager[None]:
+        """Return a context in which the contexts of all methods are entered."""
         stack: Any = ExitStack()
         for method in self._methods.values():
             stack.enter_context(method.adapter_call_context(args, arguments))

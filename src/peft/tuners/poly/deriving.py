@@ -87,14 +87,11 @@ class DerivingTuner(InventoryTuner):
             path = _combining.outer_path(path)
             for holder in ("poly_lora_A", "poly_lora_B"):
                 tensors[f"{path}.{holder}"] = getattr(layer, holder)[name].detach().clone()
-            for part, factor in (
-                layer.poly_task_skills[name].named_children()
-                if name in layer.poly_task_skills
-                else ()
-            ):
-                tensors[f"{path}.poly_task_skills.{part}.values"] = (
-                    factor.table().detach()[numbers].clone()
-                )  # type: ignore[operator]
+            skills: Any = layer.poly_task_skills
+            parts = skills[name].named_children() if name in skills else ()
+            for part, factor in parts:
+                values = factor.table().detach()[numbers].clone()
+                tensors[f"{path}.poly_task_skills.{part}.values"] = values
         for path, router in self._firsts(name):
             key = "module_logits" if isinstance(router, TaskRouter) else "weight"
             table = getattr(router, key).detach()

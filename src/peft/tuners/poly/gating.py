@@ -181,7 +181,11 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def _task_weights(
-    table: Tensor, task_ids: Tensor, n_splits: int, training: bool, how: Gating = Gating()
+    table: Tensor,
+    task_ids: Tensor,
+    n_splits: int,
+    training: bool,
+    how: Gating = Gating(),  # noqa: B008
 ) -> Tensor:
     """`task_weights` in plain operations."""
     return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)

@@ -41,6 +41,7 @@ class PackedTensors(ByAdapter, nn.Module):
         self._free: dict[str, list[int]] = {}
 
     def forward(self, name: str) -> Tensor:
+        """Return an adapter's tensor."""
         return self[name]
 
     def extra_repr(self) -> str:
