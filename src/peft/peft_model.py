@@ -59,8 +59,8 @@ class PeftModel(BasePeftModel):
         adapter_name: The first adapter's name.
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
         low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
-        initialise: False leaves the adapter's memory as it is, for `check` to fill.
-        check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
+        initialize: False leaves the adapter's memory as it is, for `fill` to write.
+        fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
 
     Raises:
         PeftValueError: The config is invalid or does not fit the model, which is left as it was.
@@ -309,12 +309,12 @@ class PeftModel(BasePeftModel):
         )
         if cls is PeftModel and config.task_type is not None:
             cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
-        check = Filler(
+        fill = Filler(
             model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
         )
         before, config.inference_mode = config.inference_mode, not is_trainable
         try:
-            options: Any = {"initialise": ignore_mismatched_sizes or not strict, "check": check}
+            options: Any = {"initialize": ignore_mismatched_sizes or not strict, "fill": fill}
             peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, **options)
         except BaseException:
             config.inference_mode = before
@@ -374,17 +374,17 @@ class PeftModel(BasePeftModel):
         if known is None:
             config, state = present_names(base, config, state)
             config.inference_mode = not is_trainable
-            check = Filler(
+            fill = Filler(
                 base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
             )
             construction = Construction(
-                autocast_adapter_dtype, initialise=ignore_mismatched_sizes or not strict
+                autocast_adapter_dtype, initialize=ignore_mismatched_sizes or not strict
             )
-            self._add(adapter_name, config, construction, check)
+            self._add(adapter_name, config, construction, fill)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
             self.base_model.note_loaded(self, adapter_name)
-            return check.result
+            return fill.result
         saved, state = present_names(base, read_config(model_id, None, hub), state)
         if saved.peft_type != known.peft_type:
             raise PeftValueError(

@@ -49,6 +49,9 @@ class CheckpointNotFoundError(PeftError, FileNotFoundError, ValueError):
 
 
 _PACKAGE = __name__.partition(".")[0]
+# Libraries whose frames are not the caller's: torch calls modules, and context managers decorate
+# functions.
+_BETWEEN = (_PACKAGE, "torch", "contextlib")
 
 
 def calling_library() -> str:

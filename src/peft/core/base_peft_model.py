@@ -34,8 +34,8 @@ class BasePeftModel(nn.Module):
         adapter_name: The first adapter's name.
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
         low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
-        initialise: False leaves the adapter's memory as it is, for `check` to fill.
-        check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
+        initialize: False leaves the adapter's memory as it is, for `fill` to write.
+        fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
 
     Raises:
         PeftValueError: The config is invalid or does not fit the model, which is left as it was.
@@ -56,8 +56,8 @@ class BasePeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         *,
-        initialise: bool = True,
-        check: Callable[[Build], None] | None = None,
+        initialize: bool = True,
+        fill: Callable[[Build], None] | None = None,
     ) -> None:
         super().__init__()
         check_model(model)
@@ -83,8 +83,8 @@ class BasePeftModel(nn.Module):
                 adapter_name,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                initialise=initialise,
-                check=check,
+                initialize=initialize,
+                fill=fill,
             )
         self.peft_type = peft_config.peft_type
         self.training = model.training
@@ -327,7 +327,7 @@ class BasePeftModel(nn.Module):
         self.base_model.check_names(adapter_name)
         config = self.peft_config[adapter_name]
         fill = copier(self, config, adapter_name)
-        self._add(new_name, config.for_copy(reference), Construction(initialise=False), fill)
+        self._add(new_name, config.for_copy(reference), Construction(initialize=False), fill)
         self.base_model.note_loaded(self, new_name)
 
     def _add(
@@ -335,11 +335,11 @@ class BasePeftModel(nn.Module):
         name: str,
         config: PeftConfig,
         construction: Construction,
-        check: Callable[[Build], None] | None = None,
+        fill: Callable[[Build], None] | None = None,
     ) -> None:
         self._check_method(config)
         with self._with_heads(config):
-            self.base_model.add_adapter(name, config, construction, check=check)
+            self.base_model.add_adapter(name, config, construction, fill=fill)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one and (unless `inference_mode`)

@@ -28,22 +28,22 @@ class Construction:
     Args:
         autocast: Use float32 where the base layer has 16 bits.
         device: Make all of them here; None follows each base layer.
-        initialise: Draw initial values; without, memory is left as it is, to be filled from a
+        initialize: Draw initial values; without, memory is left as it is, to be filled from a
             checkpoint.
     """
 
     autocast: bool = True
     device: torch.device | None = None
-    initialise: bool = True
+    initialize: bool = True
 
     def options(self, base_layer: nn.Module) -> dict:
         """The arguments for `update_layer`."""
         place = placement(base_layer, self.autocast, self.device)
-        if not self.initialise and place.device.type == "meta":
+        if not self.initialize and place.device.type == "meta":
             place = place._replace(
                 device=torch.device("cpu")
             )  # what a checkpoint fills needs memory, whatever the base has
-        return {"placement": place, "initialise": self.initialise and place.device.type != "meta"}
+        return {"placement": place, "initialize": self.initialize and place.device.type != "meta"}
 
 
 @dataclass

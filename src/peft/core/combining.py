@@ -219,8 +219,8 @@ def put(
     tuner.add_adapter(
         adapter_name,
         config,
-        Construction(initialise=False),
-        check=lambda build: fill(method, build, tensors),
+        Construction(initialize=False),
+        fill=lambda build: fill(method, build, tensors),
     )
     method.note_loaded(tuner.model, adapter_name)
 

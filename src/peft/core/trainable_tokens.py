@@ -82,17 +82,17 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         indices: list[int],
         autocast: bool,
         device: torch.device | None,
-        initialise: bool,
+        initialize: bool,
     ) -> TokenRows:
         """An adapter's rows, at first those of the module's weight."""
         if isinstance(module, TrainableTokensWrapper):
             module = module.original_module
         weight: Any = module.weight
         place = placement(module, autocast, device)
-        if weight.is_meta or place.device.type == "meta" or not initialise:
+        if weight.is_meta or place.device.type == "meta" or not initialize:
             real = (
                 torch.device("cpu")
-                if place.device.type == "meta" and not initialise
+                if place.device.type == "meta" and not initialize
                 else place.device
             )
             return TokenRows(

@@ -52,8 +52,8 @@ class BaseTuner(AdaptedModel):
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
         shared_root: Module that parameters shared by all layers are registered on; by default this
             tuner.
-        initialise: False leaves the adapter's memory as it is, for `check` to fill.
-        check: Called with the finished adapter before it is put in; may fill its tensors, or raise.
+        initialize: False leaves the adapter's memory as it is, for `fill` to write.
+        fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
 
     Raises:
         PeftValueError: The config is invalid or does not fit the model, which is left as it was.
@@ -97,8 +97,8 @@ class BaseTuner(AdaptedModel):
         *,
         autocast_adapter_dtype: bool = True,
         shared_root: nn.Module | None = None,
-        initialise: bool = True,
-        check: Callable[[Build], None] | None = None,
+        initialize: bool = True,
+        fill: Callable[[Build], None] | None = None,
     ) -> None:
         super().__init__(model, shared_root)
         if peft_config is None:
@@ -110,10 +110,10 @@ class BaseTuner(AdaptedModel):
             Construction(
                 autocast_adapter_dtype,
                 torch.device("meta") if low_cpu_mem_usage else None,
-                initialise,
+                initialize,
             ),
             state_dict=state_dict,
-            check=check,
+            fill=fill,
         )
 
     def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:
@@ -141,7 +141,7 @@ class BaseTuner(AdaptedModel):
         """
 
     def build_shared_parameters(
-        self, config: Any, placement: Placement, initialise: bool
+        self, config: Any, placement: Placement, initialize: bool
     ) -> dict[str, nn.Parameter]:
         """An adapter's parameters that all layers share, by attribute name."""
         return {}
@@ -211,7 +211,7 @@ class BaseTuner(AdaptedModel):
         method has several.
         """
         return self._build(
-            _plan.Plan(adapter_name, config, dict(layers)), Construction(initialise=False)
+            _plan.Plan(adapter_name, config, dict(layers)), Construction(initialize=False)
         )
 
     def config_to_save(self, adapter_name: str) -> PeftConfig:
@@ -271,7 +271,7 @@ class BaseTuner(AdaptedModel):
         construction: Construction | None = None,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
-        check: Callable[[Build], None] | None = None,
+        fill: Callable[[Build], None] | None = None,
     ) -> None:
         """Put another adapter into the model. The first becomes the active one; later ones wait for
         `set_adapter`.
@@ -282,11 +282,11 @@ class BaseTuner(AdaptedModel):
         with _restored_on_error(config), ordinary_tensors():
             method, construction = self.method_of(config), construction or Construction()
             # Clients that load a file by themselves inject a frozen adapter first.
-            is_new = check is None and construction.device is None and not config.inference_mode
+            is_new = fill is None and construction.device is None and not config.inference_mode
             plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
             build = method._build(plan, construction)
-            if check is not None:
-                check(build)
+            if fill is not None:
+                fill(build)
             self._swap(plan, build)
 
     def add_weighted_adapter(
@@ -366,7 +366,7 @@ class BaseTuner(AdaptedModel):
         for path, indices in plan.tokens.indices.items():
             module, how = self.model.get_submodule(path), construction
             build.tokens[path] = TrainableTokensWrapper.rows_of(
-                module, indices, how.autocast, how.device, how.initialise
+                module, indices, how.autocast, how.device, how.initialize
             )
         return build
 

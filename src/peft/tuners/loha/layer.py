@@ -67,7 +67,7 @@ class LoHaLayer(LycorisLayer):
         r: int | None = None,
         alpha: float | None = None,
         placement: Placement | None = None,
-        initialise: bool = True,
+        initialize: bool = True,
     ) -> None:
         """Make an adapter's factors.
 
@@ -77,7 +77,7 @@ class LoHaLayer(LycorisLayer):
             r: Rank, by default the config's.
             alpha: Alpha, by default the config's.
             placement: Device and dtype, by default the base layer's.
-            initialise: False leaves the memory as it is.
+            initialize: False leaves the memory as it is.
         """
         self.set_hyperparameters(
             adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
@@ -93,7 +93,7 @@ class LoHaLayer(LycorisLayer):
         for name, shape in shapes.items():
             container: AdapterParameterDict = getattr(self, f"hada_{name}")
             container[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        if initialise:
+        if initialize:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
 
     @torch.no_grad()

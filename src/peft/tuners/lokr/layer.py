@@ -92,7 +92,7 @@ class LoKrLayer(LycorisLayer):
         r: int | None = None,
         alpha: float | None = None,
         placement: Placement | None = None,
-        initialise: bool = True,
+        initialize: bool = True,
         factor: int | Sequence[int] | None = None,
         shapes: Shapes | None = None,
         row_offset: int | None = None,
@@ -105,7 +105,7 @@ class LoKrLayer(LycorisLayer):
             r: Rank, by default the config's.
             alpha: Alpha, by default the config's.
             placement: Device and dtype, by default the base layer's.
-            initialise: False leaves the memory as it is.
+            initialize: False leaves the memory as it is.
             factor: `decompose_factor`, by default the config's.
             shapes: Shapes of the factors by name, by default as the config's rules have them.
             row_offset: Which rows of the product are the layer's; by default it has no others.
@@ -136,10 +136,10 @@ class LoKrLayer(LycorisLayer):
             self._hold(
                 "lokr_scalar", adapter_name, torch.empty(1, device=place.device, dtype=place.dtype)
             )
-        if initialise:
+        if initialize:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
         if config.weight_decompose:
-            known = initialise and place.device.type != "meta"
+            known = initialize and place.device.type != "meta"
             size = self.out_features if config.wd_on_output else self.in_features
             lengths = self.lengths(adapter_name, self.scale(adapter_name)) if known else None
             self._hold("lokr_magnitude", adapter_name, self.first_lengths(lengths, size, place))

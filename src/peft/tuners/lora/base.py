@@ -131,7 +131,7 @@ class LoraLayer(DecomposedLayer):
         r: int | None = None,
         lora_alpha: float | None = None,
         placement: Placement | None = None,
-        initialise: bool = True,
+        initialize: bool = True,
     ) -> None:
         """Make an adapter's factors.
 
@@ -141,7 +141,7 @@ class LoraLayer(DecomposedLayer):
             r: Rank, by default the config's.
             lora_alpha: Alpha, by default the config's.
             placement: Device and dtype, by default the base layer's.
-            initialise: False leaves the memory as it is.
+            initialize: False leaves the memory as it is.
         """
         self.r[adapter_name] = r or config.r
         self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
@@ -153,13 +153,13 @@ class LoraLayer(DecomposedLayer):
         self.lora_dropout[adapter_name] = dropout.train(self.training)
         place = self._placement(placement)
         self._make(adapter_name, place)
-        if initialise:
+        if initialize:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         if config.starts_from_weight:
-            self._start_from_weight(adapter_name, config.init_lora_weights, initialise)
+            self._start_from_weight(adapter_name, config.init_lora_weights, initialize)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(
-                self._first_magnitude(adapter_name, place, initialise)
+                self._first_magnitude(adapter_name, place, initialize)
             )
 
     @property
@@ -205,7 +205,7 @@ class LoraLayer(DecomposedLayer):
             return self.lora_B[adapter_name](h) * scale
         return self.lora_B[adapter_name](scaled(h, scale))
 
-    def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
+    def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
         """Set an adapter to a part of the base weight, and note the part."""
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -260,10 +260,10 @@ class LoraLayer(DecomposedLayer):
         A, B = self.factors(adapter_name)
         return row_norms(self.geometry.as_stored(self.base_weight()).flatten(1), A, B, scale)
 
-    def _first_magnitude(self, adapter_name: str, place: Placement, initialise: bool) -> Tensor:
+    def _first_magnitude(self, adapter_name: str, place: Placement, initialize: bool) -> Tensor:
         """The lengths as they are at the start, `[out]`, or memory for them."""
         shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
-        known = initialise and place.device.type != "meta"
+        known = initialize and place.device.type != "meta"
         lengths = self._row_norms(adapter_name, self.scaling[adapter_name]) if known else None
         return self.first_lengths(lengths, self.geometry.out_features, place).view(shape)
 

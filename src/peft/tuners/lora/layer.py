@@ -75,7 +75,7 @@ class Linear(LoraLayer):
         )
         return thin_steps(x, down.mT, up.mT, self.scaling[adapter_name])
 
-    def _start_from_weight(self, adapter_name: str, how: str, initialise: bool) -> None:
+    def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
         """Set an adapter to the largest singular values of the base weight ("pissa") or its first
         QR columns ("olora").
 
@@ -99,7 +99,7 @@ class Linear(LoraLayer):
         B: Any = self.lora_B[adapter_name].weight
         start = Factors(*(tensor.to(A.dtype) for tensor in start))
         self.lora_start[adapter_name] = Start(start)
-        if initialise:
+        if initialize:
             A.data.copy_(start.A)
             B.data.copy_(start.B)
 

@@ -82,7 +82,7 @@ class PolyLayer(BaseTunerLayer):
         poly_config: Any,
         inference_mode: bool = False,
         placement: Placement | None = None,
-        initialise: bool = True,
+        initialize: bool = True,
         router: Router | None = None,
         **kwargs: Any,
     ) -> None:
@@ -93,7 +93,7 @@ class PolyLayer(BaseTunerLayer):
             poly_config: Its config, as it is for this layer.
             inference_mode: Leave it frozen.
             placement: Device and dtype, by default the base layer's.
-            initialise: False leaves the memory as it is.
+            initialize: False leaves the memory as it is.
             router: The router of another layer, to share.
             **kwargs: Options of other methods' layers, which have no effect.
         """
@@ -127,7 +127,7 @@ class PolyLayer(BaseTunerLayer):
             sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
             skills = TaskSkills(*sizes, placement).train(self.training)
             self.poly_task_skills[adapter_name] = skills.requires_grad_(not inference_mode)
-        if initialise:
+        if initialize:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
 
     @torch.no_grad()

@@ -147,7 +147,7 @@ class VBLoRALayer(BaseTunerLayer):
         adapter_name: str,
         config: Any,
         placement: Placement | None = None,
-        initialise: bool = True,
+        initialize: bool = True,
         bank_key: str | None = None,
     ) -> None:
         """Make an adapter's logits, or what stands for them.
@@ -156,7 +156,7 @@ class VBLoRALayer(BaseTunerLayer):
             adapter_name: The adapter's name.
             config: Its config.
             placement: Device and dtype, by default the base layer's.
-            initialise: False leaves the memory as it is.
+            initialize: False leaves the memory as it is.
             bank_key: The digest of the shared bank that it uses; None for its own.
         """
         self.r[adapter_name] = config.r
@@ -189,7 +189,7 @@ class VBLoRALayer(BaseTunerLayer):
             length = config.num_vectors if config.form is Form.LOGITS else config.topk
             logits = nn.Parameter(torch.empty(*positions, length, device=device, dtype=dtype))
             getattr(self, name)[adapter_name] = logits
-            if initialise:
+            if initialize:
                 nn.init.normal_(logits, 0, config.init_logits_std)
         if config.output_gate:
             self.vblora_gate[adapter_name] = nn.Parameter(

@@ -128,7 +128,7 @@ class VBLoRAModel(BaseTuner):
         return {} if known is None else dict(known.items())  # type: ignore[operator]
 
     def build_shared_parameters(
-        self, config: Any, placement: Placement, initialise: bool
+        self, config: Any, placement: Placement, initialize: bool
     ) -> dict[str, nn.Parameter]:
         """The adapter's own bank, uniform within the config's bound. A shared one is put where the
         adapter is.
@@ -149,7 +149,7 @@ class VBLoRAModel(BaseTuner):
         bank = nn.Parameter(
             torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype)
         )
-        if initialise:
+        if initialize:
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
         return {_BANK: bank}
 
@@ -199,7 +199,7 @@ class VBLoRAModel(BaseTuner):
         if (
             "_form" not in vars(config)
             and config.save_only_topk_weights
-            and not construction.initialise
+            and not construction.initialize
         ):
             if config.inference_mode:
                 config.form = Form.WEIGHTS

@@ -429,7 +429,7 @@ def _put_in(
     tuner: Any = model._modules.get("base_model")
     if isinstance(tuner, AdaptedModel):
         peft_model: Any = model
-        peft_model._add(adapter_name, config, Construction(initialise=False), fill)
+        peft_model._add(adapter_name, config, Construction(initialize=False), fill)
         return
     configs: Any = vars(model).get("peft_config", {})
     if adapter_name in configs:
@@ -437,7 +437,7 @@ def _put_in(
             f"Adapter with name '{adapter_name}' already exists; choose another, or delete that "
             "one first."
         )
-    tuner = LoKrModel(model, config, adapter_name, shared_root=model, initialise=False, check=fill)
+    tuner = LoKrModel(model, config, adapter_name, shared_root=model, initialize=False, fill=fill)
     model.peft_config = {**configs, adapter_name: tuner.config_to_save(adapter_name)}  # type: ignore[assignment]
     if (
         getattr(model, "_hf_peft_config_loaded", None) is False
