@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors and warnings of this package, and how it warns of the caller's line."""
+"""Errors and warnings of this package."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from types import FrameType
 
 
 class PeftError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base class of the errors that this package raises."""
 
 
 class PeftWarning(UserWarning):
-    """Base of the warnings of this package that a program may want to filter."""
+    """Base class of warnings of this package that a program may want to filter."""
 
 
 class PeftValueError(PeftError, ValueError):
-    """A value is outside what a config, method or argument allows."""
+    """A value that a config, method or argument does not allow."""
 
 
 class NoMatchingPeftModuleError(PeftValueError):
-    """No module of the model is one that the config targets."""
+    """The config targets no module of the model."""
 
 
 class PeftTypeError(PeftError, TypeError):
-    """An argument has a type that cannot be used."""
+    """An argument of a wrong type."""
 
 
 class PeftRuntimeError(PeftError, RuntimeError):
-    """An operation is not possible in the present state."""
+    """An operation that the present state does not allow."""
 
 
 class PeftNotSupportedError(PeftError, NotImplementedError, ValueError):
-    """An argument or operation that this method cannot honour."""
+    """An argument or operation that the method does not support."""
 
 
 class UnsupportedModuleError(PeftError, TypeError, ValueError):
-    """A targeted module is of a kind the method cannot adapt."""
+    """A targeted module of a kind that the method cannot adapt."""
 
 
 class CheckpointError(PeftError, RuntimeError, ValueError):
-    """A checkpoint is damaged, or does not fit the model or the config."""
+    """A checkpoint that is damaged or does not fit the model or config."""
 
 
 class CheckpointNotFoundError(PeftError, FileNotFoundError, ValueError):
-    """There is no checkpoint at the place given."""
+    """No checkpoint at the given path or Hub id."""
 
 
 _PACKAGE = __name__.partition(".")[0]
-# Libraries whose frames are not the caller's: torch calls modules, and context managers decorate
-# functions.
+# Libraries whose frames lie between this package and the caller of a warning: torch calls modules,
+# contextlib decorated functions.
 _BETWEEN = (_PACKAGE, "torch", "contextlib")
 
 
 def calling_library() -> str:
-    """Return the name of the library whose code called into this package."""
+    """Return the name of the library that called into this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _library(frame) == _PACKAGE:
         frame = frame.f_back
@@ -67,7 +67,7 @@ def _library(frame: FrameType) -> str:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the line that led here: outside this package and what calls it for others."""
+    """Warn with the line of the caller: outside this package, torch and contextlib."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _library(frame) in _BETWEEN:
         level, frame = level + 1, frame.f_back

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base.call_context import ADAPTER_BATCHES, AdapterBatch, adapter_batch
-from ..base.call_rows import bind, of_call, of_generation, positional_names
+from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
+from ..base.calls.arguments import bind_arguments, positional_names
+from ..base.calls.rows import call_rows, generation_rows
 from ..base.constants import DUMMY_MODEL_CONFIG
 from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError, warn
@@ -183,12 +184,12 @@ class AdaptedModel(nn.Module):
             return None
         own = self.adapter_call_arguments
         if generate is None:
-            call_rows = of_call(self.model, bind(self._positional_names, args, arguments), own)
+            bound = bind_arguments(self._positional_names, args, arguments)
+            rows = call_rows(self.model, bound, own)
         else:
-            call_rows = of_generation(
-                self.model, bind(positional_names(generate), args, arguments), own
-            )
-        batch = adapter_batch(names, self.peft_config, call_rows)
+            bound = bind_arguments(positional_names(generate), args, arguments)
+            rows = generation_rows(self.model, bound, own)
+        batch = adapter_batch(names, self.peft_config, rows)
         if self.merged_adapters:
             raise PeftValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call "

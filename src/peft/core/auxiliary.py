@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..base.call_context import ADAPTER_BATCHES, AdapterBatch
+from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ..base.calls.layout import SAMPLES_FIRST, RowLayout
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftNotSupportedError, PeftValueError
 from ..base.freezing import Pause
-from ..base.row_layout import ORDINARY, RowLayout
 from ..integrations.distributed import gathered
 
 
@@ -33,7 +33,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
-    layout: RowLayout = ORDINARY
+    layout: RowLayout = SAMPLES_FIRST
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__()
@@ -163,8 +163,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """
         if batch.only is not None:
             return run(batch.only, *args, **kwargs)
-        shared = batch.share(args[0], self)
-        dim = int(shared.turned)
+        shared = batch.row_owners(args[0], self)
+        dim = int(shared.sequence_first)
         total = args[0].shape[dim]
 
         def part(value: Any, own: torch.Tensor) -> Any:
@@ -173,7 +173,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
             )
             return value.index_select(dim, own) if has_rows else value
 
-        rows = batch.rows(total, args[0].device, shared)
+        rows = batch.rows_by_adapter(total, args[0].device, shared)
         outputs = [
             run(
                 name,

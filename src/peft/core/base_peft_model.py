@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..base.call_context import ADAPTER_BATCHES
+from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from ..base.missing_attribute import PeftAttributeError
 from ..base.modules import check_model

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base.call_rows import positional_names
+from ..base.calls.arguments import positional_names
 
 Function = Callable[..., Any]
 # Carries a call out: (function, model, its positional and keyword arguments, names of the former) →

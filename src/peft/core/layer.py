@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.call_context import ADAPTER_BATCHES, AdapterBatch
-from ..base.call_rows import Rows
+from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ..base.calls.layout import SAMPLES_FIRST, RowLayout
+from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.geometry import Geometry, Placement, columns
-from ..base.row_layout import ORDINARY, RowLayout
 from ..checkpoint.rank_padding import RankRoom
 from ..integrations.accelerate import at_hand
 from ..ops.exact_merge import Recipe, as_it_is, by_itself
@@ -54,7 +54,7 @@ class BaseTunerLayer(AdapterHolder):
         layout: How the rows of its input lie.
     """
 
-    layout: RowLayout = ORDINARY
+    layout: RowLayout = SAMPLES_FIRST
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -242,8 +242,8 @@ class BaseTunerLayer(AdapterHolder):
         if batch.only is not None:
             known = batch.only in self.scaling
             return self._add(batch.only, x, result).to(result.dtype) if known else result
-        shared = batch.share(x, self)
-        if not shared.turned:
+        shared = batch.row_owners(x, self)
+        if not shared.sequence_first:
             return self._apply_by_sample(batch, x, result, shared)
         return (
             self._apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), shared)
@@ -252,12 +252,12 @@ class BaseTunerLayer(AdapterHolder):
         )
 
     def _apply_by_sample(
-        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
     ) -> Tensor:
         """The same with rows along the first dimension: a gather for each adapter, one scatter for
         all.
         """
-        every = batch.rows(x.shape[0], x.device, shared)
+        every = batch.rows_by_adapter(x.shape[0], x.device, shared)
         own = {
             name: rows
             for name, rows in every.items()

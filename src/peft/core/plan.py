@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..base.call_context import BASE_MODEL
+from ..base.calls.adapter_batch import BASE_MODEL
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
 from ..base.containers import AdapterModuleDict, ByAdapter, walk
 from ..base.errors import (

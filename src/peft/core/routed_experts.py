@@ -14,9 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.calls.layout import row_layout
+from ..base.calls.rows import ROUTED_TOKENS, RoutedTokens
 from ..base.containers import walk
-from ..base.routed_tokens import ROUTED_TOKENS, RoutedTokens
-from ..base.row_layout import row_layout
 from .auxiliary import AuxiliaryTrainingWrapper
 from .entry_points import Entry, put_entry, remove_entries
 from .layer import BaseTunerLayer

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.call_context import ADAPTER_BATCHES
+from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftValueError
 from . import targets as _targets
 from .adapters import AdapterParameterDict

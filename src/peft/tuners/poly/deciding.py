@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...base.call_rows import CallRows
+from ...base.calls.rows import CallRows
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .pooling import prompt_mask
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...base.call_rows import IN_ORDER, Rows
+from ...base.calls.rows import IN_ORDER, RowOwners
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
@@ -236,9 +236,9 @@ class PolyLayer(BaseTunerLayer):
         x = self._cast_input_dtype(x, delta.dtype)
         ids, rows = self._task_ids(adapter_name, x)
         own, scale = self.poly_task_skills[adapter_name], self.own_scale(adapter_name)
-        if rows.turned:
-            return delta + own(x.transpose(0, 1), rows.spread(ids, x)[0], scale).transpose(0, 1)
-        return delta + own(x, rows.spread(ids, x), scale)
+        if rows.sequence_first:
+            return delta + own(x.transpose(0, 1), rows.expand(ids, x)[0], scale).transpose(0, 1)
+        return delta + own(x, rows.expand(ids, x), scale)
 
     def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
         modules: Any = self._modules
@@ -291,17 +291,17 @@ class PolyLayer(BaseTunerLayer):
     def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
             ids, rows = self._task_ids(adapter_name, x)
-            return rows.spread(self._weights_of_tasks(adapter_name, router, ids), x)
+            return rows.expand(self._weights_of_tasks(adapter_name, router, ids), x)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
         rows, call = self.routing.share_by_input(x, self), self.routing.call
         decisions = None if call is None else call.decisions
         if decisions is None:
-            return rows.spread(router(input_ids=self.routing.pooled(x, self, rows), pooled=True), x)
+            return rows.expand(router(input_ids=self.routing.pooled(x, self, rows), pooled=True), x)
         key = (id(self), adapter_name)
         if key not in decisions:
             decisions[key] = router(input_ids=self.routing.pooled(x, self, rows), pooled=True)
-        return rows.spread(decisions[key], x)
+        return rows.expand(decisions[key], x)
 
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
         sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
@@ -311,7 +311,7 @@ class PolyLayer(BaseTunerLayer):
             0, ids
         )
 
-    def _task_ids(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Rows]:
+    def _task_ids(self, adapter_name: str, x: Tensor) -> tuple[Tensor, RowOwners]:
         """The call's task ids, and how the layer's rows are shared out among them.
 
         Raises:
@@ -328,11 +328,11 @@ class PolyLayer(BaseTunerLayer):
         ids, samples = call.task_ids, call.rows.samples
         ids, is_one = ids if ids.device == x.device else ids.to(x.device), shapes(ids)[0][0] == 1
         if not is_one or (self.training and samples):  # each sample draws its own weights
-            shared = call.rows.share(x, self.layout)
+            shared = call.rows.owners(x, self.layout)
             if shared is not None:
                 return ids.expand(samples) if is_one else ids, shared  # type: ignore[arg-type]
             if not is_one and not call.has_one_task:
-                raise call.rows.refusal(x, self, "Give all samples of a call the same task")
+                raise call.rows.error(x, self, "Give all samples of a call the same task")
         return ids[:1], IN_ORDER
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:

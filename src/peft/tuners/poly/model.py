@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...base.call_rows import bind, entrances, positional_names
+from ...base.calls.arguments import bind_arguments, entry_modules, positional_names
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...core.base_layer import geometry
@@ -113,13 +113,13 @@ class PolyModel(AdaptingTuner):
         config: Any = build.config
         if self.poly_routing.probe is None:
             self._release_model()
-            for module in entrances(self.model):
+            for module in entry_modules(self.model):
                 module._poly_routing = self.poly_routing  # type: ignore[assignment]
                 if module is not self.model:
                     put_entry(module, "forward", (), conduct_part)
             body = getattr(self.model, "base_model", None)
             if isinstance(body, nn.Module) and not any(
-                body is module for module in entrances(self.model)
+                body is module for module in entry_modules(self.model)
             ):
                 body._poly_routing = self.poly_routing  # type: ignore[assignment]
                 put_entry(body, "forward", (), conduct_body)
@@ -156,7 +156,7 @@ class PolyModel(AdaptingTuner):
         self, args: tuple[Any, ...], arguments: dict[str, Any]
     ) -> AbstractContextManager[None]:
         """A call of `generate`, in which every row keeps its sample's task or decision."""
-        bound = bind(positional_names(self.model.generate), args, arguments)  # type: ignore[arg-type]
+        bound = bind_arguments(positional_names(self.model.generate), args, arguments)  # type: ignore[arg-type]
         for name in CALL_ARGUMENTS:
             arguments.pop(name, None)
         return self.poly_routing.generating(self.model, bound)

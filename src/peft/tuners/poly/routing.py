@@ -19,18 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.call_context import ADAPTER_BATCHES, AdapterBatch
-from ...base.call_rows import (
-    IN_ORDER,
-    CallRows,
-    Rows,
-    bind,
-    describe,
-    generation_option,
-    of_call,
-    of_generation,
-)
-from ...base.call_stack import CallStack
+from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ...base.calls.arguments import argument_shapes, bind_arguments, generation_option
+from ...base.calls.rows import IN_ORDER, CallRows, RowOwners, call_rows, generation_rows
+from ...base.calls.stack import CallStack
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
@@ -141,17 +133,19 @@ class Routing:
         """A forward of the model, or of a part of it that is called by itself too, as a call of its
         own. Without arguments of its own it is for the samples of the call that it lies in.
         """
-        arguments = bind(names, args, kwargs)
+        arguments = bind_arguments(names, args, kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
         outer = (
             self.stack.current if part else self.stack.running
         )  # a part may be among what backward runs again
         if outer is None or any(name in kwargs for name in CALL_ARGUMENTS):
-            call = self._begin(model, arguments, of_call(model, arguments, CALL_ARGUMENTS))
+            call = self._begin(model, arguments, call_rows(model, arguments, CALL_ARGUMENTS))
             if self.pools:
                 call.deciding.note(arguments, call.rows, False, self.is_encoder_decoder)
             return self.stack.run(call, lambda: function(model, *args, **rest))
-        rows = outer.rows.inside(describe(arguments), is_generating=outer.decisions is not None)
+        rows = outer.rows.nested(
+            argument_shapes(arguments), is_generating=outer.decisions is not None
+        )
         call = Call(rows, outer.deciding.inside(), outer.task_ids, outer.decisions)
         if self.pools and not outer.decisions:
             call.deciding.note(arguments, rows, True, self.is_encoder_decoder)
@@ -170,7 +164,7 @@ class Routing:
         if outer is not None and outer.decisions is not None and not own:
             yield  # a `PeftModel` began this call
             return
-        rows = of_generation(model, arguments, CALL_ARGUMENTS)
+        rows = generation_rows(model, arguments, CALL_ARGUMENTS)
         call = (
             self._begin(model, arguments, rows)
             if outer is None or own
@@ -193,8 +187,8 @@ class Routing:
     def using(self, task_ids: Any, x: Tensor) -> AbstractContextManager[Call]:
         """A call of one layer by itself."""
         arguments = {"x": x, "task_ids": task_ids}
-        rows = of_call(None, arguments, CALL_ARGUMENTS)
-        rows.settled = IN_ORDER
+        rows = call_rows(None, arguments, CALL_ARGUMENTS)
+        rows.fixed = IN_ORDER
         return self.stack.during(self._begin(None, arguments, rows))
 
     def narrowed(self, samples: list[int], owner: Tensor | None) -> AbstractContextManager[Any]:
@@ -221,7 +215,12 @@ class Routing:
                 [sample * each + i for sample in samples for i in range(each)]
             ]
         return self.stack.during(
-            Call(call.rows.of_some(len(samples), Rows(owner=owner)), deciding, ids, call.decisions)
+            Call(
+                call.rows.subset(len(samples), RowOwners(owner=owner)),
+                deciding,
+                ids,
+                call.decisions,
+            )
         )
 
     def masked(self, mask: Tensor, stream: str) -> AbstractContextManager[Any]:
@@ -350,7 +349,7 @@ class Routing:
             elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
                 raise PeftValueError(message)
 
-    def share_by_input(self, x: Tensor, layer: Any) -> Rows:
+    def share_by_input(self, x: Tensor, layer: Any) -> RowOwners:
         """How a layer's input is shared out among the rows of the forward, each of which decides
         for itself.
 
@@ -361,15 +360,15 @@ class Routing:
         if call is None:
             return IN_ORDER
         rows = call.rows.by_row()
-        shared = rows.share(x, layer.layout)
+        shared = rows.owners(x, layer.layout)
         mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
         if (shared is None and mixes and rows.samples != 1) or (
             shared is not None and shared.owner is not None
         ):
-            raise rows.refusal(x, layer, "Use `routing_level='token'`")
+            raise rows.error(x, layer, "Use `routing_level='token'`")
         return IN_ORDER if shared is None else shared
 
-    def pooled(self, x: Tensor, layer: Any, shared: Rows) -> Tensor:
+    def pooled(self, x: Tensor, layer: Any, shared: RowOwners) -> Tensor:
         """A layer's input `[rows, *leading, in]` averaged over the tokens that decide,
         `[samples, in]`.
 
@@ -379,9 +378,9 @@ class Routing:
         call = self.call
         if call is None:
             return pool(x, None)
-        call_rows = call.rows.by_row()
-        rows = call_rows.samples
-        if shared.turned:
+        rows_of_call = call.rows.by_row()
+        rows = rows_of_call.samples
+        if shared.sequence_first:
             x = x.transpose(0, 1)
         sizes = shapes(x)[0]
         if len(sizes) == 2 and rows and sizes[0] != rows:
@@ -389,7 +388,7 @@ class Routing:
         if x.dim() == 2:
             return x
         x = x.flatten(1, -2)
-        return pool(x, call.deciding.mask_for(x, layer.layout.stream, call_rows))
+        return pool(x, call.deciding.mask_for(x, layer.layout.stream, rows_of_call))
 
 
 def conduct_forward(
@@ -434,7 +433,7 @@ def conduct_generate(
     routing: Routing | None = getattr(model, "_poly_routing", None)
     if routing is None:
         return function(model, *args, **kwargs)
-    with routing.generating(model, bind(names, args, kwargs)):
+    with routing.generating(model, bind_arguments(names, args, kwargs)):
         return function(
             model,
             *args,

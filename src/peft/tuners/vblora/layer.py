@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...base.call_context import AdapterBatch
-from ...base.call_rows import Rows
+from ...base.calls.adapter_batch import AdapterBatch
+from ...base.calls.rows import RowOwners
 from ...base.errors import PeftRuntimeError
 from ...base.geometry import Placement
 from ...core.adapters import AdapterParameterDict
@@ -334,7 +334,7 @@ class VBLoRALayer(BaseTunerLayer):
         return self.vblora_dropout[adapter_name] if self.training else 0.0
 
     def _apply_by_sample(
-        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
     ) -> Tensor:
         """Compact adapters over one shared bank are composed and applied all at once, the others
         one by one.
@@ -352,7 +352,7 @@ class VBLoRALayer(BaseTunerLayer):
             for name, samples in batch.samples.items()
             if name in self.scaling and name not in done
         }
-        return super()._apply_by_sample(batch.part(rest), x, result, shared) if rest else result
+        return super()._apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
 
     def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
         """Those of a call's adapters that can be applied together: compact ones, not scaled, whose
@@ -376,7 +376,12 @@ class VBLoRALayer(BaseTunerLayer):
         return map(tuple, kinds.values())
 
     def _apply_together(
-        self, names: tuple[str, ...], batch: AdapterBatch, x: Tensor, result: Tensor, shared: Rows
+        self,
+        names: tuple[str, ...],
+        batch: AdapterBatch,
+        x: Tensor,
+        result: Tensor,
+        shared: RowOwners,
     ) -> Tensor:
         """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
         bank = self.bank(names[0])
@@ -390,7 +395,7 @@ class VBLoRALayer(BaseTunerLayer):
         B = (
             tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]
         )  # [names, r, out], transposed
-        rows, owner = batch.owners(names, x, shared)
+        rows, owner = batch.rows_of(names, x, shared)
         if len(rows) != len(names):  # else each has one row, and both are in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
@@ -405,7 +410,7 @@ class VBLoRALayer(BaseTunerLayer):
         """The entries of adapters that are in one buffer, `[names, …]`."""
         place = holder.place
         pack = holder.pack(place(names[0])[0])
-        return pack[batch.numbers(tuple([place(name)[1] for name in names]), pack.device)]
+        return pack[batch.index_tensor(tuple([place(name)[1] for name in names]), pack.device)]
 
 
 class Linear(VBLoRALayer):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the rows of a layer lie, as far as its place in a model tells.
+"""Where the samples lie in a layer's input, as far as the layer's place in its model tells.
 
-Most layers see the samples of a call one after the other along their first dimension. This file
-knows which do not: layers that take the sequence first, layers that see a sample in windows, the
-experts of a mixture of experts.
+Most layers see the samples of a call one after the other along the first dimension. This file lists
+the others: layers that take the sequence first, layers that see a sample in windows, and the experts
+of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from torch import nn
 
-# Modules that take `[sequence, batch, …]`, by the full name of their class, and which of the layers
-# in them do.
+# Classes of modules that take `[sequence, batch, …]`, by full name, with the paths of the layers in
+# them that do.
 _SEQUENCE_FIRST = (
     (r"transformers\.models\.xlnet\..*\.XLNetLayer", r".*"),
     (r"transformers\.models\.xlnet\..*\.XLNetModel", r"word_embedding"),
@@ -37,7 +36,7 @@ _SEQUENCE_FIRST = (
         r"initial_token_classifier\..*",
     ),
 )
-# Modules that see a sample as several rows (windows, frames, channels), which follow one another.
+# Modules that split a sample into several consecutive rows (windows, frames, channels).
 _GROUPED = re.compile(
     r"(diffusers|timm|torchvision)\.models\..*"
     r"|transformers\.models\.(swin|swinv2|swin2sr|timesformer|vitdet|mobilevit|mobilevitv2|patchtst|patchtsmixer|lw_detr)\..*"
@@ -53,17 +52,18 @@ _CROSS_ATTENTION = re.compile(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a layer's rows lie.
+    """Where the samples lie in a layer's input.
 
     Attributes:
-        features: How many of its input's dimensions, the last ones, are not rows.
-        sequence_first: Its input is `[sequence, batch, …]`.
-        is_declared: A module that it lies in says so of itself, which need not hold for all layers
-            in it.
-        is_grouped: All rows of a sample follow one another, however many there are.
-        expert: The name, among its like, of the expert that it belongs to.
-        stream: Which of the model's tokens it sees, those of the encoder or single model ("main")
-            or of the decoder.
+        features: Number of trailing dimensions of the input that are not rows: 1 for a linear layer,
+            0 for an embedding.
+        sequence_first: The input is `[sequence, batch, …]`.
+        is_declared: A module around the layer has `batch_first=False`, which need not hold for all
+            layers in it.
+        is_grouped: All rows of a sample are consecutive, however many there are.
+        expert: Name of the expert that the layer belongs to, in a mixture of experts.
+        stream: The tokens that the layer sees: "main" for those of the encoder or of a single model,
+            "decoder" for those of the decoder.
     """
 
     features: int = 1
@@ -75,32 +75,31 @@ class RowLayout:
 
     @property
     def samples_first(self) -> bool:
-        """Whether as many rows as samples are one for each sample."""
+        """True if an input with as many rows as samples has one row for each sample."""
         return not (self.sequence_first or self.is_declared or self.expert)
 
 
-ORDINARY = RowLayout()
-_KNOWN: dict[RowLayout, RowLayout] = {ORDINARY: ORDINARY}
+SAMPLES_FIRST = RowLayout()
+_KNOWN: dict[RowLayout, RowLayout] = {SAMPLES_FIRST: SAMPLES_FIRST}
 
 
 def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
-    """What a layer's place in a model tells of its rows.
+    """Return the layout of the layer at a path of a model; equal layouts are the same object.
 
     Args:
         root: The model.
         path: The layer's path in it.
-        features: How many dimensions of the layer's input are not rows: 1 for a linear layer, 0 for
-            an embedding.
+        features: As in `RowLayout`.
     """
-    layout = RowLayout(features, stream=stream_of(root, path))
+    layout = RowLayout(features, stream=_stream(root, path))
     for module, name, inner in _ancestors(root, path):
-        kind: Any = type(module)
+        kind: type = type(module)
         if isinstance(vars(module).get("batch_first"), bool):
             layout = replace(layout, is_declared=not module.batch_first)
         if is_sequence_first(module):
             layout = replace(layout, sequence_first=True)
-        for is_inside in _sequence_first(kind):
-            if is_inside.fullmatch(inner):
+        for layers in _sequence_first_layers(kind):
+            if layers.fullmatch(inner):
                 layout = replace(layout, sequence_first=True)
         if _is_grouped(kind):
             layout = replace(layout, is_grouped=True)
@@ -109,20 +108,11 @@ def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
             and "expert" in f"{name} {kind.__name__}".lower()
         ):
             layout = replace(layout, expert=inner.partition(".")[0])
-    return _KNOWN.setdefault(layout, layout)  # so that layers alike have one and the same
+    return _KNOWN.setdefault(layout, layout)
 
 
-def stream_of(root: nn.Module, path: str) -> str:
-    """Which of a model's tokens the layer at a path sees."""
-    if not getattr(
-        getattr(root, "config", None), "is_encoder_decoder", False
-    ) or "decoder" not in path.split("."):
-        return "main"
-    return "main" if _CROSS_ATTENTION.fullmatch(path) else "decoder"
-
-
-def is_sequence_first(module: Any) -> bool:
-    """Whether a module is one of torch's that take their inputs as `[sequence, batch, …]`."""
+def is_sequence_first(module: nn.Module | None) -> bool:
+    """Return True for transformers of `torch.nn` that take their inputs as `[sequence, batch, …]`."""
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) and len(module.layers):
         module = module.layers[0]
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
@@ -130,10 +120,15 @@ def is_sequence_first(module: Any) -> bool:
     return isinstance(module, nn.Transformer) and not module.batch_first
 
 
+def _stream(root: nn.Module, path: str) -> str:
+    config = getattr(root, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or "decoder" not in path.split("."):
+        return "main"
+    return "main" if _CROSS_ATTENTION.fullmatch(path) else "decoder"
+
+
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """The modules that a layer lies in from the outermost, each with its name and the layer's path
-    in it.
-    """
+    """Yield the modules around a layer from the outermost: module, its name, the layer's path in it."""
     module, name, inner = root, "", path
     while inner:
         yield module, name, inner
@@ -146,15 +141,15 @@ def _full_names(kind: type) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _sequence_first(kind: Any) -> tuple[re.Pattern[str], ...]:
+def _sequence_first_layers(kind: type) -> tuple[re.Pattern[str], ...]:
     names = _full_names(kind)
     return tuple(
-        re.compile(inside)
-        for pattern, inside in _SEQUENCE_FIRST
+        re.compile(layers)
+        for pattern, layers in _SEQUENCE_FIRST
         if any(re.fullmatch(pattern, name) for name in names)
     )
 
 
 @lru_cache(maxsize=4096)
-def _is_grouped(kind: Any) -> bool:
+def _is_grouped(kind: type) -> bool:
     return any(_GROUPED.fullmatch(name) for name in _full_names(kind))
