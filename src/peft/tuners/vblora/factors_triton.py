@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`factors.compose_factors` as one kernel, and one for its gradient, where Triton is (see
-`_kernels.py`).
+"""`factors.compose_factors` as one Triton kernel, and one for its gradient.
 
-A program makes one tile: it finds the top-k of its row of logits, takes the softmax of those and
-writes their mixture into the factor's memory. Products and sums are in float32; each result is
-rounded once.
+A program of the kernel makes one tile: it finds the top-k of the tile's logits, computes their
+softmax and writes the weighted sum of the vectors to its place in the factor. Products and sums are
+in float32; each result is rounded once.
 
-Source: arXiv:2405.15179
+Source: arXiv:2405.15179, section 3
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -22,45 +21,44 @@ from torch import Tensor
 from ...ops.derivatives import gradients_again
 from ...ops.dispatch import is_batched
 from ...ops.triton_support import on_device_of
-from .bank import compose_in_full
+from .bank import compose_factors_plain
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_LARGEST_ROW, _LARGEST_CHOICE = 16384, 8192
-"""Numbers that one program holds at most: a row of logits, the vectors of one position."""
+_LARGEST_ROW, _LARGEST_TILE = 16384, 8192
+"""Largest number of elements in one program: logits of a tile, entries of its selected vectors."""
 
 
 def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
-    """Whether the kernels are made for such tensors."""
+    """Return whether the kernels support tensors of these dtypes and sizes."""
     if (
         bank.dtype not in _DTYPES
         or logits_A.dtype not in _DTYPES
         or logits_A.dtype != logits_B.dtype
     ):
         return False
-    sizes = _sizes(*bank.shape, logits_A.shape[0], topk)
-    return (
-        sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_CHOICE
-    )
+    sizes = _kernel_options(*bank.shape, logits_A.shape[0], topk)
+    return sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_TILE
 
 
 def compose_factors(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """`factors.compose_factors` in one launch.
+    """Compute `factors.compose_factors` in one launch.
 
-    Among equal logits the vector of the lowest number is chosen first. The gradient of the bank is
-    summed in no fixed order.
+    Among equal logits the lowest index is selected first. The order in which the bank's gradient is
+    summed differs from run to run.
 
     Args:
         logits_A: `[r, in / vector_length, num_vectors]`.
         logits_B: `[out / vector_length, r, num_vectors]`, of the same dtype.
         bank: `[num_vectors, vector_length]`.
-        topk: Vectors mixed per position.
+        topk: Vectors summed into each tile.
 
     Returns:
-        `A [r, in]` and `B [out, r]`, which is a contiguous `[r, out]` seen transposed.
+        `A [r, in]` and `B [out, r]`, the transpose of a contiguous `[r, out]`. Cost as for
+        `factors.compose_factors`, with one read of the logits.
 
-    Source: arXiv:2405.15179
+    Source: arXiv:2405.15179, section 3
     """
     sources = logits_A, logits_B, bank
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -70,55 +68,60 @@ def compose_factors(
     return A, B.T
 
 
+class _Context(Protocol):
+    """Attributes of an autograd context that `_Compose` uses."""
+
+    topk: int
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
-    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        A, B, chosen = _composed(logits_A, logits_B, bank, topk, keep=True)
-        ctx.save_for_backward(logits_A, logits_B, bank, chosen)
+        ctx: _Context, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor]:
+        A, B, selected = _composed(logits_A, logits_B, bank, topk, keep=True)
+        ctx.save_for_backward(logits_A, logits_B, bank, selected)
         ctx.topk = topk
         return A, B
 
     @staticmethod
-    def backward(ctx: Any, of_A: Tensor, of_B: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *sources, bank, chosen = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(of_A) or is_batched(of_B):
-            plain = functools.partial(compose_in_full, topk=ctx.topk)
-            return *gradients_again(
-                plain, (*sources, bank), ctx.needs_input_grad[:3], (of_A, of_B.T)
-            ), None
-        (shape_A, shape_B), dtype = (logits.shape for logits in sources), sources[0].dtype
-        for_logits, for_bank = (
-            ctx.needs_input_grad[0] or ctx.needs_input_grad[1],
-            ctx.needs_input_grad[2],
-        )
-        of_logits_A = bank.new_empty(shape_A if for_logits else (), dtype=dtype)
-        of_logits_B = bank.new_empty(shape_B if for_logits else (), dtype=dtype)
-        of_bank = bank.new_zeros(bank.shape if for_bank else (), dtype=torch.float32)
-        (r, tiles_A, _), (tiles_B, _, _) = shape_A, shape_B
-        pointers = (
-            of_A.contiguous(),
-            of_B.contiguous(),
-            bank,
-            chosen,
-            of_logits_A,
-            of_logits_B,
-            of_bank,
-        )
+    def backward(ctx: _Context, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor | None, ...]:
+        logits_A, logits_B, bank, selected = ctx.saved_tensors
+        need_A, need_B, need_bank, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or is_batched(grad_A) or is_batched(grad_B):
+            plain = functools.partial(compose_factors_plain, topk=ctx.topk)
+            gradients = gradients_again(
+                plain, (logits_A, logits_B, bank), (need_A, need_B, need_bank), (grad_A, grad_B.T)
+            )
+            return *gradients, None
+        need_logits = need_A or need_B
+        grad_logits_A = logits_A.new_empty(logits_A.shape if need_logits else ())
+        grad_logits_B = logits_B.new_empty(logits_B.shape if need_logits else ())
+        grad_bank = bank.new_zeros(bank.shape if need_bank else (), dtype=torch.float32)
+        (r, columns, _), rows = logits_A.shape, logits_B.shape[0]
         with on_device_of(bank):
-            _distribute_kernel[((tiles_A + tiles_B) * r,)](
-                *pointers,
-                tiles_A * r,
-                tiles_B,
-                for_logits,
-                for_bank,
-                **_sizes(*bank.shape, r, chosen.shape[1]),
+            _distribute_kernel[((columns + rows) * r,)](
+                grad_A.contiguous(),
+                grad_B.contiguous(),
+                bank,
+                selected,
+                grad_logits_A,
+                grad_logits_B,
+                grad_bank,
+                columns * r,
+                rows,
+                need_logits,
+                need_bank,
+                **_kernel_options(*bank.shape, r, selected.shape[1]),
             )
         return (
-            of_logits_A if ctx.needs_input_grad[0] else None,
-            of_logits_B if ctx.needs_input_grad[1] else None,
-            of_bank.to(bank.dtype) if for_bank else None,
+            grad_logits_A if need_A else None,
+            grad_logits_B if need_B else None,
+            grad_bank.to(bank.dtype) if need_bank else None,
             None,
         )
 
@@ -126,57 +129,55 @@ class _Compose(torch.autograd.Function):
 def _composed(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`A [r, in]`, `B` transposed, `[r, out]`, and what was chosen, `[positions, topk]`, if that is
-    to be kept.
+    """Return `A [r, in]`, `B` transposed, `[r, out]`, and the selection for the backward, packed
+    index and logit `[tiles, topk]`, or `[0, topk]` without `keep`.
     """
-    (r, tiles_A, _), tiles_B, length = logits_A.shape, logits_B.shape[0], bank.shape[1]
-    A, B = bank.new_empty(r, tiles_A * length), bank.new_empty(r, tiles_B * length)
-    positions = (tiles_A + tiles_B) * r
-    chosen = bank.new_empty(positions if keep else 0, topk, dtype=torch.int64)
+    (r, columns, _), rows, length = logits_A.shape, logits_B.shape[0], bank.shape[1]
+    A, B = bank.new_empty(r, columns * length), bank.new_empty(r, rows * length)
+    tiles = (columns + rows) * r
+    selected = bank.new_empty(tiles if keep else 0, topk, dtype=torch.int64)
     with on_device_of(bank):
-        _compose_kernel[(positions,)](
+        _compose_kernel[(tiles,)](
             logits_A,
             logits_B,
             bank,
             A,
             B,
-            chosen,
-            tiles_A * r,
-            tiles_B,
+            selected,
+            columns * r,
+            rows,
             keep,
-            **_sizes(*bank.shape, r, topk),
+            **_kernel_options(*bank.shape, r, topk),
         )
-    return A, B, chosen
+    return A, B, selected
 
 
 @functools.cache
-def _sizes(num_vectors: int, length: int, r: int, topk: int) -> dict[str, int]:
-    """What a kernel is compiled for."""
-    sizes = {
-        f"BLOCK_{of}": triton.next_power_of_2(n)
-        for of, n in (("N", num_vectors), ("V", length), ("K", topk))
-    }
-    warps = max(sizes["BLOCK_N"], sizes["BLOCK_K"] * sizes["BLOCK_V"]) // 512
+def _kernel_options(num_vectors: int, length: int, r: int, topk: int) -> dict[str, int]:
+    """Return the constants that a kernel is compiled for, and its number of warps."""
+    block_n, block_v, block_k = map(triton.next_power_of_2, (num_vectors, length, topk))
     return {
         "N": num_vectors,
         "V": length,
         "R": r,
         "K": topk,
-        **sizes,
-        "num_warps": min(max(warps, 1), 8),
+        "BLOCK_N": block_n,
+        "BLOCK_V": block_v,
+        "BLOCK_K": block_k,
+        "num_warps": min(max(max(block_n, block_k * block_v) // 512, 1), 8),
     }
 
 
-@triton.jit(do_not_specialize=["positions_A", "tiles_B"])
+@triton.jit(do_not_specialize=["tiles_A", "rows_B"])
 def _compose_kernel(
     logits_A,
     logits_B,
     bank,
     A,
     B,
-    chosen,
-    positions_A,
-    tiles_B,
+    selected,
+    tiles_A,
+    rows_B,
     KEEP: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
@@ -186,10 +187,10 @@ def _compose_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    position = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
     vector, entry = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
-    row, tile = _places(position, logits_A, logits_B, A, B, positions_A, tiles_B, N, V, R)
-    value = tl.load(row + vector, mask=vector < N, other=0.0).to(tl.float32)
+    logits, factor = _pointers(tile, logits_A, logits_B, A, B, tiles_A, rows_B, N, V, R)
+    value = tl.load(logits + vector, mask=vector < N, other=0.0).to(tl.float32)
     packed = tl.where(vector < N, _pack(value, vector), -0x7FFFFFFFFFFFFFFF)
     total = 0.0
     mixed = tl.zeros([BLOCK_V], tl.float32)
@@ -201,25 +202,24 @@ def _compose_kernel(
             highest = logit
         weight = tl.exp(logit - highest)
         total += weight
-        mixed += weight * tl.load(bank + index * V + entry, mask=entry < V, other=0.0).to(
-            tl.float32
-        )
+        row = tl.load(bank + index * V + entry, mask=entry < V, other=0.0)
+        mixed += weight * row.to(tl.float32)
         if KEEP:
-            tl.store(chosen + position * K + k, best)
-    tl.store(tile + entry, (mixed / total).to(tile.dtype.element_ty), mask=entry < V)
+            tl.store(selected + tile * K + k, best)
+    tl.store(factor + entry, (mixed / total).to(factor.dtype.element_ty), mask=entry < V)
 
 
-@triton.jit(do_not_specialize=["positions_A", "tiles_B"])
+@triton.jit(do_not_specialize=["tiles_A", "rows_B"])
 def _distribute_kernel(
-    of_A,
-    of_B,
+    grad_A,
+    grad_B,
     bank,
-    chosen,
-    of_logits_A,
-    of_logits_B,
-    of_bank,
-    positions_A,
-    tiles_B,
+    selected,
+    grad_logits_A,
+    grad_logits_B,
+    grad_bank,
+    tiles_A,
+    rows_B,
     FOR_LOGITS: tl.constexpr,
     FOR_BANK: tl.constexpr,
     N: tl.constexpr,
@@ -230,67 +230,66 @@ def _distribute_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """With `g` a tile's gradient and `w` its weights: `w_i g` for the bank; for the logits
-    `w_i (d_i - sum_j w_j d_j)`, where `d_i = g . bank_i`, and zero for those not chosen.
+    """Compute the gradients of the bank and the logits from the gradient `g` of a tile.
+
+    With weights `w` and `d_i = g . bank_i`: `w_i g` for vector `i` of the bank;
+    `w_i (d_i - sum_j w_j d_j)` for a selected logit, zero for the others.
     """
-    position = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
     rank, entry = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    row, tile = _places(
-        position, of_logits_A, of_logits_B, of_A, of_B, positions_A, tiles_B, N, V, R
+    grad_logits, grad_factor = _pointers(
+        tile, grad_logits_A, grad_logits_B, grad_A, grad_B, tiles_A, rows_B, N, V, R
     )
-    g = tl.load(tile + entry, mask=entry < V, other=0.0).to(tl.float32)
-    index, logit = _unpack(tl.load(chosen + position * K + rank, mask=rank < K, other=0x7FFFFFFF))
+    g = tl.load(grad_factor + entry, mask=entry < V, other=0.0).to(tl.float32)
+    index, logit = _unpack(tl.load(selected + tile * K + rank, mask=rank < K, other=0x7FFFFFFF))
     logit = tl.where(rank < K, logit, float("-inf"))
     weight = tl.exp(logit - tl.max(logit, 0))
     weight = weight / tl.sum(weight, 0)
-    place = index[:, None] * V + entry[None, :]
-    real = (rank < K)[:, None] & (entry < V)[None, :]
+    offset = index[:, None] * V + entry[None, :]
+    mask = (rank < K)[:, None] & (entry < V)[None, :]
     if FOR_BANK:
-        tl.atomic_add(of_bank + place, weight[:, None] * g[None, :], mask=real, sem="relaxed")
+        tl.atomic_add(grad_bank + offset, weight[:, None] * g[None, :], mask=mask, sem="relaxed")
     if FOR_LOGITS:
-        dots = tl.sum(tl.load(bank + place, mask=real, other=0.0).to(tl.float32) * g[None, :], 1)
-        of_chosen = weight * (dots - tl.sum(weight * dots, 0))
+        dots = tl.sum(tl.load(bank + offset, mask=mask, other=0.0).to(tl.float32) * g[None, :], 1)
+        grad_selected = weight * (dots - tl.sum(weight * dots, 0))
         vector = tl.arange(0, BLOCK_N)
-        of_row = tl.zeros([BLOCK_N], tl.float32)
+        grad_row = tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(K):
-            here = tl.sum(tl.where(rank == k, index, 0), 0)
-            of_row = tl.where(
-                vector == here, tl.sum(tl.where(rank == k, of_chosen, 0.0), 0), of_row
-            )
-        tl.store(row + vector, of_row.to(row.dtype.element_ty), mask=vector < N)
+            index_k = tl.sum(tl.where(rank == k, index, 0), 0)
+            grad_k = tl.sum(tl.where(rank == k, grad_selected, 0.0), 0)
+            grad_row = tl.where(vector == index_k, grad_k, grad_row)
+        tl.store(grad_logits + vector, grad_row.to(grad_logits.dtype.element_ty), mask=vector < N)
 
 
 @triton.jit
-def _places(
-    position,
-    rows_A,
+def _pointers(
+    tile,
+    logits_A,
+    logits_B,
+    A,
+    B,
+    tiles_A,
     rows_B,
-    tiles_of_A,
-    tiles_of_B,
-    positions_A,
-    tiles_B,
     N: tl.constexpr,
     V: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Where a position's row of logits is, and its tile: positions of `A [r, tiles]` come first,
-    then those of `B [tiles, r]`.
+    """Return pointers to a tile's logits and to its entries in the factor. The tiles of
+    `A [r, columns]` are numbered first, then those of `B [rows, r]`, stored transposed.
     """
-    if position < positions_A:
-        row = rows_A + position * N
-        tile = tiles_of_A + position * V
+    if tile < tiles_A:
+        logits = logits_A + tile * N
+        factor = A + tile * V
     else:
-        at = position - positions_A
-        row = rows_B + at * N
-        tile = tiles_of_B + ((at % R) * tiles_B + at // R) * V
-    return row, tile
+        tile_B = tile - tiles_A
+        logits = logits_B + tile_B * N
+        factor = B + ((tile_B % R) * rows_B + tile_B // R) * V
+    return logits, factor
 
 
 @triton.jit
 def _pack(value, vector):
-    """Integers in the order of values, NaN last as the greatest, and among equal values the lowest
-    number last.
-    """
+    """Return 64-bit integers that sort by value, then by lowest index. NaN is the largest."""
     bits = value.to(tl.int32, bitcast=True)
     order = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     return (order.to(tl.int64) << 32) | (0x7FFFFFFF - vector).to(tl.int64)
@@ -298,7 +297,7 @@ def _pack(value, vector):
 
 @triton.jit
 def _unpack(packed):
-    """The vector's number and its value."""
+    """Return the index and the value that `_pack` packed."""
     order = (packed >> 32).to(tl.int32)
     value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return 0x7FFFFFFF - (packed & 0x7FFFFFFF), value

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import CheckpointError
-from .bank import choose, chosen_logits, compress, expand
+from .bank import compress, expand, select_topk, selected_logits
 from .config import Form
 from .layer import INDICES, LOGITS, WEIGHTS
 
@@ -145,7 +145,7 @@ def _imported_choice(key: str, indices: Tensor, weights: Tensor, config: Any) ->
         return {key: expand(indices, weights, config.num_vectors)}
     if config.form is Form.WEIGHTS:
         return {key + INDICES: indices, key + WEIGHTS: weights}
-    return {key + INDICES: indices, key: chosen_logits(weights)}
+    return {key + INDICES: indices, key: selected_logits(weights)}
 
 
 def _imported_logits(key: str, logits: Tensor, config: Any) -> dict[str, Tensor]:
@@ -155,5 +155,5 @@ def _imported_logits(key: str, logits: Tensor, config: Any) -> dict[str, Tensor]
     if config.form is Form.WEIGHTS:
         indices, weights = compress(logits, config.topk, config.weights_dtype)
         return {key + INDICES: indices, key + WEIGHTS: weights}
-    indices, chosen = choose(logits, config.topk)
+    indices, chosen = select_topk(logits, config.topk)
     return {key + INDICES: indices, key: chosen}

@@ -14,7 +14,7 @@ from ...base.containers import walk
 from ...checkpoint.files import write_report
 from ...config import as_folder
 from ...core.adapter_choice import adapter_of
-from .bank import choose
+from .bank import select_topk
 from .config import Form
 from .layer import VBLoRALayer
 
@@ -198,5 +198,5 @@ def _choices(layer: VBLoRALayer, adapter_name: str) -> tuple[tuple[Tensor, Tenso
     """Indices and weights `[…, topk]` for `A` and for `B`."""
     if layer.form[adapter_name] is not Form.LOGITS:
         return layer.chosen(adapter_name)
-    found = (choose(logits, layer.topk[adapter_name]) for logits in layer.logits(adapter_name))
+    found = (select_topk(logits, layer.topk[adapter_name]) for logits in layer.logits(adapter_name))
     return tuple((indices, logits.softmax(-1, dtype=torch.float32)) for indices, logits in found)
