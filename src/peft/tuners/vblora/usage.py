@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vectors of a bank serve which layers and factors: counted, tabulated and drawn."""
+"""Usage of a vector bank: the vectors that each factor of each layer selects, as counts, tables and
+figures.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base.containers import walk
 from ...checkpoint.files import write_report
@@ -17,17 +19,21 @@ from ...core.adapter_choice import adapter_of
 from .bank import select_topk
 from .config import Form
 from .layer import VBLoRALayer
+from .plotting import plot_bank_usage
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
-class Use(NamedTuple):
-    """How one factor of one layer uses the bank.
+class FactorUsage(NamedTuple):
+    """Usage of the bank by one factor of one layer.
 
     Args:
         layer: The layer's path.
         factor: "A" (input side) or "B" (output side).
-        counts: How many positions chose each vector, `[num_vectors]`.
-        weights: What weight these choices have together, `[num_vectors]`; sums to the number of
-            positions.
+        counts: Number of tiles that select each vector, `[num_vectors]`.
+        weights: Sum of the tiles' weights of each vector, `[num_vectors]`; its total is the number
+            of tiles.
     """
 
     layer: str
@@ -36,8 +42,18 @@ class Use(NamedTuple):
     weights: Tensor
 
 
+class UsageRow(TypedDict):
+    """Row of `BankUsage.rows`: one vector that a factor of a layer uses."""
+
+    layer: str
+    factor: str
+    vector: int
+    count: int
+    weight: float
+
+
 class BankUsage:
-    """How an adapter uses its bank.
+    """Usage of a bank by an adapter.
 
     Args:
         uses: An entry for each factor of each layer, in the model's order.
@@ -48,22 +64,27 @@ class BankUsage:
         num_vectors: As given.
     """
 
-    def __init__(self, uses: list[Use], num_vectors: int) -> None:
+    def __init__(self, uses: list[FactorUsage], num_vectors: int) -> None:
         self.uses = uses
         self.num_vectors = num_vectors
 
     def counts(self, factor: str | None = None) -> Tensor:
-        """How many positions chose each vector, `[num_vectors]`, in one factor or in both."""
+        """Return the number of tiles that select each vector, `[num_vectors]`.
+
+        Args:
+            factor: "A" or "B" to count only in that factor; None for both.
+        """
         return torch.stack([use.counts for use in self.uses if factor in (None, use.factor)]).sum(0)
 
     def summary(self) -> dict[str, float]:
-        """The bank's usage in a few numbers.
+        """Return a few numbers that describe the usage.
 
         Returns:
-            `num_vectors`; `positions`; `used`: vectors that any position chose; `only_A`, `only_B`,
-            `both`: those used on one side or on both; `effective`: exp of the entropy of the
-            choices' weights, as many vectors as would be used alike; `top_tenth`: the share of all
-            weight that the most used tenth of the vectors has.
+            `num_vectors`; `positions`, the number of tiles; `used`, the number of vectors that any
+            tile selects; `only_A`, `only_B` and `both`, of these the number in one factor or in
+            both; `effective`, the exponential of the entropy of the vectors' weights, which is
+            `num_vectors` if all have the same weight; `top_tenth`, the share of the weight on the
+            most used tenth of the vectors.
         """
         a, b = self.counts("A") > 0, self.counts("B") > 0
         weights = torch.stack([use.weights for use in self.uses]).sum(0).double()
@@ -81,29 +102,25 @@ class BankUsage:
             "top_tenth": float(shares.sort(descending=True).values[:tenth].sum()),
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each vector that a factor of a layer uses: `layer`, `factor`, `vector`,
-        `count`, `weight`.
-        """
+    def rows(self) -> list[UsageRow]:
+        """Return a row for each vector that a factor of a layer uses."""
         return [
-            {
-                "layer": use.layer,
-                "factor": use.factor,
-                "vector": i,
-                "count": int(use.counts[i]),
-                "weight": float(use.weights[i]),
-            }
+            UsageRow(
+                layer=use.layer,
+                factor=use.factor,
+                vector=i,
+                count=int(use.counts[i]),
+                weight=float(use.weights[i]),
+            )
             for use in self.uses
             for i in use.counts.nonzero().flatten().tolist()
         ]
 
-    def to_pandas(self) -> Any:
-        """`rows` as a pandas `DataFrame`."""
+    def to_pandas(self) -> DataFrame:
+        """Return `rows` as a pandas `DataFrame`."""
         import pandas
 
-        return pandas.DataFrame(
-            self.rows(), columns=["layer", "factor", "vector", "count", "weight"]
-        )
+        return pandas.DataFrame(self.rows(), columns=list(UsageRow.__annotations__))
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `summary` and `rows` to a file; its folder is made if missing."""
@@ -113,7 +130,7 @@ class BankUsage:
         return f"BankUsage({len(self.uses)} factors, num_vectors={self.num_vectors})"
 
     def __str__(self) -> str:
-        """A table: a line for each factor of each layer, and the summary."""
+        """Return a table with a line for each factor of each layer, and the summary."""
         width = max(len(use.layer) for use in self.uses)
         lines = [f"{'layer':{width}}  factor  positions  vectors  most used"]
         for use in self.uses:
@@ -126,37 +143,42 @@ class BankUsage:
         s = self.summary()
         lines.append(
             f"{s['used']} of {s['num_vectors']} used: {s['only_A']} in A only, {s['only_B']} in B "
-            f"only, {s['both']} in both; "
-            f"effectively {s['effective']:.1f}; the most used tenth has {100 * s['top_tenth']:.0f} "
-            "% of the weight"
+            f"only, {s['both']} in both; effectively {s['effective']:.1f}; the most used tenth has "
+            f"{100 * s['top_tenth']:.0f} % of the weight"
         )
         return "\n".join(lines)
 
     def plot(self, folder: str | os.PathLike) -> list[Path]:
-        """Draw the map of selections, the histogram of how often vectors are chosen, and the usage
-        by layer.
+        """Draw the weight of each vector in each factor, the histogram of selections, and the
+        number of vectors that each layer uses. Needs matplotlib.
 
         Args:
-            folder: Where "bank_map.png", "bank_histogram.png" and "bank_layers.png" go; made if
+            folder: Folder for "bank_map.png", "bank_histogram.png" and "bank_layers.png"; made if
                 missing.
 
         Returns:
             The files' paths.
         """
-        from .drawing import draw
+        folder = as_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = self.summary()
+        return plot_bank_usage(
+            folder,
+            [(use.layer, use.factor) for use in self.uses],
+            torch.stack([use.counts for use in self.uses]),
+            torch.stack([use.weights for use in self.uses]),
+            f"{summary['used']} of {self.num_vectors} vectors used, effectively "
+            f"{summary['effective']:.0f}",
+        )
 
-        place = as_folder(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        return draw(self, place)
 
-
-def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
-    """How an adapter of a model uses its vector bank.
+def bank_usage(model: nn.Module, adapter_name: str | None = None) -> BankUsage:
+    """Return the usage of its vector bank by an adapter of a model.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter, in any form: logits, or indices and weights; by default the one
-            called "default", else the only one that is active.
+        adapter_name: The adapter, in any storage format; by default the one called "default", else
+            the only one that is active.
 
     Raises:
         PeftValueError: The model has no such adapter, or several could be meant.
@@ -168,34 +190,26 @@ def bank_usage(model: Any, adapter_name: str | None = None) -> BankUsage:
         >>> usage.summary()["positions"], usage.counts("A").sum()
         (8, tensor(8))
 
-    Source: arXiv:2405.15179
+    Source: arXiv:2405.15179, section 3
     """
     adapter_name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
-    uses, size = [], 0
+    uses, num_vectors = [], 0
     for path, layer in walk(model):
         if not isinstance(layer, VBLoRALayer) or adapter_name not in layer.scaling:
             continue
-        size = len(layer.bank(adapter_name))
+        num_vectors = len(layer.bank(adapter_name))
         path = path.removeprefix("base_model.model.")
-        for factor, (indices, weights) in zip("AB", _choices(layer, adapter_name), strict=True):
-            indices, weights = (
-                indices.detach().cpu().long().flatten(),
-                weights.detach().cpu().double().flatten(),
-            )
-            counts = torch.bincount(indices, minlength=size)
-            uses.append(
-                Use(
-                    path,
-                    factor,
-                    counts,
-                    torch.zeros(size, dtype=torch.float64).index_add(0, indices, weights),
-                )
-            )
-    return BankUsage(uses, size)
+        for factor, (indices, weights) in zip("AB", _selections(layer, adapter_name), strict=True):
+            indices = indices.detach().cpu().long().flatten()
+            weights = weights.detach().cpu().double().flatten()
+            total = torch.zeros(num_vectors, dtype=torch.float64).index_add(0, indices, weights)
+            counts = torch.bincount(indices, minlength=num_vectors)
+            uses.append(FactorUsage(path, factor, counts, total))
+    return BankUsage(uses, num_vectors)
 
 
-def _choices(layer: VBLoRALayer, adapter_name: str) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Indices and weights `[…, topk]` for `A` and for `B`."""
+def _selections(layer: VBLoRALayer, adapter_name: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return indices and weights `[…, topk]` of `A` and of `B`."""
     if layer.form[adapter_name] is not Form.LOGITS:
         return layer.chosen(adapter_name)
     found = (select_topk(logits, layer.topk[adapter_name]) for logits in layer.logits(adapter_name))
