@@ -383,7 +383,7 @@ def test_a_bank_that_is_wrong_or_missing(tmp_path, bank):
     (tmp_path / "bank").rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
-        match=r"shared vector bank is not to be found at `bank`='.*bank'.*If it moved, pass",
+        match=r"shared vector bank was not found at `bank`='.*bank'.*If it moved, pass",
     ):
         PeftModel.from_pretrained(model, tmp_path / "user")
     moved = VBLoRAConfig.from_pretrained(tmp_path / "user", bank=str(tmp_path / "moved"))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vector bank by itself: in a file of its own, known by its content, used by any number of
-adapters.
+"""Vector banks in files of their own, shared by any number of adapters.
 
-An adapter that uses one says which by the digest of the vectors it was trained over. A bank that
-grew begins with those of the bank it grew from, so that its first vectors have that bank's digest:
-adapters of the smaller one run on it as before.
+The config of an adapter identifies its bank by the SHA-256 digest of the vectors. A grown bank
+begins with the vectors of the bank it grew from, so the digest of its first vectors is that bank's
+digest: adapters of the smaller bank run on it unchanged.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import ctypes
 import hashlib
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +27,8 @@ from ...checkpoint.files import read_metadata, read_weights, write_tensors
 from ...checkpoint.hub import find_file, local_folder, only_hub_options
 from ...config import as_folder
 from ...core.adapter_choice import adapter_of
+from .config import VBLoRAConfig
+from .layer import VBLoRALayer
 
 BANK_NAME = "vector_bank.safetensors"
 _TENSOR = "vector_bank"
@@ -39,16 +39,13 @@ class VectorBank:
     """A bank of vectors that adapters share.
 
     Args:
-        vectors: `[num_vectors, vector_length]`, of any floating dtype, finite; a copy is kept, on
-            the CPU.
-        replaces: Digests of banks whose adapters may be used with this one though its vectors
-            differ from theirs (it was trained further, say). Their outputs change with the vectors;
-            who writes the bank vouches for it.
+        vectors: `[num_vectors, vector_length]`, of any floating dtype, finite; copied to the CPU.
+        replaces: Digests of other banks whose adapters may run on this one, for example because
+            this one is an older bank trained further. Such an adapter then gives other outputs.
 
     Raises:
-        PeftTypeError: `vectors` is no such tensor, or `replaces` no list of digests.
-        PeftValueError: There are no vectors, they have no values, or values that are NaN or
-            infinite.
+        PeftTypeError: `vectors` is not such a tensor, or `replaces` is not a list of digests.
+        PeftValueError: `vectors` is empty, on the meta device, or has NaN or infinite values.
 
     Example:
         >>> bank = VectorBank(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -59,18 +56,16 @@ class VectorBank:
 
     def __init__(self, vectors: Tensor, replaces: Sequence[str] = ()) -> None:
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
-            given = (
-                f"{vectors.dtype} {list(vectors.shape)}"
-                if isinstance(vectors, Tensor)
-                else type(vectors).__name__
-            )
+            given = type(vectors).__name__
+            if isinstance(vectors, Tensor):
+                given = f"{vectors.dtype} {list(vectors.shape)}"
             raise PeftTypeError(
                 "`vectors` must be a floating-point tensor `[num_vectors, vector_length]`, not "
                 f"{given}."
             )
         if isinstance(replaces, str) or not all(isinstance(digest, str) for digest in replaces):
             raise PeftTypeError(
-                f"`replaces`={replaces!r} must be a list of digests, as `sha256` gives them."
+                f"`replaces`={replaces!r} must be a list of digests, as `sha256` returns them."
             )
         if vectors.is_meta:
             raise PeftValueError(
@@ -83,48 +78,34 @@ class VectorBank:
 
     def __repr__(self) -> str:
         dtype = str(self.vectors.dtype).removeprefix("torch.")
-        return f"VectorBank(num_vectors={self.num_vectors}, vector_length={self.vector_length}, dtype={dtype})"
+        sizes = f"num_vectors={self.num_vectors}, vector_length={self.vector_length}"
+        return f"VectorBank({sizes}, dtype={dtype})"
 
     @property
     def num_vectors(self) -> int:
-        """How many vectors there are."""
+        """Number of vectors."""
         return self.vectors.shape[0]
 
     @property
     def vector_length(self) -> int:
-        """Their length."""
+        """Length of each vector."""
         return self.vectors.shape[1]
 
     def sha256(self, num_vectors: int | None = None) -> str:
-        """The digest of the first `num_vectors` vectors, by default of all."""
+        """Return the digest of the first `num_vectors` vectors, by default of all."""
         return digest(self.vectors if num_vectors is None else self.vectors[:num_vectors])
 
     def serves(self, sha256: str, num_vectors: int) -> bool:
-        """Whether an adapter over a bank of this digest and size runs on this one, which begins
-        with it or replaces it.
+        """Return whether adapters of a bank with this digest and size run on this bank: it begins
+        with the same vectors or replaces that bank.
         """
-        if sha256 in self.replaces:
-            return num_vectors <= self.num_vectors
-        return num_vectors <= self.num_vectors and self.sha256(num_vectors) == sha256
+        if num_vectors > self.num_vectors:
+            return False
+        return sha256 in self.replaces or self.sha256(num_vectors) == sha256
 
     @classmethod
-    def of(cls, model: Any, adapter_name: str | None = None) -> VectorBank:
-        """The bank of an adapter of a model, by default the one called "default", else the only one
-        that is active.
-
-        Raises:
-            PeftValueError: There is no such adapter with a bank, several could be meant, or its
-                vectors are NaN or infinite.
-        """
-        from .layer import VBLoRALayer
-
-        name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
-        layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
-        return cls(next(layer.bank(name) for layer in layers if name in layer.scaling))
-
-    def put_into(self, model: Any, adapter_name: str | None = None) -> None:
-        """Make this bank's vectors those of an adapter that has a bank of its own, to train them
-        further.
+    def of(cls, model: nn.Module, adapter_name: str | None = None) -> VectorBank:
+        """Return the bank of an adapter of a model.
 
         Args:
             model: A `PeftModel`, or a model that adapters were injected into.
@@ -132,32 +113,42 @@ class VectorBank:
                 is active.
 
         Raises:
-            PeftValueError: There is no such adapter, several could be meant, or its bank is shared,
-                of another size or of a dtype that has no room for a vector's values.
+            PeftValueError: There is no such adapter with a bank, several could be meant, or its
+                vectors are NaN or infinite.
         """
-        from .layer import VBLoRALayer
+        name, layer = _layer_with_bank(model, adapter_name)
+        return cls(layer.bank(name))
 
-        name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
-        containers: list[Any] = [
-            m.vblora_vector_bank for _, m in walk(model) if "vblora_vector_bank" in m._modules
-        ]
-        own = next((container[name] for container in containers if name in container), None)
-        if own is None:
+    def put_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
+        """Copy this bank's vectors into an adapter with a bank of its own, to train them further.
+
+        Args:
+            model, adapter_name: As for `of`.
+
+        Raises:
+            PeftValueError: There is no such adapter, several could be meant, or its bank is shared,
+                of another size or of a dtype that can't hold the vectors' values.
+        """
+        name, layer = _layer_with_bank(model, adapter_name)
+        if name not in layer.vblora_vector_bank:
             raise PeftValueError(
                 f"Adapter {name} runs over a shared bank, which is frozen; make one with a bank of "
                 "its own: `VBLoRAConfig` without "
                 f"`bank`, with `num_vectors={self.num_vectors}` and "
                 f"`vector_length={self.vector_length}`."
             )
+        own = layer.vblora_vector_bank[name]
         if own.shape != self.vectors.shape:
-            sizes = f"This bank has the size {list(self.vectors.shape)}, that of adapter {name} {list(own.shape)}"
-            remedy = f"`num_vectors={self.num_vectors}` and `vector_length={self.vector_length}`"
-            raise PeftValueError(f"{sizes}; make the adapter with {remedy}, those of this bank.")
+            raise PeftValueError(
+                f"This bank has the size {list(self.vectors.shape)}, that of adapter {name} "
+                f"{list(own.shape)}; make the adapter with `num_vectors={self.num_vectors}` and "
+                f"`vector_length={self.vector_length}`, those of this bank."
+            )
         if (largest := float(self.vectors.abs().max())) > torch.finfo(own.dtype).max:
             raise PeftValueError(
                 f"This bank has values up to {largest:.4g}, which {own.dtype}, the dtype of "
-                f"adapter {name}, has no room for; keep "
-                "the adapter in float32 (`autocast_adapter_dtype=True`)."
+                f"adapter {name}, can't hold; keep the adapter in float32 "
+                "(`autocast_adapter_dtype=True`)."
             )
         with torch.no_grad():
             own.copy_(self.vectors)
@@ -165,11 +156,11 @@ class VectorBank:
     def grow(
         self, n: int, bound: float = 0.02, generator: torch.Generator | None = None
     ) -> VectorBank:
-        """A bank with `n` more vectors, uniform between minus and plus `bound`. Adapters of this
-        one run on it unchanged.
+        """Return a bank with `n` more vectors, drawn from `U(-bound, bound)`. Adapters of this bank
+        run on it unchanged.
 
         Raises:
-            PeftValueError: `n` is no integer of at least 1, or `bound` no positive number.
+            PeftValueError: `n` is not an integer of at least 1, or `bound` not a positive number.
         """
         for problem in (*at_least("n", n), *number("bound", bound, positive=True)):
             raise PeftValueError(problem)
@@ -179,30 +170,30 @@ class VectorBank:
         return VectorBank(torch.cat([self.vectors, more.to(self.vectors.dtype)]), self.replaces)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the bank to a folder, made if missing; a reader sees the old one or the new one.
+        """Write the bank to a folder, made if missing. A concurrent reader sees the old file or the
+        new one, never a part of it.
 
         Raises:
             PeftValueError: The path is a file.
         """
         folder = as_folder(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "sha256": self.sha256(),
-            **({_REPLACES: " ".join(self.replaces)} if self.replaces else {}),
-        }
+        metadata = {"sha256": self.sha256()}
+        if self.replaces:
+            metadata[_REPLACES] = " ".join(self.replaces)
         write_tensors(folder / BANK_NAME, {_TENSOR: self.vectors}, metadata)
 
     @classmethod
-    def from_pretrained(cls, model_id: str | os.PathLike, **hub_options: Any) -> VectorBank:
-        """Read a bank.
+    def from_pretrained(cls, model_id: str | os.PathLike, **hub_options: object) -> VectorBank:
+        """Read a bank from its file.
 
         Args:
             model_id: A local folder, or an id on the Hub.
             **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
 
         Raises:
-            CheckpointNotFoundError: There is none.
-            CheckpointError: The file is damaged, or its vectors are not those it was written with.
+            CheckpointNotFoundError: There is no such file.
+            CheckpointError: The file is damaged, or its vectors do not have the digest in it.
         """
         path = find_file(model_id, (BANK_NAME,), only_hub_options(hub_options, "from_pretrained"))
         state, metadata = read_weights(path), read_metadata(path)
@@ -223,32 +214,37 @@ class VectorBank:
         return bank
 
 
+def _layer_with_bank(model: nn.Module, adapter_name: str | None) -> tuple[str, VBLoRALayer]:
+    """Return the name of the adapter that is meant, and a layer that has it."""
+    name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
+    layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
+    return name, next(layer for layer in layers if name in layer.scaling)
+
+
 def _check_values(vectors: Tensor) -> None:
-    """Insist on a bank that adapters can be made of."""
+    """Raise PeftValueError for an empty bank, and for NaN or infinite values."""
     if not vectors.numel():
         raise PeftValueError(
             f"`vectors` of shape {list(vectors.shape)} are none; a bank has at least one, of at "
             "least one number."
         )
-    if type(vectors) is not Tensor:  # a DTensor's values are elsewhere
+    if type(vectors) is not Tensor:  # the values of a DTensor are on several devices
         return
     broken = ~(vectors.float() if vectors.dtype.itemsize == 1 else vectors).isfinite().all(dim=1)
     if found := broken.nonzero().flatten().tolist():
-        numbers = ", ".join(map(str, found[:8])) + (
-            f" and {len(found) - 8} more" if len(found) > 8 else ""
-        )
+        rows = ", ".join(map(str, found[:8]))
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise PeftValueError(
-            f"`vectors` have values that are NaN or infinite (rows {numbers}), and so would all "
-            "adapters that pick them; the "
-            "training went wrong, take the bank of an earlier step."
+            f"`vectors` have values that are NaN or infinite (rows {rows}{more}), and so would all "
+            "adapters that select them; the training went wrong, take the bank of an earlier step."
         )
 
 
 class FoundBank(NamedTuple):
-    """A shared bank for an adapter.
+    """Shared bank for an adapter that is being made or loaded.
 
     Args:
-        key: Its own digest.
+        key: Digest of all its vectors.
         vectors: `[num_vectors, vector_length]`.
         is_resident: Whether the model has it already.
     """
@@ -258,17 +254,16 @@ class FoundBank(NamedTuple):
     is_resident: bool
 
 
-def find_bank(config: Any, resident: Mapping[str, Tensor]) -> FoundBank:
-    """The shared bank that a config asks for: one that the model has already, or the one in the
-    place that it names.
+def find_bank(config: VBLoRAConfig, resident: Mapping[str, Tensor]) -> FoundBank:
+    """Find the shared bank of a config: in the model, else at the location in `config.bank`.
 
     Args:
         config: The adapter's config.
         resident: The model's shared banks by digest.
 
     Raises:
-        CheckpointNotFoundError: It is nowhere.
-        CheckpointError: It is another one than the adapter was trained over.
+        CheckpointNotFoundError: There is no bank.
+        CheckpointError: The bank is not the one that the adapter was trained over.
     """
     wanted, n = config.bank_sha256, config.num_vectors
     if wanted is not None:
@@ -285,29 +280,23 @@ def find_bank(config: Any, resident: Mapping[str, Tensor]) -> FoundBank:
             "say in its config where it is: "
             "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
         )
-    bank = _read_bank(config)
+    bank = _read_bank(config, config.bank)
     key = bank.sha256()
-    return (
-        FoundBank(key, resident[key], True)
-        if key in resident
-        else FoundBank(key, bank.vectors, False)
-    )
+    return FoundBank(key, resident.get(key, bank.vectors), key in resident)
 
 
-def _read_bank(config: Any) -> VectorBank:
-    """The bank at the place that a config names: seen from the adapter's folder, the working
-    directory, a folder above the adapter's, or on the Hub. Of several the first that the adapter
-    runs on counts.
+def _read_bank(config: VBLoRAConfig, location: str) -> VectorBank:
+    """Read the first bank that the adapter runs on from the locations that `location` can mean.
 
     Raises:
-        CheckpointNotFoundError: There is none.
-        CheckpointError: There is none that the adapter was trained over.
+        CheckpointNotFoundError: There is no bank.
+        CheckpointError: None of the banks is the one that the adapter was trained over.
     """
     wanted, n = config.bank_sha256, config.num_vectors
     other = None
     try:
-        for read in _places(config):
-            bank = read()
+        for path in _locations(config, location):
+            bank = VectorBank.from_pretrained(path)
             if wanted is None or (
                 bank.serves(wanted, n) and bank.vector_length == config.vector_length
             ):
@@ -315,27 +304,25 @@ def _read_bank(config: Any) -> VectorBank:
             other = other or bank
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"The adapter's shared vector bank is not to be found at `bank`={config.bank!r}, "
-            "neither from the adapter's folder nor "
-            f"from the working directory: {error} If it moved, pass "
+            f"The adapter's shared vector bank was not found at `bank`={location!r}, neither from "
+            f"the adapter's folder nor from the working directory: {error} If it moved, pass "
             "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
         ) from None
     assert other is not None
     raise CheckpointError(
-        f"The bank at {config.bank!r} ({other.num_vectors} vectors of {other.vector_length}, "
-        f"{other.sha256()}) is neither the one "
-        f"that the adapter was trained over ({n} vectors of {config.vector_length}, {wanted}) nor "
-        "one that grew from it. Say where "
-        "that one is: `config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`. If this one is "
-        "meant all the same, since its "
-        "vectors were trained further, write it with the other's digest: `VectorBank(vectors, "
-        "replaces=[digest])`."
+        f"The bank at {location!r} ({other.num_vectors} vectors of {other.vector_length}, "
+        f"{other.sha256()}) is neither the one that the adapter was trained over ({n} vectors of "
+        f"{config.vector_length}, {wanted}) nor one that grew from it. Pass the path of that one: "
+        "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`. If this one is meant, "
+        "because its vectors were trained further, write it with the other's digest: "
+        "`VectorBank(vectors, replaces=[digest])`."
     )
 
 
-def _places(config: Any) -> Iterator[Callable[[], VectorBank]]:
-    """How to read the banks that there are where `config.bank` can mean, in the order in which they
-    count; where there is none, how to read it from the Hub.
+def _locations(config: VBLoRAConfig, location: str) -> Iterator[str | Path]:
+    """Yield the folders with a bank that `location` can mean: seen from the adapter's folder or its
+    repository on the Hub, from the working directory, from the folders above the adapter's. Yield
+    `location` itself, which may be an id on the Hub, where there is none.
     """
     folders, is_nowhere = [Path()], True
     if config.place is not None:
@@ -343,43 +330,44 @@ def _places(config: Any) -> Iterator[Callable[[], VectorBank]]:
         adapter = local_folder(source, hub.get("subfolder"))
         if adapter is not None:
             folders = [adapter, Path(), *adapter.resolve().parents]
-        elif (path := _in_repository(source, hub, config.bank)) is not None:
+        elif (path := _in_repository(source, hub, location)) is not None:
             is_nowhere = False
-            yield partial(VectorBank.from_pretrained, path)
+            yield path
     for folder in folders:
-        if (folder / config.bank / BANK_NAME).is_file():
+        if (folder / location / BANK_NAME).is_file():
             is_nowhere = False
-            yield partial(VectorBank.from_pretrained, folder / config.bank)
+            yield folder / location
     if is_nowhere:
-        yield partial(VectorBank.from_pretrained, config.bank)
+        yield location
 
 
-def _in_repository(source: str | os.PathLike, hub: Mapping[str, Any], bank: str) -> Path | None:
-    """The folder, downloaded, to which a bank's path leads from that of an adapter on the Hub; None
-    if there is no bank in it.
+def _in_repository(
+    source: str | os.PathLike, hub: Mapping[str, object], location: str
+) -> Path | None:
+    """Download the bank at a path relative to that of an adapter on the Hub, and return its local
+    folder; None if there is no bank.
     """
-    inside = posixpath.normpath(posixpath.join(hub.get("subfolder") or "", bank))
+    inside = posixpath.normpath(posixpath.join(str(hub.get("subfolder") or ""), location))
     if inside.startswith(("..", "/")):
         return None
+    subfolder = None if inside == "." else inside
     try:
-        return find_file(
-            source, (BANK_NAME,), {**hub, "subfolder": None if inside == "." else inside}
-        ).parent
+        return find_file(source, (BANK_NAME,), {**hub, "subfolder": subfolder}).parent
     except CheckpointNotFoundError:
         return None
 
 
 def digest(vectors: Tensor) -> str:
-    """SHA-256 of vectors `[n, vector_length]`: of their length, and their values in float32
-    (float64 if they are), row by row.
+    """Return the SHA-256 digest of vectors `[n, vector_length]`: of their length and their values
+    in float32 (float64 for float64), row by row.
 
     Example:
-        >>> digest(torch.zeros(2, 3)) == digest(torch.zeros(2, 3, dtype=torch.bfloat16)) != digest(torch.zeros(3, 2))
+        >>> zeros = torch.zeros(2, 3)
+        >>> digest(zeros) == digest(zeros.bfloat16()) != digest(zeros.view(3, 2))
         True
     """
-    values = (
-        vectors.detach().cpu().to(torch.promote_types(vectors.dtype, torch.float32)).contiguous()
-    )
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    values = vectors.detach().cpu().to(dtype).contiguous()
     result = hashlib.sha256(f"{vectors.shape[1]}:".encode())
     result.update(ctypes.string_at(values.data_ptr(), values.numel() * values.itemsize))
     return result.hexdigest()
