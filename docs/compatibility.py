@@ -291,7 +291,7 @@ def examples() -> dict[str, Any]:
 def name_status(name: str) -> str:
     """Return how this package stands to a name of `peft`."""
     import peft
-    from peft.utils import placeholder_names
+    from peft.base import placeholder_names
 
     if name in peft.__all__:
         return PROVIDED

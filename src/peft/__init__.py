@@ -26,7 +26,7 @@ from .auto import (
 )
 from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
-from .base.placeholders import marker as _marker
+from .base.placeholders import placeholder as _placeholder
 from .config import PeftConfig
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -75,7 +75,7 @@ else:
 
     def __getattr__(name: str) -> _Any:
         """Give names of the interface that are not provided here as classes that no object is of."""
-        return _marker(name, __name__)
+        return _placeholder(name, __name__)
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ._version import __version__
 from .base.errors import PeftTypeError, PeftValueError, warn
-from .base.patterns import meant, written
+from .base.patterns import format_patterns, parse_patterns
 from .base.plain_values import as_list, is_empty, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
@@ -134,7 +134,7 @@ class PeftConfig:
             setattr(self, name, plain(getattr(self, name)))
         for name in self.patterns:
             if isinstance(getattr(self, name), dict):
-                setattr(self, name, meant(getattr(self, name), vars(self)["_is_new"]))
+                setattr(self, name, parse_patterns(getattr(self, name), vars(self)["_is_new"]))
         problems = list(self._problems())
         for name in saved:
             odd = next(unwritable(getattr(self, name)), None)
@@ -190,7 +190,7 @@ class PeftConfig:
         too.
         """
         content = {
-            k: written(v) if k in self.patterns else v
+            k: format_patterns(v) if k in self.patterns else v
             for k, v in asdict(self).items()
             if k not in self.unsaved
         }
@@ -345,7 +345,7 @@ class PeftConfig:
         config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         own = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
         own |= {
-            name: meant(own[name], True)
+            name: parse_patterns(own[name], True)
             for name in config_cls.patterns
             if isinstance(own.get(name), dict)
         }

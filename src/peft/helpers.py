@@ -16,7 +16,7 @@ from torch import nn
 
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
-from .base.placeholders import marker
+from .base.placeholders import placeholder
 from .config import PeftConfig
 from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer
@@ -40,7 +40,7 @@ find_kappa_target_modules: Any
 if not TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> Any:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
 
 
 def update_forward_signature(model: Any) -> None:

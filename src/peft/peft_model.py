@@ -46,7 +46,7 @@ from .core.loading import (
     understood,
 )
 from .core.renamed_targets import present_names
-from .integrations.distributed import is_distributed, own_state, whole
+from .integrations.distributed import gathered_tensor, is_distributed, state_tensors
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 
@@ -157,7 +157,7 @@ class PeftModel(BasePeftModel):
             for name in names
         }
         states = {
-            name: {key: whole(tensor) for key, tensor in state.items()}
+            name: {key: gathered_tensor(tensor) for key, tensor in state.items()}
             for name, state in states.items()
         }
         if not is_main_process:
@@ -393,7 +393,7 @@ class PeftModel(BasePeftModel):
                 f"has an adapter {adapter_name!r} already; load this one under another name."
             )
         check_same_function(self.base_model.config_to_save(adapter_name), saved)
-        named = own_state(self, in_view(config, adapter_name))
+        named = state_tensors(self, in_view(config, adapter_name))
         if not strict:
             state = understood(
                 state, adapter_tensors(named.items(), config, adapter_name), config, adapter_name

@@ -16,15 +16,10 @@ from .core.adapted_model import AdaptedModel
 from .core.auxiliary import AuxiliaryTrainingWrapper
 from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer
-from .core.weights import is_quantised
+from .core.weights import is_quantized
 from .integrations import quantization
 
 Irregular = Literal["irregular"]
-_BACKENDS = {
-    quantization._INT8: "bnb 8bit",
-    quantization._FOUR_BIT: "bnb 4bit",
-    quantization._TORCHAO: "torchao",
-}
 
 
 @dataclass
@@ -222,10 +217,10 @@ def _method(layer: BaseTunerLayer) -> str:
 
 def _backend(base: nn.Module) -> str | None:
     """What keeps a layer's weight in few bits."""
-    form = quantization.form(base)
+    form = quantization.storage_format(base)
     if form is not None:
-        return _BACKENDS[form]
-    return type(base).__name__ if is_quantised(base) else None
+        return form.name
+    return type(base).__name__ if is_quantized(base) else None
 
 
 def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:

@@ -23,7 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.base.containers import ByAdapter, named_tensors, state_of, walk
+from peft.base.containers import AdapterContainer, named_tensors, state_of, walk
 from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.tuners_utils import AdapterModuleDict, AdapterParameterDict, BaseTunerLayer
 
@@ -220,7 +220,7 @@ def test_containers_by_adapter_name_are_known_by_their_type(kind):
                 for name in (*layer.container_names, *layer.value_names)
                 if isinstance(value := getattr(layer, name), nn.Module)
             ]
-            assert by_name and all(isinstance(value, ByAdapter) for value in by_name)
+            assert by_name and all(isinstance(value, AdapterContainer) for value in by_name)
 
 
 def test_a_walk_is_in_the_order_of_named_modules():

@@ -683,7 +683,7 @@ def roles(method):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
-    from peft.integrations.distributed import unwrapped
+    from peft.integrations.distributed import unwrapped_name
     from peft.optimizers import parameter_groups
 
     found = {}
@@ -695,7 +695,9 @@ def roles(method):
         "fsdp1": fsdp1_model(method, policy="layers"),
     }
     for engine, model in models.items():
-        names = {id(parameter): unwrapped(name) for name, parameter in model.named_parameters()}
+        names = {
+            id(parameter): unwrapped_name(name) for name, parameter in model.named_parameters()
+        }
         found[engine] = {}
         for group in parameter_groups(model, 0.3):
             found[engine].setdefault((group["name"], group["lr"]), []).extend(

@@ -15,7 +15,7 @@ from conftest import METHODS
 from torch import nn
 
 from peft import PeftModel, get_peft_model
-from peft.core.weights import dense_weight, is_quantised
+from peft.core.weights import dense_weight, is_quantized
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 TARGETS = ["0", "2"]
@@ -128,7 +128,7 @@ def adapted(base, method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_weight_is_read_as_the_layer_computes_with_it(kind):
     layer = quantised_mlp(kind)[0]
-    assert is_quantised(layer)
+    assert is_quantized(layer)
     weight = dense_weight(layer)
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, in_numbers(layer))

@@ -14,7 +14,7 @@ from conftest import METHODS
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
-from peft.core.weights import dense_weight, is_quantised
+from peft.core.weights import dense_weight, is_quantized
 
 TARGETS = ["0", "2"]
 CONFIGS = {
@@ -103,8 +103,8 @@ def adapted(base, method):
 @pytest.mark.parametrize("kind", sorted(EVERY))
 def test_a_quantised_weight_is_read_as_numbers(kind, dtype):
     layer = quantised_mlp(kind, dtype)[0]
-    assert is_quantised(layer)
-    assert not is_quantised(plain_mlp(dtype)[0])
+    assert is_quantized(layer)
+    assert not is_quantized(plain_mlp(dtype)[0])
     weight = dense_weight(layer)
     assert weight.dtype == torch.float32
     assert torch.equal(weight, layer.weight.dequantize().float())
@@ -239,11 +239,11 @@ def test_a_scaled_input_is_refused_before_anything_is_merged():
 def test_scaled_float8_weights_are_quantised_and_bare_ones_are_not():
     """A float8 weight with a scale beside it is codes; without one it is a way to store numbers."""
     bare = nn.Linear(8, 8).to(torch.float8_e4m3fn)
-    assert not is_quantised(bare)
+    assert not is_quantized(bare)
     assert torch.equal(dense_weight(bare), bare.weight.float())
     scaled = nn.Linear(8, 8).to(torch.float8_e4m3fn)
     scaled.weight_scale_inv = nn.Parameter(torch.ones(1))
-    assert is_quantised(scaled)
+    assert is_quantized(scaled)
     model = get_peft_model(nn.Sequential(scaled), LoKrConfig(target_modules=["0"]))
     with pytest.raises(NotImplementedError, match="quantised form"):
         model.merge_adapter()

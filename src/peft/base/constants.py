@@ -9,7 +9,7 @@ import re
 from functools import cache
 from typing import Any
 
-from .placeholders import marker
+from .placeholders import placeholder
 from .registry import PEFT_TYPE_TO_TUNER_MAPPING
 
 # Files of a saved adapter.
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> Any:
     """
     method = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING", name)
     if method is None or method[1] not in PEFT_TYPE_TO_TUNER_MAPPING:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
     return _own_defaults(PEFT_TYPE_TO_TUNER_MAPPING[method[1]])
 
 

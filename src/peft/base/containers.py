@@ -16,11 +16,11 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class ByAdapter:
+class AdapterContainer:
     """What marks a module as a container with an entry for each adapter."""
 
 
-class AdapterModuleDict(ByAdapter, nn.ModuleDict):
+class AdapterModuleDict(AdapterContainer, nn.ModuleDict):
     """Modules by adapter name."""
 
 
@@ -88,7 +88,7 @@ def state_of(
         return root.state_dict(destination=state, prefix=prefix, keep_vars=True)
     for before in root._state_dict_pre_hooks.values():
         before(root, prefix, True)
-    if adapters is not None and isinstance(root, ByAdapter):
+    if adapters is not None and isinstance(root, AdapterContainer):
         container: Any = root
         entries = {prefix + name: container[name] for name in adapters if name in container}
         state.update({key: entry for key, entry in entries.items() if isinstance(entry, Tensor)})
@@ -106,6 +106,6 @@ def _chosen(
     entries: Mapping[str, T | None], module: nn.Module, adapters: Collection[str] | None
 ) -> list[tuple[str, T]]:
     """Of a module's modules, parameters or buffers those that are looked at, with their names."""
-    if adapters is None or not isinstance(module, ByAdapter):
+    if adapters is None or not isinstance(module, AdapterContainer):
         return [(name, entry) for name, entry in entries.items() if entry is not None]
     return [(name, entry) for name in adapters if (entry := entries.get(name)) is not None]

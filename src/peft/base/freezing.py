@@ -10,7 +10,7 @@ from torch import nn
 from .containers import walk
 
 
-class Pause:
+class TemporaryFreeze:
     """Which parameters are frozen for a while.
 
     They are known by the places they have in modules too: FSDP2 puts other tensors there to compute
@@ -19,7 +19,7 @@ class Pause:
     """
 
     def __init__(self) -> None:
-        self._paused: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._freeze: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def begin(
         self,
@@ -38,7 +38,7 @@ class Pause:
         if not trainable:
             return
         for module in dict.fromkeys(module for root in roots for _, module in walk(root, adapters)):
-            self._paused += [
+            self._freeze += [
                 (module, name, p)
                 for name, p in module._parameters.items()
                 if p is not None and id(p) in trainable
@@ -52,10 +52,10 @@ class Pause:
 
     def forget(self) -> None:
         """Leave them as they are."""
-        self._paused = []
+        self._freeze = []
 
     def _require_grad(self, required: bool) -> None:
-        for module, name, parameter in self._paused:
+        for module, name, parameter in self._freeze:
             in_place = module._parameters.get(name)
             for tensor in (parameter, parameter if in_place is None else in_place):
                 tensor.requires_grad_(required)

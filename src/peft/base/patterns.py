@@ -19,13 +19,13 @@ _REST = r"(\..*)?"
 _EITHER = re.compile(r"(?P<key>\^.*)\|\^\(\?:(?P=key)\)\\\.\.\*")
 
 
-class Below(str):
+class SubtreePattern(str):
     """A key that means the modules below a path, too. It is the same text as one that does not."""
 
     __slots__ = ()
 
 
-def meant(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
+def parse_patterns(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
     r"""Patterns with their keys told apart.
 
     Args:
@@ -33,36 +33,36 @@ def meant(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
         is_new: Whether they were made here, and not read from a file.
 
     Example:
-        >>> [type(key).__name__ for key in meant({"^a": 1, "^b$": 2, "c": 3, r"^d(\..*)?": 4}, is_new=True)]
-        ['Below', 'str', 'str', 'Below']
-        >>> meant({r"^d(\..*)?": 4}, is_new=False)
+        >>> [type(key).__name__ for key in parse_patterns({"^a": 1, "^b$": 2, "c": 3, r"^d(\..*)?": 4}, is_new=True)]
+        ['SubtreePattern', 'str', 'str', 'SubtreePattern']
+        >>> parse_patterns({r"^d(\..*)?": 4}, is_new=False)
         {'^d': 4}
     """
     return {_meant(key, is_new): value for key, value in patterns.items()}
 
 
 def _meant(key: Any, is_new: bool) -> Any:
-    if not isinstance(key, str) or isinstance(key, Below) or not key.startswith("^"):
+    if not isinstance(key, str) or isinstance(key, SubtreePattern) or not key.startswith("^"):
         return key
     if key.endswith(_REST):
-        return Below(key.removesuffix(_REST))
+        return SubtreePattern(key.removesuffix(_REST))
     if (both := _EITHER.fullmatch(key)) is not None:
-        return Below(both["key"])
-    return Below(key) if is_new and not key.endswith("$") else key
+        return SubtreePattern(both["key"])
+    return SubtreePattern(key) if is_new and not key.endswith("$") else key
 
 
-def written(patterns: Mapping[str, Any]) -> dict[str, Any]:
+def format_patterns(patterns: Mapping[str, Any]) -> dict[str, Any]:
     r"""Patterns as a file has them, the inverse of `meant`.
 
     Example:
-        >>> written({Below("^a"): 1, Below("^a|b"): 2, "^c": 3})
+        >>> format_patterns({SubtreePattern("^a"): 1, SubtreePattern("^a|b"): 2, "^c": 3})
         {'^a(\\..*)?': 1, '^a|b|^(?:^a|b)\\..*': 2, '^c': 3}
     """
     return {_written(key): value for key, value in patterns.items()}
 
 
 def _written(key: str) -> str:
-    if not isinstance(key, Below):
+    if not isinstance(key, SubtreePattern):
         return key
     flat, before = re.sub(r"\\.|\[[^\]]*\]", "", key), ""
     while flat != before:
@@ -70,13 +70,13 @@ def _written(key: str) -> str:
     return f"{key}|^(?:{key})\\..*" if "|" in flat else f"{key}{_REST}"
 
 
-def fits(pattern: str, path: str) -> bool:
+def matches_path(pattern: str, path: str) -> bool:
     """Whether a key means the module at a path.
 
     Example:
-        >>> [fits(Below("^a"), "a.b"), fits("^a", "a.b"), fits("^a", "a"), fits("b", "a.b"), fits("a", "a.b")]
+        >>> [matches_path(SubtreePattern("^a"), "a.b"), matches_path("^a", "a.b"), matches_path("^a", "a"), matches_path("b", "a.b"), matches_path("a", "a.b")]
         [True, False, True, True, False]
     """
     if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
         return True
-    return isinstance(pattern, Below) and re.match(rf"(?:{pattern})\.", path) is not None
+    return isinstance(pattern, SubtreePattern) and re.match(rf"(?:{pattern})\.", path) is not None

@@ -32,7 +32,12 @@ from ..base.registry import (
     lookup,
 )
 from ..base.tensors import ordinary_tensors
-from ..integrations.distributed import is_without_memory, own_state, unparallel, unwrapped
+from ..integrations.distributed import (
+    is_unmaterialized,
+    state_tensors,
+    unwrap_model,
+    unwrapped_name,
+)
 from .hub import only_hub_options
 from .rank_padding import RankRoom, filled_up
 from .state_dict import (
@@ -206,7 +211,7 @@ def prepare_model_for_compiled_hotswap(
 def _plain(model: Any) -> Any:
     """The model inside what replicates or compiles it."""
     check_model(model)
-    model = unparallel(model)
+    model = unwrap_model(model)
     return model._modules.get("_orig_mod") or model
 
 
@@ -242,11 +247,11 @@ class _Adapter:
         self.layers: dict[str, Any] = {}
         for path, layer in self.tuner.named_tuner_layers():
             if name in layer.scaling:
-                self.layers[unwrapped(path).removesuffix(".base_layer")] = layer
+                self.layers[unwrapped_name(path).removesuffix(".base_layer")] = layer
 
     def tensors(self, embeddings: bool = False) -> dict[str, Tensor]:
         """All of the adapter's tensors."""
-        named = own_state(self.model, in_view(self.config, self.name))
+        named = state_tensors(self.model, in_view(self.config, self.name))
         return adapter_tensors(named.items(), self.config, self.name, embeddings)
 
     def place(self, key: str) -> tuple[str, str] | None:
@@ -467,7 +472,7 @@ class _Swap:
             ):
                 own[key] = (room, value.shape[room.dim])
                 value = room.filled(value, tensor.shape[room.dim])
-            if value.shape == tensor.shape or is_without_memory(tensor):
+            if value.shape == tensor.shape or is_unmaterialized(tensor):
                 values[key] = value
             else:
                 tensor.data, tensor.grad = value.to(tensor.device, tensor.dtype, copy=True), None

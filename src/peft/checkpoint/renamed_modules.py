@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import CheckpointError
-from ..integrations.distributed import unwrapped
+from ..integrations.distributed import unwrapped_name
 
 # What adapters put between a module's path and the names of its tensors.
 _WRAPPERS = ("base_layer", "original_module", "token_adapter", "modules_to_save")
@@ -128,7 +128,7 @@ def names_in_files(model: nn.Module) -> dict[str, str]:
 
 def plain_path(path: str) -> str:
     """A module's path without what wrappers and adapters put into it."""
-    return ".".join(part for part in unwrapped(path).split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in unwrapped_name(path).split(".") if part not in _WRAPPERS)
 
 
 def renamed_state(

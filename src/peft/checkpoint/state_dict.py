@@ -25,17 +25,22 @@ from ..base.errors import CheckpointError, PeftRuntimeError, PeftTypeError, warn
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter, check_flags
-from ..integrations.accelerate import at_hand, bring_back, execution_device, stored
+from ..integrations.accelerate import (
+    end_offloading,
+    execution_device,
+    loaded_weights,
+    offloaded_values,
+)
 from ..integrations.distributed import (
-    cut_like,
-    is_without_memory,
-    own_state,
-    own_values,
-    read,
-    refuse_empty,
-    unparallel,
-    unwrapped,
-    write,
+    check_gathered,
+    is_unmaterialized,
+    read_values,
+    shard_like,
+    state_tensors,
+    state_values,
+    unwrap_model,
+    unwrapped_name,
+    write_values,
 )
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .hub import find_file, only_hub_options
@@ -113,7 +118,7 @@ def adapter_tensors(
     """
     own = holders(config)
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
-    tensors = {unwrapped(name): tensor for name, tensor in named}
+    tensors = {unwrapped_name(name): tensor for name, tensor in named}
     result = {}
     for name, tensor in tensors.items():
         key = checkpoint_key(name, adapter_name, own, shared)
@@ -205,10 +210,10 @@ def get_peft_model_state_dict(
     """
     if save_embedding_layers != "auto":
         check_flags(save_embedding_layers=save_embedding_layers)
-    model = unparallel(model)
+    model = unwrap_model(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
-    named = own_values(model, view) if state_dict is None else state_dict
+    named = state_values(model, view) if state_dict is None else state_dict
     embeddings: bool | set[str] = save_embedding_layers is True
     # Other writers of the format add the weight of adapted embeddings under these two names only.
     if save_embedding_layers == "auto" and any(
@@ -219,7 +224,9 @@ def get_peft_model_state_dict(
             "`target_modules`."
         )
         embeddings = {
-            name for name in map(unwrapped, named) if is_embedding(name) and ".base_layer." in name
+            name
+            for name in map(unwrapped_name, named)
+            if is_embedding(name) and ".base_layer." in name
         }
     elif save_embedding_layers == "auto" and was_resized(model, config):
         warn(
@@ -237,13 +244,13 @@ def get_peft_model_state_dict(
         bool(embeddings) or config.trained_biases != "none"
     )  # tensors that adapters may be merged into
     with unmerged(model if has_base and state_dict is None else None):
-        offloaded = stored(
+        offloaded = offloaded_values(
             model,
             {id(tensor) for tensor in found.values() if getattr(tensor, "is_meta", False)},
             view,
         )
         found = {key: offloaded.get(id(tensor), tensor) for key, tensor in found.items()}
-        values = read(model, found)
+        values = read_values(model, found)
         values = (
             {key: value.detach() for key, value in values.items()} if has_base else values
         )  # as they are now
@@ -264,12 +271,12 @@ def unmerged(model: nn.Module | None) -> Iterator[None]:
     taken: list[Any] = []
     try:
         for layer in layers:
-            with at_hand(layer, layer.merged_adapters):
+            with loaded_weights(layer, layer.merged_adapters):
                 taken.append((layer, layer.take_off()))
         yield
     finally:
         for layer, merges in reversed(taken):
-            with at_hand(layer, [merge.name for merge in merges]):
+            with loaded_weights(layer, [merge.name for merge in merges]):
                 layer.put_on(merges)
 
 
@@ -309,10 +316,10 @@ def set_peft_model_state_dict(
             f"`peft_model_state_dict` must be a dictionary of tensors, got {given}; "
             "`load_peft_weights` reads one."
         )
-    model = unparallel(model)
+    model = unwrap_model(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
-    named = list(own_state(model, view).items())
+    named = list(state_tensors(model, view).items())
     is_native = not any(
         key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name)
     )
@@ -327,9 +334,9 @@ def set_peft_model_state_dict(
     # none.
     expected.update(
         {
-            unwrapped(n): t
+            unwrapped_name(n): t
             for n, t in named
-            if n.endswith(".bias") and unwrapped(n) in state.keys() - expected.keys()
+            if n.endswith(".bias") and unwrapped_name(n) in state.keys() - expected.keys()
         }
     )
     result = check_state(expected, state, ignore_mismatched_sizes)
@@ -358,7 +365,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     with unmerged(model):
         state = model.get_base_model().state_dict()
     for name, tensor in state.items():
-        parts = unwrapped(name).split(".")
+        parts = unwrapped_name(name).split(".")
         if inside.isdisjoint(parts):
             result[".".join(part for part in parts if part not in _INSIDE)] = tensor
     return result
@@ -444,7 +451,7 @@ def check_state(
         CheckpointError: A tensor's shape or kind differs.
         PeftRuntimeError: ZeRO-3 has emptied one.
     """
-    refuse_empty(expected)
+    check_gathered(expected)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     mismatched = []
@@ -531,9 +538,9 @@ def write_state(
     on_meta = {
         id(expected[key]): tensor
         for key, tensor in state.items()
-        if is_without_memory(expected[key])
+        if is_unmaterialized(expected[key])
     }
-    write(
+    write_values(
         model,
         [
             (expected[key], tensor)
@@ -548,8 +555,8 @@ def write_state(
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in on_meta:
                 place = execution_device(module) or device
-                bring_back(module)
-                value = cut_like(
+                end_offloading(module)
+                value = shard_like(
                     parameter, on_meta[id(parameter)].to(place, parameter.dtype, copy=True)
                 )
                 module._parameters[name] = nn.Parameter(

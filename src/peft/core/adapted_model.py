@@ -19,7 +19,7 @@ from ..base.calls.rows import call_rows, generation_rows
 from ..base.constants import DUMMY_MODEL_CONFIG
 from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError, warn
-from ..base.freezing import Pause
+from ..base.freezing import TemporaryFreeze
 from ..base.missing_attribute import PeftAttributeError
 from ..base.modules import check_model
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING
@@ -73,7 +73,7 @@ class AdaptedModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.targeted_module_names: list[str] = []
         self._active: str | list[str] = []
-        self._paused: Pause | None = None
+        self._freeze: TemporaryFreeze | None = None
         self.inference_cache = InferenceCache()
         every = {
             name
@@ -314,7 +314,7 @@ class AdaptedModel(nn.Module):
         for name, parameter in (item for container in self._shared() for item in container.items()):
             if parameter.requires_grad != (name in names and not inference_mode):
                 parameter.requires_grad_(not parameter.requires_grad)
-        self._paused = None
+        self._freeze = None
         self._active = adapter_name
 
     def set_requires_grad(
@@ -354,15 +354,15 @@ class AdaptedModel(nn.Module):
         _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
         for module in parts:
             module.enable_adapters(enabled)
-        if not enabled and self._paused is None:
-            self._paused = Pause()
-            self._paused.begin(
+        if not enabled and self._freeze is None:
+            self._freeze = TemporaryFreeze()
+            self._freeze.begin(
                 self._shared(),
                 (p for container in self._shared() for p in container._parameters.values()),
             )
-        elif enabled and self._paused is not None:
-            self._paused.end()
-            self._paused = None
+        elif enabled and self._freeze is not None:
+            self._freeze.end()
+            self._freeze = None
 
     def _shared(self) -> Iterator[AdapterParameterDict]:
         for name in self.shared_parameter_names:

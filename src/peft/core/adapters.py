@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base.containers import ByAdapter
+from ..base.containers import AdapterContainer
 from ..base.errors import PeftValueError
-from ..base.freezing import Pause
-from ..integrations.accelerate import bring_back
-from ..integrations.distributed import whole
+from ..base.freezing import TemporaryFreeze
+from ..integrations.accelerate import end_offloading
+from ..integrations.distributed import gathered_tensor
 from ..ops.fused_linear import is_bare
 
 
-class AdapterParameterDict(ByAdapter, nn.ParameterDict):
+class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
     """Parameters by adapter name, read by a call: `self.lokr_w1(adapter_name)`.
 
     Being called as a module is what lets libraries that move weights in just before a forward
@@ -54,7 +54,7 @@ class AdapterParameterDict(ByAdapter, nn.ParameterDict):
         own = type(self) is AdapterParameterDict
         # FSDP2, told to shard this container by itself, changes its class, and takes the memory
         # back after this call.
-        parameter = whole(self[adapter_name])
+        parameter = gathered_tensor(self[adapter_name])
         return parameter if own else parameter.clone()
 
 
@@ -93,7 +93,7 @@ class AdapterHolder(nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self._paused = Pause()
+        self._freeze = TemporaryFreeze()
 
     def base_scaling(self, adapter_name: str) -> float:
         """The factor that `scaling` starts from and `unscale_layer` returns to."""
@@ -128,7 +128,7 @@ class AdapterHolder(nn.Module):
         are frozen.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._paused.forget()
+        self._freeze.forget()
         trained = [] if inference_mode else [name for name in names if name in self.scaling]
         for name in [*(name for name in self.unfrozen() if name not in trained), *trained]:
             self.set_requires_grad(name, name in trained)
@@ -189,13 +189,13 @@ class AdapterHolder(nn.Module):
         """
         if not enabled and not self._disable_adapters:
             names = self.unfrozen()
-            self._paused.begin(
+            self._freeze.begin(
                 self.containers(),
                 (p for name in names for p in self.adapter_parameters(name)),
                 names,
             )
         elif enabled:
-            self._paused.end()
+            self._freeze.end()
         self._disable_adapters = not enabled
 
     def adopt(self, fresh: AdapterHolder) -> None:
@@ -205,7 +205,7 @@ class AdapterHolder(nn.Module):
         for attribute in (*self.container_names, *self.value_names, "scaling"):
             container = getattr(self, attribute)
             if isinstance(container, nn.Module):
-                bring_back(container)
+                end_offloading(container)
             for adapter_name, entry in getattr(fresh, attribute).items():
                 container[adapter_name] = entry
 

@@ -16,7 +16,7 @@ from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..base.calls.layout import SAMPLES_FIRST, RowLayout
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftNotSupportedError, PeftValueError
-from ..base.freezing import Pause
+from ..base.freezing import TemporaryFreeze
 from ..integrations.distributed import gathered
 
 
@@ -39,7 +39,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         super().__init__()
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-        self._paused = Pause()
+        self._freeze = TemporaryFreeze()
         self.training = module_to_save.training
 
     @property
@@ -92,11 +92,11 @@ class AuxiliaryTrainingWrapper(nn.Module):
                 for name in self.adapters
                 if any(p.requires_grad for p in self.parameters_of(name))
             ]
-            self._paused.begin(
+            self._freeze.begin(
                 [self], (p for name in trained for p in self.parameters_of(name)), trained
             )
         elif enabled:
-            self._paused.end()
+            self._freeze.end()
         self._disable_adapters = not enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -109,7 +109,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_one_of(names)
         own = self.among(names)
-        self._paused.forget()
+        self._freeze.forget()
         for name in self.adapters:
             self.set_requires_grad(name, name in own and not inference_mode)
         self._active_adapter = own

@@ -26,10 +26,10 @@ from ..checkpoint.state_dict import (
     checkpoint_key,
     companion_tensors,
     in_view,
-    own_state,
     write_state,
 )
 from ..config import is_int
+from ..integrations.distributed import state_tensors
 from . import combined_heads
 from . import plan as _plan
 from . import targets as _targets
@@ -308,7 +308,7 @@ def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
     for name in names:
         config = tuner.peft_config[name]
         parts[name] = companion_tensors(
-            own_state(tuner.model, in_view(config, name)).items(), config, name
+            state_tensors(tuner.model, in_view(config, name)).items(), config, name
         )
     weights: dict[str, float] = {}
     for name, weight in request.terms():

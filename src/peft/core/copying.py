@@ -18,7 +18,7 @@ from ..checkpoint.state_dict import (
     write_state,
 )
 from ..config import PeftConfig
-from ..integrations.distributed import own_state
+from ..integrations.distributed import state_tensors
 from .build import Build
 from .layer import layer_of
 
@@ -38,7 +38,7 @@ def copier(model: nn.Module, config: PeftConfig, source: str) -> Callable[[Build
             for name, tensor in build.named_tensors()
         }
         expected = adapter_tensors(named.items(), config, build.adapter_name)
-        present = own_state(model, in_view(config, source))
+        present = state_tensors(model, in_view(config, source))
         values = adapter_tensors(present.items(), config, source)
         values = {key: tensor for key, tensor in values.items() if key in expected}
         check_complete(check_state(expected, values), source)

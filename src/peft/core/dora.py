@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.errors import PeftNotSupportedError
-from ..integrations.distributed import whole
+from ..integrations.distributed import gathered_tensor
 from ..ops.exact_merge import Recipe, as_it_is
 from ..ops.low_rank import wide
 from .base_layer import conv_options, pad_input
 from .layer import BaseTunerLayer
 from .merges import Merge
-from .weights import dense_weight, is_quantised
+from .weights import dense_weight, is_quantized
 
 
 class DecomposedLayer(BaseTunerLayer):
@@ -34,7 +34,7 @@ class DecomposedLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self._is_plain = not is_quantised(base_layer)
+        self._is_plain = not is_quantized(base_layer)
 
     def is_decomposed(self, adapter_name: str) -> bool:
         """Whether an adapter is, so that what it does to the output is not a sum."""
@@ -89,7 +89,7 @@ class DecomposedLayer(BaseTunerLayer):
         base = self.get_base_layer()
         weight: Any = base._parameters.get("weight")
         is_at_hand = self._is_plain and weight is not None and weight.dtype.itemsize > 1
-        return whole(weight) if is_at_hand else dense_weight(base)
+        return gathered_tensor(weight) if is_at_hand else dense_weight(base)
 
     def by_channel(self, values: Tensor) -> Tensor:
         """`[out]` or `[in]` in a shape that multiplies outputs or inputs."""

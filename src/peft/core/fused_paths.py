@@ -46,7 +46,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
     padded batches is of use to that path alone. Have 4-bit layers stay in the form that gradients
     pass.
     """
-    quantization.stay_differentiable(model)
+    quantization.keep_differentiable(model)
     for _, module in walk(model):
         if isinstance(
             module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -59,7 +59,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
 
 def restore_fused_paths(model: nn.Module) -> None:
     """Undo `avoid_fused_paths`."""
-    quantization.repack_again(model)
+    quantization.allow_repacking(model)
     for _, module in walk(model):
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_operation:

@@ -21,7 +21,7 @@ from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.geometry import Geometry, Placement, columns
 from ..checkpoint.rank_padding import RankRoom
-from ..integrations.accelerate import at_hand
+from ..integrations.accelerate import loaded_weights
 from ..ops.exact_merge import Recipe, as_it_is, by_itself
 from ..ops.fused_linear import (
     Steps,
@@ -39,7 +39,7 @@ from .base_layer import geometry, innermost, placement, table
 from .cost import AdapterCost
 from .merge_requests import checked_names, warn_of_merged
 from .merges import Merge, Merges
-from .weights import quantised_form
+from .weights import quantized_format
 
 
 class BaseTunerLayer(AdapterHolder):
@@ -315,7 +315,7 @@ class BaseTunerLayer(AdapterHolder):
         ones are then computed in the forward; others that were merged are merged again.
         """
         if not enabled and self.merged:
-            with at_hand(self, self.merged_adapters):
+            with loaded_weights(self, self.merged_adapters):
                 self._merges.suspend(self)
         super().enable_adapters(enabled)
         if enabled:
@@ -334,7 +334,7 @@ class BaseTunerLayer(AdapterHolder):
     def resume_merges(self, wanted: bool = True) -> None:
         """Merge what was taken off when the adapters were disabled, or forget it."""
         if names := self._merges.suspended(self):
-            with at_hand(self, names):
+            with loaded_weights(self, names):
                 self._merges.resume(self, wanted)
 
     @property
@@ -418,7 +418,7 @@ class BaseTunerLayer(AdapterHolder):
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
-        quantised_form(self.get_base_layer())
+        quantized_format(self.get_base_layer())
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
         """Take merged adapters' deltas off the base weight; without all of them it is to the bit

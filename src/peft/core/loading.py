@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..base.containers import named_tensors, walk
 from ..base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError, warn
 from ..base.modules import check_model
-from ..base.patterns import written
+from ..base.patterns import format_patterns
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.files import CONFIG_NAME
 from ..checkpoint.hub import check_path, local_folder
@@ -35,7 +35,7 @@ from ..checkpoint.state_dict import (
 )
 from ..checkpoint.values import some, warn_of_values
 from ..config import PeftConfig
-from ..integrations.distributed import unwrapped
+from ..integrations.distributed import unwrapped_name
 from .build import Build
 
 
@@ -113,7 +113,9 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
     ]
     pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
     pairs |= {
-        n: (written(pair[0]), written(pair[1])) for n, pair in pairs.items() if n in known.patterns
+        n: (format_patterns(pair[0]), format_patterns(pair[1]))
+        for n, pair in pairs.items()
+        if n in known.patterns
     }
     differing = [
         f"`{n}`={theirs!r}, the adapter has {own!r}"
@@ -252,7 +254,7 @@ def understood(
     containers = {*holders(config), "modules_to_save"}
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
     for key in state:
-        name = unwrapped(key)
+        name = unwrapped_name(key)
         parts = name.split(".")
         for part, after in pairwise(parts):
             if (

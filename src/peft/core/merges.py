@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import PeftRuntimeError, PeftValueError
-from ..integrations.distributed import is_managed, whole
+from ..integrations.distributed import gathered_tensor, is_managed
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe
-from .weights import put_weight, quantised_form, stored_weight
+from .weights import put_weight, quantized_format, stored_weight
 
 
 class Merge(NamedTuple):
@@ -193,7 +193,7 @@ class Merges:
         ):
             return convert()
         with exact_merge.by_itself(_device(base)):
-            if quantised_form(base) is not None:
+            if quantized_format(base) is not None:
                 taken = self._remove(base, lambda merge: True)
                 try:
                     return convert()
@@ -244,7 +244,7 @@ class Merges:
     def original(self, base: nn.Module) -> Tensor:
         """The weight in numbers, without any merge: to the bit what it was."""
         with exact_merge.by_itself(_device(base)):
-            form = quantised_form(base)
+            form = quantized_format(base)
             if form is None:
                 return self._before(base, 0)
             merged = form.get(base)
@@ -257,9 +257,9 @@ class Merges:
     def _rewrite(self, base: nn.Module, first: int, new: list[Merge], check: bool) -> None:
         """Merge `new` in place of the merges from `first` on; on an error nothing is changed."""
         with exact_merge.by_itself(_device(base)):
-            form = quantised_form(base)
+            form = quantized_format(base)
             if form is not None:
-                self._rewrite_quantised(form, base, self.entries[:first] + new, check)
+                self._rewrite_quantized(form, base, self.entries[:first] + new, check)
                 return
             weight, entries = self._before(base, first), []
             for merge in (merge._replace(correction=None) for merge in new):
@@ -278,7 +278,7 @@ class Merges:
             self._put_bias(base, entries)
             self._note(base, entries)
 
-    def _rewrite_quantised(
+    def _rewrite_quantized(
         self, form: Any, base: nn.Module, entries: list[Merge], check: bool
     ) -> None:
         """Merge into a quantised weight, from the original: it is rounded once."""
@@ -307,14 +307,14 @@ class Merges:
 
     def _before(self, base: nn.Module, first: int) -> Tensor:
         """The plain weight as it was before the merges from `first` on."""
-        weight = whole(stored_weight(base))
+        weight = gathered_tensor(stored_weight(base))
         if first == len(self.entries):
             return weight
         self.insist_on_known(first)
         if self.shared is not None and first == 0:
-            return whole(self.shared.detach())
+            return gathered_tensor(self.shared.detach())
         if self.shared is not None:
-            weight = whole(self.shared.detach())
+            weight = gathered_tensor(self.shared.detach())
             for merge in self.entries[:first]:
                 weight, _ = exact_merge.add(weight, merge.dense(weight.device), merge.factor)
             return weight
@@ -419,7 +419,9 @@ def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
 def _same_numbers(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same numbers; False where some format can't tell."""
     try:
-        return one.dtype == other.dtype and torch.equal(whole(one).to(other.device), whole(other))
+        return one.dtype == other.dtype and torch.equal(
+            gathered_tensor(one).to(other.device), gathered_tensor(other)
+        )
     except (RuntimeError, NotImplementedError):
         return False
 

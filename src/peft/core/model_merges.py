@@ -12,7 +12,7 @@ from torch import nn
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
-from ..integrations.accelerate import at_hand
+from ..integrations.accelerate import loaded_weights
 from . import tied_weights
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
@@ -48,12 +48,12 @@ def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: boo
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, own in todo:
-            with at_hand(layer, [*own, *layer.merged_adapters]):
+            with loaded_weights(layer, [*own, *layer.merged_adapters]):
                 layer.merge_each(own, safe_merge)
             done.append((layer, list(own)))
     except BaseException:
         for layer, merged in reversed(done):
-            with at_hand(layer, layer.merged_adapters):
+            with loaded_weights(layer, layer.merged_adapters):
                 layer.unmerge(merged)
         raise
 
@@ -65,7 +65,7 @@ def _check(
     paths = {id(layer): path for path, layer in named.items()}
     problems: dict[str, list[str]] = {}
     for layer, own in todo:
-        with at_hand(layer, [*own, *layer.merged_adapters]):
+        with loaded_weights(layer, [*own, *layer.merged_adapters]):
             try:
                 layer.check_mergeable(list(own))
             except PeftNotSupportedError as error:
@@ -129,11 +129,11 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
     def put_on_again() -> None:
         for layer, merges in reversed(taken):
-            with at_hand(layer, [merge.name for merge in merges]):
+            with loaded_weights(layer, [merge.name for merge in merges]):
                 layer.put_on(merges)
 
     for layer in reversed(shared):
-        with at_hand(layer, layer.merged_adapters):
+        with loaded_weights(layer, layer.merged_adapters):
             taken.append((layer, layer.take_off()))
     try:
         with untied(model, layers):
@@ -142,7 +142,7 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
                 yield
             except BaseException:
                 for layer, merges in taken:
-                    with at_hand(layer, layer.merged_adapters):
+                    with loaded_weights(layer, layer.merged_adapters):
                         layer.take_off([merge.name for merge in merges])
                 raise
     except BaseException:
@@ -179,7 +179,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     for layer in merged:
         layer.check_unmergeable()
     for layer in reversed(merged):
-        with at_hand(layer, layer.merged_adapters):
+        with loaded_weights(layer, layer.merged_adapters):
             layer.unmerge()
 
 
@@ -208,13 +208,13 @@ def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> 
         names = [name for name, own in options.items() if own and name in layer.merged_adapters]
         others = [name for name in names if layer._merges.options(layer)[name] != options[name]]
         if others:
-            with at_hand(layer, layer.merged_adapters):
+            with loaded_weights(layer, layer.merged_adapters):
                 taken.append((layer, layer.take_off(others)))
     try:
         yield
     except BaseException:
         for layer, merges in taken:
-            with at_hand(layer, layer.merged_adapters):
+            with loaded_weights(layer, layer.merged_adapters):
                 layer.put_on(merges)
         raise
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..base.calls.adapter_batch import BASE_MODEL
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
-from ..base.containers import AdapterModuleDict, ByAdapter, walk
+from ..base.containers import AdapterContainer, AdapterModuleDict, walk
 from ..base.errors import (
     NoMatchingPeftModuleError,
     PeftNotSupportedError,
@@ -25,7 +25,7 @@ from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..checkpoint.renamed_modules import ModuleNames
 from ..config import PeftConfig
-from ..integrations.distributed import unwrapped
+from ..integrations.distributed import unwrapped_name
 from . import base_layer, tied_weights, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
@@ -198,7 +198,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in whole
-        if path and not isinstance(module, (ByAdapter, ParametrizationList))
+        if path and not isinstance(module, (AdapterContainer, ParametrizationList))
     }
 
 
@@ -376,7 +376,7 @@ def _saved(
     """
     names = ModuleNames(tuner.model)
     saved = {names.now(path) or path for path in _paths_in(state_dict, tuner)}
-    paths = [path for path in modules if unwrapped(path) in saved]
+    paths = [path for path in modules if unwrapped_name(path) in saved]
     if not paths:
         raise NoMatchingPeftModuleError(
             f"The `state_dict` has no parameters of a {type(tuner).__name__} adapter for modules "
@@ -417,7 +417,7 @@ def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> set[str]:
     holders = tuner.tuner_layer_cls.container_names
     paths = set()
     for key in state_dict:
-        parts = unwrapped(key.removeprefix("base_model.model.")).split(".")
+        parts = unwrapped_name(key.removeprefix("base_model.model.")).split(".")
         for i, part in enumerate(parts):
             if any(part == holder or part.startswith(f"{holder}_topk") for holder in holders):
                 paths.add(".".join(parts[:i]))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
-from ..base.patterns import fits
+from ..base.patterns import matches_path
 
 T = TypeVar("T")
 
@@ -75,7 +75,9 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
     expression for the whole path or for its end after a dot; see `utils.patterns` for those that
     begin with `^`.
     """
-    return next((value for pattern, value in patterns.items() if fits(pattern, path)), default)
+    return next(
+        (value for pattern, value in patterns.items() if matches_path(pattern, path)), default
+    )
 
 
 def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], str | None]:

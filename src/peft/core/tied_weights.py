@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..base.containers import ByAdapter, walk
+from ..base.containers import AdapterContainer, walk
 from ..base.errors import warn
 
 _FLAG = "tie_word_embeddings"
@@ -61,7 +61,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     """
     found: dict[int, list[str]] = {}
     for path, module in walk(model, repeated=True):
-        if not isinstance(module, ByAdapter):
+        if not isinstance(module, AdapterContainer):
             for parameter in module._parameters.values():
                 found.setdefault(id(parameter), []).append(path)
     return found

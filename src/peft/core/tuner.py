@@ -23,7 +23,7 @@ from ..base.geometry import Placement
 from ..base.modules import get_submodules
 from ..base.tensors import ordinary_tensors
 from ..config import PeftConfig, check_config
-from ..integrations.accelerate import bring_back
+from ..integrations.accelerate import end_offloading
 from . import base_layer, routed_experts
 from . import combining as _combining
 from . import plan as _plan
@@ -402,7 +402,7 @@ class BaseTuner(AdaptedModel):
             self._shared_owner(attribute)._modules.setdefault(
                 attribute, build.containers[attribute]
             )
-            bring_back(build.containers[attribute])
+            end_offloading(build.containers[attribute])
             build.containers[attribute][name] = parameter
         self.peft_config[name] = build.config
         self._train_biases(build.config)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..integrations import quantization
-from ..integrations.distributed import cut_like, is_elsewhere, is_managed, whole
+from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
 from .base_layer import geometry, innermost, table
 from .computed_weights import is_computed
 from .computed_weights import read as read_computed
@@ -31,13 +31,13 @@ def dense_weight(module: nn.Module) -> Tensor:
         PeftNotSupportedError: The layer keeps it in a form that is not known here.
     """
     layer = innermost(module)
-    if is_computed(layer) and not is_elsewhere(layer.weight) and not is_quantised(layer):
+    if is_computed(layer) and not is_unreadable(layer.weight) and not is_quantized(layer):
         weight = read_computed(layer)
         return weight.float() if weight.dtype.itemsize == 1 else weight
-    form = quantised_form(module)
+    form = quantized_format(module)
     if form is not None:
         return form.read(innermost(module))
-    weight = whole(stored_weight(module))
+    weight = gathered_tensor(stored_weight(module))
     return weight.float() if weight.dtype.itemsize == 1 else weight
 
 
@@ -49,7 +49,7 @@ def stored_weight(module: nn.Module) -> Tensor:
     """
     module = innermost(module)
     weight = getattr(module, "weight", None)
-    if is_elsewhere(weight):
+    if is_unreadable(weight):
         raise PeftNotSupportedError(
             f"The weight of a {type(module).__name__} is spread over several processes, so that "
             "nothing can be merged into it; "
@@ -57,7 +57,7 @@ def stored_weight(module: nn.Module) -> Tensor:
             "`deepspeed.zero.GatheredParameters(...)`, or in "
             "one process."
         )
-    if not isinstance(weight, Tensor) or is_quantised(module):
+    if not isinstance(weight, Tensor) or is_quantized(module):
         raise PeftNotSupportedError(
             f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't "
             "be merged into; "
@@ -73,7 +73,7 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
     """
     own: Any = stored_weight(module)
     if is_managed(own):
-        own.detach().copy_(cut_like(own, weight))
+        own.detach().copy_(shard_like(own, weight))
     else:
         own.data = weight
 
@@ -96,9 +96,9 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         if (
             weight is None
             or users[id(weight)] < 2
-            or is_quantised(base)
+            or is_quantized(base)
             or is_managed(weight)
-            or is_elsewhere(weight)
+            or is_unreadable(weight)
         ):
             continue
         base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
@@ -122,20 +122,20 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-def quantised_form(module: nn.Module) -> quantization.Form | None:
+def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
     """How a layer's quantised weight is read and written; None where it is not quantised.
 
     Raises:
         PeftNotSupportedError: It is, in a form that is not known here.
     """
     module = innermost(module)
-    form = quantization.form(module)
+    form = quantization.storage_format(module)
     if form is None:
         stored_weight(module)
     return form
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a layer keeps its weight in anything but plain floating-point numbers; in float8
     these are plain if nothing scales them.
     """
@@ -150,7 +150,7 @@ def is_quantised(module: nn.Module) -> bool:
     scaled = weight.dtype.itemsize == 1 and any(
         "scale" in name for name in (*module._parameters, *module._buffers)
     )
-    return scaled or quantization.is_coded(weight)
+    return scaled or quantization.is_quantized_tensor(weight)
 
 
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package does for models that other libraries have changed."""
+"""Support for models that other libraries have changed: offloaded, sharded or quantized."""

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows how accelerate keeps weights elsewhere between calls (`cpu_offload`,
-`disk_offload`, `dispatch_model`).
+"""Weights that accelerate offloads (`cpu_offload`, `disk_offload`, `dispatch_model`).
 
-A hook on a module fills its parameters from a map before each forward and puts them on the meta
-device after it. What is written into such a parameter is lost. So adapters, which are small, are
-brought back for good when they change, and a weight that is merged into is put back into the map.
+A hook on a module fills its parameters from a map of weights before each forward and puts them on
+the meta device after it, so a value written into such a parameter is lost. Adapters are small, so
+their offloading ends when they change. A weight with a merged adapter is put back into the map.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,49 +19,61 @@ from torch import Tensor, nn
 from ..base.containers import walk
 
 
+class _Hook(Protocol):
+    """The part of accelerate's `AlignDevicesHook` that is used here."""
+
+    execution_device: int | str | torch.device
+    weights_map: MutableMapping[str, Tensor]
+
+    def pre_forward(self, module: nn.Module) -> object: ...
+
+    def post_forward(self, module: nn.Module, output: object) -> object: ...
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where an offloaded module's weights are when it runs; None for a module that is not
-    offloaded.
-    """
+    """Return the device on which an offloaded module runs; None if it is not offloaded."""
     hook = _hook(module)
     return None if hook is None else torch.empty(0, device=hook.execution_device).device
 
 
-def stored(
+def offloaded_values(
     model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None
 ) -> dict[int, Tensor]:
-    """Of the tensors with these ids, which are the model's own or some adapters', those that are
-    offloaded: their values by id.
+    """Return the values of those tensors that are offloaded, by id.
+
+    Args:
+        model: The model.
+        tensors: Ids of parameters of the base model or of `adapters`.
+        adapters: Names of adapters; None for all.
     """
     found = {}
     for _, module in walk(model, adapters) if tensors else ():
-        hook = _hook(module)
-        for name, parameter in module._parameters.items() if hook is not None else ():
+        if (hook := _hook(module)) is None:
+            continue
+        for name, parameter in module._parameters.items():
             if id(parameter) in tensors:
                 found[id(parameter)] = hook.weights_map[name]
     return found
 
 
-def bring_back(module: nn.Module) -> None:
-    """End the offloading of a module's own parameters; they stay where it runs."""
+def end_offloading(module: nn.Module) -> None:
+    """Load a module's own parameters on the device where it runs, for good."""
     hook, device = _hook(module), execution_device(module)
     if hook is None:
         return
-    values = {
-        name: hook.weights_map[name].to(device)
+    loaded = {
+        name: nn.Parameter(hook.weights_map[name].to(device), parameter.requires_grad)
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
-    trained = {name: module._parameters[name].requires_grad for name in values}  # type: ignore[union-attr]
     sys.modules["accelerate.hooks"].remove_hook_from_module(module)
-    for name, value in values.items():
-        module._parameters[name] = nn.Parameter(value, requires_grad=trained[name])
+    module._parameters.update(loaded)
 
 
 @contextmanager
-def at_hand(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
-    """The weights of a layer and of some of its adapters loaded; what takes their place meanwhile
-    is kept.
+def loaded_weights(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
+    """Context in which the weights of a layer and of some of its adapters are loaded; weights that
+    are replaced in it are stored.
     """
     hooked = [
         (module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None
@@ -89,15 +100,15 @@ def at_hand(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-def _hook(module: nn.Module) -> Any:
-    """The hook that offloads a module's own parameters, or None."""
-    hook: Any = vars(module).get("_hf_hook")
-    several = getattr(hook, "hooks", (hook,))
-    return next((one for one in several if getattr(one, "offload", False)), None)
+def _hook(module: nn.Module) -> _Hook | None:
+    """Return the hook that offloads a module's own parameters, or None."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((inner for inner in hooks if getattr(inner, "offload", False)), None)
 
 
 def _store(weights: Any, name: str, value: Tensor) -> None:
-    """Put a value into a map of offloaded weights, in memory; there it goes before what is on disk."""
+    """Put a value into a map of offloaded weights, in memory, where it hides a value on disk."""
     while hasattr(weights, "prefix"):
         name, weights = weights.prefix + name, weights.dataset
     getattr(weights, "state_dict", weights)[name] = value.to("cpu")

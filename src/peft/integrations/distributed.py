@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows how engines spread a model's tensors over processes, and how to read and
-write them whole.
+"""Tensors that an engine spreads over processes: read and write them as full tensors.
 
-- DTensor (FSDP2, tensor parallelism): a parameter is a DTensor; it is passed on as such, and a
-  whole tensor is cut to its pieces.
+- DTensor (FSDP2, tensor parallelism): a parameter is a DTensor. It is passed on as such, and a full
+  tensor is sharded like it.
 - FullyShardedDataParallel (FSDP1): parameters are slices of flat ones. A stand-in on the meta
-  device, which knows its unit, takes a parameter's place until it is read or written; one unit at a
-  time is made whole for that, as in a forward.
+  device takes a parameter's place until it is read or written; one unit at a time is gathered for
+  that, as in a forward.
 - DeepSpeed ZeRO-3: a parameter is empty outside `deepspeed.zero.GatheredParameters`; reading or
-  writing it there is refused.
+  writing it there is an error.
 
-All that gathers has to be called by all processes.
+All processes have to call the functions that gather.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +28,21 @@ from torch import Tensor, nn
 from ..base.containers import named_tensors, state_of, walk
 from ..base.errors import PeftRuntimeError
 
-# What wrappers put into module paths: torch.compile, FSDP, activation checkpointing.
+T = TypeVar("T")
+
+# Parts of module paths that FSDP, activation checkpointing and torch.compile insert.
 _FSDP_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPERS = _FSDP_PARTS | {"_orig_mod"}
 _WRAPPED = re.compile("|".join([r"^module\.", *sorted(_WRAPPERS)]))
 _FLAT = "_fsdp_wrapped_module._flat_param"
 
 
-class Place(NamedTuple):
-    """Where a stand-in's parameter is.
+class _Source(NamedTuple):
+    """The parameter of a stand-in.
 
     Args:
         unit: The FSDP module that holds it.
-        name: Its name in there.
+        name: Its name in the unit.
         key: Its name in the model's state dict.
     """
 
@@ -50,38 +51,39 @@ class Place(NamedTuple):
     key: str
 
 
-def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers around modules put into it."""
+def unwrapped_name(name: str) -> str:
+    """Return a tensor's name without the parts that wrappers of modules insert."""
     if not _WRAPPED.search(name):
         return name
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(
-        parts[1:] if parts[:2] == ["module", "base_model"] else parts
-    )  # DistributedDataParallel
+    is_data_parallel = parts[:2] == ["module", "base_model"]
+    return ".".join(parts[1:] if is_data_parallel else parts)
 
 
-def unparallel(model: Any) -> Any:
-    """The model inside wrappers that replicate it."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
+def unwrap_model(model: T) -> T:
+    """Return the model inside DataParallel and DistributedDataParallel."""
+    inner: Any = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = inner.module
+    return inner
 
 
-def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
-    """A model's state dict with the tensors themselves, each once: one that sits in several places
-    by its first name. Parameters that FSDP1 flattened are replaced by stand-ins.
+def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
+    """Return a model's state dict with the tensors themselves, each once, by its first name.
+
+    Stand-ins take the place of parameters that FSDP1 flattened.
 
     Args:
         model: The model.
-        adapters: The adapters whose tensors are wanted; others' are not looked at. None for all.
+        adapters: Names of the adapters whose tensors are included; None for all.
 
     Raises:
-        PeftRuntimeError: The model lies inside an FSDP module that holds parameters of it.
+        PeftRuntimeError: The model is inside an FSDP module that holds parameters of it.
     """
     modules = list(walk(model, adapters))
     units = _fsdp1_units(modules)
     named = list(named_tensors(modules, adapters, buffers=True))
-    flattened = [name for name, tensor in named if getattr(tensor, "_fsdp_flattened", False)]
+    flattened = [name for name, tensor in named if _is_flattened(tensor)]
     if not units and not flattened:
         state, seen = {}, set()
         for name, tensor in state_of(model, adapters).items():
@@ -89,14 +91,13 @@ def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, T
                 state[name] = tensor
                 seen.add(id(tensor))
         return state
-    stand_ins = {place.key: tensor for tensor, place in _stand_ins(units)}
+    stand_ins = _stand_ins(units)
     flat = {f"{path}.{_FLAT}".lstrip(".") for path in units}
     outside = [name for name in flattened if name not in flat and _fsdp1_key(name) not in stand_ins]
     if outside:
         raise PeftRuntimeError(
             f"`{outside[0]}` is a slice held by a FullyShardedDataParallel module around this "
-            "model; pass that module in place of "
-            "this one, or the gathered tensors as `state_dict`."
+            "model; pass that module in place of this one, or the gathered tensors as `state_dict`."
         )
     transient = {
         f"{path}.{name}".lstrip(".")
@@ -111,36 +112,40 @@ def own_state(model: nn.Module, adapters: Collection[str] | None) -> dict[str, T
     return {**plain, **stand_ins}
 
 
-def own_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Any]:
-    """A model's state dict for reading: as `own_state`, or in pieces where the user has set FSDP1
-    to give them so.
+def state_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Any]:
+    """Return a model's state dict for reading: `state_tensors`, or sharded tensors if the user has
+    set FSDP1 to return these.
     """
     library = sys.modules.get("torch.distributed.fsdp")
     if library is not None and _fsdp1_units(walk(model, adapters)):
         kind = library.FullyShardedDataParallel.get_state_dict_type(model).state_dict_type
         if kind is library.StateDictType.SHARDED_STATE_DICT:
             return model.state_dict()
-    return dict(own_state(model, adapters))
+    return dict(state_tensors(model, adapters))
 
 
-def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for tensors of `own_values`, by the same keys: for a stand-in a whole copy, on the
-    processes and the device that the user has set FSDP1 to gather to; else the tensor itself,
-    detached.
+def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of tensors from `state_values`, by the same keys.
+
+    The value of a stand-in is a full copy, on the processes and the device that the user has set
+    FSDP1 to gather to. Other tensors are returned themselves, detached.
 
     Raises:
-        PeftRuntimeError: ZeRO-3 has emptied one.
+        PeftRuntimeError: ZeRO-3 has emptied a tensor.
     """
-    refuse_empty(tensors)
+    check_gathered(tensors)
     wanted: dict[int, dict[str, str]] = {}
+    result = {}
     for key, tensor in tensors.items():
-        if _place(tensor) is not None:
-            wanted.setdefault(id(_place(tensor).unit), {})[_place(tensor).name] = key
-    result = {key: _detached(tensor) for key, tensor in tensors.items() if _place(tensor) is None}
+        source = _source(tensor)
+        if source is None:
+            is_trained = isinstance(tensor, Tensor) and tensor.requires_grad
+            result[key] = tensor.detach() if is_trained else tensor
+        else:
+            wanted.setdefault(id(source.unit), {})[source.name] = key
     units = _fsdp1_units(model.named_modules()) if wanted else {}
     for unit in units.values():
-        # Sets up the units inside it, which has to happen before they are used.
-        unit.check_is_root()
+        unit.check_is_root()  # sets up the inner units, which has to come first
     for unit in units.values():
         if id(unit) not in wanted:
             continue
@@ -149,7 +154,7 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
             if getattr(options, "rank0_only", False) and unit.rank != 0:
                 continue
             for name, tensor in unit.named_parameters():
-                found = wanted[id(unit)].get(unwrapped(name))
+                found = wanted[id(unit)].get(unwrapped_name(name))
                 if found is not None:
                     result[found] = tensor.detach().to(
                         "cpu" if options.offload_to_cpu else tensor.device, copy=True
@@ -157,45 +162,52 @@ def read(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in tensors if key in result}
 
 
-def write(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into tensors of `own_state`; a whole value is cut where its target is in pieces,
-    and the other way round.
+def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy values into tensors of `state_tensors`; each value is sharded or gathered as its target
+    needs it.
+
+    Args:
+        model: The model, needed for stand-ins.
+        pairs: Target and value.
     """
-    held = {
-        _place(target).key: whole(value) for target, value in pairs if _place(target) is not None
-    }
+    held: dict[str, Any] = {}
+    for target, value in pairs:
+        source = _source(target)
+        if source is None:
+            target.copy_(shard_like(target, value))
+        else:
+            held[source.key] = gathered_tensor(value)
     if held and model is not None:
         library: Any = sys.modules["torch.distributed.fsdp"]
-        in_pieces = any(hasattr(value, "local_shards") for value in held.values())
+        is_sharded = any(hasattr(value, "local_shards") for value in held.values())
         kind = library.FullyShardedDataParallel.state_dict_type(
             model, library.StateDictType.FULL_STATE_DICT
         )
         with (
             _silenced("torch.distributed.fsdp._state_dict_utils"),
-            nullcontext() if in_pieces else kind,
+            nullcontext() if is_sharded else kind,
         ):
             model.load_state_dict(held, strict=False)
-    for target, value in pairs:
-        if _place(target) is None:
-            target.copy_(cut_like(target, value))
 
 
-def refuse_empty(tensors: Mapping[str, Any]) -> None:
-    """Refuse what ZeRO-3 has emptied."""
+def check_gathered(tensors: Mapping[str, object]) -> None:
+    """Check that ZeRO-3 has emptied none of some tensors.
+
+    Raises:
+        PeftRuntimeError: It has.
+    """
     for tensor in tensors.values():
         if _is_emptied(tensor):
             raise PeftRuntimeError(
-                "DeepSpeed ZeRO-3 has distributed the adapter's parameters over the processes; do "
-                "this inside "
-                "`deepspeed.zero.GatheredParameters(...)`, or pass the gathered tensors "
-                "(`accelerator.get_state_dict(model)`) as "
-                "`state_dict`."
+                "DeepSpeed ZeRO-3 has distributed the adapter's parameters over the processes; "
+                "do this inside `deepspeed.zero.GatheredParameters(...)`, or pass the gathered "
+                "tensors (`accelerator.get_state_dict(model)`) as `state_dict`."
             )
 
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A context in which parameters that ZeRO-3 has emptied are whole, to be read."""
+    """Context in which parameters that ZeRO-3 has emptied are full, to be read."""
     emptied = [parameter for parameter in parameters if _is_emptied(parameter)]
     if not emptied:
         yield
@@ -206,68 +218,72 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def is_without_memory(tensor: Tensor) -> bool:
-    """Whether a tensor of `own_state` is on the meta device and no stand-in."""
-    return tensor.is_meta and _place(tensor) is None
+def is_unmaterialized(tensor: Tensor) -> bool:
+    """Return True for a tensor of `state_tensors` on the meta device, stand-ins excepted."""
+    return tensor.is_meta and _source(tensor) is None
 
 
-def is_elsewhere(tensor: Any) -> bool:
-    """Whether a matrix is not here as a whole, nor in the form of a DTensor: FSDP1's slices have
-    one dimension.
+def is_unreadable(tensor: object) -> bool:
+    """Return True for a matrix that can't be read here: emptied by ZeRO-3, or a flat slice of
+    FSDP1. A DTensor can be read.
     """
-    return _is_emptied(tensor) or (getattr(tensor, "_fsdp_flattened", False) and tensor.dim() < 2)
+    is_slice = isinstance(tensor, Tensor) and _is_flattened(tensor) and tensor.dim() < 2
+    return is_slice or _is_emptied(tensor)
 
 
-def is_managed(tensor: Any) -> bool:
-    """Whether a parameter's memory belongs to an engine: what takes its place would not be seen."""
-    return is_distributed(tensor) or getattr(tensor, "_fsdp_flattened", False)
+def is_managed(tensor: object) -> bool:
+    """Return True for a parameter whose memory belongs to an engine, which would not see another
+    parameter in its place.
+    """
+    return is_distributed(tensor) or _is_flattened(tensor)
 
 
-def is_distributed(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor."""
+def is_distributed(tensor: object) -> bool:
+    """Return True for a DTensor."""
     library = sys.modules.get("torch.distributed.tensor")
     return library is not None and isinstance(tensor, library.DTensor)
 
 
-def whole(tensor: Any) -> Any:
-    """A DTensor gathered from all processes; any other tensor as it is."""
+def gathered_tensor(tensor: Any) -> Tensor:
+    """Return a DTensor gathered from all processes, any other tensor as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-def cut_like(target: Tensor, value: Tensor) -> Tensor:
-    """`value` in pieces as `target` is, whole if that is, without asking other processes where
-    `value` is whole.
-    """
+def shard_like(target: Tensor, value: Tensor) -> Tensor:
+    """Return `value` sharded like `target`, without communication unless `value` is a DTensor."""
     if not is_distributed(target):
-        return whole(value)
+        return gathered_tensor(value)
+    like: Any = target
     if is_distributed(value):
-        return value.redistribute(target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        sharded: Any = value
+        return sharded.redistribute(like.device_mesh, like.placements)
     from torch.distributed.tensor import distribute_tensor
 
-    mesh: Any = target.device_mesh  # type: ignore[attr-defined]
     known = inspect.signature(distribute_tensor).parameters
     options: dict[str, Any] = {"src_data_rank": None} if "src_data_rank" in known else {}
-    placements: Any = target.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements, **options)
+    own = value.detach().to(like.device_mesh.device_type)
+    return distribute_tensor(own, like.device_mesh, like.placements, **options)
 
 
-def _is_emptied(tensor: Any) -> bool:
-    full = getattr(tensor, "ds_numel", 0)  # what DeepSpeed notes of a parameter that it distributes
-    return bool(full) and tensor.numel() == 0
+def _is_emptied(tensor: object) -> bool:
+    # DeepSpeed notes the size of a parameter that it distributes as `ds_numel`.
+    return (
+        bool(getattr(tensor, "ds_numel", 0)) and isinstance(tensor, Tensor) and not tensor.numel()
+    )
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+def _is_flattened(tensor: object) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
-def _place(tensor: Any) -> Any:
-    return getattr(tensor, "_peft_place", None)
+def _source(tensor: object) -> _Source | None:
+    return getattr(tensor, "_peft_source", None)
 
 
 @contextmanager
 def _silenced(name: str) -> Iterator[None]:
-    """Without a logger's warnings: FSDP1 has one for each parameter that a state dict lacks, which
-    is all of the base's here.
+    """Context without a logger's warnings: FSDP1 logs one for each parameter that a state dict
+    lacks, here all those of the base model.
     """
     logger = logging.getLogger(name)
     before = logger.level
@@ -279,12 +295,12 @@ def _silenced(name: str) -> Iterator[None]:
 
 
 def _fsdp1_key(name: str) -> str:
-    """A name as it is in FSDP1's state dicts."""
+    """Return a name as it is in FSDP1's state dicts."""
     return ".".join(part for part in name.split(".") if part not in _FSDP_PARTS)
 
 
 def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
-    """Those of a model's modules that are FSDP1's, by path, outer ones first."""
+    """Return the FSDP1 modules of a model by path, outer ones first."""
     library = sys.modules.get("torch.distributed.fsdp")
     if library is None:
         return {}
@@ -295,15 +311,14 @@ def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
     }
 
 
-def _stand_ins(units: Mapping[str, Any]) -> list[tuple[Tensor, Place]]:
-    """A tensor without memory for each parameter that FSDP1 holds."""
-    result = []
+def _stand_ins(units: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a tensor on the meta device for each parameter that FSDP1 holds, by state-dict key."""
+    result = {}
     for path, unit in units.items():
         flat: Any = None if unit._handle is None else unit._handle.flat_param
         for name, shape in () if flat is None else zip(flat._fqns, flat._shapes, strict=True):
+            key = _fsdp1_key(f"{path}.{name}".lstrip("."))
             tensor: Any = torch.empty(shape, dtype=flat.dtype, device="meta")
-            tensor._peft_place = Place(
-                unit, unwrapped(name), _fsdp1_key(f"{path}.{name}".lstrip("."))
-            )
-            result.append((tensor, tensor._peft_place))
+            tensor._peft_source = _Source(unit, unwrapped_name(name), key)
+            result[key] = tensor
     return result

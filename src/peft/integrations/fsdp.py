@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules FSDP1 should shard by themselves where adapters are trained."""
+"""The auto-wrap policy of FSDP1 for models with adapters."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -14,18 +13,17 @@ from ..base.errors import PeftTypeError
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """An auto-wrap policy for FSDP1: each transformer block by itself, and each trainable leaf with
-    a `weight`, which is so kept apart from the frozen weights around it.
+    """Return an auto-wrap policy for FSDP1 that wraps each transformer block, and each trainable
+    leaf with a `weight`, so that it is kept apart from frozen weights.
 
     The blocks are of the classes that the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP` names
-    (separated by commas), by default of those the model says are not to be split
-    (`_no_split_modules`).
+    (separated by commas), by default of those in the model's `_no_split_modules`.
 
     Args:
         model: A `PeftModel`, or any model.
 
     Raises:
-        PeftTypeError: The model has no module of a class that is named.
+        PeftTypeError: The model has no module of a class that the variable names.
     """
     from torch.distributed.fsdp.wrap import (
         _or_policy,
@@ -44,8 +42,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     if missing and named is not None:
         raise PeftTypeError(
             "Could not find the transformer layer class to wrap in the model: "
-            f"{', '.join(sorted(missing))}, "
-            "from the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP`."
+            f"{', '.join(sorted(missing))}, from the environment variable "
+            "`FSDP_TRANSFORMER_CLS_TO_WRAP`."
         )
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
     blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
@@ -53,5 +51,5 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 
 def _is_trainable_leaf(module: nn.Module) -> bool:
-    weight: Any = getattr(module, "weight", None)
+    weight = getattr(module, "weight", None)
     return not module._modules and weight is not None and weight.requires_grad

@@ -20,19 +20,18 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a quantised model and keep what is not quantised in float32, for stable training of
-    adapters on it.
+    """Freeze a quantized model and cast its unquantized parameters to float32, for stable training
+    of adapters.
 
     Args:
         model: A transformers model, changed in place.
-        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients pass the
-            frozen input.
-        gradient_checkpointing_kwargs: For `gradient_checkpointing_enable`.
-        auto_clear_cache: Give the memory of what was cast back to the accelerator's driver.
+        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients flow
+            through the frozen embeddings.
+        gradient_checkpointing_kwargs: Arguments of `gradient_checkpointing_enable`.
+        auto_clear_cache: Free the cached memory of the accelerator after the cast.
 
     Raises:
-        PeftTypeError: Not a model, or one without gradient checkpointing where that is asked for;
-            nothing is changed.
+        PeftTypeError: `model` is not a model, or has no gradient checkpointing; nothing is changed.
     """
     check_model(model)
     needed = ("enable_input_require_grads", "gradient_checkpointing_enable")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a library keeps in few bits: reading them as numbers, and writing numbers back in
-the same form.
+"""Weights that another library keeps in few bits: read them as numbers, and write numbers back in
+the same storage format.
 
-A layer with such a weight is adapted like any other, since adapters call it and never look inside.
-Only what needs the numbers themselves comes here: merging, and norms of the weight. No library is
-imported before the model has a layer of its.
+An adapter calls a quantized layer like any other. Only merging and norms of the weight need the
+numbers. No library is imported before the model has a layer of it.
 """
 
 from __future__ import annotations
@@ -20,49 +19,49 @@ from torch import Tensor, nn
 from ..base.containers import walk
 
 
-class Form(NamedTuple):
-    """How one kind of layer keeps its weight.
+class StorageFormat(NamedTuple):
+    """Functions for the weight of one kind of quantized layer.
 
     Args:
-        get: The stored weight, whatever it is made of. It stays valid when another is put in its
-            place.
+        name: Name of the format in `get_layer_status`.
+        get: Return the stored weight, which stays valid when the layer gets another.
         put: Put a stored weight into the layer.
-        read: The layer's weight in numbers, float32 `[out, in]`.
-        pack: Numbers `[out, in]` in the form of the layer's weight at present, to be put into it.
+        read: Return the layer's weight in numbers, float32 `[out, in]`.
+        pack: Return numbers `[out, in]` as a stored weight of the layer's present format.
     """
 
-    get: Callable[[Any], Any]
+    name: str
+    get: Callable[[Any], object]
     put: Callable[[Any, Any], None]
     read: Callable[[Any], Tensor]
-    pack: Callable[[Any, Tensor], Any]
+    pack: Callable[[Any, Tensor], object]
 
 
-def form(module: nn.Module) -> Form | None:
-    """How a layer keeps its weight, None where that is no form known here (a plain weight is none)."""
+def storage_format(module: nn.Module) -> StorageFormat | None:
+    """Return the storage format of a layer's weight, None if it is plain or unknown."""
     weight: Any = module._parameters.get("weight")
     bits, torchao = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("torchao.utils")
     if bits is not None and isinstance(module, bits.Linear8bitLt):
         return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
     if bits is not None and isinstance(module, bits.Linear4bit):
-        return _FOUR_BIT if _state_of(module) is not None else None
+        return _FOUR_BIT if _quant_state(module) is not None else None
     if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
-        plain = (
-            getattr(weight, "act_pre_scale", None) is None
-        )  # else inputs are scaled before they meet the weight
-        return _TORCHAO if plain and type(weight).__name__ in _TORCHAO_OPTIONS else None
+        # With `act_pre_scale` the inputs are scaled before they are multiplied by the weight.
+        is_plain = getattr(weight, "act_pre_scale", None) is None
+        return _TORCHAO if is_plain and type(weight).__name__ in _TORCHAO_OPTIONS else None
     return None
 
 
-def is_coded(weight: Tensor) -> bool:
-    """Whether a weight that has a floating-point dtype is made of codes by some library: it
-    consists of other tensors, and not of pieces on several devices.
+def is_quantized_tensor(weight: Tensor) -> bool:
+    """Return True for a tensor subclass that wraps quantized codes: it consists of other tensors,
+    and is not distributed.
     """
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "to_local")
 
 
 def _int8_get(layer: Any) -> tuple[Tensor, Tensor]:
-    """Codes `[out, in]` and scales `[out]`; the first forward moves the scales from the parameter
-    to the layer's state.
+    """Return codes `[out, in]` and scales `[out]`; the first forward moves the scales from the
+    parameter to the layer's state.
     """
     scale = getattr(layer.weight, "SCB", None)
     return layer.weight.data, layer.state.SCB if scale is None else scale
@@ -83,24 +82,23 @@ def _int8_read(layer: Any) -> Tensor:
 def _int8_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes import functional
 
-    return functional.int8_vectorwise_quant(weight.to(torch.float16))[
-        :2
-    ]  # the precision the library quantises from
+    # float16 is the precision that the library quantizes from.
+    return functional.int8_vectorwise_quant(weight.to(torch.float16))[:2]
 
 
-_INT8 = Form(_int8_get, _int8_put, _int8_read, _int8_pack)
+_INT8 = StorageFormat("bnb 8bit", _int8_get, _int8_put, _int8_read, _int8_pack)
 
 
-def _state_of(layer: Any) -> Any:
-    """What is needed to read the codes; sharding libraries strip it from the parameter, the layer
-    has it too.
+def _quant_state(layer: Any) -> Any:
+    """Return the state that the codes are read with: the parameter's, or the layer's if a sharding
+    library has removed that.
     """
     state = getattr(layer.weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
 
 def _four_bit_get(layer: Any) -> tuple[Tensor, Any]:
-    return layer.weight.data, _state_of(layer)
+    return layer.weight.data, _quant_state(layer)
 
 
 def _four_bit_put(layer: Any, stored: tuple[Tensor, Any]) -> None:
@@ -114,15 +112,16 @@ def _four_bit_put(layer: Any, stored: tuple[Tensor, Any]) -> None:
 def _four_bit_read(layer: Any) -> Tensor:
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(*_in_blocks(*_four_bit_get(layer))).float()
+    return functional.dequantize_4bit(*_unpacked(*_four_bit_get(layer))).float()
 
 
-def _in_blocks(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, Any]:
-    """Codes and state in the library's general form; evaluating on some CPUs repacks them, with
-    scales in bfloat16.
+def _unpacked(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, Any]:
+    """Return codes and state in the library's general format; evaluation on some CPUs repacks them,
+    with scales in bfloat16.
 
     Args:
-        nested: Quantise scales again that were before; to be read they need not be.
+        codes, state: The stored weight.
+        nested: Quantize the scales again if they were; reading them does not need it.
     """
     if not getattr(state, "packing_format_for_cpu", False):
         return codes, state
@@ -151,23 +150,25 @@ def _four_bit_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Any]:
     )
 
 
-_FOUR_BIT = Form(_four_bit_get, _four_bit_put, _four_bit_read, _four_bit_pack)
+_FOUR_BIT = StorageFormat("bnb 4bit", _four_bit_get, _four_bit_put, _four_bit_read, _four_bit_pack)
 
 
-def stay_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers from repacking themselves when they evaluate on a CPU with bfloat16
-    instructions: no gradient passes a repacked layer from then on, it computes with rounded scales,
-    and taking its state dict may spoil it.
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking their weights in evaluation on a CPU with bfloat16
+    instructions.
+
+    A repacked layer passes no gradient, computes with rounded scales, and taking its state dict may
+    damage it.
     """
     for layer in _four_bit_layers(model):
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu, layer._repacks_when_plain = False, True
-            if getattr(_state_of(layer), "packing_format_for_cpu", False):
-                _four_bit_put(layer, _in_blocks(*_four_bit_get(layer), nested=True))
+            if getattr(_quant_state(layer), "packing_format_for_cpu", False):
+                _four_bit_put(layer, _unpacked(*_four_bit_get(layer), nested=True))
 
 
-def repack_again(model: nn.Module) -> None:
-    """Undo `stay_differentiable`."""
+def allow_repacking(model: nn.Module) -> None:
+    """Undo `keep_differentiable`."""
     for layer in _four_bit_layers(model):
         if vars(layer).pop("_repacks_when_plain", False):
             layer.support_avx512bf16_for_cpu = True
@@ -175,19 +176,19 @@ def repack_again(model: nn.Module) -> None:
 
 def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
     bits = sys.modules.get("bitsandbytes.nn.modules")
-    return (
-        (module for _, module in walk(model) if isinstance(module, bits.Linear4bit))
-        if bits is not None
-        else iter(())
-    )
+    if bits is None:
+        return
+    for _, module in walk(model):
+        if isinstance(module, bits.Linear4bit):
+            yield module
 
 
-def _int8_tensor_options(weight: Any) -> dict[str, Any]:
+def _int8_tensor_options(weight: Any) -> dict[str, object]:
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "reduce_range")
     return {"granularity": _blocks(weight), **{name: getattr(weight, name) for name in names}}
 
 
-def _float8_tensor_options(weight: Any) -> dict[str, Any]:
+def _float8_tensor_options(weight: Any) -> dict[str, object]:
     names = ("mm_config", "kernel_preference", "act_quant_kwargs")
     return {
         "granularity": _blocks(weight),
@@ -196,7 +197,7 @@ def _float8_tensor_options(weight: Any) -> dict[str, Any]:
     }
 
 
-def _intx_tensor_options(weight: Any) -> dict[str, Any]:
+def _intx_tensor_options(weight: Any) -> dict[str, object]:
     from torchao.quantization import MappingType
 
     symmetric = not weight.zero_point.any()
@@ -207,15 +208,15 @@ def _intx_tensor_options(weight: Any) -> dict[str, Any]:
     }
 
 
-def _blocks(weight: Any) -> Any:
-    """How large the blocks are that share a scale: a row, a group, all."""
+def _blocks(weight: Any) -> object:
+    """Return the blocks that share a scale, as torchao describes them."""
     from torchao.quantization import PerBlock
 
     return PerBlock(tuple(weight.block_size))
 
 
-# By kind of tensor, the arguments with which its library made it.
-_TORCHAO_OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
+# The arguments that torchao made a tensor with, by the name of its class.
+_TORCHAO_OPTIONS: dict[str, Callable[[Any], dict[str, object]]] = {
     "Int8Tensor": _int8_tensor_options,
     "Float8Tensor": _float8_tensor_options,
     "IntxUnpackedToInt8Tensor": _intx_tensor_options,
@@ -243,4 +244,4 @@ def _torchao_pack(layer: Any, weight: Tensor) -> nn.Parameter:
     return nn.Parameter(type(like).from_hp(weight.to(like.dtype), **options), requires_grad=False)
 
 
-_TORCHAO = Form(_torchao_get, _torchao_put, _torchao_read, _torchao_pack)
+_TORCHAO = StorageFormat("torchao", _torchao_get, _torchao_put, _torchao_read, _torchao_pack)

@@ -4,7 +4,7 @@
 import typing as _typing
 from typing import Any as _Any
 
-from ..base.placeholders import marker as _marker
+from ..base.placeholders import placeholder as _placeholder
 from .groups import create_optimizer, parameter_groups, trainer_optimizer
 from .loraplus import create_loraplus_optimizer
 
@@ -18,4 +18,4 @@ create_riemannian_optimizer: _Any
 if not _typing.TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> _Any:
-        return _marker(name, __name__)
+        return _placeholder(name, __name__)

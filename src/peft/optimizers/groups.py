@@ -20,7 +20,7 @@ from torch import nn
 from ..base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..core.parameter_roles import Role, role_of
-from ..integrations.distributed import is_distributed, unparallel, unwrapped
+from ..integrations.distributed import is_distributed, unwrap_model, unwrapped_name
 
 _ADAPTER = "adapter"  # for a method that names no roles
 _COMPANIONS = {name: Role(()) for name in ("modules_to_save", "tokens", "biases", "base")}
@@ -215,7 +215,7 @@ def trained_parameters(model: nn.Module) -> Iterator[Trained]:
                 "`use_orig_params=True`."
             )
         found = True
-        name = unwrapped(raw)
+        name = unwrapped_name(raw)
         owner = model.get_submodule(raw.rpartition(".")[0])
         plain = name.endswith(".bias") or "norm" in type(owner).__name__.lower()
         role_name, role = _role(name, methods)
@@ -241,7 +241,7 @@ def keep_embeddings_wide(model: nn.Module, optimizer_cls: type[torch.optim.Optim
 
 def _methods(model: Any) -> dict[str, Any]:
     """The tuner class of each adapter."""
-    configs = getattr(unparallel(model), "peft_config", None)
+    configs = getattr(unwrap_model(model), "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         raise PeftValueError("The model has no adapters; make some with `get_peft_model`.")
     return {

@@ -6,7 +6,7 @@ and exports its names.
 import typing as _typing
 from typing import Any as _Any
 
-from ..base.placeholders import marker as _marker
+from ..base.placeholders import placeholder as _placeholder
 from .loha import LoHaConfig, LoHaModel
 from .lokr import (
     LoKrConfig,
@@ -33,7 +33,7 @@ else:
 
     def __getattr__(name: str) -> _Any:
         """Give names of the interface that are not provided here as classes that no object is of."""
-        return _marker(name, __name__)
+        return _placeholder(name, __name__)
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftValueError
-from ..base.placeholders import marker
+from ..base.placeholders import placeholder
 from ..base.suggestions import no_adapter
 from ..config import PeftConfig
 from ..core import targets as _targets
@@ -39,7 +39,7 @@ _maybe_include_all_linear_layers: Any
 if not TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> Any:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
 
 
 def check_target_module_exists(config: PeftConfig, key: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.modules import _get_submodules, check_model, get_submodules, infer_device, model_type
-from ..base.placeholders import marker
+from ..base.placeholders import placeholder
 from ..base.tensors import (
     cast_mixed_precision_params,
     id_tensor_storage,
@@ -26,7 +26,7 @@ _get_no_split_modules: Any
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
 
 
 __all__ = [

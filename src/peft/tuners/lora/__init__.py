@@ -6,7 +6,7 @@ arXiv:2106.09685, 2402.09353
 import typing as _typing
 from typing import Any as _Any
 
-from ...base.placeholders import marker as _marker
+from ...base.placeholders import placeholder as _placeholder
 from ...base.registry import register_peft_method
 from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
@@ -43,7 +43,7 @@ preprocess_loraga: _Any
 if not _typing.TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> _Any:
-        return _marker(name, __name__)
+        return _placeholder(name, __name__)
 
 
 __all__ = [

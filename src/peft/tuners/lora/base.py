@@ -20,7 +20,7 @@ from ...checkpoint.rank_padding import RankRoom
 from ...core.adapters import AdapterParameterDict
 from ...core.cost import AdapterCost, thin_cost
 from ...core.dora import DecomposedLayer
-from ...integrations.distributed import whole
+from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
@@ -37,7 +37,7 @@ class Magnitude(nn.Module):
 
     def forward(self) -> Tensor:
         """The lengths; a call, so that libraries which move weights in on use see the use."""
-        return whole(self.weight)
+        return gathered_tensor(self.weight)
 
 
 class Start(nn.Module):
@@ -251,9 +251,9 @@ class LoraLayer(DecomposedLayer):
 
     def magnitude_factor(self, adapter_name: str, scale: float) -> Tensor:
         """What DoRA multiplies the rows of `W + s·B·A` by, `[out]`."""
-        return whole(self.lora_magnitude_vector[adapter_name]()).flatten() / self._row_norms(
-            adapter_name, scale
-        )
+        return gathered_tensor(
+            self.lora_magnitude_vector[adapter_name]()
+        ).flatten() / self._row_norms(adapter_name, scale)
 
     def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
         """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...base.errors import PeftNotSupportedError, warn
-from ...base.placeholders import marker
+from ...base.placeholders import placeholder
 from ...base.plain_values import is_empty
 from ...base.registry import WAY_BACK, PeftType
 from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
@@ -34,7 +34,7 @@ VeloraConfig: Any
 if not TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> Any:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
-from ...base.placeholders import marker
+from ...base.placeholders import placeholder
 from ...core.base_layer import embedding_scale, innermost
-from ...integrations.distributed import whole
+from ...integrations.distributed import gathered_tensor
 from ...ops.fused_linear import Steps, is_bare, thin_steps
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
@@ -32,7 +32,7 @@ _LoraFactorsProxy: Any
 if not TYPE_CHECKING:  # to which any name would be right
 
     def __getattr__(name: str) -> Any:
-        return marker(name, __name__)
+        return placeholder(name, __name__)
 
 
 class Linear(LoraLayer):
@@ -44,7 +44,10 @@ class Linear(LoraLayer):
         self.lora_B[adapter_name] = _undrawn(r, self.out_features, biased, place)
 
     def factors(self, adapter_name: str) -> Factors:  # noqa: D102
-        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        A, B = (
+            gathered_tensor(self.lora_A[adapter_name].weight),
+            gathered_tensor(self.lora_B[adapter_name].weight),
+        )
         if adapter_name not in self.lora_start:
             return Factors(A, B)
         start: Any = self.lora_start[adapter_name]
@@ -166,13 +169,19 @@ class _Conv(LoraLayer):
 
     def factors(self, adapter_name: str) -> Factors:
         """`A [r, in · taps]` and `B [out, r]`; in groups `B [out, r / groups]`."""
-        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        A, B = (
+            gathered_tensor(self.lora_A[adapter_name].weight),
+            gathered_tensor(self.lora_B[adapter_name].weight),
+        )
         return Factors(A.flatten(1), B.flatten(1))
 
     def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
         if not self._is_grouped:
             return super()._row_norms(adapter_name, scale)
-        A, B = whole(self.lora_A[adapter_name].weight), whole(self.lora_B[adapter_name].weight)
+        A, B = (
+            gathered_tensor(self.lora_A[adapter_name].weight),
+            gathered_tensor(self.lora_B[adapter_name].weight),
+        )
         return grouped_row_norms(self.base_weight(), A, B, scale)
 
     @property

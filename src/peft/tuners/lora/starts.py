@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError, warn
-from ...base.patterns import written
+from ...base.patterns import format_patterns
 from ...checkpoint.state_dict import MODEL_ROOT, ROOT
 from ...core.targets import pattern_value
 
@@ -61,7 +61,7 @@ def with_start(
         start={
             "init_lora_weights": config.init_lora_weights,
             "lora_alpha": config.lora_alpha,
-            "alpha_pattern": written(config.alpha_pattern),
+            "alpha_pattern": format_patterns(config.alpha_pattern),
         },
     )
     result = dict(state)

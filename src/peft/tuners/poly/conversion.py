@@ -32,7 +32,7 @@ from ...core.base_layer import geometry
 from ...core.conversion import check_convertible, config_of, layers_with, root_of
 from ...core.layer import BaseTunerLayer
 from ...core.plan import own_modules
-from ...integrations.distributed import own_state
+from ...integrations.distributed import state_tensors
 from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
 from .data.labels import TaskLabels
@@ -281,7 +281,7 @@ def _beside(
             "combined."
         )
     parts = {
-        name: companion_tensors(own_state(root, in_view(config, name)).items(), config, name)
+        name: companion_tensors(state_tensors(root, in_view(config, name)).items(), config, name)
         for name, config in configs.items()
     }
     if heads == combined_heads.STACK not in configs:

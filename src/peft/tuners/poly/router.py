@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftTypeError
 from ...base.geometry import Placement
-from ...integrations.distributed import whole
+from ...integrations.distributed import gathered_tensor
 from .gating import Gating, mixing_weights, open_gates, task_weights
 from .pooling import pool
 from .tables import TaskTable
@@ -133,7 +133,7 @@ class TaskRouter(Router, TaskTable):
 
     def logits(self) -> Tensor:
         """The table as `[n_tasks, n_splits, n_skills]`, whole."""
-        return whole(self.table()).unflatten(-1, (self.n_splits, self.n_skills))
+        return gathered_tensor(self.table()).unflatten(-1, (self.n_splits, self.n_skills))
 
     def task_weights(self) -> Tensor:
         """The weights each task has in evaluation, `[n_tasks, n_splits, n_skills]`."""

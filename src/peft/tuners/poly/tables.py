@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import PeftRuntimeError
-from ...integrations.distributed import cut_like, is_distributed, is_managed, whole
+from ...integrations.distributed import gathered_tensor, is_distributed, is_managed, shard_like
 
 
 class _Rows(nn.ParameterList):
@@ -133,10 +133,10 @@ class TaskTable(nn.Module):
     def _gather(self) -> None:
         """Where an engine has put rows elsewhere, bring the table up to date."""
         if any(is_distributed(row) for row in self.rows):
-            values = whole(self.closed_table).clone()
+            values = gathered_tensor(self.closed_table).clone()
             for row, (start, stop) in zip(self.rows, self.runs, strict=True):
-                values[start:stop] = whole(row)
-            self.closed_table.copy_(cut_like(self.closed_table, values))
+                values[start:stop] = gathered_tensor(row)
+            self.closed_table.copy_(shard_like(self.closed_table, values))
 
     def _tie(self) -> None:
         """Give the rows the table's memory again, which has the same values."""

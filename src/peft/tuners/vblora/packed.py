@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.containers import ByAdapter
+from ...base.containers import AdapterContainer
 
 
-class PackedTensors(ByAdapter, nn.Module):
+class PackedTensors(AdapterContainer, nn.Module):
     """Tensors by adapter name, read by a call as those of `AdapterParameterDict`. In a state dict
     each is an entry of its own.
 

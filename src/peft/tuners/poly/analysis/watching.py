@@ -12,7 +12,7 @@ from ....base.containers import walk
 from ....base.errors import PeftValueError, PeftWarning
 from ....config import is_int
 from ....core.adapter_choice import adapter_of
-from ....integrations.distributed import unparallel
+from ....integrations.distributed import unwrap_model
 from ..layer import PolyLayer
 from ..router import TaskRouter
 from .report import routing_report
@@ -93,7 +93,7 @@ class RoutingWatch:
         Raises:
             PeftValueError: There is no such adapter that routes by task, or several could be meant.
         """
-        model = unparallel(model)
+        model = unwrap_model(model)
         name = adapter_of(model, self.adapter_name, PolyLayer, " of Poly")
         layers = routing_report(model, name).layers
         shares = [share for layer in layers.values() for share in layer["usage"]]
