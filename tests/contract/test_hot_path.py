@@ -15,13 +15,14 @@ from variants import CASES
 
 from peft import get_peft_model
 from peft.ops import fused_linear
-from peft.ops.fused_linear import Steps, add_product, is_plain_product, run_with_steps
+from peft.ops.dispatch import can_fuse
+from peft.ops.fused_linear import Ends, FunctionChain, add_product, linear_with_chain
 
 
 @pytest.fixture(params=[0, 10**9], ids=["kept", "again"])
 def product(request, monkeypatch):
     """The first product of an adapter is kept for backward, or computed once more."""
-    monkeypatch.setattr(fused_linear, "_KEPT", request.param)
+    monkeypatch.setattr(fused_linear, "_SMALL", request.param)
 
 
 def normal(*shape):
@@ -48,8 +49,9 @@ def test_products_taken_together(leading, first, last, bias, product):
     def together(x, first, last, *parameters):
         twin = copy.copy(layer)
         twin._parameters = dict(zip(("weight", "bias"), (*parameters, None)[:2], strict=True))
-        assert is_plain_product(twin, x)
-        return run_with_steps(twin, x, Steps(x, first, (last,), lambda h, last: (h.tanh(), last)))
+        assert can_fuse(twin, x)
+        chain = FunctionChain(x, lambda h, last: Ends(h.tanh(), last), (last,), first)
+        return linear_with_chain(twin, x, chain)
 
     x, A, B, *parameters = operands
     h = x.view(2, 3, 4) @ A if A.dim() == 3 else x @ A

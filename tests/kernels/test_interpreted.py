@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft
-from peft.tuners.poly import gating, mixing
+from peft.ops import triton_support
+from peft.tuners.poly import gating
 from peft.tuners.poly import gating_triton as poly_kernels
 from peft.tuners.poly import mixing_triton as mixing_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
-from peft.tuners.vblora import factors as factors_module
 from peft.tuners.vblora import factors_triton as vblora_kernels
 from peft.tuners.vblora.bank import compose, place_tiles
 from peft.tuners.vblora.factors import compose_factors
@@ -36,11 +36,7 @@ def assert_near(found, expected, tolerance):
 @contextlib.contextmanager
 def plain():
     """Without kernels."""
-    with (
-        mock.patch.object(factors_module, "can_launch", return_value=False),
-        mock.patch.object(gating, "can_launch", return_value=False),
-        mock.patch.object(mixing, "can_launch", return_value=False),
-    ):
+    with mock.patch.object(triton_support, "can_launch", return_value=False):
         yield
 
 
@@ -350,14 +346,14 @@ def test_gates_at_their_ends(draw):
 
 def test_one_id_for_all_and_a_task_that_is_not_there():
     table = torch.randn(3, 8)
-    one = poly_kernels.task_weights(table, torch.tensor([2]).expand(4), 2, draw=False)
+    one = poly_kernels.task_weights(table, torch.tensor([2]).expand(4), 2, Gating(), False)
     torch.testing.assert_close(
         one, mixing_weights(table[2].view(1, 2, 4), Gating(), False).expand(4, 2, 4)
     )
-    found = poly_kernels.task_weights(table, torch.tensor([0, 3, -1, 2]), 2, draw=False)
+    found = poly_kernels.task_weights(table, torch.tensor([0, 3, -1, 2]), 2, Gating(), False)
     assert found[1:3].isnan().all() and found[[0, 3]].isfinite().all()
     table[1, 5] = math.nan
-    found = poly_kernels.task_weights(table, torch.tensor([1, 0]), 2, draw=True)
+    found = poly_kernels.task_weights(table, torch.tensor([1, 0]), 2, Gating(), True)
     assert found[0, 1].isnan().any() and found[0, 0].isfinite().all() and found[1].isfinite().all()
 
 

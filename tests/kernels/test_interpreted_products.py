@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ROUNDED)
 @contextlib.contextmanager
 def plain():
     """Without kernels."""
-    with mock.patch.object(mixed_precision, "_are_there", return_value=False):
+    with mock.patch.object(mixed_precision, "_has_kernels", return_value=False):
         yield
 
 
@@ -52,7 +52,7 @@ def counted():
 @pytest.fixture(scope="module", autouse=True)
 def _all_sizes():
     """Kernels whatever the size."""
-    with mock.patch.object(mixed_precision, "_LEAST", 1):
+    with mock.patch.object(mixed_precision, "_MIN_ELEMENTS", 1):
         yield
 
 
@@ -194,7 +194,7 @@ def test_plain_operations_for_all_else():
         with torch.autocast("cpu", torch.bfloat16):
             assert not mixed_precision.can_stay(x, torch.float32)
             mixed_precision.down(x.bfloat16(), F)
-        with mock.patch.object(mixed_precision, "_LEAST", 10**6):
+        with mock.patch.object(mixed_precision, "_MIN_ELEMENTS", 10**6):
             assert not mixed_precision.can_stay(x, torch.float32)
             assert error(mixed_precision.down(x, F), x.double() @ F.double()) < 1e-6
             assert error(mixed_precision.across(p, x), p.double().mT @ x.double()) < 1e-6
@@ -242,7 +242,9 @@ def test_what_computes_something_else_is_not_used():
 
 def test_each_size_of_blocks_is_tried(monkeypatch):
     tried = []
-    monkeypatch.setattr(mixed_precision, "agrees", lambda *case: tried.append(case[0]) or True)
+    monkeypatch.setattr(
+        mixed_precision, "agrees", lambda trial, device: tried.append(trial) or True
+    )
     for length, width in [(4096, 8), (300, 3), (64, 8), (4096, 64), (4096, 8)]:
         assert mixed_precision._are_taken(
             torch.zeros(2, length).half(), length, width, torch.zeros(length, width)

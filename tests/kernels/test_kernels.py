@@ -8,6 +8,7 @@ import torch
 
 import peft
 from peft.ops import triton_support
+from peft.ops.triton_support import Trial
 
 
 def test_never_on_the_cpu():
@@ -45,8 +46,8 @@ def fails(x):
 )
 def test_what_does_not_agree_is_not_used_and_one_is_told_once(ours, words):
     with pytest.warns(peft.PeftWarning, match=words):
-        assert not triton_support.agrees(ours, double, example, torch.device("cpu"))
-    assert not triton_support.agrees(ours, double, example, torch.device("cpu"))
+        assert not triton_support.agrees(Trial(ours, double, example), torch.device("cpu"))
+    assert not triton_support.agrees(Trial(ours, double, example), torch.device("cpu"))
 
 
 def test_trying_leaves_no_trace():
@@ -55,7 +56,7 @@ def test_trying_leaves_no_trace():
     state = torch.get_rng_state()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t)
     with torch.inference_mode(), hooks, torch.autocast("cpu"):
-        assert triton_support.agrees(lambda x: x * 2.0, double, example, torch.device("cpu"))
+        assert triton_support.agrees(Trial(lambda x: x * 2.0, double, example), torch.device("cpu"))
     assert torch.equal(state, torch.get_rng_state())
     assert seen == []
 
@@ -69,9 +70,11 @@ def test_not_tried_inside_a_backward():
 
     x = torch.ones(2, requires_grad=True)
     x.register_hook(
-        lambda g: answers.append(triton_support.agrees(ours, double, example, torch.device("cpu")))
+        lambda g: answers.append(
+            triton_support.agrees(Trial(ours, double, example), torch.device("cpu"))
+        )
     )
     x.sum().backward()
-    answers.append(triton_support.agrees(ours, double, example, torch.device("cpu")))
+    answers.append(triton_support.agrees(Trial(ours, double, example), torch.device("cpu")))
     x.sum().backward()
     assert answers == [False, True, True]

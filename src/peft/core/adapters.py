@@ -17,7 +17,7 @@ from ..base.errors import PeftValueError
 from ..base.freezing import TemporaryFreeze
 from ..integrations.accelerate import end_offloading
 from ..integrations.distributed import gathered_tensor
-from ..ops.fused_linear import is_bare
+from ..ops.dispatch import are_unhooked
 
 
 class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
@@ -30,7 +30,7 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
 
     def __call__(self, adapter_name: str) -> Tensor:
         """Return an adapter's parameter, as `forward` does."""
-        if is_bare(self, AdapterParameterDict) and not torch.compiler.is_compiling():
+        if are_unhooked((self,), AdapterParameterDict) and not torch.compiler.is_compiling():
             parameter = self._parameters.get(adapter_name)
             if type(parameter) is nn.Parameter:
                 return parameter

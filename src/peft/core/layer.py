@@ -22,15 +22,9 @@ from ..base.errors import PeftNotSupportedError, warn
 from ..base.geometry import Geometry, Placement, columns
 from ..checkpoint.rank_padding import RankRoom
 from ..integrations.accelerate import loaded_weights
+from ..ops.dispatch import can_fuse, is_ordinary
 from ..ops.exact_merge import Recipe, as_it_is, by_itself
-from ..ops.fused_linear import (
-    Steps,
-    add_steps,
-    is_ordinary,
-    is_plain_product,
-    may_write_to_output,
-    run_with_steps,
-)
+from ..ops.fused_linear import Chain, add_to_output, linear_with_chain
 from ..ops.low_rank import LowRank, cut, dense_svd
 from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, nested_like
@@ -85,11 +79,10 @@ class BaseTunerLayer(AdapterHolder):
         """
         raise NotImplementedError
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
-        """`delta_activations` as steps from its first matrix product to its last, which are then
-        taken together with the base layer's; None, before anything is computed, where it is not to
-        be had so. It is asked for where `x` is ordinary: dense, of two dimensions or more, with
-        rows.
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
+        """Return `delta_activations` as a chain of products, which is then computed together with
+        the base layer's; None, before anything is computed, where there is no such chain. Only
+        called where `dispatch.is_ordinary(x)`.
         """
         return None
 
@@ -180,13 +173,13 @@ class BaseTunerLayer(AdapterHolder):
         ]
         if self.merged_adapters:
             names = [name for name in names if name not in self.merged_adapters]
-        together = names and not (args or kwargs) and is_plain_product(base, x)
-        steps = self.delta_steps(names[0], x) if together else None
-        if steps is None:
+        together = names and not (args or kwargs) and can_fuse(base, x)
+        chain = self.delta_chain(names[0], x) if together else None
+        if chain is None:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
         else:
-            result, dtype, names = run_with_steps(base, x, steps), x.dtype, names[1:]
+            result, dtype, names = linear_with_chain(base, x, chain), x.dtype, names[1:]
         for adapter_name in names:
             result = self._add(adapter_name, x, result)
         return result if result.dtype == dtype else result.to(dtype)
@@ -202,10 +195,10 @@ class BaseTunerLayer(AdapterHolder):
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result` with the adapter's part; a method whose part is not a sum overrides this."""
-        steps = self.delta_steps(adapter_name, x) if is_ordinary(x) else None
-        if steps is None:
+        chain = self.delta_chain(adapter_name, x) if is_ordinary(x) else None
+        if chain is None:
             return result + self.delta_activations(adapter_name, x)
-        return add_steps(steps, result, may_write_to_output(self._modules["base_layer"]))  # type: ignore[arg-type]
+        return add_to_output(self._modules["base_layer"], chain, result)  # type: ignore[arg-type]
 
     def apply_to_tokens(
         self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
@@ -288,7 +281,7 @@ class BaseTunerLayer(AdapterHolder):
             else x
         )
 
-    def _input_of_steps(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _input_of_chain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in the adapter's precision, or as it is where the products with it are taken so."""
         return x if x.dtype == dtype or can_stay(x, dtype) else self._cast_input_dtype(x, dtype)
 

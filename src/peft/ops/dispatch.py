@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch does with operations at the moment: if they are done now, and in which precision."""
+"""Decide between a fast path of our own and plain operations.
+
+A layer asks `can_fuse` once a call. It is the only place that knows what the fast road of
+`fused_linear` cannot take: hooks, compilers, transforms, autocast, tensor subclasses, nested, meta,
+sparse and empty inputs, single vectors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
 
 from ..base.tracing import shapes as shapes
 from ..base.tracing import untraced as untraced
 
+PLAIN_TENSORS = nn.Parameter, Tensor
+"""Types whose operations are torch's own; a subclass may do something else."""
+
 
 def is_eager() -> bool:
-    """Whether operations run as they are called, and once: no compiler and no transform looks on."""
+    """Return whether we run in plain eager mode: not under `torch.compile`, tracing, `torch.func`
+    transforms or forward-mode AD.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -23,18 +35,88 @@ def is_eager() -> bool:
 
 
 def is_batched(x: Tensor | None) -> bool:
-    """Tell if a gradient is one of a batch, of `torch.autograd.grad(…, is_grads_batched=True)`."""
+    """Return whether a gradient is batched, by `torch.autograd.grad(…, is_grads_batched=True)`."""
     return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Tell if autocast is on where a tensor is; torch raises if asked for devices that have none."""
-    if not torch._C._is_any_autocast_enabled():  # a look at a flag, with no name of a device made
+    """Return whether autocast is on for a tensor's device."""
+    if not torch._C._is_any_autocast_enabled():  # reads a flag, and makes no device name
         return False
-    kind = x.device.type
+    kind = x.device.type  # torch raises if asked about devices without autocast
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which operations where a tensor is have their operands' precision."""
+    """Return a context with autocast off for a tensor's device."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
+def are_unhooked(modules: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
+    """Return whether calling modules runs the forward of the class `kind` and nothing else: no
+    hooks, no subclass, no replaced forward.
+    """
+    for module in modules:
+        own = module.__dict__
+        if type(module) is not kind or (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return False
+    return not (
+        _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Return whether a chain may be applied to an input by eager kernels.
+
+    It may if the input is a plain dense tensor of at least two dimensions with elements in memory,
+    and we run in eager mode.
+    """
+    return (
+        type(x) in PLAIN_TENSORS
+        and is_eager()
+        and not (x.is_nested or x.is_meta)
+        and x.layout is torch.strided
+        and x.dim() > 1
+        and x.numel() > 0
+    )
+
+
+def can_fuse(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a layer's call is one matrix product in one precision and nothing else, so
+    that `fused_linear` may compute it together with a delta.
+    """
+    if type(layer) is not nn.Linear:
+        return False
+    weight = layer._parameters.get("weight")
+    return (
+        are_unhooked((layer,), nn.Linear)
+        and type(weight) in PLAIN_TENSORS  # quantized and distributed weights multiply differently
+        and is_ordinary(x)
+        and x.dtype == weight.dtype  # type: ignore[union-attr]
+        and x.is_contiguous()
+        and not is_autocast(x)
+    )
+
+
+def owns_output(layer: nn.Module) -> bool:
+    """Return whether a layer's output may be overwritten: hooks, a replaced forward or another kind
+    of layer may have kept it.
+    """
+    return type(layer) is nn.Linear and not (
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _hooks._global_forward_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )

@@ -1,228 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's first and last matrix product, taken together with what the layer below does on the
-same memory.
+"""The fast road of a layer: its delta as a chain of products, computed together with the base
+layer's product.
 
-An activation read or written once more is what an adapter costs on a wide layer, much more than its
-few multiplications. So its last product is added to the base layer's output where that lies, and
-its gradient for the input to the base layer's.
+Reading or writing an activation once more costs more on a wide layer than an adapter's few
+multiplications. So the chain's last product is added into the memory of the base layer's output,
+and its gradient for the input into that of the base layer.
 
-This is the fast road, of `Steps`. It is made for what layers see nearly always, and `is_ordinary`
-says what that is. Anything else that the base layer takes goes the plain road,
-`base(x) + delta_activations(x)`, which asks no more of an input than the base layer.
+`dispatch` decides what goes this road. Everything else takes the plain road,
+`base(x) + chain.delta()`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks
 
+from . import mixed_precision
 from .derivatives import gradients_again
-from .dispatch import is_autocast, is_batched, is_eager
-from .mixed_precision import across, add, can_add, down, scaled
+from .dispatch import is_batched, is_eager, owns_output, shapes
+from .mixed_precision import scaled
 
-_PLAIN = nn.Parameter, Tensor
-
-_KEPT = 16
-"""A first product is kept for backward if it is at least so many times smaller than the input, else
-computed again.
+_SMALL = 16
+"""Backward keeps a first product that is at least this many times smaller than the input, and
+computes a larger one again.
 """
 
 
-class Steps(NamedTuple):
-    """How an adapter computes its part, from its first matrix product to its last.
+class Ends(NamedTuple):
+    """The last product of a chain, `Δ = p · up`.
 
     Attributes:
-        x: The layer's input as the adapter takes it.
-        first: The first product's other factor: `[k, m]`, with `x` read as `[rows, k]`, or
-            `[n, k, m]`, with `x` read as `[n, rows, k]`; None where the part does not begin with
-            such a product.
-        parameters: What the part depends on besides; without `then`, the last product's other
-            factor.
-        then: What follows, a function of the first product (of `x` where there is none) and the
-            parameters. It returns `p` and `q` whose product is the part, in the output's order of
-            elements; or the part itself, in that order, and None. Where `then` is None, `p` is the
-            first product times `scale`, and the parameter is `q`.
-        scale: A number.
+        p: `[rows, k]`, or `[n, rows, k]`.
+        up: `[k, columns]`, or `[n, k, columns]`.
+    """
+
+    p: Tensor
+    up: Tensor
+
+
+Middle: TypeAlias = Callable[..., Ends | Tensor]
+"""A function of a chain's first product and its factors. It returns the chain's ends, or the delta
+itself, in the order of the output's elements.
+"""
+
+
+class LowRankChain(NamedTuple):
+    """A delta of two products, `Δ = scale · (x · down) · up`.
+
+    Attributes:
+        x: The layer's input in the adapter's precision.
+        down: `[in, r]`, or `[n, in, r]` with `x` read as `[n, rows, in]`.
+        up: `[r, out]`, or `[n, r, out]`.
+        scale: A number, or a zero-dimensional tensor without a gradient.
+
+    Example:
+        >>> LowRankChain(torch.ones(1, 2), down=torch.ones(2, 1), up=torch.ones(1, 3), scale=0.5).delta()
+        tensor([[1., 1., 1.]])
     """
 
     x: Tensor
-    first: Tensor | None
-    parameters: tuple[Tensor, ...]
-    then: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-    scale: float = 1.0
+    down: Tensor
+    up: Tensor
+    scale: float | Tensor = 1.0
 
-    def part(self) -> Tensor:
-        """The part itself, in the order of elements of the output but not in its shape."""
-        p, q = _ends(_product(self.x, self.first), self.parameters, self.then, self.scale)
-        return p if q is None else p @ q
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors behind the first product."""
+        return (self.up,)
+
+    def delta(self) -> Tensor:
+        """Return the delta, `[…, out]` for `down [in, r]`, else `[n, rows, out]`."""
+        x = self.x
+        if self.down.dim() == 3:
+            n, k, _ = self.down.shape
+            x = x.reshape(n, -1 if math.prod(shapes(x)[0]) else 0, k)
+        return scaled(x @ self.down, self.scale) @ self.up
 
 
-def thin_steps(x: Tensor, first: Tensor, last: Tensor, scale: float | Tensor = 1.0) -> Steps:
-    """The steps of two products, `scale · (x · first) · last`."""
-    if isinstance(scale, Tensor):
-        return Steps(x, first, (last,), lambda h, last: (h * scale, last))
-    return Steps(x, first, (last,), scale=scale)
+class FunctionChain(NamedTuple):
+    """A delta of a first product, a function and a last product: `Δ = p · up` with
+    `p, up = middle(x · down, *factors)`.
+
+    Attributes:
+        x: The layer's input in the adapter's precision.
+        middle: The function.
+        factors: Its other arguments, all that it depends on.
+        down: `[k, m]` with `x` read as `[rows, k]`, or `[n, k, m]` with `x` read as `[n, rows, k]`;
+            None where `middle` takes `x` itself.
+    """
+
+    x: Tensor
+    middle: Middle
+    factors: tuple[Tensor, ...]
+    down: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """Return the delta in the order of the output's elements, though not in its shape."""
+        ends = self.middle(_first_product(self.x, self.down), *self.factors)
+        return ends if isinstance(ends, Tensor) else ends.p @ ends.up
 
 
-def add_steps(steps: Steps, result: Tensor, in_place: bool) -> Tensor:
-    """`result` and the adapter's part.
+Chain: TypeAlias = LowRankChain | FunctionChain
+
+
+def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
+    """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`."""
+    weight, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
+    if chain.x is x and torch.is_grad_enabled():
+        middle, scale = _middle(chain)
+        return _LinearWithChain.apply(x, weight, bias, middle, scale, chain.down, *chain.factors)
+    return _add_chain(chain, F.linear(x, weight, bias), in_place=True)
+
+
+def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
+    """Return a base layer's output plus a chain's delta, in the same memory if nothing else can
+    hold it.
+    """
+    return _add_chain(chain, result, owns_output(layer))
+
+
+def add_product(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:
+    """Return `result + p · up`, in the shape of `result`.
+
+    Backward keeps `p` and `up`, and nothing of the size of `result`.
 
     Args:
-        steps: How the part is computed.
-        result: The base layer's output.
-        in_place: Whether that may be overwritten.
-    """
-    x, first, parameters, then, scale = steps
-    p, q = _ends(_product(x, first), parameters, then, scale)
-    return result + p.view(result.shape) if q is None else add_product(result, p, q, in_place)
-
-
-def is_ordinary(x: Tensor) -> bool:
-    """Tell if a layer's input may go the fast road.
-
-    It may if it is a plain tensor of at least two dimensions, with numbers in it that are in
-    memory, and if operations run as they are called.
-    """
-    return (
-        type(x) in _PLAIN
-        and is_eager()
-        and not (x.is_nested or x.is_meta)
-        and x.layout is torch.strided
-        and x.dim() > 1
-        and x.numel() > 0
-    )
-
-
-def is_plain_product(layer: Any, x: Tensor) -> bool:
-    """Whether a call of a layer is a matrix product of one precision and no more, so that an
-    adapter may take it over.
-    """
-    return (
-        is_bare(layer, nn.Linear)
-        and type(layer._parameters.get("weight"))
-        in _PLAIN  # others (quantised, distributed) have their own
-        and is_ordinary(x)
-        and x.dtype == layer._parameters["weight"].dtype
-        and x.is_contiguous()
-        and not is_autocast(x)
-    )
-
-
-def run_with_steps(layer: Any, x: Tensor, steps: Steps) -> Tensor:
-    """The output of a layer whose call `is_plain_product`, and the adapter's part."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    own_x, first, parameters, then, scale = steps
-    if own_x is x and torch.is_grad_enabled():
-        return _Adapted.apply(x, weight, bias, then, scale, first, *parameters)
-    return add_steps(steps, F.linear(x, weight, bias), in_place=True)
-
-
-def may_write_to_output(layer: Any) -> bool:
-    """Return whether a layer's output belongs to its caller alone: a hook, a replaced forward or
-    another kind of layer may have kept it.
-    """
-    return type(layer) is nn.Linear and not (
-        "forward" in layer.__dict__
-        or layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or _hooks._global_forward_hooks
-        or _hooks._global_backward_hooks
-        or _hooks._global_backward_pre_hooks
-    )
-
-
-def is_bare(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a call of a module does what its class `kind` says and no more: nothing is hooked in,
-    its forward is not replaced.
-    """
-    own = module.__dict__
-    return type(module) is kind and not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or _hooks._global_forward_hooks
-        or _hooks._global_forward_pre_hooks
-        or _hooks._global_backward_hooks
-        or _hooks._global_backward_pre_hooks
-    )
-
-
-def add_product(result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:
-    """`result + p @ q`.
-
-    Args:
-        result: Of as many elements as the product, in its order.
+        result: As many elements as the product has, in its order.
         p: `[n, rows, k]`, or `[rows, k]`.
-        q: `[n, k, columns]`, or `[k, columns]`.
-        in_place: Whether `result` may be overwritten. It is if that is possible: in eager mode,
-            where all are of one dtype or kernels take them.
-
-    Returns:
-        In the shape of `result`. Backward keeps `p` and `q` and nothing of the size of `result`.
+        up: `[n, k, columns]`, or `[k, columns]`.
+        in_place: Allow to overwrite `result`. It is overwritten in eager mode, if all are of one
+            dtype or kernels take them.
     """
-    if not ((in_place or result.dtype != p.dtype) and is_eager() and can_add(result, p, q)):
-        return result + (p @ q).view(result.shape)
-    return (
-        _AddProduct.apply(result, p, q, in_place)
-        if torch.is_grad_enabled()
-        else add(result, p, q, in_place)
-    )
+    if not ((in_place or result.dtype != p.dtype) and is_eager() and _can_add(result, p, up)):
+        return result + (p @ up).view(result.shape)
+    return _added(result, p, up, in_place)
 
 
-def _product(x: Tensor, first: Tensor | None) -> Tensor:
-    return x if first is None else down(_read(x, first), first)
+def as_operand(x: Tensor, down: Tensor) -> Tensor:
+    """Return `x` in the shape in which it is multiplied by `down`."""
+    if down.dim() == 2:
+        return x.reshape(-1, down.shape[0])
+    return x.reshape(down.shape[0], -1, down.shape[1])
 
 
-def _read(x: Tensor, first: Tensor) -> Tensor:
-    """`x` as it is multiplied by `first`."""
-    if first.dim() == 2:
-        return x.reshape(-1, first.shape[0])
-    return x.reshape(first.shape[0], -1, first.shape[1])
+def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
+    """Return `result` plus a chain's delta, in eager mode."""
+    if isinstance(chain, LowRankChain):
+        p, up = scaled(_first_product(chain.x, chain.down), chain.scale), chain.up
+    else:
+        ends = chain.middle(_first_product(chain.x, chain.down), *chain.factors)
+        if isinstance(ends, Tensor):
+            return result + ends.view(result.shape)
+        p, up = ends
+    if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
+        return _added(result, p, up, in_place)
+    return result + (p @ up).view(result.shape)
 
 
-def _ends(
-    product: Tensor, parameters: tuple[Tensor, ...], then: Any, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """`p` and `q` from the first product."""
-    return (scaled(product, scale), parameters[0]) if then is None else then(product, *parameters)
+def _middle(chain: Chain) -> tuple[Middle | None, float]:
+    """Return a chain's function, None for a low-rank one with a number as its scale; and that."""
+    if isinstance(chain, FunctionChain):
+        return chain.middle, 1.0
+    scale = chain.scale
+    if isinstance(scale, Tensor):
+        return (lambda h, up: Ends(h * scale, up)), 1.0
+    return None, scale
+
+
+def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
+    if down is None:
+        return x
+    if x.dtype == down.dtype:
+        return as_operand(x, down) @ down
+    return mixed_precision.down(as_operand(x, down), down)
+
+
+def _can_add(result: Tensor, p: Tensor, up: Tensor) -> bool:
+    """Return whether the product can be added to `result` without a tensor of that size."""
+    if result.dtype == p.dtype == up.dtype:
+        return result.is_contiguous()
+    return mixed_precision.can_add(result, p, up)
+
+
+def _added(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:
+    if torch.is_grad_enabled():
+        return _AddProduct.apply(result, p, up, in_place)
+    return _add(result, p, up, in_place)
+
+
+def _add(result: Tensor, p: Tensor, up: Tensor, in_place: bool = True) -> Tensor:
+    """Return `result + p · up` in the precision of `result`, without a record for gradients."""
+    if not in_place or not (result.dtype == p.dtype == up.dtype):
+        return mixed_precision.add(result, p, up, in_place)
+    product = result.view(*p.shape[:-1], up.shape[-1])
+    product.addmm_(p, up) if p.dim() == 2 else product.baddbmm_(p, up)
+    return result
 
 
 class _AddProduct(torch.autograd.Function):
-    """`result + p @ q`."""
+    """`result + p · up`."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, p: Tensor, q: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(p, q)
+    def forward(ctx: Any, result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(p, up)
         if in_place:
             ctx.mark_dirty(result)
-        return add(result, p, q, in_place)
+        return _add(result, p, up, in_place)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        p, q = ctx.saved_tensors
-        rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
+        p, up = ctx.saved_tensors
+        rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
         return (
             gradient if ctx.needs_input_grad[0] else None,
-            down(rows, q.mT) if ctx.needs_input_grad[1] else None,
-            across(p, rows) if ctx.needs_input_grad[2] else None,
+            mixed_precision.down(rows, up.mT) if ctx.needs_input_grad[1] else None,
+            mixed_precision.across(p, rows) if ctx.needs_input_grad[2] else None,
             None,
         )
 
 
-class _Adapted(torch.autograd.Function):
-    """A linear layer and an adapter's part, whose gradient for the input is added to the layer's.
+class _LinearWithChain(torch.autograd.Function):
+    """A linear layer plus a chain, whose gradient for the input is added to the layer's.
 
-    Backward keeps the input and the parameters, and the first product where that is small. What
-    lies between the products is done once more in backward, for its own gradient.
+    Backward keeps the input, the factors, and the first product where that is small. It runs the
+    chain's function again to differentiate it.
     """
 
     @staticmethod
@@ -231,118 +238,124 @@ class _Adapted(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        then: Any,
+        middle: Middle | None,
         scale: float,
-        first: Tensor | None,
-        *parameters: Tensor,
+        down: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        result = x.new_empty(
-            *x.shape[:-1], weight.shape[0]
-        )  # what `linear` gives may be a view, which could not be written to
+        # The output of `linear` may be a view, which could not be written to.
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows, out = x.flatten(0, -2), result.view(-1, weight.shape[0])
-        torch.mm(rows, weight.mT, out=out) if bias is None else torch.addmm(
-            bias, rows, weight.mT, out=out
-        )
-        product = _product(x, first)
-        small = product.numel() * _KEPT <= x.numel()
-        ctx.save_for_backward(x, weight, product if small else None, first, *parameters)
-        ctx.then, ctx.scale = then, scale
-        # `matmul` looks at who requires a gradient, and would take another way, to other last bits,
-        # than where nobody does.
-        p, q = _ends(
-            product.detach(), tuple([tensor.detach() for tensor in parameters]), then, scale
-        )
-        return result.add_(p.view(result.shape)) if q is None else add(result, p, q)
+        if bias is None:
+            torch.mm(rows, weight.mT, out=out)
+        else:
+            torch.addmm(bias, rows, weight.mT, out=out)
+        product = _first_product(x, down)
+        small = product.numel() * _SMALL <= x.numel()
+        ctx.save_for_backward(x, weight, product if small else None, down, *factors)
+        ctx.middle, ctx.scale = middle, scale
+        if middle is None:
+            return _add(result, scaled(product, scale), *factors)
+        # `matmul` reads which operands require a gradient, and would round differently than where
+        # none does.
+        ends = middle(product.detach(), *[tensor.detach() for tensor in factors])
+        if isinstance(ends, Tensor):
+            return result.add_(ends.view(result.shape))
+        return _add(result, *ends)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, product, first, *parameters = ctx.saved_tensors
-        for_x, for_weight, for_bias, _, _, for_first, *for_parameters = ctx.needs_input_grad
+        x, weight, product, down, *factors = ctx.saved_tensors
+        for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(gradient):
-            wanted = for_x, for_weight, for_first, *for_parameters
-            plain = functools.partial(_adapted_plainly, ctx.then, ctx.scale)
+            plain = functools.partial(_plain, ctx.middle, ctx.scale)
             of_x, of_weight, *others = gradients_again(
-                plain, (x, weight, first, *parameters), wanted, (gradient,)
+                plain,
+                (x, weight, down, *factors),
+                (for_x, for_weight, for_down, *for_factors),
+                (gradient,),
             )
-            return (
-                of_x,
-                of_weight,
-                gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None,
-                None,
-                None,
-                *others,
-            )
+            of_bias = gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None
+            return of_x, of_weight, of_bias, None, None, *others
         if product is None:
-            product = _product(x, first)
-        through = _through_last if ctx.then is None else _through
-        of_product, *of_parameters = through(
-            ctx, gradient, product, parameters, for_x or for_first, for_parameters
+            product = _first_product(x, down)
+        through = _through_product if ctx.middle is None else _through_middle
+        of_product, *of_factors = through(
+            ctx, gradient, product, factors, (for_x or for_down, *for_factors)
         )
         rows = gradient.flatten(0, -2)
+        of_x = None
+        if for_x:
+            of_x = (gradient @ weight).contiguous()
+            of_x = of_x.add_(of_product) if down is None else _add(of_x, of_product, down.mT)
         return (
-            _add_first((gradient @ weight).contiguous(), of_product, first) if for_x else None,
+            of_x,
             rows.mT @ x.flatten(0, -2) if for_weight else None,
             rows.sum(0) if for_bias else None,
             None,
             None,
-            across(of_product, _read(x, first)).mT if for_first else None,
-            *of_parameters,
+            mixed_precision.across(of_product, as_operand(x, down)).mT if for_down else None,
+            *of_factors,
         )
 
 
-def _adapted_plainly(
-    then: Any, scale: float, x: Tensor, weight: Tensor, first: Tensor | None, *parameters: Tensor
+def _plain(
+    middle: Middle | None,
+    scale: float,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    *factors: Tensor,
 ) -> Tensor:
-    """Return the same, save a bias, by operations that autograd knows."""
-    own = F.linear(x, weight)
-    return (own + Steps(x, first, parameters, then, scale).part().reshape(own.shape)).to(own.dtype)
+    """Return a linear layer's output without its bias, plus a chain, by torch's own operations."""
+    result = F.linear(x, weight)
+    product = _first_product(x, down)
+    ends = Ends(scaled(product, scale), *factors) if middle is None else middle(product, *factors)
+    delta = ends if isinstance(ends, Tensor) else ends.p @ ends.up
+    return (result + delta.reshape(result.shape)).to(result.dtype)
 
 
-def _add_first(of_x: Tensor, of_product: Tensor, first: Tensor | None) -> Tensor:
-    """The gradient for the input, the part's added to the layer's."""
-    return of_x.add_(of_product) if first is None else add(of_x, of_product, first.mT)
-
-
-def _through_last(
-    ctx: Any, gradient: Tensor, p: Tensor, parameters: Any, for_p: bool, for_q: Any
-) -> list[Any]:
-    """The gradients for `p` and `q` of their product."""
-    (q,) = parameters
-    rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
+def _through_product(
+    ctx: Any, gradient: Tensor, p: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients for `p` and `up` of `scale · p · up`."""
+    (up,), (for_p, for_up) = factors, wanted
+    rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
     return [
-        down(rows, q.mT, ctx.scale) if for_p else None,
-        across(p, rows, ctx.scale) if for_q[0] else None,
+        mixed_precision.down(rows, up.mT, ctx.scale) if for_p else None,
+        mixed_precision.across(p, rows, ctx.scale) if for_up else None,
     ]
 
 
-def _through(
-    ctx: Any,
-    gradient: Tensor,
-    product: Tensor,
-    parameters: Any,
-    for_product: bool,
-    for_parameters: Any,
-) -> list[Any]:
-    """The gradients for the first product and the parameters, through all that follows it."""
-    wanted = [for_product, *for_parameters]
-    own = [
+def _through_middle(
+    ctx: Any, gradient: Tensor, product: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients for the first product and the factors, through the function and the last
+    product.
+    """
+    sources = [
         tensor.detach().requires_grad_(want)
-        for tensor, want in zip((product, *parameters), wanted, strict=True)
+        for tensor, want in zip((product, *factors), wanted, strict=True)
     ]
     with torch.enable_grad():
-        p, q = ctx.then(*own)
-    if q is None:
-        ends = [(p, lambda: gradient.reshape(p.shape).to(p.dtype))]
+        ends = ctx.middle(*sources)
+    of_ends: list[tuple[Tensor, Callable[[], Tensor]]]
+    if isinstance(ends, Tensor):
+        of_ends = [(ends, lambda: gradient.reshape(ends.shape).to(ends.dtype))]
     else:
-        rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
-        ends = [(p, lambda: down(rows, q.mT)), (q, lambda: across(p, rows))]
-    ends = [(end, make) for end, make in ends if end.requires_grad]
-    sources = [tensor for tensor, want in zip(own, wanted, strict=True) if want]
-    if not sources:
-        return [None] * len(own)
+        p, up = ends
+        rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
+        of_ends = [
+            (p, lambda: mixed_precision.down(rows, up.mT)),
+            (up, lambda: mixed_precision.across(p, rows)),
+        ]
+    of_ends = [(end, make) for end, make in of_ends if end.requires_grad]
+    trained = [tensor for tensor, want in zip(sources, wanted, strict=True) if want]
+    if not trained:
+        return [None] * len(sources)
     found = iter(
         torch.autograd.grad(
-            [end for end, _ in ends], sources, [make() for _, make in ends], allow_unused=True
+            [end for end, _ in of_ends], trained, [make() for _, make in of_ends], allow_unused=True
         )
     )
     return [next(found) if want else None for want in wanted]

@@ -1,97 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a wide matrix, of the base model's activations, with an adapter's thin one, whatever
-precision each is in.
+"""Products of an activation of the base model with an adapter's factor, in two precisions.
 
-Beside a model in bfloat16 or float16, adapters are kept in float32. Plain operations have to copy
-an activation to float32 then, multiply it without the units that there are for matrices, and copy
-what comes out back: much more work than an adapter's few multiplications. Where Triton is, kernels
-read and write activations as they are (`kernels.py`). Results are as exact as those of float32, and
-what is in the base model's precision is rounded once.
+Beside a model in bfloat16 or float16, adapters are kept in float32. Plain operations then copy the
+activation to float32, multiply without matrix units and copy the result back: much more work than
+an adapter's few multiplications. On a GPU with Triton, kernels read and write activations as they
+are (`mixed_precision_triton.py`). Results are as exact as those of float32, and what is in the base
+model's precision is rounded once.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .dispatch import is_autocast, is_batched, is_eager
-from .triton_support import agrees, has_triton
+from .dispatch import PLAIN_TENSORS, is_autocast, is_batched, is_eager
+from .triton_support import Trial, agrees, has_triton
 
-_PLAIN = nn.Parameter, Tensor
 _HALF = frozenset({torch.bfloat16, torch.float16})
 
-_LEAST = 2**22
-"""Numbers that a wide matrix must have for kernels to pay. With fewer a GPU waits for its host,
-whom they cost a little more.
+_MIN_ELEMENTS = 2**22
+"""Smallest activation, in elements, for which the Triton kernels are used; below it launch overhead
+exceeds the time saved.
 """
 
-_WIDEST = 128
-"""The most columns of a thin matrix that kernels take."""
+_MAX_RANK = 128
+"""Most columns of a factor that the kernels take."""
 
 
 def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an input need not be cast for its products with thin matrices of a dtype: kernels
-    take those, if they agree.
+    """Return whether an input needs no cast for its products with factors of a dtype, since kernels
+    may take them.
     """
     return (
         dtype is torch.float32
         and x.dtype in _HALF
-        and is_eager()  # a compiler must not follow what comes after
+        and is_eager()  # a compiler must not trace the branches that follow
         and not is_autocast(x)
-        and x.numel() >= _LEAST
-        and type(x) in _PLAIN
+        and x.numel() >= _MIN_ELEMENTS
+        and type(x) in PLAIN_TENSORS
         and x.is_contiguous()
-        and _are_there(x.device)
+        and _has_kernels(x.device)
     )
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An input that could stay as it is, for other things than products with thin matrices."""
+    """Cast an input that `can_stay` for operations other than products with factors."""
     return x.to(dtype) if x.dtype in _HALF and dtype is torch.float32 else x
 
 
-def down(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale · wide · thin`, in the precision of `thin`.
+def down(activation: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """Return `scale · activation · factor`, in the factor's precision.
 
     Args:
-        wide: `[n, rows, k]` or `[rows, k]`.
-        thin: `[n, k, m]` or `[k, m]`.
+        activation: `[n, rows, k]` or `[rows, k]`.
+        factor: `[n, k, m]` or `[k, m]`.
         scale: A number.
     """
-    if wide.dtype == thin.dtype or not _are_mixed(wide, thin):
-        return scaled(wide @ thin, scale)
-    if _is_recorded(wide, thin):
-        return _Down.apply(wide, thin, scale)
-    if _are_taken(wide, wide.shape[-1], thin.shape[-1], thin):
-        return _kernels().down(wide, thin, scale)
-    return scaled(wide.to(thin.dtype) @ thin, scale)
+    if activation.dtype == factor.dtype or not _are_mixed(activation, factor):
+        return scaled(activation @ factor, scale)
+    if _is_recorded(activation, factor):
+        return _Down.apply(activation, factor, scale)
+    if _are_taken(activation, activation.shape[-1], factor.shape[-1], factor):
+        return _kernels().down(activation, factor, scale)
+    return scaled(activation.to(factor.dtype) @ factor, scale)
 
 
-def across(thin: Tensor, wide: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale · thinᵀ · wide`, in the precision of `thin`.
+def across(factor: Tensor, activation: Tensor, scale: float = 1.0) -> Tensor:
+    """Return `scale · factorᵀ · activation`, in the factor's precision.
 
     Args:
-        thin: `[n, rows, m]` or `[rows, m]`.
-        wide: `[n, rows, k]` or `[rows, k]`.
+        factor: `[n, rows, m]` or `[rows, m]`.
+        activation: `[n, rows, k]` or `[rows, k]`.
         scale: A number.
     """
-    if wide.dtype != thin.dtype and _are_mixed(wide, thin):
-        if not _is_recorded(thin, wide) and _are_taken(wide, wide.shape[-1], thin.shape[-1], thin):
-            return _kernels().across(thin, wide, scale)
-        wide = wide.to(thin.dtype)
-    return scaled(thin, scale).mT @ wide
+    if activation.dtype != factor.dtype and _are_mixed(activation, factor):
+        if not _is_recorded(factor, activation) and _are_taken(
+            activation, activation.shape[-1], factor.shape[-1], factor
+        ):
+            return _kernels().across(factor, activation, scale)
+        activation = activation.to(factor.dtype)
+    return scaled(factor, scale).mT @ activation
 
 
 def up(p: Tensor, q: Tensor, like: Tensor) -> Tensor:
-    """`p · q` with as many elements as `like`, in its shape and precision.
+    """Return `p · q` in the shape and precision of `like`.
 
     Args:
         p: `[n, rows, k]` or `[rows, k]`.
         q: `[n, k, columns]` or `[k, columns]`.
-        like: A tensor of that size.
+        like: A tensor of as many elements.
     """
     if not _is_recorded(p, q) and _are_taken(like, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(None, p, q, torch.empty_like(like))
@@ -99,25 +100,19 @@ def up(p: Tensor, q: Tensor, like: Tensor) -> Tensor:
 
 
 def can_add(result: Tensor, p: Tensor, q: Tensor) -> bool:
-    """Whether `add` takes these without a product of the size of `result`."""
-    if result.dtype == p.dtype == q.dtype:
-        return result.is_contiguous()
+    """Return whether a kernel adds `p · q` to `result`, without a tensor of that size."""
     return _are_taken(result, q.shape[-1], p.shape[-1], p, q)
 
 
 def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
-    """`result + p · q` in the precision of `result`; without a record for gradients.
+    """Return `result + p · q` in the precision of `result`, without a record for gradients.
 
     Args:
-        result: Of as many elements as the product, in its order, contiguous.
+        result: As many elements as the product has, in its order, contiguous.
         p: `[n, rows, k]` or `[rows, k]`.
         q: `[n, k, columns]` or `[k, columns]`.
-        in_place: Whether it is to be in the memory of `result`.
+        in_place: Write into the memory of `result`.
     """
-    if result.dtype == p.dtype == q.dtype and in_place:
-        product = result.view(*p.shape[:-1], q.shape[-1])
-        product.addmm_(p, q) if p.dim() == 2 else product.baddbmm_(p, q)
-        return result
     if not _is_recorded(result, p, q) and _are_taken(result, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(result, p, q, result if in_place else torch.empty_like(result))
     product = (p @ q).view(result.shape)
@@ -125,57 +120,75 @@ def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
 
 
 def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
-    """`h · scale`, without a kernel where the scale is one."""
+    """Return `h · scale`, without a kernel where the scale is one."""
     return h if isinstance(scale, (int, float)) and scale == 1 else h * scale
+
+
+class _Context(Protocol):
+    """The context of `_Down`."""
+
+    scale: float
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, bool, bool]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Down(torch.autograd.Function):
     """`down` in mixed precision."""
 
     @staticmethod
-    def forward(ctx: Any, wide: Tensor, thin: Tensor, scale: float) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(wide, thin)
+    def forward(ctx: _Context, activation: Tensor, factor: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(activation, factor)
         ctx.scale = scale
-        return down(wide, thin, scale)
+        return down(activation, factor, scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wide, thin = ctx.saved_tensors
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        activation, factor = ctx.saved_tensors
+        for_activation, for_factor, _ = ctx.needs_input_grad
         return (
-            up(scaled(gradient, ctx.scale), thin.mT, wide) if ctx.needs_input_grad[0] else None,
-            across(gradient, wide, ctx.scale).mT if ctx.needs_input_grad[1] else None,
+            up(scaled(gradient, ctx.scale), factor.mT, activation) if for_activation else None,
+            across(gradient, activation, ctx.scale).mT if for_factor else None,
             None,
         )
 
 
-def _are_mixed(wide: Tensor, thin: Tensor) -> bool:
-    return wide.dtype in _HALF and thin.dtype is torch.float32 and not is_autocast(wide)
+def _are_mixed(activation: Tensor, factor: Tensor) -> bool:
+    return (
+        activation.dtype in _HALF and factor.dtype is torch.float32 and not is_autocast(activation)
+    )
 
 
-def _are_taken(wide: Tensor, length: int, width: int, *thin: Tensor) -> bool:
-    """Whether kernels take a product of these, in which rows of the wide matrix have a length and
-    those of the thin one a width.
+def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) -> bool:
+    """Return whether kernels take a product.
+
+    Args:
+        activation: The activation that is read or written.
+        length: Columns of the activation.
+        width: Columns of the factor.
+        *factors: The product's other operands.
     """
-    if width > _WIDEST or wide.dtype not in _HALF or wide.numel() < _LEAST:
+    if width > _MAX_RANK or activation.dtype not in _HALF or activation.numel() < _MIN_ELEMENTS:
         return False
-    device = wide.device
-    for tensor in thin:
+    device = activation.device
+    for tensor in factors:
         if (
             tensor.dtype is not torch.float32
-            or type(tensor) not in _PLAIN
+            or type(tensor) not in PLAIN_TENSORS
             or tensor.device != device
         ):
             return False
     return (
-        type(wide) in _PLAIN
-        and wide.is_contiguous()
-        and not is_batched(wide)
-        and _are_there(device)
-        and agrees(*_case(length, width, wide.dtype), device)
+        type(activation) in PLAIN_TENSORS
+        and activation.is_contiguous()
+        and not is_batched(activation)
+        and _has_kernels(device)
+        and agrees(_trial(length, width, activation.dtype), device)
     )
 
 
-def _are_there(device: torch.device) -> bool:
+def _has_kernels(device: torch.device) -> bool:
     return has_triton(device)
 
 
@@ -184,25 +197,22 @@ def _is_recorded(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     from . import mixed_precision_triton as kernels
 
     return kernels
 
 
 @functools.lru_cache(1024)
-def _case(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    return _case_of_blocks(*_kernels().blocks(length, width), dtype)
+def _trial(length: int, width: int, dtype: torch.dtype) -> Trial:
+    return _trial_of_blocks(*_kernels().blocks(length, width), dtype)
 
 
 @functools.cache
-def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """The kernels, the same in plain operations, and an example for both."""
-    rows, length, width = (
-        500,
-        2 * length if length == 256 else length,
-        width // 2,
-    )  # several steps of each kernel's loop
+def _trial_of_blocks(length: int, width: int, dtype: torch.dtype) -> Trial:
+    """Return the kernels, the same in plain operations, and an example for both."""
+    # Several steps of each kernel's loop.
+    rows, length, width = 500, 2 * length if length == 256 else length, width // 2
 
     def ours(
         x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor
@@ -226,8 +236,8 @@ def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, A
         return tuple(one * tensor.float() for tensor in found)
 
     def example(device: torch.device) -> tuple[Tensor, ...]:
-        """Results of about one, and whole numbers where they are rounded, so that rounding can't
-        differ.
+        """Make results of about one, and whole numbers where they are rounded, so that rounding
+        cannot differ.
         """
         x = torch.randint(-3, 4, (rows, length), device=device).to(dtype)
         p, q = (
@@ -240,4 +250,4 @@ def _case_of_blocks(length: int, width: int, dtype: torch.dtype) -> tuple[Any, A
         )
         return x, first, h, p, q, torch.ones((), device=device, requires_grad=True)
 
-    return ours, plain, example
+    return Trial(ours, plain, example)

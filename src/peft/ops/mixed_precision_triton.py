@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of `_thin.py` in mixed precision, one kernel each, where Triton is (see
-`_kernels.py`).
+"""The products of `mixed_precision.py`, one Triton kernel each.
 
 A wide matrix, of the base model's activations, is in bfloat16 or float16, a thin one, an adapter's,
 in float32. The wide one is read once as it is, and no copy of it in float32 is made. Nothing is

@@ -1,54 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where kernels of our own can run: what stands between plain operations on tensors and Triton,
-which need not be there.
+"""Run a Triton kernel in place of plain operations, where that can be had.
 
-On a GPU a chain of small operations costs its launches, whatever it computes. A tuner may have one
-kernel in place of such a chain, in a file `kernels.py` or `…_kernels.py` of its own; `kernels.py`
-beside this one has what they all share. Such a file needs Triton and so is imported by who asked
-`can_launch` or `has_triton`, never at the top; the plain operations stay, as the reference and for
-all other cases.
+On a GPU a chain of small operations costs its launches, whatever it computes. `with_kernel` gives a
+function of plain operations a kernel that computes the same in one launch, from the file
+`<name>_triton.py` beside its own `<name>.py`. Such a file needs Triton, so it is imported at the
+first use of the kernel.
+The plain operations stay: they are the reference, and serve all other cases.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.errors import PeftWarning
-from .dispatch import is_eager
+from .dispatch import PLAIN_TENSORS, is_eager
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Result = Tensor | tuple[Tensor, ...]
+"""One tensor, or several."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton interprets kernels instead of compiling them; they run on any device then."""
+"""Triton interprets kernels instead of compiling them; they run on any device then."""
 
-# Whether a function with kernels has done on a device what it should.
-_TRIED: dict[tuple[Callable[..., Any], torch.device], bool] = {}
+
+class Trial(NamedTuple):
+    """A comparison of a function that runs kernels with one of plain operations.
+
+    Args:
+        ours: The function with kernels.
+        plain: The same in plain operations.
+        example: Makes arguments of both on a device.
+    """
+
+    ours: Callable[..., Result]
+    plain: Callable[..., Result]
+    example: Callable[[torch.device], tuple[object, ...]]
+
+
+# The outcome of each trial, by its function with kernels and the device.
+_TRIED: dict[tuple[Callable[..., Result], torch.device], bool] = {}
+
+
+def with_kernel(
+    operands: int,
+    example: Callable[[torch.device], tuple[object, ...]],
+    reference: Callable[..., Result] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function of plain operations that a kernel can stand in for.
+
+    The module `…_triton` beside the function's own has a function of the same name and arguments,
+    and `fits`, which returns whether that takes given arguments. Before its first use on a device
+    the kernel is tried on an example there, values and gradients.
+
+    Args:
+        operands: How many of the arguments, the first ones, the kernel reads as contiguous tensors.
+        example: Makes arguments to try the kernel with on a device.
+        reference: The plain operations to compare with, by default the function itself.
+    """
+
+    def decorate(plain: Callable[P, R]) -> Callable[P, R]:
+        module = f"{plain.__module__}_triton"
+
+        @functools.wraps(plain)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if can_launch(*args[:operands]):  # type: ignore[arg-type]
+                kernels = importlib.import_module(module)
+                ours = getattr(kernels, plain.__name__)
+                trial = Trial(ours, reference or plain, example)  # type: ignore[arg-type]
+                if kernels.fits(*args, **kwargs) and agrees(trial, args[0].device):  # type: ignore[attr-defined]
+                    return ours(*args, **kwargs)
+            return plain(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def can_launch(*tensors: Tensor) -> bool:
-    """Whether a kernel can take tensors as they are, in place of plain operations.
+    """Return whether a kernel can read tensors as they are.
 
     It can in eager mode (a compiler fuses the operations itself, a transform has to see them), if
-    all are plain, contiguous and on one GPU of this decade, and Triton is installed. Nothing waits
-    for the device.
-
-    Args:
-        tensors: What the kernel reads.
+    all are plain, contiguous and on one GPU of compute capability 8 or more, and Triton is
+    installed. Nothing waits for the device.
     """
     device = tensors[0].device
-    if not (is_eager() and has_triton(device)):
-        return False
+    if torch.compiler.is_compiling() or not has_triton(device) or not is_eager():
+        return False  # a compiler must not trace the cache of `has_triton`
     for tensor in tensors:
         if (
-            type(tensor) not in (nn.Parameter, Tensor)
+            type(tensor) not in PLAIN_TENSORS
             or tensor.device != device
             or not tensor.is_contiguous()
         ):
@@ -58,50 +111,39 @@ def can_launch(*tensors: Tensor) -> bool:
 
 @functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and made for a device: a GPU that knows bfloat16."""
+    """Return whether Triton is installed and made for a device: a GPU with bfloat16."""
     if (device.type != "cuda" and not INTERPRETED) or importlib.util.find_spec("triton") is None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def agrees(
-    ours: Callable[..., Any],
-    plain: Callable[..., Any],
-    example: Callable[[torch.device], tuple[Any, ...]],
-    device: torch.device,
-) -> bool:
-    """Whether a function with kernels does on a device what plain operations do.
+def agrees(trial: Trial, device: torch.device) -> bool:
+    """Return whether a function with kernels computes on a device what plain operations do.
 
-    Which GPUs, compilers and versions of Triton it will meet is not known, so it is tried: once for
-    a device, before it is used there, values and gradients of one small example. If it differs or
-    raises, one is warned, and it is not used there.
-
-    Args:
-        ours: The function with kernels.
-        plain: The same in plain operations.
-        example: Makes arguments of both on a device.
-        device: Where.
+    GPUs, compilers and versions of Triton differ, so it is tried once on each device before it is
+    used there: values and gradients of one small example. If it differs or raises, a warning says
+    so and it is not used there.
     """
-    known = _TRIED.get((ours, device))
-    if known is None:
+    agreed = _TRIED.get((trial.ours, device))
+    if agreed is None:
         if torch._C._current_graph_task_id() != -1 or (
             device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         ):
-            return False  # inside a backward, or while a graph is captured, is no time to try
-        difference = _difference(ours, plain, example, device)
-        known = _TRIED[ours, device] = difference is None
-        if not known:
+            return False  # not tried inside a backward, or while a graph is captured
+        difference = _difference(trial, device)
+        agreed = _TRIED[trial.ours, device] = difference is None
+        if not agreed:
             warnings.warn(
-                f"{ours.__module__} is of no use on {device}, plain operations are used: "
+                f"{trial.ours.__module__} is of no use on {device}, plain operations are used: "
                 f"{difference}",
                 PeftWarning,
                 stacklevel=2,
             )
-    return known
+    return agreed
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Return a context in which the tensor's device is the current one, where Triton launches."""
     return _on(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -111,21 +153,25 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     )
 
 
-def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> str | None:
-    """What is wrong with `ours`, tried in a thread, where nothing is in force of what the caller
-    has switched on or hooked in.
+def _difference(trial: Trial, device: torch.device) -> str | None:
+    """Return the difference that a trial shows, None for none.
+
+    It runs in a thread of its own, where no mode or hook of the caller is in force.
     """
     found: list[str | None] = []
 
     def run() -> None:
         try:
-            both = [_values_and_gradients(function, example, device) for function in (ours, plain)]
+            both = [
+                _values_and_gradients(function, trial, device)
+                for function in (trial.ours, trial.plain)
+            ]
             same = all(
                 torch.allclose(one, other, rtol=1e-3, atol=1e-5)
                 for one, other in zip(*both, strict=True)
             )
             found.append(None if same else "results differ")
-        except Exception as error:  # of whatever kind a compiler has
+        except Exception as error:  # a compiler raises errors of any kind
             found.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=run)
@@ -134,16 +180,16 @@ def _difference(ours: Any, plain: Any, example: Any, device: torch.device) -> st
     return found[0]
 
 
-def _values_and_gradients(function: Any, example: Any, device: torch.device) -> list[Tensor]:
-    """Results for the example and its gradients, from the random numbers that come next, which stay
-    the next.
-    """
+def _values_and_gradients(
+    function: Callable[..., Result], trial: Trial, device: torch.device
+) -> list[Tensor]:
+    """Return results for the example and its gradients, without advancing the random numbers."""
     cuda = device.type == "cuda"
     with (
         _on(device) if cuda else nullcontext(),
         torch.random.fork_rng([device.index] if cuda else []),
     ):
-        arguments = example(device)
+        arguments = trial.example(device)
         results = function(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         trained = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]

@@ -15,7 +15,7 @@ from ...core.adapters import AdapterParameterDict
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost, thin_cost
 from ...ops.exact_merge import Recipe
-from ...ops.fused_linear import Steps, thin_steps
+from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
 from .hadamard import (
@@ -168,12 +168,12 @@ class Linear(LoHaLayer):
         A, B = low_rank_pair(factors, self.scaling[adapter_name])
         return F.linear(F.linear(x, A), B)
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
         factors = self.factors(adapter_name)
         if self.drops(adapter_name) or not is_thin(factors):
             return None
         A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return thin_steps(self._input_of_steps(x, factors.w1_a.dtype), A.mT, B.mT)
+        return LowRankChain(self._input_of_chain(x, factors.w1_a.dtype), A.mT, B.mT)
 
 
 class _Conv(LoHaLayer):

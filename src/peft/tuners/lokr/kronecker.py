@@ -24,7 +24,7 @@ Source: arXiv:2309.14859, eq. 4 and appendix B.3 (LoKr); arXiv:2212.10650 (KronA
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.fused_linear import Steps
+from ...ops.fused_linear import Ends, FunctionChain, Middle
 from ...ops.mixed_precision import widened
 from .order import State, contraction_order
 
@@ -147,33 +147,31 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
     Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
     """
-    w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    (_, b), (_, d), (a, _), (c, _) = shapes(w1s[0], w2s[0], w1s[-1], w2s[-1])
-    grid = x.reshape(math.prod(x.shape[:-1]), 1, b, 1, d)
-    return _walk(grid, w1s, w2s, _order(w1s, w2s)).reshape(*x.shape[:-1], a * c)
+    w1s, w2s = _left_chain(f), _right_chain(f, ())
+    (a, _), (c, _) = shapes(w1s[-1], w2s[-1])
+    return kronecker_chain(x, f, scale).delta().reshape(*x.shape[:-1], a * c)
 
 
-def kronecker_steps(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Steps:
-    """`kronecker_linear` in steps: first `x.view(rows·b, d)` times `[d, k]`, where the cheapest
-    order begins with the right side, and last `[rows·a, k]` times `[k, c]`, where it ends with
-    that, or `[a, k]` times `[rows, k, c]`.
+def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> FunctionChain:
+    """Return `kronecker_linear` as a chain: first `x.view(rows·b, d)` times `[d, k]`, where the
+    cheapest order begins with the right side, and last `[rows·a, k]` times `[k, c]`, where it ends
+    with that, or `[a, k]` times `[rows, k, c]`.
 
     Source: arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_chain(f), _right_chain(f, ()), scale)
-    shapes = tuple([w.shape for w in w1s]), tuple([w.shape for w in w2s])
-    begun, then = _steps_of_shapes(*shapes)
-    first = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
-    return Steps(
-        widened(x, w1s[0].dtype) if first is None else x, first, (*w1s, *w2s[begun:]), then
-    )
+    # The compiler warns about caches.
+    plan = _plan if torch.compiler.is_compiling() else _cached_plan
+    begun, middle = plan(tuple(shapes(*w1s)), tuple(shapes(*w2s)))
+    down = (w2s[0] if begun == 1 else _compose(w2s[:begun])).T if begun else None
+    x = widened(x, w1s[0].dtype) if down is None else x
+    return FunctionChain(x, middle, (*w1s, *w2s[begun:]), down)
 
 
-@functools.cache
-def _steps_of_shapes(
-    left: Shapes, right: Shapes
-) -> tuple[int, Callable[..., tuple[Tensor, Tensor | None]]]:
-    """How many maps of the right chain are the first product, and what follows it."""
+def _plan(left: Shapes, right: Shapes) -> tuple[int, Middle]:
+    """Return how many maps of the right chain are the first product, and the function of it that
+    gives the last product.
+    """
     order = _order_of_shapes(left, right)
     begun, (i, j), n_left = order[0][1], order[-2], len(left)
     a, b, k = left[-1][0], left[0][1], (*(shape[1] for shape in right), right[-1][0])[begun]
@@ -183,20 +181,27 @@ def _steps_of_shapes(
     path = tuple([(to_i, to_j - begun) for to_i, to_j in order[begun > 0 : len(order) - apart]])
     left_alone = path == ((n_left, 0),)
 
-    def then(z: Tensor, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+    def middle(z: Tensor, *maps: Tensor) -> Ends | Tensor:
         w1s, w2s = maps[:n_left], maps[n_left:]
-        if left_alone and not torch.is_grad_enabled():
+        if left_alone and not (torch.is_grad_enabled() or torch.jit.is_tracing()):
             grid = _compose(w1s) @ z.reshape(-1, b, k)
         else:
             grid = _walk(z.reshape(-1, 1, b, 1, k), w1s, w2s, path)
         if not apart:
-            return grid.flatten(1), None
+            return grid.flatten(1)
         if j - begun < len(w2s):
-            return grid.reshape(-1, grid.shape[-1]), _compose(w2s[j - begun :]).T
+            return Ends(grid.reshape(-1, grid.shape[-1]), _compose(w2s[j - begun :]).T)
         w1 = _compose(w1s[i:])
-        return w1.expand(grid.shape[0], *w1.shape), grid.reshape(grid.shape[0], w1.shape[1], -1)
+        ends = (
+            w1.expand(grid.shape[0], *w1.shape),
+            grid.reshape(grid.shape[0], w1.shape[1], grid.shape[-1]),
+        )
+        return Ends(*ends)
 
-    return begun, then
+    return begun, middle
+
+
+_cached_plan = functools.cache(_plan)
 
 
 def kronecker_conv(

@@ -16,16 +16,16 @@ from ...core.adapters import AdapterParameterDict
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost
 from ...ops.exact_merge import Recipe
-from ...ops.fused_linear import Steps
+from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
 from ..lycoris_utils import LycorisLayer
 from .cost import cost
 from .kronecker import (
     KroneckerFactors,
     flat_kronecker_weight,
+    kronecker_chain,
     kronecker_conv,
     kronecker_linear,
-    kronecker_steps,
     kronecker_weight,
 )
 from .lowrank import kronecker_low_rank
@@ -367,7 +367,7 @@ class Linear(LoKrLayer):
     def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:  # noqa: D102
         return kronecker_linear(x, factors, self.scale(adapter_name))
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
         if (
             self.drops(adapter_name)
             or self.row_offset[adapter_name] is not None
@@ -376,7 +376,7 @@ class Linear(LoKrLayer):
             return None
         factors = self.factors(adapter_name)
         dtype = (factors.w2_b if factors.w2 is None else factors.w2).dtype  # type: ignore[union-attr]
-        return kronecker_steps(self._input_of_steps(x, dtype), factors, self.scale(adapter_name))
+        return kronecker_chain(self._input_of_chain(x, dtype), factors, self.scale(adapter_name))
 
 
 class _Conv(LoKrLayer):

@@ -15,7 +15,8 @@ from ...base.geometry import Placement
 from ...base.placeholders import placeholder
 from ...core.base_layer import embedding_scale, innermost
 from ...integrations.distributed import gathered_tensor
-from ...ops.fused_linear import Steps, is_bare, thin_steps
+from ...ops.dispatch import are_unhooked
+from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
@@ -59,14 +60,14 @@ class Linear(LoraLayer):
             delta = delta - self.lora_start[adapter_name](x) * self.scaling[adapter_name]
         return delta
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
         """`A·x`, then `s·B`, where that is all and nothing watches the modules that hold them."""
         modules: Any = self._modules
         A, B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
         if (
             adapter_name in modules["lora_magnitude_vector"]._modules
             or adapter_name in modules["lora_start"]._modules
-            or not (is_bare(A, nn.Linear) and is_bare(B, nn.Linear))
+            or not are_unhooked((A, B), nn.Linear)
             or B._parameters["bias"] is not None
         ):
             return None
@@ -74,9 +75,9 @@ class Linear(LoraLayer):
         x = (
             self._dropped(adapter_name, x)
             if self._drops(adapter_name)
-            else self._input_of_steps(x, down.dtype)
+            else self._input_of_chain(x, down.dtype)
         )
-        return thin_steps(x, down.mT, up.mT, self.scaling[adapter_name])
+        return LowRankChain(x, down.mT, up.mT, self.scaling[adapter_name])
 
     def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
         """Set an adapter to the largest singular values of the base weight ("pissa") or its first

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.triton_support import agrees, can_launch
+from ...ops.triton_support import with_kernel
 from .mixing import _certainly, gates, normalise
 
 
@@ -91,6 +91,17 @@ def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
     return w if training or how.top_k is None else keep_largest(w, how.top_k)
 
 
+def _example(device: torch.device) -> tuple[Tensor, Tensor, int, Gating, bool]:
+    """Make arguments of `task_weights` to try a kernel with: one task has two samples, others none."""
+    table = (
+        (torch.arange(70, device=device, dtype=torch.float32).sin() * 4)
+        .view(7, 10)
+        .requires_grad_()
+    )
+    return table, torch.tensor([6, 0, 6], device=device), 2, Gating(), True
+
+
+@with_kernel(1, _example)
 def task_weights(
     table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool
 ) -> Tensor:
@@ -106,25 +117,12 @@ def task_weights(
 
     Returns:
         `[batch, n_splits, n_skills]`, in float32 at least. On a GPU it is one kernel where that can
-        be had (`kernels.py`) and gates are drawn, or not, and no more is done to them.
+        be had (`gating_triton.py`) and gates are drawn, or not, and no more is done to them.
 
     Source: arXiv:2202.13914, section 3
     """
-    other = how.hard or how.always_on or (how.dropout if training else how.top_k)
-    if (
-        not other
-        and can_launch(table)
-        and type(task_ids) is Tensor
-        and task_ids.device == table.device
-    ):
-        from . import gating_triton as kernels
-
-        ours = kernels.task_weights
-        if kernels.fits(table, task_ids, n_splits) and agrees(
-            ours, _task_weights, _example, table.device
-        ):
-            return ours(table, task_ids, n_splits, training and how.relaxed)
-    return _task_weights(table, task_ids, n_splits, training, how)
+    logits = F.embedding(task_ids, table).unflatten(-1, (n_splits, -1))
+    return mixing_weights(logits, how, training)
 
 
 def keep_largest(weights: Tensor, k: int) -> Tensor:
@@ -178,26 +176,3 @@ def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Te
     own = torch.eye(samples, dtype=values.dtype, device=values.device)
     spread = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
     return spread.reshape(*weights.shape[:-1], samples * k), A[split, slots], B[split, slots]
-
-
-def _task_weights(
-    table: Tensor,
-    task_ids: Tensor,
-    n_splits: int,
-    training: bool,
-    how: Gating = Gating(),  # noqa: B008
-) -> Tensor:
-    """`task_weights` in plain operations."""
-    return mixing_weights(F.embedding(task_ids, table).unflatten(-1, (n_splits, -1)), how, training)
-
-
-def _example(device: torch.device) -> tuple[Tensor, Tensor, int, bool]:
-    """Arguments of `task_weights` to try a kernel with: a task that two samples have, one that none
-    has.
-    """
-    table = (
-        (torch.arange(70, device=device, dtype=torch.float32).sin() * 4)
-        .view(7, 10)
-        .requires_grad_()
-    )
-    return table, torch.tensor([6, 0, 6], device=device), 2, True

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks' mixing weights as one kernel from table to weights, and one for their gradient, where
-Triton is (see `_kernels.py`).
+Triton is (see `ops/triton_support.py`).
 
     w[b, q] = g / (sum_s g_s + 1e-12),  g = sigmoid(l)  or, drawn,  g = sigmoid(l + log u - log(1 -
     u)),  l = table[task_b, q]
@@ -25,6 +25,7 @@ from torch import Tensor
 from ...ops.derivatives import gradients_again
 from ...ops.dispatch import is_batched
 from ...ops.triton_support import on_device_of
+from .gating import Gating
 from .mixing import normalise, relaxed_gates
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -38,16 +39,22 @@ _BOUND: tl.constexpr = tl.constexpr(15.942385)
 """The logit of `1 - eps`: to clamp probabilities to `[eps, 1 - eps]` is to clamp logits to this."""
 
 
-def fits(table: Tensor, task_ids: Tensor, n_splits: int) -> bool:
-    """Whether the kernels are made for such tensors."""
+def fits(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool) -> bool:
+    """Return whether the kernels take such tensors and settings."""
+    other = how.hard or how.always_on or (how.dropout if training else how.top_k)
     return (
-        table.dtype in _DTYPES
+        not other
+        and type(task_ids) is Tensor
+        and task_ids.device == table.device
+        and table.dtype in _DTYPES
         and table.shape[1] // n_splits <= _MOST_SKILLS
         and 0 < task_ids.shape[0] <= _MOST_SAMPLES
     )
 
 
-def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, draw: bool) -> Tensor:
+def task_weights(
+    table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool
+) -> Tensor:
     """Rows of a table of logits as mixing weights, in one launch beside that of the draws.
 
     The draws are those that `mixing.gates` makes. The gradient is summed in order of the samples,
@@ -57,7 +64,8 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, draw: bool) -> 
         table: `[n_tasks, n_splits * n_skills]`.
         task_ids: `[batch]`. A task that there is not has weights of NaN.
         n_splits: Number of heads.
-        draw: Whether gates are drawn.
+        how: The settings, of which these kernels take `relaxed`.
+        training: Draw gates, if they are relaxed.
 
     Returns:
         `[batch, n_splits, n_skills]` in float32.
@@ -65,7 +73,9 @@ def task_weights(table: Tensor, task_ids: Tensor, n_splits: int, draw: bool) -> 
     Source: arXiv:2202.13914
     """
     shape = task_ids.shape[0], n_splits, table.shape[1] // n_splits
-    draws = torch.rand(shape, dtype=torch.float32, device=table.device) if draw else None
+    draws = None
+    if training and how.relaxed:
+        draws = torch.rand(shape, dtype=torch.float32, device=table.device)
     if torch.is_grad_enabled() and table.requires_grad:
         return _Weigh.apply(table, task_ids, draws, shape)
     return _weighed(table, task_ids, draws, shape)

@@ -21,12 +21,12 @@ from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
-from ...ops.fused_linear import Steps
+from ...ops.fused_linear import Chain
 from ...ops.inference_cache import is_running_often, may_reuse, reuse
 from ...ops.low_rank import LowRank, approximate
 from ...ops.nested import are_tokens
 from .gating import only_used
-from .mixing import poly_delta, poly_steps, side_by_side, task_factors
+from .mixing import poly_chain, poly_delta, side_by_side, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
 from .tables import TaskTable
@@ -240,14 +240,14 @@ class PolyLayer(BaseTunerLayer):
             return delta + own(x.transpose(0, 1), rows.expand(ids, x)[0], scale).transpose(0, 1)
         return delta + own(x, rows.expand(ids, x), scale)
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps | None:  # noqa: D102
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
         modules: Any = self._modules
         if adapter_name in modules["poly_task_skills"]._modules:
             return None
         x, weights, A, B, scale = self._operands(adapter_name, x)
         if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(adapter_name):
-            return poly_steps(x, weights, A, B, scale)
-        return poly_steps(
+            return poly_chain(x, weights, A, B, scale)
+        return poly_chain(
             x,
             weights,
             A,
@@ -269,7 +269,7 @@ class PolyLayer(BaseTunerLayer):
         A, B = modules["poly_lora_A"](adapter_name), modules["poly_lora_B"](adapter_name)
         router = self.router(adapter_name)
         by_task = isinstance(router, TaskRouter)  # others read the input, too
-        x = self._input_of_steps(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
+        x = self._input_of_chain(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
         weights, kept = self._weights(adapter_name, router, x), router.kept
         if kept is not None:
             weights, A, B = only_used(weights, A, B, kept)

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...ops.dispatch import is_eager, shapes
-from ...ops.fused_linear import Steps, thin_steps
+from ...ops.fused_linear import Chain, Ends, FunctionChain, LowRankChain
 from ...ops.mixed_precision import scaled, widened
-from ...ops.triton_support import agrees, can_launch
+from ...ops.triton_support import with_kernel
 
 _MOVE = 8
 """Multiplications done while one number is written or read; fits timings on a CPU core in float32.
@@ -87,6 +87,36 @@ def normalise(gates: Tensor, eps: float = 1e-12) -> Tensor:
     return gates / (gates.sum(dim=-1, keepdim=True) + eps)
 
 
+def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """Mix in float64, whose bits no setting takes away."""
+    found = _mix(weights.double(), A.double(), B.double(), scale)
+    return tuple(factor.to(A.dtype) for factor in found)
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Make arguments of `mix` to try a kernel with: several pieces of each factor, none of them
+    whole.
+    """
+
+    def numbers(*shape: int) -> Tensor:
+        return (
+            torch.arange(math.prod(shape), device=device, dtype=torch.float32)
+            .sin()
+            .view(shape)
+            .requires_grad_()
+        )
+
+    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), 0.5
+
+
+def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    weights = weights.to(A.dtype)
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", scaled(weights, scale), B).flatten(2, 3)
+    return A_w, B_w
+
+
+@with_kernel(3, _example, _mix_exactly)
 def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mix the skills into one pair of factors per sample.
 
@@ -98,15 +128,10 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
 
     Returns:
         `A_w [batch, in, r]` and `B_w [batch, r, out]`, for `batch * n_skills * (in + out) * r`
-        multiplications. On a GPU it is one kernel where that can be had (`mixing_kernels.py`).
+        multiplications. On a GPU it is one kernel where that can be had (`mixing_triton.py`).
 
     Source: arXiv:2211.03831
     """
-    if can_launch(weights, A, B):
-        from . import mixing_triton as kernels
-
-        if kernels.fits(weights, A, B) and agrees(kernels.mix, _mix_exactly, _example, A.device):
-            return kernels.mix(weights, A, B, scale)
     return _mix(weights, A, B, scale)
 
 
@@ -132,37 +157,32 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
-    tokens, pays = _sizes(x, weights, A, B)
-    if pays:
-        delta = poly_steps(x, weights, A, B, scale).part()
-    else:
-        A_w, B_w = mix(_by_sample(weights), A, B)
-        samples = x.reshape(A_w.shape[0], -1 if math.prod(shapes(x)[0]) else tokens, x.shape[-1])
-        delta = scaled(samples @ A_w, scale) @ B_w
+    delta = poly_chain(x, weights, A, B, scale).delta()
     return delta.reshape(*x.shape[:-1], A.shape[0] * B.shape[3])
 
 
-def poly_steps(
+def poly_chain(
     x: Tensor,
     weights: Tensor,
     A: Tensor,
     B: Tensor,
     scale: float = 1.0,
     by_split: Callable[[], Tensor] | None = None,
-) -> Steps:
-    """`poly_delta` in steps: first `x` times `[batch, in, r]`, or in rank space `[in, n_skills·r]`.
-    Splits in rank space, each with factors of its own, do not begin and end with one product.
+) -> Chain:
+    """Return `poly_delta` as a chain: first `x` times `[batch, in, r]`, or in rank space
+    `[in, n_skills·r]`. Splits in rank space have factors of their own, and so no first and last
+    product.
 
     Args:
         x, weights, A, B, scale: As for `poly_delta`.
-        by_split: Gives what `side_by_side(A)` does, for who has it already.
+        by_split: A function that returns `side_by_side(A)`; None to compute it.
 
     Source: arXiv:2211.03831, arXiv:2202.13914
     """
     tokens, pays = _sizes(x, weights, A, B)
     weights = _by_sample(weights)
     if not pays:
-        return thin_steps(x, *mix(weights, A, B), scale)
+        return LowRankChain(x, *mix(weights, A, B), scale)
 
     ((n_splits, n_skills, width, r),) = shapes(A)
 
@@ -179,34 +199,33 @@ def poly_steps(
     if n_splits == 1:
         last = B.flatten(0, 2)
 
-        def then(h: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            return spread(h.view(-1, n_skills, r), weights).view(-1, n_skills * r), last
+        def middle(h: Tensor, last: Tensor, weights: Tensor) -> Ends:
+            return Ends(spread(h.view(-1, n_skills, r), weights).view(-1, n_skills * r), last)
 
-        def each(x: Tensor, A: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        def each(x: Tensor, A: Tensor, last: Tensor, weights: Tensor) -> Ends:
             h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0])
-            return spread(h.transpose(0, 1), weights).view(-1, n_skills * r), last
+            return Ends(spread(h.transpose(0, 1), weights).view(-1, n_skills * r), last)
 
         if (
             by_split is None and not torch.is_grad_enabled() and is_eager()
         ):  # a product for each skill needs no copy of them
-            return Steps(widened(x, A.dtype), None, (A, last, weights), each)
-        return Steps(
-            x, (side_by_side(A) if by_split is None else by_split())[0], (last, weights), then
-        )
+            return FunctionChain(widened(x, A.dtype), each, (A, last, weights))
+        down = (side_by_side(A) if by_split is None else by_split())[0]
+        return FunctionChain(x, middle, (last, weights), down)
 
     first, last = (
         side_by_side(A) if by_split is None else by_split(),
         B.flatten(1, 2),
     )  # [n_splits, n_skills * r, out / n_splits]
 
-    def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+    def delta(x: Tensor, first: Tensor, last: Tensor, weights: Tensor) -> Tensor:
         """`h[q, s] = x_q A[q, s]`, spread, and `delta_q = sum_s (scale w[q, s] z) B[q, s]`."""
         h = x.reshape(-1, n_splits, width).transpose(0, 1) @ first  # [n_splits, rows, n_skills * r]
         h = spread(h.unflatten(2, (n_skills, r)).transpose(0, 1).flatten(1, 2), weights)
         h = h.view(-1, n_splits, n_skills * r).transpose(0, 1)
-        return (h @ last).transpose(0, 1).reshape(-1, n_splits * last.shape[2]), None
+        return (h @ last).transpose(0, 1).reshape(-1, n_splits * last.shape[2])
 
-    return Steps(widened(x, A.dtype), None, (first, last, weights), delta)
+    return FunctionChain(widened(x, A.dtype), delta, (first, last, weights))
 
 
 def side_by_side(A: Tensor) -> Tensor:
@@ -380,34 +399,3 @@ def _share_gate(logits: Tensor, share: Tensor) -> Tensor:
     return (share.log() + F.logsigmoid(wide) - torch.log1p(-share * wide.sigmoid())).to(
         logits.dtype
     )
-
-
-def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`mix` in plain operations."""
-    weights = weights.to(A.dtype)
-    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
-    B_w = torch.einsum("bqs,qsrd->brqd", scaled(weights, scale), B).flatten(2, 3)
-    return A_w, B_w
-
-
-def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """In float64, of which no setting takes bits away."""
-    return tuple(
-        factor.to(A.dtype) for factor in _mix(weights.double(), A.double(), B.double(), scale)
-    )
-
-
-def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Arguments of `mix` to try a kernel with: more than one piece of each factor, none of them
-    whole.
-    """
-
-    def numbers(*shape: int) -> Tensor:
-        return (
-            torch.arange(math.prod(shape), device=device, dtype=torch.float32)
-            .sin()
-            .view(shape)
-            .requires_grad_()
-        )
-
-    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), 0.5

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mixing.mix` as one kernel, and one for its gradient, where Triton is (see `_kernels.py`).
+"""`mixing.mix` as one kernel, and one for its gradient, where Triton is (see
+`ops/triton_support.py`).
 
 As products of matrices the mixing has as many rows as there are samples, a shape that libraries
 have nothing good for. Here each number of a skill is read once for a few samples, and each gradient
@@ -39,7 +40,7 @@ skills again for more samples, and backward gradients again for more skills.
 """
 
 
-def fits(weights: Tensor, A: Tensor, B: Tensor) -> bool:
+def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
     """Whether the kernels are made for such tensors."""
     (batch, _, n_skills), dtypes = weights.shape, {weights.dtype, A.dtype, B.dtype}
     if not (dtypes <= _DTYPES and A.dtype == B.dtype and A.numel() and B.numel()):
@@ -47,7 +48,7 @@ def fits(weights: Tensor, A: Tensor, B: Tensor) -> bool:
     return 0 < batch <= _MOST_SAMPLES and n_skills <= _MOST_SKILLS
 
 
-def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """`mixing.mix` in one launch, two with the sum of the weights' gradients in backward.
 
     Sums are in float32, and always in the same order.

@@ -12,10 +12,22 @@ import math
 import torch
 from torch import Tensor
 
-from ...ops.triton_support import agrees, can_launch
+from ...ops.triton_support import with_kernel
 from .bank import compose_factors_plain
 
 
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Make arguments of `compose_factors` to try a kernel with: no powers of two, no ties."""
+    shapes = (3, 2, 37), (5, 3, 37), (37, 20)
+    numbers = (
+        torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape)
+        for shape in shapes
+    )
+    logits_A, logits_B, bank = (tensor.requires_grad_() for tensor in numbers)
+    return logits_A, logits_B, bank, 3
+
+
+@with_kernel(3, _example)
 def compose_factors(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
@@ -37,25 +49,4 @@ def compose_factors(
 
     Source: arXiv:2405.15179, section 3
     """
-    if can_launch(logits_A, logits_B, bank) and not torch.are_deterministic_algorithms_enabled():
-        from . import factors_triton
-
-        fused = factors_triton.compose_factors
-        if factors_triton.fits(logits_A, logits_B, bank, topk) and agrees(
-            fused, compose_factors_plain, _example, bank.device
-        ):
-            return fused(logits_A, logits_B, bank, topk)
     return compose_factors_plain(logits_A, logits_B, bank, topk)
-
-
-def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Make arguments of `compose_factors` to test the kernel with: no power of two, no ties."""
-    shapes = (3, 2, 37), (5, 3, 37), (37, 20)
-    logits_A, logits_B, bank = (
-        torch.arange(math.prod(shape), device=device, dtype=torch.float32)
-        .sin()
-        .view(shape)
-        .requires_grad_()
-        for shape in shapes
-    )
-    return logits_A, logits_B, bank, 3

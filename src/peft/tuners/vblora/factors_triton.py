@@ -31,7 +31,8 @@ _LARGEST_ROW, _LARGEST_TILE = 16384, 8192
 def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
     """Return whether the kernels support tensors of these dtypes and sizes."""
     if (
-        bank.dtype not in _DTYPES
+        torch.are_deterministic_algorithms_enabled()
+        or bank.dtype not in _DTYPES
         or logits_A.dtype not in _DTYPES
         or logits_A.dtype != logits_B.dtype
     ):

@@ -21,7 +21,7 @@ from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
-from ...ops.fused_linear import Steps, thin_steps
+from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.inference_cache import reuse
 from ...ops.low_rank import LowRank, approximate
 from ...ops.mixed_precision import scaled
@@ -299,16 +299,16 @@ class VBLoRALayer(BaseTunerLayer):
             x = F.dropout(x, dropout)
         return F.linear(scaled(F.linear(x, A), self.scaling[adapter_name]), B)
 
-    def delta_steps(self, adapter_name: str, x: Tensor) -> Steps:
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
         """`x·Aᵀ`, then `Bᵀ`."""
         A, B = self._factors_for_forward(adapter_name)
         dropout = self._dropout(adapter_name)
         x = (
             F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
             if dropout
-            else self._input_of_steps(x, A.dtype)
+            else self._input_of_chain(x, A.dtype)
         )
-        return thin_steps(x, A.T, B.T, self.scaling[adapter_name])
+        return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
 
     def _factors_for_forward(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """`A [r, in]` and `B [out, r]`, the gate in `B`.
