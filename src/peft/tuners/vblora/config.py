@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Form(enum.Enum):
-    """How the model holds what the positions of an adapter choose.
+    """Storage format of an adapter in the model; `storage.py` has the table of all formats.
 
-    `LOGITS` for all vectors, to be trained. `WEIGHTS`: indices and weights of the chosen ones, as a
-    compact file has them, to be run. `CHOSEN`: indices, and logits for the chosen ones only, to
-    train their weights.
+    `LOGITS`: logits for all vectors, to be trained. `WEIGHTS`: indices and weights of the selected
+    vectors, as in a compact file, for inference. `CHOSEN`: indices and logits of the selected
+    vectors, to train their weights.
     """
 
     LOGITS = "logits"
@@ -32,66 +32,66 @@ class Form(enum.Enum):
 
 @dataclass
 class VBLoRAConfig(LayeredConfig):
-    """Configuration of VB-LoRA, `Δ(x) = x·Aᵀ·Bᵀ` with the tiles of `A [r, in]` and `B [out, r]`
-    composed from a shared bank.
+    """Configuration of VB-LoRA, `Δ(x) = x·Aᵀ·Bᵀ`, where each tile of `A [r, in]` and `B [out, r]`
+    is a weighted sum of `topk` vectors of a shared bank.
 
     Args:
         r: Rank.
-        num_vectors: Vectors in the bank; more for larger models.
-        vector_length: Length of each; must divide both sizes of every adapted layer, unless
+        num_vectors: Number of vectors in the bank; more for larger models.
+        vector_length: Length of each vector. Must divide both sizes of every adapted layer, unless
             `pad_last_tile`.
-        topk: Vectors composed into each tile, at most `num_vectors`; 2 is the paper's choice.
+        topk: Vectors summed into each tile, at most `num_vectors`; the paper recommends 2.
         target_modules: Names (or ends of paths), a regular expression for whole paths,
             "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
-        save_only_topk_weights: Save indices and weights of the chosen vectors in place of all
-            logits. Much smaller; what is loaded from it infers and merges, and can't be trained on,
-            unless `train_topk_weights`.
+        save_only_topk_weights: Save indices and weights of the selected vectors in place of all
+            logits. Such a compact file is much smaller; an adapter loaded from it infers and
+            merges, and can't be trained further, unless `train_topk_weights`.
         vblora_dropout: Dropout on the input, in training.
-        fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The
-            layer itself decides; this only states what is expected.
-        bias: Which biases are trained: "none", "all" of the model's, or "vblora_only", those of
-            adapted layers.
-        modules_to_save: Modules to train whole and save beside the adapter.
-        init_vector_bank_bound: The bank starts uniform between minus and plus this. Zero would
-            leave nothing to learn from.
-        init_logits_std: The logits start normal with this standard deviation.
+        fan_in_fan_out: True where the adapted layers store their weight `[in, out]` (Conv1D). Each
+            layer decides for itself; a value that differs from the layers gives a warning.
+        bias: Biases to train: "none", "all" of the model, or "vblora_only", those of adapted
+            layers.
+        modules_to_save: Modules to train in full and save with the adapter.
+        init_vector_bank_bound: The bank starts as `U(-bound, bound)`. Must be positive: a bank of
+            zeros has no gradient.
+        init_logits_std: The logits start as `N(0, std)`.
         layers_to_transform: Index or indices of the layers to adapt.
-        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
-            the outermost.
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
-            (and those of the output head, where it shares the weight); a dictionary names other
-            modules: name → tokens.
-        bank: Use the bank of this folder (or Hub id), which `VectorBank.save_pretrained` wrote. It
-            is frozen and shared with other adapters that use it, and not saved with them.
-            `num_vectors` and `vector_length` are the bank's. When the adapter is loaded, a relative
-            path is looked up from its folder (or in its repository), then from the working
-            directory, then from the folders above the adapter's.
-        bank_sha256: The digest of that bank, filled in when the adapter is made: an adapter is
-            loaded with this bank, or one that grew from it, or not at all.
-        train_topk_weights: Let what is loaded from a compact file as trainable be trained: it keeps
-            the vectors that each tile has chosen and trains their weights.
-        topk_weights_dtype: Of the weights in a compact file: "float32", which all readers want,
-            "float16" or "bfloat16".
-        pad_last_tile: Where `vector_length` does not divide a size, compose one tile more and cut
-            it to size.
-        output_gate: Multiply each layer's part of the output by a number that is learned and starts
-            at zero, so that a new adapter changes nothing.
+        layers_pattern: Name of the list that these indices count in, for example "layers" or "h";
+            by default the outermost.
+        trainable_token_indices: Tokens whose embedding rows are trained with the adapter, also in
+            an output head that shares the weight. A dictionary, name → tokens, names other modules.
+        bank: Use the bank in this folder (or Hub id), written by `VectorBank.save_pretrained`. It
+            is frozen, shared with other adapters, and not saved with them. Its sizes replace
+            `num_vectors` and `vector_length`. When the adapter is loaded, a relative path is looked
+            up from the adapter's folder (or repository), then from the working directory, then from
+            the folders above the adapter's.
+        bank_sha256: Digest of that bank, set when the adapter is made. The adapter loads only with
+            this bank or with one that grew from it.
+        train_topk_weights: Allow training after loading from a compact file: the selected vectors
+            stay the same, their weights are trained.
+        topk_weights_dtype: Dtype of the weights in a compact file: "float32", which all readers
+            support, "float16" or "bfloat16".
+        pad_last_tile: Where `vector_length` does not divide a size, compose one more tile and cut
+            it to the size.
+        output_gate: Multiply each layer's delta by a learned number that starts at zero, so a new
+            adapter changes nothing.
 
     Raises:
         PeftValueError: A value is not allowed.
 
     Example:
-        >>> VBLoRAConfig(r=4, num_vectors=60, vector_length=256, topk=2, target_modules=["q_proj"]).bias
-        'none'
+        >>> config = VBLoRAConfig(r=4, num_vectors=60, vector_length=256, target_modules=["q_proj"])
+        >>> config.topk, config.bias
+        (2, 'none')
 
     Source: arXiv:2405.15179, section 3
     """
 
     r: int = field(default=4, metadata={"help": "Rank."})
-    num_vectors: int = field(default=256, metadata={"help": "Vectors in the bank."})
+    num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank."})
     vector_length: int = field(default=256, metadata={"help": "Length of each vector."})
-    topk: int = field(default=2, metadata={"help": "Vectors composed into each tile."})
+    topk: int = field(default=2, metadata={"help": "Vectors summed into each tile."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt."}
     )
@@ -99,15 +99,15 @@ class VBLoRAConfig(LayeredConfig):
         default=None, metadata={"help": "Modules to leave alone."}
     )
     save_only_topk_weights: bool = field(
-        default=False, metadata={"help": "Save only the chosen vectors' indices and weights."}
+        default=False, metadata={"help": "Save only indices and weights of the selected vectors."}
     )
     vblora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether weights are stored [in, out]."}
+        default=False, metadata={"help": "Adapted layers store weights [in, out]."}
     )
-    bias: str = field(default="none", metadata={"help": "Which biases are trained."})
+    bias: str = field(default="none", metadata={"help": "Biases to train."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole."}
+        default=None, metadata={"help": "Modules to train in full."}
     )
     init_vector_bank_bound: float = field(
         default=0.02, metadata={"help": "Bound of the bank's uniform start."}
@@ -125,20 +125,22 @@ class VBLoRAConfig(LayeredConfig):
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
     bank: str | None = field(
-        default=None, metadata={"help": "Where the shared bank is.", "besides": True}
+        default=None, metadata={"help": "Folder or Hub id of a shared bank.", "besides": True}
     )
-    bank_sha256: str | None = field(default=None, metadata={"help": "The shared bank's digest."})
+    bank_sha256: str | None = field(default=None, metadata={"help": "Digest of the shared bank."})
     train_topk_weights: bool = field(
-        default=False, metadata={"help": "Train on from a compact file.", "besides": True}
+        default=False,
+        metadata={"help": "Train weights loaded from a compact file.", "besides": True},
     )
     topk_weights_dtype: str = field(
         default="float32", metadata={"help": "Dtype of a compact file's weights.", "besides": True}
     )
     pad_last_tile: bool = field(
-        default=False, metadata={"help": "Cut a last tile to size where lengths do not divide."}
+        default=False,
+        metadata={"help": "Cut a last tile to size where the length does not divide."},
     )
     output_gate: bool = field(
-        default=False, metadata={"help": "Learn a factor on the output that starts at zero."}
+        default=False, metadata={"help": "Learn a factor on the delta that starts at zero."}
     )
 
     absent_values: ClassVar[dict[str, Any]] = {
@@ -167,9 +169,7 @@ class VBLoRAConfig(LayeredConfig):
 
     @property
     def form(self) -> Form:
-        """The form in which the model holds the adapter; it is no field, as it says nothing of what
-        the adapter is.
-        """
+        """Storage format in the model. Not a field: it does not change what the adapter is."""
         return vars(self).get("_form", Form.LOGITS)
 
     @form.setter
@@ -177,23 +177,23 @@ class VBLoRAConfig(LayeredConfig):
         vars(self)["_form"] = form
 
     def for_copy(self, reference: bool = False) -> Any:
-        """Return the config of a copy, which the model holds in the same form."""
+        """Return the config of a copy, in the same storage format."""
         result = super().for_copy(reference)
         result.form = self.form
         return result
 
     @property
     def shares_bank(self) -> bool:
-        """Whether the adapter's bank is one that others use too."""
+        """True if the adapter uses a bank that other adapters use too."""
         return self.bank is not None or self.bank_sha256 is not None
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """`topk_weights_dtype` as torch has it."""
+        """`topk_weights_dtype` as a `torch.dtype`."""
         return getattr(torch, self.topk_weights_dtype)
 
     def tiles(self, features: int) -> int:
-        """How many tiles make up a size."""
+        """Return the number of tiles for a layer's input or output size."""
         return -(-features // self.vector_length)
 
     def _problems(self) -> Iterator[str]:

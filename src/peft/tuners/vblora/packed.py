@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PackedTensors`: small tensors that nobody trains, of thousands of adapters, side by side in a
-few large ones.
+"""`PackedTensors`: small frozen tensors of thousands of adapters as rows of a few large buffers.
 
-A tensor of a few hundred bytes costs about as much again in Python and torch objects, and to run a
-batch of adapters their tensors would have to be stacked in every call. Here all entries of one
-shape and dtype are rows of one buffer.
+A tensor object costs a few hundred bytes beside its data, and a batch of adapters would have to
+stack its tensors in every call. Here all tensors of one shape and dtype are rows of one buffer, so
+a batch reads them with one index operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,24 @@ from torch import Tensor, nn
 from ...base.containers import AdapterContainer
 
 
-class PackedTensors(AdapterContainer, nn.Module):
-    """Tensors by adapter name, read by a call as those of `AdapterParameterDict`. In a state dict
-    each is an entry of its own.
+class Location(NamedTuple):
+    """Buffer and row of a packed tensor."""
 
-    An entry is a view: what is written into it is kept, until another entry is added and its buffer
-    grows.
+    buffer: str
+    row: int
+
+
+class PackedTensors(AdapterContainer, nn.Module):
+    """Tensors by adapter name, read by a call like those of `AdapterParameterDict`. In a state dict
+    each has a key of its own.
+
+    `packed[name]` is a view of its buffer: it can be written to until the buffer grows because
+    another tensor is added.
 
     Example:
         >>> packed = PackedTensors()
         >>> packed["a"], packed["b"] = torch.tensor([1, 2]), torch.tensor([3, 4])
-        >>> packed("b"), packed.place("a")[1], packed.place("b")[1]
+        >>> packed("b"), packed.place("a").row, packed.place("b").row
         (tensor([3, 4]), 0, 1)
         >>> list(packed.state_dict())
         ['a', 'b']
@@ -37,15 +43,15 @@ class PackedTensors(AdapterContainer, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._places: dict[str, tuple[str, int]] = {}
-        self._free: dict[str, list[int]] = {}
+        self._places: dict[str, Location] = {}
+        self._free_rows: dict[str, list[int]] = {}
 
     def forward(self, name: str) -> Tensor:
         """Return an adapter's tensor."""
         return self[name]
 
     def extra_repr(self) -> str:
-        """Dtype and shape of the entries, of the first few where there are many."""
+        """Return name, dtype and shape of the tensors, at most eight of them."""
         shown = [
             f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
             for name, t in islice(self.items(), 8)
@@ -53,49 +59,49 @@ class PackedTensors(AdapterContainer, nn.Module):
         more = [f"… {len(self) - len(shown)} more"] if len(self) > len(shown) else []
         return ", ".join([*shown, *more])
 
-    def place(self, name: str) -> tuple[str, int]:
-        """The name of the buffer that an entry is in, and its row."""
+    def place(self, name: str) -> Location:
+        """Return the buffer and the row of a tensor."""
         return self._places[name]
 
     def pack(self, name: str) -> Tensor:
-        """A buffer of this name, `[rows, *shape]`; some rows may not be in use."""
+        """Return a buffer `[rows, *shape]`; some rows may be free."""
         buffer = self._buffers[name]
         assert buffer is not None
         return buffer
 
     def __getitem__(self, name: str) -> Tensor:
-        pack, row = self._places[name]
-        return self.pack(pack)[row]
+        place = self._places[name]
+        return self.pack(place.buffer)[place.row]
 
     @torch.no_grad()
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self._places:
             del self[name]
-        pack = "_".join(["pack", *map(str, tensor.shape), str(tensor.dtype).removeprefix("torch.")])
-        free = self._free.setdefault(pack, [])
-        if not free:
-            self._grow(pack, tensor, free)
-        row = free.pop()
-        self.pack(pack)[row].copy_(tensor)
-        self._places[name] = (pack, row)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        buffer = "_".join(["pack", *map(str, tensor.shape), dtype])
+        if not self._free_rows.setdefault(buffer, []):
+            self._grow(buffer, tensor)
+        row = self._free_rows[buffer].pop()
+        self.pack(buffer)[row].copy_(tensor)
+        self._places[name] = Location(buffer, row)
 
-    def _grow(self, pack: str, tensor: Tensor, free: list[int]) -> None:
-        """Make room for as many entries again as there are."""
-        old = self._buffers.get(pack)
+    def _grow(self, name: str, tensor: Tensor) -> None:
+        """Double a buffer's rows, or make one with a row for a tensor of this shape and dtype."""
+        old = self._buffers.get(name)
         before = 0 if old is None else len(old)
         after = max(1, 2 * before)
         buffer = (tensor if old is None else old).new_empty((after, *tensor.shape))
         if old is not None:
             buffer[:before] = old
-        self.register_buffer(pack, buffer, persistent=False)
-        free.extend(reversed(range(before, after)))
+        self.register_buffer(name, buffer, persistent=False)
+        self._free_rows[name].extend(reversed(range(before, after)))
 
     def __delitem__(self, name: str) -> None:
-        pack, row = self._places.pop(name)
-        self._free[pack].append(row)
-        if len(self._free[pack]) == len(self.pack(pack)):
-            del self._buffers[pack], self._free[pack]
-            self._non_persistent_buffers_set.discard(pack)
+        buffer, row = self._places.pop(name)
+        self._free_rows[buffer].append(row)
+        if len(self._free_rows[buffer]) == len(self.pack(buffer)):
+            del self._buffers[buffer], self._free_rows[buffer]
+            self._non_persistent_buffers_set.discard(buffer)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -107,19 +113,21 @@ class PackedTensors(AdapterContainer, nn.Module):
         return len(self._places)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and entries."""
+        """Yield names and tensors."""
         return ((name, self[name]) for name in list(self._places))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
         for name, tensor in self.items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     @torch.no_grad()
     def _load_from_state_dict(
         self,
-        state_dict: Any,
+        state_dict: Mapping[str, Tensor],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -130,8 +138,10 @@ class PackedTensors(AdapterContainer, nn.Module):
             if key not in state_dict:
                 missing_keys.append(key)
             elif state_dict[key].shape != tensor.shape:
-                shapes = f"{list(state_dict[key].shape)} in the checkpoint and {list(tensor.shape)} in the model"
-                error_msgs.append(f"size mismatch for {key}: {shapes}.")
+                error_msgs.append(
+                    f"size mismatch for {key}: {list(state_dict[key].shape)} in the checkpoint and "
+                    f"{list(tensor.shape)} in the model."
+                )
             else:
                 tensor.copy_(state_dict[key])
         if strict:
