@@ -37,10 +37,7 @@ from .bank import (
 from .config import Form
 from .factors import compose_factors
 from .packed import PackedTensors
-
-LOGITS = ("vblora_logits_A", "vblora_logits_B")
-INDICES, WEIGHTS, GATE = "_topk_indices", "_topk_weights", "vblora_gate"
-
+from .storage import GATE, INDICES, LOGITS, WEIGHTS
 
 # What to do about a compact file that is to be trained on.
 TRAINING_ON = (

@@ -26,9 +26,9 @@ from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
 from .config import Form
-from .files import export_state, import_state
-from .layer import GATE, INDICES, LOGITS, TRAINING_ON, WEIGHTS, Linear, VBLoRALayer
+from .layer import TRAINING_ON, Linear, VBLoRALayer
 from .shared_bank import FoundBank, find_bank
+from .storage import GATE, INDICES, LOGITS, WEIGHTS, export_state, import_state
 
 _BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
 _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

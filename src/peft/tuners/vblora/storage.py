@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage formats of a VB-LoRA adapter in a model and in a file, and the conversions.
+
+Tensors of each factor in the model, `vblora_logits_A` and likewise `B`, by `Form`:
+
+| format | tensors | use |
+|---|---|---|
+| `LOGITS` | `vblora_logits_A [..., num_vectors]` | training and inference |
+| `CHOSEN` | `vblora_logits_A [..., topk]`, `…_topk_indices [..., topk]` | training after a compact file |
+| `WEIGHTS` | `…_topk_indices [..., topk]`, `…_topk_weights [..., topk - 1]` | inference |
+
+Tensors of each factor in a file:
+
+| format | tensors | option |
+|---|---|---|
+| full | `vblora_logits_A [..., num_vectors]` | default |
+| compact | `…_topk_indices [..., topk]` in uint8, int16, int32 or int64 | `save_only_topk_weights` |
+| | `…_topk_weights [..., topk - 1]` in float32 or half precision | `topk_weights_dtype` |
+
+The bank in a file, `vblora_vector_bank`:
+
+| bank | shape | option |
+|---|---|---|
+| own | `[num_vectors, vector_length]` | default |
+| shared | `[0, vector_length]`; the vectors are in a file of their own (`shared_bank.py`) | `bank` |
+| own, with a gate | `[1, num_vectors, vector_length]`; `vblora_gate [1]` for each layer | `output_gate` |
+
+The shapes of the last two make other readers refuse the file; they know neither shared banks nor
+gates and would compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...base.errors import CheckpointError
+from .bank import compress, expand, select_topk, selected_logits
+from .config import Form, VBLoRAConfig
+
+BANK, GATE = "vblora_vector_bank", "vblora_gate"
+LOGITS = ("vblora_logits_A", "vblora_logits_B")
+INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
+
+
+def export_state(state: Mapping[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+    """Convert the tensors of an adapter in a model to those of a file.
+
+    Args:
+        state: Tensors by key, the adapter's name left out, in any format of the model.
+        config: Says which format the file has.
+    """
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key.rpartition(".")[2]
+        if name == BANK and config.output_gate:
+            result[key] = tensor.unsqueeze(0)
+        elif name in LOGITS or name.endswith(WEIGHTS):
+            result.update(_exported_factor(key.removesuffix(WEIGHTS), state, config))
+        elif not name.endswith(INDICES):
+            result[key] = tensor
+    if config.shares_bank and state:
+        root = "base_model." if any(key.startswith("base_model.") for key in state) else ""
+        result[root + BANK] = torch.empty(0, config.vector_length)
+    return result
+
+
+def _exported_factor(
+    key: str, state: Mapping[str, Tensor], config: VBLoRAConfig
+) -> dict[str, Tensor]:
+    """Return the file's tensors of one factor."""
+    indices, weights = state.get(key + INDICES), state.get(key + WEIGHTS)
+    if indices is None:
+        if not config.save_only_topk_weights:
+            return {key: state[key]}
+        return _compact(key, *compress(state[key], config.topk, config.weights_dtype))
+    if weights is None:
+        order = state[key].argsort(dim=-1, descending=True)
+        weights = state[key].gather(-1, order).softmax(-1, dtype=torch.float32)[..., :-1]
+        indices = indices.gather(-1, order)
+    if not config.save_only_topk_weights:
+        return {key: expand(indices, weights, config.num_vectors)}
+    return _compact(key, indices, weights.to(config.weights_dtype).contiguous())
+
+
+def import_state(state: Mapping[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+    """Convert the tensors of a file to those of an adapter in a model, in the format `config.form`.
+
+    Raises:
+        CheckpointError: Indices have no weights or point beyond the bank, a bank is missing, or the
+            config names a shared bank and the file has another.
+    """
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key.rpartition(".")[2]
+        if name == BANK:
+            bank = _imported_bank(key, tensor, config)
+            result.update({} if bank is None else {key: bank})
+        elif name in LOGITS:
+            result.update(_imported_logits(key, tensor, config))
+        elif name.endswith(INDICES):
+            weights = _checked_weights(key, tensor, state, config)
+            result.update(_imported_compact(key.removesuffix(INDICES), tensor, weights, config))
+        elif not name.endswith(WEIGHTS):
+            result[key] = tensor
+    return result
+
+
+def _imported_bank(key: str, bank: Tensor, config: VBLoRAConfig) -> Tensor | None:
+    """Return an adapter's own bank, None if its bank is shared."""
+    is_absent = bank.shape[0] == 0
+    if config.shares_bank and not is_absent:
+        raise CheckpointError(
+            f"`{key}` has a bank, but the config names a shared one; nothing was loaded. Load it "
+            "with the config that was saved with it, without `bank`."
+        )
+    if is_absent and not config.shares_bank:
+        raise CheckpointError(
+            f"`{key}` has no bank, but the config names none, by `bank` or `bank_sha256`; nothing "
+            "was loaded. Say where its shared bank is: "
+            "`config=VBLoRAConfig.from_pretrained(adapter, bank=folder)`."
+        )
+    if is_absent:
+        return None
+    return bank.squeeze(0) if config.output_gate and bank.dim() == 3 else bank
+
+
+def _checked_weights(
+    key: str, indices: Tensor, state: Mapping[str, Tensor], config: VBLoRAConfig
+) -> Tensor:
+    """Return the weights of a compact file's indices, after checking both."""
+    name = key.removesuffix(INDICES) + WEIGHTS
+    weights = state.get(name)
+    if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != tuple(indices.shape):
+        raise CheckpointError(f"`{key}` has no `{name}` that goes with it; nothing was loaded.")
+    if indices.is_floating_point() or not all(
+        0 <= int(i) < config.num_vectors for i in indices.aminmax()
+    ):
+        raise CheckpointError(
+            f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. "
+            "Load it with the config that was saved with it."
+        )
+    return weights
+
+
+def _imported_compact(
+    key: str, indices: Tensor, weights: Tensor, config: VBLoRAConfig
+) -> dict[str, Tensor]:
+    """Return the model's tensors of one factor in a compact file."""
+    if config.form is Form.LOGITS:
+        return {key: expand(indices, weights, config.num_vectors)}
+    if config.form is Form.WEIGHTS:
+        return _compact(key, indices, weights)
+    return {key + INDICES: indices, key: selected_logits(weights)}
+
+
+def _imported_logits(key: str, logits: Tensor, config: VBLoRAConfig) -> dict[str, Tensor]:
+    """Return the model's tensors of one factor in a full file."""
+    if config.form is Form.LOGITS:
+        return {key: logits}
+    if config.form is Form.WEIGHTS:
+        return _compact(key, *compress(logits, config.topk, config.weights_dtype))
+    indices, selected = select_topk(logits, config.topk)
+    return {key + INDICES: indices, key: selected}
+
+
+def _compact(key: str, indices: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    return {key + INDICES: indices, key + WEIGHTS: weights}
