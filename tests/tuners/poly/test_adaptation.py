@@ -12,11 +12,16 @@ from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
 from peft.optimizers import parameter_groups
-from peft.tuners.poly import REGIMES, inventory, tables
+from peft.tuners.poly import REGIMES, adapter, tables
 from peft.tuners.poly.layer import PolyLayer
 
 TARGETS = ["0", "2"]
 NAN, INF = float("nan"), float("inf")
+
+
+def task_routers(model):
+    layers = model.base_model.named_tuner_layers()
+    return {path: layer.router("default") for path, layer in layers}
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +257,7 @@ def test_open_rows_follow_their_tasks():
     model.train_only(tasks=["b", "c"])
     model.add_tasks(["e"])
     model.reorder_tasks(["c", "e", "d", "b", "a"])
-    routers = list(model.base_model.task_routers("default").values())
+    routers = list(task_routers(model).values())
     assert [router.opened for router in routers] == [[0, 3]] * 2
     model.remove_tasks("c")
     assert [router.opened for router in routers] == [[2]] * 2
@@ -304,8 +309,8 @@ HELD = [
 @pytest.mark.parametrize("change", HELD)
 def test_what_an_engine_has_sharded_is_left_alone(change, monkeypatch):
     model = poly().train()
-    last = list(model.base_model.task_routers("default").values())[-1].module_logits
-    for module in (tables, inventory):
+    last = list(task_routers(model).values())[-1].module_logits
+    for module in (tables, adapter):
         monkeypatch.setattr(module, "is_managed", lambda p: p is last)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="ngine has sharded (the )?adapter.*before"):
@@ -589,7 +594,7 @@ def test_fitting_finds_the_routing_of_a_task(init):
     model.train()
     model.train_only(tasks="a")
     before = snapshot(model)
-    untouched = model.base_model.task_routers("default")["0"].module_logits[:4].clone()
+    untouched = task_routers(model)["0"].module_logits[:4].clone()
     parameters = {id(p) for p in model.parameters()}
     fit = model.fit_task(
         "copy", lambda: (model(x, task_ids="copy") - y).square().mean(), steps=30, init=init
@@ -598,7 +603,7 @@ def test_fitting_finds_the_routing_of_a_task(init):
     assert {id(p) for p in model.parameters()} == parameters
     for key in ("requires_grad", "modules", "rng"):
         assert torch.equal(after[key], before[key]) if key == "rng" else after[key] == before[key]
-    assert torch.equal(model.base_model.task_routers("default")["0"].module_logits[:4], untouched)
+    assert torch.equal(task_routers(model)["0"].module_logits[:4], untouched)
     changed = {n for n, t in after["state"].items() if not torch.equal(t, before["state"][n])}
     assert len(fit.losses) == 31 and fit.seconds > 0 and fit.task == 4
     if init == "best":

@@ -28,6 +28,11 @@ from peft.tuners.poly.analysis.report import join_closest
 TARGETS = ["0", "2"]
 
 
+def task_routers(model):
+    layers = model.base_model.named_tuner_layers()
+    return {path: layer.router("default") for path, layer in layers}
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -119,10 +124,7 @@ def test_terms_are_means_over_routers_and_have_gradients():
         routing_loss(model, balance=2.0),
         2 * torch.stack([metrics.balance(w) for w in weights]).mean(),
     )
-    logits = [
-        router.logits().detach().sigmoid()
-        for router in model.base_model.task_routers("default").values()
-    ]
+    logits = [router.logits().detach().sigmoid() for router in task_routers(model).values()]
     expected = torch.stack(
         [metrics.ibp_energy(g[:, q], 1.5) for g in logits for q in range(2)]
     ).mean()
@@ -226,7 +228,7 @@ def reported():
     torch.manual_seed(0)
     model = poly(task_names=["a", "b", "c", "d", "e"])
     with torch.no_grad():
-        for router in model.base_model.task_routers("default").values():
+        for router in task_routers(model).values():
             router.module_logits[3] = router.module_logits[0] + 0.01
     return model, routing_report(model)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -289,3 +289,21 @@ class PolyConfig(TargetedConfig):
                 return next((part for part in parts if part in ("encoder", "decoder")), "")
             case _:
                 return ""
+
+
+def single_skill(config: PolyConfig, rank: Callable[[int], int]) -> PolyConfig:
+    """Return the config of an adapter with one task and one skill for the same modules.
+
+    Args:
+        config: A config with any number of tasks and skills.
+        rank: Returns the new rank for a rank of `config`.
+    """
+    fields: dict[str, Any] = {
+        name: value
+        for name, value in config.absent_values.items()
+        if name not in ("trainable_token_indices", "alpha")
+    }
+    fields["rank_pattern"] = {path: rank(r) for path, r in config.rank_pattern.items()}
+    return replace(
+        config, **fields, r=rank(config.r), poly_type="poly", n_tasks=1, n_skills=1, n_splits=1
+    )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poly on a model: routing by task or input, merging one task, and growing the inventory."""
+"""`PolyModel`: a model with Poly adapters, and its methods for tasks and skills."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -19,9 +19,13 @@ from ...core.combining import Combination, Combined
 from ...core.entry_points import Entry, put_entry, remove_entries
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
-from . import combining
-from .adaptation import AdaptingTuner
+from ...core.tuner import BaseTuner
+from . import combining, extraction, fewshot, inventory, regimes
+from .adapter import PolyAdapter, Task, Tasks
+from .fewshot import Loss, TaskFit
+from .inventory import WeightTable
 from .layer import Linear, PolyLayer
+from .regimes import Regime
 from .routing import (
     CALL_ARGUMENTS,
     Routing,
@@ -33,7 +37,7 @@ from .routing import (
 from .task_ids import one_task, some_tasks, task_shares
 
 
-class PolyModel(AdaptingTuner):
+class PolyModel(BaseTuner):
     """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is
     one task, or input decides).
 
@@ -204,7 +208,7 @@ class PolyModel(AdaptingTuner):
                     "and merge that."
                 )
             task = one_task(task, config)
-        for _, layer in self.poly_layers(adapter_name):
+        for layer in PolyAdapter.of(self, adapter_name).layers.values():
             layer.resolve_task(adapter_name, task)
         return {} if task is None else {"task_id": task}
 
@@ -245,3 +249,295 @@ class PolyModel(AdaptingTuner):
 
     def combine(self, request: Combination) -> Combined:  # noqa: D102
         return combining.combine(self, request)
+
+    def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Return the weights with which each task mixes the skills in evaluation.
+
+        Args:
+            adapter_name: By default the active adapter.
+
+        Returns:
+            `[n_tasks, n_splits, n_skills]` by module path, with sum one over the skills. Layers
+            that route by input are left out.
+
+        Raises:
+            PeftValueError: There is no such adapter.
+            PeftNotSupportedError: It routes by input.
+        """
+        routers = PolyAdapter.with_tasks(self, adapter_name).task_routers()
+        return {path: router.task_weights().detach() for path, router in routers.items()}
+
+    def set_router_weights(
+        self,
+        weights: WeightTable | Mapping[str, WeightTable],
+        adapter_name: str | None = None,
+    ) -> None:
+        """Set the weights with which each task mixes the skills, as `get_router_weights` returns
+        them. They stay so with `routing="fixed"`; learned routing starts from them.
+
+        Args:
+            weights: `[n_tasks, n_skills]` for all splits, or `[n_tasks, n_splits, n_skills]`; not
+                negative, and not all zero in a row. Rows are divided by their sums; with
+                `straight_through` the skills with a weight share it equally. A dictionary has
+                such a table for some module paths.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: A table does not hold real numbers; nothing is changed.
+            PeftValueError: A path is unknown, or a table has a wrong shape or values that are not
+                allowed; nothing is changed.
+
+        Example:
+            >>> from peft import PolyConfig, get_peft_model
+            >>> config = PolyConfig(
+            ...     n_tasks=2, n_skills=2, routing="fixed", target_modules=["0"])
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+            >>> model.set_router_weights([[1.0, 0.0], [0.25, 0.75]])
+            >>> model.get_router_weights()["0"].squeeze(1).round(decimals=4)
+            tensor([[1.0000, 0.0000],
+                    [0.2500, 0.7500]])
+        """
+        inventory.set_router_weights(PolyAdapter.with_tasks(self, adapter_name), weights)
+
+    def add_tasks(
+        self, tasks: int | Sequence[str], init: Task = "mean", adapter_name: str | None = None
+    ) -> None:
+        """Append tasks to an adapter. What the others compute does not change by a bit.
+
+        The router's parameters are replaced: make the optimizer afterwards.
+
+        Args:
+            tasks: How many, or their names (if the other tasks have names, or none have and all
+                new ones get one).
+            init: Start of their routing. "mean": the mean of all tasks' gates; "uniform": equal
+                weights; a task's id or name: that task's, with a copy of its task-specific
+                skill. A task named "mean" or "uniform" is passed as `["mean"]`.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: `tasks` is neither a number nor names.
+            PeftValueError: There is nothing to add, names are taken or missing, or `init` is
+                unknown.
+            PeftRuntimeError: The model is sharded already.
+        """
+        inventory.add_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks, init)
+
+    def remove_tasks(self, tasks: Tasks, adapter_name: str | None = None) -> None:
+        """Remove tasks from an adapter. Later ones move up; what the remaining ones compute does
+        not change by a bit.
+
+        The router's parameters are replaced: make the optimizer afterwards. Warns if no
+        parameter of the model trains any more.
+
+        Args:
+            tasks: Ids or names.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: A task is neither an integer nor a name.
+            PeftValueError: A task is unknown, or none is given, or none would be left; nothing is
+                changed.
+            PeftRuntimeError: The model is sharded already.
+
+        Example:
+            >>> from peft import PolyConfig, get_peft_model
+            >>> config = PolyConfig(
+            ...     n_tasks=3, task_names=["sum", "max", "sort"], target_modules=["0"])
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+            >>> model.remove_tasks("max")
+            >>> config.task_names
+            ['sum', 'sort']
+        """
+        inventory.remove_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks)
+
+    def reorder_tasks(self, order: Sequence[Task], adapter_name: str | None = None) -> None:
+        """Give an adapter's tasks other ids. What each computes does not change by a bit.
+
+        The router's parameters are replaced: make the optimizer afterwards.
+
+        Args:
+            order: All tasks by present id or name, in the new order.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: A task is neither an integer nor a name.
+            PeftValueError: `order` does not have each task once; nothing is changed.
+            PeftRuntimeError: The model is sharded already.
+        """
+        inventory.reorder_tasks(PolyAdapter.with_tasks(self, adapter_name), order)
+
+    def add_skills(self, n: int, adapter_name: str | None = None) -> None:
+        """Add skills to every layer. What tasks compute in evaluation changes by rounding only.
+
+        The most used skills are cloned. Each task splits its weight between original and clone at
+        random, so that they get different gradients. Parameters are replaced: make the optimizer
+        afterwards.
+
+        Args:
+            n: Number of skills to add.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftValueError: `n` is below 1, or there is no such adapter.
+            PeftRuntimeError: The model is sharded already.
+            PeftNotSupportedError: A task's weight can't be split: gates are 0 or 1, some skills
+                are always on or cut off, or layers share a router or route by input.
+        """
+        inventory.add_skills(PolyAdapter.with_tasks(self, adapter_name), n)
+
+    def average_skills(self, new_adapter: str, adapter_name: str | None = None) -> None:
+        """Make an adapter with one task and one skill, the mean of an adapter's skills. It is
+        frozen until `set_adapter`.
+
+        Args:
+            new_adapter: The new adapter's name.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftValueError: There is no such adapter, or the new name can't be used.
+
+        Source: arXiv:2211.03831, section 3.3 (MHR-μ)
+        """
+        extraction.average_skills(PolyAdapter.of(self, adapter_name), new_adapter)
+
+    def extract_tasks(
+        self,
+        new_adapter: str,
+        tasks: Tasks | Mapping[Task, float],
+        adapter_name: str | None = None,
+    ) -> None:
+        """Make a smaller adapter of some tasks, which compute the same there. It is frozen until
+        `set_adapter`.
+
+        Args:
+            new_adapter: The new adapter's name.
+            tasks: Ids or names: the new adapter has these tasks in this order, and all skills. A
+                dictionary of shares: it has one task and one skill, which mixes the skills by the
+                sum of the tasks' weights, each times its share; `{task: 1.0}` is one task as it
+                was.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: A task is neither an integer nor a name.
+            PeftValueError: A task is unknown or comes twice, or none is given, a share is not a
+                finite number, or the new name can't be used; nothing is changed.
+        """
+        adapter = PolyAdapter.with_tasks(self, adapter_name)
+        extraction.extract_tasks(adapter, new_adapter, tasks)
+
+    def train_only(
+        self,
+        *,
+        skills: bool = False,
+        tasks: Tasks | None = None,
+        companions: bool = False,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Train an adapter's skills, the routing of some tasks, or both; freeze everything else.
+
+        The rows of the tasks become parameters of their own, in the memory of the router's table:
+        rows of other tasks get no gradient, no weight decay and no optimizer state. Make the
+        optimizer afterwards. `set_adapter` trains everything again. Warns if no parameter of the
+        model trains any more.
+
+        Args:
+            skills: Train the skills.
+            tasks: Tasks whose routing and task-specific skills train: ids or names, or "all",
+                which also trains routing by input. A task named "all" is passed as `["all"]`.
+            companions: Train modules and embedding rows that the adapter has beside its layers.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError, PeftValueError: A value is not allowed or a task is unknown; nothing is
+                changed.
+            PeftRuntimeError: The model is sharded already.
+
+        Example:
+            >>> from peft import PolyConfig, get_peft_model
+            >>> config = PolyConfig(
+            ...     r=2, n_tasks=2, n_skills=2, task_names=["sum", "max"], target_modules=["0"])
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+            >>> model.add_tasks(["sort"])
+            >>> model.train_only(tasks=["sort"])
+            >>> [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+            [('base_model.model.0.poly_router.default.rows.0', (1, 2))]
+
+        Source: arXiv:2211.03831, section 3.3
+        """
+        adapter = PolyAdapter.of(self, adapter_name)
+        fewshot.train_only(adapter, skills=skills, tasks=tasks, companions=companions)
+
+    def begin_regime(
+        self,
+        regime: str,
+        tasks: Tasks | None = None,
+        adapter_name: str | None = None,
+        new_adapter: str | None = None,
+    ) -> Regime:
+        """Prepare an adapter to adapt to new tasks in a regime of the multi-head routing paper.
+        `REGIMES` describes them.
+
+        Args:
+            regime: "Z", "full", "mu-Z", "mu", "random" or "shared"; "μ" may stand for "mu".
+            tasks: The new tasks, by id or name, which the adapter has already (`add_tasks`). "mu"
+                and "shared" make an adapter of one task and take none.
+            adapter_name: By default the active adapter.
+            new_adapter: Name of the adapter that "mu", "random" and "shared" make and activate,
+                by default the old name with the regime's. The old adapter stays as it is.
+
+        Returns:
+            The regime, with the paper's learning rates.
+
+        Raises:
+            PeftValueError: The regime or a task is unknown, or an argument is missing or does not
+                fit the regime.
+            PeftRuntimeError: The model is sharded already.
+
+        Source: arXiv:2211.03831, section 3.3 and 4
+        """
+        adapter = PolyAdapter.with_tasks(self, adapter_name)
+        return regimes.begin_regime(adapter, regime, tasks, new_adapter)
+
+    def fit_task(
+        self,
+        task: Task,
+        loss: Loss,
+        steps: int = 40,
+        lr: float = 0.1,
+        init: str | None = None,
+        adapter_name: str | None = None,
+    ) -> TaskFit:
+        """Fit a task's routing to a few examples, in place. This takes seconds.
+
+        The model runs in evaluation mode (gates are not sampled, dropout is off) while Adam trains
+        the task's rows only. The rows with the least loss are kept. Afterwards training mode and
+        trainable parameters are as before.
+
+        Args:
+            task: Id or name of a task that the adapter has; see `add_tasks`.
+            loss: A function without arguments that returns the loss of the model on the examples
+                and passes `task_ids` itself; or batches, keyword arguments for a model whose
+                output has a `loss`, which get `task_ids` here.
+            steps: Number of steps, each with one batch or one call of the function. 0 only
+                initializes and measures the loss.
+            lr: Learning rate, by default the paper's for the router.
+            init: None: start from the task's present weights. "best": from those of the task with
+                the least loss on the examples, at one forward for each task. "equal": from equal
+                weights.
+            adapter_name: By default the active adapter.
+
+        Returns:
+            The losses and the time taken.
+
+        Raises:
+            PeftTypeError: `loss` is neither a function nor batches, or does not return a tensor
+                of one number.
+            PeftValueError: The task is unknown, a value is not allowed, adapters are merged, or
+                the loss does not depend on the task's routing, runs only other tasks, or is not
+                finite; nothing is changed.
+            PeftRuntimeError: The model is sharded already.
+
+        Source: arXiv:2211.03831, section 3.3 (MHR-z)
+        """
+        adapter = PolyAdapter.with_tasks(self, adapter_name)
+        return fewshot.fit_task(adapter, task, loss, steps, lr, init)

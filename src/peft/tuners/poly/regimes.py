@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to adapt to new tasks that the multi-head routing paper compares, by name, with its
-hyper-parameters.
-"""
+"""The regimes in which the multi-head routing paper adapts to new tasks, by name."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
+
+import torch
 
 from ...base.errors import PeftValueError
 from ...config import choice
+from .adapter import PolyAdapter, Tasks
+from .config import single_skill
+from .extraction import average_skills
+from .fewshot import train_only
 
 
 class Regime(NamedTuple):
-    """A way to adapt.
+    """A regime.
 
     Attributes:
-        name: As the papers' code has it.
+        name: Its name in the paper's code.
         description: What it does.
         routing: Whether the new tasks' routing trains.
         skills: Whether skills train.
-        needs_tasks: Whether the adapter keeps its tasks, so that the new ones have to be named.
-        rates: The paper's learning rates by role, as `peft.optimizers.create_optimizer` uses them
-            too.
+        needs_tasks: Whether `begin_regime` takes the new tasks.
+        rates: The paper's learning rates by role; `peft.optimizers.create_optimizer` uses them too.
 
     Source: arXiv:2211.03831, sections 3.3 and 4
     """
@@ -42,62 +46,119 @@ REGIMES = {
         Regime(
             "Z",
             "Only the new tasks' routing trains; skills are shared with the others as they are.",
-            True,
-            False,
-            True,
-            _ROUTER,
+            routing=True,
+            skills=False,
+            needs_tasks=True,
+            rates=_ROUTER,
         ),
         Regime(
             "full",
             "The new tasks' routing and all skills train.",
-            True,
-            True,
-            True,
-            {**_ROUTER, **_SKILLS},
+            routing=True,
+            skills=True,
+            needs_tasks=True,
+            rates=_ROUTER | _SKILLS,
         ),
         Regime(
             "mu-Z",
             "The new tasks mix all skills equally, and the skills train.",
-            False,
-            True,
-            True,
-            _SKILLS,
+            routing=False,
+            skills=True,
+            needs_tasks=True,
+            rates=_SKILLS,
         ),
         Regime(
             "mu",
             "The skills are averaged into one, which trains: an adapter like LoRA.",
-            False,
-            True,
-            False,
-            _SKILLS,
+            routing=False,
+            skills=True,
+            needs_tasks=False,
+            rates=_SKILLS,
         ),
         Regime(
             "random",
-            "As full, from new random skills: what training on many tasks was worth.",
-            True,
-            True,
-            True,
-            {**_ROUTER, **_SKILLS},
+            "As full, but from new random skills; shows the gain from training on many tasks.",
+            routing=True,
+            skills=True,
+            needs_tasks=True,
+            rates=_ROUTER | _SKILLS,
         ),
         Regime(
             "shared",
-            "One new adapter of one skill for all, with as many parameters.",
-            False,
-            True,
-            False,
-            _SKILLS,
+            "One new adapter of one skill for all tasks, with as many parameters.",
+            routing=False,
+            skills=True,
+            needs_tasks=False,
+            rates=_SKILLS,
         ),
     )
 }
 
 
-def regime_named(name: str) -> Regime:
-    """The regime of a name, in which "μ" may stand for "mu".
+def begin_regime(
+    adapter: PolyAdapter,
+    regime: str,
+    tasks: Tasks | None = None,
+    new_adapter: str | None = None,
+) -> Regime:
+    """Prepare an adapter for a regime; `PolyModel.begin_regime` documents the arguments."""
+    chosen = _regime_named(regime)
+    if chosen.needs_tasks and tasks is None:
+        raise PeftValueError(
+            f"Regime {chosen.name!r} takes the new tasks: pass `tasks=`, by id or name, of the "
+            f"adapter's {adapter.config.n_tasks}; `add_tasks` adds new ones."
+        )
+    if tasks is not None and not chosen.needs_tasks:
+        raise PeftValueError(
+            f"Regime {chosen.name!r} takes no tasks, for it makes an adapter of one: leave out "
+            f"`tasks`={tasks!r}."
+        )
+    if chosen.needs_tasks and chosen.name != "random" and new_adapter is not None:
+        raise PeftValueError(
+            f"Regime {chosen.name!r} makes no adapter: leave out `new_adapter`={new_adapter!r}."
+        )
+    numbers = None if tasks is None else adapter.task_numbers(tasks)
+    if chosen.name in ("mu", "shared", "random"):
+        new_name = new_adapter or f"{adapter.name}_{chosen.name}"
+        _add_adapter(adapter, chosen.name, new_name)
+        adapter.tuner.set_adapter(new_name)
+        adapter = PolyAdapter.of(adapter.tuner, new_name)
+    elif chosen.name == "mu-Z":
+        adapter.check_unsharded("begin a regime")
+        with torch.no_grad():
+            for router in adapter.task_routers().values():
+                router.module_logits[numbers] = 0
+    train_only(adapter, skills=chosen.skills, tasks=numbers if chosen.routing else None)
+    if chosen.name == "mu-Z":
+        _fix_routing(adapter)
+    return chosen
+
+
+def _regime_named(name: str) -> Regime:
+    """Return the regime of a name; "μ" may stand for "mu".
 
     Raises:
-        PeftValueError: There is none.
+        PeftValueError: There is no such regime.
     """
-    plain = name.replace("μ", "mu").replace("µ", "mu") if isinstance(name, str) else name
-    if not isinstance(plain, str) or plain not in REGIMES:
+    spelled = name.replace("μ", "mu").replace("µ", "mu") if isinstance(name, str) else name
+    if not isinstance(spelled, str) or spelled not in REGIMES:
         raise PeftValueError(" ".join(choice("regime", name, REGIMES)))
-    return REGIMES[plain]
+    return REGIMES[spelled]
+
+
+def _add_adapter(adapter: PolyAdapter, regime: str, new_name: str) -> None:
+    """Add the new adapter of regime "mu", "shared" or "random"."""
+    if regime == "mu":
+        average_skills(adapter, new_name)
+        return
+    config, n_skills = adapter.config, adapter.config.n_skills
+    if regime == "shared":
+        config = single_skill(config, lambda r: r * n_skills)
+    adapter.tuner.add_adapter(new_name, replace(config, inference_mode=False))
+
+
+def _fix_routing(adapter: PolyAdapter) -> None:
+    """Use the present weights in training too: no sampling, no dropout, no gradient."""
+    for router in adapter.task_routers().values():
+        router.fixed, router.how = True, router.how._replace(relaxed=False, dropout=0.0)
+    adapter.config.routing = "fixed"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor with a row for each task, of which some rows can be trained by themselves."""
+"""A parameter with a row for each task, of which single rows can be trained."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from ...integrations.distributed import gathered_tensor, is_distributed, is_mana
 
 
 class _Rows(nn.ParameterList):
-    """Rows of a table that are trained by themselves. They share the table's memory, and a
-    checkpoint has the table.
-    """
+    """The rows of a table that train. They share the table's memory, and only the table is saved."""
 
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+    def state_dict(self, *args: object, destination: Any = None, **kwargs: object) -> Any:
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         pass
 
 
 class TaskTable(nn.Module):
-    """A parameter `[n_tasks, …]`.
+    """A parameter `[n_tasks, …]`, of which single rows can be trained.
 
-    Rows can be opened for training: each run of successive rows becomes a parameter of its own, in
-    the table's memory, and the table is frozen. An optimiser then sees those rows alone: closed
-    rows get no gradient, no weight decay, and have no state in it. All that reads the table
-    (saving, merging, converting) sees what was learned.
+    `open_rows` freezes the table and makes each run of successive rows a parameter of its own, in
+    the table's memory. An optimizer then sees those rows only: the others get no gradient, no
+    weight decay and no optimizer state. Saving, merging and converting read the table and so see
+    the trained values.
 
     Attributes:
         table_name: The parameter's name.
-        rows: The rows that are open.
+        rows: The rows that train.
     """
 
     table_name: ClassVar[str] = "values"
@@ -43,10 +41,10 @@ class TaskTable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows = _Rows()
-        self.runs: list[tuple[int, int]] = []  # where each of `rows` begins in the table, and ends
+        self.runs: list[tuple[int, int]] = []  # start and end in the table of each of `rows`
 
     def extra_repr(self) -> str:
-        """The table's shape, and which rows are open."""
+        """Return the table's shape and the open rows."""
         opened = f", open={self.opened}" if self.runs else ""
         return ", ".join(map(str, self.closed_table.shape)) + opened
 
@@ -55,11 +53,11 @@ class TaskTable(nn.Module):
 
     @property
     def closed_table(self) -> nn.Parameter:
-        """The parameter itself."""
+        """The parameter that holds all rows."""
         return getattr(self, self.table_name)
 
     def table(self) -> Tensor:
-        """All rows, through which gradients reach what is trained of them."""
+        """Return all rows; gradients reach those that train."""
         values = self.closed_table
         if not self.runs:
             return values
@@ -75,10 +73,10 @@ class TaskTable(nn.Module):
         return [task for start, stop in self.runs for task in range(start, stop)]
 
     def check_can_open(self) -> None:
-        """Check that rows can be opened.
+        """Check that rows can be trained separately.
 
         Raises:
-            PeftRuntimeError: An engine holds the table's memory.
+            PeftRuntimeError: An engine has sharded the table.
         """
         if is_managed(self.closed_table):
             raise PeftRuntimeError(
@@ -86,10 +84,10 @@ class TaskTable(nn.Module):
             )
 
     def open_rows(self, tasks: Collection[int]) -> None:
-        """Train the rows of some tasks, and no others.
+        """Train the rows of some tasks and freeze the others.
 
         Raises:
-            PeftRuntimeError: An engine holds the table's memory.
+            PeftRuntimeError: An engine has sharded the table.
         """
         self.check_can_open()
         self.close_rows()
@@ -103,35 +101,31 @@ class TaskTable(nn.Module):
         self.rows.extend(nn.Parameter(values.data[start:stop]) for start, stop in self.runs)
 
     def close_rows(self) -> None:
-        """Train no rows by themselves; the table stays frozen or not as it is."""
+        """Make the rows part of the table again; whether the table trains stays as it is."""
         self._gather()
         self.rows, self.runs = _Rows(), []
 
     def replace(self, values: Tensor, origin: Sequence[int | None]) -> None:
-        """Put another table in place, with the rows open that were.
+        """Replace the parameter by one with other tasks; rows that train stay so.
 
         Args:
             values: `[n_tasks, …]`.
-            origin: For each of its rows the number it had, None for new ones.
+            origin: For each new row, the number of the old row it is; None for a new task.
         """
-        opened = set(self.opened)
+        opened, trains = set(self.opened), self.closed_table.requires_grad
         self.close_rows()
-        setattr(
-            self,
-            self.table_name,
-            nn.Parameter(values, requires_grad=self.closed_table.requires_grad),
-        )
+        setattr(self, self.table_name, nn.Parameter(values, requires_grad=trains))
         if opened:
             self.open_rows([task for task, before in enumerate(origin) if before in opened])
 
     @torch.no_grad()
     def overwrite(self, values: Tensor) -> None:
-        """Write other values of the same shape into the table; rows that are open have them too."""
+        """Write values of the same shape into the table and so into its open rows."""
         self.closed_table.copy_(values)
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Where an engine has put rows elsewhere, bring the table up to date."""
+        """Copy rows that an engine has sharded back into the table."""
         if any(is_distributed(row) for row in self.rows):
             values = gathered_tensor(self.closed_table).clone()
             for row, (start, stop) in zip(self.rows, self.runs, strict=True):
@@ -139,11 +133,11 @@ class TaskTable(nn.Module):
             self.closed_table.copy_(shard_like(self.closed_table, values))
 
     def _tie(self) -> None:
-        """Give the rows the table's memory again, which has the same values."""
+        """Make the rows views of the table again, after either was moved or loaded."""
         for row, (start, stop) in zip(self.rows, self.runs, strict=True):
             row.data = self.closed_table.data[start:stop]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TaskTable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskTable:
         super()._apply(fn, recurse)
         self._tie()
         return self

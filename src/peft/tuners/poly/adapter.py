@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Poly adapter on a model: its config, its layers, and their routers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
+from ...base.validation import check_adapter
+from ...core.tuner import BaseTuner
+from ...integrations.distributed import is_managed
+from .config import PolyConfig
+from .layer import PolyLayer
+from .router import Router, TaskRouter
+from .tables import TaskTable
+from .task_ids import some_tasks
+from .task_skills import TaskSkills
+
+Task: TypeAlias = int | str
+Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PolyAdapter:
+    """One Poly adapter on a model.
+
+    Args:
+        tuner: The tuner that holds it.
+        name: The adapter's name.
+        config: Its config.
+        layers: Its layers by module path.
+    """
+
+    tuner: BaseTuner
+    name: str
+    config: PolyConfig
+    layers: dict[str, PolyLayer]
+
+    @classmethod
+    def of(cls, tuner: BaseTuner, adapter_name: str | None) -> PolyAdapter:
+        """Return an adapter of a tuner, by default the active one.
+
+        Raises:
+            PeftTypeError: The name is not a string.
+            PeftValueError: There is no such Poly adapter, or no name is given and not exactly one
+                adapter is active.
+        """
+        if adapter_name is None:
+            if len(tuner.active_adapters) != 1:
+                raise PeftValueError(
+                    f"Name one adapter: the active ones are {tuner.active_adapters}."
+                )
+            adapter_name = tuner.active_adapters[0]
+        check_adapter(adapter_name, tuner.peft_config)
+        config = tuner.peft_config[adapter_name]
+        if not isinstance(config, PolyConfig):
+            raise PeftValueError(
+                f"Adapter {adapter_name} is not a Poly adapter: its config is a "
+                f"{type(config).__name__}."
+            )
+        layers = {
+            path: layer
+            for path, layer in tuner.named_tuner_layers()
+            if isinstance(layer, PolyLayer) and adapter_name in layer.scaling
+        }
+        return cls(tuner, adapter_name, config, layers)
+
+    @classmethod
+    def with_tasks(cls, tuner: BaseTuner, adapter_name: str | None) -> PolyAdapter:
+        """Return an adapter that routes by task, by default the active one.
+
+        Raises:
+            PeftNotSupportedError: It routes by input.
+            PeftTypeError, PeftValueError: As for `of`.
+        """
+        adapter = cls.of(tuner, adapter_name)
+        adapter.check_has_tasks()
+        return adapter
+
+    def check_has_tasks(self) -> None:
+        """Check that a layer routes by task.
+
+        Raises:
+            PeftNotSupportedError: All layers route by input.
+        """
+        if not self.config.routes_by_task:
+            raise PeftNotSupportedError(f"Adapter {self.name} routes by input; it has no tasks.")
+
+    def first_routers(self) -> dict[str, Router]:
+        """Return each router once, by the path of the first layer that uses it."""
+        routers: dict[Router, str] = {}
+        for path, layer in self.layers.items():
+            routers.setdefault(layer.router(self.name), path)
+        return {path: router for router, path in routers.items()}
+
+    def task_routers(self) -> dict[str, TaskRouter]:
+        """Return the routers by task, by the path of each layer that uses them."""
+        routers = {path: layer.router(self.name) for path, layer in self.layers.items()}
+        return {path: router for path, router in routers.items() if isinstance(router, TaskRouter)}
+
+    def task_skills(self) -> dict[str, TaskSkills]:
+        """Return the layers' task-specific skills by module path; empty if `task_rank` is 0."""
+        modules = {
+            path: layer.poly_task_skills[self.name]
+            for path, layer in self.layers.items()
+            if self.name in layer.poly_task_skills
+        }
+        return {path: module for path, module in modules.items() if isinstance(module, TaskSkills)}
+
+    def task_tables(self) -> list[TaskTable]:
+        """Return every tensor that has a row for each task: routers, then task-specific skills."""
+        routers = dict.fromkeys(self.task_routers().values())
+        return [
+            *routers,
+            *(table for skills in self.task_skills().values() for table in (skills.A, skills.B)),
+        ]
+
+    def task_numbers(self, tasks: object, argument: str = "tasks") -> list[int]:
+        """Return the ids of tasks given by id or name.
+
+        Args:
+            tasks: One task or several.
+            argument: The caller's name for them, for messages.
+
+        Raises:
+            PeftTypeError: A task is neither an integer nor a name.
+            PeftValueError: A task is unknown, or none is given.
+        """
+        return some_tasks(tasks, self.config, argument)
+
+    def is_keyword(self, value: object, keywords: Collection[str], argument: str) -> bool:
+        """Return whether a value is a keyword of an argument that also takes tasks.
+
+        A keyword takes precedence over a task of the same name, and we warn of that.
+        """
+        if not isinstance(value, str) or value not in keywords:
+            return False
+        if value in (self.config.task_names or ()):
+            warn(
+                f"`{argument}`={value!r} is not the task of that name: pass [{value!r}] for the "
+                "task."
+            )
+        return True
+
+    def check_unsharded(self, action: str) -> None:
+        """Check that no engine has sharded the tensors that an action replaces.
+
+        Args:
+            action: The action, as the message names it: "add skills".
+
+        Raises:
+            PeftRuntimeError: An engine holds their memory and would not see the new tensors.
+        """
+        for path, layer in self.layers.items():
+            tables = (table.closed_table for table in layer.task_tables(self.name))
+            skills = layer.poly_lora_A[self.name], layer.poly_lora_B[self.name]
+            if any(is_managed(parameter) for parameter in (*skills, *tables)):
+                raise PeftRuntimeError(
+                    f"`{path}`: an engine has sharded adapter {self.name}; {action} before that."
+                )
+
+    def warn_if_frozen(self) -> None:
+        """Warn if no parameter of the model trains."""
+        if not any(p.requires_grad for p in self.tuner.parameters()):
+            warn(
+                "No parameter of the model trains now. Choose parameters of adapter "
+                f"{self.name} with `train_only` (its `skills`, or the routing of `tasks`), or "
+                "train all of them with `set_adapter`."
+            )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smaller adapters made of one Poly adapter: some of its tasks, a blend of tasks, or its mean skill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...base.errors import PeftValueError
+from ...core.combining import Combined, derive, outer_path
+from .adapter import PolyAdapter, Task, Tasks
+from .config import single_skill
+from .mixing import task_factors
+from .router import InputRouter, TaskRouter
+from .task_ids import task_shares
+
+
+def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
+    """Make an adapter with one task and one skill, the mean of an adapter's skills.
+
+    Source: arXiv:2211.03831, section 3.3 (MHR-μ)
+    """
+    weights = {}
+    for path, layer in adapter.layers.items():
+        A = layer.poly_lora_A[adapter.name]
+        weights[path] = A.new_full(A.shape[:2], 1 / A.shape[1])
+    _extract_skill(adapter, new_adapter, weights, {})
+
+
+def extract_tasks(
+    adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Mapping[Task, float]
+) -> None:
+    """Make an adapter of some tasks with all skills, or, from shares by task, of their blend."""
+    if isinstance(tasks, Mapping):
+        shares = task_shares(tasks, adapter.config, "tasks")
+        _extract_skill(adapter, new_adapter, _blended_weights(adapter, shares), shares)
+        return
+    numbers = adapter.task_numbers(tasks)
+    if len(set(numbers)) != len(numbers):
+        raise PeftValueError(f"`tasks`={tasks!r} has a task twice.")
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapter.layers.items():
+        for skills in ("poly_lora_A", "poly_lora_B"):
+            parameter = getattr(layer, skills)[adapter.name]
+            tensors[f"{outer_path(path)}.{skills}"] = parameter.detach().clone()
+    for path, own in adapter.task_skills().items():
+        for key, values in own.tensors_of(numbers).items():
+            tensors[f"{outer_path(path)}.poly_task_skills.{key}"] = values
+    for path, router in adapter.first_routers().items():
+        key = f"{outer_path(path)}.poly_router"
+        if isinstance(router, TaskRouter):
+            tensors[f"{key}.module_logits"] = router.module_logits.detach()[numbers].clone()
+        elif isinstance(router, InputRouter):
+            tensors[f"{key}.weight"] = router.weight.detach().clone()
+    names = adapter.config.task_names
+    config = replace(
+        adapter.config,
+        n_tasks=len(numbers),
+        task_names=names and [names[task] for task in numbers],
+    )
+    derive(adapter.tuner, new_adapter, adapter.name, Combined(config, tensors))
+
+
+def _blended_weights(adapter: PolyAdapter, shares: Mapping[int, float]) -> dict[str, Tensor]:
+    """Return the sum of some tasks' mixing weights, each times its share, by module path.
+
+    Raises:
+        PeftValueError: A layer routes by input.
+    """
+    routers = adapter.task_routers()
+    by_input = [path for path in adapter.layers if path not in routers]
+    if by_input:
+        raise PeftValueError(
+            f"`{by_input[0]}` routes by input; there are no weights to make one skill with."
+        )
+    result = {}
+    for path, router in routers.items():
+        weights = router.task_weights()
+        result[path] = torch.stack([weights[t] * share for t, share in shares.items()]).sum(0)
+    return result
+
+
+def _extract_skill(
+    adapter: PolyAdapter,
+    new_adapter: str,
+    weights: Mapping[str, Tensor],
+    shares: Mapping[int, float],
+) -> None:
+    """Make an adapter with one task and one skill, a mixture of an adapter's skills.
+
+    Args:
+        adapter: The adapter.
+        new_adapter: The new adapter's name.
+        weights: Mixing weights `[n_splits, n_skills]` by module path.
+        shares: Factors on the task-specific skills to include, by task.
+    """
+    name, config = adapter.name, adapter.config
+    own = adapter.task_skills() if shares else {}
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapter.layers.items():
+        A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
+        left, right = task_factors(weights[path].to(A.dtype), A, B)
+        if path in own:
+            own_left, own_right = layer.own_factors(name, shares)
+            r, r_new = left.shape[0], left.shape[0] + own_left.shape[0]
+            left = torch.cat([left, own_left])
+            # The new adapter scales by `alpha / r_new`, which `own_factors` has done already and
+            # the shared skills have at `alpha / r`.
+            right = torch.cat([right / r, own_right / config.alpha], dim=1) * r_new
+        key = outer_path(path)
+        tensors[f"{key}.poly_lora_A"] = left.T[None, None]
+        tensors[f"{key}.poly_lora_B"] = right.T[None, None]
+        tensors[f"{key}.poly_router.module_logits"] = A.new_zeros(1, 1)
+    small = single_skill(config, lambda r: r + config.task_rank * len(shares))
+    derive(adapter.tuner, new_adapter, name, Combined(small, tensors))
