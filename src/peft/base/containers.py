@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going through a model without going through all of its adapters, so that what is done to one
-costs the same beside a thousand.
+"""Walks over a model that skip other adapters, so that work on one adapter costs the same beside a
+thousand.
 
-What belongs to an adapter lies in containers by adapter name. They are recognised by their type,
-and only the entries of the adapters asked for are gone into.
+The tensors and modules of adapters are in containers, by adapter name. Containers are subclasses of
+`AdapterContainer`; a walk enters only the entries of the adapters that it is asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ T = TypeVar("T")
 
 
 class AdapterContainer:
-    """What marks a module as a container with an entry for each adapter."""
+    """Base class of modules that are containers with an entry for each adapter."""
 
 
 class AdapterModuleDict(AdapterContainer, nn.ModuleDict):
     """Modules by adapter name."""
+
+    __module__ = "peft.tuners.tuners_utils"
 
 
 def walk(
@@ -30,17 +32,18 @@ def walk(
     repeated: bool = False,
     closed: tuple[type, ...] = (),
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their paths in the order of `named_modules`, without the entries that containers
-    have for adapters.
+    """Yield paths and modules in the order of `named_modules`, without the entries of other
+    adapters.
 
     Args:
-        root: Where to begin.
-        adapters: The adapters whose entries are gone into, by default none; None for all.
-        repeated: Give a module that sits in several places at each of them, not only at the first.
-        closed: Classes of modules that are not gone into.
+        root: The module to start from.
+        adapters: Adapters whose entries are entered, by default none; None for all.
+        repeated: Yield a module with several paths at each of them, not only at the first.
+        closed: Classes of modules that are not entered.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), AdapterModuleDict({"a": nn.Identity(), "b": nn.Identity()}))
+        >>> adapters = AdapterModuleDict({"a": nn.Identity(), "b": nn.Identity()})
+        >>> model = nn.Sequential(nn.Linear(2, 2), adapters)
         >>> [path for path, _ in walk(model)], [path for path, _ in walk(model, ["b"])]
         (['', '0', '1'], ['', '0', '1', '1.b'])
     """
@@ -65,8 +68,12 @@ def named_tensors(
     adapters: Collection[str] | None = (),
     buffers: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a walk's modules, each once, by its first name; in containers those of some
-    adapters. With them buffers.
+    """Yield the parameters of a walk's modules, each once, by its first name.
+
+    Args:
+        modules: Paths and modules.
+        adapters: Adapters whose entries of containers are included; None for all.
+        buffers: Yield buffers too.
     """
     seen: set[int] = set()
     for path, module in modules:
@@ -78,10 +85,19 @@ def named_tensors(
 
 
 def state_of(
-    root: nn.Module, adapters: Collection[str] | None, prefix: str = "", into: Any = None
+    root: nn.Module,
+    adapters: Collection[str] | None,
+    prefix: str = "",
+    into: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`root.state_dict(keep_vars=True)`, its modules' own ways of making theirs included, without
-    the entries of adapters other than those given; None for all.
+    """Return `root.state_dict(keep_vars=True)` without the entries of other adapters. State-dict
+    hooks and overridden methods of modules take part.
+
+    Args:
+        root: The module.
+        adapters: Adapters whose entries are included; None for all.
+        prefix: Prefix of names.
+        into: State dict to write into.
     """
     state: Any = {} if into is None else into
     if type(root).state_dict is not nn.Module.state_dict:
@@ -105,7 +121,7 @@ def state_of(
 def _chosen(
     entries: Mapping[str, T | None], module: nn.Module, adapters: Collection[str] | None
 ) -> list[tuple[str, T]]:
-    """Of a module's modules, parameters or buffers those that are looked at, with their names."""
+    """Return those of a module's modules, parameters or buffers that a walk includes."""
     if adapters is None or not isinstance(module, AdapterContainer):
         return [(name, entry) for name, entry in entries.items() if entry is not None]
     return [(name, entry) for name in adapters if (entry := entries.get(name)) is not None]

@@ -11,15 +11,15 @@ from .containers import walk
 
 
 class TemporaryFreeze:
-    """Which parameters are frozen for a while.
+    """Parameters that are frozen for a while.
 
-    They are known by the places they have in modules too: FSDP2 puts other tensors there to compute
-    with. Those decide what is trainable in a forward, and take that over from the parameter itself
-    when they are next put there.
+    Each is known by its place in a module too, where FSDP2 puts another tensor to compute with.
+    That tensor decides what trains in a forward, and copies `requires_grad` from the parameter only
+    when it is next put there.
     """
 
     def __init__(self) -> None:
-        self._freeze: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._frozen: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def begin(
         self,
@@ -27,8 +27,12 @@ class TemporaryFreeze:
         parameters: Iterable[nn.Parameter | None],
         adapters: Collection[str] | None = None,
     ) -> None:
-        """Freeze those of some parameters that are trainable; they are somewhere in the modules
-        `roots`, being these adapters'.
+        """Freeze those of some parameters that are trainable.
+
+        Args:
+            roots: Modules that contain the parameters.
+            parameters: The parameters.
+            adapters: The adapters that they belong to; None for any.
         """
         trainable = {
             id(parameter)
@@ -38,7 +42,7 @@ class TemporaryFreeze:
         if not trainable:
             return
         for module in dict.fromkeys(module for root in roots for _, module in walk(root, adapters)):
-            self._freeze += [
+            self._frozen += [
                 (module, name, p)
                 for name, p in module._parameters.items()
                 if p is not None and id(p) in trainable
@@ -46,16 +50,16 @@ class TemporaryFreeze:
         self._require_grad(False)
 
     def end(self) -> None:
-        """Unfreeze them."""
+        """Unfreeze the parameters."""
         self._require_grad(True)
         self.forget()
 
     def forget(self) -> None:
-        """Leave them as they are."""
-        self._freeze = []
+        """Leave the parameters as they are from now on."""
+        self._frozen = []
 
     def _require_grad(self, required: bool) -> None:
-        for module, name, parameter in self._freeze:
+        for module, name, parameter in self._frozen:
             in_place = module._parameters.get(name)
             for tensor in (parameter, parameter if in_place is None else in_place):
                 tensor.requires_grad_(required)

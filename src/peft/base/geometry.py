@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Size and storage of the linear map that a layer computes."""
+"""Size of the linear map that a layer computes, and where its parameters are made."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Size and storage of a linear map `[in] → [out]`, over channels where the layer is a
-    convolution.
+    """Size and storage of a linear map `[in] → [out]`; of a convolution, the map over channels.
 
     Args:
         out_features: Rows of the weight.
-        in_features: Columns of the weight: for a convolution, input channels of one group.
-        kernel_size: Empty for a plain linear map.
-        transposed: Whether the weight is stored `[in, out]` (transformers' `Conv1D`).
+        in_features: Columns of the weight; of a convolution, the input channels of a group.
+        kernel_size: Empty unless the layer is a convolution.
+        transposed: True if the weight is stored `[in, out]`, as in transformers' `Conv1D`.
     """
 
     out_features: int
@@ -30,21 +29,21 @@ class Geometry:
 
     @property
     def is_conv(self) -> bool:
-        """Whether the map slides over one or more spatial dimensions."""
+        """True for a convolution."""
         return bool(self.kernel_size)
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        """A weight `[out, in, *kernel]` in the layout of the layer's own."""
+        """Return a weight `[out, in, *kernel]` in the layout of the layer's weight."""
         return weight.transpose(0, 1) if self.transposed else weight
 
 
 class Placement(NamedTuple):
-    """Where and in which precision an adapter's parameters are made."""
+    """Device and dtype of an adapter's new parameters."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def columns(size: Geometry) -> int:
-    """Columns of a layer's weight, the kernel's elements among them: `in · taps`."""
+    """Return the columns of a layer's weight as a matrix, `in · Π kernel`."""
     return size.in_features * math.prod(size.kernel_size)

@@ -1,43 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error for an attribute that neither a model with adapters has nor what it hands attributes on
-from.
-"""
+"""The error for an attribute that neither a model with adapters nor the models inside it have."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from .errors import PeftError
-from .registry import PEFT_TYPE_TO_TUNER_MAPPING
+from .registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from .suggestions import did_you_mean
 
 
 class PeftAttributeError(PeftError, AttributeError):
-    """An attribute is missing.
+    """A missing attribute.
 
-    The message, which names near misses, is made when it is read: libraries ask models by `hasattr`
-    often, and drop the error.
+    The message, which suggests similar names, is made when it is read: libraries often ask a model
+    by `hasattr`, which drops the error.
 
     Args:
-        owners: The object that was asked, and those it hands attributes on from. Who hands this
-            error on adds itself in front.
-        attribute: What was asked for.
+        owners: The object that was asked, then the objects that its attributes come from. An object
+            that passes the error on puts itself in front.
+        attribute: Name of the attribute.
     """
 
-    def __init__(self, owners: tuple[Any, ...], attribute: str) -> None:
-        super().__init__(name=attribute, obj=None)  # type: ignore[call-arg]  # an `obj` would have Python guess a second time
+    def __init__(self, owners: tuple[object, ...], attribute: str) -> None:
+        # With an `obj`, Python would add a suggestion of its own.
+        super().__init__(name=attribute, obj=None)  # type: ignore[call-arg]
         self.owners = owners
 
     def __str__(self) -> str:
         first, *inner = (type(owner).__name__ for owner in self.owners)
         name = str(self.name)
-        text = (
-            f"'{first}' object has no attribute '{name}'"
-            + "".join(f", nor has its {other}" for other in inner)
-            + "."
-        )
+        others = "".join(f", nor has its {other}" for other in inner)
+        text = f"'{first}' object has no attribute '{name}'{others}."
         methods = [
-            str(kind.value)
+            PeftType(kind).value
             for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
             if hasattr(tuner, name)
         ]
@@ -52,5 +46,5 @@ class PeftAttributeError(PeftError, AttributeError):
         }
         return text + did_you_mean(name, names, cutoff=0.7)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[AttributeError], tuple[str]]:
         return AttributeError, (str(self),)

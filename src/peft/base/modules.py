@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers on modules: their place in a model, the model's architecture, the accelerator."""
+"""Helpers for modules: their place in a model, the model's architecture, the accelerator."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +9,11 @@ from torch import nn
 from .errors import PeftTypeError
 
 
-def check_model(model: Any) -> None:
-    """Insist on a model.
+def check_model(model: object) -> None:
+    """Check that `model` is an `nn.Module`.
 
     Raises:
-        PeftTypeError: It is no `nn.Module`; says what to pass in its place.
+        PeftTypeError: It is not; the message says what to pass instead.
     """
     if isinstance(model, nn.Module):
         return
@@ -34,16 +32,16 @@ def check_model(model: Any) -> None:
 
 
 def get_submodules(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, name in the parent) of the module at a path."""
+    """Return the parent of the module at a path, the module, and its name in the parent."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(path), name
 
 
-_get_submodules = get_submodules  # the name clients import
+_get_submodules = get_submodules  # the name that clients import
 
 
 def infer_device() -> str:
-    """The name of the accelerator at hand, "cpu" if there is none."""
+    """Return the name of the available accelerator, "cpu" if there is none."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available():
@@ -52,7 +50,7 @@ def infer_device() -> str:
 
 
 def model_type(model: nn.Module) -> str | None:
-    """The architecture's name in a transformers config (object or dict), None for other models."""
+    """Return the architecture in a transformers config (object or dict), None for other models."""
     config = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get("model_type")

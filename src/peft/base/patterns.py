@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Keys of dictionaries that give modules other values (`rank_pattern`), in a config and in its
-file.
+r"""Keys of config fields that give some modules other values (`rank_pattern`), in a config and in
+its file.
 
-A key is a regular expression for a module's whole path, or for its end after a dot. In a config
-that is made here, one that begins with `^` also means all modules below the path it describes.
-Other implementations read the same key without those, so files have it in a form that means the
-same to everybody: `^layers.0` is written as `^layers.0(\..*)?`. `^layers.0` in a file is one
-module.
+A key is a regular expression for a module's path, or for the end of it after a dot. In a new
+config, a key that begins with `^` also matches all modules below. Other implementations match the
+same key against one module only, so a file has it in a form that all read alike: `^layers.0` is
+written as `^layers.0(\..*)?`. A plain `^layers.0` in a file matches one module.
 """
 
 from __future__ import annotations
@@ -20,28 +19,29 @@ _EITHER = re.compile(r"(?P<key>\^.*)\|\^\(\?:(?P=key)\)\\\.\.\*")
 
 
 class SubtreePattern(str):
-    """A key that means the modules below a path, too. It is the same text as one that does not."""
+    """A key that matches the modules below a path too, with the text of one that does not."""
 
     __slots__ = ()
 
 
 def parse_patterns(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
-    r"""Patterns with their keys told apart.
+    r"""Return patterns with a `SubtreePattern` for each key that matches modules below a path.
 
     Args:
         patterns: Key → value.
-        is_new: Whether they were made here, and not read from a file.
+        is_new: True for keys that a user wrote, False for those of a file.
 
     Example:
-        >>> [type(key).__name__ for key in parse_patterns({"^a": 1, "^b$": 2, "c": 3, r"^d(\..*)?": 4}, is_new=True)]
+        >>> new = parse_patterns({"^a": 1, "^b$": 2, "c": 3, r"^d(\..*)?": 4}, is_new=True)
+        >>> [type(key).__name__ for key in new]
         ['SubtreePattern', 'str', 'str', 'SubtreePattern']
         >>> parse_patterns({r"^d(\..*)?": 4}, is_new=False)
         {'^d': 4}
     """
-    return {_meant(key, is_new): value for key, value in patterns.items()}
+    return {_parsed(key, is_new): value for key, value in patterns.items()}
 
 
-def _meant(key: Any, is_new: bool) -> Any:
+def _parsed(key: Any, is_new: bool) -> Any:
     if not isinstance(key, str) or isinstance(key, SubtreePattern) or not key.startswith("^"):
         return key
     if key.endswith(_REST):
@@ -52,16 +52,16 @@ def _meant(key: Any, is_new: bool) -> Any:
 
 
 def format_patterns(patterns: Mapping[str, Any]) -> dict[str, Any]:
-    r"""Patterns as a file has them, the inverse of `meant`.
+    r"""Return patterns as a file has them, the inverse of `parse_patterns`.
 
     Example:
         >>> format_patterns({SubtreePattern("^a"): 1, SubtreePattern("^a|b"): 2, "^c": 3})
         {'^a(\\..*)?': 1, '^a|b|^(?:^a|b)\\..*': 2, '^c': 3}
     """
-    return {_written(key): value for key, value in patterns.items()}
+    return {_formatted(key): value for key, value in patterns.items()}
 
 
-def _written(key: str) -> str:
+def _formatted(key: str) -> str:
     if not isinstance(key, SubtreePattern):
         return key
     flat, before = re.sub(r"\\.|\[[^\]]*\]", "", key), ""
@@ -71,11 +71,13 @@ def _written(key: str) -> str:
 
 
 def matches_path(pattern: str, path: str) -> bool:
-    """Whether a key means the module at a path.
+    """Return True if a key matches the module at a path.
 
     Example:
-        >>> [matches_path(SubtreePattern("^a"), "a.b"), matches_path("^a", "a.b"), matches_path("^a", "a"), matches_path("b", "a.b"), matches_path("a", "a.b")]
-        [True, False, True, True, False]
+        >>> matches_path(SubtreePattern("^a"), "a.b"), matches_path("^a", "a.b")
+        (True, False)
+        >>> matches_path("^a", "a"), matches_path("b", "a.b"), matches_path("a", "a.b")
+        (True, True, False)
     """
     if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
         return True

@@ -4,8 +4,8 @@
 Client libraries import such names at their own import, and ask `isinstance(config,
 PrefixTuningConfig)`. A placeholder is a class without instances: importing it and `isinstance`
 checks work; making an instance raises `PeftNotSupportedError`, which lists the methods that exist.
-Modules that this package lacks can be imported too, and every name in them is a placeholder. Options
-of LoRA can be made; `LoraConfig` refuses them.
+Modules that this package lacks can be imported too, and every name in them is a placeholder.
+Options of LoRA can be made; `LoraConfig` refuses them.
 """
 
 from __future__ import annotations

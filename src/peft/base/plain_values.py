@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as a JSON file can hold them, for what people put into configs: paths, dtypes,
-enumerations, NumPy's numbers, ranges.
+"""Values of configs as a JSON file can hold them, for the paths, dtypes, enumerations, ranges and
+NumPy numbers that users pass.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from .errors import PeftTypeError
 
 
 def plain(value: Any) -> Any:
-    """The value that JSON has for `value`, sets and tuples apart; `value` itself where there is
-    none.
+    """Return the JSON value for `value`, or `value` itself if there is none; sets and tuples stay.
 
     Example:
         >>> from pathlib import Path
@@ -31,9 +30,7 @@ def plain(value: Any) -> Any:
         return plain(os.fspath(value))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if hasattr(value, "dtype") and hasattr(
-        value, "tolist"
-    ):  # a tensor, an array, a number out of one
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # of torch or NumPy
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
@@ -46,8 +43,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def unwritable(value: Any) -> Iterator[Any]:
-    """The parts of a plain value that a JSON file can't hold."""
+def unwritable(value: object) -> Iterator[object]:
+    """Yield the parts of a plain value that a JSON file can't hold."""
     if isinstance(value, dict):
         yield from (key for key in value if not isinstance(key, str))
         value = list(value.values())
@@ -58,19 +55,19 @@ def unwritable(value: Any) -> Iterator[Any]:
         yield value
 
 
-def as_list(value: Any) -> list[Any]:
-    """A set as a JSON file holds it, in an order that does not change from one process to the next.
+def as_list(value: object) -> list[object]:
+    """Return a set as a list for a JSON file, in the same order in every process.
 
     Raises:
-        PeftTypeError: It is no set, nor anything else that a file can hold.
+        PeftTypeError: It is not a set.
     """
     if isinstance(value, set):
         return sorted(value, key=lambda entry: (str(type(entry)), entry))
     raise PeftTypeError(f"{value!r} can't be written to a file.")
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a config's value asks for nothing: None, or a collection or string without contents.
+def is_empty(value: object) -> bool:
+    """Return True if a config's value asks for nothing: None, or an empty collection or string.
     Zero is a value.
     """
     return value is None or (isinstance(value, (str, list, tuple, set, dict)) and not value)

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary of methods and tasks, and the registry that links a method's name to its classes.
+"""Names of methods and tasks, and the registry that links a method's name to its classes.
 
-The names are those of the PEFT interface, so that configs and `isinstance` checks written against
-it can be read. Which of them this package implements is what the registry holds: registration is
-the only link between the core and a tuner.
+The names are those of the PEFT interface. The methods in the registry are those that this package
+implements; registration is the only link between the core and a tuner.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from .errors import PeftValueError
 from .suggestions import did_you_mean
 
+T = TypeVar("T")
+
 
 class PeftType(str, enum.Enum):
     """Names of parameter-efficient fine-tuning methods, as written in `adapter_config.json`."""
+
+    __module__ = "peft.utils.peft_types"
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -66,7 +70,9 @@ class PeftType(str, enum.Enum):
 
 
 class TaskType(str, enum.Enum):
-    """What a model is used for; chooses the `PeftModelFor…` class."""
+    """Uses of a model, each with a `PeftModelFor…` class."""
+
+    __module__ = "peft.utils.peft_types"
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -76,10 +82,11 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[Any, type] = {}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, type] = {}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {}
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, type] = {}
+# Classes of configs and tuners are defined on floors above this one.
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = {}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 
 
 def register_peft_method(
@@ -90,18 +97,18 @@ def register_peft_method(
     prefix: str | None = None,
     is_mixed_compatible: bool = False,
 ) -> None:
-    """Make a method known: its config class, its tuner class and the prefix of its parameter names.
+    """Add a method to the registry.
 
     Args:
-        name: Lower-case name; its upper-case form is the `peft_type` in configs. A name outside the
-            vocabulary is added to it.
+        name: Lower-case name; its upper-case form is the `peft_type` in configs, and is added to
+            `PeftType` if it is new.
         config_cls: Subclass of `PeftConfig`.
         model_cls: Subclass of `BaseTuner`.
-        prefix: Start of the adapter's parameter names, by default `name` followed by an underscore.
-        is_mixed_compatible: Whether the method may share a model with other methods.
+        prefix: Prefix of the adapter's parameter names, by default `name` and an underscore.
+        is_mixed_compatible: True if the method can share a model with other methods.
 
     Raises:
-        PeftValueError: The name is not lower case, or is registered already.
+        PeftValueError: The name is not in lower case, or it or the prefix is registered already.
     """
     if not name.isidentifier() or name != name.lower():
         raise PeftValueError(f"`name`={name!r} must be a lower-case identifier.")
@@ -120,8 +127,8 @@ def register_peft_method(
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = model_cls
 
 
-def _peft_type(value: str) -> Any:
-    """The member of `PeftType` called `value`, made if the vocabulary lacks it."""
+def _peft_type(value: str) -> PeftType:
+    """Return the member of `PeftType` called `value`, made if there is none."""
     if value in PeftType.__members__:
         return PeftType[value]
     member = str.__new__(PeftType, value)
@@ -133,33 +140,37 @@ def _peft_type(value: str) -> Any:
 
 
 def registered_methods() -> list[str]:
-    """Names of the methods this package provides, for error messages."""
-    return sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING)
+    """Return the names of the methods in the registry."""
+    return sorted(PeftType(name).value for name in PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
 def not_provided(name: str) -> str:
-    """Return the message for a name of the interface that stands for something this package lacks."""
+    """Return the message for a name of the interface that this package does not implement."""
     instead = next((remedy for part, remedy in _INSTEAD.items() if part in name), "")
-    return f"{name} is not provided by this package; it provides {', '.join(registered_methods())}.{instead} {WAY_BACK}"
+    provided = ", ".join(registered_methods())
+    return f"{name} is not provided by this package; it provides {provided}.{instead} {WAY_BACK}"
 
 
 WAY_BACK = (
     "This `peft` is an independent implementation of the PEFT interface, not Hugging Face's. To go "
-    "back to theirs, which has the "
-    "same name: `pip uninstall peft`, then `pip install peft`."
+    "back to theirs, which has the same name: `pip uninstall peft`, then `pip install peft`."
 )
 _TOKENS = (
     " Rows of embeddings are trained beside any method by `trainable_token_indices` in its config."
 )
-# What there is in place of a feature, by a part of its name.
+# Alternatives to features, by a part of their names.
 _INSTEAD = {"TrainableTokens": _TOKENS, "TRAINABLE_TOKENS": _TOKENS}
 
 
-def lookup(mapping: dict[Any, Any], peft_type: Any) -> Any:
-    """The registry's entry for `peft_type` (a `PeftType` or its string).
+def lookup(mapping: Mapping[str, T], peft_type: object) -> T:
+    """Return an entry of the registry.
+
+    Args:
+        mapping: One of the mappings above.
+        peft_type: A `PeftType` or its string.
 
     Raises:
-        PeftValueError: The method is unknown or not provided; the message names those that are.
+        PeftValueError: The method is unknown or not implemented.
     """
     name = str(getattr(peft_type, "value", peft_type))
     try:
@@ -168,5 +179,7 @@ def lookup(mapping: dict[Any, Any], peft_type: Any) -> Any:
         raise PeftValueError(not_provided(f"`peft_type`={name!r}")) from None
     except ValueError:
         provided = registered_methods()
-        message = f"`peft_type`={name!r} is not provided by this package and names no method; it provides {', '.join(provided)}."
-        raise PeftValueError(message + did_you_mean(name, provided)) from None
+        raise PeftValueError(
+            f"`peft_type`={name!r} is not provided by this package and names no method; it "
+            f"provides {', '.join(provided)}.{did_you_mean(name, provided)}"
+        ) from None

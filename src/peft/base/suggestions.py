@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that were probably meant in place of one that is not there, for messages."""
+"""Suggestions for misspelt names, for messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# How much less alike than the nearest another near miss may be.
-_NEAREST = 0.05
-# How many adapters a message lists; a model may have thousands.
+# Suggestions whose similarity is further below that of the best are left out.
+_MARGIN = 0.05
+# Number of adapters that a message lists; a model may have thousands.
 _LISTED = 8
 
 
 def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the `choices` that look like `name`, the most alike first; case, `_`, `-` and `.`
-    count little.
+    """Return the `choices` most similar to `name`, the best first; case, `_`, `-` and `.` count
+    little.
 
     Example:
         >>> near_misses("vproj", ["q_proj", "v_proj", "o_proj"], n=1)
@@ -23,17 +23,17 @@ def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0
     """
     scored = []
     for choice in dict.fromkeys(choices):
-        likeness = max(
-            _likeness(name, choice, cutoff), _likeness(_bare(name), _bare(choice), cutoff) - 0.01
+        similarity = max(
+            _similarity(name, choice, cutoff),
+            _similarity(_letters(name), _letters(choice), cutoff) - 0.01,
         )
-        if likeness >= cutoff:
-            scored.append((-likeness, choice))
-    return [choice for score, choice in sorted(scored)[:n] if score < min(scored)[0] + _NEAREST]
+        if similarity >= cutoff:
+            scored.append((-similarity, choice))
+    return [choice for score, choice in sorted(scored)[:n] if score < min(scored)[0] + _MARGIN]
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a sentence to put behind a message, or nothing if none of the `choices` looks like
-    `name`.
+    """Return " Did you mean …?" with the `choices` similar to `name`, "" if there are none.
 
     Example:
         >>> did_you_mean("stile", ["style", "tasks"])
@@ -44,8 +44,7 @@ def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def no_adapter(name: object, known: Iterable[str], verb: str = "not found") -> str:
-    """Return the message for the name of an adapter that a model does not have; `known` are those
-    it has.
+    """Return the message for an unknown adapter of a model that has the `known` ones.
 
     Example:
         >>> no_adapter("stile", ["style", "tasks"])
@@ -55,9 +54,7 @@ def no_adapter(name: object, known: Iterable[str], verb: str = "not found") -> s
 
 
 def adapters_there(name: object, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown adapter `name`: the `known` ones, and which was
-    meant.
-    """
+    """Return the end of a message on an unknown adapter: the `known` ones and a suggestion."""
     names = list(known)
     shown = ", ".join(names[:_LISTED]) + (
         f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -65,7 +62,7 @@ def adapters_there(name: object, known: Iterable[str]) -> str:
     return f"{shown or 'none'}.{did_you_mean(str(name), names)}"
 
 
-def _likeness(a: str, b: str, cutoff: float) -> float:
+def _similarity(a: str, b: str, cutoff: float) -> float:
     matcher = difflib.SequenceMatcher(None, a, b)
     return (
         matcher.ratio()
@@ -74,5 +71,5 @@ def _likeness(a: str, b: str, cutoff: float) -> float:
     )
 
 
-def _bare(name: str) -> str:
+def _letters(name: str) -> str:
     return re.sub(r"[_.\-]", "", name.lower())

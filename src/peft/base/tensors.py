@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small functions of tensors and parameters that the interface exports."""
+"""Small functions of tensors and parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .errors import PeftValueError
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """A context that makes tensors without a history which can be trained later, even inside
-    `torch.inference_mode`, whose own tensors never can.
+    """Context in which operations record no gradients, and new tensors can be trained later even
+    inside `torch.inference_mode`.
 
     Example:
         >>> with torch.inference_mode(), ordinary_tensors():
@@ -27,7 +27,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A weight's transpose if it is stored `[in, out]`, else the weight; a parameter gives a
+    """Return the transpose of a weight if `fan_in_fan_out`, else the weight; of a parameter as a
     parameter.
     """
     if not fan_in_fan_out:
@@ -36,7 +36,7 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """What tells whether tensors share their memory: its device, its address and its size in bytes."""
+    """Return device, address and bytes of a tensor's storage, equal for tensors that share it."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
@@ -44,16 +44,16 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 def shift_tokens_right(
     input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int
 ) -> Tensor:
-    """A decoder's input for given labels: each token one place to the right, the start token first,
-    padding for what is ignored.
+    """Return a decoder's input for its labels: shifted one place to the right, after the start
+    token, with padding in place of -100.
 
     Args:
         input_ids: `[batch, tokens]`.
-        pad_token_id: The token in place of labels of -100.
-        decoder_start_token_id: The first token.
+        pad_token_id: The padding token.
+        decoder_start_token_id: The start token.
 
     Raises:
-        PeftValueError: There is no padding token.
+        PeftValueError: `pad_token_id` is None.
 
     Example:
         >>> shift_tokens_right(torch.tensor([[5, -100, 7]]), 0, 9)
@@ -75,7 +75,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
     Args:
         model: The model, changed in place.
-        dtype: The precision of what is frozen, such as `torch.float16`.
+        dtype: Dtype of the frozen parameters, for example `torch.float16`.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

@@ -1,32 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes as numbers where `torch.jit.trace` looks on, to which they are tensors."""
+"""Shapes as numbers under `torch.jit.trace`, which otherwise records sizes as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_C: Any = torch._C
+
 
 def untraced() -> AbstractContextManager[object]:
-    """Return a context whose operations `torch.jit.trace` does not see, to which sizes are tensors."""
+    """Return a context whose operations `torch.jit.trace` does not record."""
     return nullcontext() if torch._C._get_tracing_state() is None else _untraced()
 
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    state = _C._get_tracing_state()
+    _C._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+        _C._set_tracing_state(state)
 
 
 def shapes(*tensors: Tensor) -> list[Sequence[int]]:
-    """Return tensors' shapes as numbers, to decide by: in a trace, for all inputs that it will get."""
+    """Return shapes of tensors as numbers; a trace keeps the decisions made by them."""
     if torch._C._get_tracing_state() is None:
         return [tensor.shape for tensor in tensors]
     with untraced():

@@ -93,7 +93,7 @@ def make(
     vars(config).update(vars(config_of_now(config, tuner.model)))
     tuner.complete(config)
     check_name(adapter_name, tuner)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type or "", "")
     if adapter_name in prefix and len(adapter_name) >= len(prefix) - 1:
         warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "

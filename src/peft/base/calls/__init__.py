@@ -5,7 +5,8 @@
 A model passes activations to its layers, but not the samples they belong to. Five files find out:
 
 - `stack`: `CallStack` keeps what a call was given while the call runs, for its layers to read.
-- `arguments`: names and shapes of a call's arguments, which tell how many samples and tokens it has.
+- `arguments`: names and shapes of a call's arguments, which tell how many samples and tokens it
+  has.
 - `layout`: `RowLayout`, which tells from a layer's place in the model where its input has the
   samples. It is made once, when the layer gets an adapter.
 - `rows`: `CallRows` puts the two together: for a layer's input it returns the `RowOwners`, the

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of each sample of a call, as chosen by `adapter_names`, on the stack `ADAPTER_BATCHES`."""
+"""The adapter of each sample of a call, as chosen by `adapter_names`, on the stack
+`ADAPTER_BATCHES`.
+"""
 
 from __future__ import annotations
 

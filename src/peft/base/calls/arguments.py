@@ -84,7 +84,9 @@ def bind_arguments(
 
 
 def generation_option(root: nn.Module, arguments: Mapping[str, object], name: str) -> object:
-    """Return an option of `generate`: from the arguments, their `generation_config`, or the model's."""
+    """Return an option of `generate`: from the arguments, their `generation_config`, or the
+    model's.
+    """
     for config in (arguments.get("generation_config"), getattr(root, "generation_config", None)):
         if arguments.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)

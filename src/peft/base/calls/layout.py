@@ -2,8 +2,8 @@
 """Where the samples lie in a layer's input, as far as the layer's place in its model tells.
 
 Most layers see the samples of a call one after the other along the first dimension. This file lists
-the others: layers that take the sequence first, layers that see a sample in windows, and the experts
-of a mixture of experts.
+the others: layers that take the sequence first, layers that see a sample in windows, and the
+experts of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class RowLayout:
     """Where the samples lie in a layer's input.
 
     Attributes:
-        features: Number of trailing dimensions of the input that are not rows: 1 for a linear layer,
-            0 for an embedding.
+        features: Number of trailing dimensions of the input that are not rows: 1 for a linear
+            layer, 0 for an embedding.
         sequence_first: The input is `[sequence, batch, …]`.
         is_declared: A module around the layer has `batch_first=False`, which need not hold for all
             layers in it.
         is_grouped: All rows of a sample are consecutive, however many there are.
         expert: Name of the expert that the layer belongs to, in a mixture of experts.
-        stream: The tokens that the layer sees: "main" for those of the encoder or of a single model,
-            "decoder" for those of the decoder.
+        stream: The tokens that the layer sees: "decoder" for those of a decoder beside an encoder,
+            else "main".
     """
 
     features: int = 1
@@ -112,7 +112,7 @@ def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
 
 
 def is_sequence_first(module: nn.Module | None) -> bool:
-    """Return True for transformers of `torch.nn` that take their inputs as `[sequence, batch, …]`."""
+    """Return True for transformers of `torch.nn` with inputs `[sequence, batch, …]`."""
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) and len(module.layers):
         module = module.layers[0]
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
@@ -128,7 +128,9 @@ def _stream(root: nn.Module, path: str) -> str:
 
 
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield the modules around a layer from the outermost: module, its name, the layer's path in it."""
+    """Yield the modules around a layer, the outermost first, each with its name and the layer's
+    path in it.
+    """
     module, name, inner = root, "", path
     while inner:
         yield module, name, inner

@@ -274,8 +274,8 @@ class CallRows:
     def _of_expert(
         self, x: Tensor, layout: RowLayout, expert: str, samples: int
     ) -> RowOwners | None:
-        """Return the owners of the tokens that an expert sees: those routed to it, as `RoutedTokens`
-        lists them, or all tokens of the call.
+        """Return the owners of the tokens that an expert sees: those routed to it, as
+        `RoutedTokens` lists them, or all tokens of the call.
         """
         counts = self.counts(layout.stream) or [1]
         routed = ROUTED_TOKENS.current
@@ -293,7 +293,7 @@ class CallRows:
         return RowOwners(owner=tokens // each if owners.owner is None else owners.owner[tokens])
 
     def tokens(self, stream: str) -> int | None:
-        """Return the number of tokens in a row of the forward's inputs; None without token inputs."""
+        """Return the number of tokens in a row of the inputs; None without token inputs."""
         known = {shape.name: shape.sizes for shape in self.shapes if len(shape.sizes) > 1}
         return next(
             (known[name][1 - self.batch_dim] for name in _TOKENS[stream] if name in known), None
@@ -331,8 +331,8 @@ class CallRows:
     def _products(
         self, name: str, sizes: list[int], is_floating: bool, without_last: bool
     ) -> Iterator[int]:
-        """Yield the products of an input's leading sizes, features and image sizes left out, and the
-        numbers of patches of an image.
+        """Yield the products of an input's leading sizes, features and image sizes left out, and
+        the numbers of patches of an image.
         """
         is_image = is_floating and any(word in name for word in ("pixel", "image", "video"))
         dims = len(sizes) - (3 if is_image else int(is_floating) + int(without_last))

@@ -3,8 +3,8 @@
 
 A model does not pass `adapter_names` or `task_ids` on to its layers. A `CallStack` keeps them while
 the call runs, and again while backward recomputes layers (gradient checkpointing). Both end by
-themselves, also with an error: a running call ends with its frame; a restored one ends when autograd
-drops the record of its backward pass.
+themselves, also with an error: a running call ends with its frame; a restored one ends when
+autograd drops the record of its backward pass.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ class CallStack(Generic[T]):
 
 
 class _Backward:
-    """A backward pass. Only autograd holds this object, among the callbacks for the end of the pass;
-    so it is freed when the pass is over, also when the pass ends in an error without callbacks.
+    """A backward pass. Only autograd holds this object, among the callbacks for the end of the
+    pass; so it is freed when the pass is over, also when the pass ends in an error without
+    callbacks.
     """
 
     def __call__(self) -> None:
