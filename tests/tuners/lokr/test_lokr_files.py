@@ -28,8 +28,9 @@ from peft import (
     load_lokr_file,
     save_lokr_file,
 )
-from peft.tuners.lokr.files.names import Names
-from peft.tuners.lokr.files.parts import FileModule, Piece, join, split
+from peft.tuners.lokr.files.file_module import FileModule
+from peft.tuners.lokr.files.fused_layers import Piece, join, split
+from peft.tuners.lokr.files.original_names import original_names
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.quick
@@ -401,6 +402,14 @@ def test_three_layers_in_the_file_that_are_one_in_the_model():
     ):
         load_lokr_file(model, tensors)
     assert_unchanged(before, model)
+    tensors["transformer.attn.to_k.lokr_w2"] -= 1
+    both = {
+        "transformer.attn.qkv.lokr_w1": torch.ones(6, 4),
+        "transformer.attn.qkv.lokr_w2": shared,
+    }
+    with pytest.raises(ValueError, match="`attn.qkv` is meant by both 'attn.qkv' and 'attn.to_q'"):
+        load_lokr_file(model, {**tensors, **both})
+    assert_unchanged(before, model)
 
 
 @pytest.mark.parametrize("rows", [24, 25])
@@ -453,7 +462,7 @@ def test_names_of_stable_diffusion():
     paths = [
         path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
-    known = dict(Names(paths).originals())
+    known = original_names(paths)
     expected = {
         "input_blocks.0.0": "conv_in",
         "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",

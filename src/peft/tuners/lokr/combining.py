@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ...base.errors import PeftValueError
 from ...core.combining import Combination, Combined, layers_of, shared_value
+from .layer_options import layer_options
 from .lowrank import nearest_product
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
     )
     result = Combined(config)
     for path, layer in layers:
-        shapes = layer.shapes_of(config, r, tuner.tuner_layer_options(config, path, None)["factor"])
+        shapes = layer.shapes_of(config, r, layer_options(config, path, layer.geometry).factor)
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
         if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
             raise PeftValueError(

@@ -10,17 +10,15 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ...base.errors import PeftValueError
-from ...base.geometry import Geometry
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
-from ...core.targets import pattern_value
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
-from .shapes import shape_problems
+from .layer_options import layer_options
 
 
 class LoKrModel(LycorisTuner):
@@ -57,25 +55,14 @@ class LoKrModel(LycorisTuner):
 
     def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
         """Rank, alpha and how the factors are split for the module at `path`."""
-        return layer_options(config, path, geometry(self.model.get_submodule(path)))
+        size = geometry(self.model.get_submodule(path))
+        return layer_options(config, path, size)._asdict()
 
     def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:  # noqa: D102
         size = geometry(module)
         assert size is not None
         options = layer_options(config, path, size)
-        factor, shapes, offset = options["factor"], options["shapes"], options["row_offset"]
-        if shapes is not None:
-            problem = shape_problems(
-                shapes, size.out_features, size.in_features, size.kernel_size, offset
-            )
-            if problem:
-                yield f"`tensor_shapes`: {problem}."
-        elif not isinstance(factor, int) and (
-            size.out_features % factor[0] or size.in_features % factor[1]
-        ):
-            yield f"`factor_pattern`={list(factor)} does not divide its sizes, {size.out_features} and {size.in_features}."
-        if offset is not None and (shapes is None or getattr(module, "groups", 1) > 1):
-            yield "`row_offsets` needs `tensor_shapes`, and a layer without groups."
+        yield from options.problems(size, getattr(module, "groups", 1))
 
     def clip_weight_norms(
         self, largest: float, adapter_name: str | None = None
@@ -120,22 +107,3 @@ class LoKrModel(LycorisTuner):
             if isinstance(layer, LoKrLayer)
         )
         return config if depends else replace(config, kronecker_layout="flat")
-
-
-def layer_options(config: Any, path: str, size: Geometry | None) -> dict[str, Any]:
-    """How a config wants the adapter of one layer: patterns first, then what it says of
-    convolutions, then of all.
-    """
-    r, alpha, factor = config.r, config.alpha, config.decompose_factor
-    if size is not None and any(n > 1 for n in size.kernel_size):
-        r = config.conv_r or r
-        alpha = alpha if config.conv_alpha is None else config.conv_alpha
-        factor = factor if config.conv_factor is None else config.conv_factor
-    shapes: Any = pattern_value(config.tensor_shapes, path, None)
-    return {
-        "r": pattern_value(config.rank_pattern, path, r),
-        "alpha": pattern_value(config.alpha_pattern, path, alpha),
-        "factor": pattern_value(config.factor_pattern, path, factor),
-        "shapes": shapes and {name: tuple(shape) for name, shape in shapes.items()},
-        "row_offset": pattern_value(config.row_offsets, path, None),
-    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How writers of LoKr files name tensors: `<component>_<module path with _>.<tensor>` or
+"""Keys of LoKr files: `<component>_<module path with _>.<tensor>` or
 `<component>.<module path>.<tensor>`.
 """
 
@@ -10,14 +10,13 @@ from typing import NamedTuple
 from ..kronecker import KroneckerFactors
 
 FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
-# Of one value each: the scale times the rank, and what some versions of LyCORIS train beside the
-# factors.
+# Tensors of one value: `alpha` is the scale times the rank; some versions of LyCORIS train a
+# `scalar` beside the factors.
 NUMBERS = ("alpha", "scalar")
 TENSORS = (*FACTORS, *NUMBERS, "dora_scale")
 
-# What stands before a module's path with `_` for dots: the part of a pipeline that it is in. Longer
-# ones first.
-_FLAT = (
+# Components of a pipeline, before paths with `_` for dots. A longer one comes before its prefix.
+_FLAT_COMPONENTS = (
     "lora_prior_unet",
     "lora_transformer",
     "lycoris_unet",
@@ -28,8 +27,8 @@ _FLAT = (
     "lora_te",
     "lycoris",
 )
-# The same before a path with dots.
-_DOTTED = (
+# The same, before paths with dots.
+_DOTTED_COMPONENTS = (
     "unet.base_model.model",
     "base_model.model",
     "model.diffusion_model",
@@ -42,18 +41,18 @@ _DOTTED = (
     "text_encoder_3",
     "text_encoder_2",
     "text_encoder",
-    *_FLAT,
+    *_FLAT_COMPONENTS,
 )
 
 
 class Key(NamedTuple):
-    """A key, taken apart.
+    """A key in its parts.
 
     Attributes:
-        component: What its writer put before the module's path, which tells the parts of a pipeline
-            apart; empty for nothing.
-        name: The module's path, with dots or with `_` in their place.
-        flat: Which of the two.
+        component: Prefix that tells the models of a pipeline apart ("lora_unet", "lora_te1");
+            empty if there is none.
+        name: The module's path, with dots or with `_` for dots.
+        flat: True if `name` has `_` for dots.
         tensor: One of `TENSORS`.
     """
 
@@ -64,7 +63,7 @@ class Key(NamedTuple):
 
 
 def split_key(key: str) -> Key | None:
-    """Take a key apart; None for one that is of no LoKr module.
+    """Split a key into its parts; None if it belongs to no LoKr module.
 
     Example:
         >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lokr_w1")
@@ -76,26 +75,26 @@ def split_key(key: str) -> Key | None:
     stem, _, tensor = key.rpartition(".")
     if tensor not in TENSORS or not stem:
         return None
-    for component in _DOTTED:
+    for component in _DOTTED_COMPONENTS:
         if stem.startswith(f"{component}."):
             return Key(component, stem[len(component) + 1 :], False, tensor)
-    for component in _FLAT:
+    for component in _FLAT_COMPONENTS:
         if "." not in stem and stem.startswith(f"{component}_"):
             return Key(component, stem[len(component) + 1 :], True, tensor)
     return Key("", stem, False, tensor)
 
 
 def flattened(path: str) -> str:
-    """A module's path as flat layouts write it, which does not tell all paths apart."""
+    """Return a path with `_` for dots. Two paths may become one: `a.b_c` and `a_b.c`."""
     return path.replace(".", "_")
 
 
 def join_key(component: str, path: str, flat: bool, tensor: str) -> str:
-    """The key of a module's tensor, the inverse of `split_key` on paths.
+    """Return the key of a module's tensor; the inverse of `split_key` for paths.
 
     Example:
-        >>> join_key("lycoris", "layers.0.to_q", True, "alpha"), join_key("", "to_q", False, "alpha")
-        ('lycoris_layers_0_to_q.alpha', 'to_q.alpha')
+        >>> join_key("lycoris", "layers.0.to_q", flat=True, tensor="alpha")
+        'lycoris_layers_0_to_q.alpha'
     """
     if not component:
         return f"{path}.{tensor}"
