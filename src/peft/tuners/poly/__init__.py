@@ -11,7 +11,8 @@ from .config import PolyConfig
 from .conversion import PolyConversion, convert_to_poly, save_as_poly
 from .data.collator import TaskCollator
 from .data.labels import TaskLabels
-from .data.sampling import TaskSampler, metrics_by_task
+from .data.metrics import metrics_by_task
+from .data.sampler import TaskSampler
 from .layer import Linear, PolyLayer
 from .methods import PolyMethods
 from .model import PolyModel

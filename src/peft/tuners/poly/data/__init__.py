@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of several tasks: collator, samplers, labels."""
+"""Data of several tasks: a collator, a sampler, metrics by task, and labels side by side."""
