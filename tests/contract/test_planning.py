@@ -185,7 +185,7 @@ def test_remarks():
     assert f"{better.parameters:,} in place of {small.parameters:,}" in remark
     whole = plan(base, LoKrConfig(r=8, target_modules=["0", "1"]))
     assert whole.remarks == {
-        "`r`=8 is at least half of 8, so that W2 is whole; `r` only divides the scale.": ["1"]
+        "`r`=8 is at least half of 8, so W2 is a full matrix; `r` only divides the scale.": ["1"]
     }
     assert "! `1`: `r`=8 is at least half of 8" in str(whole)
     assert not plan(base, LoKrConfig(full_matrix=True, target_modules=["1"])).remarks

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft.tuners.lokr.kronecker import (
     KroneckerFactors,
     contraction_order,
+    dense_left,
+    dense_right,
     flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
     kronecker_weight,
-    left,
-    right,
 )
 from peft.tuners.lokr.shapes import factor_shapes, factorization
 
@@ -222,8 +222,8 @@ def test_factor_shapes(layer, options, expected):
 @given(convolutions(), st.floats(-2, 2))
 def test_weights(case, scale):
     _, f, kernel, _ = case
-    torch.testing.assert_close(left(f), reference_left(f))
-    torch.testing.assert_close(right(f, kernel), reference_right(f, kernel))
+    torch.testing.assert_close(dense_left(f), reference_left(f))
+    torch.testing.assert_close(dense_right(f, kernel), reference_right(f, kernel))
     torch.testing.assert_close(
         kronecker_weight(f, kernel, scale), reference_weight(f, kernel, scale)
     )

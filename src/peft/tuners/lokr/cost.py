@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LoKr costs on a layer, from the shapes of its factors."""
+"""Cost of LoKr on a layer, from the shapes of its factors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from .shapes import Shapes, sides
 
 
 def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: int = 1) -> int:
-    """Multiplications per output position in the cheapest order.
+    """Return the multiplications per output position in the cheapest order.
 
     Args:
-        shapes: Of the factors.
-        size: The layer's.
-        groups: Of a convolution.
-        positions: Input positions per output position, `∏ stride`.
+        shapes: Shapes of the factors.
+        size: Sizes of the layer.
+        groups: Groups of a convolution.
+        positions: Input positions per output position, `prod(stride)`.
 
     Example:
-        >>> multiplications({"w1": (4, 4), "w2_a": (1024, 8), "w2_b": (8, 1024)}, Geometry(4096, 4096))
+        >>> shapes = {"w1": (4, 4), "w2_a": (1024, 8), "w2_b": (8, 1024)}
+        >>> multiplications(shapes, Geometry(4096, 4096))
         65664
+
+    Source: arXiv:2309.14859, appendix B.3
     """
     taps = math.prod(size.kernel_size)
     (a, b), (c, d) = sides(shapes, taps)
@@ -34,16 +37,20 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
         right, spatial = (d, *shapes["t2"][1::-1], c), 1
     elif "w2" not in shapes:
         right = (d, shapes["w2_b"][0], c)
-    parts = (
-        groups if a % groups == 0 else 1
-    )  # groups hold whole blocks of rows; else this is an upper bound
+    # A group has whole blocks of rows; else this is an upper bound.
+    parts = groups if a % groups == 0 else 1
     left = (*left[:-1], left[-1] // parts)
     spatial = spatial if size.kernel_size else -1
-    return parts * contraction_order(left, right, spatial=spatial, taps=taps, stride=positions)[0]
+    return (
+        parts
+        * contraction_order(
+            left, right, spatial=spatial, taps=taps, stride=positions
+        ).multiplications
+    )
 
 
 def largest_rank(shapes: Shapes, size: Geometry) -> int:
-    """The largest rank of the product: that of `W1` times that of `W2`."""
+    """Return the largest rank of the product, that of `W1` times that of `W2`."""
     taps = math.prod(size.kernel_size)
     (a, b), (c, d) = sides(shapes, taps)
     first = min(a, b) if "w1" in shapes else min(a, b, shapes["w1_a"][1])
@@ -51,8 +58,8 @@ def largest_rank(shapes: Shapes, size: Geometry) -> int:
     return min(first * second, size.out_features, columns(size))
 
 
-def numbers(shapes: Shapes) -> int:
-    """Parameters in tensors of these shapes."""
+def parameter_count(shapes: Shapes) -> int:
+    """Return the number of parameters in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -64,27 +71,27 @@ def cost(
     groups: int = 1,
     positions: int = 1,
 ) -> AdapterCost:
-    """The cost of an adapter, with remarks on its config.
+    """Return the cost of an adapter, with remarks on its config.
 
     Args:
-        shapes: Of the factors.
-        size: The layer's.
-        r: The rank that was asked for.
-        by_rule: Shapes for a `decompose_factor`, None where they were given or all are meant to be
-            whole.
+        shapes: Shapes of the factors.
+        size: Sizes of the layer.
+        r: `r` of the config.
+        by_rule: Returns the shapes for a `decompose_factor`; None if the shapes do not follow from
+            it, or `full_matrix` is set.
         groups, positions: As for `multiplications`.
     """
     remarks = []
     (a, b), (c, d) = sides(shapes, math.prod(size.kernel_size))
     if by_rule is not None:
         if "w2" in shapes:
-            remarks.append(
-                f"`r`={r} is at least half of {max(c, d)}, so that W2 is whole; `r` only divides "
-                "the scale."
-            )
-        own = numbers(shapes)
+            half = f"`r`={r} is at least half of {max(c, d)}"
+            remarks.append(f"{half}, so W2 is a full matrix; `r` only divides the scale.")
+        own = parameter_count(shapes)
         better = [
-            (numbers(by_rule(factor)), factor) for factor in _divisors(size) if factor > max(a, b)
+            (parameter_count(by_rule(factor)), factor)
+            for factor in _divisors(size)
+            if factor > max(a, b)
         ]
         if better and min(better)[0] < own:
             fewest, factor = min(better)
@@ -98,7 +105,7 @@ def cost(
 
 
 def _divisors(size: Geometry) -> list[int]:
-    """The factors that divide one of a layer's sizes."""
+    """Return the numbers that divide either size of a layer."""
     sizes = size.out_features, size.in_features
     roots = {f for n in sizes for f in range(1, math.isqrt(n) + 1) if n % f == 0}
     return sorted(roots | {n // f for n in sizes for f in roots if n % f == 0})

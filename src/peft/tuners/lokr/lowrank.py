@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kronecker products as low-rank products, and sums of them as one: pure maths on LoKr's factors.
+"""Low-rank approximations of Kronecker products, and of sums of them: pure maths on LoKr's factors.
 
-Nothing of size `out x in` is built. A convolution's kernel belongs to the columns of `W2`, read as
-`[c, d · taps]`: then `W1 ⊗ W2` is `ΔW` read as `[out, in · taps]`, and both have the same singular
-values.
+No tensor of size `out x in` is allocated. A convolution's kernel belongs to the columns of `W2`,
+read as `[c, d · taps]`: then `W1 ⊗ W2` is `ΔW` read as `[out, in · taps]`, and both have the same
+singular values.
 
 Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993
 """
@@ -22,13 +22,13 @@ from .kronecker import KroneckerFactors
 
 
 class NearestProduct(NamedTuple):
-    """A Kronecker product near a sum of several.
+    """Kronecker product that is nearest to a sum of several.
 
     Attributes:
         W1: `[a, b]`.
         W2_a, W2_b: `[c, r]` and `[r, d · taps]`, with `W2 = W2_a · W2_b`.
-        error: The Frobenius norm of what is lost, relative to that of the sum.
-        norm: That of the sum.
+        error: Frobenius norm of the difference from the sum, relative to `norm`.
+        norm: Frobenius norm of the sum.
     """
 
     W1: Tensor
@@ -45,28 +45,28 @@ def kronecker_low_rank(
     rank: int | float | None = None,
     flat: bool = False,
 ) -> LowRank:
-    """The best approximation of `scale · (W1 ⊗ W2)` by a product of rank `k`.
+    """Return the best approximation of `scale · (W1 ⊗ W2)` of rank `k`.
 
-    With `W1 = Σ_i s_i u_i v_iᵀ` and `W2 = Σ_j t_j x_j y_jᵀ` the product's singular values are all
-    `s_i · t_j`, and its singular vectors `u_i ⊗ x_j` and `v_i ⊗ y_j`. So two small decompositions
-    give the whole one, of which the `k` largest are taken; a side that is low rank has no more than
-    `r` of them.
+    With `W1 = Σ_i s_i u_i v_iᵀ` and `W2 = Σ_j t_j x_j y_jᵀ`, the singular values of the product are
+    all `s_i · t_j`, with singular vectors `u_i ⊗ x_j` and `v_i ⊗ y_j`. So the singular value
+    decompositions of the two small matrices give that of the product, and its `k` largest terms are
+    kept. A low-rank side has at most `r` singular values.
 
     Args:
         f: The adapter's tensors.
         kernel: Kernel size of a convolution; empty for a linear layer.
         scale: Factor on the product.
-        rank: `k`, or the share of energy to keep, or None for all that are not zero:
-            `rank(W1) · rank(W2)`.
-        flat: The order of `flat_kronecker_weight`.
+        rank: `k`, or the share of energy to keep, or None for all singular values that are not
+            zero, `rank(W1) · rank(W2)`.
+        flat: Approximate `flat_kronecker_weight`.
 
     Returns:
         `A [k, in · taps]` and `B [out, k]` in the factors' dtype, at `k · (in · taps + out)`
-        multiplications beside the two small decompositions.
+        multiplications and two small decompositions.
 
     Example:
-        >>> f = KroneckerFactors(w1=torch.tensor([[1.0, 0.0], [0.0, 2.0]]), w2=torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
-        >>> exact = kronecker_low_rank(f)
+        >>> w1, w2 = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+        >>> exact = kronecker_low_rank(KroneckerFactors(w1=w1, w2=w2))
         >>> exact.rank, exact.error, round(exact.norm**2)
         (2, 0.0, 45)
 
@@ -88,46 +88,45 @@ def kronecker_low_rank(
 def nearest_product(
     terms: Sequence[tuple[float, KroneckerFactors]], rank: int | None = None
 ) -> NearestProduct:
-    """The Kronecker product nearest to a sum of several, `Σ_i f_i · (W1_i ⊗ W2_i)`.
+    """Return the Kronecker product nearest to a weighted sum, `Σ_i f_i · (W1_i ⊗ W2_i)`.
 
-    Read with a row for each element of `W1` and a column for each of `W2`, a Kronecker product is
-    the outer product `vec(W1) · vec(W2)ᵀ`, and the sum is a matrix whose rank is at most the number
-    of terms: its factors are the stacked `vec(W1_i)` and `vec(W2_i)`. The first singular vectors
-    are the nearest `W1` and `W2`; the second is cut to `rank` where that is less than it has.
+    Rearranged with a row for each element of `W1` and a column for each element of `W2`, a
+    Kronecker product is the outer product `vec(W1) · vec(W2)ᵀ`. The rearranged sum is a low-rank
+    matrix with the factors `vec(W1_i)` and `vec(W2_i)` as columns. Its first singular vectors are
+    the nearest `W1` and `W2`; `W2` is then cut to `rank`.
 
     Args:
-        terms: `f_i` and the tensors of each adapter, all of the same `a`, `b`, `c` and `d`.
-        rank: Largest rank of `W2`, None for any.
+        terms: `f_i` and the tensors of each adapter, all with the same `a`, `b`, `c` and `d`.
+        rank: Largest rank of `W2`, None for no limit.
 
     Returns:
         Both sides in the precision of the computation, at `m² · (a·b + c·d·taps)` multiplications
-        for `m` terms beside the small decompositions.
+        for `m` terms and two small decompositions.
 
     Source: Van Loan and Pitsianis, 1993, section 2
     """
-    lefts, rights = (
-        [_multiplied(*_left(f)) for _, f in terms],
-        [_multiplied(*_right(f)) for _, f in terms],
-    )
-    rows = torch.stack(
-        [W1.flatten() * factor for W1, (factor, _) in zip(lefts, terms, strict=True)], dim=1
-    )
+    lefts = [_multiplied(*_left(f)) * factor for factor, f in terms]
+    rights = [_multiplied(*_right(f)) for _, f in terms]
+    rows = torch.stack([W1.flatten() for W1 in lefts], dim=1)
     columns = torch.stack([W2.flatten() for W2 in rights])
     U, S, V = product_svd(rows, columns)
     W2 = dense_svd(V[:, 0].view_as(rights[0]))
     k = len(W2.S) if rank is None else min(rank, len(W2.S))
-    whole, root = norm(S), S[0].sqrt()
-    # What the first term misses and what the cut takes from it are orthogonal.
+    total, root = norm(S), S[0].sqrt()
+    # The terms left out of the sum are orthogonal to those cut from `W2`.
     lost = math.hypot(norm(S[1:]), float(S[0]) * norm(W2.S[k:]))
-    share = W2.S[:k].sqrt()
-    W2_a, W2_b = W2.U[:, :k] * (share * root.sqrt()), (W2.V[:, :k] * (share * root.sqrt())).mT
+    scale = W2.S[:k].sqrt() * root.sqrt()
     return NearestProduct(
-        U[:, 0].view_as(lefts[0]) * root, W2_a, W2_b, lost / whole if whole else 0.0, whole
+        W1=U[:, 0].view_as(lefts[0]) * root,
+        W2_a=W2.U[:, :k] * scale,
+        W2_b=(W2.V[:, :k] * scale).mT,
+        error=lost / total if total else 0.0,
+        norm=total,
     )
 
 
 def _left(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
-    """`W1` as `[a, r]` and `[r, b]`, or whole."""
+    """Return `W1` as `[a, r]` and `[r, b]`, or in full and None."""
     if f.w1 is not None:
         return f.w1, None
     assert f.w1_a is not None
@@ -135,7 +134,7 @@ def _left(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
 
 
 def _right(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
-    """`W2` as `[c, r]` and `[r, d · taps]`, or whole as `[c, d · taps]`."""
+    """Return `W2` as `[c, r]` and `[r, d · taps]`, or in full, `[c, d · taps]`, and None."""
     if f.w2 is not None:
         return f.w2.flatten(1), None
     assert f.w2_a is not None and f.w2_b is not None
@@ -153,8 +152,8 @@ def _svd(B: Tensor, A: Tensor | None) -> SingularTriples:
 
 
 def _pairs(first: Tensor, second: Tensor, flat: bool) -> Tensor:
-    """Column by column the Kronecker product of `[a, k]` and `[c, *taps, k]`, the first the slow
-    index (the fast one if `flat`): `[a·c, *taps, k]`.
+    """Return the Kronecker products of the columns of `[a, k]` and `[c, *taps, k]`,
+    `[a·c, *taps, k]`. The index of the first is the slower one, the faster one if `flat`.
     """
     outer = first.reshape(first.shape[0], 1, *[1] * (second.dim() - 2), -1) * second
     return (outer.transpose(0, 1) if flat else outer).flatten(0, 1)

@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which the factors of a Kronecker product are applied: LoKr's one cost model."""
+"""Cost model of LoKr: the order in which the maps of a Kronecker product are applied."""
 
-State = tuple[int, int]
+from typing import NamedTuple, TypeAlias
+
+State: TypeAlias = tuple[int, int]
+"""Number of maps of the left side and of the right side that are applied."""
+
+
+class Contraction(NamedTuple):
+    """Order of contraction and its cost.
+
+    Attributes:
+        multiplications: Per output position (and group).
+        states: The states to pass through after `(0, 0)`.
+    """
+
+    multiplications: int
+    states: tuple[State, ...]
 
 
 def contraction_order(
@@ -11,35 +26,32 @@ def contraction_order(
     spatial: int = -1,
     taps: int = 1,
     stride: int = 1,
-) -> tuple[int, tuple[State, ...]]:
-    """Find the order of contraction with the fewest multiplications: the one cost model of this
-    file.
+) -> Contraction:
+    """Find the order of contraction with the fewest multiplications.
 
-    After `i` maps of the left chain and `j` of the right one the grid holds `left[i] · right[j]`
-    elements per output position, `stride` times that before the spatial map. A move takes the next
-    map of either chain, or several next maps multiplied into one, and costs the elements it
-    produces times the elements each is summed from. Multiplying maps together is not counted, as it
-    does not grow with the input; hence the order depends on the adapter's shapes alone, and a new
-    batch size or sequence length neither changes it nor recompiles.
+    After `i` maps of the left side and `j` of the right side the grid has `left[i] · right[j]`
+    elements per output position, `stride` times as many before the spatial map. A move applies the
+    next map of one side, or several next maps multiplied to one; its cost is the number of elements
+    it produces times the number that each is summed from. The multiplications between maps are not
+    counted, because they do not grow with the input. So the order depends on the shapes of the
+    adapter alone: a new batch size or sequence length does not change it, nor recompile.
 
     Args:
-        left: Sizes along the left chain, `(b, a)` or `(b, r, a)`; within one group.
-        right: Sizes along the right chain, `(d, c)`, `(d, r, c)` or `(d, r, r, c)`; within one
+        left: Sizes along the left side, `(b, a)` or `(b, r, a)`; within one group.
+        right: Sizes along the right side, `(d, c)`, `(d, r, c)` or `(d, r, r, c)`; within one
             group.
-        spatial: Which map of the right chain has the kernel; -1 for none.
+        spatial: Index of the map of the right side that has the kernel; -1 for none.
         taps: Number of elements of the kernel.
         stride: Input positions per output position.
 
     Returns:
-        The multiplications per output position (and group), and the states `(i, j)` to pass through
-        after `(0, 0)`.
+        The order and its cost; found by dynamic programming over at most 3 · 4 states.
 
     Example:
         >>> contraction_order((4, 4), (1024, 8, 1024))  # down to rank 8, then W1, then up
-        (65664, ((0, 1), (1, 1), (1, 2)))
+        Contraction(multiplications=65664, states=((0, 1), (1, 1), (1, 2)))
 
-    Source: arXiv:2309.14859, appendix B.3 (the product as linear layers); dynamic programming over
-    their orders
+    Source: arXiv:2309.14859, appendix B.3 (the product as linear layers)
     """
 
     def multiplications(i: int, j: int, to_i: int, to_j: int) -> int:
@@ -52,15 +64,13 @@ def contraction_order(
     order: dict[State, tuple[State, ...]] = {end: ()}
     for i in range(end[0], -1, -1):
         for j in range(end[1], -1, -1):
-            # Longest moves first: of two equally cheap orders the one with fewer operations wins.
-            # Right moves before left ones: the first product is then a plain one, which can be
-            # taken together with the base layer's.
-            moves = [(i, to) for to in range(end[1], j, -1)] + [
-                (to, j) for to in range(end[0], i, -1)
-            ]
+            # Among equally cheap orders, longer moves come first for fewer operations, and moves of
+            # the right side first because `ops.fused_linear` fuses a first product `x · down`.
+            right_moves = [(i, to) for to in range(end[1], j, -1)]
+            moves = right_moves + [(to, j) for to in range(end[0], i, -1)]
             if moves:
                 totals = [multiplications(i, j, *to) + cost[to] for to in moves]
                 cost[i, j] = min(totals)
                 best = moves[totals.index(cost[i, j])]
                 order[i, j] = (best, *order[best])
-    return cost[0, 0], order[0, 0]
+    return Contraction(cost[0, 0], order[0, 0])

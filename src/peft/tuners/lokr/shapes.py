@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How LoKr splits a layer's sizes, and which tensors an adapter has: `out = a·c`, `in = b·d`,
-`W1 [a, b]`, `W2 [c, d, *kernel]`.
-"""
+"""Shapes of LoKr's factors: `out = a·c`, `in = b·d`, `W1 [a, b]`, `W2 [c, d, *kernel]`."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 Shapes = dict[str, tuple[int, ...]]
+"""Shapes of an adapter's tensors by field of `KroneckerFactors`."""
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -17,8 +16,8 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
     Args:
         dimension: The size to split, at least 1.
-        factor: Wanted `m`; -1 asks for the pair nearest to the square root. Anything else below 1
-            gives `m = 1`.
+        factor: Wanted `m`; -1 asks for the pair nearest to the square root. Other values below 1
+            give `m = 1`.
 
     Returns:
         The pair `(m, k)`.
@@ -48,7 +47,7 @@ def factor_shapes(
     full_matrix: bool = False,
     unbalanced_factorization: bool = False,
 ) -> Shapes:
-    """Name and size the tensors of a new adapter; the keys are fields of `KroneckerFactors`.
+    """Return the shapes of a new adapter's tensors.
 
     `(a, c)` and `(b, d)` are the factorizations of `out` and `in`. `W1` is low rank iff
     `decompose_both` and `r < max(a, b) / 2`, `W2` iff `r < max(c, d) / 2`; a low-rank `W2` with a
@@ -63,12 +62,9 @@ def factor_shapes(
         decompose_both: Let `W1` be low rank too. Off by default, since `W1` is the small side.
         decompose_factor: `factor` of `factorization`; or the pair `(a, b)`, which divides
             `(out, in)`.
-        use_effective_conv2d: Allow the Tucker form.
-        full_matrix: Leave both sides whole, whatever the rank.
+        use_effective_conv2d: Use Tucker factors where they apply.
+        full_matrix: Make both sides full matrices for any rank.
         unbalanced_factorization: Give `W1` the larger factor of `out`, `W2` the smaller.
-
-    Returns:
-        Shapes by name.
 
     Example:
         >>> factor_shapes(32, 16, (3, 3), r=2, use_effective_conv2d=True)
@@ -79,10 +75,8 @@ def factor_shapes(
     Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
     """
     if isinstance(decompose_factor, int):
-        (a, c), (b, d) = (
-            factorization(out_features, decompose_factor),
-            factorization(in_features, decompose_factor),
-        )
+        a, c = factorization(out_features, decompose_factor)
+        b, d = factorization(in_features, decompose_factor)
         a, c = (c, a) if unbalanced_factorization else (a, c)
     else:
         a, b = decompose_factor
@@ -101,17 +95,17 @@ def factor_shapes(
 
 
 def tucker_kernel(kernel: Sequence[int]) -> tuple[int, ...]:
-    """The kernel's part of the shape of `t2`: one-dimensional ones have a second axis of size one."""
+    """Return the kernel axes of `t2`; a one-dimensional kernel has a second axis of size one."""
     return (*kernel, 1) if len(kernel) == 1 else tuple(kernel)
 
 
 def sides(
     shapes: Mapping[str, Sequence[int]], taps: int = 1
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """`(a, b)` and `(c, d)` of an adapter with tensors of these shapes.
+    """Return `(a, b)` and `(c, d)` of an adapter with tensors of these shapes.
 
     Args:
-        shapes: By name, complete.
+        shapes: Shapes of all its tensors by name.
         taps: Number of elements of the kernel.
 
     Example:
@@ -135,25 +129,25 @@ def shape_problems(
     kernel: Sequence[int] = (),
     row_offset: int | None = None,
 ) -> str | None:
-    """What is wrong with tensors of these shapes for a layer; None if they make a delta of its
-    size.
+    """Return the reason why tensors of these shapes do not fit a layer; None if they fit.
 
     Args:
-        shapes: By name.
+        shapes: Shapes by name.
         out_features, in_features, kernel: As for `factor_shapes`.
-        row_offset: The layer's delta is the rows of the product from here on; None: the product has
-            no others.
+        row_offset: First row of the product that the layer's delta has; None if the delta is the
+            whole product.
 
     Example:
         >>> shape_problems({"w1": (2, 2), "w2": (4, 4)}, 8, 10)
         'its factors make a weight of 8 x 8, the layer has 8 x 10'
     """
     names, taps = set(shapes), math.prod(kernel)
-    whole = "w1" in names, "w2" in names
-    wanted = {"w1"} if whole[0] else {"w1_a", "w1_b"}
-    wanted |= {"w2"} if whole[1] else {"w2_a", "w2_b"} | ({"t2"} & names)
+    full = "w1" in names, "w2" in names
+    wanted = {"w1"} if full[0] else {"w1_a", "w1_b"}
+    wanted |= {"w2"} if full[1] else {"w2_a", "w2_b"} | ({"t2"} & names)
     if names != wanted:
-        return f"tensors {', '.join(sorted(names)) or 'none'} are not those of one adapter; {', '.join(sorted(wanted))} would be"
+        found = ", ".join(sorted(names)) or "none"
+        return f"tensors {found} are not those of one adapter; {', '.join(sorted(wanted))} would be"
     kernels = {"w2": tuple(kernel), "t2": tucker_kernel(kernel)}
     dimensions = {name: 2 + len(kernels.get(name, ())) for name in names}
     for name, shape in shapes.items():
@@ -163,15 +157,16 @@ def shape_problems(
             )
     ranks = [
         (n, shapes[f"{n}_a"], shapes[f"{n}_b"])
-        for n, is_whole in zip(("w1", "w2"), whole, strict=True)
-        if not is_whole
+        for n, is_full in zip(("w1", "w2"), full, strict=True)
+        if not is_full
     ]
     for name, left, right in ranks:
         tucker = name == "w2" and "t2" in names
         if (left[0] if tucker else left[1]) != right[0] or (
             tucker and tuple(shapes["t2"][:2]) != (left[0], right[0])
         ):
-            return f"the shapes of {name}_a {list(left)} and {name}_b {list(right)} do not fit together"
+            pair = f"{name}_a {list(left)} and {name}_b {list(right)}"
+            return f"the shapes of {pair} do not fit together"
         if name == "w2" and not tucker and right[1] % taps:
             return f"w2_b is of shape {list(right)}, which does not fit a kernel of {list(kernel)}"
     (a, b), (c, d) = sides(shapes, taps)
@@ -179,5 +174,6 @@ def shape_problems(
     if b * d != in_features or (
         rows != out_features if row_offset is None else rows < row_offset + out_features
     ):
-        return f"its factors make a weight of {rows} x {b * d}, the layer has {out_features} x {in_features}"
+        sizes = f"{rows} x {b * d}, the layer has {out_features} x {in_features}"
+        return f"its factors make a weight of {sizes}"
     return None
