@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of Poly."""
+"""`PolyConfig`: configuration of Poly."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from .methods import PolyPeftModel
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
-# Fields that have a value for each layer, by the field with their patterns.
+# Fields with a value for each layer, by the field that holds their patterns.
 _PATTERNS = {"rank_pattern": "r", "n_skills_pattern": "n_skills", "n_splits_pattern": "n_splits"}
-# What an entry of `routing_pattern` stands for.
+# Fields that an entry of `routing_pattern` sets.
 _ROUTING = {
     "learned": {"poly_type": "poly", "routing": "learned"},
     "fixed": {"poly_type": "poly", "routing": "fixed"},
@@ -39,109 +39,111 @@ _ROUTING = {
 
 @dataclass
 class PolyConfig(TargetedConfig):
-    """Configuration of Poly, `Δ(x) = x·A_w·B_w / r` where `A_w` and `B_w` mix the skills of an
-    inventory with weights `w`.
+    """Configuration of Poly, `Δ(x) = (alpha / r) · x·A_w·B_w`, where `A_w` and `B_w` are mixtures
+    of a layer's skills with the weights `w`.
 
     Args:
         r: Rank of each skill.
         target_modules: Names (or ends of paths), a regular expression for whole paths,
             "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
-        modules_to_save: Modules to train whole and save beside the adapter.
-        init_weights: True: the `B` matrices start at zero, so that the adapter starts without
-            effect. False: at random.
-        poly_type: "poly": the weights are learned for each task, and calls take `task_ids`. "mope":
-            a learned map of the layer's input gives the weights.
+        modules_to_save: Modules to train in full and save with the adapter.
+        init_weights: True: the `B` matrices start at zero, so a new adapter changes nothing. False:
+            they are random.
+        poly_type: "poly": each task has learned weights, and calls take `task_ids`. "mope": a
+            learned linear map of the layer's input gives the weights.
         n_tasks: Number of tasks.
-        n_skills: Number of skills in each layer's inventory.
-        n_splits: Number of heads that mix skills on their own, each for a share of the features
-            (multi-head routing).
-        task_names: Names of the tasks; `task_ids` may then use them.
-        routing_level: With "mope": "sample" mixes once for each sample, from the mean of its
-            prompt's tokens; "token" for each token from itself.
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
-            (and those of the output head, where it shares the weight); a dictionary names other
-            modules: name → tokens.
-        alpha: The adapter's output is scaled by `alpha / r`.
-        relaxed_bernoulli: Training draws each gate from a relaxed Bernoulli distribution. False
-            takes the sigmoid, as the published models of multi-head routing do.
-        straight_through: Gates are 0 or 1, the rounded sigmoid (or draw); gradients pass as if they
+        n_skills: Number of skills in each layer.
+        n_splits: Number of heads that mix skills separately, each for a block of the features
+            (multi-head routing). Must divide both sizes of every adapted layer.
+        task_names: Names of the tasks, which `task_ids` may then use.
+        routing_level: With "mope": "sample" mixes once a sample, from the mean over its prompt's
+            tokens; "token" mixes for each token.
+        trainable_token_indices: Tokens whose embedding rows are trained with the adapter, also in
+            an output head that shares the weight. A dictionary, name → tokens, names other modules.
+        alpha: The delta is scaled by `alpha / r`.
+        relaxed_bernoulli: Training samples each gate from a relaxed Bernoulli distribution. False
+            uses the sigmoid, as the published multi-head routing models do.
+        straight_through: Gates are 0 or 1: the rounded sigmoid or sample. Gradients pass as if they
             were not rounded.
         router_dropout: Probability in training that a sample does without a skill.
-        n_shared_skills: How many of the `n_skills`, the last ones, are always on, for every task.
-        eval_top_k: In evaluation each split keeps its largest weights only, so many; a lone sample
-            then reads that share of the skills. None keeps all.
-        router_granularity: What has one router: each "linear" layer; each "layer", the module
-            around them (attention, MLP); each "block"; the encoder and the decoder ("coder"); the
-            whole "model".
-        routing: "learned"; or "fixed": all skills have the same weight, or those that
-            `set_router_weights` gives them.
-        task_rank: Rank of a skill that each task has to itself, beside the shared ones; 0 for none.
+        n_shared_skills: The last so many of the `n_skills` are always on, for every task.
+        eval_top_k: In evaluation each split keeps only its so many largest weights, and a single
+            sample reads only those skills. None keeps all.
+        router_granularity: The modules that share a router: each "linear" layer has one; each
+            "layer", the module around them (attention, MLP); each "block"; encoder and decoder
+            ("coder"); or the whole "model".
+        routing: "learned", or "fixed": all skills have the same weight, or the weights set by
+            `set_router_weights`.
+        task_rank: Rank of the skill that each task has for itself, added to the mixture; 0 for
+            none.
         rank_pattern: Other values of `r` for some modules: name or regular expression → value. The
-            first that fits counts.
+            first match counts.
         n_skills_pattern, n_splits_pattern: The same for `n_skills` and `n_splits`.
-        routing_pattern: The same for how weights come about: "learned" for each task, "fixed", or
-            by "input".
+        routing_pattern: The same for the routing: "learned" for each task, "fixed", or by "input".
 
     Raises:
         PeftValueError: A value is not allowed.
 
     Example:
-        >>> PolyConfig(r=8, n_tasks=10, n_skills=4, n_splits=4, target_modules=["q_proj", "v_proj"]).poly_type
-        'poly'
+        >>> config = PolyConfig(n_tasks=10, n_skills=4, n_splits=4, target_modules=["q_proj"])
+        >>> config.r, config.poly_type
+        (8, 'poly')
 
     Source: arXiv:2202.13914 (Polytropon), arXiv:2211.03831 (multi-head routing)
     """
 
+    # Fields marked `besides` do not change what a loaded adapter computes.
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt."}
+        default=None, metadata={"help": "Modules to adapt.", "besides": True}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone."}
+        default=None, metadata={"help": "Modules to leave alone.", "besides": True}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole."}
+        default=None, metadata={"help": "Modules to train in full.", "besides": True}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "Whether the adapter starts without effect."}
+        default=True, metadata={"help": "Start without effect.", "besides": True}
     )
     poly_type: Literal["poly", "mope"] = field(
         default="poly", metadata={"help": "Routing by task or by input."}
     )
     n_tasks: int = field(default=1, metadata={"help": "Number of tasks."})
     n_skills: int = field(default=4, metadata={"help": "Number of skills in each layer."})
-    n_splits: int = field(default=1, metadata={"help": "Number of heads that mix on their own."})
-    task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks."})
+    n_splits: int = field(
+        default=1, metadata={"help": "Number of heads that mix skills separately."}
+    )
+    task_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the tasks.", "besides": True}
+    )
     routing_level: Literal["sample", "token"] = field(
-        default="sample", metadata={"help": "What an input mixes for."}
+        default="sample", metadata={"help": "Routing by input once a sample or for each token."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
 
-    alpha: float = field(default=1.0, metadata={"help": "The output is scaled by alpha / r."})
-    relaxed_bernoulli: bool = field(
-        default=True, metadata={"help": "Whether training draws the gates."}
-    )
-    straight_through: bool = field(default=False, metadata={"help": "Whether gates are 0 or 1."})
+    alpha: float = field(default=1.0, metadata={"help": "The delta is scaled by alpha / r."})
+    relaxed_bernoulli: bool = field(default=True, metadata={"help": "Sample gates in training."})
+    straight_through: bool = field(default=False, metadata={"help": "Round gates to 0 or 1."})
     router_dropout: float = field(
-        default=0.0, metadata={"help": "Probability in training that a gate is shut."}
+        default=0.0, metadata={"help": "Probability of a closed gate in training.", "besides": True}
     )
-    n_shared_skills: int = field(default=0, metadata={"help": "How many skills are always on."})
+    n_shared_skills: int = field(
+        default=0, metadata={"help": "Number of skills that are always on."}
+    )
     eval_top_k: int | None = field(
-        default=None,
-        metadata={"help": "How many skills of a split keep their weight in evaluation."},
+        default=None, metadata={"help": "Number of weights that a split keeps in evaluation."}
     )
     router_granularity: Literal["linear", "layer", "block", "coder", "model"] = field(
-        default="linear", metadata={"help": "What has a router of its own."}
+        default="linear", metadata={"help": "Modules that share a router."}
     )
     routing: Literal["learned", "fixed"] = field(
-        default="learned", metadata={"help": "Whether the weights of tasks are trained."}
+        default="learned", metadata={"help": "Learn the weights of tasks, or fix them."}
     )
-    task_rank: int = field(
-        default=0, metadata={"help": "Rank of a skill that each task has to itself."}
-    )
+    task_rank: int = field(default=0, metadata={"help": "Rank of task-specific skills."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Other ranks for some modules."}
     )
@@ -193,20 +195,7 @@ class PolyConfig(TargetedConfig):
         yield from choice("poly_type", self.poly_type, ("poly", "mope"))
         yield from choice("routing_level", self.routing_level, ("sample", "token"))
         yield from name_list("task_names", self.task_names)
-        names = self.task_names
-        if isinstance(names, set):
-            yield f"`task_names`={names!r} must be a list: a name's place in it is the task's id."
-        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-            offence = next(
-                name_offences(names),
-                "" if len(names) == self.n_tasks else f"there are {len(names)}",
-            )
-            if offence:
-                yield f"`task_names` must be {self.n_tasks} different names, one for each of `n_tasks`; {offence}: got {names!r}."
-        yield from self._routing_problems()
-
-    def _routing_problems(self) -> Iterator[str]:
-        """Offences against the rules for what is beyond the interface's own fields."""
+        yield from self._task_name_problems()
         yield from number("alpha", self.alpha, positive=True)
         for name in ("relaxed_bernoulli", "straight_through"):
             yield from boolean(name, getattr(self, name))
@@ -222,17 +211,40 @@ class PolyConfig(TargetedConfig):
         yield from pattern_dict(
             "routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING)
         )
+        yield from self._contradictions()
+
+    def _task_name_problems(self) -> Iterator[str]:
+        """Yield a sentence if the task names are not one different name for each task."""
+        names = self.task_names
+        if isinstance(names, set):
+            yield f"`task_names`={names!r} must be a list: a name's place in it is the task's id."
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            count = "" if len(names) == self.n_tasks else f"there are {len(names)}"
+            if problem := next(name_offences(names), count):
+                yield (
+                    f"`task_names` must be {self.n_tasks} different names, one for each of "
+                    f"`n_tasks`; {problem}: got {names!r}."
+                )
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield a sentence for each pair of fields that contradict each other."""
         if self.routing == "fixed" and self.poly_type == "mope":
-            yield "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not have."
+            yield (
+                "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not "
+                "have."
+            )
         if self.task_rank and self.routes_by_input:
-            yield f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows no tasks; use 0."
-        counts = [
-            self.n_skills,
-            *(self.n_skills_pattern.values() if isinstance(self.n_skills_pattern, dict) else ()),
-        ]
-        counts = [count for count in counts if is_int(count)]
+            yield (
+                f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows "
+                "no tasks; use 0."
+            )
+        pattern = self.n_skills_pattern if isinstance(self.n_skills_pattern, dict) else {}
+        counts = [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
         if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):
-            yield f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: `n_skills` is {min(counts)}."
+            yield (
+                f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: "
+                f"`n_skills` is {min(counts)}."
+            )
         differing = [
             name
             for name in ("n_skills_pattern", "n_splits_pattern", "routing_pattern")
@@ -240,28 +252,36 @@ class PolyConfig(TargetedConfig):
         ]
         if self.router_granularity != "linear" and (differing or self.poly_type == "mope"):
             cause = f"`{differing[0]}`" if differing else "`poly_type`='mope'"
-            yield f"`router_granularity`={self.router_granularity!r} has layers share a router, which {cause} makes different."
+            yield (
+                f"`router_granularity`={self.router_granularity!r} has layers share a router, "
+                f"which {cause} makes different."
+            )
 
-    def for_copy(self, reference: bool = False) -> Any:
-        """Return the config of a copy; the gates of a reference are not drawn."""
+    def for_copy(self, reference: bool = False) -> PolyConfig:
+        """Return the config for a copy of the adapter.
+
+        Args:
+            reference: Sample no gates and set dropout rates to zero, as the reference model of a
+                policy needs.
+        """
         result = super().for_copy(reference)
         result.relaxed_bernoulli &= not reference
         return result
 
     @property
     def routes_by_task(self) -> bool:
-        """Whether any layer mixes skills by task."""
+        """True if a layer mixes skills by task."""
         return self.poly_type == "poly" or any(
             kind != "input" for kind in self.routing_pattern.values()
         )
 
     @property
     def routes_by_input(self) -> bool:
-        """Whether any layer mixes skills by its input."""
+        """True if a layer mixes skills by its input."""
         return self.poly_type == "mope" or "input" in self.routing_pattern.values()
 
     def at(self, path: str) -> PolyConfig:
-        """The config as it is for the module at `path`, without patterns."""
+        """Return the config for the module at `path`, with its patterns resolved."""
         given: dict[str, Any] = {
             name: _targets.pattern_value(getattr(self, pattern), path, getattr(self, name))
             for pattern, name in _PATTERNS.items()
@@ -273,7 +293,7 @@ class PolyConfig(TargetedConfig):
         return replace(self, **given)
 
     def router_group(self, path: str) -> str:
-        """The part of a module's path that modules with the same router have in common."""
+        """Return the beginning of a path that modules with the same router have in common."""
         parts = path.split(".")
         match self.router_granularity:
             case "linear":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smaller adapters made of one Poly adapter: some of its tasks, a blend of tasks, or its mean skill."""
+"""Smaller adapters from one Poly adapter: some tasks, a blend of tasks, or the mean skill."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that change the tasks and skills of a Poly adapter, and the mixing weights of its tasks.
+"""Change the tasks and skills of a Poly adapter, and the mixing weights of its tasks.
 
 `PolyModel` has a method for each, which documents the arguments.
 """

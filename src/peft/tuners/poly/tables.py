@@ -14,7 +14,7 @@ from ...integrations.distributed import gathered_tensor, is_distributed, is_mana
 
 
 class _Rows(nn.ParameterList):
-    """The rows of a table that train. They share the table's memory, and only the table is saved."""
+    """Rows of a table that train. They share its memory, and checkpoints have only the table."""
 
     def state_dict(self, *args: object, destination: Any = None, **kwargs: object) -> Any:
         return {} if destination is None else destination
