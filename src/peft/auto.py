@@ -11,7 +11,8 @@ from .base.errors import PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
 from .checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
-from .checkpoint.hub import check_path, find_file, split_hub_options
+from .checkpoint.hub import find_file, split_hub_options
+from .checkpoint.paths import check_path
 from .checkpoint.vocabulary import fit_vocabulary
 from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel

@@ -22,6 +22,7 @@ from .base.validation import check_adapter, check_flags
 from .checkpoint.files import write_adapter
 from .checkpoint.hub import only_hub_options, pass_over
 from .checkpoint.model_card import update_model_card
+from .checkpoint.paths import as_folder
 from .checkpoint.state_dict import (
     LoadResult,
     adapter_tensors,
@@ -31,7 +32,7 @@ from .checkpoint.state_dict import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from .config import PeftConfig, as_folder
+from .config import PeftConfig
 from .core.base_peft_model import BasePeftModel
 from .core.build import Construction
 from .core.loading import (

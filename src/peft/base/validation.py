@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeGuard
 
 from .errors import PeftTypeError, PeftValueError
+from .plain_values import is_empty
 from .suggestions import did_you_mean, no_adapter
 
 
@@ -90,6 +91,32 @@ def pattern_dict(
     for key, entry in value.items():
         yield from regex(f"{name}[{key!r}]", key)
         yield from rule(f"{name}[{key!r}]", entry)
+
+
+def token_indices(name: str, value: object) -> Iterator[str]:
+    """Require a list of distinct token ids, a dictionary of such lists, or None."""
+    for module, indices in value.items() if isinstance(value, dict) else [("", value or [])]:
+        entry = f"`{name}`{f'[{module!r}]' if module else ''}"
+        if not isinstance(indices, (list, tuple)) or not all(is_int(i) and i >= 0 for i in indices):
+            yield f"{entry}={indices!r} must be a list of token ids."
+        elif len(set(indices)) != len(indices):
+            yield f"{entry} names a token twice."
+
+
+def layer_selection(indices: object, pattern: object) -> Iterator[str]:
+    """Require layer indices or None, and a pattern only with indices."""
+    listed = [indices] if isinstance(indices, int) else indices
+    is_list = isinstance(listed, (list, tuple, set)) and all(is_int(i) and i >= 0 for i in listed)
+    if listed is not None and not is_list:
+        yield (
+            f"`layers_to_transform`={indices!r} must be a non-negative integer, a list of them, or "
+            "None."
+        )
+    if not is_empty(pattern) and indices is None:
+        yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+    yield from name_patterns("layers_pattern", pattern)
+    for name in pattern if isinstance(pattern, (list, tuple, set)) else ():
+        yield from regex("layers_pattern", str(name))
 
 
 def check_flags(**flags: object) -> None:

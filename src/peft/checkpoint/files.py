@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, written so that no
-reader sees half of one.
+"""The files of an adapter, `adapter_config.json` and `adapter_model.safetensors`, written and read
+so that no reader sees a mixture of two versions.
 
 Two files cannot be replaced in one step, so the weights file is the commit point. A save writes
 
-1. the new config beside the old one, under a name made from its digest,
-2. the new weights, which carry that digest, in place of the old ones (one atomic rename: from here
-on the adapter is new), 3. the new config in place of the old one.
+1. the new config beside the old one, under a name made of its digest;
+2. the new weights, with that digest in their metadata, in place of the old ones, by one rename;
+3. the new config in place of the old one.
 
-A reader takes the waiting config whose digest the weights carry, if there is one, and else
-`adapter_config.json`. Killed at any moment, a save therefore leaves the old adapter or the new one.
-A config edited by hand afterwards is read as edited.
+A reader takes the config with the digest in the weights if there is one, else
+`adapter_config.json`. A save that is killed at any moment therefore leaves the old adapter or the
+new one. A config that is edited by hand afterwards is read as edited.
 """
 
 from __future__ import annotations
@@ -31,51 +31,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
+from ..base.errors import CheckpointError, CheckpointNotFoundError
+from .paths import as_file
 
 _DIGEST = "adapter_config_sha256"
 
 
-def as_path(path: Any, name: str, other: str = "") -> Path:
-    """Return an argument as a path.
-
-    Args:
-        path: The argument.
-        name: Its name, for the message.
-        other: What else it may be, likewise.
-
-    Raises:
-        PeftTypeError: It is no path.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
-    return Path(path)
-
-
-def as_file(path: Any) -> Path:
-    """Return the argument `path` as that of a file that can be written; nothing is made yet.
-
-    Raises:
-        PeftTypeError: It is no path.
-        PeftValueError: It is a folder, or would be in a file.
-    """
-    file = as_path(path, "path")
-    if file.is_dir():
-        raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file in it.")
-    if above := next((str(parent) for parent in file.parents if parent.is_file()), None):
-        raise PeftValueError(
-            f"`path`='{file}' can't be written, since '{above}' is a file; give the path of "
-            "another file."
-        )
-    return file
-
-
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A context in which no other process writes an adapter to a folder: all processes of a
-    training run may save at once.
+    """Context with a lock on a folder: all processes of a training run may save at once.
 
-    Where the file system knows no locks, or one is held for a minute, it goes on without.
+    It goes on without a lock if the file system has none, or if another process holds it for a
+    minute.
     """
     handle = None
     try:
@@ -97,11 +64,11 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def write_report(path: Any, content: Any) -> None:
+def write_report(path: object, content: object) -> None:
     """Write JSON to a file in one step; its folder is made if missing.
 
     Raises:
-        As `as_file`; nothing is written.
+        PeftTypeError, PeftValueError: As `as_file`; nothing is written.
     """
     file = as_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write a config by itself; it is what is read then, whatever a killed save left waiting."""
+    """Write a config alone, and delete those that killed saves left."""
     with alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
         for leftover in folder.glob(".adapter_config.*.json"):
@@ -124,26 +91,22 @@ def write_config(folder: Path, text: str) -> None:
 def write_adapter(
     folder: Path, state: Mapping[str, Tensor], config_text: str, safe_serialization: bool = True
 ) -> None:
-    """Write an adapter's weights and config; a reader sees the old adapter or the new one, never a
-    mixture.
+    """Write an adapter's weights and config. Readers see the old adapter or the new one.
 
     Args:
-        folder: Made if missing. Other files in it are left alone.
+        folder: The folder, which is made if missing. Other files in it stay as they are.
         state: Tensors by checkpoint key, on any device.
         config_text: JSON.
         safe_serialization: False writes the legacy pickle format, whose two files are replaced one
             after the other.
+
+    Raises:
+        CheckpointError: A tensor is on the meta device; nothing is written.
     """
-    empty = [key for key, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"`{empty[0]}` is on the meta device and has no values to save; nothing was written."
-        )
+    tensors = _writable(state)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
-    state = _unshared(state)
     with alone_in(folder):
-        _write_adapter(folder, state, config_text, safe_serialization)
+        _write_adapter(folder, tensors, config_text, safe_serialization)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -152,15 +115,8 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         CheckpointError: A tensor is on the meta device; nothing is written.
     """
-    empty = [key for key, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"`{empty[0]}` is on the meta device and has no values to save; nothing was written."
-        )
-    own = _unshared({key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()})
-    _replace(
-        path, lambda temporary: save_file(own, temporary, metadata={"format": "pt", **metadata})
-    )
+    tensors, metadata = _writable(state), {"format": "pt", **metadata}
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def _write_adapter(
@@ -187,7 +143,7 @@ def _write_adapter(
 
 
 def read_config_text(path: Path) -> str:
-    """The text of the config that belongs to the weights beside `path`, an `adapter_config.json`."""
+    """Return the text of the config for the weights beside `path`, an `adapter_config.json`."""
     weights = path.parent / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
         digest = read_metadata(weights).get(_DIGEST)
@@ -195,16 +151,16 @@ def read_config_text(path: Path) -> str:
             try:
                 return _waiting_config(path.parent, digest).read_text(encoding="utf-8")
             except FileNotFoundError:
-                pass  # the usual case: the save that wrote the weights came to its end
+                pass  # the usual case: the save of the weights was completed
     return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
-        CheckpointError: It is not JSON, or not an object.
+        CheckpointError: The file is not JSON, or not an object.
     """
     try:
         content = json.loads(
@@ -220,11 +176,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a weights file; a legacy `.bin` is read with `weights_only=True`, so that
-    nothing in it can run.
+    """Return the tensors of a weights file. A legacy `.bin` is read with `weights_only=True`, so
+    that no code in it runs.
 
     Raises:
-        CheckpointError: The file is truncated, of another format, or holds anything but named
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, of another format, or holds other objects than named
             tensors.
     """
     try:
@@ -234,9 +191,7 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
-    except (
-        Exception
-    ) as error:  # each format has its own, of many types; whichever, the file can't be read
+    except Exception as error:  # the libraries raise errors of many types
         raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from error
     if not isinstance(state, dict) or not all(
         isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()
@@ -246,7 +201,7 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a weights file.
+    """Return the shapes of the tensors in a weights file.
 
     Raises:
         CheckpointError: The file can't be read.
@@ -261,8 +216,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where it can't be read, which reading the weights
-    will report.
+    """Return the metadata of a safetensors file, empty if it can't be read; reading the weights
+    reports that.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -275,13 +230,18 @@ def _waiting_config(folder: Path, digest: str) -> Path:
     return folder / f".adapter_config.{digest[:32]}.json"
 
 
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies where tensors share or exceed their storage, which the safetensors format can't
-    express.
+def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU, each with a storage of its own and of its size, as the safetensors
+    format needs them.
     """
     seen: set[int] = set()
     result = {}
     for key, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"`{key}` is on the meta device and has no values to save; nothing was written."
+            )
+        tensor = tensor.detach().to("cpu").contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
@@ -290,10 +250,8 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary file beside `path`, make it durable, and put it in `path`'s
-    place.
-    """
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".adapter_", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -301,7 +259,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's mode is for secrets
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -315,7 +273,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable, where the system lets a folder be opened."""
+    """Sync the renames in a folder to disk, if the system can open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..base.errors import CheckpointNotFoundError, PeftTypeError, PeftValueError, warn
+from ..base.errors import CheckpointNotFoundError, warn
+from .paths import check_path
 
 HUB_OPTIONS = frozenset(
     {
@@ -65,8 +64,6 @@ _FOR_THE_BASE = frozenset(
     ]
 )
 
-_SOURCE = "a folder's path, or the name of a repository on the Hub"
-
 # Options for saving a whole model, which callers pass on when they save its adapter.
 _FOR_SAVING = frozenset(
     [
@@ -115,35 +112,6 @@ def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
             f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect."
         )
     return hub
-
-
-def check_path(path: Any, kind: str = _SOURCE) -> None:
-    """Insist on a path.
-
-    Args:
-        path: What a caller passed for it.
-        kind: What it should be, for the message.
-
-    Raises:
-        PeftTypeError: It is neither a string nor a path; says what to pass in its place.
-        PeftValueError: It is empty.
-    """
-    if isinstance(path, (str, os.PathLike)):
-        if not os.fspath(path):
-            raise PeftValueError(
-                "The path '' is empty; name the folder, or pass '.' for the working directory."
-            )
-        return
-    is_plain = path is None or isinstance(path, (bool, int, float, bytes))
-    remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
-    if isinstance(path, nn.Module):
-        remedy = " A model comes before the path, as the first argument."
-    elif hasattr(path, "peft_type"):
-        remedy = " A config is passed as `config=…`, and tells nothing of the weights."
-    raise PeftTypeError(
-        f"Expected {kind}, got "
-        f"{repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}"
-    )
 
 
 def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:

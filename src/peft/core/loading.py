@@ -19,7 +19,8 @@ from ..base.modules import check_model
 from ..base.patterns import format_patterns
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.files import CONFIG_NAME
-from ..checkpoint.hub import check_path, local_folder
+from ..checkpoint.hub import local_folder
+from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import (
     MODEL_ROOT,
     ROOT,

@@ -85,7 +85,7 @@ def config_of_now(config: Any, model: nn.Module) -> Any:
     by their present ones; the config itself where all its names mean modules, or none does under
     earlier names.
     """
-    if config.place is None:
+    if config.source is None:
         return config
     names = ModuleNames(model)
     lost, beside = _lost_targets(config.target_modules, names.paths), _companions(config)

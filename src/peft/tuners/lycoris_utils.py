@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import LayeredConfig, at_least, number, pattern_dict
+from ..config import TargetedConfig, at_least, number, pattern_dict
 from ..core.dora import DecomposedLayer
 from ..core.layer import BaseTunerLayer
 from ..core.targets import pattern_value
@@ -23,7 +23,7 @@ from ..core.tuner import BaseTuner
 
 
 @dataclass
-class LycorisConfig(LayeredConfig):
+class LycorisConfig(TargetedConfig):
     """Configuration that LyCORIS methods share.
 
     Args:

@@ -13,7 +13,7 @@ from ...base.errors import PeftNotSupportedError, warn
 from ...base.placeholders import placeholder
 from ...base.plain_values import is_empty
 from ...base.registry import WAY_BACK, PeftType
-from ...config import LayeredConfig, at_least, boolean, choice, number, pattern_dict, probability
+from ...config import TargetedConfig, at_least, boolean, choice, number, pattern_dict, probability
 from .starts import REPEATABLE, is_random, upgraded
 
 # What `init_lora_weights` may say, beside "pissa_niter_<n>".
@@ -75,7 +75,7 @@ _OF_STARTS = {
 
 
 @dataclass
-class LoraConfig(LayeredConfig):
+class LoraConfig(TargetedConfig):
     """Configuration of LoRA, `ΔW = s · B·A` with `A [r, in]`, `B [out, r]` and
     `s = lora_alpha / r`.
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ...base.errors import PeftError, PeftValueError, warn
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...checkpoint.files import write_adapter
+from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import MODEL_ROOT, get_peft_model_state_dict
-from ...config import as_folder
 from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import check_convertible, config_of, layers_with, name_of, root_of

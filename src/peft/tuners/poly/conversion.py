@@ -24,8 +24,9 @@ from ...base.errors import (
 )
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
+from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import MODEL_ROOT, companion_tensors, in_view
-from ...config import as_folder, is_int
+from ...config import is_int
 from ...core import combined_heads
 from ...core import targets as _targets
 from ...core.base_layer import geometry

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...base.registry import PeftType
-from ...config import LayeredConfig, at_least, boolean, choice, is_int, number, probability
+from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
 if TYPE_CHECKING:
     from .methods import VBLoRAPeftModel
@@ -31,7 +31,7 @@ class Form(enum.Enum):
 
 
 @dataclass
-class VBLoRAConfig(LayeredConfig):
+class VBLoRAConfig(TargetedConfig):
     """Configuration of VB-LoRA, `Δ(x) = x·Aᵀ·Bᵀ`, where each tile of `A [r, in]` and `B [out, r]`
     is a weighted sum of `topk` vectors of a shared bank.
 

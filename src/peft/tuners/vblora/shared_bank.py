@@ -25,7 +25,7 @@ from ...base.tensors import ordinary_tensors
 from ...base.validation import at_least, number
 from ...checkpoint.files import read_metadata, read_weights, write_tensors
 from ...checkpoint.hub import find_file, local_folder, only_hub_options
-from ...config import as_folder
+from ...checkpoint.paths import as_folder
 from ...core.adapter_choice import adapter_of
 from .config import VBLoRAConfig
 from .layer import VBLoRALayer
@@ -325,8 +325,8 @@ def _locations(config: VBLoRAConfig, location: str) -> Iterator[str | Path]:
     `location` itself, which may be an id on the Hub, where there is none.
     """
     folders, is_nowhere = [Path()], True
-    if config.place is not None:
-        source, hub = config.place
+    if config.source is not None:
+        source, hub = config.source
         adapter = local_folder(source, hub.get("subfolder"))
         if adapter is not None:
             folders = [adapter, Path(), *adapter.resolve().parents]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...base.containers import walk
 from ...checkpoint.files import write_report
-from ...config import as_folder
+from ...checkpoint.paths import as_folder
 from ...core.adapter_choice import adapter_of
 from .bank import select_topk
 from .config import Form

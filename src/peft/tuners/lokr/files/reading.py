@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ....base.errors import CheckpointError, PeftTypeError
-from ....checkpoint.files import SAFETENSORS_WEIGHTS_NAME, as_path, read_metadata, read_weights
+from ....checkpoint.files import SAFETENSORS_WEIGHTS_NAME, read_metadata, read_weights
+from ....checkpoint.paths import as_path
 from .file_module import FileModule
 from .keys import NUMBERS, split_key
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ....base.errors import PeftNotSupportedError, PeftValueError
 from ....base.validation import check_flags
-from ....checkpoint.files import as_file, write_tensors
+from ....checkpoint.files import write_tensors
+from ....checkpoint.paths import as_file
 from ....checkpoint.renamed_modules import names_in_files
 from ....core.adapter_choice import adapter_of
 from ....core.conversion import layers_with, root_of

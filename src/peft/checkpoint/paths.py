@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of arguments that are paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ..base.errors import PeftTypeError, PeftValueError
+
+_SOURCE = "a folder's path, or the name of a repository on the Hub"
+
+
+def check_path(path: object, kind: str = _SOURCE) -> None:
+    """Check that an argument is a path.
+
+    Args:
+        path: The argument.
+        kind: Description of what is expected, for the message.
+
+    Raises:
+        PeftTypeError: It is neither a string nor a path; the message says what to pass instead.
+        PeftValueError: It is empty.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        if not os.fspath(path):
+            raise PeftValueError(
+                "The path '' is empty; name the folder, or pass '.' for the working directory."
+            )
+        return
+    is_plain = path is None or isinstance(path, (bool, int, float, bytes))
+    remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
+    if isinstance(path, nn.Module):
+        remedy = " A model comes before the path, as the first argument."
+    elif hasattr(path, "peft_type"):
+        remedy = " A config is passed as `config=…`, and tells nothing of the weights."
+    raise PeftTypeError(
+        f"Expected {kind}, got "
+        f"{repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}"
+    )
+
+
+def as_folder(path: str | os.PathLike) -> Path:
+    """Return an argument as a folder's path.
+
+    Raises:
+        PeftTypeError: It is not a path.
+        PeftValueError: It is empty, or a file.
+    """
+    check_path(path, "a folder's path")
+    folder = Path(path)
+    if folder.is_file():
+        raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")
+    return folder
+
+
+def as_path(path: object, name: str, other: str = "") -> Path:
+    """Return an argument as a path.
+
+    Args:
+        path: The argument.
+        name: Its name, for the message.
+        other: Other types that are allowed, for the message.
+
+    Raises:
+        PeftTypeError: It is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
+    return Path(path)
+
+
+def as_file(path: object) -> Path:
+    """Return the argument `path` as the path of a file that can be written. Nothing is written yet.
+
+    Raises:
+        PeftTypeError: It is not a path.
+        PeftValueError: It is a folder, or would be in a file.
+    """
+    file = as_path(path, "path")
+    if file.is_dir():
+        raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file in it.")
+    if above := next((str(parent) for parent in file.parents if parent.is_file()), None):
+        raise PeftValueError(
+            f"`path`='{file}' can't be written, since '{above}' is a file; give the path of "
+            "another file."
+        )
+    return file
