@@ -147,7 +147,7 @@ class BasePeftModel(nn.Module):
             else batch.generating(self.get_base_model())
         )
         cached = self.base_model.inference_cache.during_call(runs_often=True)
-        with chosen, self.base_model.adapter_call_context(args, kwargs), cached:
+        with chosen, cached:
             return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -168,14 +168,6 @@ class BaseTuner(AdaptedModel):
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Take note that a checkpoint was written into an adapter of `model`."""
-
-    def adapter_call_context(
-        self, args: tuple[Any, ...], arguments: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """A context for a whole call that runs the model many times (`generate`). The method takes
-        its own entries out of `arguments`, the call's keyword arguments.
-        """
-        return nullcontext()
 
     @classmethod
     def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import nn
@@ -92,15 +91,6 @@ class MixedModel(BaseTuner):
                 name for method in self._methods.values() for name in method.shared_parameter_names
             )
         )
-
-    def adapter_call_context(
-        self, args: tuple[Any, ...], arguments: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """Return a context in which the contexts of all methods are entered."""
-        stack: Any = ExitStack()
-        for method in self._methods.values():
-            stack.enter_context(method.adapter_call_context(args, arguments))
-        return stack
 
     def attach_adapter(self, build: Build) -> None:  # noqa: D102
         self.method_of(build.config).attach_adapter(build)

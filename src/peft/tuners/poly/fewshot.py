@@ -106,7 +106,7 @@ def fit_task(
     fit = TaskFit(number)
     routers = list(dict.fromkeys(adapter.task_routers().values()))
     routing = next(iter(adapter.layers.values())).routing
-    with _rows_training(adapter, routers, number), routing.noting() as used, torch.enable_grad():
+    with _rows_training(adapter, routers, number), routing.recording() as used, torch.enable_grad():
         if init is not None:
             fit.start = _initialize_rows(routers, number, init, next_loss, batches)
         rows = [row for router in routers for row in router.rows]

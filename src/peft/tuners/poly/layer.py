@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...base.calls.rows import IN_ORDER, RowOwners
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
@@ -19,7 +18,6 @@ from ...config import is_int
 from ...core.adapters import AdapterParameterDict
 from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
-from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import is_running_often, may_reuse, reuse
@@ -203,13 +201,13 @@ class PolyLayer(BaseTunerLayer):
         """
         if task_ids is None:
             return super().forward(x, *args, **kwargs)
-        with self.routing.using(task_ids, x):
+        with self.routing.layer_call(task_ids, x):
             return super().forward(x, *args, **kwargs)
 
     def apply_to_samples(  # noqa: D102
         self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
     ) -> Tensor:
-        with self.routing.narrowed(samples, owner):  # each sample keeps its own task
+        with self.routing.subset(samples, owner):  # each sample keeps its own task
             return self.apply_adapter(adapter_name, x, result)
 
     def apply_to_tokens(
@@ -218,7 +216,7 @@ class PolyLayer(BaseTunerLayer):
         """Apply an adapter to samples padded to one length, so that each keeps its own task."""
         real = are_tokens(nested)
         padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
-        with self.routing.masked(
+        with self.routing.padded(
             real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.layout.stream
         ):
             return self.apply_adapter(adapter_name, *padded)[real]
@@ -234,7 +232,7 @@ class PolyLayer(BaseTunerLayer):
         if adapter_name not in self.poly_task_skills:
             return delta
         x = self._cast_input_dtype(x, delta.dtype)
-        ids, rows = self._task_ids(adapter_name, x)
+        ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
         own, scale = self.poly_task_skills[adapter_name], self.own_scale(adapter_name)
         if rows.sequence_first:
             return delta + own(x.transpose(0, 1), rows.expand(ids, x)[0], scale).transpose(0, 1)
@@ -290,18 +288,13 @@ class PolyLayer(BaseTunerLayer):
 
     def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
-            ids, rows = self._task_ids(adapter_name, x)
+            ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
             return rows.expand(self._weights_of_tasks(adapter_name, router, ids), x)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
-        rows, call = self.routing.share_by_input(x, self), self.routing.call
-        decisions = None if call is None else call.decisions
-        if decisions is None:
-            return rows.expand(router(input_ids=self.routing.pooled(x, self, rows), pooled=True), x)
-        key = (id(self), adapter_name)
-        if key not in decisions:
-            decisions[key] = router(input_ids=self.routing.pooled(x, self, rows), pooled=True)
-        return rows.expand(decisions[key], x)
+        return self.routing.weights_by_input(
+            x, self, adapter_name, lambda pooled: router(input_ids=pooled, pooled=True)
+        )
 
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
         sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
@@ -310,30 +303,6 @@ class PolyLayer(BaseTunerLayer):
         return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(
             0, ids
         )
-
-    def _task_ids(self, adapter_name: str, x: Tensor) -> tuple[Tensor, RowOwners]:
-        """The call's task ids, and how the layer's rows are shared out among them.
-
-        Raises:
-            PeftValueError: No ids, or nothing tells whose the rows are.
-        """
-        call = self.routing.call
-        if call is None or call.task_ids is None:
-            if self.n_tasks[adapter_name] == 1:
-                return torch.zeros(1, dtype=torch.long, device=x.device), IN_ORDER
-            raise PeftValueError(
-                "task_ids should not be None: pass them to the model's call, one id for each "
-                "sample."
-            )
-        ids, samples = call.task_ids, call.rows.samples
-        ids, is_one = ids if ids.device == x.device else ids.to(x.device), shapes(ids)[0][0] == 1
-        if not is_one or (self.training and samples):  # each sample draws its own weights
-            shared = call.rows.owners(x, self.layout)
-            if shared is not None:
-                return ids.expand(samples) if is_one else ids, shared  # type: ignore[arg-type]
-            if not is_one and not call.has_one_task:
-                raise call.rows.error(x, self, "Give all samples of a call the same task")
-        return ids[:1], IN_ORDER
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.
@@ -456,7 +425,7 @@ class Linear(PolyLayer):
         self.set_adapter(adapter_name)
         if routing is None:
             self.routing.configs[adapter_name] = poly_config
-            self.routing.probe = self
+            self.routing.layer = self
 
 
 def is_fixed(router: Any) -> bool:

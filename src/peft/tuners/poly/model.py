@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ...base.calls.arguments import bind_arguments, entry_modules, positional_names
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...core.base_layer import geometry
 from ...core.build import Build
 from ...core.combining import Combination, Combined
-from ...core.entry_points import Entry, put_entry, remove_entries
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ...core.tuner import BaseTuner
@@ -26,14 +22,7 @@ from .fewshot import Loss, TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
 from .regimes import Regime
-from .routing import (
-    CALL_ARGUMENTS,
-    Routing,
-    conduct_body,
-    conduct_forward,
-    conduct_generate,
-    conduct_part,
-)
+from .routing import CALL_ARGUMENTS, Routing
 from .task_ids import one_task, some_tasks, task_shares
 
 
@@ -111,59 +100,21 @@ class PolyModel(BaseTuner):
         return self._poly_routing
 
     def attach_adapter(self, build: Build) -> None:
-        """Have the calls of the model (and of parts of it that `generate` calls by themselves) go
-        through the routing, and name the routing's arguments in its signatures.
-        """
+        """Have the model's calls take `task_ids`, and name them in its signatures."""
         config: Any = build.config
-        if self.poly_routing.probe is None:
-            self._release_model()
-            for module in entry_modules(self.model):
-                module._poly_routing = self.poly_routing  # type: ignore[assignment]
-                if module is not self.model:
-                    put_entry(module, "forward", (), conduct_part)
-            body = getattr(self.model, "base_model", None)
-            if isinstance(body, nn.Module) and not any(
-                body is module for module in entry_modules(self.model)
-            ):
-                body._poly_routing = self.poly_routing  # type: ignore[assignment]
-                put_entry(body, "forward", (), conduct_body)
-            put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
-            put_entry(self.model, "generate", CALL_ARGUMENTS, conduct_generate)
-        self.poly_routing.configs[build.adapter_name] = config
-        self.poly_routing.probe = next(self.tuner_layers())
-        self.poly_routing.is_causal |= config.task_type == "CAUSAL_LM"
+        layer: Any = next(self.tuner_layers())
+        self.poly_routing.attach(self.model, build.adapter_name, config, layer)
 
     def detach_adapters(self) -> None:
         """Give the model its own methods back."""
-        self._release_model()
-        self.poly_routing.configs.clear()
-        self.poly_routing.probe = None
-
-    def _release_model(self) -> None:
-        """Take the routing out of the calls, also of one whose layers a client took out by itself."""
-        for _, module in walk(self.model):
-            remove_entries(module, conduct_forward, conduct_part, conduct_body, conduct_generate)
-            vars(module).pop("_poly_routing", None)
+        self.poly_routing.detach(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with the active adapters. Where a client has put a forward of its own in
-        the place of the model's since, as TRL does, that one's calls take `task_ids` too.
+        """Call the model with the active adapters. If a client has replaced the model's `forward`,
+        as TRL does, the replacement takes `task_ids` too.
         """
-        replaced = not torch.compiler.is_compiling() and not isinstance(
-            vars(self.model).get("forward"), Entry
-        )
-        if replaced and self.poly_routing.probe is not None:
-            put_entry(self.model, "forward", CALL_ARGUMENTS, conduct_forward)
+        self.poly_routing.ensure_wrapped(self.model)
         return super().forward(*args, **kwargs)
-
-    def adapter_call_context(
-        self, args: tuple[Any, ...], arguments: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """A call of `generate`, in which every row keeps its sample's task or decision."""
-        bound = bind_arguments(positional_names(self.model.generate), args, arguments)  # type: ignore[arg-type]
-        for name in CALL_ARGUMENTS:
-            arguments.pop(name, None)
-        return self.poly_routing.generating(self.model, bound)
 
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.poly_routing.configs.pop(adapter_name, None)

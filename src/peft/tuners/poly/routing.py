@@ -1,61 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Poly's layers need to know of the call that runs them: which task each sample has, which
-tokens are its prompt.
+"""The road of `task_ids` from a call of a model to its Poly layers.
 
-A base model does not hand `task_ids` down to its layers, so they travel beside it. One `Routing`
-belongs to a model and is read by all its layers. The model's own `forward`, as it is called, takes
-the arguments out of the call, checks them once and puts them in place for as long as it runs;
-`generate` does the same for all the forwards it runs.
+A base model does not pass `task_ids` on to its layers, so they travel beside the call:
+
+1. `Routing.attach` wraps the methods by which a model is called: its `forward` and `generate`, and
+   the `forward` of parts that are called directly (an encoder, a language model inside it).
+2. Each wrapped method, and a layer called by itself, makes one `Call` of its arguments: the checked
+   task ids, the numbers of rows, the prompt tokens. A forward inside another call, each step of
+   `generate` for example, has that call's task ids and its own numbers of rows.
+3. `Routing.stack` keeps the call while it runs, and again while backward recomputes its layers.
+4. A layer asks `Routing.tasks` for the task of each of its rows; if its adapter routes by input, it
+   asks `Routing.weights_by_input` for the mixing weights of each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ...base.calls.arguments import argument_shapes, bind_arguments, generation_option
-from ...base.calls.rows import IN_ORDER, CallRows, RowOwners, call_rows, generation_rows
+from ...base.calls.arguments import (
+    argument_shapes,
+    bind_arguments,
+    entry_modules,
+    generation_option,
+)
+from ...base.calls.rows import (
+    IN_ORDER,
+    CallRows,
+    LayerWithLayout,
+    RowOwners,
+    call_rows,
+    generation_rows,
+)
 from ...base.calls.stack import CallStack
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
-from .deciding import Deciding
+from ...core.entry_points import Entry, put_entry, remove_entries
+from .config import PolyConfig
 from .pooling import pool
+from .prompt_tokens import PromptTokens
 from .task_ids import as_task_ids, has_values
 
-# Arguments of a call that are for the routing and not for the model.
+# Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
-# Arguments by which a call that has no `task_ids` probably means them.
+# Likely wrong names of `task_ids`, for the message that they are missing.
 _MISNAMED = ("task_id", "tasks", "task", "task_names", "task_name", "taskids")
+
+
+class RoutedLayer(LayerWithLayout, Protocol):
+    """The attributes of a Poly layer that routing reads."""
+
+    training: bool
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True if no adapter runs."""
+
+
+class TaskRows(NamedTuple):
+    """The tasks of a layer's rows.
+
+    Attributes:
+        ids: `[samples]`, or `[1]` for one task.
+        owners: The sample of each row.
+    """
+
+    ids: Tensor
+    owners: RowOwners
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of the model.
+    """A call of the model in progress.
 
     Args:
-        rows: What it knows of its rows.
-        deciding: The tokens that decide where the input routes.
-        task_ids: `[samples]` or `[1]`, checked; None where no adapter routes by task.
-        decisions: In `generate`, the weights each layer chose when it saw the prompt; None in a
-            plain forward.
+        rows: The numbers of samples, rows and tokens.
+        prompt: The tokens that route a sample, where routing is by input.
+        task_ids: `[samples]` or `[1]`, checked; None if no adapter routes by task.
+        prompt_weights: In `generate`, the mixing weights for the prompt by id of the layer and name
+            of the adapter, which later tokens reuse; None in other calls.
     """
 
     rows: CallRows
-    deciding: Deciding
+    prompt: PromptTokens
     task_ids: Tensor | None = None
-    decisions: dict[tuple[int, str], Tensor] | None = None
+    prompt_weights: dict[tuple[int, str], Tensor] | None = None
 
     @cached_property
     def has_one_task(self) -> bool:
-        """Whether all samples have the same task. To know it waits for the device."""
+        """True if all samples have the same task; reading it waits for the device."""
         ids = self.task_ids
         return (
             ids is not None and not torch.compiler.is_compiling() and bool((ids == ids[:1]).all())
@@ -63,143 +108,165 @@ class Call:
 
 
 class Routing:
-    """The calls in progress on one model.
+    """The routing of one model's Poly adapters, shared by its layers.
+
+    Args:
+        model: The base model.
 
     Attributes:
-        configs: Config of every Poly adapter on the model, by name.
-        probe: Any of the layers, to see which adapters are active.
-        merged_tasks: By name of the adapters that are merged somewhere, the tasks they were merged
-            for.
-        is_encoder_decoder, is_causal: What kind of model it is.
-        noted: Task ids of calls that began while `noting`; None at other times.
+        configs: Config of each Poly adapter, by name.
+        layer: Any of the layers, to read which adapters are active; None without adapters.
+        merged_tasks: The tasks for which an adapter is merged, by name of the adapter.
+        is_encoder_decoder, is_causal: The kind of model.
+        stack: The calls in progress.
+        recorded: Task ids of the calls inside `recording`; None outside it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.configs: dict[str, Any] = {}
-        self.probe: Any = None
+        self.configs: dict[str, PolyConfig] = {}
+        self.layer: RoutedLayer | None = None
         self.merged_tasks: dict[str, list[int]] = {}
-        self._merged_layers: dict[Any, dict[str, int]] = {}
+        self._merged_layers: dict[RoutedLayer, dict[str, int]] = {}
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        writes = getattr(model, "can_generate", None)
+        can_generate = getattr(model, "can_generate", None)
         named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.is_causal = not self.is_encoder_decoder and (
-            named or (callable(writes) and bool(writes()))
+            named or (callable(can_generate) and bool(can_generate()))
         )
         self.stack: CallStack[Call] = CallStack()
-        self.noted: list[Tensor] | None = None
+        self.recorded: list[Tensor] | None = None
 
-    @property
-    def call(self) -> Call | None:
-        """The innermost call in progress, or the one whose backward is."""
-        return self.stack.current
+    def attach(
+        self, model: nn.Module, adapter_name: str, config: PolyConfig, layer: RoutedLayer
+    ) -> None:
+        """Add an adapter; with the first, wrap the methods by which the model is called."""
+        if self.layer is None:
+            _unwrap(model)
+            parts = [module for module in entry_modules(model) if module is not model]
+            for part in parts:
+                put_entry(part, "forward", (), self.forward)
+            body = getattr(model, "base_model", None)
+            if isinstance(body, nn.Module) and all(body is not m for m in (model, *parts)):
+                put_entry(body, "forward", (), self.body_forward)
+            put_entry(model, "forward", CALL_ARGUMENTS, self.forward)
+            put_entry(model, "generate", CALL_ARGUMENTS, self.generate)
+        self.configs[adapter_name] = config
+        self.layer = layer
+        self.is_causal |= config.task_type == "CAUSAL_LM"
 
-    @property
-    def pools(self) -> bool:
-        """Whether any adapter routes by a sample's input."""
-        return any(
-            config.routes_by_input and config.routing_level != "token"
-            for config in self.configs.values()
-        )
+    def detach(self, model: nn.Module) -> None:
+        """Remove all adapters, and give the model its own methods back."""
+        _unwrap(model)
+        self.configs.clear()
+        self.layer = None
 
-    @contextmanager
-    def noting(self) -> Iterator[list[Tensor]]:
-        """A context that gives the task ids of the calls that begin in it, where they can be read."""
-        before, self.noted = self.noted, []
-        try:
-            yield self.noted
-        finally:
-            self.noted = before
-
-    def note_merges(self, layer: Any, tasks: dict[str, int]) -> None:
-        """Take note of the adapters that a layer has merged, each for a task."""
-        self._merged_layers.pop(layer, None)
-        if tasks:
-            self._merged_layers[layer] = tasks
-        every = [pair for own in self._merged_layers.values() for pair in own.items()]
-        self.merged_tasks = {
-            name: sorted({task for other, task in every if other == name}) for name, _ in every
-        }
+    def ensure_wrapped(self, model: nn.Module) -> None:
+        """Wrap the model's `forward` again if a client has replaced it, as TRL does."""
+        if (
+            not torch.compiler.is_compiling()
+            and not isinstance(vars(model).get("forward"), Entry)
+            and self.layer is not None
+        ):
+            put_entry(model, "forward", CALL_ARGUMENTS, self.forward)
 
     def forward(
         self,
-        function: Any,
-        model: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        function: Callable[..., object],
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         names: tuple[str, ...],
-        part: bool = False,
-    ) -> Any:
-        """A forward of the model, or of a part of it that is called by itself too, as a call of its
-        own. Without arguments of its own it is for the samples of the call that it lies in.
-        """
-        arguments = bind_arguments(names, args, kwargs)
-        rest = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
-        outer = (
-            self.stack.current if part else self.stack.running
-        )  # a part may be among what backward runs again
-        if outer is None or any(name in kwargs for name in CALL_ARGUMENTS):
-            call = self._begin(model, arguments, call_rows(model, arguments, CALL_ARGUMENTS))
-            if self.pools:
-                call.deciding.note(arguments, call.rows, False, self.is_encoder_decoder)
-            return self.stack.run(call, lambda: function(model, *args, **rest))
+    ) -> object:
+        """Run a forward of the model, or of a part of it, as a call."""
+        if self.layer is None:  # a client still holds the method of a model without adapters
+            return function(module, *args, **kwargs)
+        arguments, kept = bind_arguments(names, args, kwargs), _without_own(kwargs)
+        outer = self._enclosing(module)
+        if outer is None or len(kept) < len(kwargs):
+            rows = call_rows(module, arguments, CALL_ARGUMENTS)
+            call = self._new_call(module, arguments, rows)
+            if self._pools:
+                call.prompt.update(arguments, rows, is_nested=False)
+            return self.stack.run(call, lambda: function(module, *args, **kept))
         rows = outer.rows.nested(
-            argument_shapes(arguments), is_generating=outer.decisions is not None
+            argument_shapes(arguments), is_generating=outer.prompt_weights is not None
         )
-        call = Call(rows, outer.deciding.inside(), outer.task_ids, outer.decisions)
-        if self.pools and not outer.decisions:
-            call.deciding.note(arguments, rows, True, self.is_encoder_decoder)
+        call = Call(rows, outer.prompt.copy(), outer.task_ids, outer.prompt_weights)
+        if self._pools and not outer.prompt_weights:
+            call.prompt.update(arguments, rows, is_nested=True)
         with self.stack.during(call):
-            return function(model, *args, **rest)
+            return function(module, *args, **kept)
 
-    @contextmanager
-    def generating(self, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
-        """A call of `generate` in progress.
+    def body_forward(
+        self,
+        function: Callable[..., object],
+        body: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        names: tuple[str, ...],
+    ) -> object:
+        """Run a forward of the model's body; it is a call only if it is given `task_ids`.
+
+        The model's own forward takes them out. A client's replacement of it, which fuses head and
+        loss, passes them on to the body.
+        """
+        if any(name in kwargs for name in CALL_ARGUMENTS):
+            return self.forward(function, body, args, kwargs, names)
+        return function(body, *args, **kwargs)
+
+    def generate(
+        self,
+        function: Callable[..., object],
+        model: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        names: tuple[str, ...],
+    ) -> object:
+        """Run `generate` as a call.
 
         Raises:
-            PeftNotSupportedError: Routing by input can't know the prompt when it has to decide.
+            PeftNotSupportedError: Routing by input cannot see the whole prompt at once.
         """
-        own = any(name in arguments for name in CALL_ARGUMENTS)
-        outer = self.stack.running
-        if outer is not None and outer.decisions is not None and not own:
-            yield  # a `PeftModel` began this call
-            return
+        arguments, kept = bind_arguments(names, args, kwargs), _without_own(kwargs)
+        outer, has_own = self._enclosing(model), len(kept) < len(kwargs)
+        is_nested = outer is not None and outer.prompt_weights is not None and not has_own
+        if self.layer is None or is_nested:
+            return function(model, *args, **kwargs)
         rows = generation_rows(model, arguments, CALL_ARGUMENTS)
-        call = (
-            self._begin(model, arguments, rows)
-            if outer is None or own
-            else Call(outer.rows, outer.deciding, outer.task_ids)
-        )
-        call.decisions = {}
-        if self.pools:
+        if outer is None or has_own:
+            call = self._new_call(model, arguments, rows)
+        else:
+            call = Call(outer.rows, outer.prompt, outer.task_ids)
+        call.prompt_weights = {}
+        if self._pools:
             if generation_option(model, arguments, "prefill_chunk_size") is not None:
                 raise PeftNotSupportedError(
                     "Routing by input decides by the whole prompt, which `prefill_chunk_size` cuts "
-                    "up; leave that out, or use "
-                    "`routing_level='token'`."
+                    "up; leave that out, or use `routing_level='token'`."
                 )
-            call.deciding = Deciding(self.is_causal)
-            call.deciding.note(arguments, rows, False, self.is_encoder_decoder)
-            call.deciding.prompt = None if self.is_encoder_decoder else rows.tokens("main")
+            call.prompt = PromptTokens(self.is_causal, self.is_encoder_decoder)
+            call.prompt.update(arguments, rows, is_nested=False)
+            call.prompt.length = None if self.is_encoder_decoder else rows.tokens("main")
         with self.stack.during(call):
-            yield
+            return function(model, *args, **kept)
 
-    def using(self, task_ids: Any, x: Tensor) -> AbstractContextManager[Call]:
-        """A call of one layer by itself."""
+    def layer_call(self, task_ids: object, x: Tensor) -> AbstractContextManager[Call]:
+        """Return the context of a call of one layer by itself."""
         arguments = {"x": x, "task_ids": task_ids}
         rows = call_rows(None, arguments, CALL_ARGUMENTS)
         rows.fixed = IN_ORDER
-        return self.stack.during(self._begin(None, arguments, rows))
+        return self.stack.during(self._new_call(None, arguments, rows))
 
-    def narrowed(self, samples: list[int], owner: Tensor | None) -> AbstractContextManager[Any]:
-        """The present call as a layer's adapter sees it that some of the samples run with.
+    def subset(self, samples: list[int], owner: Tensor | None) -> AbstractContextManager[object]:
+        """Return a context in which the current call has only some of its samples.
 
         Args:
-            samples: Their numbers.
-            owner: The number of each row's sample; None where each sample has the same number of
-                rows, one after the other.
+            samples: Their indices.
+            owner: The sample of each row of the layer's input; None if each sample has the same
+                number of consecutive rows.
         """
-        call = self.call
+        call = self.stack.current
         if call is None:
             return nullcontext()
         ids = call.task_ids
@@ -208,234 +275,270 @@ class Routing:
             place = torch.zeros(call.rows.samples or 0, dtype=torch.long, device=owner.device)
             place[samples] = torch.arange(len(samples), device=owner.device)
             owner = place[owner]
-        deciding = call.deciding.inside()
-        for stream, mask in deciding.masks.items():
+        prompt = call.prompt.copy()
+        for stream, mask in prompt.masks.items():
             each = mask.shape[0] // (call.rows.samples or 1)
-            deciding.masks[stream] = mask[
-                [sample * each + i for sample in samples for i in range(each)]
-            ]
-        return self.stack.during(
-            Call(
-                call.rows.subset(len(samples), RowOwners(owner=owner)),
-                deciding,
-                ids,
-                call.decisions,
-            )
-        )
+            prompt.masks[stream] = mask[[s * each + i for s in samples for i in range(each)]]
+        rows = call.rows.subset(len(samples), RowOwners(owner=owner))
+        return self.stack.during(Call(rows, prompt, ids, call.prompt_weights))
 
-    def masked(self, mask: Tensor, stream: str) -> AbstractContextManager[Any]:
-        """Begin the present call anew for a layer that sees samples padded, with a mask of tokens."""
-        call = self.call or Call(CallRows(None), Deciding())
-        deciding = call.deciding.inside()
-        deciding.masks[stream] = mask
-        return self.stack.during(replace(call, deciding=deciding))
+    def padded(self, mask: Tensor, stream: str) -> AbstractContextManager[object]:
+        """Return a context in which a layer's samples are padded.
 
-    def _begin(self, model: Any, arguments: Mapping[str, Any], rows: CallRows) -> Call:
-        """A call with its task ids checked.
+        Args:
+            mask: `[rows, tokens]`, true at real tokens.
+            stream: "main" or "decoder", as in `RowLayout`.
+        """
+        call = self.stack.current or Call(CallRows(None), PromptTokens())
+        prompt = call.prompt.copy()
+        prompt.masks[stream] = mask
+        return self.stack.during(replace(call, prompt=prompt))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Context that yields a list of the task ids of each call in it."""
+        before, self.recorded = self.recorded, []
+        try:
+            yield self.recorded
+        finally:
+            self.recorded = before
+
+    def note_merges(self, layer: RoutedLayer, tasks: dict[str, int]) -> None:
+        """Store the task for which each merged adapter of a layer is merged."""
+        self._merged_layers.pop(layer, None)
+        if tasks:
+            self._merged_layers[layer] = tasks
+        pairs = [pair for merged in self._merged_layers.values() for pair in merged.items()]
+        self.merged_tasks = {
+            name: sorted({task for other, task in pairs if other == name}) for name, _ in pairs
+        }
+
+    def tasks(self, x: Tensor, layer: RoutedLayer, n_tasks: int) -> TaskRows:
+        """Return the tasks of the rows of a layer's input.
+
+        Args:
+            x: The input, `[rows, *leading, in]`.
+            layer: The layer.
+            n_tasks: Number of tasks of the adapter.
 
         Raises:
-            PeftTypeError: Task ids of a wrong type.
-            PeftValueError: Task ids missing, of a wrong number, or out of range.
+            PeftValueError: The call has no task ids, or the sample of a row is unknown.
         """
-        call = Call(rows, Deciding(self.is_causal))
-        if self.probe is None or self.probe.disable_adapters:
-            return call
-        task_ids = arguments.get("task_ids")
-        misnamed = (
-            next((name for name in _MISNAMED if name in arguments), None)
-            if task_ids is None
-            else None
+        call = self.stack.current
+        if call is None or call.task_ids is None:
+            if n_tasks == 1:
+                return TaskRows(torch.zeros(1, dtype=torch.long, device=x.device), IN_ORDER)
+            raise PeftValueError(
+                "task_ids should not be None: pass them to the model's call, one id for each "
+                "sample."
+            )
+        ids, samples = call.task_ids, call.rows.samples
+        ids = ids if ids.device == x.device else ids.to(x.device)
+        is_one = shapes(ids)[0][0] == 1
+        if not is_one or (layer.training and samples):  # in training each sample draws its gates
+            owners = call.rows.owners(x, layer.layout)
+            if owners is not None:
+                return TaskRows(ids.expand(samples or 0) if is_one else ids, owners)
+            if not is_one and not call.has_one_task:
+                raise call.rows.error(x, layer, "Give all samples of a call the same task")
+        return TaskRows(ids[:1], IN_ORDER)
+
+    def weights_by_input(
+        self, x: Tensor, layer: RoutedLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the mixing weights of the rows of a layer's input, routed by their prompts.
+
+        Args:
+            x: The input, `[rows, *leading, in]`.
+            layer: The layer.
+            adapter_name: The adapter.
+            weigh: Returns mixing weights `[samples, …]` for prompts `[samples, in]`.
+
+        Raises:
+            PeftValueError: The sample of a row is unknown, or the mask is for another number of
+                tokens than the layer sees.
+        """
+        call = self.stack.current
+        if call is None:
+            return weigh(pool(x))
+        owners = _owners_by_input(x, layer, call)
+        if call.prompt_weights is None:
+            return owners.expand(weigh(_pooled_prompt(x, layer, call, owners)), x)
+        key = id(layer), adapter_name
+        if key not in call.prompt_weights:
+            call.prompt_weights[key] = weigh(_pooled_prompt(x, layer, call, owners))
+        return owners.expand(call.prompt_weights[key], x)
+
+    @property
+    def _pools(self) -> bool:
+        """True if any adapter routes a sample by the mean of its prompt."""
+        return any(
+            config.routes_by_input and config.routing_level != "token"
+            for config in self.configs.values()
         )
+
+    def _enclosing(self, module: nn.Module) -> Call | None:
+        """Return the call that a call of `module` lies in.
+
+        Backward recomputes parts of a model. If it runs the whole model, that is another call.
+        """
+        call = self.stack.current
+        return self.stack.running if call is not None and call.rows.root is module else call
+
+    def _new_call(
+        self, model: nn.Module | None, arguments: Mapping[str, object], rows: CallRows
+    ) -> Call:
+        """Return a call with its task ids checked.
+
+        Raises:
+            PeftTypeError: The task ids have a wrong type.
+            PeftValueError: The task ids are missing, too many or too few, or out of range.
+        """
+        call = Call(rows, PromptTokens(self.is_causal, self.is_encoder_decoder))
+        if self.layer is None or self.layer.disable_adapters:
+            return call
+        ids = call.task_ids = self._checked_task_ids(model, arguments, rows.samples, self.layer)
+        if ids is None:
+            return call
+        if self.recorded is not None and not torch.compiler.is_compiling() and has_values(ids):
+            self.recorded.append(ids)
+        if rows.samples is None and (count := shapes(ids)[0][0]) > 1:
+            rows.samples = count
+        return call
+
+    def _checked_task_ids(
+        self,
+        model: nn.Module | None,
+        arguments: Mapping[str, object],
+        samples: int | None,
+        layer: RoutedLayer,
+    ) -> Tensor | None:
+        """Return the task ids of a call as a tensor, None if no active adapter routes by task."""
+        task_ids, misnamed = arguments.get("task_ids"), None
+        if task_ids is None:
+            misnamed = next((name for name in _MISNAMED if name in arguments), None)
         tensors = (
             value
             for name, value in arguments.items()
             if isinstance(value, Tensor) and name not in CALL_ARGUMENTS
         )
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        chosen = ADAPTER_BATCHES.current
-        active = self.probe.active_adapters
+        active: Iterable[str] = layer.active_adapters
         if self.merged_tasks:
-            self._check_merged(task_ids, active, rows.samples, device)
+            self._check_merged(task_ids, active, samples, device)
             if task_ids is None:
                 active = [name for name in active if name not in self.merged_tasks]
-        if chosen is not None and not self.merged_tasks:
-            call.task_ids = self._ids_by_adapter(task_ids, chosen, device, misnamed)
-        elif (by_task := self._by_task(active)) and (
-            task_ids is not None or self._has_layers(model)
-        ):
-            call.task_ids = as_task_ids(task_ids, by_task, rows.samples, device, misnamed=misnamed)
-        if (
-            self.noted is not None
-            and call.task_ids is not None
-            and not torch.compiler.is_compiling()
-            and has_values(call.task_ids)
-        ):
-            self.noted.append(call.task_ids)
-        if (
-            rows.samples is None
-            and call.task_ids is not None
-            and (count := shapes(call.task_ids)[0][0]) > 1
-        ):
-            rows.samples = count
-        return call
+        batch = ADAPTER_BATCHES.current
+        if batch is not None and not self.merged_tasks:
+            return self._ids_by_adapter(task_ids, batch, device, misnamed)
+        by_task = self._by_task(active)
+        if by_task and (task_ids is not None or self._has_layers(model)):
+            return as_task_ids(task_ids, by_task, samples, device, misnamed=misnamed)
+        return None
 
-    def _has_layers(self, model: Any) -> bool:
-        """Whether any of the layers are still in the model: some clients put the layers below them
-        back by themselves.
-        """
-        inner = (
-            (module for _, module in walk(model))
-            if isinstance(model, nn.Module)
-            else iter([self.probe])
-        )
-        return any(vars(module).get("routing") is self for module in inner)
+    def _has_layers(self, model: nn.Module | None) -> bool:
+        """Return whether any layer is still in the model; clients may put the base layers back."""
+        modules = [self.layer] if model is None else (module for _, module in walk(model))
+        return any(vars(module).get("routing") is self for module in modules)
 
-    def _by_task(self, adapter_names: Iterable[str]) -> list[Any]:
-        """Configs of those of the adapters that route by task."""
+    def _by_task(self, adapter_names: Iterable[str]) -> list[PolyConfig]:
+        """Return the configs of the adapters that route by task."""
         known = (self.configs[name] for name in adapter_names if name in self.configs)
         return [config for config in known if config.routes_by_task]
 
     def _ids_by_adapter(
-        self, task_ids: Any, chosen: AdapterBatch, device: torch.device, misnamed: str | None
+        self, task_ids: object, batch: AdapterBatch, device: torch.device, misnamed: str | None
     ) -> Tensor | None:
-        """Task ids where each sample has an adapter of its own; those of samples whose adapter has
-        no tasks are not looked at.
+        """Return the task ids of samples with an adapter each; 0 for samples whose adapter does not
+        route by task.
         """
-        if not self._by_task(chosen.samples):
+        if not self._by_task(batch.samples):
             return None
-        several = isinstance(task_ids, (list, tuple)) or (
-            isinstance(task_ids, Tensor) and task_ids.dim() > 0
-        )
-        several = several and len(task_ids) != 1
-        if several and len(task_ids) != chosen.size:
+        each: Tensor | list[object] | tuple[object, ...] | None = None
+        if isinstance(task_ids, (list, tuple)) or (isinstance(task_ids, Tensor) and task_ids.dim()):
+            each = task_ids if len(task_ids) != 1 else None
+        if each is not None and len(each) != batch.size:
             raise PeftValueError(
-                f"`task_ids` has {len(task_ids)} entries; expected {chosen.size}, one for each "
-                "sample."
+                f"`task_ids` has {len(each)} entries; expected {batch.size}, one for each sample."
             )
-        result = torch.zeros(chosen.size, dtype=torch.long, device=device)
-        for name, samples in chosen.samples.items():
+        result = torch.zeros(batch.size, dtype=torch.long, device=device)
+        for name, samples in batch.samples.items():
             for config in self._by_task([name]):
                 own = task_ids
-                if several:
-                    own = (
-                        task_ids[samples]
-                        if isinstance(task_ids, Tensor)
-                        else [task_ids[i] for i in samples]
-                    )
+                if each is not None:
+                    own = each[samples] if isinstance(each, Tensor) else [each[i] for i in samples]
                 result[samples] = as_task_ids(
                     own, [config], len(samples), device, misnamed=misnamed
                 )
         return result
 
     def _check_merged(
-        self, task_ids: Any, active: Iterable[str], batch: int | None, device: torch.device
+        self, task_ids: object, active: Iterable[str], samples: int | None, device: torch.device
     ) -> None:
-        """Task ids in a call of a merged model must say what was merged; where active adapters read
-        them, of those only.
+        """Check that task ids are those that are merged into the weights.
+
+        If active adapters read the ids, only merged adapters among these are checked.
         """
         if task_ids is None:
             return
         reading = self._by_task(active)
-        for name in [
-            name for name in self.merged_tasks if not reading or self.configs[name] in reading
-        ]:
-            tasks = self.merged_tasks[name]
-            same = as_task_ids(task_ids, [self.configs[name]], batch, device) == (
-                tasks[0] if len(tasks) == 1 else -1
+        for name, tasks in self.merged_tasks.items():
+            if reading and self.configs[name] not in reading:
+                continue
+            ids = as_task_ids(task_ids, [self.configs[name]], samples, device)
+            same = ids == (tasks[0] if len(tasks) == 1 else -1)
+            message = (
+                f"Task {' or '.join(map(str, tasks))} is merged into the weights; call "
+                "`unmerge_adapter` before using other tasks."
             )
-            message = f"Task {' or '.join(map(str, tasks))} is merged into the weights; call `unmerge_adapter` before using other tasks."
             if torch.compiler.is_compiling():
                 torch._assert_async(same.all(), message)
             elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
                 raise PeftValueError(message)
 
-    def share_by_input(self, x: Tensor, layer: Any) -> RowOwners:
-        """How a layer's input is shared out among the rows of the forward, each of which decides
-        for itself.
 
-        Raises:
-            PeftValueError: Nothing tells.
-        """
-        call = self.call
-        if call is None:
-            return IN_ORDER
-        rows = call.rows.by_row()
-        shared = rows.owners(x, layer.layout)
-        mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
-        if (shared is None and mixes and rows.samples != 1) or (
-            shared is not None and shared.owner is not None
-        ):
-            raise rows.error(x, layer, "Use `routing_level='token'`")
-        return IN_ORDER if shared is None else shared
-
-    def pooled(self, x: Tensor, layer: Any, shared: RowOwners) -> Tensor:
-        """A layer's input `[rows, *leading, in]` averaged over the tokens that decide,
-        `[samples, in]`.
-
-        Raises:
-            PeftValueError: The mask is for another number of tokens than the layer sees.
-        """
-        call = self.call
-        if call is None:
-            return pool(x, None)
-        rows_of_call = call.rows.by_row()
-        rows = rows_of_call.samples
-        if shared.sequence_first:
-            x = x.transpose(0, 1)
-        sizes = shapes(x)[0]
-        if len(sizes) == 2 and rows and sizes[0] != rows:
-            x = x.view(rows, -1, sizes[1])  # the model flattened its tokens
-        if x.dim() == 2:
-            return x
-        x = x.flatten(1, -2)
-        return pool(x, call.deciding.mask_for(x, layer.layout.stream, rows_of_call))
+def _unwrap(model: nn.Module) -> None:
+    """Remove the wrapped methods of any `Routing`, one whose layers are gone included."""
+    for _, module in walk(model):
+        conducts = [e.conduct for e in vars(module).values() if isinstance(e, Entry)]
+        ours = [c for c in conducts if isinstance(getattr(c, "__self__", None), Routing)]
+        remove_entries(module, *ours)
 
 
-def conduct_forward(
-    function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
-) -> Any:
-    """A call of a model's forward."""
-    routing: Routing | None = getattr(model, "_poly_routing", None)
-    return (
-        function(model, *args, **kwargs)
-        if routing is None
-        else routing.forward(function, model, args, kwargs, names)
-    )
+def _without_own(kwargs: dict[str, object]) -> dict[str, object]:
+    """Return the keyword arguments for the base model."""
+    return {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
 
 
-def conduct_part(
-    function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
-) -> Any:
-    """A call of the forward of a part that a model has called by itself."""
-    routing: Routing | None = getattr(part, "_poly_routing", None)
-    return (
-        function(part, *args, **kwargs)
-        if routing is None
-        else routing.forward(function, part, args, kwargs, names, part=True)
-    )
+def _owners_by_input(x: Tensor, layer: RoutedLayer, call: Call) -> RowOwners:
+    """Return the owners of the rows of a layer's input, where each row of the forward is routed.
 
-
-def conduct_body(
-    function: Any, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
-) -> Any:
-    """Begin a call where a model's body is given the routing's arguments. The model's own forward
-    takes them out; what a client has put in its place, to fuse the head with a loss, hands them on.
+    Raises:
+        PeftValueError: They are unknown, or differ in their numbers of rows.
     """
-    if any(name in kwargs for name in CALL_ARGUMENTS):
-        return conduct_part(function, part, args, kwargs, names)
-    return function(part, *args, **kwargs)
+    rows = call.rows.by_row()
+    owners = rows.owners(x, layer.layout)
+    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
+    if (owners is None and mixes and rows.samples != 1) or (
+        owners is not None and owners.owner is not None
+    ):
+        raise rows.error(x, layer, "Use `routing_level='token'`")
+    return IN_ORDER if owners is None else owners
 
 
-def conduct_generate(
-    function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
-) -> Any:
-    """A call of a model's `generate`."""
-    routing: Routing | None = getattr(model, "_poly_routing", None)
-    if routing is None:
-        return function(model, *args, **kwargs)
-    with routing.generating(model, bind_arguments(names, args, kwargs)):
-        return function(
-            model,
-            *args,
-            **{name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS},
-        )
+def _pooled_prompt(x: Tensor, layer: RoutedLayer, call: Call, owners: RowOwners) -> Tensor:
+    """Return the mean of a layer's input over the prompt tokens, `[samples, in]`.
+
+    Raises:
+        PeftValueError: The mask is for another number of tokens than the layer sees.
+    """
+    rows = call.rows.by_row()
+    if owners.sequence_first:
+        x = x.transpose(0, 1)
+    sizes = shapes(x)[0]
+    if len(sizes) == 2 and rows.samples and sizes[0] != rows.samples:
+        x = x.view(rows.samples, -1, sizes[1])  # the model flattened its tokens
+    if x.dim() == 2:
+        return x
+    x = x.flatten(1, -2)
+    return pool(x, call.prompt.mask_for(x, layer.layout.stream, rows))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens that route a sample, for adapters that route by input: those of its prompt.
+
+The attention mask tells the real tokens. The labels of a causal model tell the beginning of its
+answer. Inside `generate` the prompt is the input of that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...base.calls.rows import CallRows
+from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
+from .pooling import prompt_mask
+
+# Additive attention masks hold at most this where a token may not be attended to.
+_MASKED = -1000.0
+
+
+@dataclass
+class PromptTokens:
+    """The prompt tokens of a call.
+
+    Args:
+        is_causal: The model continues its input, so its labels mark the answer in the input.
+        is_encoder_decoder: The model has a decoder beside its encoder.
+        masks: `[rows, tokens]`, true at prompt tokens, for the streams "main" and "decoder"; a
+            stream without a mask has prompt tokens only.
+        is_given: The caller passed `routing_mask`.
+        length: Number of tokens passed to `generate`; None outside it.
+    """
+
+    is_causal: bool = False
+    is_encoder_decoder: bool = False
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    is_given: bool = False
+    length: int | None = None
+
+    def copy(self) -> PromptTokens:
+        """Return a copy whose masks can be replaced."""
+        return replace(self, masks=dict(self.masks))
+
+    def update(self, arguments: Mapping[str, object], rows: CallRows, is_nested: bool) -> None:
+        """Read the masks from the arguments of a forward.
+
+        Args:
+            arguments: The arguments by name.
+            rows: The numbers of rows and tokens of the forward.
+            is_nested: The forward lies in another call.
+
+        Raises:
+            PeftTypeError: A mask does not tell which tokens are real.
+            PeftNotSupportedError: Several samples are packed into one row.
+        """
+        _refuse_packed(arguments, rows)
+        labels, attention = arguments.get("labels"), arguments.get("attention_mask")
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            labels = None  # labels of classes, not of tokens
+        given = arguments.get("routing_mask")
+        if given is not None:
+            self.masks["main"], self.is_given = _given_mask(given), True
+        elif is_nested and self.length is not None:
+            self._update_step(attention, rows, self.length)
+        elif not self.is_given and (not is_nested or attention is not None):
+            mask = token_mask(attention, arguments)
+            mask = prompt_mask(mask, labels) if self.is_causal and labels is not None else mask
+            self.masks.pop("main", None)
+            if mask is not None:
+                self.masks["main"] = mask
+        if self.is_encoder_decoder:
+            self._update_decoder(arguments, labels)
+
+    def _update_decoder(self, arguments: Mapping[str, object], labels: Tensor | None) -> None:
+        """Read the decoder's mask: all tokens before the first label, by default the first token."""
+        mask = token_mask(arguments.get("decoder_attention_mask"), {})
+        for tokens in (labels, arguments.get("decoder_input_ids"), mask):
+            if isinstance(tokens, Tensor):
+                labels = torch.zeros_like(tokens) if labels is None else labels
+                self.masks["decoder"] = prompt_mask(mask, labels)
+                return
+
+    def _update_step(self, attention: object, rows: CallRows, length: int) -> None:
+        """Read the mask of a step of `generate`, which may get guesses of the next tokens behind
+        the prompt.
+        """
+        mask, tokens = self.masks.get("main"), rows.tokens("main")
+        if not self.is_given and isinstance(attention, Tensor) and attention.dim() == 2:
+            mask = attention.bool()
+        elif mask is None:
+            mask = token_mask(attention, {})
+            if mask is not None and tokens is not None:
+                mask = mask[:, :tokens]  # a static cache has a mask for all of its places
+        if tokens is not None and tokens > length and rows.rows is not None:
+            if mask is None:
+                device = attention.device if isinstance(attention, Tensor) else None
+                mask = torch.ones(rows.rows, tokens, dtype=torch.bool, device=device)
+            guesses = tokens - length
+            mask = F.pad(mask[:, : max(mask.shape[1] - guesses, length)], (0, guesses))
+        if mask is not None:
+            self.masks["main"] = mask
+
+    def mask_for(self, x: Tensor, stream: str, rows: CallRows) -> Tensor | None:
+        """Return the mask for a layer's input, None if all of its tokens count.
+
+        Args:
+            x: The input, `[rows, tokens, in]`.
+            stream: "main" or "decoder", as in `RowLayout`.
+            rows: The numbers of rows and tokens of the forward.
+
+        Returns:
+            `[rows, tokens]`, true at prompt tokens.
+
+        Raises:
+            PeftValueError: The mask is for another number of tokens than the layer sees.
+        """
+        mask, seen, tokens = self.masks.get(stream), x.shape[1], rows.tokens(stream)
+        if mask is None:
+            return None
+        length = mask.shape[1]
+        if length != seen:
+            if tokens == seen < length:
+                mask = mask[:, -seen:]  # with a cache, a layer sees the last tokens only
+            elif tokens is not None and rows.has_more_than_tokens():
+                return None  # the layer sees other inputs, patches of an image for example
+            else:
+                mask = _resampled(mask, seen, rows) if tokens is None else None
+        if mask is None:
+            raise PeftValueError(
+                f"The mask has {length} tokens where a layer sees {seen}; pass `routing_mask` of "
+                "that length, or use `routing_level='token'`."
+            )
+        if mask.shape[0] != x.shape[0]:
+            mask = mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
+        return mask.to(x.device)
+
+
+def token_mask(mask: object, arguments: Mapping[str, object]) -> Tensor | None:
+    """Return an attention mask as `[rows, tokens]`, true at tokens that any token may attend to.
+
+    Args:
+        mask: One of
+
+            - `[rows, tokens]`, or `[rows, choices, tokens]` if `input_ids` has that shape;
+            - a mask of pairs `[rows, from, to]` or `[rows, heads, from, to]`: nonzero where
+              attention is allowed, or floating-point numbers to add to the scores;
+            - a mapping of such masks, each for some of the layers;
+            - None.
+        arguments: The arguments of the call.
+
+    Raises:
+        PeftTypeError: The mask is none of these.
+    """
+    if isinstance(mask, Mapping):
+        masks = [token_mask(entry, arguments) for entry in mask.values()]
+        known = [entry for entry in masks if entry is not None]
+        return torch.stack(known).any(0) if len(known) == len(masks) and known else None
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
+        form = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise PeftTypeError(
+            f"An `attention_mask` {form} does not tell which tokens are real; pass them as "
+            "`routing_mask`, or use `routing_level='token'`."
+        )
+    if mask.dim() == 2:
+        return mask.bool()
+    ids = arguments.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 3 and ids.shape == mask.shape:
+        return mask.bool().flatten(0, 1)
+    allowed = mask > _MASKED if mask.is_floating_point() else mask != 0
+    return allowed.flatten(1, -2).any(1)
+
+
+def _given_mask(mask: object) -> Tensor:
+    """Return `routing_mask` as booleans, checked."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise PeftTypeError(
+            "`routing_mask` must be a tensor [batch, tokens] that is nonzero where the prompt is."
+        )
+    return mask.bool()
+
+
+def _resampled(mask: Tensor, tokens: int, rows: CallRows) -> Tensor | None:
+    """Return a mask of audio samples as a mask of the `tokens` frames that the model makes of them,
+    None if the model has no method for it.
+    """
+    name = "_get_feature_vector_attention_mask"  # of speech models in transformers
+    modules = () if rows.root is None else rows.root.modules()
+    convert: Callable[[int, Tensor], Tensor] | None
+    convert = next((getattr(m, name) for m in modules if hasattr(m, name)), None)
+    return None if convert is None else convert(tokens, mask.long()).bool()
+
+
+def _refuse_packed(arguments: Mapping[str, object], rows: CallRows) -> None:
+    """Raise if several samples are packed into one row."""
+    ends = arguments.get("cu_seq_lens_q")
+    if isinstance(ends, Tensor) and rows.rows is not None and ends.shape[0] > rows.rows + 1:
+        raise PeftNotSupportedError(
+            f"{ends.shape[0] - 1} texts are packed into {rows.rows} row(s), which routing by input "
+            "would take for one; pad them, or use `routing_level='token'`."
+        )
