@@ -296,14 +296,14 @@ def test_savable_parameters_count_float32_numbers(
     linears: int, num_vectors: int, topk: int | None, total: int
 ) -> None:
     positions = (3 * 2, 3 * 3) * linears
-    counts = [savable_parameters(n * num_vectors, num_vectors, topk) for n in positions]
+    counts = [savable_parameters(n, num_vectors, topk) for n in positions]
     assert int(sum(counts) + 4 * num_vectors) == total
 
 
 def test_savable_parameters_is_what_compress_writes() -> None:
     logits = normal(3, 2, 300)
     written = sum(tensor.numel() * tensor.element_size() for tensor in compress(logits, 4))
-    assert savable_parameters(logits.numel(), 300, topk=4) == written / 4
+    assert savable_parameters(logits.numel() // 300, 300, topk=4) == written / 4
 
 
 @pytest.mark.parametrize("topk", [1, 2, 5])

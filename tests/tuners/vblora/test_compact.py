@@ -448,7 +448,7 @@ def test_packed_tensors_keep_what_they_are_given():
         known[name] = torch.randint(0, 200, shape, generator=generator).to(dtype)
         packed[name] = known[name]
         assert (
-            list(packed) == list(packed._places)
+            list(packed) == list(packed._locations)
             and set(packed) == set(known)
             and len(packed) == len(known)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VB-LoRA: low-rank factors composed from the vectors of one shared bank. Source: arXiv:2405.15179"""
+"""VB-LoRA: low-rank factors composed from the vectors of a bank. Source: arXiv:2405.15179."""
 
 from ...base.registry import register_peft_method
 from .config import VBLoRAConfig

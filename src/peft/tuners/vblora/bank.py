@@ -15,6 +15,7 @@ Source: arXiv:2405.15179, section 3
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,18 @@ _LONG, _BLOCK = 4096, 64
 """Number of logits from which top-k on a CPU first searches blocks, and the size of a block."""
 
 _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+class Selection(NamedTuple):
+    """Vectors that tiles select, and their weights.
+
+    Attributes:
+        indices: `[..., topk]`, any integer dtype.
+        weights: `[..., topk]`.
+    """
+
+    indices: Tensor
+    weights: Tensor
 
 
 def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
@@ -272,32 +285,29 @@ def is_topk_only(logits: Tensor) -> bool:
 
 
 def savable_parameters(
-    count: int, num_vectors: int, topk: int | None = None, dtype: torch.dtype = torch.float32
+    tiles: int, num_vectors: int, topk: int | None = None, dtype: torch.dtype = torch.float32
 ) -> float:
-    """Return the size of one logits tensor in a checkpoint, in float32 numbers.
+    """Return the size of the logits of some tiles in a checkpoint, in float32 numbers.
 
     Args:
-        count: Entries of the logits tensor, `tiles * num_vectors`.
+        tiles: Number of tiles.
         num_vectors: Size of the bank.
         topk: Vectors kept for each tile in a compact file; None for the full logits.
         dtype: Dtype of a compact file's weights.
 
     Returns:
-        `count`, or `tiles * ((topk - 1) * weight_size + topk * index_size) / 4` with sizes in
-        bytes. Add the fractions of all tensors before rounding down.
+        `tiles * num_vectors`, or `tiles * ((topk - 1) * weight_size + topk * index_size) / 4` with
+        sizes in bytes. Add the fractions of all tensors before rounding down.
 
     Example:
-        >>> savable_parameters(3 * 10, num_vectors=10)
-        30.0
-        >>> savable_parameters(3 * 10, num_vectors=10, topk=2)
-        4.5
+        >>> savable_parameters(3, num_vectors=10), savable_parameters(3, num_vectors=10, topk=2)
+        (30.0, 4.5)
 
     Source: arXiv:2405.15179, section 3
     """
     if topk is None:
-        return float(count)
-    bytes_of_tile = (topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize
-    return count // num_vectors * bytes_of_tile / 4
+        return float(tiles * num_vectors)
+    return tiles * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
 
 
 def _compose_selected(selected: Tensor, indices: Tensor, bank: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with VB-LoRA adapters: they hold the logits and reach the shared bank; the maths is in
-`bank.py`.
-"""
+"""Layers with VB-LoRA adapters: logits, and access to the bank; the maths is in `bank.py`."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ from ...ops.inference_cache import reuse
 from ...ops.low_rank import LowRank, approximate
 from ...ops.mixed_precision import scaled
 from .bank import (
+    Selection,
     all_weights,
     expand,
     index_dtype,
@@ -33,13 +32,14 @@ from .bank import (
     mix,
     place_tiles,
     savable_parameters,
+    select_topk,
 )
 from .config import Form
 from .factors import compose_factors
 from .packed import PackedTensors
 from .storage import GATE, INDICES, LOGITS, WEIGHTS
 
-# What to do about a compact file that is to be trained on.
+# The remedy in messages about training after a compact file.
 TRAINING_ON = (
     "To train the weights of those that were, load it with `is_trainable=True` and "
     "`config=VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)`."
@@ -51,20 +51,20 @@ class VBLoRALayer(BaseTunerLayer):
 
     Args:
         base_layer: The layer to adapt.
-        vblora_vector_bank: The adapters' own banks, `[num_vectors, vector_length]` by adapter name.
-            Not registered here: they have one owner.
-        vblora_shared_banks: Banks that adapters share, by digest; likewise.
+        vblora_vector_bank: Own banks of adapters, `[num_vectors, vector_length]`, by adapter name.
+            All layers refer to the same container, which the model registers.
+        vblora_shared_banks: Banks that adapters share, by digest, in a container like that.
 
     Attributes:
-        vblora_logits_A: `[r, in / vector_length, num_vectors]` by adapter name.
-        vblora_logits_B: `[out / vector_length, r, num_vectors]`. Both are `[…, topk]` for what is
-            trained on from a compact file.
-        vblora_logits_A_topk_indices, vblora_logits_B_topk_indices: The vectors that positions
-            chose, `[…, topk]`, of adapters that the model has in compact form.
-        vblora_logits_A_topk_weights, vblora_logits_B_topk_weights: Their weights but the last,
-            `[…, topk - 1]`, of those that are only run.
-        vblora_gate: `[1]` by adapter name, of adapters with a gate.
-        form: How each adapter's choice is held.
+        vblora_logits_A: `[r, in / vector_length, num_vectors]`, or `[…, topk]` if only the selected
+            vectors are kept; by adapter name. `storage.py` has the table of all formats.
+        vblora_logits_B: `[out / vector_length, r, num_vectors]`, or `[…, topk]`.
+        vblora_logits_A_topk_indices, vblora_logits_B_topk_indices: Indices of the selected vectors,
+            `[…, topk]`, if only these are kept.
+        vblora_logits_A_topk_weights, vblora_logits_B_topk_weights: Their weights without the last,
+            `[…, topk - 1]`, if only these are kept, for inference.
+        vblora_gate: `[1]`, of adapters with a gate.
+        storage_format: Storage format of each adapter.
 
     Source: arXiv:2405.15179, section 3
     """
@@ -80,7 +80,7 @@ class VBLoRALayer(BaseTunerLayer):
         *other_param_names,
         "num_vectors",
         "topk_only",
-        "form",
+        "storage_format",
         "bank_key",
     )
 
@@ -101,7 +101,7 @@ class VBLoRALayer(BaseTunerLayer):
         self.num_vectors: dict[str, int] = {}
         self.vblora_dropout: dict[str, float] = {}
         self.topk_only: dict[str, bool] = {}
-        self.form: dict[str, Form] = {}
+        self.storage_format: dict[str, Form] = {}
         self.bank_key: dict[str, str | None] = {}
         shared = AdapterParameterDict() if vblora_shared_banks is None else vblora_shared_banks
         self._bank = (vblora_vector_bank, shared)  # in a tuple, not to be registered
@@ -109,7 +109,7 @@ class VBLoRALayer(BaseTunerLayer):
 
     @property
     def vblora_vector_bank(self) -> AdapterParameterDict:
-        """The adapters' own banks by adapter name, one for all layers."""
+        """Own banks of adapters by adapter name, one container for all layers."""
         return self._bank[0]
 
     @property
@@ -118,21 +118,22 @@ class VBLoRALayer(BaseTunerLayer):
         return self._bank[1]
 
     def bank(self, adapter_name: str) -> Tensor:
-        """The bank of an adapter, its own or the shared one."""
+        """Return the bank of an adapter, its own or a shared one."""
         key = self.bank_key[adapter_name]
         return self._bank[0](adapter_name) if key is None else self._bank[1](key)
 
     def containers(self) -> Iterator[nn.Module]:
-        """Also that of the adapters' own banks, so that these are frozen and unfrozen by who goes
-        from layer to layer and knows of no bank.
+        """Yield the containers of this layer and that of the own banks: code that freezes adapters
+        layer by layer must freeze the banks too.
         """
         yield from super().containers()
         yield self.vblora_vector_bank
 
     def requires_grad_(self, requires_grad: bool = True) -> VBLoRALayer:
-        """Also of the adapters' own banks, for the same reason. transformers freezes its own models
-        layer by layer after it has loaded an adapter into their parameters, and says no more of
-        that.
+        """Freeze or unfreeze this layer and the own banks of its adapters.
+
+        transformers freezes a model layer by layer after it has loaded an adapter into it, and
+        calls nothing else then.
         """
         self.vblora_vector_bank.requires_grad_(requires_grad)
         super().requires_grad_(requires_grad)
@@ -147,20 +148,20 @@ class VBLoRALayer(BaseTunerLayer):
         initialize: bool = True,
         bank_key: str | None = None,
     ) -> None:
-        """Make an adapter's logits, or what stands for them.
+        """Make an adapter's logits, or the tensors that replace them in its storage format.
 
         Args:
             adapter_name: The adapter's name.
             config: Its config.
             placement: Device and dtype, by default the base layer's.
             initialize: False leaves the memory as it is.
-            bank_key: The digest of the shared bank that it uses; None for its own.
+            bank_key: Digest of the shared bank that it uses; None for its own.
         """
         self.r[adapter_name] = config.r
         self.topk[adapter_name] = config.topk
         self.num_vectors[adapter_name] = config.num_vectors
         self.vblora_dropout[adapter_name] = config.vblora_dropout
-        self.form[adapter_name] = config.form
+        self.storage_format[adapter_name] = config.form
         self.bank_key[adapter_name] = bank_key
         self.topk_only[adapter_name] = config.form is Form.WEIGHTS
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
@@ -194,74 +195,83 @@ class VBLoRALayer(BaseTunerLayer):
             )
 
     def note_loaded(self, adapter_name: str) -> None:
-        """See whether an adapter's logits came from a top-k checkpoint, which can't be trained on."""
-        if adapter_name in self.scaling and self.form[adapter_name] is Form.LOGITS:
+        """Update `topk_only`: logits from a compact file lack values and can't be trained."""
+        if adapter_name in self.scaling and self.storage_format[adapter_name] is Form.LOGITS:
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
     def savable_parameters(self, adapter_name: str, config: Any) -> float:
-        """What saving an adapter's part in this layer writes, in float32 numbers."""
+        """Return the size of the adapter's part in this layer in a file, in float32 numbers."""
         topk = config.topk if config.save_only_topk_weights else None
-        n = config.num_vectors
-        count = 0.0 if adapter_name not in self.vblora_gate else 1.0
-        for name in LOGITS:
-            if self.form[adapter_name] is Form.LOGITS:
-                positions = getattr(self, name)[adapter_name].numel() // n
-            else:
-                positions = getattr(self, name + INDICES)[adapter_name].numel() // config.topk
-            count += savable_parameters(positions * n, n, topk, config.weights_dtype)
-        return count
+        size = self.geometry
+        tiles = config.r * (config.tiles(size.in_features) + config.tiles(size.out_features))
+        count = savable_parameters(tiles, config.num_vectors, topk, config.weights_dtype)
+        return count + (1.0 if adapter_name in self.vblora_gate else 0.0)
 
     def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Logits `[…, num_vectors]` for `A` and `B`, rebuilt where the adapter is held in compact
-        form.
+        """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt where only the selected vectors
+        are kept.
         """
-        if self.form[adapter_name] is Form.LOGITS:
+        if self.storage_format[adapter_name] is Form.LOGITS:
             return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
         A, B = (
-            expand(i, w[..., :-1], self.num_vectors[adapter_name], w.dtype)
-            for i, w in self.chosen(adapter_name)
+            expand(indices, weights[..., :-1], self.num_vectors[adapter_name], weights.dtype)
+            for indices, weights in self.selections(adapter_name)
         )
         return A, B
 
-    def chosen(self, adapter_name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Indices and weights `[…, topk]` that an adapter in compact form has, for `A` and for `B`."""
+    def selections(self, adapter_name: str) -> tuple[Selection, Selection]:
+        """Return the vectors that the tiles of `A` and of `B` select, in any storage format."""
         dtype = torch.promote_types(self.bank(adapter_name).dtype, torch.float32)
-        if self.form[adapter_name] is Form.WEIGHTS:
-            weights_A = all_weights(self.vblora_logits_A_topk_weights(adapter_name).to(dtype))
-            weights_B = all_weights(self.vblora_logits_B_topk_weights(adapter_name).to(dtype))
-        else:
-            weights_A = self.vblora_logits_A(adapter_name).softmax(-1, dtype)
-            weights_B = self.vblora_logits_B(adapter_name).softmax(-1, dtype)
-        return (
-            (self.vblora_logits_A_topk_indices(adapter_name), weights_A),
-            (self.vblora_logits_B_topk_indices(adapter_name), weights_B),
-        )
+        name_A, name_B = LOGITS
+        selection_A = self._selection(name_A, adapter_name, dtype)
+        return selection_A, self._selection(name_B, adapter_name, dtype)
+
+    def _selection(self, logits: str, adapter_name: str, dtype: torch.dtype) -> Selection:
+        """Return the vectors that the tiles of one factor select.
+
+        Args:
+            logits: Name of the container of its logits.
+            adapter_name: The adapter's name.
+            dtype: Dtype of the weights.
+        """
+        storage_format = self.storage_format[adapter_name]
+        if storage_format is Form.LOGITS:
+            topk = self.topk[adapter_name]
+            indices, selected = select_topk(getattr(self, logits)(adapter_name), topk)
+            return Selection(indices, selected.softmax(-1, dtype))
+        indices = getattr(self, logits + INDICES)(adapter_name)
+        if storage_format is Form.WEIGHTS:
+            weights = getattr(self, logits + WEIGHTS)(adapter_name)
+            return Selection(indices, all_weights(weights.to(dtype)))
+        return Selection(indices, getattr(self, logits)(adapter_name).softmax(-1, dtype))
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """`A [r, in]` and `B [out, r]`, the layer's scale and the gate in `B`."""
+        """Return `A [r, in]` and `B [out, r]`, with the layer's scale and the gate in `B`."""
         A, B = self._composed(adapter_name)
         if adapter_name in self.vblora_gate:
             B = B * self.vblora_gate(adapter_name)
         return A, scaled(B, self.scaling[adapter_name])
 
     def _composed(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """`A [r, in]` and `B [out, r]` as they are made of vectors; nothing may write to them."""
+        """Return `A [r, in]` and `B [out, r]` as composed. They may come from the inference cache,
+        so nothing may write to them.
+        """
         bank = self.bank(adapter_name)
-        if self.form[adapter_name] is Form.LOGITS:
+        if self.storage_format[adapter_name] is Form.LOGITS:
             topk, sources = self.topk[adapter_name], (*self.logits(adapter_name), bank)
             if self._modules["vblora_logits_A"]._parameters.get(adapter_name) is sources[0]:  # type: ignore[union-attr]
                 A, B = reuse(
                     self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk)
                 )
-            else:  # offloaded, and here for this call only
+            else:  # offloaded tensors exist for this call only
                 A, B = compose_factors(*sources, topk)
         else:
-            of_A, of_B = self.chosen(adapter_name)
-            A, B = place_tiles(mix(*of_A, bank), mix(*of_B, bank))
+            selection_A, selection_B = self.selections(adapter_name)
+            A, B = place_tiles(mix(*selection_A, bank), mix(*selection_B, bank))
         return self._to_size(A, B)
 
     def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors `[…, r, in]` and `[…, out, r]` without what their last tiles have too much."""
+        """Cut the last tiles of factors `[…, r, in]` and `[…, out, r]` to the layer's sizes."""
         (*_, columns), (*_, rows, _) = shapes(A, B)
         if columns != self.geometry.in_features:
             A = A[..., : self.geometry.in_features]
@@ -270,21 +280,21 @@ class VBLoRALayer(BaseTunerLayer):
         return A, B
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """`B·A` in the base weight's layout."""
+        """Return `B·A` in the base weight's layout."""
         return self.delta_recipe(adapter_name).weight()
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """The factors as composed."""
+        """Return the composed factors, for exact merging."""
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of factors of rank `r`, beside composing them once for a forward."""
+        """Return the cost of factors of rank `r`, without composing them once for a forward."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
     ) -> LowRank:
-        """`B·A` as composed, exact of rank `r`."""
+        """Return `B·A`, exact at rank `r`."""
         A, B = self.factors(adapter_name)
         return approximate(B.detach(), A.detach(), rank)
 
@@ -352,13 +362,15 @@ class VBLoRALayer(BaseTunerLayer):
         return super()._apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
 
     def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
-        """Those of a call's adapters that can be applied together: compact ones, not scaled, whose
-        tensors are in the same buffers, over the same bank.
+        """Return groups of a call's adapters that can be applied together: compact, not scaled,
+        without a gate, over one bank, with tensors in the same buffers.
         """
-        places = [getattr(self, name + end).place for name in LOGITS for end in (INDICES, WEIGHTS)]
+        locations = [
+            getattr(self, name + end).location for name in LOGITS for end in (INDICES, WEIGHTS)
+        ]
         bank_key, form, scaling, gated = (
             self.bank_key,
-            self.form,
+            self.storage_format,
             self.scaling,
             self.vblora_gate._parameters,
         )
@@ -368,7 +380,7 @@ class VBLoRALayer(BaseTunerLayer):
                 scale = scaling[name]
                 if not isinstance(scale, Tensor) and scale == 1:
                     kinds.setdefault(
-                        (bank_key[name], *[place(name)[0] for place in places]), []
+                        (bank_key[name], *[location(name).buffer for location in locations]), []
                     ).append(name)
         return map(tuple, kinds.values())
 
@@ -380,7 +392,7 @@ class VBLoRALayer(BaseTunerLayer):
         result: Tensor,
         shared: RowOwners,
     ) -> Tensor:
-        """`result` with the parts of several adapters of one kind, each added to its samples' rows."""
+        """Return `result` plus the deltas of a group of adapters, each on its samples' rows."""
         bank = self.bank(names[0])
         tiles = []
         for name in LOGITS:
@@ -403,11 +415,12 @@ class VBLoRALayer(BaseTunerLayer):
         return result + delta if is_all else result.index_add(0, rows, delta)
 
     @staticmethod
-    def _rows_of(holder: PackedTensors, names: tuple[str, ...], batch: AdapterBatch) -> Tensor:
-        """The entries of adapters that are in one buffer, `[names, …]`."""
-        place = holder.place
-        pack = holder.pack(place(names[0])[0])
-        return pack[batch.index_tensor(tuple([place(name)[1] for name in names]), pack.device)]
+    def _rows_of(packed: PackedTensors, names: tuple[str, ...], batch: AdapterBatch) -> Tensor:
+        """Return the packed tensors of a group of adapters, `[names, …]`."""
+        location = packed.location
+        buffer = packed.buffer(location(names[0]).buffer)
+        rows = tuple([location(name).row for name in names])
+        return buffer[batch.index_tensor(rows, buffer.device)]
 
 
 class Linear(VBLoRALayer):

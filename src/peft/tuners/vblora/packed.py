@@ -35,7 +35,7 @@ class PackedTensors(AdapterContainer, nn.Module):
     Example:
         >>> packed = PackedTensors()
         >>> packed["a"], packed["b"] = torch.tensor([1, 2]), torch.tensor([3, 4])
-        >>> packed("b"), packed.place("a").row, packed.place("b").row
+        >>> packed("b"), packed.location("a").row, packed.location("b").row
         (tensor([3, 4]), 0, 1)
         >>> list(packed.state_dict())
         ['a', 'b']
@@ -43,7 +43,7 @@ class PackedTensors(AdapterContainer, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._places: dict[str, Location] = {}
+        self._locations: dict[str, Location] = {}
         self._free_rows: dict[str, list[int]] = {}
 
     def forward(self, name: str) -> Tensor:
@@ -59,31 +59,31 @@ class PackedTensors(AdapterContainer, nn.Module):
         more = [f"… {len(self) - len(shown)} more"] if len(self) > len(shown) else []
         return ", ".join([*shown, *more])
 
-    def place(self, name: str) -> Location:
+    def location(self, name: str) -> Location:
         """Return the buffer and the row of a tensor."""
-        return self._places[name]
+        return self._locations[name]
 
-    def pack(self, name: str) -> Tensor:
+    def buffer(self, name: str) -> Tensor:
         """Return a buffer `[rows, *shape]`; some rows may be free."""
         buffer = self._buffers[name]
         assert buffer is not None
         return buffer
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
-        return self.pack(place.buffer)[place.row]
+        location = self._locations[name]
+        return self.buffer(location.buffer)[location.row]
 
     @torch.no_grad()
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        if name in self._places:
+        if name in self._locations:
             del self[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
         buffer = "_".join(["pack", *map(str, tensor.shape), dtype])
         if not self._free_rows.setdefault(buffer, []):
             self._grow(buffer, tensor)
         row = self._free_rows[buffer].pop()
-        self.pack(buffer)[row].copy_(tensor)
-        self._places[name] = Location(buffer, row)
+        self.buffer(buffer)[row].copy_(tensor)
+        self._locations[name] = Location(buffer, row)
 
     def _grow(self, name: str, tensor: Tensor) -> None:
         """Double a buffer's rows, or make one with a row for a tensor of this shape and dtype."""
@@ -97,24 +97,24 @@ class PackedTensors(AdapterContainer, nn.Module):
         self._free_rows[name].extend(reversed(range(before, after)))
 
     def __delitem__(self, name: str) -> None:
-        buffer, row = self._places.pop(name)
+        buffer, row = self._locations.pop(name)
         self._free_rows[buffer].append(row)
-        if len(self._free_rows[buffer]) == len(self.pack(buffer)):
+        if len(self._free_rows[buffer]) == len(self.buffer(buffer)):
             del self._buffers[buffer], self._free_rows[buffer]
             self._non_persistent_buffers_set.discard(buffer)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors."""
-        return ((name, self[name]) for name in list(self._places))
+        return ((name, self[name]) for name in list(self._locations))
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storage formats of a VB-LoRA adapter in a model and in a file, and the conversions.
 
-Tensors of each factor in the model, `vblora_logits_A` and likewise `B`, by `Form`:
+Tensors of each factor in the model, by `Form`; `B` has the same as `A`:
 
 | format | tensors | use |
 |---|---|---|
-| `LOGITS` | `vblora_logits_A [..., num_vectors]` | training and inference |
-| `CHOSEN` | `vblora_logits_A [..., topk]`, `…_topk_indices [..., topk]` | training after a compact file |
+| `LOGITS` | `vblora_logits_A [..., num_vectors]` | training, inference |
+| `CHOSEN` | `vblora_logits_A [..., topk]`, `…_topk_indices [..., topk]` | training weights |
 | `WEIGHTS` | `…_topk_indices [..., topk]`, `…_topk_weights [..., topk - 1]` | inference |
 
 Tensors of each factor in a file:
@@ -14,16 +14,16 @@ Tensors of each factor in a file:
 | format | tensors | option |
 |---|---|---|
 | full | `vblora_logits_A [..., num_vectors]` | default |
-| compact | `…_topk_indices [..., topk]` in uint8, int16, int32 or int64 | `save_only_topk_weights` |
-| | `…_topk_weights [..., topk - 1]` in float32 or half precision | `topk_weights_dtype` |
+| compact | `…_topk_indices [..., topk]`, uint8 to int64 | `save_only_topk_weights` |
+| | `…_topk_weights [..., topk - 1]`, float32 or half | `topk_weights_dtype` |
 
 The bank in a file, `vblora_vector_bank`:
 
 | bank | shape | option |
 |---|---|---|
 | own | `[num_vectors, vector_length]` | default |
-| shared | `[0, vector_length]`; the vectors are in a file of their own (`shared_bank.py`) | `bank` |
-| own, with a gate | `[1, num_vectors, vector_length]`; `vblora_gate [1]` for each layer | `output_gate` |
+| shared | `[0, vector_length]`; its vectors are in another file (`shared_bank.py`) | `bank` |
+| own, with gates | `[1, num_vectors, vector_length]`; each layer has `vblora_gate [1]` | `output_gate` |
 
 The shapes of the last two make other readers refuse the file; they know neither shared banks nor
 gates and would compute something else.
@@ -86,7 +86,7 @@ def _exported_factor(
 
 
 def import_state(state: Mapping[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-    """Convert the tensors of a file to those of an adapter in a model, in the format `config.form`.
+    """Convert the tensors of a file to those of an adapter in a model, in format `config.form`.
 
     Raises:
         CheckpointError: Indices have no weights or point beyond the bank, a bank is missing, or the

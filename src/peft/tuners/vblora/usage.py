@@ -16,8 +16,6 @@ from ...base.containers import walk
 from ...checkpoint.files import write_report
 from ...checkpoint.paths import as_folder
 from ...core.adapter_choice import adapter_of
-from .bank import select_topk
-from .config import Form
 from .layer import VBLoRALayer
 from .plotting import plot_bank_usage
 
@@ -199,18 +197,10 @@ def bank_usage(model: nn.Module, adapter_name: str | None = None) -> BankUsage:
             continue
         num_vectors = len(layer.bank(adapter_name))
         path = path.removeprefix("base_model.model.")
-        for factor, (indices, weights) in zip("AB", _selections(layer, adapter_name), strict=True):
+        for factor, (indices, weights) in zip("AB", layer.selections(adapter_name), strict=True):
             indices = indices.detach().cpu().long().flatten()
             weights = weights.detach().cpu().double().flatten()
             total = torch.zeros(num_vectors, dtype=torch.float64).index_add(0, indices, weights)
             counts = torch.bincount(indices, minlength=num_vectors)
             uses.append(FactorUsage(path, factor, counts, total))
     return BankUsage(uses, num_vectors)
-
-
-def _selections(layer: VBLoRALayer, adapter_name: str) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return indices and weights `[…, topk]` of `A` and of `B`."""
-    if layer.form[adapter_name] is not Form.LOGITS:
-        return layer.chosen(adapter_name)
-    found = (select_topk(logits, layer.topk[adapter_name]) for logits in layer.logits(adapter_name))
-    return tuple((indices, logits.softmax(-1, dtype=torch.float32)) for indices, logits in found)
