@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What state the adapters in a model are in: layer by layer, and summed up."""
+"""State of the adapters in a model: of each layer, and of the model as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
@@ -17,26 +17,28 @@ from .core.auxiliary import AuxiliaryTrainingWrapper
 from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer
 from .core.weights import is_quantized
-from .integrations import quantization
+from .integrations.quantization import storage_format
 
 Irregular = Literal["irregular"]
+T = TypeVar("T")
 
 
 @dataclass
 class TunerLayerStatus:
-    """The state of one layer.
+    """State of one layer.
 
     Args:
         name: Its path in the model.
-        module_type: Method and class, such as "lokr.Linear".
-        enabled: Whether its adapters are switched on.
-        active_adapters: Names of the active adapters, those included that this layer lacks.
+        module_type: Method and class ("lokr.Linear"); the class alone for a module that is trained
+            beside the adapters.
+        enabled: False if its adapters are switched off.
+        active_adapters: Names of the model's active adapters; the layer may lack some of them.
         merged_adapters: Names of the adapters whose delta is in the weight.
-        requires_grad: By adapter, whether it is trainable; "irregular" if only some of its
-            parameters are.
-        available_adapters: Names of the adapters the layer has, sorted.
-        devices: By adapter, the kinds of devices its parameters are on.
-        quantization_backend: What keeps the base weight in few bits, None where it is not.
+        requires_grad: True for a trainable adapter, by name; "irregular" if only some of its
+            parameters are trainable.
+        available_adapters: Names of the adapters that the layer has, sorted.
+        devices: Kinds of the devices of each adapter's parameters, by name.
+        quantization_backend: Storage format of a quantized base weight, None for other weights.
     """
 
     name: str
@@ -52,23 +54,22 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The state of a model's adapters. What is not the same on all layers is "irregular".
+    """State of a model's adapters. A value that differs from layer to layer is "irregular".
 
     Args:
         base_model_type: The base model's class; "other" for a model that is neither a `PeftModel`
-            nor of transformers.
-        adapter_model_type: The tuner's class, "None" for a model that adapters were injected into.
-        peft_types: The method of each adapter, empty for a model that adapters were injected into.
+            nor one of transformers.
+        adapter_model_type: The tuner's class; "None" for a model that adapters were injected into.
+        peft_types: The method of each adapter; empty for a model that adapters were injected into.
         trainable_params, total_params: Numbers of parameters of the whole model.
-        num_adapter_layers: How many layers have adapters.
-        enabled: Whether adapters are switched on.
+        num_adapter_layers: Number of layers with adapters.
+        enabled: False if the adapters are switched off.
         active_adapters: Names of the active adapters.
-        merged_adapters: Names of the adapters whose deltas are in the weights, as far as the layers
-            have them.
-        requires_grad: By adapter, whether it is trainable.
+        merged_adapters: Names of the merged adapters, compared over the layers that have them.
+        requires_grad: True for a trainable adapter, by name.
         available_adapters: Names of all adapters, sorted.
-        devices: By adapter, the kinds of devices its parameters are on, sorted.
-        quantization_backend: What keeps the base weights in few bits.
+        devices: Kinds of the devices of each adapter's parameters, by name, sorted.
+        quantization_backend: Storage format of quantized base weights, None for other weights.
     """
 
     base_model_type: str
@@ -87,26 +88,26 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of each layer with adapters, modules that are trained beside them included.
+    """Return the state of each layer with adapters, and of each module that is trained beside them.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
 
     Returns:
-        In the order of the layers in the model.
+        The states, in the order of the layers in the model.
 
     Raises:
-        PeftTypeError: Not a model.
-        PeftValueError: There are no adapters in it.
+        PeftTypeError: `model` is no module of torch.
+        PeftValueError: The model has no adapters.
 
     Example:
-        >>> import torch
         >>> from peft import LoKrConfig, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoKrConfig(target_modules=["0"]))
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LoKrConfig(target_modules=["0"]))
         >>> get_layer_status(model)[0].module_type
         'lokr.Linear'
     """
-    model = _plain(model)
+    model = _uncompiled(model)
     searched = model.base_model if isinstance(model, BasePeftModel) else model
     result = [
         _layer_status(path, module)
@@ -116,41 +117,38 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if not result:
         raise PeftValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that "
-            "you have PEFT adapters injected in "
-            "the model."
+            "you have PEFT adapters injected in the model."
         )
     return result
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of a model's adapters, summed up over the layers.
+    """Return the state of a model's adapters, summed up over its layers.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
 
     Raises:
-        PeftTypeError: Not a model.
-        PeftValueError: There are no adapters in it.
+        PeftTypeError: `model` is no module of torch.
+        PeftValueError: The model has no adapters.
 
     Example:
-        >>> import torch
         >>> from peft import LoKrConfig, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoKrConfig(target_modules=["0"]))
-        >>> status = get_model_status(model)
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> status = get_model_status(get_peft_model(base, LoKrConfig(target_modules=["0"])))
         >>> status.active_adapters, status.enabled, status.requires_grad
         (['default'], True, {'default': True})
     """
-    model = _plain(model)
+    model = _uncompiled(model)
     layers = get_layer_status(model)
-    base, tuner, methods = _kinds(model)
-    trainable, total = BasePeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
+    # The others are modules that are trained beside the adapters.
+    adapted = [layer for layer in layers if "." in layer.module_type]
     names = sorted({name for layer in layers for name in layer.available_adapters})
     by_name = {
         name: [layer for layer in layers if name in layer.available_adapters] for name in names
     }
-    adapted = [
-        layer for layer in layers if "." in layer.module_type
-    ]  # the others are trained whole
+    base, tuner, methods = _kinds(model)
+    trainable, total = BasePeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
     return TunerModelStatus(
         base_model_type=base,
         adapter_model_type=tuner,
@@ -158,73 +156,75 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=_same(layer.enabled for layer in layers),
+        enabled=_common([layer.enabled for layer in layers]),
         active_adapters=_active(layers, adapted),
         merged_adapters=_merged(adapted),
         requires_grad={
-            name: _same(layer.requires_grad[name] for layer in own) for name, own in by_name.items()
+            name: _common([layer.requires_grad[name] for layer in own])
+            for name, own in by_name.items()
         },
         available_adapters=names,
         devices={
-            name: sorted({d for layer in own for d in layer.devices[name]})
+            name: sorted({device for layer in own for device in layer.devices[name]})
             for name, own in by_name.items()
         },
-        quantization_backend=_same(layer.quantization_backend for layer in adapted)
-        if adapted
-        else None,
+        quantization_backend=_common([layer.quantization_backend for layer in adapted] or [None]),
     )
 
 
-def _plain(model: Any) -> nn.Module:
-    """The model inside what `torch.compile` puts around it."""
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside the module that `torch.compile` puts around it."""
     if not isinstance(model, nn.Module):
         raise PeftTypeError(f"The state of adapters is that of a model, got {type(model)}.")
     return model._modules.get("_orig_mod") or model
 
 
-def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
-    """The state of a layer, or of a module trained beside adapters."""
-    is_layer = isinstance(layer, BaseTunerLayer)
-    read = layer.adapter_tensors if is_layer else layer.parameters_of
-    parameters = {
-        name: list(read(name)) for name in sorted(layer.scaling if is_layer else layer.adapters)
-    }
-    names = [
-        name for name, own in parameters.items() if own
-    ]  # a head may use the rows of the embedding it is tied to
+def _layer_status(path: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> TunerLayerStatus:
+    """Return the state of a layer, or of a module that is trained beside the adapters."""
+    tensors: dict[str, list[Tensor]]
+    kind, merged, backend = type(layer).__name__, list[str](), None
+    if isinstance(layer, BaseTunerLayer):
+        kind, merged = f"{_method(layer)}.{kind}", list(layer.merged_adapters)
+        backend = _backend(layer.get_base_layer())
+        tensors = {name: list(layer.adapter_tensors(name)) for name in sorted(layer.scaling)}
+    else:
+        tensors = {name: list(layer.parameters_of(name)) for name in sorted(layer.adapters)}
+    # An output head has no tensors where it uses the rows of the embedding that it is tied to.
+    tensors = {name: own for name, own in tensors.items() if own}
     return TunerLayerStatus(
         name=path,
-        module_type=f"{_method(layer)}.{type(layer).__name__}"
-        if is_layer
-        else type(layer).__name__,
+        module_type=kind,
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
-        merged_adapters=list(layer.merged_adapters) if is_layer else [],
-        requires_grad={name: _same(p.requires_grad for p in parameters[name]) for name in names},
-        available_adapters=names,
-        devices={name: sorted({p.device.type for p in parameters[name]}) for name in names},
-        quantization_backend=_backend(layer.get_base_layer()) if is_layer else None,
+        merged_adapters=merged,
+        requires_grad={
+            name: _common([tensor.requires_grad for tensor in own]) for name, own in tensors.items()
+        },
+        available_adapters=list(tensors),
+        devices={
+            name: sorted({tensor.device.type for tensor in own}) for name, own in tensors.items()
+        },
+        quantization_backend=backend,
     )
 
 
 def _method(layer: BaseTunerLayer) -> str:
-    """The name of a layer's method, in lower case."""
+    """Return the name of a layer's method, in lower case."""
     for peft_type, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if isinstance(layer, tuner.tuner_layer_cls):  # type: ignore[attr-defined]
+        if isinstance(layer, tuner.tuner_layer_cls):
             return PeftType(peft_type).value.lower()
     return type(layer).__module__.rpartition(".")[2]
 
 
 def _backend(base: nn.Module) -> str | None:
-    """What keeps a layer's weight in few bits."""
-    form = quantization.storage_format(base)
-    if form is not None:
-        return form.name
+    """Return the storage format of a layer's weight; the layer's class if the format is unknown."""
+    if known := storage_format(base):
+        return known.name
     return type(base).__name__ if is_quantized(base) else None
 
 
 def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:
-    """The kinds of base model and tuner, and the method of each adapter."""
+    """Return `base_model_type`, `adapter_model_type` and `peft_types` of a model's status."""
     if isinstance(model, BasePeftModel):
         methods = {
             name: PeftType(config.peft_type).value for name, config in model.peft_config.items()
@@ -234,32 +234,32 @@ def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:
     return type(model).__name__ if is_known else "other", "None", {}
 
 
-def _same(values: Iterable[Any]) -> Any:
-    """The value that all have, "irregular" if there are several."""
-    first, *others = values
-    return first if all(value == first for value in others) else "irregular"
+def _common(values: Sequence[T]) -> T | Irregular:
+    """Return the value that all have, "irregular" if there are several."""
+    return values[0] if all(value == values[0] for value in values) else "irregular"
 
 
 def _active(
     layers: list[TunerLayerStatus], adapted: list[TunerLayerStatus]
 ) -> list[str] | Irregular:
-    """The active adapters, if all layers agree on them, those apart that lack one."""
-    active = _same(layer.active_adapters for layer in adapted or layers)
-    for layer in layers if active != "irregular" else ():
-        if layer not in adapted and layer.active_adapters != [
-            name for name in active if name in layer.available_adapters
-        ]:
+    """Return the active adapters if all layers agree on them. A module that is trained beside them
+    may lack some.
+    """
+    active = _common([layer.active_adapters for layer in adapted or layers])
+    if active == "irregular":
+        return active
+    for layer in layers:
+        own = [name for name in active if name in layer.available_adapters]
+        if "." not in layer.module_type and layer.active_adapters != own:
             return "irregular"
     return active
 
 
 def _merged(adapted: list[TunerLayerStatus]) -> list[str] | Irregular:
-    """The merged adapters, if all layers that have them agree."""
+    """Return the merged adapters if all layers that have them agree."""
     merged = list(dict.fromkeys(name for layer in adapted for name in layer.merged_adapters))
-    agree = all(
-        name in layer.merged_adapters
-        for layer in adapted
-        for name in merged
-        if name in layer.available_adapters
-    )
-    return merged if agree else "irregular"
+    for layer in adapted:
+        own = [name for name in merged if name in layer.available_adapters]
+        if not set(layer.merged_adapters).issuperset(own):
+            return "irregular"
+    return merged
