@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter would be on a model, before it is made: sizes, cost, rank. Works on the meta
-device; the model is left alone.
+"""`plan`: size, cost and rank of an adapter before it is made. It works on the meta device and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base.geometry import columns
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
@@ -28,20 +28,20 @@ from .core.tuner import BaseTuner
 
 @dataclass
 class LayerPlan:
-    """What an adapter would be on one layer.
+    """An adapter on one layer, as planned.
 
     Args:
         path: The layer's path.
-        layer: Its kind and size.
+        layer: The layer's class and size.
         tensors: Shapes of the adapter's tensors by name.
-        parameters: Their number.
+        parameters: Number of the adapter's parameters.
         bytes: Their size in memory.
-        multiplications: Of the adapter, for each row of the layer's input or position of its
-            output.
-        base_multiplications: Of the layer itself.
-        rank: The largest rank that the delta can have.
-        full_rank: That of the layer's weight.
-        remarks: What the config may not have been meant to say.
+        multiplications: Multiplications that the adapter adds for each row of the layer's input,
+            or position of a convolution's output.
+        base_multiplications: Multiplications of the layer itself.
+        rank: Largest rank that the delta can have.
+        full_rank: Largest rank that the layer's weight can have.
+        remarks: Sentences about options that probably do not do what was meant.
     """
 
     path: str
@@ -58,17 +58,19 @@ class LayerPlan:
 
 @dataclass(repr=False)
 class AdapterPlan:
-    """What an adapter would be on a model; printed, a table. In it, layers that differ only by a
-    number in their path and are adapted alike share a row: `layers.*.q_proj` stands for all of the
-    model's, `layers.{0-3,7}.q_proj` for some.
+    """An adapter on a model, as planned. Print it for a table.
+
+    In the table, layers that are adapted alike and differ only by a number in their path share a
+    row: `layers.*.q_proj` stands for all such layers of the model, `layers.{0-3,7}.q_proj` for
+    some.
 
     Args:
         method: The method's name.
-        layers: What it has on each layer.
-        shared: Tensors of all layers together, of whole modules and of rows of embeddings: number
-            of elements by name.
-        bytes: Size in memory of all of it.
-        base_parameters: Parameters of the model.
+        layers: The adapter on each layer.
+        shared: Number of elements, by name, of tensors that belong to no single layer: parameters
+            shared by all layers, modules to save, trainable rows of embeddings.
+        bytes: Size of the adapter in memory.
+        base_parameters: Number of the model's parameters.
         module_paths: Paths of the model's modules.
     """
 
@@ -81,22 +83,22 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """All that would be trained."""
+        """Number of trainable parameters."""
         return sum(layer.parameters for layer in self.layers) + sum(self.shared.values())
 
     @property
     def multiplications(self) -> int:
-        """Of the adapter in all layers, for a row that passes each of them once."""
+        """Multiplications of the adapter in all layers, for one row through each."""
         return sum(layer.multiplications for layer in self.layers)
 
     @property
     def base_multiplications(self) -> int:
-        """Of the adapted layers themselves."""
+        """Multiplications of the adapted layers themselves."""
         return sum(layer.base_multiplications for layer in self.layers)
 
     @property
     def remarks(self) -> dict[str, list[str]]:
-        """Each remark with the paths of the layers it is about."""
+        """Paths of the layers that each remark is about."""
         result: dict[str, list[str]] = {}
         for layer in self.layers:
             for remark in layer.remarks:
@@ -111,15 +113,12 @@ class AdapterPlan:
             for row in rows
         ]
         lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
-        share, work = (
-            self.parameters / max(self.base_parameters, 1),
-            self.multiplications / max(self.base_multiplications, 1),
-        )
+        share = self.parameters / max(self.base_parameters, 1)
+        work = self.multiplications / max(self.base_multiplications, 1)
         lines.append(
             f"{self.method} on {self._count()}: {self.parameters:,} parameters ({share:.2%} of the "
-            "model's), "
-            f"{self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} ({work:.1%} of those "
-            "layers' own)"
+            f"model's), {self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} "
+            f"({work:.1%} of those layers' own)"
         )
         for remark, paths in self.remarks.items():
             where = f"`{paths[0]}`" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
@@ -127,24 +126,25 @@ class AdapterPlan:
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
-        """A row for each layer; those that differ by numbers in their paths share one."""
+        """Yield the table's rows. Layers that differ only by numbers in their paths share one."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for plan in self.layers:
             factors = ", ".join(
                 f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items()
             )
-            row: tuple[str, ...] = (
+            row = (
+                _starred(plan.path),
                 plan.layer,
                 factors,
                 f"{plan.parameters:,}",
                 f"{2 * plan.multiplications:,}",
                 f"{plan.rank} of {plan.full_rank}",
             )
-            groups.setdefault((_starred(plan.path), *row), []).append(plan.path)
+            groups.setdefault(row, []).append(plan.path)
         alike = Counter(map(_starred, self.module_paths or [plan.path for plan in self.layers]))
         for (pattern, *cells), paths in groups.items():
-            whole = len(paths) == alike[pattern] and len(paths) > 1
-            for name, count in [(pattern, len(paths))] if whole else _numbered(paths):
+            is_all = len(paths) == alike[pattern] and len(paths) > 1
+            for name, count in [(pattern, len(paths))] if is_all else _numbered(paths):
                 yield (f"{name} ({count}x)" if count > 1 else name, *cells)
 
     def _count(self) -> str:
@@ -153,13 +153,18 @@ class AdapterPlan:
     def __repr__(self) -> str:
         return (
             f"<AdapterPlan: {self.method} on {self._count()}, {self.parameters:,} parameters, "
-            f"{self.bytes:,} bytes; "
-            "print it for a table>"
+            f"{self.bytes:,} bytes; print it for a table>"
         )
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: _Printer, cycle: bool) -> None:
         """Show the table in a notebook."""
         printer.text(str(self))
+
+
+class _Printer(Protocol):
+    """The printer that IPython passes to `_repr_pretty_`."""
+
+    def text(self, text: str) -> None: ...
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
@@ -171,7 +176,7 @@ def _starred(path: str) -> str:
 
 
 def _numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
-    """Return names for paths that differ by numbers only, with how many paths each stands for.
+    """Yield names for paths that differ by numbers only, with the number of paths of each.
 
     Example:
         >>> list(_numbered(["a.0.b", "a.1.b", "a.2.b", "a.5.b"]))
@@ -193,7 +198,7 @@ def _numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return sorted numbers in short: one as it is, several in braces."""
+    """Return sorted numbers in short: "7" for one, "{0-3,7}" for several."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []
@@ -202,31 +207,28 @@ def _ranges(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return (
-        "{"
-        + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-        + "}"
-    )
+    texts = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{{{','.join(texts)}}}"
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:
-    """What an adapter would be on a model: for each layer and in total its tensors, parameters,
-    bytes, FLOPs and largest rank, with remarks where a config may not do what was meant.
+    """Plan an adapter without making it: count its tensors, parameters, bytes, FLOPs and largest
+    rank, for each layer and in total. Remarks name options that probably do not do what was meant.
 
-    Nothing is allocated and neither model nor config is changed, so that a model on the meta device
-    does as well as a loaded one.
+    Nothing is allocated, and neither model nor config is changed. A model on the meta device gives
+    the same plan as a loaded one.
 
     Args:
         model: A base model, on any device.
-        config: Of any method.
-        adapter_name: The name it would have.
+        config: A config of any method.
+        adapter_name: The adapter's name.
 
     Returns:
         A plan, to print or to read.
 
     Raises:
-        PeftTypeError: Not a config.
-        PeftValueError: As `get_peft_model`: the config is invalid or does not fit the model.
+        PeftTypeError: `config` is no config.
+        PeftValueError: The config is invalid or does not fit the model, as for `get_peft_model`.
 
     Example:
         >>> from peft import LoKrConfig, plan
@@ -259,42 +261,45 @@ def _layer_plan(
     path: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig
 ) -> LayerPlan:
     size, cost = layer.geometry, layer.adapter_cost(adapter_name, config)
-    tensors, numbers, memory = {}, 0, 0
-    for holder in layer.container_names:
-        container = getattr(layer, holder)
-        if adapter_name in container:
-            entry = container[adapter_name]
-            own = entry.named_parameters() if isinstance(entry, nn.Module) else [("", entry)]
-            for name, tensor in own:
-                tensors[f"{holder}.{name}" if name else holder] = tuple(tensor.shape)
-                numbers, memory = (
-                    numbers + tensor.numel(),
-                    memory + tensor.numel() * tensor.element_size(),
-                )
-    wide = columns(size)
+    tensors = dict(_named_tensors(layer, adapter_name))
+    inputs = columns(size)
     return LayerPlan(
-        path,
-        _kind(layer),
-        tensors,
-        numbers,
-        memory,
-        cost.multiplications,
-        size.out_features * wide,
-        cost.rank,
-        min(size.out_features, wide),
-        cost.remarks,
+        path=path,
+        layer=_kind(layer),
+        tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        multiplications=cost.multiplications,
+        base_multiplications=size.out_features * inputs,
+        rank=cost.rank,
+        full_rank=min(size.out_features, inputs),
+        remarks=cost.remarks,
     )
 
 
+def _named_tensors(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield an adapter's tensors in a layer, by the names of container and parameter."""
+    for attribute in layer.container_names:
+        container = getattr(layer, attribute)
+        if adapter_name not in container:
+            continue
+        entry = container[adapter_name]
+        if isinstance(entry, nn.Module):
+            for name, parameter in entry.named_parameters():
+                yield f"{attribute}.{name}", parameter
+        else:
+            yield attribute, entry
+
+
 def _kind(layer: BaseTunerLayer) -> str:
-    """A layer's kind and size, in few words."""
+    """Return a layer's class and size in words: "Conv2d 4->8 3x3"."""
     size = layer.geometry
     kernel = f" {'x'.join(map(str, size.kernel_size))}" if size.kernel_size else ""
     return f"{type(innermost(layer)).__name__} {size.in_features}->{size.out_features}{kernel}"
 
 
 def _shared(build: Build) -> dict[str, int]:
-    """What an adapter has beside its layers' own tensors."""
+    """Return `AdapterPlan.shared` of a finished adapter."""
     shared = {name: parameter.numel() for name, parameter in build.shared.items()}
     copies = {
         path: sum(p.numel() for p in module.parameters()) for path, module in build.copies.items()
