@@ -2,12 +2,11 @@
 """Parameter-efficient fine-tuning with Poly, VB-LoRA and LoKr: an independent implementation of the
 PEFT interface.
 
-Importing this package imports torch and nothing heavier; transformers, huggingface_hub and others
-are imported where used.
+Importing this package imports torch. transformers, huggingface_hub and other libraries are imported
+by the functions that need them.
 """
 
 import typing as _typing
-from typing import Any as _Any
 
 from . import functional as functional
 from . import helpers as helpers
@@ -73,8 +72,8 @@ if _typing.TYPE_CHECKING:
     from .base.placeholder_names import *  # noqa: F403
 else:
 
-    def __getattr__(name: str) -> _Any:
-        """Give names of the interface that are not provided here as classes that no object is of."""
+    def __getattr__(name: str) -> type:
+        """Return the placeholder for a name that this package does not implement."""
         return _placeholder(name, __name__)
 
 

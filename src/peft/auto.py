@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AutoPeftModel…`: load an adapter and the base model its config names, in one call."""
+"""`AutoPeftModel…`: load an adapter together with the base model that its config names."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
 
 from .base.errors import PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
@@ -18,43 +20,50 @@ from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
 
+class _ModelClass(Protocol):
+    """A class of another library that loads models."""
+
+    def from_pretrained(self, name: str, **options: object) -> nn.Module: ...
+
+
 class AutoPeftModel:
-    """Loads a saved adapter together with its base model.
+    """Loader of a saved adapter together with its base model.
 
     Example:
         `model = AutoPeftModelForCausalLM.from_pretrained("my-adapter")`
     """
 
-    # The task this class is for, and the transformers class that loads its base model.
+    # The task of the class, and the transformers class that loads its base models.
     _task: ClassVar[TaskType | None] = None
     _auto_class: ClassVar[str | None] = None
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load an adapter and its base model. Where the adapter was saved with an embedding or a
-        head of another number of tokens, the base model gets that number first.
+        """Load an adapter and its base model. If the adapter was saved with an embedding or a head
+        of another number of tokens, the base model is resized first.
 
         Args:
-            pretrained_model_name_or_path: The adapter: a local folder, or an id on the Hub.
-            adapter_name: Name for the adapter.
-            is_trainable: False freezes it and puts the model into eval mode.
-            config: Use this config in place of the saved one.
-            revision: The adapter's revision; the base model's is in its config.
-            **kwargs: For the base model's `from_pretrained` (`torch_dtype`, `device_map`, …).
-                Options for the Hub and `ignore_mismatched_sizes` go to both; `strict` to the adapter, as for `PeftModel.from_pretrained`.
+            pretrained_model_name_or_path: The adapter's local folder, or its id on the Hub.
+            adapter_name: A name for the adapter.
+            is_trainable: False freezes the adapter and puts the model into eval mode.
+            config: A config to use in place of the saved one.
+            revision: The adapter's revision; the base model's revision is in the config.
+            **kwargs: Options of the base model's `from_pretrained` (`torch_dtype`, `device_map`,
+                …). Options for the Hub and `ignore_mismatched_sizes` are for both base model and
+                adapter, `strict` for the adapter alone.
 
         Raises:
             PeftTypeError: A switch is neither True nor False.
-            PeftValueError: The adapter is for another task, or its config does not say which base
-                model it is for.
+            PeftValueError: The adapter is for another task, or its config does not name its base
+                model.
         """
         check_path(pretrained_model_name_or_path)
         fit = {
@@ -97,8 +106,12 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def _base_class(cls, config: PeftConfig) -> Any:
-        """The class that loads the base model."""
+    def _base_class(cls, config: PeftConfig) -> _ModelClass:
+        """Return the class that loads the base model.
+
+        Raises:
+            PeftValueError: The config is for another task, or does not name the class.
+        """
         if cls._auto_class is not None:
             if config.task_type != cls._task:
                 raise PeftValueError(
@@ -109,9 +122,8 @@ class AutoPeftModel:
         if config.task_type is not None:
             raise PeftValueError(
                 "Cannot use `AutoPeftModel` with a task type, please use a specific class for your "
-                "task type. "
-                "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is "
-                f"{config.task_type!r})"
+                "task type. (e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this "
+                f"adapter's is {config.task_type!r})"
             )
         mapping = config.auto_mapping or {}
         if not {"parent_library", "base_model_class"} <= mapping.keys():
@@ -125,36 +137,36 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """`AutoPeftModel` for text generation from left to right."""
+    """`AutoPeftModel` for causal language models."""
 
     _task, _auto_class = TaskType.CAUSAL_LM, "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """`AutoPeftModel` for text generation from text."""
+    """`AutoPeftModel` for encoder-decoder language models."""
 
     _task, _auto_class = TaskType.SEQ_2_SEQ_LM, "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """`AutoPeftModel` for classification of sequences."""
+    """`AutoPeftModel` for sequence classification."""
 
     _task, _auto_class = TaskType.SEQ_CLS, "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """`AutoPeftModel` for classification of tokens."""
+    """`AutoPeftModel` for token classification."""
 
     _task, _auto_class = TaskType.TOKEN_CLS, "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """`AutoPeftModel` for finding answers in a text."""
+    """`AutoPeftModel` for extractive question answering."""
 
     _task, _auto_class = TaskType.QUESTION_ANS, "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """`AutoPeftModel` for features."""
+    """`AutoPeftModel` for feature extraction."""
 
     _task, _auto_class = TaskType.FEATURE_EXTRACTION, "AutoModel"

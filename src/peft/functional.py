@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other libraries do with adapters in a model of their own, as plain functions: no `PeftModel`
-is needed around it.
+"""Functions for libraries that inject adapters into their own models, without a `PeftModel`.
 
-The adapters may be of several methods; all of an adapter is found, what its layers share included.
+The adapters may be of several methods. Each function takes all of an adapter: its layers, and the
+parameters that they share.
 """
 
 from __future__ import annotations
@@ -39,17 +39,26 @@ def set_adapter(
     inference_mode: bool = False,
     layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
 ) -> None:
-    """Make one adapter, or several that add up, the active one; others are frozen.
+    """Activate one adapter, or several whose deltas add up, and freeze the others.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
         adapter_name: Name or list of names.
-        inference_mode: Leave the active adapters frozen too.
-        layer_cls: Switch layers of this class only.
+        inference_mode: True freezes the active adapters too.
+        layer_cls: Class of the layers to switch.
 
     Raises:
-        PeftValueError: No name, an unknown one, or adapters that can't be active together; nothing
-            is changed.
+        PeftValueError: There is no such adapter, no name is given, or the adapters can't be active
+            together; nothing is changed.
+
+    Example:
+        >>> from peft import LoKrConfig
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("style", "subject"):
+        ...     model = inject_adapter_in_model(LoKrConfig(target_modules=["0"]), model, name)
+        >>> set_adapter(model, ["style", "subject"])
+        >>> model[0].active_adapters
+        ['style', 'subject']
     """
     _adapted(model, layer_cls).set_adapter(adapter_name, inference_mode)
 
@@ -65,7 +74,7 @@ def set_requires_grad(
         requires_grad: False freezes them.
 
     Raises:
-        PeftValueError: An unknown name; nothing is changed.
+        PeftValueError: There is no such adapter; nothing is changed.
     """
     _adapted(model).set_requires_grad(adapter_names, requires_grad)
 
@@ -76,18 +85,17 @@ def delete_adapter(
     prefix: str,
     layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
 ) -> list[str]:
-    """Remove an adapter and its config. If it was active, the others that were stay so, else the
-    first by name becomes active.
+    """Delete an adapter and its config. If no active adapter remains, the first by name becomes
+    active.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
         adapter_name: The adapter.
-        prefix: How names of its parameters start; accepted for compatibility, they are found
-            without.
-        layer_cls: Remove it from layers of this class only.
+        prefix: Accepted for compatibility, without effect.
+        layer_cls: Class of the layers to delete it from.
 
     Returns:
-        Names of the adapters that are active then.
+        Names of the adapters that are active afterwards.
 
     Raises:
         PeftValueError: There is no such adapter, or it is merged; nothing is changed.
@@ -101,12 +109,13 @@ def delete_adapter(
 def cast_adapter_dtype(
     model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Keep an adapter in float32 where it has fewer bits, for stable training.
+    """Cast an adapter's floating-point parameters of 16 bits or fewer to float32, which makes
+    training stable.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
         adapter_name: The adapter.
-        autocast_adapter_dtype: False leaves it as it is.
+        autocast_adapter_dtype: False casts nothing.
 
     Raises:
         PeftValueError: There is no such adapter.
@@ -126,7 +135,7 @@ def cast_adapter_dtype(
 
 
 def _adapted(model: Any, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> AdaptedModel:
-    """The adapters in a model, of whatever methods."""
+    """Return a model's tuner; for a model that adapters were injected into, one for all methods."""
     if isinstance(model, BasePeftModel):
         model = model.base_model
     if isinstance(model, AdaptedModel):

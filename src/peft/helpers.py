@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helps in using adapters: signatures of the base model, scales and precision for a while, a
-look at a folder.
-"""
+"""Helpers for models with adapters: signatures, temporary scales, a check of folders."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -31,32 +29,32 @@ __all__ = [
 ]
 
 
-# Names of the interface that are not provided here; a class stands for each.
-DoraCaching: Any
-KappaTuneSelector: Any
-MontecloraTrainerMixin: Any
-find_kappa_target_modules: Any
+# Names of the interface that this package does not implement; each is a placeholder.
+DoraCaching: type
+KappaTuneSelector: type
+MontecloraTrainerMixin: type
+find_kappa_target_modules: type
 
-if not TYPE_CHECKING:  # to which any name would be right
+if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
 
 
-def update_forward_signature(model: Any) -> None:
-    """Give a `PeftModel`'s `forward` the signature and docstring of its base model's, which name
-    what the adapter's method takes too (`task_ids`).
+def update_forward_signature(model: nn.Module) -> None:
+    """Show the signature and docstring of the base model's `forward` on a `PeftModel`'s. They list
+    the adapter's arguments (`task_ids`) too.
 
     Args:
-        model: The model, changed in place.
+        model: A `PeftModel`, changed in place.
 
     Raises:
-        PeftTypeError: It is no `PeftModel`.
+        PeftTypeError: `model` is no `PeftModel`.
 
     Example:
-        >>> import inspect, torch
         >>> from peft import PolyConfig, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), PolyConfig(target_modules=["0"]))
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> model = get_peft_model(base, PolyConfig(target_modules=["0"]))
         >>> update_forward_signature(model)
         >>> list(inspect.signature(model.forward).parameters)
         ['input', 'task_ids', 'routing_mask']
@@ -64,21 +62,21 @@ def update_forward_signature(model: Any) -> None:
     _update(model, "forward")
 
 
-def update_generate_signature(model: Any) -> None:
-    """Give a `PeftModel`'s `generate` the signature and docstring of its base model's, which name
-    what the adapter's method takes too (`task_ids`).
+def update_generate_signature(model: nn.Module) -> None:
+    """Show the signature and docstring of the base model's `generate` on a `PeftModel`'s. They list
+    the adapter's arguments (`task_ids`) too.
 
     Args:
-        model: The model, changed in place; one whose base has no `generate` stays as it is.
+        model: A `PeftModel`, changed in place; nothing changes if its base has no `generate`.
 
     Raises:
-        PeftTypeError: It is no `PeftModel`.
+        PeftTypeError: `model` is no `PeftModel`.
     """
     _update(model, "generate")
 
 
-def update_signature(model: Any, method: str = "all") -> None:
-    """`update_forward_signature`, `update_generate_signature`, or both.
+def update_signature(model: nn.Module, method: str = "all") -> None:
+    """Call `update_forward_signature`, `update_generate_signature`, or both.
 
     Args:
         model: A `PeftModel`, changed in place.
@@ -86,7 +84,7 @@ def update_signature(model: Any, method: str = "all") -> None:
 
     Raises:
         PeftTypeError: `model` is no `PeftModel`.
-        PeftValueError: Another `method`.
+        PeftValueError: `method` is none of these.
     """
     if method not in ("forward", "generate", "all"):
         raise PeftValueError(
@@ -96,37 +94,36 @@ def update_signature(model: Any, method: str = "all") -> None:
         _update(model, name)
 
 
-def check_if_peft_model(model_name_or_path: str | os.PathLike) -> bool:
-    """Whether a local folder or a repository on the Hub holds an adapter that this package can
-    read.
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Return True if this package can read the adapter config in a local folder or a repository on
+    the Hub.
 
     Args:
         model_name_or_path: The folder, or the repository's id.
     """
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # whatever is wrong with it, it is no adapter to be used
+    except Exception:  # whatever the error is, there is no adapter to use
         return False
     return True
 
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A context in which all adapters count `multiplier` times as much; their scales are afterwards
-    what they were.
+    """Multiply the scale of all adapters inside a context; the old scales return at its end.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        multiplier: Zero is to the output as if there were no adapters.
+        multiplier: Factor on the scales; with 0 the adapters add nothing.
 
     Raises:
         PeftTypeError: `multiplier` is no number.
         PeftValueError: The model has no adapters, or they are merged; nothing is changed.
 
     Example:
-        >>> import torch
         >>> from peft import LoKrConfig, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoKrConfig(target_modules=["0"]))
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LoKrConfig(target_modules=["0"]))
         >>> with rescale_adapter_scale(model, 0.5):
         ...     model.base_model.model[0].scaling
         {'default': 0.5}
@@ -137,8 +134,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not layers:
         raise PeftValueError(
             "The model has no adapters whose scale could be changed: scaling is only supported for "
-            "models with `LoraLayer`s, or "
-            "layers of another method of this package."
+            "models with `LoraLayer`s, or layers of another method of this package."
         )
     if any(layer.merged for layer in layers):
         raise PeftValueError(
@@ -148,7 +144,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         (layer, name, float(scale)) for layer in layers for name, scale in layer.scaling.items()
     ]
     for layer in layers:
-        layer.scaling = dict(layer.scaling)  # callers may hold the one that was, to compare
+        layer.scaling = dict(layer.scaling)  # a caller may keep the old one to compare with
     try:
         for layer, name, scale in before:
             layer.hold_scale(name, scale * multiplier)
@@ -161,14 +157,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """A context in which adapters do not cast their input to the precision of their parameters
-    where that is narrower.
-
-    It is for who keeps parameters in a narrow format and casts them when they are used.
+    """Keep adapters from casting their input to a narrower dtype of their parameters, inside a
+    context. It is for parameters that are stored in a narrow dtype and cast when they are used.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        active: False makes it a context in which nothing is changed.
+        active: False changes nothing.
     """
     layers = (
         [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
@@ -185,22 +179,21 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
             layer.cast_input_dtype_enabled = enabled
 
 
-def _update(model: Any, name: str) -> None:
-    """Show the base model's signature on a method of a `PeftModel`."""
+def _update(model: nn.Module, name: str) -> None:
+    """Show the base model's signature and docstring on a method of a `PeftModel`."""
     if not isinstance(model, BasePeftModel):
         raise PeftTypeError(f"A signature is updated on a PeftModel, got {type(model)}.")
-    shown = getattr(model.get_base_model(), name, None)
+    base = model.get_base_model()
+    shown = getattr(base, name, None)
     if shown is None:
         return
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: BasePeftModel, *args: object, **kwargs: object) -> object:
         return getattr(type(self), name)(self, *args, **kwargs)
 
     signature = inspect.signature(shown)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    method.__name__, method.__doc__ = (
-        name,
-        getattr(type(model.get_base_model()), name, shown).__doc__,
-    )
+    parameters = [own, *signature.parameters.values()]
+    vars(method)["__signature__"] = signature.replace(parameters=parameters)
+    method.__name__, method.__doc__ = name, getattr(type(base), name, shown).__doc__
     setattr(model, name, MethodType(method, model))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`get_peft_model`: the usual way to put an adapter on a model."""
+"""`get_peft_model`: add an adapter to a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ M = TypeVar("M", covariant=True)
 
 
 class _Typed(Protocol[M]):
-    """A config that tells type checkers the class of the models it makes, with its method's
-    methods.
-    """
+    """A config that tells type checkers the class of its models."""
 
     def adapts_as(self) -> M: ...
 
@@ -72,26 +70,30 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Put an adapter on a model and freeze the rest.
+    """Add an adapter to a model, and freeze the base model.
 
     Args:
-        model: The base model, changed in place: it is what the result runs.
-        peft_config: The adapter's config; its `task_type` chooses the class of the result.
+        model: The base model. It is changed in place, and the result runs it.
+        peft_config: The adapter's config; its `task_type` decides the class of the result.
         adapter_name: The adapter's name.
-        mixed: Make a `PeftMixedModel`, to which adapters of other methods can be added.
-        autocast_adapter_dtype: Keep the adapter in float32 where the base has 16 bits.
-        revision: The base model's revision, for the config.
-        low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
+        mixed: True returns a `PeftMixedModel`, which takes adapters of other methods too.
+        autocast_adapter_dtype: True keeps the adapter in float32 on a base of 16 bits.
+        revision: The base model's revision, noted in the config.
+        low_cpu_mem_usage: True makes the adapter on the meta device, for a checkpoint to fill.
+
+    Returns:
+        The model with the adapter, which is active and trainable.
 
     Raises:
-        PeftTypeError: A switch is neither True nor False.
+        PeftTypeError: `peft_config` is no config, or a switch is neither True nor False.
         PeftValueError: The config is invalid or does not fit; the model is left as it was.
 
     Example:
         >>> import torch
         >>> from peft import PolyConfig, get_peft_model
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> model = get_peft_model(base, PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["0"]))
+        >>> config = PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["0"])
+        >>> model = get_peft_model(base, config)
         >>> model(torch.zeros(5, 8), task_ids=[0, 1, 2, 1, 0]).shape
         torch.Size([5, 8])
     """
@@ -111,8 +113,7 @@ def get_peft_model(
     if name and before not in (None, name):
         warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. "
-            "Please ensure that the correct "
-            "base model is loaded when loading this checkpoint."
+            "Please ensure that the correct base model is loaded when loading this checkpoint."
         )
     peft_config.base_model_name_or_path = name or before
     if revision is not None:

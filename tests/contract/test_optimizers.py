@@ -197,7 +197,7 @@ def test_bad_input(method, model):
     ]:
         with pytest.raises(ValueError, match=message):
             parameter_groups(model, **options)
-    with pytest.raises(TypeError, match="must be a class of torch optimisers"):
+    with pytest.raises(TypeError, match="must be a class of torch optimizers"):
         create_optimizer(model, "adamw")
     with pytest.raises(ValueError, match="no adapters; make some with `get_peft_model`"):
         parameter_groups(mlp())

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers with a learning rate for each role of an adapter's parameters."""
+"""Optimizers with a learning rate for each role of an adapter's parameters."""
 
 import typing as _typing
-from typing import Any as _Any
 
 from ..base.placeholders import placeholder as _placeholder
 from .groups import create_optimizer, parameter_groups, trainer_optimizer
@@ -11,11 +10,11 @@ from .loraplus import create_loraplus_optimizer
 __all__ = ["create_loraplus_optimizer", "create_optimizer", "parameter_groups", "trainer_optimizer"]
 
 
-# Names of the interface that are not provided here; a class stands for each.
-create_lorafa_optimizer: _Any
-create_riemannian_optimizer: _Any
+# Names of the interface that this package does not implement; each is a placeholder.
+create_lorafa_optimizer: type
+create_riemannian_optimizer: type
 
-if not _typing.TYPE_CHECKING:  # to which any name would be right
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for one that exists
 
-    def __getattr__(name: str) -> _Any:
+    def __getattr__(name: str) -> type:
         return _placeholder(name, __name__)
