@@ -128,7 +128,11 @@ def cast_adapter_dtype(
         if adapter_name in layer.scaling
         for p in layer.adapter_parameters(adapter_name)
     ]
-    own += [container[adapter_name] for container in adapted._shared() if adapter_name in container]
+    own += [
+        container[adapter_name]
+        for container in adapted.shared_containers().values()
+        if adapter_name in container
+    ]
     for parameter in own if autocast_adapter_dtype else ():
         if parameter.is_floating_point() and parameter.element_size() < 4:
             parameter.data = parameter.data.to(torch.float32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import PeftConfig
-from .core.tuner import BaseTuner
+from .core.adapted_model import AdaptedModel
 from .peft_model import PeftModel
 from .tuners.mixed import MixedModel
 
@@ -37,7 +37,7 @@ class PeftMixedModel(PeftModel):
         """No common start of names of adapter parameters."""
         return MixedModel.prefix
 
-    def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
+    def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
         return MixedModel
 
     def _check_method(self, config: Any) -> None:

@@ -34,7 +34,7 @@ from .checkpoint.state_dict import (
 )
 from .config import PeftConfig
 from .core.base_peft_model import BasePeftModel
-from .core.build import Construction
+from .core.injection import Construction
 from .core.loading import (
     Filler,
     check_arguments,
@@ -165,7 +165,11 @@ class PeftModel(BasePeftModel):
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in states.items():
-            config = converted[name][0] if converted else self.base_model.config_to_save(name)
+            config = (
+                converted[name][0]
+                if converted
+                else self.base_model.method_of(self.peft_config[name]).config_to_save(name)
+            )
             config, state = self.base_model.method_of(config).form_to_save(name, config, state)
             write_adapter(
                 folder if name == "default" else folder / name,
@@ -320,7 +324,7 @@ class PeftModel(BasePeftModel):
         except BaseException:
             config.inference_mode = before
             raise
-        peft_model.base_model.note_loaded(model, adapter_name)
+        peft_model.base_model.method_of(config).note_loaded(model, adapter_name)
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -384,7 +388,7 @@ class PeftModel(BasePeftModel):
             self._add(adapter_name, config, construction, fill)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name, True)
-            self.base_model.note_loaded(self, adapter_name)
+            self.base_model.method_of(config).note_loaded(self, adapter_name)
             return fill.result
         saved, state = present_names(base, read_config(model_id, None, hub), state)
         if saved.peft_type != known.peft_type:
@@ -393,7 +397,7 @@ class PeftModel(BasePeftModel):
                 f"{saved.peft_type}: the model "
                 f"has an adapter {adapter_name!r} already; load this one under another name."
             )
-        check_same_function(self.base_model.config_to_save(adapter_name), saved)
+        check_same_function(self.base_model.method_of(known).config_to_save(adapter_name), saved)
         named = state_tensors(self, in_view(config, adapter_name))
         if not strict:
             state = understood(

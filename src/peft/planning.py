@@ -21,7 +21,7 @@ from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .config import PeftConfig, check_config
 from .core import plan as _plan
 from .core.base_layer import innermost
-from .core.build import Build, Construction
+from .core.injection import Build, Construction, build_adapter
 from .core.layer import BaseTunerLayer
 from .core.tuner import BaseTuner
 
@@ -244,7 +244,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     config = copy.deepcopy(config)
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
     targets = _plan.make(tuner, adapter_name, config)
-    build = tuner._build(targets, Construction(device=torch.device("meta")))
+    build = build_adapter(tuner, targets, Construction(device=torch.device("meta")))
     result = AdapterPlan(str(getattr(config.peft_type, "value", config.peft_type)))
     result.layers = [
         _layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()

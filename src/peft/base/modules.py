@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -55,3 +58,11 @@ def model_type(model: nn.Module) -> str | None:
     if isinstance(config, dict):
         return config.get("model_type")
     return getattr(config, "model_type", None)
+
+
+def model_config(model: nn.Module, default: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's config as a dictionary, a default for a model without one."""
+    config: Any = getattr(model, "config", default)
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return config if isinstance(config, dict) else config.to_dict()

@@ -1,150 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdaptedModel`: a model with adapters in it, and all that can be done with them: run, switch,
-merge, delete, take out.
-"""
+"""`AdaptedModel`: a model with adapters in it, which can be run, switched, merged and taken out."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch, adapter_batch
-from ..base.calls.arguments import bind_arguments, positional_names
-from ..base.calls.rows import call_rows, generation_rows
+from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..base.constants import DUMMY_MODEL_CONFIG
 from ..base.containers import walk
-from ..base.errors import PeftTypeError, PeftValueError, warn
+from ..base.errors import PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
 from ..base.missing_attribute import PeftAttributeError
-from ..base.modules import check_model
-from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING
-from ..base.suggestions import no_adapter
+from ..base.modules import check_model, model_config
+from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
-from ..config import PeftConfig
+from ..config import PeftConfig, TargetedConfig
 from ..ops.inference_cache import InferenceCache
-from . import base_layer, routed_experts, tied_weights
+from . import base_layer, combining, routed_experts, switching, tied_weights
 from . import model_merges as _model_merges
+from . import plan as _plan
 from .adapter_choice import adapter_meant
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
-from .computed_weights import made_plain
+from .call_arguments import CallArguments
+from .combining import Combination
 from .fused_paths import restore_fused_paths
+from .injection import Construction, Fill, build_adapter, put_in, restored_on_error
 from .layer import BaseTunerLayer
-from .merge_requests import checked_names
-from .renamed_targets import present_names
+from .merge_requests import check_merge_options, checked_names
+from .method import Method
+
+C = TypeVar("C", bound=TargetedConfig)
 
 
-class AdaptedModel(nn.Module):
-    """A model whose layers of class `tuner_layer_cls` carry adapters.
+class AdaptedModel(nn.Module, Generic[C]):
+    """A model with adapters, of one method (`BaseTuner`) or of several (`MixedModel`).
 
     Args:
-        model: The model.
-        shared_root: Module that parameters shared by all layers are registered on, by default this
+        model: The base model; adapters are put into it in place.
+        peft_config: The first adapter's config, or a dictionary with its name as key. None for a
+            tuner without adapters yet.
+        adapter_name: The first adapter's name.
+        low_cpu_mem_usage: Make the parameters on the meta device, to be filled from a checkpoint.
+        state_dict: Adapt the modules that this checkpoint has parameters for, in place of those the
+            config targets.
+        autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
+        shared_root: Module that parameters shared by all layers are registered on; by default this
             one.
+        initialize: False leaves the adapter's memory as it is, for `fill` to write.
+        fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
+
+    Raises:
+        PeftValueError: The config is invalid or does not fit the model, which is left as it was.
 
     Attributes:
-        model: The model.
+        model: The base model.
         peft_config: Each adapter's config, by name.
-        targeted_module_names: Paths of the modules that its adapters were put into, each once.
-        inference_cache: What evaluation computed from the adapters' tensors alone.
+        targeted_module_names: Paths of the modules that adapters were put into, each once.
+        inference_cache: Tensors that evaluation computed from the adapters' parameters alone.
     """
 
+    # Class of the layers that carry adapters.
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
-    # Clients ask whether a method works only inside a PeftModel; none here does.
-    uses_shared_state: ClassVar[bool] = False
-    # Keyword arguments of the model's forward and generate that are meant for the method and not
-    # for the model.
-    adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
-    # Arguments that merging takes beside the common ones.
-    merge_options: ClassVar[tuple[str, ...]] = ()
+    # Attributes with parameters that all layers share.
     shared_parameter_names: ClassVar[tuple[str, ...]] = ()
-    # Whether adapters were merged, and no call in training has been looked at since.
+    # Keyword arguments of the model's calls that are for the method.
+    adapter_call_arguments: ClassVar[tuple[str, ...]] = ()
+    # Arguments of a merge in addition to the common ones.
+    merge_options: ClassVar[tuple[str, ...]] = ()
+    # Mixin with the methods that a model around this tuner has too, see `methods_of`.
+    model_methods: ClassVar[type | None] = None
+    # Clients ask if a method works only inside a PeftModel; all work without.
+    uses_shared_state: ClassVar[bool] = False
+    # True after a merge, until the next call in training.
     _merged_lately = False
 
-    def __init__(self, model: nn.Module, shared_root: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: C | dict[str, C] | None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        shared_root: nn.Module | None = None,
+        initialize: bool = True,
+        fill: Fill | None = None,
+    ) -> None:
         super().__init__()
         check_model(model)
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_config: dict[str, C] = {}
         self.targeted_module_names: list[str] = []
+        self.inference_cache = InferenceCache()
+        self.training = model.training
         self._active: str | list[str] = []
         self._freeze: TemporaryFreeze | None = None
-        self.inference_cache = InferenceCache()
-        every = {
-            name
-            for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()
-            for name in getattr(tuner, "adapter_call_arguments", ())
-        }
-        self._positional_names = positional_names(model.forward)
-        self._methods_arguments = tuple(
-            sorted(every.difference(inspect.signature(model.forward).parameters))
-        )
-        self._shared_root = (
-            self if shared_root is None else shared_root,
-        )  # in a tuple, not to be registered
-        self.training = model.training
+        self._call_arguments = CallArguments(model)
+        # In a tuple, so that the module is not registered.
+        self._shared_root = (self if shared_root is None else shared_root,)
+        if peft_config is not None:
+            config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+            device = torch.device("meta") if low_cpu_mem_usage else None
+            construction = Construction(autocast_adapter_dtype, device, initialize)
+            self.add_adapter(adapter_name, config, construction, state_dict=state_dict, fill=fill)
 
-    def detach_adapter(self, adapter_name: str) -> None:
-        """Undo what ties an adapter to the model beside its layers, before it is deleted."""
+    def method_of(self, config: PeftConfig) -> Method:
+        """Return the tuner of a config's method, which plans and builds its adapters."""
+        raise NotImplementedError
 
-    def detach_adapters(self) -> None:
-        """Undo what ties the method to the model beside its layers, when the last adapter is taken
-        out.
-        """
+    def methods(self) -> Iterable[Method]:
+        """Return the tuners of the methods whose adapters the model can have."""
+        raise NotImplementedError
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """A model's config as a dictionary; of a model without one, that its type is "custom"."""
-        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        if is_dataclass(config) and not isinstance(config, type):
-            return asdict(config)
-        return config if isinstance(config, dict) else config.to_dict()
-
-    def form_to_save(
-        self, adapter_name: str, config: Any, state: dict[str, Tensor]
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """An adapter's config and tensors as a file has them, where that is another form than
-        `get_peft_model_state_dict` gives.
-        """
-        return config, state
-
-    def present_names(
-        self, config: Any, state: Mapping[str, Tensor]
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """A checkpoint's config and tensors under the names that the model's modules have now."""
-        return present_names(self.model, config, state)
+        """Return a model's config as a dictionary, of type "custom" for a model without one."""
+        return model_config(model, DUMMY_MODEL_CONFIG)
 
     def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
-        """This method's layers, with their module paths."""
+        """Yield the layers with adapters and their module paths."""
         for path, module in walk(self.model):
             if isinstance(module, self.tuner_layer_cls):
                 yield path, module
 
     def tuner_layers(self) -> Iterator[BaseTunerLayer]:
-        """This method's layers."""
+        """Yield the layers with adapters."""
         return (layer for _, layer in self.named_tuner_layers())
 
     def auxiliary_wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
-        """The modules of which something is trained beside the adapters."""
+        """Yield the wrappers of modules that are trained beside the adapters."""
         return (module for module in self._parts() if isinstance(module, AuxiliaryTrainingWrapper))
 
     def _parts(self) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-        """All modules that have something for each adapter."""
+        """Yield all modules that have an entry for each adapter."""
         kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
         return (module for _, module in walk(self.model) if isinstance(module, kinds))
 
+    def shared_owner(self, name: str) -> nn.Module:
+        """Return the module that the layers' shared parameters of a name are registered on."""
+        root = self._shared_root[0]
+        return self if root is self else base_layer.place_for_shared(root, name)
+
+    def shared_containers(self) -> dict[str, AdapterParameterDict]:
+        """Return the registered containers of shared parameters, by attribute name."""
+        present = {
+            name: self.shared_owner(name)._modules.get(name) for name in self.shared_parameter_names
+        }
+        return {k: v for k, v in present.items() if isinstance(v, AdapterParameterDict)}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, adapters included.
+        """Run the base model with its adapters.
 
         Args:
             adapter_names: An adapter for each sample in place of the active ones, `"__base__"` for
                 none.
-            *args, **kwargs: For the base model.
+            *args, **kwargs: Arguments of the base model.
 
         Raises:
             PeftTypeError: An argument is for another method.
@@ -169,36 +185,34 @@ class AdaptedModel(nn.Module):
     def chosen_adapters(
         self, args: tuple[Any, ...], arguments: dict[str, Any], generate: Any = None
     ) -> AdapterBatch | None:
-        """The choice of an adapter for each sample, taken out of a call's keyword arguments; None
-        if it makes none.
-
-        Args:
-            args, arguments: What the call was given.
-            generate: The method, if it is a call of `generate`.
+        """Take the choice of an adapter for each sample out of a call's keyword arguments.
 
         Raises:
             PeftValueError: It does not fit the inputs or the model, or adapters are merged.
         """
-        names = arguments.pop("adapter_names", None)
-        if names is None:
-            return None
         own = self.adapter_call_arguments
-        if generate is None:
-            bound = bind_arguments(self._positional_names, args, arguments)
-            rows = call_rows(self.model, bound, own)
-        else:
-            bound = bind_arguments(positional_names(generate), args, arguments)
-            rows = generation_rows(self.model, bound, own)
-        batch = adapter_batch(names, self.peft_config, rows)
-        if self.merged_adapters:
+        batch = self._call_arguments.take_adapters(
+            self.model, self.peft_config, own, args, arguments, generate
+        )
+        if batch is not None and self.merged_adapters:
             raise PeftValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
         return batch
 
+    def refuse_foreign_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Raise if a call has an argument of another method (`task_ids`).
+
+        Raises:
+            PeftTypeError: It has one.
+        """
+        self._call_arguments.refuse_foreign(
+            arguments, self.adapter_call_arguments, type(self).__name__
+        )
+
     def __getattr__(self, name: str) -> Any:
-        """What the tuner lacks is read from the base model."""
+        """Return an attribute of the base model that this class lacks."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -208,23 +222,12 @@ class AdaptedModel(nn.Module):
             return getattr(self.model, name)
         except AttributeError as error:
             if error.name not in (name, None) or hasattr(type(self.model), name):
-                raise  # what happened inside a property
+                raise  # from inside a property
         raise PeftAttributeError((self, self.model), name)
 
-    def refuse_foreign_arguments(self, arguments: dict[str, Any]) -> None:
-        """Raise rather than ignore what is for another method (`task_ids`): models that take any
-        keyword would swallow it.
-        """
-        for name in self._methods_arguments:
-            if arguments.get(name) is not None and name not in self.adapter_call_arguments:
-                raise PeftTypeError(
-                    f"`{name}` is for another method than {type(self).__name__}, and the model has "
-                    "no such argument; leave it out."
-                )
-
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Whether all of an adapter's layers have low-rank factors; by default of the one that
-        `convert_to_lora` would take.
+        """Return whether all layers of an adapter have low-rank factors; by default of the adapter
+        that `convert_to_lora` would take.
         """
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
@@ -234,7 +237,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or their list."""
+        """The active adapter's name, or the names of several."""
         return self._active
 
     @property
@@ -244,31 +247,104 @@ class AdaptedModel(nn.Module):
 
     @property
     def adapters_disabled(self) -> bool:
-        """Whether the adapters are switched off."""
+        """True while the adapters are switched off."""
         return any(layer.disable_adapters for layer in self.tuner_layers())
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Adapters that are merged into the base weights."""
+        """Names of the adapters that are merged into the base weights."""
         return list(
             dict.fromkeys(name for layer in self.tuner_layers() for name in layer.merged_adapters)
         )
 
     def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
-        """The names as a list.
+        """Return adapter names as a list.
 
         Raises:
-            PeftTypeError: One is no string.
-            PeftValueError: One is not an adapter of this model.
+            PeftTypeError: They are no string and no list of strings.
+            PeftValueError: The model has no adapter of a name.
         """
-        if not isinstance(adapter_names, (str, Iterable)):
-            raise PeftTypeError(
-                f"Adapters are named by a string or a list of strings, got {adapter_names!r}."
-            )
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            check_adapter(name, self.peft_config)
-        return names
+        return switching.known_names(adapter_names, self.peft_config)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: C,
+        construction: Construction | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        fill: Fill | None = None,
+    ) -> None:
+        """Put another adapter into the model: plan, build, fill, swap (`injection.py`).
+
+        The first adapter becomes the active one; later ones wait for `set_adapter`.
+
+        Args:
+            adapter_name, config: A new name, and the adapter's config.
+            construction: Options for making its parameters.
+            state_dict: Adapt the modules that this checkpoint has parameters for.
+            fill: Writes the finished adapter's tensors before it is put in, or raises.
+
+        Raises:
+            PeftValueError: As for the class; model and config are left as they were.
+        """
+        with restored_on_error(config), ordinary_tensors():
+            method, construction = self.method_of(config), construction or Construction()
+            # Clients that load a file by themselves inject a frozen adapter first.
+            is_new = fill is None and construction.device is None and not config.inference_mode
+            plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
+            build = build_adapter(method, plan, construction)
+            if fill is not None:
+                fill(build)
+            put_in(self, method, plan, build)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        heads: str | None = None,
+    ) -> dict[str, float]:
+        """Make an adapter out of others, which stay as they are. It waits, frozen, until
+        `set_adapter`.
+
+        Args:
+            adapters: Names of adapters of one method.
+            weights: A factor for each, of any sign.
+            adapter_name: The new adapter's name.
+            combination_type: One of the method's `combination_types`. "cat" is the weighted sum of
+                the deltas, exactly; "svd" its best approximation of rank `svd_rank`.
+            svd_rank: Rank of an approximation, by default the largest of the adapters'.
+            svd_clamp: Quantile at which entries of singular vectors are cut off.
+            svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
+            density: Share of the elements that pruning keeps.
+            majority_sign_method: How signs are elected, "total" or "frequency".
+            heads: For modules that several adapters train whole: "mean" (by the weights), or the
+                adapter whose copy is taken (so an adapter called "mean", if it is one of
+                `adapters`).
+
+        Returns:
+            For combinations that approximate the weighted sum, each layer's distance from it,
+            relative to it in the Frobenius norm.
+
+        Raises:
+            PeftTypeError: Names are no list.
+            PeftValueError: A value is not allowed, or the method has no such combination, or the
+                adapters do not fit together; nothing is changed.
+        """
+        svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
+        numbers = list(weights) if isinstance(weights, Iterable) else weights
+        request = Combination(
+            adapters, numbers, combination_type, *svd, density, majority_sign_method, heads
+        )
+        return combining.add(self, adapter_name, request)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one; others are frozen.
@@ -281,39 +357,18 @@ class AdaptedModel(nn.Module):
             PeftValueError: No name, an unknown one, or adapters that can't be active together;
                 nothing is changed.
         """
-        names = self.check_names(adapter_name)
-        if not names:
-            raise PeftValueError(
-                f"`adapter_name`={adapter_name!r} names no adapter. To run the model without "
-                "adapters use the context "
-                "`disable_adapter()`, or `disable_adapter_layers()`."
-            )
-        if len(set(names)) < len(names):
-            raise PeftValueError(
-                f"`adapter_name`={names} names an adapter twice; active adapters add up, each once."
-            )
+        names = switching.names_to_activate(adapter_name, self.peft_config)
         self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters, all of them known, the active ones; none is the state after the last was
-        deleted.
-        """
+        """Make known adapters the active ones; an empty list leaves none active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         parts = list(self._parts())
-        for part in parts:
-            if isinstance(part, AuxiliaryTrainingWrapper):
-                part.check_one_of(names)
-        if any(
-            isinstance(part, BaseTunerLayer) and (part.merged or part.is_suspended)
-            for part in parts
-        ):
+        switching.check_can_be_active(parts, names)
+        if switching.is_merged(parts):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        for part in parts:
-            part.set_adapter(adapter_name, inference_mode)
-        for name, parameter in (item for container in self._shared() for item in container.items()):
-            if parameter.requires_grad != (name in names and not inference_mode):
-                parameter.requires_grad_(not parameter.requires_grad)
+        switching.activate(parts, self.shared_containers().values(), adapter_name, inference_mode)
         self._freeze = None
         self._active = adapter_name
 
@@ -325,88 +380,45 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftValueError: An unknown name.
         """
-        names = self.check_names(adapter_names)
-        for module in self._parts():
-            module.set_requires_grad(names, requires_grad)
-        for container in self._shared():
-            for name in names:
-                if name in container:
-                    container[name].requires_grad_(requires_grad)
+        names, shared = self.check_names(adapter_names), self.shared_containers().values()
+        switching.set_requires_grad(list(self._parts()), shared, names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again."""
         self._enable(True)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off, so that the model computes what it did without them."""
+        """Switch all adapters off, so that the model computes as it did without them."""
         for name in self.active_adapters:
             biases = self.peft_config[name].trained_biases
             if biases != "none":
                 warn(
                     f"Careful, disabling adapter layers with bias configured to be '{biases}' does "
-                    "not produce the same output as "
-                    "the base model would without adaption.",
+                    "not produce the same output as the base model would without adaption.",
                 )
         self._enable(False)
 
     def _enable(self, enabled: bool) -> None:
-        parts = list(self._parts())
+        """Switch the adapters on or off; those that are off are frozen."""
         _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
-        for module in parts:
-            module.enable_adapters(enabled)
-        if not enabled and self._freeze is None:
-            self._freeze = TemporaryFreeze()
-            self._freeze.begin(
-                self._shared(),
-                (p for container in self._shared() for p in container._parameters.values()),
-            )
-        elif enabled and self._freeze is not None:
-            self._freeze.end()
-            self._freeze = None
-
-    def _shared(self) -> Iterator[AdapterParameterDict]:
-        for name in self.shared_parameter_names:
-            container = self._shared_owner(name)._modules.get(name)
-            if isinstance(container, AdapterParameterDict):
-                yield container
-
-    def _shared_owner(self, name: str) -> nn.Module:
-        """The module on which the layers' shared parameters of a name are, or will be, registered."""
-        root = self._shared_root[0]
-        return self if root is self else base_layer.place_for_shared(root, name)
+        parts, shared = list(self._parts()), self.shared_containers().values()
+        self._freeze = switching.enable(parts, shared, enabled, self._freeze)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the others that were stay so, else the first by name
         becomes active.
 
         Raises:
+            PeftTypeError: The name is no string.
             PeftValueError: There is no such adapter, or it is merged.
         """
-        if not isinstance(adapter_name, str):
-            raise PeftTypeError(
-                f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one "
-                "by one."
-            )
-        if adapter_name not in self.peft_config:
-            raise PeftValueError(no_adapter(adapter_name, self.peft_config, "does not exist"))
         parts = list(self._parts())
-        if any(
-            isinstance(part, BaseTunerLayer) and adapter_name in part.merged_adapters
-            for part in parts
-        ):
-            raise PeftValueError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
-                "unmerge them first."
-            )
+        switching.check_deletable(parts, adapter_name, self.peft_config)
         active = self.active_adapters
-        self.detach_adapter(adapter_name)
+        self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
         self.inference_cache.forget(adapter_name)
-        for part in parts:
-            part.delete_adapter(adapter_name)
-        for container in self._shared():
-            if adapter_name in container:
-                del container[adapter_name]
+        switching.delete(parts, self.shared_containers().values(), adapter_name)
         if adapter_name in active:
             left = [name for name in active if name != adapter_name]
             if not left and self.peft_config:
@@ -424,59 +436,44 @@ class AdaptedModel(nn.Module):
         again exactly.
 
         Merged adapters count whether or not they are active; active ones that are not merged are
-        computed besides.
-
-        What is taken off is what was added, even if the adapters were trained, loaded or scaled
-        meanwhile: a merge keeps a copy of the adapters' factors. Weights that bitsandbytes or
-        torchao quantised are quantised again in their own form; the originals stay in memory until
-        they are unmerged or unloaded.
+        computed in addition. A merge keeps a copy of the adapters' factors, so that unmerging takes
+        off the same delta, even if the adapters were trained, loaded or scaled meanwhile. Weights
+        that bitsandbytes or torchao quantized are quantized again; the originals stay in memory
+        until they are unmerged or unloaded.
 
         Args:
             adapter_names: Which adapters, by default the active ones.
             safe_merge: Check that every resulting weight is finite.
-            **options: What the method needs to know besides.
+            **options: Arguments of the method, one of its `merge_options` each.
 
         Raises:
             PeftValueError: An unknown name, or a weight would break, or an adapter is merged with
                 other options; nothing is merged then.
-            PeftNotSupportedError: A weight is quantised in another form, or the method can't be
-                merged, or a decomposed adapter would not apply in its place among the others.
+            PeftNotSupportedError: A weight is quantized in an unknown format, or the method can't
+                be merged, or a decomposed adapter would not apply in its place among the others.
         """
-        self.check_merge_options(options)
-        names = self.check_names(
-            checked_names(self.active_adapters if adapter_names is None else adapter_names)
-        )
-        named, each = (
-            dict(self.named_tuner_layers()),
-            {name: self.merge_options_of(name, options) for name in names},
-        )
-        _model_merges.warn_of_ties(self.model, named, each)
-        _model_merges.merge(named, each, safe_merge)
+        names = self._names_to_merge(adapter_names, options)
+        named = dict(self.named_tuner_layers())
+        by_name = {name: self._merge_options_of(name, options) for name in names}
+        _model_merges.warn_of_ties(self.model, named, by_name)
+        _model_merges.merge(named, by_name, safe_merge)
         self._merged_lately = True
 
-    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What one adapter is to be merged with, of the options of a merge, checked.
+    def _names_to_merge(self, names: Sequence[str] | None, options: Iterable[str]) -> list[str]:
+        """Return the names of the adapters to merge, by default of the active ones.
 
         Raises:
-            PeftValueError: The adapter can't be merged so.
+            PeftTypeError: A merge of the method has no option of a name.
+            PeftValueError: The model has no such adapter.
         """
-        return dict(options)
+        check_merge_options(options, self.merge_options, type(self).__name__)
+        return self.check_names(checked_names(self.active_adapters if names is None else names))
 
-    def check_merge_options(self, options: Iterable[str]) -> None:
-        """Insist that merging knows its options.
-
-        Raises:
-            PeftTypeError: One is unknown.
-        """
-        unknown = sorted(set(options) - set(self.merge_options))
-        if unknown:
-            known = ", ".join(
-                map("`{}`".format, ("adapter_names", "safe_merge", *self.merge_options))
-            )
-            raise PeftTypeError(
-                f"Merging got unexpected keyword arguments: {', '.join(unknown)}. With "
-                f"{type(self).__name__} it takes {known}."
-            )
+    def _merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked options of a merge that are for an adapter's method."""
+        method = self.method_of(self.peft_config[adapter_name])
+        own = {name: value for name, value in options.items() if name in method.merge_options}
+        return method.merge_options_of(adapter_name, own)
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas off the base weights again."""
@@ -489,72 +486,46 @@ class AdaptedModel(nn.Module):
         adapter_names: list[str] | None = None,
         **options: Any,
     ) -> nn.Module:
-        """The base model with adapters merged into its weights, and nothing of this package left in
-        it. A weight that its layer computes in each forward (`weight_norm`, `spectral_norm`,
-        `parametrize`, `prune`) becomes a plain parameter.
+        """Return the base model with adapters merged into its weights, and no layer of this package
+        left in it. A weight that its layer computes in each forward (`weight_norm`,
+        `spectral_norm`, `parametrize`, `prune`) becomes a plain parameter.
 
         Args:
             progressbar: Show one.
             safe_merge: Check that every resulting weight is finite.
             adapter_names: Which adapters, by default the active ones.
-            **options: What the method needs to know besides.
+            **options: Arguments of the method, one of its `merge_options` each.
 
         Raises:
             As `merge_adapter`.
         """
-        self.check_merge_options(options)
-        names = self.check_names(
-            checked_names(self.active_adapters if adapter_names is None else adapter_names)
-        )
-        chosen = {name: self.merge_options_of(name, options) for name in names if options}
+        names = self._names_to_merge(adapter_names, options)
+        chosen = {name: self._merge_options_of(name, options) for name in names if options}
         for wrapper in self.auxiliary_wrappers():
             wrapper.check_one_of(names)
         was_tied = tied_weights.is_tied(self.model)
-        own = [
-            (layer, name)
-            for layer in self.tuner_layers()
-            for name in names
-            if name in layer.scaling
-        ]
-        changed = list(
-            dict.fromkeys(
-                [
-                    *(layer for layer in self.tuner_layers() if layer.merged),
-                    *(layer for layer, _ in own),
-                ]
-            )
-        )
-        with (
-            _model_merges.without_other_merges(self.tuner_layers(), chosen),
-            _model_merges.apart(self.model, changed),
-        ):
-            if adapter_names is not None or any(
-                name not in layer.merged_adapters for layer, name in own
-            ):
-                bases = dict.fromkeys(
-                    layer.get_base_layer()
-                    for layer, name in own
-                    if name not in layer.merged_adapters
-                )
-                with made_plain(bases):
-                    self.merge_adapter(adapter_names, safe_merge, **options)
+        with _model_merges.for_good(self.model, self.tuner_layers(), names, chosen) as missing:
+            if adapter_names is not None or missing:
+                self.merge_adapter(adapter_names, safe_merge, **options)
         plain = self._unload(names, "Unloading and merging model" if progressbar else None)
         tied_weights.settle(plain, was_tied)
         return plain
 
     def unload(self) -> nn.Module:
-        """The base model as it was: adapters are taken out, merged ones taken off."""
+        """Return the base model as it was: adapters are taken out, merged ones taken off."""
         if self.merged_adapters:
             self.unmerge_adapter()
         return self._unload([])
 
     def _unload(self, adapters: list[str], progressbar: str | None = None) -> nn.Module:
+        """Take the layers out, and keep the trained copies of modules that some adapters have."""
         _model_merges.unload(self.model, self.tuner_layer_cls, adapters, progressbar)
         for name in self.shared_parameter_names:
-            self._shared_owner(name)._modules.pop(name, None)
+            self.shared_owner(name)._modules.pop(name, None)
         restore_fused_paths(self.model)
         routed_experts.forget(self.model)
-        self.detach_adapters()
+        for method in self.methods():
+            method.detach_adapters()
         self.inference_cache = InferenceCache()
         self.peft_config.clear()
         self._active = []

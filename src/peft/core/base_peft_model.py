@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -18,11 +18,11 @@ from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPP
 from ..base.validation import check_flags
 from ..config import PeftConfig, check_config
 from . import model_methods
-from .build import Build, Construction
+from .adapted_model import AdaptedModel
 from .copying import copier
+from .injection import Construction, Fill
 from .layer import BaseTunerLayer
 from .model_methods import forwarded
-from .tuner import BaseTuner
 
 
 class BasePeftModel(nn.Module):
@@ -57,7 +57,7 @@ class BasePeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         *,
         initialize: bool = True,
-        fill: Callable[[Build], None] | None = None,
+        fill: Fill | None = None,
     ) -> None:
         super().__init__()
         check_model(model)
@@ -77,7 +77,7 @@ class BasePeftModel(nn.Module):
             )
         tuner_cls = self._tuner_class(peft_config)
         with self._with_heads(peft_config):
-            self.base_model: BaseTuner = tuner_cls(
+            self.base_model: AdaptedModel = tuner_cls(
                 model,
                 peft_config,
                 adapter_name,
@@ -95,11 +95,11 @@ class BasePeftModel(nn.Module):
             self.prepare_model_for_gradient_checkpointing()
 
     @classmethod
-    def _around(cls, tuner_cls: type[BaseTuner]) -> Any:
+    def _around(cls, tuner_cls: type[AdaptedModel]) -> Any:
         """Return this class with the methods that a model around a tuner has, under the same name."""
         return model_methods.around(cls, tuner_cls)  # type: ignore[arg-type]
 
-    def _tuner_class(self, config: PeftConfig) -> type[BaseTuner]:
+    def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
         return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
 
     def _check_method(self, config: PeftConfig) -> None:
@@ -328,14 +328,14 @@ class BasePeftModel(nn.Module):
         config = self.peft_config[adapter_name]
         fill = copier(self, config, adapter_name)
         self._add(new_name, config.for_copy(reference), Construction(initialize=False), fill)
-        self.base_model.note_loaded(self, new_name)
+        self.base_model.method_of(config).note_loaded(self, new_name)
 
     def _add(
         self,
         name: str,
         config: PeftConfig,
         construction: Construction,
-        fill: Callable[[Build], None] | None = None,
+        fill: Fill | None = None,
     ) -> None:
         self._check_method(config)
         with self._with_heads(config):
@@ -380,14 +380,14 @@ class BasePeftModel(nn.Module):
         """
         self.base_model.delete_adapter(adapter_name)
 
-    merge_adapter = forwarded(BaseTuner.merge_adapter)
-    unmerge_adapter = forwarded(BaseTuner.unmerge_adapter)
-    merge_and_unload = forwarded(BaseTuner.merge_and_unload)
-    unload = forwarded(BaseTuner.unload)
-    add_weighted_adapter = forwarded(BaseTuner.add_weighted_adapter)
-    set_requires_grad = forwarded(BaseTuner.set_requires_grad)
-    enable_adapter_layers = forwarded(BaseTuner.enable_adapter_layers)
-    disable_adapter_layers = forwarded(BaseTuner.disable_adapter_layers)
+    merge_adapter = forwarded(AdaptedModel.merge_adapter)
+    unmerge_adapter = forwarded(AdaptedModel.unmerge_adapter)
+    merge_and_unload = forwarded(AdaptedModel.merge_and_unload)
+    unload = forwarded(AdaptedModel.unload)
+    add_weighted_adapter = forwarded(AdaptedModel.add_weighted_adapter)
+    set_requires_grad = forwarded(AdaptedModel.set_requires_grad)
+    enable_adapter_layers = forwarded(AdaptedModel.enable_adapter_layers)
+    disable_adapter_layers = forwarded(AdaptedModel.disable_adapter_layers)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making an adapter out of others of its method: what is the same whatever the method.
+"""Make an adapter out of others of its method.
 
-A request is checked whole, the method computes the new adapter's tensors from the others', and only
-then it is put into the model like one that is loaded. Those it is made of are read and never
-written.
+A request is checked, the method computes the new adapter's tensors from those of the others, and
+then the adapter is put into the model like one that is loaded. The others stay as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
@@ -28,18 +28,15 @@ from ..checkpoint.state_dict import (
     in_view,
     write_state,
 )
-from ..config import is_int
+from ..config import PeftConfig, TargetedConfig, is_int
 from ..integrations.distributed import state_tensors
 from . import combined_heads
-from . import plan as _plan
 from . import targets as _targets
-from .build import Build, Construction
+from .injection import Build, Construction, Fill
 from .layer import BaseTunerLayer
+from .plan import check_name, own_modules
 
-if TYPE_CHECKING:
-    from .tuner import BaseTuner
-
-# What a request may ask for that prunes, and so needs a density.
+# Kinds of combinations that prune, and so need a density.
 _PRUNING = ("ties", "dare", "magnitude_prune")
 
 
@@ -50,14 +47,14 @@ class Combination:
     Args:
         adapters: Their names; one may come more than once.
         weights: A factor for each.
-        kind: How they are combined.
-        svd_rank: Rank of what is approximated; None for the largest of the adapters'.
+        kind: A `combination_type`.
+        svd_rank: Rank of an approximation; None for the largest of the adapters'.
         svd_clamp: Quantile that the entries of singular vectors are cut off at.
         svd_full_matrices, svd_driver: For `torch.linalg.svd`.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected: "total" or "frequency".
-        heads: What becomes of modules that several train whole: the name of the one whose is taken,
-            or "mean".
+        heads: For modules that several adapters train whole: the adapter whose copy is taken, or
+            "mean".
     """
 
     adapters: Sequence[str]
@@ -68,7 +65,7 @@ class Combination:
     svd_full_matrices: bool = True
     svd_driver: str | None = None
     density: float | None = None
-    majority_sign_method: Any = "total"
+    majority_sign_method: str = "total"
     heads: str | None = None
 
     def terms(self) -> list[tuple[str, float]]:
@@ -78,22 +75,68 @@ class Combination:
 
 @dataclass
 class Combined:
-    """An adapter made of others, as its method hands it over.
+    """An adapter that a method made of others.
 
     Args:
-        config: Its config; targets and companions are filled in by the core.
+        config: Its config; `put` fills in targets and the modules trained beside the layers.
         tensors: Its tensors by checkpoint key.
-        errors: How far each layer's delta is from the weighted sum of the others', relative to that
-            sum in the Frobenius norm; only where the sum is what is aimed at.
+        errors: Distance of each layer's delta from the weighted sum of the others', relative to the
+            sum in the Frobenius norm; for combinations that approximate the sum.
     """
 
-    config: Any
+    config: TargetedConfig
     tensors: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
-    """Insist on a request that can be fulfilled; the tuner of the adapters' method.
+class CombiningMethod(Protocol):
+    """The members of a method's `BaseTuner` that combining adapters uses."""
+
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+
+    @property
+    def shared_parameter_names(self) -> tuple[str, ...]:
+        """Return the attributes with parameters that layers share."""
+
+    @property
+    def combination_types(self) -> tuple[str, ...]:
+        """Return the kinds of combinations that the method has."""
+
+    def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """Yield the method's layers and their module paths."""
+
+    def combine(self, request: Combination, layers: Mapping[str, Any]) -> Combined:
+        """Return the adapter that a request asks for."""
+
+    def note_loaded(self, model: nn.Module, adapter_name: str) -> None:
+        """Update the method's state after tensors were written into an adapter."""
+
+
+class Combinable(Protocol):
+    """The members of a model's `BaseTuner` that combining adapters uses."""
+
+    model: nn.Module
+
+    @property
+    def peft_config(self) -> Mapping[str, TargetedConfig]:
+        """Return each adapter's config, by name."""
+
+    def method_of(self, config: PeftConfig) -> CombiningMethod:
+        """Return the tuner of a config's method."""
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        construction: Construction | None = None,
+        *,
+        fill: Fill | None = None,
+    ) -> None:
+        """Put another adapter into the model."""
+
+
+def check(model: Combinable, request: Combination) -> CombiningMethod:
+    """Check a request, and return the method of its adapters.
 
     Raises:
         PeftTypeError: Names or weights are no lists.
@@ -107,7 +150,7 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
             f"`weights`={request.weights!r} must be a list with a number for each adapter."
         )
     for name in request.adapters:
-        check_adapter(name, tuner.peft_config, "does not exist")
+        check_adapter(name, model.peft_config, "does not exist")
     if not request.adapters or len(request.adapters) != len(request.weights):
         raise PeftValueError(
             f"Pass one weight for each adapter; got {len(request.adapters)} and "
@@ -115,12 +158,12 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
         )
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in request.weights):
         raise PeftValueError(f"`weights`={list(request.weights)} must be finite numbers.")
-    kinds = {PeftType(tuner.peft_config[name].peft_type).value for name in request.adapters}  # type: ignore[arg-type]
+    kinds = {PeftType(model.peft_config[name].peft_type).value for name in request.adapters}  # type: ignore[arg-type]
     if len(kinds) > 1:
         raise PeftValueError(
             f"Adapters of different methods can't be combined: {', '.join(sorted(kinds))}."
         )
-    method = tuner.method_of(tuner.peft_config[request.adapters[0]])
+    method = model.method_of(model.peft_config[request.adapters[0]])
     if request.kind not in method.combination_types:
         offers = ", ".join(map(repr, method.combination_types)) or "no combinations"
         hint = did_you_mean(str(request.kind), method.combination_types)
@@ -133,30 +176,9 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
             f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has "
             f"{offers}.{hint}{remedy}"
         )
-    for name, value, valid in (
-        (
-            "svd_rank",
-            request.svd_rank,
-            request.svd_rank is None or (is_int(request.svd_rank) and request.svd_rank >= 1),
-        ),
-        ("svd_clamp", request.svd_clamp, request.svd_clamp is None or 0 < request.svd_clamp <= 1),
-        (
-            "majority_sign_method",
-            request.majority_sign_method,
-            request.majority_sign_method in ("total", "frequency"),
-        ),
-        (
-            "density",
-            request.density,
-            not request.kind.startswith(_PRUNING) or _is_density(request.density),
-        ),
-    ):
-        if not valid:
-            raise PeftValueError(
-                f"`{name}`={value!r} is not allowed for combination_type {request.kind!r}."
-            )
+    _check_values(request)
     for name in request.adapters:
-        if tuner.peft_config[name].trained_biases != "none":
+        if model.peft_config[name].trained_biases != "none":
             raise PeftValueError(
                 f"Adapter {name} trains biases of the base model, of which there is one copy only; "
                 "adapters with `bias` other than "
@@ -165,104 +187,126 @@ def check(tuner: BaseTuner, request: Combination) -> BaseTuner:
     return method
 
 
-def add(tuner: BaseTuner, adapter_name: str, request: Combination) -> dict[str, float]:
-    """Put the adapter that a request asks for into the model; the errors of its layers."""
-    method = check(tuner, request)
-    _plan.check_name(adapter_name, tuner)
-    companions = _companions(tuner, request)
+def _check_values(request: Combination) -> None:
+    """Check the numbers and words of a request.
+
+    Raises:
+        PeftValueError: A value is not allowed.
+    """
+    rank, clamp, density = request.svd_rank, request.svd_clamp, request.density
+    sign = request.majority_sign_method
+    needs_density = request.kind.startswith(_PRUNING)
+    for name, value, valid in (
+        ("svd_rank", rank, rank is None or (is_int(rank) and rank >= 1)),
+        ("svd_clamp", clamp, clamp is None or 0 < clamp <= 1),
+        ("majority_sign_method", sign, sign in ("total", "frequency")),
+        ("density", density, not needs_density or _is_density(density)),
+    ):
+        if not valid:
+            raise PeftValueError(
+                f"`{name}`={value!r} is not allowed for combination_type {request.kind!r}."
+            )
+
+
+def add(model: Combinable, adapter_name: str, request: Combination) -> dict[str, float]:
+    """Put the adapter that a request asks for into a model; return the errors of its layers."""
+    method = check(model, request)
+    check_name(adapter_name, model.peft_config)
+    companions = _companions(model, request)
     with torch.no_grad():
-        combined = method.combine(request)
-    put(tuner, adapter_name, request, combined, companions)
+        combined = method.combine(request, layers_of(method, request))
+    put(model, adapter_name, request, combined, companions)
     return combined.errors
 
 
-def derive(tuner: BaseTuner, adapter_name: str, source: str, combined: Combined) -> None:
-    """Put an adapter into the model that a method made of one other; what that trains beside its
-    layers comes along.
+def derive(model: Combinable, adapter_name: str, source: str, combined: Combined) -> None:
+    """Put an adapter that a method made of one other into a model.
+
+    The modules that the other trains beside its layers are copied.
 
     Raises:
         PeftValueError: The name can't be used.
     """
-    _plan.check_name(adapter_name, tuner)
+    check_name(adapter_name, model.peft_config)
     request = Combination([source], [1.0])
-    put(tuner, adapter_name, request, combined, _companions(tuner, request))
+    put(model, adapter_name, request, combined, _companions(model, request))
 
 
 def put(
-    tuner: BaseTuner,
+    model: Combinable,
     adapter_name: str,
     request: Combination,
     combined: Combined,
-    companions: dict[str, Tensor],
+    companions: Mapping[str, Tensor],
 ) -> None:
-    """Put a combined adapter into the model; it waits, frozen."""
-    method = tuner.method_of(tuner.peft_config[request.adapters[0]])
-    paths = [path for path, _ in layers_of(method, request)]
-    targets, excluded = _targets.exactly(paths, _plan.own_modules(tuner.model))
-    configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
+    """Put a combined adapter into a model; it waits, frozen.
+
+    Args:
+        model: The model's tuner.
+        adapter_name: The new adapter's name.
+        request: The request.
+        combined: The adapter that the method made.
+        companions: The tensors that it trains beside its layers, by checkpoint key.
+    """
+    configs = [model.peft_config[name] for name in request.adapters]
+    method = model.method_of(configs[0])
+    paths = layers_of(method, request)
+    targets, excluded = _targets.exactly(paths, own_modules(model.model))
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    changes = {
+    rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
+    limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
+    changes: dict[str, Any] = {
+        "inference_mode": False,
         "target_modules": targets,
         "exclude_modules": excluded,
         "modules_to_save": list(whole) or None,
-        "trainable_token_indices": next(
-            (c.trainable_token_indices for c in configs if c.trainable_token_indices), None
-        ),
-        **{
-            name: None
-            for name in ("layers_to_transform", "layers_pattern")
-            if hasattr(configs[0], name)
-        },
+        "trainable_token_indices": rows[0] if rows else None,
+        **dict.fromkeys(limits),
     }
-    config = replace(combined.config, inference_mode=False, **changes)
+    config = replace(combined.config, **changes)
     tensors = {**combined.tensors, **companions}
-    tuner.add_adapter(
-        adapter_name,
-        config,
-        Construction(initialize=False),
-        fill=lambda build: fill(method, build, tensors),
-    )
-    method.note_loaded(tuner.model, adapter_name)
+    fill = partial(_fill, method, tensors)
+    model.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
+    method.note_loaded(model.model, adapter_name)
 
 
-def fill(method: BaseTuner, build: Build, tensors: Mapping[str, Tensor]) -> None:
+def _fill(method: CombiningMethod, tensors: Mapping[str, Tensor], build: Build) -> None:
     """Write tensors, by checkpoint key, into a finished adapter that is not yet in the model."""
-    holders = {*method.tuner_layer_cls.container_names, "trainable_tokens_delta"}
-    own = {
-        checkpoint_key(name, build.adapter_name, holders, method.shared_parameter_names): tensor
+    containers = {*method.tuner_layer_cls.container_names, "trainable_tokens_delta"}
+    shared = method.shared_parameter_names
+    expected = {
+        key: tensor
         for name, tensor in build.named_tensors()
+        if (key := checkpoint_key(name, build.adapter_name, containers, shared)) is not None
     }
-    expected = {key: tensor for key, tensor in own.items() if key is not None}
     check_complete(check_state(expected, tensors), build.adapter_name)
     write_state(None, expected, tensors)
 
 
-def layers_of(tuner: BaseTuner, request: Combination) -> list[tuple[str, Any]]:
-    """The layers that have any of the adapters, by path."""
-    return [
-        (outer_path(path), layer)
-        for path, layer in tuner.named_tuner_layers()
+def layers_of(method: CombiningMethod, request: Combination) -> dict[str, BaseTunerLayer]:
+    """Return the layers that have any of a request's adapters, by path."""
+    return {
+        outer_path(path): layer
+        for path, layer in method.named_tuner_layers()
         if any(name in layer.scaling for name in request.adapters)
-    ]
+    }
 
 
 def outer_path(path: str) -> str:
-    """The path of the module that a layer stands for, be it inside a layer of another method."""
+    """Return the path of the module that a layer adapts, also from inside another method's layer."""
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
 
 
-def shared_value(tuner: BaseTuner, request: Combination, *names: str) -> None:
-    """Insist that fields have one value in all configs.
+def check_same(configs: Mapping[str, PeftConfig], request: Combination, *names: str) -> None:
+    """Check that fields have one value in the configs of all adapters.
 
     Raises:
         PeftValueError: One has several.
     """
     for name in names:
-        values = {
-            adapter: getattr(tuner.peft_config[adapter], name) for adapter in request.adapters
-        }
+        values = {adapter: getattr(configs[adapter], name) for adapter in request.adapters}
         if any(value != values[request.adapters[0]] for value in values.values()):
             shown = ", ".join(f"{adapter} has {value!r}" for adapter, value in values.items())
             raise PeftValueError(
@@ -271,11 +315,11 @@ def shared_value(tuner: BaseTuner, request: Combination, *names: str) -> None:
             )
 
 
-def uniform_scale(layers: Sequence[BaseTunerLayer], adapter_name: str) -> float:
-    """How much an adapter is scaled beyond its config, where all layers must have it alike.
+def uniform_scale(layers: Iterable[BaseTunerLayer], adapter_name: str) -> float:
+    """Return the factor by which an adapter is scaled beyond its config, the same in all layers.
 
     Raises:
-        PeftValueError: They have not.
+        PeftValueError: It differs between layers.
     """
     own = [layer for layer in layers if adapter_name in layer.scaling]
     scales = {
@@ -289,15 +333,15 @@ def uniform_scale(layers: Sequence[BaseTunerLayer], adapter_name: str) -> float:
     return next(iter(scales), 1.0)
 
 
-def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
-    """Return what the adapters have beside their layers' own tensors, made into one.
+def _companions(model: Combinable, request: Combination) -> dict[str, Tensor]:
+    """Return the tensors that adapters train beside their layers, combined into one set.
 
     Raises:
         PeftValueError: Several train a copy of the same module, or rows of the same embedding, and
             the request does not say what becomes of them; or they train different rows.
     """
     names = dict.fromkeys(request.adapters)
-    rows = {name: tuner.peft_config[name].trainable_token_indices for name in names}  # type: ignore[attr-defined]
+    rows = {name: model.peft_config[name].trainable_token_indices for name in names}  # type: ignore[attr-defined]
     differing = [name for name, indices in rows.items() if indices]
     if len({repr(rows[name]) for name in differing}) > 1:
         raise PeftValueError(
@@ -306,9 +350,9 @@ def _companions(tuner: BaseTuner, request: Combination) -> dict[str, Tensor]:
         )
     parts = {}
     for name in names:
-        config = tuner.peft_config[name]
+        config = model.peft_config[name]
         parts[name] = companion_tensors(
-            state_tensors(tuner.model, in_view(config, name)).items(), config, name
+            state_tensors(model.model, in_view(config, name)).items(), config, name
         )
     weights: dict[str, float] = {}
     for name, weight in request.terms():

@@ -19,7 +19,7 @@ from ..checkpoint.state_dict import (
 )
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors
-from .build import Build
+from .injection import Build
 from .layer import layer_of
 
 

@@ -37,7 +37,7 @@ from ..checkpoint.state_dict import (
 from ..checkpoint.values import some, warn_of_values
 from ..config import PeftConfig
 from ..integrations.distributed import unwrapped_name
-from .build import Build
+from .injection import Build
 
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:

@@ -23,6 +23,25 @@ def checked_names(adapter_names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(adapter_names))
 
 
+def check_merge_options(options: Iterable[str], known: Sequence[str], owner: str) -> None:
+    """Check the names of the options of a merge.
+
+    Args:
+        options: The names.
+        known: Options of the methods whose adapters are merged.
+        owner: The tuner's class, for the message.
+
+    Raises:
+        PeftTypeError: One is unknown.
+    """
+    if unknown := sorted(set(options).difference(known)):
+        names = ", ".join(f"`{name}`" for name in ("adapter_names", "safe_merge", *known))
+        raise PeftTypeError(
+            f"Merging got unexpected keyword arguments: {', '.join(unknown)}. With {owner} it "
+            f"takes {names}."
+        )
+
+
 def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
     """Say so where adapters that are to be merged are merged already.
 

@@ -15,6 +15,7 @@ from ..base.modules import get_submodules
 from ..integrations.accelerate import loaded_weights
 from . import tied_weights
 from .auxiliary import AuxiliaryTrainingWrapper
+from .computed_weights import made_plain
 from .layer import BaseTunerLayer
 from .merge_requests import warn_of_merged
 from .merges import Merge
@@ -217,6 +218,34 @@ def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> 
             with loaded_weights(layer, layer.merged_adapters):
                 layer.put_on(merges)
         raise
+
+
+@contextmanager
+def for_good(
+    model: nn.Module, layers: Iterable[BaseTunerLayer], names: Sequence[str], options: Options
+) -> Iterator[bool]:
+    """A context for a merge that stays, whose preparations an error undoes.
+
+    Adapters that are merged with other options are taken off, weights that the model also uses
+    elsewhere are copied, and computed weights become plain parameters.
+
+    Args:
+        model: The model.
+        layers: Its layers with adapters.
+        names: The adapters to merge.
+        options: Options of the merge, by adapter.
+
+    Yields:
+        Whether an adapter is not merged yet.
+    """
+    layers = list(layers)
+    own = [(layer, name) for layer in layers for name in names if name in layer.scaling]
+    changed = dict.fromkeys([layer for layer in layers if layer.merged])
+    changed |= dict.fromkeys(layer for layer, _ in own)
+    with without_other_merges(layers, options), apart(model, list(changed)):
+        missing = [layer for layer, name in own if name not in layer.merged_adapters]
+        with made_plain(dict.fromkeys(layer.get_base_layer() for layer in missing)):
+            yield bool(missing)
 
 
 def unload(

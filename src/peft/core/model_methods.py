@@ -6,14 +6,17 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
-
-if TYPE_CHECKING:
-    from .tuner import BaseTuner
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=type)
+
+
+class HasMethods(Protocol):
+    """A tuner's class, which has a mixin for the models around it."""
+
+    model_methods: ClassVar[type | None]
 
 
 def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -31,7 +34,7 @@ def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
     return call
 
 
-def methods_of(tuner_cls: type[BaseTuner]) -> Callable[[T], T]:
+def methods_of(tuner_cls: type[HasMethods]) -> Callable[[T], T]:
     """Register the decorated class as the methods that a model around a tuner of `tuner_cls` has.
 
     Example:
@@ -58,7 +61,7 @@ class _Combined(type):
 
 
 @cache
-def around(model_cls: type, tuner_cls: type[BaseTuner]) -> type:
+def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
     """Return the subclass of a model's class that has a tuner's methods. It goes by the same name.
 
     Args:

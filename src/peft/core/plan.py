@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an injection is going to touch, decided and checked before it touches anything."""
+"""The plan of an injection: the modules it adapts, checked before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -23,8 +23,7 @@ from ..base.errors import (
 )
 from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
-from ..checkpoint.renamed_modules import ModuleNames
-from ..config import PeftConfig
+from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import unwrapped_name
 from . import base_layer, tied_weights, unmatched_names
 from . import targets as _targets
@@ -33,56 +32,83 @@ from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .fused_paths import unfit_reason
 from .layer import BaseTunerLayer, layer_of
-from .renamed_targets import config_of_now
+from .renamed_targets import config_of_now, saved_paths
 from .trainable_tokens import TokenPlan
 
-if TYPE_CHECKING:
-    from .tuner import BaseTuner
-
-
-# What has no forward, so that nothing can stand in its place.
+# Containers without a forward, which no wrapper can stand in for.
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+C = TypeVar("C", bound=TargetedConfig)
+C_contra = TypeVar("C_contra", bound=TargetedConfig, contravariant=True)
+
+
+class TargetRules(Protocol[C_contra]):
+    """The members of a method's `BaseTuner` that a plan reads."""
+
+    model: nn.Module
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+    supported_modules: ClassVar[str]
+    default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]]
+
+    @property
+    def peft_config(self) -> Mapping[str, PeftConfig]:
+        """Return the configs of the adapters that the model has, by name."""
+
+    def complete(self, config: C_contra) -> object:
+        """Return the resource that a config refers to."""
+
+    def tuner_layer_class(self, config: C_contra, module: nn.Module) -> type[BaseTunerLayer] | None:
+        """Return the class of layer that adapts a module."""
+
+    def target_problems(self, config: C_contra, path: str, module: nn.Module) -> Iterator[str]:
+        """Yield the conflicts of a module with a config."""
+
+    def target_remedy(self, config: C_contra, modules: Sequence[nn.Module]) -> str:
+        """Return a remedy for the conflicts of all modules."""
 
 
 @dataclass
-class Plan:
-    """The modules an adapter will have parts in.
+class Plan(Generic[C]):
+    """The modules that an adapter will have parts in.
 
     Args:
         adapter_name: The adapter's name.
         config: Its config, with the targets resolved.
+        found: The resource that the config refers to, as `BaseTuner.complete` returned it.
         targets: Modules to adapt, by path.
         trained_whole: Modules to make trainable copies of, by path.
-        places: Every path at which a targeted module sits in the model (more than one where it is
-            shared).
+        places: All paths of each targeted module, several where the model shares it.
         tokens: Embeddings to train single rows of.
+        biases: Biases of the base model to train.
     """
 
     adapter_name: str
-    config: Any
+    config: C
+    found: object = None
     targets: dict[str, nn.Module] = field(default_factory=dict)
     trained_whole: dict[str, nn.Module] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
+    biases: list[nn.Parameter] = field(default_factory=list)
 
 
 def make(
-    tuner: BaseTuner,
+    tuner: TargetRules[C],
     adapter_name: str,
-    config: PeftConfig,
+    config: C,
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     is_new: bool = True,
-) -> Plan:
-    """Decide what to adapt, and check all of it.
+) -> Plan[C]:
+    """Decide which modules an adapter gets, and check all of them.
 
     Args:
         tuner: The method's tuner.
         adapter_name: The adapter's name.
-        config: Its config; names that it leaves open are filled in.
-        state_dict: Adapt the modules this checkpoint has parameters for.
-        is_new: Warn of names in the config that mean nothing in this model. For an adapter that a
-            checkpoint fills that is no slip: the checkpoint fits, or is refused.
+        config: Its config; target names that it leaves open are filled in.
+        state_dict: Adapt the modules that this checkpoint has parameters for.
+        is_new: Warn of names in the config that match no module. An adapter that a checkpoint fills
+            needs no such warning: the checkpoint either fits or is refused.
 
     Raises:
         PeftValueError: The name or the config can't be used.
@@ -91,16 +117,22 @@ def make(
     """
     config.validate()
     vars(config).update(vars(config_of_now(config, tuner.model)))
-    tuner.complete(config)
-    check_name(adapter_name, tuner)
+    found = tuner.complete(config)
+    check_name(adapter_name, tuner.peft_config)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type or "", "")
     if adapter_name in prefix and len(adapter_name) >= len(prefix) - 1:
         warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
             "Other writers confuse the two."
         )
-    _check_biases(config, tuner)
-    plan = Plan(adapter_name, config)
+    if config.trained_biases != "none" and any(
+        other.trained_biases != "none" for other in tuner.peft_config.values()
+    ):
+        raise PeftValueError(
+            f"{type(tuner).__name__} supports only 1 adapter with bias. "
+            "When using multiple adapters, set bias to 'none' for all adapters."
+        )
+    plan = Plan(adapter_name, config, found)
     modules = own_modules(tuner.model)
     plan.trained_whole = _trained_whole(plan.config, modules)
     candidates = {
@@ -122,38 +154,54 @@ def make(
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
     if is_new and not state_dict:
         unmatched_names.warn_of_unused(config, modules)
-    patterns = {
-        f.name: getattr(config, f.name) for f in fields(config) if f.name.endswith("_pattern")
-    }
-    unmatched_names.warn_of_patterns(
-        {k: v for k, v in patterns.items() if isinstance(v, dict)}, plan.targets
-    )
+    unmatched_names.warn_of_patterns(_pattern_fields(config), plan.targets)
     _check_modules(tuner, plan)
     plan.tokens = _trainable_tokens.plan(
         plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole}
     )
+    plan.biases = list(_biases(plan, candidates))
     _warn_of_ties(tuner.model, plan)
     return plan
 
 
-def bias_names(config: PeftConfig, model: nn.Module) -> list[str]:
-    """Names of the biases that a config trains: all, those of the adapted layers, or none."""
-    if config.trained_biases == "none":
-        return []
-    names = []
-    for path, module in own_modules(model).items():
-        plain, name = module, path
-        while isinstance(plain, BaseTunerLayer):
-            plain, name = plain.base_layer, f"{name}.base_layer"
-        if plain._parameters.get("bias") is not None and (
-            plain is not module or config.trained_biases == "all"
-        ):
-            names.append(f"{name}.bias")
-    return names
+def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
+    """Yield the biases that a config trains: all of the model's, or those of adapted layers."""
+    chosen, tokens = plan.config.trained_biases, plan.tokens
+    for path, module in modules.items() if chosen != "none" else ():
+        is_adapted = path in plan.targets or isinstance(module, BaseTunerLayer)
+        bias = base_layer.innermost(module)._parameters.get("bias")
+        is_free = path not in tokens.indices and path not in tokens.tied
+        if bias is not None and is_free and (is_adapted or chosen == "all"):
+            yield bias
 
 
-def check_name(name: str, tuner: BaseTuner) -> None:
-    """Insist on a name that an adapter can have."""
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model as they were without adapters, by path.
+
+    A shared module is listed under each of its paths. The inside of adapted layers is left out, and
+    so are the modules that compute a weight (`parametrize`).
+    """
+    modules = walk(
+        model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
+    )
+    return {
+        path: module
+        for path, module in modules
+        if path and not isinstance(module, (AdapterContainer, ParametrizationList))
+    }
+
+
+def check_name(name: str, taken: Collection[str]) -> None:
+    """Check that an adapter can have a name.
+
+    Args:
+        name: The name.
+        taken: The names of the model's adapters.
+
+    Raises:
+        PeftTypeError: It is no string.
+        PeftValueError: It is taken, or has another meaning.
+    """
     if not isinstance(name, str):
         raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
     if not name or "." in name:
@@ -172,33 +220,19 @@ def check_name(name: str, tuner: BaseTuner) -> None:
         raise PeftValueError(
             f"The adapter's name {name!r} means no adapter in `adapter_names`; choose another."
         )
-    if name in tuner.peft_config:
+    if name in taken:
         raise PeftValueError(
             f"Adapter with name '{name}' already exists; choose another, or delete that one first."
         )
 
 
-def _check_biases(config: PeftConfig, tuner: BaseTuner) -> None:
-    if config.trained_biases != "none" and any(
-        other.trained_biases != "none" for other in tuner.peft_config.values()
-    ):
-        raise PeftValueError(
-            f"{type(tuner).__name__} supports only 1 adapter with bias. "
-            "When using multiple adapters, set bias to 'none' for all adapters."
-        )
-
-
-def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path (each path, where there are several), seen as if there were no
-    adapters: what is inside adapted layers is left out, and what computes a layer's weight.
-    """
-    whole = walk(
-        model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
-    )
+def _pattern_fields(config: PeftConfig) -> dict[str, dict[str, object]]:
+    """Return the config's dictionaries whose keys are patterns of module names, by field."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
     return {
-        path: module
-        for path, module in whole
-        if path and not isinstance(module, (AdapterContainer, ParametrizationList))
+        name: value
+        for name, value in values.items()
+        if name.endswith("_pattern") and isinstance(value, dict)
     }
 
 
@@ -206,8 +240,14 @@ def _below(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` names, by path."""
+def _trained_whole(
+    config: TargetedConfig, modules: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Return the modules that `modules_to_save` names, by path.
+
+    Raises:
+        PeftTypeError: One is a container without a forward.
+    """
     names = config.modules_to_save
     if not names:
         return {}
@@ -226,10 +266,18 @@ def _trained_whole(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, n
 
 
 def _targeted(
-    tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]
+    tuner: TargetRules[C],
+    config: C,
+    modules: Mapping[str, nn.Module],
+    whole: Mapping[str, nn.Module],
 ) -> list[str]:
-    """Paths of the modules that the config targets; writes resolved defaults and "all-linear" into
-    the config.
+    """Return the paths of the modules that a config targets.
+
+    Defaults and "all-linear" are resolved and written into the config.
+
+    Raises:
+        PeftValueError: The config names no targets, and there are no defaults.
+        NoMatchingPeftModuleError: Its targets match no module.
     """
     if config.target_modules is None:
         kind = model_type(tuner.model)
@@ -269,8 +317,12 @@ def _targeted(
 
 
 def _raise_unmatched(
-    tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]
+    tuner: TargetRules[C],
+    config: C,
+    modules: Mapping[str, nn.Module],
+    whole: Mapping[str, nn.Module],
 ) -> None:
+    """Raise the error for targets that match no module, with the reason."""
     if config.exclude_modules and all(
         _targets.named(config.exclude_modules, path) for path in modules
     ):
@@ -294,8 +346,8 @@ def _raise_unmatched(
     raise NoMatchingPeftModuleError(unmatched_names.no_target(config, list(modules), adaptable))
 
 
-def _adaptable(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the modules that a method can adapt."""
+def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the paths of the modules that a method can adapt."""
     bases = {
         path: (layer_of(module, tuner.tuner_layer_cls), module) for path, module in modules.items()
     }
@@ -307,21 +359,18 @@ def _adaptable(tuner: BaseTuner, config: Any, modules: Mapping[str, nn.Module]) 
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of all linear layers but the output head and those where no adapter can be."""
+    """Return the paths of the linear layers that an adapter fits in, without the output head."""
     heads = set()
     if hasattr(model, "get_output_embeddings"):
         try:
             heads.add(id(model.get_output_embeddings()))  # type: ignore[operator]
         except (NotImplementedError, AttributeError):
-            pass  # some transformers models have the method and no such layer
+            pass  # some transformers models have the method without the layer
         heads |= {id(getattr(model, name)) for name in OUTPUT_HEAD_NAMES if name in model._modules}
     paths = []
     for path, module in modules.items():
-        if (
-            not base_layer.is_linear(module)
-            or id(module) in heads
-            or id(base_layer.innermost(module)) in heads
-        ):
+        own = {id(module), id(base_layer.innermost(module))}
+        if not base_layer.is_linear(module) or heads & own:
             continue
         parent, _, name = get_submodules(model, path)
         reason = unfit_reason(parent, name, model_type(model))
@@ -332,11 +381,11 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
     return paths
 
 
-def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
-    """Say so where a weight is about to change in one place that the model shares with another.
+def _warn_of_ties(model: nn.Module, plan: Plan[C]) -> None:
+    """Warn of targets whose weight the model also uses in another module.
 
     Raises:
-        PeftNotSupportedError: There is one, and the config wants such weights to stay the same.
+        PeftNotSupportedError: There is one, and the config sets `ensure_weight_tying`.
     """
     owners = tied_weights.owners(model)
     for path, module in {**plan.targets, **plan.trained_whole}.items():
@@ -367,15 +416,18 @@ def _warn_of_ties(model: nn.Module, plan: Plan) -> None:
 
 def _saved(
     state_dict: Mapping[str, Tensor],
-    tuner: BaseTuner,
-    config: Any,
+    tuner: TargetRules[C],
+    config: C,
     modules: Mapping[str, nn.Module],
 ) -> list[str]:
-    """Paths of the modules that a checkpoint has parameters for; warns where the config targets
-    others.
+    """Return the paths of the modules that a checkpoint has parameters for.
+
+    A warning tells if the config targets other modules.
+
+    Raises:
+        NoMatchingPeftModuleError: The checkpoint has parameters for no module of the model.
     """
-    names = ModuleNames(tuner.model)
-    saved = {names.now(path) or path for path in _paths_in(state_dict, tuner)}
+    saved = saved_paths(tuner.model, state_dict, tuner.tuner_layer_cls.container_names)
     paths = [path for path in modules if unwrapped_name(path) in saved]
     if not paths:
         raise NoMatchingPeftModuleError(
@@ -393,40 +445,26 @@ def _saved(
     meant = _targets.select(
         modules, targets, config.exclude_modules, *unmatched_names.layer_choice(config)
     )
-    for place, others in (
-        ("PEFT config", set(meant).difference(paths)),
-        ("state_dict", set(paths).difference(meant)),
-    ):
+    more = {"PEFT config": set(meant).difference(paths), "state_dict": set(paths).difference(meant)}
+    for place, others in more.items():
         if others:
             warn(
                 "While injecting the PEFT adapters, an inconsistency was discovered between the "
-                "PEFT config and the provided "
-                "state_dict. This is not necessarily an issue and can be ignored if this was the "
-                "intent. "
-                f"The {place} contained these additional target modules: {sorted(others)}. The "
-                "state_dict decides.",
+                "PEFT config and the provided state_dict. This is not necessarily an issue and can "
+                f"be ignored if this was the intent. The {place} contained these additional target "
+                f"modules: {sorted(others)}. The state_dict decides.",
                 RuntimeWarning,
             )
     return paths
 
 
-def _paths_in(state_dict: Mapping[str, Tensor], tuner: BaseTuner) -> set[str]:
-    """Paths of the modules that a checkpoint has parameters for, without what wrappers put into
-    them.
+def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
+    """Check that every targeted module can be adapted as configured.
+
+    Raises:
+        UnsupportedModuleError: The method can't adapt some; all are named.
+        PeftValueError: Some conflict with the config; all are named.
     """
-    holders = tuner.tuner_layer_cls.container_names
-    paths = set()
-    for key in state_dict:
-        parts = unwrapped_name(key.removeprefix("base_model.model.")).split(".")
-        for i, part in enumerate(parts):
-            if any(part == holder or part.startswith(f"{holder}_topk") for holder in holders):
-                paths.add(".".join(parts[:i]))
-                break
-    return paths
-
-
-def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
-    """Check that every targeted module can be adapted as configured; report all that can't at once."""
     unsupported, misfits = [], []
     kind = model_type(tuner.model)
     for path, module in plan.targets.items():
@@ -449,7 +487,10 @@ def _check_modules(tuner: BaseTuner, plan: Plan) -> None:
                 f"`{path}`: {problem}" for problem in tuner.target_problems(plan.config, path, base)
             ]
     if unsupported:
-        remedy = f"{type(tuner).__name__} adapts {tuner.supported_modules}; leave out others by `exclude_modules`."
+        remedy = (
+            f"{type(tuner).__name__} adapts {tuner.supported_modules}; leave out others by "
+            "`exclude_modules`."
+        )
         raise UnsupportedModuleError(" ".join([*unsupported, remedy]))
     if misfits:
         remedy = tuner.target_remedy(

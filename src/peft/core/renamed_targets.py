@@ -14,6 +14,7 @@ from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.renamed_modules import ModuleNames, renamed_state
+from ..integrations.distributed import unwrapped_name
 from .targets import exactly, named, pattern_value, select
 
 
@@ -78,6 +79,26 @@ def present_names(
     if not found.paths:
         return config, found.state
     return renamed_config(config, ModuleNames(model).paths, found.paths, found.layers), found.state
+
+
+def saved_paths(
+    model: nn.Module, state_dict: Mapping[str, Tensor], containers: Collection[str]
+) -> set[str]:
+    """Return the paths, as the model names them now, of the modules in a checkpoint's keys.
+
+    Args:
+        model: The model.
+        state_dict: The checkpoint.
+        containers: Names of a layer's containers of adapter tensors.
+    """
+    names, paths = ModuleNames(model), set()
+    for key in state_dict:
+        parts = unwrapped_name(key.removeprefix("base_model.model.")).split(".")
+        for i, part in enumerate(parts):
+            if any(part == name or part.startswith(f"{name}_topk") for name in containers):
+                paths.add(".".join(parts[:i]))
+                break
+    return {names.now(path) or path for path in paths}
 
 
 def config_of_now(config: Any, model: nn.Module) -> Any:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftValueError
+from ..base.geometry import Placement
 from . import targets as _targets
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
-from .base_layer import placement
 from .computed_weights import make_plain
 from .unmatched_names import with_near_misses
 
@@ -80,28 +80,20 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def rows_of(
         module: nn.Module,
         indices: list[int],
-        autocast: bool,
-        device: torch.device | None,
+        place: Placement,
         initialize: bool,
     ) -> TokenRows:
-        """An adapter's rows, at first those of the module's weight."""
+        """Return an adapter's rows: those of the module's weight, or memory for them."""
         if isinstance(module, TrainableTokensWrapper):
             module = module.original_module
         weight: Any = module.weight
-        place = placement(module, autocast, device)
-        if weight.is_meta or place.device.type == "meta" or not initialize:
-            real = (
-                torch.device("cpu")
-                if place.device.type == "meta" and not initialize
-                else place.device
+        if weight.is_meta or not initialize:
+            rows = torch.empty(
+                len(indices), weight.shape[1], device=place.device, dtype=place.dtype
             )
-            return TokenRows(
-                indices,
-                nn.Parameter(
-                    torch.empty(len(indices), weight.shape[1], device=real, dtype=place.dtype)
-                ),
-            )
-        return TokenRows(indices, nn.Parameter(weight.detach()[indices].to(*place, copy=True)))
+        else:
+            rows = weight.detach()[indices].to(*place, copy=True)
+        return TokenRows(indices, nn.Parameter(rows))
 
     @property
     def original_module(self) -> nn.Module:  # type: ignore[override]

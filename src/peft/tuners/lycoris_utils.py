@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig, at_least, number, pattern_dict
 from ..core.dora import DecomposedLayer
+from ..core.injection import Build
 from ..core.layer import BaseTunerLayer
 from ..core.targets import pattern_value
 from ..core.tuner import BaseTuner
+
+C = TypeVar("C", bound="LycorisConfig")
 
 
 @dataclass
@@ -127,14 +130,15 @@ class LycorisLayer(DecomposedLayer):
         return delta
 
 
-class LycorisTuner(BaseTuner):
+class LycorisTuner(BaseTuner[C]):
     """A tuner of LyCORIS layers: rank and alpha may be chosen by module."""
 
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = LycorisLayer
 
-    def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
-        """Rank and alpha for the module at `path`."""
+    def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, Any]:
+        """Return rank and alpha for the module at `path`."""
+        fields: Any = config  # every LyCORIS config has `r` and `alpha`, each with its own default
         return {
-            "r": pattern_value(config.rank_pattern, path, config.r),
-            "alpha": pattern_value(config.alpha_pattern, path, config.alpha),
+            "r": pattern_value(config.rank_pattern, path, fields.r),
+            "alpha": pattern_value(config.alpha_pattern, path, fields.alpha),
         }

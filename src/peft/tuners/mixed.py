@@ -3,28 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import nn
+from collections.abc import Collection, Iterable
+from itertools import chain
+from typing import Any, ClassVar
 
 from ..base.errors import PeftValueError
 from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
-from ..config import PeftConfig, check_config
-from ..core.build import Build
+from ..config import PeftConfig, TargetedConfig, check_config
+from ..core.adapted_model import AdaptedModel
 from ..core.tuner import BaseTuner
 
 
-class MixedModel(BaseTuner):
+class MixedModel(AdaptedModel[TargetedConfig]):
     """A model with adapters of several methods. Where two methods adapt the same layer, the later
-    one's layer is around the earlier one's, and what they add to the output adds up.
+    one's layer wraps the earlier one's, and their deltas add up.
 
-    Each method has a tuner of its own, without adapters of its own account: it plans and builds,
-    and knows what is peculiar to the method. Everything that is said once for all methods (which
-    adapters there are, which are active) is held here.
+    Each method has a tuner of its own, which plans and builds adapters; all of them share this
+    model's configs. The state that does not depend on a method is kept here: which adapters there
+    are, and which are active.
 
     Args:
-        As `BaseTuner`.
+        As `AdaptedModel`.
 
     Example:
         >>> import torch
@@ -36,14 +35,18 @@ class MixedModel(BaseTuner):
         torch.Size([2, 8])
     """
 
-    prefix = "mixed"
+    prefix: ClassVar[str] = "mixed"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._methods: dict[Any, BaseTuner] = {}
+        self._methods: dict[PeftType, BaseTuner[Any]] = {}
         super().__init__(*args, **kwargs)
 
-    def method_of(self, config: PeftConfig) -> BaseTuner:
-        """The tuner of a config's method.
+    def methods(self) -> Collection[BaseTuner[Any]]:
+        """Return the tuners of the methods that the model has adapters of."""
+        return self._methods.values()
+
+    def method_of(self, config: PeftConfig) -> BaseTuner[Any]:
+        """Return the tuner of a config's method.
 
         Raises:
             PeftTypeError: Not a config.
@@ -61,56 +64,28 @@ class MixedModel(BaseTuner):
                     "not compatible with the "
                     f"`PeftMixedModel`. Compatible types are: {compatible}."
                 )
-            method: BaseTuner = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type](
-                self.model, None, shared_root=self
-            )
+            tuner_cls: type[BaseTuner[Any]] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type]
+            method = tuner_cls(self.model, None, shared_root=self)
             method.peft_config = self.peft_config
-            self._methods[peft_type] = method
-        return self._methods[peft_type]
+            self._methods[PeftType(peft_type)] = method
+        return self._methods[PeftType(peft_type)]
 
     @property
-    def adapter_call_arguments(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(
-            dict.fromkeys(
-                name for method in self._methods.values() for name in method.adapter_call_arguments
-            )
-        )
+    def adapter_call_arguments(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Keyword arguments of the model's calls that are for any of the methods."""
+        return _union(method.adapter_call_arguments for method in self.methods())
 
     @property
-    def merge_options(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(
-            dict.fromkeys(
-                name for method in self._methods.values() for name in method.merge_options
-            )
-        )
+    def merge_options(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Arguments of a merge that any of the methods takes."""
+        return _union(method.merge_options for method in self.methods())
 
     @property
-    def shared_parameter_names(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: D102
-        return tuple(
-            dict.fromkeys(
-                name for method in self._methods.values() for name in method.shared_parameter_names
-            )
-        )
+    def shared_parameter_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Attributes with parameters that all layers of a method share."""
+        return _union(method.shared_parameter_names for method in self.methods())
 
-    def attach_adapter(self, build: Build) -> None:  # noqa: D102
-        self.method_of(build.config).attach_adapter(build)
 
-    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
-        self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)
-
-    def detach_adapters(self) -> None:  # noqa: D102
-        for method in self._methods.values():
-            method.detach_adapters()
-
-    def note_loaded(self, model: nn.Module, adapter_name: str) -> None:  # type: ignore[override]  # noqa: D102
-        self.method_of(self.peft_config[adapter_name]).note_loaded(model, adapter_name)
-
-    def config_to_save(self, adapter_name: str) -> PeftConfig:  # noqa: D102
-        return self.method_of(self.peft_config[adapter_name]).config_to_save(adapter_name)
-
-    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the options that the adapter's method knows (`task_id`), as that has them."""
-        method = self.method_of(self.peft_config[adapter_name])
-        return method.merge_options_of(
-            adapter_name, {k: v for k, v in options.items() if k in method.merge_options}
-        )
+def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return all names, each once."""
+    return tuple(dict.fromkeys(chain.from_iterable(names)))

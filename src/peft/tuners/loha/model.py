@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -12,10 +12,11 @@ from ...core.base_layer import geometry
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ..lycoris_utils import LycorisTuner
+from .config import LoHaConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
 
 
-class LoHaModel(LycorisTuner):
+class LoHaModel(LycorisTuner[LoHaConfig]):
     """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
     layer.
 
@@ -43,6 +44,8 @@ class LoHaModel(LycorisTuner):
         "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     )
 
-    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(  # noqa: D102
+        self, config: LoHaConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]

@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 
 from ...base.errors import PeftValueError
-from ...core.combining import Combination, Combined, layers_of, shared_value
+from ...core.combining import Combination, Combined, check_same
+from .config import LoKrConfig
+from .layer import LoKrLayer
 from .layer_options import layer_options
 from .lowrank import nearest_product
-
-if TYPE_CHECKING:
-    from .model import LoKrModel
+from .shapes import Shapes
 
 
-def combine(tuner: LoKrModel, request: Combination) -> Combined:
-    """The nearest Kronecker product, with `W2` of rank `svd_rank` where the config decomposes it.
+def combine(
+    configs: Mapping[str, LoKrConfig], layers: Mapping[str, LoKrLayer], request: Combination
+) -> Combined:
+    """Return the nearest Kronecker product, with `W2` of rank `svd_rank` where the config decomposes it.
+
+    Args:
+        configs: The model's configs by adapter name.
+        layers: The layers that have any of the adapters, by module path.
+        request: The request.
 
     Raises:
         PeftValueError: The adapters split layers differently.
@@ -31,16 +39,17 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
         "full_matrix",
         "kronecker_layout",
     )
-    shared_value(tuner, request, *names)
-    _refuse_what_is_no_product(tuner, request)
-    layers = layers_of(tuner, request)
+    check_same(configs, request, *names)
+    _check_products(configs, request)
     r = request.svd_rank or max(
-        layer.r[name] for _, layer in layers for name in request.adapters if name in layer.scaling
+        layer.r[name]
+        for layer in layers.values()
+        for name in request.adapters
+        if name in layer.scaling
     )
-    config: Any = tuner.peft_config[request.adapters[0]]
     # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1,
     # no Tucker form.
-    changes = {
+    changes: dict[str, Any] = {
         "decompose_both": False,
         "use_effective_conv2d": False,
         "rank_pattern": {},
@@ -48,10 +57,16 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
         "use_rslora": False,
     }
     config = replace(
-        config, r=r, alpha=r, conv_r=None, conv_alpha=None, use_scalar=False, **changes
+        configs[request.adapters[0]],
+        r=r,
+        alpha=r,
+        conv_r=None,
+        conv_alpha=None,
+        use_scalar=False,
+        **changes,
     )
     result = Combined(config)
-    for path, layer in layers:
+    for path, layer in layers.items():
         shapes = layer.shapes_of(config, r, layer_options(config, path, layer.geometry).factor)
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
         if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
@@ -77,22 +92,20 @@ def combine(tuner: LoKrModel, request: Combination) -> Combined:
     return result
 
 
-def _refuse_what_is_no_product(tuner: LoKrModel, request: Combination) -> None:
-    """Insist that each adapter's part of every layer is one Kronecker product of the layer's size,
-    split by a rule.
+def _check_products(configs: Mapping[str, LoKrConfig], request: Combination) -> None:
+    """Check that each adapter's delta is one Kronecker product in every layer, split by a rule.
 
     Raises:
         PeftValueError: It is not.
     """
     for name in request.adapters:
-        config: Any = tuner.peft_config[name]
         for field in ("weight_decompose", "tensor_shapes", "row_offsets"):
-            if getattr(config, field):
+            if getattr(configs[name], field):
                 raise PeftValueError(
                     f"Adapter {name} has `{field}`; such adapters can't be combined. Convert them "
                     "to LoRA first."
                 )
 
 
-def _flat(config: Any, shapes: Any) -> bool:
+def _flat(config: LoKrConfig, shapes: Shapes) -> bool:
     return len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"

@@ -12,6 +12,7 @@ from torch import nn
 from ...base.errors import PeftValueError
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
+from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ..lycoris_utils import LycorisTuner
@@ -21,7 +22,7 @@ from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .layer_options import layer_options
 
 
-class LoKrModel(LycorisTuner):
+class LoKrModel(LycorisTuner[LoKrConfig]):
     """A model with LoKr adapters: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
     Args:
@@ -49,16 +50,20 @@ class LoKrModel(LycorisTuner):
     )
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 
-    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(  # noqa: D102
+        self, config: LoKrConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
-    def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
-        """Rank, alpha and how the factors are split for the module at `path`."""
+    def tuner_layer_options(
+        self, config: LoKrConfig, path: str, build: Build[LoKrConfig]
+    ) -> dict[str, Any]:
+        """Return rank, alpha and the split of the factors for the module at `path`."""
         size = geometry(self.model.get_submodule(path))
         return layer_options(config, path, size)._asdict()
 
-    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:  # noqa: D102
+    def target_problems(self, config: LoKrConfig, path: str, module: nn.Module) -> Iterator[str]:  # noqa: D102
         size = geometry(module)
         assert size is not None
         options = layer_options(config, path, size)
@@ -93,14 +98,14 @@ class LoKrModel(LycorisTuner):
                     norms[path] = max(layer.clip_norm(name, largest)[0], norms.get(path, 0.0))
         return norms
 
-    def combine(self, request: Combination) -> Combined:  # noqa: D102
-        return combining.combine(self, request)
+    def combine(self, request: Combination, layers: Mapping[str, LoKrLayer]) -> Combined:  # noqa: D102
+        return combining.combine(self.peft_config, layers, request)
 
     def config_to_save(self, adapter_name: str) -> LoKrConfig:
         """The config, its layout left out where no layer's tensors depend on it, so that others
         read the file without remark.
         """
-        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name]
         depends = any(
             adapter_name in layer.lokr_w2 and layer.lokr_w2[adapter_name].dim() == 3
             for layer in self.tuner_layers()

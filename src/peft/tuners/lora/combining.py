@@ -9,23 +9,21 @@ scaling 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.errors import PeftValueError
-from ...core.combining import Combination, Combined, layers_of
+from ...core.combining import Combination, Combined
 from ...ops import task_vectors as merge_utils
 from ...ops.low_rank import kept, norm, product_svd, tail
+from .config import LoraConfig
 from .conversion import lora_tensors
 from .layer import LoraLayer
-
-if TYPE_CHECKING:
-    from .model import LoraModel
 
 _BY_ELEMENT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("svd", "linear", "cat", *_BY_ELEMENT, *(f"{kind}_svd" for kind in _BY_ELEMENT))
@@ -118,19 +116,25 @@ def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed:
     return Factors(A, B, norm((combined - B @ A).flatten()) / whole if whole else 0.0)
 
 
-def combine(tuner: LoraModel, request: Combination) -> Combined:
-    """A combination of LoRA adapters.
+def combine(
+    configs: Mapping[str, LoraConfig], layers: Mapping[str, LoraLayer], request: Combination
+) -> Combined:
+    """Return a combination of LoRA adapters.
+
+    Args:
+        configs: The model's configs by adapter name.
+        layers: The layers that have any of the adapters, by module path.
+        request: The request.
 
     Raises:
         PeftValueError: Ranks differ where they must not, or an adapter is more than a product of
             two factors.
     """
-    layers = dict(layers_of(tuner, request))
     terms = {path: _terms(path, layer, request) for path, layer in layers.items()}
     ranks = {path: {term.A.shape[0] for term in own} for path, own in terms.items()}
     if request.kind in ("linear", *_BY_ELEMENT):
         unequal = sorted(path for path, several in ranks.items() if len(several) > 1)
-        configured = {tuner.peft_config[name].r for name in request.adapters}  # type: ignore[attr-defined]
+        configured = {configs[name].r for name in request.adapters}
         if unequal or len(configured) > 1:
             raise PeftValueError(
                 "All adapters must have the same r value when using combination_type "
@@ -147,7 +151,7 @@ def combine(tuner: LoraModel, request: Combination) -> Combined:
         if request.kind.endswith("svd")
         else max(factors.A.shape[0] for factors in made.values())
     )
-    config: Any = tuner.peft_config[request.adapters[0]]
+    config = configs[request.adapters[0]]
     start = True if config.starts_from_weight else config.init_lora_weights
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     result = Combined(
@@ -200,4 +204,5 @@ def _by_element(tensors: list[Tensor], weights: list[float], request: Combinatio
     if kind == "dare_linear":
         return merge_utils.dare_linear(tensors, w, density)
     elect = merge_utils.ties if kind == "ties" else merge_utils.dare_ties
-    return elect(tensors, w, density, request.majority_sign_method)
+    sign: Any = request.majority_sign_method
+    return elect(tensors, w, density, sign)

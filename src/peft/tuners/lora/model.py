@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...base.errors import PeftWarning, warn
+from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
-from ...core.build import Build, Construction
 from ...core.combining import Combination, Combined, outer_path
+from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
 from . import combining
+from .config import LoraConfig
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .starts import is_random, with_start, without_start
@@ -26,7 +28,7 @@ from .starts import is_random, with_start, without_start
 _MAGNITUDE = "lora_magnitude_vector"
 
 
-class LoraModel(BaseTuner):
+class LoraModel(BaseTuner[LoraConfig]):
     """A model with LoRA adapters: `W + s·B·A` in every adapted layer.
 
     Args:
@@ -58,24 +60,28 @@ class LoraModel(BaseTuner):
 
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS
 
-    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(  # noqa: D102
+        self, config: LoraConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         if size is None:
             return Embedding if table(module) else None
         return (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
-    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:
-        """Rank and alpha for the module at `path`."""
+    def tuner_layer_options(
+        self, config: LoraConfig, path: str, build: Build[LoraConfig]
+    ) -> dict[str, Any]:
+        """Return rank and alpha for the module at `path`."""
         return {
-            "r": pattern_value(config.rank_pattern, path, config.r),
-            "lora_alpha": pattern_value(config.alpha_pattern, path, config.lora_alpha),
+            "r": pattern_value(config.rank_pattern or {}, path, config.r),
+            "lora_alpha": pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
         }
 
-    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: LoraConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Ranks that do not fit, and options that a kind of layer does not have."""
         size, lookup = geometry(module), table(module)
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        r = pattern_value(config.rank_pattern or {}, path, config.r)
+        alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
         start = config.init_lora_weights
         if config.use_dora and isinstance(module, BaseTunerLayer):
             yield "`use_dora`=True is for layers that no other method adapts."
@@ -98,8 +104,8 @@ class LoraModel(BaseTuner):
         if lookup is None and start == "orthogonal" and r % 2:
             yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
 
-    def _build(self, plan: Plan, construction: Construction) -> Build:
-        """Put the config right where it expects weights to be stored otherwise than they are."""
+    def adjust_config(self, plan: Plan[LoraConfig], construction: Construction) -> None:
+        """Set `fan_in_fan_out` to the layout of the layers' weights, and warn of missing biases."""
         if plan.config.lora_bias:
             plain = {
                 type(base).__name__
@@ -115,11 +121,12 @@ class LoraModel(BaseTuner):
         plan.config.fan_in_fan_out = expected_layout(
             plan.targets.values(), plan.config.fan_in_fan_out
         )
-        return super()._build(plan, construction)
 
-    def without_start(self, model: nn.Module, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
-        """A plain adapter of twice the rank and scaling 1, `[B, B₀]·[A, -A₀]`."""
-        config: Any = self.peft_config[adapter_name]
+    def without_start(
+        self, model: nn.Module, adapter_name: str
+    ) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Return a plain adapter of twice the rank and scaling 1, `[B, B₀]·[A, -A₀]`."""
+        config = self.peft_config[adapter_name]
         if not config.starts_from_weight:
             return super().without_start(model, adapter_name)
         plain, state = convert_to_lora(model, None, adapter_name)
@@ -127,11 +134,11 @@ class LoraModel(BaseTuner):
             plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode
         ), state
 
-    def combine(self, request: Combination) -> Combined:  # noqa: D102
-        return combining.combine(self, request)
+    def combine(self, request: Combination, layers: Mapping[str, LoraLayer]) -> Combined:  # noqa: D102
+        return combining.combine(self.peft_config, layers, request)
 
     @classmethod
-    def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def _export_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """A checkpoint has DoRA's lengths under the container's name."""
         return {
             key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t
@@ -139,8 +146,8 @@ class LoraModel(BaseTuner):
         }
 
     def form_to_save(
-        self, adapter_name: str, config: Any, state: dict[str, Tensor]
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, adapter_name: str, config: LoraConfig, state: dict[str, Tensor]
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """As it is, or with a start that others would not find."""
         if not is_random(config.init_lora_weights):
             return config, state
@@ -157,7 +164,7 @@ class LoraModel(BaseTuner):
         return with_start(config, state, starts)
 
     @classmethod
-    def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def _import_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """The layers have DoRA's lengths in modules, and a start that is drawn apart from the rest."""
         state = without_start(config, state) if is_random(config.init_lora_weights) else state
         return {

@@ -35,13 +35,13 @@ class PolyAdapter:
         layers: Its layers by module path.
     """
 
-    tuner: BaseTuner
+    tuner: BaseTuner[PolyConfig]
     name: str
     config: PolyConfig
     layers: dict[str, PolyLayer]
 
     @classmethod
-    def of(cls, tuner: BaseTuner, adapter_name: str | None) -> PolyAdapter:
+    def of(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:
         """Return an adapter of a tuner, by default the active one.
 
         Raises:
@@ -70,7 +70,7 @@ class PolyAdapter:
         return cls(tuner, adapter_name, config, layers)
 
     @classmethod
-    def with_tasks(cls, tuner: BaseTuner, adapter_name: str | None) -> PolyAdapter:
+    def with_tasks(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:
         """Return an adapter that routes by task, by default the active one.
 
         Raises:

@@ -6,21 +6,19 @@ each with ranks of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError
-from ...core.combining import Combination, Combined, layers_of, shared_value
+from ...core.combining import Combination, Combined, check_same
 from ...core.targets import patterns
 from ...ops.low_rank import wide
-
-if TYPE_CHECKING:
-    from .model import PolyModel
-
+from .config import PolyConfig
+from .layer import PolyLayer
 
 # Fields of a config that are for what an adapter trains beside its layers.
 _COMPANIONS = ("trainable_token_indices",)
@@ -88,15 +86,22 @@ def has_rest(part: Inventory) -> bool:
     return bool((part.weights.sum(-1) < 1 - 1e-6).any())
 
 
-def combine(tuner: PolyModel, request: Combination) -> Combined:
-    """The weighted sum of adapters that route by task.
+def combine(
+    configs: Mapping[str, PolyConfig], layers: Mapping[str, PolyLayer], request: Combination
+) -> Combined:
+    """Return the weighted sum of adapters that route by task.
+
+    Args:
+        configs: The model's configs by adapter name.
+        layers: The layers that have any of the adapters, by module path.
+        request: The request.
 
     Raises:
         PeftNotSupportedError: One routes by input, so that its share can't be kept.
         PeftValueError: Their tasks differ.
     """
-    configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
-    for name, config in zip(request.adapters, configs, strict=True):
+    for name in request.adapters:
+        config = configs[name]
         if config.routes_by_input:
             raise PeftNotSupportedError(
                 f"Adapter {name} routes by input; only adapters that route by task can be combined."
@@ -106,19 +111,17 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
                 f"Adapter {name} has a skill of rank {config.task_rank} for each task; these can't "
                 "be combined."
             )
-    shared_value(tuner, request, "n_tasks", "task_names")
+    check_same(configs, request, "n_tasks", "task_names")
+    first = configs[request.adapters[0]]
     parts = {
-        path: [
-            _inventory(layer, name, weight, tuner.peft_config[name])
-            for name, weight in request.terms()
-        ]
-        for path, layer in layers_of(tuner, request)
+        path: [_inventory(layer, name, weight, configs[name]) for name, weight in request.terms()]
+        for path, layer in layers.items()
     }
     with_rest = any(has_rest(part) for several in parts.values() for part in several)
     # How the adapters' weights came about is in the weights; what mixes them from now on is plain.
     plain = {
         name: value
-        for name, value in type(configs[0]).absent_values.items()
+        for name, value in type(first).absent_values.items()
         if name not in ("task_names", *_COMPANIONS)
     }
     sizes: dict[str, dict[str, int]] = {
@@ -138,7 +141,7 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
         )
         for name, value in largest.items()
     }
-    result = Combined(replace(configs[0], **{**plain, **largest, **differing}))
+    result = Combined(replace(first, **{**plain, **largest, **differing}))
     for path, several in parts.items():
         logits, A, B = side_by_side(several, with_rest)
         result.tensors |= {
@@ -150,7 +153,7 @@ def combine(tuner: PolyModel, request: Combination) -> Combined:
     return result
 
 
-def _inventory(layer: Any, name: str, weight: float, config: Any) -> Inventory:
+def _inventory(layer: PolyLayer, name: str, weight: float, config: PolyConfig) -> Inventory:
     """What an adapter has in a layer; in one that it does not adapt, skills without effect."""
     if name in layer.scaling:
         A, B = layer.poly_lora_A(name), layer.poly_lora_B(name)

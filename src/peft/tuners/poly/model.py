@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...core.base_layer import geometry
-from ...core.build import Build
 from ...core.combining import Combination, Combined
+from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ...core.tuner import BaseTuner
 from . import combining, extraction, fewshot, inventory, regimes
 from .adapter import PolyAdapter, Task, Tasks
+from .config import PolyConfig
 from .fewshot import Loss, TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
@@ -26,7 +27,7 @@ from .routing import CALL_ARGUMENTS, Routing
 from .task_ids import one_task, some_tasks, task_shares
 
 
-class PolyModel(BaseTuner):
+class PolyModel(BaseTuner[PolyConfig]):
     """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is
     one task, or input decides).
 
@@ -58,12 +59,16 @@ class PolyModel(BaseTuner):
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     merge_options: ClassVar[tuple[str, ...]] = ("task_id",)
 
-    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(  # noqa: D102
+        self, config: PolyConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         return None if size is None or size.is_conv else Linear
 
-    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
-        options = {"routing": self.poly_routing, "at": config.at(path)}
+    def tuner_layer_options(  # noqa: D102
+        self, config: PolyConfig, path: str, build: Build[PolyConfig]
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {"routing": self.poly_routing, "at": config.at(path)}
         if config.router_granularity != "linear":
             group = config.router_group(path)
             others: Any = (
@@ -74,7 +79,7 @@ class PolyModel(BaseTuner):
             options["router"] = next((layer.router(build.adapter_name) for layer in others), None)
         return options
 
-    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: PolyConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Both sizes must be whole numbers of splits."""
         size, config = geometry(module), config.at(path)
         assert size is not None
@@ -99,11 +104,10 @@ class PolyModel(BaseTuner):
             )
         return self._poly_routing
 
-    def attach_adapter(self, build: Build) -> None:
+    def attach_adapter(self, build: Build[PolyConfig]) -> None:
         """Have the model's calls take `task_ids`, and name them in its signatures."""
-        config: Any = build.config
         layer: Any = next(self.tuner_layers())
-        self.poly_routing.attach(self.model, build.adapter_name, config, layer)
+        self.poly_routing.attach(self.model, build.adapter_name, build.config, layer)
 
     def detach_adapters(self) -> None:
         """Give the model its own methods back."""
@@ -149,7 +153,7 @@ class PolyModel(BaseTuner):
         """The task as a number, which a name may be another of in another adapter; none for one
         that routes by input, which its layers refuse.
         """
-        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name]
         task = options.get("task_id")
         if task is not None and config.routes_by_task:
             if isinstance(task, Mapping):
@@ -165,7 +169,7 @@ class PolyModel(BaseTuner):
 
     @classmethod
     def conversion_options(
-        cls, config: Any, *, task_id: Any = None, **options: Any
+        cls, config: PolyConfig, *, task_id: Any = None, **options: Any
     ) -> dict[str, Any]:
         """The task, or the share of each of several: {task: share}, each by id or name.
 
@@ -185,7 +189,7 @@ class PolyModel(BaseTuner):
         return {"task_id": one_task(task_id, config)}
 
     @classmethod
-    def conversion_tasks(cls, config: Any, tasks: Any) -> dict[str, Any]:
+    def conversion_tasks(cls, config: PolyConfig, tasks: Any) -> dict[str, Any]:
         """The tasks by name, or as "task_0", "task_1", … where they have none.
 
         Raises:
@@ -198,8 +202,8 @@ class PolyModel(BaseTuner):
         ids = range(config.n_tasks) if tasks is None else some_tasks(tasks, config)
         return {config.task_names[i] if config.task_names else f"task_{i}": i for i in ids}
 
-    def combine(self, request: Combination) -> Combined:  # noqa: D102
-        return combining.combine(self, request)
+    def combine(self, request: Combination, layers: Mapping[str, PolyLayer]) -> Combined:  # noqa: D102
+        return combining.combine(self.peft_config, layers, request)
 
     def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Return the weights with which each task mixes the skills in evaluation.

@@ -6,19 +6,18 @@ other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError
-from ...core.combining import Combination, Combined, layers_of, shared_value, uniform_scale
+from ...core.combining import Combination, Combined, check_same, uniform_scale
 from ...ops.low_rank import wide
-
-if TYPE_CHECKING:
-    from .model import VBLoRAModel
+from .config import VBLoRAConfig
+from .layer import VBLoRALayer
 
 # How far below its chosen logits a position has those that it must not choose: their weight
 # underflows to zero.
@@ -86,43 +85,48 @@ def placed(logits: Tensor, topk: int, begin: int, num_vectors: int, wanted: int)
     return result
 
 
-def combine(tuner: VBLoRAModel, request: Combination) -> Combined:
-    """The weighted sum of adapters.
+def combine(
+    configs: Mapping[str, VBLoRAConfig], layers: Mapping[str, VBLoRALayer], request: Combination
+) -> Combined:
+    """Return the weighted sum of adapters.
+
+    Args:
+        configs: The model's configs by adapter name.
+        layers: The layers that have any of the adapters, by module path.
+        request: The request.
 
     Raises:
         PeftValueError: Their vectors differ in length, or layers are scaled each in its own way.
         PeftNotSupportedError: One has an output gate.
     """
-    shared_value(tuner, request, "vector_length")
-    gated = [name for name in request.adapters if tuner.peft_config[name].output_gate]  # type: ignore[attr-defined]
+    check_same(configs, request, "vector_length")
+    gated = [name for name in request.adapters if configs[name].output_gate]
     if gated:
         raise PeftNotSupportedError(
             f"Adapters with an output gate ({', '.join(gated)}) have a factor in each layer; merge "
             "them instead."
         )
-    configs: list[Any] = [tuner.peft_config[name] for name in request.adapters]
-    layers = layers_of(tuner, request)
-    weights = [
-        weight * uniform_scale([layer for _, layer in layers], name)
-        for name, weight in request.terms()
-    ]
+    chosen = [configs[name] for name in request.adapters]
+    weights = [weight * uniform_scale(layers.values(), name) for name, weight in request.terms()]
     banks = [
-        next(layer for _, layer in layers if name in layer.scaling).bank(name).detach()
+        next(layer for layer in layers.values() if name in layer.scaling).bank(name).detach()
         for name in request.adapters
     ]
-    incomplete = any(name not in layer.scaling for _, layer in layers for name in request.adapters)
+    incomplete = any(
+        name not in layer.scaling for layer in layers.values() for name in request.adapters
+    )
     bank = JoinedBank(banks, weights, incomplete)
-    n, topk = len(bank.vectors), max(config.topk for config in configs)
-    own_bank = {"bank": None, "bank_sha256": None, "output_gate": False}
+    n, topk = len(bank.vectors), max(config.topk for config in chosen)
+    own_bank: dict[str, Any] = {"bank": None, "bank_sha256": None, "output_gate": False}
     result = Combined(
         replace(
-            configs[0], r=sum(config.r for config in configs), num_vectors=n, topk=topk, **own_bank
+            chosen[0], r=sum(config.r for config in chosen), num_vectors=n, topk=topk, **own_bank
         )
     )
     result.tensors["vblora_vector_bank"] = bank.vectors
-    for path, layer in layers:
+    for path, layer in layers.items():
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for i, (name, config) in enumerate(zip(request.adapters, configs, strict=True)):
+        for i, (name, config) in enumerate(zip(request.adapters, chosen, strict=True)):
             tiles = (
                 config.tiles(layer.geometry.in_features),
                 config.tiles(layer.geometry.out_features),

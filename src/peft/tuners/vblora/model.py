@@ -18,14 +18,14 @@ from ...checkpoint.state_dict import adapter_tensors, in_view
 from ...checkpoint.values import warn_of_values
 from ...core.adapter_choice import adapter_meant
 from ...core.base_layer import expected_layout, geometry
-from ...core.build import Build, Construction
 from ...core.combining import Combination, Combined
+from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
-from .config import Form
+from .config import Form, VBLoRAConfig
 from .layer import TRAINING_ON, Linear, VBLoRALayer
 from .shared_bank import FoundBank, find_bank
 from .storage import GATE, INDICES, LOGITS, WEIGHTS, export_state, import_state
@@ -34,7 +34,7 @@ _BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
 _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-class VBLoRAModel(BaseTuner):
+class VBLoRAModel(BaseTuner[VBLoRAConfig]):
     """A model with VB-LoRA adapters; each adapter's layers share one bank
     `[num_vectors, vector_length]`.
 
@@ -78,15 +78,20 @@ class VBLoRAModel(BaseTuner):
         "t5": ("q", "k", "v", "o", "wi", "wo"),
     }
 
-    def tuner_layer_class(self, config: Any, module: nn.Module) -> type[BaseTunerLayer] | None:  # noqa: D102
+    def tuner_layer_class(  # noqa: D102
+        self, config: VBLoRAConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         return None if size is None or size.is_conv else Linear
 
-    def tuner_layer_options(self, config: Any, path: str, build: Build) -> dict[str, Any]:  # noqa: D102
+    def tuner_layer_options(  # noqa: D102
+        self, config: VBLoRAConfig, path: str, build: Build[VBLoRAConfig]
+    ) -> dict[str, Any]:
         containers = {name: build.containers[name] for name in self.shared_parameter_names}
-        return {**containers, "bank_key": _at_hand(config).key if config.shares_bank else None}
+        bank = build.found
+        return {**containers, "bank_key": bank.key if isinstance(bank, FoundBank) else None}
 
-    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: VBLoRAConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Both sizes must be whole numbers of vectors, unless the last tile may be cut."""
         size = geometry(module)
         assert size is not None
@@ -94,7 +99,7 @@ class VBLoRAModel(BaseTuner):
             if getattr(size, name) % config.vector_length:
                 yield f"`{name}` {getattr(size, name)} must be divisible by `vector_length` {config.vector_length}."
 
-    def target_remedy(self, config: Any, modules: Sequence[nn.Module]) -> str:
+    def target_remedy(self, config: VBLoRAConfig, modules: Sequence[nn.Module]) -> str:
         """The lengths that divide all sizes."""
         sizes = [size for module in modules if (size := geometry(module)) is not None]
         common = math.gcd(
@@ -103,48 +108,45 @@ class VBLoRAModel(BaseTuner):
         fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
         return f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, which cuts the last tile to size."
 
-    def complete(self, config: Any) -> None:
-        """Have the shared bank at hand that a config names, and put its size into the config.
+    def complete(self, config: VBLoRAConfig) -> FoundBank | None:
+        """Return the shared bank that a config names, and put its size into the config.
 
         Raises:
             CheckpointNotFoundError: It is nowhere.
             CheckpointError: It is another one than the adapter was trained over.
         """
-        if config.shares_bank:
-            found = find_bank(config, self._shared_banks())
-            vars(config)["_bank"] = found
-            if config.bank_sha256 is None:
-                config.bank_sha256, (config.num_vectors, config.vector_length) = (
-                    found.key,
-                    found.vectors.shape,
-                )
-                config.validate()
+        if not config.shares_bank:
+            return None
+        found = find_bank(config, self._shared_banks())
+        if config.bank_sha256 is None:
+            config.bank_sha256 = found.key
+            config.num_vectors, config.vector_length = found.vectors.shape
+            config.validate()
+        return found
 
     def _shared_banks(self) -> Mapping[str, Tensor]:
         """The shared banks that the model has, by digest."""
-        known = self._shared_owner(_SHARED)._modules.get(_SHARED)
+        known = self.shared_owner(_SHARED)._modules.get(_SHARED)
         if known is None:
             known = next((layer.vblora_shared_banks for layer in self.tuner_layers()), None)
         return {} if known is None else dict(known.items())  # type: ignore[operator]
 
     def build_shared_parameters(
-        self, config: Any, placement: Placement, initialize: bool
+        self, build: Build[VBLoRAConfig], placement: Placement, initialize: bool
     ) -> dict[str, nn.Parameter]:
-        """The adapter's own bank, uniform within the config's bound. A shared one is put where the
-        adapter is.
+        """Return the adapter's own bank, uniform within the config's bound. A shared bank is moved
+        to the adapter's device and dtype.
         """
-        device, dtype = placement
-        if config.shares_bank:
-            found = _at_hand(config)
-            place = torch.device("cpu") if device.type == "meta" else device
+        (device, dtype), config, found = placement, build.config, build.found
+        if isinstance(found, FoundBank):
             if not found.is_resident:
+                place = torch.device("cpu") if device.type == "meta" else device
                 warn_of_values(
                     "The shared bank",
                     {_SHARED: found.vectors},
                     {_SHARED: torch.empty(0, dtype=dtype)},
                 )
-                found = found._replace(vectors=found.vectors.to(place, dtype))
-            vars(config)["_bank"] = found
+                build.found = found._replace(vectors=found.vectors.to(place, dtype))
             return {}
         bank = nn.Parameter(
             torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype)
@@ -153,14 +155,13 @@ class VBLoRAModel(BaseTuner):
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
         return {_BANK: bank}
 
-    def attach_adapter(self, build: Build) -> None:
-        """Register the shared bank that a new adapter brought with it."""
-        found = vars(build.config).pop("_bank", None)
-        if found is not None:
-            self._keep_bank(build.containers[_SHARED], found.key, found.vectors)
+    def attach_adapter(self, build: Build[VBLoRAConfig]) -> None:
+        """Register the shared bank that a new adapter uses."""
+        if isinstance(build.found, FoundBank):
+            self._keep_bank(build.containers[_SHARED], build.found.key, build.found.vectors)
 
     def _keep_bank(self, container: Any, key: str, vectors: Tensor) -> None:
-        self._shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
+        self.shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
         if key not in container:
             container[key] = nn.Parameter(vectors, requires_grad=False)
 
@@ -172,7 +173,7 @@ class VBLoRAModel(BaseTuner):
             if isinstance(layer, VBLoRALayer)
         } - {None}
         others = [layer.bank_key for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)]
-        container: Any = self._shared_owner(_SHARED)._modules.get(_SHARED)
+        container: Any = self.shared_owner(_SHARED)._modules.get(_SHARED)
         for key in keys:
             if not any(
                 other == key
@@ -190,9 +191,9 @@ class VBLoRAModel(BaseTuner):
             config.init_vector_bank_bound,
         )
 
-    def _build(self, plan: Plan, construction: Construction) -> Build:
-        """Say so if the layers store their weights otherwise than the config expects, and put the
-        config right.
+    def adjust_config(self, plan: Plan[VBLoRAConfig], construction: Construction) -> None:
+        """Set `fan_in_fan_out` to the layout of the layers' weights, and choose the storage format
+        of an adapter that a compact file fills.
         """
         config = plan.config
         config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
@@ -205,10 +206,15 @@ class VBLoRAModel(BaseTuner):
                 config.form = Form.WEIGHTS
             elif config.train_topk_weights:
                 config.form = Form.CHOSEN
-        return super()._build(plan, construction)
 
-    def build_for(self, adapter_name: str, config: Any, layers: Any, known: Any) -> Build:
-        """Over the same shared bank, if there is one.
+    def build_for(
+        self,
+        adapter_name: str,
+        config: VBLoRAConfig,
+        layers: Mapping[str, BaseTunerLayer],
+        known: VBLoRAConfig,
+    ) -> Build[VBLoRAConfig]:
+        """Build an adapter over the bank of another one, in its storage format.
 
         Raises:
             CheckpointError: It is over another.
@@ -220,11 +226,10 @@ class VBLoRAModel(BaseTuner):
                 "`load_adapter` it under a new name."
             )
         config.form = known.form
-        self.complete(config)
         return super().build_for(adapter_name, config, layers, known)
 
-    def combine(self, request: Combination) -> Combined:  # noqa: D102
-        return combining.combine(self, request)
+    def combine(self, request: Combination, layers: Mapping[str, VBLoRALayer]) -> Combined:  # noqa: D102
+        return combining.combine(self.peft_config, layers, request)
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
@@ -245,12 +250,12 @@ class VBLoRAModel(BaseTuner):
             )
 
     @classmethod
-    def _export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def _export_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
         """Full logits, or indices and weights of the chosen vectors, as the config has it now."""
         return export_state(state, config)
 
     @classmethod
-    def _import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def _import_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
         """The tensors of the form in which the model holds the adapter, of whichever form the
         checkpoint has.
 
@@ -275,7 +280,7 @@ class VBLoRAModel(BaseTuner):
         if adapter is None:
             adapter = adapter_meant(None, self.peft_config, self.active_adapters)
         self.check_names(adapter)
-        config: Any = self.peft_config[adapter]
+        config = self.peft_config[adapter]
         own, other, counted = 0.0, 0, set()
         for layer in self.tuner_layers():
             if isinstance(layer, VBLoRALayer) and adapter in layer.scaling:
@@ -297,7 +302,7 @@ class VBLoRAModel(BaseTuner):
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in counted | others:
                 other += parameter.numel()
-        bank = 0 if config.shares_bank else next(self._shared())[adapter].numel()
+        bank = 0 if config.shares_bank else self.vblora_vector_bank[adapter].numel()
         return int(own) + bank, other
 
     def print_savable_parameters(self, adapter: str | None = None) -> None:
@@ -307,8 +312,3 @@ class VBLoRAModel(BaseTuner):
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
             f"to-be-saved: {own + other:,d}"
         )
-
-
-def _at_hand(config: Any) -> FoundBank:
-    """The shared bank that `complete` found for a config."""
-    return vars(config)["_bank"]

@@ -18,8 +18,8 @@ from ....base.validation import check_adapter, check_flags
 from ....checkpoint.files import CONFIG_NAME, read_json
 from ....checkpoint.values import warn_of_values
 from ....core.base_peft_model import BasePeftModel
-from ....core.build import Build, Construction
 from ....core.conversion import root_of
+from ....core.injection import Build, Construction
 from ..config import LoKrConfig
 from .inferred_config import infer_config
 from .placement import Placement, place

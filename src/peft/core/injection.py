@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Injection: put an adapter into a model.
+
+`BaseTuner.add_adapter` goes through four steps. The first three raise every error and leave the
+model as it is; the last can't fail.
+
+1. `plan.make` chooses the modules (`plan.py`).
+2. `build_adapter` makes all parts of the adapter, away from the model.
+3. A function `fill` may write the tensors of a checkpoint into them (`filling.py`).
+4. `put_in` swaps the modules of the model for the finished parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..base.containers import walk
+from ..base.errors import PeftValueError
+from ..base.geometry import Placement
+from ..base.modules import get_submodules
+from ..config import PeftConfig, TargetedConfig, check_config
+from ..integrations.accelerate import end_offloading
+from . import routed_experts
+from .adapters import AdapterParameterDict
+from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from .base_layer import innermost, placement
+from .fused_paths import avoid_fused_paths
+from .layer import BaseTunerLayer, layer_of
+from .trainable_tokens import TokenRows, TrainableTokensWrapper
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+C = TypeVar("C", bound=TargetedConfig)
+
+
+@dataclass
+class Construction:
+    """Options for making an adapter's parameters.
+
+    Args:
+        autocast: Use float32 where the base layer has 16 bits.
+        device: Make all of them on this device; None follows each base layer.
+        initialize: Draw initial values. False leaves the memory as it is, for a checkpoint to fill.
+    """
+
+    autocast: bool = True
+    device: torch.device | None = None
+    initialize: bool = True
+
+    def place(self, base_layer: nn.Module) -> tuple[Placement, bool]:
+        """Return device and dtype of a layer's parameters, and if they get initial values."""
+        place = placement(base_layer, self.autocast, self.device)
+        if place.device.type == "meta" and not self.initialize:
+            # A checkpoint needs memory to fill, whatever the base layer has.
+            place = place._replace(device=torch.device("cpu"))
+        return place, self.initialize and place.device.type != "meta"
+
+
+@dataclass
+class Build(Generic[C]):
+    """All parts that an adapter adds to a model.
+
+    Args:
+        adapter_name: Its name.
+        config: Its config.
+        found: The resource that the config refers to, as `BaseTuner.complete` returned it.
+        layers: New layers around the model's own, by module path; each holds this adapter alone.
+        copies: Trainable copies of the modules in `modules_to_save`, by module path.
+        tokens: Trainable rows of embeddings, by module path.
+        shared: Parameters that all layers share, by attribute name.
+        containers: Containers that `shared` will go into, by attribute name; the layers refer to
+            these already.
+    """
+
+    adapter_name: str
+    config: C
+    found: object = None
+    layers: dict[str, BaseTunerLayer] = field(default_factory=dict)
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    containers: dict[str, AdapterParameterDict] = field(default_factory=dict)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor with its name in the model; shared parameters lie at the root."""
+        for path, layer in self.layers.items():
+            for attribute in layer.container_names:
+                for name, tensor in getattr(layer, attribute).state_dict(keep_vars=True).items():
+                    yield f"{path}.{attribute}.{name}", tensor
+        for path, module in self.copies.items():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                yield f"{path}.modules_to_save.{self.adapter_name}.{name}", tensor
+        for path, tokens in self.tokens.items():
+            yield f"{path}.token_adapter.trainable_tokens_delta.{self.adapter_name}", tokens.rows
+        for attribute, parameter in self.shared.items():
+            yield f"{attribute}.{self.adapter_name}", parameter
+
+
+Fill = Callable[[Build], None]
+"""A function that writes the tensors of a finished adapter, not yet in the model, or raises."""
+
+
+class AdapterMethod(Protocol[C]):
+    """The members of a method's `BaseTuner` that building an adapter reads."""
+
+    model: nn.Module
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+
+    @property
+    def shared_parameter_names(self) -> tuple[str, ...]:
+        """Return the attributes with parameters that layers share."""
+
+    def shared_containers(self) -> dict[str, AdapterParameterDict]:
+        """Return the registered containers of shared parameters, by attribute name."""
+
+    def tuner_layers(self) -> Iterator[BaseTunerLayer]:
+        """Yield the model's layers of the method."""
+
+    def adjust_config(self, plan: Plan[C], construction: Construction) -> None:
+        """Correct a config that does not fit the planned layers."""
+
+    def build_shared_parameters(
+        self, build: Build[C], placement: Placement, initialize: bool
+    ) -> dict[str, nn.Parameter]:
+        """Return an adapter's parameters that layers share, by attribute name."""
+
+    def tuner_layer_class(self, config: C, module: nn.Module) -> type[BaseTunerLayer] | None:
+        """Return the class of layer that adapts a module."""
+
+    def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, object]:
+        """Return further arguments for making a layer."""
+
+    def attach_adapter(self, build: Build[C]) -> None:
+        """Connect an adapter, now in the model, to the rest of the method."""
+
+
+class Host(Protocol[C]):
+    """The members of a model's `BaseTuner` that an adapter is put into."""
+
+    model: nn.Module
+    peft_config: dict[str, C]
+    targeted_module_names: list[str]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Return the name of the active adapter, or the names of several."""
+
+    @property
+    def adapters_disabled(self) -> bool:
+        """Return whether the adapters are switched off."""
+
+    def shared_owner(self, name: str) -> nn.Module:
+        """Return the module that shared parameters of a name are registered on."""
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter the active one."""
+
+
+@contextmanager
+def restored_on_error(config: PeftConfig) -> Iterator[None]:
+    """A context that gives a config its fields back if it is left by an error."""
+    check_config(config)
+    before = dict(vars(config))
+    try:
+        yield
+    except BaseException:
+        vars(config).clear()
+        vars(config).update(before)
+        raise
+
+
+def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Construction) -> Build[C]:
+    """Make all parts of an adapter, away from the model."""
+    method.adjust_config(plan, construction)
+    build = Build(plan.adapter_name, plan.config, plan.found, containers=_containers(method))
+    first = innermost(next(iter(plan.targets.values())))
+    build.shared = method.build_shared_parameters(build, *construction.place(first))
+    for path, module in plan.targets.items():
+        existing = layer_of(module, method.tuner_layer_cls)
+        base = module if existing is None else existing.base_layer
+        layer_cls = method.tuner_layer_class(plan.config, base)
+        assert layer_cls is not None  # the plan checked it
+        place, initialize = construction.place(base)
+        options = method.tuner_layer_options(plan.config, path, build)
+        make: Callable[..., BaseTunerLayer] = layer_cls
+        layer = make(
+            base, plan.adapter_name, plan.config, placement=place, initialize=initialize, **options
+        )
+        for container in layer.containers():
+            container.train(layer.training)
+        build.layers[path] = layer
+    for path, module in plan.trained_whole.items():
+        build.copies[path] = _trainable_copy(path, module)
+    for path, indices in plan.tokens.indices.items():
+        module = method.model.get_submodule(path)
+        place, initialize = construction.place(module)
+        build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, place, initialize)
+    return build
+
+
+def _containers(method: AdapterMethod[C]) -> dict[str, AdapterParameterDict]:
+    """Return the containers of a method's shared parameters, new ones where there are none."""
+    containers = method.shared_containers()
+    for name in method.shared_parameter_names:
+        if name not in containers:
+            # Layers that another tuner put into the model have theirs.
+            known = next((getattr(layer, name) for layer in method.tuner_layers()), None)
+            fresh = AdapterParameterDict().train(method.model.training)
+            containers[name] = fresh if known is None else known
+    return containers
+
+
+def _trainable_copy(path: str, module: nn.Module) -> nn.Module:
+    """Return a trainable copy of a module, without the adapters that others have in it.
+
+    Raises:
+        PeftValueError: Some are merged into it.
+    """
+    inside = [
+        layer
+        for _, layer in walk(module, closed=(BaseTunerLayer,))
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    if any(layer.merged for layer in inside):
+        raise PeftValueError(
+            f"`{path}`: adapters are merged into it; call `unmerge_adapter` before one trains a "
+            "copy of it."
+        )
+    return ModulesToSaveWrapper.copy_of(module, {layer: layer.get_base_layer() for layer in inside})
+
+
+def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[C]) -> None:
+    """Put a finished adapter into a model. Nothing here can fail.
+
+    Args:
+        host: The model's tuner.
+        method: The tuner of the adapter's method; the same, unless the model mixes methods.
+        plan: The plan that the adapter was built by.
+        build: The adapter.
+    """
+    model, name, is_first = host.model, build.adapter_name, not host.peft_config
+    if is_first:
+        _freeze_base(model)
+    _put_layers(model, plan, build, method.tuner_layer_cls)
+    known = set(host.targeted_module_names)
+    host.targeted_module_names += [path for path in build.layers if path not in known]
+    avoid_fused_paths(model)
+    _put_copies(model, build)
+    _put_tokens(model, plan, build)
+    routed_experts.note(model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
+    for attribute, parameter in build.shared.items():
+        container = build.containers[attribute]
+        host.shared_owner(attribute)._modules.setdefault(attribute, container)
+        end_offloading(container)
+        container[name] = parameter
+    host.peft_config[name] = build.config
+    for bias in plan.biases:
+        bias.requires_grad_(not build.config.inference_mode)
+    if is_first:
+        host.set_adapter(name, inference_mode=build.config.inference_mode)
+    else:
+        _leave_waiting(host, build, method.tuner_layer_cls)
+    method.attach_adapter(build)
+
+
+def _put_layers(
+    model: nn.Module, plan: Plan[C], build: Build[C], layer_cls: type[BaseTunerLayer]
+) -> None:
+    """Put new layers around the model's own; layers of the method that are there adopt theirs."""
+    for path, layer in build.layers.items():
+        present = layer_of(model.get_submodule(path), layer_cls)
+        if present is not None:
+            present.adopt(layer)
+            continue
+        for place in plan.places[path]:
+            parent, _, child = get_submodules(model, place)
+            setattr(parent, child, layer)
+
+
+def _put_copies(model: nn.Module, build: Build[C]) -> None:
+    """Put the trainable copies of whole modules beside the originals."""
+    for path, copy in build.copies.items():
+        parent, module, child = get_submodules(model, path)
+        if not isinstance(module, ModulesToSaveWrapper):
+            module = ModulesToSaveWrapper(module)
+            setattr(parent, child, module)
+        module.modules_to_save[build.adapter_name] = copy
+
+
+def _put_tokens(model: nn.Module, plan: Plan[C], build: Build[C]) -> None:
+    """Put trainable rows beside embeddings, and beside the heads that share their weight."""
+    for path in (*build.tokens, *plan.tokens.tied):
+        parent, module, child = get_submodules(model, path)
+        if not isinstance(module, TrainableTokensWrapper):
+            owner = plan.tokens.tied.get(path)
+            embedding = None if owner is None else model.get_submodule(owner)
+            assert embedding is None or isinstance(embedding, TrainableTokensWrapper)
+            module = TrainableTokensWrapper(module, embedding)
+            setattr(parent, child, module)
+        if path in build.tokens:
+            module.add_rows(build.adapter_name, build.tokens[path])
+
+
+def _leave_waiting(host: Host[C], build: Build[C], layer_cls: type[BaseTunerLayer]) -> None:
+    """Give the parts of a later adapter the state of the others; it waits, frozen."""
+    disabled = host.adapters_disabled
+    for path in (*build.layers, *build.copies, *build.tokens):
+        module = host.model.get_submodule(path)
+        part = layer_of(module, layer_cls) or module
+        assert isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        part._disable_adapters = disabled
+        if isinstance(part, BaseTunerLayer):
+            part._active_adapter = host.active_adapter
+        part.set_requires_grad(build.adapter_name, False)
+    for parameter in build.shared.values():
+        parameter.requires_grad_(False)
+
+
+def _freeze_base(model: nn.Module) -> None:
+    """Freeze every parameter that belongs to no adapter."""
+    adapters: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters |= {id(p) for name in module.scaling for p in module.adapter_parameters(name)}
+        elif isinstance(module, AdapterParameterDict):
+            adapters |= {id(p) for p in module.parameters()}
+        elif isinstance(module, ModulesToSaveWrapper):
+            adapters |= {id(p) for p in module.modules_to_save.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Method`: the members of a method's `BaseTuner` that a model with adapters uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..config import TargetedConfig
+from .combining import CombiningMethod
+from .injection import AdapterMethod
+from .plan import TargetRules
+
+
+class Method(TargetRules[Any], AdapterMethod[Any], CombiningMethod, Protocol):
+    """The members of a method's `BaseTuner` that a model with adapters uses."""
+
+    @property
+    def adapter_call_arguments(self) -> tuple[str, ...]:
+        """Return the keyword arguments of the model's calls that are for the method."""
+
+    @property
+    def merge_options(self) -> tuple[str, ...]:
+        """Return the arguments of a merge in addition to the common ones."""
+
+    def config_to_save(self, adapter_name: str) -> TargetedConfig:
+        """Return the config to write beside an adapter's weights."""
+
+    def detach_adapter(self, adapter_name: str) -> None:
+        """Undo `attach_adapter`, before an adapter is deleted."""
+
+    def detach_adapters(self) -> None:
+        """Undo the method's changes to the model outside its layers."""
+
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked options that one adapter is merged with."""

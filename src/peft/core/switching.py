@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switch the adapters of a model: make some active, turn all off or on, remove one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from ..base.errors import PeftTypeError, PeftValueError
+from ..base.freezing import TemporaryFreeze
+from ..base.validation import check_adapter
+from .adapters import AdapterParameterDict
+from .auxiliary import AuxiliaryTrainingWrapper
+from .layer import BaseTunerLayer
+
+Part = BaseTunerLayer | AuxiliaryTrainingWrapper
+"""A module that has an entry for each of several adapters."""
+
+Shared = Collection[AdapterParameterDict]
+"""The containers of parameters that all layers share."""
+
+
+def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -> list[str]:
+    """Return adapter names as a list.
+
+    Raises:
+        PeftTypeError: They are no string and no list of strings.
+        PeftValueError: A name is none of the model's `adapters`.
+    """
+    if not isinstance(adapter_names, (str, Iterable)):
+        raise PeftTypeError(
+            f"Adapters are named by a string or a list of strings, got {adapter_names!r}."
+        )
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for name in names:
+        check_adapter(name, adapters)
+    return names
+
+
+def names_to_activate(adapter_name: str | list[str], adapters: Collection[str]) -> list[str]:
+    """Return the names of adapters to make active.
+
+    Raises:
+        PeftValueError: No name, an unknown one, or one name twice.
+    """
+    names = known_names(adapter_name, adapters)
+    if not names:
+        raise PeftValueError(
+            f"`adapter_name`={adapter_name!r} names no adapter. To run the model without adapters "
+            "use the context `disable_adapter()`, or `disable_adapter_layers()`."
+        )
+    if len(set(names)) < len(names):
+        raise PeftValueError(
+            f"`adapter_name`={names} names an adapter twice; active adapters add up, each once."
+        )
+    return names
+
+
+def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:
+    """Check that an adapter can be removed.
+
+    Raises:
+        PeftTypeError: The name is no string.
+        PeftValueError: There is no such adapter, or it is merged.
+    """
+    if not isinstance(adapter_name, str):
+        raise PeftTypeError(
+            f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one by "
+            "one."
+        )
+    check_adapter(adapter_name, adapters, "does not exist")
+    if any(isinstance(p, BaseTunerLayer) and adapter_name in p.merged_adapters for p in parts):
+        raise PeftValueError(
+            f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge "
+            "them first."
+        )
+
+
+def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> None:
+    """Check that adapters can be active together.
+
+    Raises:
+        PeftValueError: Several train a copy of the same module.
+    """
+    for part in parts:
+        if isinstance(part, AuxiliaryTrainingWrapper):
+            part.check_one_of(adapter_names)
+
+
+def is_merged(parts: Sequence[Part]) -> bool:
+    """Return whether an adapter is merged, or was until adapters were switched off."""
+    layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
+    return any(layer.merged or layer.is_suspended for layer in layers)
+
+
+def activate(
+    parts: Sequence[Part], shared: Shared, adapter_name: str | list[str], inference_mode: bool
+) -> None:
+    """Make adapters the active and (unless `inference_mode`) the trainable ones."""
+    for part in parts:
+        part.set_adapter(adapter_name, inference_mode)
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    for container in shared:
+        for name, parameter in container.items():
+            if parameter.requires_grad != (name in names and not inference_mode):
+                parameter.requires_grad_(not parameter.requires_grad)
+
+
+def set_requires_grad(
+    parts: Sequence[Part], shared: Shared, adapter_names: list[str], requires_grad: bool
+) -> None:
+    """Unfreeze or freeze adapters."""
+    for part in parts:
+        part.set_requires_grad(adapter_names, requires_grad)
+    for container in shared:
+        for name in adapter_names:
+            if name in container:
+                container[name].requires_grad_(requires_grad)
+
+
+def enable(
+    parts: Sequence[Part], shared: Shared, enabled: bool, frozen: TemporaryFreeze | None
+) -> TemporaryFreeze | None:
+    """Switch all adapters off, which freezes them, or on.
+
+    Args:
+        parts: The modules with adapters.
+        shared: The containers of shared parameters.
+        enabled: True switches them on.
+        frozen: The shared parameters that switching off has frozen.
+
+    Returns:
+        The shared parameters that are frozen now.
+    """
+    for part in parts:
+        part.enable_adapters(enabled)
+    if enabled:
+        if frozen is not None:
+            frozen.end()
+        return None
+    if frozen is None:
+        frozen = TemporaryFreeze()
+        frozen.begin(shared, [p for owner in shared for p in owner._parameters.values()])
+    return frozen
+
+
+def delete(parts: Sequence[Part], shared: Shared, adapter_name: str) -> None:
+    """Remove an adapter's entries."""
+    for part in parts:
+        part.delete_adapter(adapter_name)
+    for container in shared:
+        if adapter_name in container:
+            del container[adapter_name]
