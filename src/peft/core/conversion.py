@@ -6,18 +6,47 @@ as thin factors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import PeftValueError, UnsupportedModuleError
 from ..base.validation import check_adapter
 from ..checkpoint.state_dict import MODEL_ROOT
+from ..config import PeftConfig
 from .adapted_model import AdaptedModel
 from .adapter_choice import active_in, adapter_meant
 from .combining import outer_path
 from .layer import BaseTunerLayer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+C = TypeVar("C", bound=PeftConfig)
+
+
+class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
+    """An adapter made of others: the pair `(config, state_dict)`; subclasses add its errors.
+
+    Attributes:
+        config: Its config.
+        state_dict: Its tensors by checkpoint key.
+    """
+
+    def __new__(cls, config: C, state_dict: dict[str, Tensor]) -> Self:  # noqa: D102
+        return super().__new__(cls, (config, state_dict))
+
+    def __getnewargs__(self) -> tuple[C, dict[str, Tensor]]:
+        return self.config, self.state_dict
+
+    @property
+    def config(self) -> C:  # noqa: D102
+        return self[0]
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:  # noqa: D102
+        return self[1]
 
 
 def config_of(model: Any, adapter_name: str) -> Any:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,14 @@ from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import MODEL_ROOT, get_peft_model_state_dict
 from ...core import targets as _targets
 from ...core.base_layer import geometry
-from ...core.conversion import check_convertible, config_of, layers_with, name_of, root_of
+from ...core.conversion import (
+    Conversion,
+    check_convertible,
+    config_of,
+    layers_with,
+    name_of,
+    root_of,
+)
 from ...core.layer import BaseTunerLayer
 from ...core.plan import own_modules
 from ...ops.low_rank import LowRank, approximate, check_rank, total_error
@@ -36,12 +43,7 @@ from .config import LoraConfig
 _TASKS_AT_ONCE = 16
 
 
-class _Pair(NamedTuple):
-    config: LoraConfig
-    state_dict: dict[str, Tensor]
-
-
-class LoraConversion(_Pair):
+class LoraConversion(Conversion[LoraConfig]):
     """A LoRA adapter made of another: the pair `(config, state_dict)`, and how near it is.
 
     Attributes:

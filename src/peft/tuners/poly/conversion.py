@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of any method as the skills of one Poly adapter: a library of LoRA adapters becomes an
-inventory to train on.
-"""
+"""Make one Poly adapter of adapters of any methods: each becomes a skill, and each a task."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +23,11 @@ from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import MODEL_ROOT, companion_tensors, in_view
-from ...config import is_int
+from ...config import TargetedConfig, is_int
 from ...core import combined_heads
 from ...core import targets as _targets
 from ...core.base_layer import geometry
-from ...core.conversion import check_convertible, config_of, layers_with, root_of
+from ...core.conversion import Conversion, check_convertible, config_of, layers_with, root_of
 from ...core.layer import BaseTunerLayer
 from ...core.plan import own_modules
 from ...integrations.distributed import state_tensors
@@ -39,27 +36,23 @@ from .config import PolyConfig
 from .data.labels import TaskLabels
 
 
-class _Pair(NamedTuple):
-    config: PolyConfig
-    state_dict: dict[str, Tensor]
-
-
-class PolyConversion(_Pair):
-    """A Poly adapter made of others: the pair `(config, state_dict)`, and how near it is.
+class PolyConversion(Conversion[PolyConfig]):
+    """A Poly adapter made of others: the pair `(config, state_dict)`, and its errors.
 
     Attributes:
         config: Its config.
         state_dict: Its tensors by checkpoint key.
         errors: For each adapter `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm over all layers; 0 where
-            it is exact.
-        labels: Which labels of a stacked head are which task's; None where none was stacked.
+            the conversion is exact.
+        labels: Which labels of a stacked head belong to which task; None without a stacked head.
     """
 
     errors: dict[str, float]
     labels: TaskLabels | None = None
 
     def __repr__(self) -> str:
-        return f"PolyConversion({self.config!r}, {len(self.state_dict)} tensors, errors={getattr(self, 'errors', {})})"
+        errors = getattr(self, "errors", {})
+        return f"PolyConversion({self.config!r}, {len(self.state_dict)} tensors, errors={errors})"
 
 
 def convert_to_poly(
@@ -68,39 +61,40 @@ def convert_to_poly(
     rank: int | None = None,
     own_weight: float = 1.0,
     *,
-    task_id: Any = None,
+    task_id: int | str | None = None,
     heads: str | None = None,
 ) -> PolyConversion:
-    """The Poly adapter whose skills are the deltas of other adapters, one a task. The model is left
-    as it is.
+    """Return the Poly adapter whose skills are the deltas of other adapters, one for each task. The
+    model does not change.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapters: Names of adapters of it, of any methods; the tasks get their names, or those that
-            a dictionary has for them.
-        rank: Rank of the skills; None for the largest that an adapter needs, which makes all exact.
-            Smaller ones are filled up.
-        own_weight: How much of its own skill a task has, above 0; the other skills share the rest.
-            With 1 each task computes what its adapter did, and as good as no gradient reaches its
-            weights of others: to train these, leave some, say 0.9.
-        task_id: For adapters that have tasks themselves.
-        heads: What becomes of modules (or rows of embeddings) that several adapters train whole.
-            "mean": their mean. An adapter's name: its own. "stack": a linear head with the labels
-            of all, one adapter's after the other's, in which each task's logits are what its
-            adapter gave; for a base model with so many labels. An adapter called "mean" or "stack",
-            if it is one of `adapters`, is meant by its name.
+        adapters: Names of adapters of the model, of any methods. The tasks get these names, or
+            those that a dictionary has for them.
+        rank: Rank of the skills; skills of a smaller rank are padded with zeros. None: the largest
+            rank that an adapter needs, which makes all exact.
+        own_weight: Each task's weight of its own skill, above 0; the other skills share the rest.
+            With 1 each task computes the same as its adapter did, and its weights of other skills
+            get almost no gradient: to train them, use a smaller value, for example 0.9.
+        task_id: The task, for adapters that have tasks themselves.
+        heads: How to combine modules (or rows of embeddings) that several adapters train in full.
+            "mean": their mean. An adapter's name: that adapter's. "stack": a linear head with the
+            labels of all, one adapter's after the other's, in which each task's logits are those of
+            its adapter; it needs a base model with so many labels. An adapter named "mean" or
+            "stack", if it is one of `adapters`, takes precedence.
 
     Returns:
-        `(config, state_dict)`, to be written by `save_as_poly`; with the `errors` and the `labels`
+        `(config, state_dict)`, as `save_as_poly` writes them; with the `errors`, and the `labels`
         of a stacked head.
 
     Raises:
-        PeftTypeError: `adapters` is no list of names, `rank` no integer, or `own_weight` no number.
-        PeftValueError: An adapter is unknown, there is none, or comes twice; or two tasks have one
-            name; or a value is not allowed; or several train the same module and `heads` does not
-            say what becomes of it, or can't be had.
-        PeftNotSupportedError: An adapter trains biases beside its layers.
-        UnsupportedModuleError: A layer has no delta, or is none that Poly adapts.
+        PeftTypeError: `adapters` is not a list of names, `rank` not an integer, or `own_weight` not
+            a number.
+        PeftValueError: There are no adapters, one is unknown or comes twice, or two tasks have one
+            name; a value is not allowed; or several adapters train the same module, and `heads`
+            does not say how to combine them or is not possible.
+        PeftNotSupportedError: An adapter trains biases of the base model.
+        UnsupportedModuleError: A layer has no delta, or Poly does not adapt it.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -113,56 +107,30 @@ def convert_to_poly(
 
     Source: arXiv:2202.13914, section 3 (tasks as rows of a matrix over skills)
     """
-    tasks = _tasks_of(adapters)
+    tasks = _tasks_by_adapter(adapters)
     _check_numbers(rank, own_weight)
-    configs = {name: _checked(config_of(model, name), name) for name in tasks}
+    configs = {name: config_of(model, name) for name in tasks}
+    _check_biases(configs)
     root, prefix = root_of(model)
-    beside, labels = _beside(root, configs, tasks, heads)
-    parts: dict[str, dict[str, LowRank]] = {}
+    companions, labels = _companions(root, configs, tasks, heads)
     layers: dict[str, BaseTunerLayer] = {}
+    factors: dict[str, dict[str, LowRank]] = {}
     for name, config in configs.items():
-        own = dict(layers_with(root, name))
-        check_convertible(own, name)
-        options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(
-            config, task_id=task_id
-        )
-        for path, layer in own.items():
-            parts.setdefault(path, {})[name] = _factors(layer, path, name, rank, options)
-        layers |= own
-    r = rank or max(factors.rank for each in parts.values() for factors in each.values())
-    names = list(configs)
-    logits = _one_hot_logits(len(names), own_weight)
-    state = {prefix + key: tensor for key, tensor in beside.items()}
-    for path, each in parts.items():
-        A, B = _skills(layers[path], each, names, r)
-        state |= {f"{prefix}{path}.poly_lora_A": A, f"{prefix}{path}.poly_lora_B": B}
+        for path, layer, product in _low_rank_layers(root, name, config, rank, task_id):
+            layers[path] = layer
+            factors.setdefault(path, {})[name] = product
+    r = rank or max(product.rank for each in factors.values() for product in each.values())
+    state = {prefix + key: tensor for key, tensor in companions.items()}
+    logits = _diagonal_logits(len(tasks), own_weight)
+    for path, each in factors.items():
+        A, B = _skills(layers[path], each, list(tasks), r)
+        state[f"{prefix}{path}.poly_lora_A"], state[f"{prefix}{path}.poly_lora_B"] = A, B
         state[f"{prefix}{path}.poly_router.module_logits"] = logits.clone()
-    targets, excluded = _targets.exactly(layers, own_modules(root))
-    first = next(iter(configs.values()))
-    config = PolyConfig(
-        r=r,
-        alpha=float(r),
-        n_tasks=len(names),
-        n_skills=len(names),
-        task_names=list(tasks.values()),
-        modules_to_save=list(
-            dict.fromkeys(m for c in configs.values() for m in c.modules_to_save or ())
-        )
-        or None,
-        trainable_token_indices=next(
-            (c.trainable_token_indices for c in configs.values() if c.trainable_token_indices), None
-        ),
-        target_modules=targets,
-        exclude_modules=excluded,
-        task_type=first.task_type,
-        auto_mapping=first.auto_mapping,
-        base_model_name_or_path=first.base_model_name_or_path,
-        revision=first.revision,
-    )
+    config = _poly_config(root, layers, list(configs.values()), list(tasks.values()), r)
     result = PolyConversion(config, state)
     result.labels = labels
     result.errors = {
-        name: total_error(each[name] for each in parts.values() if name in each) for name in names
+        name: total_error(each[name] for each in factors.values() if name in each) for name in tasks
     }
     return result
 
@@ -174,17 +142,17 @@ def save_as_poly(
     rank: int | None = None,
     own_weight: float = 1.0,
     *,
-    task_id: Any = None,
+    task_id: int | str | None = None,
     heads: str | None = None,
 ) -> PolyConversion:
     """Make a Poly adapter of others and write it to a folder, as `save_pretrained` writes adapters.
 
     Args:
-        path: The folder, made if missing.
+        path: The folder, which is made if missing.
         model, adapters, rank, own_weight, task_id, heads: As for `convert_to_poly`.
 
     Returns:
-        What was written, with its errors.
+        The adapter that was written, with its errors.
 
     Raises:
         As `convert_to_poly`; nothing is written then.
@@ -201,11 +169,11 @@ def save_as_poly(
     return converted
 
 
-def _tasks_of(adapters: Any) -> dict[str, str]:
-    """Return each adapter's task by name.
+def _tasks_by_adapter(adapters: object) -> dict[str, str]:
+    """Return the name of each adapter's task.
 
     Raises:
-        PeftTypeError: `adapters` is no list or dictionary of names.
+        PeftTypeError: `adapters` is not a list or dictionary of names.
         PeftValueError: There are none, or one comes twice.
     """
     if isinstance(adapters, str) or not isinstance(adapters, Iterable):
@@ -222,20 +190,22 @@ def _tasks_of(adapters: Any) -> dict[str, str]:
     if len(set(tasks)) < len(tasks):
         raise PeftValueError(
             f"`adapters`={adapters!r} has a name twice; each adapter is the skill of one task with "
-            "a name of its own. "
-            "`copy_adapter` makes another adapter like one."
+            "a name of its own. `copy_adapter` makes another adapter like one."
         )
     return dict(zip(names, tasks, strict=True))
 
 
-def _check_numbers(rank: Any, own_weight: Any) -> None:
-    """Insist on a rank for all skills, and on a task's share of its own.
+def _check_numbers(rank: object, own_weight: object) -> None:
+    """Check the skills' rank and a task's weight of its own skill.
 
     Raises:
-        PeftTypeError: One is of another type.
-        PeftValueError: One is out of range.
+        PeftTypeError: A value has a wrong type.
+        PeftValueError: A value is out of range.
     """
-    rule = f"`rank`={rank!r} must be an integer of at least 1, or None for what makes all skills exact."
+    rule = (
+        f"`rank`={rank!r} must be an integer of at least 1, or None for the rank that makes all "
+        "skills exact."
+    )
     if rank is not None and not is_int(rank):
         raise PeftTypeError(rule)
     if rank is not None and rank < 1:
@@ -243,30 +213,68 @@ def _check_numbers(rank: Any, own_weight: Any) -> None:
     rule = f"`own_weight`={own_weight!r} must be a number above 0 and at most 1."
     if not isinstance(own_weight, Real) or isinstance(own_weight, bool):
         raise PeftTypeError(rule)
-    if not 0 < float(own_weight) <= 1:  # nor NaN
+    if not 0 < float(own_weight) <= 1:  # also false for NaN
         raise PeftValueError(rule)
 
 
-def _checked(config: Any, name: str) -> Any:
-    """Return the config of an adapter of which all can be converted.
+def _check_biases(configs: Mapping[str, TargetedConfig]) -> None:
+    """Check that no adapter trains biases of the base model.
 
     Raises:
-        PeftNotSupportedError: It trains biases of the base model.
+        PeftNotSupportedError: One does.
     """
-    if config.trained_biases != "none":
-        raise PeftNotSupportedError(
-            f"Adapter {name} has `bias`={config.trained_biases!r}, but a model has its biases once "
-            "only; skills are made of "
-            "what adapters add to linear layers."
-        )
-    return config
+    for name, config in configs.items():
+        if config.trained_biases != "none":
+            raise PeftNotSupportedError(
+                f"Adapter {name} has `bias`={config.trained_biases!r}, but a model has its biases "
+                "once only; skills are made of what adapters add to linear layers."
+            )
 
 
-def _beside(
-    root: nn.Module, configs: Mapping[str, Any], tasks: Mapping[str, str], heads: str | None
+def _poly_config(
+    root: nn.Module,
+    layers: Mapping[str, BaseTunerLayer],
+    configs: Sequence[TargetedConfig],
+    task_names: list[str],
+    r: int,
+) -> PolyConfig:
+    """Return the config of the Poly adapter.
+
+    Args:
+        root: The base model.
+        layers: The adapted layers by module path.
+        configs: The adapters' configs.
+        task_names: Names of the tasks.
+        r: Rank of the skills.
+    """
+    targets, excluded = _targets.exactly(layers, own_modules(root))
+    to_save = dict.fromkeys(m for config in configs for m in config.modules_to_save or ())
+    tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
+    return PolyConfig(
+        r=r,
+        alpha=float(r),
+        n_tasks=len(task_names),
+        n_skills=len(task_names),
+        task_names=task_names,
+        modules_to_save=list(to_save) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+        target_modules=targets,
+        exclude_modules=excluded,
+        task_type=configs[0].task_type,
+        auto_mapping=configs[0].auto_mapping,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        revision=configs[0].revision,
+    )
+
+
+def _companions(
+    root: nn.Module,
+    configs: Mapping[str, TargetedConfig],
+    tasks: Mapping[str, str],
+    heads: str | None,
 ) -> tuple[dict[str, Tensor], TaskLabels | None]:
-    """Return what the new adapter trains beside its layers, by key, and the labels of a stacked
-    head.
+    """Return the modules and embedding rows that the new adapter trains in full, by checkpoint key,
+    and the labels of a stacked head.
 
     Raises:
         PeftValueError: As `convert_to_poly`.
@@ -293,25 +301,23 @@ def _beside(
 def _stacked(
     parts: combined_heads.Parts, tasks: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], TaskLabels]:
-    """Return a linear head with the rows of all heads, and which are which task's.
+    """Return a linear head with the rows of all heads, and the labels of each task in it.
 
     Raises:
-        PeftValueError: Some adapter has no such head, or a head has other parts, which all tasks
-            would share.
+        PeftValueError: An adapter has no head, or heads have other parts, which all tasks would
+            share.
     """
     if not any(parts.values()):
         raise PeftValueError(
             f"`heads`={combined_heads.STACK!r} stacks heads that adapters train beside their "
-            "layers (`modules_to_save`); of "
-            f"{', '.join(parts)} none has one. Leave `heads` out."
+            f"layers (`modules_to_save`); of {', '.join(parts)} none has one. Leave `heads` out."
         )
     head = _linear_head(parts)
     if head is None:
         raise PeftValueError(
             f"`heads`={combined_heads.STACK!r} needs one linear head in each adapter; they train "
             f'{ {name: sorted(own) for name, own in parts.items()} }. Pass `heads="mean"` or the '
-            "name of the adapter whose "
-            "modules are taken."
+            "name of the adapter whose modules are taken."
         )
     joined = {
         key: torch.cat([own[key].detach() for own in parts.values()])
@@ -323,41 +329,55 @@ def _stacked(
 
 
 def _linear_head(parts: combined_heads.Parts) -> str | None:
-    """Return the path of the linear layer that is all that each of some adapters trains beside its
-    layers, if there is one.
+    """Return the path of the linear layer that is all that the adapters train in full; None if they
+    train something else.
     """
     first, *others = (set(own) for own in parts.values())
     paths = {key.rpartition(".")[0] for key in first}
-    linear = {key.rpartition(".")[2] for key in first} <= {"weight", "bias"} and all(
-        own == first for own in others
-    )
-    return (
-        paths.pop()
-        if linear and len(paths) == 1 and f"{next(iter(paths))}.weight" in first
-        else None
-    )
+    if len(paths) != 1 or any(own != first for own in others):
+        return None
+    path = paths.pop()
+    is_linear = f"{path}.weight" in first <= {f"{path}.weight", f"{path}.bias"}
+    return path if is_linear else None
 
 
-def _factors(
-    layer: BaseTunerLayer, path: str, name: str, rank: int | None, options: dict[str, Any]
-) -> LowRank:
-    """A layer's delta as factors."""
-    size = geometry(layer)
-    if size is None or size.is_conv:
-        raise UnsupportedModuleError(
-            f"`{path}`: Poly adapts linear layers; {type(layer.get_base_layer()).__name__} is none."
-        )
-    try:
-        return layer.low_rank_factors(name, rank, **options)
-    except PeftError as error:
-        raise type(error)(f"`{path}`: {error}") from None
+def _low_rank_layers(
+    root: nn.Module, name: str, config: TargetedConfig, rank: int | None, task_id: int | str | None
+) -> list[tuple[str, BaseTunerLayer, LowRank]]:
+    """Return each layer of an adapter with its path and its delta as a low-rank product.
+
+    Raises:
+        PeftError: A layer has none, or Poly does not adapt it; the message has its path.
+    """
+    layers = dict(layers_with(root, name))
+    check_convertible(layers, name)
+    method = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    options = method.conversion_options(config, task_id=task_id)
+    result = []
+    for path, layer in layers.items():
+        size = geometry(layer)
+        if size is None or size.is_conv:
+            raise UnsupportedModuleError(
+                f"`{path}`: Poly adapts linear layers; "
+                f"{type(layer.get_base_layer()).__name__} is none."
+            )
+        try:
+            result.append((path, layer, layer.low_rank_factors(name, rank, **options)))
+        except PeftError as error:
+            raise type(error)(f"`{path}`: {error}") from None
+    return result
 
 
 def _skills(
     layer: BaseTunerLayer, each: Mapping[str, LowRank], names: Sequence[str], r: int
 ) -> tuple[Tensor, Tensor]:
-    """Factors side by side: `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`; zero for
-    adapters without this layer.
+    """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`.
+
+    Args:
+        layer: The layer.
+        each: Products by adapter; skills of other adapters are zero.
+        names: The adapters in the order of the skills.
+        r: Rank of the skills.
     """
     like, size = next(iter(each.values())), layer.geometry
     A = like.A.new_zeros(1, len(names), size.in_features, r)
@@ -370,12 +390,11 @@ def _skills(
     return A, B
 
 
-def _one_hot_logits(n: int, own_weight: float) -> Tensor:
-    """Logits `[n, n]` of mixing weights that are `own_weight` on the diagonal and share the rest
-    out; gates add up to a half.
+def _diagonal_logits(n: int, own_weight: float) -> Tensor:
+    """Return logits `[n, n]` whose mixing weights are `own_weight` on the diagonal and share the
+    rest equally. The gates of a task have the sum 0.5.
     """
     rest = (1 - own_weight) / max(n - 1, 1)
-    weights = torch.full((n, n), rest, dtype=torch.float64).fill_diagonal_(
-        own_weight if n > 1 else 1.0
-    )
+    weights = torch.full((n, n), rest, dtype=torch.float64)
+    weights.fill_diagonal_(own_weight if n > 1 else 1.0)
     return (weights / 2).clamp(min=torch.finfo(torch.float32).tiny).logit().float()

@@ -96,7 +96,7 @@ def narrow(model: nn.Module, path: str, head: nn.Linear, rows: slice, names: Seq
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     classifier: Any = model
-    config = getattr(classifier, "config", None)
+    config: Any = getattr(classifier, "config", None)
     if hasattr(config, "id2label"):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
