@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -88,38 +88,45 @@ class VBLoRAConfig(TargetedConfig):
     Source: arXiv:2405.15179, section 3
     """
 
+    # Fields marked `besides` do not change what a loaded adapter computes.
     r: int = field(default=4, metadata={"help": "Rank."})
     num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank."})
     vector_length: int = field(default=256, metadata={"help": "Length of each vector."})
     topk: int = field(default=2, metadata={"help": "Vectors summed into each tile."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt."}
+        default=None, metadata={"help": "Modules to adapt.", "besides": True}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone."}
+        default=None, metadata={"help": "Modules to leave alone.", "besides": True}
     )
     save_only_topk_weights: bool = field(
-        default=False, metadata={"help": "Save only indices and weights of the selected vectors."}
+        default=False,
+        metadata={
+            "help": "Save only indices and weights of the selected vectors.",
+            "besides": True,
+        },
     )
-    vblora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
+    vblora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the input.", "besides": True}
+    )
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Adapted layers store weights [in, out]."}
+        default=False, metadata={"help": "Adapted layers store weights [in, out].", "besides": True}
     )
-    bias: str = field(default="none", metadata={"help": "Biases to train."})
+    bias: str = field(default="none", metadata={"help": "Biases to train.", "besides": True})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full."}
+        default=None, metadata={"help": "Modules to train in full.", "besides": True}
     )
     init_vector_bank_bound: float = field(
-        default=0.02, metadata={"help": "Bound of the bank's uniform start."}
+        default=0.02, metadata={"help": "Bound of the bank's uniform start.", "besides": True}
     )
     init_logits_std: float = field(
-        default=0.1, metadata={"help": "Standard deviation of the logits' start."}
+        default=0.1, metadata={"help": "Standard deviation of the logits' start.", "besides": True}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt."}
+        default=None, metadata={"help": "Indices of layers to adapt.", "besides": True}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers."}
+        default=None, metadata={"help": "Name of the list of layers.", "besides": True}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
@@ -143,7 +150,7 @@ class VBLoRAConfig(TargetedConfig):
         default=False, metadata={"help": "Learn a factor on the delta that starts at zero."}
     )
 
-    absent_values: ClassVar[dict[str, Any]] = {
+    absent_values: ClassVar[dict[str, object]] = {
         "trainable_token_indices": None,
         "bank": None,
         "bank_sha256": None,
@@ -176,7 +183,7 @@ class VBLoRAConfig(TargetedConfig):
     def form(self, form: Form) -> None:
         vars(self)["_form"] = form
 
-    def for_copy(self, reference: bool = False) -> Any:
+    def for_copy(self, reference: bool = False) -> VBLoRAConfig:
         """Return the config of a copy, in the same storage format."""
         result = super().for_copy(reference)
         result.form = self.form

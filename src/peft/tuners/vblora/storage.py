@@ -22,8 +22,8 @@ The bank in a file, `vblora_vector_bank`:
 | bank | shape | option |
 |---|---|---|
 | own | `[num_vectors, vector_length]` | default |
-| shared | `[0, vector_length]`; its vectors are in another file (`shared_bank.py`) | `bank` |
-| own, with gates | `[1, num_vectors, vector_length]`; each layer has `vblora_gate [1]` | `output_gate` |
+| shared | `[0, vector_length]`; its vectors have a file of their own | `bank` |
+| own, gated | `[1, num_vectors, vector_length]`, with a `vblora_gate [1]` a layer | `output_gate` |
 
 The shapes of the last two make other readers refuse the file; they know neither shared banks nor
 gates and would compute something else.
