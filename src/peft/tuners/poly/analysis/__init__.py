@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports, measures, losses and figures of trained routing."""
+"""Reports, measures, loss terms and figures of routing."""

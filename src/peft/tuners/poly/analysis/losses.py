@@ -3,35 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ....base.containers import walk
-from ....base.errors import PeftValueError
-from ....core.adapter_choice import adapter_of
-from ..layer import PolyLayer
+from ....base.errors import PeftTypeError, PeftValueError
 from ..router import Router, TaskRouter
 from . import metrics
+from .routers import adapter_routers, poly_adapter
 
 
 @contextmanager
 def recorded_routing(model: nn.Module) -> Iterator[dict[Router, list[Tensor]]]:
-    """A context that keeps the mixing weights which routers give, with their gradients: for routing
-    by input, whose weights are known in a forward only.
+    """Context that records the mixing weights of all routers, with their gradients.
+
+    The weights of routing by input exist only in a forward, so `routing_loss` needs this record.
 
     Args:
         model: A model with Poly adapters.
 
     Yields:
-        Weights `[..., n_splits, n_skills]` by router, one tensor for each time it was asked.
+        Weights `[..., n_splits, n_skills]` by router, a tensor for each call of the router.
     """
     record: dict[Router, list[Tensor]] = {}
 
-    def keep(router: Any, args: Any, weights: Tensor) -> None:
+    def keep(router: Router, args: tuple[object, ...], weights: Tensor) -> None:
         record.setdefault(router, []).append(weights)
 
     hooks = [
@@ -51,36 +49,33 @@ def routing_loss(
     *,
     entropy: float = 0.0,
     balance: float = 0.0,
-    ibp: float = 0.0,
-    ibp_alpha: float = 3.0,
-    record: dict[Router, list[Tensor]] | None = None,
+    record: Mapping[Router, list[Tensor]] | None = None,
     adapter_name: str | None = None,
+    **removed: object,
 ) -> Tensor:
-    """A sum of terms on the routing of an adapter, the mean over its routers, to be added to the
-    loss.
+    """Return a sum of terms on an adapter's routing, to be added to the loss:
 
-    Routing by task is judged by its table, as it is in evaluation. Routing by input is judged by
-    what it chose for a batch.
+        `mean over routers of (entropy · H(w) + balance · B(w))`
+
+    with `H` the mean entropy of the rows of mixing weights (`metrics.entropy`, 0 to 1) and `B` the
+    unevenness of the skills' use (`metrics.balance`). Routing by task has the weights of its table
+    in evaluation, routing by input those that it chose for a batch.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        entropy: Factor on the entropy of each row of weights (0 to 1). Positive: rows of few
-            skills.
-        balance: Factor on the unevenness of skills' use over tasks or samples. Positive: no skill
-            falls out of use.
-        ibp: Factor on the negative logarithm of the Indian buffet process prior; for routing by
-            task.
-        ibp_alpha: That prior's expected number of skills of a task.
-        record: What `recorded_routing` kept of the forward; routers in it are judged by that.
-        adapter_name: The adapter; by default the one called "default", else the only one that is
-            active.
+        entropy: Factor on the entropy. A positive one favors rows with few skills.
+        balance: Factor on the unevenness. A positive one keeps all skills in use.
+        record: The record of `recorded_routing`; routers in it are judged by their recorded weights.
+        adapter_name: The adapter; by default "default", else the only active one.
+        **removed: Arguments of earlier versions, refused with a reason.
 
     Returns:
-        A number with gradients.
+        A scalar with gradients.
 
     Raises:
+        PeftTypeError: There is no such argument.
         PeftValueError: There is no such adapter, several could be meant, or routing by input was
-            not recorded or is asked for its prior.
+            not recorded.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -90,43 +85,36 @@ def routing_loss(
         ...     loss = model(torch.randn(3, 4)).square().mean()
         >>> (loss + routing_loss(model, balance=0.01, record=record)).backward()
 
-    Source: arXiv:2202.13914, section 3 (the prior); arXiv:1701.06538, section 4 (balance)
+    Source: arXiv:1701.06538, section 4 (balance)
     """
-    name = adapter_of(model, adapter_name, PolyLayer, " of Poly")
-    layers = (layer for _, layer in walk(model) if isinstance(layer, PolyLayer))
-    routers = dict.fromkeys(layer.router(name) for layer in layers if name in layer.scaling)
-    return torch.stack(
-        [
-            _terms(router, entropy, balance, ibp, ibp_alpha, (record or {}).get(router))
-            for router in routers
-        ]
-    ).mean()
+    if removed:
+        prior = (
+            " The prior of the Indian buffet process was removed: it made no significant difference"
+            " in its paper (arXiv:2202.13914, Table 3)."
+        )
+        raise PeftTypeError(
+            f"`routing_loss` has no argument `{next(iter(removed))}`; its terms are `entropy` (few "
+            f"skills for each task) and `balance` (all skills in use)."
+            f"{prior if removed.keys() & {'ibp', 'ibp_alpha'} else ''}"
+        )
+    terms = []
+    for router in adapter_routers(model, poly_adapter(model, adapter_name)):
+        weights = _weights(router, (record or {}).get(router))
+        total = weights.new_zeros(())
+        if entropy:
+            total = total + entropy * metrics.entropy(weights).mean()
+        if balance:
+            total = total + balance * metrics.balance(weights)
+        terms.append(total)
+    return torch.stack(terms).mean()
 
 
-def _terms(
-    router: Any,
-    entropy: float,
-    balance: float,
-    ibp: float,
-    ibp_alpha: float,
-    seen: list[Tensor] | None,
-) -> Tensor:
-    """The terms of one router."""
-    by_task = isinstance(router, TaskRouter)
-    if not by_task and (ibp or not seen):
-        raise PeftValueError(
-            "The prior is for routing by task."
-            if ibp
-            else "Routing by input is known in a forward: pass what `recorded_routing` kept."
-        )
-    weights = torch.cat([w.flatten(0, -3) for w in seen]) if seen else router.task_weights()
-    total = weights.new_zeros(())
-    if entropy:
-        total = total + entropy * metrics.entropy(weights).mean()
-    if balance:
-        total = total + balance * metrics.balance(weights)
-    if ibp:
-        total = (
-            total + ibp * metrics.ibp_energy(router.task_gates().transpose(0, 1), ibp_alpha).mean()
-        )
-    return total
+def _weights(router: Router, recorded: list[Tensor] | None) -> Tensor:
+    """Return the weights by which a router is judged, `[rows, n_splits, n_skills]`."""
+    if recorded:
+        return torch.cat([weights.flatten(0, -3) for weights in recorded])
+    if isinstance(router, TaskRouter):
+        return router.task_weights()
+    raise PeftValueError(
+        "Routing by input is known in a forward: pass what `recorded_routing` kept."
+    )

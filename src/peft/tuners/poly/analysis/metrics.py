@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a routing is spread over its skills: the papers' measures and priors, as pure functions of
-gates and mixing weights.
+"""Measures of routing, as pure functions of gates and mixing weights.
 
-Shapes: gates and weights `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`; gates are in
-[0, 1], weights sum to one over the skills.
+Shapes: gates and weights are `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`. Gates are in
+[0, 1]; weights sum to one over the skills.
 
 Source: arXiv:2202.13914, section 5; arXiv:2211.03831
 """
@@ -13,12 +12,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def discreteness(gates: Tensor) -> Tensor:
-    """Mean entropy of the gates in bits, `−(g·log₂ g + (1 − g)·log₂(1 − g))`: 0 where all are open
-    or shut, 1 where all are a half.
+    """Return the mean entropy of gates in bits, `−(g·log₂ g + (1 − g)·log₂(1 − g))`.
+
+    It is 0 if all gates are 0 or 1, and 1 if all are a half.
 
     Args:
         gates: In [0, 1], of any shape.
@@ -30,13 +31,12 @@ def discreteness(gates: Tensor) -> Tensor:
     Source: arXiv:2202.13914, section 5
     """
     shut = 1 - gates
-    return -(torch.special.xlogy(gates, gates) + torch.special.xlogy(shut, shut)).mean() / math.log(
-        2
-    )
+    nats = -(torch.special.xlogy(gates, gates) + torch.special.xlogy(shut, shut))
+    return nats.mean() / math.log(2)
 
 
 def sparsity(gates: Tensor) -> Tensor:
-    """Share of the gates that are open, `g > ½`.
+    """Return the share of gates that are open, `g > ½`.
 
     Source: arXiv:2202.13914, section 5
     """
@@ -44,22 +44,22 @@ def sparsity(gates: Tensor) -> Tensor:
 
 
 def usage(weights: Tensor) -> Tensor:
-    """Each skill's share of all tasks' weight: the mean over all but the last dimension,
-    `[n_skills]`, divided by its sum.
+    """Return each skill's share of the total weight, `[n_skills]`:
+    `u_s = Σ w[..., s] / Σ_s Σ w[..., s]`.
     """
-    mean = weights.flatten(0, -2).mean(0)
-    return mean / mean.sum().clamp(min=torch.finfo(mean.dtype).tiny)
+    return _shares(weights.flatten(0, -2).mean(0))
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Entropy of weights over the skills, divided by its largest value `log n_skills`: 0 for one
-    skill, 1 for all alike.
+    """Return the entropy of weights over the skills, `−Σ_s w_s·log w_s / log n_skills`.
+
+    It is 0 for one skill, and 1 if all have the same weight.
 
     Args:
         weights: `[..., n_skills]`, each row's sum one.
 
     Returns:
-        `[...]`; 0 where there is one skill.
+        `[...]`; zeros if there is one skill.
 
     Example:
         >>> entropy(torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
@@ -70,8 +70,10 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def spread(weights: Tensor) -> Tensor:
-    """How far tasks differ in their weights: the largest `n_skills · |w − mean over tasks of w|`. 0
-    where all tasks mix alike.
+    """Return the largest difference of a task's weight from the mean over tasks, in multiples of
+    the equal weight: `max n_skills · |w − mean over tasks of w|`.
+
+    It is 0 if all tasks mix alike.
 
     Args:
         weights: `[n_tasks, ..., n_skills]`, each row's sum one.
@@ -84,53 +86,31 @@ def spread(weights: Tensor) -> Tensor:
 
 
 def balance(weights: Tensor) -> Tensor:
-    """How unevenly skills are used over tasks (or samples): `n_skills · Σ_s u_s² − 1`, the mean
-    over splits, with `u` a split's `usage`. 0 where all are used alike, `n_skills − 1` where one
-    is.
+    """Return the unevenness of the skills' use: `n_skills · Σ_s u_s² − 1`, the mean over splits,
+    with `u` the `usage` of a split.
+
+    It is 0 if all skills are used alike, and `n_skills − 1` if only one is used.
 
     Args:
-        weights: `[..., n_splits, n_skills]`.
+        weights: `[..., n_splits, n_skills]`, the leading dimensions for tasks or samples.
 
     Source: arXiv:1701.06538, section 4 (squared coefficient of variation)
     """
-    mean = weights.flatten(0, -3).mean(0)
-    u = mean / mean.sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+    u = _shares(weights.flatten(0, -3).mean(0))
     return (weights.shape[-1] * u.square().sum(-1) - 1).mean()
 
 
-def ibp_energy(gates: Tensor, alpha: float = 3.0) -> Tensor:
-    """Negative logarithm of the Indian buffet process's probability of an allocation of skills to
-    tasks, `[n_tasks, n_skills]`:
-
-        `−K·log α + α·H_N − Σ_k [log Γ(N − m_k + 1) + log Γ(m_k) − log Γ(N + 1)]`
-
-    with `m_k` the number of tasks that have skill `k` (the sum of its gates), `N` tasks, `K` skills
-    and `H_N = Σ 1/n`. Few skills in most tasks and many in few are likely. Terms for skills that
-    have just the same tasks are left out: gates that are not rounded differ.
-
-    Args:
-        gates: In [0, 1].
-        alpha: Expected number of skills of a task.
-
-    Returns:
-        A number; `[...]` for gates `[..., n_tasks, n_skills]`.
-
-    Source: arXiv:2202.13914, section 3 (the prior); Griffiths & Ghahramani, JMLR 12 (2011), eq. 14
-    """
-    n, k = gates.shape[-2:]
-    m = gates.sum(-2).clamp(min=1e-3, max=n)
-    harmonic = sum(1 / i for i in range(1, n + 1))
-    terms = torch.lgamma(n - m + 1) + torch.lgamma(m) - math.lgamma(n + 1)
-    return alpha * harmonic - k * math.log(alpha) - terms.sum(-1)
-
-
 def task_similarity(weights: Tensor) -> Tensor:
-    """Cosine of each two tasks' weights over all splits and skills, less the mean of all tasks:
-    `[n_tasks, n_tasks]`.
+    """Return the cosines of tasks' weights less their mean over tasks, `[n_tasks, n_tasks]`.
 
     Args:
-        weights: `[n_tasks, ...]`, such as all layers' side by side.
+        weights: `[n_tasks, ...]`, for example the weights of all layers side by side.
     """
     rows = weights.flatten(1)
-    rows = rows - rows.mean(0)
-    return torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    rows = F.normalize(rows - rows.mean(0), dim=-1, eps=1e-8)
+    return rows @ rows.T
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Return weights `[..., n_skills]` divided by their sum, zeros for zeros."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)

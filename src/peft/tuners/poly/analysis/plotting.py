@@ -1,88 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of a routing report: the tree of tasks, what they mix in every layer, and how much
-each skill is used.
+"""The figure of a routing, drawn from arrays: the tree of tasks, their weights in every layer, and
+the use of each skill. Needs matplotlib, imported when drawing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from .report import RoutingReport
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _INK, _FAINT = "#222222", "#DDDDDD"
 
 
-def draw(report: RoutingReport) -> Any:
-    """A matplotlib figure, drawn without the state that `pyplot` keeps. Splits are averaged."""
+def plot_routing(
+    tasks: Sequence[str],
+    weights: Mapping[str, Tensor],
+    usage: Mapping[str, Tensor],
+    order: Sequence[int],
+    merges: Sequence[tuple[int, int, float, int]],
+) -> Figure:
+    """Draw the weights of tasks in all layers, without the global state of `pyplot`.
+
+    Args:
+        tasks: Names of the tasks.
+        weights: `[n_tasks, n_skills]` by layer.
+        usage: Each skill's share of use, `[n_skills]`, by layer.
+        order: The tasks by id, as the rows from top to bottom.
+        merges: The tree of tasks in the form of scipy's linkage; empty for none.
+    """
     from matplotlib.figure import Figure
 
-    paths = list(report.weights)
-    weights = [report.weights[path].mean(1)[report.order] for path in paths]  # [n_tasks, n_skills]
-    columns = sum(w.shape[1] for w in weights)
-    n_tasks = len(report.tasks)
-    height = min(max(0.2 * n_tasks + 1.6, 3.5), 24)
-    figure = Figure(
-        figsize=(min(max(0.16 * columns + 6, 9), 24), height + 2.4), dpi=120, layout="constrained"
-    )
-    tree, heat, legend, blank, usage, other = figure.subplots(
+    rows = [table[list(order)] for table in weights.values()]
+    skills = [table.shape[1] for table in rows]
+    height = min(max(0.2 * len(tasks) + 1.6, 3.5), 24)
+    width = min(max(0.16 * sum(skills) + 6, 9), 24)
+    figure = Figure(figsize=(width, height + 2.4), dpi=120, layout="constrained")
+    tree, heat, legend, blank, use, other = figure.subplots(
         2, 3, width_ratios=[1, 5, 0.12], height_ratios=[height, 2.2]
     ).flat  # fmt: skip
     blank.remove()
-    _draw_tree(tree, report)
-    image = heat.imshow(
-        torch.cat(weights, 1).numpy(),
-        aspect="auto",
-        cmap="viridis",
-        vmin=0,
-        interpolation="nearest",
-    )
-    heat.set_yticks(
-        range(n_tasks), [report.tasks[i] for i in report.order], fontsize=8 if n_tasks <= 60 else 4
-    )
+    _draw_tree(tree, order, merges)
+    style = {"aspect": "auto", "vmin": 0, "interpolation": "nearest"}
+    image = heat.imshow(torch.cat(rows, 1).numpy(), cmap="viridis", **style)
+    size = 8 if len(tasks) <= 60 else 4
+    heat.set_yticks(range(len(tasks)), [tasks[task] for task in order], fontsize=size)
     heat.tick_params(left=False)
     figure.colorbar(image, cax=legend, label="weight, mean of splits")
-    most = max(w.shape[1] for w in weights)
-    table = torch.full((most, len(paths)), torch.nan)
-    for i, path in enumerate(paths):
-        share = torch.tensor(report.layers[path]["usage"])
-        table[: len(share), i] = share
-    image = usage.imshow(
-        table.numpy(), aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
-    )
+    table = torch.full((max(skills), len(rows)), torch.nan)
+    for column, share in enumerate(usage.values()):
+        table[: len(share), column] = share
+    image = use.imshow(table.numpy(), cmap="magma", **style)
     figure.colorbar(image, cax=other, label="share of use")
-    usage.set_yticks(range(most), [str(s) for s in range(most)], fontsize=8)
-    usage.set_ylabel("skill")
-    _name_layers(heat, usage, paths, [w.shape[1] for w in weights])
-    heat.set_title(
-        f"What {n_tasks} tasks mix: layer by layer, a column for each skill",
-        loc="left",
-        fontsize=11,
-        color=_INK,
-    )
-    tree.set_title("alike", loc="left", fontsize=11, color=_INK)
-    usage.set_title("How much each skill is used, by layer", loc="left", fontsize=11, color=_INK)
+    use.set_yticks(range(max(skills)), map(str, range(max(skills))), fontsize=8)
+    use.set_ylabel("skill")
+    _name_layers(heat, use, list(weights), skills)
+    for axes, title in (
+        (heat, f"Weights of {len(tasks)} tasks, a column for each skill of each layer"),
+        (tree, "similarity"),
+        (use, "Use of each skill, by layer"),
+    ):
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
     return figure
 
 
-def _name_layers(heat: Any, usage: Any, paths: list[str], skills: list[int]) -> None:
-    """Lines between layers, and their names where there is room: below the lower panel, whose
-    columns are the layers.
-    """
+def _name_layers(heat: Axes, use: Axes, paths: list[str], skills: list[int]) -> None:
+    """Draw lines between layers, and write the layers' names below the lower panel."""
     ends = torch.tensor(skills).cumsum(0).tolist()
     for end in ends[:-1]:
         heat.axvline(end - 0.5, color="white", linewidth=1)
     heat.set_xticks([])
-    shared = _common_start(paths)
+    shared = _shared_start(paths)
     names = [path[len(shared) :] or path for path in paths]
-    every = -(-len(paths) // 60)
-    usage.set_xticks(range(0, len(paths), every), names[::every], rotation=90, fontsize=7)
+    step = -(-len(paths) // 60)  # names of 60 layers at most
+    use.set_xticks(range(0, len(paths), step), names[::step], rotation=90, fontsize=7)
 
 
-def _common_start(paths: list[str]) -> str:
-    """What all paths begin with, up to a dot."""
+def _shared_start(paths: list[str]) -> str:
+    """Return the beginning that all paths share, up to a dot."""
     parts = [path.split(".") for path in paths]
     count = 0
     while all(len(p) > count + 1 and p[count] == parts[0][count] for p in parts):
@@ -90,17 +90,16 @@ def _common_start(paths: list[str]) -> str:
     return "".join(f"{part}." for part in parts[0][:count])
 
 
-def _draw_tree(axes: Any, report: RoutingReport) -> None:
-    """The tree of tasks, its leaves at the heights of the rows beside it."""
-    n_tasks = len(report.tasks)
-    places: dict[int, tuple[float, float]] = {
-        task: (0.0, float(row)) for row, task in enumerate(report.order)
-    }
-    for step, (a, b, distance, _) in enumerate(report.merges):
-        (x1, y1), (x2, y2) = places[a], places[b]
+def _draw_tree(
+    axes: Axes, order: Sequence[int], merges: Sequence[tuple[int, int, float, int]]
+) -> None:
+    """Draw the tree of tasks, its leaves at the heights of the rows beside it."""
+    nodes = {task: (0.0, float(row)) for row, task in enumerate(order)}
+    for step, (left, right, distance, _) in enumerate(merges):
+        (x1, y1), (x2, y2) = nodes[left], nodes[right]
         axes.plot([x1, distance, distance, x2], [y1, y1, y2, y2], color=_INK, linewidth=0.9)
-        places[n_tasks + step] = (distance, (y1 + y2) / 2)
-    axes.set_ylim(n_tasks - 0.5, -0.5)
+        nodes[len(order) + step] = (distance, (y1 + y2) / 2)
+    axes.set_ylim(len(order) - 0.5, -0.5)
     axes.invert_xaxis()
     axes.set_yticks([])
     axes.set_xlabel("1 − cosine", fontsize=8)

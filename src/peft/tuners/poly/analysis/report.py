@@ -1,63 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's routing looks like: tables by layer, split, task and skill, and how alike tasks
-are.
-"""
+"""The routing of an adapter in tables: by layer, split, task and skill, and the similarity of tasks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ....base.containers import walk
 from ....base.errors import PeftValueError
 from ....checkpoint.files import write_report
-from ....core.adapter_choice import adapter_of
-from ..layer import PolyLayer
 from ..router import TaskRouter
 from . import metrics
+from .plotting import plot_routing
+from .routers import adapter_config, adapter_routers, poly_adapter
 
-# Lines of tasks and of layers that printing shows.
-_SHOWN = 20
-_MEASURES = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Measure = Literal["entropy", "usage_entropy", "discreteness", "sparsity", "spread"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+# Largest number of tasks and of layers that printing lists.
+_LISTED = 20
+
+
+class LayerMeasures(TypedDict):
+    """Measures of a layer's routing.
+
+    Attributes:
+        entropy: Mean entropy of tasks' weights, 0 to 1.
+        usage_entropy: Entropy of the skills' use, 0 to 1.
+        discreteness, sparsity, spread: As in `metrics`.
+        usage: Each skill's share of use.
+    """
+
+    entropy: float
+    usage_entropy: float
+    discreteness: float
+    sparsity: float
+    spread: float
+    usage: list[float]
+
+
+class TaskMerge(NamedTuple):
+    """A step of clustering, as a row of scipy's linkage.
+
+    Attributes:
+        left, right: The clusters that are merged: a task's id, or `n_tasks + i` for the result of
+            step `i`.
+        distance: One minus their similarity, the mean over pairs of tasks.
+        size: Number of tasks in the result.
+    """
+
+    left: int
+    right: int
+    distance: float
+    size: int
 
 
 @dataclass(repr=False)
 class RoutingReport:
-    """An adapter's routing by task, in evaluation. Printing gives a table of the tasks, and one of
+    """An adapter's routing by task in evaluation. `print` shows a table of the tasks and a table of
     the layers.
 
     Attributes:
         tasks: Names of the tasks, or "task_0", "task_1", ….
-        weights: `[n_tasks, n_splits, n_skills]` by module path, on the CPU in float32 or wider.
-        order: The tasks, by id, such that alike ones are near each other: the leaves of the tree of
-            `merges`.
+        weights: `[n_tasks, n_splits, n_skills]` by module path, on the CPU in float32 or float64.
+        order: The tasks by id, similar ones next to each other: the leaves of the tree of `merges`.
+            By id where scipy is not installed.
         similarity: `[n_tasks, n_tasks]`, the cosine of tasks' weights less their mean.
-        merges: How tasks join to a tree, closest first: the two that join (a task's id, or
-            `n_tasks + i` for what step `i` made), their distance (one minus similarity, the mean
-            over pairs), and how many tasks they are together.
-        layers: Of each layer the entropy of tasks' weights and of skills' use (0 to 1), the
-            discreteness and sparsity of gates, the spread of weights over tasks (0 where all mix
-            alike), and the use of each skill.
+        merges: The tree of tasks, closest first; empty where scipy is not installed.
+        layers: Measures of each layer, by module path.
     """
 
     tasks: list[str]
     weights: dict[str, Tensor]
     order: list[int]
     similarity: Tensor
-    merges: list[tuple[int, int, float, int]]
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    merges: list[TaskMerge]
+    layers: dict[str, LayerMeasures] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"RoutingReport({len(self.tasks)} tasks, {len(self.weights)} layers)"
 
     def __str__(self) -> str:
-        """Return two tables: each task, in `order`, with the one most like it; and each layer's
-        measures with their means. Of many only the first are listed.
+        """Return two tables: each task, in `order`, with the most similar one; and each layer's
+        measures, with their means. Long tables are cut.
         """
         head = f"Routing in evaluation: tasks {len(self.tasks)}, layers {len(self.weights)}"
         return "\n".join([head, "", *self._task_lines(), "", *self._layer_lines()])
@@ -66,30 +99,28 @@ class RoutingReport:
         others = self.similarity.clone().fill_diagonal_(-torch.inf)
         width = max(len("most alike"), *map(len, self.tasks))
         yield f"{'task':{width}}  {'most alike':{width}}  cosine"
-        for i in self.order[:_SHOWN]:
+        for i in self.order[:_LISTED]:
             j = int(others[i].argmax())
             alike = f"  {self.tasks[j]:{width}}  {float(others[i, j]):6.2f}" if j != i else ""
             yield f"{self.tasks[i]:{width}}{alike}"
-        yield from _rest(self.order, "tasks")
+        yield from _more(self.order, "tasks")
 
     def _layer_lines(self) -> Iterator[str]:
         width = max(len("layer"), *map(len, self.layers))
-        yield "  ".join([f"{'layer':{width}}", *_MEASURES, "most used"])
-        for path, layer in list(self.layers.items())[:_SHOWN]:
+        yield "  ".join([f"{'layer':{width}}", *MEASURES, "most used"])
+        for path, layer in list(self.layers.items())[:_LISTED]:
             most = max(layer["usage"])
             best = f"skill {layer['usage'].index(most)} ({most:.0%})"
-            yield "  ".join([f"{path:{width}}", *_aligned(layer), best])
-        yield from _rest(self.layers, "layers")
-        own, n = self.layers.values(), len(self.layers)
-        means = {name: sum(layer[name] for layer in own) / n for name in _MEASURES}
-        yield "  ".join([f"{'mean':{width}}", *_aligned(means)])
+            yield "  ".join([f"{path:{width}}", *_columns(layer), best])
+        yield from _more(self.layers, "layers")
+        yield "  ".join([f"{'mean':{width}}", *_columns(mean_measures(self.layers))])
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each layer, split, task and skill with its `weight`."""
+    def rows(self) -> Iterator[dict[str, str | int | float]]:
+        """Yield a row for each layer, task, split and skill with its `weight`."""
         for path, table in self.weights.items():
-            for t, task in enumerate(self.tasks):
-                for q, split in enumerate(table[t].tolist()):
-                    for s, weight in enumerate(split):
+            for task, splits in zip(self.tasks, table.tolist(), strict=True):
+                for q, skills in enumerate(splits):
+                    for s, weight in enumerate(skills):
                         yield {
                             "layer": path,
                             "task": task,
@@ -98,30 +129,27 @@ class RoutingReport:
                             "weight": weight,
                         }
 
-    def to_pandas(self) -> dict[str, Any]:
-        """Data frames, by name: "weights" with a row for each layer, split, task and skill;
-        "layers" with the measures of each; "usage" with the use of each skill by layer;
-        "similarity" of tasks, in `order`.
+    def to_pandas(self) -> dict[str, DataFrame]:
+        """Return data frames by name.
+
+        "weights" has a row for each layer, split, task and skill; "layers" the measures of each
+        layer; "usage" the use of each skill by layer; "similarity" that of tasks, in `order`.
         """
         import pandas
 
         names = [self.tasks[i] for i in self.order]
-        similarity = self.similarity[self.order][:, self.order]
-        measures = {
-            path: {k: v for k, v in layer.items() if k != "usage"}
-            for path, layer in self.layers.items()
-        }
+        similarity = self.similarity[self.order][:, self.order].numpy()
+        layers = pandas.DataFrame.from_dict(self.layers, orient="index").drop(columns="usage")
+        usage = {path: layer["usage"] for path, layer in self.layers.items()}
         return {
             "weights": pandas.DataFrame(list(self.rows())),
-            "layers": pandas.DataFrame.from_dict(measures, orient="index").rename_axis("layer"),
-            "usage": pandas.DataFrame.from_dict(
-                {p: layer["usage"] for p, layer in self.layers.items()}, orient="index"
-            ).rename_axis("layer"),
-            "similarity": pandas.DataFrame(similarity.numpy(), index=names, columns=names),
+            "layers": layers.rename_axis("layer"),
+            "usage": pandas.DataFrame.from_dict(usage, orient="index").rename_axis("layer"),
+            "similarity": pandas.DataFrame(similarity, index=names, columns=names),
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
+    def to_dict(self) -> dict[str, object]:
+        """Return the report as values of JSON."""
         return {
             "tasks": self.tasks,
             "weights": {path: table.tolist() for path, table in self.weights.items()},
@@ -131,39 +159,42 @@ class RoutingReport:
             "merges": [list(merge) for merge in self.merges],
         }
 
-    def save_json(self, path: str | os.PathLike) -> None:
-        """Write all of it to a file; its folder is made if missing."""
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to a file; a missing folder is created."""
         write_report(path, self.to_dict())
 
-    def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """Draw the tree of tasks, their weights in all layers, and the use of skills by layer, in
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the tree of tasks, their weights in all layers, and the skills' use by layer, with
         matplotlib.
 
         Args:
-            path: Where to save the figure (the end of the name says in which form); None leaves
-                that to the caller.
+            path: A file for the figure, its suffix says the format; None saves nothing.
 
         Returns:
             The figure.
         """
-        from .plotting import draw
-
-        figure = draw(self)
+        figure = plot_routing(
+            self.tasks,
+            {path: table.mean(1) for path, table in self.weights.items()},
+            {path: torch.tensor(layer["usage"]) for path, layer in self.layers.items()},
+            self.order,
+            self.merges,
+        )
         if path is not None:
             figure.savefig(path)
         return figure
 
 
 def routing_report(model: nn.Module, adapter_name: str | None = None) -> RoutingReport:
-    """Tables of how an adapter mixes its skills for each task in evaluation.
+    """Return tables of the weights with which an adapter mixes its skills for each task in
+    evaluation.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        adapter_name: The adapter; by default the one called "default", else the only one that is
-            active.
+        adapter_name: The adapter; by default "default", else the only active one.
 
     Returns:
-        The tables. Layers that share a router are one, with the first of their paths.
+        The tables. Layers that share a router are one layer, at the first of their paths.
 
     Raises:
         PeftValueError: There is no such adapter, several could be meant, or no layer of it routes
@@ -178,89 +209,85 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
 
     Source: arXiv:2202.13914, section 5 (measures, and the hierarchy of tasks)
     """
-    root = model.base_model.model if "base_model" in model._modules else model  # type: ignore[union-attr]
-    adapter_name = adapter_of(model, adapter_name, PolyLayer, " of Poly")
-    weights, gates = {}, {}
-    seen: set[int] = set()
-    with torch.no_grad():
-        for path, layer in walk(root):  # type: ignore[arg-type]
-            router = (
-                layer.router(adapter_name)
-                if isinstance(layer, PolyLayer) and adapter_name in layer.scaling
-                else None
-            )
-            if isinstance(router, TaskRouter) and id(router) not in seen:
-                seen.add(id(router))
-                table = router.task_weights().detach().cpu()
-                weights[path] = table
-                gates[path] = router.task_gates().detach().cpu()
-    if not weights:
-        raise PeftValueError(
-            f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` "
-            "keeps what it chooses in a call."
-        )
-    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    name = poly_adapter(model, adapter_name)
+    routers = task_routers(model, name)
+    weights = {path: router.task_weights().detach().cpu() for path, router in routers.items()}
+    config = adapter_config(model, name)
     tasks = list(config.task_names or (f"task_{i}" for i in range(config.n_tasks)))
     similarity = metrics.task_similarity(
         torch.cat([table.flatten(1) for table in weights.values()], 1).double()
     )
-    merges, order = join_closest(similarity)
-    return RoutingReport(
-        tasks,
-        weights,
-        order,
-        similarity,
-        merges,
-        {path: _measures(w, gates[path]) for path, w in weights.items()},
-    )
+    merges, order = cluster_tasks(similarity)
+    return RoutingReport(tasks, weights, order, similarity, merges, layer_measures(routers))
 
 
-def _aligned(measures: Mapping[str, float]) -> list[str]:
-    """Return a row's measures, each under its heading."""
-    return [f"{measures[name]:{len(name)}.3f}" for name in _MEASURES]
+def task_routers(model: nn.Module, adapter_name: str) -> dict[str, TaskRouter]:
+    """Return an adapter's routers by task, by module path; one that layers share comes once.
+
+    Raises:
+        PeftValueError: No layer routes by task.
+    """
+    every = adapter_routers(model, adapter_name)
+    routers = {path: router for router, path in every.items() if isinstance(router, TaskRouter)}
+    if not routers:
+        raise PeftValueError(
+            f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` "
+            "keeps what it chooses in a call."
+        )
+    return routers
 
 
-def _rest(entries: Collection[Any], kind: str) -> list[str]:
-    """Return a line that says how many entries are not listed, if any."""
-    return [f"… {len(entries) - _SHOWN} more {kind}"] if len(entries) > _SHOWN else []
+@torch.no_grad()
+def layer_measures(routers: Mapping[str, TaskRouter]) -> dict[str, LayerMeasures]:
+    """Return the measures of routers by task in evaluation."""
+    result: dict[str, LayerMeasures] = {}
+    for path, router in routers.items():
+        weights, gates = router.task_weights().cpu(), router.task_gates().cpu()
+        use = metrics.usage(weights)
+        result[path] = {
+            "entropy": float(metrics.entropy(weights).mean()),
+            "usage_entropy": float(metrics.entropy(use)),
+            "discreteness": float(metrics.discreteness(gates)),
+            "sparsity": float(metrics.sparsity(gates)),
+            "spread": float(metrics.spread(weights)),
+            "usage": use.tolist(),
+        }
+    return result
 
 
-def _measures(weights: Tensor, gates: Tensor) -> dict[str, Any]:
-    """A layer's measures."""
-    use = metrics.usage(weights)
-    return {
-        "discreteness": float(metrics.discreteness(gates)),
-        "sparsity": float(metrics.sparsity(gates)),
-        "entropy": float(metrics.entropy(weights).mean()),
-        "usage_entropy": float(metrics.entropy(use)),
-        "spread": float(metrics.spread(weights)),
-        "usage": use.tolist(),
-    }
+def mean_measures(layers: Mapping[str, LayerMeasures]) -> dict[str, float]:
+    """Return the means of measures over layers."""
+    return {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in MEASURES}
 
 
-def join_closest(similarity: Tensor) -> tuple[list[tuple[int, int, float, int]], list[int]]:
-    """Join what is closest until all is one, by the mean distance of pairs (average linkage).
+def cluster_tasks(similarity: Tensor) -> tuple[list[TaskMerge], list[int]]:
+    """Cluster tasks by average linkage, with scipy.
 
     Args:
-        similarity: `[n, n]`, symmetric; the distance is one minus it.
+        similarity: `[n, n]`, symmetric; distances are `1 − similarity`.
 
     Returns:
-        The joins as in `RoutingReport.merges`, which is the form of scipy's linkage; and the leaves
-        of the tree from left to right.
+        The tree's merges, and its leaves from left to right. Without scipy no merges, and the tasks
+        by id.
 
     Source: Sokal & Michener (1958), the unweighted pair-group method
     """
-    n = len(similarity)
-    distance = (1 - similarity).clamp(min=0).double()
-    distance = ((distance + distance.T) / 2).fill_diagonal_(torch.inf)
-    ids, groups = list(range(n)), [[i] for i in range(n)]  # of the places in `distance`
-    merges: list[tuple[int, int, float, int]] = []
-    for step in range(n - 1):
-        a, b = sorted(divmod(int(distance.argmin()), n))
-        x, y = len(groups[a]), len(groups[b])
-        merges.append((ids[a], ids[b], float(distance[a, b]), x + y))
-        joined = (x * distance[a] + y * distance[b]) / (x + y)
-        distance[a], distance[:, a] = joined, joined
-        distance[a, a] = distance[b] = distance[:, b] = torch.inf
-        ids[a], groups[a] = n + step, groups[a] + groups[b]
-    return merges, groups[0]
+    if len(similarity) < 2 or find_spec("scipy") is None:
+        return [], list(range(len(similarity)))
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
+    distance = (1 - similarity.nan_to_num()).clamp(min=0).fill_diagonal_(0)
+    tree = hierarchy.linkage(squareform(distance.numpy(), checks=False), "average")
+    merges = [TaskMerge(int(a), int(b), float(d), int(size)) for a, b, d, size in tree]
+    return merges, [int(task) for task in hierarchy.leaves_list(tree)]
+
+
+def _columns(measures: Mapping[str, float] | LayerMeasures) -> list[str]:
+    """Return measures, each as wide as its heading."""
+    return [f"{measures[name]:{len(name)}.3f}" for name in MEASURES]
+
+
+def _more(entries: Collection[object], kind: str) -> list[str]:
+    """Return a line with the number of entries that are not listed, if any."""
+    return [f"… {len(entries) - _LISTED} more {kind}"] if len(entries) > _LISTED else []

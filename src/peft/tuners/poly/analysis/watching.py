@@ -1,41 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching the routing while it is trained: in a loop of one's own, or in transformers' `Trainer`."""
+"""Monitoring of the routing in training: in a loop of your own, or in transformers' `Trainer`."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ....base.containers import walk
 from ....base.errors import PeftValueError, PeftWarning
 from ....config import is_int
-from ....core.adapter_choice import adapter_of
 from ....integrations.distributed import unwrap_model
-from ..layer import PolyLayer
 from ..router import TaskRouter
-from .report import routing_report
+from .report import LayerMeasures, layer_measures, mean_measures, task_routers
+from .routers import poly_adapter
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class RoutingWatch:
-    """Measure how the routing by task stands; warn of skills that fall out of use and of routing
-    that does not move.
+    """Measures of the routing by task during training, with warnings of unused skills and of
+    routing that does not move.
 
-    The measures are, as means over the layers, `entropy`, `usage_entropy`, `discreteness`,
-    `sparsity` and `spread`, and `least_used` and `most_used`, the smallest and largest share of use
+    The measures are the means over the layers of `entropy`, `usage_entropy`, `discreteness`,
+    `sparsity` and `spread`; and `least_used` and `most_used`, the smallest and largest share of use
     of any skill.
 
     Args:
-        adapter_name: The adapter; by default, whenever it looks, the one called "default", else the
-            only one that is active.
-        dead_below: A skill whose share of use is below this part of the equal share is dead.
+        adapter_name: The adapter; by default, at each look, "default", else the only active one.
+        dead_below: A skill is dead if its share of use is below this fraction of the equal share.
         collapsed_above: A layer has collapsed if one skill's share of use is above this.
-        start: Do not warn of skills before this step: routers begin with equal weights, and find
-            their way slowly.
-        flat_below: Routing that trains has not moved if the `spread` of every layer, the largest
-            distance of a task's weight from the tasks' mean in parts of the equal share, is below.
-        flat_after: The first step at which that is worth a warning.
+        start: First step at which to warn of skills; routers begin with equal weights and change
+            slowly.
+        flat_below: Routing has not moved if the `spread` of every layer is below this.
+        flat_after: First step at which to warn of routing that trains but has not moved.
 
     Attributes:
         history: The measures of each look with its `step`, and those of each layer as `layers`.
@@ -45,7 +45,8 @@ class RoutingWatch:
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), PolyConfig(n_tasks=2, n_skills=2, target_modules=["0"]))
+        >>> config = PolyConfig(n_tasks=2, n_skills=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
         >>> watch = RoutingWatch()
         >>> round(watch.look(model, step=10)["entropy"], 3)
         1.0
@@ -69,95 +70,87 @@ class RoutingWatch:
         ):
             raise PeftValueError(
                 f"`dead_below`={dead_below!r} must be at least 0 and below 1, "
-                f"`collapsed_above`={collapsed_above!r} above 0 and at "
-                f"most 1, `flat_below`={flat_below!r} at least 0, and `start`={start!r} and "
+                f"`collapsed_above`={collapsed_above!r} above 0 and at most 1, "
+                f"`flat_below`={flat_below!r} at least 0, and `start`={start!r} and "
                 f"`flat_after`={flat_after!r} integers."
             )
+        self.adapter_name = adapter_name
+        self.dead_below, self.collapsed_above, self.start = dead_below, collapsed_above, start
         self.flat_below, self.flat_after = flat_below, flat_after
-        self.adapter_name, self.dead_below, self.collapsed_above, self.start = (
-            adapter_name,
-            dead_below,
-            collapsed_above,
-            start,
-        )
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, float | dict[str, LayerMeasures]]] = []
         self._warned: set[tuple[str, str]] = set()
 
     def look(self, model: nn.Module, step: int) -> dict[str, float]:
-        """The measures as they are now, without those of the layers.
+        """Measure the routing, add the measures to `history`, and warn.
 
         Args:
-            model: A model with the adapter; also inside DDP.
-            step: Which step it is.
+            model: A model with the adapter, also inside DDP.
+            step: The step of training.
+
+        Returns:
+            The measures, without those of single layers.
 
         Raises:
             PeftValueError: There is no such adapter that routes by task, or several could be meant.
         """
         model = unwrap_model(model)
-        name = adapter_of(model, self.adapter_name, PolyLayer, " of Poly")
-        layers = routing_report(model, name).layers
+        routers = task_routers(model, poly_adapter(model, self.adapter_name))
+        layers = layer_measures(routers)
         shares = [share for layer in layers.values() for share in layer["usage"]]
-        names = ("entropy", "usage_entropy", "discreteness", "sparsity", "spread")
-        values = {
-            name: sum(layer[name] for layer in layers.values()) / len(layers) for name in names
-        }
+        values = mean_measures(layers)
         values |= {"least_used": min(shares), "most_used": max(shares)}
         self.history.append({"step": step, **values, "layers": layers})
         if step >= self.start:
             for path, layer in layers.items():
-                self._judge(path, layer["usage"])
-        widest = max(layer["spread"] for layer in layers.values())
-        if step >= self.flat_after and widest < self.flat_below and _trains(model, name):
-            self._warn_flat(step)
+                self._check_usage(path, layer["usage"])
+        largest = max(layer["spread"] for layer in layers.values())
+        if step >= self.flat_after and largest < self.flat_below and _train(routers.values()):
+            self._warn(
+                "",
+                "flat",
+                f"After {step} steps all tasks still mix their skills alike: the routing has "
+                "hardly moved. The paper's learning rate for it is a hundred times that of the "
+                "skills; give it one of its own with `peft.optimizers.create_optimizer(model)`, or "
+                "in a Trainer with "
+                "`optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
+            )
         return values
 
-    def _judge(self, path: str, usage: list[float]) -> None:
-        """Warn of a layer, once for each kind of trouble."""
+    def _check_usage(self, path: str, usage: list[float]) -> None:
+        """Warn of a layer with unused skills, or with one skill that has all the use."""
         dead = [skill for skill, share in enumerate(usage) if share < self.dead_below / len(usage)]
-        if len(usage) > 1 and max(usage) > self.collapsed_above:
-            text = f"skill {usage.index(max(usage))} has {max(usage):.0%} of the use: the layer has collapsed to it"
-            self._warn(path, "collapsed", text)
+        most = max(usage)
+        if len(usage) > 1 and most > self.collapsed_above:
+            fault, kind = f"skill {usage.index(most)} has {most:.0%} of the use: ", "collapsed"
+            fault += "the layer has collapsed to it"
         elif dead:
-            self._warn(path, "dead", f"skills {dead} are hardly used by any task")
+            fault, kind = f"skills {dead} are hardly used by any task", "dead"
+        else:
+            return
+        remedy = "a term `routing_loss(balance=…)` keeps skills in use."
+        self._warn(path, kind, f"`{path}`: {fault}; {remedy}")
 
-    def _warn_flat(self, step: int) -> None:
-        if ("", "flat") not in self._warned:
-            self._warned.add(("", "flat"))
-            warnings.warn(
-                f"After {step} steps all tasks still mix their skills alike: the routing has "
-                "hardly "
-                "moved. The paper's rate for it is a hundred times that of the skills; give it one "
-                "of its own with `peft.optimizers.create_optimizer(model)`, or in a Trainer with "
-                "`optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
-                PeftWarning,
-                stacklevel=3,
-            )
-
-    def _warn(self, path: str, kind: str, text: str) -> None:
+    def _warn(self, path: str, kind: str, message: str) -> None:
+        """Warn once for each layer and kind of fault."""
         if (path, kind) not in self._warned:
             self._warned.add((path, kind))
-            warnings.warn(
-                f"`{path}`: {text}; a term `routing_loss(balance=…)` keeps skills in use.",
-                PeftWarning,
-                stacklevel=4,
-            )
+            warnings.warn(message, PeftWarning, stacklevel=3 if kind == "flat" else 4)
 
 
-def _trains(model: nn.Module, name: str) -> bool:
-    """Return whether any of an adapter's tables of several tasks trains as a whole."""
-    routers = (
-        r.router(name) for _, r in walk(model) if isinstance(r, PolyLayer) and name in r.scaling
+def _train(routers: Iterable[TaskRouter]) -> bool:
+    """Return whether any table of several tasks and skills trains as a whole."""
+    return any(
+        router.module_logits.requires_grad and min(router.n_tasks, router.n_skills) > 1
+        for router in routers
     )
-    tables = (r for r in routers if isinstance(r, TaskRouter) and min(r.n_tasks, r.n_skills) > 1)
-    return any(table.module_logits.requires_grad for table in tables)
 
 
-def routing_callback(watch: RoutingWatch | None = None) -> Any:
-    """A callback for transformers' `Trainer`: whenever that logs, a `RoutingWatch` looks, and its
-    measures are logged too, as `routing/entropy` and so on.
+def routing_callback(watch: RoutingWatch | None = None) -> TrainerCallback:
+    """Return a callback for transformers' `Trainer` that logs the measures of a `RoutingWatch`, as
+    `routing/entropy` and so on, whenever the trainer logs.
 
-    Callbacks are called in turn. To have those of TensorBoard or Weights & Biases get the measures
-    too, put this one first, `trainer.callback_handler.callbacks.insert(0, routing_callback())`.
+    Callbacks run in order. For TensorBoard or Weights & Biases to get the measures too, insert this
+    one before theirs: `trainer.callback_handler.callbacks.insert(0, routing_callback())`.
 
     Args:
         watch: By default a new one; the callback has it as `watch`.
@@ -170,17 +163,20 @@ def routing_callback(watch: RoutingWatch | None = None) -> Any:
 
         def on_log(
             self,
-            args: Any,
-            state: Any,
-            control: Any,
-            model: Any = None,
-            logs: Any = None,
-            **kwargs: Any,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            model: nn.Module | None = None,
+            logs: dict[str, float] | None = None,
+            **kwargs: object,
         ) -> None:
+            if model is None:
+                return
             values = self.watch.look(model, state.global_step)
-            for entry in ([] if logs is None else [logs]) + state.log_history[
-                -1:
-            ]:  # the trainer keeps a copy of what it logs
-                entry.update({f"routing/{key}": round(value, 6) for key, value in values.items()})
+            measures = {f"routing/{key}": round(value, 6) for key, value in values.items()}
+            if logs is not None:
+                logs.update(measures)
+            for entry in state.log_history[-1:]:  # the trainer keeps a copy of what it logs
+                entry.update(measures)
 
     return RoutingCallback()
