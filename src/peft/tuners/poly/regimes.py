@@ -21,10 +21,8 @@ class Regime(NamedTuple):
 
     Attributes:
         name: Its name in the paper's code.
-        description: What it does.
-        routing: Whether the new tasks' routing trains.
-        skills: Whether skills train.
-        needs_tasks: Whether `begin_regime` takes the new tasks.
+        description: What trains, and from where.
+        needs_tasks: True if `begin_regime` takes the new tasks.
         rates: The paper's learning rates by role; `peft.optimizers.create_optimizer` uses them too.
 
     Source: arXiv:2211.03831, sections 3.3 and 4
@@ -32,67 +30,30 @@ class Regime(NamedTuple):
 
     name: str
     description: str
-    routing: bool
-    skills: bool
     needs_tasks: bool
     rates: dict[str, float]
 
+    @property
+    def routing(self) -> bool:
+        """True if the new tasks' routing trains."""
+        return "router" in self.rates
+
+    @property
+    def skills(self) -> bool:
+        """True if skills train."""
+        return "skills" in self.rates
+
 
 _ROUTER, _SKILLS = {"router": 0.1}, {"skills": 1e-3}
-
-REGIMES = {
-    regime.name: regime
-    for regime in (
-        Regime(
-            "Z",
-            "Only the new tasks' routing trains; skills are shared with the others as they are.",
-            routing=True,
-            skills=False,
-            needs_tasks=True,
-            rates=_ROUTER,
-        ),
-        Regime(
-            "full",
-            "The new tasks' routing and all skills train.",
-            routing=True,
-            skills=True,
-            needs_tasks=True,
-            rates=_ROUTER | _SKILLS,
-        ),
-        Regime(
-            "mu-Z",
-            "The new tasks mix all skills equally, and the skills train.",
-            routing=False,
-            skills=True,
-            needs_tasks=True,
-            rates=_SKILLS,
-        ),
-        Regime(
-            "mu",
-            "The skills are averaged into one, which trains: an adapter like LoRA.",
-            routing=False,
-            skills=True,
-            needs_tasks=False,
-            rates=_SKILLS,
-        ),
-        Regime(
-            "random",
-            "As full, but from new random skills; shows the gain from training on many tasks.",
-            routing=True,
-            skills=True,
-            needs_tasks=True,
-            rates=_ROUTER | _SKILLS,
-        ),
-        Regime(
-            "shared",
-            "One new adapter of one skill for all tasks, with as many parameters.",
-            routing=False,
-            skills=True,
-            needs_tasks=False,
-            rates=_SKILLS,
-        ),
-    )
-}
+_ALL = (
+    Regime("Z", "The new tasks' routing trains; all tasks share the old skills.", True, _ROUTER),
+    Regime("full", "The new tasks' routing and all skills train.", True, _ROUTER | _SKILLS),
+    Regime("mu-Z", "The new tasks mix all skills equally; the skills train.", True, _SKILLS),
+    Regime("mu", "The skills are averaged into one, which trains, as in LoRA.", False, _SKILLS),
+    Regime("random", "As full, but from new random skills.", True, _ROUTER | _SKILLS),
+    Regime("shared", "One new adapter of one skill for all, equally large.", False, _SKILLS),
+)
+REGIMES = {regime.name: regime for regime in _ALL}
 
 
 def begin_regime(
@@ -125,9 +86,7 @@ def begin_regime(
         adapter = PolyAdapter.of(adapter.tuner, new_name)
     elif chosen.name == "mu-Z":
         adapter.check_unsharded("begin a regime")
-        with torch.no_grad():
-            for router in adapter.task_routers().values():
-                router.module_logits[numbers] = 0
+        _equalize(adapter, numbers or [])
     train_only(adapter, skills=chosen.skills, tasks=numbers if chosen.routing else None)
     if chosen.name == "mu-Z":
         _fix_routing(adapter)
@@ -155,6 +114,13 @@ def _add_adapter(adapter: PolyAdapter, regime: str, new_name: str) -> None:
     if regime == "shared":
         config = single_skill(config, lambda r: r * n_skills)
     adapter.tuner.add_adapter(new_name, replace(config, inference_mode=False))
+
+
+@torch.no_grad()
+def _equalize(adapter: PolyAdapter, tasks: list[int]) -> None:
+    """Give tasks equal weights."""
+    for router in adapter.task_routers().values():
+        router.module_logits[tasks] = 0
 
 
 def _fix_routing(adapter: PolyAdapter) -> None:
