@@ -1,139 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DecomposedLayer`: weight decomposition (DoRA) as methods share it: a weight's lengths are
-trained apart from its direction.
+"""Weight decomposition (DoRA), for any method: an adapter trains the norms of a weight apart from
+its direction.
+
+`W' = f ⊙ V` with `V = W + ΔW` and `f = m / ‖V‖`, row by row or column by column. A layer describes
+its decomposed adapters by `Decomposition`, and calls the functions of this file.
+
+Source: arXiv:2402.09353, section 4
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.errors import PeftNotSupportedError
+from ..base.geometry import Geometry, Placement, columns
 from ..integrations.distributed import gathered_tensor
-from ..ops.exact_merge import Recipe, as_it_is
+from ..integrations.quantization import is_quantized_tensor
 from ..ops.low_rank import wide
 from .base_layer import conv_options, pad_input
-from .layer import BaseTunerLayer
-from .merges import Merge
-from .weights import dense_weight, is_quantized
+from .weights import dense_weight
 
 
-class DecomposedLayer(BaseTunerLayer):
-    """A layer whose adapters may be decomposed: `W' = m ⊙ V / ‖V‖` with `V = W + ΔW`, row by row or
-    column by column.
+@dataclass(frozen=True)
+class Decomposition:
+    """The norms of one decomposed adapter on one layer.
 
-    A method's layer supplies `ΔW`, the lengths `‖V‖` and where it keeps `m`; this one the base
-    weight and arithmetic on outputs.
-
-    Source: arXiv:2402.09353, section 4
+    Args:
+        magnitude: Returns `m`, `[out]` or `[in]`.
+        norms: Returns `‖W + ΔW‖` for a scale of the delta, in that shape, without a gradient.
+        by_columns: The norms are of columns, so that the adapter changes the input of the base layer
+            and of its own delta, and leaves what other adapters add as it is.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self._is_plain = not is_quantized(base_layer)
+    magnitude: Callable[[], Tensor]
+    norms: Callable[[float | Tensor], Tensor]
+    by_columns: bool = False
 
-    def is_decomposed(self, adapter_name: str) -> bool:
-        """Whether an adapter is, so that what it does to the output is not a sum."""
-        return False
+    def factor(self, scale: float | Tensor) -> Tensor:
+        """Return `f`, which multiplies the rows or columns of `W + ΔW`."""
+        return self.magnitude() / self.norms(scale)
 
-    def is_by_columns(self, adapter_name: str) -> bool:
-        """Whether a decomposed adapter has lengths of columns: it changes the input of the base
-        layer and of its own delta, and so leaves what others add as it is.
-        """
-        return False
+    def weight_factor(self, size: Geometry, scale: float | Tensor) -> Tensor:
+        """Return `f` in a shape that multiplies the stored weight, without a gradient."""
+        shape = [1] * (2 + len(size.kernel_size))
+        shape[1 if self.by_columns else 0] = -1
+        return size.as_stored(self.factor(scale).detach().view(shape))
 
-    def merge_of(self, adapter_name: str, options: Mapping[str, Any], is_first: bool) -> Merge:
-        """As for all methods; lengths of columns where something else is merged before as the sum
-        that they are.
-        """
-        merge = super().merge_of(adapter_name, options, is_first)
-        if is_first or not self.is_by_columns(adapter_name):
-            return merge
-        weight = wide(self.base_weight())
-        total = wide(merge.factor) * (weight + wide(self.get_delta_weight(adapter_name, **options)))  # type: ignore[arg-type]
-        return merge._replace(delta=Recipe(as_it_is, (total - weight,)), factor=None)
 
-    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """A merge must not change what the active adapters compute, who apply one after the other,
-        the merged ones first.
+class DecomposableLayer(Protocol):
+    """What this file reads of a layer."""
 
-        Raises:
-            PeftNotSupportedError: A decomposed adapter would come before or after others than it
-                does in the forward.
-        """
-        super().check_mergeable(adapter_names)
-        active = [name for name in self.active_adapters if name in self.scaling]
-        merged = [*self.merged_adapters, *adapter_names]
-        order = [name for name in merged if name in active] + [
-            name for name in active if name not in merged
-        ]
-        for name in (
-            name for name in active if self.is_decomposed(name) and not self.is_by_columns(name)
-        ):
-            before = active[: active.index(name)]
-            if set(order[: order.index(name)]) != set(before):
-                raise PeftNotSupportedError(
-                    f"Adapter {name} is decomposed and applies after "
-                    f"{', '.join(before) or 'no other'} in the forward, where "
-                    f"{', '.join(active)} are active; merge them in that order."
-                )
+    geometry: Geometry
+    base_layer: nn.Module
+    merged_adapters: list[str]
 
-    def base_weight(self) -> Tensor:
-        """The base weight in numbers, as stored, without what is merged into it."""
-        if self.merged:
-            return self.unmerged_weight()
-        base = self.get_base_layer()
-        weight: Any = base._parameters.get("weight")
-        is_at_hand = self._is_plain and weight is not None and weight.dtype.itemsize > 1
-        return gathered_tensor(weight) if is_at_hand else dense_weight(base)
+    @property
+    def scaling(self) -> Mapping[str, float]: ...
+    @property
+    def active_adapters(self) -> Sequence[str]: ...
+    def get_base_layer(self) -> nn.Module: ...
+    def unmerged_weight(self) -> Tensor: ...
+    def decomposition(self, adapter_name: str) -> Decomposition | None: ...
 
-    def by_channel(self, values: Tensor) -> Tensor:
-        """`[out]` or `[in]` in a shape that multiplies outputs or inputs."""
-        return values.view(-1, *[1] * len(self.geometry.kernel_size))
 
-    def rescaled(self, total: Tensor, factor: Tensor) -> Tensor:
-        """`f ⊙ (total - bias) + bias`: an output of `V` as one of `f ⊙ V`.
+def base_weight(layer: DecomposableLayer) -> Tensor:
+    """Return the base weight in numbers, as stored, without merged adapters."""
+    if layer.merged_adapters:
+        return layer.unmerged_weight()
+    base, size = layer.get_base_layer(), layer.geometry
+    weight = base._parameters.get("weight")
+    if (
+        weight is not None
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+        and weight.numel() == size.out_features * columns(size)  # else packed, or gathered later
+        and not is_quantized_tensor(weight)
+    ):
+        return gathered_tensor(weight)
+    return dense_weight(base)
 
-        Args:
-            total: The base layer's output plus the adapter's part.
-            factor: `f [out]`.
-        """
-        bias, factor = self._bias(total.dtype), self.by_channel(factor)
-        return factor * total if bias is None else torch.addcmul((1 - factor) * bias, factor, total)
 
-    def without_bias(self, x: Tensor) -> Tensor:
-        """The base layer's output less its bias, with nothing merged into its weight."""
-        if self.merged:
-            return self._product(x, self.unmerged_weight().to(x.dtype))
-        output = self.base_layer(x)
-        bias = self._bias(output.dtype)
+def first_magnitude(norms: Callable[[], Tensor] | None, size: int, placement: Placement) -> Tensor:
+    """Return the norms that an adapter starts with, `[size]`.
+
+    Args:
+        norms: Computes the norms; None where the weight has no values yet.
+        size: Number of rows or columns.
+        placement: Device and dtype. On the meta device nothing is computed.
+    """
+    device, dtype = placement
+    if norms is None or device.type == "meta":
+        return torch.empty(size, device=device, dtype=dtype)
+    return norms().to(device, dtype)
+
+
+def by_channel(layer: DecomposableLayer, values: Tensor) -> Tensor:
+    """Return `[out]` or `[in]` in a shape that multiplies outputs or inputs."""
+    return values.view(-1, *[1] * len(layer.geometry.kernel_size))
+
+
+def rescaled(layer: DecomposableLayer, total: Tensor, factor: Tensor) -> Tensor:
+    """Return `f ⊙ (total - bias) + bias`: an output of `V` as one of `f ⊙ V`.
+
+    Args:
+        layer: The layer.
+        total: The base layer's output plus the adapter's delta.
+        factor: `f [out]`.
+    """
+    bias, factor = _bias(layer, total.dtype), by_channel(layer, factor)
+    return factor * total if bias is None else torch.addcmul((1 - factor) * bias, factor, total)
+
+
+def output_without_bias(layer: DecomposableLayer, x: Tensor) -> Tensor:
+    """Return the base layer's output less its bias, with nothing merged into its weight."""
+    if not layer.merged_adapters:
+        output = layer.base_layer(x)
+        bias = _bias(layer, output.dtype)
         return output if bias is None else output - bias
+    weight, size = layer.unmerged_weight().to(x.dtype), layer.geometry
+    if not size.is_conv:
+        return F.linear(x, size.as_stored(weight))
+    base = layer.get_base_layer()
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size.kernel_size) - 1]
+    return convolve(pad_input(base, x), weight, **conv_options(base))
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The base layer's output with another weight, less its bias."""
-        if not self.geometry.is_conv:
-            return F.linear(x, self.geometry.as_stored(weight))
-        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel_size) - 1]
-        return convolve(pad_input(self, x), weight, **conv_options(self))
 
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The base layer's bias as outputs take it; it may be stored in a format that is no
-        precision to compute in.
-        """
-        bias: Any = getattr(self.get_base_layer(), "bias", None)  # it may be computed
-        return None if bias is None else self.by_channel(bias).to(dtype)
+def change(layer: DecomposableLayer, factor: Tensor, delta: Tensor) -> Tensor:
+    """Return `f ⊙ (W + ΔW) - W`, what a decomposed adapter adds to the base weight alone."""
+    weight = wide(base_weight(layer))
+    return wide(factor) * (weight + wide(delta)) - weight
 
-    def first_lengths(
-        self, lengths: Tensor | None, size: int, place: tuple[torch.device, torch.dtype]
-    ) -> Tensor:
-        """The lengths that an adapter starts with, where it is made; memory for them if there are
-        none yet.
-        """
-        device, dtype = place
-        if lengths is None or device.type == "meta":
-            return torch.empty(size, device=device, dtype=dtype)
-        return lengths.to(device, dtype)
+
+def check_order(layer: DecomposableLayer, adapter_names: Collection[str]) -> None:
+    """Check that a merge leaves the layer's output as it is. Active adapters apply one after the
+    other, the merged ones first.
+
+    Raises:
+        PeftNotSupportedError: An adapter with norms of rows would come before or after others than
+            it does in the forward.
+    """
+    active = [name for name in layer.active_adapters if name in layer.scaling]
+    by_rows = [
+        name
+        for name in active
+        if (own := layer.decomposition(name)) is not None and not own.by_columns
+    ]
+    merged = [*layer.merged_adapters, *adapter_names]
+    order = [name for name in merged if name in active]
+    order += [name for name in active if name not in merged]
+    for name in by_rows:
+        before = active[: active.index(name)]
+        if set(order[: order.index(name)]) != set(before):
+            raise PeftNotSupportedError(
+                f"Adapter {name} is decomposed and applies after "
+                f"{', '.join(before) or 'no other'} in the forward, where "
+                f"{', '.join(active)} are active; merge them in that order."
+            )
+
+
+def _bias(layer: DecomposableLayer, dtype: torch.dtype) -> Tensor | None:
+    """Return the base layer's bias in the outputs' dtype. It may be stored in a dtype that is not
+    for computing, or computed by the layer.
+    """
+    bias: Tensor | None = getattr(layer.get_base_layer(), "bias", None)
+    return None if bias is None else by_channel(layer, bias).to(dtype)

@@ -27,7 +27,7 @@ from ..base.modules import get_submodules
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..integrations.accelerate import end_offloading
 from . import routed_experts
-from .adapters import AdapterParameterDict
+from .adapters import AdapterParameterDict, adopt
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from .base_layer import innermost, placement
 from .fused_paths import avoid_fused_paths
@@ -277,7 +277,7 @@ def _put_layers(
     for path, layer in build.layers.items():
         present = layer_of(model.get_submodule(path), layer_cls)
         if present is not None:
-            present.adopt(layer)
+            adopt(present, layer)
             continue
         for place in plan.places[path]:
             parent, _, child = get_submodules(model, place)

@@ -2,15 +2,15 @@
 """`BaseTunerLayer`: a layer with adapters. Its forward, merging, switching and deleting are written
 here, once for all methods.
 
-A method's layer declares where it keeps what belongs to an adapter and supplies three things:
-`update_layer` makes an adapter's parameters, `delta_activations` computes what the adapter adds to
-the output, `get_delta_weight` what it adds to the weight.
+A method's layer declares its containers and supplies three things: `update_layer` makes an
+adapter's parameters, `delta_chain` or `delta_activations` computes the delta of the output, and
+`get_delta_weight` that of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..base.calls.layout import SAMPLES_FIRST, RowLayout
 from ..base.calls.rows import RowOwners
-from ..base.errors import PeftNotSupportedError, warn
+from ..base.errors import PeftNotSupportedError, PeftValueError, warn
+from ..base.freezing import TemporaryFreeze
 from ..base.geometry import Geometry, Placement, columns
 from ..checkpoint.rank_padding import RankRoom
 from ..integrations.accelerate import loaded_weights
 from ..ops.dispatch import can_fuse, is_ordinary
-from ..ops.exact_merge import Recipe, as_it_is, by_itself
+from ..ops.exact_merge import Recipe, unchanged
 from ..ops.fused_linear import Chain, add_to_output, linear_with_chain
 from ..ops.low_rank import LowRank, cut, dense_svd
 from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, nested_like
-from .adapters import AdapterHolder
+from . import adapters, dora, layer_merges
+from .adapters_by_sample import apply_one_by_one, apply_to_batch
 from .base_layer import geometry, innermost, placement, table
 from .cost import AdapterCost
 from .merge_requests import checked_names, warn_of_merged
@@ -36,258 +38,248 @@ from .merges import Merge, Merges
 from .weights import quantized_format
 
 
-class BaseTunerLayer(AdapterHolder):
-    """A layer `base_layer` with any number of adapters, of which the active ones add up:
+class BaseTunerLayer(nn.Module):
+    """A layer `base_layer` with any number of adapters, whose active ones add up:
     `y = base(x) + Σ Δ(x)`.
 
     Args:
         base_layer: The layer to adapt. It stays as it is, below this one.
 
     Attributes:
-        base_layer: The adapted layer; the others as for `AdapterHolder`.
-        layout: How the rows of its input lie.
+        adapter_layer_names: Attributes with parameters or modules by adapter name that the
+            interface lists.
+        other_param_names: Attributes with plain values by adapter name that the interface lists.
+        container_names: All attributes of the first kind, by default `adapter_layer_names`.
+        value_names: All attributes of the second kind except `scaling`, by default
+            `other_param_names`.
+        base_layer: The adapted layer.
+        scaling: The scale of each adapter's delta, by name. Its keys are the layer's adapters.
+        merged_adapters: Adapters whose delta is in the base weight now, in the order they were
+            merged.
+        layout: The layout of the rows of its input.
     """
 
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    container_names: ClassVar[tuple[str, ...]] = ()
+    value_names: ClassVar[tuple[str, ...]] = ()
     layout: RowLayout = SAMPLES_FIRST
+    geometry: Geometry
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "adapter_layer_names" in own and "container_names" not in own:
+            cls.container_names = cls.adapter_layer_names
+        if "other_param_names" in own and "value_names" not in own:
+            cls.value_names = tuple(name for name in cls.other_param_names if name != "scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self._freeze = TemporaryFreeze()
         self.base_layer = base_layer
         size = geometry(base_layer) or table(base_layer)
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
-            self.geometry: Geometry = size
-            if size.is_conv:
-                self.layout = RowLayout(1 + len(size.kernel_size))
-            elif geometry(base_layer) is None:
-                self.layout = RowLayout(0)
-        self._merges: Merges = (
-            base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
-        )
+            self.geometry = size
+            if size.is_conv or geometry(base_layer) is None:
+                self.layout = RowLayout(1 + len(size.kernel_size) if size.is_conv else 0)
+        is_inner = isinstance(base_layer, BaseTunerLayer)
+        self._merges: Merges = base_layer._merges if is_inner else Merges()  # type: ignore[assignment]
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
-    def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
-        """Make (or make anew) an adapter's parameters, as its config says."""
-        raise NotImplementedError
-
-    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return what the adapter adds to the output for input `x`.
-
-        That may be any which the base layer takes (a vector, no rows, on the meta device, inside a
-        transform), but for a nested tensor.
-        """
-        raise NotImplementedError
-
-    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return `delta_activations` as a chain of products, which is then computed together with
-        the base layer's; None, before anything is computed, where there is no such chain. Only
-        called where `dispatch.is_ordinary(x)`.
-        """
-        return None
-
-    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """What the adapter adds to the base weight, in the base weight's layout."""
-        raise PeftNotSupportedError(
-            f"{type(self).__name__} has no delta that could be merged into a weight."
-        )
-
-    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """`get_delta_weight` as a function of small tensors, which a merge keeps to take the same
-        delta off again. By default the delta itself is kept.
-        """
-        return Recipe(as_it_is, (self.get_delta_weight(adapter_name, **options),))
-
-    @property
-    def needs_layer_alone(self) -> bool:
-        """Whether another method can't adapt the same layer: an adapter's part is not a sum."""
-        return False
-
-    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
-        """What merging multiplies the sum of weight and delta by, None for nothing; for a method
-        whose part is not a sum.
-        """
-        return None
-
-    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
-        """What merging adds to the base layer's bias, None for nothing."""
-        return None
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter's delta is a matrix, of which there are low-rank factors."""
-        return type(self).get_delta_weight is not BaseTunerLayer.get_delta_weight
-
-    def low_rank_factors(
-        self, adapter_name: str, rank: int | float | None = None, **options: Any
-    ) -> LowRank:
-        """The adapter's delta as `B·A` of a rank: an integer, the share of energy to keep, or None
-        for exact. A method whose delta is low rank by its structure overrides this.
-        """
-        delta = self.geometry.as_stored(
-            self.get_delta_weight(adapter_name, **options)
-        )  # [out, in, *kernel]
-        return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
-
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """What an adapter costs here, from shapes alone. By default each of its numbers is
-        multiplied once for a row, and its delta can have any rank; a method that knows better
-        overrides this.
-        """
-        numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
-        return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
-
-    def rank_room(self, holder: str) -> RankRoom | None:
-        """Where a container's tensors can be filled up with zeros without a change to the delta;
-        None if they can't be.
-        """
-        return None
-
-    def get_base_layer(self) -> nn.Module:
-        """The layer itself, below all adapters."""
-        return innermost(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus that of the active adapters, in the base output's dtype.
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Return the base layer's output plus the deltas of the active adapters, in the output's
+        dtype.
 
         - Merged adapters count by the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over
-          active ones that are not merged.
-        - While the adapters are disabled it is the base layer's output, from which merged ones were
-          taken off.
-        - Where the call chose an adapter for each sample, that one's part is added to the sample's
-          rows instead; a model refuses such a call while anything is merged.
+          active adapters that are not merged.
+        - While the adapters are disabled, this is the base layer's output without merged adapters.
+        - Where the call chose an adapter for each sample, each sample gets the delta of its own
+          adapter instead. A model refuses such a call while anything is merged.
         """
-        base: Any = self._modules["base_layer"]
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         if self._disable_adapters:
-            if self.merged_adapters:  # merged since they were switched off
+            if self.merged_adapters:  # merged since they were disabled
                 self._merges.suspend(self)
             return base(x, *args, **kwargs)
         batch = ADAPTER_BATCHES.current
         if batch is not None and not self.merged_adapters:
             result = base(x, *args, **kwargs)
-            return (
-                self._apply_to_batch(batch, x, result) if x.numel() else result
-            )  # an expert may get no tokens
+            # An expert may get no tokens.
+            return apply_to_batch(self, batch, x, result) if x.numel() else result
         active, scaling = self._active_adapter, self.scaling
         names = [
             name for name in ((active,) if isinstance(active, str) else active) if name in scaling
         ]
         if self.merged_adapters:
             names = [name for name in names if name not in self.merged_adapters]
-        together = names and not (args or kwargs) and can_fuse(base, x)
-        chain = self.delta_chain(names[0], x) if together else None
+        chain = None
+        if names and not (args or kwargs) and can_fuse(base, x):
+            chain = self.delta_chain(names[0], x)
         if chain is None:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
         else:
             result, dtype, names = linear_with_chain(base, x, chain), x.dtype, names[1:]
         for adapter_name in names:
-            result = self._add(adapter_name, x, result)
+            result = self.apply_to_any(adapter_name, x, result)
         return result if result.dtype == dtype else result.to(dtype)
 
-    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """Apply an adapter to an input of any layout."""
-        if not x.is_nested:
-            return self.apply_adapter(adapter_name, x, result)
-        own = as_tokens(
-            result
-        ).clone()  # it may be written to, which a view of a nested one may not
-        return nested_like(x, self.apply_to_tokens(adapter_name, x, as_tokens(x), own))
-
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's part; a method whose part is not a sum overrides this."""
+        """Return `result + Δ(x)`. A method with decomposed adapters overrides this."""
         chain = self.delta_chain(adapter_name, x) if is_ordinary(x) else None
         if chain is None:
             return result + self.delta_activations(adapter_name, x)
         return add_to_output(self._modules["base_layer"], chain, result)  # type: ignore[arg-type]
 
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
+        """Return the delta for an input as a chain of products, which is computed together with the
+        base layer's product where `ops.dispatch` allows.
+
+        It is None, before anything is computed, where the delta is not only a chain (dropout of the
+        output, hooked modules).
+        """
+        return None
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return the delta of the output for any dense input that the base layer takes (a vector,
+        no rows, on the meta device, inside a transform). By default it computes `delta_chain`.
+        """
+        chain = self.delta_chain(adapter_name, x)
+        if chain is None:
+            raise NotImplementedError
+        return chain.delta().reshape(*x.shape[:-1], self.out_features)
+
+    def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
+        """Make an adapter's parameters, or make them anew, as its config says."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
+        """Return the delta of the base weight, in its layout. By default it is computed from
+        `delta_recipe`.
+        """
+        if type(self).delta_recipe is BaseTunerLayer.delta_recipe:
+            raise PeftNotSupportedError(
+                f"{type(self).__name__} has no delta that could be merged into a weight."
+            )
+        return self.delta_recipe(adapter_name, **options).weight()
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """Return `get_delta_weight` as a function of small tensors, which a merge keeps. By default
+        it keeps the delta itself.
+        """
+        return Recipe(unchanged, (self.get_delta_weight(adapter_name, **options),))
+
+    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
+        """Return the norms of an adapter with weight decomposition (DoRA), None for others."""
+        return None
+
+    @property
+    def needs_layer_alone(self) -> bool:
+        """Whether no other method can adapt the layer: norms would apply to its delta too."""
+        return any(self.decomposition(name) is not None for name in self.scaling)
+
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
+        """Return the factor of a merge on the sum of weight and delta; None for one."""
+        own = self.decomposition(adapter_name)
+        return None if own is None else own.weight_factor(self.geometry, scale)
+
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
+        """Return what a merge adds to the base layer's bias; None for nothing."""
+        return None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter's delta is a matrix, and so has low-rank factors."""
+        own, base = type(self), BaseTunerLayer
+        return (
+            own.get_delta_weight is not base.get_delta_weight
+            or own.delta_recipe is not base.delta_recipe
+        )
+
+    def low_rank_factors(
+        self, adapter_name: str, rank: int | float | None = None, **options: Any
+    ) -> LowRank:
+        """Return the adapter's delta as `B·A`, of a rank: an integer, the share of energy to keep,
+        or None for an exact product.
+        """
+        weight = self.get_delta_weight(adapter_name, **options)
+        delta = self.geometry.as_stored(weight)  # [out, in, *kernel]
+        return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
+
+    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
+        """Return an adapter's cost on this layer, from shapes alone: by default one multiplication
+        for each parameter and row, and any rank.
+        """
+        numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
+        return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
+
+    def rank_room(self, container: str) -> RankRoom | None:
+        """Return where zeros added to a container's tensors leave the delta as it is, or None."""
+        return None
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer itself, below all adapters."""
+        return innermost(self)
+
+    def apply_to_any(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """Apply an adapter to an output, nested or not."""
+        if not x.is_nested:
+            return self.apply_adapter(adapter_name, x, result)
+        # Cloned since it may be written to, which a view of a nested tensor may not.
+        tokens = as_tokens(result).clone()
+        return nested_like(x, self.apply_to_tokens(adapter_name, x, as_tokens(x), tokens))
+
     def apply_to_tokens(
         self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
     ) -> Tensor:
-        """Apply an adapter to all tokens of a nested input's samples, as `apply_adapter` does.
-
-        A method that knows something of each sample overrides this.
-
-        Args:
-            adapter_name: The adapter's name.
-            nested: The input itself.
-            x: Its tokens `[tokens, …, in]`.
-            result: Those of the output `[tokens, …, out]`.
+        """Apply an adapter to the tokens of a nested input, `x [tokens, …, in]`, and output. A
+        method that treats samples differently overrides this.
         """
         return self.apply_adapter(adapter_name, x, result)
 
     def apply_to_samples(
         self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
     ) -> Tensor:
-        """`apply_adapter` for the rows of some of a call's samples; a method that knows something
-        of each sample overrides this.
+        """Apply an adapter to the rows of some samples, given by number. A method that treats
+        samples differently overrides this.
 
-        Args:
-            adapter_name: The adapter.
-            samples: Numbers of the samples.
-            x, result: The layer's input and output for their rows.
-            owner: The number of each row's sample; None where each sample has the same number of
-                rows, one after the other.
+        `owner` has the number of each row's sample; None where each sample has the same number of
+        rows, one after the other.
         """
         return self.apply_adapter(adapter_name, x, result)
 
-    def _apply_to_batch(self, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with each sample's adapter applied to its rows."""
-        if batch.only is not None:
-            known = batch.only in self.scaling
-            return self._add(batch.only, x, result).to(result.dtype) if known else result
-        shared = batch.row_owners(x, self)
-        if not shared.sequence_first:
-            return self._apply_by_sample(batch, x, result, shared)
-        return (
-            self._apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), shared)
-            .transpose(0, 1)
-            .contiguous()
-        )
-
-    def _apply_by_sample(
-        self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
+    def apply_by_sample(
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
     ) -> Tensor:
-        """The same with rows along the first dimension: a gather for each adapter, one scatter for
-        all.
+        """Apply each sample's own adapter to an output whose rows lie along the first dimension. A
+        method that can apply several at once overrides this.
         """
-        every = batch.rows_by_adapter(x.shape[0], x.device, shared)
-        own = {
-            name: rows
-            for name, rows in every.items()
-            if name in self.scaling and name in batch.samples
-        }
-        if not own:
-            return result
-        owner = shared.owner
-        parts = [
-            self.apply_to_samples(
-                name,
-                batch.samples[name],
-                x[rows],
-                result[rows],
-                None if owner is None else owner[rows],
-            ).to(result.dtype)
-            for name, rows in own.items()
-        ]
-        return result.index_copy(0, torch.cat(list(own.values())), torch.cat(parts))
+        return apply_one_by_one(self, batch, x, result, owners)
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in the adapter's precision, but where `helpers.disable_input_dtype_casting` says so
-        not in a narrower one than its own: that is for storage then.
+        """Return `x` in the adapter's dtype. After `helpers.disable_input_dtype_casting` a narrower
+        adapter dtype is for storage only, and `x` stays as it is.
         """
-        return (
-            x.to(dtype)
-            if self.cast_input_dtype_enabled or dtype.itemsize >= x.dtype.itemsize
-            else x
-        )
+        narrows = dtype.itemsize < x.dtype.itemsize
+        return x if narrows and not self.cast_input_dtype_enabled else x.to(dtype)
 
-    def _input_of_chain(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in the adapter's precision, or as it is where the products with it are taken so."""
+    def _chain_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `x` in the adapter's dtype, or as it is where kernels multiply two dtypes."""
         return x if x.dtype == dtype or can_stay(x, dtype) else self._cast_input_dtype(x, dtype)
 
+    def _placement(self, given: Placement | None) -> Placement:
+        """Return where to make parameters: as given, else as the base layer's."""
+        return given or placement(self.base_layer, autocast=True)
+
     def __getattr__(self, name: str) -> Any:
-        """What this layer lacks is read from the layer it adapts (`weight`, `bias`, `stride`, …),
-        private names apart.
+        """Read what this layer lacks from the layer it adapts (`weight`, `bias`, `stride`, …),
+        except private names.
         """
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
@@ -300,35 +292,124 @@ class BaseTunerLayer(AdapterHolder):
             return getattr(self.base_layer, name)
 
     def __repr__(self) -> str:
-        """The module's usual form, after the method's name."""
+        """Return the module's usual form, after the method's name."""
         return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"
 
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapters, under the name that diffusers' `model.active_adapters()` reads."""
+        return self.active_adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(self.scaling)
+
+    def containers(self) -> Iterator[nn.Module]:
+        """Yield the containers of adapters' tensors."""
+        return (cast(nn.Module, self._modules[attribute]) for attribute in self.container_names)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of an adapter."""
+        tensors = adapters.tensors_of(self, adapter_name)
+        return (tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
+
+    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
+        """Yield all tensors of an adapter, trainable or not."""
+        return adapters.tensors_of(self, adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters. They become trainable unless `inference_mode`; all others are frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._freeze.forget()
+        trained = [] if inference_mode else [name for name in names if name in self.scaling]
+        frozen = [name for name in adapters.unfrozen(self) if name not in trained]
+        for name in [*frozen, *trained]:
+            self.set_requires_grad(name, name in trained)
+        self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Unfreeze or freeze adapters, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for parameter in self.adapter_parameters(name):
+                # With many adapters most are frozen and stay so.
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, for which merged ones are taken off the weight, or on. Active
-        ones are then computed in the forward; others that were merged are merged again.
+        """Switch all adapters off, which freezes and unmerges them, or on, which undoes both;
+        active ones are then computed in the forward and stay unmerged.
         """
         if not enabled and self.merged:
             with loaded_weights(self, self.merged_adapters):
                 self._merges.suspend(self)
-        super().enable_adapters(enabled)
+        if not enabled and not self._disable_adapters:
+            names = adapters.unfrozen(self)
+            trained = (p for name in names for p in self.adapter_parameters(name))
+            self._freeze.begin(self.containers(), trained, names)
+        elif enabled:
+            self._freeze.end()
+        self._disable_adapters = not enabled
         if enabled:
-            self.resume_merges(self.lacks_merges)
+            layer_merges.resume(self, layer_merges.lacks_suspended(self))
 
-    @property
-    def is_suspended(self) -> bool:
-        """Whether something was merged, and taken off when the adapters were disabled."""
-        return bool(self._merges.suspended(self))
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete and deactivate an adapter, which must not be merged."""
+        if adapter_name in self.merged_adapters:
+            raise PeftValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
+                "unmerge them first."
+            )
+        adapters.drop(self, adapter_name)
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(left or self._all_available_adapter_names()[:1])
+        self._merges.drop_suspended(self, adapter_name)
 
-    @property
-    def lacks_merges(self) -> bool:
-        """Whether among that is what the forward would not compute."""
-        return bool(self._merges.suspended(self) - set(self.active_adapters))
+    def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
+        """Copy settings, other than tensors, plain values and scale, from another layer's adapter."""
 
-    def resume_merges(self, wanted: bool = True) -> None:
-        """Merge what was taken off when the adapters were disabled, or forget it."""
-        if names := self._merges.suspended(self):
-            with loaded_weights(self, names):
-                self._merges.resume(self, wanted)
+    def base_scaling(self, adapter_name: str) -> float:
+        """Return the configured scale, which `unscale_layer` returns to."""
+        return 1.0
+
+    def hold_scale(self, adapter_name: str, scale: float) -> None:
+        """Set an adapter's scale; in place if it is a tensor, which compiled models read."""
+        present = self.scaling[adapter_name]
+        if isinstance(present, Tensor):
+            present.fill_(scale)
+        else:
+            self.scaling[adapter_name] = scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to `scale` times its configured one, if the layer has it."""
+        if adapter in self.scaling:
+            self.hold_scale(adapter, scale * self.base_scaling(adapter))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.hold_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters by `scale`; None returns to the configured scale."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                own = self.base_scaling(name) if scale is None else self.scaling[name] / scale
+                self.hold_scale(name, own)
 
     @property
     def merged(self) -> bool:
@@ -336,156 +417,94 @@ class BaseTunerLayer(AdapterHolder):
         return bool(self.merged_adapters)
 
     def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: Any
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: object
     ) -> None:
-        """Add adapters' deltas to the base weight, from where `unmerge` takes them off again
-        exactly, whatever becomes of the adapters meanwhile.
-
-        For that a copy of each adapter's factors is kept, and the few elements of the weight that
-        subtracting the delta would not give back. A quantised weight is read, summed in float32 and
-        quantised once more in its own form; the original stays in memory until it is unmerged: half
-        a byte a number in 4 bits, one byte in 8.
+        """Add adapters' deltas to the base weight. `unmerge` restores it exactly, whatever happens
+        to the adapters meanwhile: see `merges.py`.
 
         Args:
             safe_merge: Check that no resulting weight is NaN or infinite.
-            adapter_names: Which adapters, by default the active ones; those merged already are
-                passed over with a warning.
+            adapter_names: The adapters, by default the active ones. Merged ones are skipped with a
+                warning.
             **options: Passed to `get_delta_weight`.
 
         Raises:
-            PeftValueError: `safe_merge` found a broken weight, or an adapter is merged with other
-                options; nothing was changed.
-            PeftNotSupportedError: The layer's weight is quantised in a form not known here, or the
-                method can't be merged.
+            PeftValueError: A weight would break, or an adapter is merged with other options;
+                nothing was changed.
+            PeftNotSupportedError: The weight's storage format is unknown, or the method can't be
+                merged.
         """
-        names = checked_names(self.active_adapters if adapter_names is None else adapter_names)
-        own = {name: options for name in names if name in self.scaling}
-        new = self.not_merged(own)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        own = {n: options for n in checked_names(names) if n in self.scaling}
+        new = layer_merges.not_merged(self, own)
         warn_of_merged([name for name in own if name not in new], list(new))
         self.check_mergeable(list(new))
-        self.merge_each(new, safe_merge)
-
-    def note_merges(self, adapter_names: list[str]) -> None:
-        """Take note of which adapters are merged now."""
-        self.merged_adapters[:] = adapter_names
-
-    def not_merged(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """Those of the layer's adapters that are to be merged with some options, by name, and are
-        not yet.
-
-        Raises:
-            PeftValueError: One is merged with other options.
-        """
-        return {
-            name: own
-            for name, own in self._merges.missing(self, options).items()
-            if name in self.scaling
-        }
-
-    def merge_each(
-        self, options: Mapping[str, Mapping[str, Any]], safe_merge: bool = False
-    ) -> None:
-        """Merge adapters that are not merged, each with its own options; all or none.
-
-        Raises:
-            PeftValueError: `safe_merge` found a broken weight; nothing was changed.
-        """
-        if options:
-            with by_itself(self.get_base_layer().weight.device):  # type: ignore[union-attr, arg-type]
-                first = None if self._merges.entries else next(iter(options))
-                new = [self.merge_of(name, own, name == first) for name, own in options.items()]
-            self._merges.add(self.get_base_layer(), new, safe_merge)
-
-    def merge_of(self, adapter_name: str, options: Mapping[str, Any], is_first: bool) -> Merge:
-        """What merging an adapter adds, as it is now.
-
-        Args:
-            adapter_name: The adapter.
-            options: What its delta depends on besides.
-            is_first: Whether the weight has nothing merged before it.
-        """
-        scale = float(self.scaling[adapter_name])
-        delta = self.delta_recipe(adapter_name, **options).copied()
-        more = self.merge_factor(adapter_name, scale), self.merge_bias(adapter_name, scale)
-        return Merge(self, adapter_name, options, delta, *more)
-
-    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """Raise if adapters can't be merged into this layer, whatever their values."""
-        quantized_format(self.get_base_layer())
+        layer_merges.merge(self, new, safe_merge)
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
-        """Take merged adapters' deltas off the base weight; without all of them it is to the bit
-        what it was, quantised or not.
-
-        Args:
-            adapter_names: Which, by default all.
+        """Subtract the deltas of some, by default all, merged adapters from the base weight.
+        Without any merge it is bit by bit the original, quantized or not.
 
         Raises:
-            PeftRuntimeError: They came merged with a state dict, which does not say what the weight
-                was before.
+            PeftRuntimeError: They came merged with a state dict, which lacks the original weight.
         """
-        was_suspended = self.is_suspended
+        was_suspended = bool(layer_merges.suspended(self))
         self._merges.resume(self, False)
         if self.merged:
             self.take_off(adapter_names)
         elif not was_suspended:
             warn("Already unmerged. Nothing to do.")
 
-    def check_unmergeable(self) -> None:
-        """Raise if what is merged can't be taken off."""
-        self._merges.insist_on_known()
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """Raise if adapters can't be merged into this layer, whatever their values."""
+        quantized_format(self.get_base_layer())
+        dora.check_order(self, adapter_names)
+
+    def note_merges(self, adapter_names: list[str]) -> None:
+        """Record the adapters that are merged now."""
+        self.merged_adapters[:] = adapter_names
 
     def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
-        """Unmerge adapters, by default all; what is returned can be `put_on` again."""
-        return self._merges.remove(
-            self.get_base_layer(),
-            self.merged_adapters if adapter_names is None else adapter_names,
-            self,
-        )
+        """Unmerge adapters, by default all, and return their merges for `put_on`."""
+        names = self.merged_adapters if adapter_names is None else adapter_names
+        return self._merges.remove(self.get_base_layer(), names, self)
 
     def put_on(self, merges: Sequence[Merge]) -> None:
-        """Merge again what was taken off, as it was."""
+        """Merge what `take_off` returned, as it was."""
         self._merges.add(self.get_base_layer(), merges)
 
     def unmerged_weight(self) -> Tensor:
-        """The base weight in numbers, to the bit as it is while nothing is merged."""
+        """Return the base weight in numbers, bit by bit as it is while nothing is merged."""
         return self._merges.original(self.get_base_layer())
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, and forget that it was merged before adapters were disabled."""
-        super().delete_adapter(adapter_name)
-        self._merges.drop_suspended(self, adapter_name)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, object], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._merges.note_in(self, destination, prefix)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+        self,
+        state_dict: Mapping[str, object],
+        prefix: str,
+        local_metadata: Mapping[str, object],
+        *args: object,
     ) -> None:
-        """A weight that is loaded brings its own merges: those that its state dict was taken with,
-        or none.
-        """
+        """Take over the merges that a loaded weight was saved with."""
         self._merges.see_loaded(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[arg-type]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Cast or move the layer; what is merged comes off as the original weight cast or moved."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
+        """Cast or move the layer. Unmerging gives the original weight cast or moved."""
         if not self.merged or not recurse:
             return super()._apply(fn, recurse)
         return self._merges.converted(
             self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn
         )
 
-    def _placement(self, given: Placement | None) -> Placement:
-        """Where to make parameters: as given, else as the base layer's."""
-        return given or placement(self.base_layer, autocast=True)
-
 
 def layer_of(module: nn.Module, layer_cls: type[BaseTunerLayer]) -> BaseTunerLayer | None:
-    """The layer of a class among those around one base layer, from `module` inwards; None if there
-    is none.
-    """
+    """Return the outermost layer of a class around one base layer, `module` or inside it, or None."""
     while not isinstance(module, layer_cls):
         if not isinstance(module, BaseTunerLayer):
             return None

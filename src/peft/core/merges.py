@@ -6,7 +6,7 @@ part comes off again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ..integrations.distributed import gathered_tensor, is_managed
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe
 from .weights import put_weight, quantized_format, stored_weight
+
+Options: TypeAlias = Mapping[str, object]
+"""Options of an adapter's delta (`task_id`), by name."""
 
 
 class Merge(NamedTuple):
@@ -33,7 +36,7 @@ class Merge(NamedTuple):
 
     layer: Any
     name: str
-    options: Mapping[str, Any]
+    options: Options
     delta: Recipe | None
     factor: Tensor | None = None
     bias: Tensor | None = None
@@ -212,9 +215,7 @@ class Merges:
         """Names of a layer's merged adapters, in the order of merging."""
         return [merge.name for merge in self.entries if merge.layer is layer]
 
-    def missing(
-        self, layer: Any, options: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Mapping[str, Any]]:
+    def missing(self, layer: Any, options: Mapping[str, Options]) -> dict[str, Options]:
         """Those of the adapters that a layer is to merge with some options which it has not merged.
 
         Raises:
@@ -237,7 +238,7 @@ class Merges:
         """Names of a layer's adapters that were merged before the adapters were disabled."""
         return {merge.name for merge in self._suspended if merge.layer is layer}
 
-    def options(self, layer: Any) -> dict[str, Mapping[str, Any]]:
+    def options(self, layer: Any) -> dict[str, Options]:
         """With which options a layer's adapters were merged, by name."""
         return {merge.name: merge.options for merge in self.entries if merge.layer is layer}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -17,15 +17,17 @@ from . import tied_weights
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
 from .layer import BaseTunerLayer
+from .layer_merges import lacks_suspended, not_merged, resume, suspended
+from .layer_merges import merge as merge_layer
 from .merge_requests import warn_of_merged
-from .merges import Merge
+from .merges import Merge, Options
 from .weights import untied
 
-Options = Mapping[str, Mapping[str, Any]]
-"""What adapters are merged with, by name."""
+AdapterOptions: TypeAlias = Mapping[str, Options]
+"""Options that adapters are merged with, by adapter."""
 
 
-def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: bool) -> None:
+def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_merge: bool) -> None:
     """Merge adapters into those of some layers that have them and have not merged them; all or
     none.
 
@@ -35,7 +37,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: boo
         PeftNotSupportedError: A layer can't be merged into.
     """
     layers = list(named.values())
-    todo = [(layer, own) for layer in layers if (own := layer.not_merged(options))]
+    todo = [(layer, own) for layer in layers if (own := not_merged(layer, options))]
     left = [name for name in options if any(name in own for _, own in todo)]
     warn_of_merged(
         [
@@ -50,7 +52,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: Options, safe_merge: boo
     try:
         for layer, own in todo:
             with loaded_weights(layer, [*own, *layer.merged_adapters]):
-                layer.merge_each(own, safe_merge)
+                merge_layer(layer, own, safe_merge)
             done.append((layer, list(own)))
     except BaseException:
         for layer, merged in reversed(done):
@@ -79,7 +81,9 @@ def _check(
         raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
 
 
-def warn_of_ties(model: nn.Module, named: Mapping[str, BaseTunerLayer], options: Options) -> None:
+def warn_of_ties(
+    model: nn.Module, named: Mapping[str, BaseTunerLayer], options: AdapterOptions
+) -> None:
     """Say so where merging is about to change a weight that the model uses elsewhere too.
 
     Args:
@@ -174,11 +178,11 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     Raises:
         PeftRuntimeError: A weight came merged with a state dict.
     """
-    merged = [layer for layer in layers if layer.merged or layer.is_suspended]
+    merged = [layer for layer in layers if layer.merged or suspended(layer)]
     if not merged:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
-        layer.check_unmergeable()
+        layer._merges.insist_on_known()
     for layer in reversed(merged):
         with loaded_weights(layer, layer.merged_adapters):
             layer.unmerge()
@@ -193,14 +197,16 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
     """
     layers = list(layers)
     for layer in () if enabled else layers:
-        layer.check_unmergeable()
-    if enabled and any(layer.lacks_merges for layer in layers):
+        layer._merges.insist_on_known()
+    if enabled and any(lacks_suspended(layer) for layer in layers):
         for layer in layers:
-            layer.resume_merges()
+            resume(layer)
 
 
 @contextmanager
-def without_other_merges(layers: Iterable[BaseTunerLayer], options: Options) -> Iterator[None]:
+def without_other_merges(
+    layers: Iterable[BaseTunerLayer], options: AdapterOptions
+) -> Iterator[None]:
     """A context in which adapters are not merged that are to be merged with other options; an error
     merges them again.
     """

@@ -11,6 +11,7 @@ from ..base.validation import check_adapter
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
+from .layer_merges import suspended
 
 Part = BaseTunerLayer | AuxiliaryTrainingWrapper
 """A module that has an entry for each of several adapters."""
@@ -89,7 +90,7 @@ def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> 
 def is_merged(parts: Sequence[Part]) -> bool:
     """Return whether an adapter is merged, or was until adapters were switched off."""
     layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
-    return any(layer.merged or layer.is_suspended for layer in layers)
+    return any(layer.merged or suspended(layer) for layer in layers)
 
 
 def activate(

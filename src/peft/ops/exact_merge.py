@@ -38,8 +38,8 @@ class Recipe(NamedTuple):
         return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.to(device)))
 
 
-def as_it_is(delta: Tensor) -> Tensor:
-    """Return a delta that has no smaller form."""
+def unchanged(delta: Tensor) -> Tensor:
+    """Return a delta that is kept as it is."""
     return delta
 
 

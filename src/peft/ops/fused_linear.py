@@ -255,7 +255,8 @@ class _LinearWithChain(torch.autograd.Function):
         ctx.save_for_backward(x, weight, product if small else None, down, *factors)
         ctx.middle, ctx.scale = middle, scale
         if middle is None:
-            return _add(result, scaled(product, scale), *factors)
+            (up,) = factors
+            return _add(result, scaled(product, scale), up)
         # `matmul` reads which operands require a gradient, and would round differently than where
         # none does.
         ends = middle(product.detach(), *[tensor.detach() for tensor in factors])
@@ -265,7 +266,7 @@ class _LinearWithChain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, product, down, *factors = ctx.saved_tensors
+        x, weight, kept, down, *factors = ctx.saved_tensors
         for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(gradient):
             plain = functools.partial(_plain, ctx.middle, ctx.scale)
@@ -277,8 +278,7 @@ class _LinearWithChain(torch.autograd.Function):
             )
             of_bias = gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None
             return of_x, of_weight, of_bias, None, None, *others
-        if product is None:
-            product = _first_product(x, down)
+        product = _first_product(x, down) if kept is None else kept
         through = _through_product if ctx.middle is None else _through_middle
         of_product, *of_factors = through(
             ctx, gradient, product, factors, (for_x or for_down, *for_factors)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig, at_least, number, pattern_dict
-from ..core.dora import DecomposedLayer
 from ..core.injection import Build
 from ..core.layer import BaseTunerLayer
 from ..core.targets import pattern_value
@@ -52,8 +51,18 @@ class LycorisConfig(TargetedConfig):
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
 
 
-class LycorisLayer(DecomposedLayer):
-    """A layer whose adapters are scaled by `alpha / r`.
+class DropoutConfig(Protocol):
+    """Dropout rates of an adapter."""
+
+    rank_dropout: float
+    module_dropout: float
+
+    @property
+    def rank_dropout_scale(self) -> bool: ...
+
+
+class LycorisLayer(BaseTunerLayer):
+    """A layer whose adapters are scaled by `alpha / r`. A method states its delta as `product`.
 
     Attributes:
         r, alpha: Rank and alpha by adapter name.
@@ -79,8 +88,10 @@ class LycorisLayer(DecomposedLayer):
         self.rank_dropout_scale: dict[str, bool] = {}
         self.module_dropout: dict[str, float] = {}
 
-    def set_hyperparameters(self, adapter_name: str, config: Any, r: int, alpha: float) -> None:
-        """Note an adapter's rank, scale and dropout rates."""
+    def set_hyperparameters(
+        self, adapter_name: str, config: DropoutConfig, r: int, alpha: float
+    ) -> None:
+        """Record an adapter's rank, scale and dropout rates."""
         self.r[adapter_name] = r
         self.alpha[adapter_name] = alpha
         self.rank_dropout[adapter_name] = config.rank_dropout
@@ -89,42 +100,41 @@ class LycorisLayer(DecomposedLayer):
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`alpha / r`."""
+        """Return `alpha / r`."""
         return self.alpha[adapter_name] / self.r[adapter_name]
 
+    def product(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, without dropout."""
+        raise NotImplementedError
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, in training with rank and module dropout."""
+        delta = self.product(adapter_name, x)
+        if not self.training:
+            return delta
+        return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta))
+
     def drops(self, adapter_name: str) -> bool:
-        """Whether dropout has an effect at present."""
+        """Return whether dropout changes the delta now."""
         return self.training and bool(
             self.rank_dropout[adapter_name] or self.module_dropout[adapter_name]
         )
 
-    def drop(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
-        """Rank and module dropout of what an adapter adds to the output; without effect outside
-        training.
-
-        Dropping a row of ΔW is dropping an output feature of the delta. A dropped module is
-        multiplied by zero and not skipped, so that every parameter has a gradient on every process,
-        and nothing waits for the device.
-
-        Args:
-            delta: The adapter's output.
-            dim: Where its features (channels) are.
-        """
-        if not self.training:
-            return delta
-        return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta, dim))
-
-    def drop_rows(self, adapter_name: str, delta: Tensor, dim: int) -> Tensor:
-        """Rank dropout, in training."""
+    def drop_rows(self, adapter_name: str, delta: Tensor) -> Tensor:
+        """Apply rank dropout. Dropping a row of ΔW is dropping an output feature of the delta."""
         if p := self.rank_dropout[adapter_name]:
-            keep = (torch.rand(delta.shape[dim], device=delta.device) >= p).to(delta.dtype)
+            spatial = len(self.geometry.kernel_size)
+            features = delta.shape[-1 - spatial]
+            keep = (torch.rand(features, device=delta.device) >= p).to(delta.dtype)
             if self.rank_dropout_scale[adapter_name]:
                 keep = keep / keep.mean().clamp_min(1 / len(keep))
-            delta = delta * keep.view(-1, *[1] * (-1 - dim if dim < 0 else delta.dim() - 1 - dim))
+            delta = delta * keep.view(-1, *[1] * spatial)
         return delta
 
     def drop_module(self, adapter_name: str, delta: Tensor) -> Tensor:
-        """Module dropout, in training."""
+        """Apply module dropout. A dropped module is multiplied by zero and not skipped, so that
+        every parameter has a gradient on every process, and nothing waits for the device.
+        """
         if p := self.module_dropout[adapter_name]:
             delta = delta * (torch.rand((), device=delta.device) >= p).to(delta.dtype)
         return delta

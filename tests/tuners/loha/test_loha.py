@@ -17,7 +17,7 @@ from peft.tuners.loha.hadamard import (
     HadamardFactors,
     factor_shapes,
     hadamard_weight,
-    is_thin,
+    is_low_rank,
     low_rank_pair,
 )
 
@@ -163,8 +163,8 @@ def test_the_cost_model_says_what_is_counted(out, columns):
         whole = (
             2 * 50 * out * columns + 2 * 2 * r * out * columns
         )  # and the element-wise product, which is not counted
-        assert is_thin(f) == (r * r * (out + columns) <= out * columns)
-        assert counter.get_total_flops() == (thin if is_thin(f) else whole)
+        assert is_low_rank(f) == (r * r * (out + columns) <= out * columns)
+        assert counter.get_total_flops() == (thin if is_low_rank(f) else whole)
 
 
 def test_how_factors_start():

@@ -106,12 +106,29 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
     return A, B
 
 
-def is_thin(f: HadamardFactors) -> bool:
+def is_low_rank(f: HadamardFactors) -> bool:
     """Whether the factors of rank `r²` take fewer multiplications than the whole product: the one
     cost model of this file.
     """
     out, columns, inner = _sizes(f)
     return inner * (out + columns) <= out * columns
+
+
+def hadamard_linear(x: Tensor, f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
+    """Apply `ΔW [out, in]`, by factors of rank `r²` or the dense product, whichever is cheaper.
+
+    Args:
+        x: `[..., in]`.
+        f: The adapter's tensors.
+        scale: A number or a zero-dimensional tensor.
+
+    Returns:
+        `[..., out]`.
+    """
+    if not is_low_rank(f):
+        return F.linear(x, hadamard_weight(f, scale))
+    A, B = low_rank_pair(f, scale)
+    return F.linear(F.linear(x, A), B)
 
 
 def hadamard_conv(
@@ -139,7 +156,7 @@ def hadamard_conv(
         `[batch, out, *space']` or `[out, *space']`.
     """
     conv = _CONV[len(kernel)]
-    if not is_thin(f):
+    if not is_low_rank(f):
         weight = hadamard_weight(f, scale)
         return conv(
             x, weight.view(weight.shape[0], -1, *kernel), None, stride, padding, dilation, groups

@@ -7,11 +7,10 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement, columns
-from ...core.adapters import AdapterParameterDict
+from ...core.adapters import AdapterParameterDict, read
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost, thin_cost
 from ...ops.exact_merge import Recipe
@@ -22,8 +21,9 @@ from .hadamard import (
     HadamardFactors,
     factor_shapes,
     hadamard_conv,
+    hadamard_linear,
     hadamard_weight,
-    is_thin,
+    is_low_rank,
     low_rank_pair,
 )
 
@@ -110,17 +110,12 @@ class LoHaLayer(LycorisLayer):
                 )
 
     def factors(self, adapter_name: str) -> HadamardFactors:
-        """An adapter's factors."""
-        containers: Any = (getattr(self, name) for name in self.adapter_layer_names)
-        tensors: Any = (c(adapter_name) if adapter_name in c else None for c in containers)
-        return HadamardFactors(*tensors)
+        """Return an adapter's factors."""
+        modules: Any = self._modules
+        return HadamardFactors(*read(adapter_name, [modules[n] for n in self.adapter_layer_names]))  # type: ignore[arg-type]
 
-    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """ΔW in the base weight's layout."""
-        return self.delta_recipe(adapter_name).weight()
-
-    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """The factors of the product."""
+    def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
+        """Return ΔW as a function of its factors."""
         return Recipe(
             _dense, (self.geometry, self.factors(adapter_name), self.scaling[adapter_name])
         )
@@ -140,64 +135,48 @@ class LoHaLayer(LycorisLayer):
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of factors of rank `r²`, or of the whole product where that is cheaper."""
         factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
-        if is_thin(factors):
+        if is_low_rank(factors):
             return thin_cost(size, r * r)._replace(remarks=())
         whole = size.out_features * columns(size)
         remark = f"`r`={r}: factors of rank {r * r} are no cheaper than the whole product, which is built in each forward."
         return AdapterCost(whole, min(r * r, size.out_features, columns(size)), (remark,))
 
-    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`ΔW x`, by whichever is cheaper: factors of rank `r²`, or the whole product."""
-        factors = self.factors(adapter_name)
-        delta = self.apply_product(
-            adapter_name, self._cast_input_dtype(x, factors.w1_a.dtype), factors
-        )
-        return self.drop(adapter_name, delta, -1 - len(self.geometry.kernel_size))
-
-    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:
-        """`ΔW x` for this kind of layer."""
-        raise NotImplementedError
-
-
-class Linear(LoHaLayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoHa adapters."""
-
-    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:  # noqa: D102
-        if not is_thin(factors):
-            return F.linear(x, hadamard_weight(factors, self.scaling[adapter_name]))
-        A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return F.linear(F.linear(x, A), B)
-
-    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
-        factors = self.factors(adapter_name)
-        if self.drops(adapter_name) or not is_thin(factors):
-            return None
-        A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return LowRankChain(self._input_of_chain(x, factors.w1_a.dtype), A.mT, B.mT)
-
-
-class _Conv(LoHaLayer):
-    """A convolution with LoHa adapters."""
-
-    def apply_product(self, adapter_name: str, x: Tensor, factors: HadamardFactors) -> Tensor:
+    def product(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, by factors of rank `r²` or the dense product, whichever is cheaper."""
+        factors, scale, size = self.factors(adapter_name), self.scaling[adapter_name], self.geometry
+        x = self._cast_input_dtype(x, factors.w1_a.dtype)
+        if not size.is_conv:
+            return hadamard_linear(x, factors, scale)
         return hadamard_conv(
             pad_input(self.base_layer, x),
             factors,
-            kernel=self.geometry.kernel_size,
-            scale=self.scaling[adapter_name],
+            kernel=size.kernel_size,
+            scale=scale,
             **conv_options(self.base_layer),
         )
 
 
-class Conv1d(_Conv):
+class Linear(LoHaLayer):
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with LoHa adapters."""
+
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
+        """Return the product of factors of rank `r²`, where they are the cheaper way."""
+        factors = self.factors(adapter_name)
+        if (self.training and self.drops(adapter_name)) or not is_low_rank(factors):
+            return None
+        A, B = low_rank_pair(factors, self.scaling[adapter_name])
+        return LowRankChain(self._chain_input(x, factors.w1_a.dtype), A.mT, B.mT)
+
+
+class Conv1d(LoHaLayer):
     """`nn.Conv1d` with LoHa adapters."""
 
 
-class Conv2d(_Conv):
+class Conv2d(LoHaLayer):
     """`nn.Conv2d` with LoHa adapters."""
 
 
-class Conv3d(_Conv):
+class Conv3d(LoHaLayer):
     """`nn.Conv3d` with LoHa adapters."""
 
 

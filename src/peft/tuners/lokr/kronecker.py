@@ -69,6 +69,11 @@ class KroneckerFactors(NamedTuple):
     w2_b: Tensor | None = None
     t2: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        return next(tensor.dtype for tensor in self if tensor is not None)
+
 
 def dense_left(f: KroneckerFactors) -> Tensor:
     """Return the small dense `W1 [a, b]`; a low-rank pair costs `a·r·b` multiplications.

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement
-from ...core.adapters import AdapterParameterDict
+from ...core import dora
+from ...core.adapters import AdapterParameterDict, read
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
-from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
+from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ..lycoris_utils import LycorisLayer
 from .cost import cost
 from .kronecker import (
@@ -139,10 +140,10 @@ class LoKrLayer(LycorisLayer):
         if initialize:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
         if config.weight_decompose:
-            known = initialize and place.device.type != "meta"
             size = self.out_features if config.wd_on_output else self.in_features
-            lengths = self.lengths(adapter_name, self.scale(adapter_name)) if known else None
-            self._hold("lokr_magnitude", adapter_name, self.first_lengths(lengths, size, place))
+            norms = partial(self.norms, adapter_name, self.scaling[adapter_name])
+            first = dora.first_magnitude(norms if initialize else None, size, place)
+            self._hold("lokr_magnitude", adapter_name, first)
 
     def shapes_of(self, config: Any, r: int, factor: int | Sequence[int] | None = None) -> Shapes:
         """The factors that a config's rules give this layer."""
@@ -189,25 +190,23 @@ class LoKrLayer(LycorisLayer):
         r = self.r[adapter_name]
         return self.alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
 
-    def scale(self, adapter_name: str) -> Any:
-        """The factor on the product: `scaling`, times the trained scalar."""
-        scaling = self.scaling[adapter_name]
-        scalar = self._modules["lokr_scalar"].get(adapter_name)  # type: ignore[union-attr, operator]
-        return scaling if scalar is None else scaling * scalar.view(())
+    def scale(self, adapter_name: str, scaling: float | Tensor | None = None) -> float | Tensor:
+        """Return the factor on the product: `scaling`, by default the adapter's, times the trained
+        scalar.
+        """
+        scaling = self.scaling[adapter_name] if scaling is None else scaling
+        scalars: Any = self._modules["lokr_scalar"]
+        return scaling * scalars(adapter_name).view(()) if adapter_name in scalars else scaling
 
     def factors(self, adapter_name: str) -> KroneckerFactors:
-        """An adapter's factors."""
+        """Return an adapter's factors."""
         modules: Any = self._modules
-        return KroneckerFactors(*[modules[holder].get(adapter_name) for holder in _FACTORS])
+        return KroneckerFactors(*read(adapter_name, [modules[name] for name in _FACTORS]))
 
-    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """ΔW in the base weight's layout: the dense product, which only merging needs; what a
-        decomposed adapter adds before rows or columns get their lengths.
+    def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
+        """Return ΔW as a function of its factors. For a decomposed adapter it is what is added
+        before the norms apply.
         """
-        return self.delta_recipe(adapter_name).weight()
-
-    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """The factors of the product."""
         product = flat_kronecker_weight if self.flat_layout[adapter_name] else kronecker_weight
         rows = self.row_offset[adapter_name], self.out_features
         return Recipe(
@@ -216,35 +215,35 @@ class LoKrLayer(LycorisLayer):
         )
 
     def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
-        """The part of a product for fused layers that is this layer's."""
+        """Return this layer's rows of a product for fused layers."""
         offset = self.row_offset[adapter_name]
         return product if offset is None else product.narrow(dim, offset, self.out_features)
 
     def low_rank_factors(
-        self, adapter_name: str, rank: int | float | None = None, **options: Any
+        self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
-        """ΔW as `B·A`, without building ΔW; exact of rank `rank(W1) · rank(W2)`. What a decomposed
-        adapter does to the weight, `f ⊙ (W + ΔW) - W`, has no such structure and is decomposed
-        whole.
+        """Return ΔW as `B·A` without building ΔW, exact of rank `rank(W1) · rank(W2)`. The change
+        of a decomposed adapter, `f ⊙ (W + ΔW) - W`, has no such structure: its full matrix is
+        decomposed.
         """
-        kernel, flat, scale = (
-            self.geometry.kernel_size,
-            self.flat_layout[adapter_name],
-            self.scale(adapter_name),
-        )
+        factors = self.factors(adapter_name)
         if adapter_name in self.lokr_magnitude:
-            weight, delta = wide(self.base_weight()), wide(self.get_delta_weight(adapter_name))
             factor = self.merge_factor(adapter_name, self.scaling[adapter_name])
             assert factor is not None
-            change = self.geometry.as_stored(wide(factor) * (weight + delta) - weight)
-            return cut(dense_svd(change.flatten(1)), rank, self._dtype(adapter_name))
-        part = self.row_offset[adapter_name] is not None
+            change = dora.change(self, factor, self.get_delta_weight(adapter_name))
+            dense = self.geometry.as_stored(change).flatten(1)
+            return cut(dense_svd(dense), rank, factors.dtype)
+        is_part = self.row_offset[adapter_name] is not None
         exact = kronecker_low_rank(
-            self.factors(adapter_name), kernel, float(scale), None if part else rank, flat
+            factors,
+            self.geometry.kernel_size,
+            float(self.scale(adapter_name)),
+            None if is_part else rank,
+            self.flat_layout[adapter_name],
         )
-        return (
-            approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank) if part else exact
-        )
+        if not is_part:
+            return exact
+        return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank)
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of the cheapest order of the factors, with remarks on what the config makes of this
@@ -267,80 +266,72 @@ class LoKrLayer(LycorisLayer):
             shapes, self.geometry, self.r[adapter_name], rule, getattr(base, "groups", 1), strides
         )
 
-    def _dtype(self, adapter_name: str) -> torch.dtype:
-        return next(factor.dtype for factor in self.factors(adapter_name) if factor is not None)
+    def product(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, without building ΔW."""
+        factors, scale = self.factors(adapter_name), self.scale(adapter_name)
+        x, size = self._cast_input_dtype(x, factors.dtype), self.geometry
+        if not size.is_conv:
+            return self._own_rows(adapter_name, kronecker_linear(x, factors, scale), -1)
+        y = kronecker_conv(
+            pad_input(self.base_layer, x),
+            factors,
+            kernel=size.kernel_size,
+            scale=scale,
+            flat=self.flat_layout[adapter_name],
+            **conv_options(self.base_layer),
+        )
+        return self._own_rows(adapter_name, y, -1 - len(size.kernel_size))
 
-    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`ΔW x`, without building ΔW."""
-        factors = self.factors(adapter_name)
-        dtype = next(factor.dtype for factor in factors if factor is not None)
-        dim = -1 - len(self.geometry.kernel_size)
-        product = self.apply_product(adapter_name, self._cast_input_dtype(x, dtype), factors)
-        delta = self._own_rows(adapter_name, product, dim)
-        if self.training and adapter_name in self.lokr_magnitude:
-            return self.drop_rows(adapter_name, delta, dim)
-        return self.drop(adapter_name, delta, dim)
+    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
+        """Return the norms of a decomposed adapter."""
+        magnitudes: Any = self._modules["lokr_magnitude"]
+        if adapter_name not in magnitudes:
+            return None
+        return dora.Decomposition(
+            partial(magnitudes, adapter_name),
+            lambda scaling: self.norms(adapter_name, scaling),
+            by_columns=not self.wd_on_output[adapter_name],
+        )
 
-    def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:
-        """`(W1 ⊗ W2) x` with its scale, for this kind of layer."""
-        raise NotImplementedError
+    def norms(self, adapter_name: str, scaling: float | Tensor) -> Tensor:
+        """Return the norms of the rows of `W + ΔW`, or of its columns."""
+        weight = self.geometry.as_stored(dora.base_weight(self))
+        norms = row_norms if self.wd_on_output[adapter_name] else column_norms
+        return norms(
+            weight,
+            self.factors(adapter_name),
+            self.geometry.kernel_size,
+            self.scale(adapter_name, scaling),
+            self.flat_layout[adapter_name],
+            self.row_offset[adapter_name] or 0,
+        )
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's part: a sum or, if it is decomposed,
-        `f ⊙ (result - b + ΔW x) + b` with `f = m / ‖W + ΔW‖` for lengths of rows; for those of
-        columns `(W + ΔW)(f ⊙ x) + b`, which takes the base layer once more.
+        """Return `result + Δ(x)` or, for a decomposed adapter with norms of rows,
+        `f ⊙ (result - b + ΔW x) + b`; with norms of columns `(W + ΔW)(f ⊙ x) + b`, which calls the
+        base layer once more.
 
-        Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
+        Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
         """
-        if adapter_name not in self.lokr_magnitude:
+        own = self.decomposition(adapter_name)
+        if own is None:
             return super().apply_adapter(adapter_name, x, result)
-        factor = self.magnitude_factor(adapter_name, self.scale(adapter_name))
-        if self.wd_on_output[adapter_name]:
-            changed = self.rescaled(super().apply_adapter(adapter_name, x, result), factor)
+        factor = own.factor(self.scaling[adapter_name])
+        if own.by_columns:
+            groups = getattr(self.get_base_layer(), "groups", 1)
+            factor = dora.by_channel(self, factor.repeat(groups))
+            more = dora.output_without_bias(self, (x * (factor - 1)).to(x.dtype))
+            changed = result + more + self._delta_of_rows(adapter_name, x * factor)
         else:
-            factor = self.by_channel(factor.repeat(getattr(self.get_base_layer(), "groups", 1)))
-            more = self.without_bias((x * (factor - 1)).to(x.dtype))
-            changed = super().apply_adapter(adapter_name, x * factor, result + more)
+            changed = dora.rescaled(self, result + self._delta_of_rows(adapter_name, x), factor)
         if not self.training or not self.module_dropout[adapter_name]:
             return changed
         return result + self.drop_module(adapter_name, changed - result)
 
-    def lengths(self, adapter_name: str, scale: Any) -> Tensor:
-        """The lengths of the rows of `W + ΔW`, or of its columns."""
-        weight = self.geometry.as_stored(self.base_weight())
-        norms = row_norms if self.wd_on_output[adapter_name] else column_norms
-        more = self.flat_layout[adapter_name], self.row_offset[adapter_name] or 0
-        return norms(weight, self.factors(adapter_name), self.geometry.kernel_size, scale, *more)
-
-    def magnitude_factor(self, adapter_name: str, scale: Any) -> Tensor:
-        """What the rows, or the columns, of `W + ΔW` are multiplied by."""
-        return self.lokr_magnitude(adapter_name) / self.lengths(adapter_name, scale)
-
-    def is_decomposed(self, adapter_name: str) -> bool:
-        """Whether an adapter has lengths."""
-        return adapter_name in self.lokr_magnitude
-
-    def is_by_columns(self, adapter_name: str) -> bool:
-        """Whether they are of columns."""
-        return self.is_decomposed(adapter_name) and not self.wd_on_output[adapter_name]
-
-    @property
-    def needs_layer_alone(self) -> bool:
-        """Whether there is a decomposed adapter, whose factor would be on what another method adds
-        too.
-        """
-        return len(self.lokr_magnitude) > 0
-
-    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
-        """The factor on each row or column, of a decomposed adapter."""
-        if adapter_name not in self.lokr_magnitude:
-            return None
-        if adapter_name in self.lokr_scalar:
-            scale = scale * self.lokr_scalar(adapter_name).view(())  # type: ignore[assignment]
-        factor = self.magnitude_factor(adapter_name, scale).detach()
-        shape = [1] * (2 + len(self.geometry.kernel_size))
-        shape[0 if self.wd_on_output[adapter_name] else 1] = -1
-        return self.geometry.as_stored(factor.view(shape))
+    def _delta_of_rows(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, in training with rank dropout alone."""
+        delta = self.product(adapter_name, x)
+        return self.drop_rows(adapter_name, delta) if self.training else delta
 
     @torch.no_grad()
     def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:
@@ -362,46 +353,30 @@ class LoKrLayer(LycorisLayer):
 
 
 class Linear(LoKrLayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoKr adapters."""
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with LoKr adapters."""
 
-    def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:  # noqa: D102
-        return kronecker_linear(x, factors, self.scale(adapter_name))
-
-    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
+        """Return `(W1 ⊗ W2) x` as a chain, where no dropout, norms or rows of other layers apply."""
         if (
-            self.drops(adapter_name)
+            (self.training and self.drops(adapter_name))
             or self.row_offset[adapter_name] is not None
-            or adapter_name in self.lokr_magnitude
+            or adapter_name in self._modules["lokr_magnitude"]  # type: ignore[operator]
         ):
             return None
         factors = self.factors(adapter_name)
-        dtype = (factors.w2_b if factors.w2 is None else factors.w2).dtype  # type: ignore[union-attr]
-        return kronecker_chain(self._input_of_chain(x, dtype), factors, self.scale(adapter_name))
+        x = self._chain_input(x, factors.dtype)
+        return kronecker_chain(x, factors, self.scale(adapter_name))
 
 
-class _Conv(LoKrLayer):
-    """A convolution with LoKr adapters."""
-
-    def apply_product(self, adapter_name: str, x: Tensor, factors: KroneckerFactors) -> Tensor:
-        return kronecker_conv(
-            pad_input(self.base_layer, x),
-            factors,
-            kernel=self.geometry.kernel_size,
-            scale=self.scale(adapter_name),
-            flat=self.flat_layout[adapter_name],
-            **conv_options(self.base_layer),
-        )
-
-
-class Conv1d(_Conv):
+class Conv1d(LoKrLayer):
     """`nn.Conv1d` with LoKr adapters."""
 
 
-class Conv2d(_Conv):
+class Conv2d(LoKrLayer):
     """`nn.Conv2d` with LoKr adapters."""
 
 
-class Conv3d(_Conv):
+class Conv3d(LoKrLayer):
     """`nn.Conv3d` with LoKr adapters."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +18,16 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...checkpoint.rank_padding import RankRoom
+from ...core import dora
 from ...core.adapters import AdapterParameterDict
 from ...core.cost import AdapterCost, thin_cost
-from ...core.dora import DecomposedLayer
+from ...core.layer import BaseTunerLayer
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
-from ...ops.low_rank import LowRank, approximate, cut, dense_svd, wide
+from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ...ops.mixed_precision import scaled
-from .factors import Factors, draw, row_norms
+from .factors import Factors, draw, grouped_row_norms, row_norms
 
 
 class Magnitude(nn.Module):
@@ -55,7 +57,7 @@ class Start(nn.Module):
         return F.linear(F.linear(x, self.A), self.B)  # type: ignore[arg-type]
 
 
-class LoraLayer(DecomposedLayer):
+class LoraLayer(BaseTunerLayer):
     """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters,
     `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
 
@@ -175,8 +177,25 @@ class LoraLayer(DecomposedLayer):
         )
 
     def _make(self, adapter_name: str, place: Placement) -> None:
-        """Make an adapter's containers, without values."""
-        raise NotImplementedError
+        """Make an adapter's factors, without values: for a convolution one to `r` channels and one
+        over single points.
+        """
+        r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
+        if not self.geometry.is_conv:
+            self.lora_A[adapter_name] = empty_linear(self.in_features, r, False, place)
+            self.lora_B[adapter_name] = empty_linear(r, self.out_features, biased, place)
+            return
+        base: Any = self.get_base_layer()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(self.geometry.kernel_size) - 1]
+        options = {
+            name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")
+        }
+        self.lora_A[adapter_name] = nn.utils.skip_init(
+            kind, base.in_channels, r, base.kernel_size, bias=False, **options, **place._asdict()
+        )
+        self.lora_B[adapter_name] = nn.utils.skip_init(
+            kind, r, base.out_channels, 1, groups=base.groups, bias=biased, **place._asdict()
+        )
 
     def reset_lora_parameters(
         self, adapter_name: str, init_lora_weights: bool | str = True
@@ -194,8 +213,19 @@ class LoraLayer(DecomposedLayer):
             nn.init.uniform_(B.bias, -bound, bound)  # type: ignore[arg-type]
 
     def factors(self, adapter_name: str) -> Factors:
-        """An adapter's `A` and `B`, with the start's in the same product."""
-        raise NotImplementedError
+        """Return an adapter's `A [r, in · taps]` and `B [out, r]`, with its start in the same
+        product; for a convolution in groups `B [out, r / groups]`.
+        """
+        A, B = self._weights(adapter_name)
+        if adapter_name not in self.lora_start:
+            return Factors(A.flatten(1), B.flatten(1))
+        start: Any = self.lora_start[adapter_name]
+        return Factors(torch.cat([A, start.A]), torch.cat([B, -start.B], dim=1))
+
+    def _weights(self, adapter_name: str) -> Factors:
+        """Return the weights of the modules that hold `A` and `B`."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return Factors(gathered_tensor(A), gathered_tensor(B))
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         """`s·B·A·x` for an input that has its dropout."""
@@ -236,42 +266,44 @@ class LoraLayer(DecomposedLayer):
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
         """
-        if adapter_name not in self.lora_magnitude_vector:
+        own = self.decomposition(adapter_name)
+        if own is None:
             return super().apply_adapter(adapter_name, x, result)
         dropped = self._dropped(adapter_name, x)
-        factor = self.magnitude_factor(adapter_name, self.scaling[adapter_name])
-        if self._drops(adapter_name):
-            factor = self.by_channel(factor)
-            return (
-                result
-                + (factor - 1) * self.without_bias(dropped.to(x.dtype))
-                + factor * self._delta(adapter_name, dropped)
-            )
-        return self.rescaled(result + self._delta(adapter_name, dropped), factor)
+        factor = own.factor(self.scaling[adapter_name])
+        if not self._drops(adapter_name):
+            return dora.rescaled(self, result + self._delta(adapter_name, dropped), factor)
+        factor = dora.by_channel(self, factor)
+        base = dora.output_without_bias(self, dropped.to(x.dtype))
+        return result + (factor - 1) * base + factor * self._delta(adapter_name, dropped)
 
-    def magnitude_factor(self, adapter_name: str, scale: float) -> Tensor:
-        """What DoRA multiplies the rows of `W + s·B·A` by, `[out]`."""
-        return gathered_tensor(
-            self.lora_magnitude_vector[adapter_name]()
-        ).flatten() / self._row_norms(adapter_name, scale)
+    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
+        """Return the norms of a DoRA adapter."""
+        if adapter_name not in self.lora_magnitude_vector:
+            return None
+        return dora.Decomposition(
+            lambda: gathered_tensor(self.lora_magnitude_vector[adapter_name]()).flatten(),
+            lambda scale: self._row_norms(adapter_name, scale),
+        )
 
-    def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
-        """The lengths of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
-        A, B = self.factors(adapter_name)
-        return row_norms(self.geometry.as_stored(self.base_weight()).flatten(1), A, B, scale)
+    def _row_norms(self, adapter_name: str, scale: float | Tensor) -> Tensor:
+        """Return the norms of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
+        if self._is_grouped:
+            return grouped_row_norms(dora.base_weight(self), *self._weights(adapter_name), scale)
+        weight = self.geometry.as_stored(dora.base_weight(self)).flatten(1)
+        return row_norms(weight, *self.factors(adapter_name), scale)
+
+    @property
+    def _is_grouped(self) -> bool:
+        """Whether the layer is a convolution in groups."""
+        return getattr(self.get_base_layer(), "groups", 1) > 1
 
     def _first_magnitude(self, adapter_name: str, place: Placement, initialize: bool) -> Tensor:
-        """The lengths as they are at the start, `[out]`, or memory for them."""
+        """Return the norms that an adapter starts with, `[out]`, or memory for them."""
         shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
-        known = initialize and place.device.type != "meta"
-        lengths = self._row_norms(adapter_name, self.scaling[adapter_name]) if known else None
-        return self.first_lengths(lengths, self.geometry.out_features, place).view(shape)
-
-    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """`s·B·A` in the base weight's layout; with DoRA this is what is added before the rows get
-        their lengths.
-        """
-        return self.delta_recipe(adapter_name).weight()
+        norms = partial(self._row_norms, adapter_name, self.scaling[adapter_name])
+        size = self.geometry.out_features
+        return dora.first_magnitude(norms if initialize else None, size, place).view(shape)
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
         """The factors and their scale."""
@@ -279,28 +311,18 @@ class LoraLayer(DecomposedLayer):
             scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name])
         )
 
-    def is_decomposed(self, adapter_name: str) -> bool:
-        """Whether an adapter is of DoRA."""
-        return adapter_name in self.lora_magnitude_vector
-
-    @property
-    def needs_layer_alone(self) -> bool:
-        """Whether there is a DoRA adapter, whose factor would be on what another method adds too."""
-        return any(self.use_dora.values())
-
-    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
-        """With DoRA the factor on each row."""
-        if adapter_name not in self.lora_magnitude_vector:
-            return None
-        factor = self.magnitude_factor(adapter_name, scale).detach()
-        return self.geometry.as_stored(factor.view(-1, *[1] * (1 + len(self.geometry.kernel_size))))
-
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """A merged `lora_bias` needs a base layer with a bias, and no DoRA adapter after it.
+        """Check that adapters can be merged. A merged `lora_bias` needs a base layer with a bias and
+        no DoRA adapter after it, and a convolution in groups can't hold a delta across them.
 
         Raises:
             PeftNotSupportedError: An adapter can't be merged.
         """
+        if self._is_grouped and any(name in self.scaling for name in adapter_names):
+            raise PeftNotSupportedError(
+                f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with "
+                "groups > 1, which can't hold a delta that goes across them."
+            )
         super().check_mergeable(adapter_names)
         names = [name for name in (*self.merged_adapters, *adapter_names) if name in self.scaling]
         biased = [name for name in names if self.lora_bias[name]]
@@ -319,22 +341,24 @@ class LoraLayer(DecomposedLayer):
         bias: Any = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
         return None if bias is None else bias.detach() * scale
 
-    def rank_room(self, holder: str) -> RankRoom | None:
+    def rank_room(self, container: str) -> RankRoom | None:
         """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a
         share for each.
         """
         groups = getattr(self.get_base_layer(), "groups", 1)
-        if holder in ("lora_A", "lora_embedding_A"):
+        if container in ("lora_A", "lora_embedding_A"):
             return RankRoom(0, blocks=groups)
-        return RankRoom(1, share=groups) if holder in ("lora_B", "lora_embedding_B") else None
+        return RankRoom(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of factors of rank `r`."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter's delta is a matrix and nothing besides; `lora_bias` is."""
-        return not self.lora_bias[adapter_name]
+        """Return whether an adapter's delta is a matrix and nothing else: not with `lora_bias`, nor
+        across groups.
+        """
+        return not (self.lora_bias[adapter_name] or self._is_grouped)
 
     def is_product(self, adapter_name: str) -> bool:
         """Whether an adapter's delta is the product of its two factors: not with DoRA, nor
@@ -352,6 +376,21 @@ class LoraLayer(DecomposedLayer):
         scale = float(self.scaling[adapter_name])
         if adapter_name not in self.lora_magnitude_vector:
             return approximate(B.detach() * scale, A.detach(), rank)
-        weight = wide(self.geometry.as_stored(self.base_weight())).flatten(1)
-        factor = wide(self.magnitude_factor(adapter_name, scale)).unsqueeze(1)
-        return cut(dense_svd(factor * (weight + wide(B) @ wide(A) * scale) - weight), rank, A.dtype)
+        factor = self.merge_factor(adapter_name, scale)
+        assert factor is not None
+        change = dora.change(self, factor, self.get_delta_weight(adapter_name))
+        return cut(dense_svd(self.geometry.as_stored(change).flatten(1)), rank, A.dtype)
+
+
+class _EmptyLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        pass
+
+
+def empty_linear(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
+    """Return an `nn.Linear` with uninitialized memory. `skip_init` also draws on the meta device and
+    reads signatures.
+    """
+    module: nn.Linear = _EmptyLinear(in_features, out_features, bias=bias, **place._asdict())
+    module.__class__ = nn.Linear
+    return module

@@ -23,7 +23,7 @@ class Factors(NamedTuple):
     B: Tensor
 
 
-def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
     """The lengths of the rows of `W + s·B·A`, without building it and without a gradient.
 
     `‖w + s·b·A‖² = ‖w‖² + b·(2s·A·w + s²·(A·Aᵀ)·b)` for each row `w` of `W` and `b` of `B`, at
@@ -55,7 +55,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return squares.clamp_min(torch.finfo(wide).tiny).sqrt()
 
 
-def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
     """What the interface divides by in place of `row_norms` for a convolution in groups.
 
     Its factors make a delta across groups, which has no place in `W`. Other implementations add to

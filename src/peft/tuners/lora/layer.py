@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...base.placeholders import placeholder
-from ...core.base_layer import embedding_scale, innermost
-from ...integrations.distributed import gathered_tensor
+from ...core import dora
+from ...core.base_layer import embedding_scale
 from ...ops.dispatch import are_unhooked
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
-from .factors import Factors, draw_for_embedding, grouped_row_norms, olora, pissa
+from .factors import Factors, draw_for_embedding, olora, pissa
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
 
@@ -38,21 +37,6 @@ if not TYPE_CHECKING:  # to which any name would be right
 
 class Linear(LoraLayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoRA adapters."""
-
-    def _make(self, adapter_name: str, place: Placement) -> None:
-        r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
-        self.lora_A[adapter_name] = _undrawn(self.in_features, r, False, place)
-        self.lora_B[adapter_name] = _undrawn(r, self.out_features, biased, place)
-
-    def factors(self, adapter_name: str) -> Factors:  # noqa: D102
-        A, B = (
-            gathered_tensor(self.lora_A[adapter_name].weight),
-            gathered_tensor(self.lora_B[adapter_name].weight),
-        )
-        if adapter_name not in self.lora_start:
-            return Factors(A, B)
-        start: Any = self.lora_start[adapter_name]
-        return Factors(torch.cat([A, start.A]), torch.cat([B, -start.B], dim=1))
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         delta = super()._delta(adapter_name, x)
@@ -75,7 +59,7 @@ class Linear(LoraLayer):
         x = (
             self._dropped(adapter_name, x)
             if self._drops(adapter_name)
-            else self._input_of_chain(x, down.dtype)
+            else self._chain_input(x, down.dtype)
         )
         return LowRankChain(x, down.mT, up.mT, self.scaling[adapter_name])
 
@@ -86,7 +70,7 @@ class Linear(LoraLayer):
         Raises:
             PeftNotSupportedError: The base weight is not there yet.
         """
-        weight = self.geometry.as_stored(self.base_weight())
+        weight = self.geometry.as_stored(dora.base_weight(self))
         if weight.is_meta:
             raise PeftNotSupportedError(
                 f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device "
@@ -149,86 +133,13 @@ class Embedding(LoraLayer):
         return F.linear(scaled(h, embedding_scale(base) * self.scaling[adapter_name]), B)
 
 
-class _Conv(LoraLayer):
-    """A convolution with LoRA adapters: `A` is a convolution to `r` channels, `B` one over single
-    points.
-    """
-
-    def _make(self, adapter_name: str, place: Placement) -> None:
-        base: Any = self.get_base_layer()
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(self.geometry.kernel_size) - 1]
-        r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
-        options = {
-            name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")
-        }
-        self.lora_A[adapter_name] = nn.utils.skip_init(
-            kind, base.in_channels, r, base.kernel_size, bias=False, **options, **place._asdict()
-        )
-        self.lora_B[adapter_name] = nn.utils.skip_init(
-            kind, r, base.out_channels, 1, groups=base.groups, bias=biased, **place._asdict()
-        )
-
-    def factors(self, adapter_name: str) -> Factors:
-        """`A [r, in · taps]` and `B [out, r]`; in groups `B [out, r / groups]`."""
-        A, B = (
-            gathered_tensor(self.lora_A[adapter_name].weight),
-            gathered_tensor(self.lora_B[adapter_name].weight),
-        )
-        return Factors(A.flatten(1), B.flatten(1))
-
-    def _row_norms(self, adapter_name: str, scale: float) -> Tensor:
-        if not self._is_grouped:
-            return super()._row_norms(adapter_name, scale)
-        A, B = (
-            gathered_tensor(self.lora_A[adapter_name].weight),
-            gathered_tensor(self.lora_B[adapter_name].weight),
-        )
-        return grouped_row_norms(self.base_weight(), A, B, scale)
-
-    @property
-    def _is_grouped(self) -> bool:
-        return innermost(self).groups > 1  # type: ignore[return-value, operator]
-
-    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """A convolution in groups can't take a delta across them.
-
-        Raises:
-            PeftNotSupportedError: It is one, or an adapter can't be merged.
-        """
-        if self._is_grouped and any(name in self.scaling for name in adapter_names):
-            raise PeftNotSupportedError(
-                f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with "
-                "groups > 1, which can't hold a "
-                "delta that goes across them."
-            )
-        super().check_mergeable(adapter_names)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Not in groups, whose delta has no place in the weight."""
-        return not self._is_grouped and super().supports_lora_conversion(adapter_name)
-
-
-class Conv1d(_Conv):
+class Conv1d(LoraLayer):
     """`nn.Conv1d` with LoRA adapters."""
 
 
-class Conv2d(_Conv):
+class Conv2d(LoraLayer):
     """`nn.Conv2d` with LoRA adapters."""
 
 
-class Conv3d(_Conv):
+class Conv3d(LoraLayer):
     """`nn.Conv3d` with LoRA adapters."""
-
-
-class _Undrawn(nn.Linear):
-    def reset_parameters(self) -> None:
-        pass
-
-
-def _undrawn(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
-    """An `nn.Linear` whose memory is as it is. `skip_init` also draws on the meta device and reads
-    signatures.
-    """
-    module: Any = _Undrawn(in_features, out_features, bias=bias, **place._asdict())
-    module.__class__ = nn.Linear
-    return module

@@ -267,7 +267,7 @@ class PolyLayer(BaseTunerLayer):
         A, B = modules["poly_lora_A"](adapter_name), modules["poly_lora_B"](adapter_name)
         router = self.router(adapter_name)
         by_task = isinstance(router, TaskRouter)  # others read the input, too
-        x = self._input_of_chain(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
+        x = self._chain_input(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
         weights, kept = self._weights(adapter_name, router, x), router.kept
         if kept is not None:
             weights, A, B = only_used(weights, A, B, kept)

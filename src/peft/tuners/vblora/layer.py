@@ -298,14 +298,6 @@ class VBLoRALayer(BaseTunerLayer):
         A, B = self.factors(adapter_name)
         return approximate(B.detach(), A.detach(), rank)
 
-    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`x·Aᵀ·Bᵀ`, with dropout on `x` in training."""
-        A, B = self._factors_for_forward(adapter_name)
-        x = self._cast_input_dtype(x, A.dtype)
-        if dropout := self._dropout(adapter_name):
-            x = F.dropout(x, dropout)
-        return F.linear(scaled(F.linear(x, A), self.scaling[adapter_name]), B)
-
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
         """`x·Aᵀ`, then `Bᵀ`."""
         A, B = self._factors_for_forward(adapter_name)
@@ -313,7 +305,7 @@ class VBLoRALayer(BaseTunerLayer):
         x = (
             F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
             if dropout
-            else self._input_of_chain(x, A.dtype)
+            else self._chain_input(x, A.dtype)
         )
         return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
 
@@ -340,7 +332,7 @@ class VBLoRALayer(BaseTunerLayer):
         """The share of the input that is dropped at present."""
         return self.vblora_dropout[adapter_name] if self.training else 0.0
 
-    def _apply_by_sample(
+    def apply_by_sample(
         self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
     ) -> Tensor:
         """Compact adapters over one shared bank are composed and applied all at once, the others
@@ -352,14 +344,14 @@ class VBLoRALayer(BaseTunerLayer):
         for names in together:
             result = self._apply_together(names, batch, x, result, shared)
         if not together:
-            return super()._apply_by_sample(batch, x, result, shared)
+            return super().apply_by_sample(batch, x, result, shared)
         done = {name for names in together for name in names}
         rest = {
             name: samples
             for name, samples in batch.samples.items()
             if name in self.scaling and name not in done
         }
-        return super()._apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
+        return super().apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
 
     def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
         """Return groups of a call's adapters that can be applied together: compact, not scaled,

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply the adapter that a call chose for each sample to the rows of that sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..base.calls.adapter_batch import AdapterBatch
+from ..base.calls.layout import RowLayout
+from ..base.calls.rows import RowOwners
+
+
+class LayerOfSamples(Protocol):
+    """What this file reads of a layer."""
+
+    @property
+    def layout(self) -> RowLayout: ...
+    @property
+    def scaling(self) -> Mapping[str, float]: ...
+    def apply_to_any(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor: ...
+    def apply_by_sample(
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
+    ) -> Tensor: ...
+    def apply_to_samples(
+        self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
+    ) -> Tensor: ...
+
+
+def apply_to_batch(layer: LayerOfSamples, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+    """Return an output with each sample's own adapter applied to its rows."""
+    if batch.only is not None:
+        if batch.only not in layer.scaling:
+            return result
+        return layer.apply_to_any(batch.only, x, result).to(result.dtype)
+    owners = batch.row_owners(x, layer)
+    if not owners.sequence_first:
+        return layer.apply_by_sample(batch, x, result, owners)
+    turned = layer.apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), owners)
+    return turned.transpose(0, 1).contiguous()
+
+
+def apply_one_by_one(
+    layer: LayerOfSamples, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
+) -> Tensor:
+    """Return an output whose rows lie along the first dimension with each sample's own adapter
+    applied: one gather for each adapter, one scatter for all.
+    """
+    rows = {
+        name: rows
+        for name, rows in batch.rows_by_adapter(x.shape[0], x.device, owners).items()
+        if name in layer.scaling and name in batch.samples
+    }
+    if not rows:
+        return result
+    owner = owners.owner
+    changed = [
+        layer.apply_to_samples(
+            name,
+            batch.samples[name],
+            x[own],
+            result[own],
+            None if owner is None else owner[own],
+        ).to(result.dtype)
+        for name, own in rows.items()
+    ]
+    return result.index_copy(0, torch.cat(list(rows.values())), torch.cat(changed))

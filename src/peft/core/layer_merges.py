@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging the adapters of one layer into its base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..integrations.accelerate import loaded_weights
+from ..ops.exact_merge import Recipe, by_itself, unchanged
+from . import dora
+from .merges import Merge, Merges, Options
+
+
+class MergeableLayer(dora.DecomposableLayer, Protocol):
+    """What this file reads of a layer."""
+
+    _merges: Merges
+
+    def get_delta_weight(self, adapter_name: str, **options: object) -> Tensor: ...
+    def delta_recipe(self, adapter_name: str, **options: object) -> Recipe: ...
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None: ...
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None: ...
+    def note_merges(self, adapter_names: list[str]) -> None: ...
+
+
+def not_merged(layer: MergeableLayer, options: Mapping[str, Options]) -> dict[str, Options]:
+    """Return those of the layer's adapters to merge that are not merged yet, with their options.
+
+    Raises:
+        PeftValueError: One is merged with other options.
+    """
+    missing = layer._merges.missing(layer, options)
+    return {name: own for name, own in missing.items() if name in layer.scaling}
+
+
+def merge(layer: MergeableLayer, options: Mapping[str, Options], safe_merge: bool = False) -> None:
+    """Merge adapters that are not merged, each with its own options; all or none.
+
+    Raises:
+        PeftValueError: `safe_merge` found a broken weight; nothing was changed.
+    """
+    if not options:
+        return
+    base = layer.get_base_layer()
+    with by_itself(_weight(base).device):
+        first = None if layer._merges.entries else next(iter(options))
+        new = [_merge_of(layer, name, own, name == first) for name, own in options.items()]
+    layer._merges.add(base, new, safe_merge)
+
+
+def suspended(layer: MergeableLayer) -> set[str]:
+    """Return the adapters that were merged before the adapters were disabled."""
+    return layer._merges.suspended(layer)
+
+
+def lacks_suspended(layer: MergeableLayer) -> bool:
+    """Return whether the forward would not compute one of the suspended adapters."""
+    return bool(suspended(layer) - set(layer.active_adapters))
+
+
+def resume(layer: MergeableLayer, wanted: bool = True) -> None:
+    """Merge the suspended adapters again, or forget them."""
+    if names := suspended(layer):
+        with loaded_weights(layer, names):  # type: ignore[arg-type]
+            layer._merges.resume(layer, wanted)
+
+
+def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_first: bool) -> Merge:
+    """Return the merge of an adapter as it is now.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        options: Options of its delta.
+        is_first: Nothing is merged into the weight before it.
+    """
+    scale = float(layer.scaling[adapter_name])
+    factor = layer.merge_factor(adapter_name, scale)
+    delta = layer.delta_recipe(adapter_name, **options).copied()
+    decomposition = layer.decomposition(adapter_name)
+    if factor is not None and decomposition is not None and decomposition.by_columns:
+        if not is_first:
+            dense = layer.get_delta_weight(adapter_name, **options)
+            delta = Recipe(unchanged, (dora.change(layer, factor, dense),))
+            factor = None
+    bias = layer.merge_bias(adapter_name, scale)
+    return Merge(layer, adapter_name, options, delta, factor, bias)
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return base.weight  # type: ignore[return-value]
