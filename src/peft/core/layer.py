@@ -113,12 +113,8 @@ class BaseTunerLayer(nn.Module):
             result = base(x, *args, **kwargs)
             # An expert may get no tokens.
             return apply_to_batch(self, batch, x, result) if x.numel() else result
-        active, scaling = self._active_adapter, self.scaling
-        names = [
-            name for name in ((active,) if isinstance(active, str) else active) if name in scaling
-        ]
-        if self.merged_adapters:
-            names = [name for name in names if name not in self.merged_adapters]
+        scaling, merged = self.scaling, self.merged_adapters
+        names = [name for name in self.active_adapters if name in scaling and name not in merged]
         chain = None
         if names and not (args or kwargs) and can_fuse(base, x):
             chain = self.delta_chain(names[0], x)
@@ -165,9 +161,8 @@ class BaseTunerLayer(nn.Module):
         `delta_recipe`.
         """
         if type(self).delta_recipe is BaseTunerLayer.delta_recipe:
-            raise PeftNotSupportedError(
-                f"{type(self).__name__} has no delta that could be merged into a weight."
-            )
+            kind = type(self).__name__
+            raise PeftNotSupportedError(f"{kind} has no delta that could be merged into a weight.")
         return self.delta_recipe(adapter_name, **options).weight()
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
@@ -197,10 +192,8 @@ class BaseTunerLayer(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter's delta is a matrix, and so has low-rank factors."""
         own, base = type(self), BaseTunerLayer
-        return (
-            own.get_delta_weight is not base.get_delta_weight
-            or own.delta_recipe is not base.delta_recipe
-        )
+        is_stated = own.get_delta_weight is not base.get_delta_weight
+        return is_stated or own.delta_recipe is not base.delta_recipe
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
@@ -208,9 +201,8 @@ class BaseTunerLayer(nn.Module):
         """Return the adapter's delta as `B·A`, of a rank: an integer, the share of energy to keep,
         or None for an exact product.
         """
-        weight = self.get_delta_weight(adapter_name, **options)
-        delta = self.geometry.as_stored(weight)  # [out, in, *kernel]
-        return cut(dense_svd(delta.flatten(1)), rank, delta.dtype)
+        delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options)).flatten(1)
+        return cut(dense_svd(delta), rank, delta.dtype)
 
     def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
         """Return an adapter's cost on this layer, from shapes alone: by default one multiplication
@@ -368,10 +360,8 @@ class BaseTunerLayer(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete and deactivate an adapter, which must not be merged."""
         if adapter_name in self.merged_adapters:
-            raise PeftValueError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
-                "unmerge them first."
-            )
+            name = f"['{adapter_name}'] while they are merged. Please unmerge them first."
+            raise PeftValueError(f"Cannot delete adapter(s) {name}")
         adapters.drop(self, adapter_name)
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
@@ -387,8 +377,7 @@ class BaseTunerLayer(nn.Module):
 
     def hold_scale(self, adapter_name: str, scale: float) -> None:
         """Set an adapter's scale; in place if it is a tensor, which compiled models read."""
-        present = self.scaling[adapter_name]
-        if isinstance(present, Tensor):
+        if isinstance(present := self.scaling[adapter_name], Tensor):
             present.fill_(scale)
         else:
             self.scaling[adapter_name] = scale
