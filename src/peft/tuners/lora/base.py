@@ -382,15 +382,15 @@ class LoraLayer(BaseTunerLayer):
         return cut(dense_svd(self.geometry.as_stored(change).flatten(1)), rank, A.dtype)
 
 
-class _EmptyLinear(nn.Linear):
-    def reset_parameters(self) -> None:
-        pass
-
-
 def empty_linear(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
-    """Return an `nn.Linear` with uninitialized memory. `skip_init` also draws on the meta device and
-    reads signatures.
+    """Return an `nn.Linear` with uninitialized memory. `skip_init` would draw on the meta device
+    first, and read signatures.
     """
-    module: nn.Linear = _EmptyLinear(in_features, out_features, bias=bias, **place._asdict())
-    module.__class__ = nn.Linear
+    device, dtype = place
+    module = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(module)
+    module.in_features, module.out_features = in_features, out_features
+    module.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    own = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+    module.register_parameter("bias", own)
     return module
