@@ -66,7 +66,7 @@ def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | No
     return found
 
 
-class AdaptedLayer(Protocol):
+class _Layer(Protocol):
     """What this file reads of a layer.
 
     Attributes:
@@ -82,7 +82,7 @@ class AdaptedLayer(Protocol):
     def containers(self) -> Iterable[nn.Module]: ...
 
 
-def unfrozen(layer: AdaptedLayer) -> list[str]:
+def unfrozen(layer: _Layer) -> list[str]:
     """Return the names of adapters with a trainable parameter.
 
     With thousands of adapters this reads one flag of each parameter, and does nothing else for
@@ -102,7 +102,7 @@ def unfrozen(layer: AdaptedLayer) -> list[str]:
     return list(found)
 
 
-def tensors_of(layer: AdaptedLayer, adapter_name: str) -> Iterator[Tensor]:
+def tensors_of(layer: _Layer, adapter_name: str) -> Iterator[Tensor]:
     """Yield all tensors of an adapter, trainable or not."""
     for container in layer.containers():
         entry = container._modules.get(adapter_name)
@@ -112,7 +112,7 @@ def tensors_of(layer: AdaptedLayer, adapter_name: str) -> Iterator[Tensor]:
             yield container[adapter_name]  # type: ignore[index]
 
 
-def adopt(layer: AdaptedLayer, fresh: AdaptedLayer) -> None:
+def adopt(layer: _Layer, fresh: _Layer) -> None:
     """Move the adapters of a layer, made for the same base layer, into this one."""
     for own, other in zip(_by_adapter(layer), _by_adapter(fresh), strict=True):
         if isinstance(own, nn.Module):
@@ -121,14 +121,14 @@ def adopt(layer: AdaptedLayer, fresh: AdaptedLayer) -> None:
             own[adapter_name] = entry
 
 
-def drop(layer: AdaptedLayer, adapter_name: str) -> None:
+def drop(layer: _Layer, adapter_name: str) -> None:
     """Delete an adapter's tensors, values and scale."""
     for entries in _by_adapter(layer):
         if adapter_name in entries:
             del entries[adapter_name]
 
 
-def _by_adapter(layer: AdaptedLayer) -> Iterator[MutableMapping[str, object]]:
+def _by_adapter(layer: _Layer) -> Iterator[MutableMapping[str, object]]:
     """Yield all that a layer holds by adapter name."""
     for attribute in (*layer.container_names, *layer.value_names, "scaling"):
         yield getattr(layer, attribute)

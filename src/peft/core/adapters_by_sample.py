@@ -14,7 +14,7 @@ from ..base.calls.layout import RowLayout
 from ..base.calls.rows import RowOwners
 
 
-class LayerOfSamples(Protocol):
+class _Layer(Protocol):
     """What this file reads of a layer."""
 
     @property
@@ -30,7 +30,7 @@ class LayerOfSamples(Protocol):
     ) -> Tensor: ...
 
 
-def apply_to_batch(layer: LayerOfSamples, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
+def apply_to_batch(layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor) -> Tensor:
     """Return an output with each sample's own adapter applied to its rows."""
     if batch.only is not None:
         if batch.only not in layer.scaling:
@@ -44,7 +44,7 @@ def apply_to_batch(layer: LayerOfSamples, batch: AdapterBatch, x: Tensor, result
 
 
 def apply_one_by_one(
-    layer: LayerOfSamples, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
+    layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
 ) -> Tensor:
     """Return an output whose rows lie along the first dimension with each sample's own adapter
     applied: one gather for each adapter, one scatter for all.

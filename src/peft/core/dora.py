@@ -61,12 +61,21 @@ class DecomposableLayer(Protocol):
     merged_adapters: list[str]
 
     @property
-    def scaling(self) -> Mapping[str, float]: ...
+    def scaling(self) -> Mapping[str, float]:
+        """The scale of each adapter."""
+
     @property
-    def active_adapters(self) -> Sequence[str]: ...
-    def get_base_layer(self) -> nn.Module: ...
-    def unmerged_weight(self) -> Tensor: ...
-    def decomposition(self, adapter_name: str) -> Decomposition | None: ...
+    def active_adapters(self) -> Sequence[str]:
+        """Names of the active adapters."""
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters."""
+
+    def unmerged_weight(self) -> Tensor:
+        """Return the base weight without merged adapters."""
+
+    def decomposition(self, adapter_name: str) -> Decomposition | None:
+        """Return an adapter's norms, None if it is not decomposed."""
 
 
 def base_weight(layer: DecomposableLayer) -> Tensor:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BaseTunerLayer`: a layer with adapters. Its forward, merging, switching and deleting are written
-here, once for all methods.
+"""`BaseTunerLayer`: a layer with adapters; forward, merging and switching, once for all methods.
 
 A method's layer declares its containers and supplies three things: `update_layer` makes an
 adapter's parameters, `delta_chain` or `delta_activations` computes the delta of the output, and

@@ -14,7 +14,7 @@ from . import dora
 from .merges import Merge, Merges, Options
 
 
-class MergeableLayer(dora.DecomposableLayer, Protocol):
+class _Layer(dora.DecomposableLayer, Protocol):
     """What this file reads of a layer."""
 
     _merges: Merges
@@ -26,7 +26,7 @@ class MergeableLayer(dora.DecomposableLayer, Protocol):
     def note_merges(self, adapter_names: list[str]) -> None: ...
 
 
-def not_merged(layer: MergeableLayer, options: Mapping[str, Options]) -> dict[str, Options]:
+def not_merged(layer: _Layer, options: Mapping[str, Options]) -> dict[str, Options]:
     """Return those of the layer's adapters to merge that are not merged yet, with their options.
 
     Raises:
@@ -36,7 +36,7 @@ def not_merged(layer: MergeableLayer, options: Mapping[str, Options]) -> dict[st
     return {name: own for name, own in missing.items() if name in layer.scaling}
 
 
-def merge(layer: MergeableLayer, options: Mapping[str, Options], safe_merge: bool = False) -> None:
+def merge(layer: _Layer, options: Mapping[str, Options], safe_merge: bool = False) -> None:
     """Merge adapters that are not merged, each with its own options; all or none.
 
     Raises:
@@ -51,24 +51,24 @@ def merge(layer: MergeableLayer, options: Mapping[str, Options], safe_merge: boo
     layer._merges.add(base, new, safe_merge)
 
 
-def suspended(layer: MergeableLayer) -> set[str]:
+def suspended(layer: _Layer) -> set[str]:
     """Return the adapters that were merged before the adapters were disabled."""
     return layer._merges.suspended(layer)
 
 
-def lacks_suspended(layer: MergeableLayer) -> bool:
+def lacks_suspended(layer: _Layer) -> bool:
     """Return whether the forward would not compute one of the suspended adapters."""
     return bool(suspended(layer) - set(layer.active_adapters))
 
 
-def resume(layer: MergeableLayer, wanted: bool = True) -> None:
+def resume(layer: _Layer, wanted: bool = True) -> None:
     """Merge the suspended adapters again, or forget them."""
     if names := suspended(layer):
         with loaded_weights(layer, names):  # type: ignore[arg-type]
             layer._merges.resume(layer, wanted)
 
 
-def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_first: bool) -> Merge:
+def _merge_of(layer: _Layer, adapter_name: str, options: Options, is_first: bool) -> Merge:
     """Return the merge of an adapter as it is now.
 
     Args:
@@ -81,11 +81,10 @@ def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_fir
     factor = layer.merge_factor(adapter_name, scale)
     delta = layer.delta_recipe(adapter_name, **options).copied()
     decomposition = layer.decomposition(adapter_name)
-    if factor is not None and decomposition is not None and decomposition.by_columns:
-        if not is_first:
-            dense = layer.get_delta_weight(adapter_name, **options)
-            delta = Recipe(unchanged, (dora.change(layer, factor, dense),))
-            factor = None
+    by_columns = decomposition is not None and decomposition.by_columns
+    if factor is not None and by_columns and not is_first:
+        dense = layer.get_delta_weight(adapter_name, **options)
+        delta, factor = Recipe(unchanged, (dora.change(layer, factor, dense),)), None
     bias = layer.merge_bias(adapter_name, scale)
     return Merge(layer, adapter_name, options, delta, factor, bias)
 

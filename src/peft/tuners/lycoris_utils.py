@@ -51,7 +51,7 @@ class LycorisConfig(TargetedConfig):
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
 
 
-class DropoutConfig(Protocol):
+class _DropoutConfig(Protocol):
     """Dropout rates of an adapter."""
 
     rank_dropout: float
@@ -89,7 +89,7 @@ class LycorisLayer(BaseTunerLayer):
         self.module_dropout: dict[str, float] = {}
 
     def set_hyperparameters(
-        self, adapter_name: str, config: DropoutConfig, r: int, alpha: float
+        self, adapter_name: str, config: _DropoutConfig, r: int, alpha: float
     ) -> None:
         """Record an adapter's rank, scale and dropout rates."""
         self.r[adapter_name] = r
