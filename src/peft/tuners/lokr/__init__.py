@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoKr: low-rank Kronecker products, `ΔW = (alpha / r) · (W1 ⊗ W2)`. Source: arXiv:2309.14859"""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ...base.registry import register_peft_method
-from .config import LoKrConfig
 from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .methods import LoKrMethods
@@ -22,6 +23,24 @@ __all__ = [
     "lokr_config_from_lycoris",
     "save_lokr_file",
 ]
+
+if _TYPE_CHECKING:
+    # The class of models that `get_peft_model` makes of a config, as type checkers see it.
+    from ...peft_model import PeftModel as _PeftModel
+    from .config import LoKrConfig as _LoKrConfig
+
+    class LoKrPeftModel(LoKrMethods, _PeftModel):
+        """A model with LoKr adapters."""
+
+    class LoKrConfig(_LoKrConfig):
+        """A config that tells the class of its models."""
+
+        def adapts_as(self) -> LoKrPeftModel:
+            """Return a model with an adapter of this config."""
+            raise NotImplementedError
+
+else:
+    from .config import LoKrConfig
 
 register_peft_method(
     name="lokr", config_cls=LoKrConfig, model_cls=LoKrModel, is_mixed_compatible=True

@@ -6,15 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...base.plain_values import is_empty
 from ...base.registry import PeftType
 from ...config import at_least, boolean, choice, is_int, number, pattern_dict, probability
 from ..lycoris_utils import LycorisConfig
-
-if TYPE_CHECKING:
-    from .methods import LoKrPeftModel
 
 _SWITCHES = (
     "use_effective_conv2d",
@@ -189,12 +186,6 @@ class LoKrConfig(LycorisConfig):
         "tensor_shapes": {},
         "row_offsets": {},
     }
-
-    if TYPE_CHECKING:
-
-        def adapts_as(self) -> LoKrPeftModel:
-            """Tell type checkers the class that `get_peft_model` returns."""
-            raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOKR

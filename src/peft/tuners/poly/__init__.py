@@ -3,11 +3,12 @@
 arXiv:2202.13914, arXiv:2211.03831
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ...base.registry import register_peft_method
 from .analysis.losses import recorded_routing, routing_loss
 from .analysis.report import RoutingReport, routing_report
 from .analysis.watching import RoutingWatch, routing_callback
-from .config import PolyConfig
 from .conversion import PolyConversion, convert_to_poly, save_as_poly
 from .data.collator import TaskCollator
 from .data.labels import TaskLabels
@@ -39,6 +40,24 @@ __all__ = [
     "routing_report",
     "save_as_poly",
 ]
+
+if _TYPE_CHECKING:
+    # The class of models that `get_peft_model` makes of a config, as type checkers see it.
+    from ...peft_model import PeftModel as _PeftModel
+    from .config import PolyConfig as _PolyConfig
+
+    class PolyPeftModel(PolyMethods, _PeftModel):
+        """A model with Poly adapters."""
+
+    class PolyConfig(_PolyConfig):
+        """A config that tells the class of its models."""
+
+        def adapts_as(self) -> PolyPeftModel:
+            """Return a model with an adapter of this config."""
+            raise NotImplementedError
+
+else:
+    from .config import PolyConfig
 
 register_peft_method(
     name="poly", config_cls=PolyConfig, model_cls=PolyModel, is_mixed_compatible=True

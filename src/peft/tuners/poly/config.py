@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...base.registry import PeftType
 from ...config import (
@@ -22,9 +22,6 @@ from ...config import (
 )
 from ...core import targets as _targets
 from .task_ids import name_offences
-
-if TYPE_CHECKING:
-    from .methods import PolyPeftModel
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 # Fields with a value for each layer, by the field that holds their patterns.
@@ -176,12 +173,6 @@ class PolyConfig(TargetedConfig):
         "n_splits_pattern": {},
         "routing_pattern": {},
     }
-
-    if TYPE_CHECKING:
-
-        def adapts_as(self) -> PolyPeftModel:
-            """Tell type checkers the class that `get_peft_model` returns."""
-            raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.POLY

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poly's methods on the model that `get_peft_model` returns."""
+"""Poly's methods on the model that `get_peft_model` returns.
+
+The mixin makes them attributes of the model's class, with signature and docstring, so that type
+checkers, completion and `help` know them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,10 @@ from typing import TYPE_CHECKING
 from ...core.model_methods import forwarded, methods_of
 from .model import PolyModel
 
-if TYPE_CHECKING:
-    from ...peft_model import PeftModel
-
 
 @methods_of(PolyModel)
 class PolyMethods:
-    """Methods that a model with Poly adapters has beside those of every `PeftModel`."""
+    """Methods that a model with Poly adapters has in addition to those of every `PeftModel`."""
 
     add_tasks = forwarded(PolyModel.add_tasks)
     remove_tasks = forwarded(PolyModel.remove_tasks)
@@ -32,9 +33,3 @@ class PolyMethods:
         not TYPE_CHECKING
     ):  # who see the options of `PeftModel.merge_adapter`, of which `task_id` is one
         merge_adapter = forwarded(PolyModel.merge_adapter)
-
-
-if TYPE_CHECKING:
-
-    class PolyPeftModel(PolyMethods, PeftModel):
-        """A model with Poly adapters, as type checkers see it."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """VB-LoRA: low-rank factors composed from the vectors of a bank. Source: arXiv:2405.15179."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ...base.registry import register_peft_method
-from .config import VBLoRAConfig
 from .layer import Linear, VBLoRALayer
 from .methods import VBLoRAMethods
 from .model import VBLoRAModel
@@ -19,6 +20,24 @@ __all__ = [
     "VectorBank",
     "bank_usage",
 ]
+
+if _TYPE_CHECKING:
+    # The class of models that `get_peft_model` makes of a config, as type checkers see it.
+    from ...peft_model import PeftModel as _PeftModel
+    from .config import VBLoRAConfig as _VBLoRAConfig
+
+    class VBLoRAPeftModel(VBLoRAMethods, _PeftModel):
+        """A model with VB-LoRA adapters."""
+
+    class VBLoRAConfig(_VBLoRAConfig):
+        """A config that tells the class of its models."""
+
+        def adapts_as(self) -> VBLoRAPeftModel:
+            """Return a model with an adapter of this config."""
+            raise NotImplementedError
+
+else:
+    from .config import VBLoRAConfig
 
 register_peft_method(
     name="vblora", config_cls=VBLoRAConfig, model_cls=VBLoRAModel, is_mixed_compatible=True

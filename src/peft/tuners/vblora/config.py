@@ -6,15 +6,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
-
-if TYPE_CHECKING:
-    from .methods import VBLoRAPeftModel
 
 
 class Form(enum.Enum):
@@ -159,12 +156,6 @@ class VBLoRAConfig(TargetedConfig):
         "pad_last_tile": False,
         "output_gate": False,
     }
-
-    if TYPE_CHECKING:
-
-        def adapts_as(self) -> VBLoRAPeftModel:
-            """Tell type checkers the class that `get_peft_model` returns."""
-            raise NotImplementedError
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.VBLORA
