@@ -179,6 +179,42 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     torch.testing.assert_close(model(x, task_ids=[2, 2]), model(x, task_ids=2))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_name_means_the_same_task_in_all_active_adapters(mixed):
+    """Adapters that order their tasks differently do not share a call by names; once they agree,
+    each adds the delta of its own task of that name, as a layer alone computes it.
+    """
+    fields = {"target_modules": ["0"], "n_tasks": 2}
+    base = nn.Sequential(nn.Linear(8, 12))
+    model = get_peft_model(base, config(task_names=["a", "b"], **fields), "p", mixed=mixed).eval()
+    model.add_adapter("q", config(task_names=["b", "a"], **fields))
+    model.add_adapter("unnamed", config(**fields))
+    tuner, layer = model.base_model.method_of(model.peft_config["q"]), base[0]
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        for name in "pq":
+            layer.poly_router[name].module_logits.normal_()
+    expected = layer.base_layer(x).double() + torch.stack(
+        [
+            by_hand(layer, "p", x[i], task) + by_hand(layer, "q", x[i], 1 - task)
+            for i, task in enumerate([0, 1, 0])
+        ]
+    )
+    model.set_adapter(["p", "q"])
+    with pytest.raises(
+        ValueError, match=r"'a' is task 0 of one active.*1 of another.*reorder_tasks"
+    ):
+        model(x, task_ids=["a", "b", "a"])
+    with pytest.raises(ValueError, match="'a' is task 0 of one active"):
+        tuner.fit_task("a", lambda: model(x, task_ids="a").sum(), adapter_name="q")
+    model.set_adapter(["q", "unnamed"])
+    with pytest.raises(ValueError, match="those of one active adapter are none, so use ids"):
+        model(x, task_ids="a")
+    model.set_adapter(["p", "q"])
+    tuner.reorder_tasks(["a", "b"], adapter_name="q")
+    torch.testing.assert_close(model(x, task_ids=["a", "b", "a"]), expected.float())
+
+
 @pytest.mark.parametrize("name", ["task_id", "tasks"])
 def test_a_call_that_misnames_its_task_ids_is_told_their_name(name):
     model = get_peft_model(mlp(), config(target_modules=["0"]))

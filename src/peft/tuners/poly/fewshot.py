@@ -102,7 +102,7 @@ def fit_task(
     begin, number = perf_counter(), one_task(task, adapter.config, "task")
     _check_can_fit(adapter)
     steps, lr = _checked_options(steps, lr, init)
-    next_loss, batches = _loss_function(adapter, loss, number)
+    next_loss, batches = _loss_function(adapter, loss, task)
     fit = TaskFit(number)
     routers = list(dict.fromkeys(adapter.task_routers().values()))
     routing = next(iter(adapter.layers.values())).routing
@@ -149,8 +149,13 @@ def _other_tasks(config: PolyConfig, task: int, used: Sequence[Tensor]) -> str:
     )
 
 
-def _loss_function(adapter: PolyAdapter, loss: Loss, task: int) -> tuple[Callable[[], Tensor], int]:
+def _loss_function(
+    adapter: PolyAdapter, loss: Loss, task: Task
+) -> tuple[Callable[[], Tensor], int]:
     """Return a function for the loss of the next batch, and the number of batches.
+
+    A task given by name is passed by name: with several active adapters it must be the same task
+    in each.
 
     Raises:
         PeftTypeError: `loss` is neither a function nor batches.

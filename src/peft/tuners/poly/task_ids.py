@@ -56,14 +56,14 @@ def as_task_ids(
     Raises:
         PeftTypeError: The ids have a wrong type.
         PeftValueError: None is given though there are several tasks; there are too many or too few;
-            a name is unknown; or an id is out of range.
+            a name is unknown, or has another id in another adapter; or an id is out of range.
     """
     n_tasks = min(adapter.n_tasks for adapter in adapters)
     if task_ids is None:
         if all(adapter.n_tasks == 1 for adapter in adapters):
             return torch.zeros(1, dtype=torch.long, device=device)
         raise _missing(n_tasks, argument, misnamed)
-    ids = _integers(task_ids, adapters[0].task_names or [], argument)
+    ids = _integers(task_ids, adapters, argument)
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
@@ -190,18 +190,37 @@ def _no_task(argument: str) -> PeftValueError:
     return PeftValueError(f"`{argument}` names no task; pass at least one, by id or name.")
 
 
-def _integers(task_ids: object, names: Sequence[str], argument: str) -> Tensor:
+def _ids_of_names(
+    names: Sequence[object], adapters: Sequence[HasTasks], argument: str
+) -> list[int]:
+    """Return the ids of task names, which must be the same in all adapters."""
+    every = []
+    for adapter in adapters:
+        own = adapter.task_names or []
+        unknown = [name for name in names if name not in own]
+        if unknown:
+            known = "none, so use ids."
+            if own:
+                known = f"{names_shown(own)}.{did_you_mean(str(unknown[0]), own)}"
+            whose = "the adapter's" if len(adapters) == 1 else "those of one active adapter"
+            raise PeftValueError(f"Unknown task names {unknown}; {whose} are {known}")
+        every.append([own.index(str(name)) for name in names])
+    for name, first, *more in zip(names, *every, strict=True):
+        if others := set(more) - {first}:
+            raise PeftValueError(
+                f"`{argument}`={name!r} is task {first} of one active adapter and task "
+                f"{min(others)} of another. Bring their tasks into the same order with "
+                "`reorder_tasks`, or pass ids, which each adapter counts in its own order."
+            )
+    return every[0]
+
+
+def _integers(task_ids: object, adapters: Sequence[HasTasks], argument: str) -> Tensor:
     """Return task ids of any accepted form as a tensor of integers."""
     if isinstance(task_ids, str):
         task_ids = [task_ids]
     if isinstance(task_ids, (list, tuple)) and any(isinstance(task, str) for task in task_ids):
-        unknown = [task for task in task_ids if task not in names]
-        if unknown:
-            known = "none, so use ids."
-            if names:
-                known = f"{names_shown(names)}.{did_you_mean(str(unknown[0]), names)}"
-            raise PeftValueError(f"Unknown task names {unknown}; the adapter's are {known}")
-        task_ids = [names.index(task) for task in task_ids]
+        task_ids = _ids_of_names(task_ids, adapters, argument)
     if not isinstance(task_ids, Tensor):
         try:
             with untraced():  # a constant
