@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of LoKr."""
+"""`LoKrConfig`: configuration of LoKr."""
 
 from __future__ import annotations
 
@@ -33,47 +33,47 @@ class LoKrConfig(LycorisConfig):
     `out = a·c`, `in = b·d`.
 
     Args:
-        r: Rank of the factors that are decomposed. `W2` is decomposed where `r < max(c, d) / 2`.
+        r: Rank of the low-rank factors. `W2` is low-rank if `r < max(c, d) / 2`.
         alpha: The delta is scaled by `alpha / r`.
-        rank_dropout: Probability of dropping an output row of ΔW in training.
-        module_dropout: Probability of leaving the adapter out of a training forward.
-        use_effective_conv2d: Decompose kernels larger than one by Tucker's form (FedPara,
+        rank_dropout: Probability that an output row of ΔW is dropped in training.
+        module_dropout: Probability that a training forward leaves the adapter out.
+        use_effective_conv2d: Decompose kernels of more than one element by Tucker's form (FedPara,
             proposition 3).
-        decompose_both: Decompose `W1` too, where `r < max(a, b) / 2`.
+        decompose_both: Decompose `W1` too, if `r < max(a, b) / 2`.
         decompose_factor: Wanted size of `a` and `b`; -1 for the pair nearest to the square root.
-        rank_dropout_scale: Divide by the share of rows kept by rank dropout.
+        rank_dropout_scale: Divide by the share of rows that rank dropout keeps.
         target_modules: Names (or ends of paths), a regular expression for whole paths,
             "all-linear", or None for the model type's defaults.
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
         init_weights: True: `W1` (or `w1_a`) starts at zero. "lycoris": `W2` (or `w2_b`) does.
-            False: nothing does.
+            False: all factors are random.
         layers_to_transform: Index or indices of the layers to adapt; needs `layers_pattern`.
-        layers_pattern: Name of the list those indices count in, such as "layers" or "h".
-        modules_to_save: Modules to train whole and save beside the adapter.
-        kronecker_layout: "channels": `W1 ⊗ W2` over channels for every layer. "flat": for the full
+        layers_pattern: Name of the list that the indices count in ("layers", "h").
+        modules_to_save: Modules to train in full and save with the adapter.
+        kronecker_layout: "channels": `W1 ⊗ W2` over channels in every layer. "flat": for the full
             three-dimensional `W2` of an `nn.Conv1d`, the order of elements that Hugging Face PEFT
-            uses. None is "flat" if `peft_version` is given, as for the fields of a file that lacks
-            this one, else "channels".
-        trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
-            (and those of the output head, where it shares the weight); a dictionary names other
+            uses. None means "flat" with `peft_version`, as in files without this field, else
+            "channels".
+        trainable_token_indices: Tokens whose rows of the embedding are trained with the adapter
+            (and rows of the output head, if it shares the weight). A dictionary names other
             modules: name → tokens.
-        full_matrix: Leave `W1` and `W2` whole in every layer; the delta is not scaled then,
-            whatever `r` and `alpha`.
+        full_matrix: Keep `W1` and `W2` full in every layer. The delta is then not scaled.
         unbalanced_factorization: Give `W1` the larger factor of `out`, in place of the smaller.
         use_scalar: Multiply the delta by a trained number, which starts at zero in place of a
             factor.
         use_rslora: Scale by `alpha / √r`.
-        weight_decompose: Train the lengths of the weight's rows apart from their direction (DoRA).
-        wd_on_output: False: the lengths are those of columns, one for each input feature, at the
-            cost of the base layer once more.
+        weight_decompose: Train the norms of the weight's rows apart from their direction (DoRA).
+        wd_on_output: False: the norms are those of columns, one for each input feature. The base
+            layer then runs once more in each forward.
         conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with
-            kernels of more than one element; None for the same as of others.
+            kernels of more than one element; None for the values of other layers.
         factor_pattern: `decompose_factor` for modules by name or regular expression, as in
-            `rank_pattern`; a pair `[a, b]` says the size of `W1` itself.
-        tensor_shapes: For modules by name or regular expression, the shapes of all tensors,
-            `{"w1": [a, b], "w2_a": [c, r], …}`, where they come from a file and follow no rule.
-        row_offsets: For modules by name or regular expression, whose product has more rows than the
-            layer has outputs (it was for several layers in one): the first row that is the layer's.
+            `rank_pattern`; a pair `[a, b]` is the size of `W1`.
+        tensor_shapes: Shapes of all tensors, `{"w1": [a, b], "w2_a": [c, r], …}`, for modules by
+            name or regular expression. Adapters from files have them if their shapes follow no
+            rule.
+        row_offsets: First row of the product that is the layer's, for modules by name or regular
+            expression. Adapters from files have them if the product is that of a fused layer.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -86,7 +86,7 @@ class LoKrConfig(LycorisConfig):
     `use_rslora`: arXiv:2312.03732; `weight_decompose`: arXiv:2402.09353
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the decomposed factors."})
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank factors."})
     alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
     rank_dropout: float = field(
         default=0.0, metadata={"help": "Probability of dropping an output row of the delta."}
@@ -111,7 +111,7 @@ class LoKrConfig(LycorisConfig):
         default=None, metadata={"help": "Modules to leave alone."}
     )
     init_weights: bool | Literal["lycoris"] = field(
-        default=True, metadata={"help": "How the factors start."}
+        default=True, metadata={"help": "Start values of the factors."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of layers to adapt."}
@@ -120,16 +120,16 @@ class LoKrConfig(LycorisConfig):
         default=None, metadata={"help": "Name of the list of layers."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole."}
+        default=None, metadata={"help": "Modules to train in full."}
     )
     kronecker_layout: Literal["channels", "flat"] | None = field(
-        default=None, metadata={"help": "Order of elements."}
+        default=None, metadata={"help": "Order of elements of W2."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
     full_matrix: bool = field(
-        default=False, metadata={"help": "Leave both factors whole, without a scale."}
+        default=False, metadata={"help": "Keep both factors full, without a scale."}
     )
     unbalanced_factorization: bool = field(
         default=False, metadata={"help": "Give W1 the larger factor of the outputs."}
@@ -139,10 +139,10 @@ class LoKrConfig(LycorisConfig):
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
     weight_decompose: bool = field(
-        default=False, metadata={"help": "Train lengths apart from directions (DoRA)."}
+        default=False, metadata={"help": "Train norms apart from directions (DoRA)."}
     )
     wd_on_output: bool = field(
-        default=True, metadata={"help": "Whether lengths are those of rows; else of columns."}
+        default=True, metadata={"help": "Norms are those of rows; False for columns."}
     )
     conv_r: int | None = field(
         default=None, metadata={"help": "Rank for convolutions with a kernel."}
@@ -153,15 +153,15 @@ class LoKrConfig(LycorisConfig):
     conv_factor: int | None = field(
         default=None, metadata={"help": "Wanted size of W1 for convolutions with a kernel."}
     )
-    factor_pattern: dict = field(
+    factor_pattern: dict[str, int | list[int]] = field(
         default_factory=dict, metadata={"help": "Size of W1 by module name or regular expression."}
     )
-    tensor_shapes: dict = field(
+    tensor_shapes: dict[str, dict[str, list[int]]] = field(
         default_factory=dict, metadata={"help": "Shapes of all tensors by module name."}
     )
-    row_offsets: dict = field(
+    row_offsets: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "First row of a product for several layers, by module."},
+        metadata={"help": "First row of a fused layer's product, by module."},
     )
 
     patterns: ClassVar[tuple[str, ...]] = (
@@ -197,8 +197,8 @@ class LoKrConfig(LycorisConfig):
         yield from super()._problems()
         yield from at_least("r", self.r)
         yield from number("alpha", self.alpha)
-        for name in ("rank_dropout", "module_dropout"):
-            yield from probability(name, getattr(self, name))
+        yield from probability("rank_dropout", self.rank_dropout)
+        yield from probability("module_dropout", self.module_dropout)
         for name in _SWITCHES:
             yield from boolean(name, getattr(self, name))
         yield from _factor("decompose_factor", self.decompose_factor)
@@ -209,39 +209,55 @@ class LoKrConfig(LycorisConfig):
         yield from pattern_dict("tensor_shapes", self.tensor_shapes, _shapes)
         yield from pattern_dict("row_offsets", self.row_offsets, partial(at_least, least=0))
         if self.full_matrix and (self.decompose_both or self.use_effective_conv2d):
-            yield "`full_matrix` leaves nothing to decompose; it can't go with `decompose_both` or `use_effective_conv2d`."
+            yield (
+                "`full_matrix` leaves nothing to decompose; it can't go with `decompose_both` or "
+                "`use_effective_conv2d`."
+            )
         yield from choice("init_weights", self.init_weights, (True, False, "lycoris"))
         yield from choice("kronecker_layout", self.kronecker_layout, ("channels", "flat"))
         if not is_empty(self.layers_to_transform) and is_empty(self.layers_pattern):
-            yield "When `layers_to_transform` is specified, `layers_pattern` must also be specified, such as 'layers' or 'h'."
+            yield (
+                "When `layers_to_transform` is specified, `layers_pattern` must also be specified, "
+                "such as 'layers' or 'h'."
+            )
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Other writers allow `layers_to_transform` alone, which counts in whatever list there is."""
-        if not is_empty(content.get("layers_to_transform")) and is_empty(
-            content.get("layers_pattern")
-        ):
+        """Return a file's fields. Other writers allow `layers_to_transform` alone, which counts in
+        any list.
+        """
+        is_alone = is_empty(content.get("layers_pattern"))
+        if is_alone and not is_empty(content.get("layers_to_transform")):
             return {**content, "layers_pattern": r"[^.]+"}
         return content
 
 
-def _factor(name: str, value: Any) -> Iterator[str]:
-    if not is_int(value) or not (value == -1 or value >= 1):
+def _are_sizes(value: object) -> bool:
+    """Return True for a list of positive integers."""
+    return isinstance(value, (list, tuple)) and all(is_int(size) and size >= 1 for size in value)
+
+
+def _factor(name: str, value: object) -> Iterator[str]:
+    if not is_int(value) or (value != -1 and value < 1):
         yield f"`{name}`={value!r} must be -1 or a positive integer."
 
 
-def _factor_or_pair(name: str, value: Any) -> Iterator[str]:
+def _factor_or_pair(name: str, value: object) -> Iterator[str]:
     if not isinstance(value, (list, tuple)):
         yield from _factor(name, value)
-    elif len(value) != 2 or not all(is_int(size) and size >= 1 for size in value):
-        yield f"`{name}`={value!r} must be a factor or a pair of positive integers, the size of `W1`."
+    elif len(value) != 2 or not _are_sizes(value):
+        yield (
+            f"`{name}`={value!r} must be a factor or a pair of positive integers, the size of `W1`."
+        )
 
 
-def _shapes(name: str, value: Any) -> Iterator[str]:
-    sizes = value.values() if isinstance(value, dict) else ()
-    listed = all(
-        isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 1 for size in shape)
-        for shape in sizes
-    )
-    if not isinstance(value, dict) or not set(value) <= set(_TENSORS) or not listed:
-        yield f"`{name}`={value!r} must be a dictionary of shapes, with keys among {', '.join(_TENSORS)}."
+def _shapes(name: str, value: object) -> Iterator[str]:
+    if (
+        not isinstance(value, dict)
+        or not set(value) <= set(_TENSORS)
+        or not all(map(_are_sizes, value.values()))
+    ):
+        yield (
+            f"`{name}`={value!r} must be a dictionary of shapes, with keys among "
+            f"{', '.join(_TENSORS)}."
+        )
