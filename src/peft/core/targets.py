@@ -95,11 +95,13 @@ def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], s
     return names, "|".join(map(re.escape, besides)) or None
 
 
-def patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
-    """The dictionary with which `pattern_value` gives each path its value, and others the default;
-    with None it names all.
+def patterns(values: Mapping[str, T | None], default: T | None) -> dict[str, T]:
+    """Return the dictionary with which `pattern_value` gives each path its value, and other paths
+    the default. With None it names all paths that have a value.
     """
-    differing = {path: value for path, value in values.items() if value != default}
+    differing = {
+        path: value for path, value in values.items() if value is not None and value != default
+    }
     ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
     plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
     return (
