@@ -7,7 +7,7 @@ from torch import nn
 
 from peft import PeftModel, VBLoRAConfig, get_peft_model
 from peft.tuners.vblora.bank import compose
-from peft.tuners.vblora.combining import JoinedBank, placed
+from peft.tuners.vblora.combining import embed_logits, join_banks
 
 
 def config(**fields):
@@ -40,7 +40,7 @@ def check_sum(model, weights, name="new", path="0", tolerance=1e-12):
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 7])
 @pytest.mark.parametrize("wanted", [0, 1, 5])
-def test_placed_logits_choose_what_they_chose(topk, wanted):
+def test_embedded_logits_select_the_same_vectors(topk, wanted):
     torch.manual_seed(0)
     logits, bank = (
         torch.randn(3, 5, 7, dtype=torch.float64) * 20,
@@ -48,16 +48,16 @@ def test_placed_logits_choose_what_they_chose(topk, wanted):
     )
     larger = torch.randn(16, 4, dtype=torch.float64) * 100
     larger[6:13] = bank
-    found = compose(placed(logits, topk, 6, 16, topk + wanted), larger, topk + wanted)
+    found = compose(embed_logits(logits, topk, 6, 16, topk + wanted), larger, topk + wanted)
     torch.testing.assert_close(found, compose(logits, bank, topk), rtol=1e-12, atol=1e-12)
 
 
 def test_the_joined_bank_has_a_copy_for_each_sign():
     banks = [torch.ones(2, 3), 2 * torch.ones(4, 3)]
-    joined = JoinedBank(banks, [4.0, -9.0], with_zero=True)
-    assert (joined.for_A, joined.for_B, joined.zero) == ([0, 2], [0, 6], 10)
+    joined = join_banks(banks, [4.0, -9.0], with_zero=True)
+    assert (joined.a_starts, joined.b_starts, joined.zero) == ([0, 2], [0, 6], 10)
     assert joined.vectors[:, 0].tolist() == [2.0] * 2 + [6.0] * 4 + [-6.0] * 4 + [0.0]
-    assert len(JoinedBank(banks, [1.0, 1.0], with_zero=False).vectors) == 6
+    assert len(join_banks(banks, [1.0, 1.0], with_zero=False).vectors) == 6
 
 
 @pytest.mark.parametrize("weights", [[0.5, 2.0], [0.5, -2.0], [-1.0, -1.0], [0.0, 1.0]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VB-LoRA on a model: the bank's owner, and the two forms of its checkpoint."""
+"""VB-LoRA on a model: the banks, own and shared, and the storage format of each adapter."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", 
 
 
 class VBLoRAModel(BaseTuner[VBLoRAConfig]):
-    """A model with VB-LoRA adapters; each adapter's layers share one bank
+    """A model with VB-LoRA adapters; all layers of an adapter share one bank
     `[num_vectors, vector_length]`.
 
     Args:
         As `BaseTuner`.
 
     Attributes:
-        vblora_vector_bank: The banks by adapter name.
+        vblora_vector_bank: Own banks of adapters by adapter name.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         "logits": Role(VBLoRALayer.container_names[:-1], lr=1e-2, decays=False),
         "gate": Role((GATE,), decays=False),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     default_target_modules: ClassVar[Mapping[str, Any]] = {
         **DEFAULT_TARGET_MODULES,
@@ -92,21 +92,27 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         return {**containers, "bank_key": bank.key if isinstance(bank, FoundBank) else None}
 
     def target_problems(self, config: VBLoRAConfig, path: str, module: nn.Module) -> Iterator[str]:
-        """Both sizes must be whole numbers of vectors, unless the last tile may be cut."""
+        """Yield an offence for each size that `vector_length` must divide and does not."""
         size = geometry(module)
         assert size is not None
         for name in () if config.pad_last_tile else ("in_features", "out_features"):
-            if getattr(size, name) % config.vector_length:
-                yield f"`{name}` {getattr(size, name)} must be divisible by `vector_length` {config.vector_length}."
+            if (features := getattr(size, name)) % config.vector_length:
+                yield (
+                    f"`{name}` {features} must be divisible by `vector_length` "
+                    f"{config.vector_length}."
+                )
 
     def target_remedy(self, config: VBLoRAConfig, modules: Sequence[nn.Module]) -> str:
-        """The lengths that divide all sizes."""
+        """Return a sentence with the values of `vector_length` that divide all sizes."""
         sizes = [size for module in modules if (size := geometry(module)) is not None]
         common = math.gcd(
             *(size.in_features for size in sizes), *(size.out_features for size in sizes)
         )
         fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-        return f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, which cuts the last tile to size."
+        return (
+            f"Lengths that divide all targeted sizes are {fitting}; or set `pad_last_tile=True`, "
+            "which cuts the last tile to size."
+        )
 
     def complete(self, config: VBLoRAConfig) -> FoundBank | None:
         """Return the shared bank that a config names, and put its size into the config.
@@ -266,13 +272,15 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         return import_state(state, config)
 
     def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
-        """What saving an adapter writes, in units of float32: (bank and logits, biases and whole
-        modules).
+        """Return the number of float32 values that saving an adapter writes: of bank and logits,
+        and of biases and whole modules.
 
-        By default the adapter called "default", else the only one that is active.
+        A shared bank is not written with the adapter. Parameters of the base model that were
+        unfrozen by hand are counted too, because they need saving.
 
-        A bank that is shared is not written with the adapter. Parameters of the base model that
-        were unfrozen by hand count too, as something that needs saving.
+        Args:
+            adapter: The adapter's name; by default the one called "default", else the only one that
+                is active.
 
         Raises:
             PeftValueError: There is no such adapter, or several could be meant.
@@ -306,7 +314,11 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         return int(own) + bank, other
 
     def print_savable_parameters(self, adapter: str | None = None) -> None:
-        """Print how much saving an adapter writes, by default the active one."""
+        """Print the number of float32 values that saving an adapter writes.
+
+        Args:
+            adapter: The adapter's name, by default the active one.
+        """
         own, other = self.get_nb_savable_parameters(adapter or self.active_adapters[0])
         print(
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
