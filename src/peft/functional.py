@@ -15,7 +15,8 @@ from torch import nn
 
 from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
-from .checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .checkpoint.reading import get_peft_model_state_dict
+from .checkpoint.writing import set_peft_model_state_dict
 from .core.adapted_model import AdaptedModel
 from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer

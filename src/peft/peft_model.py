@@ -19,19 +19,14 @@ from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import TaskType
 from .base.suggestions import did_you_mean
 from .base.validation import check_adapter, check_flags
+from .checkpoint.checks import LoadResult
 from .checkpoint.files import write_adapter
-from .checkpoint.hub import only_hub_options, pass_over
+from .checkpoint.hub import load_peft_weights, only_hub_options, pass_over
+from .checkpoint.keys import adapter_tensors, in_view
 from .checkpoint.model_card import update_model_card
 from .checkpoint.paths import as_folder
-from .checkpoint.state_dict import (
-    LoadResult,
-    adapter_tensors,
-    get_peft_model_state_dict,
-    import_state,
-    in_view,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from .checkpoint.reading import get_peft_model_state_dict
+from .checkpoint.writing import import_state, set_peft_model_state_dict
 from .config import PeftConfig
 from .core.base_peft_model import BasePeftModel
 from .core.injection import Construction

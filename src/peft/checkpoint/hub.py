@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding a checkpoint's files, in a local folder or on the Hugging Face Hub."""
+"""Find and read the files of a checkpoint in a local folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..base.errors import CheckpointNotFoundError, warn
+from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
+from .keys import MODEL_ROOT
 from .paths import check_path
 
 HUB_OPTIONS = frozenset(
-    {
+    [
         "cache_dir",
         "force_download",
         "local_files_only",
@@ -21,23 +28,21 @@ HUB_OPTIONS = frozenset(
         "subfolder",
         "token",
         "user_agent",
-    }
+    ]
 )
-# Options that once steered downloads and no longer have an effect in huggingface_hub; callers still
-# pass them.
+# Options of earlier versions of huggingface_hub, which callers still pass. They have no effect.
 _OBSOLETE = frozenset(
-    {
+    [
+        "_commit_hash",
+        "adapter_kwargs",
+        "etag_timeout",
         "proxies",
         "resume_download",
         "use_auth_token",
-        "etag_timeout",
-        "_commit_hash",
-        "adapter_kwargs",
-    }
+    ]
 )
-# Options for loading the base model, which callers pass on to the adapter, where they have no
-# effect.
-_FOR_THE_BASE = frozenset(
+# Options for loading the base model, which callers pass on to the adapter. They have no effect.
+_FOR_BASE_MODEL = frozenset(
     [
         "attn_implementation",
         "config",
@@ -63,8 +68,7 @@ _FOR_THE_BASE = frozenset(
         "weights_only",
     ]
 )
-
-# Options for saving a whole model, which callers pass on when they save its adapter.
+# Options for saving a whole model, which callers pass on to the adapter. They have no effect.
 _FOR_SAVING = frozenset(
     [
         "max_shard_size",
@@ -81,41 +85,73 @@ _FOR_SAVING = frozenset(
 )
 
 
-def pass_over(options: dict[str, Any], caller: str) -> None:
-    """Accept options for saving that have no effect on adapters; those that nobody knows are named
-    in a warning.
-    """
-    if unknown := sorted(options.keys() - _FOR_SAVING):
-        warn(
-            f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect."
-        )
+def pass_over(options: Mapping[str, object], caller: str) -> None:
+    """Ignore options for saving a whole model; a warning names unknown ones."""
+    _warn_of_unknown(options.keys() - _FOR_SAVING, caller)
 
 
-def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword arguments into (options for the Hub, the rest)."""
+def split_hub_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword arguments into options for the Hub and others; obsolete ones are dropped."""
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
     if options.get("use_auth_token") is not None:
         hub.setdefault("token", options["use_auth_token"])
-    rest = {
-        key: value
-        for key, value in options.items()
-        if key not in HUB_OPTIONS and key not in _OBSOLETE
-    }
-    return hub, rest
+    dropped = HUB_OPTIONS | _OBSOLETE
+    return hub, {key: value for key, value in options.items() if key not in dropped}
 
 
-def only_hub_options(options: dict[str, Any], caller: str) -> dict[str, Any]:
-    """The options for the Hub; those that nobody knows are named in a warning and passed over."""
+def only_hub_options(options: Mapping[str, Any], caller: str) -> dict[str, Any]:
+    """Return the options for the Hub. Those for the base model are ignored; a warning names unknown
+    ones.
+    """
     hub, rest = split_hub_options(options)
-    if unknown := sorted(rest.keys() - _FOR_THE_BASE):
-        warn(
-            f"{caller} got unexpected keyword arguments: {', '.join(unknown)}; they have no effect."
-        )
+    _warn_of_unknown(rest.keys() - _FOR_BASE_MODEL, caller)
     return hub
 
 
+def _warn_of_unknown(options: set[str], caller: str) -> None:
+    if options:
+        listed = ", ".join(sorted(options))
+        warn(f"{caller} got unexpected keyword arguments: {listed}; they have no effect.")
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hub_options: Any,
+) -> dict[str, Tensor]:
+    """Return the tensors of a saved adapter.
+
+    Args:
+        model_id: A local folder, or an id on the Hub.
+        device: Device of the tensors, by default the CPU.
+        key_mapping: Replacement by regular expression, for the module paths in keys. The first that
+            matches is applied.
+        **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
+
+    Raises:
+        CheckpointNotFoundError: There is no weights file.
+        CheckpointError: It can't be read.
+    """
+    options = only_hub_options(hub_options, "load_peft_weights")
+    path = find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
+    state = read_weights(path, device or "cpu")
+    return {_mapped(key, key_mapping or {}): tensor for key, tensor in state.items()}
+
+
+def _mapped(key: str, key_mapping: Mapping[str, str]) -> str:
+    """Return a key after the first replacement that matches its module path."""
+    prefix = MODEL_ROOT if key.startswith(MODEL_ROOT) else ""
+    path = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        renamed, count = re.subn(pattern, replacement, path)
+        if count:
+            return prefix + renamed
+    return key
+
+
 def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:
-    """The folder `source` (and its `subfolder`) if it exists on this machine, else None.
+    """Return the folder `source` or its `subfolder` if `source` is a local folder, else None.
 
     Raises:
         PeftTypeError, PeftValueError: As `check_path`.
@@ -130,13 +166,13 @@ def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Pat
 def find_file(
     source: str | os.PathLike, names: tuple[str, ...], hub_options: dict[str, Any]
 ) -> Path:
-    """The path of the first of `names` that `source` holds, downloaded if `source` is a Hub id.
+    """Return the path of the first of `names` in `source`, downloaded if `source` is a Hub id.
 
-    The Hub is asked only for what can be the name of a repository and does not look like a folder's
-    path; a misspelt folder is an error at once.
+    The Hub is asked only if `source` can be the name of a repository and does not look like a path,
+    so a misspelt folder is an error at once.
 
     Raises:
-        CheckpointNotFoundError: None of the files is there, or the Hub could not be reached.
+        CheckpointNotFoundError: There is no such file, or the Hub could not be reached.
         PeftTypeError, PeftValueError: As `check_path`.
     """
     options = dict(hub_options)
@@ -156,32 +192,31 @@ def find_file(
         raise CheckpointNotFoundError(
             f"{wanted}: there is no folder '{text}'{_near(Path(source))}."
         )
-    meant = options.keys() & {"revision", "repo_type", "token", "cache_dir", "force_download"}
-    on_disk = (
-        Path(text).parent.is_dir() and not meant
-    )  # "a/b" where there is a folder "a", and single names
+    for_hub = options.keys() & {"revision", "repo_type", "token", "cache_dir", "force_download"}
+    # A single name, or "a/b" beside an existing folder "a".
+    is_likely_path = Path(text).parent.is_dir() and not for_hub
+    if is_likely_path:
+        options["local_files_only"] = True
     try:
-        return _download(text, names, {**options, "local_files_only": True} if on_disk else options)
+        return _download(text, names, options)
     except OSError as error:
-        if on_disk:
+        if is_likely_path:
             raise CheckpointNotFoundError(
                 f"{wanted}: there is no folder '{text}'{_near(Path(text))}. The Hub was not asked, "
-                "since this looks like a path; "
-                "its repositories are named 'owner/name'. If it is one, pass `revision='main'`."
+                "since this looks like a path; its repositories are named 'owner/name'. If it is "
+                "one, pass `revision='main'`."
             ) from None
         raise CheckpointNotFoundError(
             f"{wanted} at '{text}': it is neither a local folder that exists nor a model "
-            "repository that could be read "
-            f"({type(error).__name__}: {error})."
+            f"repository that could be read ({type(error).__name__}: {error})."
         ) from error
 
 
 def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) -> Path:
-    """The first of some files of a repository on the Hub, or in its local cache.
+    """Return the path of the first of some files of a repository on the Hub or in its local cache.
 
     Raises:
-        OSError: There is none, or the Hub could not be reached; it is asked once then, whatever the
-            number of names.
+        OSError: There is no such file, or the Hub could not be reached; it is then asked only once.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -194,9 +229,7 @@ def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) 
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, **options))
-        except (
-            LocalEntryNotFoundError
-        ) as error:  # the Hub is away: what is in the cache is all there is
+        except LocalEntryNotFoundError as error:  # the Hub can't be reached
             problem, options = error, {**options, "local_files_only": True}
         except EntryNotFoundError as error:
             problem = error
@@ -209,7 +242,7 @@ def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) 
 
 
 def _is_path(text: str) -> bool:
-    """Whether a string can be nothing but a folder's path: no repository has such a name."""
+    """Return True for a path that can't be the name of a repository."""
     return (
         os.path.isabs(text)
         or text.startswith((".", "~"))
@@ -220,7 +253,7 @@ def _is_path(text: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """What there is in place of a folder that is missing, as a continuation of a sentence."""
+    """Return folders with names similar to that of a missing one, as the end of a sentence."""
     if path.parts[:1] == ("~",):
         return f" (`~` is not replaced; did you mean '{path.expanduser()}'?)"
     missing = path
@@ -244,7 +277,7 @@ def _near(path: Path) -> str:
 
 
 def _hint(folder: Path, names: tuple[str, ...]) -> str:
-    """Where else wanted files are, as a continuation of a sentence."""
+    """Return other places of wanted files, as the end of a sentence."""
     if not folder.is_dir():
         return f", which does not exist{_near(folder)}"
     within = sorted({path.parent.name for name in names for path in folder.glob(f"*/{name}")})

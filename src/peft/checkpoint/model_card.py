@@ -7,27 +7,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .._version import __version__
 from ..base.errors import warn
 from .files import alone_in, write_text
+from .protocols import AdapterConfig
 
-# What hosting sites call the use of a model that is certain by its task type.
+# Names of hosting sites for uses of a model, where the task type determines them.
 _PIPELINES = {"CAUSAL_LM": "text-generation"}
 _METADATA = re.compile(r"\s*---\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
 
 
-def update_model_card(folder: Path, config: Any, model: Any) -> None:
-    """Write a model card into `folder`, or bring the metadata of the one that is there up to date.
+def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> None:
+    """Write a model card, or update the metadata of an existing one.
 
     Metadata that can't be read is left as it is, with a warning.
 
     Args:
-        folder: Where it lies.
+        folder: The folder of the adapter.
         config: The adapter's config.
         model: The base model.
     """
-    # By itself: huggingface_hub's cards take longer to import than an adapter takes to save.
-    import yaml
+    import yaml  # importing huggingface_hub's cards takes longer than saving an adapter
 
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else _body(config)
@@ -43,12 +45,12 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
         )
         return
     data["library_name"] = "peft"
-    tags = {*map(str, _as_list(data.get("tags"))), *(getattr(model, "model_tags", None) or [])}
+    tags = {*map(str, _as_list(data.get("tags"))), *(getattr(model, "model_tags", None) or ())}
     name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers models
     if name is not None:
         data["base_model"] = name
         tags.update(("transformers", f"base_model:adapter:{name}"))
-    if config.task_type in _PIPELINES:
+    if config.task_type is not None and config.task_type in _PIPELINES:
         data.setdefault("pipeline_tag", _PIPELINES[config.task_type])
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     data["tags"] = sorted({*tags, method})
@@ -61,15 +63,14 @@ def update_model_card(folder: Path, config: Any, model: Any) -> None:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """A card's list, which may be one word, or missing."""
+    """Return a list of a card, which may be a single word, or missing."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _body(config: Any) -> str:
+def _body(config: AdapterConfig) -> str:
     base = config.base_model_name_or_path or "its base model"
     return (
-        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\nAn adapter for "
-        f"{base}. "
-        "Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
+        f"# {getattr(config.peft_type, 'value', config.peft_type)} adapter\n\n"
+        f"An adapter for {base}. Load it with `PeftModel.from_pretrained(base_model, folder)`.\n\n"
         f"### Framework versions\n\n- PEFT {__version__}\n"
     )

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors with room for a larger rank than they have: zeros that fill up the rank of a low-rank
-pair leave its product as it is.
+"""Rank padding: low-rank factors with zeros up to a larger rank, which leave their product as it
+is.
 
-They are no part of the adapter. What is filled up is noted beside the adapter's config, and left
-out again on saving.
+The zeros are not part of the adapter. The unpadded sizes are kept with the adapter's config in the
+model, and saving cuts the tensors to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class RankRoom(NamedTuple):
-    """Where a tensor has its rank `r`.
+class RankPadding(NamedTuple):
+    """The dimension of a tensor that is its rank `r`, for padding.
 
     Args:
-        dim: The dimension along which it has `r // share` entries.
-        blocks: How many equal blocks they come in, each filled up by itself (the groups of a
-            convolution).
-        share: In how many parts the rank is.
+        dim: The dimension, with `r // share` entries.
+        blocks: Number of equal blocks in it that are padded separately (groups of a convolution).
+        share: Number of parts that the rank is split into.
     """
 
     dim: int
@@ -30,51 +29,65 @@ class RankRoom(NamedTuple):
     share: int = 1
 
     def size(self, rank: int) -> int:
-        """Entries along the dimension for a rank."""
+        """Return the entries of the dimension for a rank."""
         return rank // self.share
 
-    def holds(self, rank: int) -> bool:
-        """Whether a rank can be had: it has to come in whole parts and blocks."""
+    def allows(self, rank: int) -> bool:
+        """Return True if a rank can be split into the parts and blocks."""
         return rank % (self.share * self.blocks) == 0
 
-    def fits(self, tensor: Tensor, other: Tensor) -> bool:
-        """Whether two tensors differ in rank only."""
+    def differs_in_rank_only(self, tensor: Tensor, other: Tensor) -> bool:
+        """Return True if the shapes of two tensors are equal except for this dimension."""
         first, second = list(tensor.shape), list(other.shape)
         first[self.dim : self.dim + 1] = second[self.dim : self.dim + 1] = []
         return tensor.dim() == other.dim() and first == second
 
-    def filled(self, tensor: Tensor, size: int) -> Tensor:
-        """A tensor filled up with zeros to `size` entries along the dimension."""
+    def pad(self, tensor: Tensor, size: int) -> Tensor:
+        """Return a tensor with zeros up to `size` entries of the dimension."""
         parts = tensor.unflatten(self.dim, (self.blocks, -1))
         extra = size // self.blocks - parts.shape[self.dim + 1]
         padding = [0, 0] * (parts.dim() - self.dim - 2) + [0, extra]
         return F.pad(parts, padding).flatten(self.dim, self.dim + 1)
 
     def cut(self, tensor: Tensor, size: int) -> Tensor:
-        """The first `size` entries along the dimension, of each block its share: what `filled` was
-        given.
-        """
+        """Return the first `size` entries of the dimension, the inverse of `pad`."""
         parts = tensor.unflatten(self.dim, (self.blocks, -1))
-        return (
-            parts.narrow(self.dim + 1, 0, size // self.blocks)
-            .flatten(self.dim, self.dim + 1)
-            .contiguous()
-        )
+        kept = parts.narrow(self.dim + 1, 0, size // self.blocks)
+        return kept.flatten(self.dim, self.dim + 1).contiguous()
 
 
-def filled_up(config: Any) -> dict[str, tuple[RankRoom, int]]:
-    """How many entries of tensors that are filled up are the adapter's own, by checkpoint key: none
-    of a layer that it does not have. To be changed by what fills up.
+class Unpadded(NamedTuple):
+    """A padded tensor's own size.
+
+    Args:
+        padding: Its rank dimension.
+        size: Entries of it that are the adapter's; 0 for a tensor that the adapter does not have.
     """
-    return vars(config).setdefault("_filled_up", {})
+
+    padding: RankPadding
+    size: int
 
 
-def without_filling(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """An adapter's tensors as they are without zeros that fill them up."""
-    own = vars(config).get("_filled_up", {})
+def unpadded_sizes(config: object) -> dict[str, Unpadded]:
+    """Return the own sizes of an adapter's padded tensors by checkpoint key, to be changed by what
+    pads.
+    """
+    return vars(config).setdefault("_unpadded_sizes", {})
+
+
+def set_unpadded_sizes(config: object, sizes: dict[str, Unpadded]) -> None:
+    """Replace the own sizes of an adapter's padded tensors."""
+    vars(config)["_unpadded_sizes"] = sizes
+
+
+def without_padding(state: Mapping[str, Tensor], config: object) -> dict[str, Tensor]:
+    """Return an adapter's tensors without padding."""
+    sizes: dict[str, Unpadded] = vars(config).get("_unpadded_sizes", {})
     result = {}
     for key, tensor in state.items():
-        room, size = own.get(key, (None, None))
-        if size != 0:
-            result[key] = tensor if room is None else room.cut(tensor, size)
+        own = sizes.get(key)
+        if own is None:
+            result[key] = tensor
+        elif own.size:
+            result[key] = own.padding.cut(tensor, own.size)
     return result

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that the modules of a model had before, for adapters written for them under those.
+"""Former names of a model's modules, for adapters that were saved under them.
 
-transformers renames modules from version to version, and has rules that turn a tensor's old name
-into its present one. A module of a checkpoint that the model has is never renamed; for others these
-rules are asked. Text and vision towers lost their inner `text_model.` and `vision_model.`; with
-them or without, they are found in any version.
+transformers renames modules from version to version, and has rules from a tensor's former name to
+its present one. A module of a checkpoint that the model has is never renamed; for others these
+rules are applied. Text and vision towers lost their inner `text_model.` and `vision_model.`;
+modules are found with and without these in any version.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ..base.containers import walk
 from ..base.errors import CheckpointError
 from ..integrations.distributed import unwrapped_name
 
-# What adapters put between a module's path and the names of its tensors.
-_WRAPPERS = ("base_layer", "original_module", "token_adapter", "modules_to_save")
+# Names that adapters insert between a module's path and the names of its tensors.
+_INSERTED = ("base_layer", "original_module", "token_adapter", "modules_to_save")
 _TOWERS = ("text_model", "vision_model")
 _ROOT = re.compile(r"(base_model\.(model\.)?)?")
 
 
 class _Rules(NamedTuple):
-    """The rules for a transformers model inside a model.
+    """The renaming rules of a transformers model inside a model.
 
     Args:
-        place: Its path, with a dot after it unless it is the model itself.
-        renamings, converters: Rules of transformers: names alone, and tensors.
-        prefix: What its own inner model is called.
+        root: Its path with a dot at the end, empty for the model itself.
+        renamings, converters: Rules of transformers for names, and for tensors.
+        prefix: Name of its inner base model.
         names: Names of its tensors.
     """
 
-    place: str
+    root: str
     renamings: list[Any]
     converters: list[Any]
     prefix: str
@@ -44,13 +44,12 @@ class _Rules(NamedTuple):
 
 
 class Renamed(NamedTuple):
-    """A checkpoint under the present names.
+    """A checkpoint with the present names of modules.
 
     Args:
         state: Its tensors.
-        paths: The present path of each module by that in the checkpoint; empty if they are the
-            same.
-        layers: Those of the modules that have adapters, by the path in the checkpoint.
+        paths: Present path of each module by that in the checkpoint; empty if all are the same.
+        layers: Paths in the checkpoint of the modules with adapters.
     """
 
     state: dict[str, Tensor]
@@ -59,7 +58,7 @@ class Renamed(NamedTuple):
 
 
 class ModuleNames:
-    """The modules of a model by the names that they have, and that they had.
+    """The present and former names of a model's modules.
 
     Args:
         model: The model, with or without adapters in it.
@@ -78,17 +77,21 @@ class ModuleNames:
         return self._known
 
     def now(self, path: str, is_adapted: bool = True) -> str | None:
-        """The path that the model has for a module of this one, or of this one before; None if it
-        has none.
+        """Return the present path of the module with this present or former path, None if there is
+        none.
+
+        Args:
+            path: The path.
+            is_adapted: True if the module has an adapter in the checkpoint.
 
         Raises:
-            CheckpointError: The module has an adapter and is a part of another one now.
+            CheckpointError: The module has an adapter and was fused into another module.
         """
         if path in self.paths:
             return path
         for rules in self._rules:
-            if path.startswith(rules.place):
-                found = rules.place + _renamed(path[len(rules.place) :], rules, is_adapted)
+            if path.startswith(rules.root):
+                found = rules.root + _renamed(path[len(rules.root) :], rules, is_adapted)
                 if found in self.paths:
                     return found
         if self._flat is None:
@@ -99,24 +102,24 @@ class ModuleNames:
         return found_there[0] if len(found_there) == 1 else None
 
     def before(self) -> dict[str, str]:
-        """The path that each module had before, as far as that is another."""
+        """Return the former paths of modules by their present ones, where they differ."""
         result = {}
         for rules in self._rules:
             back = [rule.reverse_transform() for rule in reversed(rules.renamings)]
             for path in self.paths:
-                if path.startswith(rules.place):
-                    name = f"{path[len(rules.place) :]}.weight"
+                if path.startswith(rules.root):
+                    name = f"{path[len(rules.root) :]}.weight"
                     for rule in back:
                         name, _ = rule.rename_source_key(name)
-                    old = rules.place + name.removesuffix(".weight")
+                    old = rules.root + name.removesuffix(".weight")
                     if old != path:
                         result[path] = old
         return result
 
 
 def names_in_files(model: nn.Module) -> dict[str, str]:
-    """What files of other programs call the modules of a text or vision encoder that is by itself:
-    with the `text_model.` or `vision_model.` that it had before, by the path that each has.
+    """Return the paths that other programs use in files for a separate text or vision encoder, with
+    the former `text_model.` or `vision_model.`, by present path.
     """
     before = ModuleNames(model).before()
     return {
@@ -127,54 +130,54 @@ def names_in_files(model: nn.Module) -> dict[str, str]:
 
 
 def plain_path(path: str) -> str:
-    """A module's path without what wrappers and adapters put into it."""
-    return ".".join(part for part in unwrapped_name(path).split(".") if part not in _WRAPPERS)
+    """Return a module's path without the parts that wrappers and adapters insert."""
+    return ".".join(part for part in unwrapped_name(path).split(".") if part not in _INSERTED)
 
 
 def renamed_state(
-    model: nn.Module, state: Mapping[str, Tensor], holders: Collection[str]
+    model: nn.Module, state: Mapping[str, Tensor], containers: Collection[str]
 ) -> Renamed:
-    """A checkpoint's tensors under the names that the model's modules have now.
+    """Return a checkpoint's tensors with the present names of the model's modules.
 
     Args:
         model: The base model.
         state: Tensors by checkpoint key.
-        holders: Names of the containers that an adapter has in its layers.
+        containers: Names of the containers in layers with adapters.
 
     Raises:
-        CheckpointError: A module is a part of another one now.
+        CheckpointError: A module was fused into another one.
     """
-    places = {key: _place(key, holders) for key in state}
+    split = {key: _split(key, containers) for key in state}
     names = ModuleNames(model)
     same = Renamed(dict(state), {}, [])
-    if all(path in names.paths for _, path, _ in places.values()):
+    if all(path in names.paths for _, path, _ in split.values()):
         return same
     layers = {
         path: None
-        for _, path, end in places.values()
-        if path and end.split(".")[1].startswith(tuple(holders))
+        for _, path, end in split.values()
+        if path and end.split(".")[1].startswith(tuple(containers))
     }
     found = {
-        path: names.now(path, is_adapted=path in layers) or path for _, path, _ in places.values()
+        path: names.now(path, is_adapted=path in layers) or path for _, path, _ in split.values()
     }
-    result = {f"{root}{found[path]}{end}": state[key] for key, (root, path, end) in places.items()}
-    if len(result) < len(state):  # two modules of the checkpoint would be one
+    result = {f"{root}{found[path]}{end}": state[key] for key, (root, path, end) in split.items()}
+    if len(result) < len(state):  # several keys of the checkpoint would be the same
         return same
     return Renamed(result, found, list(layers))
 
 
-def _place(key: str, holders: Collection[str]) -> tuple[str, str, str]:
-    """A checkpoint's key in three parts: what it begins with, a module's path, and what follows."""
+def _split(key: str, containers: Collection[str]) -> tuple[str, str, str]:
+    """Split a checkpoint's key into prefix, module path and the rest."""
     root = _ROOT.match(key)
     assert root is not None
     parts = key[root.end() :].split(".")
     ends = (
         i
         for i, part in enumerate(parts)
-        if any(part == name or part.startswith(f"{name}_topk") for name in holders)
+        if any(part == name or part.startswith(f"{name}_topk") for name in containers)
     )
     end = next(ends, len(parts) - 1)
-    while end and parts[end - 1] in _WRAPPERS:
+    while end and parts[end - 1] in _INSERTED:
         end -= 1
     return (
         root.group(),
@@ -188,7 +191,7 @@ def _without_towers(path: str) -> str:
 
 
 def _rules(model: nn.Module) -> Iterator[_Rules]:
-    """The rules for each outermost transformers model in a model; none for versions that have no
+    """Yield the rules of each outermost transformers model in a model, if the installed version has
     such rules.
     """
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
@@ -199,11 +202,11 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
     except ImportError:
         return
-    inside: list[str] = []
+    roots: list[str] = []
     for path, module in walk(model):
-        if not isinstance(module, kind) or any(path.startswith(place) for place in inside):
+        if not isinstance(module, kind) or any(path.startswith(root) for root in roots):
             continue
-        inside.append(place := f"{path}." if path else "")
+        roots.append(root := f"{path}." if path else "")
         rules = get_model_conversion_mapping(module, add_legacy=False)
         names = {
             f"{plain_path(inner)}.weight": True for inner, part in walk(module) if part._parameters
@@ -211,7 +214,7 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         yield _Rules(
-            plain_path(place.rstrip(".")) + "." * bool(path),
+            plain_path(root.rstrip(".")) + "." * bool(path),
             renamings,
             converters,
             module.base_model_prefix,
@@ -220,7 +223,7 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
 
 
 def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
-    """A module's path after all rules, which are for names of tensors."""
+    """Return a module's path after all rules, which are for names of tensors."""
     from transformers.core_model_loading import rename_source_key
 
     name, fused = rename_source_key(
@@ -230,9 +233,8 @@ def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
         return path
     if fused is not None:
         raise CheckpointError(
-            f"`{rules.place}{path}` is a part of `{rules.place}{name}` in the installed version of "
-            "transformers, and an adapter of "
-            "the part is none of the whole; nothing was loaded. Use the version that the adapter "
-            "was written with."
+            f"`{rules.root}{path}` is a part of `{rules.root}{name}` in the installed version of "
+            "transformers, and an adapter of the part is none of the whole; nothing was loaded. "
+            "Use the version that the adapter was written with."
         )
     return name.removesuffix(".weight")

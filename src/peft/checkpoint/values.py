@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a checkpoint that no adapter can work with: NaN, infinite, or beyond what the adapter's
-dtype holds.
+"""Warnings about NaN, infinite and too large values in a checkpoint.
 
-All readers keep one rule: such a checkpoint is loaded, for one may want to look at a run that
-diverged, and a warning names its tensors.
+All readers load such a checkpoint, since a user may want to inspect a run that diverged, and warn
+with the names of its tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ def warn_of_values(
     expected: Mapping[str, Tensor],
     masked: Collection[str] = (),
 ) -> None:
-    """Warn of the tensors of a checkpoint that have values which are NaN, infinite, or too large
-    for where they go.
+    """Warn about tensors with values that are NaN, infinite, or too large for the adapter's dtype.
 
     Args:
-        source: What the checkpoint is called in the message.
-        state: Its tensors. Those without values (on the meta device, fake) or in pieces (DTensors)
-            are not looked at.
-        expected: The tensors they go to, by the same keys.
-        masked: Parts of keys of tensors in which minus infinity stands for what is left out.
+        source: Name of the checkpoint, for the message.
+        state: Its tensors. Meta, fake and distributed tensors are not checked.
+        expected: The adapter's tensors, by the same keys.
+        masked: Parts of keys of tensors in which minus infinity stands for a masked entry.
     """
     diverged, too_large = [], []
     for key, (low, high) in _extremes(state).items():
@@ -45,27 +42,26 @@ def warn_of_values(
     if diverged:
         warn(
             f"{source} has values that are NaN or infinite, and so will the outputs be: "
-            f"{some(diverged)}. It is loaded as it is; "
-            "the training that wrote it went wrong, take a checkpoint of an earlier step."
+            f"{some(diverged)}. It is loaded as it is; the training that wrote it went wrong, take "
+            "a checkpoint of an earlier step."
         )
     if too_large:
         warn(
             f"{source} has values that are infinite in the dtype of the adapter in the model: "
-            f"{some(too_large)}. It is loaded so; "
-            "give the adapter a wider dtype (`autocast_adapter_dtype=True`, or cast the model "
-            "before)."
+            f"{some(too_large)}. It is loaded so; give the adapter a wider dtype "
+            "(`autocast_adapter_dtype=True`, or cast the model before)."
         )
 
 
 def some(keys: Collection[str]) -> str:
-    """Return keys for a message, the first of many."""
+    """Return keys for a message, at most eight of them."""
     return ", ".join(list(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 @torch.no_grad()
 def _extremes(state: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest value of each tensor, NaN where one is; a device is
-    waited for once a dtype.
+    """Return the smallest and largest value of each tensor, NaN if it has any, with one device
+    synchronization per dtype.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
     for key, tensor in state.items():
@@ -77,7 +73,7 @@ def _extremes(state: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         ):
             continue
         low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
-        if type(low) is Tensor:  # fake ones have no values
+        if type(low) is Tensor:  # fake tensors have no values
             groups.setdefault((low.device, low.dtype), []).append((key, low, high))
     result: dict[str, tuple[float, float]] = {}
     for group in groups.values():

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a base model's vocabulary: whether it was changed since the model was loaded, and
-what an adapter needs.
-"""
+"""The size of a base model's vocabulary: detect a change of it, and resize it for an adapter."""
 
 from __future__ import annotations
 
@@ -14,15 +12,17 @@ from ..base.containers import walk
 from ..base.errors import PeftError
 from .files import read_json
 from .hub import find_file
+from .keys import MODEL_ROOT
+from .protocols import AdapterConfig
 from .renamed_modules import ModuleNames, plain_path
 
 
-def was_resized(model: nn.Module, config: Any) -> bool:
-    """Whether a transformers model has another number of tokens than the model its adapter's config
-    names as its base.
+def was_resized(model: nn.Module, config: AdapterConfig) -> bool:
+    """Return True if a transformers model has another number of tokens than the base model that its
+    adapter's config names.
 
-    Looks in the base model's folder, or among the files of the Hub that are on this machine;
-    nothing is downloaded. Where neither has the base model's config, the answer is no.
+    The base model's config is read from its folder or the local cache of the Hub; nothing is
+    downloaded. Without it the result is False.
 
     Args:
         model: The base model, or a model around it.
@@ -32,22 +32,16 @@ def was_resized(model: nn.Module, config: Any) -> bool:
     if config.base_model_name_or_path is None or now is None:
         return False
     try:
-        before = _size(
-            read_json(
-                find_file(
-                    config.base_model_name_or_path, ("config.json",), {"local_files_only": True}
-                )
-            )
-        )
+        local = {"local_files_only": True}
+        path = find_file(config.base_model_name_or_path, ("config.json",), local)
+        before = _size(read_json(path))
     except PeftError:
         return False
     return before is not None and before != now
 
 
 def _size(content: dict[str, Any]) -> int | None:
-    """The vocabulary's size in a model's config; of models of several kinds of input that of the
-    text.
-    """
+    """Return the vocabulary's size in a model's config; of a multimodal model, that of the text."""
     for part in (content, content.get("text_config") or {}):
         if part.get("vocab_size") is not None:
             return part["vocab_size"]
@@ -57,14 +51,14 @@ def _size(content: dict[str, Any]) -> int | None:
 def fit_vocabulary(
     model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: Mapping[str, int]
 ) -> None:
-    """Give a transformers model as many tokens as an adapter's checkpoint has rows for, padding
-    included. It is left alone where the checkpoint has none, or several numbers of them.
+    """Resize a transformers model's vocabulary to the number of tokens in an adapter's checkpoint,
+    padding included. Nothing is done if the checkpoint has no such number, or several.
 
     Args:
         model: The base model.
         shapes: Shapes of the checkpoint's tensors by key.
-        by_token: Names of the method's parameters that have one entry for each token, with the
-            dimension.
+        by_token: Names of the method's parameters with an entry for each token, and the dimension
+            of these entries.
     """
     if not hasattr(model, "resize_token_embeddings"):
         return
@@ -81,7 +75,7 @@ def fit_vocabulary(
             places[plain_path(path)] = module
     rows = set()
     for key, shape in shapes.items():
-        plain = key.removeprefix("base_model.model.")
+        plain = key.removeprefix(MODEL_ROOT)
         for end, dim in ends.items():
             path = plain.removesuffix(f".{end}")
             place = (

@@ -20,14 +20,9 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
-from ..checkpoint.state_dict import (
-    check_complete,
-    check_state,
-    checkpoint_key,
-    companion_tensors,
-    in_view,
-    write_state,
-)
+from ..checkpoint.checks import check_complete, check_state
+from ..checkpoint.keys import checkpoint_key, companion_tensors, in_view
+from ..checkpoint.writing import write_state
 from ..config import PeftConfig, TargetedConfig, is_int
 from ..integrations.distributed import state_tensors
 from . import combined_heads

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.containers import walk
 from ..base.errors import PeftValueError, UnsupportedModuleError
 from ..base.validation import check_adapter
-from ..checkpoint.state_dict import MODEL_ROOT
+from ..checkpoint.keys import MODEL_ROOT
 from ..config import PeftConfig
 from .adapted_model import AdaptedModel
 from .adapter_choice import active_in, adapter_meant

@@ -8,15 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.state_dict import (
-    MODEL_ROOT,
-    ROOT,
-    adapter_tensors,
-    check_complete,
-    check_state,
-    in_view,
-    write_state,
-)
+from ..checkpoint.checks import check_complete, check_state
+from ..checkpoint.keys import MODEL_ROOT, ROOT, adapter_tensors, in_view
+from ..checkpoint.writing import write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors
 from .injection import Build

@@ -20,7 +20,7 @@ from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
 from ..base.geometry import Geometry, Placement, columns
-from ..checkpoint.rank_padding import RankRoom
+from ..checkpoint.rank_padding import RankPadding
 from ..integrations.accelerate import loaded_weights
 from ..ops.dispatch import can_fuse, is_ordinary
 from ..ops.exact_merge import Recipe, unchanged
@@ -210,7 +210,7 @@ class BaseTunerLayer(nn.Module):
         numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
         return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
 
-    def rank_room(self, container: str) -> RankRoom | None:
+    def rank_padding(self, container: str) -> RankPadding | None:
         """Return where zeros added to a container's tensors leave the delta as it is, or None."""
         return None
 

@@ -18,23 +18,20 @@ from ..base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError, 
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..checkpoint.checks import LoadResult, check_complete, check_state
 from ..checkpoint.files import CONFIG_NAME
 from ..checkpoint.hub import local_folder
-from ..checkpoint.paths import check_path
-from ..checkpoint.state_dict import (
+from ..checkpoint.keys import (
     MODEL_ROOT,
     ROOT,
-    LoadResult,
     adapter_tensors,
-    check_complete,
-    check_state,
     checkpoint_key,
-    holders,
-    import_state,
+    container_names,
     in_view,
-    write_state,
 )
+from ..checkpoint.paths import check_path
 from ..checkpoint.values import some, warn_of_values
+from ..checkpoint.writing import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import unwrapped_name
 from .injection import Build
@@ -252,7 +249,7 @@ def understood(
     there.
     """
     named: dict[str, dict[str, str]] = {}
-    containers = {*holders(config), "modules_to_save"}
+    containers = {*container_names(config), "modules_to_save"}
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
     for key in state:
         name = unwrapped_name(key)

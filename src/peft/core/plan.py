@@ -332,9 +332,9 @@ def _raise_unmatched(
         )
     adaptable = _adaptable(tuner, config, modules)
     if whole or _targets.select(
-        modules, config.target_modules, None, *unmatched_names.layer_choice(config)
+        modules, config.target_modules or (), None, *unmatched_names.layer_choice(config)
     ):
-        named = _targets.select([*modules, *whole], config.target_modules)
+        named = _targets.select([*modules, *whole], config.target_modules or ())
         raise NoMatchingPeftModuleError(
             "No modules were targeted for adaptation. This might be caused by a combination of "
             "mismatched target modules and "

@@ -151,12 +151,12 @@ class BaseTuner(AdaptedModel[C]):
         """Update the method's state after a checkpoint was written into an adapter of `model`."""
 
     @classmethod
-    def _export_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
+    def export_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
         """Return an adapter's tensors in the storage format of a checkpoint."""
         return state
 
     @classmethod
-    def _import_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
+    def import_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
         """Return a checkpoint's tensors in the form that the model holds them in."""
         return state
 

@@ -20,13 +20,9 @@ from ..base.tensors import (
     shift_tokens_right,
     transpose,
 )
-from ..checkpoint.state_dict import (
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
+from ..checkpoint.hub import load_peft_weights
+from ..checkpoint.reading import get_base_model_state_dict, get_peft_model_state_dict
+from ..checkpoint.writing import set_base_model_state_dict, set_peft_model_state_dict
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.kbit import prepare_model_for_kbit_training

@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading of adapters' state dicts, at its documented place."""
 
-from ..checkpoint.state_dict import (
+from ..checkpoint.checks import LoadResult, check_complete, check_state
+from ..checkpoint.hub import load_peft_weights
+from ..checkpoint.keys import (
     MODEL_ROOT,
     ROOT,
-    LoadResult,
     adapter_config,
     adapter_tensors,
-    check_complete,
-    check_state,
     checkpoint_key,
     companion_tensors,
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    holders,
-    import_state,
     in_view,
     is_embedding,
-    load_peft_weights,
+)
+from ..checkpoint.keys import container_names as holders
+from ..checkpoint.reading import get_base_model_state_dict, get_peft_model_state_dict, unmerged
+from ..checkpoint.writing import (
+    import_state,
     set_base_model_state_dict,
     set_peft_model_state_dict,
-    unmerged,
     write_state,
 )
 

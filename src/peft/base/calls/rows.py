@@ -38,7 +38,9 @@ _TOKENS = {
 class LayerWithLayout(Protocol):
     """A layer that tells where the samples lie in its input."""
 
-    layout: RowLayout
+    @property
+    def layout(self) -> RowLayout:
+        """The layout of its input."""
 
 
 class RowOwners(NamedTuple):

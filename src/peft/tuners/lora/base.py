@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
-from ...checkpoint.rank_padding import RankRoom
+from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
 from ...core.cost import AdapterCost, thin_cost
@@ -341,14 +341,14 @@ class LoraLayer(BaseTunerLayer):
         bias: Any = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
         return None if bias is None else bias.detach() * scale
 
-    def rank_room(self, container: str) -> RankRoom | None:
+    def rank_padding(self, container: str) -> RankPadding | None:
         """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a
         share for each.
         """
         groups = getattr(self.get_base_layer(), "groups", 1)
         if container in ("lora_A", "lora_embedding_A"):
-            return RankRoom(0, blocks=groups)
-        return RankRoom(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None
+            return RankPadding(0, blocks=groups)
+        return RankPadding(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of factors of rank `r`."""

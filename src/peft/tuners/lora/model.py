@@ -138,7 +138,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         return combining.combine(self.peft_config, layers, request)
 
     @classmethod
-    def _export_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    def export_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """A checkpoint has DoRA's lengths under the container's name."""
         return {
             key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t
@@ -164,7 +164,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         return with_start(config, state, starts)
 
     @classmethod
-    def _import_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    def import_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """The layers have DoRA's lengths in modules, and a start that is drawn apart from the rest."""
         state = without_start(config, state) if is_random(config.init_lora_weights) else state
         return {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError, warn
 from ...base.patterns import format_patterns
-from ...checkpoint.state_dict import MODEL_ROOT, ROOT
+from ...checkpoint.keys import MODEL_ROOT, ROOT
 from ...core.targets import pattern_value
 
 # What a config's `start` says where the adapter starts as it would again.

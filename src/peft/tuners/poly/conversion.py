@@ -21,8 +21,8 @@ from ...base.errors import (
 )
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
+from ...checkpoint.keys import MODEL_ROOT, companion_tensors, in_view
 from ...checkpoint.paths import as_folder
-from ...checkpoint.state_dict import MODEL_ROOT, companion_tensors, in_view
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads
 from ...core import targets as _targets

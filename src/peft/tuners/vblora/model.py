@@ -14,7 +14,7 @@ from ...base.constants import DEFAULT_TARGET_MODULES
 from ...base.containers import named_tensors, walk
 from ...base.errors import CheckpointError, warn
 from ...base.geometry import Placement
-from ...checkpoint.state_dict import adapter_tensors, in_view
+from ...checkpoint.keys import adapter_tensors, in_view
 from ...checkpoint.values import warn_of_values
 from ...core.adapter_choice import adapter_meant
 from ...core.base_layer import expected_layout, geometry
@@ -256,12 +256,12 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             )
 
     @classmethod
-    def _export_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+    def export_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
         """Full logits, or indices and weights of the chosen vectors, as the config has it now."""
         return export_state(state, config)
 
     @classmethod
-    def _import_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+    def import_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
         """The tensors of the form in which the model holds the adapter, of whichever form the
         checkpoint has.
 

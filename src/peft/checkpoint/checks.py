@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparison of a checkpoint with the tensors that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..base.constants import SEQ_CLS_HEAD_NAMES
+from ..base.containers import walk
+from ..base.errors import CheckpointError, PeftRuntimeError, warn
+from ..integrations.distributed import check_gathered
+from .values import some
+
+
+class LoadResult(NamedTuple):
+    """Keys that are in only one of a checkpoint and an adapter."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def check_state(
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    ignore_mismatched_sizes: bool | None = None,
+) -> LoadResult:
+    """Compare a checkpoint with the tensors it is for.
+
+    Args:
+        expected: The tensors, by checkpoint key.
+        state: The checkpoint.
+        ignore_mismatched_sizes: Warn about other shapes and count them as missing; None if the
+            caller has no such option.
+
+    Raises:
+        CheckpointError: Shape or kind of a tensor differ.
+        PeftRuntimeError: ZeRO-3 has emptied a tensor.
+    """
+    check_gathered(expected)
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    mismatched = {}
+    for key, tensor in expected.items():
+        if key not in state:
+            continue
+        if state[key].shape != tensor.shape:
+            mismatched[key] = (
+                f"size mismatch for {key}: found shape {list(state[key].shape)} in the checkpoint "
+                f"and {list(tensor.shape)} in the model"
+            )
+        elif state[key].is_floating_point() != tensor.is_floating_point():
+            mismatched[key] = (
+                f"dtype mismatch for {key}: found {state[key].dtype}, the model has {tensor.dtype}"
+            )
+    problems = "; ".join(mismatched.values())
+    if mismatched and not ignore_mismatched_sizes:
+        message = f"The checkpoint does not fit the model; nothing was loaded. {problems}."
+        if number := _labels_in(expected, state):
+            message += (
+                f" The head in it has {number} labels: load the base model with "
+                f"`num_labels={number}` (of a stacked head, `num_labels=labels.total`)."
+            )
+        if ignore_mismatched_sizes is not None:
+            message += (
+                " `ignore_mismatched_sizes=True` leaves these tensors as they are, and loads the "
+                "others."
+            )
+        raise CheckpointError(message)
+    if mismatched:
+        warn(f"Not loaded, because you passed `ignore_mismatched_sizes=True`: {problems}")
+    return LoadResult([*missing, *mismatched], unexpected)
+
+
+def _labels_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of labels of a checkpoint's head, if the model's has another number."""
+    for key in expected.keys() & state.keys():
+        own, given, path = expected[key].shape, state[key].shape, key.split(".")[:-1]
+        is_head = bool(path) and path[-1] in SEQ_CLS_HEAD_NAMES and len(given) > 0
+        if is_head and own[:1] != given[:1] and own[1:] == given[1:]:
+            return given[0]
+    return None
+
+
+def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
+    """Check that a checkpoint had all tensors of its adapter and no others.
+
+    Args:
+        result: The result of `check_state`.
+        source: Name of the checkpoint, for the message.
+        remedy: Sentence at the end of the message.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected.
+    """
+    if not result.missing_keys and not result.unexpected_keys:
+        return
+    parts = [f"'{source}' does not hold this adapter's weights; nothing was loaded."]
+    if result.missing_keys:
+        parts.append(f"Missing keys: {some(result.missing_keys)}.")
+    if result.unexpected_keys:
+        parts.append(f"Unexpected keys: {some(result.unexpected_keys)}.")
+    raise CheckpointError(" ".join([*parts, *([remedy] if remedy else [])]))
+
+
+def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) -> None:
+    """Check that no adapter is merged into the weights that are to be written.
+
+    Args:
+        model: The model.
+        targets: Tensors that are to be written; None for all weights of the base model.
+
+    Raises:
+        PeftRuntimeError: An adapter is merged into one of them.
+    """
+    ids = None if targets is None else {id(target) for target in targets}
+    for path, module in walk(model):
+        if (names := vars(module).get("merged_adapters")) and (
+            ids is None or not ids.isdisjoint(map(id, module.get_base_layer().parameters()))  # type: ignore[operator]
+        ):
+            raise PeftRuntimeError(
+                f"`{path}`: {', '.join(names)} is merged into the weight that is to be written; "
+                "call `unmerge_adapter` before."
+            )

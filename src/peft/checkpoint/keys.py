@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors that belong to an adapter, and their keys in a checkpoint.
+
+A key is the parameter's name without the adapter's name: `…q_proj.lokr_w1.default` in the model is
+`…q_proj.lokr_w1` in the file. Keys are never parsed when a checkpoint is loaded: the adapter's
+tensors in the model are listed by their keys, and the file is compared with that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..base.validation import check_adapter
+from ..integrations.distributed import unwrapped_name
+from .protocols import AdapterConfig, tuner_class
+
+T = TypeVar("T")
+
+ROOT = "base_model."
+MODEL_ROOT = "base_model.model."
+# Containers of the rows of embeddings and the whole modules that adapters of all methods can train.
+TOKEN_ROWS = "trainable_tokens_delta"
+WHOLE_MODULES = "modules_to_save"
+# Names of token embeddings, and of the output head that can share their weight.
+_EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "embed_out",
+)
+
+
+def checkpoint_key(
+    name: str, adapter_name: str, containers: Collection[str], shared: Collection[str] = ()
+) -> str | None:
+    """Return the key under which a tensor of the model is saved, None if it is not the adapter's.
+
+    Args:
+        name: The tensor's name in the model, without parts that wrappers insert.
+        adapter_name: The adapter.
+        containers: Names of the containers with an entry for each adapter.
+        shared: Containers that all layers share, which are saved at the root wherever they are.
+    """
+    if f".{adapter_name}" not in name:
+        return None
+    parts = name.split(".")
+    for i in range(len(parts) - 1):
+        if parts[i + 1] == adapter_name:
+            if parts[i] in shared:
+                return (ROOT if name.startswith(ROOT) else "") + parts[i]
+            if parts[i] in containers:
+                layer = parts[:i]
+                # A layer inside that of another method is saved as if it was alone.
+                while layer[-1:] == ["base_layer"]:
+                    layer.pop()
+                return ".".join([*layer, parts[i], *parts[i + 2 :]])
+            if parts[i] == WHOLE_MODULES:
+                return ".".join(parts[:i] + parts[i + 2 :])
+    return None
+
+
+def adapter_tensors(
+    named: Iterable[tuple[str, T]],
+    config: AdapterConfig,
+    adapter_name: str,
+    embeddings: bool | Container[str] = False,
+) -> dict[str, T]:
+    """Return an adapter's tensors by checkpoint key.
+
+    Args:
+        named: Tensors of the model with their names.
+        config: The adapter's config.
+        adapter_name: The adapter.
+        embeddings: True adds all token embeddings, a collection those with these keys.
+    """
+    own = container_names(config)
+    shared = tuner_class(config).shared_parameter_names
+    tensors = {unwrapped_name(name): tensor for name, tensor in named}
+    result = {}
+    for name, tensor in tensors.items():
+        key = checkpoint_key(name, adapter_name, own, shared)
+        if key is not None:
+            result[key] = tensor
+    # An adapter's copy of a module comes before the module's own tensors of the same key.
+    if config.trained_biases != "none":
+        for name in _trained_biases(tensors, config, own):
+            result.setdefault(name, tensors[name])
+    for name, tensor in tensors.items() if embeddings else ():
+        if is_embedding(name) and (
+            embeddings is True or (not isinstance(embeddings, bool) and name in embeddings)
+        ):
+            result.setdefault(name, tensor)
+    return result
+
+
+def _trained_biases(
+    names: Collection[str], config: AdapterConfig, containers: Collection[str]
+) -> Iterator[str]:
+    """Yield the names of the base model's biases that an adapter trains."""
+    adapted = {
+        name.rpartition(f".{container}.")[0]
+        for name in names
+        for container in containers
+        if f".{container}." in name
+    }
+    inside = {WHOLE_MODULES, "original_module", *containers}
+    for name in names:
+        layer = name.removesuffix(".base_layer.bias")
+        is_trained = config.trained_biases == "all" or layer in adapted
+        if name.endswith(".bias") and is_trained and inside.isdisjoint(name.split(".")):
+            yield name
+
+
+def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | None:
+    """Return the adapters whose tensors have to be looked at to find those of `adapter_names`, None
+    for all: biases are trained in the layers of each.
+    """
+    return adapter_names if config.trained_biases == "none" else None
+
+
+def companion_tensors(
+    named: Iterable[tuple[str, T]], config: AdapterConfig, adapter_name: str
+) -> dict[str, T]:
+    """Return an adapter's tensors that are not its method's, by checkpoint key: whole modules, rows
+    of embeddings, trained biases.
+    """
+    own = container_names(config) - {TOKEN_ROWS}
+    return {
+        key: tensor
+        for key, tensor in adapter_tensors(named, config, adapter_name).items()
+        if own.isdisjoint(key.split("."))
+    }
+
+
+def is_embedding(name: str) -> bool:
+    """Return True for the weight of a token embedding or of an output head like it."""
+    if not name.endswith(".weight"):
+        return False
+    parts = name.replace(".token_adapter", "").replace(".base_layer", "").split(".")
+    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _EMBEDDINGS
+
+
+def container_names(config: AdapterConfig) -> set[str]:
+    """Return the names of the containers with an entry for each adapter of a config's method."""
+    tuner = tuner_class(config)
+    return {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names, TOKEN_ROWS}
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> Any:
+    """Return the config of an adapter in a model.
+
+    Raises:
+        PeftTypeError: The name is no string.
+        PeftValueError: There is no such adapter.
+    """
+    configs: Any = getattr(model, "peft_config", None)
+    check_adapter(adapter_name, configs if isinstance(configs, dict) else ())
+    return configs[adapter_name]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs, layers and tuners as this folder uses them; they are defined on higher floors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from .rank_padding import RankPadding
+
+
+class AdapterConfig(Protocol):
+    """The config of an adapter."""
+
+    peft_type: str | PeftType | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    inference_mode: bool
+
+    @property
+    def trained_biases(self) -> str:
+        """Biases that are trained too: "none", "all", or another value for the adapted layers'."""
+
+    def validate(self) -> None:
+        """Check all fields."""
+
+
+class AdapterLayer(Protocol):
+    """A layer with adapters."""
+
+    container_names: ClassVar[tuple[str, ...]]
+    value_names: ClassVar[tuple[str, ...]]
+    base_layer: nn.Module
+    scaling: dict[str, Any]
+    merged_adapters: list[str]
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the innermost layer, without adapters."""
+
+    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
+        """Yield an adapter's tensors."""
+
+    def rank_padding(self, container: str) -> RankPadding | None:
+        """Return where tensors of a container have their rank; None if it can't be padded."""
+
+    def hold_scale(self, adapter_name: str, scale: Any) -> None:
+        """Set an adapter's scale, in place if it is a tensor."""
+
+    def adopt_settings(self, adapter_name: str, other: Any, other_name: str) -> None:
+        """Take over a method's settings of an adapter in another layer."""
+
+
+class AdapterBuild(Protocol):
+    """An adapter that is complete but not in the model."""
+
+    layers: dict[str, Any]
+    shared: dict[str, nn.Parameter]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the adapter's tensors with the names that they will have in the model."""
+
+
+class Tuner(Protocol):
+    """The tuner of a method."""
+
+    model: nn.Module
+    tuner_layer_cls: ClassVar[type[AdapterLayer]]
+    # Parameters that all layers share, registered at the root of the model.
+    shared_parameter_names: ClassVar[tuple[str, ...]]
+    # Tensors in which minus infinity stands for a masked entry.
+    masked_names: ClassVar[tuple[str, ...]]
+    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]]
+    saved_bare: ClassVar[Mapping[str, str]]
+
+    @classmethod
+    def of(cls, model: Any, config: Any) -> Tuner:
+        """Return the tuner of a model's adapters."""
+
+    @classmethod
+    def export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Return an adapter's tensors in the storage format of its checkpoint."""
+
+    @classmethod
+    def import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint in the storage format of the adapter."""
+
+    @classmethod
+    def check_loadable(cls, model: nn.Module, adapter_name: str) -> None:
+        """Check that an adapter can get new values."""
+
+    @classmethod
+    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
+        """Update what depends on an adapter's values."""
+
+    def named_tuner_layers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the layers with adapters, with their paths."""
+
+    def present_names(
+        self, config: Any, state: Mapping[str, Tensor]
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return a config and a checkpoint with the present names of the model's modules."""
+
+    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+        """Yield reasons why a config does not fit a module."""
+
+    def build_for(
+        self, adapter_name: str, config: Any, layers: Mapping[str, Any], known: Any
+    ) -> AdapterBuild:
+        """Make an adapter without values for layers of the model."""
+
+
+def tuner_class(config: AdapterConfig) -> type[Tuner]:
+    """Return the tuner class of a config's method.
+
+    Raises:
+        PeftValueError: The method is not implemented.
+    """
+    return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
