@@ -18,7 +18,6 @@ from peft.tuners.lokr.kronecker import (
     contraction_order,
     dense_left,
     dense_right,
-    flat_kronecker_weight,
     kronecker_conv,
     kronecker_linear,
     kronecker_weight,
@@ -229,7 +228,7 @@ def test_weights(case, scale):
     )
     if len(kernel) == 1:
         expected = reference_weight(f, kernel, scale, flat=True)
-        torch.testing.assert_close(flat_kronecker_weight(f, kernel, scale), expected)
+        torch.testing.assert_close(kronecker_weight(f, kernel, scale, flat=True), expected)
 
 
 def test_tucker_rank_one_and_kernel_of_one_tap():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
-from peft.tuners.lokr.kronecker import KroneckerFactors, flat_kronecker_weight, kronecker_weight
+from peft.tuners.lokr.kronecker import KroneckerFactors, kronecker_weight
 from peft.tuners.lokr.lowrank import kronecker_low_rank, nearest_product
 from peft.tuners.lokr.shapes import factor_shapes
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
@@ -41,7 +41,7 @@ def factors(options, kernel, seed=0, dtype=torch.float64):
 
 
 def dense(f, kernel, scale=1.0, flat=False):
-    return (flat_kronecker_weight if flat else kronecker_weight)(f, kernel, scale).flatten(1)
+    return kronecker_weight(f, kernel, scale, flat).flatten(1)
 
 
 def side_rank(f, names, kernel):

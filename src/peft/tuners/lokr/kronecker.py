@@ -93,46 +93,33 @@ def dense_right(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
 
 
 def kronecker_weight(
-    f: KroneckerFactors, kernel: Sequence[int] = (), scale: float | Tensor = 1.0
+    f: KroneckerFactors,
+    kernel: Sequence[int] = (),
+    scale: float | Tensor = 1.0,
+    flat: bool = False,
 ) -> Tensor:
     """Return the dense `ΔW = scale · (W1 ⊗ W2)` for merging:
     `ΔW[i·c + p, j·d + q] = scale · W1[i, j] · W2[p, q]`.
+
+    With `flat` it is `scale · (W2 ⊗ W1)`: `ΔW[p·a + i, q·b + j] = scale · W1[i, j] · W2[p, q]`.
+    Files of Hugging Face PEFT 0.21.2 mean that product for a full three-dimensional `W2`
+    (`nn.Conv1d`), since it computes `torch.kron(W1, W2).reshape(out, in, k)`: `torch.kron` adds the
+    missing axis of `W1` in front, which pairs `a` with `d` and `b` with `k`.
 
     Args:
         f: The adapter's tensors.
         kernel: Kernel size of a convolution; empty for a linear layer.
         scale: A number or a zero-dimensional tensor.
+        flat: Swap the two sides.
 
     Returns:
         `[a·c, b·d, *kernel]`, at one multiplication per element.
 
     Source: arXiv:2309.14859, eq. 4
     """
-    return _kron(dense_left(f) * scale, dense_right(f, kernel))
-
-
-def flat_kronecker_weight(
-    f: KroneckerFactors, kernel: Sequence[int], scale: float | Tensor = 1.0
-) -> Tensor:
-    """Return the dense `scale · (W2 ⊗ W1)`: `kronecker_weight` with the two sides swapped.
-
-    Hugging Face PEFT 0.21.2 computes `torch.kron(W1, W2).reshape(out, in, k)` for a full
-    three-dimensional `W2` (`nn.Conv1d`). `torch.kron` adds the missing axis of `W1` in front, which
-    pairs `a` with `d` and `b` with `k`; in memory order the result is
-    `ΔW[p·a + i, q·b + j] = scale · W1[i, j] · W2[p, q]`. This is a Kronecker product in the other
-    order, so `kronecker_conv(flat=True)` applies it without a dense weight too.
-
-    Args:
-        f: The adapter's tensors.
-        kernel: Kernel size of the convolution.
-        scale: A number or a zero-dimensional tensor.
-
-    Returns:
-        `[c·a, d·b, *kernel]`, at one multiplication per element.
-
-    Source: arXiv:2309.14859, eq. 4, with the order of files written by Hugging Face PEFT
-    """
-    return _kron(dense_right(f, kernel), dense_left(f) * scale)
+    W1, W2 = dense_left(f) * scale, dense_right(f, kernel)
+    major, minor = (W2, W1) if flat else (W1, W2)
+    return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
 
 
 def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Tensor:
@@ -272,7 +259,7 @@ def kronecker_conv(
         stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding is with
             zeros.
         scale: A number or a zero-dimensional tensor; multiplied into the smallest factor.
-        flat: Use the weight of `flat_kronecker_weight`.
+        flat: Swap the two sides, as in `kronecker_weight`.
 
     Returns:
         `[batch, out, *space']` or `[out, *space']`.
@@ -283,8 +270,7 @@ def kronecker_conv(
     w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, kernel), scale)
     (a, *_), (_, b, *_), (c, *_), (_, d, *_) = shapes(w1s[-1], w1s[0], w2s[-1], w2s[0])
     if b * d == 1:
-        weight = (flat_kronecker_weight if flat else kronecker_weight)(f, kernel, scale)
-        return conv(x, weight, groups=groups)
+        return conv(x, kronecker_weight(f, kernel, scale, flat), groups=groups)
     batched = x if x.dim() == len(kernel) + 2 else x[None]
     # The slower index of the output channels; groups divide it.
     major, grid_shape = (c, (d, b)) if flat else (a, (b, d))
@@ -338,13 +324,6 @@ def _fold_scale(w1s: Maps, w2s: Maps, scale: float | Tensor) -> tuple[Maps, Maps
     smallest = sizes.index(min(sizes))
     maps[smallest] = maps[smallest] * scale
     return tuple(maps[: len(w1s)]), tuple(maps[len(w1s) :])
-
-
-def _kron(major: Tensor, minor: Tensor) -> Tensor:
-    """Return the Kronecker product `[a·c, b·d, *kernel]` of `[a, b]` and `[c, d]`; either may have
-    the kernel.
-    """
-    return torch.einsum("ab...,cd...->acbd...", major, minor).flatten(0, 1).flatten(1, 2)
 
 
 def _order(

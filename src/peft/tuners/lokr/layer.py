@@ -23,7 +23,6 @@ from ..lycoris_utils import LycorisLayer
 from .cost import cost
 from .kronecker import (
     KroneckerFactors,
-    flat_kronecker_weight,
     kronecker_chain,
     kronecker_conv,
     kronecker_linear,
@@ -207,12 +206,10 @@ class LoKrLayer(LycorisLayer):
         """Return ΔW as a function of its factors. For a decomposed adapter it is what is added
         before the norms apply.
         """
-        product = flat_kronecker_weight if self.flat_layout[adapter_name] else kronecker_weight
-        rows = self.row_offset[adapter_name], self.out_features
-        return Recipe(
-            _dense,
-            (product, self.geometry, self.factors(adapter_name), self.scale(adapter_name), *rows),
-        )
+        factors, scale = self.factors(adapter_name), self.scale(adapter_name)
+        flat, rows = self.flat_layout[adapter_name], self.out_features
+        first = self.row_offset[adapter_name]
+        return Recipe(_dense, (factors, self.geometry, scale, flat, first, rows))
 
     def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
         """Return this layer's rows of a product for fused layers."""
@@ -381,13 +378,13 @@ class Conv3d(LoKrLayer):
 
 
 def _dense(
-    product: Any,
-    geometry: Geometry,
     factors: KroneckerFactors,
-    scale: Any,
+    geometry: Geometry,
+    scale: float | Tensor,
+    flat: bool,
     first: int | None,
     rows: int,
 ) -> Tensor:
-    """ΔW in the base weight's layout; of a product for fused layers the rows from `first` on."""
-    delta = product(factors, geometry.kernel_size, scale)
+    """Return ΔW in the base weight's layout; of a product for fused layers, `rows` from `first`."""
+    delta = kronecker_weight(factors, geometry.kernel_size, scale, flat)
     return geometry.as_stored(delta if first is None else delta.narrow(0, first, rows))

@@ -58,7 +58,7 @@ def kronecker_low_rank(
         scale: Factor on the product.
         rank: `k`, or the share of energy to keep, or None for all singular values that are not
             zero, `rank(W1) · rank(W2)`.
-        flat: Approximate `flat_kronecker_weight`.
+        flat: Swap the two sides, as in `kronecker_weight`.
 
     Returns:
         `A [k, in · taps]` and `B [out, k]` in the factors' dtype, at `k · (in · taps + out)`

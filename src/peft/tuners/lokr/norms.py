@@ -42,7 +42,7 @@ def row_norms(
         f: The adapter's tensors.
         kernel: Kernel size of a convolution; empty for a linear layer.
         scale: `s`.
-        flat: `ΔW` is `flat_kronecker_weight`.
+        flat: Swap the two sides of the product, as in `kronecker_weight`.
         row_offset: First row of the product that `ΔW` has.
 
     Returns:
