@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
@@ -123,35 +123,23 @@ def cast_adapter_dtype(
     """
     adapted = _adapted(model)
     check_adapter(adapter_name, adapted.peft_config)
-    own = [
-        p
-        for layer in adapted.tuner_layers()
-        if adapter_name in layer.scaling
-        for p in layer.adapter_parameters(adapter_name)
-    ]
-    own += [
-        container[adapter_name]
-        for container in adapted.shared_containers().values()
-        if adapter_name in container
-    ]
-    for parameter in own if autocast_adapter_dtype else ():
+    if not autocast_adapter_dtype:
+        return
+    parameters: list[Tensor] = []
+    for layer in adapted.tuner_layers():
+        if adapter_name in layer.scaling:
+            parameters += layer.adapter_parameters(adapter_name)
+    for container in adapted.shared_containers().values():
+        if adapter_name in container:
+            parameters.append(container[adapter_name])
+    for parameter in parameters:
         if parameter.is_floating_point() and parameter.element_size() < 4:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _adapted(model: Any, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> AdaptedModel:
+def _adapted(
+    model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+) -> AdaptedModel[Any]:
     """Return a model's tuner; for a model that adapters were injected into, one for all methods."""
-    if isinstance(model, BasePeftModel):
-        model = model.base_model
-    if isinstance(model, AdaptedModel):
-        return model
-    adapted = MixedModel(model, None, shared_root=model)
-    adapted.peft_config = getattr(model, "peft_config", {})
-    for config in adapted.peft_config.values():
-        adapted.method_of(config)
-    adapted.tuner_layer_cls = layer_cls  # type: ignore[misc]
-    active = dict.fromkeys(
-        name for layer in adapted.tuner_layers() for name in layer.active_adapters
-    )
-    adapted._active = [name for name in active if name in adapted.peft_config]
-    return adapted
+    tuner = model.base_model if isinstance(model, BasePeftModel) else model
+    return tuner if isinstance(tuner, AdaptedModel) else MixedModel.of(tuner, layer_cls)

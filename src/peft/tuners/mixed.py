@@ -7,10 +7,13 @@ from collections.abc import Collection, Iterable
 from itertools import chain
 from typing import Any, ClassVar
 
+from torch import nn
+
 from ..base.errors import PeftValueError
 from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..core.adapted_model import AdaptedModel
+from ..core.layer import BaseTunerLayer
 from ..core.tuner import BaseTuner
 
 
@@ -40,6 +43,23 @@ class MixedModel(AdaptedModel[TargetedConfig]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._methods: dict[PeftType, BaseTuner[Any]] = {}
         super().__init__(*args, **kwargs)
+
+    @classmethod
+    def of(cls, model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> MixedModel:
+        """Return a tuner of the adapters that were injected into a model.
+
+        Args:
+            model: The model.
+            layer_cls: Class of the layers that the tuner looks at.
+        """
+        tuner = cls(model, None, shared_root=model)
+        tuner.peft_config = getattr(model, "peft_config", {})
+        for config in tuner.peft_config.values():
+            tuner.method_of(config)
+        tuner.tuner_layer_cls = layer_cls  # type: ignore[misc]
+        active = (name for layer in tuner.tuner_layers() for name in layer.active_adapters)
+        tuner._active = [name for name in dict.fromkeys(active) if name in tuner.peft_config]
+        return tuner
 
     def methods(self) -> Collection[BaseTuner[Any]]:
         """Return the tuners of the methods that the model has adapters of."""

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoKr: low-rank Kronecker products, `ΔW = (alpha / r) · (W1 ⊗ W2)`. Source: arXiv:2309.14859"""
+"""LoKr: low-rank Kronecker products, `ΔW = (alpha / r) · (W1 ⊗ W2)`.
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+Source: arXiv:2309.14859
+"""
+
+import typing as _typing
 
 from ...base.registry import register_peft_method
 from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
@@ -24,7 +27,7 @@ __all__ = [
     "save_lokr_file",
 ]
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     # The class of models that `get_peft_model` makes of a config, as type checkers see it.
     from ...peft_model import PeftModel as _PeftModel
     from .config import LoKrConfig as _LoKrConfig

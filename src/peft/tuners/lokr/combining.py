@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted sums of LoKr adapters: each layer's nearest Kronecker product to the sum of theirs."""
+"""Combine LoKr adapters: in each layer, the Kronecker product nearest to their weighted sum."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch.nn.functional as F
 
@@ -17,29 +16,32 @@ from .layer_options import layer_options
 from .lowrank import nearest_product
 from .shapes import Shapes
 
+# Fields that decide how the sizes of a layer are split.
+_SPLIT = (
+    "decompose_factor",
+    "conv_factor",
+    "factor_pattern",
+    "unbalanced_factorization",
+    "full_matrix",
+    "kronecker_layout",
+)
+
 
 def combine(
     configs: Mapping[str, LoKrConfig], layers: Mapping[str, LoKrLayer], request: Combination
 ) -> Combined:
-    """Return the nearest Kronecker product, with `W2` of rank `svd_rank` where the config decomposes it.
+    """Return the config and tensors of the combined adapter. `W2` is full or has the rank
+    `svd_rank`, as the config's rule says.
 
     Args:
         configs: The model's configs by adapter name.
         layers: The layers that have any of the adapters, by module path.
-        request: The request.
+        request: Names and weights of the adapters.
 
     Raises:
-        PeftValueError: The adapters split layers differently.
+        PeftValueError: The adapters split layers differently, or a delta is no Kronecker product.
     """
-    names = (
-        "decompose_factor",
-        "conv_factor",
-        "factor_pattern",
-        "unbalanced_factorization",
-        "full_matrix",
-        "kronecker_layout",
-    )
-    check_same(configs, request, *names)
+    check_same(configs, request, *_SPLIT)
     _check_products(configs, request)
     r = request.svd_rank or max(
         layer.r[name]
@@ -47,15 +49,7 @@ def combine(
         for name in request.adapters
         if name in layer.scaling
     )
-    # Scaling 1 everywhere, and only what the nearest product consists of: no patterns, a whole W1,
-    # no Tucker form.
-    changes: dict[str, Any] = {
-        "decompose_both": False,
-        "use_effective_conv2d": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
+    # The result has the scale 1 and a full W1 in every layer, and no Tucker form.
     config = replace(
         configs[request.adapters[0]],
         r=r,
@@ -63,7 +57,11 @@ def combine(
         conv_r=None,
         conv_alpha=None,
         use_scalar=False,
-        **changes,
+        decompose_both=False,
+        use_effective_conv2d=False,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
     )
     result = Combined(config)
     for path, layer in layers.items():
@@ -71,9 +69,8 @@ def combine(
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
         if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
             raise PeftValueError(
-                f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` "
-                "is whole in all of them and in "
-                "the result; choose a larger `svd_rank`."
+                f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only if `W2` is "
+                "full in all of them and in the result; choose a larger `svd_rank`."
             )
         terms = [
             (weight * float(layer.scale(name)), layer.factors(name)) for name, weight in present
@@ -84,9 +81,8 @@ def combine(
         if "w2" in shapes:
             result.tensors[f"{path}.lokr_w2"] = (nearest.W2_a @ nearest.W2_b).view(shapes["w2"])
         else:
-            missing = (
-                r - nearest.W2_a.shape[1]
-            )  # a side smaller than the rank has fewer singular values
+            # `W2` has fewer singular values than `r` if a side is smaller.
+            missing = r - nearest.W2_a.shape[1]
             result.tensors[f"{path}.lokr_w2_a"] = F.pad(nearest.W2_a, (0, missing))
             result.tensors[f"{path}.lokr_w2_b"] = F.pad(nearest.W2_b, (0, 0, 0, missing))
     return result
@@ -96,7 +92,7 @@ def _check_products(configs: Mapping[str, LoKrConfig], request: Combination) -> 
     """Check that each adapter's delta is one Kronecker product in every layer, split by a rule.
 
     Raises:
-        PeftValueError: It is not.
+        PeftValueError: An option of an adapter makes it another one.
     """
     for name in request.adapters:
         for field in ("weight_decompose", "tensor_shapes", "row_offsets"):
@@ -108,4 +104,5 @@ def _check_products(configs: Mapping[str, LoKrConfig], request: Combination) -> 
 
 
 def _flat(config: LoKrConfig, shapes: Shapes) -> bool:
+    """Return whether a full `W2` has the order of elements of Hugging Face PEFT."""
     return len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"

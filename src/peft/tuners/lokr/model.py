@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoKr on a model."""
+"""`LoKrModel`: a model with LoKr adapters."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from .layer_options import layer_options
 
 
 class LoKrModel(LycorisTuner[LoKrConfig]):
-    """A model with LoKr adapters: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
+    """Tuner of LoKr: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
     Args:
         As `BaseTuner`.
 
     Example:
         >>> import torch
-        >>> model = LoKrModel(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), LoKrConfig(target_modules=["0"]), "default")
+        >>> base = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3))
+        >>> model = LoKrModel(base, LoKrConfig(target_modules=["0"]))
         >>> model.model[0].lokr_w1["default"].shape
         torch.Size([2, 2])
 
@@ -72,21 +73,20 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
     def clip_weight_norms(
         self, largest: float, adapter_name: str | None = None
     ) -> dict[str, float]:
-        """Scale down the factors of every layer whose delta is larger than `largest` in the
-        Frobenius norm (LyCORIS's `scale_weight_norms`); to be called after an optimiser's step.
+        """Scale down the factors of every layer whose delta has a Frobenius norm,
+        `|scale| · ‖W1‖ · ‖W2‖`, above `largest`. Call it after an optimizer's step; LyCORIS has it
+        as `scale_weight_norms`.
 
         Args:
-            largest: Above zero.
-            adapter_name: Which adapter, by default the active ones.
+            largest: Largest norm to keep, above zero.
+            adapter_name: The adapter; by default all active ones.
 
         Returns:
-            The norm of each delta then, by module path; of several adapters the largest.
+            The norm of each delta afterwards, by module path; the largest if there are several.
 
         Raises:
             PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is
                 changed.
-
-        Source: computed as `|scale| · ‖W1‖ · ‖W2‖`, from the factors
         """
         if not 0 < largest < float("inf"):
             raise PeftValueError(f"`largest`={largest!r} must be a positive finite number.")
@@ -102,8 +102,8 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
         return combining.combine(self.peft_config, layers, request)
 
     def config_to_save(self, adapter_name: str) -> LoKrConfig:
-        """The config, its layout left out where no layer's tensors depend on it, so that others
-        read the file without remark.
+        """Return the config without `kronecker_layout` if no layer depends on it, so that other
+        readers of the file do not warn of an unknown field.
         """
         config = self.peft_config[adapter_name]
         depends = any(

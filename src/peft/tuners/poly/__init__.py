@@ -3,7 +3,7 @@
 arXiv:2202.13914, arXiv:2211.03831
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from ...base.registry import register_peft_method
 from .analysis.losses import recorded_routing, routing_loss
@@ -41,7 +41,7 @@ __all__ = [
     "save_as_poly",
 ]
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     # The class of models that `get_peft_model` makes of a config, as type checkers see it.
     from ...peft_model import PeftModel as _PeftModel
     from .config import PolyConfig as _PolyConfig

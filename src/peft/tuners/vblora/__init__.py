@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VB-LoRA: low-rank factors composed from the vectors of a bank. Source: arXiv:2405.15179."""
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from ...base.registry import register_peft_method
 from .layer import Linear, VBLoRALayer
@@ -21,7 +21,7 @@ __all__ = [
     "bank_usage",
 ]
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     # The class of models that `get_peft_model` makes of a config, as type checkers see it.
     from ...peft_model import PeftModel as _PeftModel
     from .config import VBLoRAConfig as _VBLoRAConfig
