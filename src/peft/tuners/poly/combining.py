@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted sums of Poly adapters, exact for every task: their skills side by side in one inventory,
-each with ranks of its own.
-"""
+"""Weighted sums of Poly adapters, exact for every task: one adapter with the skills of all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,19 +14,17 @@ from ...base.errors import PeftNotSupportedError
 from ...core.combining import Combination, Combined, check_same
 from ...core.targets import patterns
 from ...ops.low_rank import wide
-from .config import PolyConfig
+from .config import PolyConfig, reset_routing
 from .layer import PolyLayer
-
-# Fields of a config that are for what an adapter trains beside its layers.
-_COMPANIONS = ("trainable_token_indices",)
 
 
 class Inventory(NamedTuple):
-    """What an adapter has in one layer, with a factor on its delta.
+    """An adapter's skills in one layer, mixing weights and a factor: its delta is
+    `factor · x·A_w·B_w`.
 
     Attributes:
-        factor: `f`, of any sign: the delta is `f · x·A_w·B_w`.
-        weights: `[n_tasks, n_splits, n_skills]`, each row's sum one.
+        factor: A number of any sign.
+        weights: `[n_tasks, n_splits, n_skills]`, with sum one over the skills.
         A: `[n_splits, n_skills, in // n_splits, r]`.
         B: `[n_splits, n_skills, r, out // n_splits]`.
     """
@@ -43,25 +38,25 @@ class Inventory(NamedTuple):
 def side_by_side(
     parts: Sequence[Inventory], with_rest: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One inventory whose delta for each task is the sum of those of several:
+    """Return one inventory whose delta for each task is the sum of the parts' deltas:
     `x·A'_w·B'_w / R = Σ_i f_i · x·A_w,i·B_w,i`.
 
-    Skills and ranks are put side by side, so that no skill of one part meets the ranks of another.
-    The gates of `m` parts are their mixing weights divided by `2m`, which add up to a half in every
-    task; so each skill has an `m`-th of the weight it had. The factors are enlarged by `m`, and
-    share out `f_i · R` evenly.
+    Each part has skills and ranks of its own in the result, so that the product of two parts'
+    factors is zero. The gates of `m` parts are their mixing weights divided by `2m`: their sum is a
+    half for every task, and each skill has an `m`-th of its old weight. `A` and `B` are multiplied
+    by `m · √(|f_i| · R)` each to make up for that.
 
     Args:
-        parts: With the same number of tasks; numbers of splits may differ, and have their least
-            common multiple in the result.
-        with_rest: Add a skill of zeros that takes what weights lack to one, as they do where all
-            gates are closed (`has_rest`).
+        parts: Inventories with the same number of tasks. The result has the least common multiple
+            of their numbers of splits.
+        with_rest: Add a skill of zeros, which takes the weight that is missing from a sum of one
+            (`has_rest`).
 
     Returns:
-        `logits [n_tasks, n_splits · n_skills]`, `A` and `B` with as many skills as all parts, of
-        rank `R = Σ r`; with the skill of zeros, one more.
+        `logits [n_tasks, n_splits · n_skills]`, `A` and `B`, with the skills of all parts and rank
+        `R = Σ r`.
 
-    Source: arXiv:2202.13914, section 3 (mixing weights); the construction follows from it
+    Source: arXiv:2202.13914, section 3 (mixing weights), from which the construction follows
     """
     n_splits = math.lcm(*(part.A.shape[0] for part in parts))
     parts = [_refined(part, n_splits // part.A.shape[0]) for part in parts]
@@ -82,7 +77,7 @@ def side_by_side(
 
 
 def has_rest(part: Inventory) -> bool:
-    """Whether some weights add up to less than one, beyond rounding."""
+    """Return True if some sum of weights is below one: all gates of a split may be closed."""
     return bool((part.weights.sum(-1) < 1 - 1e-6).any())
 
 
@@ -97,7 +92,7 @@ def combine(
         request: The request.
 
     Raises:
-        PeftNotSupportedError: One routes by input, so that its share can't be kept.
+        PeftNotSupportedError: An adapter routes by input, or has task-specific skills.
         PeftValueError: Their tasks differ.
     """
     for name in request.adapters:
@@ -118,61 +113,61 @@ def combine(
         for path, layer in layers.items()
     }
     with_rest = any(has_rest(part) for several in parts.values() for part in several)
-    # How the adapters' weights came about is in the weights; what mixes them from now on is plain.
-    plain = {
-        name: value
-        for name, value in type(first).absent_values.items()
-        if name not in ("task_names", *_COMPANIONS)
-    }
-    sizes: dict[str, dict[str, int]] = {
-        path: {
-            "r": sum(part.A.shape[3] for part in several),
-            "n_skills": sum(part.A.shape[1] for part in several) + with_rest,
-            "n_splits": math.lcm(*(part.A.shape[0] for part in several)),
-        }
-        for path, several in parts.items()
-    }
-    largest = {
-        name: max(size[name] for size in sizes.values()) for name in ("r", "n_skills", "n_splits")
-    }
-    differing = {
-        "rank_pattern" if name == "r" else f"{name}_pattern": patterns(
-            {path: size[name] for path, size in sizes.items()}, value
-        )
-        for name, value in largest.items()
-    }
-    result = Combined(replace(first, **{**plain, **largest, **differing}))
+    result = Combined(_combined_config(first, parts, with_rest))
     for path, several in parts.items():
         logits, A, B = side_by_side(several, with_rest)
-        result.tensors |= {
-            f"{path}.poly_lora_A": A,
-            f"{path}.poly_lora_B": B,
-            f"{path}.poly_router.module_logits": logits,
-        }
+        result.tensors[f"{path}.poly_lora_A"], result.tensors[f"{path}.poly_lora_B"] = A, B
+        result.tensors[f"{path}.poly_router.module_logits"] = logits
         result.errors[path] = 0.0
     return result
 
 
+def _combined_config(
+    config: PolyConfig, parts: Mapping[str, Sequence[Inventory]], with_rest: bool
+) -> PolyConfig:
+    """Return the config of the combined adapter, with plain routing and patterns for its sizes.
+
+    Args:
+        config: The config of one of the adapters.
+        parts: The adapters' inventories by module path.
+        with_rest: Each layer has one more skill, of zeros.
+    """
+    sizes = {
+        "r": {path: sum(part.A.shape[3] for part in several) for path, several in parts.items()},
+        "n_skills": {
+            path: sum(part.A.shape[1] for part in several) + with_rest
+            for path, several in parts.items()
+        },
+        "n_splits": {
+            path: math.lcm(*(part.A.shape[0] for part in several))
+            for path, several in parts.items()
+        },
+    }
+    changes: dict[str, int | dict[str, int]] = {}
+    for name, by_path in sizes.items():
+        changes[name] = largest = max(by_path.values())
+        changes["rank_pattern" if name == "r" else f"{name}_pattern"] = patterns(by_path, largest)
+    # The options of the adapters' routing are in the weights already.
+    return reset_routing(config, ("task_names", "trainable_token_indices"), **changes)
+
+
 def _inventory(layer: PolyLayer, name: str, weight: float, config: PolyConfig) -> Inventory:
-    """What an adapter has in a layer; in one that it does not adapt, skills without effect."""
+    """Return an adapter's inventory in a layer; skills of zeros if the adapter is not there."""
     if name in layer.scaling:
-        A, B = layer.poly_lora_A(name), layer.poly_lora_B(name)
-        return Inventory(
-            weight * float(layer.scaling[name]), layer.router(name).task_weights(), A, B
-        )
+        weights = layer.router(name).task_weights()
+        factor = weight * float(layer.scaling[name])
+        return Inventory(factor, weights, layer.poly_lora_A(name), layer.poly_lora_B(name))
     q, s, r, size = config.n_splits, config.n_skills, config.r, layer.geometry
     q = q if size.in_features % q == size.out_features % q == 0 else 1
     like = next(layer.poly_lora_A(other) for other in layer.scaling)
-    even = like.new_full((config.n_tasks, q, s), 1 / s)
-    nothing = (
-        like.new_zeros(q, s, size.in_features // q, r),
-        like.new_zeros(q, s, r, size.out_features // q),
-    )
-    return Inventory(0.0, even, *nothing)
+    weights = like.new_full((config.n_tasks, q, s), 1 / s)
+    A = like.new_zeros(q, s, size.in_features // q, r)
+    B = like.new_zeros(q, s, r, size.out_features // q)
+    return Inventory(0.0, weights, A, B)
 
 
 def _refined(part: Inventory, times: int) -> Inventory:
-    """The same inventory with each split cut into several of the same weights."""
+    """Return the same inventory with each split cut into several of the same weights."""
     A = part.A.unflatten(2, (times, -1)).transpose(1, 2).flatten(0, 1)
     B = part.B.unflatten(3, (times, -1)).movedim(3, 1).flatten(0, 1)
     return part._replace(weights=part.weights.repeat_interleave(times, dim=1), A=A, B=B)

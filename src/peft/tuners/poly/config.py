@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -302,6 +302,18 @@ class PolyConfig(TargetedConfig):
                 return ""
 
 
+def reset_routing(config: PolyConfig, keep: Collection[str], **changes: Any) -> PolyConfig:
+    """Return a config with default values for all fields that this package adds.
+
+    Args:
+        config: The config.
+        keep: Added fields whose values stay.
+        **changes: New values of any fields.
+    """
+    defaults = {name: value for name, value in config.absent_values.items() if name not in keep}
+    return replace(config, **{**defaults, **changes})
+
+
 def single_skill(config: PolyConfig, rank: Callable[[int], int]) -> PolyConfig:
     """Return the config of an adapter with one task and one skill for the same modules.
 
@@ -309,12 +321,9 @@ def single_skill(config: PolyConfig, rank: Callable[[int], int]) -> PolyConfig:
         config: A config with any number of tasks and skills.
         rank: Returns the new rank for a rank of `config`.
     """
-    fields: dict[str, Any] = {
-        name: value
-        for name, value in config.absent_values.items()
-        if name not in ("trainable_token_indices", "alpha")
-    }
-    fields["rank_pattern"] = {path: rank(r) for path, r in config.rank_pattern.items()}
-    return replace(
-        config, **fields, r=rank(config.r), poly_type="poly", n_tasks=1, n_skills=1, n_splits=1
+    ranks = {path: rank(r) for path, r in config.rank_pattern.items()}
+    keep = ("trainable_token_indices", "alpha")
+    sizes = {"n_tasks": 1, "n_skills": 1, "n_splits": 1}
+    return reset_routing(
+        config, keep, poly_type="poly", r=rank(config.r), rank_pattern=ranks, **sizes
     )

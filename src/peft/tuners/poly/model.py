@@ -28,8 +28,8 @@ from .task_ids import one_task, some_tasks, task_shares
 
 
 class PolyModel(BaseTuner[PolyConfig]):
-    """A model with Poly adapters. Its calls take `task_ids`, one for each sample (unless there is
-    one task, or input decides).
+    """A model with Poly adapters. Its calls take `task_ids`, one for each sample, unless there is
+    one task only or all routing is by input.
 
     Args:
         As `BaseTuner`.
@@ -49,9 +49,8 @@ class PolyModel(BaseTuner[PolyConfig]):
     tuner_layer_cls = PolyLayer
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     parameter_roles: ClassVar[Mapping[str, Role]] = {
-        "router": Role(
-            ("poly_router.module_logits", "poly_router"), lr=0.1
-        ),  # the table, and rows that train by themselves
+        # The table of logits, and rows of it that train alone.
+        "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),
         "input_router": Role(("poly_router.weight",)),
         "skills": Role(("poly_lora_A", "poly_lora_B", "poly_task_skills"), lr=1e-3),
     }
@@ -65,117 +64,117 @@ class PolyModel(BaseTuner[PolyConfig]):
         size = geometry(module)
         return None if size is None or size.is_conv else Linear
 
-    def tuner_layer_options(  # noqa: D102
+    def tuner_layer_options(
         self, config: PolyConfig, path: str, build: Build[PolyConfig]
-    ) -> dict[str, Any]:
-        options: dict[str, Any] = {"routing": self.poly_routing, "at": config.at(path)}
+    ) -> dict[str, object]:
+        """Return the routing, the layer's own config, and the router that it shares, if any."""
+        options: dict[str, object] = {"routing": self.poly_routing, "at": config.at(path)}
         if config.router_granularity != "linear":
             group = config.router_group(path)
-            others: Any = (
-                layer
+            routers = (
+                layer.router(build.adapter_name)
                 for other, layer in build.layers.items()
-                if config.router_group(other) == group
+                if isinstance(layer, PolyLayer) and config.router_group(other) == group
             )
-            options["router"] = next((layer.router(build.adapter_name) for layer in others), None)
+            options["router"] = next(routers, None)
         return options
 
     def target_problems(self, config: PolyConfig, path: str, module: nn.Module) -> Iterator[str]:
-        """Both sizes must be whole numbers of splits."""
-        size, config = geometry(module), config.at(path)
-        assert size is not None
+        """Yield a sentence for each size that `n_splits` does not divide."""
+        size, n_splits = geometry(module), config.at(path).n_splits
         for name in ("in_features", "out_features"):
             features = getattr(size, name)
-            if features % config.n_splits:
-                fitting = [str(d) for d in range(1, features + 1) if features % d == 0]
-                choice = " or ".join(
-                    [", ".join(fitting[:-1]), fitting[-1]] if len(fitting) > 1 else fitting
+            if features % n_splits:
+                *others, last = (str(d) for d in range(1, features + 1) if features % d == 0)
+                choice = f"{', '.join(others)} or {last}" if others else last
+                yield (
+                    f"`{name}`={features} is not divisible by `n_splits`={n_splits}; choose "
+                    f"{choice}."
                 )
-                yield f"`{name}`={features} is not divisible by `n_splits`={config.n_splits}; choose {choice}."
 
     @property
     def poly_routing(self) -> Routing:
-        """The calls in progress; one object for all of a model's Poly adapters, found through the
-        layers that are there.
-        """
+        """The routing that all Poly layers of the model share."""
         if "_poly_routing" not in vars(self):
             layer = next((m for _, m in walk(self.model) if isinstance(m, PolyLayer)), None)
-            self._poly_routing: Routing = (
-                layer.routing if layer is not None else Routing(self.model)
-            )
+            self._poly_routing = Routing(self.model) if layer is None else layer.routing
         return self._poly_routing
 
     def attach_adapter(self, build: Build[PolyConfig]) -> None:
-        """Have the model's calls take `task_ids`, and name them in its signatures."""
-        layer: Any = next(self.tuner_layers())
+        """Make the model's calls take `task_ids`, and name them in its signatures."""
+        layer = next(self.tuner_layers())
         self.poly_routing.attach(self.model, build.adapter_name, build.config, layer)
+
+    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
+        self.poly_routing.configs.pop(adapter_name, None)
 
     def detach_adapters(self) -> None:
         """Give the model its own methods back."""
         self.poly_routing.detach(self.model)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Call the model with the active adapters. If a client has replaced the model's `forward`,
         as TRL does, the replacement takes `task_ids` too.
         """
         self.poly_routing.ensure_wrapped(self.model)
         return super().forward(*args, **kwargs)
 
-    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
-        self.poly_routing.configs.pop(adapter_name, None)
-
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
         safe_merge: bool = False,
-        task_id: int | str | None = None,
-        **options: Any,
+        task_id: Task | None = None,
+        **options: object,
     ) -> None:
-        """Add one task's delta to the base weights, exactly; `unmerge_adapter` takes it off again.
+        """Add one task's delta to the base weights; `unmerge_adapter` restores them exactly.
 
         Args:
             adapter_names: Which adapters, by default the active ones.
             safe_merge: Check first that every resulting weight is finite.
-            task_id: The task, by id or name; not needed where there is one.
+            task_id: The task, by id or name; not needed if there is only one.
 
         Raises:
-            PeftValueError: A name or the task is unknown or missing, or a weight would break;
-                nothing is merged then.
-            PeftNotSupportedError: The adapter routes by input, or a weight is quantised.
+            PeftValueError: A name or the task is unknown or missing, or a weight would not be
+                finite; nothing is merged then.
+            PeftNotSupportedError: The adapter routes by input, or a weight is quantized.
         """
-        super().merge_adapter(
-            adapter_names,
-            safe_merge,
-            **options,
-            **({} if task_id is None else {"task_id": task_id}),
-        )
+        if task_id is not None:
+            options["task_id"] = task_id
+        super().merge_adapter(adapter_names, safe_merge, **options)
 
-    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The task as a number, which a name may be another of in another adapter; none for one
-        that routes by input, which its layers refuse.
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, object]) -> dict[str, int]:
+        """Return the id of the task to merge, which a name gives for each adapter anew.
+
+        Raises:
+            PeftTypeError, PeftValueError: The task is missing or unknown.
+            PeftNotSupportedError: The adapter routes by input.
         """
-        config = self.peft_config[adapter_name]
-        task = options.get("task_id")
+        config, task = self.peft_config[adapter_name], options.get("task_id")
+        number: int | None = None
         if task is not None and config.routes_by_task:
             if isinstance(task, Mapping):
                 raise PeftTypeError(
                     f"`task_id`={task!r} must be one task, by id or name; make an adapter of a "
-                    "blend with `extract_tasks`, "
-                    "and merge that."
+                    "blend with `extract_tasks`, and merge that."
                 )
-            task = one_task(task, config)
+            number = one_task(task, config)
         for layer in PolyAdapter.of(self, adapter_name).layers.values():
-            layer.resolve_task(adapter_name, task)
-        return {} if task is None else {"task_id": task}
+            layer.resolve_task(adapter_name, number)
+        return {} if number is None else {"task_id": number}
 
     @classmethod
     def conversion_options(
-        cls, config: PolyConfig, *, task_id: Any = None, **options: Any
-    ) -> dict[str, Any]:
-        """The task, or the share of each of several: {task: share}, each by id or name.
+        cls,
+        config: PolyConfig,
+        *,
+        task_id: Task | Mapping[Task, float] | None = None,
+        **options: object,
+    ) -> dict[str, int | dict[int, float]]:
+        """Return the task, or the shares of several, by id.
 
         Raises:
             PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: The task is unknown, or missing where there are several, or a share is
+            PeftValueError: The task is unknown, or missing though there are several, or a share is
                 not a finite number.
         """
         super().conversion_options(config, **options)
@@ -189,12 +188,12 @@ class PolyModel(BaseTuner[PolyConfig]):
         return {"task_id": one_task(task_id, config)}
 
     @classmethod
-    def conversion_tasks(cls, config: PolyConfig, tasks: Any) -> dict[str, Any]:
-        """The tasks by name, or as "task_0", "task_1", … where they have none.
+    def conversion_tasks(cls, config: PolyConfig, tasks: Tasks | None) -> dict[str, int]:
+        """Return ids of tasks by folder name: the task's name, or "task_0", "task_1", ….
 
         Raises:
             PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: A task is unknown, or none is named.
+            PeftValueError: A task is unknown, or none is given.
         """
         cls.conversion_options(config, task_id=0)
         if isinstance(tasks, Iterable) and not isinstance(tasks, (str, Tensor)):
