@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from ._version import __version__
 from .base.errors import PeftTypeError, PeftValueError, warn
 from .base.patterns import format_patterns, parse_patterns
-from .base.plain_values import as_list, plain, unwritable
+from .base.plain_values import JsonObject, as_list, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
 from .base.validation import (
@@ -33,7 +33,7 @@ from .base.validation import (
     token_indices,
 )
 from .checkpoint.files import CONFIG_NAME, read_json, write_config
-from .checkpoint.hub import find_file, pass_over, split_hub_options
+from .checkpoint.hub import HubOptions, find_file, pass_over, split_hub_options
 from .checkpoint.paths import as_folder
 
 __all__ = [
@@ -79,7 +79,7 @@ class PeftConfig:
 
     task_type: str | TaskType | None = field(default=None, metadata={"help": "Use of the model."})
     peft_type: str | PeftType | None = field(default=None, metadata={"help": "The method."})
-    auto_mapping: dict[str, Any] | None = field(
+    auto_mapping: JsonObject | None = field(
         default=None, metadata={"help": "Class and library of the base model."}
     )
     peft_version: str | None = field(
@@ -92,7 +92,7 @@ class PeftConfig:
     inference_mode: bool = field(default=False, metadata={"help": "Freeze the adapter."})
 
     # Fields that this package adds to the interface, with the value that a file without them means.
-    absent_values: ClassVar[dict[str, Any]] = {}
+    absent_values: ClassVar[JsonObject] = {}
     # Fields whose keys are names or regular expressions.
     patterns: ClassVar[tuple[str, ...]] = ()
     # Fields that are not saved, since they concern one process.
@@ -186,7 +186,7 @@ class PeftConfig:
                 setattr(result, item.name, 0.0)
         return result
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         r"""Return the fields by name.
 
         Fields that this package adds to the interface are left out if their absence means the same
@@ -205,7 +205,7 @@ class PeftConfig:
             if k not in self.absent_values or v != self.absent_values[k]
         }
 
-    def to_json(self, auto_mapping: dict[str, Any] | None = None) -> str:
+    def to_json(self, auto_mapping: JsonObject | None = None) -> str:
         """Return the text of `adapter_config.json`."""
         content = plain(self.to_dict())
         content["peft_version"] = __version__
@@ -287,17 +287,17 @@ class PeftConfig:
         return config
 
     @property
-    def source(self) -> tuple[str | os.PathLike, dict[str, Any]] | None:
+    def source(self) -> tuple[str | os.PathLike, HubOptions] | None:
         """Folder or Hub id that the config was read from, with options for the Hub; files that the
         config names are looked up there. It is not a field, since it does not describe the adapter.
         """
         return vars(self).get("_source")
 
     @source.setter
-    def source(self, source: tuple[str | os.PathLike, dict[str, Any]]) -> None:
+    def source(self, source: tuple[str | os.PathLike, HubOptions]) -> None:
         vars(self)["_source"] = source
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave out the token for the Hub, so that no copy holds it."""
         state = dict(vars(self))
         if self.source is not None:
@@ -306,7 +306,7 @@ class PeftConfig:
         return state
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: object) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: object) -> JsonObject:
         """Return the fields in a JSON file.
 
         Raises:
@@ -332,7 +332,7 @@ class PeftConfig:
         return config_cls(**config_cls.check_kwargs(**kwargs))
 
     @classmethod
-    def _from_file_fields(cls, content: dict[str, Any], overrides: dict[str, Any]) -> PeftConfig:
+    def _from_file_fields(cls, content: JsonObject, overrides: JsonObject) -> PeftConfig:
         """Make a config of a file's fields. A missing field has the value that it had to the file's
         writer.
         """
@@ -353,7 +353,7 @@ class PeftConfig:
         return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
 
     @classmethod
-    def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+    def _upgrade(cls, content: JsonObject) -> JsonObject:
         """Return the fields of a file as this class takes them."""
         return content
 
@@ -364,7 +364,7 @@ class PeftConfig:
         return read_json(find_file(model_id, (CONFIG_NAME,), hub))["peft_type"]
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: Any) -> JsonObject:
         """Return those of `kwargs` that are fields; a warning names the others that are set."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(name for name in set(kwargs) - known if kwargs[name])
@@ -388,8 +388,8 @@ class TargetedConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -404,7 +404,8 @@ class TargetedConfig(PeftConfig):
             yield from name_patterns(name, getattr(self, name))
         yield from name_list("modules_to_save", self.modules_to_save)
         yield from token_indices("trainable_token_indices", self.trainable_token_indices)
-        yield from layer_selection(self.layers_to_transform, self.layers_pattern)
+        if "layers_to_transform" in self.__dataclass_fields__:
+            yield from layer_selection(self.layers_to_transform, self.layers_pattern)
 
 
 def check_config(value: object) -> None:

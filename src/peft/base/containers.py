@@ -9,11 +9,13 @@ The tensors and modules of adapters are in containers, by adapter name. Containe
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T")
+# Tensors by name, and what modules add by `get_extra_state`.
+StateDict: TypeAlias = dict[str, Any]
 
 
 class AdapterContainer:
@@ -88,8 +90,8 @@ def state_of(
     root: nn.Module,
     adapters: Collection[str] | None,
     prefix: str = "",
-    into: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    into: StateDict | None = None,
+) -> StateDict:
     """Return `root.state_dict(keep_vars=True)` without the entries of other adapters. State-dict
     hooks and overridden methods of modules take part.
 
@@ -99,7 +101,7 @@ def state_of(
         prefix: Prefix of names.
         into: State dict to write into.
     """
-    state: Any = {} if into is None else into
+    state: StateDict = {} if into is None else into
     if type(root).state_dict is not nn.Module.state_dict:
         return root.state_dict(destination=state, prefix=prefix, keep_vars=True)
     for before in root._state_dict_pre_hooks.values():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import PeftTypeError
+from .plain_values import JsonObject
 
 
 def check_model(model: object) -> None:
@@ -60,7 +61,7 @@ def model_type(model: nn.Module) -> str | None:
     return getattr(config, "model_type", None)
 
 
-def model_config(model: nn.Module, default: dict[str, Any]) -> dict[str, Any]:
+def model_config(model: nn.Module, default: JsonObject) -> JsonObject:
     """Return a model's config as a dictionary, a default for a model without one."""
     config: Any = getattr(model, "config", default)
     if is_dataclass(config) and not isinstance(config, type):

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
+
+V = TypeVar("V")
 
 _REST = r"(\..*)?"
 _EITHER = re.compile(r"(?P<key>\^.*)\|\^\(\?:(?P=key)\)\\\.\.\*")
@@ -24,7 +26,7 @@ class SubtreePattern(str):
     __slots__ = ()
 
 
-def parse_patterns(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
+def parse_patterns(patterns: Mapping[str, V], is_new: bool) -> dict[str, V]:
     r"""Return patterns with a `SubtreePattern` for each key that matches modules below a path.
 
     Args:
@@ -41,7 +43,7 @@ def parse_patterns(patterns: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
     return {_parsed(key, is_new): value for key, value in patterns.items()}
 
 
-def _parsed(key: Any, is_new: bool) -> Any:
+def _parsed(key: str, is_new: bool) -> str:
     if not isinstance(key, str) or isinstance(key, SubtreePattern) or not key.startswith("^"):
         return key
     if key.endswith(_REST):
@@ -51,7 +53,7 @@ def _parsed(key: Any, is_new: bool) -> Any:
     return SubtreePattern(key) if is_new and not key.endswith("$") else key
 
 
-def format_patterns(patterns: Mapping[str, Any]) -> dict[str, Any]:
+def format_patterns(patterns: Mapping[str, V]) -> dict[str, V]:
     r"""Return patterns as a file has them, the inverse of `parse_patterns`.
 
     Example:

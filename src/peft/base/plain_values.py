@@ -9,11 +9,14 @@ import enum
 import os
 from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, ValuesView
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from .errors import PeftTypeError
+
+# The entries of a JSON object by name.
+JsonObject: TypeAlias = dict[str, Any]
 
 
 def plain(value: Any) -> Any:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError
+from ..base.plain_values import JsonObject
 from .paths import as_file
 
 _DIGEST = "adapter_config_sha256"
@@ -155,7 +155,7 @@ def read_config_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Return the object in a JSON file.
 
     Raises:

@@ -31,10 +31,11 @@ from ..base.registry import (
 )
 from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import is_unmaterialized, unwrap_model
-from .hub import load_peft_weights, only_hub_options
+from .files import CONFIG_NAME, read_json
+from .hub import find_file, load_peft_weights, only_hub_options
 from .keys import ROOT, TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
 from .placed_adapter import PlacedAdapter
-from .protocols import AdapterConfig
+from .protocols import AdapterConfig, AdapterLayer
 from .rank_padding import Unpadded, set_unpadded_sizes, unpadded_sizes
 from .values import warn_of_values
 from .writing import import_state, write_state
@@ -52,7 +53,7 @@ def hotswap_adapter(
     model_name_or_path: str | os.PathLike,
     adapter_name: str,
     torch_device: str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> None:
     """Put a saved adapter's weights in the place of an adapter in the model, which keeps its name
     and layers.
@@ -86,7 +87,7 @@ def hotswap_adapter(
     hub = only_hub_options(kwargs, "hotswap_adapter")
     inner = _unwrapped(model)
     known = adapter_config(inner, adapter_name)
-    peft_type = type(known)._get_peft_type(model_name_or_path, **hub)
+    peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub))["peft_type"]
     config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(
         model_name_or_path, **hub
     )
@@ -427,7 +428,7 @@ class _Swap:
         set_unpadded_sizes(known, sizes)
         adapter.tuner.note_loaded(adapter.model, adapter.name)
 
-    def _adopt_values(self, layer: Any, fresh: Any) -> None:
+    def _adopt_values(self, layer: AdapterLayer, fresh: AdapterLayer) -> None:
         """Copy the new adapter's rank, scale, dropout and settings into a layer."""
         name, new = self.adapter.name, self.new_name
         for attribute in layer.value_names:

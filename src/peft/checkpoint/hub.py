@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .keys import MODEL_ROOT
 from .paths import check_path
 
+T = TypeVar("T")
+# Keyword arguments of huggingface_hub by name.
+HubOptions: TypeAlias = dict[str, Any]
 HUB_OPTIONS = frozenset(
     [
         "cache_dir",
@@ -90,16 +93,18 @@ def pass_over(options: Mapping[str, object], caller: str) -> None:
     _warn_of_unknown(options.keys() - _FOR_SAVING, caller)
 
 
-def split_hub_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_hub_options(options: Mapping[str, T]) -> tuple[HubOptions, dict[str, T]]:
     """Split keyword arguments into options for the Hub and others; obsolete ones are dropped."""
-    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    hub: HubOptions = {
+        key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None
+    }
     if options.get("use_auth_token") is not None:
         hub.setdefault("token", options["use_auth_token"])
     dropped = HUB_OPTIONS | _OBSOLETE
     return hub, {key: value for key, value in options.items() if key not in dropped}
 
 
-def only_hub_options(options: Mapping[str, Any], caller: str) -> dict[str, Any]:
+def only_hub_options(options: Mapping[str, object], caller: str) -> HubOptions:
     """Return the options for the Hub. Those for the base model are ignored; a warning names unknown
     ones.
     """
@@ -118,7 +123,7 @@ def load_peft_weights(
     model_id: str | os.PathLike,
     device: str | torch.device | None = None,
     key_mapping: dict[str, str] | None = None,
-    **hub_options: Any,
+    **hub_options: object,
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter.
 
@@ -163,9 +168,7 @@ def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Pat
     return folder / subfolder if subfolder else folder
 
 
-def find_file(
-    source: str | os.PathLike, names: tuple[str, ...], hub_options: dict[str, Any]
-) -> Path:
+def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: HubOptions) -> Path:
     """Return the path of the first of `names` in `source`, downloaded if `source` is a Hub id.
 
     The Hub is asked only if `source` can be the name of a repository and does not look like a path,
@@ -212,7 +215,7 @@ def find_file(
         ) from error
 
 
-def _download(repository: str, names: tuple[str, ...], options: dict[str, Any]) -> Path:
+def _download(repository: str, names: tuple[str, ...], options: HubOptions) -> Path:
     """Return the path of the first of some files of a repository on the Hub or in its local cache.
 
     Raises:

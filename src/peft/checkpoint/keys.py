@@ -152,7 +152,7 @@ def container_names(config: AdapterConfig) -> set[str]:
     return {*tuner.tuner_layer_cls.container_names, *tuner.shared_parameter_names, TOKEN_ROWS}
 
 
-def adapter_config(model: nn.Module, adapter_name: str) -> Any:
+def adapter_config(model: nn.Module, adapter_name: str) -> AdapterConfig:
     """Return the config of an adapter in a model.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -62,7 +61,7 @@ def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> 
         write_text(path, f"---\n{metadata}---\n{body}")
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """Return a list of a card, which may be a single word, or missing."""
     return value if isinstance(value, list) else [] if value is None else [value]
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..integrations.distributed import state_tensors, unwrapped_name
 from .keys import MODEL_ROOT, adapter_tensors, in_view
-from .protocols import AdapterConfig, Tuner, tuner_class
+from .protocols import AdapterConfig, AdapterLayer, Tuner, tuner_class
 from .rank_padding import RankPadding
 
 
@@ -44,7 +44,7 @@ class PlacedAdapter:
         self.model, self.name, self.config = model, name, config
         self.tuner: Tuner = tuner_class(config).of(model, config)
         self.root = "" if self.tuner.model is model else MODEL_ROOT
-        self.layers: dict[str, Any] = {}
+        self.layers: dict[str, AdapterLayer] = {}
         for path, layer in self.tuner.named_tuner_layers():
             if name in layer.scaling:
                 self.layers[unwrapped_name(path).removesuffix(".base_layer")] = layer

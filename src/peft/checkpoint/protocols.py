@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,21 @@ from .rank_padding import RankPadding
 class AdapterConfig(Protocol):
     """The config of an adapter."""
 
-    peft_type: str | PeftType | None
-    task_type: str | None
-    base_model_name_or_path: str | None
-    inference_mode: bool
+    @property
+    def peft_type(self) -> str | PeftType | None:
+        """The method."""
+
+    @property
+    def task_type(self) -> str | None:
+        """The use of the model."""
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """Folder or Hub id of the base model."""
+
+    @property
+    def inference_mode(self) -> bool:
+        """True freezes the adapter."""
 
     @property
     def trained_biases(self) -> str:
@@ -35,30 +46,23 @@ class AdapterLayer(Protocol):
     container_names: ClassVar[tuple[str, ...]]
     value_names: ClassVar[tuple[str, ...]]
     base_layer: nn.Module
-    scaling: dict[str, Any]
-    merged_adapters: list[str]
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the innermost layer, without adapters."""
-
-    def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
-        """Yield an adapter's tensors."""
+    scaling: dict[str, float | Tensor]
 
     def rank_padding(self, container: str) -> RankPadding | None:
         """Return where tensors of a container have their rank; None if it can't be padded."""
 
-    def hold_scale(self, adapter_name: str, scale: Any) -> None:
+    def hold_scale(self, adapter_name: str, scale: float | Tensor) -> None:
         """Set an adapter's scale, in place if it is a tensor."""
 
-    def adopt_settings(self, adapter_name: str, other: Any, other_name: str) -> None:
+    def adopt_settings(self, adapter_name: str, other: AdapterLayer, other_name: str) -> None:
         """Take over a method's settings of an adapter in another layer."""
 
 
 class AdapterBuild(Protocol):
     """An adapter that is complete but not in the model."""
 
-    layers: dict[str, Any]
-    shared: dict[str, nn.Parameter]
+    layers: Mapping[str, AdapterLayer]
+    shared: Mapping[str, nn.Parameter]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the adapter's tensors with the names that they will have in the model."""
@@ -73,19 +77,19 @@ class Tuner(Protocol):
     shared_parameter_names: ClassVar[tuple[str, ...]]
     # Tensors in which minus infinity stands for a masked entry.
     masked_names: ClassVar[tuple[str, ...]]
+    # Tensors that a checkpoint can have in another storage format: dtypes of its parts by name.
     saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]]
-    saved_bare: ClassVar[Mapping[str, str]]
 
     @classmethod
-    def of(cls, model: Any, config: Any) -> Tuner:
+    def of(cls, model: nn.Module, config: AdapterConfig) -> Tuner:
         """Return the tuner of a model's adapters."""
 
     @classmethod
-    def export_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def export_state(cls, state: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
         """Return an adapter's tensors in the storage format of its checkpoint."""
 
     @classmethod
-    def import_state(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def import_state(cls, state: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint in the storage format of the adapter."""
 
     @classmethod
@@ -96,19 +100,23 @@ class Tuner(Protocol):
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Update what depends on an adapter's values."""
 
-    def named_tuner_layers(self) -> Iterator[tuple[str, Any]]:
+    def named_tuner_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the layers with adapters, with their paths."""
 
     def present_names(
-        self, config: Any, state: Mapping[str, Tensor]
-    ) -> tuple[Any, Mapping[str, Tensor]]:
+        self, config: AdapterConfig, state: Mapping[str, Tensor]
+    ) -> tuple[AdapterConfig, Mapping[str, Tensor]]:
         """Return a config and a checkpoint with the present names of the model's modules."""
 
-    def target_problems(self, config: Any, path: str, module: nn.Module) -> Iterator[str]:
+    def target_problems(self, config: AdapterConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Yield reasons why a config does not fit a module."""
 
     def build_for(
-        self, adapter_name: str, config: Any, layers: Mapping[str, Any], known: Any
+        self,
+        adapter_name: str,
+        config: AdapterConfig,
+        layers: Mapping[str, AdapterLayer],
+        known: AdapterConfig,
     ) -> AdapterBuild:
         """Make an adapter without values for layers of the model."""
 

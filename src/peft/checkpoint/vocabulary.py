@@ -10,6 +10,7 @@ from torch import nn
 
 from ..base.containers import walk
 from ..base.errors import PeftError
+from ..base.plain_values import JsonObject
 from .files import read_json
 from .hub import find_file
 from .keys import MODEL_ROOT
@@ -40,7 +41,7 @@ def was_resized(model: nn.Module, config: AdapterConfig) -> bool:
     return before is not None and before != now
 
 
-def _size(content: dict[str, Any]) -> int | None:
+def _size(content: JsonObject) -> int | None:
     """Return the vocabulary's size in a model's config; of a multimodal model, that of the text."""
     for part in (content, content.get("text_config") or {}):
         if part.get("vocab_size") is not None:

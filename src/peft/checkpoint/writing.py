@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +110,7 @@ def set_peft_model_state_dict(
 
 
 def set_base_model_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor], strict: bool = True
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> LoadResult:
     """Load weights of the base model without adapters into one that has adapters.
 

@@ -20,15 +20,20 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..base.containers import named_tensors, state_of, walk
+from ..base.containers import StateDict, named_tensors, state_of, walk
 from ..base.errors import PeftRuntimeError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 T = TypeVar("T")
+# A module of FSDP1, whose internals have no public types.
+_Unit: TypeAlias = Any
 
 # Parts of module paths that FSDP, activation checkpointing and torch.compile insert.
 _FSDP_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -46,7 +51,7 @@ class _Source(NamedTuple):
         key: Its name in the model's state dict.
     """
 
-    unit: Any
+    unit: _Unit
     name: str
     key: str
 
@@ -62,10 +67,9 @@ def unwrapped_name(name: str) -> str:
 
 def unwrap_model(model: T) -> T:
     """Return the model inside DataParallel and DistributedDataParallel."""
-    inner: Any = model
-    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        inner = inner.module
-    return inner
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
 
 
 def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
@@ -112,7 +116,7 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
     return {**plain, **stand_ins}
 
 
-def state_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Any]:
+def state_values(model: nn.Module, adapters: Collection[str] | None) -> StateDict:
     """Return a model's state dict for reading: `state_tensors`, or sharded tensors if the user has
     set FSDP1 to return these.
     """
@@ -124,7 +128,7 @@ def state_values(model: nn.Module, adapters: Collection[str] | None) -> dict[str
     return dict(state_tensors(model, adapters))
 
 
-def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> StateDict:
     """Return the values of tensors from `state_values`, by the same keys.
 
     The value of a stand-in is a full copy, on the processes and the device that the user has set
@@ -149,7 +153,7 @@ def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     for unit in units.values():
         if id(unit) not in wanted:
             continue
-        options: Any = type(unit).get_state_dict_type(model).state_dict_config
+        options = type(unit).get_state_dict_type(model).state_dict_config
         with type(unit).summon_full_params(unit, recurse=False, writeback=False):
             if getattr(options, "rank0_only", False) and unit.rank != 0:
                 continue
@@ -170,7 +174,7 @@ def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) ->
         model: The model, needed for stand-ins.
         pairs: Target and value.
     """
-    held: dict[str, Any] = {}
+    held: StateDict = {}
     for target, value in pairs:
         source = _source(target)
         if source is None:
@@ -178,7 +182,7 @@ def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) ->
         else:
             held[source.key] = gathered_tensor(value)
     if held and model is not None:
-        library: Any = sys.modules["torch.distributed.fsdp"]
+        library = sys.modules["torch.distributed.fsdp"]
         is_sharded = any(hasattr(value, "local_shards") for value in held.values())
         kind = library.FullyShardedDataParallel.state_dict_type(
             model, library.StateDictType.FULL_STATE_DICT
@@ -238,7 +242,7 @@ def is_managed(tensor: object) -> bool:
     return is_distributed(tensor) or _is_flattened(tensor)
 
 
-def is_distributed(tensor: object) -> bool:
+def is_distributed(tensor: object) -> TypeGuard[DTensor]:
     """Return True for a DTensor."""
     library = sys.modules.get("torch.distributed.tensor")
     return library is not None and isinstance(tensor, library.DTensor)
@@ -253,16 +257,15 @@ def shard_like(target: Tensor, value: Tensor) -> Tensor:
     """Return `value` sharded like `target`, without communication unless `value` is a DTensor."""
     if not is_distributed(target):
         return gathered_tensor(value)
-    like: Any = target
+    mesh, placements = target.device_mesh, target.placements
     if is_distributed(value):
-        sharded: Any = value
-        return sharded.redistribute(like.device_mesh, like.placements)
+        return value.redistribute(mesh, placements)
     from torch.distributed.tensor import distribute_tensor
 
-    known = inspect.signature(distribute_tensor).parameters
-    options: dict[str, Any] = {"src_data_rank": None} if "src_data_rank" in known else {}
-    own = value.detach().to(like.device_mesh.device_type)
-    return distribute_tensor(own, like.device_mesh, like.placements, **options)
+    own = value.detach().to(mesh.device_type)
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(own, mesh, placements, src_data_rank=None)
+    return distribute_tensor(own, mesh, placements)
 
 
 def _is_emptied(tensor: object) -> bool:
@@ -299,7 +302,7 @@ def _fsdp1_key(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _FSDP_PARTS)
 
 
-def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
+def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, _Unit]:
     """Return the FSDP1 modules of a model by path, outer ones first."""
     library = sys.modules.get("torch.distributed.fsdp")
     if library is None:
@@ -311,12 +314,14 @@ def _fsdp1_units(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
     }
 
 
-def _stand_ins(units: Mapping[str, Any]) -> dict[str, Tensor]:
+def _stand_ins(units: Mapping[str, _Unit]) -> dict[str, Tensor]:
     """Return a tensor on the meta device for each parameter that FSDP1 holds, by state-dict key."""
     result = {}
     for path, unit in units.items():
-        flat: Any = None if unit._handle is None else unit._handle.flat_param
-        for name, shape in () if flat is None else zip(flat._fqns, flat._shapes, strict=True):
+        if unit._handle is None:
+            continue
+        flat = unit._handle.flat_param
+        for name, shape in zip(flat._fqns, flat._shapes, strict=True):
             key = _fsdp1_key(f"{path}.{name}".lstrip("."))
             tensor: Any = torch.empty(shape, dtype=flat.dtype, device="meta")
             tensor._peft_source = _Source(unit, unwrapped_name(name), key)

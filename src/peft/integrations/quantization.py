@@ -11,12 +11,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..base.containers import walk
+
+# Layers, tensors and states of libraries that need not be installed.
+_Layer: TypeAlias = Any
+_Weight: TypeAlias = Any
+_State: TypeAlias = Any
 
 
 class StorageFormat(NamedTuple):
@@ -31,15 +36,15 @@ class StorageFormat(NamedTuple):
     """
 
     name: str
-    get: Callable[[Any], object]
-    put: Callable[[Any, Any], None]
-    read: Callable[[Any], Tensor]
-    pack: Callable[[Any, Tensor], object]
+    get: Callable[[_Layer], object]
+    put: Callable[[_Layer, Any], None]
+    read: Callable[[_Layer], Tensor]
+    pack: Callable[[_Layer, Tensor], object]
 
 
 def storage_format(module: nn.Module) -> StorageFormat | None:
     """Return the storage format of a layer's weight, None if it is plain or unknown."""
-    weight: Any = module._parameters.get("weight")
+    weight: _Weight = module._parameters.get("weight")
     bits, torchao = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("torchao.utils")
     if bits is not None and isinstance(module, bits.Linear8bitLt):
         return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
@@ -59,7 +64,7 @@ def is_quantized_tensor(weight: Tensor) -> bool:
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "to_local")
 
 
-def _int8_get(layer: Any) -> tuple[Tensor, Tensor]:
+def _int8_get(layer: _Layer) -> tuple[Tensor, Tensor]:
     """Return codes `[out, in]` and scales `[out]`; the first forward moves the scales from the
     parameter to the layer's state.
     """
@@ -67,19 +72,19 @@ def _int8_get(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.weight.data, layer.state.SCB if scale is None else scale
 
 
-def _int8_put(layer: Any, stored: tuple[Tensor, Tensor]) -> None:
+def _int8_put(layer: _Layer, stored: tuple[Tensor, Tensor]) -> None:
     codes, scale = (tensor.to(layer.weight.device) for tensor in stored)
     layer.weight.data = layer.weight.CB = codes
     layer.weight.SCB = scale
     layer.state.reset_grads()
 
 
-def _int8_read(layer: Any) -> Tensor:
+def _int8_read(layer: _Layer) -> Tensor:
     codes, scale = _int8_get(layer)
     return codes.float() * (scale.float() / 127).unsqueeze(1)
 
 
-def _int8_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _int8_pack(layer: _Layer, weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes import functional
 
     # float16 is the precision that the library quantizes from.
@@ -89,7 +94,7 @@ def _int8_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
 _INT8 = StorageFormat("bnb 8bit", _int8_get, _int8_put, _int8_read, _int8_pack)
 
 
-def _quant_state(layer: Any) -> Any:
+def _quant_state(layer: _Layer) -> _State:
     """Return the state that the codes are read with: the parameter's, or the layer's if a sharding
     library has removed that.
     """
@@ -97,11 +102,11 @@ def _quant_state(layer: Any) -> Any:
     return getattr(layer, "quant_state", None) if state is None else state
 
 
-def _four_bit_get(layer: Any) -> tuple[Tensor, Any]:
+def _four_bit_get(layer: _Layer) -> tuple[Tensor, _State]:
     return layer.weight.data, _quant_state(layer)
 
 
-def _four_bit_put(layer: Any, stored: tuple[Tensor, Any]) -> None:
+def _four_bit_put(layer: _Layer, stored: tuple[Tensor, _State]) -> None:
     codes, state = stored
     device = layer.weight.device
     state.to(device)
@@ -109,13 +114,13 @@ def _four_bit_put(layer: Any, stored: tuple[Tensor, Any]) -> None:
     layer.weight.quant_state = layer.quant_state = state
 
 
-def _four_bit_read(layer: Any) -> Tensor:
+def _four_bit_read(layer: _Layer) -> Tensor:
     from bitsandbytes import functional
 
     return functional.dequantize_4bit(*_unpacked(*_four_bit_get(layer))).float()
 
 
-def _unpacked(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, Any]:
+def _unpacked(codes: Tensor, state: _State, nested: bool = False) -> tuple[Tensor, _State]:
     """Return codes and state in the library's general format; evaluation on some CPUs repacks them,
     with scales in bfloat16.
 
@@ -135,7 +140,7 @@ def _unpacked(codes: Tensor, state: Any, nested: bool = False) -> tuple[Tensor, 
     return codes, state
 
 
-def _four_bit_pack(layer: Any, weight: Tensor) -> tuple[Tensor, Any]:
+def _four_bit_pack(layer: _Layer, weight: Tensor) -> tuple[Tensor, _State]:
     from bitsandbytes import functional
 
     codes, state = _four_bit_get(layer)
@@ -170,11 +175,11 @@ def keep_differentiable(model: nn.Module) -> None:
 def allow_repacking(model: nn.Module) -> None:
     """Undo `keep_differentiable`."""
     for layer in _four_bit_layers(model):
-        if vars(layer).pop("_repacks_when_plain", False):
+        if layer.__dict__.pop("_repacks_when_plain", False):
             layer.support_avx512bf16_for_cpu = True
 
 
-def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
+def _four_bit_layers(model: nn.Module) -> Iterator[_Layer]:
     bits = sys.modules.get("bitsandbytes.nn.modules")
     if bits is None:
         return
@@ -183,12 +188,12 @@ def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def _int8_tensor_options(weight: Any) -> dict[str, object]:
+def _int8_tensor_options(weight: _Weight) -> dict[str, object]:
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "reduce_range")
     return {"granularity": _blocks(weight), **{name: getattr(weight, name) for name in names}}
 
 
-def _float8_tensor_options(weight: Any) -> dict[str, object]:
+def _float8_tensor_options(weight: _Weight) -> dict[str, object]:
     names = ("mm_config", "kernel_preference", "act_quant_kwargs")
     return {
         "granularity": _blocks(weight),
@@ -197,7 +202,7 @@ def _float8_tensor_options(weight: Any) -> dict[str, object]:
     }
 
 
-def _intx_tensor_options(weight: Any) -> dict[str, object]:
+def _intx_tensor_options(weight: _Weight) -> dict[str, object]:
     from torchao.quantization import MappingType
 
     symmetric = not weight.zero_point.any()
@@ -208,7 +213,7 @@ def _intx_tensor_options(weight: Any) -> dict[str, object]:
     }
 
 
-def _blocks(weight: Any) -> object:
+def _blocks(weight: _Weight) -> object:
     """Return the blocks that share a scale, as torchao describes them."""
     from torchao.quantization import PerBlock
 
@@ -216,29 +221,29 @@ def _blocks(weight: Any) -> object:
 
 
 # The arguments that torchao made a tensor with, by the name of its class.
-_TORCHAO_OPTIONS: dict[str, Callable[[Any], dict[str, object]]] = {
+_TORCHAO_OPTIONS: dict[str, Callable[[_Weight], dict[str, object]]] = {
     "Int8Tensor": _int8_tensor_options,
     "Float8Tensor": _float8_tensor_options,
     "IntxUnpackedToInt8Tensor": _intx_tensor_options,
 }
 
 
-def _torchao_get(layer: Any) -> nn.Parameter:
+def _torchao_get(layer: _Layer) -> nn.Parameter:
     return layer.weight
 
 
-def _torchao_put(layer: Any, stored: nn.Parameter) -> None:
+def _torchao_put(layer: _Layer, stored: nn.Parameter) -> None:
     device = layer.weight.device
     layer.weight = (
         stored if stored.device == device else nn.Parameter(stored.to(device), requires_grad=False)
     )
 
 
-def _torchao_read(layer: Any) -> Tensor:
+def _torchao_read(layer: _Layer) -> Tensor:
     return layer.weight.dequantize().float()
 
 
-def _torchao_pack(layer: Any, weight: Tensor) -> nn.Parameter:
+def _torchao_pack(layer: _Layer, weight: Tensor) -> nn.Parameter:
     like = layer.weight
     options = _TORCHAO_OPTIONS[type(like).__name__](like)
     return nn.Parameter(type(like).from_hp(weight.to(like.dtype), **options), requires_grad=False)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.modules import _get_submodules, check_model, get_submodules, infer_device, model_type
@@ -19,13 +19,13 @@ from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.fsdp import fsdp_auto_wrap_policy
 from ..integrations.kbit import prepare_model_for_kbit_training
 
-# Names of the interface that are not provided here; a placeholder stands for each.
-_get_module_names_tied_with_embedding: Any
-_get_no_split_modules: Any
+# Names of the interface that this package does not implement, as placeholders.
+_get_module_names_tied_with_embedding: type
+_get_no_split_modules: type
 
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
 
 

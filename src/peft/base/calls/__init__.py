@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sample owns which row of a layer's input, for options that differ from sample to sample
-(`adapter_names`, Poly's `task_ids`).
+"""The sample that each row of a layer's input belongs to, for options that differ from sample to
+sample (`adapter_names`, Poly's `task_ids`).
 
 A model passes activations to its layers, but not the samples they belong to. Five files find out:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the samples lie in a layer's input, as far as the layer's place in its model tells.
+"""The dimension of a layer's input along which the samples lie, by the layer's place in its model.
 
 Most layers see the samples of a call one after the other along the first dimension. This file lists
 the others: layers that take the sequence first, layers that see a sample in windows, and the
@@ -52,7 +52,7 @@ _CROSS_ATTENTION = re.compile(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the samples lie in a layer's input.
+    """The arrangement of samples in a layer's input.
 
     Attributes:
         features: Number of trailing dimensions of the input that are not rows: 1 for a linear

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,17 @@ from torch import Tensor
 T = TypeVar("T")
 R = TypeVar("R")
 
-_autograd: Any = torch._C
+# Calls and restored calls, the innermost last.
+_Calls: TypeAlias = list[Any]
+
+_C: Any = torch._C
 
 
 class _Thread(threading.local):
     """The calls of one thread; several threads may run the model at a time."""
 
     def __init__(self) -> None:
-        self.calls: list[Any] = []
+        self.calls: _Calls = []
 
 
 class CallStack(Generic[T]):
@@ -78,11 +81,11 @@ class CallStack(Generic[T]):
         may recompute layers after that.
         """
         recomputes = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        first = _autograd._autograd._get_sequence_nr() if recomputes else 0
+        first = _C._autograd._get_sequence_nr() if recomputes else 0
         with self.during(call):
             output = function()
         if recomputes:
-            nodes = range(first, _autograd._autograd._get_sequence_nr())
+            nodes = range(first, _C._autograd._get_sequence_nr())
             hook = _RestoreHook(self, call, nodes)
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
@@ -94,8 +97,7 @@ class CallStack(Generic[T]):
         calls.append(
             _Restored(call, nodes, weakref.ref(backward, functools.partial(_end_restored, calls)))
         )
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(backward)
+        torch.autograd.Variable._execution_engine.queue_callback(backward)  # type: ignore[attr-defined]
 
 
 class _Backward:
@@ -118,12 +120,12 @@ class _Restored:
         backward: The pass.
     """
 
-    call: Any
+    call: object
     nodes: range
     backward: weakref.ref[_Backward]
 
 
-def _end_restored(calls: list[Any], backward: weakref.ref[_Backward]) -> None:
+def _end_restored(calls: _Calls, backward: weakref.ref[_Backward]) -> None:
     """Remove the call of a backward pass that is over from a stack."""
     for entry in calls:
         if type(entry) is _Restored and entry.backward is backward:
@@ -141,21 +143,21 @@ class _RestoreHook:
         self.stack._restore(self.call, self.nodes)
 
 
-def _restored_call(calls: list[Any]) -> Any:
+def _restored_call(calls: _Calls) -> Any:
     """Return the restored call that autograd's current node belongs to.
 
     Calls can be nested, so the call with the fewest nodes counts. Nodes that were recorded during
     recomputation belong to the call that was restored last.
     """
     restored = list(itertools.takewhile(lambda entry: type(entry) is _Restored, reversed(calls)))
-    node = _autograd._current_autograd_node() if len(restored) > 1 else None
+    node = _C._current_autograd_node() if len(restored) > 1 else None
     own = (
         [] if node is None else [entry for entry in restored if node._sequence_nr() in entry.nodes]
     )
     return min(own, key=lambda entry: len(entry.nodes), default=restored[0]).call
 
 
-def _remove(calls: list[Any], call: object) -> None:
+def _remove(calls: _Calls, call: object) -> None:
     """Remove the last occurrence of a call from a stack."""
     for i in range(len(calls) - 1, -1, -1):
         if calls[i] is call:
