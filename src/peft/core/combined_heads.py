@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several adapters train whole beside their layers (heads, rows of embeddings), made into one."""
+"""Combine the modules and embedding rows that several adapters train in full, for example heads."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.suggestions import did_you_mean
+from ..checkpoint.keys import companion_tensors, in_view
+from ..config import TargetedConfig
+from ..integrations.distributed import state_tensors
 
 # Each adapter's tensors by checkpoint key.
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -18,6 +21,32 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 # Values of `heads` beside adapters' names. An adapter of such a name, among those that are
 # combined, goes before.
 MEAN, STACK = "mean", "stack"
+
+
+def collect(model: nn.Module, configs: Mapping[str, TargetedConfig]) -> Parts:
+    """Return the modules and embedding rows that adapters train in full.
+
+    Args:
+        model: The base model.
+        configs: The adapters' configs by name.
+
+    Raises:
+        PeftValueError: The adapters train different rows of embeddings.
+    """
+    rows = {
+        name: config.trainable_token_indices
+        for name, config in configs.items()
+        if config.trainable_token_indices
+    }
+    if len({repr(indices) for indices in rows.values()}) > 1:
+        raise PeftValueError(
+            f"Adapters {', '.join(rows)} train different rows of embeddings, which can't be "
+            "combined."
+        )
+    return {
+        name: companion_tensors(state_tensors(model, in_view(config, name)).items(), config, name)
+        for name, config in configs.items()
+    }
 
 
 def combine(

@@ -21,7 +21,7 @@ from ...base.errors import (
 )
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
-from ...checkpoint.keys import MODEL_ROOT, companion_tensors, in_view
+from ...checkpoint.keys import MODEL_ROOT
 from ...checkpoint.paths import as_folder
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads
@@ -30,7 +30,6 @@ from ...core.base_layer import geometry
 from ...core.conversion import Conversion, check_convertible, config_of, layers_with, root_of
 from ...core.layer import BaseTunerLayer
 from ...core.plan import own_modules
-from ...integrations.distributed import state_tensors
 from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
 from .data.labels import TaskLabels
@@ -279,20 +278,7 @@ def _companions(
     Raises:
         PeftValueError: As `convert_to_poly`.
     """
-    rows = {
-        name: config.trainable_token_indices
-        for name, config in configs.items()
-        if config.trainable_token_indices
-    }
-    if len({repr(indices) for indices in rows.values()}) > 1:
-        raise PeftValueError(
-            f"Adapters {', '.join(rows)} train different rows of embeddings, which can't be "
-            "combined."
-        )
-    parts = {
-        name: companion_tensors(state_tensors(root, in_view(config, name)).items(), config, name)
-        for name, config in configs.items()
-    }
+    parts = combined_heads.collect(root, configs)
     if heads == combined_heads.STACK not in configs:
         return _stacked(parts, tasks)
     return combined_heads.combine(parts, heads, can_stack=_linear_head(parts) is not None), None
