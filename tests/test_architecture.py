@@ -22,6 +22,7 @@ FLOORS = (
     ("checkpoint",),
     ("config",),
     ("core",),
+    ("peft_model", "status"),
     (
         "tuners.tuners_utils",
         "tuners.lycoris_utils",
@@ -29,7 +30,7 @@ FLOORS = (
         *(f"tuners.{m}" for m in METHODS),
     ),
     ("tuners",),
-    ("peft_model", "mixed_model", "mapping", "planning", "status", "optimizers"),
+    ("mixed_model", "mapping", "planning", "optimizers"),
     ("auto", "functional", "helpers", "mapping_func", "utils"),
     ("",),
 )

@@ -17,8 +17,7 @@ from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
 from .checkpoint.reading import get_peft_model_state_dict
 from .checkpoint.writing import set_peft_model_state_dict
-from .core.adapted_model import AdaptedModel
-from .core.base_peft_model import BasePeftModel
+from .core.adapted_model import AdaptedModel, tuner_of
 from .core.layer import BaseTunerLayer
 from .mapping import inject_adapter_in_model
 from .tuners.mixed import MixedModel
@@ -141,5 +140,5 @@ def _adapted(
     model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
 ) -> AdaptedModel[Any]:
     """Return a model's tuner; for a model that adapters were injected into, one for all methods."""
-    tuner = model.base_model if isinstance(model, BasePeftModel) else model
+    tuner = tuner_of(model) or model
     return tuner if isinstance(tuner, AdaptedModel) else MixedModel.of(tuner, layer_cls)

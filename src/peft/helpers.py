@@ -16,8 +16,8 @@ from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
 from .base.placeholders import placeholder
 from .config import PeftConfig
-from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer
+from .peft_model import PeftModel
 
 __all__ = [
     "check_if_peft_model",
@@ -181,14 +181,14 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 def _update(model: nn.Module, name: str) -> None:
     """Show the base model's signature and docstring on a method of a `PeftModel`."""
-    if not isinstance(model, BasePeftModel):
+    if not isinstance(model, PeftModel):
         raise PeftTypeError(f"A signature is updated on a PeftModel, got {type(model)}.")
     base = model.get_base_model()
     shown = getattr(base, name, None)
     if shown is None:
         return
 
-    def method(self: BasePeftModel, *args: object, **kwargs: object) -> object:
+    def method(self: PeftModel, *args: object, **kwargs: object) -> object:
         return getattr(type(self), name)(self, *args, **kwargs)
 
     signature = inspect.signature(shown)

@@ -6,47 +6,43 @@ removed.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .base.calls.adapter_batch import ADAPTER_BATCHES
 from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
-from .base.errors import PeftTypeError, PeftValueError
-from .base.registry import TaskType
-from .base.suggestions import did_you_mean
-from .base.validation import check_adapter, check_flags
-from .checkpoint.checks import LoadResult
-from .checkpoint.files import write_adapter
-from .checkpoint.hub import load_peft_weights, only_hub_options, pass_over
-from .checkpoint.keys import adapter_tensors, in_view
-from .checkpoint.model_card import update_model_card
-from .checkpoint.paths import as_folder
-from .checkpoint.reading import get_peft_model_state_dict
-from .checkpoint.writing import import_state, set_peft_model_state_dict
-from .config import PeftConfig
-from .core.base_peft_model import BasePeftModel
-from .core.injection import Construction
-from .core.loading import (
-    Filler,
-    check_arguments,
-    check_same_function,
-    fitting,
-    own_place,
-    read_config,
-    refuse_offload,
-    renamings,
-    understood,
+from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
+from .base.missing_attribute import PeftAttributeError
+from .base.modules import check_model
+from .base.registry import (
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    TaskType,
+    lookup,
 )
-from .core.renamed_targets import present_names
-from .integrations.distributed import gathered_tensor, is_distributed, state_tensors
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .base.validation import check_flags
+from .config import PeftConfig, check_config
+from .core import loading, saving
+from .core.adapted_model import AdaptedModel
+from .core.filling import copy_fill
+from .core.injection import Construction, Fill
+from .core.layer import BaseTunerLayer
+from .core.model_methods import around, forwarded
+from .status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
 
 
-class PeftModel(BasePeftModel):
+class PeftModel(nn.Module):
     """A base model with one or more adapters of one method.
 
     Args:
@@ -68,348 +64,399 @@ class PeftModel(BasePeftModel):
     Example:
         >>> import torch
         >>> from peft import LoKrConfig, get_peft_model
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), LoKrConfig(r=2, target_modules=["0"]))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> model = get_peft_model(base, LoKrConfig(r=2, target_modules=["0"]))
         >>> model.print_trainable_parameters()
         trainable params: 32 || all params: 304 || trainable%: 10.5263
     """
 
-    def save_pretrained(
+    # Heads that are trained beside the adapter because they start at random.
+    _head_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
         self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        initialize: bool = True,
+        fill: Fill | None = None,
     ) -> None:
-        """Write adapters to a folder: "default" into it, each other into a sub-folder of its name.
+        super().__init__()
+        check_model(model)
+        if isinstance(model, PeftModel):
+            raise PeftValueError(
+                "The model is a PeftModel already; use its `add_adapter` or `load_adapter`."
+            )
+        check_config(peft_config)
+        check_flags(
+            autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            warn(
+                "You are trying to modify a model with PEFT for a second time. If you want to "
+                "reload the model with a different config, make sure to call `.unload()` before.",
+            )
+        tuner_cls = self._tuner_class(peft_config)
+        with self._with_heads(peft_config):
+            self.base_model: AdaptedModel = tuner_cls(
+                model,
+                peft_config,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                initialize=initialize,
+                fill=fill,
+            )
+        self.peft_type = peft_config.peft_type
+        self.training = model.training
+        self.__class__ = self._around(tuner_cls)
+        if any(
+            getattr(module, "gradient_checkpointing", False) is True for module in model.modules()
+        ):
+            self.prepare_model_for_gradient_checkpointing()
 
-        A reader sees each adapter as it was before or as it is now, whole, whatever moment the
-        process is killed.
+    @classmethod
+    def _around(cls, tuner_cls: type[AdaptedModel]) -> Any:
+        """Return this class with the methods of a tuner's `model_methods`, under the same name."""
+        return around(cls, tuner_cls)  # type: ignore[arg-type]
 
-        Args:
-            save_directory: The folder, made if missing.
-            safe_serialization: False writes the legacy pickle format.
-            selected_adapters: Which adapters, by default all.
-            save_embedding_layers: True writes the token embeddings too; "auto" if an adapter
-                targets one.
-            is_main_process: False writes nothing. Where tensors are DTensors (FSDP2), every process
-                has to call, to gather them.
-            path_initial_model_for_weight_conversion: Anything but None writes adapters that start
-                from the base weight (LoRA's "pissa" and "olora") as plain ones of twice the rank, for the weight as it is. The adapter itself knows what it
-                started with, and nothing is read from the path.
-            state_dict: Take the tensors from this state dict of the model (a gathered one, say).
-            **kwargs: Options for saving whole models (`save_function`, `max_shard_size`, …), which
-                have no effect.
+    @classmethod
+    def class_for(cls, task_type: str | TaskType | None) -> type[PeftModel]:
+        """Return the class of models for a task type: `PeftModel`'s is by task."""
+        if cls is not PeftModel or task_type is None:
+            return cls
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
+
+    def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
+        """Return the class of `base_model`."""
+        return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+
+    def _check_method(self, config: PeftConfig) -> None:
+        """Check that the model takes adapters of a config's method.
 
         Raises:
-            CheckpointError: `state_dict` has no tensors of an adapter.
-            PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere, and `state_dict` is not
-                given.
-            PeftTypeError: A switch is neither True nor False.
-            PeftValueError: The path is a file, or an adapter is unknown.
+            PeftTypeError: It is no config.
+            PeftValueError: Its method is another one.
         """
-        check_flags(safe_serialization=safe_serialization, is_main_process=is_main_process)
-        folder = as_folder(save_directory)
-        pass_over(kwargs, "save_pretrained")
-        if isinstance(selected_adapters, str):
-            raise PeftTypeError(
-                f"`selected_adapters`={selected_adapters!r} must be a list of names: "
-                f"[{selected_adapters!r}]."
-            )
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        for name in names:
-            check_adapter(name)
-        if unknown := [name for name in names if name not in self.peft_config]:
+        check_config(config)
+        if config.peft_type != self.peft_type:
             raise PeftValueError(
-                "You passed an invalid `selected_adapters` arguments, current supported adapter "
-                "names are "
-                f"{list(self.peft_config)} - got "
-                f"{names}.{did_you_mean(str(unknown[0]), self.peft_config)}"
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{config.peft_type}. A model that takes both is made by "
+                "`get_peft_model(model, config, mixed=True)`, or loaded by "
+                "`PeftMixedModel.from_pretrained`."
             )
-        if not self.peft_config:
-            raise PeftValueError(
-                "The model has no adapters to save: they were deleted, or taken out by `unload` or "
-                "`merge_and_unload`. Save the "
-                "model that those return."
-            )
-        if path_initial_model_for_weight_conversion is not None:
-            converted = {
-                name: self.base_model.method_of(self.peft_config[name]).without_start(self, name)
-                for name in names
-            }
-        else:
-            converted = {}
-        tensors = self.parameters() if state_dict is None else state_dict.values()
-        if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
-            return
-        options: Any = {"save_embedding_layers": save_embedding_layers}
-        states = {
-            name: converted[name][1]
-            if converted
-            else get_peft_model_state_dict(self, state_dict, name, **options)
-            for name in names
-        }
-        states = {
-            name: {key: gathered_tensor(tensor) for key, tensor in state.items()}
-            for name, state in states.items()
-        }
-        if not is_main_process:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, state in states.items():
-            config = (
-                converted[name][0]
-                if converted
-                else self.base_model.method_of(self.peft_config[name]).config_to_save(name)
-            )
-            config, state = self.base_model.method_of(config).form_to_save(name, config, state)
-            write_adapter(
-                folder if name == "default" else folder / name,
-                state,
-                self._config_text(config),
-                safe_serialization,
-            )
-        self.create_or_update_model_card(folder)
 
-    def _config_text(self, config: PeftConfig) -> str:
-        """An adapter's config as it is written: frozen, and with what says which base model it is
-        for.
-        """
-        inference_mode, config.inference_mode = config.inference_mode, True
+    @contextmanager
+    def _with_heads(self, config: Any) -> Iterator[None]:
+        """A context with the task's heads in a config's `modules_to_save`; an error restores it."""
+        before = config.modules_to_save
+        if self._head_names:
+            config.modules_to_save = list(dict.fromkeys([*(before or []), *self._head_names]))
         try:
-            return config.to_json(None if config.task_type is not None else self._auto_mapping())
-        finally:
-            config.inference_mode = inference_mode
+            yield
+        except BaseException:
+            config.modules_to_save = before
+            raise
 
-    def _auto_mapping(self) -> dict[str, str]:
-        base = self.get_base_model()
-        return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model with the active adapters.
+
+        Arguments of the method (`task_ids`) are passed by keyword, and so is `adapter_names`: an
+        adapter for each sample in place of the active ones, `"__base__"` for none.
+        """
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model's `generate`; it takes the keyword arguments of `forward` too."""
+        self.base_model.refuse_foreign_arguments(kwargs)
+        if not hasattr(self.get_base_model(), "generate"):
+            raise PeftAttributeError((self.get_base_model(),), "generate")
+        generate = self.base_model.generate
+        batch = self.base_model.chosen_adapters(args, kwargs, generate)
+        chosen = (
+            ADAPTER_BATCHES.during(None)
+            if batch is None
+            else batch.generating(self.get_base_model())
+        )
+        cached = self.base_model.inference_cache.during_call(runs_often=True)
+        with chosen, cached:
+            return generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
+        own = {
+            name: kwargs.pop(name)
+            for name in self.base_model.adapter_call_arguments
+            if name in kwargs
+        }
+        return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the tuner, or of the base model, that this class lacks."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        try:
+            return getattr(self.base_model, name)
+        except PeftAttributeError as error:
+            error.owners = (self, *error.owners)
+            raise
+
+    def get_base_model(self) -> nn.Module:
+        """Return the base model, with the adapters in it."""
+        return self.base_model.model
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method of that name, and let gradients pass its frozen input."""
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.prepare_model_for_gradient_checkpointing()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.prepare_model_for_gradient_checkpointing()
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
+        """Let gradients pass the frozen input of the base model, or of `model`: checkpointed layers
+        need an input that requires them.
+        """
+        enable = getattr(
+            self.get_base_model() if model is None else model, "enable_input_require_grads", None
+        )
+        if enable is not None:
+            enable()
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Each adapter's config, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The active adapter's config."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def prefix(self) -> str:
+        """Start of the names of adapter parameters."""
+        return lookup(PEFT_TYPE_TO_PREFIX_MAPPING, self.peft_type)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole."""
+        names = {
+            name
+            for config in self.peft_config.values()
+            for name in getattr(config, "modules_to_save", None) or ()
+        }
+        return names or None
+
+    @property
+    def special_peft_forward_args(self) -> set[str]:
+        """Keyword arguments of `forward` that are for the adapters and not for the base model."""
+        return {"adapter_names", *self.base_model.adapter_call_arguments}
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, if it has one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True if any adapter takes part in the forward."""
+        return bool(self.active_adapters) and not self.base_model.adapters_disabled
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Return whether `convert_to_lora` can convert an adapter, by default the one it takes."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
+
+        TRL's trainers call this with the config of the trained adapter, for a reference model, and
+        then copy values by names that most methods do not have. They get a copy instead, as of
+        `copy_adapter`.
+
+        Args:
+            adapter_name: A new name, without dots.
+            peft_config: Its config.
+            low_cpu_mem_usage: Make it on the meta device, to be filled from a checkpoint.
+            autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
+
+        Raises:
+            PeftValueError: The name is taken, or the config is of another method or does not fit;
+                nothing is changed.
+        """
+        if isinstance(adapter_name, PeftConfig):
+            raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
+        own = (name for name, config in self.peft_config.items() if config is peft_config)
+        source = next(own, None)
+        if source is not None:
+            if calling_library() == "trl":
+                self.copy_adapter(source, adapter_name, reference=True)
+                return
+            peft_config = peft_config.for_copy()  # adapters share no config
+        check_flags(
+            autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        device = torch.device("meta") if low_cpu_mem_usage else None
+        construction = Construction(autocast_adapter_dtype, device)
+        self._check_method(peft_config)
+        with self._with_heads(peft_config):
+            self.base_model.add_adapter(adapter_name, peft_config, construction)
+
+    def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
+        """Add an adapter that is like another one, values included; it waits, frozen, until
+        `set_adapter`.
+
+        Args:
+            adapter_name: The adapter to copy, which stays as it is.
+            new_name: A new name, without dots.
+            reference: Leave out what is random in training (dropout, sampled gates), so that the
+                copy computes the same in training and evaluation mode: as the reference in
+                preference tuning.
+
+        Raises:
+            PeftTypeError: A name is no string, or `reference` neither True nor False.
+            PeftValueError: There is no such adapter, or the new name is taken; nothing is changed.
+
+        Example:
+            >>> from peft import LoKrConfig, get_peft_model
+            >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> config = LoKrConfig(r=2, target_modules=["0"], init_weights=False)
+            >>> model = get_peft_model(base, config)
+            >>> model.copy_adapter("default", "ref", reference=True)
+            >>> layer = model.base_model.model[0]
+            >>> torch.equal(layer.lokr_w1["ref"], layer.lokr_w1["default"])
+            True
+        """
+        check_flags(reference=reference)
+        if not isinstance(adapter_name, str):
+            raise PeftTypeError(
+                f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by "
+                "one."
+            )
+        self.base_model.check_names(adapter_name)
+        config = self.peft_config[adapter_name]
+        fill = copy_fill(self, config, adapter_name)
+        self.add_filled_adapter(new_name, config.for_copy(reference), fill)
+        self.base_model.method_of(config).note_loaded(self, new_name)
+
+    def add_filled_adapter(
+        self, name: str, config: PeftConfig, fill: Fill, construction: Construction | None = None
+    ) -> None:
+        """Add an adapter whose tensors a function writes before it is put in.
+
+        Args:
+            name: A new name.
+            config: The adapter's config.
+            fill: Writes the tensors, or raises.
+            construction: Options for making the parameters, by default without initial values.
+
+        Raises:
+            PeftValueError: As for `add_adapter`; nothing is changed.
+        """
+        self._check_method(config)
+        with self._with_heads(config):
+            construction = construction or Construction(initialize=False)
+            self.base_model.add_adapter(name, config, construction, fill=fill)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that add up, the active one and (unless `inference_mode`)
+        the trainable one.
+
+        Raises:
+            PeftValueError: No name or an unknown one; nothing is changed.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model runs without adapters, and all of them are frozen."""
+        states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
+        if states == {True}:
+            yield
+            return
+        if len(states) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. All of them will be enabled at the end of the `disable_adapter` context.",
+            )
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model.enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, the first of the others by name becomes
+        active.
+
+        Raises:
+            PeftValueError: There is no such adapter.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    merge_adapter = forwarded(AdaptedModel.merge_adapter)
+    unmerge_adapter = forwarded(AdaptedModel.unmerge_adapter)
+    merge_and_unload = forwarded(AdaptedModel.merge_and_unload)
+    unload = forwarded(AdaptedModel.unload)
+    add_weighted_adapter = forwarded(AdaptedModel.add_weighted_adapter)
+    set_requires_grad = forwarded(AdaptedModel.set_requires_grad)
+    enable_adapter_layers = forwarded(AdaptedModel.enable_adapter_layers)
+    disable_adapter_layers = forwarded(AdaptedModel.disable_adapter_layers)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable and of all parameters."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    from_pretrained = classmethod(loading.from_pretrained)
+    load_adapter = loading.load_adapter
+    save_pretrained = saving.save_pretrained
+    push_to_hub = saving.push_to_hub
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write README.md, or bring its metadata up to date."""
-        if self.peft_config:
-            config = next(iter(self.peft_config.values()))
-            update_model_card(Path(output_dir), config, self.get_base_model())
+        """Write README.md, or update its metadata."""
+        saving.write_model_card(Path(output_dir), self.base_model)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        """The state of each layer with adapters, as `get_layer_status` gives it."""
+        """Return the state of each layer with adapters, as `peft.get_layer_status` does."""
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
-        """The state of the adapters, summed up, as `get_model_status` gives it."""
+        """Return the state of the adapters, summed up, as `peft.get_model_status` does."""
         return get_model_status(self)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_description: str | None = None,
-        **save_options: Any,
-    ) -> Any:
-        """Save the adapters to a repository on the Hub, made if missing.
-
-        Args:
-            repo_id: "user/name".
-            commit_message: By default "Upload adapter".
-            private: Whether a new repository is private.
-            token: Access token, by default the one stored by huggingface_hub.
-            revision: Branch to write to.
-            create_pr: Open a pull request in place of writing.
-            commit_description: Further text for it.
-            **save_options: As for `save_pretrained`.
-
-        Returns:
-            What huggingface_hub says of the commit.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **save_options)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            message = commit_message or "Upload adapter"
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        ignore_mismatched_sizes: bool = False,
-        strict: bool = True,
-        **kwargs: Any,
-    ) -> PeftModel:
-        """Put a saved adapter into a base model.
-
-        Names, shapes and kinds of all tensors are checked first; on any error the model is left
-        exactly as it was.
-
-        Args:
-            model: The base model.
-            model_id: A local folder, or an id on the Hub.
-            adapter_name: Name for the adapter.
-            is_trainable: False freezes it and puts the model into eval mode.
-            config: Use this config in place of the saved one.
-            autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
-            ephemeral_gpu_offload: Refused.
-            low_cpu_mem_usage: Accepted; loading never initialises parameters that the checkpoint
-                fills.
-            key_mapping: Renaming of module paths in the checkpoint's keys: regular expression →
-                replacement. By default what the base model declares for checkpoints of its own earlier versions. Modules that the model does not have then
-                are looked for under the names that transformers' rules give them, in keys and in the config.
-            ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head
-                with other classes, say) as they start, with a warning.
-            strict: False loads the keys that fit and names the rest in a warning: what of the file
-                has no place in the adapter is left out, what the file lacks stays as it starts. Keys may then have the adapter's name in them. Another
-                shape is an error still, and so is a file of which nothing fits.
-            **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
-
-        Raises:
-            CheckpointNotFoundError: There is no such adapter.
-            CheckpointError: A file is damaged or does not fit.
-            PeftTypeError: The model is no module, the place no path, or a switch neither True nor
-                False.
-            PeftValueError: The config does not fit the model.
-        """
-        refuse_offload(ephemeral_gpu_offload)
-        flags = {
-            "is_trainable": is_trainable,
-            "autocast_adapter_dtype": autocast_adapter_dtype,
-            "strict": strict,
-        }
-        check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
-        check_arguments(model, model_id)
-        hub = only_hub_options(kwargs, "from_pretrained")
-        config = read_config(model_id, config, hub)
-        key_mapping = key_mapping or renamings(model)
-        config, state = present_names(
-            model, config, load_peft_weights(model_id, key_mapping=key_mapping, **hub)
-        )
-        if cls is PeftModel and config.task_type is not None:
-            cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(config.task_type)]
-        fill = Filler(
-            model, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
-        )
-        before, config.inference_mode = config.inference_mode, not is_trainable
-        try:
-            options: Any = {"initialize": ignore_mismatched_sizes or not strict, "fill": fill}
-            peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, **options)
-        except BaseException:
-            config.inference_mode = before
-            raise
-        peft_model.base_model.method_of(config).note_loaded(model, adapter_name)
-        return peft_model if is_trainable else peft_model.eval()
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        ignore_mismatched_sizes: bool = False,
-        strict: bool = True,
-        **kwargs: Any,
-    ) -> LoadResult:
-        """Load a saved adapter under a new name, or load new values into an adapter of this model.
-
-        Args:
-            model_id: A local folder, or an id on the Hub.
-            adapter_name: The name; if the model has such an adapter, its values are replaced (by
-                those in the sub-folder of its name, if `save_pretrained` made one).
-            is_trainable: Whether a new adapter is trainable.
-            torch_device: Where to read the file to.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping,
-            ignore_mismatched_sizes, strict,
-                **kwargs: As for `from_pretrained`.
-
-        Returns:
-            Names of the adapter's parameters that were not loaded, and keys of the file that have
-            no place in it. A checkpoint that does not fit is an error, so there are none but what
-            `ignore_mismatched_sizes` and `strict=False` let pass.
-
-        Raises:
-            As for `from_pretrained`; model and adapters are left exactly as they were.
-        """
-        refuse_offload(ephemeral_gpu_offload)
-        flags = {
-            "is_trainable": is_trainable,
-            "autocast_adapter_dtype": autocast_adapter_dtype,
-            "strict": strict,
-        }
-        check_flags(**flags, ignore_mismatched_sizes=ignore_mismatched_sizes)
-        check_adapter(adapter_name)
-        hub = only_hub_options(kwargs, "load_adapter")
-        known = self.peft_config.get(adapter_name)
-        hub = hub if known is None else own_place(model_id, adapter_name, hub)
-        config = known or read_config(model_id, None, hub)
-        key_mapping = key_mapping or renamings(self.get_base_model())
-        state = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
-        base = self.get_base_model()
-        if known is None:
-            config, state = present_names(base, config, state)
-            config.inference_mode = not is_trainable
-            fill = Filler(
-                base, config, adapter_name, state, str(model_id), ignore_mismatched_sizes, strict
-            )
-            construction = Construction(
-                autocast_adapter_dtype, initialize=ignore_mismatched_sizes or not strict
-            )
-            self._add(adapter_name, config, construction, fill)
-            if is_trainable:
-                self.base_model.set_requires_grad(adapter_name, True)
-            self.base_model.method_of(config).note_loaded(self, adapter_name)
-            return fill.result
-        saved, state = present_names(base, read_config(model_id, None, hub), state)
-        if saved.peft_type != known.peft_type:
-            raise PeftValueError(
-                f"Cannot combine adapters with different peft types. Found {known.peft_type} and "
-                f"{saved.peft_type}: the model "
-                f"has an adapter {adapter_name!r} already; load this one under another name."
-            )
-        check_same_function(self.base_model.method_of(known).config_to_save(adapter_name), saved)
-        named = state_tensors(self, in_view(config, adapter_name))
-        if not strict:
-            state = understood(
-                state, adapter_tensors(named.items(), config, adapter_name), config, adapter_name
-            )
-        incoming = import_state(state, config)
-        expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        left = fitting(
-            expected, incoming, str(model_id), ignore_mismatched_sizes, strict
-        ).unexpected_keys
-        state = {key: tensor for key, tensor in state.items() if key not in left}
-        return LoadResult(
-            set_peft_model_state_dict(
-                self, state, adapter_name, ignore_mismatched_sizes
-            ).missing_keys,
-            left,
-        )
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-from .core.adapted_model import AdaptedModel
+from .core.adapted_model import AdaptedModel, tuner_of
 from .core.auxiliary import AuxiliaryTrainingWrapper
-from .core.base_peft_model import BasePeftModel
 from .core.layer import BaseTunerLayer
 from .core.weights import is_quantized
 from .integrations.quantization import storage_format
@@ -108,7 +108,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         'lokr.Linear'
     """
     model = _uncompiled(model)
-    searched = model.base_model if isinstance(model, BasePeftModel) else model
+    searched = tuner_of(model) or model
     result = [
         _layer_status(path, module)
         for path, module in walk(searched)
@@ -148,7 +148,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         name: [layer for layer in layers if name in layer.available_adapters] for name in names
     }
     base, tuner, methods = _kinds(model)
-    trainable, total = BasePeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
+    trainable, total = count_parameters(model)
     return TunerModelStatus(
         base_model_type=base,
         adapter_model_type=tuner,
@@ -170,6 +170,20 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         quantization_backend=_common([layer.quantization_backend for layer in adapted] or [None]),
     )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trainable and of all parameters of a model."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # ZeRO-3 empties parameters.
+        count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        if type(parameter).__name__ == "Params4bit":
+            # Two weights a byte.
+            count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -225,11 +239,12 @@ def _backend(base: nn.Module) -> str | None:
 
 def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:
     """Return `base_model_type`, `adapter_model_type` and `peft_types` of a model's status."""
-    if isinstance(model, BasePeftModel):
+    tuner = tuner_of(model)
+    if tuner is not None:
         methods = {
-            name: PeftType(config.peft_type).value for name, config in model.peft_config.items()
+            name: PeftType(config.peft_type).value for name, config in tuner.peft_config.items()
         }
-        return type(model.get_base_model()).__name__, type(model.base_model).__name__, methods
+        return type(tuner.model).__name__, type(tuner).__name__, methods
     is_known = hasattr(model, "config") and not isinstance(model, AdaptedModel)
     return type(model).__name__ if is_known else "other", "None", {}
 

@@ -27,7 +27,6 @@ from .adapter_choice import adapter_meant
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .call_arguments import CallArguments
-from .combining import Combination
 from .fused_paths import restore_fused_paths
 from .injection import Construction, Fill, build_adapter, put_in, restored_on_error
 from .layer import BaseTunerLayer
@@ -298,53 +297,7 @@ class AdaptedModel(nn.Module, Generic[C]):
                 fill(build)
             put_in(self, method, plan, build)
 
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        heads: str | None = None,
-    ) -> dict[str, float]:
-        """Make an adapter out of others, which stay as they are. It waits, frozen, until
-        `set_adapter`.
-
-        Args:
-            adapters: Names of adapters of one method.
-            weights: A factor for each, of any sign.
-            adapter_name: The new adapter's name.
-            combination_type: One of the method's `combination_types`. "cat" is the weighted sum of
-                the deltas, exactly; "svd" its best approximation of rank `svd_rank`.
-            svd_rank: Rank of an approximation, by default the largest of the adapters'.
-            svd_clamp: Quantile at which entries of singular vectors are cut off.
-            svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
-            density: Share of the elements that pruning keeps.
-            majority_sign_method: How signs are elected, "total" or "frequency".
-            heads: For modules that several adapters train whole: "mean" (by the weights), or the
-                adapter whose copy is taken (so an adapter called "mean", if it is one of
-                `adapters`).
-
-        Returns:
-            For combinations that approximate the weighted sum, each layer's distance from it,
-            relative to it in the Frobenius norm.
-
-        Raises:
-            PeftTypeError: Names are no list.
-            PeftValueError: A value is not allowed, or the method has no such combination, or the
-                adapters do not fit together; nothing is changed.
-        """
-        svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
-        numbers = list(weights) if isinstance(weights, Iterable) else weights
-        request = Combination(
-            adapters, numbers, combination_type, *svd, density, majority_sign_method, heads
-        )
-        return combining.add(self, adapter_name, request)
+    add_weighted_adapter = combining.add_weighted_adapter
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one; others are frozen.
@@ -530,3 +483,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.peft_config.clear()
         self._active = []
         return self.model
+
+
+def tuner_of(model: nn.Module) -> AdaptedModel[Any] | None:
+    """Return the tuner of a `PeftModel`, None for any other model."""
+    tuner = model._modules.get("base_model")
+    return tuner if isinstance(tuner, AdaptedModel) else None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,13 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
-from ..checkpoint.checks import check_complete, check_state
-from ..checkpoint.keys import checkpoint_key, companion_tensors, in_view
-from ..checkpoint.writing import write_state
+from ..checkpoint.keys import companion_tensors, in_view
 from ..config import PeftConfig, TargetedConfig, is_int
 from ..integrations.distributed import state_tensors
 from . import combined_heads
 from . import targets as _targets
-from .injection import Build, Construction, Fill
+from .filling import fill_with
+from .injection import Construction, Fill
 from .layer import BaseTunerLayer
 from .plan import check_name, own_modules
 
@@ -86,12 +85,6 @@ class Combined:
 
 class CombiningMethod(Protocol):
     """The members of a method's `BaseTuner` that combining adapters uses."""
-
-    tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
-
-    @property
-    def shared_parameter_names(self) -> tuple[str, ...]:
-        """Return the attributes with parameters that layers share."""
 
     @property
     def combination_types(self) -> tuple[str, ...]:
@@ -203,6 +196,55 @@ def _check_values(request: Combination) -> None:
             )
 
 
+def add_weighted_adapter(
+    self: Combinable,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    heads: str | None = None,
+) -> dict[str, float]:
+    """Make an adapter out of others, which stay as they are. It waits, frozen, until
+    `set_adapter`.
+
+    Args:
+        adapters: Names of adapters of one method.
+        weights: A factor for each, of any sign.
+        adapter_name: The new adapter's name.
+        combination_type: One of the method's `combination_types`. "cat" is the weighted sum of
+            the deltas, exactly; "svd" its best approximation of rank `svd_rank`.
+        svd_rank: Rank of an approximation, by default the largest of the adapters'.
+        svd_clamp: Quantile at which entries of singular vectors are cut off.
+        svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
+        density: Share of the elements that pruning keeps.
+        majority_sign_method: How signs are elected, "total" or "frequency".
+        heads: For modules that several adapters train whole: "mean" (by the weights), or the
+            adapter whose copy is taken (so an adapter called "mean", if it is one of
+            `adapters`).
+
+    Returns:
+        For combinations that approximate the weighted sum, each layer's distance from it,
+        relative to it in the Frobenius norm.
+
+    Raises:
+        PeftTypeError: Names are no list.
+        PeftValueError: A value is not allowed, or the method has no such combination, or the
+            adapters do not fit together; nothing is changed.
+    """
+    svd = svd_rank, svd_clamp, svd_full_matrices, svd_driver
+    numbers = list(weights) if isinstance(weights, Iterable) else weights
+    request = Combination(
+        adapters, numbers, combination_type, *svd, density, majority_sign_method, heads
+    )
+    return add(self, adapter_name, request)
+
+
 def add(model: Combinable, adapter_name: str, request: Combination) -> dict[str, float]:
     """Put the adapter that a request asks for into a model; return the errors of its layers."""
     method = check(model, request)
@@ -260,22 +302,9 @@ def put(
     }
     config = replace(combined.config, **changes)
     tensors = {**combined.tensors, **companions}
-    fill = partial(_fill, method, tensors)
+    fill = partial(fill_with, tensors=tensors)
     model.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
     method.note_loaded(model.model, adapter_name)
-
-
-def _fill(method: CombiningMethod, tensors: Mapping[str, Tensor], build: Build) -> None:
-    """Write tensors, by checkpoint key, into a finished adapter that is not yet in the model."""
-    containers = {*method.tuner_layer_cls.container_names, "trainable_tokens_delta"}
-    shared = method.shared_parameter_names
-    expected = {
-        key: tensor
-        for name, tensor in build.named_tensors()
-        if (key := checkpoint_key(name, build.adapter_name, containers, shared)) is not None
-    }
-    check_complete(check_state(expected, tensors), build.adapter_name)
-    write_state(None, expected, tensors)
 
 
 def layers_of(method: CombiningMethod, request: Combination) -> dict[str, BaseTunerLayer]:

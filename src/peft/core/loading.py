@@ -1,55 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of loading a saved adapter: read, check against the finished but not yet placed adapter,
-fill.
-"""
+"""The methods of a `PeftModel` that load saved adapters."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..base.containers import named_tensors, walk
-from ..base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError, warn
+from ..base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
-from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.checks import LoadResult, check_complete, check_state
+from ..base.validation import check_adapter, check_flags
+from ..checkpoint.checks import LoadResult
 from ..checkpoint.files import CONFIG_NAME
-from ..checkpoint.hub import local_folder
-from ..checkpoint.keys import (
-    MODEL_ROOT,
-    ROOT,
-    adapter_tensors,
-    checkpoint_key,
-    container_names,
-    in_view,
-)
+from ..checkpoint.hub import load_peft_weights, local_folder, only_hub_options
+from ..checkpoint.keys import adapter_tensors, in_view
 from ..checkpoint.paths import check_path
-from ..checkpoint.values import some, warn_of_values
-from ..checkpoint.writing import import_state, write_state
+from ..checkpoint.writing import import_state, set_peft_model_state_dict
 from ..config import PeftConfig
-from ..integrations.distributed import unwrapped_name
-from .injection import Build
+from ..integrations.distributed import state_tensors
+from .filling import CheckpointFill, fitting, without_adapter_names
+from .injection import Construction
+from .renamed_targets import present_names
 
 
-def refuse_offload(ephemeral_gpu_offload: bool) -> None:
-    """Raise if loading is asked to pass through a GPU."""
+def from_pretrained(
+    cls: Any,
+    model: nn.Module,
+    model_id: str | os.PathLike,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: dict[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Put a saved adapter into a base model.
+
+    Names, shapes and kinds of all tensors are checked first; after an error the model is
+    exactly as it was.
+
+    Args:
+        model: The base model.
+        model_id: A local folder, or an id on the Hub.
+        adapter_name: Name for the adapter.
+        is_trainable: False freezes it and puts the model into eval mode.
+        config: Use this config in place of the saved one.
+        autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
+        ephemeral_gpu_offload: Refused.
+        low_cpu_mem_usage: Accepted; loading never initializes parameters that the checkpoint
+            fills.
+        key_mapping: Renaming of module paths in the checkpoint's keys: regular expression →
+            replacement. By default the base model's own, for checkpoints of its earlier
+            versions. Names of modules that the model does not have, in keys and config, are
+            then changed by transformers' renaming rules.
+        ignore_mismatched_sizes: Leave tensors that have another shape in the checkpoint (a head
+            with other classes, say) at their initial values, with a warning.
+        strict: False loads the keys that fit, and names in a warning those that have no place
+            in the adapter and those that the file lacks. Keys may then contain the adapter's
+            name. Another shape is still an error, and so is a file without a key that fits.
+        **kwargs: Options for the Hub: `subfolder`, `revision`, `token`, `cache_dir`, …
+
+    Raises:
+        CheckpointNotFoundError: There is no such adapter.
+        CheckpointError: A file is damaged or does not fit.
+        PeftTypeError: The model is no module, the place no path, or a switch neither True nor
+            False.
+        PeftValueError: The config does not fit the model.
+    """
+    _check_switches(
+        ephemeral_gpu_offload,
+        is_trainable=is_trainable,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    _check_arguments(model, model_id)
+    hub = only_hub_options(kwargs, "from_pretrained")
+    config, state = _read_checkpoint(model, model_id, config, hub, key_mapping)
+    fill = CheckpointFill(model, state, str(model_id), ignore_mismatched_sizes, strict)
+    before, config.inference_mode = config.inference_mode, not is_trainable
+    initialize = ignore_mismatched_sizes or not strict
+    try:
+        peft_model = cls.class_for(config.task_type)(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype,
+            initialize=initialize,
+            fill=fill,
+        )
+    except BaseException:
+        config.inference_mode = before
+        raise
+    peft_model.base_model.method_of(config).note_loaded(model, adapter_name)
+    return peft_model if is_trainable else peft_model.eval()
+
+
+def load_adapter(
+    self: Any,
+    model_id: str | os.PathLike,
+    adapter_name: str,
+    is_trainable: bool = False,
+    torch_device: str | torch.device | None = None,
+    autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: dict[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
+    **kwargs: Any,
+) -> LoadResult:
+    """Load a saved adapter under a new name, or load new values into an adapter of this model.
+
+    Args:
+        model_id: A local folder, or an id on the Hub.
+        adapter_name: The name; if the model has such an adapter, its values are replaced (by
+            those in the sub-folder of its name, if `save_pretrained` made one).
+        is_trainable: True leaves a new adapter trainable.
+        torch_device: Device to read the file to.
+        autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage: As for
+            `from_pretrained`.
+        key_mapping, ignore_mismatched_sizes, strict, **kwargs: As for `from_pretrained`.
+
+    Returns:
+        Names of the adapter's parameters that were not loaded, and keys of the file that have
+        no place in it; none, unless `ignore_mismatched_sizes` or `strict=False` allows them.
+
+    Raises:
+        As for `from_pretrained`; model and adapters are left exactly as they were.
+    """
+    _check_switches(
+        ephemeral_gpu_offload,
+        is_trainable=is_trainable,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    check_adapter(adapter_name)
+    hub = only_hub_options(kwargs, "load_adapter")
+    known, base, source = (
+        self.peft_config.get(adapter_name),
+        self.get_base_model(),
+        str(model_id),
+    )
+    hub = hub if known is None else _own_subfolder(model_id, adapter_name, hub)
+    config, state = _read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
+    if known is not None:
+        method = self.base_model.method_of(known)
+        _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
+        return _load_into(self, adapter_name, known, state, source, ignore_mismatched_sizes, strict)
+    config.inference_mode = not is_trainable
+    fill = CheckpointFill(base, state, source, ignore_mismatched_sizes, strict)
+    initialize = ignore_mismatched_sizes or not strict
+    construction = Construction(autocast_adapter_dtype, initialize=initialize)
+    self.add_filled_adapter(adapter_name, config, fill, construction)
+    if is_trainable:
+        self.base_model.set_requires_grad(adapter_name, True)
+    self.base_model.method_of(config).note_loaded(self, adapter_name)
+    return fill.result
+
+
+def _check_switches(ephemeral_gpu_offload: bool, **flags: object) -> None:
+    """Check the switches of a load.
+
+    Raises:
+        PeftNotSupportedError: Loading shall pass through a GPU.
+        PeftTypeError: One is neither True nor False.
+    """
     if ephemeral_gpu_offload:
         raise PeftNotSupportedError(
             "`ephemeral_gpu_offload` is not supported; leave the default, False."
         )
+    check_flags(**flags)
 
 
-def check_arguments(model: Any, model_id: Any) -> None:
-    """Insist on a model, and on a path that comes after it.
+def _check_arguments(model: object, model_id: object) -> None:
+    """Check that a model and a path were given, in this order.
 
     Raises:
-        PeftTypeError: They are something else, or the other way round.
+        PeftTypeError: They are something else, or in the other order.
         PeftValueError: The path is empty.
     """
     if isinstance(model_id, nn.Module) and not isinstance(model, nn.Module):
@@ -60,25 +198,48 @@ def check_arguments(model: Any, model_id: Any) -> None:
     check_path(model_id)
 
 
-def read_config(
-    model_id: str | os.PathLike, config: PeftConfig | None, kwargs: dict[str, Any]
-) -> PeftConfig:
-    """Return the config that a caller gave, or the one in an adapter's folder."""
+def _read_checkpoint(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    config: PeftConfig | None,
+    hub: Mapping[str, Any],
+    key_mapping: dict[str, str] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Read an adapter's config and tensors, under the present names of the model's modules.
+
+    Args:
+        model: The base model.
+        model_id: A local folder, or an id on the Hub.
+        config: A config to use in place of the saved one.
+        hub: Options for the Hub.
+        key_mapping: Renaming of module paths in keys, by default the model's own.
+        device: Device to read the tensors to.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        PeftValueError: `config` is no config.
+    """
     if config is None:
-        return PeftConfig.from_pretrained(model_id, **kwargs)
-    if not isinstance(config, PeftConfig):
+        config = PeftConfig.from_pretrained(model_id, **hub)
+    elif not isinstance(config, PeftConfig):
         raise PeftValueError(
             f"The input config must be a PeftConfig, got {type(config)}; "
             "`PeftConfig.from_pretrained` reads one."
         )
-    return config
+    if not key_mapping:
+        # transformers' renaming of the modules between its versions.
+        key_mapping = dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
+    state = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+    return present_names(model, config, state)
 
 
-def own_place(
-    model_id: str | os.PathLike, adapter_name: str, hub_options: dict[str, Any]
+def _own_subfolder(
+    model_id: str | os.PathLike[str], adapter_name: str, hub_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Options that find the values of an adapter the model has: in the sub-folder of its name,
-    where `save_pretrained` puts them, rather than beside it. Trainers name the whole folder.
+    """Return Hub options with the sub-folder of an adapter that the model has, if there is one.
+
+    `save_pretrained` puts adapters into sub-folders of their names; trainers name the whole folder.
     """
     folder = local_folder(model_id, adapter_name)
     if (
@@ -91,19 +252,26 @@ def own_place(
     return {**hub_options, "subfolder": adapter_name}
 
 
-def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
-    """Insist that a checkpoint's tensors mean in an adapter what they meant to their writer.
+def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig) -> None:
+    """Check that a checkpoint's tensors compute the same in an adapter as in the saved one.
 
     Raises:
-        PeftValueError: The configs differ in a field that is part of what is computed; it is named.
+        PeftValueError: The methods differ, or fields on which an adapter's computation depends; all
+            are named.
     """
-    # What a config says besides: whom it is for, which modules, how training starts and goes, how
-    # it is saved.
+    if saved.peft_type != known.peft_type:
+        raise PeftValueError(
+            f"Cannot combine adapters with different peft types. Found {known.peft_type} and "
+            f"{saved.peft_type}: the model has an adapter {adapter_name!r} already; load this one "
+            "under another name."
+        )
+    # Config fields that do not change what a loaded adapter computes: targets, initialization,
+    # dropout, saving options.
     besides = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
     besides |= {f.name for f in fields(known) if f.metadata.get("besides")}
     words = ["dropout", "modules", "layers_", "save_"]
     if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):
-        words.append("init_")  # else the start is part of what is computed
+        words.append("init_")  # else the start is part of the delta
     names = [
         f.name
         for f in fields(known)
@@ -126,142 +294,35 @@ def check_same_function(known: PeftConfig, saved: PeftConfig) -> None:
         )
 
 
-def renamings(model: nn.Module) -> dict[str, str]:
-    """How transformers renamed the modules of a model between versions, for checkpoints written
-    before.
-    """
-    return dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
-
-
-@dataclass
-class Filler:
-    """Checks a checkpoint against a finished adapter and fills it, before the adapter is put in.
-
-    Args:
-        model: The base model.
-        config: The adapter's config.
-        adapter_name: Its name.
-        state: The checkpoint's tensors.
-        source: Where they are from, for messages.
-        ignore_mismatched_sizes: Leave tensors of other shapes than the checkpoint's as they are.
-        strict: Insist on all of the adapter's tensors and no other.
-
-    Attributes:
-        result: Afterwards, what the checkpoint lacked, by name in the model, and what of it had no
-            place.
-    """
-
-    model: nn.Module
-    config: PeftConfig
-    adapter_name: str
-    state: Mapping[str, Tensor]
-    source: str
-    ignore_mismatched_sizes: bool = False
-    strict: bool = True
-    result: LoadResult = field(default_factory=lambda: LoadResult([], []))
-
-    def __call__(self, build: Build) -> None:
-        """Fill an adapter.
-
-        Raises:
-            CheckpointError: The checkpoint does not fit.
-        """
-        config, adapter_name = self.config, self.adapter_name
-        named = {}
-        for name, tensor in build.named_tensors():
-            named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
-        expected = adapter_tensors(named.items(), config, adapter_name)
-        incoming = import_state(
-            self.state if self.strict else understood(self.state, expected, config, adapter_name),
-            config,
-        )
-        if (
-            config.trained_biases != "none" or not incoming.keys() <= expected.keys()
-        ):  # trained biases and saved embeddings
-            view = in_view(config)
-            inside = {
-                **dict.fromkeys(build.layers, ".base_layer"),
-                **dict.fromkeys(build.tokens, ".token_adapter.base_layer"),
-            }
-            for name, tensor in named_tensors(walk(self.model, view), view):
-                path, _, end = name.rpartition(".")
-                named[MODEL_ROOT + (f"{path}{inside[path]}.{end}" if path in inside else name)] = (
-                    tensor
-                )
-            expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        found = fitting(expected, incoming, self.source, self.ignore_mismatched_sizes, self.strict)
-        names = adapter_tensors(((name, name) for name in named), config, adapter_name, incoming)
-        self.result = LoadResult(
-            [names.get(key, key) for key in found.missing_keys], found.unexpected_keys
-        )
-        fits = expected.keys() & incoming.keys() - set(found.missing_keys)
-        values = {key: tensor for key, tensor in incoming.items() if key in fits}
-        warn_of_values(
-            f"'{self.source}'",
-            values,
-            expected,
-            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).masked_names,
-        )
-        write_state(None, expected, values)
-
-
-def fitting(
-    expected: Mapping[str, Tensor],
-    incoming: Mapping[str, Tensor],
+def _load_into(
+    model: nn.Module,
+    adapter_name: str,
+    config: PeftConfig,
+    state: Mapping[str, Tensor],
     source: str,
     ignore_mismatched_sizes: bool,
     strict: bool,
 ) -> LoadResult:
-    """What of an adapter is not in a checkpoint, or has another shape there and that is to be
-    ignored; and what else is in it.
+    """Replace the values of an adapter that a model has.
+
+    Args:
+        model: A `PeftModel`.
+        adapter_name: The adapter.
+        config: Its config.
+        state: The checkpoint's tensors.
+        source: The checkpoint's place, for messages.
+        ignore_mismatched_sizes, strict: As for `CheckpointFill`.
 
     Raises:
-        CheckpointError: A shape or kind differs, or with `strict` a key, or no key fits.
+        CheckpointError: The checkpoint does not fit; nothing is changed.
     """
-    result = check_state(expected, incoming, ignore_mismatched_sizes)
-    missing = [key for key in result.missing_keys if key not in incoming]
-    fits = bool(expected.keys() & incoming.keys())
-    if strict or not fits:
-        remedy = "Pass `strict=False` to load the rest." if fits else ""
-        remedy = (
-            remedy
-            if strict
-            else "No key fits, so `strict=False` has nothing to load; `key_mapping` renames modules in keys."
-        )
-        check_complete(LoadResult(missing, result.unexpected_keys), source, remedy)
-    elif missing or result.unexpected_keys:
-        left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
-        left += [
-            f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."
-        ] * bool(result.unexpected_keys)
-        warn(f"'{source}' was loaded with `strict=False`. {' '.join(left)}")
-    return result
-
-
-def understood(
-    state: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    config: PeftConfig,
-    adapter_name: str,
-) -> dict[str, Tensor]:
-    """A checkpoint with the names of a model's own tensors, in which an adapter's name stands, put
-    as keys of a checkpoint: of the adapter `adapter_name`, else of "default", else of the only one
-    there.
-    """
-    named: dict[str, dict[str, str]] = {}
-    containers = {*container_names(config), "modules_to_save"}
-    shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
-    for key in state:
-        name = unwrapped_name(key)
-        parts = name.split(".")
-        for part, after in pairwise(parts):
-            if (
-                part in containers
-                and (plain := checkpoint_key(name, after, containers, shared)) in expected
-            ):
-                named.setdefault(after, {})[key] = plain  # type: ignore[assignment]
-    chosen = next((name for name in (adapter_name, "default") if name in named), None)
-    if chosen is None and len(named) == 1:
-        chosen = next(iter(named))
-    keys = named.get(chosen or "", {})
-    return {keys.get(key, key): tensor for key, tensor in state.items()}
+    named = state_tensors(model, in_view(config, adapter_name))
+    if not strict:
+        own = adapter_tensors(named.items(), config, adapter_name)
+        state = without_adapter_names(state, own, config, adapter_name)
+    incoming = import_state(state, config)
+    expected = adapter_tensors(named.items(), config, adapter_name, incoming)
+    left = fitting(expected, incoming, source, ignore_mismatched_sizes, strict).unexpected_keys
+    state = {key: tensor for key, tensor in state.items() if key not in left}
+    result = set_peft_model_state_dict(model, state, adapter_name, ignore_mismatched_sizes)
+    return LoadResult(result.missing_keys, left)

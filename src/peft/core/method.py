@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..config import TargetedConfig
+from torch import Tensor, nn
+
+from ..config import PeftConfig, TargetedConfig
 from .combining import CombiningMethod
 from .injection import AdapterMethod
 from .plan import TargetRules
@@ -34,3 +36,13 @@ class Method(TargetRules[Any], AdapterMethod[Any], CombiningMethod, Protocol):
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the checked options that one adapter is merged with."""
+
+    def without_start(
+        self, model: nn.Module, adapter_name: str
+    ) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Return config and tensors of an adapter that starts from the base weight as a plain one."""
+
+    def form_to_save(
+        self, adapter_name: str, config: Any, state: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return the config and tensors to write to a file."""

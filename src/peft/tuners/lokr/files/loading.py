@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.files import CONFIG_NAME, read_json
 from ....checkpoint.values import warn_of_values
-from ....core.base_peft_model import BasePeftModel
+from ....core.adapted_model import tuner_of
 from ....core.conversion import root_of
-from ....core.injection import Build, Construction
+from ....core.injection import Build
 from ..config import LoKrConfig
 from .inferred_config import infer_config
 from .placement import Placement, place
@@ -180,8 +181,9 @@ def load_lokr_file(
     config = report.config
     config.inference_mode = not is_trainable
     fill = _filler(placement, adapter_name, source)
-    if isinstance(model, BasePeftModel):
-        model._add(adapter_name, config, Construction(initialize=False), fill)
+    if tuner_of(model) is not None:
+        peft_model: Any = model
+        peft_model.add_filled_adapter(adapter_name, config, fill)
     else:
         _inject(model, config, adapter_name, fill)
     return report

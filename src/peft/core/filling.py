@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write tensors into a finished adapter that is not yet in the model.
+
+Every adapter that does not start from its own initial values is filled here: from a checkpoint
+(`CheckpointFill`), from tensors that a method computed (`fill_with`), from another adapter
+(`copy_fill`). All check names, shapes and kinds first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from ..base.containers import named_tensors, walk
+from ..base.errors import warn
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..checkpoint.checks import LoadResult, check_complete, check_state
+from ..checkpoint.keys import (
+    MODEL_ROOT,
+    ROOT,
+    adapter_tensors,
+    checkpoint_key,
+    container_names,
+    in_view,
+)
+from ..checkpoint.values import some, warn_of_values
+from ..checkpoint.writing import import_state, write_state
+from ..config import PeftConfig
+from ..integrations.distributed import state_tensors, unwrapped_name
+from .injection import Build, Fill
+from .layer import BaseTunerLayer, layer_of
+
+
+def fill_with(build: Build, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, by key without a root, into an adapter.
+
+    Raises:
+        CheckpointError: They are not exactly the adapter's.
+    """
+    expected = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
+    check_complete(check_state(expected, tensors), build.adapter_name)
+    write_state(None, expected, tensors)
+
+
+def copy_fill(model: nn.Module, config: PeftConfig, source: str) -> Fill:
+    """Return a function that writes another adapter's values into an adapter.
+
+    Args:
+        model: A `PeftModel`.
+        config: The config of the adapter to copy.
+        source: Its name.
+    """
+
+    def fill(build: Build) -> None:
+        present = state_tensors(model, in_view(config, source))
+        values = {
+            key.removeprefix(MODEL_ROOT).removeprefix(ROOT): tensor
+            for key, tensor in adapter_tensors(present.items(), config, source).items()
+        }
+        own = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
+        fill_with(build, {key: tensor for key, tensor in values.items() if key in own})
+        for path, layer in build.layers.items():
+            known = layer_of(model.get_submodule(MODEL_ROOT + path), type(layer))
+            assert known is not None
+            _copy_state(layer, known, build.adapter_name, source)
+
+    return fill
+
+
+def _copy_state(layer: BaseTunerLayer, known: BaseTunerLayer, name: str, source: str) -> None:
+    """Copy a layer's state of an adapter that is in no checkpoint: its scale, its start."""
+    layer.scaling[name] = known.scaling[source]
+    for attribute in layer.value_names:
+        entries, values = getattr(layer, attribute), getattr(known, attribute)
+        if name in entries and source in values and isinstance(entries[name], nn.Module):
+            entries[name].load_state_dict(values[source].state_dict())
+
+
+@dataclass
+class CheckpointFill:
+    """A function that checks a checkpoint against a finished adapter and writes it there.
+
+    Args:
+        model: The base model.
+        state: The checkpoint's tensors.
+        source: The checkpoint's place, for messages.
+        ignore_mismatched_sizes: Leave tensors as they are that have another shape there.
+        strict: Insist on all of the adapter's tensors and no other.
+
+    Attributes:
+        result: Afterwards, the names of parameters that the checkpoint lacks, and its keys that
+            have no place in the adapter.
+    """
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    source: str
+    ignore_mismatched_sizes: bool = False
+    strict: bool = True
+    result: LoadResult = field(default_factory=lambda: LoadResult([], []))
+
+    def __call__(self, build: Build) -> None:
+        """Write the checkpoint into an adapter.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit.
+        """
+        config, adapter_name = build.config, build.adapter_name
+        named = {}
+        for name, tensor in build.named_tensors():
+            named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
+        expected = adapter_tensors(named.items(), config, adapter_name)
+        state = self.state
+        if not self.strict:
+            state = without_adapter_names(state, expected, config, adapter_name)
+        incoming = import_state(state, config)
+        # The base model's own tensors: trained biases and saved embeddings.
+        if config.trained_biases != "none" or not incoming.keys() <= expected.keys():
+            view = in_view(config)
+            inside = dict.fromkeys(build.layers, ".base_layer")
+            inside |= dict.fromkeys(build.tokens, ".token_adapter.base_layer")
+            for name, tensor in named_tensors(walk(self.model, view), view):
+                path, _, end = name.rpartition(".")
+                key = f"{path}{inside[path]}.{end}" if path in inside else name
+                named[MODEL_ROOT + key] = tensor
+            expected = adapter_tensors(named.items(), config, adapter_name, incoming)
+        found = fitting(expected, incoming, self.source, self.ignore_mismatched_sizes, self.strict)
+        names = adapter_tensors(((name, name) for name in named), config, adapter_name, incoming)
+        self.result = LoadResult(
+            [names.get(key, key) for key in found.missing_keys], found.unexpected_keys
+        )
+        fits = expected.keys() & incoming.keys() - set(found.missing_keys)
+        values = {key: tensor for key, tensor in incoming.items() if key in fits}
+        warn_of_values(
+            f"'{self.source}'",
+            values,
+            expected,
+            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).masked_names,
+        )
+        write_state(None, expected, values)
+
+
+def fitting(
+    expected: Mapping[str, Tensor],
+    incoming: Mapping[str, Tensor],
+    source: str,
+    ignore_mismatched_sizes: bool,
+    strict: bool,
+) -> LoadResult:
+    """Return the keys of an adapter that a checkpoint lacks or has in another shape that is to be
+    ignored, and the checkpoint's other keys.
+
+    Raises:
+        CheckpointError: A shape or kind differs, or with `strict` a key, or no key fits.
+    """
+    result = check_state(expected, incoming, ignore_mismatched_sizes)
+    missing = [key for key in result.missing_keys if key not in incoming]
+    fits = bool(expected.keys() & incoming.keys())
+    if strict or not fits:
+        remedy = "Pass `strict=False` to load the rest." if fits else ""
+        if not strict:
+            remedy = (
+                "No key fits, so `strict=False` has nothing to load; `key_mapping` renames modules "
+                "in keys."
+            )
+        check_complete(LoadResult(missing, result.unexpected_keys), source, remedy)
+    elif missing or result.unexpected_keys:
+        left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
+        left += [
+            f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."
+        ] * bool(result.unexpected_keys)
+        warn(f"'{source}' was loaded with `strict=False`. {' '.join(left)}")
+    return result
+
+
+def without_adapter_names(
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    config: PeftConfig,
+    adapter_name: str,
+) -> dict[str, Tensor]:
+    """Return a checkpoint whose keys are a model's parameter names under a checkpoint's keys.
+
+    Parameter names have an adapter's name in them; the keys of one adapter are changed: of
+    `adapter_name`, else of "default", else of the only adapter there.
+    """
+    named: dict[str, dict[str, str]] = {}
+    containers = {*container_names(config), "modules_to_save"}
+    shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
+    for key in state:
+        name = unwrapped_name(key)
+        parts = name.split(".")
+        for part, after in pairwise(parts):
+            if (
+                part in containers
+                and (plain := checkpoint_key(name, after, containers, shared)) in expected
+            ):
+                named.setdefault(after, {})[key] = plain  # type: ignore[assignment]
+    chosen = next((name for name in (adapter_name, "default") if name in named), None)
+    if chosen is None and len(named) == 1:
+        chosen = next(iter(named))
+    keys = named.get(chosen or "", {})
+    return {keys.get(key, key): tensor for key, tensor in state.items()}
