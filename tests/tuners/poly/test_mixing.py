@@ -15,16 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.tuners.poly import mixing
-from peft.tuners.poly.mixing import (
-    gates,
-    grow_skills,
-    mix,
-    normalise,
-    poly_delta,
-    rank_space_pays,
-    task_delta_weight,
-    task_factors,
-)
+from peft.tuners.poly.gating import gates, normalize
+from peft.tuners.poly.growth import grow_skills
+from peft.tuners.poly.mixing import mix, poly_delta, rank_space_pays, task_factors
 from peft.tuners.poly.pooling import pool, prompt_mask
 
 few = settings(max_examples=25, deadline=None)
@@ -213,7 +206,7 @@ def test_cost_model_sends_few_tokens_and_token_level_through_rank_space() -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_skills_take_float32_weights(rank_space: bool, dtype: torch.dtype) -> None:
     A, B = skills(2, 3, 8, 6, 2)
-    x, weights = normal(4, 3, 8), normalise(normal(4, 2, 3).sigmoid())
+    x, weights = normal(4, 3, 8), normalize(normal(4, 2, 3).sigmoid())
     with path(rank_space):
         delta = poly_delta(x.to(dtype), weights.float(), A.to(dtype), B.to(dtype), 0.5)
     assert delta.dtype == dtype
@@ -226,7 +219,7 @@ def test_half_precision_skills_take_float32_weights(rank_space: bool, dtype: tor
 @either_path
 def test_autocast_multiplies_in_half_precision(rank_space: bool) -> None:
     A, B = skills(2, 3, 8, 6, 2)
-    x, weights = normal(4, 3, 8), normalise(normal(4, 2, 3).sigmoid())
+    x, weights = normal(4, 3, 8), normalize(normal(4, 2, 3).sigmoid())
     leaves = [tensor.float().requires_grad_() for tensor in (x, weights, A, B)]
     with path(rank_space), torch.autocast("cpu", dtype=torch.bfloat16):
         delta = poly_delta(*leaves, 0.5)
@@ -252,7 +245,7 @@ def test_routing_compiles_without_a_graph_break() -> None:
     def route(
         logits: Tensor, x: Tensor, mask: Tensor, labels: Tensor, training: bool
     ) -> tuple[Tensor, Tensor]:
-        return normalise(gates(logits, training)), pool(x, prompt_mask(mask, labels))
+        return normalize(gates(logits, training)), pool(x, prompt_mask(mask, labels))
 
     arguments = (
         normal(2, 3),
@@ -305,15 +298,15 @@ def test_training_gates_are_reparameterised() -> None:
 
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=3, max_size=3), min_size=1, max_size=4))
 @few
-def test_eval_gates_normalise_to_the_formula(rows: list[list[float]]) -> None:
-    weights = normalise(gates(torch.tensor(rows, dtype=torch.float64), training=False))
+def test_eval_gates_normalize_to_the_formula(rows: list[list[float]]) -> None:
+    weights = normalize(gates(torch.tensor(rows, dtype=torch.float64), training=False))
     for row, ours in zip(rows, weights.tolist(), strict=True):
         opened = [1 / (1 + math.exp(-logit)) for logit in row]
         assert ours == pytest.approx([gate / (sum(opened) + 1e-12) for gate in opened])
 
 
 def test_closed_gates_give_zero_weights() -> None:
-    assert torch.equal(normalise(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(normalize(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("n_splits", [1, 2])
@@ -324,16 +317,16 @@ def test_one_task_is_a_lora(n_splits: int) -> None:
     assert (factor_A.shape, factor_B.shape) == ((2, 8), (6, 2))
     assert factor_A.is_contiguous()
     assert factor_B.is_contiguous()
-    weight = task_delta_weight(weights, A, B, 0.5)
-    torch.testing.assert_close(weight, factor_B @ factor_A)
+    weight = factor_B @ factor_A
     assert torch.linalg.matrix_rank(weight) == 2
     torch.testing.assert_close(x @ weight.T, poly_delta(x, weights.expand(5, -1, -1), A, B, 0.5))
 
 
 def task_deltas(logits: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Weight updates of all tasks in eval, `[n_tasks, out, in]`."""
-    weights = normalise(gates(logits.view(len(logits), *A.shape[:2]), training=False))
-    return torch.stack([task_delta_weight(task, A, B) for task in weights])
+    weights = normalize(gates(logits.view(len(logits), *A.shape[:2]), training=False))
+    factors = [task_factors(task, A, B) for task in weights]
+    return torch.stack([factor_B @ factor_A for factor_A, factor_B in factors])
 
 
 @given(
@@ -390,7 +383,7 @@ def test_new_skills_learn() -> None:
         tensor.detach().requires_grad_() for tensor in grow_skills(normal(4, 6), A, B, extra=2)
     ]
     logits, A, B = leaves
-    weights = normalise(gates(logits.view(4, 2, 5), training=False))
+    weights = normalize(gates(logits.view(4, 2, 5), training=False))
     poly_delta(normal(4, 3, 4), weights, A, B).square().sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
     for gradient in (logits.grad.view(4, 2, 5)[..., 3:], A.grad[:, 3:], B.grad[:, 3:]):  # type: ignore[union-attr,index]

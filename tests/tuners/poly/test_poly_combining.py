@@ -19,13 +19,13 @@ from peft import (
 )
 from peft.tuners.lora import conversion
 from peft.tuners.poly.combining import Inventory, has_rest, side_by_side
-from peft.tuners.poly.mixing import gates, normalise
+from peft.tuners.poly.gating import gates, normalize
 
 
 def inventory(factor, n_tasks, n_splits, n_skills, r, seed, spread=3.0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    weights = normalise(gates(draw(n_tasks, n_splits, n_skills) * spread, False))
+    weights = normalize(gates(draw(n_tasks, n_splits, n_skills) * spread, False))
     return Inventory(
         factor,
         weights,
@@ -64,7 +64,7 @@ def test_side_by_side_every_task_keeps_its_mixes(spread):
     logits, A, B = side_by_side(parts, closed)
     n = 10 + closed
     assert logits.shape == (4, 6 * n) and A.shape == (6, n, 4, 8) and B.shape == (6, n, 8, 2)
-    mixed = normalise(gates(logits.unflatten(-1, (6, n)), False))
+    mixed = normalize(gates(logits.unflatten(-1, (6, n)), False))
     for task in range(4):
         expected = sum(part.factor * delta(part.weights[task], part.A, part.B) for part in parts)
         found = delta(mixed[task], A, B) / 8

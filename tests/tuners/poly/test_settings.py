@@ -12,9 +12,9 @@ from conftest import mlp, t5
 from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model
-from peft.tuners.poly.gating import Gating, keep_largest, mixing_weights, only_used
+from peft.tuners.poly.gating import Gating, keep_top_k, mixing_weights
 from peft.tuners.poly.layer import PolyLayer
-from peft.tuners.poly.mixing import poly_delta
+from peft.tuners.poly.mixing import compact_skills, poly_delta
 
 TARGETS = ["0", "2"]
 
@@ -116,9 +116,9 @@ def test_only_the_skills_that_are_used_are_read(shape):
         torch.randn(2, 9, 4, 3, dtype=torch.float64),
         torch.randn(2, 9, 3, 5, dtype=torch.float64),
     )
-    weights = keep_largest(torch.rand(shape, dtype=torch.float64), 2)
+    weights = keep_top_k(torch.rand(shape, dtype=torch.float64), 2)
     x = torch.randn(*shape[:-2], *([7] if len(shape) == 3 else []), 8, dtype=torch.float64)
-    small = only_used(weights, A, B, 2)
+    small = compact_skills(weights, A, B, 2)
     samples = weights[..., 0, 0].numel()
     assert (
         small[1].shape[1]
@@ -133,7 +133,7 @@ def test_a_model_with_few_skills_in_evaluation():
     model, x = poly(n_skills=8, eval_top_k=1), torch.randn(3, 8)
     plain = copy.deepcopy(model)
     for router in task_routers(plain).values():
-        kept = keep_largest(router.task_weights(), 1)
+        kept = keep_top_k(router.task_weights(), 1)
         assert ((kept > 0).sum(-1) == 1).all()
     out = model(x, task_ids=[0, 2, 1])
     for i, task in enumerate([0, 2, 1]):

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a router's logits to mixing weights: the settings of the papers, and the saving where few
-skills are used.
+"""Mixing weights from a router's logits, with the options of the papers:
 
-    gates `g = σ(l)`, or in training a relaxed Bernoulli draw; rounded, dropped and held open as
-    asked; `w = g / Σ g`
+    gates    g = σ(l), in training a relaxed Bernoulli draw; then rounded, dropped, held open
+    weights  w = g / Σ_s g
 
-Pure functions of tensors; shapes as in `mixing.py`.
+Pure functions of tensors. Logits, gates and weights have the shape `[..., n_splits, n_skills]`.
 
 Source: arXiv:2202.13914, section 3; arXiv:2211.03831, section 3
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,20 +19,19 @@ from torch import Tensor
 
 from ...ops.dispatch import shapes
 from ...ops.triton_support import with_kernel
-from .mixing import _certainly, gates, normalise
 
 
 class Gating(NamedTuple):
-    """How logits become mixing weights.
+    """Options for making mixing weights of logits.
 
     Args:
-        relaxed: Training draws each gate from a relaxed Bernoulli distribution; False takes the
+        relaxed: Draw each gate in training from a relaxed Bernoulli distribution; False takes the
             sigmoid as evaluation does.
-        hard: Gates are rounded to 0 or 1, and gradients pass as if they were not
+        hard: Round gates to 0 or 1, and pass gradients as if they were not rounded
             (straight-through).
-        dropout: Probability in training that a gate is shut.
-        always_on: How many skills, the last ones, have an open gate in every task.
-        top_k: In evaluation, how many skills of each split keep their weight; None for all.
+        dropout: Probability in training that a gate is closed.
+        always_on: Number of skills, the last ones, whose gates are open in every task.
+        top_k: Number of skills of each split that keep their weight in evaluation; None for all.
     """
 
     relaxed: bool = True
@@ -44,135 +41,130 @@ class Gating(NamedTuple):
     top_k: int | None = None
 
 
-def open_gates(logits: Tensor, how: Gating, training: bool) -> Tensor:
-    """Gates of logits, in [0, 1]: what mixing weights are before they are divided by their sum.
+def gates(logits: Tensor, training: bool) -> Tensor:
+    """Return a gate for each logit: `σ(l)`, in training a draw from the relaxed Bernoulli
+    distribution of temperature 1, `σ(l + log u − log(1 − u))` with `u` uniform in (0, 1).
 
-    Args:
-        logits: `[..., n_splits, n_skills]`.
-        how: The settings.
-        training: Whether gates are drawn and dropped.
+    The draws are to the bit those of `torch.distributions.RelaxedBernoulli(1, logits=l).rsample()`,
+    without its checks of values.
 
     Returns:
-        The shape of `logits`, in float32 at least.
+        The shape of `logits`, in float32 at least: half precision has too few numbers near 0 and 1.
+
+    Source: arXiv:2202.13914, section 3
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not training:
+        return logits.sigmoid()
+    return relaxed_gates(logits, torch.rand(logits.shape, dtype=logits.dtype, device=logits.device))
+
+
+def relaxed_gates(logits: Tensor, u: Tensor) -> Tensor:
+    """Return the gates in training for random numbers `u` of the shape of `logits`."""
+    info = torch.finfo(logits.dtype)
+    p = logits.sigmoid().clamp(info.eps, 1 - info.eps)
+    u = u.clamp(info.eps, 1 - info.eps)
+    relaxed = u.log() - (-u).log1p() + p.log() - (-p).log1p()
+    return relaxed.sigmoid().clamp(info.tiny, 1 - info.eps)
+
+
+def open_gates(logits: Tensor, gating: Gating, training: bool) -> Tensor:
+    """Return the gates of logits with all options, in [0, 1] and in float32 at least.
 
     Source: arXiv:2202.13914, section 3 (relaxed Bernoulli); arXiv:1308.3432 (straight-through)
     """
-    g = gates(logits, training and how.relaxed)
-    if how.hard:
+    g = gates(logits, training and gating.relaxed)
+    if gating.hard:
         g = g + (g.round() - g).detach()
-    if training and how.dropout:
-        g = F.dropout(g, how.dropout)
-    if how.always_on:
-        learned, held = g.split([g.shape[-1] - how.always_on, how.always_on], dim=-1)
+    if training and gating.dropout:
+        g = F.dropout(g, gating.dropout)
+    if gating.always_on:
+        learned, held = g.split([g.shape[-1] - gating.always_on, gating.always_on], dim=-1)
         g = torch.cat([learned, torch.ones_like(held)], dim=-1)
     return g
 
 
-def mixing_weights(logits: Tensor, how: Gating, training: bool) -> Tensor:
-    """Mixing weights of logits: `open_gates` divided by their sum over the skills, and in
-    evaluation the largest of them.
+def normalize(gates: Tensor, eps: float = 1e-12) -> Tensor:
+    """Return mixing weights, `w_s = g_s / (Σ_s g_s + eps)`; zeros if all gates are closed.
+
+    Example:
+        >>> normalize(torch.tensor([0.5, 0.5, 1.0]))
+        tensor([0.2500, 0.2500, 0.5000])
+
+    Source: arXiv:2202.13914, section 3
+    """
+    return gates / (gates.sum(dim=-1, keepdim=True) + eps)
+
+
+def mixing_weights(logits: Tensor, gating: Gating, training: bool) -> Tensor:
+    """Return the mixing weights of logits: normalized gates, in evaluation the largest of them.
 
     Args:
         logits: `[..., n_splits, n_skills]`.
-        how: The settings.
-        training: Whether gates are drawn and dropped.
+        gating: The options.
+        training: Draw and drop gates.
 
     Returns:
-        The shape of `logits`, in float32 at least. Sums to one over the skills, unless all gates of
-        a row are shut: to zero then.
+        The shape of `logits`, in float32 at least. Rows sum to one, or to zero if all of their
+        gates are closed.
 
     Example:
-        >>> mixing_weights(torch.tensor([[2.0, -1.0, 0.5]]), Gating(hard=True, always_on=1), training=False)
+        >>> gating = Gating(hard=True, always_on=1)
+        >>> mixing_weights(torch.tensor([[2.0, -1.0, 0.5]]), gating, training=False)
         tensor([[0.5000, 0.0000, 0.5000]])
 
     Source: arXiv:2202.13914, section 3
     """
-    w = normalise(open_gates(logits, how, training))
-    return w if training or how.top_k is None else keep_largest(w, how.top_k)
+    w = normalize(open_gates(logits, gating, training))
+    return w if training or gating.top_k is None else keep_top_k(w, gating.top_k)
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, int, Gating, bool]:
-    """Make arguments of `task_weights` to try a kernel with: one task has two samples, others none."""
-    table = (
-        (torch.arange(70, device=device, dtype=torch.float32).sin() * 4)
-        .view(7, 10)
-        .requires_grad_()
-    )
-    return table, torch.tensor([6, 0, 6], device=device), 2, Gating(), True
+    """Return arguments of `task_weights` to try its kernel; one task has two samples."""
+    table = (torch.arange(70, device=device, dtype=torch.float32).sin() * 4).view(7, 10)
+    task_ids = torch.tensor([6, 0, 6], device=device)
+    return table.requires_grad_(), task_ids, 2, Gating(), True
 
 
 @with_kernel(1, _example)
 def task_weights(
-    table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool
+    table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool
 ) -> Tensor:
-    """`mixing_weights` of the rows of a table that tasks have, drawn for each sample where they
-    are.
+    """Return the mixing weights of each sample's task. In training each sample has its own draw.
+
+    On a GPU a Triton kernel computes them if no option but `relaxed` is set (`gating_triton.py`).
 
     Args:
-        table: `[n_tasks, n_splits * n_skills]`.
+        table: Logits, `[n_tasks, n_splits·n_skills]`.
         task_ids: `[batch]`.
-        n_splits: Number of heads.
-        how: The settings.
-        training: Whether gates are drawn and dropped.
+        n_splits: Number of splits.
+        gating: The options.
+        training: Draw and drop gates.
 
     Returns:
-        `[batch, n_splits, n_skills]`, in float32 at least. On a GPU it is one kernel where that can
-        be had (`gating_triton.py`) and gates are drawn, or not, and no more is done to them.
+        `[batch, n_splits, n_skills]`, in float32 at least.
 
     Source: arXiv:2202.13914, section 3
     """
     logits = F.embedding(task_ids, table).unflatten(-1, (n_splits, -1))
-    return mixing_weights(logits, how, training)
+    return mixing_weights(logits, gating, training)
 
 
-def keep_largest(weights: Tensor, k: int) -> Tensor:
-    """The `k` largest weights of each row, made larger so that their sum stays what it was; the
-    others zero.
+def keep_top_k(weights: Tensor, k: int) -> Tensor:
+    """Return weights with zeros for all but the `k` largest of each row, which are scaled up to the
+    sum of the row.
 
     Args:
         weights: `[..., n_skills]`, not negative.
         k: At least 1.
 
     Example:
-        >>> keep_largest(torch.tensor([0.5, 0.2, 0.3]), 2)
+        >>> keep_top_k(torch.tensor([0.5, 0.2, 0.3]), 2)
         tensor([0.6250, 0.0000, 0.3750])
     """
     if k >= shapes(weights)[0][-1]:
         return weights
     values, index = weights.topk(k, dim=-1)
     total = weights.sum(-1, keepdim=True)
-    return torch.zeros_like(weights).scatter(
-        -1, index, values / (values.sum(-1, keepdim=True) + 1e-12) * total
-    )
-
-
-def only_used(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The skills that a call uses, where that is a smaller inventory: with at most `k` weights in a
-    row, `samples · k` skills.
-
-    What they compute is the same. An inventory of `n_skills` is read whole to mix it, so a lone
-    sample reads `k / n_skills` of it.
-
-    Args:
-        weights: `[..., n_splits, n_skills]` with at most `k` weights that are not zero in each row.
-        A: `[n_splits, n_skills, in // n_splits, r]`.
-        B: `[n_splits, n_skills, r, out // n_splits]`.
-        k: At least 1.
-
-    Returns:
-        Weights, `A` and `B` with `samples · k` skills; as they were, where there are no more skills
-        than that.
-
-    Source: the papers mix all skills; the construction follows from zero weights
-    """
-    samples, (*leading, n_splits, n_skills) = math.prod(weights.shape[:-2]), *shapes(weights)
-    if not _certainly(math.prod(leading) * k < n_skills):
-        return weights, A, B
-    values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
-    slots = index.transpose(0, 1).flatten(
-        1
-    )  # [n_splits, samples * k]: each sample has `k` skills to itself
-    split = torch.arange(n_splits, device=index.device).unsqueeze(-1)
-    own = torch.eye(samples, dtype=values.dtype, device=values.device)
-    spread = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
-    return spread.reshape(*weights.shape[:-1], samples * k), A[split, slots], B[split, slots]
+    values = values / (values.sum(-1, keepdim=True) + 1e-12) * total
+    return torch.zeros_like(weights).scatter(-1, index, values)

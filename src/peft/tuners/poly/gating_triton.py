@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks' mixing weights as one kernel from table to weights, and one for their gradient, where
-Triton is (see `ops/triton_support.py`).
+"""Triton kernels for the mixing weights of tasks, `gating.task_weights`, and for their gradient:
 
-    w[b, q] = g / (sum_s g_s + 1e-12),  g = sigmoid(l)  or, drawn,  g = sigmoid(l + log u - log(1 -
-    u)),  l = table[task_b, q]
+    w[b, q] = g / (Σ_s g_s + 1e-12),  l = table[task_b, q],
+    g = σ(l), or for a draw  g = σ(l + log u − log(1 − u))
 
-in float32, with `mixing.gates`' clamping: `sigmoid(l)` and `u` to within epsilon of 0 and 1, and so
-`g`.
+in float32, with the clamping of `gating.relaxed_gates`: `σ(l)`, `u` and `g` stay an epsilon away
+from 0 and 1.
 
-Source: arXiv:2202.13914
+Source: arXiv:2202.13914, section 3
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +24,22 @@ from torch import Tensor
 from ...ops.derivatives import gradients_again
 from ...ops.dispatch import is_batched
 from ...ops.triton_support import on_device_of
-from .gating import Gating
-from .mixing import normalise, relaxed_gates
+from .gating import Gating, normalize, relaxed_gates
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MOST_SKILLS, _MOST_SAMPLES = 1024, 1024
+# Number of elements that one program computes.
 _BLOCK = 512
-"""Numbers that one program computes."""
 
 _EPS: tl.constexpr = tl.constexpr(2.0**-23)
 _TINY: tl.constexpr = tl.constexpr(2.0**-126)
+# The logit of `1 − eps`: clamping logits to it clamps probabilities to `[eps, 1 − eps]`.
 _BOUND: tl.constexpr = tl.constexpr(15.942385)
-"""The logit of `1 - eps`: to clamp probabilities to `[eps, 1 - eps]` is to clamp logits to this."""
 
 
-def fits(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool) -> bool:
-    """Return whether the kernels take such tensors and settings."""
-    other = how.hard or how.always_on or (how.dropout if training else how.top_k)
+def fits(table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool) -> bool:
+    """Return whether the kernels take these tensors and options."""
+    other = gating.hard or gating.always_on or (gating.dropout if training else gating.top_k)
     return (
         not other
         and type(task_ids) is Tensor
@@ -53,19 +51,19 @@ def fits(table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: 
 
 
 def task_weights(
-    table: Tensor, task_ids: Tensor, n_splits: int, how: Gating, training: bool
+    table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool
 ) -> Tensor:
-    """Rows of a table of logits as mixing weights, in one launch beside that of the draws.
+    """Return the mixing weights of each sample's task, in one launch beside that of the draws.
 
-    The draws are those that `mixing.gates` makes. The gradient is summed in order of the samples,
-    and so always the same.
+    The draws are those of `gating.gates`. Gradients are summed in the order of the samples, so they
+    are deterministic.
 
     Args:
         table: `[n_tasks, n_splits * n_skills]`.
-        task_ids: `[batch]`. A task that there is not has weights of NaN.
-        n_splits: Number of heads.
-        how: The settings, of which these kernels take `relaxed`.
-        training: Draw gates, if they are relaxed.
+        task_ids: `[batch]`; an id out of range gives weights of NaN.
+        n_splits: Number of splits.
+        gating: The options; kernels take `relaxed` only.
+        training: Draw gates if they are relaxed.
 
     Returns:
         `[batch, n_splits, n_skills]` in float32.
@@ -74,32 +72,45 @@ def task_weights(
     """
     shape = task_ids.shape[0], n_splits, table.shape[1] // n_splits
     draws = None
-    if training and how.relaxed:
+    if training and gating.relaxed:
         draws = torch.rand(shape, dtype=torch.float32, device=table.device)
     if torch.is_grad_enabled() and table.requires_grad:
         return _Weigh.apply(table, task_ids, draws, shape)
     return _weighed(table, task_ids, draws, shape)
 
 
+class _Context(Protocol):
+    """Attributes of an autograd context that `_Weigh` uses."""
+
+    shape: tuple[int, int, int]
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _Weigh(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]
-    ) -> Tensor:  # type: ignore[override]
+        ctx: _Context,
+        table: Tensor,
+        task_ids: Tensor,
+        draws: Tensor | None,
+        shape: tuple[int, int, int],
+    ) -> Tensor:
         ctx.save_for_backward(table, task_ids, draws)
         ctx.shape = shape
         return _weighed(table, task_ids, draws, shape)
 
     @staticmethod
-    def backward(ctx: Any, of_weights: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         table, task_ids, draws = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(of_weights):
+        if torch.is_grad_enabled() or is_batched(grad_weights):
             plain = functools.partial(
-                _weighed_plainly, task_ids=task_ids, draws=draws, shape=ctx.shape
+                _weighed_plain, task_ids=task_ids, draws=draws, shape=ctx.shape
             )
-            return *gradients_again(plain, (table,), (True,), (of_weights,)), None, None, None
+            return *gradients_again(plain, (table,), (True,), (grad_weights,)), None, None, None
         batch, n_splits, n_skills = ctx.shape
-        of_table = torch.empty_like(table)
+        grad_table = torch.empty_like(table)
         rows = table.shape[0] * n_splits
         sizes = _sizes(n_splits, n_skills, draws is not None)
         with on_device_of(table):
@@ -107,21 +118,21 @@ class _Weigh(torch.autograd.Function):
                 table,
                 task_ids,
                 draws,
-                of_weights.contiguous(),
-                of_table,
+                grad_weights.contiguous(),
+                grad_table,
                 batch,
                 task_ids.stride(0),
                 rows,
                 **sizes,
             )
-        return of_table, None, None, None
+        return grad_table, None, None, None
 
 
-def _weighed_plainly(
+def _weighed_plain(
     table: Tensor, task_ids: Tensor, draws: Tensor | None, shape: tuple[int, int, int]
 ) -> Tensor:
     logits = F.embedding(task_ids, table).view(shape).float()
-    return normalise(logits.sigmoid() if draws is None else relaxed_gates(logits, draws))
+    return normalize(logits.sigmoid() if draws is None else relaxed_gates(logits, draws))
 
 
 def _weighed(
@@ -139,7 +150,7 @@ def _weighed(
 
 @functools.cache
 def _sizes(n_splits: int, n_skills: int, drawn: bool) -> dict[str, int]:
-    """What a kernel is compiled for."""
+    """Return the sizes that a kernel is compiled for."""
     block = triton.next_power_of_2(n_skills)
     return {
         "Q": n_splits,
@@ -165,20 +176,20 @@ def _weigh_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A row is a split of a sample."""
+    """Compute the weights of rows, each a split of a sample."""
     row, skill = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     real = (row < batch * Q)[:, None] & (skill < S)[None, :]
     task = tl.load(task_ids + (row // Q) * stride, mask=row < batch * Q, other=0)
-    known = (task >= 0) & (task < n_tasks)
+    valid = (task >= 0) & (task < n_tasks)
     logits = table + (task * Q + row % Q)[:, None] * S + skill[None, :]
-    logit = tl.load(logits, mask=real & known[:, None], other=float("nan")).to(tl.float32)
-    place = row[:, None] * S + skill[None, :]
+    logit = tl.load(logits, mask=real & valid[:, None], other=float("nan")).to(tl.float32)
+    offset = row[:, None] * S + skill[None, :]
     u = logit
     if DRAWN:
-        u = tl.load(draws + place, mask=real, other=0.5)
+        u = tl.load(draws + offset, mask=real, other=0.5)
     gate, _ = _open(logit, u, DRAWN)
     gate = tl.where(real, gate, 0.0)
-    tl.store(weights + place, gate / (tl.sum(gate, 1) + 1e-12)[:, None], mask=real)
+    tl.store(weights + offset, gate / (tl.sum(gate, 1) + 1e-12)[:, None], mask=real)
 
 
 @triton.jit(do_not_specialize=["batch", "stride", "rows"])
@@ -186,8 +197,8 @@ def _distribute_kernel(
     table,
     task_ids,
     draws,
-    of_weights,
-    of_table,
+    grad_weights,
+    grad_table,
     batch,
     stride,
     rows,
@@ -197,14 +208,14 @@ def _distribute_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A row is a split of a task; a program sums what the samples of its tasks hand down, and
-    writes zeros where there are none.
+    """Sum the gradients of rows of the table, each a split of a task, over the task's samples. A
+    task without samples gets zeros.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row, skill = first + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     real = (row < rows)[:, None] & (skill < S)[None, :]
-    place = row[:, None] * S + skill[None, :]
-    logit = tl.load(table + place, mask=real, other=0.0).to(tl.float32)
+    offset = row[:, None] * S + skill[None, :]
+    logit = tl.load(table + offset, mask=real, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_R, BLOCK_S], tl.float32)
     for sample in range(batch):
         task = tl.load(task_ids + sample * stride)
@@ -217,16 +228,16 @@ def _distribute_kernel(
             gate, slope = _open(logit, u, DRAWN)
             gate = tl.where(own, gate, 0.0)
             opened = tl.sum(gate, 1) + 1e-12
-            of_weight = tl.load(of_weights + at, mask=own, other=0.0)
-            mean = tl.sum(of_weight * gate, 1) / opened
-            total += tl.where(own, (of_weight - mean[:, None]) / opened[:, None] * slope, 0.0)
-    tl.store(of_table + place, total.to(of_table.dtype.element_ty), mask=real)
+            grad_weight = tl.load(grad_weights + at, mask=own, other=0.0)
+            mean = tl.sum(grad_weight * gate, 1) / opened
+            total += tl.where(own, (grad_weight - mean[:, None]) / opened[:, None] * slope, 0.0)
+    tl.store(grad_table + offset, total.to(grad_table.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _open(logit, u, DRAWN: tl.constexpr):
-    """Gates, and their slope by the logits. Comparisons and not minima, which would make a number
-    of NaN.
+    """Return gates and their derivatives by the logits. Clamps by comparison, since minima would
+    turn NaN into a number.
     """
     if DRAWN:
         u = tl.where(u < _EPS, _EPS, tl.where(u > 1 - _EPS, 1 - _EPS, u))

@@ -20,7 +20,7 @@ from ...base.tensors import ordinary_tensors
 from ...config import is_int
 from .adapter import PolyAdapter, Task, Tasks
 from .config import PolyConfig
-from .mixing import grow_skills
+from .growth import grow_skills
 from .router import TaskRouter
 from .task_ids import name_offences, names_shown, one_task
 
@@ -257,12 +257,12 @@ def _logits_of(weights: WeightTable, router: TaskRouter, path: str) -> Tensor:
         raise PeftValueError(
             f"`{path}`: weights must be finite, not negative, and not all zero for a task."
         )
-    if router.how.always_on:
+    if router.gating.always_on:
         raise PeftValueError(
             f"`{path}`: a task's weights can't be set where "
-            f"`n_shared_skills`={router.how.always_on} are always on."
+            f"`n_shared_skills`={router.gating.always_on} are always on."
         )
-    if router.how.hard:  # gates are 0 or 1: skills with any weight are on
+    if router.gating.hard:  # gates are 0 or 1: skills with any weight are on
         return torch.where(w > 0, 1.0, -1.0).flatten(1).to(logits)
     gates = w / (2 * w.sum(-1, keepdim=True))
     return gates.clamp(min=torch.finfo(torch.float32).tiny).logit().flatten(1).to(logits)

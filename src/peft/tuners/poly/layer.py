@@ -23,8 +23,7 @@ from ...ops.fused_linear import Chain
 from ...ops.inference_cache import is_running_often, may_reuse, reuse
 from ...ops.low_rank import LowRank, approximate
 from ...ops.nested import are_tokens
-from .gating import only_used
-from .mixing import poly_chain, poly_delta, side_by_side, task_factors
+from .mixing import compact_skills, poly_chain, poly_delta, skill_columns, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
 from .tables import TaskTable
@@ -173,7 +172,7 @@ class PolyLayer(BaseTunerLayer):
         trained.
         """
         own, other = self.router(adapter_name), fresh.router(fresh_name)
-        own.how = other.how
+        own.gating = other.gating
         if is_fixed(own) != is_fixed(other):
             own.close_rows()
             own.fixed = other.fixed
@@ -251,7 +250,7 @@ class PolyLayer(BaseTunerLayer):
             A,
             B,
             scale,
-            lambda: reuse(self, adapter_name, "A", (A,), lambda: side_by_side(A)),
+            lambda: reuse(self, adapter_name, "A", (A,), lambda: skill_columns(A)),
         )
 
     def own_scale(self, adapter_name: str) -> Any:
@@ -268,9 +267,9 @@ class PolyLayer(BaseTunerLayer):
         router = self.router(adapter_name)
         by_task = isinstance(router, TaskRouter)  # others read the input, too
         x = self._chain_input(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
-        weights, kept = self._weights(adapter_name, router, x), router.kept
-        if kept is not None:
-            weights, A, B = only_used(weights, A, B, kept)
+        weights, top_k = self._weights(adapter_name, router, x), router.top_k
+        if top_k is not None:
+            weights, A, B = compact_skills(weights, A, B, top_k)
         return (
             x,
             weights if weights.dtype == A.dtype else weights.to(A.dtype),
@@ -300,9 +299,9 @@ class PolyLayer(BaseTunerLayer):
         sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
         if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
             return router(ids, checked=True)
-        return reuse(router, adapter_name, router.how, sources, router.task_weights).index_select(
-            0, ids
-        )
+        return reuse(
+            router, adapter_name, router.gating, sources, router.task_weights
+        ).index_select(0, ids)
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.

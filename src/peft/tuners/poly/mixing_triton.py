@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mixing.mix` as one kernel, and one for its gradient, where Triton is (see
-`ops/triton_support.py`).
+"""Triton kernels for `mixing.mix` and for its gradient.
 
-As products of matrices the mixing has as many rows as there are samples, a shape that libraries
-have nothing good for. Here each number of a skill is read once for a few samples, and each gradient
+As a matrix product the mixing has as many rows as there are samples, a shape for which libraries
+have no fast kernel. Here each number of a skill is read once for a few samples, and each gradient
 once for a few skills.
 
 Source: arXiv:2202.13914, arXiv:2211.03831
@@ -12,7 +11,7 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -25,23 +24,21 @@ from ...ops.triton_support import on_device_of
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MOST_SKILLS, _MOST_SAMPLES = 256, 1024
 
+# Orders of a sample's factor, see `_offset`.
 _AS_IS: tl.constexpr = tl.constexpr(0)
 _BY_RANK: tl.constexpr = tl.constexpr(1)
-_TURNED: tl.constexpr = tl.constexpr(2)
-"""Orders of a sample's factor, see `_place`."""
+_TRANSPOSED: tl.constexpr = tl.constexpr(2)
 
-_PIECE = 128
-"""Numbers of a skill that a program has. It is a single warp, which sums by itself and waits for no
-other.
-"""
+# Number of elements of a skill that one program computes. A program is a single warp, so its sums
+# wait for no other.
+_BLOCK = 128
+# Largest number of skills, and of pairs of a skill and a sample, in one program. Forward reads the
+# skills again for more samples, backward reads the gradients again for more skills.
 _SKILLS, _SKILLS_BACKWARD, _PAIRS = 4, 8, 16
-"""Skills, and pairs of a skill and a sample, that a program has at most at a time: forward reads
-skills again for more samples, and backward gradients again for more skills.
-"""
 
 
 def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
-    """Whether the kernels are made for such tensors."""
+    """Return whether the kernels take these tensors."""
     (batch, _, n_skills), dtypes = weights.shape, {weights.dtype, A.dtype, B.dtype}
     if not (dtypes <= _DTYPES and A.dtype == B.dtype and A.numel() and B.numel()):
         return False
@@ -49,9 +46,9 @@ def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
 
 
 def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`mixing.mix` in one launch, two with the sum of the weights' gradients in backward.
+    """Mix the skills in one launch; backward takes two, one of them to sum the weights' gradients.
 
-    Sums are in float32, and always in the same order.
+    Sums are in float32 and in a fixed order.
 
     Args:
         weights: `[batch, n_splits, n_skills]`.
@@ -60,8 +57,8 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
         scale: Factor on `B_w`.
 
     Returns:
-        `A_w [batch, in, r]` and `B_w [batch, r, out]`, contiguous, of the skills' dtype; under
-        autocast of autocast's.
+        `A_w [batch, in, r]` and `B_w [batch, r, out]`, contiguous, in the skills' dtype or that of
+        autocast.
 
     Source: arXiv:2211.03831
     """
@@ -72,71 +69,64 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
     return _mixed(weights, A, B, float(scale), dtype)
 
 
+class _Context(Protocol):
+    """Attributes of an autograd context that `_Mix` uses."""
+
+    scale: float
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx: _Context, weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weights, A, B)
         ctx.scale = scale
         return _mixed(weights, A, B, scale, dtype)
 
     @staticmethod
-    def backward(ctx: Any, of_A_w: Tensor, of_B_w: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad_A_w: Tensor, grad_B_w: Tensor) -> tuple[Tensor | None, ...]:
         weights, A, B = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(of_A_w) or is_batched(of_B_w):
-            return *_gradients(weights, A, B, ctx.scale, of_A_w, of_B_w), None, None
+        if torch.is_grad_enabled() or is_batched(grad_A_w) or is_batched(grad_B_w):
+            return *_gradients(weights, A, B, ctx.scale, grad_A_w, grad_B_w), None, None
         for_weights, for_A, for_B, _, _ = ctx.needs_input_grad
         (batch, n_splits, n_skills), r = weights.shape, A.shape[3]
-        is_turned = of_A_w.mT.is_contiguous()  # as a product with the input leaves it
-        of_A_w, order_A = (
-            (of_A_w, _TURNED.value) if is_turned else (of_A_w.contiguous(), _AS_IS.value)
-        )
-        sizes, pieces = _sizes(n_splits, n_skills, r, batch, _SKILLS_BACKWARD), _pieces(A, B)
-        of_A, of_B = (
-            torch.empty_like(A if for_A else A[:0]),
-            torch.empty_like(B if for_B else B[:0]),
-        )
-        parts = A.new_empty((pieces if for_weights else 0, *weights.shape), dtype=torch.float32)
-        grid = pieces, n_splits, triton.cdiv(n_skills, sizes["BLOCK_S"])
-        pointers = weights, A, B, of_A_w, of_B_w.contiguous(), of_A, of_B, parts
+        is_transposed = grad_A_w.mT.is_contiguous()  # as the product with the input returns it
+        order_A = (_TRANSPOSED if is_transposed else _AS_IS).value
+        grad_A_w = grad_A_w if is_transposed else grad_A_w.contiguous()
+        sizes, blocks = _sizes(n_splits, n_skills, r, batch, _SKILLS_BACKWARD), _blocks(A, B)
+        grad_A = torch.empty_like(A if for_A else A[:0])
+        grad_B = torch.empty_like(B if for_B else B[:0])
+        partials = A.new_empty((blocks if for_weights else 0, *weights.shape), dtype=torch.float32)
+        grid = blocks, n_splits, triton.cdiv(n_skills, sizes["BLOCK_S"])
         with on_device_of(A):
             _unmix_kernel[grid](
-                *pointers,
-                batch,
-                A.shape[2],
-                B.shape[3],
-                ctx.scale,
-                for_weights,
-                for_A,
-                for_B,
-                order_A,
-                **sizes,
-                num_warps=1,
-            )
-        return (
-            parts.sum(0).to(weights.dtype) if for_weights else None,
-            of_A if for_A else None,
-            of_B if for_B else None,
-            None,
-            None,
-        )
+                weights, A, B, grad_A_w, grad_B_w.contiguous(), grad_A, grad_B, partials,
+                batch, A.shape[2], B.shape[3], ctx.scale,
+                for_weights, for_A, for_B, order_A, **sizes, num_warps=1,
+            )  # fmt: skip
+        grad_weights = partials.sum(0).to(weights.dtype) if for_weights else None
+        return grad_weights, grad_A if for_A else None, grad_B if for_B else None, None, None
 
 
 def _gradients(
-    weights: Tensor, A: Tensor, B: Tensor, scale: float, of_A_w: Tensor, of_B_w: Tensor
+    weights: Tensor, A: Tensor, B: Tensor, scale: float, grad_A_w: Tensor, grad_B_w: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients in plain operations, which can be differentiated again."""
-    of_A_w, of_B_w = (
-        of_A_w.float().unflatten(1, (A.shape[0], -1)),
-        of_B_w.float().unflatten(2, (A.shape[0], -1)) * scale,
+    """Return the gradients by plain operations, which can be differentiated again."""
+    grad_A_w, grad_B_w = (
+        grad_A_w.float().unflatten(1, (A.shape[0], -1)),
+        grad_B_w.float().unflatten(2, (A.shape[0], -1)) * scale,
     )
-    of_weights = torch.einsum("bqdr,qsdr->bqs", of_A_w, A.float()) + torch.einsum(
-        "brqd,qsrd->bqs", of_B_w, B.float()
+    grad_weights = torch.einsum("bqdr,qsdr->bqs", grad_A_w, A.float()) + torch.einsum(
+        "brqd,qsrd->bqs", grad_B_w, B.float()
     )
-    of_A = torch.einsum("bqs,bqdr->qsdr", weights.float(), of_A_w)
-    of_B = torch.einsum("bqs,brqd->qsrd", weights.float(), of_B_w)
-    return of_weights.to(weights.dtype), of_A.to(A.dtype), of_B.to(B.dtype)
+    grad_A = torch.einsum("bqs,bqdr->qsdr", weights.float(), grad_A_w)
+    grad_B = torch.einsum("bqs,brqd->qsrd", weights.float(), grad_B_w)
+    return grad_weights.to(weights.dtype), grad_A.to(A.dtype), grad_B.to(B.dtype)
 
 
 def _mixed(
@@ -149,21 +139,21 @@ def _mixed(
     )
     sizes = _sizes(n_splits, n_skills, r, batch, _SKILLS)
     with on_device_of(A):
-        _mix_kernel[(_pieces(A, B), n_splits, triton.cdiv(batch, sizes["BLOCK_B"]))](
+        _mix_kernel[(_blocks(A, B), n_splits, triton.cdiv(batch, sizes["BLOCK_B"]))](
             weights, A, B, A_w, B_w, batch, width, out, scale, **sizes, num_warps=1
         )
     return A_w, B_w
 
 
-def _pieces(A: Tensor, B: Tensor) -> int:
-    """Into how many pieces a skill of one split falls: those of `A` come first, then those of `B`."""
+def _blocks(A: Tensor, B: Tensor) -> int:
+    """Return the number of blocks of one split's skill, those of `A` and then those of `B`."""
     r = A.shape[3]
-    return triton.cdiv(A.shape[2] * r, _PIECE) + triton.cdiv(B.shape[3] * r, _PIECE)
+    return triton.cdiv(A.shape[2] * r, _BLOCK) + triton.cdiv(B.shape[3] * r, _BLOCK)
 
 
 @functools.cache
 def _sizes(n_splits: int, n_skills: int, r: int, batch: int, most_skills: int) -> dict[str, int]:
-    """What a kernel is compiled for."""
+    """Return the sizes that a kernel is compiled for."""
     skills = min(triton.next_power_of_2(n_skills), most_skills)
     samples = min(triton.next_power_of_2(batch), _PAIRS // skills)
     return {
@@ -172,72 +162,38 @@ def _sizes(n_splits: int, n_skills: int, r: int, batch: int, most_skills: int) -
         "R": r,
         "BLOCK_B": samples,
         "BLOCK_S": skills,
-        "BLOCK": _PIECE,
+        "BLOCK": _BLOCK,
     }
 
 
 @triton.jit(do_not_specialize=["batch", "scale"])
 def _mix_kernel(
-    weights,
-    A,
-    B,
-    A_w,
-    B_w,
-    batch,
-    width,
-    out,
-    scale,
-    Q: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A piece of one split's factor, for a few samples."""
-    piece, pieces_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
-    if piece < pieces_A:
-        _mix_piece(
-            weights, A, A_w, piece, batch, width, 1.0, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
+    weights, A, B, A_w, B_w, batch, width, out, scale,
+    Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute a block of one split's factor `A_w` or `B_w`, for a few samples."""
+    block, blocks_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
+    if block < blocks_A:
+        _mix_block(
+            weights, A, A_w, block, batch, width, 1.0, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
         )
     else:
-        _mix_piece(
-            weights,
-            B,
-            B_w,
-            piece - pieces_A,
-            batch,
-            out,
-            scale,
-            _BY_RANK,
-            Q,
-            S,
-            R,
-            BLOCK_B,
-            BLOCK_S,
-            BLOCK,
+        block -= blocks_A
+        _mix_block(
+            weights, B, B_w, block, batch, out, scale, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
         )
 
 
 @triton.jit
-def _mix_piece(
-    weights,
-    skills,
-    mixed,
-    piece,
-    batch,
-    width,
-    scale,
-    ORDER: tl.constexpr,
-    Q: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _mix_block(
+    weights, skills, mixed, block, batch, width, scale,
+    ORDER: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store `scale · Σ_s w[b, s] skill[s]` for a block of the skills and a few samples `b`."""
     split, size = tl.program_id(1), width * R
-    number = piece * BLOCK + tl.arange(0, BLOCK)
+    number = block * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
     own = skills + split.to(tl.int64) * S * size
     total = tl.zeros([BLOCK_B, BLOCK], tl.float32)
@@ -250,113 +206,52 @@ def _mix_piece(
         shares = _load_weights(weights, sample, skill, split, batch, Q, S)
         total += tl.sum(shares[:, :, None] * values[None, :, :], 1)
     real = (sample < batch)[:, None] & (number < size)[None, :]
-    place = (
+    offset = (
         sample.to(tl.int64)[:, None] * (Q * size)
-        + _place(number, split, width, size, ORDER, Q, R)[None, :]
+        + _offset(number, split, width, size, ORDER, Q, R)[None, :]
     )
-    tl.store(mixed + place, (total * scale).to(mixed.dtype.element_ty), mask=real)
+    tl.store(mixed + offset, (total * scale).to(mixed.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["batch", "scale"])
 def _unmix_kernel(
-    weights,
-    A,
-    B,
-    of_A_w,
-    of_B_w,
-    of_A,
-    of_B,
-    parts,
-    batch,
-    width,
-    out,
-    scale,
-    FOR_WEIGHTS: tl.constexpr,
-    FOR_A: tl.constexpr,
-    FOR_B: tl.constexpr,
-    ORDER_A: tl.constexpr,
-    Q: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """With `g` the gradient of a piece: `sum_b w[b, s] g[b]` for a few skills, and
-    `g[b] . skill[s]`, its part of the weights'.
+    weights, A, B, grad_A_w, grad_B_w, grad_A, grad_B, partials, batch, width, out, scale,
+    FOR_WEIGHTS: tl.constexpr, FOR_A: tl.constexpr, FOR_B: tl.constexpr, ORDER_A: tl.constexpr,
+    Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a block of `A` or `B` for a few skills, and the block's part of the
+    gradients of the weights.
     """
-    piece, pieces_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
-    part = parts + piece.to(tl.int64) * batch * (Q * S)
-    if piece < pieces_A:
-        _unmix_piece(
-            weights,
-            A,
-            of_A_w,
-            of_A,
-            part,
-            piece,
-            batch,
-            width,
-            1.0,
-            FOR_WEIGHTS,
-            FOR_A,
-            ORDER_A,
-            Q,
-            S,
-            R,
-            BLOCK_B,
-            BLOCK_S,
-            BLOCK,
-        )
+    block, blocks_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
+    partial = partials + block.to(tl.int64) * batch * (Q * S)
+    if block < blocks_A:
+        _unmix_block(
+            weights, A, grad_A_w, grad_A, partial, block, batch, width, 1.0,
+            FOR_WEIGHTS, FOR_A, ORDER_A, Q, S, R, BLOCK_B, BLOCK_S, BLOCK,
+        )  # fmt: skip
     else:
-        piece -= pieces_A
-        _unmix_piece(
-            weights,
-            B,
-            of_B_w,
-            of_B,
-            part,
-            piece,
-            batch,
-            out,
-            scale,
-            FOR_WEIGHTS,
-            FOR_B,
-            _BY_RANK,
-            Q,
-            S,
-            R,
-            BLOCK_B,
-            BLOCK_S,
-            BLOCK,
-        )
+        block -= blocks_A
+        _unmix_block(
+            weights, B, grad_B_w, grad_B, partial, block, batch, out, scale,
+            FOR_WEIGHTS, FOR_B, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
-def _unmix_piece(
-    weights,
-    skills,
-    of_mixed,
-    of_skills,
-    part,
-    piece,
-    batch,
-    width,
-    scale,
-    FOR_WEIGHTS: tl.constexpr,
-    FOR_SKILLS: tl.constexpr,
-    ORDER: tl.constexpr,
-    Q: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _unmix_block(
+    weights, skills, grad_mixed, grad_skills, partial, block, batch, width, scale,
+    FOR_WEIGHTS: tl.constexpr, FOR_SKILLS: tl.constexpr, ORDER: tl.constexpr,
+    Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With `g` the gradient of a block of the mixed factor, store `scale · Σ_b w[b, s] g[b]`, and
+    `scale · g[b] · skill[s]` as the block's part of the gradients of the weights.
+    """
     split, size = tl.program_id(1), width * R
-    number = piece * BLOCK + tl.arange(0, BLOCK)
+    number = block * BLOCK + tl.arange(0, BLOCK)
     skill = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
-    place = _place(number, split, width, size, ORDER, Q, R)
+    offset = _offset(number, split, width, size, ORDER, Q, R)
     own = (split.to(tl.int64) * S + skill)[:, None] * size + number[None, :]
     real = (skill < S)[:, None] & (number < size)[None, :]
     total = tl.zeros([BLOCK_S, BLOCK], tl.float32)
@@ -366,7 +261,7 @@ def _unmix_piece(
         sample = first + tl.arange(0, BLOCK_B)
         there = (sample < batch)[:, None] & (number < size)[None, :]
         g = tl.load(
-            of_mixed + sample.to(tl.int64)[:, None] * (Q * size) + place[None, :],
+            grad_mixed + sample.to(tl.int64)[:, None] * (Q * size) + offset[None, :],
             mask=there,
             other=0.0,
         ).to(tl.float32)
@@ -377,34 +272,34 @@ def _unmix_piece(
             at = (sample[:, None] * Q + split) * S + skill[None, :]
             products = values[None, :, :] * g[:, None, :]
             tl.store(
-                part + at,
+                partial + at,
                 tl.sum(products, 2),
                 mask=(sample < batch)[:, None] & (skill < S)[None, :],
             )
     if FOR_SKILLS:
-        tl.store(of_skills + own, (total * scale).to(of_skills.dtype.element_ty), mask=real)
+        tl.store(grad_skills + own, (total * scale).to(grad_skills.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _load_weights(weights, sample, skill, split, batch, Q: tl.constexpr, S: tl.constexpr):
-    """`[samples, skills]`."""
-    place = (sample[:, None] * Q + split) * S + skill[None, :]
+    """Load the weights of some samples and skills, `[samples, skills]`."""
+    offset = (sample[:, None] * Q + split) * S + skill[None, :]
     return tl.load(
-        weights + place, mask=(sample < batch)[:, None] & (skill < S)[None, :], other=0.0
+        weights + offset, mask=(sample < batch)[:, None] & (skill < S)[None, :], other=0.0
     ).to(tl.float32)
 
 
 @triton.jit
-def _place(number, split, width, size, ORDER: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
-    """Where in a sample's factor a number of a split's skill is.
+def _offset(number, split, width, size, ORDER: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
+    """Return the offset in a sample's factor of an element of one split's skill.
 
-    The factor is `[Q * width, R]` and the skill `[width, R]`; by rank, they are `[R, Q * width]`
-    and `[R, width]`; or the factor is turned, `[R, Q * width]`, and the skill `[width, R]`.
+    The shapes of factor and skill are `[Q·width, R]` and `[width, R]` (as is), `[R, Q·width]` and
+    `[R, width]` (by rank), or `[R, Q·width]` and `[width, R]` (transposed).
     """
-    if ORDER == _TURNED:
-        place = (number % R) * (Q * width) + split * width + number // R
+    if ORDER == _TRANSPOSED:
+        offset = (number % R) * (Q * width) + split * width + number // R
     elif ORDER == _BY_RANK and Q > 1:
-        place = (number // width) * (Q * width) + split * width + number % width
+        offset = (number // width) * (Q * width) + split * width + number % width
     else:
-        place = split * size + number
-    return place
+        offset = split * size + number
+    return offset

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routing by input looks at: which tokens, and their mean.
+"""The input of routing by input: its tokens, and their mean. Pure functions of tensors.
 
 Source: arXiv:2211.03831
 """
@@ -11,73 +11,71 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...ops.dispatch import shapes
-from .mixing import _working_dtype
 
 
 def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean input of each row over its real tokens, for routing by input.
+    """Return the mean of each row over its real tokens.
 
     Args:
-        x: `[rows, ..., in]`; of `[rows, in]` there is nothing to pool.
-        mask: `[rows, tokens]`, true (or not 0) at real tokens; all are if `None`. What padded
-            positions hold, NaN included, has no effect.
+        x: `[rows, ..., in]`; `[rows, in]` is returned as it is.
+        mask: `[rows, tokens]`, nonzero at real tokens; None if all are. The values of other tokens,
+            NaN included, have no effect.
 
     Returns:
-        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without a real
-        token.
+        `[rows, in]` in the dtype of `x`, summed in float32 at least. Zero for a row without real
+        tokens.
 
     Raises:
-        PeftValueError: `mask` has another size than the tokens of `x`.
+        PeftValueError: `mask` has another shape than the tokens of `x`.
 
     Example:
         >>> pool(torch.tensor([[[1.0], [3.0], [torch.nan]]]), torch.tensor([[1, 1, 0]]))
         tensor([[2.]])
 
-    Source: arXiv:2211.03831
+    Source: arXiv:2306.03745, section 3 (the pooled input)
     """
     if x.dim() == 2:
         return x
-    tokens = x.flatten(1, -2)
+    tokens, dtype = x.flatten(1, -2), torch.promote_types(x.dtype, torch.float32)
     if mask is None:
-        total = tokens.sum(dim=1, dtype=_working_dtype(x))
+        total = tokens.sum(dim=1, dtype=dtype)
         return (total / tokens.shape[1] if shapes(tokens)[0][1] else total).to(x.dtype)
     if mask.shape != tokens.shape[:2]:
         raise PeftValueError(
             f"The mask of shape {tuple(mask.shape)} does not fit an input of shape "
-            f"{tuple(x.shape)}: "
-            f"give one of shape {tuple(tokens.shape[:2])}, or none."
+            f"{tuple(x.shape)}: give one of shape {tuple(tokens.shape[:2])}, or none."
         )
     real = mask.bool().unsqueeze(-1)
     # Not a product with the mask: 0 * NaN is NaN.
-    total = torch.where(real, tokens, 0).sum(dim=1, dtype=_working_dtype(x))
+    total = torch.where(real, tokens, 0).sum(dim=1, dtype=dtype)
     return (total / real.sum(dim=1).clamp(min=1)).to(x.dtype)
 
 
 def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
-    """Tokens a causal LM may route by in training: what it will have before it generates.
+    """Return the tokens by which a causal LM may route in training: those it has before it
+    generates.
 
-    The real tokens before the first supervised one (label other than -100); the first real token
-    where there are none, since generation starts from at least one.
+    They are the real tokens before the first label other than -100; at least the first real token,
+    since generation starts from one.
 
     Args:
-        attention_mask: `[batch, n]`, not 0 at real tokens; all are if `None`.
+        attention_mask: `[batch, n]`, nonzero at real tokens; None if all are.
         labels: `[batch, n]`, aligned with the input tokens (not shifted).
 
     Returns:
-        Boolean `[batch, n]`.
+        Booleans `[batch, n]`.
 
     Example:
         >>> prompt_mask(None, torch.tensor([[-100, -100, 7], [5, 6, 7]]))
         tensor([[ True,  True, False],
                 [ True, False, False]])
 
-    Source: arXiv:2211.03831
+    Source: follows from what `generate` is given
     """
-    real = (
-        torch.ones_like(labels, dtype=torch.bool)
-        if attention_mask is None
-        else attention_mask.bool()
-    )
+    if attention_mask is None:
+        real = torch.ones_like(labels, dtype=torch.bool)
+    else:
+        real = attention_mask.bool()
     supervised = real & (labels != -100)
     prompt = real & (supervised.cumsum(dim=-1) == 0)
     first = real & (real.cumsum(dim=-1) == 1)

@@ -76,7 +76,7 @@ class PromptTokens:
             self._update_decoder(arguments, labels)
 
     def _update_decoder(self, arguments: Mapping[str, object], labels: Tensor | None) -> None:
-        """Read the decoder's mask: all tokens before the first label, by default the first token."""
+        """Read the decoder's mask: tokens before the first label, by default the first token."""
         mask = token_mask(arguments.get("decoder_attention_mask"), {})
         for tokens in (labels, arguments.get("decoder_input_ids"), mask):
             if isinstance(tokens, Tensor):

@@ -126,5 +126,5 @@ def _equalize(adapter: PolyAdapter, tasks: list[int]) -> None:
 def _fix_routing(adapter: PolyAdapter) -> None:
     """Use the present weights in training too: no sampling, no dropout, no gradient."""
     for router in adapter.task_routers().values():
-        router.fixed, router.how = True, router.how._replace(relaxed=False, dropout=0.0)
+        router.fixed, router.gating = True, router.gating._replace(relaxed=False, dropout=0.0)
     adapter.config.routing = "fixed"

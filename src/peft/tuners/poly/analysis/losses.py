@@ -65,7 +65,7 @@ def routing_loss(
         model: A `PeftModel`, or a model that adapters were injected into.
         entropy: Factor on the entropy. A positive one favors rows with few skills.
         balance: Factor on the unevenness. A positive one keeps all skills in use.
-        record: The record of `recorded_routing`; routers in it are judged by their recorded weights.
+        record: The record of `recorded_routing`; its routers are judged by their recorded weights.
         adapter_name: The adapter; by default "default", else the only active one.
         **removed: Arguments of earlier versions, refused with a reason.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures of routing, as pure functions of gates and mixing weights.
 
-Shapes: gates and weights are `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`. Gates are in
-[0, 1]; weights sum to one over the skills.
+Shapes: gates and weights are `[n_tasks, n_splits, n_skills]`, or any `[..., n_skills]`. Gates are
+in [0, 1]; weights sum to one over the skills.
 
 Source: arXiv:2202.13914, section 5; arXiv:2211.03831
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing of an adapter in tables: by layer, split, task and skill, and the similarity of tasks."""
+"""Tables of an adapter's routing by layer, task, split and skill, and the similarity of tasks."""
 
 from __future__ import annotations
 
