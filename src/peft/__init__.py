@@ -78,7 +78,6 @@ else:
 
 
 __all__ = [
-    "LayerPlan",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -91,6 +90,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "LayerPlan",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",

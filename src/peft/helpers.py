@@ -49,7 +49,7 @@ def update_forward_signature(model: nn.Module) -> None:
         model: A `PeftModel`, changed in place.
 
     Raises:
-        PeftTypeError: `model` is no `PeftModel`.
+        PeftTypeError: `model` is not a `PeftModel`.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -70,7 +70,7 @@ def update_generate_signature(model: nn.Module) -> None:
         model: A `PeftModel`, changed in place; nothing changes if its base has no `generate`.
 
     Raises:
-        PeftTypeError: `model` is no `PeftModel`.
+        PeftTypeError: `model` is not a `PeftModel`.
     """
     _update(model, "generate")
 
@@ -83,7 +83,7 @@ def update_signature(model: nn.Module, method: str = "all") -> None:
         method: "forward", "generate" or "all".
 
     Raises:
-        PeftTypeError: `model` is no `PeftModel`.
+        PeftTypeError: `model` is not a `PeftModel`.
         PeftValueError: `method` is none of these.
     """
     if method not in ("forward", "generate", "all"):
@@ -103,7 +103,7 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     """
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # whatever the error is, there is no adapter to use
+    except Exception:  # after any error there is no adapter to use
         return False
     return True
 
@@ -117,7 +117,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         multiplier: Factor on the scales; with 0 the adapters add nothing.
 
     Raises:
-        PeftTypeError: `multiplier` is no number.
+        PeftTypeError: `multiplier` is not a number.
         PeftValueError: The model has no adapters, or they are merged; nothing is changed.
 
     Example:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which optional libraries are installed. None is imported to see."""
+"""Checks for optional libraries, without importing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRANSFORMERS = re.compile(r"is_transformers_(ge|le)_v?(\d+(?:_\d+)*)")
 
 
 def __getattr__(name: str) -> bool:
-    """Comparisons with the version of transformers: `is_transformers_ge_v5_4_0`,
+    """Return a comparison with the version of transformers: `is_transformers_ge_v5_4_0`,
     `is_transformers_le_4_53`.
     """
     asked = _TRANSFORMERS.fullmatch(name)
@@ -26,86 +26,86 @@ def __getattr__(name: str) -> bool:
 
 
 def is_bnb_available() -> bool:
-    """Whether bitsandbytes is installed."""
+    """Return True if bitsandbytes is installed."""
     return _is_installed("bitsandbytes")
 
 
 def is_bnb_4bit_available() -> bool:
-    """Whether bitsandbytes is installed in a version with 4-bit layers."""
+    """Return True if bitsandbytes is installed in a version with 4-bit layers."""
     present = _version("bitsandbytes")
     return is_bnb_available() and present is not None and present >= Version("0.39")
 
 
 def is_torchao_available() -> bool:
-    """Whether torchao is installed."""
+    """Return True if torchao is installed."""
     return _is_installed("torchao")
 
 
 def is_torchao_ge_v0_18_0() -> bool:
-    """Whether torchao is installed in version 0.18.0 or later."""
+    """Return True if torchao is installed in version 0.18.0 or later."""
     present = _version("torchao")
     return is_torchao_available() and present is not None and present >= Version("0.18.0")
 
 
 def is_gptqmodel_available() -> bool:
-    """Whether gptqmodel is installed."""
+    """Return True if gptqmodel is installed."""
     return _is_installed("gptqmodel")
 
 
 def is_optimum_available() -> bool:
-    """Whether optimum is installed."""
+    """Return True if optimum is installed."""
     return _is_installed("optimum")
 
 
 def is_aqlm_available() -> bool:
-    """Whether aqlm is installed."""
+    """Return True if aqlm is installed."""
     return _is_installed("aqlm")
 
 
 def is_eetq_available() -> bool:
-    """Whether eetq is installed."""
+    """Return True if eetq is installed."""
     return _is_installed("eetq")
 
 
 def is_hqq_available() -> bool:
-    """Whether hqq is installed."""
+    """Return True if hqq is installed."""
     return _is_installed("hqq")
 
 
 def is_inc_available() -> bool:
-    """Whether Intel's neural_compressor is installed."""
+    """Return True if Intel's neural_compressor is installed."""
     return _is_installed("neural_compressor")
 
 
 def is_te_available() -> bool:
-    """Whether transformer_engine is installed."""
+    """Return True if transformer_engine is installed."""
     return _is_installed("transformer_engine")
 
 
 def is_te_pytorch_available() -> bool:
-    """Whether transformer_engine is installed with its part for PyTorch."""
+    """Return True if transformer_engine is installed with its PyTorch modules."""
     return is_te_available() and _is_installed("transformer_engine.pytorch")
 
 
 def is_diffusers_available() -> bool:
-    """Whether diffusers is installed."""
+    """Return True if diffusers is installed."""
     return _is_installed("diffusers")
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
-    """Whether torch can use an Intel GPU.
+    """Return True if torch can use an Intel GPU.
 
     Args:
-        check_device: Accepted for compatibility; a device is always needed.
+        check_device: Accepted for compatibility, without effect.
     """
     return torch.xpu.is_available()
 
 
 def is_torch_tpu_available(check_device: bool = True) -> bool:
-    """Whether torch_xla is installed.
+    """Return True if torch_xla is installed, with a device if asked.
 
     Args:
-        check_device: Also ask it for a device, for which it is imported.
+        check_device: Import it and require a device, too.
     """
     if not _is_installed("torch_xla") or not check_device:
         return _is_installed("torch_xla")

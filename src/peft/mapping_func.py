@@ -85,7 +85,7 @@ def get_peft_model(
         The model with the adapter, which is active and trainable.
 
     Raises:
-        PeftTypeError: `peft_config` is no config, or a switch is neither True nor False.
+        PeftTypeError: `peft_config` is not a config, or a switch is neither True nor False.
         PeftValueError: The config is invalid or does not fit; the model is left as it was.
 
     Example:

@@ -227,7 +227,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         A plan, to print or to read.
 
     Raises:
-        PeftTypeError: `config` is no config.
+        PeftTypeError: `config` is not a config.
         PeftValueError: The config is invalid or does not fit the model, as for `get_peft_model`.
 
     Example:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of the adapters in a model: of each layer, and of the model as a whole."""
+"""State of the adapters in a model: of each layer, and of the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TunerModelStatus:
             nor one of transformers.
         adapter_model_type: The tuner's class; "None" for a model that adapters were injected into.
         peft_types: The method of each adapter; empty for a model that adapters were injected into.
-        trainable_params, total_params: Numbers of parameters of the whole model.
+        trainable_params, total_params: Numbers of the model's parameters.
         num_adapter_layers: Number of layers with adapters.
         enabled: False if the adapters are switched off.
         active_adapters: Names of the active adapters.
@@ -97,7 +97,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         The states, in the order of the layers in the model.
 
     Raises:
-        PeftTypeError: `model` is no module of torch.
+        PeftTypeError: `model` is not a torch module.
         PeftValueError: The model has no adapters.
 
     Example:
@@ -129,7 +129,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model: A `PeftModel`, or a model that adapters were injected into.
 
     Raises:
-        PeftTypeError: `model` is no module of torch.
+        PeftTypeError: `model` is not a torch module.
         PeftValueError: The model has no adapters.
 
     Example:

@@ -46,12 +46,12 @@ class Trained(NamedTuple):
 
 
 class _GroupKey(NamedTuple):
-    """Property values that all parameters of a group share."""
+    """Properties that the parameters of a group share."""
 
     role: str
     decays: bool
     rate: float | None
-    distributed: bool  # optimizers that step whole lists can't mix DTensors with other tensors
+    distributed: bool  # optimizers that step lists of tensors can't mix DTensors with others
 
 
 def parameter_groups(
@@ -143,7 +143,7 @@ def create_optimizer(
         **options: Options of the optimizer (`betas`, `momentum`, …).
 
     Raises:
-        PeftTypeError: `optimizer_cls` is no class of torch optimizers.
+        PeftTypeError: `optimizer_cls` is not a class of torch optimizers.
         PeftValueError, PeftRuntimeError: As for `parameter_groups`.
 
     Example:
@@ -294,7 +294,7 @@ def _check_numbers(
     """Check that all numbers are finite and not negative.
 
     Raises:
-        PeftValueError: One is not.
+        PeftValueError: A number is infinite, NaN or negative.
     """
     numbers = {"`lr`": 0.0 if lr is None else lr, "`weight_decay`": weight_decay}
     numbers |= {f"`rates`[{role!r}]": rate for role, rate in rates.items()}

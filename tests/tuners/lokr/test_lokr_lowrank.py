@@ -283,7 +283,7 @@ def test_orders_of_elements_that_can_not_be_added():
     model.add_adapter("b", LoKrConfig(r=1, **options))
     with pytest.raises(
         ValueError,
-        match=r"`0`: adapters of `kronecker_layout` 'flat' can be combined only where `W2` is whole",
+        match=r"`0`: adapters of `kronecker_layout` 'flat' can be combined only if `W2` is full",
     ):
         model.add_weighted_adapter(["a", "b"], [1, 1], "new", "svd")
     whole = model.add_weighted_adapter(["a"], [2.0], "new", "svd", svd_rank=9)

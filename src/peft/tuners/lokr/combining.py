@@ -12,7 +12,7 @@ from ...base.errors import PeftValueError
 from ...core.combining import Combination, Combined, check_same
 from .config import LoKrConfig
 from .layer import LoKrLayer
-from .layer_options import layer_options
+from .layer_options import layer_options, shapes_by_rule
 from .lowrank import nearest_product
 from .shapes import Shapes
 
@@ -39,7 +39,7 @@ def combine(
         request: Names and weights of the adapters.
 
     Raises:
-        PeftValueError: The adapters split layers differently, or a delta is no Kronecker product.
+        PeftValueError: The adapters split layers differently, or a delta is another kind of matrix.
     """
     check_same(configs, request, *_SPLIT)
     _check_products(configs, request)
@@ -65,7 +65,8 @@ def combine(
     )
     result = Combined(config)
     for path, layer in layers.items():
-        shapes = layer.shapes_of(config, r, layer_options(config, path, layer.geometry).factor)
+        factor = layer_options(config, path, layer.geometry).factor
+        shapes = shapes_by_rule(config, layer.geometry, r, factor)
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
         if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
             raise PeftValueError(

@@ -63,8 +63,8 @@ class LoKrConfig(LycorisConfig):
             factor.
         use_rslora: Scale by `alpha / √r`.
         weight_decompose: Train the norms of the weight's rows apart from their direction (DoRA).
-        wd_on_output: False: the norms are those of columns, one for each input feature. The base
-            layer then runs once more in each forward.
+        wd_on_output: True: the norms belong to rows. False: to columns, and the base layer runs
+            once more in each forward.
         conv_r, conv_alpha, conv_factor: `r`, `alpha` and `decompose_factor` of convolutions with
             kernels of more than one element; None for the values of other layers.
         factor_pattern: `decompose_factor` for modules by name or regular expression, as in
@@ -144,9 +144,7 @@ class LoKrConfig(LycorisConfig):
     weight_decompose: bool = field(
         default=False, metadata={"help": "Train norms apart from directions (DoRA)."}
     )
-    wd_on_output: bool = field(
-        default=True, metadata={"help": "Norms are those of rows; False for columns."}
-    )
+    wd_on_output: bool = field(default=True, metadata={"help": "Norms of rows; False for columns."})
     conv_r: int | None = field(
         default=None, metadata={"help": "Rank for convolutions with a kernel."}
     )

@@ -28,9 +28,10 @@ from .kronecker import (
     kronecker_linear,
     kronecker_weight,
 )
+from .layer_options import shapes_by_rule
 from .lowrank import kronecker_low_rank
 from .norms import column_norms, product_norm, row_norms
-from .shapes import Shapes, factor_shapes, factorization
+from .shapes import Shapes, factorization
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrLayer", "factorization"]
 
@@ -121,7 +122,8 @@ class LoKrLayer(LycorisLayer):
         self.set_hyperparameters(
             adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
         )
-        shapes = shapes or self.shapes_of(config, self.r[adapter_name], factor)
+        r = self.r[adapter_name]
+        shapes = shapes or shapes_by_rule(config, self.geometry, r, factor)
         self.flat_layout[adapter_name] = (
             len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
         )
@@ -143,21 +145,6 @@ class LoKrLayer(LycorisLayer):
             norms = partial(self.norms, adapter_name, self.scaling[adapter_name])
             first = dora.first_magnitude(norms if initialize else None, size, place)
             self._hold("lokr_magnitude", adapter_name, first)
-
-    def shapes_of(self, config: Any, r: int, factor: int | Sequence[int] | None = None) -> Shapes:
-        """The factors that a config's rules give this layer."""
-        size = self.geometry
-        return factor_shapes(
-            size.out_features,
-            size.in_features,
-            size.kernel_size,
-            r=r,
-            decompose_both=config.decompose_both,
-            decompose_factor=config.decompose_factor if factor is None else factor,
-            use_effective_conv2d=config.use_effective_conv2d,
-            full_matrix=config.full_matrix,
-            unbalanced_factorization=config.unbalanced_factorization,
-        )
 
     def _hold(self, attribute: str, adapter_name: str, tensor: Tensor) -> None:
         container: AdapterParameterDict = getattr(self, attribute)
@@ -257,11 +244,10 @@ class LoKrLayer(LycorisLayer):
             or self.row_offset[adapter_name] is not None
             or bool(config.tensor_shapes)
         )
-        rule = None if given else partial(self.shapes_of, config, self.r[adapter_name])
+        r = self.r[adapter_name]
+        rule = None if given else partial(shapes_by_rule, config, self.geometry, r)
         strides = math.prod(base.stride) if self.geometry.is_conv else 1
-        return cost(
-            shapes, self.geometry, self.r[adapter_name], rule, getattr(base, "groups", 1), strides
-        )
+        return cost(shapes, self.geometry, r, rule, getattr(base, "groups", 1), strides)
 
     def product(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `ΔW x`, without building ΔW."""

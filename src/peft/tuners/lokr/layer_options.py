@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank, alpha and factor sizes that a `LoKrConfig` gives the layer at a path."""
+"""Rank, alpha and factor sizes that a `LoKrConfig` gives each layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...base.geometry import Geometry
 from ...core.targets import pattern_value
 from .config import LoKrConfig
-from .shapes import Shapes, shape_problems
+from .shapes import Shapes, factor_shapes, shape_problems
 
 
 class LayerOptions(NamedTuple):
@@ -86,4 +86,28 @@ def layer_options(config: LoKrConfig, path: str, size: Geometry | None) -> Layer
         factor=pattern_value(config.factor_pattern, path, factor),
         shapes=shapes,
         row_offset=pattern_value(config.row_offsets, path, None),
+    )
+
+
+def shapes_by_rule(
+    config: LoKrConfig, size: Geometry, r: int, factor: int | Sequence[int] | None = None
+) -> Shapes:
+    """Return the shapes of a layer's factors by the config's rules, without its `tensor_shapes`.
+
+    Args:
+        config: The adapter's config.
+        size: The layer's size.
+        r: The layer's rank.
+        factor: `LayerOptions.factor`, by default the config's `decompose_factor`.
+    """
+    return factor_shapes(
+        size.out_features,
+        size.in_features,
+        size.kernel_size,
+        r=r,
+        decompose_both=config.decompose_both,
+        decompose_factor=config.decompose_factor if factor is None else factor,
+        use_effective_conv2d=config.use_effective_conv2d,
+        full_matrix=config.full_matrix,
+        unbalanced_factorization=config.unbalanced_factorization,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
-from ....checkpoint.files import CONFIG_NAME, read_json
+from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
 from ....checkpoint.values import warn_of_values
 from ....core.adapted_model import tuner_of
 from ....core.conversion import root_of
@@ -56,8 +56,7 @@ class LoKrReport:
         """
         if self.placement is None or not self.placement.placed:
             raise CheckpointError(
-                f"'{self.file.source}': nothing of it is placed in a model, so that there is no "
-                "config."
+                f"'{self.file.source}': nothing of it is placed in a model, so there is no config."
             )
         return infer_config(self.placement)
 
@@ -106,8 +105,8 @@ def inspect_lokr_file(
 
     Raises:
         CheckpointError: The file can't be read or holds no LoKr modules.
-        PeftTypeError: `file` is neither a path nor tensors, or `model` is no module.
-        PeftValueError: The file has no such component.
+        PeftTypeError: `file` is neither a path nor tensors, or `model` is not a module.
+        PeftValueError: The file lacks the component.
 
     Example:
         >>> tensors = {"lycoris_0.lokr_w1": torch.ones(2, 2), "lycoris_0.lokr_w2": torch.ones(4, 3)}
@@ -193,7 +192,7 @@ def _placement(contents: LoKrFile, model: nn.Module, component: str | None) -> P
     """Place the component that is for a model.
 
     Raises:
-        PeftValueError: There is no such component.
+        PeftValueError: The file lacks the component.
     """
     components = contents.components
     if component is not None and component not in components:
@@ -219,7 +218,7 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
     Hugging Face PEFT does; None if there is none.
     """
     text = file.metadata.get("lora_adapter_metadata")
-    beside = Path(file.source).parent / CONFIG_NAME
+    path = Path(file.source)
     if text is not None:
         try:
             fields = json.loads(text)
@@ -229,8 +228,8 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
             ) from None
         # Pipelines put a component before each name.
         fields = {name.rpartition(".")[2]: value for name, value in fields.items()}
-    elif file.folder_is_adapter and beside.is_file():
-        fields = read_json(beside)
+    elif path.name == SAFETENSORS_WEIGHTS_NAME and path.with_name(CONFIG_NAME).is_file():
+        fields = read_json(path.with_name(CONFIG_NAME))
     else:
         return None
     return LoKrConfig._from_file_fields({**fields, "peft_type": PeftType.LOKR}, {})  # type: ignore[return-value]
@@ -258,7 +257,7 @@ def _filler(placement: Placement, adapter_name: str, source: str) -> Callable[[B
 def _inject(
     model: nn.Module, config: LoKrConfig, adapter_name: str, fill: Callable[[Build], None]
 ) -> None:
-    """Inject an adapter into a model that is no `PeftModel`.
+    """Inject an adapter into a model that is not a `PeftModel`.
 
     Raises:
         PeftValueError: The name is taken.

@@ -179,15 +179,15 @@ class _Preset:
             start = next(meant, None)
             if start is not None:
                 own = next((kind for kind in reversed(kinds[start:]) if kind in self.by_class), "")
-                result[path] = _for_all_kinds(self.by_class.get(own, {}))
+                result[path] = _as_model_settings(self.by_class.get(own, {}))
             elif (pattern := self.name_of(path)) is not None:
-                result[path] = _for_all_kinds(self.by_name.get(pattern, {}))
+                result[path] = _as_model_settings(self.by_name.get(pattern, {}))
         return result
 
 
-def _for_all_kinds(settings: Settings) -> Settings:
-    """Return settings of single modules as those of all kinds of layers: `dim` and `alpha` there
-    are `linear_dim` and `conv_dim`, `linear_alpha` and `conv_alpha`.
+def _as_model_settings(settings: Settings) -> Settings:
+    """Return settings of a module in the names of settings of a model: `linear_dim` and `conv_dim`
+    for `dim`, `linear_alpha` and `conv_alpha` for `alpha`.
     """
     result = {name: value for name, value in settings.items() if name not in ("dim", "alpha")}
     for name in ("dim", "alpha"):

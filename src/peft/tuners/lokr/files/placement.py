@@ -30,8 +30,7 @@ class Placed(NamedTuple):
         sources: Names in the file.
         piece: The layer's factors.
         size: The layer's size.
-        by_rows: True if the norms of DoRA are those of rows, False if of columns, None without
-            DoRA.
+        by_rows: True if DoRA's norms belong to rows, False if to columns, None without DoRA.
     """
 
     path: str
@@ -54,8 +53,9 @@ class Placed(NamedTuple):
         if module.rank is not None:
             return module.rank
         alpha = module.alpha
-        is_rank = alpha is not None and 1 <= alpha < math.inf and alpha == int(alpha)
-        return int(alpha) if is_rank and alpha is not None else 1
+        if alpha is None or not 1 <= alpha < math.inf or alpha != int(alpha):
+            return 1
+        return int(alpha)
 
     @property
     def alpha(self) -> float:
@@ -236,10 +236,10 @@ def place(
 
 
 def _take(taken: dict[str, str], paths: Sequence[str], name: str) -> None:
-    """Note the name in the file that layers are taken by.
+    """Note the name in the file that layers belong to.
 
     Raises:
-        _Misfit: A layer is taken by another name.
+        _Misfit: A layer belongs to another name already.
     """
     for path in paths:
         if path in taken:

@@ -96,11 +96,6 @@ class LoKrFile:
         programs = (program for program, own in _WRITERS.items() if not own.isdisjoint(present))
         return next(programs, "an unknown program")
 
-    @property
-    def folder_is_adapter(self) -> bool:
-        """True if the file has the name of an adapter in a folder that `save_pretrained` made."""
-        return os.path.basename(self.source) == SAFETENSORS_WEIGHTS_NAME
-
 
 def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile:
     """Read a file.

@@ -86,9 +86,9 @@ def save_lokr_file(
         The keys written.
 
     Raises:
-        PeftValueError: There is no such layout or adapter, `path` is a folder, or `dtype` is no
-            floating-point dtype or too narrow for a value; nothing is written.
-        PeftTypeError: `path` is no path.
+        PeftValueError: There is no such layout or adapter, `path` is a folder, or `dtype` is not
+            a floating-point dtype or too narrow for a value; nothing is written.
+        PeftTypeError: `path` is not a path.
         PeftNotSupportedError: The adapter has something that such files can't hold. The message
             names it; nothing is written.
 
@@ -153,7 +153,7 @@ def _modules(
     """Return the adapter as modules of a file, by name.
 
     Raises:
-        PeftNotSupportedError: A layer's adapter is no module of such a file.
+        PeftNotSupportedError: Such a file can't hold a layer's adapter.
     """
     root = root_of(model)[0]
     layers = {
