@@ -20,7 +20,7 @@ from variants import CASES
 
 from peft import PeftModel, PolyConfig, get_peft_model
 from peft.ops import inference_cache
-from peft.ops.inference_cache import InferenceCache, may_reuse, reuse
+from peft.ops.inference_cache import InferenceCache, cached, reuse
 
 
 @pytest.fixture(params=["VBLORA", "POLY", "POLY one head", "POLY top 1"])
@@ -250,8 +250,8 @@ def test_a_call_inside_a_call():
 
     def look():
         with torch.no_grad():
-            reuse(layer, "a", "sum", (p,), lambda: made.append(1))
-            return may_reuse((p,))
+            reuse(layer, "a", "sum", (p,), lambda: made.append(1) or "sum")
+            return cached(layer, "a", "other", (p,), lambda: 1)
 
     def fail_inside():
         with InferenceCache().during_call():

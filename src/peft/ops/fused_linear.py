@@ -152,15 +152,17 @@ def as_operand(x: Tensor, down: Tensor) -> Tensor:
 def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
     """Return `result` plus a chain's delta, in eager mode."""
     if isinstance(chain, LowRankChain):
-        p, up = scaled(_first_product(chain.x, chain.down), chain.scale), chain.up
+        p, up, scale = _first_product(chain.x, chain.down), chain.up, chain.scale
+        if isinstance(scale, Tensor):
+            p, scale = p * scale, 1.0
     else:
         ends = chain.middle(_first_product(chain.x, chain.down), *chain.factors)
         if isinstance(ends, Tensor):
             return result + ends.view(result.shape)
-        p, up = ends
+        (p, up), scale = ends, 1.0
     if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
-        return _added(result, p, up, in_place)
-    return result + (p @ up).view(result.shape)
+        return _added(result, p, up, in_place, scale)
+    return result + scaled(p @ up, scale).view(result.shape)
 
 
 def _middle(chain: Chain) -> tuple[Middle | None, float]:
@@ -188,18 +190,23 @@ def _can_add(result: Tensor, p: Tensor, up: Tensor) -> bool:
     return mixed_precision.can_add(result, p, up)
 
 
-def _added(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:
+def _added(result: Tensor, p: Tensor, up: Tensor, in_place: bool, scale: float = 1.0) -> Tensor:
     if torch.is_grad_enabled():
-        return _AddProduct.apply(result, p, up, in_place)
-    return _add(result, p, up, in_place)
+        return _AddProduct.apply(result, scaled(p, scale), up, in_place)
+    return _add(result, p, up, in_place, scale)
 
 
-def _add(result: Tensor, p: Tensor, up: Tensor, in_place: bool = True) -> Tensor:
-    """Return `result + p · up` in the precision of `result`, without a record for gradients."""
+def _add(
+    result: Tensor, p: Tensor, up: Tensor, in_place: bool = True, scale: float = 1.0
+) -> Tensor:
+    """Return `result + scale · p · up` in the precision of `result`, without a record for
+    gradients.
+    """
     if not in_place or not (result.dtype == p.dtype == up.dtype):
-        return mixed_precision.add(result, p, up, in_place)
+        return mixed_precision.add(result, scaled(p, scale), up, in_place)
     product = result.view(*p.shape[:-1], up.shape[-1])
-    product.addmm_(p, up) if p.dim() == 2 else product.baddbmm_(p, up)
+    add = product.addmm_ if p.dim() == 2 else product.baddbmm_
+    add(p, up, alpha=scale)
     return result
 
 
@@ -256,7 +263,7 @@ class _LinearWithChain(torch.autograd.Function):
         ctx.middle, ctx.scale = middle, scale
         if middle is None:
             (up,) = factors
-            return _add(result, scaled(product, scale), up)
+            return _add(result, product, up, scale=scale)
         # `matmul` reads which operands require a gradient, and would round differently than where
         # none does.
         ends = middle(product.detach(), *[tensor.detach() for tensor in factors])

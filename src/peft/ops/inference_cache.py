@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .dispatch import is_eager
+from .dispatch import PLAIN_TENSORS, is_eager
 
 T = TypeVar("T")
 
@@ -177,15 +177,35 @@ def is_running_often() -> bool:
     return _THREAD.call is not None and _THREAD.call.runs_often
 
 
-def may_reuse(sources: tuple[Tensor, ...]) -> bool:
-    """Return whether a result that depends on these tensors could be used again now."""
+def cached(
+    owner: nn.Module,
+    adapter_name: str,
+    kind: Hashable,
+    sources: tuple[Tensor, ...],
+    make: Callable[[], T],
+) -> T | None:
+    """Return what `make` returned before for the same values of its sources, or call it and keep
+    the result; None, without a call, where no result can be kept.
+
+    Args:
+        owner: The module that the result belongs to.
+        adapter_name: The adapter that it belongs to.
+        kind: Tells the module's results apart, and holds all they depend on except `sources`.
+        sources: The tensors that the result is computed from.
+        make: Computes the result, which must not be written to.
+    """
     call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
-    if call is None:
-        return False
-    for source in sources:
-        if type(source) not in (nn.Parameter, Tensor) or source.is_inference() or source.is_meta:
-            return False
-    return call.runs_often or _can_compare(sources)
+    results = None if call is None else call.results_of(adapter_name)
+    if call is None or results is None:
+        return None
+    key = owner, kind
+    result = results.get(key)
+    if result is None or not result.is_of(sources):
+        results.pop(key, None)
+        if not _can_keep(call, sources):
+            return None
+        result = results[key] = _Result(make(), sources, call.copies_of(sources))
+    return result.value
 
 
 def reuse(
@@ -195,28 +215,16 @@ def reuse(
     sources: tuple[Tensor, ...],
     make: Callable[[], T],
 ) -> T:
-    """Return `make()`, or what it returned before for the same numbers.
+    """Return `cached` or, where no result can be kept, `make()`."""
+    value = cached(owner, adapter_name, kind, sources, make)
+    return make() if value is None else value
 
-    Args:
-        owner: The module whose result it is.
-        adapter_name: The adapter that it belongs to.
-        kind: Tells the module's results apart, and holds all that they depend on besides `sources`.
-        sources: The tensors that the result depends on. Nothing may write to the result.
-        make: Computes it.
-    """
-    call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
-    results = None if call is None else call.results_of(adapter_name)
-    if call is None or results is None:
-        return make()
-    key = owner, kind
-    result = results.get(key)
-    if result is None or not result.is_of(sources):
-        results.pop(key, None)
-        if not may_reuse(sources):
-            return make()
-        copies = call.copies_of(sources)
-        result = results[key] = _Result(make(), sources, copies)
-    return result.value
+
+def _can_keep(call: _Call, sources: tuple[Tensor, ...]) -> bool:
+    for source in sources:
+        if type(source) not in PLAIN_TENSORS or source.is_inference() or source.is_meta:
+            return False
+    return call.runs_often or _can_compare(sources)
 
 
 def _can_compare(tensors: tuple[Tensor, ...]) -> bool:

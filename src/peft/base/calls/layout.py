@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import nn
 
@@ -73,7 +73,7 @@ class RowLayout:
     expert: str | None = None
     stream: str = "main"
 
-    @property
+    @cached_property
     def samples_first(self) -> bool:
         """True if an input with as many rows as samples has one row for each sample."""
         return not (self.sequence_first or self.is_declared or self.expert)

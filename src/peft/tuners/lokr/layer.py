@@ -347,7 +347,8 @@ class Linear(LoKrLayer):
         ):
             return None
         factors = self.factors(adapter_name)
-        x = self._chain_input(x, factors.dtype)
+        dtype = factors.dtype
+        x = x if x.dtype == dtype else self._chain_input(x, dtype)
         return kronecker_chain(x, factors, self.scale(adapter_name))
 
 

@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...base.calls.rows import IN_ORDER
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
 from ...base.plain_values import plain
 from ...config import is_int
-from ...core.adapters import AdapterParameterDict
+from ...core.adapters import AdapterParameterDict, read
 from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
-from ...ops.inference_cache import is_running_often, may_reuse, reuse
+from ...ops.inference_cache import cached, is_running_often
 from ...ops.low_rank import LowRank, approximate
 from ...ops.nested import are_tokens
 from .mixing import compact_skills, poly_chain, poly_delta, skill_columns, task_factors
@@ -237,21 +238,22 @@ class PolyLayer(BaseTunerLayer):
             return delta + own(x.transpose(0, 1), rows.expand(ids, x)[0], scale).transpose(0, 1)
         return delta + own(x, rows.expand(ids, x), scale)
 
-    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:  # noqa: D102
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
+        """Return `(alpha / r) · x·A_w·B_w` as a chain, for adapters without skills of tasks."""
         modules: Any = self._modules
         if adapter_name in modules["poly_task_skills"]._modules:
             return None
         x, weights, A, B, scale = self._operands(adapter_name, x)
-        if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(adapter_name):
-            return poly_chain(x, weights, A, B, scale)
-        return poly_chain(
-            x,
-            weights,
-            A,
-            B,
-            scale,
-            lambda: reuse(self, adapter_name, "A", (A,), lambda: skill_columns(A)),
-        )
+
+        def columns() -> Tensor | None:
+            # Offloaded and selected skills exist for this call only.
+            if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(
+                adapter_name
+            ):
+                return None
+            return cached(self, adapter_name, "A", (A,), lambda: skill_columns(A))
+
+        return poly_chain(x, weights, A, B, scale, columns)
 
     def own_scale(self, adapter_name: str) -> Any:
         """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured
@@ -263,11 +265,13 @@ class PolyLayer(BaseTunerLayer):
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""
         modules: Any = self._modules
-        A, B = modules["poly_lora_A"](adapter_name), modules["poly_lora_B"](adapter_name)
+        A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
         router = self.router(adapter_name)
-        by_task = isinstance(router, TaskRouter)  # others read the input, too
-        x = self._chain_input(x, A.dtype) if by_task else self._cast_input_dtype(x, A.dtype)
-        weights, top_k = self._weights(adapter_name, router, x), router.top_k
+        if x.dtype != A.dtype:  # routers of inputs read the input too
+            cast = self._chain_input if isinstance(router, TaskRouter) else self._cast_input_dtype
+            x = cast(x, A.dtype)
+        weights = self._weights(adapter_name, router, x)
+        top_k = None if router.training else router.gating.top_k
         if top_k is not None:
             weights, A, B = compact_skills(weights, A, B, top_k)
         return (
@@ -288,7 +292,8 @@ class PolyLayer(BaseTunerLayer):
     def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
         if isinstance(router, TaskRouter):
             ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
-            return rows.expand(self._weights_of_tasks(adapter_name, router, ids), x)
+            weights = self._weights_of_tasks(adapter_name, router, ids)
+            return weights if rows is IN_ORDER else rows.expand(weights, x)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
         return self.routing.weights_by_input(
@@ -296,12 +301,11 @@ class PolyLayer(BaseTunerLayer):
         )
 
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
-        sources = (router.closed_table, *router.rows) if router.runs else (router.closed_table,)
-        if router.training or not may_reuse(sources) or sources[0].numel() > _SMALL_TABLE:
-            return router(ids, checked=True)
-        return reuse(
-            router, adapter_name, router.gating, sources, router.task_weights
-        ).index_select(0, ids)
+        table, weights = router.module_logits, None
+        if not router.training and table.numel() <= _SMALL_TABLE:
+            sources = (table, *router.rows) if router.runs else (table,)
+            weights = cached(router, adapter_name, router.gating, sources, router.task_weights)
+        return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
     def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
         """The task to merge.

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...base.errors import PeftValueError
 from ...ops.dispatch import is_eager, shapes
 from ...ops.fused_linear import Chain, Ends, FunctionChain, LowRankChain
-from ...ops.mixed_precision import scaled, widened
+from ...ops.mixed_precision import widened
 from ...ops.triton_support import with_kernel
 
 # Cost of moving one number through memory, in multiplications; measured on a CPU core in float32.
@@ -52,7 +52,8 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
 def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     weights = weights.to(A.dtype)
     A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
-    B_w = torch.einsum("bqs,qsrd->brqd", scaled(weights, scale), B).flatten(2, 3)
+    weights = weights if scale == 1 else weights * scale
+    B_w = torch.einsum("bqs,qsrd->brqd", weights, B).flatten(2, 3)
     return A_w, B_w
 
 
@@ -104,7 +105,7 @@ def poly_chain(
     A: Tensor,
     B: Tensor,
     scale: float = 1.0,
-    columns: Callable[[], Tensor] | None = None,
+    columns: Callable[[], Tensor | None] | None = None,
 ) -> Chain:
     """Return `poly_delta` as a chain of products.
 
@@ -113,7 +114,7 @@ def poly_chain(
 
     Args:
         x, weights, A, B, scale: As for `poly_delta`.
-        columns: A function that returns `skill_columns(A)`; None to compute it.
+        columns: Called in rank space; returns `skill_columns(A)` if that is cached, else None.
 
     Source: arXiv:2211.03831, section 3; arXiv:2202.13914, section 3
     """
@@ -122,7 +123,7 @@ def poly_chain(
     if not pays:
         return LowRankChain(x, *mix(weights, A, B), scale)
     make = _rank_space_chain if shapes(A)[0][0] == 1 else _split_rank_space_chain
-    return make(x, weights, A, B, scale, tokens, columns)
+    return make(x, weights, A, B, scale, tokens, None if columns is None else columns())
 
 
 def _rank_space_chain(
@@ -132,7 +133,7 @@ def _rank_space_chain(
     B: Tensor,
     scale: float,
     tokens: int,
-    columns: Callable[[], Tensor] | None,
+    columns: Tensor | None,
 ) -> FunctionChain:
     """Return the chain in rank space for one split:
     `h_s = x A_s`, `z = Σ_s w_s h_s`, `Δ = Σ_s (scale · w_s z) B_s`.
@@ -151,7 +152,7 @@ def _rank_space_chain(
     if columns is None and not torch.is_grad_enabled() and is_eager():
         # A product for each skill saves the copy that `skill_columns` makes.
         return FunctionChain(widened(x, A.dtype), whole, (A, up, weights))
-    down = (skill_columns(A) if columns is None else columns())[0]
+    down = (skill_columns(A) if columns is None else columns)[0]
     return FunctionChain(x, middle, (up, weights), down)
 
 
@@ -162,7 +163,7 @@ def _split_rank_space_chain(
     B: Tensor,
     scale: float,
     tokens: int,
-    columns: Callable[[], Tensor] | None,
+    columns: Tensor | None,
 ) -> FunctionChain:
     """Return the chain in rank space for several splits:
     `h_qs = x_q A_qs`, `z = Σ_qs w_qs h_qs`, `Δ_q = Σ_s (scale · w_qs z) B_qs`.
@@ -170,7 +171,7 @@ def _split_rank_space_chain(
     Each split has factors of its own, so the chain has no first and last product of all features.
     """
     ((n_splits, n_skills, width, r),) = shapes(A)
-    down = skill_columns(A) if columns is None else columns()
+    down = skill_columns(A) if columns is None else columns
     up = B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
 
     def delta(x: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ...base.calls.adapter_batch import AdapterBatch
 from ...base.calls.rows import RowOwners
 from ...base.errors import PeftRuntimeError
 from ...base.geometry import Placement
-from ...core.adapters import AdapterParameterDict
+from ...core.adapters import AdapterParameterDict, read
 from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
 from ...ops.dispatch import shapes
@@ -256,19 +256,22 @@ class VBLoRALayer(BaseTunerLayer):
         """Return `A [r, in]` and `B [out, r]` as composed. They may come from the inference cache,
         so nothing may write to them.
         """
-        bank = self.bank(adapter_name)
-        if self.storage_format[adapter_name] is Form.LOGITS:
-            topk, sources = self.topk[adapter_name], (*self.logits(adapter_name), bank)
-            if self._modules["vblora_logits_A"]._parameters.get(adapter_name) is sources[0]:  # type: ignore[union-attr]
-                A, B = reuse(
-                    self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk)
-                )
-            else:  # offloaded tensors exist for this call only
-                A, B = compose_factors(*sources, topk)
-        else:
+        if self.storage_format[adapter_name] is not Form.LOGITS:
+            bank = self.bank(adapter_name)
             selection_A, selection_B = self.selections(adapter_name)
-            A, B = place_tiles(mix(*selection_A, bank), mix(*selection_B, bank))
-        return self._to_size(A, B)
+            return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
+        modules: Any = self._modules
+        logits = modules["vblora_logits_A"], modules["vblora_logits_B"]
+        logits_A, logits_B, bank = read(adapter_name, (*logits, self._bank[0]))
+        if self.bank_key[adapter_name] is not None:
+            bank = self.bank(adapter_name)
+        topk, sources = self.topk[adapter_name], (logits_A, logits_B, bank)
+        if logits[0]._parameters.get(adapter_name) is not logits_A:
+            # Offloaded tensors exist for this call only.
+            return self._to_size(*compose_factors(*sources, topk))
+        return self._to_size(
+            *reuse(self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk))
+        )
 
     def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the last tiles of factors `[…, r, in]` and `[…, out, r]` to the layer's sizes."""
@@ -324,9 +327,8 @@ class VBLoRALayer(BaseTunerLayer):
                 f"chosen. {TRAINING_ON}"
             )
         A, B = self._composed(adapter_name)
-        if adapter_name in self.vblora_gate:
-            B = B * self.vblora_gate(adapter_name)
-        return A, B
+        gates: Any = self._modules["vblora_gate"]
+        return A, B * gates(adapter_name) if adapter_name in gates else B
 
     def _dropout(self, adapter_name: str) -> float:
         """The share of the input that is dropped at present."""
