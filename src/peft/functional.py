@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
-from .checkpoint.reading import get_peft_model_state_dict
-from .checkpoint.writing import set_peft_model_state_dict
+from .checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .core.adapted_model import AdaptedModel, tuner_of
 from .core.layer import BaseTunerLayer
 from .mapping import inject_adapter_in_model

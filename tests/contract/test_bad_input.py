@@ -25,7 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.checkpoint.hotswap import hotswap_adapter
-from peft.checkpoint.writing import set_base_model_state_dict
+from peft.checkpoint.state_dict import set_base_model_state_dict
 
 pytestmark = pytest.mark.quick
 CONFIGS = [

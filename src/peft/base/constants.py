@@ -5,17 +5,14 @@ architectures.
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from typing import Any
-
-from .placeholders import placeholder
-from .registry import PEFT_TYPE_TO_TUNER_MAPPING
-
 # Files of a saved adapter.
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+
+# Prefixes of keys in a checkpoint: of the adapted model, and of the base model in it.
+ROOT = "base_model."
+MODEL_ROOT = "base_model.model."
 
 # Layers with an entry for each token, which `save_embedding_layers` adds to a checkpoint.
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -64,26 +61,3 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }  # fmt: skip
-
-
-MIN_TARGET_MODULES_FOR_OPTIMIZATION: type  # a placeholder
-
-
-def __getattr__(name: str) -> Any:
-    """Return `TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`, a method's default target
-    modules by model type. Entries that are added to it take effect.
-    """
-    method = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING", name)
-    if method is None or method[1] not in PEFT_TYPE_TO_TUNER_MAPPING:
-        return placeholder(name, __name__)
-    return _own_defaults(PEFT_TYPE_TO_TUNER_MAPPING[method[1]])
-
-
-@cache
-def _own_defaults(tuner: Any) -> dict[str, list[str] | str]:
-    """Give a method its own copy of the default target modules."""
-    entries = tuner.default_target_modules.items()
-    tuner.default_target_modules = {
-        kind: names if isinstance(names, str) else list(names) for kind, names in entries
-    }
-    return tuner.default_target_modules

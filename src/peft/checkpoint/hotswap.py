@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..base.constants import ROOT
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftValueError, warn
 from ..base.modules import check_model
@@ -31,14 +32,14 @@ from ..base.registry import (
 )
 from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import is_unmaterialized, unwrap_model
+from .checks import warn_of_values
 from .files import CONFIG_NAME, read_json
 from .hub import find_file, load_peft_weights, only_hub_options
-from .keys import ROOT, TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
+from .keys import TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
 from .placed_adapter import PlacedAdapter
 from .protocols import AdapterConfig, AdapterLayer
 from .rank_padding import Unpadded, set_unpadded_sizes, unpadded_sizes
-from .values import warn_of_values
-from .writing import import_state, write_state
+from .state_dict import import_state, write_state
 
 __all__ = [
     "check_hotswap_configs_compatible",

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from ..base.constants import MODEL_ROOT
 from ..base.errors import CheckpointNotFoundError, warn
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
-from .keys import MODEL_ROOT
 from .paths import check_path
 
 T = TypeVar("T")

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..base.constants import ROOT
 from ..base.validation import check_adapter
 from ..integrations.distributed import unwrapped_name
 from .protocols import AdapterConfig, tuner_class
 
 T = TypeVar("T")
 
-ROOT = "base_model."
-MODEL_ROOT = "base_model.model."
 # Containers of the rows of embeddings and the whole modules that adapters of all methods can train.
 TOKEN_ROWS = "trainable_tokens_delta"
 WHOLE_MODULES = "modules_to_save"

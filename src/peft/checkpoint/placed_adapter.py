@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..integrations.distributed import state_tensors, unwrapped_name
-from .keys import MODEL_ROOT, adapter_tensors, in_view
+from .keys import adapter_tensors, in_view
 from .protocols import AdapterConfig, AdapterLayer, Tuner, tuner_class
 from .rank_padding import RankPadding
 

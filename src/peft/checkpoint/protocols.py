@@ -16,21 +16,10 @@ from .rank_padding import RankPadding
 class AdapterConfig(Protocol):
     """The config of an adapter."""
 
-    @property
-    def peft_type(self) -> str | PeftType | None:
-        """The method."""
-
-    @property
-    def task_type(self) -> str | None:
-        """The use of the model."""
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        """Folder or Hub id of the base model."""
-
-    @property
-    def inference_mode(self) -> bool:
-        """True freezes the adapter."""
+    peft_type: str | PeftType | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    inference_mode: bool
 
     @property
     def trained_biases(self) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ..base.constants import MODEL_ROOT, ROOT
 from ..base.errors import PeftRuntimeError
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from .keys import MODEL_ROOT, ROOT
 from .protocols import AdapterConfig, tuner_class
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..base.errors import PeftError
 from ..base.plain_values import JsonObject
 from .files import read_json
 from .hub import find_file
-from .keys import MODEL_ROOT
 from .protocols import AdapterConfig
 from .renamed_modules import ModuleNames, plain_path
 

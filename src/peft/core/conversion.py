@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..base.errors import PeftValueError, UnsupportedModuleError
 from ..base.validation import check_adapter
-from ..checkpoint.keys import MODEL_ROOT
 from ..config import PeftConfig
 from .adapted_model import AdaptedModel
 from .adapter_choice import active_in, adapter_meant

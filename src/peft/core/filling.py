@@ -14,20 +14,13 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import named_tensors, walk
 from ..base.errors import warn
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.checks import LoadResult, check_complete, check_state
-from ..checkpoint.keys import (
-    MODEL_ROOT,
-    ROOT,
-    adapter_tensors,
-    checkpoint_key,
-    container_names,
-    in_view,
-)
-from ..checkpoint.values import some, warn_of_values
-from ..checkpoint.writing import import_state, write_state
+from ..checkpoint.checks import LoadResult, check_complete, check_state, some, warn_of_values
+from ..checkpoint.keys import adapter_tensors, checkpoint_key, container_names, in_view
+from ..checkpoint.state_dict import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors, unwrapped_name
 from .injection import Build, Fill

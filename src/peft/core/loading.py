@@ -20,7 +20,7 @@ from ..checkpoint.files import CONFIG_NAME
 from ..checkpoint.hub import load_peft_weights, local_folder, only_hub_options
 from ..checkpoint.keys import adapter_tensors, in_view
 from ..checkpoint.paths import check_path
-from ..checkpoint.writing import import_state, set_peft_model_state_dict
+from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors
 from .filling import CheckpointFill, fitting, without_adapter_names

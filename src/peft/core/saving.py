@@ -18,7 +18,7 @@ from ..checkpoint.files import write_adapter
 from ..checkpoint.hub import pass_over
 from ..checkpoint.model_card import update_model_card
 from ..checkpoint.paths import as_folder
-from ..checkpoint.reading import get_peft_model_state_dict
+from ..checkpoint.state_dict import get_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import gathered_tensor, is_distributed
 from .adapted_model import AdaptedModel

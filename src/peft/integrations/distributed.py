@@ -14,11 +14,13 @@ All processes have to call the functions that gather.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.containers import StateDict, named_tensors, state_of, walk
-from ..base.errors import PeftRuntimeError
+from ..base.errors import PeftRuntimeError, PeftTypeError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -327,3 +329,46 @@ def _stand_ins(units: Mapping[str, _Unit]) -> dict[str, Tensor]:
             tensor._peft_source = _Source(unit, unwrapped_name(name), key)
             result[key] = tensor
     return result
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """Return an auto-wrap policy for FSDP1 that wraps each transformer block, and each trainable
+    leaf with a `weight`, so that it is kept apart from frozen weights.
+
+    The blocks are of the classes that the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP` names
+    (separated by commas), by default of those in the model's `_no_split_modules`.
+
+    Args:
+        model: A `PeftModel`, or any model.
+
+    Raises:
+        PeftTypeError: The model has no module of a class that the variable names.
+    """
+    from torch.distributed.fsdp.wrap import (
+        _or_policy,
+        lambda_auto_wrap_policy,
+        transformer_auto_wrap_policy,
+    )
+
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = (
+        set(getattr(model, "_no_split_modules", None) or ())
+        if named is None
+        else set(filter(None, named.split(",")))
+    )
+    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
+    missing = names - {cls.__name__ for cls in classes}
+    if missing and named is not None:
+        raise PeftTypeError(
+            "Could not find the transformer layer class to wrap in the model: "
+            f"{', '.join(sorted(missing))}, from the environment variable "
+            "`FSDP_TRANSFORMER_CLS_TO_WRAP`."
+        )
+    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
+    blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
+    return functools.partial(_or_policy, policies=[leaves, blocks])
+
+
+def _is_trainable_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not module._modules and weight is not None and weight.requires_grad

@@ -3,7 +3,6 @@
 
 from typing import Any as _Any
 
-from ..base import constants as _constants
 from ..base.constants import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,
@@ -21,11 +20,16 @@ from ..base.tensors import (
     transpose,
 )
 from ..checkpoint.hub import load_peft_weights
-from ..checkpoint.reading import get_base_model_state_dict, get_peft_model_state_dict
-from ..checkpoint.writing import set_base_model_state_dict, set_peft_model_state_dict
+from ..checkpoint.state_dict import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.kbit import prepare_model_for_kbit_training
+from . import constants as _constants
 
 
 def __getattr__(name: str) -> _Any:

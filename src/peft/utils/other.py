@@ -16,7 +16,7 @@ from ..base.tensors import (
 )
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
-from ..integrations.fsdp import fsdp_auto_wrap_policy
+from ..integrations.distributed import fsdp_auto_wrap_policy
 from ..integrations.kbit import prepare_model_for_kbit_training
 
 # Names of the interface that this package does not implement, as placeholders.

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading of adapters' state dicts, at its documented place."""
 
+from ..base.constants import MODEL_ROOT, ROOT
 from ..checkpoint.checks import LoadResult, check_complete, check_state
 from ..checkpoint.hub import load_peft_weights
 from ..checkpoint.keys import (
-    MODEL_ROOT,
-    ROOT,
     adapter_config,
     adapter_tensors,
     checkpoint_key,
@@ -14,11 +13,13 @@ from ..checkpoint.keys import (
     is_embedding,
 )
 from ..checkpoint.keys import container_names as holders
-from ..checkpoint.reading import get_base_model_state_dict, get_peft_model_state_dict, unmerged
-from ..checkpoint.writing import (
+from ..checkpoint.state_dict import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
     import_state,
     set_base_model_state_dict,
     set_peft_model_state_dict,
+    unmerged,
     write_state,
 )
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftError, PeftValueError, warn
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...checkpoint.files import write_adapter
-from ...checkpoint.keys import MODEL_ROOT
 from ...checkpoint.paths import as_folder
-from ...checkpoint.reading import get_peft_model_state_dict
+from ...checkpoint.state_dict import get_peft_model_state_dict
 from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import (

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.constants import MODEL_ROOT, ROOT
 from ...base.errors import PeftNotSupportedError, warn
 from ...base.patterns import format_patterns
-from ...checkpoint.keys import MODEL_ROOT, ROOT
 from ...core.targets import pattern_value
 
 # What a config's `start` says where the adapter starts as it would again.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.constants import MODEL_ROOT
 from ...base.errors import (
     PeftError,
     PeftNotSupportedError,
@@ -21,7 +22,6 @@ from ...base.errors import (
 )
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
-from ...checkpoint.keys import MODEL_ROOT
 from ...checkpoint.paths import as_folder
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads

@@ -14,8 +14,8 @@ from ...base.constants import DEFAULT_TARGET_MODULES
 from ...base.containers import named_tensors, walk
 from ...base.errors import CheckpointError, warn
 from ...base.geometry import Placement
+from ...checkpoint.checks import warn_of_values
 from ...checkpoint.keys import adapter_tensors, in_view
-from ...checkpoint.values import warn_of_values
 from ...core.adapter_choice import adapter_meant
 from ...core.base_layer import expected_layout, geometry
 from ...core.combining import Combination, Combined

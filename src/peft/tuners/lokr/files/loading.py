@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
+from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
-from ....checkpoint.values import warn_of_values
 from ....core.adapted_model import tuner_of
 from ....core.conversion import root_of
 from ....core.injection import Build
