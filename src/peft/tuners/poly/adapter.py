@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
+from ...base.registry import PeftType
 from ...base.validation import check_adapter
-from ...core.tuner import BaseTuner
 from ...integrations.distributed import is_managed
-from .config import PolyConfig
-from .layer import PolyLayer
 from .router import Router, TaskRouter
 from .tables import TaskTable
 from .task_ids import some_tasks
 from .task_skills import TaskSkills
+
+if TYPE_CHECKING:
+    from ...core.tuner import BaseTuner
+    from .config import PolyConfig
+    from .layer import PolyLayer
 
 Task: TypeAlias = int | str
 Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
@@ -57,15 +60,15 @@ class PolyAdapter:
             adapter_name = tuner.active_adapters[0]
         check_adapter(adapter_name, tuner.peft_config)
         config = tuner.peft_config[adapter_name]
-        if not isinstance(config, PolyConfig):
+        if config.peft_type != PeftType.POLY:
             raise PeftValueError(
                 f"Adapter {adapter_name} is not a Poly adapter: its config is a "
                 f"{type(config).__name__}."
             )
         layers = {
-            path: layer
+            path: cast("PolyLayer", layer)
             for path, layer in tuner.named_tuner_layers()
-            if isinstance(layer, PolyLayer) and adapter_name in layer.scaling
+            if adapter_name in layer.scaling
         }
         return cls(tuner, adapter_name, config, layers)
 

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from math import isfinite
 from time import perf_counter
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
-from ...config import at_least, choice
-from ...config import number as finite_number
+from ...base.validation import at_least, choice
+from ...base.validation import number as finite_number
 from .adapter import PolyAdapter, Task, Tasks
-from .config import PolyConfig
-from .layer import is_fixed
 from .router import InputRouter, TaskRouter
 from .task_ids import one_task, task_label
+
+if TYPE_CHECKING:
+    from .config import PolyConfig
 
 # A function that returns the loss, or batches for a model whose output has a `loss`.
 Loss: TypeAlias = Callable[[], Tensor] | Iterable[Mapping[str, object]]
@@ -66,7 +67,7 @@ def train_only(
     if tasks is not None and not every:
         adapter.check_has_tasks()
         numbers = adapter.task_numbers(tasks)
-    tables = [table for table in adapter.task_tables() if not is_fixed(table)]
+    tables = [table for table in adapter.task_tables() if not table.fixed]
     if numbers:
         for table in tables:
             table.check_can_open()

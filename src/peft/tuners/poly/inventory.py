@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
 from ...base.tensors import ordinary_tensors
-from ...config import is_int
+from ...base.validation import is_int
 from .adapter import PolyAdapter, Task, Tasks
-from .config import PolyConfig
 from .growth import grow_skills
 from .router import TaskRouter
 from .task_ids import name_offences, names_shown, one_task
+
+if TYPE_CHECKING:
+    from .config import PolyConfig
 
 # Keywords for the routing of a new task.
 _STARTS = ("mean", "uniform")

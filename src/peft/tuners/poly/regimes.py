@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ...base.errors import PeftValueError
-from ...config import choice
+from ...base.validation import choice
 from .adapter import PolyAdapter, Tasks
 from .config import single_skill
 from .extraction import average_skills

@@ -5,7 +5,7 @@ by a linear map of the input.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from ...base.errors import PeftTypeError
 from ...base.geometry import Placement
 from ...integrations.distributed import gathered_tensor
-from .config import PolyConfig
 from .gating import Gating, mixing_weights, open_gates, task_weights
 from .pooling import pool
 from .tables import TaskTable
 from .task_ids import as_task_ids
+
+if TYPE_CHECKING:
+    from .config import PolyConfig
 
 
 class Router(nn.Module):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,12 @@ from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
 from ...core.entry_points import Entry, put_entry, remove_entries
-from .config import PolyConfig
 from .pooling import pool
 from .prompt_tokens import PromptTokens
 from .task_ids import as_task_ids, has_values
+
+if TYPE_CHECKING:
+    from .config import PolyConfig
 
 # Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")

@@ -34,9 +34,11 @@ class TaskTable(nn.Module):
     Attributes:
         table_name: The parameter's name.
         rows: The rows that train.
+        fixed: True if the table is never trained.
     """
 
     table_name: ClassVar[str] = "values"
+    fixed = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
 from ...base.tracing import shapes, untraced
-from ...config import number
+from ...base.validation import number
 
 # Largest number of task names in a message; an adapter may have thousands.
 _LISTED = 16
