@@ -27,7 +27,7 @@ from peft.base.errors import (
     PeftRuntimeError,
     PeftValueError,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter
 
 NAMES = ["a", "b", "c"]
 CASES = {

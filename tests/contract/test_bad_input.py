@@ -24,8 +24,8 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
-from peft.checkpoint.state_dict import set_base_model_state_dict
+from peft.utils import set_base_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.quick
 CONFIGS = [

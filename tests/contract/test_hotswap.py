@@ -14,13 +14,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import peft
-from peft.checkpoint.hotswap import (
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

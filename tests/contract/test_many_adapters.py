@@ -24,8 +24,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.base.containers import AdapterContainer, named_tensors, state_of, walk
-from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.tuners_utils import AdapterModuleDict, AdapterParameterDict, BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter
 
 FEW, MANY = 3, 43
 

@@ -21,7 +21,7 @@ from peft import (
     plan,
 )
 from peft.base import missing_attribute
-from peft.checkpoint.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter
 
 
 class WithProperty(nn.Module):

@@ -10,7 +10,7 @@ from conftest import METHODS
 from safetensors.torch import load_file
 
 import peft
-from peft.checkpoint.transformers_rules import build_peft_weight_mapping
+from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
 
 transformers = pytest.importorskip("transformers")
 loading = pytest.importorskip("transformers.core_model_loading")

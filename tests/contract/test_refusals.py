@@ -23,7 +23,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter
 
 
 def everything(model, *configs, folder=None):

@@ -25,7 +25,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter
 
 TEXT = {
     "hidden_size": 16,

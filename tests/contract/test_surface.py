@@ -16,11 +16,11 @@ from torch import nn
 from torch.distributed.fsdp.wrap import _or_policy
 
 import peft
-import peft.checkpoint.hotswap
-import peft.checkpoint.transformers_rules
 import peft.functional
 import peft.import_utils
+import peft.utils.hotswap
 import peft.utils.other
+import peft.utils.transformers_weight_conversion
 from peft.base import placeholders
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
 
@@ -84,13 +84,13 @@ SIGNATURES = {
         ),
         "set_requires_grad": "model, adapter_names, requires_grad=True",
     },
-    "peft.checkpoint.hotswap": {
+    "peft.utils.hotswap": {
         "check_hotswap_configs_compatible": "config0, config1",
         "hotswap_adapter": "model, model_name_or_path, adapter_name, torch_device=None, **kwargs",
         "hotswap_adapter_from_state_dict": "model, state_dict, adapter_name, config, parameter_prefix='lora_'",
         "prepare_model_for_compiled_hotswap": "model, *, target_rank=None, config=None, check_compiled='error'",
     },
-    "peft.checkpoint.transformers_rules": {
+    "peft.utils.transformers_weight_conversion": {
         "build_peft_weight_mapping": "weight_conversions, adapter_name, peft_config=None",
     },
     "peft.utils.other": {"fsdp_auto_wrap_policy": "model"},
@@ -211,29 +211,89 @@ def test_every_method_of_the_registry_is_no_marker():
         assert tuner.__name__ in peft.__all__
 
 
+# Documented paths: those of the interface's specification, and those that client libraries import.
 PLACES = {
-    "peft.tuners.loha.layer": "LoHaLayer",
-    "peft.tuners.loha": "LoHaLayer",
-    "peft.tuners.lokr.layer": "LoKrLayer",
+    "peft.auto": "AutoPeftModel, AutoPeftModelForCausalLM",
+    "peft.config": "PeftConfig",
+    "peft.functional": "delete_adapter, inject_adapter_in_model, set_adapter",
+    "peft.helpers": "disable_input_dtype_casting, rescale_adapter_scale",
+    "peft.import_utils": "is_bnb_available, is_xpu_available",
+    "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config, inject_adapter_in_model",
+    "peft.mapping_func": "get_peft_model",
+    "peft.mixed_model": "PeftMixedModel",
+    "peft.optimizers": "create_loraplus_optimizer",
+    "peft.peft_model": (
+        "PeftModel, PeftModelForCausalLM, get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus"
+    ),
+    "peft.tuners": "LoKrConfig, LoKrModel, PolyConfig, PolyModel, VBLoRAConfig, VBLoRAModel",
+    "peft.tuners.loha": "LoHaConfig, LoHaLayer, LoHaModel",
+    "peft.tuners.loha.config": "LoHaConfig",
+    "peft.tuners.loha.layer": "LoHaLayer, Linear, Conv2d",
+    "peft.tuners.loha.model": "LoHaModel",
+    "peft.tuners.lokr": "LoKrConfig, LoKrLayer, LoKrModel, Linear, Conv2d",
+    "peft.tuners.lokr.config": "LoKrConfig",
+    "peft.tuners.lokr.layer": "LoKrLayer, Linear, Conv2d, factorization",
+    "peft.tuners.lokr.model": "LoKrModel",
+    "peft.tuners.lora": "LoraConfig, LoraLayer, LoraModel, Linear",
+    "peft.tuners.lora.config": "LoraConfig",
     "peft.tuners.lora.layer": "LoraLayer, Linear",
-    "peft.tuners.lora": "LoraLayer, Linear",
-    "peft.tuners.poly.layer": "PolyLayer",
-    "peft.tuners.vblora.layer": "VBLoRALayer",
-    "peft.tuners.tuners_utils": "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules",
-    "peft.peft_model": "get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus",
-    "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
-    "peft.base.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
+    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lycoris_utils": "LycorisConfig, LycorisLayer, LycorisTuner",
+    "peft.tuners.mixed": "MixedModel",
+    "peft.tuners.poly": "PolyConfig, PolyLayer, PolyModel, Linear",
+    "peft.tuners.poly.config": "PolyConfig",
+    "peft.tuners.poly.layer": "PolyLayer, Linear",
+    "peft.tuners.poly.model": "PolyModel",
+    "peft.tuners.poly.router": "Router",
+    "peft.tuners.tuners_utils": (
+        "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules"
+    ),
+    "peft.tuners.vblora": "VBLoRAConfig, VBLoRALayer, VBLoRAModel, Linear",
+    "peft.tuners.vblora.config": "VBLoRAConfig",
+    "peft.tuners.vblora.layer": "VBLoRALayer, Linear",
+    "peft.tuners.vblora.model": "VBLoRAModel",
+    "peft.utils": (
+        "CONFIG_NAME, ModulesToSaveWrapper, PeftType, TaskType, TrainableTokensWrapper, _get_submodules, "
+        "get_peft_model_state_dict, infer_device, load_peft_weights, register_peft_method, "
+        "set_peft_model_state_dict"
+    ),
+    "peft.utils.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
+    "peft.utils.hotswap": (
+        "check_hotswap_configs_compatible, hotswap_adapter, hotswap_adapter_from_state_dict, "
+        "prepare_model_for_compiled_hotswap"
+    ),
+    "peft.utils.merge_utils": "dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties",
+    "peft.utils.other": (
+        "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy, transpose"
+    ),
+    "peft.utils.peft_types": "PeftType, TaskType, register_peft_method",
+    "peft.utils.save_and_load": (
+        "get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict"
+    ),
+    "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping",
     "peft.utils.warning": "PeftWarning",
-    "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy",
-    "peft.utils": "ModulesToSaveWrapper, TrainableTokensWrapper, _get_submodules, get_peft_model_state_dict",
 }
 
 
 @pytest.mark.parametrize("path", PLACES)
-def test_modules_are_where_clients_look(path):
+def test_documented_paths_hold_their_names(path):
     module = importlib.import_module(path)
     for name in PLACES[path].split(", "):
         assert getattr(module, name) is not None
+
+
+PICKLED = {
+    "peft.tuners.tuners_utils": "AdapterModuleDict, AdapterParameterDict, BaseTunerLayer",
+    "peft.utils.other": "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper",
+    "peft.utils.peft_types": "PeftType, TaskType",
+}
+
+
+@pytest.mark.parametrize("path", PICKLED)
+def test_pickles_name_classes_at_their_documented_path(path):
+    for name in PICKLED[path].split(", "):
+        cls = getattr(importlib.import_module(path), name)
+        assert (cls.__module__, cls.__qualname__) == (path, name)
 
 
 def test_layer_classes_tell_what_their_parameters_are_called():
@@ -251,10 +311,6 @@ def test_layer_classes_tell_what_their_parameters_are_called():
     assert {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} <= set(
         LoraLayer.adapter_layer_names
     )
-
-
-# --- small functions
-# --------------------------------------------------------------------------------------------------
 
 
 LIBRARIES = {
@@ -379,12 +435,6 @@ def test_trainable_parameters_are_cast_up_and_frozen_ones_down(method):
     peft.cast_mixed_precision_params(model, torch.float16)
     for parameter in model.parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.float16)
-
-
-# --- FSDP
-# -------------------------------------------------------------------------------------------------------------
-#
-#
 
 
 def wrapped(policy, model):

@@ -24,6 +24,8 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
     library has hooked in, the call is skipped.
     """
 
+    __module__ = "peft.tuners.tuners_utils"  # where pickles look for it
+
     def __call__(self, adapter_name: str) -> Tensor:
         """Return an adapter's parameter, as `forward` does."""
         if are_unhooked((self,), AdapterParameterDict) and not torch.compiler.is_compiling():

@@ -31,6 +31,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         layout: How the rows of its input lie.
     """
 
+    __module__ = "peft.utils.other"  # where pickles look for it
+
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
     layout: RowLayout = SAMPLES_FIRST
@@ -217,6 +219,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         original_module: The module as it was.
         modules_to_save: The copies by adapter name.
     """
+
+    __module__ = "peft.utils.other"  # where pickles look for it
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 

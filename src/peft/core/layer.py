@@ -58,6 +58,8 @@ class BaseTunerLayer(nn.Module):
         layout: The layout of the rows of its input.
     """
 
+    __module__ = "peft.tuners.tuners_utils"  # where pickles look for it
+
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
     container_names: ClassVar[tuple[str, ...]] = ()

@@ -67,6 +67,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             default it has its own.
     """
 
+    __module__ = "peft.utils.other"  # where pickles look for it
+
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter",)
 
     def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:

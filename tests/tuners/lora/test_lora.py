@@ -23,9 +23,9 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.layer import Conv2d, LoraLayer
+from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 

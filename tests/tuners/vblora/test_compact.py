@@ -16,9 +16,9 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
 from peft.tuners.vblora.packed import PackedTensors
+from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.quick
 TARGETS = ["0", "2"]

@@ -22,8 +22,8 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.checkpoint.hotswap import hotswap_adapter
 from peft.optimizers import parameter_groups
+from peft.utils.hotswap import hotswap_adapter
 
 TARGETS = ["0", "2"]
 
