@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -37,6 +38,7 @@ from .checkpoint.hub import HubOptions, find_file, pass_over, split_hub_options
 from .checkpoint.paths import as_folder
 
 __all__ = [
+    "LycorisConfig",
     "PeftConfig",
     "TargetedConfig",
     "as_folder",
@@ -406,6 +408,33 @@ class TargetedConfig(PeftConfig):
         yield from token_indices("trainable_token_indices", self.trainable_token_indices)
         if "layers_to_transform" in self.__dataclass_fields__:
             yield from layer_selection(self.layers_to_transform, self.layers_pattern)
+
+
+@dataclass
+class LycorisConfig(TargetedConfig):
+    """Configuration that LyCORIS methods share.
+
+    Args:
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
+            the whole module path or its end; one that begins with `^` also means all modules below
+            the path it describes (its file says so in a way that other readers understand; in a
+            file of theirs `^` means the module alone).
+        alpha_pattern: Likewise for `alpha`.
+    """
+
+    rank_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
+    )
+
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
+        yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
 
 
 def check_config(value: object) -> None:

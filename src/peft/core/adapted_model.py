@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,18 @@ from . import base_layer, combining, routed_experts, switching, tied_weights
 from . import model_merges as _model_merges
 from . import plan as _plan
 from .adapter_choice import adapter_meant
+from .adapter_names import known_names, names_to_activate
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .call_arguments import CallArguments
+from .filling import fill_with
 from .fused_paths import restore_fused_paths
 from .injection import Construction, Fill, build_adapter, put_in, restored_on_error
 from .layer import BaseTunerLayer
 from .merge_requests import check_merge_options, checked_names
-from .method import Method
+
+if TYPE_CHECKING:
+    from .method import Method
 
 C = TypeVar("C", bound=TargetedConfig)
 
@@ -263,7 +268,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftTypeError: They are no string and no list of strings.
             PeftValueError: The model has no adapter of a name.
         """
-        return switching.known_names(adapter_names, self.peft_config)
+        return known_names(adapter_names, self.peft_config)
 
     def add_adapter(
         self,
@@ -297,7 +302,16 @@ class AdaptedModel(nn.Module, Generic[C]):
                 fill(build)
             put_in(self, method, plan, build)
 
+    def add_with_tensors(self, adapter_name: str, config: C, tensors: Mapping[str, Tensor]) -> None:
+        """Put an adapter with given tensors into the model; it waits for `set_adapter`."""
+        fill = partial(fill_with, tensors=tensors)
+        self.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
+
     add_weighted_adapter = combining.add_weighted_adapter
+
+    def module_paths(self) -> list[str]:
+        """Return the paths of the base model's modules, as they are without adapters."""
+        return list(_plan.own_modules(self.model))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one; others are frozen.
@@ -310,7 +324,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: No name, an unknown one, or adapters that can't be active together;
                 nothing is changed.
         """
-        names = switching.names_to_activate(adapter_name, self.peft_config)
+        names = names_to_activate(adapter_name, self.peft_config)
         self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,7 +12,9 @@ from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.suggestions import adapters_there
 from ..base.validation import check_adapter
-from .layer import BaseTunerLayer
+
+if TYPE_CHECKING:
+    from .layer import BaseTunerLayer
 
 
 def adapter_of(

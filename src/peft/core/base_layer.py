@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ..base.containers import walk
 from ..base.errors import warn
 from ..base.geometry import Geometry, Placement
 from ..integrations.accelerate import execution_device
+
+L = TypeVar("L", bound=nn.Module)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -102,6 +104,16 @@ def innermost(module: nn.Module) -> nn.Module:
     while "base_layer" in module._modules:
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
+
+
+def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
+    """Return the outermost layer of a class around one base layer, `module` or inside it, or None."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        if isinstance(inner, layer_cls):
+            return inner
+        inner = inner._modules.get("base_layer")
+    return None
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,10 @@ from ..config import PeftConfig, TargetedConfig, is_int
 from ..integrations.distributed import state_tensors
 from . import combined_heads
 from . import targets as _targets
-from .filling import fill_with
-from .injection import Construction, Fill
-from .layer import BaseTunerLayer
-from .plan import check_name, own_modules
+from .adapter_names import check_name
+
+if TYPE_CHECKING:
+    from .layer import BaseTunerLayer
 
 # Kinds of combinations that prune, and so need a density.
 _PRUNING = ("ties", "dare", "magnitude_prune")
@@ -112,15 +111,13 @@ class Combinable(Protocol):
     def method_of(self, config: PeftConfig) -> CombiningMethod:
         """Return the tuner of a config's method."""
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: Any,
-        construction: Construction | None = None,
-        *,
-        fill: Fill | None = None,
+    def module_paths(self) -> list[str]:
+        """Return the paths of the base model's modules."""
+
+    def add_with_tensors(
+        self, adapter_name: str, config: Any, tensors: Mapping[str, Tensor]
     ) -> None:
-        """Put another adapter into the model."""
+        """Put an adapter with given tensors into the model."""
 
 
 def check(model: Combinable, request: Combination) -> CombiningMethod:
@@ -288,7 +285,7 @@ def put(
     configs = [model.peft_config[name] for name in request.adapters]
     method = model.method_of(configs[0])
     paths = layers_of(method, request)
-    targets, excluded = _targets.exactly(paths, own_modules(model.model))
+    targets, excluded = _targets.exactly(paths, model.module_paths())
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
@@ -302,8 +299,7 @@ def put(
     }
     config = replace(combined.config, **changes)
     tensors = {**combined.tensors, **companions}
-    fill = partial(fill_with, tensors=tensors)
-    model.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
+    model.add_with_tensors(adapter_name, config, tensors)
     method.note_loaded(model.model, adapter_name)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -23,8 +24,11 @@ from ..checkpoint.keys import adapter_tensors, checkpoint_key, container_names, 
 from ..checkpoint.state_dict import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors, unwrapped_name
-from .injection import Build, Fill
-from .layer import BaseTunerLayer, layer_of
+from .base_layer import layer_of
+
+if TYPE_CHECKING:
+    from .injection import Build, Fill
+    from .layer import BaseTunerLayer
 
 
 def fill_with(build: Build, tensors: Mapping[str, Tensor]) -> None:

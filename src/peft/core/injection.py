@@ -29,9 +29,9 @@ from ..integrations.accelerate import end_offloading
 from . import routed_experts
 from .adapters import AdapterParameterDict, adopt
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from .base_layer import innermost, placement
+from .base_layer import innermost, layer_of, placement
 from .fused_paths import avoid_fused_paths
-from .layer import BaseTunerLayer, layer_of
+from .layer import BaseTunerLayer
 from .trainable_tokens import TokenRows, TrainableTokensWrapper
 
 if TYPE_CHECKING:

@@ -491,12 +491,3 @@ class BaseTunerLayer(nn.Module):
         return self._merges.converted(
             self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn
         )
-
-
-def layer_of(module: nn.Module, layer_cls: type[BaseTunerLayer]) -> BaseTunerLayer | None:
-    """Return the outermost layer of a class around one base layer, `module` or inside it, or None."""
-    while not isinstance(module, layer_cls):
-        if not isinstance(module, BaseTunerLayer):
-            return None
-        module = module.base_layer
-    return module

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..base.calls.adapter_batch import BASE_MODEL
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
-from ..base.containers import AdapterContainer, AdapterModuleDict, walk
+from ..base.containers import AdapterContainer, walk
 from ..base.errors import (
     NoMatchingPeftModuleError,
     PeftNotSupportedError,
@@ -28,10 +27,10 @@ from ..integrations.distributed import unwrapped_name
 from . import base_layer, tied_weights, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
-from .adapters import AdapterParameterDict
+from .adapter_names import check_name
 from .auxiliary import AuxiliaryTrainingWrapper
 from .fused_paths import unfit_reason
-from .layer import BaseTunerLayer, layer_of
+from .layer import BaseTunerLayer
 from .renamed_targets import config_of_now, saved_paths
 from .trainable_tokens import TokenPlan
 
@@ -191,41 +190,6 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def check_name(name: str, taken: Collection[str]) -> None:
-    """Check that an adapter can have a name.
-
-    Args:
-        name: The name.
-        taken: The names of the model's adapters.
-
-    Raises:
-        PeftTypeError: It is no string.
-        PeftValueError: It is taken, or has another meaning.
-    """
-    if not isinstance(name, str):
-        raise PeftTypeError(f"The adapter's name {name!r} must be a string.")
-    if not name or "." in name:
-        raise PeftValueError(
-            f"The adapter's name {name!r} must be a non-empty string without dots."
-        )
-    if name.startswith(("/", "\\")):
-        raise PeftValueError(
-            f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name."
-        )
-    if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
-        raise PeftValueError(
-            f"The adapter's name {name!r} is an attribute of torch's containers; choose another."
-        )
-    if name == BASE_MODEL:
-        raise PeftValueError(
-            f"The adapter's name {name!r} means no adapter in `adapter_names`; choose another."
-        )
-    if name in taken:
-        raise PeftValueError(
-            f"Adapter with name '{name}' already exists; choose another, or delete that one first."
-        )
-
-
 def _pattern_fields(config: PeftConfig) -> dict[str, dict[str, object]]:
     """Return the config's dictionaries whose keys are patterns of module names, by field."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -349,7 +313,8 @@ def _raise_unmatched(
 def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of the modules that a method can adapt."""
     bases = {
-        path: (layer_of(module, tuner.tuner_layer_cls), module) for path, module in modules.items()
+        path: (base_layer.layer_of(module, tuner.tuner_layer_cls), module)
+        for path, module in modules.items()
     }
     return [
         p
@@ -468,7 +433,7 @@ def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
     unsupported, misfits = [], []
     kind = model_type(tuner.model)
     for path, module in plan.targets.items():
-        existing = layer_of(module, tuner.tuner_layer_cls)
+        existing = base_layer.layer_of(module, tuner.tuner_layer_cls)
         base = module if existing is None else existing.base_layer
         parent, _, name = get_submodules(tuner.model, path)
         reason = unfit_reason(parent, name, kind)

@@ -19,7 +19,6 @@ from ..base.calls.rows import ROUTED_TOKENS, RoutedTokens
 from ..base.containers import walk
 from .auxiliary import AuxiliaryTrainingWrapper
 from .entry_points import Entry, put_entry, remove_entries
-from .layer import BaseTunerLayer
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
@@ -33,7 +32,8 @@ def note(model: nn.Module, paths: Iterable[str]) -> None:
             module.layout = row_layout(
                 model, path, int(not isinstance(module.original_module, nn.Embedding))
             )
-        while isinstance(module, BaseTunerLayer):
+        # Layers with adapters, of several methods one around the other.
+        while "base_layer" in module._modules and hasattr(module, "layout"):
             module.layout = row_layout(model, path, module.layout.features)
             has_experts |= module.layout.expert is not None
             module = module.base_layer

@@ -3,57 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.freezing import TemporaryFreeze
 from ..base.validation import check_adapter
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
-from .layer import BaseTunerLayer
+
+if TYPE_CHECKING:
+    from .layer import BaseTunerLayer
 from .layer_merges import suspended
 
-Part = BaseTunerLayer | AuxiliaryTrainingWrapper
+Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
 """A module that has an entry for each of several adapters."""
 
 Shared = Collection[AdapterParameterDict]
 """The containers of parameters that all layers share."""
-
-
-def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -> list[str]:
-    """Return adapter names as a list.
-
-    Raises:
-        PeftTypeError: They are no string and no list of strings.
-        PeftValueError: A name is none of the model's `adapters`.
-    """
-    if not isinstance(adapter_names, (str, Iterable)):
-        raise PeftTypeError(
-            f"Adapters are named by a string or a list of strings, got {adapter_names!r}."
-        )
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    for name in names:
-        check_adapter(name, adapters)
-    return names
-
-
-def names_to_activate(adapter_name: str | list[str], adapters: Collection[str]) -> list[str]:
-    """Return the names of adapters to make active.
-
-    Raises:
-        PeftValueError: No name, an unknown one, or one name twice.
-    """
-    names = known_names(adapter_name, adapters)
-    if not names:
-        raise PeftValueError(
-            f"`adapter_name`={adapter_name!r} names no adapter. To run the model without adapters "
-            "use the context `disable_adapter()`, or `disable_adapter_layers()`."
-        )
-    if len(set(names)) < len(names):
-        raise PeftValueError(
-            f"`adapter_name`={names} names an adapter twice; active adapters add up, each once."
-        )
-    return names
 
 
 def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:
@@ -69,7 +36,10 @@ def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collecti
             "one."
         )
     check_adapter(adapter_name, adapters, "does not exist")
-    if any(isinstance(p, BaseTunerLayer) and adapter_name in p.merged_adapters for p in parts):
+    if any(
+        not isinstance(p, AuxiliaryTrainingWrapper) and adapter_name in p.merged_adapters
+        for p in parts
+    ):
         raise PeftValueError(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge "
             "them first."
@@ -89,7 +59,7 @@ def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> 
 
 def is_merged(parts: Sequence[Part]) -> bool:
     """Return whether an adapter is merged, or was until adapters were switched off."""
-    layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
+    layers = [part for part in parts if not isinstance(part, AuxiliaryTrainingWrapper)]
     return any(layer.merged or suspended(layer) for layer in layers)
 
 

@@ -7,48 +7,16 @@ Source: arXiv:2309.14859
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig, at_least, number, pattern_dict
-from ..core.injection import Build
+from ..config import LycorisConfig
 from ..core.layer import BaseTunerLayer
 from ..core.targets import pattern_value
-from ..core.tuner import BaseTuner
 
-C = TypeVar("C", bound="LycorisConfig")
-
-
-@dataclass
-class LycorisConfig(TargetedConfig):
-    """Configuration that LyCORIS methods share.
-
-    Args:
-        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
-            the whole module path or its end; one that begins with `^` also means all modules below
-            the path it describes (its file says so in a way that other readers understand; in a
-            file of theirs `^` means the module alone).
-        alpha_pattern: Likewise for `alpha`.
-    """
-
-    rank_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
-    )
-
-    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
-
-    def _problems(self) -> Iterator[str]:
-        yield from super()._problems()
-        yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
-        yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
+__all__ = ["LycorisConfig", "LycorisLayer", "LycorisTuner"]
 
 
 class _DropoutConfig(Protocol):
@@ -140,15 +108,12 @@ class LycorisLayer(BaseTunerLayer):
         return delta
 
 
-class LycorisTuner(BaseTuner[C]):
-    """A tuner of LyCORIS layers: rank and alpha may be chosen by module."""
+class LycorisTuner:
+    """A mixin for tuners of LyCORIS layers: rank and alpha may be chosen by module."""
 
-    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = LycorisLayer
-
-    def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, Any]:
+    def tuner_layer_options(self, config: Any, path: str, build: object) -> dict[str, Any]:
         """Return rank and alpha for the module at `path`."""
-        fields: Any = config  # every LyCORIS config has `r` and `alpha`, each with its own default
         return {
-            "r": pattern_value(config.rank_pattern, path, fields.r),
-            "alpha": pattern_value(config.alpha_pattern, path, fields.alpha),
+            "r": pattern_value(config.rank_pattern, path, config.r),
+            "alpha": pattern_value(config.alpha_pattern, path, config.alpha),
         }

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...base.registry import PeftType
-from ...config import at_least, boolean, number, probability
-from ..lycoris_utils import LycorisConfig
+from ...config import LycorisConfig, at_least, boolean, number, probability
 
 
 @dataclass

@@ -11,12 +11,13 @@ from torch import nn
 from ...core.base_layer import geometry
 from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
+from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from .config import LoHaConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
 
 
-class LoHaModel(LycorisTuner[LoHaConfig]):
+class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
     """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
     layer.
 

@@ -9,8 +9,7 @@ import typing as _typing
 from ...base.registry import register_peft_method
 from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
-from .methods import LoKrMethods
-from .model import LoKrModel
+from .model import LoKrMethods, LoKrModel
 
 __all__ = [
     "Conv1d",

@@ -10,8 +10,16 @@ from typing import Any, ClassVar, Literal
 
 from ...base.plain_values import is_empty
 from ...base.registry import PeftType
-from ...config import at_least, boolean, choice, is_int, number, pattern_dict, probability
-from ..lycoris_utils import LycorisConfig
+from ...config import (
+    LycorisConfig,
+    at_least,
+    boolean,
+    choice,
+    is_int,
+    number,
+    pattern_dict,
+    probability,
+)
 
 _SWITCHES = (
     "use_effective_conv2d",

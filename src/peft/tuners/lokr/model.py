@@ -14,7 +14,9 @@ from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
+from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_roles import Role
+from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig
@@ -22,7 +24,7 @@ from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .layer_options import layer_options
 
 
-class LoKrModel(LycorisTuner[LoKrConfig]):
+class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
     """Tuner of LoKr: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
     Args:
@@ -112,3 +114,10 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
             if isinstance(layer, LoKrLayer)
         )
         return config if depends else replace(config, kronecker_layout="flat")
+
+
+@methods_of(LoKrModel)
+class LoKrMethods:
+    """Methods that a model with LoKr adapters has in addition to those of every `PeftModel`."""
+
+    clip_weight_norms = forwarded(LoKrModel.clip_weight_norms)

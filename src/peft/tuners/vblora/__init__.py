@@ -5,8 +5,7 @@ import typing as _typing
 
 from ...base.registry import register_peft_method
 from .layer import Linear, VBLoRALayer
-from .methods import VBLoRAMethods
-from .model import VBLoRAModel
+from .model import VBLoRAMethods, VBLoRAModel
 from .shared_bank import VectorBank
 from .usage import BankUsage, bank_usage
 

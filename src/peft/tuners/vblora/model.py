@@ -21,6 +21,7 @@ from ...core.base_layer import expected_layout, geometry
 from ...core.combining import Combination, Combined
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
+from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_roles import Role
 from ...core.plan import Plan
 from ...core.tuner import BaseTuner
@@ -324,3 +325,11 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
             f"to-be-saved: {own + other:,d}"
         )
+
+
+@methods_of(VBLoRAModel)
+class VBLoRAMethods:
+    """Methods that a model with VB-LoRA adapters has in addition to those of every `PeftModel`."""
+
+    get_nb_savable_parameters = forwarded(VBLoRAModel.get_nb_savable_parameters)
+    print_savable_parameters = forwarded(VBLoRAModel.print_savable_parameters)
