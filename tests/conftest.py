@@ -30,6 +30,10 @@ del os.environ["TRITON_INTERPRET"]
 
 import pytest
 import torch
+from helpers.methods import METHODS
+from helpers.models import TARGETS, mlp
+
+import peft
 
 LOCAL = (
     "127.",
@@ -71,9 +75,26 @@ socket.getaddrinfo = looked_up
 
 
 @pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request):
+    """Each method of the contract table."""
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def model(method):
+    """A small network with an adapter of a method."""
+    return peft.get_peft_model(mlp(), method.config(target_modules=TARGETS))
+
+
+@pytest.fixture(autouse=True)
 def _no_network():
     """Fail a test that tried to reach another machine, also where the error was caught."""
-    torch.set_num_threads(1)
     yield
     tried = attempts.copy()
     attempts.clear()

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, assert_rounded, llama, mlp
+from helpers.methods import METHODS
+from helpers.models import llama, mlp
+from helpers.states import assert_rounded
 
 import peft
 from peft import PeftModel, get_peft_model
@@ -32,8 +34,6 @@ LLAMA = ["q_proj", "v_proj", "down_proj"]
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -301,7 +301,8 @@ import json, sys
 import torch
 from accelerate import Accelerator
 sys.path[:0] = json.loads(sys.argv[1])
-from conftest import METHODS, mlp
+from helpers.methods import METHODS
+from helpers.models import mlp
 import peft
 
 torch.manual_seed(0)
@@ -324,7 +325,6 @@ def test_the_launcher(tmp_path):
     """One method is enough: what a launched script is given of accelerate is the same for all."""
     name = "LOKR"
     (tmp_path / "train.py").write_text(SCRIPT)
-    conftest = os.path.dirname(sys.modules["conftest"].__file__)
     command = [
         sys.executable,
         "-m",
@@ -337,7 +337,7 @@ def test_the_launcher(tmp_path):
     folder = tmp_path / "adapter"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, json.dumps([conftest]), name, str(folder)],
+        [*command, json.dumps([str(Path(__file__).parents[1])]), name, str(folder)],
         capture_output=True,
         text=True,
         env=environment,

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from image_models import flux, flux_inputs, unet, unet_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -50,8 +50,6 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
 
 

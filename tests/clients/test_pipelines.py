@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 
 from peft import PolyConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,8 +29,6 @@ TEXTS = ["w1 w2 w3", "w7 w30 w2 w9 w11"]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

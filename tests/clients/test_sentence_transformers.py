@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 
 from peft import PeftModel, PolyConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.poly import TaskCollator
@@ -33,8 +33,6 @@ TARGETS = ["query", "value"]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, gpt2, llama, t5
+from helpers.methods import METHODS
+from helpers.models import gpt2, llama, t5
 from safetensors.torch import load_file
 
 import peft
@@ -39,8 +40,6 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

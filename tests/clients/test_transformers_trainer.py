@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, llama, t5
+from helpers.methods import METHODS
+from helpers.models import llama, t5
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -41,8 +42,6 @@ T5 = ["q", "v", "wo"]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
 
 

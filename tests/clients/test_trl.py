@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch.nn import functional as F
 
 import peft
@@ -68,8 +68,6 @@ TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 

@@ -6,9 +6,10 @@ adapter active.
 import contextlib
 import copy
 
-import conftest
 import pytest
 import torch
+from helpers import models
+from helpers.models import llama, mlp
 from torch import nn
 
 import peft
@@ -46,7 +47,7 @@ NAMES = ["b", "a", "__base__", "c", "a", "b"]
     "names", [NAMES, ["a"] * 6, ["__base__"] * 6], ids=["mixed", "one", "none"]
 )
 def test_each_sample_runs_with_its_adapter(method, names):
-    model = three_adapters(conftest.mlp(torch.float64), method, target_modules=["0", "2"])
+    model = three_adapters(mlp(torch.float64), method, target_modules=["0", "2"])
     x = torch.randn(6, 8, dtype=torch.float64)
     together = model(x, adapter_names=names, **all_tasks(method, 6))
     each = [
@@ -61,7 +62,7 @@ def test_each_sample_runs_with_its_adapter(method, names):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generate(method, family, beams):
     model = three_adapters(
-        getattr(conftest, family)(),
+        getattr(models, family)(),
         method,
         target_modules={"gpt2": ["c_attn"], "t5": ["q", "v"]}.get(family, ["q_proj", "v_proj"]),
     )
@@ -81,7 +82,7 @@ def test_generate(method, family, beams):
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_training_reaches_each_adapter_by_its_own_samples(method, checkpointing):
-    model = three_adapters(conftest.llama(), method, target_modules=["q_proj", "v_proj"])
+    model = three_adapters(llama(), method, target_modules=["q_proj", "v_proj"])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         # Checkpointing is on in training only; dropout and drawn weights are off so that runs can
@@ -112,7 +113,7 @@ def test_training_reaches_each_adapter_by_its_own_samples(method, checkpointing)
 
 def test_trained_heads_follow(method):
     """A module in `modules_to_save` runs with the copy of each sample's adapter, where it has one."""
-    model = three_adapters(conftest.mlp(), method, target_modules=["0", "2"], modules_to_save=["4"])
+    model = three_adapters(mlp(), method, target_modules=["0", "2"], modules_to_save=["4"])
     with torch.no_grad():
         for name in "abc":
             model.base_model.model[4].modules_to_save[name].weight.normal_()

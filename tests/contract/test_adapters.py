@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TARGETS, gpt2, llama, mlp, t5
+from helpers.models import TARGETS, gpt2, llama, mlp, t5
 from torch import nn
 
 import peft

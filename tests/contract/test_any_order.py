@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
+from helpers.variants import Case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from variants import Case
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.base.errors import (

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import llama
+from helpers.models import llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 

@@ -10,7 +10,9 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, mlp
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -6,9 +6,9 @@ never saw the first.
 import copy
 import threading
 
-import conftest
 import pytest
 import torch
+from helpers.models import t5
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -130,7 +130,7 @@ def test_after_an_error(method, where, reentrant):
 
 def test_after_an_error_inside_generate(method):
     """In the encoder, which generation calls by itself, and in a step of the decoder."""
-    model = adapted(method, conftest.t5(), ("q", "v"))
+    model = adapted(method, t5(), ("q", "v"))
     fresh = copy.deepcopy(model)
     ids, options = torch.randint(3, 48, (3, 5)), {"max_new_tokens": 3, "do_sample": False}
     base = model.get_base_model()

@@ -5,7 +5,9 @@ refuses, what it leaves alone.
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, assert_unchanged, llama, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
+from helpers.states import assert_unchanged, snapshot
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model

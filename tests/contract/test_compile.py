@@ -7,10 +7,11 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS, llama
+from helpers.methods import METHODS
+from helpers.models import llama
+from helpers.variants import CASES, TASKS, Model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from variants import CASES, TASKS, Model
 
 from peft import get_peft_model, get_peft_model_state_dict
 

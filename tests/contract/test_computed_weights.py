@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

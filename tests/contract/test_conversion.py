@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from conftest import TARGETS, assert_unchanged, gpt2, llama, mlp, snapshot
+from helpers.models import TARGETS, gpt2, llama, mlp
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file
 from torch import nn
 

@@ -3,7 +3,9 @@
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, llama, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
+from helpers.states import snapshot
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from test_inputs import CASES, IN, OUT, call_of, dense, model_of, numbers
+from helpers.dense import CASES, IN, OUT, call_of, dense, model_of, numbers
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap

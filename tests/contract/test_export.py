@@ -6,11 +6,12 @@ from io import BytesIO
 
 import pytest
 import torch
-from conftest import METHODS, llama
+from helpers.methods import METHODS
+from helpers.models import llama
+from helpers.variants import CASES, Case, Model
 from torch import nn
 from torch.export import Dim, export
 from torch.func import functional_call, grad, vmap
-from variants import CASES, Case, Model
 
 from peft import get_peft_model, inject_adapter_in_model
 

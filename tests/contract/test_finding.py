@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import mlp
+from helpers.models import mlp
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from peft import LoraConfig, PeftConfig, PeftModel, VectorBank, get_peft_model, load_peft_weights

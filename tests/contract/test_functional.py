@@ -3,7 +3,9 @@
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, assert_unchanged, llama, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
+from helpers.states import assert_unchanged, snapshot
 
 import peft
 import peft.functional as F

@@ -5,10 +5,10 @@ import copy
 import inspect
 import pickle
 
-import conftest
 import pytest
 import torch
-from conftest import METHODS, TARGETS, mlp
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
 
 import peft
 from peft.helpers import (
@@ -124,7 +124,7 @@ def test_casting_of_inputs_can_be_left_to_others(method):
 @pytest.fixture
 def language_model(method):
     return peft.get_peft_model(
-        conftest.llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        llama(), method.config(target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
 
 

@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
+from helpers.variants import CASES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from variants import CASES
 
 from peft import get_peft_model
 from peft.ops import fused_linear

@@ -5,10 +5,11 @@ compiled models.
 
 import copy
 
-import conftest
 import pytest
 import torch
-from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -156,7 +157,7 @@ def test_whole_modules_and_rows_of_embeddings_are_swapped_too(method, tmp_path):
         "modules_to_save": ["lm_head"],
         "trainable_token_indices": [3, 5],
     }
-    models = [made(method, seed, lambda: _seeded(conftest.llama), **fields) for seed in (1, 2)]
+    models = [made(method, seed, lambda: _seeded(llama), **fields) for seed in (1, 2)]
     with torch.no_grad():
         for parameter in models[1].parameters():
             if parameter.requires_grad:

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 
 from peft import get_peft_model

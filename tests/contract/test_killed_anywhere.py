@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TARGETS, mlp
+from helpers.models import TARGETS, mlp
 
 import peft
 from peft import LoKrConfig, PeftModel, get_peft_model

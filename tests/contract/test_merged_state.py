@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TARGETS, gpt2, llama, mlp
+from helpers.models import TARGETS, gpt2, llama, mlp
 from torch import nn
 
 from peft import (

@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, mlp
+from helpers.methods import METHODS
+from helpers.models import mlp
 from torch import nn
 
 import peft

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, assert_unchanged, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, mlp
+from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
 import peft

@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, llama, mlp
+from helpers.methods import METHODS
+from helpers.models import llama, mlp
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model

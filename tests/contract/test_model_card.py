@@ -3,7 +3,8 @@
 
 import pytest
 import yaml
-from conftest import METHODS, TARGETS, mlp
+from helpers.methods import METHODS
+from helpers.models import TARGETS, mlp
 from huggingface_hub import ModelCard
 
 from peft import PeftModel, get_peft_model

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, llama, mlp
+from helpers.methods import METHODS
+from helpers.models import llama, mlp
 
 import peft
 from peft import PeftMixedModel, PeftModel, get_peft_model

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import gpt2, llama, t5
+from helpers.models import gpt2, llama, t5
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -3,10 +3,10 @@
 
 import logging
 
-import conftest
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
+from helpers.models import llama
 from safetensors.torch import load_file
 
 import peft
@@ -32,7 +32,7 @@ def _quiet():
 
 def base(dtype=torch.float32):
     torch.manual_seed(0)
-    return conftest.llama().to(dtype)
+    return llama().to(dtype)
 
 
 def own_rules():

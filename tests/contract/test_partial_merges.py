@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, mlp
+from helpers.methods import METHODS
+from helpers.models import mlp
 from torch import nn
 
 from peft import get_peft_model
@@ -201,7 +202,7 @@ def test_merging_while_disabled(method):
 
 
 def test_a_merge_in_the_middle_of_generate(method):
-    from conftest import llama
+    from helpers.models import llama
     from transformers import LogitsProcessor
 
     class Merging(LogitsProcessor):

@@ -9,10 +9,12 @@ import re
 
 import pytest
 import torch
-from conftest import METHODS, assert_unchanged, llama, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import llama, mlp
+from helpers.states import assert_unchanged, snapshot
+from helpers.variants import CASES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from variants import CASES
 
 import peft
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, plan

@@ -7,10 +7,11 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS, gpt2, llama, t5
+from helpers.methods import METHODS
+from helpers.models import gpt2, llama, t5
+from helpers.variants import CASES, Case, Model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from variants import CASES, Case, Model
 
 from peft import get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING

@@ -14,9 +14,9 @@ import threading
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import llama
+from helpers.models import llama
+from helpers.variants import CASES
 from torch import nn
-from variants import CASES
 
 from peft import PeftModel, PolyConfig, get_peft_model
 from peft.ops import inference_cache

@@ -9,7 +9,9 @@ import re
 
 import pytest
 import torch
-from conftest import TARGETS, assert_unchanged, gpt2, llama, mlp, snapshot
+from helpers.methods import METHODS
+from helpers.models import TARGETS, gpt2, llama, mlp
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import save_file
 from torch import nn
 
@@ -332,8 +334,6 @@ def test_a_failed_load_leaves_the_given_config_alone(method, model, tmp_path):
 
 
 def test_a_config_of_another_method_is_refused(method, model, tmp_path):
-    from conftest import METHODS
-
     model.save_pretrained(tmp_path)
     other = next(m for m in METHODS.values() if m.config_cls is not method.config_cls)
     config, base = other.config(target_modules=TARGETS), mlp()

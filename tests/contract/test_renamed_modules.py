@@ -12,7 +12,8 @@ import re
 
 import pytest
 import torch
-from conftest import METHODS, assert_unchanged, snapshot
+from helpers.methods import METHODS
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -5,7 +5,7 @@ the call is refused by the layer's name.
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 from transformers import (
     BertConfig,

@@ -9,7 +9,7 @@ import io
 
 import pytest
 import torch
-from conftest import TARGETS, llama, mlp
+from helpers.models import TARGETS, llama, mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn

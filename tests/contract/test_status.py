@@ -4,10 +4,10 @@
 import dataclasses
 import warnings
 
-import conftest
 import pytest
 import torch
-from conftest import METHODS, TARGETS, mlp
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
 from torch import nn
 
 import peft
@@ -167,7 +167,7 @@ def test_a_model_with_injected_adapters(method):
 
 
 def test_a_transformers_model_with_adapters_of_its_own(method):
-    model = conftest.llama()
+    model = llama()
     model.add_adapter(method.config(target_modules=["q_proj"]), "x")
     status = get_model_status(model)
     assert (status.base_model_type, status.adapter_model_type, status.peft_types) == (
@@ -208,7 +208,7 @@ def test_a_compiled_model_reads_like_the_model(model):
 
 def test_rows_of_embeddings_are_layers_too(method):
     config = method.config(target_modules=["q_proj"], trainable_token_indices=[1, 2])
-    model = peft.get_peft_model(conftest.llama(), config)
+    model = peft.get_peft_model(llama(), config)
     found = layers(model)
     assert found["model.model.embed_tokens"].module_type == "TrainableTokensWrapper"
     assert found["model.model.embed_tokens"].requires_grad == {"default": True}

@@ -9,9 +9,10 @@ import itertools
 import sys
 from importlib.metadata import PackageNotFoundError
 
-import conftest
 import pytest
 import torch
+from helpers.methods import METHODS
+from helpers.models import llama, mlp
 from torch import nn
 from torch.distributed.fsdp.wrap import _or_policy
 
@@ -381,21 +382,17 @@ def test_versions_of_transformers_are_compared(installed):
         _ = utils.is_nothing
 
 
-@pytest.mark.parametrize("method", sorted(conftest.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_tables_of_target_modules_count(method, monkeypatch):
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(method)]
     table = getattr(peft.utils, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
     assert table["llama"] == ["q_proj", "v_proj"]
     assert table is tuner.default_target_modules
     monkeypatch.setitem(table, "llama", ["o_proj"])
-    model = peft.get_peft_model(
-        conftest.llama(), conftest.METHODS[method].config(task_type="CAUSAL_LM")
-    )
+    model = peft.get_peft_model(llama(), METHODS[method].config(task_type="CAUSAL_LM"))
     assert {status.name.rpartition(".")[2] for status in model.get_layer_status()} == {"o_proj"}
     others = [
-        PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(other)]
-        for other in conftest.METHODS
-        if other != method
+        PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(other)] for other in METHODS if other != method
     ]
     assert all(
         list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others
@@ -430,7 +427,7 @@ def test_tensors_that_share_memory_are_known():
 
 def test_trainable_parameters_are_cast_up_and_frozen_ones_down(method):
     model = peft.get_peft_model(
-        conftest.mlp(), method.config(target_modules=["0"]), autocast_adapter_dtype=False
+        mlp(), method.config(target_modules=["0"]), autocast_adapter_dtype=False
     ).bfloat16()
     peft.cast_mixed_precision_params(model, torch.float16)
     for parameter in model.parameters():
@@ -449,8 +446,8 @@ def wrapped(policy, model):
 def sharded(monkeypatch):
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
     return peft.get_peft_model(
-        conftest.llama(),
-        conftest.METHODS["LOKR"].config(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        llama(),
+        METHODS["LOKR"].config(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
 
 
@@ -473,8 +470,6 @@ def test_blocks_and_trainable_leaves_are_wrapped(sharded, monkeypatch):
 
 
 def test_factors_that_are_leaves_are_wrapped_by_themselves():
-    model = peft.get_peft_model(
-        conftest.mlp(), conftest.METHODS["LORA"].config(target_modules=["0"])
-    )
+    model = peft.get_peft_model(mlp(), METHODS["LORA"].config(target_modules=["0"]))
     found = wrapped(peft.utils.other.fsdp_auto_wrap_policy(model), model)
     assert found == {f"base_model.model.0.lora_{part}.default" for part in "AB"}

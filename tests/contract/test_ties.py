@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, llama, t5
+from helpers.methods import METHODS
+from helpers.models import llama, t5
 
 from peft import get_peft_model
 

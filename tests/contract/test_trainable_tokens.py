@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_unchanged, llama, snapshot
+from helpers.models import llama
+from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
 import peft

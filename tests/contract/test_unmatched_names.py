@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, TARGETS, llama, mlp
+from helpers.methods import METHODS
+from helpers.models import TARGETS, llama, mlp
 from torch import nn
 
 import peft

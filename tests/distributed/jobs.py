@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from conftest import METHODS, llama
+from helpers.methods import METHODS
+from helpers.models import llama
 from torch import nn
 
 import peft

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 
 import peft
 

@@ -12,7 +12,7 @@ import warnings
 from multiprocessing.connection import Client
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "contract")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import gpt2, mlp
+from helpers.models import gpt2, mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,11 +22,6 @@ from peft.tuners.loha.hadamard import (
 )
 
 pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def dense(layer, name="default"):

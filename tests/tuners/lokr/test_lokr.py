@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import gpt2, mlp
+from helpers.models import gpt2, mlp
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,11 +17,6 @@ from peft import LoKrConfig, PeftModel, get_peft_model
 from peft.tuners.lokr import kronecker
 
 pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def dense(layer, name="default"):

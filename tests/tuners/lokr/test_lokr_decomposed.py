@@ -7,17 +7,11 @@ import copy
 
 import pytest
 import torch
-from conftest import gpt2, mlp
+from helpers.models import gpt2, mlp
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
 from peft.tuners.lokr.shapes import factor_shapes, shape_problems
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 40), (5, 24)),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_unchanged, mlp, snapshot
+from helpers.models import mlp
+from helpers.states import assert_unchanged, snapshot
 from image_models import MODELS, flux, output, unet
 from lycoris_worker import CASES
 from safetensors import safe_open
@@ -36,12 +37,6 @@ pytest.importorskip("diffusers")
 pytestmark = pytest.mark.quick
 ROOT = Path(peft.__file__).parents[2]
 PEER = ROOT / ".peer-lycoris"
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ them.
 """
 
 import pytest
-import torch
 from image_models import MODELS, unet
 from lycoris_worker import CASES, PRESET, TARGETS
 from safetensors.torch import load_file
@@ -14,11 +13,6 @@ from torch import nn
 from peft import LoKrConfig, get_peft_model, lokr_config_from_lycoris
 
 pytest.importorskip("diffusers")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("kohya")])

@@ -19,11 +19,6 @@ from peft.tuners.lora.factors import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def slow_row_norms(W, A, B, scale):
     """Element by element, of the dense sum."""
     return torch.tensor(

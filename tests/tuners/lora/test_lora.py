@@ -9,7 +9,8 @@ from unittest.mock import ANY
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_unchanged, llama, snapshot
+from helpers.models import llama
+from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,12 +79,6 @@ FORMS = {
     "dora": {"use_dora": True},
     "dora, rslora": {"use_dora": True, "use_rslora": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 def shaken(model):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import llama
+from helpers.models import llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,11 +68,6 @@ FIELDS = {
     "use_rslora": False,
     "velora_config": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def test_the_fields_of_the_interface(tmp_path):

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_unchanged, llama, mlp, snapshot
+from helpers.models import llama, mlp
+from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
@@ -22,11 +23,6 @@ NAN, INF = float("nan"), float("inf")
 def task_routers(model):
     layers = model.base_model.named_tuner_layers()
     return {path: layer.router("default") for path, layer in layers}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import gpt2, mlp
+from helpers.models import gpt2, mlp
 from torch import nn
 
 from peft import (
@@ -21,11 +21,6 @@ from peft import (
 )
 
 TARGETS = ["0", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def lora(r=2, **fields):

@@ -9,7 +9,7 @@ import math
 import numpy
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 
 from peft import (
@@ -25,11 +25,6 @@ from peft import (
 from peft.tuners.poly import TaskLabels
 
 SIZES = {"mood": ["bad", "good"], "topic": 3, "entails": ["no", "maybe", "yes"]}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def bert(num_labels):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import gpt2, llama, mlp, t5
+from helpers.models import gpt2, llama, mlp, t5
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,11 +14,6 @@ from peft.tuners.poly.layer import Linear, PolyLayer
 
 pytestmark = pytest.mark.quick
 QV = ["q_proj", "v_proj"]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

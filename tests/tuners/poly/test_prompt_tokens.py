@@ -5,7 +5,7 @@ same tokens decide.
 
 import pytest
 import torch
-from conftest import llama
+from helpers.models import llama
 from torch import nn
 from transformers import (
     BertConfig,
@@ -28,11 +28,6 @@ SMALL = {
 }
 QV = ["q_proj", "v_proj"]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def mope(base, targets=QV, **fields):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import mlp
+from helpers.models import mlp
 from transformers import EvalPrediction
 
 from peft import PolyConfig, get_peft_model
@@ -30,11 +30,6 @@ TARGETS = ["0", "2"]
 def task_routers(model):
     layers = model.base_model.named_tuner_layers()
     return {path: layer.router("default") for path, layer in layers}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def poly(**fields):

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import mlp, t5
+from helpers.models import mlp, t5
 from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model
@@ -22,11 +22,6 @@ TARGETS = ["0", "2"]
 def task_routers(model):
     layers = model.base_model.named_tuner_layers()
     return {path: layer.router("default") for path, layer in layers}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

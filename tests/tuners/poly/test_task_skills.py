@@ -7,16 +7,11 @@ import copy
 
 import pytest
 import torch
-from conftest import llama, mlp
+from helpers.models import llama, mlp
 from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model
 from peft.tuners.poly.layer import Linear
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

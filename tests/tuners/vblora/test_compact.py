@@ -5,7 +5,7 @@ that start at zero.
 
 import pytest
 import torch
-from conftest import llama, mlp
+from helpers.models import llama, mlp
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,11 +22,6 @@ from peft.utils.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.quick
 TARGETS = ["0", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from conftest import llama, mlp
+from helpers.models import llama, mlp
 from safetensors.torch import load_file, save_file
 
 from peft import (
@@ -26,11 +26,6 @@ from peft.optimizers import parameter_groups
 from peft.utils.hotswap import hotswap_adapter
 
 TARGETS = ["0", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

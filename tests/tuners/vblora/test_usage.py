@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import mlp
+from helpers.models import mlp
 
 from peft import PeftModel, VBLoRAConfig, bank_usage, get_peft_model
 

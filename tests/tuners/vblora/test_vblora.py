@@ -6,18 +6,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import gpt2, llama, mlp
+from helpers.models import gpt2, llama, mlp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft import PeftModel, VBLoRAConfig, get_peft_model
 
 pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def config(**fields):

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torchao.quantization as ao
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 
 from peft import LoKrConfig, PeftModel, get_peft_model
@@ -41,12 +41,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(params=sorted(METHODS))
 def method(request):
     return METHODS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 def plain_mlp(dtype=torch.float32):

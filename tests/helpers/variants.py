@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from conftest import METHODS, mlp
+from helpers.methods import METHODS
+from helpers.models import mlp
 from torch import nn
 
 from peft import get_peft_model

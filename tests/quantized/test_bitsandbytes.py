@@ -11,7 +11,7 @@ import pickle
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import METHODS
+from helpers.methods import METHODS
 from torch import nn
 
 from peft import PeftModel, get_peft_model
@@ -31,12 +31,6 @@ KINDS = sorted(CALLS)
 @pytest.fixture(params=sorted(METHODS))
 def method(request):
     return METHODS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 def quantise(linear, kind):
