@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,20 @@ class PeftConfig:
     def is_adaption_prompt(self) -> bool:
         """True for adaption prompts; there are none here."""
         return False
+
+    def for_adapter(self: C) -> C:
+        """Return a copy for one adapter, which no other adapter and no caller changes. It keeps the
+        token for the Hub.
+
+        Raises:
+            PeftValueError: A value is not allowed.
+        """
+        checked = copy(self)
+        checked.validate()
+        result = deepcopy(checked)
+        if self.source is not None:
+            result.source = self.source
+        return result
 
     def for_copy(self: C, reference: bool = False) -> C:
         """Return the config for a copy of the adapter.

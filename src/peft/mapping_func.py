@@ -74,7 +74,8 @@ def get_peft_model(
 
     Args:
         model: The base model. It is changed in place, and the result runs it.
-        peft_config: The adapter's config; its `task_type` decides the class of the result.
+        peft_config: The adapter's config; its `task_type` decides the class of the result. The
+            adapter has a copy of it, in the result's `peft_config`.
         adapter_name: The adapter's name.
         mixed: True returns a `PeftMixedModel`, which takes adapters of other methods too.
         autocast_adapter_dtype: True keeps the adapter in float32 on a base of 16 bits.
@@ -109,18 +110,19 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    before, name = peft_config.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
+    own = result.peft_config[adapter_name]
+    before, name = own.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
     if name and before not in (None, name):
         warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint."
         )
-    peft_config.base_model_name_or_path = name or before
+    own.base_model_name_or_path = name or before
     if revision is not None:
-        if peft_config.revision not in (None, revision):
+        if own.revision not in (None, revision):
             warn(
-                f"peft config has already set base model revision to {peft_config.revision}, "
+                f"peft config has already set base model revision to {own.revision}, "
                 f"overwriting with revision {revision}"
             )
-        peft_config.revision = revision
+        own.revision = revision
     return result

@@ -100,16 +100,15 @@ class PeftModel(nn.Module):
                 "reload the model with a different config, make sure to call `.unload()` before.",
             )
         tuner_cls = self._tuner_class(peft_config)
-        with self._with_heads(peft_config):
-            self.base_model: AdaptedModel = tuner_cls(
-                model,
-                peft_config,
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                initialize=initialize,
-                fill=fill,
-            )
+        self.base_model: AdaptedModel = tuner_cls(
+            model,
+            self._with_heads(peft_config),
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            initialize=initialize,
+            fill=fill,
+        )
         self.peft_type = peft_config.peft_type
         self.training = model.training
         self.__class__ = self._around(tuner_cls)
@@ -150,17 +149,13 @@ class PeftModel(nn.Module):
                 "`PeftMixedModel.from_pretrained`."
             )
 
-    @contextmanager
-    def _with_heads(self, config: Any) -> Iterator[None]:
-        """A context with the task's heads in a config's `modules_to_save`; an error restores it."""
-        before = config.modules_to_save
+    def _with_heads(self, config: Any) -> Any:
+        """Return a config with the task's heads among its `modules_to_save`."""
         if self._head_names:
-            config.modules_to_save = list(dict.fromkeys([*(before or []), *self._head_names]))
-        try:
-            yield
-        except BaseException:
-            config.modules_to_save = before
-            raise
+            config = config.for_adapter()
+            names = [*(config.modules_to_save or []), *self._head_names]
+            config.modules_to_save = list(dict.fromkeys(names))
+        return config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model with the active adapters.
@@ -314,19 +309,16 @@ class PeftModel(nn.Module):
             raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
         own = (name for name, config in self.peft_config.items() if config is peft_config)
         source = next(own, None)
-        if source is not None:
-            if calling_library() == "trl":
-                self.copy_adapter(source, adapter_name, reference=True)
-                return
-            peft_config = peft_config.for_copy()  # adapters share no config
+        if source is not None and calling_library() == "trl":
+            self.copy_adapter(source, adapter_name, reference=True)
+            return
         check_flags(
             autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
         )
         device = torch.device("meta") if low_cpu_mem_usage else None
         construction = Construction(autocast_adapter_dtype, device)
         self._check_method(peft_config)
-        with self._with_heads(peft_config):
-            self.base_model.add_adapter(adapter_name, peft_config, construction)
+        self.base_model.add_adapter(adapter_name, self._with_heads(peft_config), construction)
 
     def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
         """Add an adapter that is like another one, values included; it waits, frozen, until
@@ -380,9 +372,8 @@ class PeftModel(nn.Module):
             PeftValueError: As for `add_adapter`; nothing is changed.
         """
         self._check_method(config)
-        with self._with_heads(config):
-            construction = construction or Construction(initialize=False)
-            self.base_model.add_adapter(name, config, construction, fill=fill)
+        construction = construction or Construction(initialize=False)
+        self.base_model.add_adapter(name, self._with_heads(config), construction, fill=fill)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one and (unless `inference_mode`)

@@ -5,7 +5,6 @@ changes nothing.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections import Counter
@@ -241,7 +240,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         LOKR on 2 layers: 6,208 parameters (0.04% of the model's), 24,832 bytes; FLOPs a row ...
     """
     check_config(config)
-    config = copy.deepcopy(config)
+    config = config.for_adapter()
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
     targets = _plan.make(tuner, adapter_name, config)
     build = build_adapter(tuner, targets, Construction(device=torch.device("meta")))

@@ -533,8 +533,8 @@ def test_another_revision_is_said(method):
     with pytest.warns(
         UserWarning, match="already set base model revision to a, overwriting with revision b"
     ):
-        get_peft_model(mlp(), config, revision="b")
-    assert config.revision == "b"
+        model = get_peft_model(mlp(), config, revision="b")
+    assert (config.revision, model.peft_config["default"].revision) == ("a", "b")
 
 
 def test_active_adapters_are_named_once(method):

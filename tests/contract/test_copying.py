@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are copies of others, and adapters that were made with one config object."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers.methods import METHODS
@@ -8,7 +10,13 @@ from helpers.models import TARGETS, llama, mlp
 from helpers.states import snapshot
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 
 VARIANTS = {
     **{name: (name, {}) for name in METHODS},
@@ -136,7 +144,8 @@ def test_one_config_object_makes_adapters_of_their_own(method):
     config = method.config(target_modules=TARGETS)
     model = get_peft_model(mlp(), config)
     model.add_adapter("other", config)
-    assert model.peft_config["default"] is config and model.peft_config["other"] is not config
+    model.add_adapter("third", model.peft_config["default"])
+    assert len({id(own) for own in (config, *model.peft_config.values())}) == 4
     layer = model.base_model.model[0]
     drawn = [layer.adapter_tensors(name) for name in ("default", "other")]
     assert any(
@@ -144,10 +153,58 @@ def test_one_config_object_makes_adapters_of_their_own(method):
     )  # a fresh adapter, no copy
     if config.peft_type == "POLY":
         model.add_tasks(2)
-        assert (config.n_tasks, model.peft_config["other"].n_tasks) == (5, 3)
+        counts = [own.n_tasks for own in (config, *model.peft_config.values())]
+        assert counts == [3, 5, 3, 3]
         model.set_adapter("other")
         with pytest.raises(ValueError, match="Only 3 tasks available"):
             model(torch.randn(2, 8), task_ids=[0, 4])
+
+
+ENTRANCES = {
+    "get_peft_model": lambda base, config, folder: get_peft_model(base, config),
+    "mixed": lambda base, config, folder: get_peft_model(base, config, mixed=True),
+    "PeftModel": lambda base, config, folder: PeftModel(base, config),
+    "tuner": lambda base, config, folder: PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
+        base, config, "default"
+    ),
+    "inject": lambda base, config, folder: inject_adapter_in_model(config, base),
+    "from_pretrained": lambda base, config, folder: PeftModel.from_pretrained(
+        base, folder, config=config
+    ),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_config_object_is_as_it_was_when_an_adapter_was_made_of_it(method, entrance, tmp_path):
+    """Two models of different layers are made of one config, at each entrance; neither model, nor a
+    change to one, is seen in the config or in the other model.
+    """
+    get_peft_model(mlp(), method.config(target_modules=TARGETS)).save_pretrained(tmp_path)
+    config = method.config(target_modules=TARGETS)
+    small, large = mlp(), mlp()
+    if entrance != "from_pretrained":
+        config.target_modules, small = "all-linear", nn.Sequential(nn.Linear(8, 8))
+    before = deepcopy(vars(config))
+    models = [ENTRANCES[entrance](base, config, tmp_path) for base in (small, large)]
+    assert vars(config) == before
+    one, other = (model.peft_config["default"] for model in models)
+    assert len({id(own) for own in (config, one, other)}) == 3
+    if entrance != "from_pretrained":
+        assert one.target_modules == {"0"} < other.target_modules
+    one.target_modules.add("x")
+    assert "x" not in other.target_modules and vars(config) == before
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "damaged"])
+def test_what_a_class_or_a_failed_attempt_sets_is_not_set_in_the_config(method, kind, tmp_path):
+    config = method.config(target_modules=["q_proj"], task_type="SEQ_CLS")
+    before = deepcopy(vars(config))
+    if kind == "SEQ_CLS":
+        get_peft_model(llama(), config)
+    else:
+        with pytest.raises(ValueError, match="adapter name|Adapter name|dot"):
+            get_peft_model(llama(), config, "a.b")
+    assert vars(config) == before
 
 
 def test_only_trl_gets_a_copy_for_the_config_of_an_adapter():
@@ -158,7 +215,7 @@ def test_only_trl_gets_a_copy_for_the_config_of_an_adapter():
         ("trlx.trainer", False),
         ("__main__", False),
     ):
-        scope = {"__name__": caller, "model": model, "config": config}
+        scope = {"__name__": caller, "model": model, "config": model.peft_config["default"]}
         exec("model.add_adapter('ref', config)", scope)
         A = model.base_model.model[0].lora_A
         assert torch.equal(A["ref"].weight, A["default"].weight) is is_copy

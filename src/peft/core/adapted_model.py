@@ -19,7 +19,7 @@ from ..base.missing_attribute import PeftAttributeError
 from ..base.modules import check_model, model_config
 from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
-from ..config import PeftConfig, TargetedConfig
+from ..config import PeftConfig, TargetedConfig, check_config
 from ..ops.inference_cache import InferenceCache
 from . import base_layer, combining, routed_experts, switching, tied_weights
 from . import model_merges as _model_merges
@@ -31,7 +31,7 @@ from .auxiliary import AuxiliaryTrainingWrapper
 from .call_arguments import CallArguments
 from .filling import fill_with
 from .fused_paths import restore_fused_paths
-from .injection import Construction, Fill, build_adapter, put_in, restored_on_error
+from .injection import Construction, Fill, build_adapter, put_in
 from .layer import BaseTunerLayer
 from .merge_requests import check_merge_options, checked_names
 
@@ -284,16 +284,19 @@ class AdaptedModel(nn.Module, Generic[C]):
         The first adapter becomes the active one; later ones wait for `set_adapter`.
 
         Args:
-            adapter_name, config: A new name, and the adapter's config.
+            adapter_name: A new name.
+            config: The adapter's config. The adapter has a copy, so several may be made of one.
             construction: Options for making its parameters.
             state_dict: Adapt the modules that this checkpoint has parameters for.
             fill: Writes the finished adapter's tensors before it is put in, or raises.
 
         Raises:
-            PeftValueError: As for the class; model and config are left as they were.
+            PeftValueError: As for the class; the model is left as it was.
         """
-        with restored_on_error(config), ordinary_tensors():
-            method, construction = self.method_of(config), construction or Construction()
+        check_config(config)
+        method, construction = self.method_of(config), construction or Construction()
+        config = config.for_adapter()
+        with ordinary_tensors():
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
             plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)

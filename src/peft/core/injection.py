@@ -13,7 +13,6 @@ model as it is; the last can't fail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
@@ -24,7 +23,7 @@ from ..base.containers import walk
 from ..base.errors import PeftValueError
 from ..base.geometry import Placement
 from ..base.modules import get_submodules
-from ..config import PeftConfig, TargetedConfig, check_config
+from ..config import TargetedConfig
 from ..integrations.accelerate import end_offloading
 from . import routed_experts
 from .adapters import AdapterParameterDict, adopt
@@ -161,19 +160,6 @@ class Host(Protocol[C]):
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one."""
-
-
-@contextmanager
-def restored_on_error(config: PeftConfig) -> Iterator[None]:
-    """A context that gives a config its fields back if it is left by an error."""
-    check_config(config)
-    before = dict(vars(config))
-    try:
-        yield
-    except BaseException:
-        vars(config).clear()
-        vars(config).update(before)
-        raise
 
 
 def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Construction) -> Build[C]:

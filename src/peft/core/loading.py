@@ -87,20 +87,15 @@ def from_pretrained(
     hub = only_hub_options(kwargs, "from_pretrained")
     config, state = _read_checkpoint(model, model_id, config, hub, key_mapping)
     fill = CheckpointFill(model, state, str(model_id), ignore_mismatched_sizes, strict)
-    before, config.inference_mode = config.inference_mode, not is_trainable
-    initialize = ignore_mismatched_sizes or not strict
-    try:
-        peft_model = cls.class_for(config.task_type)(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype,
-            initialize=initialize,
-            fill=fill,
-        )
-    except BaseException:
-        config.inference_mode = before
-        raise
+    config.inference_mode = not is_trainable
+    peft_model = cls.class_for(config.task_type)(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype,
+        initialize=ignore_mismatched_sizes or not strict,
+        fill=fill,
+    )
     peft_model.base_model.method_of(config).note_loaded(model, adapter_name)
     return peft_model if is_trainable else peft_model.eval()
 
@@ -124,7 +119,8 @@ def load_adapter(
     Args:
         model_id: A local folder, or an id on the Hub.
         adapter_name: The name; if the model has such an adapter, its values are replaced (by
-            those in the sub-folder of its name, if `save_pretrained` made one).
+            those in the sub-folder of its name, if `save_pretrained` made one), and the names
+            of its tasks by those of the file.
         is_trainable: True leaves a new adapter trainable.
         torch_device: Device to read the file to.
         autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage: As for
@@ -157,7 +153,12 @@ def load_adapter(
     if known is not None:
         method = self.base_model.method_of(known)
         _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
-        return _load_into(self, adapter_name, known, state, source, ignore_mismatched_sizes, strict)
+        options = ignore_mismatched_sizes, strict
+        result = _load_into(self, adapter_name, known, state, source, *options)
+        for item in fields(known):
+            if item.metadata.get("labels"):  # it names entries of the tensors
+                setattr(known, item.name, getattr(config, item.name))
+        return result
     config.inference_mode = not is_trainable
     fill = CheckpointFill(base, state, source, ignore_mismatched_sizes, strict)
     initialize = ignore_mismatched_sizes or not strict
@@ -227,6 +228,8 @@ def _read_checkpoint(
             f"The input config must be a PeftConfig, got {type(config)}; "
             "`PeftConfig.from_pretrained` reads one."
         )
+    else:
+        config = config.for_adapter()
     if not key_mapping:
         # transformers' renaming of the modules between its versions.
         key_mapping = dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
@@ -267,7 +270,7 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
         )
     # Config fields that do not change what a loaded adapter computes: targets, initialization,
     # dropout, saving options.
-    besides = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out", "task_names"}
+    besides = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out"}
     besides |= {f.name for f in fields(known) if f.metadata.get("besides")}
     words = ["dropout", "modules", "layers_", "save_"]
     if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):

@@ -144,6 +144,27 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("renamed", [["c", "a", "b"], None], ids=["other order", "no names"])
+def test_values_loaded_into_an_adapter_come_with_the_names_of_their_tasks(renamed, tmp_path):
+    """Trainers resume so. Each name then means what it means after loading into a new model."""
+    fields = {"n_tasks": 3, "target_modules": ["0"]}
+    torch.manual_seed(1)
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    saved = get_peft_model(copy.deepcopy(base), config(task_names=["a", "b", "c"], **fields)).eval()
+    with torch.no_grad():
+        for router in task_routers(saved).values():
+            router.module_logits.normal_()
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(copy.deepcopy(base), config(task_names=renamed, **fields)).eval()
+    model.load_adapter(tmp_path, "default")
+    fresh = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for name in "abc":
+        torch.testing.assert_close(model(x, task_ids=name), fresh(x, task_ids=name))
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+    torch.testing.assert_close(again(x, task_ids="c"), fresh(x, task_ids="c"))
+
+
 @pytest.mark.parametrize(
     ("method", "argument", "error", "message"), BAD, ids=lambda value: str(value)[:20]
 )

@@ -225,8 +225,8 @@ def test_the_only_adapter_is_meant(tmp_path, bank):
 
 
 def test_only_logits_are_trained_over_a_frozen_bank(tmp_path, bank):
-    fields = config(bank=str(tmp_path / "bank"))
-    model = get_peft_model(base(), fields)
+    model = get_peft_model(base(), config(bank=str(tmp_path / "bank")))
+    fields = model.peft_config["default"]
     assert (fields.num_vectors, fields.vector_length, fields.bank_sha256) == (10, 4, bank.sha256())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 4 and all("vblora_logits" in name for name in trained)

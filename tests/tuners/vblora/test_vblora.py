@@ -96,7 +96,9 @@ def test_the_compact_file(tmp_path, num_vectors, dtype, topk):
     x = torch.randn(5, 8)
     expected = model(x)
     model.save_pretrained(tmp_path / "full")
-    fields.save_only_topk_weights = True  # turned on later, as the documentation has it
+    model.peft_config[
+        "default"
+    ].save_only_topk_weights = True  # turned on later, as the documentation has it
     model.save_pretrained(tmp_path / "compact")
     state = load_file(tmp_path / "compact" / "adapter_model.safetensors")
     indices = state["base_model.model.0.vblora_logits_A_topk_indices"]

@@ -90,7 +90,8 @@ class PolyConfig(TargetedConfig):
     Source: arXiv:2202.13914 (Polytropon), arXiv:2211.03831 (multi-head routing)
     """
 
-    # Fields marked `besides` do not change what a loaded adapter computes.
+    # Fields marked `besides` do not change what a loaded adapter computes; those marked `labels`
+    # name entries of its tensors.
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt.", "besides": True}
@@ -113,7 +114,7 @@ class PolyConfig(TargetedConfig):
         default=1, metadata={"help": "Number of heads that mix skills separately."}
     )
     task_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the tasks.", "besides": True}
+        default=None, metadata={"help": "Names of the tasks.", "besides": True, "labels": True}
     )
     routing_level: Literal["sample", "token"] = field(
         default="sample", metadata={"help": "Routing by input once a sample or for each token."}

@@ -299,7 +299,7 @@ class PolyModel(BaseTuner[PolyConfig]):
             ...     n_tasks=3, task_names=["sum", "max", "sort"], target_modules=["0"])
             >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
             >>> model.remove_tasks("max")
-            >>> config.task_names
+            >>> model.peft_config["default"].task_names
             ['sum', 'sort']
         """
         inventory.remove_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks)
