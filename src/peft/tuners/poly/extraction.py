@@ -104,11 +104,10 @@ def _extract_skill(
         A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
         left, right = task_factors(weights[path].to(A.dtype), A, B)
         if path in own:
-            own_left, own_right = layer.own_factors(name, shares)
+            own_left, own_right = layer.task_skill_factors(name, shares)
             r, r_new = left.shape[0], left.shape[0] + own_left.shape[0]
             left = torch.cat([left, own_left])
-            # The new adapter scales by `alpha / r_new`, which `own_factors` has done already and
-            # the shared skills have at `alpha / r`.
+            # The new adapter's scale is `alpha / r_new`; task-specific factors have theirs already.
             right = torch.cat([right / r, own_right / config.alpha], dim=1) * r_new
         key = outer_path(path)
         tensors[f"{key}.poly_lora_A"] = left.T[None, None]

@@ -45,7 +45,7 @@ class PolyLayer(BaseTunerLayer):
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
         poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
         poly_router: Routers by adapter name; `router` finds those that layers share.
-        poly_task_skills: Tasks' own skills, by the name of adapters that have such.
+        poly_task_skills: Task-specific skills, by the name of adapters with a `task_rank`.
         r, alpha, n_tasks, n_skills, n_splits: As in the config, by adapter name.
 
     Source: arXiv:2202.13914, section 3; with several splits arXiv:2211.03831, section 3
@@ -130,9 +130,8 @@ class PolyLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Draw an adapter anew: the skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not
-        `init_weights`), the tasks' own skills likewise, and the router, unless it is that of
-        another layer.
+        """Draw an adapter anew: all skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not
+        `init_weights`), and the router, unless it is that of another layer.
         """
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
@@ -143,14 +142,19 @@ class PolyLayer(BaseTunerLayer):
         router: Any = self.poly_router[adapter_name]
         if not isinstance(router, SharedRouter):
             router.reset_parameters()
-        if adapter_name in self.poly_task_skills:
-            own: Any = self.poly_task_skills[adapter_name]
-            own.reset_parameters(init_weights)
+        task_skills = self.task_skills(adapter_name)
+        if task_skills is not None:
+            task_skills.reset_parameters(init_weights)
 
     def router(self, adapter_name: str) -> Any:
         """An adapter's router, be it that of another layer."""
         entry: Any = self._modules["poly_router"]._modules[adapter_name]  # type: ignore[union-attr]
         return entry.router if isinstance(entry, SharedRouter) else entry
+
+    def task_skills(self, adapter_name: str) -> TaskSkills | None:
+        """Return an adapter's task-specific skills; None if it has none."""
+        modules: Any = self._modules["poly_task_skills"]
+        return modules._modules.get(adapter_name)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -222,27 +226,25 @@ class PolyLayer(BaseTunerLayer):
             return self.apply_adapter(adapter_name, *padded)[real]
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, and what the
-        row's task adds by itself.
+        """Return `(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, plus the
+        task-specific skills of an adapter that has them.
         """
         if x.dim() == 1:
             return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
         x, *operands = self._operands(adapter_name, x)
         delta = poly_delta(x, *operands)
-        if adapter_name not in self.poly_task_skills:
+        task_skills = self.task_skills(adapter_name)
+        if task_skills is None:
             return delta
         x = self._cast_input_dtype(x, delta.dtype)
-        ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
-        own, scale = self.poly_task_skills[adapter_name], self.own_scale(adapter_name)
-        if rows.sequence_first:
-            return delta + own(x.transpose(0, 1), rows.expand(ids, x)[0], scale).transpose(0, 1)
-        return delta + own(x, rows.expand(ids, x), scale)
+        tasks = self.routing.tasks(x, self, self.n_tasks[adapter_name])
+        return delta + task_skills(x, tasks, self._task_skill_scale(adapter_name, task_skills))
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return `(alpha / r) · x·A_w·B_w` as a chain, for adapters without skills of tasks."""
-        modules: Any = self._modules
-        if adapter_name in modules["poly_task_skills"]._modules:
+        """Return `(alpha / r) · x·A_w·B_w` as a chain; None with task-specific skills."""
+        if self.task_skills(adapter_name) is not None:
             return None
+        modules: Any = self._modules
         x, weights, A, B, scale = self._operands(adapter_name, x)
 
         def columns() -> Tensor | None:
@@ -255,12 +257,9 @@ class PolyLayer(BaseTunerLayer):
 
         return poly_chain(x, weights, A, B, scale, columns)
 
-    def own_scale(self, adapter_name: str) -> Any:
-        """The factor on tasks' own skills: `alpha / r_t` where the adapter has its configured
-        strength.
-        """
-        own: Any = self.poly_task_skills[adapter_name]
-        return self.scaling[adapter_name] * self.r[adapter_name] / own.rank
+    def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
+        """Return the factor on task-specific skills, `alpha / r_t` times any user's scaling."""
+        return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
 
     def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
         """What `poly_delta` takes."""
@@ -350,23 +349,36 @@ class PolyLayer(BaseTunerLayer):
         """One task's delta, of rank `r`, in the base weight's layout."""
         return self.delta_recipe(adapter_name, task_id=task_id).weight()
 
-    def delta_recipe(self, adapter_name: str, task_id: int | None = None, **options: Any) -> Recipe:
-        """That task's factors of rank `r`, and those of what it adds by itself."""
+    def delta_recipe(
+        self, adapter_name: str, task_id: int | None = None, **options: object
+    ) -> Recipe:
+        """Return one task's delta as pairs of factors."""
         task = self.resolve_task(adapter_name, task_id)
-        A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
-        weights = self.router(adapter_name).task_weights()[task].to(A.dtype)
-        pairs = [task_factors(weights, A, B, self.scaling[adapter_name])]
-        if adapter_name in self.poly_task_skills:
-            pairs.append(self.own_factors(adapter_name, {task: 1.0}))
-        return Recipe(sum_of_products, (self.geometry, *pairs))
+        return Recipe(sum_of_products, (self.geometry, *self._factors(adapter_name, {task: 1.0})))
 
-    def own_factors(self, adapter_name: str, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
-        """What tasks add by themselves, each times its share, as factors `A [k·r_t, in]` and
-        `B [out, k·r_t]`.
+    def _factors(
+        self, adapter_name: str, shares: Mapping[int, float]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pairs `A [k, in]` and `B [out, k]` whose products sum to the delta of a blend of
+        tasks, each times its share: the mixed skills of rank `r`, then task-specific skills.
         """
-        own: Any = self.poly_task_skills[adapter_name]
-        left, right = own.factors(shares)
-        return left, right * self.own_scale(adapter_name)
+        A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
+        tasks_weights = self.router(adapter_name).task_weights()
+        weights = sum(tasks_weights[task] * share for task, share in shares.items())
+        yield task_factors(weights.to(A.dtype), A, B, self.scaling[adapter_name])
+        if self.task_skills(adapter_name) is not None:
+            yield self.task_skill_factors(adapter_name, shares)
+
+    def task_skill_factors(
+        self, adapter_name: str, shares: Mapping[int, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scaled sum of task-specific skills, each times its share, as factors
+        `A [k·r_t, in]` and `B [out, k·r_t]`.
+        """
+        task_skills = self.task_skills(adapter_name)
+        assert task_skills is not None
+        left, right = task_skills.factors(shares)
+        return left, right * self._task_skill_scale(adapter_name, task_skills)
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """That of one sample's factors of rank `r`, beside mixing them once for it."""
@@ -383,23 +395,15 @@ class PolyLayer(BaseTunerLayer):
         task_id: int | Mapping[int, float] | None = None,
         **options: Any,
     ) -> LowRank:
-        """One task's delta as `B·A`, exact of rank `r` (and `r_t` more for a skill of its own); or
-        that of a mixture of tasks, whose skills are mixed by the sum of the tasks' weights, each
-        times its share.
+        """Return one task's delta, or that of a blend of tasks with shares, as `B·A`, exact at rank
+        `r` (and `r_t` more for each task-specific skill).
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
         if not shares:
             raise PeftValueError("`task_id`={} names no task; pass a share for each task.")
-        router = self.router(adapter_name)
         tasks = {self.resolve_task(adapter_name, task): share for task, share in shares.items()}
-        every = router.task_weights().detach()
-        weights = sum(every[task] * share for task, share in tasks.items())
-        A, B = (holder(adapter_name).detach() for holder in (self.poly_lora_A, self.poly_lora_B))
-        A, B = task_factors(weights, A, B, float(self.scaling[adapter_name]))
-        if adapter_name in self.poly_task_skills:
-            left, right = self.own_factors(adapter_name, tasks)
-            A, B = torch.cat([A, left]), torch.cat([B, right], dim=1)
-        return approximate(B, A, rank)
+        A, B = zip(*self._factors(adapter_name, tasks), strict=True)
+        return approximate(torch.cat(B, dim=1).detach(), torch.cat(A).detach(), rank)
 
 
 class Linear(PolyLayer):

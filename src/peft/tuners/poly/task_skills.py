@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...base.geometry import Placement
 from ...ops.dispatch import shapes
+from .routing import TaskRows
 from .tables import TaskTable
 
 
@@ -70,21 +71,26 @@ class TaskSkills(nn.Module):
         """The rank `r_t`."""
         return self.A.values.shape[2]
 
-    def forward(self, x: Tensor, task_ids: Tensor, scale: float) -> Tensor:
+    def forward(self, x: Tensor, tasks: TaskRows, scale: float) -> Tensor:
         """Return `scale · x·A_t·B_t`.
 
         Args:
-            x: `[rows, …, in]`, with the same number of rows for each of `task_ids`.
-            task_ids: `[samples]`.
+            x: `[rows, …, in]`.
+            tasks: The call's task ids and their rows.
             scale: A factor on the result.
         """
+        ids, owners = tasks
         A, B = self.A.table(), self.B.table()
+        task_ids = owners.expand(ids, x)
+        if owners.sequence_first:
+            x, task_ids = x.transpose(0, 1), task_ids[0]
         batch = task_ids.shape[0]
         samples = x.reshape(
             batch, math.prod(x.shape[:-1]) // (batch if shapes(task_ids)[0][0] else 1), x.shape[-1]
         )
         delta = samples.bmm(A[task_ids] * scale).bmm(B[task_ids])
-        return delta.reshape(*x.shape[:-1], B.shape[2])
+        delta = delta.reshape(*x.shape[:-1], B.shape[2])
+        return delta.transpose(0, 1) if owners.sequence_first else delta
 
     def factors(self, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
         """Return the sum of some tasks' skills, each times its share, as factors
