@@ -99,7 +99,8 @@ def test_defaults_name_what_a_model_may_lack(method, tmp_path, monkeypatch):
     base_cls = type("Vit", (Tower,), {"config": {"model_type": "vit"}})
     config = method.config()
     model, messages = said(lambda: get_peft_model(base_cls(), config))
-    assert messages == [] and config.target_modules == {"q_proj", "v_proj"}
+    assert messages == []
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
     model.save_pretrained(tmp_path)
     assert said(lambda: PeftModel.from_pretrained(base_cls(), tmp_path))[1] == []
     assert said(lambda: get_peft_model(base_cls(), config))[1] == []

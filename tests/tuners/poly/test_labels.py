@@ -421,7 +421,7 @@ def test_stacked_heads_give_each_task_what_its_adapter_gave(base, kinds, tmp_pat
     assert (labels.tasks, labels.total) == (["films", "books"], 4)
     assert (
         json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
-        == a.modules_to_save
+        == model.peft_config["a"].modules_to_save
     )
     small = base(2)
     with pytest.raises(
