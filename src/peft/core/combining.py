@@ -19,9 +19,7 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
-from ..checkpoint.keys import companion_tensors, in_view
 from ..config import PeftConfig, TargetedConfig, is_int
-from ..integrations.distributed import state_tensors
 from . import combined_heads
 from . import targets as _targets
 from .adapter_names import check_name
@@ -360,20 +358,8 @@ def _companions(model: Combinable, request: Combination) -> dict[str, Tensor]:
         PeftValueError: Several train a copy of the same module, or rows of the same embedding, and
             the request does not say what becomes of them; or they train different rows.
     """
-    names = dict.fromkeys(request.adapters)
-    rows = {name: model.peft_config[name].trainable_token_indices for name in names}  # type: ignore[attr-defined]
-    differing = [name for name, indices in rows.items() if indices]
-    if len({repr(rows[name]) for name in differing}) > 1:
-        raise PeftValueError(
-            f"Adapters {', '.join(differing)} train different rows of embeddings, which can't be "
-            "combined."
-        )
-    parts = {}
-    for name in names:
-        config = model.peft_config[name]
-        parts[name] = companion_tensors(
-            state_tensors(model.model, in_view(config, name)).items(), config, name
-        )
+    configs = {name: model.peft_config[name] for name in dict.fromkeys(request.adapters)}
+    parts = combined_heads.collect(model.model, configs)
     weights: dict[str, float] = {}
     for name, weight in request.terms():
         weights[name] = weights.get(name, 0.0) + weight
