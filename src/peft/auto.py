@@ -92,7 +92,7 @@ class AutoPeftModel:
         fit_vocabulary(
             base,
             read_shapes(weights),
-            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).saved_by_token,
+            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).checkpoint_format.token_dims,
         )
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
         options: dict[str, Any] = {**files, **fit}

@@ -354,7 +354,8 @@ class PeftModel(nn.Module):
         self.base_model.check_names(adapter_name)
         config = self.peft_config[adapter_name]
         fill = copy_fill(self, config, adapter_name)
-        self.add_filled_adapter(new_name, config.for_copy(reference), fill)
+        construction = Construction(initialize=False, like=adapter_name)
+        self.add_filled_adapter(new_name, config.for_copy(reference), fill, construction)
         self.base_model.method_of(config).note_loaded(self, new_name)
 
     def add_filled_adapter(

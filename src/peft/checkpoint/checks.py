@@ -127,6 +127,18 @@ def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) 
             )
 
 
+def check_adapter_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Check that an adapter is not merged, so that it can get new values.
+
+    Raises:
+        PeftRuntimeError: It is merged.
+    """
+    if any(adapter_name in vars(module).get("merged_adapters", ()) for _, module in walk(model)):
+        raise PeftRuntimeError(
+            f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it."
+        )
+
+
 def warn_of_values(
     source: str,
     state: Mapping[str, Tensor],

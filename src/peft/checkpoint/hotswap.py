@@ -32,7 +32,7 @@ from ..base.registry import (
 )
 from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import is_unmaterialized, unwrap_model
-from .checks import warn_of_values
+from .checks import check_adapter_unmerged, warn_of_values
 from .files import CONFIG_NAME, read_json
 from .hub import find_file, load_peft_weights, only_hub_options
 from .keys import TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
@@ -283,7 +283,7 @@ class _Swap:
         self.problems: list[str] = []
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.silent: dict[str, Tensor] = {}
-        tuner.check_loadable(model, adapter_name)
+        check_adapter_unmerged(model, adapter_name)
         for path, layer in layers.items():
             self.problems += [
                 f"`{path}`: {problem}"
@@ -292,13 +292,14 @@ class _Swap:
         self._raise_problems()
         # Layers may share objects by adapter name, so the new adapter has a name of its own.
         self.new_name = f"{adapter_name}_incoming"
-        self.build = tuner.build_for(self.new_name, self.config, layers, known)
-        self._compare(import_state(state, self.config, "" if self.adapter.root else ROOT))
+        self.build = tuner.build_for(self.new_name, self.config, layers, adapter_name)
+        remove, names = "" if self.adapter.root else ROOT, self.adapter.tensors()
+        self._compare(import_state(state, self.config, remove, names))
         self._raise_problems()
         values = {key: value for key, (_, value) in self.pairs.items()}
         targets = {key: tensor for key, (tensor, _) in self.pairs.items()}
         source = f"The checkpoint for adapter {adapter_name}"
-        warn_of_values(source, values, targets, tuner.masked_names)
+        warn_of_values(source, values, targets, tuner.checkpoint_format.masked)
 
     def _raise_problems(self) -> None:
         if self.problems:

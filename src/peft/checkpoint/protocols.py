@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from .format import CheckpointFormat
 from .rank_padding import RankPadding
 
 
@@ -64,26 +64,11 @@ class Tuner(Protocol):
     tuner_layer_cls: ClassVar[type[AdapterLayer]]
     # Parameters that all layers share, registered at the root of the model.
     shared_parameter_names: ClassVar[tuple[str, ...]]
-    # Tensors in which minus infinity stands for a masked entry.
-    masked_names: ClassVar[tuple[str, ...]]
-    # Tensors that a checkpoint can have in another storage format: dtypes of its parts by name.
-    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]]
+    checkpoint_format: ClassVar[CheckpointFormat[Any]]
 
     @classmethod
     def of(cls, model: nn.Module, config: AdapterConfig) -> Tuner:
         """Return the tuner of a model's adapters."""
-
-    @classmethod
-    def export_state(cls, state: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-        """Return an adapter's tensors in the storage format of its checkpoint."""
-
-    @classmethod
-    def import_state(cls, state: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint in the storage format of the adapter."""
-
-    @classmethod
-    def check_loadable(cls, model: nn.Module, adapter_name: str) -> None:
-        """Check that an adapter can get new values."""
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
@@ -105,7 +90,7 @@ class Tuner(Protocol):
         adapter_name: str,
         config: AdapterConfig,
         layers: Mapping[str, AdapterLayer],
-        known: AdapterConfig,
+        like: str,
     ) -> AdapterBuild:
         """Make an adapter without values for layers of the model."""
 

@@ -33,6 +33,7 @@ from ..integrations.distributed import (
 )
 from .checks import (
     LoadResult,
+    check_adapter_unmerged,
     check_complete,
     check_state,
     check_unmerged,
@@ -114,7 +115,8 @@ def get_peft_model_state_dict(
         values = read_values(model, found)
         if has_base:
             values = {key: value.detach() for key, value in values.items()}
-    return tuner_class(config).export_state(without_padding(values, config), config)
+    state = without_padding(values, config)
+    return tuner_class(config).checkpoint_format.export_state(state, config)
 
 
 def _embeddings_to_save(
@@ -214,11 +216,10 @@ def set_peft_model_state_dict(
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
     named = list(state_tensors(model, view).items())
-    is_native = not any(
-        key.startswith(ROOT) for key in adapter_tensors(named, config, adapter_name)
-    )
+    own = adapter_tensors(named, config, adapter_name)
+    is_native = not any(key.startswith(ROOT) for key in own)
     base = model if is_native else getattr(model, "get_base_model", lambda: model)()
-    imported = import_state(peft_model_state_dict, config, ROOT if is_native else "")
+    imported = import_state(peft_model_state_dict, config, ROOT if is_native else "", own)
     state = renamed_state(base, imported, container_names(config)).state
     expected = adapter_tensors(named, config, adapter_name, state)
     # A checkpoint may hold trained biases for an adapter that trains none.
@@ -232,11 +233,11 @@ def set_peft_model_state_dict(
             f"{some(empty)}."
         )
     tuner = tuner_class(config)
-    tuner.check_loadable(model, adapter_name)
+    check_adapter_unmerged(model, adapter_name)
     values = {k: v for k, v in state.items() if k in expected and k not in result.missing_keys}
     check_unmerged(model, [expected[key] for key in values])
     source = f"The checkpoint for adapter {adapter_name}"
-    warn_of_values(source, values, expected, tuner.masked_names)
+    warn_of_values(source, values, expected, tuner.checkpoint_format.masked)
     write_state(model, expected, values, view)
     tuner.note_loaded(model, adapter_name)
     names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
@@ -269,7 +270,10 @@ def set_base_model_state_dict(
 
 
 def import_state(
-    state: Mapping[str, Tensor], config: AdapterConfig, remove: str = ""
+    state: Mapping[str, Tensor],
+    config: AdapterConfig,
+    remove: str = "",
+    names: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return a checkpoint's tensors in the storage format of the model.
 
@@ -277,10 +281,13 @@ def import_state(
         state: Tensors by checkpoint key.
         config: The adapter's config.
         remove: `base_model.` for a model without `PeftModel`, whose names lack that prefix.
+        names: Keys of the adapter's tensors in the model, for methods with several storage formats
+            there.
     """
     tuner = tuner_class(config)
     result = {}
-    for key, tensor in tuner.import_state(dict(state), config).items():
+    converted = tuner.checkpoint_format.import_state(dict(state), config, names)
+    for key, tensor in converted.items():
         if key.endswith(".bias") and not _COPIES.isdisjoint(key.split(".")):
             continue
         end = key.removeprefix(MODEL_ROOT)

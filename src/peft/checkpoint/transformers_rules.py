@@ -52,7 +52,8 @@ def build_peft_weight_mapping(
     methods = list(PEFT_TYPE_TO_TUNER_MAPPING) if peft_config is None else [peft_config.peft_type]
     tuners = [lookup(PEFT_TYPE_TO_TUNER_MAPPING, method) for method in methods]
     shared = [name for tuner in tuners for name in tuner.shared_parameter_names]
-    nested = {name: inner for tuner in tuners for name, inner in tuner.saved_bare.items()}
+    formats = [tuner.checkpoint_format for tuner in tuners]
+    nested = {name: inner for form in formats for name, inner in form.inner_names.items()}
     prefixes = sorted({lookup(PEFT_TYPE_TO_PREFIX_MAPPING, method) for method in methods})
     # A method's prefix may be part of another's.
     boundary = "" if len(prefixes) == 1 else r"(?<!\w)"
@@ -77,7 +78,7 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
     """Return rules for tensors that a checkpoint has in another storage format."""
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
-    tuner = tuner_class(config)
+    checkpoint_format = tuner_class(config).checkpoint_format
 
     class Import(ConversionOps):
         """Conversion of tensors in a checkpoint into a tensor of the adapter."""
@@ -101,7 +102,8 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
                 part: (t[0] if isinstance(t, list) else t).to(self.parts[part])
                 for part, t in saved.items()
             }
-            return {f"{self.name}.{adapter_name}": tuner.import_state(state, config)[self.name]}
+            converted = checkpoint_format.import_state(state, config, (self.name,))
+            return {f"{self.name}.{adapter_name}": converted[self.name]}
 
     return [
         WeightConverter(
@@ -109,5 +111,5 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
             f"{name}.{adapter_name}",
             [Import(name, parts)],
         )
-        for name, parts in tuner.saved_forms.items()
+        for name, parts in checkpoint_format.parts.items()
     ]

@@ -113,7 +113,7 @@ class CheckpointFill:
         state = self.state
         if not self.strict:
             state = without_adapter_names(state, expected, config, adapter_name)
-        incoming = import_state(state, config)
+        incoming = import_state(state, config, names=expected)
         # The base model's own tensors: trained biases and saved embeddings.
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():
             view = in_view(config)
@@ -135,7 +135,7 @@ class CheckpointFill:
             f"'{self.source}'",
             values,
             expected,
-            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).masked_names,
+            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).checkpoint_format.masked,
         )
         write_state(None, expected, values)
 

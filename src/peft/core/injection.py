@@ -47,11 +47,14 @@ class Construction:
         autocast: Use float32 where the base layer has 16 bits.
         device: Make all of them on this device; None follows each base layer.
         initialize: Draw initial values. False leaves the memory as it is, for a checkpoint to fill.
+        like: An adapter of the model whose storage format the new one has, where a method has
+            several; None lets the method choose.
     """
 
     autocast: bool = True
     device: torch.device | None = None
     initialize: bool = True
+    like: str | None = None
 
     def place(self, base_layer: nn.Module) -> tuple[Placement, bool]:
         """Return device and dtype of a layer's parameters, and if they get initial values."""

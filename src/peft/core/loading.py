@@ -320,10 +320,10 @@ def _load_into(
         CheckpointError: The checkpoint does not fit; nothing is changed.
     """
     named = state_tensors(model, in_view(config, adapter_name))
+    own = adapter_tensors(named.items(), config, adapter_name)
     if not strict:
-        own = adapter_tensors(named.items(), config, adapter_name)
         state = without_adapter_names(state, own, config, adapter_name)
-    incoming = import_state(state, config)
+    incoming = import_state(state, config, names=own)
     expected = adapter_tensors(named.items(), config, adapter_name, incoming)
     left = fitting(expected, incoming, source, ignore_mismatched_sizes, strict).unexpected_keys
     state = {key: tensor for key, tensor in state.items() if key not in left}

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..base.constants import DEFAULT_TARGET_MODULES
-from ..base.containers import walk
-from ..base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError
+from ..base.errors import PeftNotSupportedError, PeftTypeError
 from ..base.geometry import Placement
+from ..checkpoint.format import CheckpointFormat
 from ..config import PeftConfig, TargetedConfig
 from .adapted_model import AdaptedModel
 from .combining import Combination, Combined
@@ -43,15 +42,8 @@ class BaseTuner(AdaptedModel[C]):
     supported_modules: ClassVar[str] = ""
     # Targets by model type, for configs that name none.
     default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]] = DEFAULT_TARGET_MODULES
-    # Tensors that a checkpoint may hold in parts, with the names and dtypes of the parts.
-    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {}
-    # Containers of modules with one parameter, and that parameter's name, which a checkpoint's keys
-    # leave out.
-    saved_bare: ClassVar[Mapping[str, str]] = {}
-    # Parameters with one entry for each token of an embedding, and the dimension.
-    saved_by_token: ClassVar[Mapping[str, int]] = {}
-    # Tensors of a checkpoint in which minus infinity is an ordinary value.
-    masked_names: ClassVar[tuple[str, ...]] = ()
+    # Conversion of an adapter's tensors to those of a checkpoint, and back.
+    checkpoint_format: ClassVar[CheckpointFormat[Any]] = CheckpointFormat()
     # Roles of the parameters; an optimizer gives each role a learning rate.
     parameter_roles: ClassVar[Mapping[str, Role]] = {}
     # Values of `combination_type` that `add_weighted_adapter` takes.
@@ -117,7 +109,7 @@ class BaseTuner(AdaptedModel[C]):
         """Undo the method's changes to the model outside its layers, when it is unloaded."""
 
     def build_for(
-        self, adapter_name: str, config: C, layers: Mapping[str, BaseTunerLayer], known: C
+        self, adapter_name: str, config: C, layers: Mapping[str, BaseTunerLayer], like: str
     ) -> Build[C]:
         """Build an adapter for layers of the model, without values and away from the model.
 
@@ -125,40 +117,14 @@ class BaseTuner(AdaptedModel[C]):
             adapter_name: Its name.
             config: Its config.
             layers: The layers, by path.
-            known: The config of the adapter whose place it takes, which decides the storage format
-                where a method has several.
+            like: The adapter that it will replace; the new one has the same storage format.
         """
         plan = Plan(adapter_name, config, self.complete(config), dict(layers))
-        return build_adapter(self, plan, Construction(initialize=False))
-
-    @classmethod
-    def check_loadable(cls, model: nn.Module, adapter_name: str) -> None:
-        """Refuse new values for an adapter that is merged.
-
-        Raises:
-            PeftRuntimeError: It is merged.
-        """
-        if any(
-            isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters
-            for _, module in walk(model)
-        ):
-            raise PeftRuntimeError(
-                f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it."
-            )
+        return build_adapter(self, plan, Construction(initialize=False, like=like))
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Update the method's state after a checkpoint was written into an adapter of `model`."""
-
-    @classmethod
-    def export_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
-        """Return an adapter's tensors in the storage format of a checkpoint."""
-        return state
-
-    @classmethod
-    def import_state(cls, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
-        """Return a checkpoint's tensors in the form that the model holds them in."""
-        return state
 
     def form_to_save(
         self, adapter_name: str, config: C, state: dict[str, Tensor]

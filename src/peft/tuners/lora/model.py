@@ -23,7 +23,8 @@ from . import combining
 from .config import LoraConfig
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
-from .starts import is_random, with_start, without_start
+from .starts import is_random, with_start
+from .storage import LoraFormat
 
 _MAGNITUDE = "lora_magnitude_vector"
 
@@ -46,8 +47,7 @@ class LoraModel(BaseTuner[LoraConfig]):
 
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls = LoraLayer
-    saved_bare: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
-    saved_by_token: ClassVar[Mapping[str, int]] = {"lora_embedding_A": 1, "lora_B.weight": 0}
+    checkpoint_format = LoraFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("lora_A",)),
         "B": Role(("lora_B",)),
@@ -137,14 +137,6 @@ class LoraModel(BaseTuner[LoraConfig]):
     def combine(self, request: Combination, layers: Mapping[str, LoraLayer]) -> Combined:  # noqa: D102
         return combining.combine(self.peft_config, layers, request)
 
-    @classmethod
-    def export_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-        """A checkpoint has DoRA's lengths under the container's name."""
-        return {
-            key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key: t
-            for key, t in state.items()
-        }
-
     def form_to_save(
         self, adapter_name: str, config: LoraConfig, state: dict[str, Tensor]
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -162,12 +154,3 @@ class LoraModel(BaseTuner[LoraConfig]):
             if adapter_name in layer.lora_start
         }  # type: ignore
         return with_start(config, state, starts)
-
-    @classmethod
-    def import_state(cls, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-        """The layers have DoRA's lengths in modules, and a start that is drawn apart from the rest."""
-        state = without_start(config, state) if is_random(config.init_lora_weights) else state
-        return {
-            f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor
-            for key, tensor in state.items()
-        }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,19 +11,6 @@ import torch
 
 from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
-
-
-class Form(enum.Enum):
-    """Storage format of an adapter in the model; `storage.py` has the table of all formats.
-
-    `LOGITS`: logits for all vectors, to be trained. `WEIGHTS`: indices and weights of the selected
-    vectors, as in a compact file, for inference. `CHOSEN`: indices and logits of the selected
-    vectors, to train their weights.
-    """
-
-    LOGITS = "logits"
-    WEIGHTS = "weights"
-    CHOSEN = "chosen"
 
 
 @dataclass
@@ -164,21 +150,6 @@ class VBLoRAConfig(TargetedConfig):
     @property
     def trained_biases(self) -> str:  # noqa: D102
         return self.bias
-
-    @property
-    def form(self) -> Form:
-        """Storage format in the model. Not a field: it does not change what the adapter is."""
-        return vars(self).get("_form", Form.LOGITS)
-
-    @form.setter
-    def form(self, form: Form) -> None:
-        vars(self)["_form"] = form
-
-    def for_copy(self, reference: bool = False) -> VBLoRAConfig:
-        """Return the config of a copy, in the same storage format."""
-        result = super().for_copy(reference)
-        result.form = self.form
-        return result
 
     @property
     def shares_bank(self) -> bool:

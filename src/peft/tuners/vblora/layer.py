@@ -34,10 +34,9 @@ from .bank import (
     savable_parameters,
     select_topk,
 )
-from .config import Form
 from .factors import compose_factors
 from .packed import PackedTensors
-from .storage import GATE, INDICES, LOGITS, WEIGHTS
+from .storage import GATE, INDICES, LOGITS, WEIGHTS, StorageFormat
 
 # The remedy in messages about training after a compact file.
 TRAINING_ON = (
@@ -101,7 +100,7 @@ class VBLoRALayer(BaseTunerLayer):
         self.num_vectors: dict[str, int] = {}
         self.vblora_dropout: dict[str, float] = {}
         self.topk_only: dict[str, bool] = {}
-        self.storage_format: dict[str, Form] = {}
+        self.storage_format: dict[str, StorageFormat] = {}
         self.bank_key: dict[str, str | None] = {}
         shared = AdapterParameterDict() if vblora_shared_banks is None else vblora_shared_banks
         self._bank = (vblora_vector_bank, shared)  # in a tuple, not to be registered
@@ -147,6 +146,7 @@ class VBLoRALayer(BaseTunerLayer):
         placement: Placement | None = None,
         initialize: bool = True,
         bank_key: str | None = None,
+        storage_format: StorageFormat = StorageFormat.LOGITS,
     ) -> None:
         """Make an adapter's logits, or the tensors that replace them in its storage format.
 
@@ -156,14 +156,15 @@ class VBLoRALayer(BaseTunerLayer):
             placement: Device and dtype, by default the base layer's.
             initialize: False leaves the memory as it is.
             bank_key: Digest of the shared bank that it uses; None for its own.
+            storage_format: Its storage format.
         """
         self.r[adapter_name] = config.r
         self.topk[adapter_name] = config.topk
         self.num_vectors[adapter_name] = config.num_vectors
         self.vblora_dropout[adapter_name] = config.vblora_dropout
-        self.storage_format[adapter_name] = config.form
+        self.storage_format[adapter_name] = storage_format
         self.bank_key[adapter_name] = bank_key
-        self.topk_only[adapter_name] = config.form is Form.WEIGHTS
+        self.topk_only[adapter_name] = storage_format is StorageFormat.TOPK_WEIGHTS
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         device, dtype = self._placement(placement)
         tiles_in, tiles_out = (
@@ -173,18 +174,18 @@ class VBLoRALayer(BaseTunerLayer):
         for name, positions in zip(
             LOGITS, ((config.r, tiles_in), (tiles_out, config.r)), strict=True
         ):
-            if config.form is not Form.LOGITS:
+            if storage_format is not StorageFormat.LOGITS:
                 indices = torch.zeros(
                     *positions, config.topk, device=device, dtype=index_dtype(config.num_vectors)
                 )
                 getattr(self, name + INDICES)[adapter_name] = indices
-            if config.form is Form.WEIGHTS:
+            if storage_format is StorageFormat.TOPK_WEIGHTS:
                 weights = torch.zeros(
                     *positions, config.topk - 1, device=device, dtype=config.weights_dtype
                 )
                 getattr(self, name + WEIGHTS)[adapter_name] = weights
                 continue
-            length = config.num_vectors if config.form is Form.LOGITS else config.topk
+            length = config.num_vectors if storage_format is StorageFormat.LOGITS else config.topk
             logits = nn.Parameter(torch.empty(*positions, length, device=device, dtype=dtype))
             getattr(self, name)[adapter_name] = logits
             if initialize:
@@ -196,7 +197,10 @@ class VBLoRALayer(BaseTunerLayer):
 
     def note_loaded(self, adapter_name: str) -> None:
         """Update `topk_only`: logits from a compact file lack values and can't be trained."""
-        if adapter_name in self.scaling and self.storage_format[adapter_name] is Form.LOGITS:
+        if (
+            adapter_name in self.scaling
+            and self.storage_format[adapter_name] is StorageFormat.LOGITS
+        ):
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
     def savable_parameters(self, adapter_name: str, config: Any) -> float:
@@ -211,7 +215,7 @@ class VBLoRALayer(BaseTunerLayer):
         """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt where only the selected vectors
         are kept.
         """
-        if self.storage_format[adapter_name] is Form.LOGITS:
+        if self.storage_format[adapter_name] is StorageFormat.LOGITS:
             return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
         A, B = (
             expand(indices, weights[..., :-1], self.num_vectors[adapter_name], weights.dtype)
@@ -235,12 +239,12 @@ class VBLoRALayer(BaseTunerLayer):
             dtype: Dtype of the weights.
         """
         storage_format = self.storage_format[adapter_name]
-        if storage_format is Form.LOGITS:
+        if storage_format is StorageFormat.LOGITS:
             topk = self.topk[adapter_name]
             indices, selected = select_topk(getattr(self, logits)(adapter_name), topk)
             return Selection(indices, selected.softmax(-1, dtype))
         indices = getattr(self, logits + INDICES)(adapter_name)
-        if storage_format is Form.WEIGHTS:
+        if storage_format is StorageFormat.TOPK_WEIGHTS:
             weights = getattr(self, logits + WEIGHTS)(adapter_name)
             return Selection(indices, all_weights(weights.to(dtype)))
         return Selection(indices, getattr(self, logits)(adapter_name).softmax(-1, dtype))
@@ -256,7 +260,7 @@ class VBLoRALayer(BaseTunerLayer):
         """Return `A [r, in]` and `B [out, r]` as composed. They may come from the inference cache,
         so nothing may write to them.
         """
-        if self.storage_format[adapter_name] is not Form.LOGITS:
+        if self.storage_format[adapter_name] is not StorageFormat.LOGITS:
             bank = self.bank(adapter_name)
             selection_A, selection_B = self.selections(adapter_name)
             return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
@@ -370,7 +374,11 @@ class VBLoRALayer(BaseTunerLayer):
         )
         kinds: dict[Any, list[str]] = {}
         for name in batch.samples:
-            if form.get(name) is Form.WEIGHTS and bank_key[name] is not None and name not in gated:
+            if (
+                form.get(name) is StorageFormat.TOPK_WEIGHTS
+                and bank_key[name] is not None
+                and name not in gated
+            ):
                 scale = scaling[name]
                 if not isinstance(scale, Tensor) and scale == 1:
                     kinds.setdefault(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,25 @@ from ...core.parameter_roles import Role
 from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
-from .config import Form, VBLoRAConfig
+from .config import VBLoRAConfig
 from .layer import TRAINING_ON, Linear, VBLoRALayer
 from .shared_bank import FoundBank, find_bank
-from .storage import GATE, INDICES, LOGITS, WEIGHTS, export_state, import_state
+from .storage import BANK, GATE, StorageFormat, VBLoRAFormat
 
-_BANK, _SHARED = "vblora_vector_bank", "vblora_shared_banks"
+_SHARED = "vblora_shared_banks"
 _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+class Preparation(NamedTuple):
+    """Shared bank and storage format of an adapter that is being made.
+
+    Args:
+        bank: None if the adapter has a bank of its own.
+        storage_format: Its storage format.
+    """
+
+    bank: FoundBank | None
+    storage_format: StorageFormat = StorageFormat.LOGITS
 
 
 class VBLoRAModel(BaseTuner[VBLoRAConfig]):
@@ -58,13 +70,10 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
 
     prefix: ClassVar[str] = "vblora_"
     tuner_layer_cls = VBLoRALayer
-    shared_parameter_names: ClassVar[tuple[str, ...]] = (_BANK, _SHARED)
-    saved_forms: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
-        name: {name + INDICES: torch.int64, name + WEIGHTS: torch.float32} for name in LOGITS
-    }
-    masked_names: ClassVar[tuple[str, ...]] = LOGITS
+    shared_parameter_names: ClassVar[tuple[str, ...]] = (BANK, _SHARED)
+    checkpoint_format = VBLoRAFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
-        "bank": Role((_BANK, _SHARED), lr=1e-3, decays=False),
+        "bank": Role((BANK, _SHARED), lr=1e-3, decays=False),
         "logits": Role(VBLoRALayer.container_names[:-1], lr=1e-2, decays=False),
         "gate": Role((GATE,), decays=False),
     }
@@ -89,8 +98,9 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         self, config: VBLoRAConfig, path: str, build: Build[VBLoRAConfig]
     ) -> dict[str, Any]:
         containers = {name: build.containers[name] for name in self.shared_parameter_names}
-        bank = build.found
-        return {**containers, "bank_key": bank.key if isinstance(bank, FoundBank) else None}
+        bank, storage_format = _preparation(build)
+        bank_key = None if bank is None else bank.key
+        return {**containers, "bank_key": bank_key, "storage_format": storage_format}
 
     def target_problems(self, config: VBLoRAConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Yield an offence for each size that `vector_length` must divide and does not."""
@@ -115,28 +125,48 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             "which cuts the last tile to size."
         )
 
-    def complete(self, config: VBLoRAConfig) -> FoundBank | None:
-        """Return the shared bank that a config names, and put its size into the config.
+    def complete(self, config: VBLoRAConfig) -> Preparation:
+        """Find the shared bank that a config names, and put its sizes into the config.
 
         Raises:
-            CheckpointNotFoundError: It is nowhere.
-            CheckpointError: It is another one than the adapter was trained over.
+            CheckpointNotFoundError: There is no bank.
+            CheckpointError: The bank is not the one that the adapter was trained over.
         """
         if not config.shares_bank:
-            return None
-        found = find_bank(config, self._shared_banks())
+            return Preparation(None)
+        bank = find_bank(config, self._shared_banks())
         if config.bank_sha256 is None:
-            config.bank_sha256 = found.key
-            config.num_vectors, config.vector_length = found.vectors.shape
+            config.bank_sha256 = bank.key
+            config.num_vectors, config.vector_length = bank.vectors.shape
             config.validate()
-        return found
+        return Preparation(bank)
 
-    def _shared_banks(self) -> Mapping[str, Tensor]:
-        """The shared banks that the model has, by digest."""
-        known = self.shared_owner(_SHARED)._modules.get(_SHARED)
-        if known is None:
-            known = next((layer.vblora_shared_banks for layer in self.tuner_layers()), None)
-        return {} if known is None else dict(known.items())  # type: ignore[operator]
+    def _shared_banks(self) -> dict[str, Tensor]:
+        """Return the model's shared banks by digest."""
+        container = self.shared_containers().get(_SHARED)
+        if container is None:
+            container = next((layer.vblora_shared_banks for layer in self._layers()), None)
+        return {} if container is None else dict(container.items())
+
+    def _layers(self) -> Iterator[VBLoRALayer]:
+        return (layer for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer))
+
+    def adjust_config(self, plan: Plan[VBLoRAConfig], construction: Construction) -> None:
+        """Set `fan_in_fan_out` to the layout of the layers' weights, and choose the storage format:
+        that of the adapter to copy or replace, or the one for a compact file.
+        """
+        config, like = plan.config, construction.like
+        config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
+        storage_format = StorageFormat.LOGITS
+        if like is not None:
+            formats = (layer.storage_format.get(like) for layer in self._layers())
+            storage_format = next(found for found in formats if found is not None)
+        elif config.save_only_topk_weights and not construction.initialize:
+            if config.inference_mode:
+                storage_format = StorageFormat.TOPK_WEIGHTS
+            elif config.train_topk_weights:
+                storage_format = StorageFormat.TOPK_LOGITS
+        plan.found = _preparation(plan)._replace(storage_format=storage_format)
 
     def build_shared_parameters(
         self, build: Build[VBLoRAConfig], placement: Placement, initialize: bool
@@ -144,103 +174,76 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         """Return the adapter's own bank, uniform within the config's bound. A shared bank is moved
         to the adapter's device and dtype.
         """
-        (device, dtype), config, found = placement, build.config, build.found
-        if isinstance(found, FoundBank):
+        (device, dtype), config, preparation = placement, build.config, _preparation(build)
+        if (found := preparation.bank) is not None:
             if not found.is_resident:
-                place = torch.device("cpu") if device.type == "meta" else device
-                warn_of_values(
-                    "The shared bank",
-                    {_SHARED: found.vectors},
-                    {_SHARED: torch.empty(0, dtype=dtype)},
-                )
-                build.found = found._replace(vectors=found.vectors.to(place, dtype))
+                device = torch.device("cpu") if device.type == "meta" else device
+                expected = {_SHARED: torch.empty(0, dtype=dtype)}
+                warn_of_values("The shared bank", {_SHARED: found.vectors}, expected)
+                moved = found._replace(vectors=found.vectors.to(device, dtype))
+                build.found = preparation._replace(bank=moved)
             return {}
         bank = nn.Parameter(
             torch.empty(config.num_vectors, config.vector_length, device=device, dtype=dtype)
         )
         if initialize:
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
-        return {_BANK: bank}
+        return {BANK: bank}
 
     def attach_adapter(self, build: Build[VBLoRAConfig]) -> None:
         """Register the shared bank that a new adapter uses."""
-        if isinstance(build.found, FoundBank):
-            self._keep_bank(build.containers[_SHARED], build.found.key, build.found.vectors)
-
-    def _keep_bank(self, container: Any, key: str, vectors: Tensor) -> None:
-        self.shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
-        if key not in container:
-            container[key] = nn.Parameter(vectors, requires_grad=False)
+        bank, container = _preparation(build).bank, build.containers[_SHARED]
+        if bank is not None:
+            self.shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
+            if bank.key not in container:
+                container[bank.key] = nn.Parameter(bank.vectors, requires_grad=False)
 
     def detach_adapter(self, adapter_name: str) -> None:
-        """Let go of a shared bank that no other adapter uses."""
-        keys = {
-            layer.bank_key.get(adapter_name)
-            for layer in self.tuner_layers()
-            if isinstance(layer, VBLoRALayer)
-        } - {None}
-        others = [layer.bank_key for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer)]
-        container: Any = self.shared_owner(_SHARED)._modules.get(_SHARED)
-        for key in keys:
-            if not any(
+        """Remove a shared bank that no other adapter uses."""
+        for key in {layer.bank_key.get(adapter_name) for layer in self._layers()}:
+            if key is not None and not any(
                 other == key
-                for banks in others
-                for name, other in banks.items()
+                for layer in self._layers()
+                for name, other in layer.bank_key.items()
                 if name != adapter_name
             ):
-                del container[key]
+                del self.shared_containers()[_SHARED][key]
 
     def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
-        """Draw an adapter's bank anew."""
+        """Initialize an adapter's own bank again."""
         nn.init.uniform_(
             self.vblora_vector_bank[adapter_name],
             -config.init_vector_bank_bound,
             config.init_vector_bank_bound,
         )
 
-    def adjust_config(self, plan: Plan[VBLoRAConfig], construction: Construction) -> None:
-        """Set `fan_in_fan_out` to the layout of the layers' weights, and choose the storage format
-        of an adapter that a compact file fills.
-        """
-        config = plan.config
-        config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
-        if (
-            "_form" not in vars(config)
-            and config.save_only_topk_weights
-            and not construction.initialize
-        ):
-            if config.inference_mode:
-                config.form = Form.WEIGHTS
-            elif config.train_topk_weights:
-                config.form = Form.CHOSEN
-
     def build_for(
         self,
         adapter_name: str,
         config: VBLoRAConfig,
         layers: Mapping[str, BaseTunerLayer],
-        known: VBLoRAConfig,
+        like: str,
     ) -> Build[VBLoRAConfig]:
-        """Build an adapter over the bank of another one, in its storage format.
+        """Build an adapter over the bank of the adapter that it will replace.
 
         Raises:
-            CheckpointError: It is over another.
+            CheckpointError: It needs another bank.
         """
-        if config.bank_sha256 != known.bank_sha256:
-            banks = f"{config.bank_sha256 or 'one of its own'}, the adapter has {known.bank_sha256 or 'one of its own'}"
+        needed, present = config.bank_sha256, self.peft_config[like].bank_sha256
+        if needed != present:
+            own = "one of its own"
             raise CheckpointError(
-                f"The checkpoint needs the vector bank {banks}; nothing was changed. "
-                "`load_adapter` it under a new name."
+                f"The checkpoint needs the vector bank {needed or own}, the adapter has "
+                f"{present or own}; nothing was changed. `load_adapter` it under a new name."
             )
-        config.form = known.form
-        return super().build_for(adapter_name, config, layers, known)
+        return super().build_for(adapter_name, config, layers, like)
 
     def combine(self, request: Combination, layers: Mapping[str, VBLoRALayer]) -> Combined:  # noqa: D102
         return combining.combine(self.peft_config, layers, request)
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
-        """Note which layers can't be trained on, and say so if they are meant to be."""
+        """Note which layers lack logits and can't be trained, and warn if they are trainable."""
         waiting = False
         for _, module in walk(model):
             if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
@@ -255,22 +258,6 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
                 "(`save_only_topk_weights`): it infers and merges, and its first forward in "
                 f"training will fail. {TRAINING_ON}"
             )
-
-    @classmethod
-    def export_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-        """Full logits, or indices and weights of the chosen vectors, as the config has it now."""
-        return export_state(state, config)
-
-    @classmethod
-    def import_state(cls, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-        """The tensors of the form in which the model holds the adapter, of whichever form the
-        checkpoint has.
-
-        Raises:
-            CheckpointError: Indices without weights, or beyond the bank; or a bank where there
-                should be none, or none.
-        """
-        return import_state(state, config)
 
     def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
         """Return the number of float32 values that saving an adapter writes: of bank and logits,
@@ -291,8 +278,8 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         self.check_names(adapter)
         config = self.peft_config[adapter]
         own, other, counted = 0.0, 0, set()
-        for layer in self.tuner_layers():
-            if isinstance(layer, VBLoRALayer) and adapter in layer.scaling:
+        for layer in self._layers():
+            if adapter in layer.scaling:
                 own += layer.savable_parameters(adapter, config)
                 counted |= {id(tensor) for tensor in layer.adapter_tensors(adapter)}
         view = in_view(config, adapter)
@@ -325,6 +312,12 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
             f"to-be-saved: {own + other:,d}"
         )
+
+
+def _preparation(made: Plan[VBLoRAConfig] | Build[VBLoRAConfig]) -> Preparation:
+    """Return what `complete` and `adjust_config` found for an adapter."""
+    assert isinstance(made.found, Preparation)
+    return made.found
 
 
 @methods_of(VBLoRAModel)

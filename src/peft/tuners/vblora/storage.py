@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storage formats of a VB-LoRA adapter in a model and in a file, and the conversions.
 
-Tensors of each factor in the model, by `Form`; `B` has the same as `A`:
+Tensors of each factor in the model, by `StorageFormat`; `B` has the same as `A`:
 
 | format | tensors | use |
 |---|---|---|
 | `LOGITS` | `vblora_logits_A [..., num_vectors]` | training, inference |
-| `CHOSEN` | `vblora_logits_A [..., topk]`, `…_topk_indices [..., topk]` | training weights |
-| `WEIGHTS` | `…_topk_indices [..., topk]`, `…_topk_weights [..., topk - 1]` | inference |
+| `TOPK_LOGITS` | `vblora_logits_A [..., topk]`, `…_topk_indices [..., topk]` | training weights |
+| `TOPK_WEIGHTS` | `…_topk_indices [..., topk]`, `…_topk_weights [..., topk - 1]` | inference |
 
 Tensors of each factor in a file:
 
@@ -31,40 +31,89 @@ gates and would compute something else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...base.errors import CheckpointError
-from .bank import compress, expand, select_topk, selected_logits
-from .config import Form, VBLoRAConfig
+from ...checkpoint.format import CheckpointFormat
+from .bank import Selection, compress, expand, select_topk, selected_logits
+from .config import VBLoRAConfig
 
 BANK, GATE = "vblora_vector_bank", "vblora_gate"
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
-def export_state(state: Mapping[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-    """Convert the tensors of an adapter in a model to those of a file.
+class StorageFormat(enum.Enum):
+    """Storage format of an adapter in the model, see the table above."""
 
-    Args:
-        state: Tensors by key, the adapter's name left out, in any format of the model.
-        config: Says which format the file has.
-    """
-    result: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = key.rpartition(".")[2]
-        if name == BANK and config.output_gate:
-            result[key] = tensor.unsqueeze(0)
-        elif name in LOGITS or name.endswith(WEIGHTS):
-            result.update(_exported_factor(key.removesuffix(WEIGHTS), state, config))
-        elif not name.endswith(INDICES):
-            result[key] = tensor
-    if config.shares_bank and state:
-        root = "base_model." if any(key.startswith("base_model.") for key in state) else ""
-        result[root + BANK] = torch.empty(0, config.vector_length)
-    return result
+    LOGITS = "logits"
+    TOPK_LOGITS = "topk_logits"
+    TOPK_WEIGHTS = "topk_weights"
+
+
+class VBLoRAFormat(CheckpointFormat[VBLoRAConfig]):
+    """Conversion of VB-LoRA's tensors between the storage formats of model and checkpoint."""
+
+    parts: ClassVar[Mapping[str, Mapping[str, torch.dtype]]] = {
+        name: {name + INDICES: torch.int64, name + WEIGHTS: torch.float32} for name in LOGITS
+    }
+    masked: ClassVar[tuple[str, ...]] = LOGITS
+
+    def export_state(self, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+        """Convert the tensors of an adapter in a model, in any format, to those of a checkpoint."""
+        result: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            name = key.rpartition(".")[2]
+            if name == BANK and config.output_gate:
+                result[key] = tensor.unsqueeze(0)
+            elif name in LOGITS or name.endswith(WEIGHTS):
+                result.update(_exported_factor(key.removesuffix(WEIGHTS), state, config))
+            elif not name.endswith(INDICES):
+                result[key] = tensor
+        if config.shares_bank and state:
+            root = "base_model." if any(key.startswith("base_model.") for key in state) else ""
+            result[root + BANK] = torch.empty(0, config.vector_length)
+        return result
+
+    def import_state(
+        self, state: dict[str, Tensor], config: VBLoRAConfig, names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Convert the tensors of a checkpoint, in any format, to those of an adapter in a model.
+
+        Raises:
+            CheckpointError: Indices have no weights or point beyond the bank, a bank is missing, or
+                the config names a shared bank and the file has another.
+        """
+        storage_format = format_of(names)
+        result: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            name = key.rpartition(".")[2]
+            if name == BANK:
+                bank = _imported_bank(key, tensor, config)
+                result.update({} if bank is None else {key: bank})
+            elif name in LOGITS:
+                result.update(_imported_logits(key, tensor, config, storage_format))
+            elif name.endswith(INDICES):
+                selection = Selection(tensor, _checked_weights(key, tensor, state, config))
+                key = key.removesuffix(INDICES)
+                result.update(_imported_compact(key, selection, config, storage_format))
+            elif not name.endswith(WEIGHTS):
+                result[key] = tensor
+        return result
+
+
+def format_of(names: Collection[str]) -> StorageFormat:
+    """Return the storage format of an adapter whose tensors in the model have these keys."""
+    if any(LOGITS[0] + WEIGHTS in name for name in names):
+        return StorageFormat.TOPK_WEIGHTS
+    if any(LOGITS[0] + INDICES in name for name in names):
+        return StorageFormat.TOPK_LOGITS
+    return StorageFormat.LOGITS
 
 
 def _exported_factor(
@@ -83,29 +132,6 @@ def _exported_factor(
     if not config.save_only_topk_weights:
         return {key: expand(indices, weights, config.num_vectors)}
     return _compact(key, indices, weights.to(config.weights_dtype).contiguous())
-
-
-def import_state(state: Mapping[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-    """Convert the tensors of a file to those of an adapter in a model, in format `config.form`.
-
-    Raises:
-        CheckpointError: Indices have no weights or point beyond the bank, a bank is missing, or the
-            config names a shared bank and the file has another.
-    """
-    result: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = key.rpartition(".")[2]
-        if name == BANK:
-            bank = _imported_bank(key, tensor, config)
-            result.update({} if bank is None else {key: bank})
-        elif name in LOGITS:
-            result.update(_imported_logits(key, tensor, config))
-        elif name.endswith(INDICES):
-            weights = _checked_weights(key, tensor, state, config)
-            result.update(_imported_compact(key.removesuffix(INDICES), tensor, weights, config))
-        elif not name.endswith(WEIGHTS):
-            result[key] = tensor
-    return result
 
 
 def _imported_bank(key: str, bank: Tensor, config: VBLoRAConfig) -> Tensor | None:
@@ -146,21 +172,24 @@ def _checked_weights(
 
 
 def _imported_compact(
-    key: str, indices: Tensor, weights: Tensor, config: VBLoRAConfig
+    key: str, selection: Selection, config: VBLoRAConfig, storage_format: StorageFormat
 ) -> dict[str, Tensor]:
-    """Return the model's tensors of one factor in a compact file."""
-    if config.form is Form.LOGITS:
+    """Return the model's tensors of one factor in a compact file, whose weights lack the last."""
+    indices, weights = selection
+    if storage_format is StorageFormat.LOGITS:
         return {key: expand(indices, weights, config.num_vectors)}
-    if config.form is Form.WEIGHTS:
+    if storage_format is StorageFormat.TOPK_WEIGHTS:
         return _compact(key, indices, weights)
     return {key + INDICES: indices, key: selected_logits(weights)}
 
 
-def _imported_logits(key: str, logits: Tensor, config: VBLoRAConfig) -> dict[str, Tensor]:
+def _imported_logits(
+    key: str, logits: Tensor, config: VBLoRAConfig, storage_format: StorageFormat
+) -> dict[str, Tensor]:
     """Return the model's tensors of one factor in a full file."""
-    if config.form is Form.LOGITS:
+    if storage_format is StorageFormat.LOGITS:
         return {key: logits}
-    if config.form is Form.WEIGHTS:
+    if storage_format is StorageFormat.TOPK_WEIGHTS:
         return _compact(key, *compress(logits, config.topk, config.weights_dtype))
     indices, selected = select_topk(logits, config.topk)
     return {key + INDICES: indices, key: selected}
