@@ -49,8 +49,25 @@ from .peft_model import (
     get_model_status,
 )
 from .planning import AdapterPlan, LayerPlan, plan
-from .tuners import *  # noqa: F403
-from .tuners import __all__ as _tuner_names
+from .tuners.loha import LoHaConfig, LoHaModel
+from .tuners.lokr import (
+    LoKrConfig,
+    LoKrModel,
+    inspect_lokr_file,
+    load_lokr_file,
+    lokr_config_from_lycoris,
+    save_lokr_file,
+)
+from .tuners.lora import (
+    LoraConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    save_as_lora,
+    save_tasks_as_lora,
+)
+from .tuners.poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
+from .tuners.vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 from .utils import (
     PeftType,
     TaskType,
@@ -91,6 +108,13 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "LayerPlan",
+    "LoHaConfig",
+    "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
@@ -104,9 +128,17 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PolyConfig",
+    "PolyModel",
     "TaskType",
+    "VBLoRAConfig",
+    "VBLoRAModel",
+    "VectorBank",
     "__version__",
+    "bank_usage",
     "cast_mixed_precision_params",
+    "convert_to_lora",
+    "convert_to_poly",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -114,12 +146,19 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "inspect_lokr_file",
+    "load_lokr_file",
     "load_peft_weights",
+    "lokr_config_from_lycoris",
     "plan",
     "prepare_model_for_kbit_training",
     "register_peft_method",
+    "routing_report",
+    "save_as_lora",
+    "save_as_poly",
+    "save_lokr_file",
+    "save_tasks_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
-    *_tuner_names,
 ]

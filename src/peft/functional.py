@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
 from .checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
-from .core.adapted_model import AdaptedModel, tuner_of
+from .core.adapted_model import AdaptedModel
 from .core.layer import BaseTunerLayer
+from .core.model_methods import tuner_of
 from .mapping import inject_adapter_in_model
 from .tuners.mixed import MixedModel
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-from .core.adapted_model import AdaptedModel, tuner_of
 from .core.auxiliary import AuxiliaryTrainingWrapper
 from .core.layer import BaseTunerLayer
+from .core.model_methods import is_tuner, tuner_of
 from .core.weights import is_quantized
 from .integrations.quantization import storage_format
 
@@ -245,7 +245,7 @@ def _kinds(model: nn.Module) -> tuple[str, str, dict[str, str]]:
             name: PeftType(config.peft_type).value for name, config in tuner.peft_config.items()
         }
         return type(tuner.model).__name__, type(tuner).__name__, methods
-    is_known = hasattr(model, "config") and not isinstance(model, AdaptedModel)
+    is_known = hasattr(model, "config") and not is_tuner(model)
     return type(model).__name__ if is_known else "other", "None", {}
 
 

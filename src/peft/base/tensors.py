@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .errors import PeftValueError
-
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
@@ -39,34 +37,6 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """Return device, address and bytes of a tensor's storage, equal for tensors that share it."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
-
-
-def shift_tokens_right(
-    input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int
-) -> Tensor:
-    """Return a decoder's input for its labels: shifted one place to the right, after the start
-    token, with padding in place of -100.
-
-    Args:
-        input_ids: `[batch, tokens]`.
-        pad_token_id: The padding token.
-        decoder_start_token_id: The start token.
-
-    Raises:
-        PeftValueError: `pad_token_id` is None.
-
-    Example:
-        >>> shift_tokens_right(torch.tensor([[5, -100, 7]]), 0, 9)
-        tensor([[9, 5, 0]])
-    """
-    if pad_token_id is None:
-        raise PeftValueError(
-            "`pad_token_id` has to be defined to shift tokens: labels of -100 become padding."
-        )
-    shifted = torch.cat(
-        [torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1
-    )
-    return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 @ordinary_tensors()

@@ -500,9 +500,3 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.peft_config.clear()
         self._active = []
         return self.model
-
-
-def tuner_of(model: nn.Module) -> AdaptedModel[Any] | None:
-    """Return the tuner of a `PeftModel`, None for any other model."""
-    tuner = model._modules.get("base_model")
-    return tuner if isinstance(tuner, AdaptedModel) else None

@@ -9,13 +9,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import warn
-from ..base.geometry import Geometry, Placement
-from ..integrations.accelerate import execution_device
+from ..base.geometry import Geometry
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -132,22 +130,6 @@ def describe(module: nn.Module) -> str:
     """A module's kind and size, for messages."""
     text = repr(innermost(module)).splitlines()
     return text[0] if len(text) == 1 else type(module).__name__
-
-
-def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
-    """Where to make adapter parameters for a layer.
-
-    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless
-    given. The precision is the layer's own, or float32 where that has less than 32 bits and
-    `autocast` is set, or where it is no precision to compute in (float8, quantised).
-    """
-    for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
-        dtype = tensor.dtype
-        narrow = dtype in (torch.float16, torch.bfloat16)
-        usable = dtype.is_floating_point and dtype.itemsize > 1 and not (autocast and narrow)
-        own = execution_device(innermost(module)) or tensor.device
-        return Placement(device or own, dtype if usable else torch.float32)
-    return Placement(device or torch.device("cpu"), torch.float32)
 
 
 def conv_options(module: nn.Module) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from ..base.containers import walk
 from ..base.errors import PeftValueError, UnsupportedModuleError
 from ..base.validation import check_adapter
 from ..config import PeftConfig
-from .adapted_model import AdaptedModel
 from .adapter_choice import active_in, adapter_meant
 from .combining import outer_path
 from .layer import BaseTunerLayer
+from .model_methods import tuner_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,9 +81,9 @@ def name_of(model: Any, adapter_name: str | None) -> str:
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The base model, and what its checkpoint keys begin with."""
-    tuner: Any = getattr(model, "base_model", None)
-    return (tuner.model, MODEL_ROOT) if isinstance(tuner, AdaptedModel) else (model, "")
+    """Return the base model, and the start of its checkpoint keys."""
+    tuner = tuner_of(model)
+    return (model, "") if tuner is None else (tuner.model, MODEL_ROOT)
 
 
 def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:

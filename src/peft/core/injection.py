@@ -28,10 +28,11 @@ from ..integrations.accelerate import end_offloading
 from . import routed_experts
 from .adapters import AdapterParameterDict, adopt
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from .base_layer import innermost, layer_of, placement
+from .base_layer import innermost, layer_of
 from .fused_paths import avoid_fused_paths
 from .layer import BaseTunerLayer
 from .trainable_tokens import TokenRows, TrainableTokensWrapper
+from .weights import placement
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -30,11 +30,11 @@ from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, nested_like
 from . import adapters, dora, layer_merges
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
-from .base_layer import geometry, innermost, placement, table
+from .base_layer import geometry, innermost, table
 from .cost import AdapterCost
 from .merge_requests import checked_names, warn_of_merged
 from .merges import Merge, Merges
-from .weights import quantized_format
+from .weights import placement, quantized_format
 
 
 class BaseTunerLayer(nn.Module):

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuner's methods as methods of the model around it: completed, documented and typed there too."""
+"""The link between a model and its tuner: the tuner's methods on the model, with signature and
+documentation.
+"""
 
 from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,3 +93,14 @@ def _pickled(cls: Any) -> Any:
 
 
 copyreg.pickle(_Combined, _pickled)  # type: ignore[arg-type]
+
+
+def is_tuner(module: nn.Module | None) -> bool:
+    """Return whether a module is a `BaseTuner` or a `MixedModel`."""
+    return hasattr(type(module), "model_methods")
+
+
+def tuner_of(model: nn.Module) -> AdaptedModel | None:
+    """Return the tuner of a `PeftModel`, None for any other model."""
+    tuner: Any = model._modules.get("base_model")
+    return tuner if is_tuner(tuner) else None

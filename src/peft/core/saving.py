@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -21,7 +21,9 @@ from ..checkpoint.paths import as_folder
 from ..checkpoint.state_dict import get_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import gathered_tensor, is_distributed
-from .adapted_model import AdaptedModel
+
+if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel
 
 State = dict[str, Tensor]
 

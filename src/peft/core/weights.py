@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
+from ..base.geometry import Placement
 from ..integrations import quantization
+from ..integrations.accelerate import execution_device
 from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
 from .base_layer import geometry, innermost, table
 from .computed_weights import is_computed
@@ -166,3 +169,19 @@ def _prod(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         result *= size
     return result
+
+
+def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
+    """Return device and dtype of the adapter parameters for a layer.
+
+    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless
+    given. The precision is the layer's own, or float32 where that has less than 32 bits and
+    `autocast` is set, or where it is a storage format only (float8, quantized).
+    """
+    for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
+        dtype = tensor.dtype
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        usable = dtype.is_floating_point and dtype.itemsize > 1 and not (autocast and narrow)
+        own = execution_device(innermost(module)) or tensor.device
+        return Placement(device or own, dtype if usable else torch.float32)
+    return Placement(device or torch.device("cpu"), torch.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from torch import nn
 from ..base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..core.parameter_roles import Role, role_of
-from ..core.tuner import BaseTuner
 from ..integrations.distributed import is_distributed, unwrap_model, unwrapped_name
+
+if TYPE_CHECKING:
+    from ..core.tuner import BaseTuner
 
 ParameterGroup = dict[str, Any]  # as torch's optimizers take it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -14,7 +14,9 @@ from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..core.adapted_model import AdaptedModel
 from ..core.layer import BaseTunerLayer
-from ..core.tuner import BaseTuner
+
+if TYPE_CHECKING:
+    from ..core.tuner import BaseTuner
 
 
 class MixedModel(AdaptedModel[TargetedConfig]):

@@ -11,12 +11,11 @@ from ..base.constants import (
     WEIGHTS_NAME,
 )
 from ..base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
-from ..base.modules import _get_submodules, infer_device
+from ..base.modules import _get_submodules, infer_device, shift_tokens_right
 from ..base.registry import PeftType, TaskType, register_peft_method
 from ..base.tensors import (
     cast_mixed_precision_params,
     id_tensor_storage,
-    shift_tokens_right,
     transpose,
 )
 from ..checkpoint.hub import load_peft_weights

@@ -6,12 +6,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.modules import _get_submodules, check_model, get_submodules, infer_device, model_type
+from ..base.modules import (
+    _get_submodules,
+    check_model,
+    get_submodules,
+    infer_device,
+    model_type,
+    shift_tokens_right,
+)
 from ..base.placeholders import placeholder
 from ..base.tensors import (
     cast_mixed_precision_params,
     id_tensor_storage,
-    shift_tokens_right,
     transpose,
 )
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper

@@ -7,7 +7,9 @@ Source: arXiv:2309.14859
 import typing as _typing
 
 from ...base.registry import register_peft_method
-from .files import inspect_lokr_file, load_lokr_file, lokr_config_from_lycoris, save_lokr_file
+from .files.loading import inspect_lokr_file, load_lokr_file
+from .files.lycoris_settings import lokr_config_from_lycoris
+from .files.writing import save_lokr_file
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 from .model import LoKrMethods, LoKrModel
 

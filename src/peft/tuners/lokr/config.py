@@ -20,6 +20,7 @@ from ...config import (
     pattern_dict,
     probability,
 )
+from .shapes import FACTOR_NAMES
 
 _SWITCHES = (
     "use_effective_conv2d",
@@ -32,7 +33,6 @@ _SWITCHES = (
     "weight_decompose",
     "wd_on_output",
 )
-_TENSORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 
 
 @dataclass
@@ -263,10 +263,10 @@ def _factor_or_pair(name: str, value: object) -> Iterator[str]:
 def _shapes(name: str, value: object) -> Iterator[str]:
     if (
         not isinstance(value, dict)
-        or not set(value) <= set(_TENSORS)
+        or not set(value) <= set(FACTOR_NAMES)
         or not all(map(_are_sizes, value.values()))
     ):
         yield (
             f"`{name}`={value!r} must be a dictionary of shapes, with keys among "
-            f"{', '.join(_TENSORS)}."
+            f"{', '.join(FACTOR_NAMES)}."
         )

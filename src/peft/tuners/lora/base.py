@@ -394,3 +394,15 @@ def empty_linear(in_features: int, out_features: int, bias: bool, place: Placeme
     own = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
     module.register_parameter("bias", own)
     return module
+
+
+def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same
+    module, by the end of their keys.
+    """
+    if isinstance(layer.get_base_layer(), nn.Embedding):
+        return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
+    kernel = layer.geometry.kernel_size
+    if kernel:
+        A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *[1] * len(kernel))
+    return {"lora_A.weight": A.contiguous(), "lora_B.weight": B.contiguous()}

@@ -21,8 +21,8 @@ from ...base.errors import PeftValueError
 from ...core.combining import Combination, Combined
 from ...ops import task_vectors as merge_utils
 from ...ops.low_rank import kept, norm, product_svd, tail
+from .base import lora_tensors
 from .config import LoraConfig
-from .conversion import lora_tensors
 from .layer import LoraLayer
 
 _BY_ELEMENT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -38,6 +38,7 @@ from ...core.conversion import (
 from ...core.layer import BaseTunerLayer
 from ...core.plan import own_modules
 from ...ops.low_rank import LowRank, approximate, check_rank, total_error
+from .base import lora_tensors
 from .config import LoraConfig
 
 # How many tasks `save_tasks_as_lora` holds in memory at a time.
@@ -331,18 +332,6 @@ def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRa
         total_error(parts),
         factors.norm,
     )
-
-
-def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same
-    module, by the end of their keys.
-    """
-    if isinstance(layer.get_base_layer(), nn.Embedding):
-        return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
-    kernel = layer.geometry.kernel_size
-    if kernel:
-        A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *[1] * len(kernel))
-    return {"lora_A.weight": A.contiguous(), "lora_B.weight": B.contiguous()}
 
 
 def _lora_config(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..kronecker import KroneckerFactors
+from ..shapes import FACTOR_NAMES
 
-FACTORS = tuple(f"lokr_{name}" for name in KroneckerFactors._fields)
+FACTORS = tuple(f"lokr_{name}" for name in FACTOR_NAMES)
 # Tensors of one value: `alpha` is the scale times the rank; some versions of LyCORIS train a
 # `scalar` beside the factors.
 NUMBERS = ("alpha", "scalar")

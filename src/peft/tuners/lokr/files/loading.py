@@ -18,9 +18,9 @@ from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
-from ....core.adapted_model import tuner_of
 from ....core.conversion import root_of
 from ....core.injection import Build
+from ....core.model_methods import tuner_of
 from ..config import LoKrConfig
 from .inferred_config import infer_config
 from .placement import Placement, place
