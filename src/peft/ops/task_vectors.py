@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to combine several tensors of one shape: weighted sums, pruning, and agreement on signs.
+"""Combinations of task vectors, tensors of one shape: weighted sums, pruning and sign election.
 
 Source: arXiv:2212.04089 (task arithmetic), arXiv:2306.01708 (TIES), arXiv:2311.03099 (DARE)
 """
@@ -15,20 +15,20 @@ from ..base.errors import PeftValueError, warn
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
-    """`weights [n]` with the dimensions that let them multiply `task_tensors [n, ...]`."""
+    """Return `weights [n]` with further dimensions, to broadcast over `task_tensors [n, ...]`."""
     return weights.reshape(*weights.shape, *[1] * (task_tensors.dim() - weights.dim()))
 
 
 def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
-    """`tensor` with all but its `int(density · numel)` largest elements by magnitude set to zero."""
+    """Keep the `int(density · numel)` elements of largest magnitude and set the others to zero."""
     keep = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     keep[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
     return tensor * keep.view(tensor.shape)
 
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """`tensor` with each element kept with probability `density`; `rescale` divides by it, which
-    keeps the mean.
+    """Keep each element with probability `density` and set the others to zero; `rescale` divides by
+    `density`, which preserves the mean.
     """
     pruned = tensor * torch.bernoulli(torch.full_like(tensor, density))
     return pruned / density if rescale and density else pruned
@@ -41,12 +41,12 @@ def prune(
 
     Args:
         tensor: Any shape.
-        density: The share to keep; of 1 or more it keeps all, with a warning.
-        method: "magnitude" keeps the largest, "random" draws.
-        rescale: Divide what was drawn by `density`.
+        density: Share of elements to keep; 1 or more keeps all, with a warning.
+        method: "magnitude" keeps the largest elements, "random" draws them.
+        rescale: Divide the drawn elements by `density`.
 
     Raises:
-        PeftValueError: A negative density, or an unknown method.
+        PeftValueError: `density` is negative, or `method` is unknown.
 
     Example:
         >>> prune(torch.tensor([1.0, -4.0, 2.0, 0.5]), 0.5, "magnitude")
@@ -67,15 +67,15 @@ def prune(
 def calculate_majority_sign_mask(
     tensor: Tensor, method: Literal["total", "frequency"] = "total"
 ) -> Tensor:
-    """Where the elements of `[n, ...]` have the sign that wins over the first dimension; a draw is
-    won by plus.
+    """Return a mask of the elements of `[n, ...]` that have the majority sign over the first
+    dimension; a tie goes to plus.
 
     Args:
         tensor: The stacked tensors.
-        method: "total" weighs each vote by its magnitude, "frequency" counts votes.
+        method: "total" weighs each element by its magnitude, "frequency" counts signs.
 
     Raises:
-        PeftValueError: An unknown method.
+        PeftValueError: `method` is unknown.
 
     Source: arXiv:2306.01708, section 4.2
     """
@@ -89,7 +89,8 @@ def calculate_majority_sign_mask(
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
-    """The mean of those elements of `[n, ...]` that the mask keeps; zero where it keeps none.
+    """Return the mean over the first dimension of the elements in a mask, zero without any.
+
     Source: arXiv:2306.01708
     """
     return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(
@@ -98,13 +99,13 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
 
 def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
-    """`Σ w_i · t_i`. Source: arXiv:2212.04089"""
+    """Return `Σ w_i · t_i`. Source: arXiv:2212.04089"""
     stacked = torch.stack(list(task_tensors))
     return (stacked * reshape_weight_task_tensors(stacked, weights)).sum(dim=0)
 
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """`Σ w_i · t_i` of tensors pruned by magnitude."""
+    """Return `Σ w_i · t_i` of tensors pruned by magnitude."""
     return task_arithmetic(
         [prune(tensor, density, "magnitude") for tensor in task_tensors], weights
     )
@@ -116,8 +117,8 @@ def ties(
     density: float,
     majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Tensor:
-    """Prune by magnitude, let the tensors elect a sign for each element, and average those that
-    have it, weighted.
+    """Prune by magnitude, elect a sign for each element, and average the elements with that sign,
+    weighted.
 
     Source: arXiv:2306.01708
     """
@@ -129,7 +130,7 @@ def ties(
 
 
 def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """`Σ w_i · t_i` of tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
+    """Return `Σ w_i · t_i` of tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
     return task_arithmetic(
         [prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights
     )
@@ -141,7 +142,7 @@ def dare_ties(
     density: float,
     majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Tensor:
-    """As `ties`, with tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
+    """Combine as `ties`, with tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
     return _elected(
         [prune(tensor, density, "random", rescale=True) for tensor in task_tensors],
         weights,
