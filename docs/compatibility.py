@@ -53,7 +53,9 @@ ENDING = """\
 import peft
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 
-sorted(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING)  # ['LOHA', 'LOKR', 'LORA', 'POLY', 'VBLORA']
+sorted(
+    method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING
+)  # ['LOHA', 'LOKR', 'LORA', 'POLY', 'VBLORA']
 try:
     peft.IA3Config()
 except NotImplementedError as error:
@@ -295,7 +297,7 @@ def name_status(name: str) -> str:
 
     if name in peft.__all__:
         return PROVIDED
-    return PLACEHOLDER if name in placeholder_names.__annotations__ else ABSENT
+    return PLACEHOLDER if hasattr(placeholder_names, name) else ABSENT
 
 
 def option_status(method: str, option: str, theirs: dict) -> str:

@@ -1,111 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declarations of the names that `peft` and `peft.tuners` have in the PEFT interface and that this
-package does not implement.
+"""Names of `peft` and `peft.tuners` in the PEFT interface that this package does not implement.
 
-Type checkers read them, so that a misspelt import is an error to them. `placeholders.py` makes the
-class that stands for each. Other modules declare the names that they lack themselves.
+Type checkers read them here, so that a misspelt import is an error to them. `placeholders.py` makes
+the class that stands for each. Other modules declare the names that they lack themselves.
 """
 
-AdaLoraConfig: type
-AdaLoraModel: type
-AdamssConfig: type
-AdamssModel: type
-AdaptionPromptConfig: type
-AdaptionPromptModel: type
-ArrowConfig: type
-BOFTConfig: type
-BOFTModel: type
-BdLoraConfig: type
-BeftConfig: type
-BeftModel: type
-C3AConfig: type
-C3AModel: type
-CPTConfig: type
-CPTEmbedding: type
-CartridgeConfig: type
-CartridgeEncoder: type
-DeftConfig: type
-DeftModel: type
-DeloraConfig: type
-DeloraModel: type
-EvaConfig: type
-FourierFTConfig: type
-FourierFTModel: type
-FrodConfig: type
-FrodModel: type
-GloraConfig: type
-GloraModel: type
-GraloraConfig: type
-GraloraModel: type
-HRAConfig: type
-HRAModel: type
-HiraConfig: type
-HiraModel: type
-IA3Config: type
-IA3Model: type
-KasaConfig: type
-LNTuningConfig: type
-LNTuningModel: type
-LilyConfig: type
-LilyModel: type
-LoftQConfig: type
-LoraGAConfig: type
-MissConfig: type
-MissModel: type
-MontecloraConfig: type
-MultitaskPromptTuningConfig: type
-MultitaskPromptTuningInit: type
-OFTConfig: type
-OFTModel: type
-OSFConfig: type
-OSFModel: type
-PeanutConfig: type
-PeanutModel: type
-PrefixEncoder: type
-PrefixTuningConfig: type
-PromptEmbedding: type
-PromptEncoder: type
-PromptEncoderConfig: type
-PromptEncoderReparameterizationType: type
-PromptLearningConfig: type
-PromptTuningConfig: type
-PromptTuningInit: type
-PsoftConfig: type
-PsoftModel: type
-PveraConfig: type
-PveraModel: type
-RandLoraConfig: type
-RandLoraModel: type
-RoadConfig: type
-RoadModel: type
-ShadowConfig: type
-ShadowModel: type
-ShiraConfig: type
-ShiraModel: type
-SupertuningConfig: type
-SupertuningModel: type
-TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: type
-TinyLoraConfig: type
-TinyLoraModel: type
-TrainableTokensConfig: type
-TrainableTokensModel: type
-UniLoraConfig: type
-UniLoraModel: type
-VeloraConfig: type
-VeraConfig: type
-VeraModel: type
-WaveFTConfig: type
-WaveFTModel: type
-XLoraConfig: type
-XLoraModel: type
-bloom_model_postprocess_past_key_value: type
-compose_cartridge_adapters: type
-create_arrow_model: type
-find_kappa_target_modules: type
-get_eva_state_dict: type
-initialize_kv_prefix_from_past_key_values: type
-initialize_kv_prefix_from_text: type
-initialize_lora_eva_weights: type
-preprocess_loraga: type
-prompt_embeddings_from_past_key_values: type
-replace_lora_weights_loftq: type
+
+class Placeholder:
+    """A class for type checkers in place of one that this package does not implement."""
+
+
+AdaLoraConfig = AdaLoraModel = AdamssConfig = AdamssModel = AdaptionPromptConfig = Placeholder
+AdaptionPromptModel = ArrowConfig = BOFTConfig = BOFTModel = BdLoraConfig = BeftConfig = Placeholder
+BeftModel = C3AConfig = C3AModel = CPTConfig = CPTEmbedding = CartridgeConfig = Placeholder
+CartridgeEncoder = DeftConfig = DeftModel = DeloraConfig = DeloraModel = EvaConfig = Placeholder
+FourierFTConfig = FourierFTModel = FrodConfig = FrodModel = GloraConfig = GloraModel = Placeholder
+GraloraConfig = GraloraModel = HRAConfig = HRAModel = HiraConfig = HiraModel = Placeholder
+IA3Config = IA3Model = KasaConfig = LNTuningConfig = LNTuningModel = LilyConfig = Placeholder
+LilyModel = LoftQConfig = LoraGAConfig = MissConfig = MissModel = MontecloraConfig = Placeholder
+MultitaskPromptTuningConfig = MultitaskPromptTuningInit = OFTConfig = OFTModel = Placeholder
+OSFConfig = OSFModel = PeanutConfig = PeanutModel = PrefixEncoder = PrefixTuningConfig = Placeholder
+PromptEmbedding = PromptEncoder = PromptEncoderConfig = Placeholder
+PromptEncoderReparameterizationType = PromptLearningConfig = PromptTuningConfig = Placeholder
+PromptTuningInit = PsoftConfig = PsoftModel = PveraConfig = PveraModel = Placeholder
+RandLoraConfig = RandLoraModel = RoadConfig = RoadModel = ShadowConfig = ShadowModel = Placeholder
+ShiraConfig = ShiraModel = SupertuningConfig = SupertuningModel = Placeholder
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING = TinyLoraConfig = Placeholder
+TinyLoraModel = TrainableTokensConfig = TrainableTokensModel = UniLoraConfig = Placeholder
+UniLoraModel = VeloraConfig = VeraConfig = VeraModel = WaveFTConfig = WaveFTModel = Placeholder
+XLoraConfig = XLoraModel = bloom_model_postprocess_past_key_value = Placeholder
+compose_cartridge_adapters = create_arrow_model = find_kappa_target_modules = Placeholder
+get_eva_state_dict = initialize_kv_prefix_from_past_key_values = Placeholder
+initialize_kv_prefix_from_text = initialize_lora_eva_weights = preprocess_loraga = Placeholder
+prompt_embeddings_from_past_key_values = replace_lora_weights_loftq = Placeholder

@@ -21,7 +21,11 @@ from .errors import PeftNotSupportedError
 from .registry import PeftType, not_provided
 from .suggestions import did_you_mean
 
-_NAMES = frozenset(placeholder_names.__annotations__)
+_NAMES = frozenset(
+    name
+    for name, value in vars(placeholder_names).items()
+    if value is placeholder_names.Placeholder
+) - {"Placeholder"}
 _LORA_OPTIONS = frozenset(
     ["ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig",
      "LoraGAConfig", "MontecloraConfig", "VeloraConfig"]
