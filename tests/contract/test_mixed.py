@@ -11,9 +11,17 @@ import pytest
 import torch
 from helpers.methods import METHODS
 from helpers.models import llama, mlp
+from torch import nn
 
 import peft
-from peft import PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 PAIRS = list(itertools.permutations(sorted(METHODS), 2))
@@ -262,3 +270,67 @@ def test_a_second_model_around_layers_that_have_adapters(method):
     for layer in second.base_model.tuner_layers():
         layer.set_adapter("first")
     torch.testing.assert_close(first(x, **method.call), expected)
+
+
+def decomposed_over_lora(by_rows, **lora):
+    """A decomposed LoKr adapter "b" around LoRA's adapter "a", and the weight and bias that both make
+    by the formula `m / ‖W + ΔB‖ ⊙ (W + ΔA + ΔB)`; norms of columns leave `ΔA` out of the product.
+    """
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 12))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], **lora), "a", mixed=True)
+    norms = {"weight_decompose": True, "wd_on_output": by_rows}
+    model.add_adapter("b", LoKrConfig(r=2, target_modules=["0"], **norms))
+    model.set_adapter(["a", "b"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    outer = base[0]
+    weight, a, b = (
+        tensor.double()
+        for tensor in (
+            outer.get_base_layer().weight,
+            outer.base_layer.get_delta_weight("a"),
+            outer.get_delta_weight("b"),
+        )
+    )
+    norm = (weight + b).norm(dim=1 if by_rows else 0, keepdim=True)
+    factor = outer.lokr_magnitude["b"].double().view(norm.shape) / norm
+    total = factor * (weight + a + b) if by_rows else factor * (weight + b) + a
+    return model.eval(), lambda x: (x.double() @ total.T + base[0].bias).float()
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_decomposed_adapter_over_another_methods(by_rows):
+    """The forward, and every merge that is not refused, compute the formula."""
+    model, formula = decomposed_over_lora(by_rows)
+    x = torch.randn(3, 8)
+    weight = model.base_model.model[0].get_base_layer().weight.detach().clone()
+    for names in ([], ["a"], ["a", "b"], ["b", "a"], None):
+        if names != []:
+            model.merge_adapter(names)
+        torch.testing.assert_close(model(x), formula(x), rtol=1e-4, atol=1e-4)
+        if names != []:
+            model.unmerge_adapter()
+        assert torch.equal(model.base_model.model[0].get_base_layer().weight, weight)
+    if by_rows:
+        with pytest.raises(NotImplementedError, match="b is decomposed and applies after a"):
+            model.merge_adapter(["b"])
+    else:
+        model.merge_adapter(["b"])
+    torch.testing.assert_close(model(x), formula(x), rtol=1e-4, atol=1e-4)
+    if by_rows:
+        for layer in model.base_model.tuner_layers():
+            layer.merge(adapter_names=["a"])
+        model.base_model.model[0].merge(adapter_names=["b"])
+        torch.testing.assert_close(model(x), formula(x), rtol=1e-4, atol=1e-4)
+
+
+def test_no_norms_apply_to_a_merged_bias():
+    model, _ = decomposed_over_lora(True, lora_bias=True)
+    x = torch.randn(3, 8)
+    before = model(x)
+    for names in (None, ["a"]):
+        with pytest.raises(NotImplementedError, match="Adapter a adds to the bias.*adapter b"):
+            model.merge_adapter(names)
+        assert torch.equal(model(x), before)

@@ -57,8 +57,10 @@ class DecomposableLayer(Protocol):
     """What this file reads of a layer."""
 
     geometry: Geometry
-    base_layer: nn.Module
-    merged_adapters: list[str]
+
+    @property
+    def has_merges(self) -> bool:
+        """True if anything is merged into the base weight, by any layer around it."""
 
     @property
     def scaling(self) -> Mapping[str, float]:
@@ -71,6 +73,15 @@ class DecomposableLayer(Protocol):
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters."""
 
+    def stack(self) -> Sequence[DecomposableLayer]:
+        """Return the layers around the same base layer, from the inside."""
+
+    def merge_order(self) -> list[str]:
+        """Return the adapters that are merged into the base weight, in their order."""
+
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
+        """Return what a merge adds to the base layer's bias; None for nothing."""
+
     def unmerged_weight(self) -> Tensor:
         """Return the base weight without merged adapters."""
 
@@ -80,7 +91,7 @@ class DecomposableLayer(Protocol):
 
 def base_weight(layer: DecomposableLayer) -> Tensor:
     """Return the base weight in numbers, as stored, without merged adapters."""
-    if layer.merged_adapters:
+    if layer.has_merges:
         return layer.unmerged_weight()
     base, size = layer.get_base_layer(), layer.geometry
     weight = base._parameters.get("weight")
@@ -128,8 +139,8 @@ def rescaled(layer: DecomposableLayer, total: Tensor, factor: Tensor) -> Tensor:
 
 def output_without_bias(layer: DecomposableLayer, x: Tensor) -> Tensor:
     """Return the base layer's output less its bias, with nothing merged into its weight."""
-    if not layer.merged_adapters:
-        output = layer.base_layer(x)
+    if not layer.has_merges:
+        output = layer.get_base_layer()(x)
         bias = _bias(layer, output.dtype)
         return output if bias is None else output - bias
     weight, size = layer.unmerged_weight().to(x.dtype), layer.geometry
@@ -148,19 +159,27 @@ def change(layer: DecomposableLayer, factor: Tensor, delta: Tensor) -> Tensor:
 
 def check_order(layer: DecomposableLayer, adapter_names: Collection[str]) -> None:
     """Check that a merge leaves the layer's output as it is. Active adapters apply one after the
-    other, the merged ones first.
+    other, the merged ones first; those of an inner layer before those of the layers around it.
+
+    Args:
+        layer: The layer.
+        adapter_names: The adapters to merge, after those that inner layers merge first.
 
     Raises:
         PeftNotSupportedError: An adapter with norms of rows would come before or after others than
-            it does in the forward.
+            it does in the forward, or after one that adds to the bias, which norms multiply too.
     """
-    active = [name for name in layer.active_adapters if name in layer.scaling]
+    layers = layer.stack()
+    active = [name for each in layers for name in each.active_adapters if name in each.scaling]
     by_rows = [
         name
-        for name in active
-        if (own := layer.decomposition(name)) is not None and not own.by_columns
+        for each in layers
+        for name in each.active_adapters
+        if name in each.scaling
+        and (own := each.decomposition(name)) is not None
+        and not own.by_columns
     ]
-    merged = [*layer.merged_adapters, *adapter_names]
+    merged = [*layer.merge_order(), *adapter_names]
     order = [name for name in merged if name in active]
     order += [name for name in active if name not in merged]
     for name in by_rows:
@@ -171,6 +190,12 @@ def check_order(layer: DecomposableLayer, adapter_names: Collection[str]) -> Non
                 f"{', '.join(before) or 'no other'} in the forward, where "
                 f"{', '.join(active)} are active; merge them in that order."
             )
+        for other, each in [(n, e) for n in before if n in merged for e in layers]:
+            if other in each.scaling and each.merge_bias(other, 1.0) is not None:
+                raise PeftNotSupportedError(
+                    f"Adapter {other} adds to the bias, which the active decomposed adapter {name} "
+                    f"multiplies. A DoRA adapter can't be merged after {other}, nor {other} alone."
+                )
 
 
 def _bias(layer: DecomposableLayer, dtype: torch.dtype) -> Tensor | None:

@@ -450,6 +450,28 @@ class BaseTunerLayer(nn.Module):
         quantized_format(self.get_base_layer())
         dora.check_order(self, adapter_names)
 
+    @property
+    def has_merges(self) -> bool:
+        """True if anything is merged into the base weight, by any layer around it."""
+        return bool(self._merges.entries)
+
+    def merge_order(self) -> list[str]:
+        """Return the adapters merged into the base weight, by any layer around it, in their order."""
+        return [merge.name for merge in self._merges.entries]
+
+    def stack(self) -> list[BaseTunerLayer]:
+        """Return the layers around the same base layer, from the inside: those inside this one, and
+        those around it that have merged an adapter.
+        """
+        layers: list[BaseTunerLayer] = []
+        for outermost in (self, *(merge.layer for merge in self._merges.entries)):
+            chain, layer = [], outermost
+            while isinstance(layer, BaseTunerLayer):
+                chain.insert(0, layer)
+                layer = layer.base_layer
+            layers = max(layers, chain, key=len)
+        return layers
+
     def note_merges(self, adapter_names: list[str]) -> None:
         """Record the adapters that are merged now."""
         self.merged_adapters[:] = adapter_names

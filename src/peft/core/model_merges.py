@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
@@ -36,7 +36,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
             merged then.
         PeftNotSupportedError: A layer can't be merged into.
     """
-    layers = list(named.values())
+    layers = list(named.values())[::-1]  # of layers around one base layer, the inner ones first
     todo = [(layer, own) for layer in layers if (own := not_merged(layer, options))]
     left = [name for name in options if any(name in own for _, own in todo)]
     warn_of_merged(
@@ -47,7 +47,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
         ],
         left,
     )
-    _check(named, todo)
+    _check(named, {id(layer): own for layer, own in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, own in todo:
@@ -61,18 +61,20 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
         raise
 
 
-def _check(
-    named: Mapping[str, BaseTunerLayer], todo: Iterable[tuple[BaseTunerLayer, Mapping[str, Any]]]
-) -> None:
+def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOptions]) -> None:
     """Check that all layers can be merged into; those that can't are named by what is in the way."""
-    paths = {id(layer): path for path, layer in named.items()}
     problems: dict[str, list[str]] = {}
-    for layer, own in todo:
+    inner: dict[nn.Module, list[str]] = {}  # adapters that inner layers are about to merge
+    for path, layer in reversed(named.items()):
+        own = todo.get(id(layer), {})
+        names = inner.setdefault(layer.get_base_layer(), [])
+        names += own
         with loaded_weights(layer, [*own, *layer.merged_adapters]):
             try:
-                layer.check_mergeable(list(own))
+                if names:
+                    layer.check_mergeable(names)
             except PeftNotSupportedError as error:
-                problems.setdefault(str(error), []).append(f"`{paths[id(layer)]}`")
+                problems.setdefault(str(error), []).append(f"`{path}`")
     if problems:
         some = {
             text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8))
