@@ -119,11 +119,7 @@ class PolyAdapter:
         ]
 
     def task_numbers(self, tasks: object, argument: str = "tasks") -> list[int]:
-        """Return the ids of tasks given by id or name.
-
-        Args:
-            tasks: One task or several.
-            argument: The caller's name for them, for messages.
+        """Return the ids of one task or several, given by id or name.
 
         Raises:
             PeftTypeError: A task is neither an integer nor a name.
@@ -146,10 +142,7 @@ class PolyAdapter:
         return True
 
     def check_unsharded(self, action: str) -> None:
-        """Check that no engine has sharded the tensors that an action replaces.
-
-        Args:
-            action: The action, as the message names it: "add skills".
+        """Check that no engine has sharded the tensors that an action ("add skills") replaces.
 
         Raises:
             PeftRuntimeError: An engine holds their memory and would not see the new tensors.

@@ -125,13 +125,7 @@ def combine(
 def _combined_config(
     config: PolyConfig, parts: Mapping[str, Sequence[Inventory]], with_rest: bool
 ) -> PolyConfig:
-    """Return the config of the combined adapter, with plain routing and patterns for its sizes.
-
-    Args:
-        config: The config of one of the adapters.
-        parts: The adapters' inventories by module path.
-        with_rest: Each layer has one more skill, of zeros.
-    """
+    """Return the config of the combined adapter, with plain routing and patterns for its sizes."""
     sizes = {
         "r": {path: sum(part.A.shape[3] for part in several) for path, several in parts.items()},
         "n_skills": {

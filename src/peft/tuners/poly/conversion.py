@@ -237,15 +237,7 @@ def _poly_config(
     task_names: list[str],
     r: int,
 ) -> PolyConfig:
-    """Return the config of the Poly adapter.
-
-    Args:
-        root: The base model.
-        layers: The adapted layers by module path.
-        configs: The adapters' configs.
-        task_names: Names of the tasks.
-        r: Rank of the skills.
-    """
+    """Return the config of the Poly adapter for some layers of a base model."""
     targets, excluded = _targets.exactly(layers, own_modules(root))
     to_save = dict.fromkeys(m for config in configs for m in config.modules_to_save or ())
     tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
@@ -357,13 +349,8 @@ def _low_rank_layers(
 def _skills(
     layer: BaseTunerLayer, each: Mapping[str, LowRank], names: Sequence[str], r: int
 ) -> tuple[Tensor, Tensor]:
-    """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`.
-
-    Args:
-        layer: The layer.
-        each: Products by adapter; skills of other adapters are zero.
-        names: The adapters in the order of the skills.
-        r: Rank of the skills.
+    """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`; those of
+    adapters without this layer are zero.
     """
     like, size = next(iter(each.values())), layer.geometry
     A = like.A.new_zeros(1, len(names), size.in_features, r)

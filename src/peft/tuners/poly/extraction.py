@@ -89,13 +89,8 @@ def _extract_skill(
     weights: Mapping[str, Tensor],
     shares: Mapping[int, float],
 ) -> None:
-    """Make an adapter with one task and one skill, a mixture of an adapter's skills.
-
-    Args:
-        adapter: The adapter.
-        new_adapter: The new adapter's name.
-        weights: Mixing weights `[n_splits, n_skills]` by module path.
-        shares: Factors on the task-specific skills to include, by task.
+    """Make an adapter with one task and one skill: a mixture of an adapter's skills, with weights
+    `[n_splits, n_skills]` by module path, plus task-specific skills times their shares.
     """
     name, config = adapter.name, adapter.config
     own = adapter.task_skills() if shares else {}

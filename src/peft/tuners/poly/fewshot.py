@@ -224,10 +224,8 @@ def _initialize_rows(
     next_loss: Callable[[], Tensor],
     batches: int,
 ) -> int | None:
-    """Set a task's rows to those of the task with the least loss ("best") or to equal weights.
-
-    Returns:
-        The task whose rows were copied, if any.
+    """Set a task's rows to those of the task with the least loss ("best"), which is returned, or to
+    equal weights.
     """
     best: int | None = None
     if init == "best":
@@ -246,11 +244,7 @@ def _initialize_rows(
 
 
 def _one_number(value: object, remedy: str = "") -> Tensor:
-    """Return a loss as a tensor `[]`.
-
-    Args:
-        value: The loss.
-        remedy: The message if it is None.
+    """Return a loss as a tensor `[]`; `remedy` is the message if it is None.
 
     Raises:
         PeftTypeError: It is not a tensor of one number.
@@ -293,15 +287,8 @@ def _descend(
     lr: float,
     keep_last: bool,
 ) -> None:
-    """Take steps with Adam on a task's rows.
-
-    Args:
-        fit: The result, to which losses are added.
-        next_loss: Returns the loss of the next batch.
-        rows: The rows, which are left at the least loss.
-        steps: Number of steps.
-        lr: Learning rate.
-        keep_last: Leave the rows at the last loss: losses of different batches do not compare.
+    """Take steps with Adam on a task's rows, add the losses to `fit`, and leave the rows at the
+    least loss; with `keep_last` at the last, since losses of different batches do not compare.
 
     Raises:
         PeftValueError: The loss is not finite, or does not depend on the rows.

@@ -92,7 +92,7 @@ def _select(
         adapter: The adapter.
         origin: For each task, the number it had; None for a new task.
         names: The tasks' names.
-        start: What new tasks start from: "mean", "uniform", or the number of a task.
+        start: Start of new tasks: "mean", "uniform", or the number of a task to copy.
     """
     adapter.check_unsharded("change its tasks")
     for router in dict.fromkeys(adapter.task_routers().values()):

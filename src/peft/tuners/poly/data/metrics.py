@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ....base.errors import PeftTypeError, PeftValueError
 
@@ -12,25 +12,8 @@ from ....base.errors import PeftTypeError, PeftValueError
 _OVER_TASKS = ("mean", "worst")
 
 
-class Prediction(Protocol):
-    """Model outputs and labels of an evaluation, as transformers' `EvalPrediction`."""
-
-    def __init__(self, predictions: object, label_ids: object, inputs: object) -> None: ...
-
-    @property
-    def predictions(self) -> object:
-        """An array, or a tuple of arrays."""
-
-    @property
-    def label_ids(self) -> object:
-        """An array, or a tuple of arrays."""
-
-    @property
-    def inputs(self) -> object:
-        """An array, a tuple of arrays, or None."""
-
-
-P = TypeVar("P", bound=Prediction)
+# A class with `predictions`, `label_ids` and `inputs`, as transformers' `EvalPrediction`.
+P = TypeVar("P")
 
 
 def metrics_by_task(
@@ -61,7 +44,7 @@ def metrics_by_task(
         raise PeftTypeError(f"`names`={names!r} must be a list of the tasks' names by id, or None.")
 
     def by_task(prediction: P) -> dict[str, float]:
-        labels = prediction.label_ids
+        labels = getattr(prediction, "label_ids", None)
         if not isinstance(labels, (tuple, list)) or len(labels) < 2:
             raise PeftTypeError(
                 "There are no tasks in the predictions; set `label_names=['labels', 'task_ids']` "
@@ -98,7 +81,7 @@ def _name(task: int, names: Sequence[str] | None) -> str:
     return names[task] if names and names[task] not in _OVER_TASKS else f"task_{task}"
 
 
-def _rows(prediction: P, labels: object, rows: object) -> P:
+def _rows(prediction: Any, labels: object, rows: object) -> Any:
     """Return the predictions of some rows, with the given labels."""
 
     def cut(arrays: Any) -> object:
