@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`CheckpointFormat`: the differences between an adapter's tensors in a model and in a checkpoint."""
+"""`CheckpointFormat`: conversion of an adapter's tensors between a model and a checkpoint."""
 
 from __future__ import annotations
 

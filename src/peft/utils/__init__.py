@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, keys, names and helpers that know nothing of tuners."""
+"""Helpers of the PEFT interface, at their documented place."""
 
 from typing import Any as _Any
 
@@ -32,7 +32,7 @@ from . import constants as _constants
 
 
 def __getattr__(name: str) -> _Any:
-    """Tables of target modules, one for each method."""
+    """Return a method's default target modules."""
     if name.startswith("TRANSFORMERS_MODELS_TO_"):
         return getattr(_constants, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

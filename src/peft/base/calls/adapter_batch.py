@@ -27,12 +27,12 @@ class AdapterBatch:
 
     Args:
         names: An adapter's name for each sample, or `"__base__"` for none.
-        call_rows: The numbers of the call, from which the owners of rows follow.
+        call_rows: The counts of the call, from which the owners of rows follow.
 
     Attributes:
         samples: Indices of the samples, by adapter.
         only: The adapter of all samples, if they have the same.
-        call_rows: The numbers of the forward in progress.
+        call_rows: The counts of the forward in progress.
     """
 
     def __init__(self, names: Sequence[str], call_rows: CallRows | None = None) -> None:
@@ -161,7 +161,7 @@ def adapter_batch(names: object, known: Collection[str], call_rows: CallRows) ->
     Args:
         names: The argument `adapter_names` of the call.
         known: Names of the model's adapters.
-        call_rows: The numbers of the call.
+        call_rows: The counts of the call.
 
     Raises:
         PeftTypeError: `names` is not a list of strings.

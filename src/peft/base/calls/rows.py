@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sample of each row of a layer's input.
 
-The call tells how many samples there are, how often `generate` repeats each, and how many tokens a
-sample has. A layer then sees `samples × repeats × tokens` rows, for some of these numbers. An input
-with any other number of rows has no known owners, and the error names the layer.
+A call tells the counts of its samples, of the repeats of each by `generate`, and of the tokens of a
+sample. A layer sees `samples × repeats × tokens` rows. If its input has another number of rows,
+their owners are unknown, and the error names the layer.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ ROUTED_TOKENS: CallStack[RoutedTokens] = CallStack()
 
 
 class CallRows:
-    """The numbers of a call from which the owners of rows follow.
+    """Counts of a call's samples, repeats and tokens, from which the owners of rows follow.
 
     Args:
         samples: Number of samples; None if the call does not tell.
@@ -159,7 +159,7 @@ class CallRows:
         self._by_row: CallRows | None = None
 
     def nested(self, shapes: Iterable[ArgumentShape], is_generating: bool) -> CallRows:
-        """Return the numbers of a forward inside this call. Its rows are this call's samples, each
+        """Return the counts of a forward inside this call. Its rows are this call's samples, each
         repeated as often as by `generate` or by this call's inputs.
         """
         inner = CallRows(
@@ -174,7 +174,7 @@ class CallRows:
         return inner
 
     def subset(self, samples: int, fixed: RowOwners) -> CallRows:
-        """Return the numbers for only some of the samples, with the owners of their rows."""
+        """Return the counts for only some of the samples, with the owners of their rows."""
         every = self.samples or 1
         own = [
             ArgumentShape(name, (sizes[0] // every * samples, *sizes[1:]), is_floating)
@@ -184,7 +184,7 @@ class CallRows:
         return CallRows(samples, own, self.root, self.repeats, fixed=fixed)
 
     def by_row(self) -> CallRows:
-        """Return the numbers with rows of the forward in place of samples; each of several texts of
+        """Return the counts with rows of the forward in place of samples; each of several texts of
         a sample is a row.
         """
         if self._by_row is None:
@@ -394,7 +394,7 @@ class CallRows:
 def call_rows(
     root: nn.Module | None, arguments: Mapping[str, object], excluded: Iterable[str] = ()
 ) -> CallRows:
-    """Return the numbers of a call of a model.
+    """Return the counts of a call of a model.
 
     Args:
         root: The model.
@@ -414,7 +414,7 @@ def call_rows(
 def generation_rows(
     root: nn.Module, arguments: Mapping[str, object], excluded: Iterable[str] = ()
 ) -> CallRows:
-    """Return the numbers of a call of a model's `generate`, which repeats each sample as often as
+    """Return the counts of a call of a model's `generate`, which repeats each sample as often as
     there are beams or sequences to return.
     """
     rows = call_rows(root, arguments, excluded)
