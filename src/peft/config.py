@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -426,20 +425,19 @@ class TargetedConfig(PeftConfig):
 
 @dataclass
 class LycorisConfig(TargetedConfig):
-    """Configuration that LyCORIS methods share.
+    """Config of a method of the LyCORIS family, whose layers can differ in rank and alpha.
 
     Args:
-        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
-            the whole module path or its end; one that begins with `^` also means all modules below
-            the path it describes (its file says so in a way that other readers understand; in a
-            file of theirs `^` means the module alone).
-        alpha_pattern: Likewise for `alpha`.
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key stands
+            for the whole module path or its end. A key that begins with `^` stands for all modules
+            below the path too; files say so in a way that other readers understand.
+        alpha_pattern: Alpha for modules by name or regular expression, in place of `alpha`.
     """
 
-    rank_pattern: dict = field(
+    rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
     )
-    alpha_pattern: dict = field(
+    alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
     )
 
@@ -448,7 +446,7 @@ class LycorisConfig(TargetedConfig):
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
-        yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
+        yield from pattern_dict("alpha_pattern", self.alpha_pattern, number)
 
 
 def check_config(value: object) -> None:

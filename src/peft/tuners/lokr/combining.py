@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from ...base.errors import PeftValueError
 from ...core.combining import Combination, Combined, check_same
-from .config import LoKrConfig
+from .config import LoKrConfig, layer_options, shapes_by_rule
 from .layer import LoKrLayer
-from .layer_options import layer_options, shapes_by_rule
 from .lowrank import nearest_product
 from .shapes import Shapes
 

@@ -20,6 +20,7 @@ from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ..lycoris_utils import LycorisLayer
+from .config import shapes_by_rule
 from .cost import cost
 from .kronecker import (
     KroneckerFactors,
@@ -28,7 +29,6 @@ from .kronecker import (
     kronecker_linear,
     kronecker_weight,
 )
-from .layer_options import shapes_by_rule
 from .lowrank import kronecker_low_rank
 from .norms import column_norms, product_norm, row_norms
 from .shapes import Shapes, factorization

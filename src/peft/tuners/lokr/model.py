@@ -12,16 +12,14 @@ from torch import nn
 from ...base.errors import PeftValueError
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
-from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_roles import Role
 from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from . import combining
-from .config import LoKrConfig
+from .config import LoKrConfig, layer_options
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
-from .layer_options import layer_options
 
 
 class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
@@ -59,10 +57,8 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
-    def tuner_layer_options(
-        self, config: LoKrConfig, path: str, build: Build[LoKrConfig]
-    ) -> dict[str, Any]:
-        """Return rank, alpha and the split of the factors for the module at `path`."""
+    def tuner_layer_options(self, config: LoKrConfig, path: str, build: object) -> dict[str, Any]:
+        """Return the options of the layer at `path`."""
         size = geometry(self.model.get_submodule(path))
         return layer_options(config, path, size)._asdict()
 

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 Shapes = dict[str, tuple[int, ...]]
+"""Shapes of an adapter's tensors by field of `KroneckerFactors`."""
 
 # Names of the tensors that `W1` and `W2` consist of.
 FACTOR_NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-"""Shapes of an adapter's tensors by field of `KroneckerFactors`."""
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

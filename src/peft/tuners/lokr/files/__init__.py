@@ -8,8 +8,7 @@ Read a file:
     file_module       the tensors of one name → factors, rank, scale
     module_names      the name → paths in the model (original_names: Stable Diffusion, Flux)
     fused_layers      one layer in the file, several in the model, and the other way round
-    placement         modules of the file → layers of the model, or the reasons why not
-    inferred_config   the shapes of the placed factors → a `LoKrConfig`
+    placement         modules of the file → layers of the model, and a `LoKrConfig` of these
     loading           inspect a file, load it into a model
 
 `writing` takes the same road back. `lycoris_settings` turns LyCORIS's settings into a config.

@@ -22,8 +22,7 @@ from ....core.conversion import root_of
 from ....core.injection import Build
 from ....core.model_methods import tuner_of
 from ..config import LoKrConfig
-from .inferred_config import infer_config
-from .placement import Placement, place
+from .placement import Placement, infer_config, place
 from .reading import LoKrFile, read_lokr_file
 
 # A path, or tensors by key.

@@ -17,7 +17,7 @@ from ....core.plan import own_modules
 from ....core.targets import exactly, patterns
 from ..config import LoKrConfig
 from ..shapes import factorization
-from .inferred_config import most_common
+from .placement import most_common
 
 Settings = Mapping[str, Any]
 
