@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..base.calls.layout import row_layout
 from ..base.calls.rows import ROUTED_TOKENS, RoutedTokens
+from ..base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
 from ..base.containers import walk
 from .auxiliary import AuxiliaryTrainingWrapper
-from .entry_points import Entry, put_entry, remove_entries
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
@@ -39,14 +39,13 @@ def note(model: nn.Module, paths: Iterable[str]) -> None:
             module = module.base_layer
     for _, module in walk(model) if has_experts else ():
         kind: Any = type(module)
-        if _reader(kind) is not None and not isinstance(vars(module).get("forward"), Entry):
-            put_entry(module, "forward", (), _conduct)
+        if _reader(kind) is not None and not is_wrapped(module, "forward"):
+            wrap_method(module, "forward", (), _run_experts)
 
 
 def forget(model: nn.Module) -> None:
     """Have mixtures of experts say nothing any more."""
-    for _, module in walk(model):
-        remove_entries(module, _conduct)
+    unwrap_methods(model, _run_experts)
 
 
 def _of_nllb(
@@ -75,19 +74,15 @@ def _reader(kind: type) -> Callable[..., Tensor] | None:
     return next((_READERS[name] for name in names if name in _READERS), None)
 
 
-def _conduct(
-    function: Callable[..., Any],
-    experts: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    names: tuple[str, ...],
-) -> Any:
-    """A call of a container of experts."""
-    kind: Any = type(experts)
-    reader: Any = _reader(kind)
-    places = [name for name in experts._modules if name.startswith("expert_")]
+def _run_experts(call: MethodCall) -> object:
+    """Run a container of experts, and tell them which tokens each is handed."""
+    kind: Any = type(call.module)
+    reader = _reader(kind)
+    assert reader is not None
+    names = [name for name in call.module._modules if name.startswith("expert_")]
     routed = RoutedTokens(
-        lambda: reader(experts, *args, **kwargs), {name: i for i, name in enumerate(places)}
+        lambda: reader(call.module, *call.args, **call.kwargs),
+        {name: i for i, name in enumerate(names)},
     )
     with ROUTED_TOKENS.during(routed):
-        return function(experts, *args, **kwargs)
+        return call.run()

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.tuners.poly import mixing
-from peft.tuners.poly.gating import gates, normalize
-from peft.tuners.poly.growth import grow_skills
+from peft.tuners.poly.gating import gates, grow_skills, normalize
 from peft.tuners.poly.mixing import mix, poly_delta, rank_space_pays, task_factors
 from peft.tuners.poly.pooling import pool, prompt_mask
 

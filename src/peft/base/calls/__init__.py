@@ -2,7 +2,7 @@
 """The sample that each row of a layer's input belongs to, for options that differ from sample to
 sample (`adapter_names`, Poly's `task_ids`).
 
-A model passes activations to its layers, but not the samples they belong to. Five files find out:
+A model passes activations to its layers, but not the samples they belong to. Six files find out:
 
 - `stack`: `CallStack` keeps what a call was given while the call runs, for its layers to read.
 - `arguments`: names and shapes of a call's arguments, which tell how many samples and tokens it
@@ -12,4 +12,5 @@ A model passes activations to its layers, but not the samples they belong to. Fi
 - `rows`: `CallRows` puts the two together: for a layer's input it returns the `RowOwners`, the
   sample of each row, or None where they are unknown.
 - `adapter_batch`: `AdapterBatch`, the adapter that each sample of a call runs with.
+- `wrapped_methods`: `WrappedMethod` takes such options out of the calls of a model's own methods.
 """

@@ -19,7 +19,7 @@ from ...base.suggestions import did_you_mean
 from ...base.tensors import ordinary_tensors
 from ...base.validation import is_int
 from .adapter import PolyAdapter, Task, Tasks
-from .growth import grow_skills
+from .gating import grow_skills
 from .router import TaskRouter
 from .task_ids import name_offences, names_shown, one_task
 

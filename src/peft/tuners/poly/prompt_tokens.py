@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...base.calls.rows import CallRows
+from ...base.calls.rows import CallRows, RowOwners
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
-from .pooling import prompt_mask
+from ...base.tracing import shapes
+from .pooling import pool, prompt_mask
 
 # Additive attention masks hold at most this where a token may not be attended to.
 _MASKED = -1000.0
@@ -104,20 +105,30 @@ class PromptTokens:
         if mask is not None:
             self.masks["main"] = mask
 
-    def mask_for(self, x: Tensor, stream: str, rows: CallRows) -> Tensor | None:
-        """Return the mask for a layer's input, None if all of its tokens count.
+    def pool(self, x: Tensor, stream: str, rows: CallRows, owners: RowOwners) -> Tensor:
+        """Return the mean of a layer's input over the prompt tokens, `[samples, in]`.
 
         Args:
-            x: The input, `[rows, tokens, in]`.
+            x: The input, `[rows, *leading, in]`, or `[tokens, rows, *leading, in]`.
             stream: "main" or "decoder", as in `RowLayout`.
             rows: The numbers of rows and tokens of the forward.
-
-        Returns:
-            `[rows, tokens]`, true at prompt tokens.
+            owners: The owners of the input's rows.
 
         Raises:
             PeftValueError: The mask is for another number of tokens than the layer sees.
         """
+        if owners.sequence_first:
+            x = x.transpose(0, 1)
+        sizes = shapes(x)[0]
+        if len(sizes) == 2 and rows.samples and sizes[0] != rows.samples:
+            x = x.view(rows.samples, -1, sizes[1])  # the model flattened its tokens
+        if x.dim() == 2:
+            return x
+        x = x.flatten(1, -2)
+        return pool(x, self._mask_for(x, stream, rows))
+
+    def _mask_for(self, x: Tensor, stream: str, rows: CallRows) -> Tensor | None:
+        """Return the mask for an input `[rows, tokens, in]`, None if all of its tokens count."""
         mask, seen, tokens = self.masks.get(stream), x.shape[1], rows.tokens(stream)
         if mask is None:
             return None

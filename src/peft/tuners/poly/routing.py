@@ -5,9 +5,9 @@ A base model does not pass `task_ids` on to its layers, so they travel beside th
 
 1. `Routing.attach` wraps the methods by which a model is called: its `forward` and `generate`, and
    the `forward` of parts that are called directly (an encoder, a language model inside it).
-2. Each wrapped method, and a layer called by itself, makes one `Call` of its arguments: the checked
-   task ids, the numbers of rows, the prompt tokens. A forward inside another call, each step of
-   `generate` for example, has that call's task ids and its own numbers of rows.
+2. Each wrapped method, and a layer called by itself, makes one `RoutedCall` of its arguments: the
+   checked task ids, the numbers of rows, the prompt tokens. A forward inside another call, each
+   step of `generate` for example, has that call's task ids and its own numbers of rows.
 3. `Routing.stack` keeps the call while it runs, and again while backward recomputes its layers.
 4. A layer asks `Routing.tasks` for the task of each of its rows; if its adapter routes by input, it
    asks `Routing.weights_by_input` for the mixing weights of each row.
@@ -19,56 +19,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ...base.calls.arguments import (
-    argument_shapes,
-    bind_arguments,
-    entry_modules,
-    generation_option,
-)
-from ...base.calls.rows import (
-    IN_ORDER,
-    CallRows,
-    LayerWithLayout,
-    RowOwners,
-    call_rows,
-    generation_rows,
-)
+from ...base.calls.arguments import argument_shapes, entry_modules, generation_option
+from ...base.calls.rows import IN_ORDER, CallRows, RowOwners, call_rows, generation_rows
 from ...base.calls.stack import CallStack
+from ...base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
-from ...core.entry_points import Entry, put_entry, remove_entries
 from .pooling import pool
 from .prompt_tokens import PromptTokens
 from .task_ids import as_task_ids, has_values
 
 if TYPE_CHECKING:
+    from ...core.layer import BaseTunerLayer
     from .config import PolyConfig
 
 # Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
 # Likely wrong names of `task_ids`, for the message that they are missing.
 _MISNAMED = ("task_id", "tasks", "task", "task_names", "task_name", "taskids")
-
-
-class RoutedLayer(LayerWithLayout, Protocol):
-    """The attributes of a Poly layer that routing reads."""
-
-    training: bool
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-
-    @property
-    def disable_adapters(self) -> bool:
-        """True if no adapter runs."""
 
 
 class TaskRows(NamedTuple):
@@ -84,7 +59,7 @@ class TaskRows(NamedTuple):
 
 
 @dataclass(eq=False)
-class Call:
+class RoutedCall:
     """A call of the model in progress.
 
     Args:
@@ -126,9 +101,9 @@ class Routing:
 
     def __init__(self, model: nn.Module) -> None:
         self.configs: dict[str, PolyConfig] = {}
-        self.layer: RoutedLayer | None = None
+        self.layer: BaseTunerLayer | None = None
         self.merged_tasks: dict[str, list[int]] = {}
-        self._merged_layers: dict[RoutedLayer, dict[str, int]] = {}
+        self._merged_layers: dict[BaseTunerLayer, dict[str, int]] = {}
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         can_generate = getattr(model, "can_generate", None)
@@ -136,23 +111,23 @@ class Routing:
         self.is_causal = not self.is_encoder_decoder and (
             named or (callable(can_generate) and bool(can_generate()))
         )
-        self.stack: CallStack[Call] = CallStack()
+        self.stack: CallStack[RoutedCall] = CallStack()
         self.recorded: list[Tensor] | None = None
 
     def attach(
-        self, model: nn.Module, adapter_name: str, config: PolyConfig, layer: RoutedLayer
+        self, model: nn.Module, adapter_name: str, config: PolyConfig, layer: BaseTunerLayer
     ) -> None:
         """Add an adapter; with the first, wrap the methods by which the model is called."""
         if self.layer is None:
             _unwrap(model)
             parts = [module for module in entry_modules(model) if module is not model]
             for part in parts:
-                put_entry(part, "forward", (), self.forward)
+                wrap_method(part, "forward", (), self.forward)
             body = getattr(model, "base_model", None)
             if isinstance(body, nn.Module) and all(body is not m for m in (model, *parts)):
-                put_entry(body, "forward", (), self.body_forward)
-            put_entry(model, "forward", CALL_ARGUMENTS, self.forward)
-            put_entry(model, "generate", CALL_ARGUMENTS, self.generate)
+                wrap_method(body, "forward", (), self.body_forward)
+            wrap_method(model, "forward", CALL_ARGUMENTS, self.forward)
+            wrap_method(model, "generate", CALL_ARGUMENTS, self.generate)
         self.configs[adapter_name] = config
         self.layer = layer
         self.is_causal |= config.task_type == "CAUSAL_LM"
@@ -165,81 +140,53 @@ class Routing:
 
     def ensure_wrapped(self, model: nn.Module) -> None:
         """Wrap the model's `forward` again if a client has replaced it, as TRL does."""
-        if (
-            not torch.compiler.is_compiling()
-            and not isinstance(vars(model).get("forward"), Entry)
-            and self.layer is not None
-        ):
-            put_entry(model, "forward", CALL_ARGUMENTS, self.forward)
+        if torch.compiler.is_compiling() or self.layer is None:
+            return
+        if not is_wrapped(model, "forward"):
+            wrap_method(model, "forward", CALL_ARGUMENTS, self.forward)
 
-    def forward(
-        self,
-        function: Callable[..., object],
-        module: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        names: tuple[str, ...],
-    ) -> object:
+    def forward(self, method: MethodCall) -> object:
         """Run a forward of the model, or of a part of it, as a call."""
         if self.layer is None:  # a client still holds the method of a model without adapters
-            return function(module, *args, **kwargs)
-        arguments, kept = bind_arguments(names, args, kwargs), _without_own(kwargs)
-        outer = self._enclosing(module)
-        if outer is None or len(kept) < len(kwargs):
-            rows = call_rows(module, arguments, CALL_ARGUMENTS)
-            call = self._new_call(module, arguments, rows)
+            return method.run()
+        arguments, outer = method.arguments(), self._enclosing(method.module)
+        if outer is None or _has_own(method):
+            rows = call_rows(method.module, arguments, CALL_ARGUMENTS)
+            call = self._new_call(method.module, arguments, rows)
             if self._pools:
                 call.prompt.update(arguments, rows, is_nested=False)
-            return self.stack.run(call, lambda: function(module, *args, **kept))
-        rows = outer.rows.nested(
-            argument_shapes(arguments), is_generating=outer.prompt_weights is not None
-        )
-        call = Call(rows, outer.prompt.copy(), outer.task_ids, outer.prompt_weights)
+            return self.stack.run(call, lambda: method.run(CALL_ARGUMENTS))
+        is_generating = outer.prompt_weights is not None
+        rows = outer.rows.nested(argument_shapes(arguments), is_generating)
+        call = RoutedCall(rows, outer.prompt.copy(), outer.task_ids, outer.prompt_weights)
         if self._pools and not outer.prompt_weights:
             call.prompt.update(arguments, rows, is_nested=True)
         with self.stack.during(call):
-            return function(module, *args, **kept)
+            return method.run(CALL_ARGUMENTS)
 
-    def body_forward(
-        self,
-        function: Callable[..., object],
-        body: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        names: tuple[str, ...],
-    ) -> object:
+    def body_forward(self, method: MethodCall) -> object:
         """Run a forward of the model's body; it is a call only if it is given `task_ids`.
 
         The model's own forward takes them out. A client's replacement of it, which fuses head and
         loss, passes them on to the body.
         """
-        if any(name in kwargs for name in CALL_ARGUMENTS):
-            return self.forward(function, body, args, kwargs, names)
-        return function(body, *args, **kwargs)
+        return self.forward(method) if _has_own(method) else method.run()
 
-    def generate(
-        self,
-        function: Callable[..., object],
-        model: nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        names: tuple[str, ...],
-    ) -> object:
+    def generate(self, method: MethodCall) -> object:
         """Run `generate` as a call.
 
         Raises:
             PeftNotSupportedError: Routing by input cannot see the whole prompt at once.
         """
-        arguments, kept = bind_arguments(names, args, kwargs), _without_own(kwargs)
-        outer, has_own = self._enclosing(model), len(kept) < len(kwargs)
-        is_nested = outer is not None and outer.prompt_weights is not None and not has_own
-        if self.layer is None or is_nested:
-            return function(model, *args, **kwargs)
+        model, arguments, has_own = method.module, method.arguments(), _has_own(method)
+        outer = self._enclosing(model)
+        if self.layer is None or not (outer is None or outer.prompt_weights is None or has_own):
+            return method.run()
         rows = generation_rows(model, arguments, CALL_ARGUMENTS)
         if outer is None or has_own:
             call = self._new_call(model, arguments, rows)
         else:
-            call = Call(outer.rows, outer.prompt, outer.task_ids)
+            call = RoutedCall(outer.rows, outer.prompt, outer.task_ids)
         call.prompt_weights = {}
         if self._pools:
             if generation_option(model, arguments, "prefill_chunk_size") is not None:
@@ -251,9 +198,9 @@ class Routing:
             call.prompt.update(arguments, rows, is_nested=False)
             call.prompt.length = None if self.is_encoder_decoder else rows.tokens("main")
         with self.stack.during(call):
-            return function(model, *args, **kept)
+            return method.run(CALL_ARGUMENTS)
 
-    def layer_call(self, task_ids: object, x: Tensor) -> AbstractContextManager[Call]:
+    def layer_call(self, task_ids: object, x: Tensor) -> AbstractContextManager[RoutedCall]:
         """Return the context of a call of one layer by itself."""
         arguments = {"x": x, "task_ids": task_ids}
         rows = call_rows(None, arguments, CALL_ARGUMENTS)
@@ -282,7 +229,7 @@ class Routing:
             each = mask.shape[0] // (call.rows.samples or 1)
             prompt.masks[stream] = mask[[s * each + i for s in samples for i in range(each)]]
         rows = call.rows.subset(len(samples), RowOwners(owner=owner))
-        return self.stack.during(Call(rows, prompt, ids, call.prompt_weights))
+        return self.stack.during(RoutedCall(rows, prompt, ids, call.prompt_weights))
 
     def padded(self, mask: Tensor, stream: str) -> AbstractContextManager[object]:
         """Return a context in which a layer's samples are padded.
@@ -291,7 +238,7 @@ class Routing:
             mask: `[rows, tokens]`, true at real tokens.
             stream: "main" or "decoder", as in `RowLayout`.
         """
-        call = self.stack.current or Call(CallRows(None), PromptTokens())
+        call = self.stack.current or RoutedCall(CallRows(None), PromptTokens())
         prompt = call.prompt.copy()
         prompt.masks[stream] = mask
         return self.stack.during(replace(call, prompt=prompt))
@@ -305,7 +252,7 @@ class Routing:
         finally:
             self.recorded = before
 
-    def note_merges(self, layer: RoutedLayer, tasks: dict[str, int]) -> None:
+    def note_merges(self, layer: BaseTunerLayer, tasks: dict[str, int]) -> None:
         """Store the task for which each merged adapter of a layer is merged."""
         self._merged_layers.pop(layer, None)
         if tasks:
@@ -315,7 +262,7 @@ class Routing:
             name: sorted({task for other, task in pairs if other == name}) for name, _ in pairs
         }
 
-    def tasks(self, x: Tensor, layer: RoutedLayer, n_tasks: int) -> TaskRows:
+    def tasks(self, x: Tensor, layer: BaseTunerLayer, n_tasks: int) -> TaskRows:
         """Return the tasks of the rows of a layer's input.
 
         Args:
@@ -346,7 +293,7 @@ class Routing:
         return TaskRows(ids[:1], IN_ORDER)
 
     def weights_by_input(
-        self, x: Tensor, layer: RoutedLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
+        self, x: Tensor, layer: BaseTunerLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Return the mixing weights of the rows of a layer's input, routed by their prompts.
 
@@ -363,13 +310,15 @@ class Routing:
         call = self.stack.current
         if call is None:
             return weigh(pool(x))
-        owners = _owners_by_input(x, layer, call)
-        if call.prompt_weights is None:
-            return owners.expand(weigh(_pooled_prompt(x, layer, call, owners)), x)
+        rows = call.rows.by_row()
+        owners = _owners_by_input(x, layer, rows, call.rows.samples)
+        stream, kept = layer.layout.stream, call.prompt_weights
+        if kept is None:  # no `id` here, which the compiler would take for a constant of each layer
+            return owners.expand(weigh(call.prompt.pool(x, stream, rows, owners)), x)
         key = id(layer), adapter_name
-        if key not in call.prompt_weights:
-            call.prompt_weights[key] = weigh(_pooled_prompt(x, layer, call, owners))
-        return owners.expand(call.prompt_weights[key], x)
+        if key not in kept:
+            kept[key] = weigh(call.prompt.pool(x, stream, rows, owners))
+        return owners.expand(kept[key], x)
 
     @property
     def _pools(self) -> bool:
@@ -379,7 +328,7 @@ class Routing:
             for config in self.configs.values()
         )
 
-    def _enclosing(self, module: nn.Module) -> Call | None:
+    def _enclosing(self, module: nn.Module) -> RoutedCall | None:
         """Return the call that a call of `module` lies in.
 
         Backward recomputes parts of a model. If it runs the whole model, that is another call.
@@ -389,14 +338,14 @@ class Routing:
 
     def _new_call(
         self, model: nn.Module | None, arguments: Mapping[str, object], rows: CallRows
-    ) -> Call:
+    ) -> RoutedCall:
         """Return a call with its task ids checked.
 
         Raises:
             PeftTypeError: The task ids have a wrong type.
             PeftValueError: The task ids are missing, too many or too few, or out of range.
         """
-        call = Call(rows, PromptTokens(self.is_causal, self.is_encoder_decoder))
+        call = RoutedCall(rows, PromptTokens(self.is_causal, self.is_encoder_decoder))
         if self.layer is None or self.layer.disable_adapters:
             return call
         ids = call.task_ids = self._checked_task_ids(model, arguments, rows.samples, self.layer)
@@ -413,7 +362,7 @@ class Routing:
         model: nn.Module | None,
         arguments: Mapping[str, object],
         samples: int | None,
-        layer: RoutedLayer,
+        layer: BaseTunerLayer,
     ) -> Tensor | None:
         """Return the task ids of a call as a tensor, None if no active adapter routes by task."""
         task_ids, misnamed = arguments.get("task_ids"), None
@@ -500,47 +449,27 @@ class Routing:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Remove the wrapped methods of any `Routing`, one whose layers are gone included."""
-    for _, module in walk(model):
-        conducts = [e.conduct for e in vars(module).values() if isinstance(e, Entry)]
-        ours = [c for c in conducts if isinstance(getattr(c, "__self__", None), Routing)]
-        remove_entries(module, *ours)
+    """Unwrap the methods of a model, also those that a `Routing` without layers wrapped."""
+    unwrap_methods(model, Routing.forward, Routing.body_forward, Routing.generate)
 
 
-def _without_own(kwargs: dict[str, object]) -> dict[str, object]:
-    """Return the keyword arguments for the base model."""
-    return {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
+def _has_own(method: MethodCall) -> bool:
+    """Return whether a call is given arguments for the routing."""
+    return any(name in method.kwargs for name in CALL_ARGUMENTS)
 
 
-def _owners_by_input(x: Tensor, layer: RoutedLayer, call: Call) -> RowOwners:
+def _owners_by_input(
+    x: Tensor, layer: BaseTunerLayer, rows: CallRows, samples: int | None
+) -> RowOwners:
     """Return the owners of the rows of a layer's input, where each row of the forward is routed.
 
     Raises:
         PeftValueError: They are unknown, or differ in their numbers of rows.
     """
-    rows = call.rows.by_row()
     owners = rows.owners(x, layer.layout)
-    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, call.rows.samples)
+    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, samples)
     if (owners is None and mixes and rows.samples != 1) or (
         owners is not None and owners.owner is not None
     ):
         raise rows.error(x, layer, "Use `routing_level='token'`")
     return IN_ORDER if owners is None else owners
-
-
-def _pooled_prompt(x: Tensor, layer: RoutedLayer, call: Call, owners: RowOwners) -> Tensor:
-    """Return the mean of a layer's input over the prompt tokens, `[samples, in]`.
-
-    Raises:
-        PeftValueError: The mask is for another number of tokens than the layer sees.
-    """
-    rows = call.rows.by_row()
-    if owners.sequence_first:
-        x = x.transpose(0, 1)
-    sizes = shapes(x)[0]
-    if len(sizes) == 2 and rows.samples and sizes[0] != rows.samples:
-        x = x.view(rows.samples, -1, sizes[1])  # the model flattened its tokens
-    if x.dim() == 2:
-        return x
-    x = x.flatten(1, -2)
-    return pool(x, call.prompt.mask_for(x, layer.layout.stream, rows))

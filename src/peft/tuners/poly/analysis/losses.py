@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ....base.errors import PeftTypeError, PeftValueError
 from ..router import Router, TaskRouter
 from . import metrics
-from .routers import adapter_routers, poly_adapter
+from .report import adapter_routers, poly_adapter
 
 
 @contextmanager

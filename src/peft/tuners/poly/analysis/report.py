@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
+from ....base.containers import walk
 from ....base.errors import PeftValueError
 from ....checkpoint.files import write_report
-from ..router import TaskRouter
+from ....core.adapter_choice import adapter_of
+from ..layer import PolyLayer
+from ..router import Router, TaskRouter
 from . import metrics
 from .plotting import plot_routing
-from .routers import adapter_config, adapter_routers, poly_adapter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from ..config import PolyConfig
 
 Measure = Literal["entropy", "usage_entropy", "discreteness", "sparsity", "spread"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -212,13 +216,36 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
     name = poly_adapter(model, adapter_name)
     routers = task_routers(model, name)
     weights = {path: router.task_weights().detach().cpu() for path, router in routers.items()}
-    config = adapter_config(model, name)
+    config: PolyConfig = getattr(model, "peft_config")[name]  # noqa: B009
     tasks = list(config.task_names or (f"task_{i}" for i in range(config.n_tasks)))
     similarity = metrics.task_similarity(
         torch.cat([table.flatten(1) for table in weights.values()], 1).double()
     )
     merges, order = cluster_tasks(similarity)
     return RoutingReport(tasks, weights, order, similarity, merges, layer_measures(routers))
+
+
+def poly_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """Return the name of a Poly adapter: the given one, "default", or the only active one.
+
+    Raises:
+        PeftValueError: There is no such adapter, or several could be meant.
+    """
+    return adapter_of(model, adapter_name, PolyLayer, " of Poly")
+
+
+def adapter_routers(model: nn.Module, adapter_name: str) -> dict[Router, str]:
+    """Return an adapter's routers, each with the path of the first layer that has it.
+
+    Paths begin at the base model of a `PeftModel`, and at other models themselves.
+    """
+    tuner = model._modules.get("base_model")
+    root = model if tuner is None else tuner.get_submodule("model")
+    routers: dict[Router, str] = {}
+    for path, layer in walk(root):
+        if isinstance(layer, PolyLayer) and adapter_name in layer.scaling:
+            routers.setdefault(layer.router(adapter_name), path)
+    return routers
 
 
 def task_routers(model: nn.Module, adapter_name: str) -> dict[str, TaskRouter]:

@@ -13,8 +13,7 @@ from ....base.errors import PeftValueError, PeftWarning
 from ....config import is_int
 from ....integrations.distributed import unwrap_model
 from ..router import TaskRouter
-from .report import LayerMeasures, layer_measures, mean_measures, task_routers
-from .routers import poly_adapter
+from .report import LayerMeasures, layer_measures, mean_measures, poly_adapter, task_routers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
