@@ -96,9 +96,8 @@ def narrow(model: nn.Module, path: str, head: nn.Linear, rows: slice, names: Seq
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     classifier: Any = model
-    config: Any = getattr(classifier, "config", None)
-    if hasattr(config, "id2label"):
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
+    if hasattr(classifier, "config") and hasattr(classifier.config, "id2label"):
+        classifier.config.id2label = dict(enumerate(names))
+        classifier.config.label2id = {name: i for i, name in enumerate(names)}
     if hasattr(classifier, "num_labels"):
         classifier.num_labels = len(names)
