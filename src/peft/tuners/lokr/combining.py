@@ -17,13 +17,9 @@ from .shapes import Shapes
 
 # Fields that decide how the sizes of a layer are split.
 _SPLIT = (
-    "decompose_factor",
-    "conv_factor",
-    "factor_pattern",
-    "unbalanced_factorization",
-    "full_matrix",
-    "kronecker_layout",
-)
+    "decompose_factor", "conv_factor", "factor_pattern", "unbalanced_factorization",
+    "full_matrix", "kronecker_layout",
+)  # fmt: skip
 
 
 def combine(

@@ -26,16 +26,9 @@ from ...core.targets import pattern_value
 from .shapes import FACTOR_NAMES, Shapes, factor_shapes, shape_problems
 
 _SWITCHES = (
-    "use_effective_conv2d",
-    "decompose_both",
-    "rank_dropout_scale",
-    "full_matrix",
-    "unbalanced_factorization",
-    "use_scalar",
-    "use_rslora",
-    "weight_decompose",
-    "wd_on_output",
-)
+    "use_effective_conv2d", "decompose_both", "rank_dropout_scale", "full_matrix",
+    "unbalanced_factorization", "use_scalar", "use_rslora", "weight_decompose", "wd_on_output",
+)  # fmt: skip
 
 
 @dataclass
@@ -262,27 +255,16 @@ class LayerOptions(NamedTuple):
     row_offset: int | None
 
     def problems(self, size: Geometry, groups: int = 1) -> Iterator[str]:
-        """Yield a sentence for each option that does not fit a layer.
-
-        Args:
-            size: The layer's size.
-            groups: Its groups, if it is a convolution.
-        """
-        out_features, in_features = size.out_features, size.in_features
+        """Yield a sentence for each option that does not fit a layer of a size, and its groups."""
+        rows, columns, kernel = size.out_features, size.in_features, size.kernel_size
         if self.shapes is not None:
-            kernel = size.kernel_size
-            problem = shape_problems(
-                self.shapes, out_features, in_features, kernel, self.row_offset
-            )
+            problem = shape_problems(self.shapes, rows, columns, kernel, self.row_offset)
             if problem:
                 yield f"`tensor_shapes`: {problem}."
         elif not isinstance(self.factor, int):
             a, b = self.factor
-            if out_features % a or in_features % b:
-                yield (
-                    f"`factor_pattern`={[a, b]} does not divide its sizes, {out_features} and "
-                    f"{in_features}."
-                )
+            if rows % a or columns % b:
+                yield f"`factor_pattern`={[a, b]} does not divide its sizes, {rows} and {columns}."
         if self.row_offset is not None and (self.shapes is None or groups > 1):
             yield "`row_offsets` needs `tensor_shapes`, and a layer without groups."
 
@@ -307,15 +289,12 @@ def layer_options(config: LoKrConfig, path: str, size: Geometry | None) -> Layer
         r = config.conv_r or r
         alpha = alpha if config.conv_alpha is None else config.conv_alpha
         factor = factor if config.conv_factor is None else config.conv_factor
-    listed: Mapping[str, Sequence[int]] | None = pattern_value(config.tensor_shapes, path, None)
-    shapes = None
-    if listed is not None:
-        shapes = {name: tuple(shape) for name, shape in listed.items()}
+    shapes: Mapping[str, Sequence[int]] | None = pattern_value(config.tensor_shapes, path, None)
     return LayerOptions(
         r=pattern_value(config.rank_pattern, path, r),
         alpha=pattern_value(config.alpha_pattern, path, alpha),
         factor=pattern_value(config.factor_pattern, path, factor),
-        shapes=shapes,
+        shapes=None if shapes is None else {name: tuple(shapes[name]) for name in shapes},
         row_offset=pattern_value(config.row_offsets, path, None),
     )
 

@@ -9,40 +9,23 @@ from typing import NamedTuple
 
 from ..shapes import FACTOR_NAMES
 
-FACTORS = tuple(f"lokr_{name}" for name in FACTOR_NAMES)
 # Tensors of one value: `alpha` is the scale times the rank; some versions of LyCORIS train a
 # `scalar` beside the factors.
 NUMBERS = ("alpha", "scalar")
-TENSORS = (*FACTORS, *NUMBERS, "dora_scale")
+TENSORS = (*(f"lokr_{name}" for name in FACTOR_NAMES), *NUMBERS, "dora_scale")
 
 # Components of a pipeline, before paths with `_` for dots. A longer one comes before its prefix.
 _FLAT_COMPONENTS = (
-    "lora_prior_unet",
-    "lora_transformer",
-    "lycoris_unet",
-    "lora_unet",
-    "lora_te1",
-    "lora_te2",
-    "lora_te3",
-    "lora_te",
-    "lycoris",
-)
+    "lora_prior_unet", "lora_transformer", "lycoris_unet", "lora_unet", "lora_te1", "lora_te2",
+    "lora_te3", "lora_te", "lycoris",
+)  # fmt: skip
 # The same, before paths with dots.
 _DOTTED_COMPONENTS = (
-    "unet.base_model.model",
-    "base_model.model",
-    "model.diffusion_model",
-    "diffusion_model",
-    "transformer",
-    "unet",
-    "text_encoders.clip_l.transformer",
-    "text_encoders.clip_g.transformer",
-    "text_encoders.t5xxl.transformer",
-    "text_encoder_3",
-    "text_encoder_2",
-    "text_encoder",
+    "unet.base_model.model", "base_model.model", "model.diffusion_model", "diffusion_model",
+    "transformer", "unet", "text_encoders.clip_l.transformer", "text_encoders.clip_g.transformer",
+    "text_encoders.t5xxl.transformer", "text_encoder_3", "text_encoder_2", "text_encoder",
     *_FLAT_COMPONENTS,
-)
+)  # fmt: skip
 
 
 class Key(NamedTuple):

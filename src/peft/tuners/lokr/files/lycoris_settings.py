@@ -37,27 +37,14 @@ _FIELDS = {
 }
 # Settings that are read for each layer.
 _READ = {
-    "linear_dim",
-    "linear_alpha",
-    "conv_dim",
-    "conv_alpha",
-    "factor",
-    "unbalanced_factorization",
-    "algo",
-    "apply_preset",
-    "preset",
-}
+    "linear_dim", "linear_alpha", "conv_dim", "conv_alpha", "factor", "unbalanced_factorization",
+    "algo", "apply_preset", "preset",
+}  # fmt: skip
 _WITHOUT_EFFECT = {"multiplier", "bypass_mode", "warn_on_unmatched"}
 _PRESET = {
-    "enable_conv",
-    "target_module",
-    "target_name",
-    "exclude_name",
-    "module_algo_map",
-    "name_algo_map",
-    "use_fnmatch",
-    "lora_prefix",
-}
+    "enable_conv", "target_module", "target_name", "exclude_name", "module_algo_map",
+    "name_algo_map", "use_fnmatch", "lora_prefix",
+}  # fmt: skip
 _LAYER_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 

@@ -20,25 +20,14 @@ from .keys import NUMBERS, split_key
 # Components by which a file without a telling header shows its writer.
 _WRITERS = {
     "Hugging Face PEFT": {"base_model.model", "unet.base_model.model"},
-    "LyCORIS in kohya's layout": {
-        "lora_unet",
-        "lora_te",
-        "lora_te1",
-        "lora_te2",
-        "lora_te3",
-        "lora_prior_unet",
-    },
+    "LyCORIS in kohya's layout":
+        {"lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_prior_unet"},
     "LyCORIS (or SimpleTuner, ai-toolkit)": {"lycoris", "lycoris_unet"},
     "ai-toolkit (or for ComfyUI)": {"diffusion_model", "model.diffusion_model"},
     "OneTrainer": {"lora_transformer"},
-    "diffusers (or SimpleTuner)": {
-        "transformer",
-        "unet",
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-    },
-}
+    "diffusers (or SimpleTuner)":
+        {"transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3"},
+}  # fmt: skip
 # Keys of other methods: a pattern, the kind of file, how to load it.
 _OTHER_METHODS = (
     (
