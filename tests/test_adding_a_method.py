@@ -26,7 +26,6 @@ def test_a_method_is_a_config_a_layer_a_tuner_and_a_registration(tmp_path, monke
     code = "\n".join(block.split("```")[0] for block in blocks[:4])
     for relative, absolute in [
         ("from ...", "from peft."),
-        ("from .._", "from peft.tuners._"),
         ("from .", "# from ."),
     ]:
         code = code.replace(relative, absolute)
