@@ -465,7 +465,8 @@ class BaseTunerLayer(nn.Module):
         """
         layers: list[BaseTunerLayer] = []
         for outermost in (self, *(merge.layer for merge in self._merges.entries)):
-            chain, layer = [], outermost
+            chain: list[BaseTunerLayer] = []
+            layer: object = outermost
             while isinstance(layer, BaseTunerLayer):
                 chain.insert(0, layer)
                 layer = layer.base_layer

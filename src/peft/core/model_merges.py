@@ -65,7 +65,7 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
     """Check that all layers can be merged into; those that can't are named by what is in the way."""
     problems: dict[str, list[str]] = {}
     inner: dict[nn.Module, list[str]] = {}  # adapters that inner layers are about to merge
-    for path, layer in reversed(named.items()):
+    for path, layer in reversed(list(named.items())):
         own = todo.get(id(layer), {})
         names = inner.setdefault(layer.get_base_layer(), [])
         names += own
