@@ -10,7 +10,7 @@ Source: arXiv:2402.09353, section 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.errors import PeftNotSupportedError
 from ..base.geometry import Geometry, Placement, columns
 from ..integrations.distributed import gathered_tensor
 from ..integrations.quantization import is_quantized_tensor
@@ -57,6 +56,7 @@ class DecomposableLayer(Protocol):
     """What this file reads of a layer."""
 
     geometry: Geometry
+    base_layer: nn.Module
 
     @property
     def has_merges(self) -> bool:
@@ -72,15 +72,6 @@ class DecomposableLayer(Protocol):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters."""
-
-    def stack(self) -> Sequence[DecomposableLayer]:
-        """Return the layers around the same base layer, from the inside."""
-
-    def merge_order(self) -> list[str]:
-        """Return the adapters that are merged into the base weight, in their order."""
-
-    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
-        """Return what a merge adds to the base layer's bias; None for nothing."""
 
     def unmerged_weight(self) -> Tensor:
         """Return the base weight without merged adapters."""
@@ -155,47 +146,6 @@ def change(layer: DecomposableLayer, factor: Tensor, delta: Tensor) -> Tensor:
     """Return `f ⊙ (W + ΔW) - W`, what a decomposed adapter adds to the base weight alone."""
     weight = wide(base_weight(layer))
     return wide(factor) * (weight + wide(delta)) - weight
-
-
-def check_order(layer: DecomposableLayer, adapter_names: Collection[str]) -> None:
-    """Check that a merge leaves the layer's output as it is. Active adapters apply one after the
-    other, the merged ones first; those of an inner layer before those of the layers around it.
-
-    Args:
-        layer: The layer.
-        adapter_names: The adapters to merge, after those that inner layers merge first.
-
-    Raises:
-        PeftNotSupportedError: An adapter with norms of rows would come before or after others than
-            it does in the forward, or after one that adds to the bias, which norms multiply too.
-    """
-    layers = layer.stack()
-    active = [name for each in layers for name in each.active_adapters if name in each.scaling]
-    by_rows = [
-        name
-        for each in layers
-        for name in each.active_adapters
-        if name in each.scaling
-        and (own := each.decomposition(name)) is not None
-        and not own.by_columns
-    ]
-    merged = [*layer.merge_order(), *adapter_names]
-    order = [name for name in merged if name in active]
-    order += [name for name in active if name not in merged]
-    for name in by_rows:
-        before = active[: active.index(name)]
-        if set(order[: order.index(name)]) != set(before):
-            raise PeftNotSupportedError(
-                f"Adapter {name} is decomposed and applies after "
-                f"{', '.join(before) or 'no other'} in the forward, where "
-                f"{', '.join(active)} are active; merge them in that order."
-            )
-        for other, each in [(n, e) for n in before if n in merged for e in layers]:
-            if other in each.scaling and each.merge_bias(other, 1.0) is not None:
-                raise PeftNotSupportedError(
-                    f"Adapter {other} adds to the bias, which the active decomposed adapter {name} "
-                    f"multiplies. A DoRA adapter can't be merged after {other}, nor {other} alone."
-                )
 
 
 def _bias(layer: DecomposableLayer, dtype: torch.dtype) -> Tensor | None:

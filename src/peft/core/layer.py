@@ -448,30 +448,12 @@ class BaseTunerLayer(nn.Module):
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
         quantized_format(self.get_base_layer())
-        dora.check_order(self, adapter_names)
+        layer_merges.check_order(self, adapter_names)
 
     @property
     def has_merges(self) -> bool:
-        """True if anything is merged into the base weight, by any layer around it."""
+        """Return whether anything is merged into the base weight, by any layer around it."""
         return bool(self._merges.entries)
-
-    def merge_order(self) -> list[str]:
-        """Return the adapters merged into the base weight, by any layer around it, in their order."""
-        return [merge.name for merge in self._merges.entries]
-
-    def stack(self) -> list[BaseTunerLayer]:
-        """Return the layers around the same base layer, from the inside: those inside this one, and
-        those around it that have merged an adapter.
-        """
-        layers: list[BaseTunerLayer] = []
-        for outermost in (self, *(merge.layer for merge in self._merges.entries)):
-            chain: list[BaseTunerLayer] = []
-            layer: object = outermost
-            while isinstance(layer, BaseTunerLayer):
-                chain.insert(0, layer)
-                layer = layer.base_layer
-            layers = max(layers, chain, key=len)
-        return layers
 
     def note_merges(self, adapter_names: list[str]) -> None:
         """Record the adapters that are merged now."""

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..base.errors import PeftNotSupportedError
 from ..integrations.accelerate import loaded_weights
 from ..ops.exact_merge import Recipe, by_itself, unchanged
 from . import dora
@@ -24,6 +25,62 @@ class _Layer(dora.DecomposableLayer, Protocol):
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None: ...
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None: ...
     def note_merges(self, adapter_names: list[str]) -> None: ...
+
+
+def check_order(layer: _Layer, adapter_names: Collection[str]) -> None:
+    """Check that a merge leaves the layer's output as it is. Active adapters apply one after the
+    other, the merged ones first; those of an inner layer before those of the layers around it.
+
+    Args:
+        layer: The layer.
+        adapter_names: The adapters to merge, after those that inner layers merge first.
+
+    Raises:
+        PeftNotSupportedError: An adapter with norms of rows would come before or after others than
+            it does in the forward, or after one that adds to the bias, which norms multiply too.
+    """
+    layers = _stack(layer)
+    active = [name for each in layers for name in each.active_adapters if name in each.scaling]
+    by_rows = [
+        name
+        for each in layers
+        for name in each.active_adapters
+        if name in each.scaling
+        and (own := each.decomposition(name)) is not None
+        and not own.by_columns
+    ]
+    merged = [*(merge.name for merge in layer._merges.entries), *adapter_names]
+    order = [name for name in merged if name in active]
+    order += [name for name in active if name not in merged]
+    for name in by_rows:
+        before = active[: active.index(name)]
+        if set(order[: order.index(name)]) != set(before):
+            raise PeftNotSupportedError(
+                f"Adapter {name} is decomposed and applies after "
+                f"{', '.join(before) or 'no other'} in the forward, where "
+                f"{', '.join(active)} are active; merge them in that order."
+            )
+        for other, each in [(n, e) for n in before if n in merged for e in layers]:
+            if other in each.scaling and each.merge_bias(other, 1.0) is not None:
+                raise PeftNotSupportedError(
+                    f"Adapter {other} adds to the bias, which the active decomposed adapter {name} "
+                    f"multiplies. A DoRA adapter can't be merged after {other}, nor {other} alone."
+                )
+
+
+def _stack(layer: _Layer) -> list[_Layer]:
+    """Return the layers around one base layer, from the inside: those inside a layer, and those
+    around it that have merged an adapter.
+    """
+    layers: list[_Layer] = []
+    for outermost in (layer, *(merge.layer for merge in layer._merges.entries)):
+        chain: list[_Layer] = []
+        module: Any = outermost
+        while hasattr(module, "_merges"):
+            chain.insert(0, module)
+            module = module.base_layer
+        layers = max(layers, chain, key=len)
+    return layers
 
 
 def not_merged(layer: _Layer, options: Mapping[str, Options]) -> dict[str, Options]:
