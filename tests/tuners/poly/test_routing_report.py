@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers.models import mlp
+from helpers.poly import task_routers
 from transformers import EvalPrediction
 
 from peft import PolyConfig, get_peft_model
@@ -25,11 +26,6 @@ from peft.tuners.poly.analysis import metrics
 from peft.tuners.poly.analysis.report import cluster_tasks
 
 TARGETS = ["0", "2"]
-
-
-def task_routers(model):
-    layers = model.base_model.named_tuner_layers()
-    return {path: layer.router("default") for path, layer in layers}
 
 
 def poly(**fields):

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from helpers.models import mlp, t5
+from helpers.poly import task_routers
 from torch import nn
 
 from peft import PeftModel, PolyConfig, convert_to_lora, get_peft_model
@@ -17,11 +18,6 @@ from peft.tuners.poly.layer import PolyLayer
 from peft.tuners.poly.mixing import compact_skills, poly_delta
 
 TARGETS = ["0", "2"]
-
-
-def task_routers(model):
-    layers = model.base_model.named_tuner_layers()
-    return {path: layer.router("default") for path, layer in layers}
 
 
 def config(**fields):
