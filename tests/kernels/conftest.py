@@ -15,7 +15,7 @@ KERNELS = (
     "peft.ops.mixed_precision_triton",
     "peft.tuners.poly.gating_triton",
     "peft.tuners.poly.mixing_triton",
-    "peft.tuners.vblora.factors_triton",
+    "peft.tuners.vblora.bank_triton",
 )
 
 if importlib.util.find_spec("triton") is None:  # it is not built for every system

@@ -17,9 +17,8 @@ from peft.tuners.poly import gating_triton as poly_kernels
 from peft.tuners.poly import mixing_triton as mixing_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
-from peft.tuners.vblora import factors_triton as vblora_kernels
-from peft.tuners.vblora.bank import compose, place_tiles
-from peft.tuners.vblora.factors import compose_factors
+from peft.tuners.vblora import bank_triton as vblora_kernels
+from peft.tuners.vblora.bank import compose, compose_factors, place_tiles
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 

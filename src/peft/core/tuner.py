@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..base.constants import DEFAULT_TARGET_MODULES
 from ..base.errors import PeftNotSupportedError, PeftTypeError
 from ..base.geometry import Placement
-from ..checkpoint.format import CheckpointFormat
+from ..checkpoint.protocols import CheckpointFormat
 from ..config import PeftConfig, TargetedConfig
 from .adapted_model import AdaptedModel
 from .combining import Combination, Combined

@@ -14,13 +14,13 @@ from torch import Tensor
 from peft.tuners.vblora import bank as bank_module
 from peft.tuners.vblora.bank import (
     compose,
+    compose_factors,
     compress,
     expand,
     index_dtype,
     is_topk_only,
     savable_parameters,
 )
-from peft.tuners.vblora.factors import compose_factors
 
 few = settings(max_examples=25, deadline=None)
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

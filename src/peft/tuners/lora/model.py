@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...base.errors import PeftWarning, warn
+from ...checkpoint.protocols import CheckpointFormat
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
 from ...core.combining import Combination, Combined, outer_path
@@ -23,10 +24,37 @@ from . import combining
 from .config import LoraConfig
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
-from .starts import is_random, with_start
-from .storage import LoraFormat
+from .starts import is_random, with_start, without_start
 
 _MAGNITUDE = "lora_magnitude_vector"
+
+
+class LoraFormat(CheckpointFormat[LoraConfig]):
+    """Conversion of LoRA's tensors between a model and a checkpoint.
+
+    DoRA's norms are parameters `weight` of modules in the model; the key in a checkpoint is that of
+    the module. An adapter with a random start is saved with the start, which is then taken off.
+    """
+
+    inner_names: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
+    token_dims: ClassVar[Mapping[str, int]] = {"lora_embedding_A": 1, "lora_B.weight": 0}
+
+    def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:  # noqa: D102
+        end = f"{_MAGNITUDE}.weight"
+        return {
+            key.removesuffix(".weight") if key.endswith(end) else key: tensor
+            for key, tensor in state.items()
+        }
+
+    def import_state(  # noqa: D102
+        self, state: dict[str, Tensor], config: LoraConfig, names: Collection[str]
+    ) -> dict[str, Tensor]:
+        if is_random(config.init_lora_weights):
+            state = without_start(config, state)
+        return {
+            f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor
+            for key, tensor in state.items()
+        }
 
 
 class LoraModel(BaseTuner[LoraConfig]):

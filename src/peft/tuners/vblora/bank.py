@@ -15,6 +15,7 @@ Source: arXiv:2405.15179, section 3
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ...ops.derivatives import gradients_again
 from ...ops.dispatch import is_batched, is_eager, shapes
+from ...ops.triton_support import with_kernel
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Devices on which `embedding_bag` has a gradient for its per-sample weights."""
@@ -74,7 +76,7 @@ def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 def compose_factors_plain(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `factors.compose_factors` in plain PyTorch operations."""
+    """Compute `compose_factors` in plain PyTorch operations."""
     (selected_A, indices_A), (selected_B, indices_B) = (
         fast_topk(logits_A, topk),
         fast_topk(logits_B, topk),
@@ -86,6 +88,42 @@ def compose_factors_plain(
     (r, columns, _), (rows, *_) = shapes(logits_A, logits_B)
     tiles_A, tiles_B = tiles.split([r * columns, rows * r])
     return place_tiles(tiles_A.unflatten(0, (r, columns)), tiles_B.unflatten(0, (rows, r)))
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Make arguments of `compose_factors` to try a kernel with: no powers of two, no ties."""
+    shapes = (3, 2, 37), (5, 3, 37), (37, 20)
+    numbers = (
+        torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape)
+        for shape in shapes
+    )
+    logits_A, logits_B, bank = (tensor.requires_grad_() for tensor in numbers)
+    return logits_A, logits_B, bank, 3
+
+
+@with_kernel(3, _example)
+def compose_factors(
+    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
+    """Compose both low-rank factors of one layer, `ΔW = B @ A`.
+
+    `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]` with
+    `v = vector_length`: a tile always runs along the features.
+
+    Args:
+        logits_A: `[r, in / vector_length, num_vectors]`.
+        logits_B: `[out / vector_length, r, num_vectors]`.
+        bank: `[num_vectors, vector_length]`.
+        topk: Vectors summed into each tile.
+
+    Returns:
+        `A [r, in]` and `B [out, r]`, at the cost of `compose` for
+        `r * (in + out) / vector_length` tiles. Runs as one kernel of `bank_triton.py` on GPUs
+        where that can be launched, unless `torch.use_deterministic_algorithms` is on.
+
+    Source: arXiv:2405.15179, section 3
+    """
+    return compose_factors_plain(logits_A, logits_B, bank, topk)
 
 
 def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ...ops.mixed_precision import scaled
 from .bank import (
     Selection,
     all_weights,
+    compose_factors,
     expand,
     index_dtype,
     is_topk_only,
@@ -34,7 +35,7 @@ from .bank import (
     savable_parameters,
     select_topk,
 )
-from .factors import compose_factors
+from .config import VBLoRAConfig
 from .packed import PackedTensors
 from .storage import GATE, INDICES, LOGITS, WEIGHTS, StorageFormat
 
@@ -142,7 +143,7 @@ class VBLoRALayer(BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        config: Any,
+        config: VBLoRAConfig,
         placement: Placement | None = None,
         initialize: bool = True,
         bank_key: str | None = None,
@@ -203,7 +204,7 @@ class VBLoRALayer(BaseTunerLayer):
         ):
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
-    def savable_parameters(self, adapter_name: str, config: Any) -> float:
+    def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
         """Return the size of the adapter's part in this layer in a file, in float32 numbers."""
         topk = config.topk if config.save_only_topk_weights else None
         size = self.geometry
@@ -251,12 +252,16 @@ class VBLoRALayer(BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]`, with the layer's scale and the gate in `B`."""
-        A, B = self._composed(adapter_name)
-        if adapter_name in self.vblora_gate:
-            B = B * self.vblora_gate(adapter_name)
+        A, B = self._gated_factors(adapter_name)
         return A, scaled(B, self.scaling[adapter_name])
 
-    def _composed(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+    def _gated_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return `A [r, in]` and `B [out, r]`, with the gate in `B`."""
+        A, B = self._composed_factors(adapter_name)
+        gates: Any = self._modules["vblora_gate"]
+        return A, B * gates(adapter_name) if adapter_name in gates else B
+
+    def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]` as composed. They may come from the inference cache,
         so nothing may write to them.
         """
@@ -265,12 +270,12 @@ class VBLoRALayer(BaseTunerLayer):
             selection_A, selection_B = self.selections(adapter_name)
             return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
         modules: Any = self._modules
-        logits = modules["vblora_logits_A"], modules["vblora_logits_B"]
-        logits_A, logits_B, bank = read(adapter_name, (*logits, self._bank[0]))
-        if self.bank_key[adapter_name] is not None:
-            bank = self.bank(adapter_name)
+        containers = modules["vblora_logits_A"], modules["vblora_logits_B"], self._bank[0]
+        logits_A, logits_B, own_bank = read(adapter_name, containers)
+        assert logits_A is not None and logits_B is not None
+        bank = self.bank(adapter_name) if own_bank is None else own_bank
         topk, sources = self.topk[adapter_name], (logits_A, logits_B, bank)
-        if logits[0]._parameters.get(adapter_name) is not logits_A:
+        if containers[0]._parameters.get(adapter_name) is not logits_A:
             # Offloaded tensors exist for this call only.
             return self._to_size(*compose_factors(*sources, topk))
         return self._to_size(
@@ -286,15 +291,15 @@ class VBLoRALayer(BaseTunerLayer):
             B = B[..., : self.geometry.out_features, :]
         return A, B
 
-    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
+    def get_delta_weight(self, adapter_name: str, **options: object) -> Tensor:
         """Return `B·A` in the base weight's layout."""
         return self.delta_recipe(adapter_name).weight()
 
-    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+    def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return the composed factors, for exact merging."""
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
         """Return the cost of factors of rank `r`, without composing them once for a forward."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
@@ -306,44 +311,34 @@ class VBLoRALayer(BaseTunerLayer):
         return approximate(B.detach(), A.detach(), rank)
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
-        """`x·Aᵀ`, then `Bᵀ`."""
-        A, B = self._factors_for_forward(adapter_name)
-        dropout = self._dropout(adapter_name)
-        x = (
-            F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
-            if dropout
-            else self._chain_input(x, A.dtype)
-        )
-        return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
-
-    def _factors_for_forward(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """`A [r, in]` and `B [out, r]`, the gate in `B`.
+        """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x` in training.
 
         Raises:
-            PeftRuntimeError: In training, if the logits came from a top-k checkpoint.
+            PeftRuntimeError: In training, if the logits came from a compact file.
         """
         if self.training and self.topk_only[adapter_name]:
-            self.note_loaded(adapter_name)  # other numbers may have been written since
-        if self.training and self.topk_only[adapter_name]:
+            self._refuse_training(adapter_name)
+        A, B = self._gated_factors(adapter_name)
+        if self.training and (dropout := self.vblora_dropout[adapter_name]):
+            x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
+        else:
+            x = self._chain_input(x, A.dtype)
+        return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
+
+    def _refuse_training(self, adapter_name: str) -> None:
+        """Raise for logits from a compact file, unless others were written to them since."""
+        self.note_loaded(adapter_name)
+        if self.topk_only[adapter_name]:
             raise PeftRuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
                 "`save_only_topk_weights` model, which lacks the logits of vectors that were not "
-                f"chosen. {TRAINING_ON}"
+                f"selected. {TRAINING_ON}"
             )
-        A, B = self._composed(adapter_name)
-        gates: Any = self._modules["vblora_gate"]
-        return A, B * gates(adapter_name) if adapter_name in gates else B
-
-    def _dropout(self, adapter_name: str) -> float:
-        """The share of the input that is dropped at present."""
-        return self.vblora_dropout[adapter_name] if self.training else 0.0
 
     def apply_by_sample(
         self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
     ) -> Tensor:
-        """Compact adapters over one shared bank are composed and applied all at once, the others
-        one by one.
-        """
+        """Apply compact adapters over one shared bank together, the others one by one."""
         together = (
             [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
         )
@@ -426,7 +421,7 @@ class VBLoRALayer(BaseTunerLayer):
 
 
 class Linear(VBLoRALayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with VB-LoRA adapters.
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with VB-LoRA adapters.
 
     Args:
         base_layer: The layer to adapt.
@@ -441,7 +436,7 @@ class Linear(VBLoRALayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: Any,
+        config: VBLoRAConfig,
         vblora_vector_bank: AdapterParameterDict,
         vblora_shared_banks: AdapterParameterDict | None = None,
         **options: Any,

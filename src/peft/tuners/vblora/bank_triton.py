@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`factors.compose_factors` as one Triton kernel, and one for its gradient.
+"""`bank.compose_factors` as one Triton kernel, and one for its gradient.
 
 A program of the kernel makes one tile: it finds the top-k of the tile's logits, computes their
 softmax and writes the weighted sum of the vectors to its place in the factor. Products and sums are
@@ -44,7 +44,7 @@ def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
 def compose_factors(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `factors.compose_factors` in one launch.
+    """Compute `bank.compose_factors` in one launch.
 
     Among equal logits the lowest index is selected first. The order in which the bank's gradient is
     summed differs from run to run.
@@ -57,7 +57,7 @@ def compose_factors(
 
     Returns:
         `A [r, in]` and `B [out, r]`, the transpose of a contiguous `[r, out]`. Cost as for
-        `factors.compose_factors`, with one read of the logits.
+        `bank.compose_factors`, with one read of the logits.
 
     Source: arXiv:2405.15179, section 3
     """
