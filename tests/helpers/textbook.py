@@ -113,8 +113,8 @@ def poly(layer, own, x, task, adapter):
         logits = router.weight @ x.reshape(-1, x.shape[-1]).mean(0)
     gates = logits.reshape(n_splits, n_skills).sigmoid()
     weights = gates / gates.sum(1, keepdim=True)
-    if router.top_k is not None:
-        values, chosen = weights.topk(router.top_k)
+    if not router.training and router.gating.top_k is not None:
+        values, chosen = weights.topk(router.gating.top_k)
         weights = torch.zeros_like(weights).scatter(1, chosen, values / values.sum(1, keepdim=True))
     A_w = torch.cat(
         [sum(weights[q, s] * A[q, s] for s in range(n_skills)) for q in range(n_splits)]

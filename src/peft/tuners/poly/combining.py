@@ -148,7 +148,7 @@ def _combined_config(
 def _inventory(layer: PolyLayer, name: str, weight: float, config: PolyConfig) -> Inventory:
     """Return an adapter's inventory in a layer; skills of zeros if the adapter is not there."""
     if name in layer.scaling:
-        weights = layer.router(name).task_weights()
+        weights = layer.task_weights(name)
         factor = weight * float(layer.scaling[name])
         return Inventory(factor, weights, layer.poly_lora_A(name), layer.poly_lora_B(name))
     q, s, r, size = config.n_splits, config.n_skills, config.r, layer.geometry

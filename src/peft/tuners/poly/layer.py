@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with Poly adapters: they hold the skills and the router; the maths is in `mixing.py`."""
+"""Layers with Poly adapters. They hold skills and routers; the maths is in `mixing.py`, and
+`routing.py` tells the task of each row.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
 from ...base.plain_values import plain
-from ...config import is_int
+from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
 from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
@@ -30,7 +32,10 @@ from .routing import Routing
 from .tables import TaskTable
 from .task_skills import TaskSkills
 
-# Numbers up to which all tasks' weights are computed at once, to be looked up.
+if TYPE_CHECKING:
+    from .config import PolyConfig
+
+# Largest table, in elements, of which evaluation caches the weights of all tasks.
 _SMALL_TABLE = 4096
 
 
@@ -39,12 +44,12 @@ class PolyLayer(BaseTunerLayer):
 
     Args:
         base_layer: The layer to adapt.
-        routing: The calls in progress on the model, shared by its layers.
+        routing: The routing of the model, shared by its layers; None for a layer by itself.
 
     Attributes:
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
         poly_lora_B: `[n_splits, n_skills, r, out // n_splits]` by adapter name.
-        poly_router: Routers by adapter name; `router` finds those that layers share.
+        poly_router: Routers by adapter name; `router` returns shared ones too.
         poly_task_skills: Task-specific skills, by the name of adapters with a `task_rank`.
         r, alpha, n_tasks, n_skills, n_splits: As in the config, by adapter name.
 
@@ -71,29 +76,29 @@ class PolyLayer(BaseTunerLayer):
         self.routing = routing or Routing(base_layer)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`alpha / r`."""
+        """Return `alpha / r`."""
         return self.alpha[adapter_name] / self.r[adapter_name]
 
     def update_layer(
         self,
         adapter_name: str,
-        poly_config: Any,
+        poly_config: PolyConfig,
         inference_mode: bool = False,
         placement: Placement | None = None,
         initialize: bool = True,
         router: Router | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Make an adapter's skills and router.
 
         Args:
             adapter_name: The adapter's name.
-            poly_config: Its config, as it is for this layer.
-            inference_mode: Leave it frozen.
+            poly_config: Its config, with the patterns resolved for this layer.
+            inference_mode: Freeze the adapter.
             placement: Device and dtype, by default the base layer's.
-            initialize: False leaves the memory as it is.
+            initialize: Initialize the parameters; False leaves their memory as it is.
             router: The router of another layer, to share.
-            **kwargs: Options of other methods' layers, which have no effect.
+            **kwargs: Options for layers of other methods, ignored.
         """
         size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
         placement = self._placement(placement)
@@ -130,8 +135,8 @@ class PolyLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Draw an adapter anew: all skills (`A` as `nn.Linear` would, `B` zero, or as `A` if not
-        `init_weights`), and the router, unless it is that of another layer.
+        """Initialize an adapter: `A` as `nn.Linear` does, `B` with zeros, or as `A` if not
+        `init_weights`; task-specific skills alike; and the router, unless it is another layer's.
         """
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
@@ -139,17 +144,23 @@ class PolyLayer(BaseTunerLayer):
             B.zero_()
         else:
             B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
-        router: Any = self.poly_router[adapter_name]
-        if not isinstance(router, SharedRouter):
+        router = self.poly_router[adapter_name]
+        if isinstance(router, Router):
             router.reset_parameters()
         task_skills = self.task_skills(adapter_name)
         if task_skills is not None:
             task_skills.reset_parameters(init_weights)
 
-    def router(self, adapter_name: str) -> Any:
-        """An adapter's router, be it that of another layer."""
+    def router(self, adapter_name: str) -> Router:
+        """Return an adapter's router, which may be another layer's."""
         entry: Any = self._modules["poly_router"]._modules[adapter_name]  # type: ignore[union-attr]
         return entry.router if isinstance(entry, SharedRouter) else entry
+
+    def task_weights(self, adapter_name: str) -> Tensor:
+        """Return the mixing weights of all tasks in evaluation, `[n_tasks, n_splits, n_skills]`."""
+        router = self.router(adapter_name)
+        assert isinstance(router, TaskRouter)
+        return router.task_weights()
 
     def task_skills(self, adapter_name: str) -> TaskSkills | None:
         """Return an adapter's task-specific skills; None if it has none."""
@@ -159,8 +170,8 @@ class PolyLayer(BaseTunerLayer):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Unfreeze or freeze adapters whole, but for routing that is fixed; rows that were trained
-        by themselves are no more.
+        """Unfreeze or freeze all of an adapter, except fixed routing. Rows of tables that trained
+        alone no longer do.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
@@ -172,21 +183,18 @@ class PolyLayer(BaseTunerLayer):
             if name in self.poly_router and is_fixed(self.poly_router[name]):
                 self.poly_router[name].requires_grad_(False)
 
-    def adopt_settings(self, adapter_name: str, fresh: Any, fresh_name: str) -> None:
-        """Also route as the other adapter does: how logits become weights, and whether they are
-        trained.
-        """
+    def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
+        """Copy the options of routing: those of the mixing weights, and `routing="fixed"`."""
+        assert isinstance(fresh, PolyLayer)
         own, other = self.router(adapter_name), fresh.router(fresh_name)
         own.gating = other.gating
-        if is_fixed(own) != is_fixed(other):
+        if isinstance(own, TaskRouter) and own.fixed != is_fixed(other):
             own.close_rows()
-            own.fixed = other.fixed
+            own.fixed = is_fixed(other)
             own.requires_grad_(not own.fixed and self.poly_lora_A[adapter_name].requires_grad)
 
     def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
-        """The tables with a row for each task that an adapter has in this layer; a shared router's
-        is the other layer's.
-        """
+        """Yield an adapter's tables with a row for each task, except another layer's router."""
         for container in (self.poly_router, self.poly_task_skills):
             if adapter_name in container:
                 yield from (
@@ -195,13 +203,16 @@ class PolyLayer(BaseTunerLayer):
                     if isinstance(module, TaskTable)
                 )
 
-    def forward(self, x: Tensor, *args: Any, task_ids: Any = None, **kwargs: Any) -> Tensor:
-        """The base layer's output plus that of the active adapters.
+    def forward(
+        self, x: Tensor, *args: object, task_ids: object = None, **kwargs: object
+    ) -> Tensor:
+        """Return the base layer's output plus the deltas of the active adapters.
 
         Args:
             x: `[rows, *leading, in]`.
-            task_ids: A task for each row, where the layer is called by itself; inside a model they
-                come with the model's call.
+            *args, **kwargs: Further arguments of the base layer.
+            task_ids: A task for each row, if the layer is called by itself; inside a model the
+                model's call has them.
         """
         if task_ids is None:
             return super().forward(x, *args, **kwargs)
@@ -217,7 +228,7 @@ class PolyLayer(BaseTunerLayer):
     def apply_to_tokens(
         self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
     ) -> Tensor:
-        """Apply an adapter to samples padded to one length, so that each keeps its own task."""
+        """Apply an adapter to a nested input as padded samples, so that each keeps its task."""
         real = are_tokens(nested)
         padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
         with self.routing.padded(
@@ -231,8 +242,8 @@ class PolyLayer(BaseTunerLayer):
         """
         if x.dim() == 1:
             return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
-        x, *operands = self._operands(adapter_name, x)
-        delta = poly_delta(x, *operands)
+        x, weights, A, B, scale = self._operands(adapter_name, x)
+        delta = poly_delta(x, weights, A, B, scale)
         task_skills = self.task_skills(adapter_name)
         if task_skills is None:
             return delta
@@ -261,10 +272,13 @@ class PolyLayer(BaseTunerLayer):
         """Return the factor on task-specific skills, `alpha / r_t` times any user's scaling."""
         return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
 
-    def _operands(self, adapter_name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
-        """What `poly_delta` takes."""
+    def _operands(
+        self, adapter_name: str, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Return the arguments of `poly_delta`: input, mixing weights, `A`, `B` and scale."""
         modules: Any = self._modules
         A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
+        assert A is not None and B is not None  # each adapter has both
         router = self.router(adapter_name)
         if x.dtype != A.dtype:  # routers of inputs read the input too
             cast = self._chain_input if isinstance(router, TaskRouter) else self._cast_input_dtype
@@ -281,14 +295,12 @@ class PolyLayer(BaseTunerLayer):
             self.scaling[adapter_name],
         )
 
-    def mixing_weights(self, adapter_name: str, x: Tensor) -> Tensor:
-        """The weights for an input `[rows, *leading, in]`: `[samples, n_splits, n_skills]`, where
-        each sample has the same number of successive rows, or
-        `[rows, *leading, n_splits, n_skills]` at token level.
-        """
-        return self._weights(adapter_name, self.router(adapter_name), x)
+    def _weights(self, adapter_name: str, router: Router, x: Tensor) -> Tensor:
+        """Return the mixing weights for an input `[rows, *leading, in]`.
 
-    def _weights(self, adapter_name: str, router: Any, x: Tensor) -> Tensor:
+        They are `[samples, n_splits, n_skills]` if each sample has the same number of consecutive
+        rows, or `[rows, *leading, n_splits, n_skills]` with routing by token.
+        """
         if isinstance(router, TaskRouter):
             ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
             weights = self._weights_of_tasks(adapter_name, router, ids)
@@ -300,19 +312,20 @@ class PolyLayer(BaseTunerLayer):
         )
 
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
+        """Return the mixing weights of tasks, looked up in evaluation if the table is small."""
         table, weights = router.module_logits, None
         if not router.training and table.numel() <= _SMALL_TABLE:
             sources = (table, *router.rows) if router.runs else (table,)
             weights = cached(router, adapter_name, router.gating, sources, router.task_weights)
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
-    def resolve_task(self, adapter_name: str, task_id: int | None) -> int:
-        """The task to merge.
+    def resolve_task(self, adapter_name: str, task_id: object) -> int:
+        """Return the task whose delta is meant, by default the only one.
 
         Raises:
-            PeftNotSupportedError: The adapter routes by input, so no weight holds its delta.
-            PeftTypeError: It is no integer.
-            PeftValueError: There are several tasks and none is chosen, or it is out of range.
+            PeftNotSupportedError: The adapter routes by input, so its delta is not a matrix.
+            PeftTypeError: The id is not an integer.
+            PeftValueError: There are several tasks and none is given, or the id is out of range.
         """
         task_id = plain(task_id)
         if task_id is not None and not is_int(task_id):
@@ -336,17 +349,18 @@ class PolyLayer(BaseTunerLayer):
         return task_id or 0
 
     def note_merges(self, adapter_names: list[str]) -> None:
-        """Also tell the routing for which tasks."""
+        """Record the adapters that are merged now, and tell the routing their tasks."""
         super().note_merges(adapter_names)
+        options = self._merges.options(self)
         tasks = {
-            name: self._merges.options(self)[name].get("task_id") or 0 for name in adapter_names
+            name: self.resolve_task(name, options[name].get("task_id")) for name in adapter_names
         }
         self.routing.note_merges(self, tasks)
 
     def get_delta_weight(
-        self, adapter_name: str, task_id: int | None = None, **options: Any
+        self, adapter_name: str, task_id: int | None = None, **options: object
     ) -> Tensor:
-        """One task's delta, of rank `r`, in the base weight's layout."""
+        """Return one task's delta, of rank `r`, in the base weight's layout."""
         return self.delta_recipe(adapter_name, task_id=task_id).weight()
 
     def delta_recipe(
@@ -363,8 +377,8 @@ class PolyLayer(BaseTunerLayer):
         tasks, each times its share: the mixed skills of rank `r`, then task-specific skills.
         """
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
-        tasks_weights = self.router(adapter_name).task_weights()
-        weights = sum(tasks_weights[task] * share for task, share in shares.items())
+        every = self.task_weights(adapter_name)
+        weights = torch.stack([every[task] * share for task, share in shares.items()]).sum(0)
         yield task_factors(weights.to(A.dtype), A, B, self.scaling[adapter_name])
         if self.task_skills(adapter_name) is not None:
             yield self.task_skill_factors(adapter_name, shares)
@@ -380,12 +394,12 @@ class PolyLayer(BaseTunerLayer):
         left, right = task_skills.factors(shares)
         return left, right * self._task_skill_scale(adapter_name, task_skills)
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of one sample's factors of rank `r`, beside mixing them once for it."""
+    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
+        """Return the cost of applying one sample's factors of rank `r`, without that of mixing."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter routes by task: its delta is the same for every input then."""
+        """Return whether an adapter routes by task, so that its delta is a matrix for each task."""
         return isinstance(self.router(adapter_name), TaskRouter)
 
     def low_rank_factors(
@@ -393,10 +407,11 @@ class PolyLayer(BaseTunerLayer):
         adapter_name: str,
         rank: int | float | None = None,
         task_id: int | Mapping[int, float] | None = None,
-        **options: Any,
+        **options: object,
     ) -> LowRank:
-        """Return one task's delta, or that of a blend of tasks with shares, as `B·A`, exact at rank
-        `r` (and `r_t` more for each task-specific skill).
+        """Return the delta of one task, or of a blend of tasks with shares, as `B·A`.
+
+        It is exact at rank `r`, plus `r_t` for each task-specific skill.
         """
         shares = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
         if not shares:
@@ -407,14 +422,14 @@ class PolyLayer(BaseTunerLayer):
 
 
 class Linear(PolyLayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with Poly adapters.
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with Poly adapters.
 
     Args:
         base_layer: The layer to adapt.
         adapter_name: The first adapter's name.
         poly_config: Its config.
-        routing: The calls in progress on the model, shared by its layers.
-        at: The config as it is for this layer, where that has patterns.
+        routing: The routing of the model, shared by its layers; None for a layer by itself.
+        at: The config with the patterns resolved for this layer; None for `poly_config` itself.
         **options: As for `update_layer`.
     """
 
@@ -422,9 +437,9 @@ class Linear(PolyLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        poly_config: Any,
+        poly_config: PolyConfig,
         routing: Routing | None = None,
-        at: Any = None,
+        at: PolyConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__(base_layer, routing)
@@ -435,11 +450,11 @@ class Linear(PolyLayer):
             self.routing.layer = self
 
 
-def is_fixed(router: Any) -> bool:
-    """Whether a router is one that is never trained."""
+def is_fixed(router: nn.Module) -> bool:
+    """Return whether a router is never trained."""
     return isinstance(router, TaskRouter) and router.fixed
 
 
 def _bound(fan_in: int) -> float:
-    """The bound of `kaiming_uniform_(a=√5)`."""
+    """Return the bound of `kaiming_uniform_(a=√5)`, with which `nn.Linear` is initialized."""
     return 1 / math.sqrt(fan_in)

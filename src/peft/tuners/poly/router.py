@@ -48,11 +48,6 @@ class Router(nn.Module):
         """Return the sizes."""
         return f"n_splits={self.n_splits}, n_skills={self.n_skills}"
 
-    @property
-    def top_k(self) -> int | None:
-        """Largest number of skills of a split that have a weight now; None for all."""
-        return None if self.training else self.gating.top_k
-
 
 class TaskRouter(Router, TaskTable):
     """Routing by task: a table of logits, of which single rows can be trained.
