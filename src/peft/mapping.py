@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names to classes, and adapters for models that are to stay as they are, without a
-`PeftModel` around them.
+"""The registries of methods, configs from dictionaries, and adapters in a model without a
+`PeftModel`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,11 +32,11 @@ __all__ = [
 ]
 
 
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+def get_peft_config(config_dict: dict[str, object]) -> PeftConfig:
     """Make a config from its fields; `peft_type` chooses the class.
 
     Raises:
-        PeftValueError: `peft_type` is missing or not provided, or a value is not allowed.
+        PeftValueError: `peft_type` is missing or not implemented, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
         raise PeftValueError(
@@ -92,14 +91,10 @@ def inject_adapter_in_model(
             "one first."
         )
     tuner_cls: type[BaseTuner] = lookup(PEFT_TYPE_TO_TUNER_MAPPING, peft_config.peft_type)
-    options: Any = {
-        "low_cpu_mem_usage": low_cpu_mem_usage,
-        "state_dict": state_dict,
-        "shared_root": model,
-    }
-    tuner = tuner_cls(model, peft_config, adapter_name, **options)
-    configs[adapter_name] = tuner.config_to_save(
-        adapter_name
-    )  # it is the clients who will write it
+    tuner = tuner_cls(
+        model, peft_config, adapter_name, low_cpu_mem_usage, state_dict, shared_root=model
+    )
+    # Clients write this config to files.
+    configs[adapter_name] = tuner.config_to_save(adapter_name)
     model.peft_config = configs  # type: ignore[assignment]
     return model

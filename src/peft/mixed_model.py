@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .config import PeftConfig
 from .core.adapted_model import AdaptedModel
 from .peft_model import PeftModel
@@ -34,11 +32,11 @@ class PeftMixedModel(PeftModel):
 
     @property
     def prefix(self) -> str:
-        """No common start of names of adapter parameters."""
+        """The word "mixed", since names of adapter parameters have no common start."""
         return MixedModel.prefix
 
     def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
         return MixedModel
 
-    def _check_method(self, config: Any) -> None:
+    def _check_method(self, config: PeftConfig) -> None:
         self.base_model.method_of(config)

@@ -118,7 +118,7 @@ class PeftModel(nn.Module):
             self.prepare_model_for_gradient_checkpointing()
 
     @classmethod
-    def _around(cls, tuner_cls: type[AdaptedModel]) -> Any:
+    def _around(cls, tuner_cls: type[AdaptedModel]) -> type:
         """Return this class with the methods of a tuner's `model_methods`, under the same name."""
         return around(cls, tuner_cls)  # type: ignore[arg-type]
 
@@ -157,7 +157,7 @@ class PeftModel(nn.Module):
             config.modules_to_save = list(dict.fromkeys(names))
         return config
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the base model with the active adapters.
 
         Arguments of the method (`task_ids`) are passed by keyword, and so is `adapter_names`: an
@@ -165,7 +165,7 @@ class PeftModel(nn.Module):
         """
         return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> Any:
         """Call the base model's `generate`; it takes the keyword arguments of `forward` too."""
         self.base_model.refuse_foreign_arguments(kwargs)
         if not hasattr(self.get_base_model(), "generate"):
@@ -181,7 +181,7 @@ class PeftModel(nn.Module):
         with chosen, cached:
             return generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
         own = {
             name: kwargs.pop(name)
@@ -207,12 +207,12 @@ class PeftModel(nn.Module):
         """Return the base model, with the adapters in it."""
         return self.base_model.model
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, and let gradients pass its frozen input."""
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
         self.get_base_model().activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
@@ -229,7 +229,7 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Each adapter's config, by name."""
+        """The adapters' configs by name."""
         return self.base_model.peft_config
 
     @property

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -46,15 +46,12 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     Args:
         model: The base model; adapters are put into it in place.
-        peft_config: The first adapter's config, or a dictionary with its name as key. None for a
-            tuner without adapters yet.
+        peft_config: The first adapter's config, alone or by name; None for no adapter.
         adapter_name: The first adapter's name.
         low_cpu_mem_usage: Make the parameters on the meta device, to be filled from a checkpoint.
-        state_dict: Adapt the modules that this checkpoint has parameters for, in place of those the
-            config targets.
+        state_dict: Adapt the modules that this checkpoint has parameters for, not the targets.
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
-        shared_root: Module that parameters shared by all layers are registered on; by default this
-            one.
+        shared_root: Module to register the layers' shared parameters on, by default this one.
         initialize: False leaves the adapter's memory as it is, for `fill` to write.
         fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
 
@@ -124,7 +121,7 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return a model's config as a dictionary, of type "custom" for a model without one."""
+        """Return a model's config as a dictionary; the default has the type "custom"."""
         return model_config(model, DUMMY_MODEL_CONFIG)
 
     def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -158,7 +155,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         }
         return {k: v for k, v in present.items() if isinstance(v, AdapterParameterDict)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the base model with its adapters.
 
         Args:
@@ -187,7 +184,10 @@ class AdaptedModel(nn.Module, Generic[C]):
             return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
 
     def chosen_adapters(
-        self, args: tuple[Any, ...], arguments: dict[str, Any], generate: Any = None
+        self,
+        args: tuple[object, ...],
+        arguments: dict[str, object],
+        generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
         """Take the choice of an adapter for each sample out of a call's keyword arguments.
 
@@ -358,7 +358,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self._enable(True)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off, so that the model computes as it did without them."""
+        """Switch all adapters off: the model computes as it did without them."""
         for name in self.active_adapters:
             biases = self.peft_config[name].trained_biases
             if biases != "none":
@@ -406,10 +406,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         again exactly.
 
         Merged adapters count whether or not they are active; active ones that are not merged are
-        computed in addition. A merge keeps a copy of the adapters' factors, so that unmerging takes
-        off the same delta, even if the adapters were trained, loaded or scaled meanwhile. Weights
-        that bitsandbytes or torchao quantized are quantized again; the originals stay in memory
-        until they are unmerged or unloaded.
+        computed in addition. A merge keeps the adapters' factors, so that unmerging takes off the
+        same delta, even after training. Quantized weights are quantized again; the originals stay
+        in memory until they are unmerged or unloaded.
 
         Args:
             adapter_names: Which adapters, by default the active ones.
@@ -439,7 +438,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         check_merge_options(options, self.merge_options, type(self).__name__)
         return self.check_names(checked_names(self.active_adapters if names is None else names))
 
-    def _merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _merge_options_of(
+        self, adapter_name: str, options: Mapping[str, object]
+    ) -> dict[str, object]:
         """Return the checked options of a merge that are for an adapter's method."""
         method = self.method_of(self.peft_config[adapter_name])
         own = {name: value for name, value in options.items() if name in method.merge_options}
@@ -456,9 +457,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         adapter_names: list[str] | None = None,
         **options: Any,
     ) -> nn.Module:
-        """Return the base model with adapters merged into its weights, and no layer of this package
-        left in it. A weight that its layer computes in each forward (`weight_norm`,
-        `spectral_norm`, `parametrize`, `prune`) becomes a plain parameter.
+        """Return the base model with adapters merged into its weights, without adapter layers.
+
+        A weight that its layer computes in each forward (`weight_norm`, …) becomes a parameter.
 
         Args:
             progressbar: Show one.

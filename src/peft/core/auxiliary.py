@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are trained beside an adapter: `AuxiliaryTrainingWrapper`, and full copies for
-`modules_to_save`.
-"""
+"""Wrappers of modules that are trained beside an adapter, whole (`modules_to_save`) or in part."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..base.calls.layout import SAMPLES_FIRST, RowLayout
@@ -21,14 +19,14 @@ from ..integrations.distributed import gathered
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module of which something is trained beside each of several adapters, and used while that
-    adapter is active.
+    """A module with trainable parameters for each of several adapters, used while the adapter is
+    active.
 
     Args:
-        module_to_save: The module as it was; it is used while no adapter's part is.
+        module_to_save: The original module, used while no such adapter is active.
 
     Attributes:
-        layout: How the rows of its input lie.
+        layout: The row layout of its input.
     """
 
     __module__ = "peft.utils.other"  # where pickles look for it
@@ -46,48 +44,48 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the adapters that train something of this module."""
+        """Names of the adapters that have parameters in this module."""
         raise NotImplementedError
 
     def has(self, adapter_name: str) -> bool:
-        """Whether an adapter trains something of this module."""
+        """Return whether an adapter has parameters in this module."""
         raise NotImplementedError
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """What an adapter trains."""
+        """Return an adapter's parameters."""
         raise NotImplementedError
 
     def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's part."""
+        """Remove an adapter's parameters."""
         raise NotImplementedError
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """What to put in this wrapper's place: the module as it is with the part of one of some
-        adapters, or as it was if none of them has one.
+        """Return the module to replace this wrapper: with the parameters of one of some adapters, or
+        the original one if none of them has any.
         """
         raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each key under which a part of an adapter is saved, the name it has in this module."""
+        """Return the parameter name in this module for each key that an adapter is saved under."""
         raise NotImplementedError
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter whose part is in use, or an empty list."""
+        """The adapter whose parameters are in use, or an empty list."""
         return self._active_adapter[0] if self._active_adapter else []
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapter whose part is in use, in a list."""
+        """The adapter whose parameters are in use, in a list."""
         return self._active_adapter
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the original module is used whatever is active."""
+        """True while the original module is used, whatever adapters are active."""
         return self._disable_adapters
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active adapter's part, or the original module, while which all parts are frozen."""
+        """Use the active adapter's parameters, or the original module and freeze all parameters."""
         if not enabled and not self._disable_adapters:
             trained = [
                 name
@@ -102,11 +100,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self._disable_adapters = not enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use an adapter's part and make it trainable (unless `inference_mode`); the other parts
-        are frozen.
+        """Use an adapter's parameters and (unless `inference_mode`) train them; freeze all others.
 
         Raises:
-            PeftValueError: More than one of the adapters has a part in this module.
+            PeftValueError: More than one of the adapters has parameters in this module.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_one_of(names)
@@ -117,11 +114,11 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self._active_adapter = own
 
     def among(self, adapter_names: Iterable[str]) -> list[str]:
-        """Those of some adapters that train something of this module."""
+        """Return the names of those adapters that have parameters in this module."""
         return [name for name in adapter_names if self.has(name)]
 
     def check_one_of(self, adapter_names: Iterable[str]) -> None:
-        """Insist that at most one of some adapters has a part in this module.
+        """Check that at most one of some adapters has parameters in this module.
 
         Raises:
             PeftValueError: Several have.
@@ -129,14 +126,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
         if len(own := self.among(adapter_names)) > 1:
             raise PeftValueError(
                 f"Only one adapter can be set at a time for {type(self).__name__}: "
-                f"{', '.join(own)} each train the same "
-                "module. Make one adapter of them with `add_weighted_adapter(…, heads=…)`, or give "
-                "each sample its own "
-                "with `adapter_names`."
+                f"{', '.join(own)} each train the same module. Make one adapter of them with "
+                "`add_weighted_adapter(…, heads=…)`, or give each sample its own with "
+                "`adapter_names`."
             )
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters' parts."""
+        """Unfreeze or freeze adapters' parameters."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.parameters_of(name) if self.has(name) else ():
                 if (
@@ -145,7 +141,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
                     parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's part."""
+        """Remove an adapter's parameters, if it has any."""
         if self.has(adapter_name):
             self.remove(adapter_name)
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
@@ -153,27 +149,34 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def _run_for_samples(
         self,
         batch: AdapterBatch,
-        run: Callable[..., Any],
+        run: Callable[..., object],
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The output for each sample of a call of what runs for its adapter, from those rows of the
-        inputs that are the sample's.
+        kwargs: dict[str, object],
+    ) -> Tensor:
+        """Call a function for each adapter of a batch, with the rows of the adapter's samples.
+
+        Args:
+            batch: The adapter of each sample.
+            run: The function; its first argument is the adapter's name.
+            args, kwargs: Arguments of the call.
+
+        Returns:
+            The outputs, with rows in the order of the inputs.
 
         Raises:
-            PeftNotSupportedError: It is no tensor.
+            PeftNotSupportedError: An output is no tensor.
         """
         if batch.only is not None:
-            return run(batch.only, *args, **kwargs)
+            output = run(batch.only, *args, **kwargs)
+            return output  # type: ignore[return-value]
         shared = batch.row_owners(args[0], self)
         dim = int(shared.sequence_first)
         total = args[0].shape[dim]
 
-        def part(value: Any, own: torch.Tensor) -> Any:
-            has_rows = (
-                isinstance(value, torch.Tensor) and value.dim() > dim and value.shape[dim] == total
-            )
-            return value.index_select(dim, own) if has_rows else value
+        def part(value: object, own: Tensor) -> object:
+            if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == total:
+                return value.index_select(dim, own)
+            return value
 
         rows = batch.rows_by_adapter(total, args[0].device, shared)
         outputs = [
@@ -184,21 +187,21 @@ class AuxiliaryTrainingWrapper(nn.Module):
             )
             for name, own in rows.items()
         ]
-        if not all(isinstance(output, torch.Tensor) for output in outputs):
+        tensors = [output for output in outputs if isinstance(output, Tensor)]
+        if len(tensors) < len(outputs):
             raise PeftNotSupportedError(
                 "`adapter_names` needs modules in `modules_to_save` that return a tensor; "
-                f"{type(self.original_module).__name__} "
-                "does not."
+                f"{type(self.original_module).__name__} does not."
             )
-        return torch.cat(outputs, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
+        return torch.cat(tensors, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
 
     def _current(self) -> nn.Module:
-        """The module whose attributes this one shows."""
+        """Return the module whose attributes this one shows."""
         return self.original_module  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        """What this wrapper lacks is read from the module in use (`weight`, `out_features`, …),
-        private names apart.
+        """Return a public attribute of the module in use (`weight`, `out_features`, …) that this
+        wrapper lacks.
         """
         try:
             return super().__getattr__(name)
@@ -216,7 +219,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a full, trainable copy for each adapter that lists it in `modules_to_save`.
 
     Attributes:
-        original_module: The module as it was.
+        original_module: The original module.
         modules_to_save: The copies by adapter name.
     """
 
@@ -236,7 +239,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return list(self.modules_to_save)
 
     def has(self, adapter_name: str) -> bool:
-        """Whether an adapter has a copy."""
+        """Return whether an adapter has a copy."""
         return adapter_name in self.modules_to_save
 
     @property
@@ -245,22 +248,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @staticmethod
     def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
-        """A trainable copy of a module (of the original one, if it is wrapped already). Of the
-        modules in it that are keys of `plain`, those are copied that stand there.
+        """Return a trainable copy of a module, of the original one if it is wrapped already.
+
+        Args:
+            module: The module.
+            plain: Modules to copy in place of some modules inside it.
         """
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         with gathered(module.parameters()):
-            instead: dict[int, Any] = {
+            instead: dict[int, object] = {
                 id(layer): copy.deepcopy(inner) for layer, inner in plain.items()
             }
-            for inner in (
-                module.modules()
-            ):  # computed by a hook, they have a history, which torch does not copy
+            # Tensors that a hook computed have a gradient history, which torch does not copy.
+            for inner in module.modules():
                 computed = [
                     value
                     for value in vars(inner).values()
-                    if isinstance(value, torch.Tensor) and not value.is_leaf
+                    if isinstance(value, Tensor) and not value.is_leaf
                 ]
                 instead.update({id(value): value.detach().clone() for value in computed})
             fresh = copy.deepcopy(module, instead)
@@ -269,17 +274,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return fresh
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter's copy."""
+        """Return the parameters of an adapter's copy."""
         return list(self.modules_to_save[adapter_name].parameters())
 
     def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's copy."""
+        """Remove an adapter's copy."""
         del self.modules_to_save[adapter_name]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module in use, or for each sample that of the adapter its call chose
-        for it.
-        """
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the module in use, or for each sample the copy of the adapter that the call chose."""
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
@@ -288,13 +291,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         )
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """The copy of one of some adapters, or the original module."""
+        """Return the copy of one of some adapters, or the original module."""
         return next(
             (self.modules_to_save[name] for name in self.among(adapter_names)), self.original_module
         )
 
     def _of(self, adapter_name: str) -> nn.Module:
-        """An adapter's copy, or the original module if it has none."""
+        """Return an adapter's copy, or the original module if it has none."""
         if adapter_name in self.modules_to_save:
             return self.modules_to_save[adapter_name]
         return self.original_module
@@ -305,7 +308,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[self._active_adapter[0]]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each key of the wrapped module's state dict, the key of an adapter's copy."""
+        """Return the key of an adapter's copy for each key of the wrapped module's state dict."""
         if adapter_name not in self.modules_to_save:
             return {}
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -59,8 +58,8 @@ class CallArguments:
         model: nn.Module,
         adapters: Mapping[str, object],
         own: tuple[str, ...],
-        args: tuple[Any, ...],
-        arguments: dict[str, Any],
+        args: tuple[object, ...],
+        arguments: dict[str, object],
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
         """Take `adapter_names`, an adapter for each sample, out of a call's keyword arguments.

@@ -18,8 +18,7 @@ from ..integrations.distributed import state_tensors
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
-# Values of `heads` beside adapters' names. An adapter of such a name, among those that are
-# combined, goes before.
+# Values of `heads` in addition to adapters' names. An adapter of such a name takes precedence.
 MEAN, STACK = "mean", "stack"
 
 
@@ -56,15 +55,14 @@ def combine(
     *,
     can_stack: bool = False,
 ) -> dict[str, Tensor]:
-    """Return one set of what adapters train beside their layers.
+    """Return one set of tensors for those that adapters train beside their layers.
 
     Args:
-        parts: Each adapter's tensors by checkpoint key. What only one adapter has is taken as it
-            is.
-        heads: What to take where several have the same: "mean", or one's name. A name goes before
-            "mean".
-        weights: For the mean, by adapter; it is `Σ w·t / Σ w`. By default all count alike.
-        can_stack: The caller can stack these heads, too; for messages.
+        parts: Each adapter's tensors by checkpoint key. A tensor of one adapter only is taken.
+        heads: For tensors of several adapters: "mean", or the name of the adapter whose tensor is
+            taken. A name takes precedence over "mean".
+        weights: Weights of the mean `Σ w·t / Σ w` by adapter, by default equal.
+        can_stack: True if the caller can stack these heads too; for messages.
 
     Raises:
         PeftTypeError: `heads` is no string.
@@ -106,9 +104,7 @@ def combine(
 
 
 def _choices(names: Collection[str], can_stack: bool, mean: bool = True) -> str:
-    """Return what `heads` may be, for messages; a word that is also an adapter's name is that
-    alone.
-    """
+    """Return the values that `heads` may have, for messages."""
     words = [f"{MEAN!r}"] * (mean and MEAN not in names)
     words += [f"{STACK!r} (a head with the labels of all, see `TaskLabels`)"] * (
         can_stack and STACK not in names

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversions of adapters between methods share: where a model's layers are, and their deltas
-as thin factors.
-"""
+"""Find the adapter, the layers and the checkpoint root of a model for a conversion."""
 
 from __future__ import annotations
 
@@ -49,8 +47,8 @@ class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
         return self[1]
 
 
-def config_of(model: Any, adapter_name: str) -> Any:
-    """The config of an adapter of a `PeftModel` or of a model with injected adapters.
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """Return the config of an adapter of a `PeftModel` or of a model with injected adapters.
 
     Raises:
         UnsupportedModuleError: The model has no adapters.
@@ -66,9 +64,8 @@ def config_of(model: Any, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def name_of(model: Any, adapter_name: str | None) -> str:
-    """The name of the adapter that is meant: the given one; else "default", the only one that is
-    active, or the only one.
+def name_of(model: nn.Module, adapter_name: str | None) -> str:
+    """Return an adapter's name: the given one, else "default", the only active or the only one.
 
     Raises:
         PeftValueError: Several could be meant.
@@ -87,7 +84,7 @@ def root_of(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """The layers that have an adapter, by the path of the module they stand for.
+    """Yield the layers that have an adapter, with the paths of the modules that they adapt.
 
     Raises:
         PeftValueError: The adapter has no values yet.
@@ -103,7 +100,7 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
 
 
 def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
-    """Insist on layers that all have a delta.
+    """Check that all layers have a delta.
 
     Raises:
         UnsupportedModuleError: One has none, or there are no layers.
@@ -119,5 +116,6 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
         raise UnsupportedModuleError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
             if unfit
-            else f"Could not detect any layer that supports LoRA conversion and has adapter {adapter_name}."
+            else "Could not detect any layer that supports LoRA conversion and has adapter "
+            f"{adapter_name}."
         )

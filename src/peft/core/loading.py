@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from ..integrations.distributed import state_tensors
 from .filling import CheckpointFill, fitting, without_adapter_names
 from .injection import Construction
 from .renamed_targets import present_names
+
+if TYPE_CHECKING:
+    from ..config import TargetedConfig
 
 
 def from_pretrained(
@@ -234,7 +237,7 @@ def _read_checkpoint(
         # transformers' renaming of the modules between its versions.
         key_mapping = dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
     state = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
-    return present_names(model, config, state)
+    return present_names(model, cast("TargetedConfig", config), state)
 
 
 def _own_subfolder(

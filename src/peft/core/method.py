@@ -34,13 +34,15 @@ class Method(TargetRules[Any], AdapterMethod[Any], CombiningMethod, Protocol):
     def detach_adapters(self) -> None:
         """Undo the method's changes to the model outside its layers."""
 
-    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def merge_options_of(
+        self, adapter_name: str, options: Mapping[str, object]
+    ) -> Mapping[str, object]:
         """Return the checked options that one adapter is merged with."""
 
     def without_start(
         self, model: nn.Module, adapter_name: str
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Return config and tensors of an adapter that starts from the base weight as a plain one."""
+        """Return config and tensors of an adapter without its start from the base weight."""
 
     def form_to_save(
         self, adapter_name: str, config: Any, state: dict[str, Tensor]

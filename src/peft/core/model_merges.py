@@ -230,7 +230,10 @@ def without_other_merges(
 
 @contextmanager
 def for_good(
-    model: nn.Module, layers: Iterable[BaseTunerLayer], names: Sequence[str], options: Options
+    model: nn.Module,
+    layers: Iterable[BaseTunerLayer],
+    names: Sequence[str],
+    options: AdapterOptions,
 ) -> Iterator[bool]:
     """A context for a merge that stays, whose preparations an error undoes.
 

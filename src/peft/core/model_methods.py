@@ -30,7 +30,7 @@ def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
     """Return a method of a model that calls the method of the same name of its tuner.
 
     Args:
-        method: The tuner's, whose name, signature and docstring the new one has.
+        method: The tuner's method; the new one has its name, signature and docstring.
     """
     name = method.__name__
 
@@ -64,12 +64,12 @@ def methods_of(tuner_cls: type[HasMethods]) -> Callable[[T], T]:
 
 
 class _Combined(type):
-    """The metaclass of classes that `around` makes, which pickle can't find by their names."""
+    """The metaclass of the classes that `around` makes, which pickle can't find by name."""
 
 
 @cache
 def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
-    """Return the subclass of a model's class that has a tuner's methods. It goes by the same name.
+    """Return the subclass of a model's class that has a tuner's methods, with the same name.
 
     Args:
         model_cls: The model's class.
@@ -85,7 +85,7 @@ def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
 
 
 def _pickled(cls: Any) -> Any:
-    """Say how a class is made again: of its parts, or by its name if it is someone else's subclass."""
+    """Return the way to make a class again: of its parts, or by its name for a further subclass."""
     if "_made_of" not in vars(cls):
         return cls.__qualname__
     model_cls, tuner_cls = cls._made_of

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of adapters that name modules as they were called before."""
+"""Change the module names of an adapter's config to the present ones."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,18 +17,24 @@ from ..checkpoint.renamed_modules import ModuleNames, renamed_state
 from ..integrations.distributed import unwrapped_name
 from .targets import exactly, named, pattern_value, select
 
+if TYPE_CHECKING:
+    from ..config import TargetedConfig
+
+C = TypeVar("C", bound="TargetedConfig")
+
 
 def renamed_config(
-    config: Any, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]
-) -> Any:
-    """A config whose names mean the same modules under their present paths: the config itself where
-    they do already.
+    config: C, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]
+) -> C:
+    """Return a config whose names match the same modules under their present paths.
+
+    It is the config itself if its names do already.
 
     Args:
         config: The config.
         paths: The model's module paths.
-        renamed: The present path of modules by that which the config knows.
-        layers: Those of them that the adapter is for, by the path that the config knows.
+        renamed: The present path of modules by the path that the config knows.
+        layers: The adapted modules among them, by the path that the config knows.
     """
     if all(old == new for old, new in renamed.items()):
         return config
@@ -66,13 +72,13 @@ def renamed_config(
 
 
 def present_names(
-    model: nn.Module, config: Any, state: Mapping[str, Tensor]
-) -> tuple[Any, dict[str, Tensor]]:
-    """A checkpoint's config and tensors under the names that a model's modules have now; the config
-    is a copy if it has others.
+    model: nn.Module, config: C, state: Mapping[str, Tensor]
+) -> tuple[C, dict[str, Tensor]]:
+    """Return a checkpoint's config and tensors under the present names of a model's modules. The
+    config is a copy if names changed.
 
     Raises:
-        CheckpointError: A module is a part of another one now.
+        CheckpointError: A module is now part of another one.
     """
     holders = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).tuner_layer_cls.container_names
     found = renamed_state(model, state, holders)
@@ -101,10 +107,10 @@ def saved_paths(
     return {names.now(path) or path for path in paths}
 
 
-def config_of_now(config: Any, model: nn.Module) -> Any:
-    """A config that was read from a file, with names that the model's modules had before replaced
-    by their present ones; the config itself where all its names mean modules, or none does under
-    earlier names.
+def config_of_now(config: C, model: nn.Module) -> C:
+    """Return a config from a file with earlier names of the model's modules replaced by present ones.
+
+    It is the config itself if all its names match modules, or none does under earlier names.
     """
     if config.source is None:
         return config
@@ -122,32 +128,40 @@ def config_of_now(config: Any, model: nn.Module) -> Any:
     return renamed_config(config, names.paths, {**known, **others}, [*chosen, *others])
 
 
-def _lost_targets(targets: Any, paths: Collection[str]) -> Any:
-    """What of a config's targets means no module."""
-    if is_empty(targets) or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+def _lost_targets(
+    targets: str | Collection[str] | None, paths: Collection[str]
+) -> str | Collection[str] | None:
+    """Return the targets of a config that match no module."""
+    if targets is None or is_empty(targets) or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return None
     if isinstance(targets, str):
         return None if any(named(targets, path) for path in paths) else targets
     return set(targets).difference(path[i:] for path in paths for i in _starts(path))
 
 
-def _companions(config: Any) -> list[str]:
-    """Names of modules that a config has something trained of beside its adapter."""
+def _companions(config: TargetedConfig) -> list[str]:
+    """Return the names of modules that a config trains beside its layers, whole or by rows."""
     tokens = config.trainable_token_indices
     return [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
 
 
-def _selected(config: Any, paths: Iterable[str]) -> list[str]:
+def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
     layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     targets = config.target_modules
-    return [] if is_empty(targets) else select(paths, targets, config.exclude_modules, *layers)
+    return (
+        []
+        if targets is None or is_empty(targets)
+        else select(paths, targets, config.exclude_modules, *layers)
+    )
 
 
-def _saved(names: Any, paths: Collection[str], renamed: Mapping[str, str]) -> Any:
-    """Names of modules, those that mean none replaced by the present paths of those that they
-    meant.
+def _saved(
+    names: list[str] | None, paths: Collection[str], renamed: Mapping[str, str]
+) -> list[str] | None:
+    """Return names of modules; those that match none are replaced by the present paths of the
+    modules that they matched before.
     """
-    if is_empty(names):
+    if names is None or is_empty(names):
         return names
     result: dict[str, None] = {}
     for name in names:
@@ -157,8 +171,8 @@ def _saved(names: Any, paths: Collection[str], renamed: Mapping[str, str]) -> An
 
 
 def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
-    """The present paths of the modules that a name meant: of those that are renamed, and of those
-    around them.
+    """Return the present paths of the renamed modules that a name matched, and of modules around
+    them.
     """
     found = []
     for old, new in renamed.items():
@@ -170,10 +184,10 @@ def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
 
 
 def _starts(path: str) -> list[int]:
-    """Where the names begin that can mean the module at a path."""
+    """Return the starts of the ends of a path that can name its module."""
     return [0] + [i + 1 for i, sign in enumerate(path) if sign == "."]
 
 
 def _ends(path: str) -> list[int]:
-    """Where the path of a module, or of one around it, ends."""
+    """Return the ends of the paths of a module and of the modules around it."""
     return [i for i, sign in enumerate(path) if sign == "."] + [len(path)]

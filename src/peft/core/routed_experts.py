@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapted modules and a model's mixtures of experts say of whose rows are whose.
+"""Row layouts of adapted modules, and the tokens of each expert in mixtures of experts.
 
-The experts of transformers' older mixtures are modules of their own, which see only the tokens that
-they are handed. Their container is told which, so it is asked.
+In transformers' older mixtures each expert is a module that gets only its own tokens. The container
+of the experts knows the choice, and its calls are wrapped to read it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .auxiliary import AuxiliaryTrainingWrapper
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
-    """Have the adapted modules at some paths know how their rows lie, and mixtures of experts say,
-    while they run, which token goes to which expert, where that can be read.
+    """Set the row layout of the adapted modules at some paths, and wrap the calls of mixtures of
+    experts so that their choice of tokens is known while they run.
     """
     has_experts = False
     for path in paths:
@@ -38,33 +38,35 @@ def note(model: nn.Module, paths: Iterable[str]) -> None:
             has_experts |= module.layout.expert is not None
             module = module.base_layer
     for _, module in walk(model) if has_experts else ():
-        kind: Any = type(module)
+        kind: type = type(module)
         if _reader(kind) is not None and not is_wrapped(module, "forward"):
             wrap_method(module, "forward", (), _run_experts)
 
 
 def forget(model: nn.Module) -> None:
-    """Have mixtures of experts say nothing any more."""
+    """Unwrap the calls of mixtures of experts."""
     unwrap_methods(model, _run_experts)
 
 
 def _of_nllb(
-    experts: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
+    experts: nn.Module, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
 ) -> Tensor:
-    return F.one_hot(router_mask, num_classes=experts.num_experts).permute(2, 1, 0)
+    count: Any = experts.num_experts
+    return F.one_hot(router_mask, num_classes=count).permute(2, 1, 0)
 
 
 def _of_switch(
-    experts: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
+    experts: nn.Module, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
     return selected_experts.permute(2, 1, 0)
 
 
-# How containers of experts choose, from what they are called with: `[experts, choices, tokens]`, as
-# they go by it themselves.
+# Functions of the arguments of a container's call: `[experts, choices, tokens]`, 1 where an expert
+# gets a token.
+_SWITCH = "transformers.models.switch_transformers.modeling_switch_transformers"
 _READERS: dict[str, Callable[..., Tensor]] = {
     "transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeExperts": _of_nllb,
-    "transformers.models.switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": _of_switch,
+    f"{_SWITCH}.SwitchTransformersExperts": _of_switch,
 }
 
 
@@ -75,8 +77,8 @@ def _reader(kind: type) -> Callable[..., Tensor] | None:
 
 
 def _run_experts(call: MethodCall) -> object:
-    """Run a container of experts, and tell them which tokens each is handed."""
-    kind: Any = type(call.module)
+    """Run a container of experts, with the tokens of each expert known meanwhile."""
+    kind: type = type(call.module)
     reader = _reader(kind)
     assert reader is not None
     names = [name for name in call.module._modules if name.startswith("expert_")]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules a config means: pure string matching on module paths such as
-`model.layers.0.self_attn.q_proj`.
+"""Match the targets of a config with module paths such as `model.layers.0.self_attn.q_proj`.
+
+Pure functions of strings.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ T = TypeVar("T")
 
 
 def named(names: str | Collection[str] | None, path: str) -> bool:
-    """Whether `names` means the module at `path`: a string matches as a whole regular expression, a
-    list's entry as the whole path or as its end after a dot.
+    """Return whether `names` match the module at `path`.
+
+    A string is a regular expression for the whole path, a list's entry the whole path or its end
+    after a dot.
     """
     if not names:
         return False
@@ -57,8 +60,8 @@ def select(
     layers: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
 ) -> list[str]:
-    """The paths that a config targets, in order. A path that is listed whole is meant whatever its
-    layer.
+    """Return the paths that a config targets, in order. A path that is listed whole is targeted in
+    any layer.
     """
     whole = () if isinstance(targets, str) else targets
     return [
@@ -71,9 +74,10 @@ def select(
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first pattern that means `path`, else `default`. A pattern is a regular
-    expression for the whole path or for its end after a dot; see `utils.patterns` for those that
-    begin with `^`.
+    """Return the value of the first pattern that matches `path`, else `default`.
+
+    A pattern is a regular expression for the whole path or for its end after a dot; `base.patterns`
+    describes those that begin with `^`.
     """
     return next(
         (value for pattern, value in patterns.items() if matches_path(pattern, path)), default
@@ -81,11 +85,11 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 
 def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], str | None]:
-    """`target_modules` and `exclude_modules` that mean the `chosen` of a model's module paths and
-    no other.
+    """Return `target_modules` and `exclude_modules` that match the `chosen` of a model's module
+    paths and no other.
 
-    Names where all modules of a name are chosen, whole paths else; what those mean besides by their
-    ends is excluded.
+    Targets are names where all modules of a name are chosen, else whole paths. Other paths that end
+    like a target are excluded.
     """
     paths, chosen = list(paths), dict.fromkeys(chosen)
     others = {path.rpartition(".")[2] for path in paths if path not in chosen}

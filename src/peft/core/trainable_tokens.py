@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training single rows of a token embedding beside an adapter (`trainable_token_indices`), for
-tokens added to a vocabulary.
+"""Train single rows of a token embedding beside an adapter (`trainable_token_indices`).
 
-The rows an adapter trains are kept apart from the weight, which stays as it is: an embedding's
-output is replaced where one of the tokens is looked up, an output head's logits where they belong
-to one. Where head and embedding share a weight, they share the rows.
+The rows are parameters of their own, and the weight stays as it is: an embedding's output is replaced
+where one of the tokens is looked up, an output head's logits where they belong to one. A head that
+shares the embedding's weight shares the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,12 @@ from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import make_plain
 from .unmatched_names import with_near_misses
 
+if TYPE_CHECKING:
+    from ..config import TargetedConfig
+
 
 class TokenRows(NamedTuple):
-    """What one adapter trains of an embedding.
+    """The rows of an embedding that one adapter trains.
 
     Args:
         indices: The tokens.
@@ -45,9 +47,9 @@ class TrainableTokensLayer(nn.Module):
         base_layer: The `nn.Embedding` or `nn.Linear`.
 
     Attributes:
-        trainable_tokens_delta: The rows `[tokens, features]` that stand in for those of the weight,
-            by adapter name.
-        token_indices: Which tokens they are, by adapter name.
+        trainable_tokens_delta: The rows `[tokens, features]` used in place of the weight's, by
+            adapter name.
+        token_indices: The tokens, by adapter name.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -59,11 +61,11 @@ class TrainableTokensLayer(nn.Module):
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """A token embedding, or an output head, of which each adapter trains some rows.
+    """A token embedding, or an output head, with trainable rows for each adapter.
 
     Args:
-        module: The module as it was.
-        tied_to: The wrapper of the embedding that shares its weight, whose rows this one uses; by
+        module: The original module.
+        tied_to: The wrapper of an embedding with the same weight, whose rows this one uses; by
             default it has its own.
     """
 
@@ -99,7 +101,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     @property
     def original_module(self) -> nn.Module:  # type: ignore[override]
-        """The module as it was."""
+        """The original module."""
         return self.token_adapter.base_layer
 
     @property
@@ -108,7 +110,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return list(self._owner[0].token_indices)
 
     def has(self, adapter_name: str) -> bool:
-        """Whether an adapter trains some of its rows."""
+        """Return whether an adapter trains some of its rows."""
         return adapter_name in self._owner[0].token_indices
 
     @property
@@ -119,36 +121,36 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return base if name is None else self._replaced(base, name)
 
     def add_rows(self, adapter_name: str, tokens: TokenRows) -> None:
-        """Take over an adapter's rows."""
+        """Add an adapter's rows."""
         self.token_adapter.trainable_tokens_delta[adapter_name] = tokens.rows
         self.token_adapter.token_indices[adapter_name] = list(tokens.indices)
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """An adapter's rows, as a list."""
+        """Return an adapter's rows in a list."""
         own = self.token_adapter.trainable_tokens_delta
         return [own[adapter_name]] if adapter_name in own else []
 
     def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's rows."""
+        """Remove an adapter's rows."""
         if adapter_name in self.token_adapter.trainable_tokens_delta:
             del self.token_adapter.trainable_tokens_delta[adapter_name]
             del self.token_adapter.token_indices[adapter_name]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output with the rows of the active adapter, or of the adapter that the call
-        chose for each sample.
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Run the module with the rows of the active adapter, or of the adapter that the call chose
+        for each sample.
         """
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
 
-        def run(name: str, *args: Any, **kwargs: Any) -> Tensor:
-            return self._run(name if self.has(name) else None, *args, **kwargs)
+        def run(name: str, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+            return self._run(name if self.has(name) else None, x, *args, **kwargs)
 
         return self._run_for_samples(batch, run, (x, *args), kwargs)
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """The module, with the rows of one of some adapters written into its weight."""
+        """Return the module with the rows of one of some adapters written into its weight."""
         for name in self.among(adapter_names):
             make_plain(self.original_module)
             weight: Any = self.original_module.weight
@@ -163,7 +165,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         )
         return name if name in self._owner[0].token_indices else None
 
-    def _run(self, name: str | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(self, name: str | None, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base = self.original_module
         if name is None:
             return base(x, *args, **kwargs)
@@ -179,8 +181,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             looked_up = x.unsqueeze(-1) == self._indices(name, x.device)
             rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
-        # A class with a forward of its own (a scaled embedding, say) is given the weight as it
-        # would be.
+        # A class with a forward of its own (a scaled embedding, say) runs with the changed weight.
         weight: Any = base.weight
         replaced = {"weight": self._replaced(weight, name)}
         return torch.func.functional_call(base, replaced, (x, *args), kwargs)
@@ -195,20 +196,19 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return torch.tensor(self._owner[0].token_indices[name], device=device)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Where an adapter's rows go, by the key they are saved under."""
+        """Return the name of an adapter's rows, by the key they are saved under."""
         if adapter_name not in self.token_adapter.token_indices:
             return {}
-        return {
-            "token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"
-        }
+        name = "token_adapter.trainable_tokens_delta"
+        return {name: f"{name}.{adapter_name}"}
 
 
 class TokenPlan(NamedTuple):
-    """Which embeddings get rows of their own for an adapter.
+    """The embeddings that get trainable rows for an adapter.
 
     Args:
         indices: The tokens, by module path.
-        tied: Paths of modules that share the weight of one of those, with its path.
+        tied: For each path of a module that shares an embedding's weight, the embedding's path.
     """
 
     indices: dict[str, list[int]]
@@ -216,15 +216,18 @@ class TokenPlan(NamedTuple):
 
 
 def plan(
-    config: Any, model: nn.Module, modules: Mapping[str, nn.Module], taken: Collection[str]
+    config: TargetedConfig,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    taken: Collection[str],
 ) -> TokenPlan:
-    """Find what a config's `trainable_token_indices` means.
+    """Find the embeddings and tokens of a config's `trainable_token_indices`.
 
     Args:
         config: The adapter's config.
         model: The model.
         modules: Its modules by path.
-        taken: Paths of modules that the adapter changes otherwise.
+        taken: Paths of modules that the adapter changes in another way.
 
     Raises:
         PeftValueError: A module is missing, is no embedding or output head, is taken, or has no

@@ -155,7 +155,7 @@ class BaseTuner(AdaptedModel[C]):
         raise NotImplementedError
 
     @classmethod
-    def conversion_options(cls, config: C, **options: Any) -> dict[str, Any]:
+    def conversion_options(cls, config: C, **options: Any) -> Mapping[str, object]:
         """Return the checked arguments that `low_rank_factors` of the layers takes.
 
         Raises:
@@ -168,7 +168,7 @@ class BaseTuner(AdaptedModel[C]):
         return {}
 
     @classmethod
-    def conversion_tasks(cls, config: C, tasks: Any) -> dict[str, Any]:
+    def conversion_tasks(cls, config: C, tasks: Any) -> dict[str, int]:
         """Return the tasks of an adapter with a delta for each: folder name → task.
 
         Raises:
@@ -186,7 +186,9 @@ class BaseTuner(AdaptedModel[C]):
         """Return a checkpoint's config and tensors under the present names of the modules."""
         return present_names(self.model, config, state)
 
-    def merge_options_of(self, adapter_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def merge_options_of(
+        self, adapter_name: str, options: Mapping[str, Any]
+    ) -> Mapping[str, object]:
         """Return the checked options that an adapter is merged with, of the `merge_options`.
 
         Raises:

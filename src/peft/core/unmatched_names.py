@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in a config that mean no module of the model: found one by one, and reported with the names
-that were probably meant.
-"""
+"""Find the names in a config that match no module of the model, and suggest similar ones."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..base.errors import PeftWarning, warn
 from ..base.suggestions import near_misses
 from . import targets as _targets
 
+if TYPE_CHECKING:
+    from ..config import TargetedConfig
+
+LayerIndices: TypeAlias = list[int] | int | None
+LayerLists: TypeAlias = list[str] | str | None
+
 # A group of a regular expression that lists plain words, such as `(q_proj|v_proj)`.
 _WORDS = re.compile(r"\((?:\?:)?((?:[\w.]|\\\.)+(?:\|(?:[\w.]|\\\.)+)+)\)")
-# How alike a word of a regular expression and a module's name must be before the word is taken for
-# a slip: expressions that are written for many models list words of all of them.
+# Least similarity of a word in a regular expression to a module's name at which we suggest the name:
+# expressions written for many models list words of all of them.
 _SLIP = 0.75
-# How many names a message lists.
+# Number of names that a message lists.
 _SHOWN = 24
 _FEW = 8
 
@@ -44,7 +48,7 @@ def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 
 
 
 def unused(names: str | Collection[str], paths: Collection[str]) -> list[str]:
-    """Return the entries of a list of module names that mean none of `paths`, in order.
+    """Return the entries of a list of module names that match none of `paths`, in order.
 
     Of a regular expression, return the words in a group such as `(q_proj|v_proj)` without which it
     would match as much, if there is a module of a similar name.
@@ -89,21 +93,24 @@ def counted_names(paths: Iterable[str]) -> str:
     )
 
 
-def no_target(config: Any, paths: Collection[str], adaptable: Collection[str]) -> str:
-    """Return the message for a config whose targets mean no module.
+def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
+    """Return the message for a config whose targets match no module.
 
     Args:
         config: The adapter's config.
         paths: Paths of the model's modules.
         adaptable: Those that the method can adapt.
     """
-    targets, layers, pattern = config.target_modules, *layer_choice(config)
+    targets, layers, pattern = config.target_modules or (), *layer_choice(config)
     shown = (
         repr(targets)
         if isinstance(targets, str)
         else "{" + ", ".join(map(repr, sorted(targets))) + "}"
     )
-    message = f"Target modules {shown} not found in the base model. Please check the target modules and try again."
+    message = (
+        f"Target modules {shown} not found in the base model. Please check the target modules and "
+        "try again."
+    )
     message += what_there_is(config, paths, adaptable)
     if layers is not None:
         message += f" Note: You specified 'layers_to_transform': {layers}."
@@ -111,11 +118,11 @@ def no_target(config: Any, paths: Collection[str], adaptable: Collection[str]) -
     return message
 
 
-def what_there_is(config: Any, paths: Collection[str], adaptable: Collection[str]) -> str:
-    """Return sentences that name what a config's targets probably mean; arguments as for
-    `no_target`.
-    """
-    targets, _, pattern = config.target_modules, *layer_choice(config)
+def what_there_is(
+    config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]
+) -> str:
+    """Return sentences that suggest targets that exist; arguments as for `no_target`."""
+    targets, _, pattern = config.target_modules or (), *layer_choice(config)
     if in_other_layers := _targets.select(paths, targets, config.exclude_modules):
         return f" The model has some {_layers_of(in_other_layers, pattern)}."
     words, text = sorted(targets), _if_expressions(targets)
@@ -142,15 +149,13 @@ def what_there_is(config: Any, paths: Collection[str], adaptable: Collection[str
     )
 
 
-def layer_choice(config: Any) -> tuple[Any, Any]:
-    """Return a config's `layers_to_transform` and `layers_pattern`, None for a method without them."""
+def layer_choice(config: TargetedConfig) -> tuple[LayerIndices, LayerLists]:
+    """Return a config's `layers_to_transform` and `layers_pattern`, None for missing fields."""
     return getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
 
 
-def warn_of_unused(config: Any, paths: Collection[str]) -> None:
-    """Warn of names and layer indices in a config that mean nothing in a model with modules at
-    `paths`.
-    """
+def warn_of_unused(config: TargetedConfig, paths: Collection[str]) -> None:
+    """Warn of names and layer indices in a config that match none of a model's module `paths`."""
     for field, effect in (
         ("target_modules", "adapts"),
         ("exclude_modules", "excludes"),
@@ -176,7 +181,8 @@ def warn_of_unused(config: Any, paths: Collection[str]) -> None:
                 else "."
             )
             if not rest and not any(near_modules(name, paths) for name in idle):
-                only += f" Its outermost modules are {counted_names(path for path in paths if '.' not in path)}."
+                outermost = counted_names(path for path in paths if "." not in path)
+                only += f" Its outermost modules are {outermost}."
             warn(
                 f"`{field}` names {with_near_misses(idle, paths)}: the model has no such "
                 f"module{only}{_if_expressions(idle)}",
@@ -188,14 +194,14 @@ def warn_of_unused(config: Any, paths: Collection[str]) -> None:
 _HEADS = (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)
 
 
-def _warn_of_layers(config: Any, paths: Collection[str]) -> None:
-    """Warn of entries of `layers_to_transform` and `layers_pattern` that mean no layer with a
+def _warn_of_layers(config: TargetedConfig, paths: Collection[str]) -> None:
+    """Warn of entries of `layers_to_transform` and `layers_pattern` that match no layer with a
     targeted module.
     """
     wanted, pattern = layer_choice(config)
     if wanted is None or (not isinstance(wanted, int) and not wanted):
         return
-    targeted = _targets.select(paths, config.target_modules, config.exclude_modules)
+    targeted = _targets.select(paths, config.target_modules or (), config.exclude_modules)
     present = {_targets.layer_index(path, pattern) for path in targeted}
     if absent := sorted({wanted} - present if isinstance(wanted, int) else set(wanted) - present):
         warn(
@@ -217,10 +223,10 @@ def _warn_of_layers(config: Any, paths: Collection[str]) -> None:
         )
 
 
-def warn_of_patterns(patterns: Mapping[str, Mapping[str, Any]], targets: Collection[str]) -> None:
-    """Warn of keys of pattern dictionaries (by field name) that mean none of the modules that are
-    adapted.
-    """
+def warn_of_patterns(
+    patterns: Mapping[str, Mapping[str, object]], targets: Collection[str]
+) -> None:
+    """Warn of keys of pattern dictionaries (by field name) that match none of the adapted modules."""
     for field, by_key in patterns.items():
         idle = [
             key
@@ -242,8 +248,8 @@ def _if_expressions(names: Iterable[str]) -> str:
     return " Entries of a list are plain names; pass a regular expression as a string."
 
 
-def _layers_of(paths: Iterable[str], pattern: Any) -> str:
-    """Return in which layers modules lie, in words."""
+def _layers_of(paths: Iterable[str], pattern: LayerLists) -> str:
+    """Return a phrase that tells the layers of modules."""
     present = sorted(
         {index for path in paths if (index := _targets.layer_index(path, pattern)) is not None}
     )
@@ -258,8 +264,8 @@ def _layers_of(paths: Iterable[str], pattern: Any) -> str:
 
 
 def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:
-    """Words in groups of a regular expression that let it match nothing if each stands in its group
-    alone.
+    """Yield the words in groups of a regular expression that match no path as the only word of
+    their group.
     """
     for group in _WORDS.finditer(pattern):
         start, end = group.span(1)
@@ -270,7 +276,7 @@ def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:
 
 
 def _words(pattern: str) -> list[str]:
-    """Words in groups of a regular expression, or the plain name at its end."""
+    """Return the words in groups of a regular expression, or the plain name at its end."""
     words = [
         word.replace("\\", "") for group in _WORDS.finditer(pattern) for word in group[1].split("|")
     ]

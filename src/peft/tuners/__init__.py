@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods. Each lives in a folder of its own; the line here that imports it also registers it
-and exports its names.
-"""
+"""The methods, each in a folder of its own. Importing a method's package registers it."""
 
 import typing as _typing
-from typing import Any as _Any
 
 from ..base.placeholders import placeholder as _placeholder
 from .loha import LoHaConfig, LoHaModel
@@ -31,8 +28,8 @@ if _typing.TYPE_CHECKING:
     from ..base.placeholder_names import *  # noqa: F403
 else:
 
-    def __getattr__(name: str) -> _Any:
-        """Give names of the interface that are not provided here as classes that no object is of."""
+    def __getattr__(name: str) -> type:
+        """Return the placeholder for a name that this package does not implement."""
         return _placeholder(name, __name__)
 
 

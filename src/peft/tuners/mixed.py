@@ -33,8 +33,10 @@ class MixedModel(AdaptedModel[TargetedConfig]):
     Example:
         >>> import torch
         >>> from peft import LoKrConfig, VBLoRAConfig
-        >>> model = MixedModel(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoKrConfig(target_modules=["0"]), "a")
-        >>> model.add_adapter("b", VBLoRAConfig(num_vectors=6, vector_length=4, target_modules=["0"]))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = MixedModel(base, LoKrConfig(target_modules=["0"]), "a")
+        >>> config = VBLoRAConfig(num_vectors=6, vector_length=4, target_modules=["0"])
+        >>> model.add_adapter("b", config)
         >>> model.set_adapter(["a", "b"])
         >>> model(torch.zeros(2, 8)).shape
         torch.Size([2, 8])

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented place of the base classes, `BaseTuner` and `BaseTunerLayer`, and how to see what a
-config targets.
-"""
+"""The documented place of `BaseTuner` and `BaseTunerLayer`, and checks of a config's targets."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftValueError
 from ..base.placeholders import placeholder
 from ..base.suggestions import no_adapter
-from ..config import PeftConfig
+from ..config import TargetedConfig
 from ..core import targets as _targets
 from ..core.adapted_model import AdaptedModel
 from ..core.adapters import AdapterParameterDict
 from ..core.layer import BaseTunerLayer
-from ..core.plan import own_modules
+from ..core.model_methods import tuner_of
 from ..core.tuner import BaseTuner
+from ..core.unmatched_names import layer_choice
 
 __all__ = [
     "AdapterModuleDict",
@@ -29,37 +30,38 @@ __all__ = [
 ]
 
 
-# Names of the interface that are not provided here; a class stands for each.
-BufferDict: Any
-_filter_state_dict_by_key_prefixes: Any
-_find_minimal_target_modules: Any
-_get_tuner_state_dict_key_prefixes: Any
-_maybe_include_all_linear_layers: Any
+# Names of the interface that this package does not implement, as placeholders.
+BufferDict: type
+_filter_state_dict_by_key_prefixes: type
+_find_minimal_target_modules: type
+_get_tuner_state_dict_key_prefixes: type
+_maybe_include_all_linear_layers: type
 
-if not TYPE_CHECKING:  # to which any name would be right
+if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
 
 
-def check_target_module_exists(config: PeftConfig, key: str) -> bool:
-    """Whether a config's `target_modules`, `exclude_modules` and layers mean the module at a path.
+def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
+    """Return whether a config's targets, exclusions and layers match the module at a path.
 
     Example:
         >>> from peft import LoKrConfig
-        >>> config = LoKrConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern="layers")
+        >>> config = LoKrConfig(
+        ...     target_modules=["q"], layers_to_transform=[1], layers_pattern="layers"
+        ... )
         >>> check_target_module_exists(config, "layers.1.q")
         True
     """
-    options: Any = config
-    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
-    return bool(
-        _targets.select([key], options.target_modules or (), options.exclude_modules, *layers)
-    )
+    targets, layers = config.target_modules or (), layer_choice(config)
+    return bool(_targets.select([key], targets, config.exclude_modules, *layers))
 
 
-def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Which modules of a model an adapter's config means: `{"matched": paths, "unmatched": paths}`.
+def inspect_matched_modules(
+    tuner: nn.Module, adapter_name: str = "default"
+) -> dict[str, list[str]]:
+    """Return the modules that an adapter's config targets: `{"matched": …, "unmatched": …}`.
 
     Args:
         tuner: A `PeftModel` or its tuner.
@@ -68,9 +70,10 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
     Raises:
         PeftValueError: There is no such adapter.
     """
-    tuner = tuner if isinstance(tuner, AdaptedModel) else tuner.base_model
-    if adapter_name not in tuner.peft_config:
-        raise PeftValueError(no_adapter(adapter_name, tuner.peft_config))
-    config, paths = tuner.peft_config[adapter_name], list(own_modules(tuner.model))
+    adapted = tuner_of(tuner) or tuner
+    assert isinstance(adapted, AdaptedModel)
+    if adapter_name not in adapted.peft_config:
+        raise PeftValueError(no_adapter(adapter_name, adapted.peft_config))
+    config, paths = adapted.peft_config[adapter_name], adapted.module_paths()
     matched = [path for path in paths if check_target_module_exists(config, path)]
     return {"matched": matched, "unmatched": [path for path in paths if path not in set(matched)]}
