@@ -243,7 +243,6 @@ class PeftConfig:
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         pass_over(kwargs, "save_pretrained")
         folder = as_folder(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, self.to_json(auto_mapping))
 
     def push_to_hub(

@@ -4,7 +4,10 @@ the new one.
 """
 
 import os
+import resource
+import signal
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from helpers.models import TARGETS, mlp
 
 import peft
 from peft import LoKrConfig, PeftModel, get_peft_model
+from peft.utils.error import CheckpointWriteError
 
 EVENTS = {
     "open",
@@ -144,6 +148,56 @@ def test_leftovers_do_not_outlive_the_next_save(tmp_path):
     adapter(1).save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == expected
     assert read(tmp_path)[0] == 1
+
+
+@contextmanager
+def largest_file(size):
+    """No file may grow beyond a size, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("size", [10, 1800])
+def test_a_save_that_fails_leaves_nothing_and_no_config_that_would_win_later(tmp_path, size, safe):
+    """1,800 bytes hold the config and not the weights, 10 neither."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        mlp(), LoKrConfig(r=1, alpha=8, target_modules=["0"], modules_to_save=["2", "4"])
+    )
+    with largest_file(size), pytest.raises(OSError, match=f"{tmp_path}/new.*can't be written"):
+        model.save_pretrained(tmp_path / "new" / "er", safe_serialization=safe)
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "old", safe_serialization=safe)
+    before = files_in(tmp_path / "old")
+    with largest_file(size), pytest.raises(CheckpointWriteError):
+        model.save_pretrained(tmp_path / "old", safe_serialization=safe)
+    assert files_in(tmp_path / "old") == before
+    path = tmp_path / "old" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"alpha": 8', '"alpha": 4'))
+    assert '"alpha": 4' in path.read_text() and read(tmp_path / "old")[1] == 4
+
+
+@pytest.mark.processes
+def test_an_edited_config_wins_over_one_that_waits(tmp_path):
+    """A save is killed at each step; the config that is then edited is the one that is read."""
+    for step in range(20):
+        folder = tmp_path / f"x{step}"
+        scaled(1).save_pretrained(folder)
+        run_killed(lambda folder=folder: scaled(1).save_pretrained(folder), folder, step)
+        path = folder / "adapter_config.json"
+        path.write_text(path.read_text().replace('"alpha": 1', '"alpha": 4'))
+        assert peft.PeftConfig.from_pretrained(folder).alpha == 4
 
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])

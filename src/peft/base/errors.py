@@ -44,6 +44,10 @@ class CheckpointError(PeftError, RuntimeError, ValueError):
     """A checkpoint that is damaged or does not fit the model or config."""
 
 
+class CheckpointWriteError(PeftError, OSError):
+    """A file that could not be written. The old file, if any, is unchanged."""
+
+
 class CheckpointNotFoundError(PeftError, FileNotFoundError, ValueError):
     """No checkpoint at the given path or Hub id."""
 

@@ -4,13 +4,14 @@ so that no reader sees a mixture of two versions.
 
 Two files cannot be replaced in one step, so the weights file is the commit point. A save writes
 
-1. the new config beside the old one, under a name made of its digest;
+1. the new config beside the old one, under a name made of the digests of both;
 2. the new weights, with that digest in their metadata, in place of the old ones, by one rename;
 3. the new config in place of the old one.
 
-A reader takes the config with the digest in the weights if there is one, else
-`adapter_config.json`. A save that is killed at any moment therefore leaves the old adapter or the
-new one. A config that is edited by hand afterwards is read as edited.
+A reader takes the waiting config with the digest in the weights, if there is one and
+`adapter_config.json` is still the config that it was to replace; else `adapter_config.json`. A save
+that is killed at any moment therefore leaves the old adapter or the new one, and a config that is
+edited by hand is read as edited. A save that raises leaves the folder as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.errors import CheckpointError, CheckpointNotFoundError
+from ..base.errors import CheckpointError, CheckpointNotFoundError, CheckpointWriteError, PeftError
 from ..base.plain_values import JsonObject
 from .paths import as_file
 
@@ -64,6 +65,26 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+@contextmanager
+def folder_for(folder: Path) -> Iterator[None]:
+    """Context with a folder, made if missing; an error removes what was made, unless it has files.
+
+    Raises:
+        CheckpointWriteError: The folder can't be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, PeftError):
+            raise CheckpointWriteError(f"'{folder}' can't be written to: {error}.") from error
+        raise
+
+
 def write_report(path: object, content: object) -> None:
     """Write JSON to a file in one step; its folder is made if missing.
 
@@ -71,8 +92,8 @@ def write_report(path: object, content: object) -> None:
         PeftTypeError, PeftValueError: As `as_file`; nothing is written.
     """
     file = as_file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    with folder_for(file.parent):
+        write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,8 +102,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write a config alone, and delete those that killed saves left."""
-    with alone_in(folder):
+    """Write a config alone, and delete those that killed saves left; the folder is made if
+    missing.
+    """
+    with folder_for(folder), alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
         for leftover in folder.glob(".adapter_config.*.json"):
             leftover.unlink(missing_ok=True)
@@ -104,19 +127,19 @@ def write_adapter(
         CheckpointError: A tensor is on the meta device; nothing is written.
     """
     tensors = _writable(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
+    with folder_for(folder), alone_in(folder):
         _write_adapter(folder, tensors, config_text, safe_serialization)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replace a safetensors file in one step.
+    """Replace a safetensors file in one step; its folder is made if missing.
 
     Raises:
         CheckpointError: A tensor is on the meta device; nothing is written.
     """
     tensors, metadata = _writable(state), {"format": "pt", **metadata}
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    with folder_for(path.parent):
+        _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def _write_adapter(
@@ -127,14 +150,20 @@ def _write_adapter(
         (folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         write_text(folder / CONFIG_NAME, config_text)
         return
-    digest = hashlib.sha256(config_text.encode()).hexdigest()
+    digest = _digest(config_text.encode())
     waiting = _waiting_config(folder, digest)
-    write_text(waiting, config_text)
+    was_waiting = waiting.exists()  # for the present weights, if a save was killed
     metadata = {"format": "pt", _DIGEST: digest}
-    _replace(
-        folder / SAFETENSORS_WEIGHTS_NAME,
-        lambda temporary: save_file(state, temporary, metadata=metadata),
-    )
+    try:
+        write_text(waiting, config_text)
+        _replace(
+            folder / SAFETENSORS_WEIGHTS_NAME,
+            lambda temporary: save_file(state, temporary, metadata=metadata),
+        )
+    except BaseException:
+        if not was_waiting:
+            waiting.unlink(missing_ok=True)
+        raise
     os.replace(waiting, folder / CONFIG_NAME)
     for leftover in folder.glob(".adapter_*"):  # of saves that were killed
         leftover.unlink(missing_ok=True)
@@ -227,7 +256,16 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _waiting_config(folder: Path, digest: str) -> Path:
-    return folder / f".adapter_config.{digest[:32]}.json"
+    """Return the name of a config that waits to replace the present one."""
+    try:
+        present = _digest((folder / CONFIG_NAME).read_bytes())
+    except FileNotFoundError:
+        present = "none"
+    return folder / f".adapter_config.{digest[:32]}.{present[:32]}.json"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,7 +289,20 @@ def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`."""
+    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`.
+
+    Raises:
+        CheckpointWriteError: The disk is full, say; `path` is as it was.
+    """
+    try:
+        _replace_in_folder(path, write)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = CheckpointWriteError(f"'{path}' can't be written, and is as it was: {error}")
+        failure.errno = getattr(error, "errno", None)
+        raise failure from error
+
+
+def _replace_in_folder(path: Path, write: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".adapter_", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)

@@ -47,12 +47,14 @@ def as_folder(path: str | os.PathLike) -> Path:
 
     Raises:
         PeftTypeError: It is not a path.
-        PeftValueError: It is empty, or a file.
+        PeftValueError: It is empty, a file, or below a file.
     """
     check_path(path, "a folder's path")
     folder = Path(path)
     if folder.is_file():
         raise PeftValueError(f"'{folder}' is a file; give the path of a folder.")
+    if above := next((parent for parent in folder.parents if parent.is_file()), None):
+        raise PeftValueError(f"'{folder}' can't be a folder: '{above}' is a file.")
     return folder
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter, check_flags
-from ..checkpoint.files import write_adapter
+from ..checkpoint.files import folder_for, write_adapter
 from ..checkpoint.hub import pass_over
 from ..checkpoint.model_card import update_model_card
 from ..checkpoint.paths import as_folder
@@ -198,13 +198,13 @@ def _write_adapters(
     safe_serialization: bool,
 ) -> None:
     """Write adapters: "default" into the folder, each other into a sub-folder of its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (config, state) in states.items():
-        config, state = tuner.method_of(config).form_to_save(name, config, state)
-        text = _config_text(config, tuner.model)
-        place = folder if name == "default" else folder / name
-        write_adapter(place, state, text, safe_serialization)
-    write_model_card(folder, tuner)
+    with folder_for(folder):
+        for name, (config, state) in states.items():
+            config, state = tuner.method_of(config).form_to_save(name, config, state)
+            text = _config_text(config, tuner.model)
+            place = folder if name == "default" else folder / name
+            write_adapter(place, state, text, safe_serialization)
+        write_model_card(folder, tuner)
 
 
 def write_model_card(folder: Path, tuner: AdaptedModel) -> None:

@@ -4,6 +4,7 @@
 from ..base.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointWriteError,
     NoMatchingPeftModuleError,
     PeftError,
     PeftNotSupportedError,
@@ -19,6 +20,7 @@ from ..base.errors import (
 __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
+    "CheckpointWriteError",
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftNotSupportedError",

@@ -177,7 +177,6 @@ class VectorBank:
             PeftValueError: The path is a file.
         """
         folder = as_folder(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         metadata = {"sha256": self.sha256()}
         if self.replaces:
             metadata[_REPLACES] = " ".join(self.replaces)

@@ -127,7 +127,6 @@ def save_lokr_file(
     if layout == "kohya":
         arguments = {"ss_network_args": json.dumps({"algo": "lokr"})}
         header = {"ss_network_module": "lycoris.kohya", **arguments, **header}
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, tensors, header)
     return sorted(tensors)
 
