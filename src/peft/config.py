@@ -294,7 +294,7 @@ class PeftConfig:
         """
         hub, overrides = split_hub_options({**kwargs, "subfolder": subfolder})
         path = find_file(pretrained_model_name_or_path, (CONFIG_NAME,), hub)
-        config = cls._from_file_fields(cls.from_json_file(path), overrides)
+        config = cls.from_file_fields(cls.from_json_file(path), overrides)
         path_or_id = pretrained_model_name_or_path
         is_local = os.path.isdir(path_or_id)
         config.source = (os.path.abspath(path_or_id) if is_local else path_or_id, hub)
@@ -331,7 +331,7 @@ class PeftConfig:
         return content
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+    def from_peft_type(cls: type[C], **kwargs: Any) -> C:
         """Make a config of the class that `peft_type` names, or of this class.
 
         Unknown fields are ignored, with a warning if they are set.
@@ -346,7 +346,7 @@ class PeftConfig:
         return config_cls(**config_cls.check_kwargs(**kwargs))
 
     @classmethod
-    def _from_file_fields(cls, content: JsonObject, overrides: JsonObject) -> PeftConfig:
+    def from_file_fields(cls: type[C], content: JsonObject, overrides: JsonObject) -> C:
         """Make a config of a file's fields. A missing field has the value that it had to the file's
         writer.
         """

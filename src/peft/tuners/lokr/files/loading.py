@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
@@ -18,7 +17,9 @@ from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
+from ....checkpoint.keys import adapter_tensors
 from ....core.conversion import root_of
+from ....core.filling import fill_with
 from ....core.injection import Build
 from ....core.model_methods import tuner_of
 from ..config import LoKrConfig
@@ -108,6 +109,7 @@ def inspect_lokr_file(
         PeftValueError: The file lacks the component.
 
     Example:
+        >>> import torch
         >>> tensors = {"lycoris_0.lokr_w1": torch.ones(2, 2), "lycoris_0.lokr_w2": torch.ones(4, 3)}
         >>> print(inspect_lokr_file(tensors, nn.Sequential(nn.Linear(6, 8))))
         tensors: LoKr, written by LyCORIS (or SimpleTuner, ai-toolkit)
@@ -156,6 +158,7 @@ def load_lokr_file(
         PeftValueError: The name is taken.
 
     Example:
+        >>> import torch
         >>> base = nn.Sequential(nn.Linear(6, 8))
         >>> name = "lora_unet_0"
         >>> tensors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(4, 3)}
@@ -231,24 +234,21 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
         fields = read_json(path.with_name(CONFIG_NAME))
     else:
         return None
-    return LoKrConfig._from_file_fields({**fields, "peft_type": PeftType.LOKR}, {})  # type: ignore[return-value]
+    return LoKrConfig.from_file_fields({**fields, "peft_type": PeftType.LOKR}, {})
 
 
 def _filler(placement: Placement, adapter_name: str, source: str) -> Callable[[Build], None]:
     """Return the function that writes the placed tensors into a finished adapter."""
 
-    @torch.no_grad()
     def fill(build: Build) -> None:
-        values: dict[str, Tensor] = {}
-        parameters: dict[str, Tensor] = {}
-        for placed in placement.placed:
-            for name, tensor in placed.tensors().items():
-                key = f"{placed.path}.{name}"
-                values[key] = tensor
-                parameters[key] = getattr(build.layers[placed.path], name)[adapter_name]
-        warn_of_values(f"'{source}'", values, parameters)
-        for key, tensor in values.items():
-            parameters[key].copy_(tensor)
+        tensors = {
+            f"{placed.path}.{name}": tensor
+            for placed in placement.placed
+            for name, tensor in placed.tensors().items()
+        }
+        expected = adapter_tensors(build.named_tensors(), build.config, adapter_name)
+        warn_of_values(f"'{source}'", tensors, expected)
+        fill_with(build, tensors)
 
     return fill
 
