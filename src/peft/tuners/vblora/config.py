@@ -13,6 +13,11 @@ from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
 
+def _besides(text: str) -> dict[str, object]:
+    """Return the metadata of a field that does not change what a loaded adapter computes."""
+    return {"help": text, "besides": True}
+
+
 @dataclass
 class VBLoRAConfig(TargetedConfig):
     """Configuration of VB-LoRA, `Δ(x) = x·Aᵀ·Bᵀ`, where each tile of `A [r, in]` and `B [out, r]`
@@ -71,59 +76,49 @@ class VBLoRAConfig(TargetedConfig):
     Source: arXiv:2405.15179, section 3
     """
 
-    # Fields marked `besides` do not change what a loaded adapter computes.
     r: int = field(default=4, metadata={"help": "Rank."})
     num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank."})
     vector_length: int = field(default=256, metadata={"help": "Length of each vector."})
     topk: int = field(default=2, metadata={"help": "Vectors summed into each tile."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt.", "besides": True}
+        default=None, metadata=_besides("Modules to adapt.")
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone.", "besides": True}
+        default=None, metadata=_besides("Modules to leave alone.")
     )
     save_only_topk_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Save only indices and weights of the selected vectors.",
-            "besides": True,
-        },
+        default=False, metadata=_besides("Save only indices and weights of the selected vectors.")
     )
-    vblora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input.", "besides": True}
-    )
+    vblora_dropout: float = field(default=0.0, metadata=_besides("Dropout on the input."))
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Adapted layers store weights [in, out].", "besides": True}
+        default=False, metadata=_besides("Adapted layers store weights [in, out].")
     )
-    bias: str = field(default="none", metadata={"help": "Biases to train.", "besides": True})
+    bias: str = field(default="none", metadata=_besides("Biases to train."))
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full.", "besides": True}
+        default=None, metadata=_besides("Modules to train in full.")
     )
     init_vector_bank_bound: float = field(
-        default=0.02, metadata={"help": "Bound of the bank's uniform start.", "besides": True}
+        default=0.02, metadata=_besides("Bound of the bank's uniform start.")
     )
     init_logits_std: float = field(
-        default=0.1, metadata={"help": "Standard deviation of the logits' start.", "besides": True}
+        default=0.1, metadata=_besides("Standard deviation of the logits' start.")
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt.", "besides": True}
+        default=None, metadata=_besides("Indices of layers to adapt.")
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers.", "besides": True}
+        default=None, metadata=_besides("Name of the list of layers.")
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
-    bank: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a shared bank.", "besides": True}
-    )
+    bank: str | None = field(default=None, metadata=_besides("Folder or Hub id of a shared bank."))
     bank_sha256: str | None = field(default=None, metadata={"help": "Digest of the shared bank."})
     train_topk_weights: bool = field(
-        default=False,
-        metadata={"help": "Train weights loaded from a compact file.", "besides": True},
+        default=False, metadata=_besides("Train weights loaded from a compact file.")
     )
     topk_weights_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of a compact file's weights.", "besides": True}
+        default="float32", metadata=_besides("Dtype of a compact file's weights.")
     )
     pad_last_tile: bool = field(
         default=False,

@@ -367,7 +367,7 @@ class VBLoRALayer(BaseTunerLayer):
             self.scaling,
             self.vblora_gate._parameters,
         )
-        kinds: dict[Any, list[str]] = {}
+        kinds: dict[tuple[str | None, ...], list[str]] = {}
         for name in batch.samples:
             if (
                 form.get(name) is StorageFormat.TOPK_WEIGHTS
@@ -446,6 +446,6 @@ class Linear(VBLoRALayer):
         self.set_adapter(adapter_name)
 
 
-def _note_all(layer: VBLoRALayer, incompatible_keys: Any = None) -> None:
+def _note_all(layer: VBLoRALayer, incompatible_keys: object = None) -> None:
     for adapter_name in layer.scaling:
         layer.note_loaded(adapter_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
-    default_target_modules: ClassVar[Mapping[str, Any]] = {
+    default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
         **DEFAULT_TARGET_MODULES,
         "bart": _ATTENTION_AND_FEED_FORWARD,
         "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
@@ -96,7 +96,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
 
     def tuner_layer_options(  # noqa: D102
         self, config: VBLoRAConfig, path: str, build: Build[VBLoRAConfig]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         containers = {name: build.containers[name] for name in self.shared_parameter_names}
         bank, storage_format = _preparation(build)
         bank_key = None if bank is None else bank.key
@@ -209,7 +209,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             ):
                 del self.shared_containers()[_SHARED][key]
 
-    def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
+    def _init_vblora_vector_bank(self, config: VBLoRAConfig, adapter_name: str) -> None:
         """Initialize an adapter's own bank again."""
         nn.init.uniform_(
             self.vblora_vector_bank[adapter_name],
@@ -277,29 +277,27 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             adapter = adapter_meant(None, self.peft_config, self.active_adapters)
         self.check_names(adapter)
         config = self.peft_config[adapter]
-        own, other, counted = 0.0, 0, set()
-        for layer in self._layers():
-            if adapter in layer.scaling:
-                own += layer.savable_parameters(adapter, config)
-                counted |= {id(tensor) for tensor in layer.adapter_tensors(adapter)}
+        layers = [layer for layer in self._layers() if adapter in layer.scaling]
+        own = sum(layer.savable_parameters(adapter, config) for layer in layers)
+        bank = 0 if config.shares_bank else self.vblora_vector_bank[adapter].numel()
         view = in_view(config, adapter)
-        for tensor in adapter_tensors(
-            named_tensors(walk(self.model, view), view), config, adapter
-        ).values():
-            if id(tensor) not in counted:
-                other += tensor.numel()
-                counted.add(id(tensor))
-        others = {
-            id(p)
+        saved = adapter_tensors(named_tensors(walk(self.model, view), view), config, adapter)
+        of_adapters = {
+            id(parameter)
             for layer in self.tuner_layers()
             for name in layer.scaling
-            for p in layer.adapter_parameters(name)
+            for parameter in layer.adapter_parameters(name)
         }
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in counted | others:
-                other += parameter.numel()
-        bank = 0 if config.shares_bank else self.vblora_vector_bank[adapter].numel()
-        return int(own) + bank, other
+        unfrozen = (
+            parameter
+            for parameter in self.model.parameters()
+            if parameter.requires_grad and id(parameter) not in of_adapters
+        )
+        other = {id(tensor): tensor.numel() for tensor in (*saved.values(), *unfrozen)}
+        for layer in layers:
+            for tensor in layer.adapter_tensors(adapter):
+                other.pop(id(tensor), None)
+        return int(own) + bank, sum(other.values())
 
     def print_savable_parameters(self, adapter: str | None = None) -> None:
         """Print the number of float32 values that saving an adapter writes.
