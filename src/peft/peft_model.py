@@ -395,7 +395,8 @@ class PeftModel(nn.Module):
         if len(states) > 1:
             warn(
                 "The model contains some adapter layers that are enabled and others that are "
-                "disabled. All of them will be enabled at the end of the `disable_adapter` context.",
+                "disabled. All of them will be enabled at the end of the `disable_adapter` "
+                "context.",
             )
         self.base_model.disable_adapter_layers()
         try:

@@ -103,8 +103,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self._active: str | list[str] = []
         self._freeze: TemporaryFreeze | None = None
         self._call_arguments = CallArguments(model)
-        # In a tuple, so that the module is not registered.
-        self._shared_root = (self if shared_root is None else shared_root,)
+        self._shared_root = (self if shared_root is None else shared_root,)  # not registered
         if peft_config is not None:
             config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
             device = torch.device("meta") if low_cpu_mem_usage else None
@@ -168,7 +167,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: `adapter_names` does not fit the inputs or the model.
         """
         self.refuse_foreign_arguments(kwargs)
-        # First of all conditions, so that no compiled code depends on the others.
+        # This condition comes first, so that no compiled code depends on the others.
         if (
             not torch.compiler.is_compiling()
             and self._merged_lately
@@ -230,9 +229,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         raise PeftAttributeError((self, self.model), name)
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Return whether all layers of an adapter have low-rank factors; by default of the adapter
-        that `convert_to_lora` would take.
-        """
+        """Return whether `convert_to_lora` can convert an adapter, by default the one it takes."""
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
         check_adapter(adapter_name)
@@ -375,8 +372,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self._freeze = switching.enable(parts, shared, enabled, self._freeze)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the others that were stay so, else the first by name
-        becomes active.
+        """Remove an adapter. If no other was active, the first by name becomes active.
 
         Raises:
             PeftTypeError: The name is no string.
@@ -402,8 +398,7 @@ class AdaptedModel(nn.Module, Generic[C]):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any
     ) -> None:
-        """Add adapters' deltas to the base weights, for speed; `unmerge_adapter` takes them off
-        again exactly.
+        """Add adapters' deltas to the base weights; `unmerge_adapter` takes them off exactly.
 
         Merged adapters count whether or not they are active; active ones that are not merged are
         computed in addition. A merge keeps the adapters' factors, so that unmerging takes off the

@@ -60,8 +60,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """Return the module to replace this wrapper: with the parameters of one of some adapters, or
-        the original one if none of them has any.
+        """Return the module to put in place of this wrapper: with the parameters of one of some
+        adapters, or the original module if none of them has any.
         """
         raise NotImplementedError
 

@@ -311,7 +311,7 @@ def layers_of(method: CombiningMethod, request: Combination) -> dict[str, BaseTu
 
 
 def outer_path(path: str) -> str:
-    """Return the path of the module that a layer adapts, also from inside another method's layer."""
+    """Return the path of the module that a layer adapts, also if another layer wraps it."""
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
@@ -366,5 +366,5 @@ def _companions(model: Combinable, request: Combination) -> dict[str, Tensor]:
     return combined_heads.combine(parts, request.heads, weights)
 
 
-def _is_density(value: Any) -> bool:
+def _is_density(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

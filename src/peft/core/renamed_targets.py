@@ -108,7 +108,7 @@ def saved_paths(
 
 
 def config_of_now(config: C, model: nn.Module) -> C:
-    """Return a config from a file with earlier names of the model's modules replaced by present ones.
+    """Return a config from a file with the present names of modules in place of earlier names.
 
     It is the config itself if all its names match modules, or none does under earlier names.
     """

@@ -186,7 +186,7 @@ def _gathered_states(
 
 
 def _must_gather(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> bool:
-    """Return whether tensors are spread over processes, all of which have to call to gather them."""
+    """Return whether tensors are spread over processes, so that all have to call to gather them."""
     tensors = model.parameters() if state_dict is None else state_dict.values()
     return any(is_distributed(tensor) for tensor in tensors)
 

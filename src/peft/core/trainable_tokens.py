@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train single rows of a token embedding beside an adapter (`trainable_token_indices`).
 
-The rows are parameters of their own, and the weight stays as it is: an embedding's output is replaced
-where one of the tokens is looked up, an output head's logits where they belong to one. A head that
-shares the embedding's weight shares the rows.
+The rows are parameters of their own, and the weight stays as it is. An embedding's output is
+replaced where one of the tokens is looked up, and an output head's logits where they belong to one.
+A head that shares the embedding's weight shares the rows.
 """
 
 from __future__ import annotations
@@ -276,9 +276,15 @@ def _problems(
             "`modules_to_save`, `target_modules` and `trainable_token_indices`."
         )
     elif not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():
-        yield f"`{path}`: {type(module).__name__} is no nn.Embedding or nn.Linear with a floating-point weight."
+        yield (
+            f"`{path}`: {type(module).__name__} is no nn.Embedding or nn.Linear with a "
+            "floating-point weight."
+        )
     elif wrong := [token for token in tokens if not 0 <= token < module.weight.shape[0]]:
-        yield f"`{path}`: `trainable_token_indices` has {wrong}; the tokens go from 0 to {module.weight.shape[0] - 1}."
+        yield (
+            f"`{path}`: `trainable_token_indices` has {wrong}; the tokens go from 0 to "
+            f"{module.weight.shape[0] - 1}."
+        )
 
 
 def _original(module: nn.Module) -> Any:
@@ -286,7 +292,7 @@ def _original(module: nn.Module) -> Any:
 
 
 def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The path of the model's token embedding, its usual name where the model doesn't tell."""
+    """Return the path of the model's token embedding, by default its usual name."""
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

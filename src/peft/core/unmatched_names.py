@@ -21,7 +21,7 @@ LayerLists: TypeAlias = list[str] | str | None
 
 # A group of a regular expression that lists plain words, such as `(q_proj|v_proj)`.
 _WORDS = re.compile(r"\((?:\?:)?((?:[\w.]|\\\.)+(?:\|(?:[\w.]|\\\.)+)+)\)")
-# Least similarity of a word in a regular expression to a module's name at which we suggest the name:
+# Least similarity at which we suggest a module's name for a word in a regular expression:
 # expressions written for many models list words of all of them.
 _SLIP = 0.75
 # Number of names that a message lists.
@@ -226,7 +226,7 @@ def _warn_of_layers(config: TargetedConfig, paths: Collection[str]) -> None:
 def warn_of_patterns(
     patterns: Mapping[str, Mapping[str, object]], targets: Collection[str]
 ) -> None:
-    """Warn of keys of pattern dictionaries (by field name) that match none of the adapted modules."""
+    """Warn of keys of pattern dictionaries, by field name, that match no adapted module."""
     for field, by_key in patterns.items():
         idle = [
             key

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoHa on a model."""
+"""`LoHaModel`: a model with LoHa adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
     Example:
         >>> import torch
         >>> from peft import LoHaConfig
-        >>> model = LoHaModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), LoHaConfig(r=2, target_modules=["0"]), "default")
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> model = LoHaModel(base, LoHaConfig(r=2, target_modules=["0"]), "default")
         >>> model.model[0].hada_w1_a["default"].shape
         torch.Size([8, 2])
 

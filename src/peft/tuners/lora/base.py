@@ -312,7 +312,7 @@ class LoraLayer(BaseTunerLayer):
         )
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """Check that adapters can be merged. A merged `lora_bias` needs a base layer with a bias and
+        """Check that adapters can be merged. A merged `lora_bias` needs a base layer with bias and
         no DoRA adapter after it, and a convolution in groups can't hold a delta across them.
 
         Raises:

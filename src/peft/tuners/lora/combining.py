@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combinations of LoRA adapters: exact sums, their best approximations, and the heuristics of model
-merging.
+"""Combine LoRA adapters: exact sums, their best approximations, and heuristics of model merging.
 
-Each adapter comes with its factors and with `f = w·s`, its weight times its scaling; the result has
-scaling 1.
+Below, `f = w·s` is an adapter's weight times its scaling; the result has scaling 1.
 """
 
 from __future__ import annotations
@@ -46,8 +44,8 @@ class Term(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a combination gives for one layer, and how far it is from the weighted sum, where it
-    aims at it.
+    """The factors of a combination in one layer, and their distance from the weighted sum, for
+    combinations that approximate it.
     """
 
     A: Tensor
@@ -56,14 +54,14 @@ class Factors(NamedTuple):
 
 
 def concatenated(terms: Sequence[Term]) -> Factors:
-    """`Σ f_i · B_i·A_i`, exactly: the ranks side by side."""
+    """Return `Σ f_i · B_i·A_i` exactly: the ranks side by side."""
     A = torch.cat([term.A * (term.weight * term.scale) for term in terms])
     return Factors(A, torch.cat([term.B for term in terms], dim=1), 0.0)
 
 
 def by_factor(terms: Sequence[Term], request: Combination) -> Factors:
-    """`A` and `B` combined each by itself, with weights `±√|f_i|` and `√|f_i|`: of the rank of one
-    adapter, and not the sum of the deltas, since every `A_i` meets every `B_j`.
+    """Combine the `A` and the `B`, with weights `±√|f_i|` and `√|f_i|`. The rank is that of one
+    adapter; the result is not the sum of the deltas, since each `B_i` multiplies all `A_j`.
     """
     roots = [math.sqrt(abs(term.weight * term.scale)) for term in terms]
     signed = [
@@ -75,7 +73,7 @@ def by_factor(terms: Sequence[Term], request: Combination) -> Factors:
 
 
 def approximated(terms: Sequence[Term], rank: int) -> Factors:
-    """The best approximation of `Σ f_i · B_i·A_i` of a rank, from the factors."""
+    """Return the best approximation of `Σ f_i · B_i·A_i` of a rank, from the factors."""
     whole = concatenated(terms)
     U, S, V = product_svd(whole.B, whole.A)
     k = kept(S, rank)
@@ -83,15 +81,14 @@ def approximated(terms: Sequence[Term], rank: int) -> Factors:
 
 
 def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed: bool) -> Factors:
-    """The deltas combined element by element, and the best approximation of that; builds them, and
-    a dense decomposition.
+    """Combine the deltas element by element, and approximate the result by a dense decomposition.
 
     Args:
         terms: The adapters.
-        request: What is asked for.
-        rank: Of the approximation.
-        transposed: Combine deltas as `[in, out]`, as the weight is stored; it decides which element
-            gets which random number.
+        request: The request.
+        rank: Rank of the approximation.
+        transposed: Combine deltas as `[in, out]`, as the weight is stored; this decides the random
+            number of each element.
     """
     deltas = [term.B @ term.A * term.scale for term in terms]
     combined = _by_element(
@@ -180,20 +177,23 @@ def _made(terms: Sequence[Term], request: Combination, rank: int, transposed: bo
 
 
 def _terms(path: str, layer: LoraLayer, request: Combination) -> list[Term]:
-    """The adapters that a layer has."""
+    """Return the adapters that a layer has, with their factors.
+
+    Raises:
+        PeftValueError: One is more than a product of two factors.
+    """
     own = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
     unfit = [name for name, _ in own if not layer.is_product(name)]
     if unfit:
         raise PeftValueError(
             f"`{path}`: adapter {unfit[0]} is more than a product of two factors (`use_dora`, "
-            "`lora_bias`, or a convolution in "
-            "groups); such adapters can't be combined."
+            "`lora_bias`, or a convolution in groups); such adapters can't be combined."
         )
     return [Term(weight, float(layer.scaling[name]), *layer.factors(name)) for name, weight in own]
 
 
 def _by_element(tensors: list[Tensor], weights: list[float], request: Combination) -> Tensor:
-    """Tensors of one shape combined as the request says."""
+    """Combine tensors of one shape element by element, as the request says."""
     w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
     kind = request.kind.removesuffix("_svd")
     density: Any = request.density

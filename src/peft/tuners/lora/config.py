@@ -16,39 +16,39 @@ from ...base.registry import WAY_BACK, PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, number, pattern_dict, probability
 from .starts import REPEATABLE, is_random, upgraded
 
-# What `init_lora_weights` may say, beside "pissa_niter_<n>".
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+# Values of `init_lora_weights`, in addition to "pissa_niter_<n>".
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 
 
-# Names of the interface that are not provided here; a class stands for each.
-ArrowConfig: Any
-BdLoraConfig: Any
-CordaConfig: Any
-EvaConfig: Any
-KasaConfig: Any
-LoftQConfig: Any
-LoraGAConfig: Any
-MontecloraConfig: Any
-VeloraConfig: Any
+# Names of the interface that this package does not implement, as placeholders.
+ArrowConfig: type
+BdLoraConfig: type
+CordaConfig: type
+EvaConfig: type
+KasaConfig: type
+LoftQConfig: type
+LoraGAConfig: type
+MontecloraConfig: type
+VeloraConfig: type
 
-if not TYPE_CHECKING:  # to which any name would be right
+if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
 
 
 @dataclass
 class LoraRuntimeConfig:
-    """How a process runs adapters; never part of a file.
+    """Settings of a process that runs adapters; not part of a file.
 
     Args:
-        ephemeral_gpu_offload: Not provided; False.
+        ephemeral_gpu_offload: Not implemented; False.
     """
 
     ephemeral_gpu_offload: bool = field(default=False, metadata={"help": "Not provided."})
 
 
-# Fields of the interface whose features are not here. What asks for nothing is accepted in each.
+# Fields of features that are not implemented. Values that turn the feature off are accepted.
 _NOT_PROVIDED = (
     "megatron_config",
     "loftq_config",
@@ -65,7 +65,7 @@ _NOT_PROVIDED = (
     "arrow_config",
     "kasa_config",
 )
-# Settings of a start, which without that start say nothing.
+# Settings of an initialization, without effect for another one.
 _OF_STARTS = {
     "loftq_config": "loftq",
     "eva_config": "eva",
@@ -86,51 +86,48 @@ class LoraConfig(TargetedConfig):
         exclude_modules: Names or a regular expression; takes precedence over `target_modules`.
         lora_alpha: The delta is scaled by `lora_alpha / r`.
         lora_dropout: Dropout on the input, in training; embeddings have none.
-        fan_in_fan_out: Whether the adapted layers store their weight `[in, out]` (Conv1D). The
-            layer itself decides; this only states what is expected.
-        bias: Which biases are trained: "none", "all" of the model's, or "lora_only", those of
-            adapted layers.
-        use_rslora: Scale by `lora_alpha / √r`, which keeps the learning rate right for large ranks
-            (rank-stabilised LoRA).
+        fan_in_fan_out: Expected layout of the adapted layers' weights: True for `[in, out]`
+            (Conv1D). The layers themselves decide.
+        bias: Biases to train: "none", "all" of the model's, or "lora_only", those of adapted
+            layers.
+        use_rslora: Scale by `lora_alpha / √r`, for which one learning rate suits all ranks
+            (rank-stabilized LoRA).
         modules_to_save: Modules to train whole and save beside the adapter.
-        init_lora_weights: How an adapter starts. True: without effect, `A` uniform and `B` zero (of
-            embeddings `A` is zero). "gaussian": the same with `A` normal. "orthogonal": without
-            effect though neither is zero; even ranks only. "pissa": at the `r` largest singular
-            values of the weight, `B₀·A₀`, and without effect since that part is taken off again:
-            `ΔW = s · (B·A - B₀·A₀)`; "pissa_niter_<n>" finds them faster, by `n` rounds of subspace
-            iteration. "olora": likewise at the first `r` columns of the weight's QR decomposition.
-            These are for linear layers; embeddings start as with True. False: at random, with an
-            effect.
+        init_lora_weights: Initialization. True: without effect, `A` uniform and `B` zero (`A` for
+            embeddings). "gaussian": the same with `A` normal. "orthogonal": without effect, with
+            both nonzero; even ranks only. "pissa": the `r` largest singular values of the weight,
+            `B₀·A₀`, without effect since they are subtracted: `ΔW = s · (B·A - B₀·A₀)`;
+            "pissa_niter_<n>" computes them by `n` rounds of subspace iteration. "olora": the same
+            with the first `r` columns of the weight's QR decomposition. These are for linear
+            layers; embeddings start as with True. False: at random, with an effect.
         layers_to_transform: Index or indices of the layers to adapt.
-        layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
-            the outermost.
-        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key means
-            the whole module path or its end; one that begins with `^` also means all modules below
-            the path it describes (its file says so in a way that other readers understand; in a
-            file of theirs `^` means the module alone).
-        alpha_pattern: Likewise for `lora_alpha`.
+        layers_pattern: Name of the list of layers, "layers" or "h" for example; by default the
+            outermost list.
+        rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key matches
+            the whole module path or its end; a key that begins with `^` also matches all modules
+            below the path (in a file of other writers, only the module itself).
+        alpha_pattern: The same for `lora_alpha`.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
             (and those of the output head, where it shares the weight); a dictionary names other
             modules: name → tokens.
-        use_dora: Train the length of each row of the weight by itself, beside its direction (DoRA).
+        use_dora: Train the norm of each row of the weight apart from its direction (DoRA).
         lora_bias: Give `B` a bias. Not for embeddings, and not with `use_dora`.
         megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
         velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
-        layer_replication, runtime_config,
-        target_parameters, use_bdlora, arrow_config, kasa_config: Of features that are not provided;
-            they have their defaults, or another value that asks for nothing.
+        layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config,
+        kasa_config: Of features that are not implemented; only values that turn them off.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
             that share a weight. Rows of `trainable_token_indices` are tied anyway.
-        start: Filled in by this package, where `init_lora_weights` draws random numbers
-            ("pissa_niter_<n>"): its file is a plain adapter of twice the rank, and this says how to
-            tell the start from the rest.
+        start: Set by this package if `init_lora_weights` draws random numbers ("pissa_niter_<n>"):
+            the file holds a plain adapter of twice the rank, and this field tells how to separate
+            the start.
 
     Raises:
         PeftValueError: A value is not allowed.
-        PeftNotSupportedError: A feature is asked for that is not provided.
+        PeftNotSupportedError: A field asks for a feature that is not implemented.
 
     Example:
-        >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True).peft_type.value
+        >>> LoraConfig(r=8, target_modules=["q_proj", "v_proj"], use_dora=True).peft_type.value
         'LORA'
 
     Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`:
@@ -207,12 +204,12 @@ class LoraConfig(TargetedConfig):
         default=False, metadata={"help": "Refuse to adapt one of two tied modules."}
     )
 
-    start: Any = field(
+    start: str | dict[str, object] | None = field(
         default=None, metadata={"help": "How a file has its start.", "besides": True}
     )
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
-    absent_values: ClassVar[dict[str, Any]] = {"start": None}
+    absent_values: ClassVar[dict[str, object]] = {"start": None}
     unsaved: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:
@@ -236,17 +233,17 @@ class LoraConfig(TargetedConfig):
 
     @property
     def starts_from_weight(self) -> bool:
-        """Whether the adapter starts with a part of the base weight."""
+        """True if the adapter starts with a part of the base weight."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(
             ("pissa", "olora")
         )
 
     def validate(self) -> None:
-        """Check every field, first whether a feature is asked for that is not here.
+        """Check every field, first those of features that are not implemented.
 
         Raises:
-            PeftNotSupportedError: One is.
-            PeftValueError: Lists all offences.
+            PeftNotSupportedError: A field asks for such a feature.
+            PeftValueError: Values are not allowed; all are listed.
         """
         asked = [name for name in _NOT_PROVIDED if getattr(self, name)]
         if self.runtime_config not in (LoraRuntimeConfig(), {"ephemeral_gpu_offload": False}, {}):
@@ -255,9 +252,8 @@ class LoraConfig(TargetedConfig):
             named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
             raise PeftNotSupportedError(
                 f"LoraConfig: {named} asks for what this package does not provide. It provides "
-                "LoRA with `use_rslora`, `use_dora`, "
-                "`lora_bias`, `rank_pattern`, `alpha_pattern` and the initialisations of "
-                "`init_lora_weights`; leave the default. " + WAY_BACK
+                "LoRA with `use_rslora`, `use_dora`, `lora_bias`, `rank_pattern`, `alpha_pattern` "
+                "and the initializations of `init_lora_weights`; leave the default. " + WAY_BACK
             )
         super().validate()
 
@@ -279,18 +275,27 @@ class LoraConfig(TargetedConfig):
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
         yield from self._start_problems()
         if self.use_dora and self.lora_bias:
-            yield "The argument lora_bias=True is not supported together with `use_dora`=True; choose one of them."
+            yield (
+                "The argument lora_bias=True is not supported together with `use_dora`=True; "
+                "choose one of them."
+            )
         if self.lora_bias and isinstance(self.init_lora_weights, str):
-            yield f"The argument lora_bias=True is for `init_lora_weights` True or False, found {self.init_lora_weights!r}."
+            yield (
+                "The argument lora_bias=True is for `init_lora_weights` True or False, found "
+                f"{self.init_lora_weights!r}."
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if not is_empty(getattr(self, name)):
-                    yield f"`{name}` cannot be used when `target_modules` is a str; put the layers into the regular expression."
+                    yield (
+                        f"`{name}` cannot be used when `target_modules` is a str; put the layers "
+                        "into the regular expression."
+                    )
 
     def _start_problems(self) -> Iterator[str]:
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
-            yield from choice("init_lora_weights", start, (*INITIALISATIONS, "pissa_niter_<n>"))
+            yield from choice("init_lora_weights", start, (*INITIALIZATIONS, "pissa_niter_<n>"))
         if (
             self.starts_from_weight
             and isinstance(self.lora_alpha, (int, float))
@@ -300,5 +305,5 @@ class LoraConfig(TargetedConfig):
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """A file says how its adapter started."""
+        """Read the start of an adapter from a file's fields."""
         return upgraded(content)

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any adapter as a LoRA adapter, for programs that know no other: serving engines, exporters, other
-implementations.
+"""Convert an adapter of any method to LoRA, for programs that read no other: serving engines,
+exporters, other implementations.
 
-Every layer that has a delta knows it as a product of two thin factors (`low_rank_factors`), exact
-where the method's structure is low rank. Here these become the tensors and the config of a LoRA
-adapter whose scaling is 1 everywhere.
+A layer returns its delta as a product of two factors (`low_rank_factors`), exactly where the method
+is low rank. The factors become the tensors of a LoRA adapter whose scaling is 1 everywhere.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import get_peft_model_state_dict
+from ...config import TargetedConfig
 from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import (
@@ -41,12 +40,12 @@ from ...ops.low_rank import LowRank, approximate, check_rank, total_error
 from .base import lora_tensors
 from .config import LoraConfig
 
-# How many tasks `save_tasks_as_lora` holds in memory at a time.
+# Number of tasks that `save_tasks_as_lora` holds in memory at a time.
 _TASKS_AT_ONCE = 16
 
 
 class LoraConversion(Conversion[LoraConfig]):
-    """A LoRA adapter made of another: the pair `(config, state_dict)`, and how near it is.
+    """A LoRA adapter made of another: the pair `(config, state_dict)`, with its errors.
 
     Attributes:
         config: Its config.
@@ -67,7 +66,7 @@ class LoraConversion(Conversion[LoraConfig]):
     def of(
         cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: dict[str, LowRank]
     ) -> LoraConversion:
-        """The conversion whose layers have these factors."""
+        """Return the conversion whose layers have these factors."""
         result = cls(config, state_dict)
         result.errors = {path: part.error for path, part in parts.items()}
         result.error = total_error(parts.values())
@@ -79,11 +78,11 @@ def convert_to_lora(
     rank: int | float | None = None,
     adapter_name: str | None = None,
     progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
+    compile_kwargs: dict[str, object] | None = None,
     *,
-    task_id: Any = None,
+    task_id: int | str | Mapping[int | str, float] | None = None,
 ) -> LoraConversion:
-    """The LoRA adapter that is nearest to an adapter of any method. The model is left as it is.
+    """Return the best approximation of an adapter by a LoRA adapter. The model stays as it is.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
@@ -94,8 +93,7 @@ def convert_to_lora(
         adapter_name: The adapter; by default the one called "default", else the only one that is
             active.
         progressbar: Show one.
-        compile_kwargs: Accepted for compatibility; everything is computed on thin factors, and
-            there is nothing to compile.
+        compile_kwargs: Accepted for compatibility, without effect.
         task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary
             with the share of each of several.
 
@@ -112,7 +110,8 @@ def convert_to_lora(
 
     Example:
         >>> from peft import LoKrConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoKrConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> config = LoKrConfig(r=2, target_modules=["0"], init_weights=False)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
         >>> config, state_dict = converted = convert_to_lora(model, rank=4)
         >>> config.r, state_dict["base_model.model.0.lora_A.weight"].shape, 0 < converted.error < 1
         (4, torch.Size([4, 16]), True)
@@ -137,9 +136,9 @@ def save_as_lora(
     rank: int | float | None = None,
     adapter_name: str | None = None,
     progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
+    compile_kwargs: dict[str, object] | None = None,
     *,
-    task_id: Any = None,
+    task_id: int | str | Mapping[int | str, float] | None = None,
 ) -> LoraConversion:
     """Convert an adapter to LoRA and write it to a folder, as `save_pretrained` writes adapters.
 
@@ -148,7 +147,7 @@ def save_as_lora(
         model, rank, adapter_name, progressbar, compile_kwargs, task_id: As for `convert_to_lora`.
 
     Returns:
-        What was written, with its errors.
+        The conversion, with its errors.
 
     Raises:
         As `convert_to_lora`; nothing is written then.
@@ -169,8 +168,7 @@ def save_tasks_as_lora(
     adapter_name: str | None = None,
     progressbar: bool = False,
 ) -> dict[str, float]:
-    """Write each task of an adapter as a LoRA adapter of its own, going through the layers once for
-    many tasks.
+    """Write each task of an adapter as a LoRA adapter; many tasks share a pass over the layers.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
@@ -195,7 +193,7 @@ def save_tasks_as_lora(
     adapter_name = name_of(model, adapter_name)
     config = config_of(model, adapter_name)
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
-    chosen: dict[str, Any] = tuner_cls.conversion_tasks(config, tasks)
+    chosen: dict[str, int] = tuner_cls.conversion_tasks(config, tasks)
     for name in chosen:
         if name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise PeftValueError(
@@ -216,14 +214,14 @@ def save_tasks_as_lora(
 
 def _convert(
     model: nn.Module,
-    config: Any,
+    config: TargetedConfig,
     adapter_name: str,
     rank: int | float | None,
-    views: list[dict[str, Any]],
+    views: list[Mapping[str, object]],
     progressbar: bool,
 ) -> list[LoraConversion]:
-    """An adapter's conversion for each of several options of `low_rank_factors`, in one pass over
-    the layers.
+    """Convert an adapter with each of several options of `low_rank_factors`, in one pass over the
+    layers.
     """
     root, prefix = root_of(model)
     layers = dict(layers_with(root, adapter_name))
@@ -254,9 +252,9 @@ def _convert(
     ]
 
 
-def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Tensor]:
-    """What an adapter's checkpoint has beside its layers' own tensors: whole modules, biases, rows
-    of embeddings or all of them.
+def _companions(model: nn.Module, config: TargetedConfig, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's checkpoint that its layers do not have: whole modules,
+    biases, embeddings or rows of them.
     """
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     own = (*tuner_cls.tuner_layer_cls.container_names, *tuner_cls.shared_parameter_names)
@@ -268,7 +266,10 @@ def _companions(model: nn.Module, config: Any, adapter_name: str) -> dict[str, T
     }
 
 
-def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
+def _shown(
+    layers: dict[str, BaseTunerLayer], progressbar: bool
+) -> Iterable[tuple[str, BaseTunerLayer]]:
+    """Return the layers by path, with a progress bar if wanted."""
     if not progressbar:
         return layers.items()
     from tqdm import tqdm
@@ -277,10 +278,13 @@ def _shown(layers: dict[str, BaseTunerLayer], progressbar: bool) -> Any:
 
 
 def _factors(
-    layer: BaseTunerLayer, adapter_name: str, rank: int | float | None, options: dict[str, Any]
+    layer: BaseTunerLayer,
+    adapter_name: str,
+    rank: int | float | None,
+    options: Mapping[str, object],
 ) -> LowRank:
-    """An adapter's delta in a layer as the factors of a LoRA layer of the same kind; of exactly the
-    rank, if that is a number.
+    """Return an adapter's delta in a layer as factors of a LoRA layer; if the rank is an integer, of
+    exactly this rank.
 
     Raises:
         PeftValueError: The layer's weight has no such rank.
@@ -293,7 +297,7 @@ def _factors(
 
 
 def _of_rank(factors: LowRank, rank: int) -> LowRank:
-    """Factors filled up with zeros."""
+    """Pad factors with zeros to a rank."""
     A, B = factors.A, factors.B
     largest = min(A.shape[1], B.shape[0])
     if rank > largest:
@@ -306,8 +310,8 @@ def _of_rank(factors: LowRank, rank: int) -> LowRank:
 
 
 def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRank:
-    """Factors of a convolution in groups. In a LoRA layer only `B` is in groups, so that each group
-    needs rows of `A` to itself, which are zero on the channels of the others.
+    """Return factors of a grouped convolution. In a LoRA layer only `B` is grouped, so each group
+    needs its own rows of `A`, which are zero on the channels of other groups.
 
     Args:
         factors: Exact, `A [r, in // groups · taps]` and `B [out, r]`.
@@ -336,13 +340,15 @@ def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRa
 
 def _lora_config(
     root: nn.Module,
-    config: Any,
+    config: TargetedConfig,
     layers: dict[str, BaseTunerLayer],
     parts: dict[str, LowRank],
     by_energy: bool,
 ) -> LoraConfig:
-    """The config of a conversion, with scaling 1: its largest rank and a pattern for layers of
-    another or, where each layer has the rank that its energy asks for, a pattern for all layers.
+    """Return the config of a conversion, with scaling 1.
+
+    It has the largest rank and a pattern for layers of another; with `by_energy`, a pattern for all
+    layers.
     """
     ranks = {path: part.rank for path, part in parts.items()}
     r = 1 if by_energy else max(ranks.values())

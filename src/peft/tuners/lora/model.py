@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on a model."""
+"""`LoraModel`: a model with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class LoraModel(BaseTuner[LoraConfig]):
     Example:
         >>> import torch
         >>> from peft import LoraConfig
-        >>> model = LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]), "default")
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 6))
+        >>> model = LoraModel(base, LoraConfig(r=2, target_modules=["0"]), "default")
         >>> model.model[0].lora_A["default"].weight.shape, model.model[0].scaling
         (torch.Size([2, 4]), {'default': 4.0})
 
@@ -106,7 +107,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         }
 
     def target_problems(self, config: LoraConfig, path: str, module: nn.Module) -> Iterator[str]:
-        """Ranks that do not fit, and options that a kind of layer does not have."""
+        """Yield ranks that do not fit, and options that the kind of layer does not have."""
         size, lookup = geometry(module), table(module)
         r = pattern_value(config.rank_pattern or {}, path, config.r)
         alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
@@ -117,16 +118,23 @@ class LoraModel(BaseTuner[LoraConfig]):
             if config.lora_bias:
                 yield "`lora_bias`=True is not supported for embeddings."
             if getattr(module, "max_norm", None) is not None:
-                yield "an embedding with `max_norm` rewrites its rows when they are looked up; an adapter would not be rescaled."
+                yield (
+                    "an embedding with `max_norm` rewrites its rows when they are looked up; an "
+                    "adapter would not be rescaled."
+                )
         elif size is not None and size.is_conv:
             groups = conv_options(module)["groups"]
             if r % groups:
-                yield f"`r`={r} must be divisible by the convolution's groups, {groups}; choose another rank or target."
+                yield (
+                    f"`r`={r} must be divisible by the convolution's groups, {groups}; choose "
+                    "another rank or target."
+                )
             if config.starts_from_weight or start == "orthogonal":
                 yield f"`init_lora_weights`={start!r} is for linear layers, not for convolutions."
         elif size is not None and config.starts_from_weight:
-            if r > min(size.in_features, size.out_features):
-                yield f"`r`={r} is more than the {min(size.in_features, size.out_features)} singular values of the weight."
+            largest = min(size.in_features, size.out_features)
+            if r > largest:
+                yield f"`r`={r} is more than the {largest} singular values of the weight."
             if alpha <= 0:
                 yield f"`init_lora_weights`={start!r} needs a positive alpha, found {alpha!r}."
         if lookup is None and start == "orthogonal" and r % 2:
@@ -168,7 +176,7 @@ class LoraModel(BaseTuner[LoraConfig]):
     def form_to_save(
         self, adapter_name: str, config: LoraConfig, state: dict[str, Tensor]
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """As it is, or with a start that others would not find."""
+        """Return config and tensors, with a randomly drawn start, which readers can't compute."""
         if not is_random(config.init_lora_weights):
             return config, state
         own = {
