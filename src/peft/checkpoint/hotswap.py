@@ -38,7 +38,7 @@ from .hub import find_file, load_peft_weights, only_hub_options
 from .keys import TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
 from .placed_adapter import PlacedAdapter
 from .protocols import AdapterConfig, AdapterLayer
-from .rank_padding import Unpadded, set_unpadded_sizes, unpadded_sizes
+from .rank_padding import Unpadded
 from .state_dict import import_state, write_state
 
 __all__ = [
@@ -239,7 +239,7 @@ def _pad_ranks(model: Any, target_rank: int) -> None:
                 and padding.allows(target_rank)
                 and padding.size(target_rank) >= tensor.shape[padding.dim]
             ):
-                todo.append((config, key, tensor, padding))
+                todo.append((adapter, key, tensor, padding))
             else:
                 problems.append(f"`{key}` has shape {list(tensor.shape)}")
     if problems:
@@ -247,8 +247,8 @@ def _pad_ranks(model: Any, target_rank: int) -> None:
             f"Adapters can't be filled up to `target_rank`={target_rank!r}: "
             f"{'; '.join(problems[:8])}."
         )
-    for config, key, tensor, padding in todo:
-        unpadded_sizes(config).setdefault(key, Unpadded(padding, tensor.shape[padding.dim]))
+    for adapter, key, tensor, padding in todo:
+        adapter.set_unpadded(key, Unpadded(padding, tensor.shape[padding.dim]))
         tensor.data = padding.pad(tensor.data, padding.size(target_rank))
     for name, config in model.peft_config.items():
         PlacedAdapter(model, name, config).correct_sizes()
@@ -398,7 +398,7 @@ class _Swap:
     def run(self) -> None:
         """Replace the tensors. Nothing here can fail."""
         adapter = self.adapter
-        sizes: dict[str, Unpadded] = {}
+        sizes = {}
         targets = {**self.silent, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
         values = {}
         for key, tensor in self.silent.items():
@@ -425,9 +425,12 @@ class _Swap:
         for path, fresh in self.build.layers.items():
             if path in swapped:
                 self._adopt_values(adapter.layers[path], fresh)
+        for layer in adapter.layers.values():
+            layer.unpadded_sizes.pop(adapter.name, None)
+        for key, size in sizes.items():
+            adapter.set_unpadded(key, size)
         known = adapter.config
         vars(known).update({**vars(self.config), "inference_mode": known.inference_mode})
-        set_unpadded_sizes(known, sizes)
         adapter.tuner.note_loaded(adapter.model, adapter.name)
 
     def _adopt_values(self, layer: AdapterLayer, fresh: AdapterLayer) -> None:

@@ -12,7 +12,7 @@ from ..base.containers import walk
 from ..integrations.distributed import state_tensors, unwrapped_name
 from .keys import adapter_tensors, in_view
 from .protocols import AdapterConfig, AdapterLayer, Tuner, tuner_class
-from .rank_padding import RankPadding
+from .rank_padding import RankPadding, Unpadded
 
 
 class Position(NamedTuple):
@@ -68,6 +68,13 @@ class PlacedAdapter:
         if position is None or position.path not in self.layers:
             return None
         return self.layers[position.path].rank_padding(position.container)
+
+    def set_unpadded(self, key: str, size: Unpadded) -> None:
+        """Note the own size of a padded tensor, unless the tensor was padded before."""
+        position = self.position(key)
+        if position is not None:
+            sizes = self.layers[position.path].unpadded_sizes.setdefault(self.name, {})
+            sizes.setdefault(position.container, size)
 
     def correct_sizes(self) -> None:
         """Set `in_features` and the like of the modules in containers to the shapes of their

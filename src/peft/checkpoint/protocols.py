@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
-from .rank_padding import RankPadding
+from .rank_padding import RankPadding, Unpadded
 
 C = TypeVar("C")
 
@@ -38,6 +38,8 @@ class AdapterLayer(Protocol):
     value_names: ClassVar[tuple[str, ...]]
     base_layer: nn.Module
     scaling: dict[str, float | Tensor]
+    # Own sizes of padded tensors, by adapter name and container.
+    unpadded_sizes: dict[str, dict[str, Unpadded]]
 
     def rank_padding(self, container: str) -> RankPadding | None:
         """Return where tensors of a container have their rank; None if it can't be padded."""

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank padding: low-rank factors with zeros up to a larger rank, which leave their product as it
-is.
+"""Rank padding: zeros in low-rank factors up to a larger rank, which leave the product as it is.
 
-The zeros are not part of the adapter. The unpadded sizes are kept with the adapter's config in the
-model, and saving cuts the tensors to them.
+The zeros are not part of the adapter. Layers keep the own sizes of padded tensors, and saving cuts
+the tensors to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -57,37 +55,17 @@ class RankPadding(NamedTuple):
 
 
 class Unpadded(NamedTuple):
-    """A padded tensor's own size.
+    """The own size of padded tensors.
 
     Args:
-        padding: Its rank dimension.
-        size: Entries of it that are the adapter's; 0 for a tensor that the adapter does not have.
+        padding: Their rank dimension.
+        size: Entries of it that are the adapter's; 0 if the adapter does not have these tensors.
     """
 
     padding: RankPadding
     size: int
 
-
-def unpadded_sizes(config: object) -> dict[str, Unpadded]:
-    """Return the own sizes of an adapter's padded tensors by checkpoint key, to be changed by what
-    pads.
-    """
-    return vars(config).setdefault("_unpadded_sizes", {})
-
-
-def set_unpadded_sizes(config: object, sizes: dict[str, Unpadded]) -> None:
-    """Replace the own sizes of an adapter's padded tensors."""
-    vars(config)["_unpadded_sizes"] = sizes
-
-
-def without_padding(state: Mapping[str, Tensor], config: object) -> dict[str, Tensor]:
-    """Return an adapter's tensors without padding."""
-    sizes: dict[str, Unpadded] = vars(config).get("_unpadded_sizes", {})
-    result = {}
-    for key, tensor in state.items():
-        own = sizes.get(key)
-        if own is None:
-            result[key] = tensor
-        elif own.size:
-            result[key] = own.padding.cut(tensor, own.size)
-    return result
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Return a tensor without padding."""
+        has_rank = tensor.dim() > self.padding.dim
+        return self.padding.cut(tensor, self.size) if has_rank else tensor

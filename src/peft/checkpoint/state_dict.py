@@ -44,12 +44,13 @@ from .keys import (
     WHOLE_MODULES,
     adapter_config,
     adapter_tensors,
+    checkpoint_key,
     container_names,
     in_view,
     is_embedding,
 )
 from .protocols import AdapterConfig, tuner_class
-from .rank_padding import without_padding
+from .rank_padding import Unpadded
 from .renamed_modules import renamed_state
 from .vocabulary import was_resized
 
@@ -115,8 +116,26 @@ def get_peft_model_state_dict(
         values = read_values(model, found)
         if has_base:
             values = {key: value.detach() for key, value in values.items()}
-    state = without_padding(values, config)
+    state = _without_padding(model, values, config, adapter_name)
     return tuner_class(config).checkpoint_format.export_state(state, config)
+
+
+def _without_padding(
+    model: nn.Module, state: dict[str, Tensor], config: AdapterConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors without rank padding."""
+    sizes: dict[str | None, Unpadded] = {}
+    containers = container_names(config)
+    for path, module in walk(model):
+        for container, size in vars(module).get("unpadded_sizes", {}).get(adapter_name, {}).items():
+            name = unwrapped_name(f"{path}.{container}.{adapter_name}")
+            sizes[checkpoint_key(name, adapter_name, containers)] = size
+    result = {}
+    for key, tensor in state.items() if sizes else ():
+        size = sizes.get(key) or sizes.get(key.rpartition(".")[0])
+        if size is None or size.size:
+            result[key] = tensor if size is None else size.cut(tensor)
+    return result if sizes else state
 
 
 def _embeddings_to_save(

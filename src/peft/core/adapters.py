@@ -132,7 +132,7 @@ def drop(layer: _Layer, adapter_name: str) -> None:
 
 def _by_adapter(layer: _Layer) -> Iterator[MutableMapping[str, object]]:
     """Yield all that a layer holds by adapter name."""
-    for attribute in (*layer.container_names, *layer.value_names, "scaling"):
+    for attribute in (*layer.container_names, *layer.value_names, "scaling", "unpadded_sizes"):
         yield getattr(layer, attribute)
 
 

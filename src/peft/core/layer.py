@@ -20,7 +20,7 @@ from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
 from ..base.geometry import Geometry, Placement, columns
-from ..checkpoint.rank_padding import RankPadding
+from ..checkpoint.rank_padding import RankPadding, Unpadded
 from ..integrations.accelerate import loaded_weights
 from ..ops.dispatch import can_fuse, is_ordinary
 from ..ops.exact_merge import Recipe, unchanged
@@ -78,6 +78,7 @@ class BaseTunerLayer(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.scaling: dict[str, float] = {}
+        self.unpadded_sizes: dict[str, dict[str, Unpadded]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
