@@ -222,7 +222,7 @@ def test_a_scaled_input_is_refused_before_anything_is_merged():
     last.weight.act_pre_scale = torch.ones(128)
     before = weights(model)
     with pytest.raises(
-        NotImplementedError, match="quantised form that an adapter can't be merged into"
+        NotImplementedError, match="quantized storage format that an adapter can't be merged into"
     ):
         model.merge_adapter()
     assert not model.base_model.merged_adapters
@@ -239,7 +239,7 @@ def test_scaled_float8_weights_are_quantised_and_bare_ones_are_not():
     scaled.weight_scale_inv = nn.Parameter(torch.ones(1))
     assert is_quantized(scaled)
     model = get_peft_model(nn.Sequential(scaled), LoKrConfig(target_modules=["0"]))
-    with pytest.raises(NotImplementedError, match="quantised form"):
+    with pytest.raises(NotImplementedError, match="quantized storage format"):
         model.merge_adapter()
 
 

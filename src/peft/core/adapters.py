@@ -55,10 +55,13 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
         return parameter if type(self) is AdapterParameterDict else parameter.clone()
 
 
-def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | None]:
-    """Return an adapter's parameter in each container, None where it has none: what
-    `container.get(adapter_name)` returns, with one look for hooks.
-    """
+def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor]:
+    """Return an adapter's parameters, one of each container, with one look for hooks."""
+    return read_optional(adapter_name, containers)  # type: ignore[return-value]
+
+
+def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | None]:
+    """Return an adapter's parameters, None of a container without one, with one look for hooks."""
     found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
     if torch.compiler.is_compiling() or not (
         all(parameter is None or type(parameter) is nn.Parameter for parameter in found)

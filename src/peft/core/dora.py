@@ -18,12 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.geometry import Geometry, Placement, columns
-from ..integrations.distributed import gathered_tensor
-from ..integrations.quantization import is_quantized_tensor
+from ..base.geometry import Geometry, Placement
 from ..ops.low_rank import wide
 from .base_layer import conv_options, pad_input
-from .weights import dense_weight
 
 
 @dataclass(frozen=True)
@@ -80,23 +77,6 @@ class DecomposableLayer(Protocol):
         """Return an adapter's norms, None if it is not decomposed."""
 
 
-def base_weight(layer: DecomposableLayer) -> Tensor:
-    """Return the base weight in numbers, as stored, without merged adapters."""
-    if layer.has_merges:
-        return layer.unmerged_weight()
-    base, size = layer.get_base_layer(), layer.geometry
-    weight = base._parameters.get("weight")
-    if (
-        weight is not None
-        and weight.is_floating_point()
-        and weight.dtype.itemsize > 1
-        and weight.numel() == size.out_features * columns(size)  # else packed, or gathered later
-        and not is_quantized_tensor(weight)
-    ):
-        return gathered_tensor(weight)
-    return dense_weight(base)
-
-
 def first_magnitude(norms: Callable[[], Tensor] | None, size: int, placement: Placement) -> Tensor:
     """Return the norms that an adapter starts with, `[size]`.
 
@@ -142,9 +122,9 @@ def output_without_bias(layer: DecomposableLayer, x: Tensor) -> Tensor:
     return convolve(pad_input(base, x), weight, **conv_options(base))
 
 
-def change(layer: DecomposableLayer, factor: Tensor, delta: Tensor) -> Tensor:
-    """Return `f ⊙ (W + ΔW) - W`, what a decomposed adapter adds to the base weight alone."""
-    weight = wide(base_weight(layer))
+def change(weight: Tensor, factor: Tensor, delta: Tensor) -> Tensor:
+    """Return `f ⊙ (W + ΔW) - W`, what a decomposed adapter alone adds to the base weight."""
+    weight = wide(weight)
     return wide(factor) * (weight + wide(delta)) - weight
 
 

@@ -28,11 +28,11 @@ from ..ops.fused_linear import Chain, add_to_output, linear_with_chain
 from ..ops.low_rank import LowRank, cut, dense_svd
 from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, nested_like
-from . import adapters, dora, layer_merges
+from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
 from .base_layer import geometry, innermost, table
 from .cost import AdapterCost
-from .merge_requests import checked_names, warn_of_merged
+from .merge_requests import check_order, checked_names, warn_of_merged
 from .merges import Merge, Merges
 from .weights import placement, quantized_format
 
@@ -356,8 +356,9 @@ class BaseTunerLayer(nn.Module):
         elif enabled:
             self._freeze.end()
         self._disable_adapters = not enabled
-        if enabled:
-            layer_merges.resume(self, layer_merges.lacks_suspended(self))
+        if enabled and (again := self._merges.suspended(self)):
+            with loaded_weights(self, again):
+                self._merges.resume(self, self._merges.lacks_suspended(self))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete and deactivate an adapter, which must not be merged."""
@@ -427,10 +428,10 @@ class BaseTunerLayer(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         own = {n: options for n in checked_names(names) if n in self.scaling}
-        new = layer_merges.not_merged(self, own)
+        new = self._merges.missing(self, own)
         warn_of_merged([name for name in own if name not in new], list(new))
         self.check_mergeable(list(new))
-        layer_merges.merge(self, new, safe_merge)
+        self._merges.merge(self, new, safe_merge)
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
         """Subtract the deltas of some, by default all, merged adapters from the base weight.
@@ -439,7 +440,7 @@ class BaseTunerLayer(nn.Module):
         Raises:
             PeftRuntimeError: They came merged with a state dict, which lacks the original weight.
         """
-        was_suspended = bool(layer_merges.suspended(self))
+        was_suspended = bool(self._merges.suspended(self))
         self._merges.resume(self, False)
         if self.merged:
             self.take_off(adapter_names)
@@ -449,11 +450,12 @@ class BaseTunerLayer(nn.Module):
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
         quantized_format(self.get_base_layer())
-        layer_merges.check_order(self, adapter_names)
+        merged = [*(merge.name for merge in self._merges.entries), *adapter_names]
+        check_order(self._merges.stack(self), merged)
 
     @property
     def has_merges(self) -> bool:
-        """Return whether anything is merged into the base weight, by any layer around it."""
+        """Whether anything is merged into the base weight, by any layer around it."""
         return bool(self._merges.entries)
 
     def note_merges(self, adapter_names: list[str]) -> None:

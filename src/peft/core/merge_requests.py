@@ -1,19 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of adapters that a merge is asked for."""
+"""Checks of a merge: names, options and order of the adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-from ..base.errors import PeftTypeError, warn
+from torch import Tensor
+
+from ..base.errors import PeftNotSupportedError, PeftTypeError, warn
 from ..base.validation import check_adapter
+from .dora import Decomposition
+
+
+class _Layer(Protocol):
+    @property
+    def active_adapters(self) -> Sequence[str]: ...
+    @property
+    def scaling(self) -> Mapping[str, float]: ...
+    def decomposition(self, adapter_name: str) -> Decomposition | None: ...
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None: ...
 
 
 def checked_names(adapter_names: Iterable[str]) -> list[str]:
-    """Names of adapters, each once.
+    """Return the names of adapters, each once.
 
     Raises:
-        PeftTypeError: They are no list of strings.
+        PeftTypeError: They are not a list of strings.
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
         raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
@@ -43,7 +56,7 @@ def check_merge_options(options: Iterable[str], known: Sequence[str], owner: str
 
 
 def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
-    """Say so where adapters that are to be merged are merged already.
+    """Warn where adapters to be merged are merged already.
 
     Args:
         merged: Those that are.
@@ -56,3 +69,38 @@ def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
         )
     elif merged:
         warn("All adapters are already merged, nothing to do.")
+
+
+def check_order(layers: Sequence[_Layer], merged: Sequence[str]) -> None:
+    """Check that a merge leaves the output as it is. Active adapters apply one after the other, the
+    merged ones first; those of an inner layer before those of the layers around it.
+
+    Args:
+        layers: The layers around one base layer, from the inside.
+        merged: The merged adapters in their order, with those to merge at the end.
+
+    Raises:
+        PeftNotSupportedError: An adapter with norms of rows would come before or after others than
+            it does in the forward, or after one that adds to the bias, which norms multiply too.
+    """
+    own = [(n, layer) for layer in layers for n in layer.active_adapters if n in layer.scaling]
+    active = [name for name, _ in own]
+    order = [name for name in merged if name in active]
+    order += [name for name in active if name not in merged]
+    for name, layer in own:
+        decomposition = layer.decomposition(name)
+        if decomposition is None or decomposition.by_columns:
+            continue
+        before = active[: active.index(name)]
+        if set(order[: order.index(name)]) != set(before):
+            raise PeftNotSupportedError(
+                f"Adapter {name} is decomposed and applies after "
+                f"{', '.join(before) or 'no other'} in the forward, where "
+                f"{', '.join(active)} are active; merge them in that order."
+            )
+        for other, each in [(n, e) for n in before if n in merged for e in layers]:
+            if other in each.scaling and each.merge_bias(other, 1.0) is not None:
+                raise PeftNotSupportedError(
+                    f"Adapter {other} adds to the bias, which the active decomposed adapter {name} "
+                    f"multiplies. A DoRA adapter can't be merged after {other}, nor {other} alone."
+                )

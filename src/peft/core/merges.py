@@ -1,24 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Merges`: what is merged into the weight of one base layer, by all layers around it, and how each
-part comes off again.
+"""Merging adapters into the weight of one base layer, and unmerging them exactly.
+
+`Merges` keeps, for each merged adapter, copies of its small factors, and the few elements of the
+weight that subtracting the delta would not restore. The original of a quantized weight is kept as it
+was stored. A weight that the model uses elsewhere too is still there, and needs no copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import PeftRuntimeError, PeftValueError
 from ..integrations.distributed import gathered_tensor, is_managed
+from ..integrations.quantization import StorageFormat
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe
-from .weights import put_weight, quantized_format, stored_weight
+from . import dora
+from .weights import base_weight, put_weight, quantized_format, stored_weight
 
-Options: TypeAlias = Mapping[str, object]
+T = TypeVar("T")
+
+Options: TypeAlias = Mapping[str, Any]
 """Options of an adapter's delta (`task_id`), by name."""
+
+
+class MergeableLayer(dora.DecomposableLayer, Protocol):
+    """What this file reads of a layer."""
+
+    merged_adapters: list[str]
+
+    def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
+        """Return the delta of the base weight."""
+
+    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+        """Return the delta as a function of small tensors."""
+
+    def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
+        """Return the factor on the sum of weight and delta."""
+
+    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
+        """Return what is added to the bias."""
+
+    def note_merges(self, adapter_names: list[str]) -> None:
+        """Record the adapters that are merged now."""
 
 
 class Merge(NamedTuple):
@@ -27,14 +55,14 @@ class Merge(NamedTuple):
     Args:
         layer: The layer that has the adapter.
         name: The adapter's name.
-        options: What its delta depends on besides (`task_id`).
-        delta: The delta as it was then, whatever the adapter is now.
-        factor: What the sum of weight and delta was multiplied by, None for nothing.
+        options: Options of its delta.
+        delta: The delta as it was merged; None where it came merged with a state dict.
+        factor: The factor on the sum of weight and delta, None for one.
         bias: What was added to the bias, None for nothing.
-        correction: What undoing the sum needs, where the original weight is not at hand.
+        correction: What undoing the sum needs, where the original weight is not kept.
     """
 
-    layer: Any
+    layer: MergeableLayer
     name: str
     options: Options
     delta: Recipe | None
@@ -44,7 +72,7 @@ class Merge(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether it was merged here; what came merged with a state dict can't be taken off."""
+        """Whether it was merged here, and so can be unmerged."""
         return self.delta is not None
 
     def dense(self, device: torch.device) -> Tensor:
@@ -55,49 +83,53 @@ class Merge(NamedTuple):
 
 class Merges:
     """The merges into one base layer's weight, in their order. All layers around the base layer
-    share it.
-
-    Of each merge it keeps the adapter's own small tensors, copied, and the few elements of the
-    weight that subtracting the delta would not give back. A quantised weight is kept whole, as it
-    was stored; so is one that the model uses elsewhere, where it still is.
+    share this object.
 
     Attributes:
         entries: The merges.
-        shared: The parameter that the base layer's weight was taken apart from, None if it is its
-            own.
+        shared: The parameter that was the base layer's weight while the model used it elsewhere too;
+            None if the weight is its own.
     """
 
     def __init__(self) -> None:
         self.entries: list[Merge] = []
         self.shared: nn.Parameter | None = None
         self._suspended: list[Merge] = []
-        self._original: Any = None  # of a quantised weight
-        self._bias: Tensor | None = None  # as it was, once something was added to it
+        self._original: object = None  # the stored form of a quantized weight
+        self._bias: Tensor | None = None  # the original, once something was added to it
         self._dtype: torch.dtype | None = None  # of the weight when it was last written
 
-    def add(self, base: nn.Module, new: Sequence[Merge], check: bool = False) -> None:
-        """Merge more; all or none.
-
-        Args:
-            base: The base layer.
-            new: What to merge.
-            check: Insist that every weight on the way is finite.
+    def merge(
+        self, layer: MergeableLayer, options: Mapping[str, Options], check: bool = False
+    ) -> None:
+        """Merge adapters of a layer that are not merged, each with its own options; all or none.
 
         Raises:
-            PeftValueError: One is not; nothing is changed.
+            PeftValueError: With `check`, a weight on the way is not finite; nothing is changed.
+        """
+        if not options:
+            return
+        base = layer.get_base_layer()
+        with exact_merge.isolated(_weight(base).device):
+            first = None if self.entries else next(iter(options))
+            new = [_merge_of(layer, name, own, name == first) for name, own in options.items()]
+        self.add(base, new, check)
+
+    def add(self, base: nn.Module, new: Sequence[Merge], check: bool = False) -> None:
+        """Add merges to the base layer's weight; all or none.
+
+        Raises:
+            PeftValueError: With `check`, a weight on the way is not finite; nothing is changed.
         """
         self._rewrite(base, len(self.entries), list(new), check)
 
-    def remove(self, base: nn.Module, names: Collection[str], layer: Any) -> list[Merge]:
-        """Take adapters of a layer off. The weight is then to the bit what the others alone make of
-        it.
-
-        Returns:
-            What was taken off; it can be merged again.
+    def remove(self, base: nn.Module, names: Collection[str], layer: MergeableLayer) -> list[Merge]:
+        """Unmerge adapters of a layer, and return their merges for `add`. The weight is then bit by
+        bit what the other adapters alone make of it.
 
         Raises:
-            PeftRuntimeError: It came merged with a state dict, and what the weight was before is
-                not known.
+            PeftRuntimeError: An adapter came merged with a state dict, which lacks the original
+                weight.
         """
         return self._remove(base, lambda merge: merge.layer is layer and merge.name in names)
 
@@ -105,16 +137,15 @@ class Merges:
         gone = [merge for merge in self.entries if is_gone(merge)]
         if gone:
             first = self.entries.index(gone[0])
-            self._rewrite(
-                base, first, [merge for merge in self.entries[first:] if not is_gone(merge)], False
-            )
+            left = [merge for merge in self.entries[first:] if not is_gone(merge)]
+            self._rewrite(base, first, left, False)
         return gone
 
-    def suspend(self, layer: Any) -> None:
-        """Take all adapters of a layer off until they are resumed."""
+    def suspend(self, layer: MergeableLayer) -> None:
+        """Unmerge all adapters of a layer until they are resumed."""
         self._suspended += self.remove(layer.get_base_layer(), layer.merged_adapters, layer)
 
-    def resume(self, layer: Any, wanted: bool) -> None:
+    def resume(self, layer: MergeableLayer, wanted: bool) -> None:
         """Merge the layer's suspended adapters again, or forget them."""
         again = [
             merge
@@ -125,39 +156,49 @@ class Merges:
         if wanted:
             self.add(layer.get_base_layer(), again)
 
-    def drop_suspended(self, layer: Any, name: str) -> None:
+    def suspended(self, layer: MergeableLayer) -> set[str]:
+        """Return the layer's adapters that were merged before the adapters were disabled."""
+        return {merge.name for merge in self._suspended if merge.layer is layer}
+
+    def lacks_suspended(self, layer: MergeableLayer) -> bool:
+        """Return whether the layer's forward would not compute one of its suspended adapters."""
+        return bool(self.suspended(layer) - set(layer.active_adapters))
+
+    def drop_suspended(self, layer: MergeableLayer, name: str) -> None:
         """Forget a suspended adapter."""
         self._suspended = [
             merge for merge in self._suspended if merge.layer is not layer or merge.name != name
         ]
 
-    def note_in(self, layer: Any, destination: Any, prefix: str) -> None:
-        """Note in a state dict's metadata what a layer has merged into the weight that is in it."""
+    def note_in(
+        self, layer: MergeableLayer, destination: MutableMapping[str, object], prefix: str
+    ) -> None:
+        """Record the merges of a layer in the metadata of a state dict with its weight."""
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and layer.merged_adapters:
             metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
             metadata["untied"] = self.shared is not None
 
     def see_loaded(
-        self, layer: Any, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+        self,
+        layer: MergeableLayer,
+        state: Mapping[str, object],
+        prefix: str,
+        metadata: Mapping[str, object],
     ) -> None:
-        """Take over what is merged into a weight that a layer is about to load.
+        """Take over the merges of a weight that a layer is about to load.
 
-        Without a note, which not all formats of files keep, a weight with the numbers of the
-        present one is merged as that is, and any other has nothing merged.
+        Some file formats drop the metadata. Without it, a weight with the values of the present one
+        has the present merges, and any other weight has none.
         """
         base, depth = layer.base_layer, 1
         while base is not layer.get_base_layer():
-            base, depth = base.base_layer, depth + 1
-        value, weight = (
-            state.get(f"{prefix}{'base_layer.' * depth}weight"),
-            getattr(base, "weight", None),
-        )
-        if value is None or weight is None or value.shape != weight.shape:
+            base, depth = cast(nn.Module, base.base_layer), depth + 1
+        value, weight = state.get(f"{prefix}{'base_layer.' * depth}weight"), _weight(base)
+        if not isinstance(value, Tensor) or weight is None or value.shape != weight.shape:
             return
-        noted = {
-            name: own for name, own in metadata.get("merged", {}).items() if name in layer.scaling
-        }
+        recorded = cast(Mapping[str, Options], metadata.get("merged", {}))
+        noted = {name: own for name, own in recorded.items() if name in layer.scaling}
         if not noted and not self.entries:
             return
         is_same = _same_numbers(value, weight)
@@ -169,25 +210,24 @@ class Merges:
             self._forget(base)
         if noted:
             if metadata.get("untied") and self.shared is None:
-                self.shared = base.weight
+                self.shared = cast(nn.Parameter, base.weight)
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             self.entries += [Merge(layer, name, own, None) for name, own in noted.items()]
             self._dtype = weight.dtype
             layer.note_merges(self.names(layer))
 
     def _forget(self, base: nn.Module) -> None:
-        """Give up all merges, since the weight is about to be written anew."""
+        """Forget all merges, since the weight is about to be overwritten."""
         if self.shared is not None:
             base.weight = self.shared
         self._put_bias(base, [])
         self._note(base, [])
 
     def converted(
-        self, base: nn.Module, convert: Callable[[], Any], function: Callable[[Tensor], Tensor]
-    ) -> Any:
-        """Have the base layer converted (cast, moved) by `convert`, so that the merged weight
-        becomes what `function` makes of it, and taking everything off gives what it makes of the
-        original.
+        self, base: nn.Module, convert: Callable[[], T], function: Callable[[Tensor], Tensor]
+    ) -> T:
+        """Run `convert`, which casts or moves the base layer by `function`, so that unmerging gives
+        what `function` makes of the original weight.
         """
         if (
             not self.entries
@@ -195,31 +235,52 @@ class Merges:
             or not self._is_changed_by(base, function)
         ):
             return convert()
-        with exact_merge.by_itself(_device(base)):
+        with exact_merge.isolated(_weight(base).device):
             if quantized_format(base) is not None:
                 taken = self._remove(base, lambda merge: True)
                 try:
                     return convert()
                 finally:
                     self.add(base, taken)
-            entries, self.entries = self.entries, []  # the layers inside are not to do the same
+            entries, self.entries = (
+                self.entries,
+                [],
+            )  # layers inside this one must not convert them too
             try:
                 if self.shared is not None:
                     return convert()
                 return self._convert_stages(base, entries, convert, function)
             finally:
                 self.entries = self.entries or entries
-                self._dtype = base.weight.dtype  # type: ignore[union-attr, assignment]
+                self._dtype = _weight(base).dtype
 
-    def names(self, layer: Any) -> list[str]:
-        """Names of a layer's merged adapters, in the order of merging."""
+    def stack(self, layer: MergeableLayer) -> list[MergeableLayer]:
+        """Return the layers around one base layer, from the inside: those inside a layer, and those
+        around it that have merged an adapter.
+        """
+        layers: list[MergeableLayer] = []
+        for outermost in (layer, *(merge.layer for merge in self.entries)):
+            inner: list[MergeableLayer] = []
+            module: Any = outermost
+            while hasattr(module, "_merges"):
+                inner.insert(0, module)
+                module = module.base_layer
+            layers = max(layers, inner, key=len)
+        return layers
+
+    def names(self, layer: MergeableLayer) -> list[str]:
+        """Return a layer's merged adapters in the order of merging."""
         return [merge.name for merge in self.entries if merge.layer is layer]
 
-    def missing(self, layer: Any, options: Mapping[str, Options]) -> dict[str, Options]:
-        """Those of the adapters that a layer is to merge with some options which it has not merged.
+    def options(self, layer: MergeableLayer) -> dict[str, Options]:
+        """Return a layer's merged adapters with the options of their merges."""
+        return {merge.name: merge.options for merge in self.entries if merge.layer is layer}
+
+    def missing(self, layer: MergeableLayer, options: Mapping[str, Options]) -> dict[str, Options]:
+        """Return those of the layer's adapters to merge that are not merged, with their options.
 
         Raises:
-            PeftValueError: It has merged one with other options.
+            PeftValueError: One is merged with other options.
         """
         merged = self.options(layer)
         for name, own in options.items():
@@ -232,35 +293,27 @@ class Merges:
                     f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` "
                     f"before merging it with {wanted}."
                 )
-        return {name: own for name, own in options.items() if name not in merged}
-
-    def suspended(self, layer: Any) -> set[str]:
-        """Names of a layer's adapters that were merged before the adapters were disabled."""
-        return {merge.name for merge in self._suspended if merge.layer is layer}
-
-    def options(self, layer: Any) -> dict[str, Options]:
-        """With which options a layer's adapters were merged, by name."""
-        return {merge.name: merge.options for merge in self.entries if merge.layer is layer}
+        return {n: own for n, own in options.items() if n in layer.scaling and n not in merged}
 
     def original(self, base: nn.Module) -> Tensor:
-        """The weight in numbers, without any merge: to the bit what it was."""
-        with exact_merge.by_itself(_device(base)):
-            form = quantized_format(base)
-            if form is None:
+        """Return the weight in numbers without any merge, bit by bit the original."""
+        with exact_merge.isolated(_weight(base).device):
+            storage = quantized_format(base)
+            if storage is None:
                 return self._before(base, 0)
-            merged = form.get(base)
-            form.put(base, self._original if self.entries else merged)
+            merged = storage.get(base)
+            storage.put(base, self._original if self.entries else merged)
             try:
-                return form.read(base)
+                return storage.read(base)
             finally:
-                form.put(base, merged)
+                storage.put(base, merged)
 
     def _rewrite(self, base: nn.Module, first: int, new: list[Merge], check: bool) -> None:
-        """Merge `new` in place of the merges from `first` on; on an error nothing is changed."""
-        with exact_merge.by_itself(_device(base)):
-            form = quantized_format(base)
-            if form is not None:
-                self._rewrite_quantized(form, base, self.entries[:first] + new, check)
+        """Replace the merges from number `first` on; on an error nothing is changed."""
+        with exact_merge.isolated(_weight(base).device):
+            storage = quantized_format(base)
+            if storage is not None:
+                self._rewrite_quantized(storage, base, self.entries[:first] + new, check)
                 return
             weight, entries = self._before(base, first), []
             for merge in (merge._replace(correction=None) for merge in new):
@@ -280,34 +333,34 @@ class Merges:
             self._note(base, entries)
 
     def _rewrite_quantized(
-        self, form: Any, base: nn.Module, entries: list[Merge], check: bool
+        self, storage: StorageFormat, base: nn.Module, entries: list[Merge], check: bool
     ) -> None:
-        """Merge into a quantised weight, from the original: it is rounded once."""
-        present = form.get(base)
+        """Merge into a quantized weight. The sum starts from the original, so it is rounded once."""
+        present = storage.get(base)
         original = self._original if self.entries else present
         self.insist_on_known(0)
-        form.put(base, original)
+        storage.put(base, original)
         try:
             if not entries:
                 present = original
                 return
-            weight = form.read(base)
+            weight = storage.read(base)
             for merge in entries:
                 weight += merge.dense(weight.device)
                 weight *= 1 if merge.factor is None else merge.factor.to(weight.device)
                 _insist_on_finite(merge, weight, check)
-            present = form.pack(base, weight)
+            present = storage.pack(base, weight)
         except BaseException:
             entries = self.entries
             raise
         finally:
-            form.put(base, present)
+            storage.put(base, present)
             self._put_bias(base, entries)
             self._note(base, entries)
             self._original = original if entries else None
 
     def _before(self, base: nn.Module, first: int) -> Tensor:
-        """The plain weight as it was before the merges from `first` on."""
+        """Return a plain weight as it was before the merges from number `first` on."""
         weight = gathered_tensor(stored_weight(base))
         if first == len(self.entries):
             return weight
@@ -322,8 +375,8 @@ class Merges:
         return self._peeled(weight, self.entries[first:])
 
     def _peeled(self, weight: Tensor, entries: Sequence[Merge]) -> Tensor:
-        """A plain weight without the merges that were added last. One that was cast behind this
-        object's back is as the original cast so, but for rounding.
+        """Return a plain weight without its last merges. If something else has cast the weight, it
+        is the original cast so, except for rounding.
         """
         present, weight = weight.dtype, weight.to(self._dtype)
         for merge in reversed(entries):
@@ -335,9 +388,10 @@ class Merges:
         self,
         base: nn.Module,
         entries: list[Merge],
-        convert: Callable[[], Any],
+        convert: Callable[[], T],
         function: Callable[[Tensor], Tensor],
-    ) -> Any:
+    ) -> T:
+        """Convert the weight as it was before each merge, and derive the merges anew."""
         merged = stored_weight(base).data
         stages = [self._peeled(merged, entries[i:]) for i in range(len(entries))]
         put_weight(base, stages[0])
@@ -355,8 +409,8 @@ class Merges:
         return result
 
     def _is_changed_by(self, base: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:
-        """Whether converting gives the weight another format or place."""
-        weight: Any = base.weight
+        """Return whether converting changes the weight's dtype or device."""
+        weight = _weight(base)
         if is_managed(weight):
             return False
         probe = torch.empty(0, dtype=weight.dtype, device=weight.device)
@@ -364,11 +418,11 @@ class Merges:
         return (result.dtype, result.device) != (probe.dtype, probe.device)
 
     def _put_bias(self, base: nn.Module, entries: Iterable[Merge]) -> None:
-        """Add to the base layer's bias what is merged into it."""
+        """Add the merges' parts to the base layer's original bias."""
         added = [merge.bias for merge in entries if merge.bias is not None]
         if not added and self._bias is None:
             return
-        bias: Any = base.bias
+        bias = cast(Tensor, base.bias)
         self._bias = bias.data if self._bias is None else self._bias
         total = self._bias.to(bias.device, bias.dtype)
         for more in added:
@@ -382,12 +436,12 @@ class Merges:
         self.entries = entries
         if not entries:
             self.shared = self._original = None
-        self._dtype = base.weight.dtype if entries else None  # type: ignore[union-attr, assignment]
+        self._dtype = _weight(base).dtype if entries else None
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 
     def insist_on_known(self, first: int = 0) -> None:
-        """Raise where the merges from `first` on can't be taken off."""
+        """Raise if the merges from number `first` on can't be undone."""
         names = [
             merge.name
             for merge in self.entries[0 if self.shared is not None else first :]
@@ -401,6 +455,28 @@ class Merges:
                 "does not say what the weight was "
                 "before; load a state dict that was taken while nothing was merged."
             )
+
+
+def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_first: bool) -> Merge:
+    """Return the merge of an adapter as it is now.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        options: Options of its delta.
+        is_first: Nothing is merged into the weight before it.
+    """
+    scale = float(layer.scaling[adapter_name])
+    factor = layer.merge_factor(adapter_name, scale)
+    delta = layer.delta_recipe(adapter_name, **options).copied()
+    decomposition = layer.decomposition(adapter_name)
+    by_columns = decomposition is not None and decomposition.by_columns
+    if factor is not None and by_columns and not is_first:
+        dense = layer.get_delta_weight(adapter_name, **options)
+        change = dora.change(base_weight(layer), factor, dense)
+        delta, factor = Recipe(exact_merge.unchanged, (change,)), None
+    bias = layer.merge_bias(adapter_name, scale)
+    return Merge(layer, adapter_name, options, delta, factor, bias)
 
 
 def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
@@ -418,7 +494,7 @@ def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same numbers; False where some format can't tell."""
+    """Return whether two tensors have the same values; False where their format can't compare."""
     try:
         return one.dtype == other.dtype and torch.equal(
             gathered_tensor(one).to(other.device), gathered_tensor(other)
@@ -427,6 +503,5 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
         return False
 
 
-def _device(base: nn.Module) -> torch.device:
-    weight: Any = base.weight
-    return weight.device
+def _weight(base: nn.Module) -> Tensor:
+    return cast(Tensor, getattr(base, "weight", None))

@@ -17,8 +17,6 @@ from . import tied_weights
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
 from .layer import BaseTunerLayer
-from .layer_merges import lacks_suspended, not_merged, resume, suspended
-from .layer_merges import merge as merge_layer
 from .merge_requests import warn_of_merged
 from .merges import Merge, Options
 from .weights import untied
@@ -37,7 +35,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
         PeftNotSupportedError: A layer can't be merged into.
     """
     layers = list(named.values())[::-1]  # of layers around one base layer, the inner ones first
-    todo = [(layer, own) for layer in layers if (own := not_merged(layer, options))]
+    todo = [(layer, own) for layer in layers if (own := layer._merges.missing(layer, options))]
     left = [name for name in options if any(name in own for _, own in todo)]
     warn_of_merged(
         [
@@ -52,7 +50,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     try:
         for layer, own in todo:
             with loaded_weights(layer, [*own, *layer.merged_adapters]):
-                merge_layer(layer, own, safe_merge)
+                layer._merges.merge(layer, own, safe_merge)
             done.append((layer, list(own)))
     except BaseException:
         for layer, merged in reversed(done):
@@ -180,7 +178,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     Raises:
         PeftRuntimeError: A weight came merged with a state dict.
     """
-    merged = [layer for layer in layers if layer.merged or suspended(layer)]
+    merged = [layer for layer in layers if layer.merged or layer._merges.suspended(layer)]
     if not merged:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
@@ -200,9 +198,11 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
     layers = list(layers)
     for layer in () if enabled else layers:
         layer._merges.insist_on_known()
-    if enabled and any(lacks_suspended(layer) for layer in layers):
+    if enabled and any(layer._merges.lacks_suspended(layer) for layer in layers):
         for layer in layers:
-            resume(layer)
+            if names := layer._merges.suspended(layer):
+                with loaded_weights(layer, names):
+                    layer._merges.resume(layer, True)
 
 
 @contextmanager

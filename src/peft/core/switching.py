@@ -14,7 +14,6 @@ from .auxiliary import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
-from .layer_merges import suspended
 
 Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
 """A module that has an entry for each of several adapters."""
@@ -60,7 +59,7 @@ def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> 
 def is_merged(parts: Sequence[Part]) -> bool:
     """Return whether an adapter is merged, or was until adapters were switched off."""
     layers = [part for part in parts if not isinstance(part, AuxiliaryTrainingWrapper)]
-    return any(layer.merged or suspended(layer) for layer in layers)
+    return any(layer.merged or layer._merges.suspended(layer) for layer in layers)
 
 
 def activate(

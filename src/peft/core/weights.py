@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
-from ..base.geometry import Placement
+from ..base.geometry import Geometry, Placement, columns
 from ..integrations import quantization
 from ..integrations.accelerate import execution_device
 from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
@@ -26,9 +26,35 @@ from .computed_weights import refuse as refuse_computed
 from .tied_weights import can_tell, is_tied
 
 
+class _AdaptedLayer(Protocol):
+    geometry: Geometry
+
+    @property
+    def has_merges(self) -> bool: ...
+    def get_base_layer(self) -> nn.Module: ...
+    def unmerged_weight(self) -> Tensor: ...
+
+
+def base_weight(layer: _AdaptedLayer) -> Tensor:
+    """Return the base weight in numbers, as stored, without merged adapters."""
+    if layer.has_merges:
+        return layer.unmerged_weight()
+    base, size = layer.get_base_layer(), layer.geometry
+    weight = base._parameters.get("weight")
+    if (
+        weight is not None
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+        and weight.numel() == size.out_features * columns(size)  # else packed, or gathered later
+        and not quantization.is_quantized_tensor(weight)
+    ):
+        return gathered_tensor(weight)
+    return dense_weight(base)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a layer in numbers, in the layer's layout: the parameter itself where it can be
-    computed with, else (quantised or float8) a copy in float32.
+    computed with, else (quantized or float8) a copy in float32.
 
     Raises:
         PeftNotSupportedError: The layer keeps it in a form that is not known here.
@@ -45,7 +71,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """The parameter that is a layer's weight, which is not quantised.
+    """The parameter that is a layer's weight, which is not quantized.
 
     Raises:
         PeftNotSupportedError: It is, or it is not all here.
@@ -62,9 +88,8 @@ def stored_weight(module: nn.Module) -> Tensor:
         )
     if not isinstance(weight, Tensor) or is_quantized(module):
         raise PeftNotSupportedError(
-            f"{type(module).__name__} keeps its weight in a quantised form that an adapter can't "
-            "be merged into; "
-            "load the base model without quantisation to merge."
+            f"{type(module).__name__} keeps its weight in a quantized storage format that an adapter "
+            "can't be merged into; load the base model without quantization to merge."
         )
     refuse_computed(module)
     return weight
@@ -126,7 +151,7 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
-    """How a layer's quantised weight is read and written; None where it is not quantised.
+    """How a layer's quantized weight is read and written; None where it is not quantized.
 
     Raises:
         PeftNotSupportedError: It is, in a form that is not known here.

@@ -133,7 +133,7 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def by_itself(device: torch.device) -> Iterator[None]:
+def isolated(device: torch.device) -> Iterator[None]:
     """A context whose results do not depend on the caller's: without gradients, autocast, and
     inference tensors, which nobody could train later.
     """

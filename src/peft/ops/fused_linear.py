@@ -287,9 +287,8 @@ class _LinearWithChain(torch.autograd.Function):
             return of_x, of_weight, of_bias, None, None, *others
         product = _first_product(x, down) if kept is None else kept
         through = _through_product if ctx.middle is None else _through_middle
-        of_product, *of_factors = through(
-            ctx, gradient, product, factors, (for_x or for_down, *for_factors)
-        )
+        gradients = through(ctx, gradient, product, factors, (for_x or for_down, *for_factors))
+        of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
         rows = gradient.flatten(0, -2)
         of_x = None
         if for_x:

@@ -509,6 +509,8 @@ def test_quantised_layers():
         atol=1e-5,
         rtol=1e-4,
     )
-    with pytest.raises(NotImplementedError, match="Packed keeps its weight in a quantised form"):
+    with pytest.raises(
+        NotImplementedError, match="Packed keeps its weight in a quantized storage format"
+    ):
         model.merge_adapter(task_id=0)
     assert torch.equal(model(x, task_ids=[0, 1, 2]), output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement, columns
-from ...core.adapters import AdapterParameterDict, read
+from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost, thin_cost
 from ...ops.exact_merge import Recipe
@@ -112,7 +112,9 @@ class LoHaLayer(LycorisLayer):
     def factors(self, adapter_name: str) -> HadamardFactors:
         """Return an adapter's factors."""
         modules: Any = self._modules
-        return HadamardFactors(*read(adapter_name, [modules[n] for n in self.adapter_layer_names]))  # type: ignore[arg-type]
+        return HadamardFactors(
+            *read_optional(adapter_name, [modules[n] for n in self.adapter_layer_names])
+        )  # type: ignore[arg-type]
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return ΔW as a function of its factors."""

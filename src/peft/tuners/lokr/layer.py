@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement
 from ...core import dora
-from ...core.adapters import AdapterParameterDict, read
+from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
 from ...core.cost import AdapterCost
+from ...core.weights import base_weight
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
@@ -187,7 +188,7 @@ class LoKrLayer(LycorisLayer):
     def factors(self, adapter_name: str) -> KroneckerFactors:
         """Return an adapter's factors."""
         modules: Any = self._modules
-        return KroneckerFactors(*read(adapter_name, [modules[name] for name in _FACTORS]))
+        return KroneckerFactors(*read_optional(adapter_name, [modules[name] for name in _FACTORS]))
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return ΔW as a function of its factors. For a decomposed adapter it is what is added
@@ -214,7 +215,7 @@ class LoKrLayer(LycorisLayer):
         if adapter_name in self.lokr_magnitude:
             factor = self.merge_factor(adapter_name, self.scaling[adapter_name])
             assert factor is not None
-            change = dora.change(self, factor, self.get_delta_weight(adapter_name))
+            change = dora.change(base_weight(self), factor, self.get_delta_weight(adapter_name))
             dense = self.geometry.as_stored(change).flatten(1)
             return cut(dense_svd(dense), rank, factors.dtype)
         is_part = self.row_offset[adapter_name] is not None
@@ -278,7 +279,7 @@ class LoKrLayer(LycorisLayer):
 
     def norms(self, adapter_name: str, scaling: float | Tensor) -> Tensor:
         """Return the norms of the rows of `W + ΔW`, or of its columns."""
-        weight = self.geometry.as_stored(dora.base_weight(self))
+        weight = self.geometry.as_stored(base_weight(self))
         norms = row_norms if self.wd_on_output[adapter_name] else column_norms
         return norms(
             weight,
@@ -325,7 +326,7 @@ class LoKrLayer(LycorisLayer):
         """
         norm = float(
             product_norm(self.factors(adapter_name), self.geometry.kernel_size)
-            * abs(self.scale(adapter_name))
+            * abs(float(self.scale(adapter_name)))
         )
         if norm <= largest:
             return norm, False

@@ -22,6 +22,7 @@ from ...core import dora
 from ...core.adapters import AdapterParameterDict
 from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
+from ...core.weights import base_weight
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
@@ -289,8 +290,8 @@ class LoraLayer(BaseTunerLayer):
     def _row_norms(self, adapter_name: str, scale: float | Tensor) -> Tensor:
         """Return the norms of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
         if self._is_grouped:
-            return grouped_row_norms(dora.base_weight(self), *self._weights(adapter_name), scale)
-        weight = self.geometry.as_stored(dora.base_weight(self)).flatten(1)
+            return grouped_row_norms(base_weight(self), *self._weights(adapter_name), scale)
+        weight = self.geometry.as_stored(base_weight(self)).flatten(1)
         return row_norms(weight, *self.factors(adapter_name), scale)
 
     @property
@@ -378,7 +379,7 @@ class LoraLayer(BaseTunerLayer):
             return approximate(B.detach() * scale, A.detach(), rank)
         factor = self.merge_factor(adapter_name, scale)
         assert factor is not None
-        change = dora.change(self, factor, self.get_delta_weight(adapter_name))
+        change = dora.change(base_weight(self), factor, self.get_delta_weight(adapter_name))
         return cut(dense_svd(self.geometry.as_stored(change).flatten(1)), rank, A.dtype)
 
 

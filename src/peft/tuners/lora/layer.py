@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...base.placeholders import placeholder
-from ...core import dora
 from ...core.base_layer import embedding_scale
+from ...core.weights import base_weight
 from ...ops.dispatch import are_unhooked
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.mixed_precision import scaled
@@ -70,7 +70,7 @@ class Linear(LoraLayer):
         Raises:
             PeftNotSupportedError: The base weight is not there yet.
         """
-        weight = self.geometry.as_stored(dora.base_weight(self))
+        weight = self.geometry.as_stored(base_weight(self))
         if weight.is_meta:
             raise PeftNotSupportedError(
                 f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device "

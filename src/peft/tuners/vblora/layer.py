@@ -270,11 +270,9 @@ class VBLoRALayer(BaseTunerLayer):
             selection_A, selection_B = self.selections(adapter_name)
             return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
         modules: Any = self._modules
-        containers = modules["vblora_logits_A"], modules["vblora_logits_B"], self._bank[0]
-        logits_A, logits_B, own_bank = read(adapter_name, containers)
-        assert logits_A is not None and logits_B is not None
-        bank = self.bank(adapter_name) if own_bank is None else own_bank
-        topk, sources = self.topk[adapter_name], (logits_A, logits_B, bank)
+        containers = modules["vblora_logits_A"], modules["vblora_logits_B"]
+        logits_A, logits_B = read(adapter_name, containers)
+        topk, sources = self.topk[adapter_name], (logits_A, logits_B, self.bank(adapter_name))
         if containers[0]._parameters.get(adapter_name) is not logits_A:
             # Offloaded tensors exist for this call only.
             return self._to_size(*compose_factors(*sources, topk))
