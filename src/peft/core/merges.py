@@ -229,11 +229,8 @@ class Merges:
         """Run `convert`, which casts or moves the base layer by `function`, so that unmerging gives
         what `function` makes of the original weight.
         """
-        if (
-            not self.entries
-            or not self.entries[0].is_known
-            or not self._is_changed_by(base, function)
-        ):
+        is_known = bool(self.entries) and self.entries[0].is_known
+        if not is_known or not self._is_changed_by(base, function):
             return convert()
         with exact_merge.isolated(_weight(base).device):
             if quantized_format(base) is not None:
@@ -242,10 +239,8 @@ class Merges:
                     return convert()
                 finally:
                     self.add(base, taken)
-            entries, self.entries = (
-                self.entries,
-                [],
-            )  # layers inside this one must not convert them too
+            entries = self.entries
+            self.entries = []  # layers inside this one must not convert them too
             try:
                 if self.shared is not None:
                     return convert()
@@ -316,14 +311,12 @@ class Merges:
                 self._rewrite_quantized(storage, base, self.entries[:first] + new, check)
                 return
             weight, entries = self._before(base, first), []
-            for merge in (merge._replace(correction=None) for merge in new):
-                weight, correction = exact_merge.add(
-                    weight, merge.dense(weight.device), merge.factor
-                )
+            for merge in new:
+                delta = merge.dense(weight.device)
+                weight, correction = exact_merge.add(weight, delta, merge.factor)
                 _insist_on_finite(merge, weight, check)
-                entries.append(
-                    merge._replace(correction=None if self.shared is not None else correction)
-                )
+                kept = correction if self.shared is None else None
+                entries.append(merge._replace(correction=kept))
             entries = self.entries[:first] + entries
             if not entries and self.shared is not None:
                 base.weight, self.shared = self.shared, None
@@ -442,18 +435,15 @@ class Merges:
 
     def insist_on_known(self, first: int = 0) -> None:
         """Raise if the merges from number `first` on can't be undone."""
-        names = [
-            merge.name
-            for merge in self.entries[0 if self.shared is not None else first :]
-            if not merge.is_known
-        ]
-        if names and (
-            first > 0 or self.shared is None
-        ):  # a weight that the model uses elsewhere is still there
+        if self.shared is not None and first == 0:
+            return  # the original weight is used elsewhere, and still there
+        entries = self.entries[first if self.shared is None else 0 :]
+        names = [merge.name for merge in entries if not merge.is_known]
+        if names:
             raise PeftRuntimeError(
                 f"Adapter {names[0]} was merged in the state dict that this model loaded, which "
-                "does not say what the weight was "
-                "before; load a state dict that was taken while nothing was merged."
+                "lacks the original weight; load a state dict that was taken while nothing was "
+                "merged."
             )
 
 

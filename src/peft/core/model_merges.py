@@ -137,7 +137,7 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
             with loaded_weights(layer, [merge.name for merge in merges]):
                 layer.put_on(merges)
 
-    for layer in reversed(shared):
+    for layer in shared:  # merged in reverse, see `merge`
         with loaded_weights(layer, layer.merged_adapters):
             taken.append((layer, layer.take_off()))
     try:
@@ -183,7 +183,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
         layer._merges.insist_on_known()
-    for layer in reversed(merged):
+    for layer in merged:  # merged in reverse, see `merge`
         with loaded_weights(layer, layer.merged_adapters):
             layer.unmerge()
 
