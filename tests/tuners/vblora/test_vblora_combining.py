@@ -52,6 +52,18 @@ def test_embedded_logits_select_the_same_vectors(topk, wanted):
     torch.testing.assert_close(found, compose(logits, bank, topk), rtol=1e-12, atol=1e-12)
 
 
+def test_adapters_that_train_on_from_a_compact_file(model, tmp_path):
+    model.peft_config["a"].save_only_topk_weights = True
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "a"
+    config = VBLoRAConfig.from_pretrained(path, train_topk_weights=True)
+    base = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)).double()
+    loaded = PeftModel.from_pretrained(base, path, "a", is_trainable=True, config=config)
+    loaded.load_adapter(path, "b")
+    loaded.add_weighted_adapter(["a", "b"], [0.5, 2.0], "new", "cat")
+    check_sum(loaded, {"a": 0.5, "b": 2.0}, tolerance=1e-6)
+
+
 def test_the_joined_bank_has_a_copy_for_each_sign():
     banks = [torch.ones(2, 3), 2 * torch.ones(4, 3)]
     joined = join_banks(banks, [4.0, -9.0], with_zero=True)

@@ -130,6 +130,7 @@ def combine(
             bank=None,
             bank_sha256=None,
             output_gate=False,
+            train_topk_weights=False,  # the logits below are full
         )
     )
     result.tensors[BANK] = bank.vectors
