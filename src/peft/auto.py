@@ -66,43 +66,35 @@ class AutoPeftModel:
                 model.
         """
         check_path(pretrained_model_name_or_path)
-        fit = {
+        fit: dict[str, Any] = {
             "strict": kwargs.pop("strict", True),
             "ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False),
         }
         check_flags(is_trainable=is_trainable, **fit)
-        hub, _ = split_hub_options(kwargs)
-        config = config or PeftConfig.from_pretrained(
-            pretrained_model_name_or_path, revision=revision, **hub
-        )
+        hub, _ = split_hub_options({**kwargs, "revision": revision})
+        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.base_model_name_or_path is None:
             raise PeftValueError(
                 "The adapter's config does not name its base model; load that, then use "
                 "PeftModel.from_pretrained."
             )
-        subfolder = kwargs.pop("subfolder", None)
+        kwargs.pop("subfolder", None)  # the adapter's, not the base model's
         base = cls._base_class(config).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **kwargs
         )
-        files = {**hub, "revision": revision, "subfolder": subfolder}
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-        weights = find_file(
-            pretrained_model_name_or_path, names, {k: v for k, v in files.items() if v is not None}
-        )
-        fit_vocabulary(
-            base,
-            read_shapes(weights),
-            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).checkpoint_format.token_dims,
-        )
+        shapes = read_shapes(find_file(pretrained_model_name_or_path, names, hub))
+        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+        fit_vocabulary(base, shapes, tuner_cls.checkpoint_format.token_dims)
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]
-        options: dict[str, Any] = {**files, **fit}
         return model_cls.from_pretrained(
             base,
             pretrained_model_name_or_path,
             adapter_name,
             is_trainable=is_trainable,
             config=config,
-            **options,
+            **hub,
+            **fit,
         )
 
     @classmethod
