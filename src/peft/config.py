@@ -347,9 +347,7 @@ class PeftConfig:
 
     @classmethod
     def from_file_fields(cls: type[C], content: JsonObject, overrides: JsonObject) -> C:
-        """Make a config of a file's fields. A missing field has the value that it had to the file's
-        writer.
-        """
+        """Make a config of a file's fields; missing fields have the values of the file's writer."""
         peft_type = content.get("peft_type")
         if peft_type is None:
             raise PeftTypeError(

@@ -70,7 +70,5 @@ def as_list(value: object) -> list[object]:
 
 
 def is_empty(value: object) -> bool:
-    """Return True if a config's value asks for nothing: None, or an empty collection or string.
-    Zero is a value.
-    """
+    """Return True for None and empty collections or strings, which ask for nothing."""
     return value is None or (isinstance(value, (str, list, tuple, set, dict)) and not value)

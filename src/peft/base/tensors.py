@@ -25,9 +25,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return the transpose of a weight if `fan_in_fan_out`, else the weight; of a parameter as a
-    parameter.
-    """
+    """Return the transpose of a weight if `fan_in_fan_out`; a parameter gives a parameter."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T

@@ -183,9 +183,7 @@ def some(keys: Collection[str]) -> str:
 
 @torch.no_grad()
 def _extremes(state: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Return the smallest and largest value of each tensor, NaN if it has any, with one device
-    synchronization per dtype.
-    """
+    """Return the minimum and maximum of each tensor, with one synchronization per dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
     for key, tensor in state.items():
         if (

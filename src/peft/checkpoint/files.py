@@ -245,9 +245,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, empty if it can't be read; reading the weights
-    reports that.
-    """
+    """Return the metadata of a safetensors file, empty if it can't be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -269,9 +267,7 @@ def _digest(content: bytes) -> str:
 
 
 def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors on the CPU, each with a storage of its own and of its size, as the safetensors
-    format needs them.
-    """
+    """Return tensors on the CPU, each with a storage of its own, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
     for key, tensor in state.items():

@@ -77,9 +77,7 @@ class PlacedAdapter:
             sizes.setdefault(position.container, size)
 
     def correct_sizes(self) -> None:
-        """Set `in_features` and the like of the modules in containers to the shapes of their
-        weights.
-        """
+        """Set `in_features`, `out_channels`, … of modules in containers by their weights."""
         containers = [
             getattr(layer, name) for layer in self.layers.values() for name in layer.container_names
         ]

@@ -191,9 +191,7 @@ def _without_towers(path: str) -> str:
 
 
 def _rules(model: nn.Module) -> Iterator[_Rules]:
-    """Yield the rules of each outermost transformers model in a model, if the installed version has
-    such rules.
-    """
+    """Yield the rules of each outermost transformers model in a model, if there are any."""
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None:
         return

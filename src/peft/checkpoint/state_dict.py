@@ -162,9 +162,7 @@ def _embeddings_to_save(
 
 @contextmanager
 def unmerged(model: nn.Module | None) -> Iterator[None]:
-    """Context in which no adapter is merged into a model's base weights; afterwards all are merged
-    again as they were.
-    """
+    """Context in which no adapter is merged; afterwards all are merged as before."""
     layers: list[Any] = (
         []
         if model is None

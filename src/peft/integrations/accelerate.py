@@ -72,9 +72,7 @@ def end_offloading(module: nn.Module) -> None:
 
 @contextmanager
 def loaded_weights(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
-    """Context in which the weights of a layer and of some of its adapters are loaded; weights that
-    are replaced in it are stored.
-    """
+    """Context that loads the weights of a layer and adapters, and stores replaced ones."""
     hooked = [
         (module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None
     ]

@@ -230,17 +230,13 @@ def is_unmaterialized(tensor: Tensor) -> bool:
 
 
 def is_unreadable(tensor: object) -> bool:
-    """Return True for a matrix that can't be read here: emptied by ZeRO-3, or a flat slice of
-    FSDP1. A DTensor can be read.
-    """
+    """Return True for a matrix that ZeRO-3 has emptied or FSDP1 has cut into flat slices."""
     is_slice = isinstance(tensor, Tensor) and _is_flattened(tensor) and tensor.dim() < 2
     return is_slice or _is_emptied(tensor)
 
 
 def is_managed(tensor: object) -> bool:
-    """Return True for a parameter whose memory belongs to an engine, which would not see another
-    parameter in its place.
-    """
+    """Return True for a parameter of an engine, which must not be replaced by another."""
     return is_distributed(tensor) or _is_flattened(tensor)
 
 
@@ -287,9 +283,7 @@ def _source(tensor: object) -> _Source | None:
 
 @contextmanager
 def _silenced(name: str) -> Iterator[None]:
-    """Context without a logger's warnings: FSDP1 logs one for each parameter that a state dict
-    lacks, here all those of the base model.
-    """
+    """Context without a logger's warnings: FSDP1 logs one for each key of the base model."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -58,16 +58,12 @@ def storage_format(module: nn.Module) -> StorageFormat | None:
 
 
 def is_quantized_tensor(weight: Tensor) -> bool:
-    """Return True for a tensor subclass that wraps quantized codes: it consists of other tensors,
-    and is not distributed.
-    """
+    """Return True for a tensor subclass that wraps quantized codes."""
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "to_local")
 
 
 def _int8_get(layer: _Layer) -> tuple[Tensor, Tensor]:
-    """Return codes `[out, in]` and scales `[out]`; the first forward moves the scales from the
-    parameter to the layer's state.
-    """
+    """Return codes `[out, in]` and scales `[out]`, which the first forward moves to the state."""
     scale = getattr(layer.weight, "SCB", None)
     return layer.weight.data, layer.state.SCB if scale is None else scale
 
@@ -95,9 +91,7 @@ _INT8 = StorageFormat("bnb 8bit", _int8_get, _int8_put, _int8_read, _int8_pack)
 
 
 def _quant_state(layer: _Layer) -> _State:
-    """Return the state that the codes are read with: the parameter's, or the layer's if a sharding
-    library has removed that.
-    """
+    """Return the state that the codes are read with, the parameter's or else the layer's."""
     state = getattr(layer.weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 

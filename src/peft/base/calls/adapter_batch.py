@@ -114,9 +114,7 @@ class AdapterBatch:
         return result
 
     def index_tensor(self, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return integers as a tensor, made once a call for all layers: making it waits for the
-        device.
-        """
+        """Return integers as a tensor, made once a call, since making it waits for the device."""
         key = values, device
         if key not in self._indices:
             self._indices[key] = torch.tensor(values, device=device)
@@ -124,9 +122,7 @@ class AdapterBatch:
 
     @contextmanager
     def generating(self, model: nn.Module) -> Iterator[None]:
-        """Context for a call of `generate` with these samples: each forward in it updates
-        `call_rows`.
-        """
+        """Context for a call of `generate`, in which each forward updates `call_rows`."""
         call_rows, handles = self.call_rows, []
         try:
             for entry in entry_modules(model):

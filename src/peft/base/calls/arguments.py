@@ -84,9 +84,7 @@ def bind_arguments(
 
 
 def generation_option(root: nn.Module, arguments: Mapping[str, object], name: str) -> object:
-    """Return an option of `generate`: from the arguments, their `generation_config`, or the
-    model's.
-    """
+    """Return an option of `generate`, as passed or from a generation config."""
     for config in (arguments.get("generation_config"), getattr(root, "generation_config", None)):
         if arguments.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -94,9 +92,7 @@ def generation_option(root: nn.Module, arguments: Mapping[str, object], name: st
 
 
 def entry_modules(root: nn.Module) -> list[nn.Module]:
-    """Return the modules that `generate` calls directly: the model, its encoder, a language model
-    inside it.
-    """
+    """Return the modules that `generate` calls directly, the encoder or an inner model included."""
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         get_encoder = getattr(root, "get_encoder", None)
         parts = [] if get_encoder is None else [get_encoder()]

@@ -128,9 +128,7 @@ def _stream(root: nn.Module, path: str) -> str:
 
 
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield the modules around a layer, the outermost first, each with its name and the layer's
-    path in it.
-    """
+    """Yield module, its name and the layer's path in it, from the outermost module inwards."""
     module, name, inner = root, "", path
     while inner:
         yield module, name, inner

@@ -184,9 +184,7 @@ class CallRows:
         return CallRows(samples, own, self.root, self.repeats, fixed=fixed)
 
     def by_row(self) -> CallRows:
-        """Return the counts with rows of the forward in place of samples; each of several texts of
-        a sample is a row.
-        """
+        """Return the counts with each row of the forward, or each of its texts, as a sample."""
         if self._by_row is None:
             shapes, times = self.shapes, 1
             ids = next(
@@ -276,9 +274,7 @@ class CallRows:
     def _of_expert(
         self, x: Tensor, layout: RowLayout, expert: str, samples: int
     ) -> RowOwners | None:
-        """Return the owners of the tokens that an expert sees: those routed to it, as
-        `RoutedTokens` lists them, or all tokens of the call.
-        """
+        """Return the owners of the tokens that are routed to an expert, or of all tokens."""
         counts = self.counts(layout.stream) or [1]
         routed = ROUTED_TOKENS.current
         tokens, number = None, x.shape[0]
@@ -333,9 +329,7 @@ class CallRows:
     def _products(
         self, name: str, sizes: list[int], is_floating: bool, without_last: bool
     ) -> Iterator[int]:
-        """Yield the products of an input's leading sizes, features and image sizes left out, and
-        the numbers of patches of an image.
-        """
+        """Yield products of an input's leading sizes, and the numbers of patches of an image."""
         is_image = is_floating and any(word in name for word in ("pixel", "image", "video"))
         dims = len(sizes) - (3 if is_image else int(is_floating) + int(without_last))
         product = 1
@@ -414,9 +408,7 @@ def call_rows(
 def generation_rows(
     root: nn.Module, arguments: Mapping[str, object], excluded: Iterable[str] = ()
 ) -> CallRows:
-    """Return the counts of a call of a model's `generate`, which repeats each sample as often as
-    there are beams or sequences to return.
-    """
+    """Return the counts of a call of `generate`, with beams or returned sequences as repeats."""
     rows = call_rows(root, arguments, excluded)
     for name in ("num_beams", "num_return_sequences"):
         times = generation_option(root, arguments, name)
