@@ -244,16 +244,17 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
     targets = _plan.make(tuner, adapter_name, config)
     build = build_adapter(tuner, targets, Construction(device=torch.device("meta")))
-    result = AdapterPlan(str(getattr(config.peft_type, "value", config.peft_type)))
-    result.layers = [
-        _layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()
-    ]
-    result.shared = _shared(build)
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
-    result.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    result.module_paths = tuple(_plan.own_modules(model))
-    result.base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return result
+    return AdapterPlan(
+        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        layers=[
+            _layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()
+        ],
+        shared=_shared(build),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        module_paths=tuple(_plan.own_modules(model)),
+    )
 
 
 def _layer_plan(
