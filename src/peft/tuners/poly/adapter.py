@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Task: TypeAlias = int | str
 Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
+Shares: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...core.combining import Combined, derive, outer_path
-from .adapter import PolyAdapter, Task, Tasks
+from .adapter import PolyAdapter, Shares, Tasks
 from .config import single_skill
 from .mixing import task_factors
 from .router import InputRouter, TaskRouter
@@ -30,9 +30,7 @@ def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
     _extract_skill(adapter, new_adapter, weights, {})
 
 
-def extract_tasks(
-    adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Mapping[Task, float]
-) -> None:
+def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares) -> None:
     """Make an adapter of some tasks with all skills, or, from shares by task, of their blend."""
     if isinstance(tasks, Mapping):
         shares = task_shares(tasks, adapter.config, "tasks")

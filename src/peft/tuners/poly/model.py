@@ -17,7 +17,7 @@ from ...core.layer import BaseTunerLayer
 from ...core.parameter_roles import Role
 from ...core.tuner import BaseTuner
 from . import combining, extraction, fewshot, inventory, regimes
-from .adapter import PolyAdapter, Task, Tasks
+from .adapter import PolyAdapter, Shares, Task, Tasks
 from .config import PolyConfig
 from .fewshot import Loss, TaskFit
 from .inventory import WeightTable
@@ -167,7 +167,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         cls,
         config: PolyConfig,
         *,
-        task_id: Task | Mapping[Task, float] | None = None,
+        task_id: Task | Shares | None = None,
         **options: object,
     ) -> dict[str, int | dict[int, float]]:
         """Return the task, or the shares of several, by id.
@@ -357,7 +357,7 @@ class PolyModel(BaseTuner[PolyConfig]):
     def extract_tasks(
         self,
         new_adapter: str,
-        tasks: Tasks | Mapping[Task, float],
+        tasks: Tasks | Shares,
         adapter_name: str | None = None,
     ) -> None:
         """Make a smaller adapter of some tasks, which compute the same there. It is frozen until
