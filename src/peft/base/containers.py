@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walks over a model that skip other adapters, so that work on one adapter costs the same beside a
+"""Walks over a model that skip other adapters, so that work on one adapter costs the same with a
 thousand.
 
 The tensors and modules of adapters are in containers, by adapter name. Containers are subclasses of

@@ -138,7 +138,7 @@ def check_adapter(
     """Check that `name` is a string and, if `known` is given, one of the known adapters.
 
     Raises:
-        PeftTypeError: It is no string.
+        PeftTypeError: It is not a string.
         PeftValueError: There is no such adapter.
     """
     if not isinstance(name, str):

@@ -155,7 +155,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> AdapterConfig:
     """Return the config of an adapter in a model.
 
     Raises:
-        PeftTypeError: The name is no string.
+        PeftTypeError: The name is not a string.
         PeftValueError: There is no such adapter.
     """
     configs: Any = getattr(model, "peft_config", None)
