@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..shapes import Shapes, sides, tucker_kernel
 
-# An alpha of this size or more stands for "no scale": some writers put it where factors are full.
-PLACEHOLDER = 1e9
+# An alpha of this size or more means "no scale": some writers put it where factors are full.
+_NO_SCALE = 1e9
 
 
 class SavedScale(NamedTuple):
@@ -46,6 +46,12 @@ class FileModule:
         dora_scale: Norms of the weight's rows `[out, 1, …]` or columns `[1, in, …]`, None without
             DoRA.
         saved: Rank and alpha from a config, which alone decide the scale; None without a config.
+
+    Example:
+        >>> factors = {"w1": torch.ones(4, 4), "w2_a": torch.ones(8, 2), "w2_b": torch.ones(2, 8)}
+        >>> module = FileModule("to_q", "lora_unet", True, factors, alpha=1.0)
+        >>> module.describe(), module.rank, module.scale
+        ('4x4 (x) 8x2·2x8', 2, 0.5)
     """
 
     name: str
@@ -65,10 +71,10 @@ class FileModule:
 
     @property
     def effective_alpha(self) -> float | None:
-        """Alpha, None if no reader scales by it: it is missing, a placeholder, or both sides are
-        full.
+        """Alpha, None if no reader scales by it: it is missing or means "no scale", or both sides
+        are full.
         """
-        if self.rank is None or self.alpha is None or not abs(self.alpha) < PLACEHOLDER:
+        if self.rank is None or self.alpha is None or not abs(self.alpha) < _NO_SCALE:
             return None
         return self.alpha
 

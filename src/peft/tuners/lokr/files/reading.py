@@ -139,8 +139,8 @@ def _open(file: str | os.PathLike[str] | dict[str, Tensor]) -> tuple[dict[str, T
 
 
 def _number(source: str, key: str, tensor: Tensor) -> float:
-    """Return the value of a tensor of one element. An infinite alpha is allowed: it is the
-    placeholder 1e10 in half precision.
+    """Return the value of a tensor of one element. An infinite alpha is allowed: it is 1e10,
+    "no scale", in half precision.
     """
     value = float(tensor)
     if math.isnan(value) or (math.isinf(value) and key.endswith("scalar")):

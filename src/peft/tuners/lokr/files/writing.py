@@ -132,10 +132,10 @@ def save_lokr_file(
 
 
 def _refuse_companions(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that has more than layers.
+    """Refuse an adapter that trains modules or tokens beside its layers.
 
     Raises:
-        PeftNotSupportedError: It has.
+        PeftNotSupportedError: It does.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     for name in ("modules_to_save", "trainable_token_indices"):
@@ -207,14 +207,10 @@ def _piece(path: str, layer: LoKrLayer, adapter_name: str, layout: Layout) -> Pi
     if "t2" in factors and layout.with_alpha:
         factors["t2"] = factors["t2"].view(*factors["t2"].shape[:2], *kernel)
     if adapter_name in layer.lokr_scalar:
-        module.factors[module.left] = (
-            widened(factors[module.left]) * layer.lokr_scalar[adapter_name].detach()
-        )
-    scale, r, alpha = (
-        layer.base_scaling(adapter_name),
-        layer.r[adapter_name],
-        layer.alpha[adapter_name],
-    )
+        scalar = layer.lokr_scalar[adapter_name].detach()
+        factors[module.left] = widened(factors[module.left]) * scalar
+    r, alpha = layer.r[adapter_name], layer.alpha[adapter_name]
+    scale = layer.base_scaling(adapter_name)
     if module.rank is not None:
         is_plain = module.rank == r and scale == alpha / r
         module.alpha = float(alpha) if is_plain else scale * module.rank
