@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows kinds of layers: how large they are, where their weight lives, how it is
-stored, who bypasses them.
-"""
+"""Kinds and sizes of the layers that adapters support. No other file knows them."""
 
 from __future__ import annotations
 
@@ -21,9 +19,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def geometry(module: nn.Module) -> Geometry | None:
-    """The size of a supported layer, None for any other module.
+    """Return the size of a supported layer, None for any other module.
 
-    Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantised
+    Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantized
     linears), transformers' `Conv1D`, and `nn.Conv1d/2d/3d`. An adapted layer has the size of the
     layer it adapts.
     """
@@ -48,11 +46,10 @@ def geometry(module: nn.Module) -> Geometry | None:
 
 
 def table(module: nn.Module) -> Geometry | None:
-    """The size of an `nn.Embedding`, a linear map of one-hot vectors with its weight stored
-    `[in, out]`; None for any other module.
+    """Return the size of an `nn.Embedding`, None for any other module.
 
-    It is apart from `geometry` since a layer around an embedding has to look rows up in place of
-    multiplying.
+    An embedding is a linear map of one-hot vectors with its weight stored `[in, out]`. It is apart
+    from `geometry` since an adapter looks up rows there in place of multiplying.
     """
     module = innermost(module)
     return (
@@ -63,31 +60,33 @@ def table(module: nn.Module) -> Geometry | None:
 
 
 def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
-    """What a config's `fan_in_fan_out` should be: whether layers to be adapted store their weight
-    `[in, out]`. A warning tells if it says otherwise. Embeddings do not count, which all store it
-    one way.
+    """Return what a config's `fan_in_fan_out` should be: True if layers to adapt store their weight
+    `[in, out]`. Warn if the config differs. Embeddings do not count: all store it one way.
     """
     stored = {size.transposed for size in map(geometry, modules) if size is not None}
     if True in stored and not fan_in_fan_out:
-        message = "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True."
-        warn(message)
+        warn(
+            "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting "
+            "fan_in_fan_out to True."
+        )
     elif stored == {False} and fan_in_fan_out:
-        message = "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False."
-        warn(message)
+        warn(
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting "
+            "fan_in_fan_out to False."
+        )
     return True in stored if stored else fan_in_fan_out
 
 
 def embedding_scale(module: nn.Module) -> float | Tensor:
-    """What an embedding multiplies the rows it looks up by (in transformers' scaled word
-    embeddings).
-    """
+    """Return the factor of an embedding on its rows, for transformers' scaled word embeddings."""
     return getattr(innermost(module), "embed_scale", 1.0)
 
 
 def place_for_shared(root: nn.Module, name: str) -> nn.Module:
-    """The module that parameters shared by a model's layers are registered on as `name`: the one
-    that has them already, else the root, or inside it where the root is a container that takes all
-    its children for steps or items.
+    """Return the module to register parameters on that a model's layers share as `name`.
+
+    It is the module that has them already, else the root, or the first module inside it that is no
+    container.
     """
     modules = [module for _, module in walk(root)]
     owners = (module for module in modules if name in module._modules)
@@ -98,14 +97,14 @@ def place_for_shared(root: nn.Module, name: str) -> nn.Module:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The layer itself, below any adapters around it."""
+    """Return the layer itself, below any adapters around it."""
     while "base_layer" in module._modules:
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
 
 
 def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
-    """Return the outermost layer of a class around one base layer, `module` or inside it, or None."""
+    """Return the outermost layer of a class around one base layer, or None."""
     inner: nn.Module | None = module
     while inner is not None:
         if isinstance(inner, layer_cls):
@@ -115,27 +114,25 @@ def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D`; it can't be one before transformers is imported."""
+    """Return whether a module is transformers' `Conv1D`, without importing transformers."""
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear map without a kernel."""
+    """Return whether a module is a linear map without a kernel."""
     size = geometry(module)
     return size is not None and not size.is_conv
 
 
 def describe(module: nn.Module) -> str:
-    """A module's kind and size, for messages."""
+    """Return a module's kind and size, for messages."""
     text = repr(innermost(module)).splitlines()
     return text[0] if len(text) == 1 else type(module).__name__
 
 
 def conv_options(module: nn.Module) -> dict[str, Any]:
-    """`stride`, `padding`, `dilation` and `groups` of a convolution whose input went through
-    `pad_input`.
-    """
+    """Return `stride`, `padding`, `dilation` and `groups` of a convolution after `pad_input`."""
     conv: Any = innermost(module)
     padding = conv.padding if conv.padding_mode == "zeros" else (0,) * len(conv.kernel_size)
     return {
@@ -147,9 +144,7 @@ def conv_options(module: nn.Module) -> dict[str, Any]:
 
 
 def pad_input(module: nn.Module, x: Tensor) -> Tensor:
-    """`x` with the padding that a convolution function can't do itself (reflect, replicate,
-    circular).
-    """
+    """Return `x` with the padding that torch's functions lack (reflect, replicate, circular)."""
     conv: Any = innermost(module)
     if conv.padding_mode == "zeros":
         return x

@@ -28,7 +28,7 @@ _REMEDIES = (
 
 
 def is_computed(module: nn.Module) -> bool:
-    """Return whether a layer's weight is a tensor that it does not hold as a parameter or buffer."""
+    """Return whether a layer's weight is a tensor, but not a parameter or buffer of the layer."""
     own = module.__dict__
     return (
         "weight" not in own["_parameters"]
@@ -73,11 +73,11 @@ def refuse(module: nn.Module) -> None:
 
 @contextmanager
 def made_plain(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context for merging for good: layers with a computed weight have it as a parameter from
-    then on. An error undoes it.
+    """Return a context for merging for good that turns computed weights into parameters. An error
+    undoes it.
 
     Raises:
-        PeftNotSupportedError: It is not known how some layer computes its weight.
+        PeftNotSupportedError: It is unknown how some layer computes its weight.
     """
     computed = [module for module in modules if is_computed(module)]
     unknown = [
@@ -105,7 +105,7 @@ def made_plain(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def make_plain(module: nn.Module) -> None:
-    """Have a layer's weight as a parameter, with the numbers that it computed."""
+    """Turn a layer's computed weight into a parameter."""
     if not is_computed(module):
         return
     with ordinary_tensors():
@@ -133,8 +133,8 @@ def make_plain(module: nn.Module) -> None:
 
 
 def _drop_parametrization(module: nn.Module) -> None:
-    """Take the weight's off; the class that torch made is shared with copies of the layer, and
-    stays as it is.
+    """Remove the weight's parametrization. Copies of the layer share the class that torch made, so
+    that stays as it is.
     """
     made, plain = module.__class__, parametrize.type_before_parametrizations(module)
     others = {name: part for name, part in module.parametrizations.items() if name != "weight"}  # type: ignore[union-attr, operator]
@@ -152,9 +152,7 @@ def _drop_parametrization(module: nn.Module) -> None:
 
 
 def _hook(module: nn.Module) -> Any:
-    """The hook by which torch's older functions compute the weight; the last, where there are
-    several.
-    """
+    """Return the last hook by which torch's older functions compute the weight."""
     found = None
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter costs on one layer, and what it can express: known from shapes alone, before it
-is trained.
-"""
+"""Cost and rank of an adapter on one layer, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ class AdapterCost(NamedTuple):
     """An adapter's cost on a layer.
 
     Attributes:
-        multiplications: For each row of the layer's input, or position of its output, beside the
-            layer's own.
+        multiplications: For each row of the layer's input, or position of its output, in addition
+            to the layer's own.
         rank: The largest rank its delta can have.
-        remarks: What its config may not have been meant to say, a sentence each.
+        remarks: Sentences on settings that may be mistakes.
     """
 
     multiplications: int

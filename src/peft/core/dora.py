@@ -30,8 +30,8 @@ class Decomposition:
     Args:
         magnitude: Returns `m`, `[out]` or `[in]`.
         norms: Returns `‖W + ΔW‖` for a scale of the delta, in that shape, without a gradient.
-        by_columns: The norms are of columns, so that the adapter changes the input of the base layer
-            and of its own delta, and leaves what other adapters add as it is.
+        by_columns: The norms are of columns: the adapter changes the input of the base layer and of
+            its own delta, and leaves what other adapters add as it is.
     """
 
     magnitude: Callable[[], Tensor]

@@ -41,10 +41,11 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
 
 
 def avoid_fused_paths(model: nn.Module) -> None:
-    """Have torch's transformer encoder call the adapted layers in it: its fused inference path
-    reads their weights instead, and back where any module has a hook; the encoder's packing of
-    padded batches is of use to that path alone. Have 4-bit layers stay in the form that gradients
-    pass.
+    """Have torch's transformer encoder call the adapted layers in it, and 4-bit layers stay
+    differentiable.
+
+    The encoder's fused inference path reads weights in place of calling layers, unless a module has
+    a hook. Its packing of padded batches only serves that path.
     """
     quantization.keep_differentiable(model)
     for _, module in walk(model):

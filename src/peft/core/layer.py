@@ -322,7 +322,7 @@ class BaseTunerLayer(nn.Module):
         return adapters.tensors_of(self, adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters. They become trainable unless `inference_mode`; all others are frozen."""
+        """Activate adapters; they become trainable unless `inference_mode`, others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._freeze.forget()
         trained = [] if inference_mode else [name for name in names if name in self.scaling]
@@ -372,7 +372,7 @@ class BaseTunerLayer(nn.Module):
         self._merges.drop_suspended(self, adapter_name)
 
     def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
-        """Copy settings, other than tensors, plain values and scale, from another layer's adapter."""
+        """Copy settings other than tensors, plain values and scale from another layer's adapter."""
 
     def base_scaling(self, adapter_name: str) -> float:
         """Return the configured scale, which `unscale_layer` returns to."""
@@ -397,7 +397,9 @@ class BaseTunerLayer(nn.Module):
                 self.hold_scale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters by `scale`; None returns to the configured scale."""
+        """Divide the scale of the active adapters by `scale`, by default return to the configured
+        one.
+        """
         for name in self.active_adapters:
             if name in self.scaling:
                 own = self.base_scaling(name) if scale is None else self.scaling[name] / scale

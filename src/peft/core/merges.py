@@ -2,8 +2,8 @@
 """Merging adapters into the weight of one base layer, and unmerging them exactly.
 
 `Merges` keeps, for each merged adapter, copies of its small factors, and the few elements of the
-weight that subtracting the delta would not restore. The original of a quantized weight is kept as it
-was stored. A weight that the model uses elsewhere too is still there, and needs no copy.
+weight that subtracting the delta would not restore. The original of a quantized weight is kept as
+stored. A weight that the model uses elsewhere too is still there, and needs no copy.
 """
 
 from __future__ import annotations
@@ -82,13 +82,12 @@ class Merge(NamedTuple):
 
 
 class Merges:
-    """The merges into one base layer's weight, in their order. All layers around the base layer
-    share this object.
+    """The merges into one base layer's weight, in their order, shared by all layers around it.
 
     Attributes:
         entries: The merges.
-        shared: The parameter that was the base layer's weight while the model used it elsewhere too;
-            None if the weight is its own.
+        shared: The original weight while the model uses it elsewhere too; None if the base layer's
+            weight is its own.
     """
 
     def __init__(self) -> None:
@@ -328,7 +327,7 @@ class Merges:
     def _rewrite_quantized(
         self, storage: StorageFormat, base: nn.Module, entries: list[Merge], check: bool
     ) -> None:
-        """Merge into a quantized weight. The sum starts from the original, so it is rounded once."""
+        """Merge into a quantized weight, from the original, so that it is rounded once."""
         present = storage.get(base)
         original = self._original if self.entries else present
         self.insist_on_known(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging into all layers of a model, all or none, and taking out what adapters put into it."""
+"""Merging into all layers of a model, all or none, and taking adapters out of a model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
 
 
 def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOptions]) -> None:
-    """Check that all layers can be merged into; those that can't are named by what is in the way."""
+    """Check that all layers can be merged into; name the others by reason."""
     problems: dict[str, list[str]] = {}
     inner: dict[nn.Module, list[str]] = {}  # adapters that inner layers are about to merge
     for path, layer in reversed(list(named.items())):
@@ -116,8 +116,8 @@ def warn_of_ties(
 
 @contextmanager
 def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """A context for merging for good: layers whose weight the model uses elsewhere too have one of
-    their own, and what is merged into it already is in that one alone. An error undoes this.
+    """Return a context for merging for good: merged layers whose weight the model uses elsewhere
+    too get a weight of their own. An error undoes this.
     """
     owners = tied_weights.owners(model)
     merged = [
@@ -156,7 +156,7 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
 
 def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
-    """Say so where adapters that are to be trained are merged, so that gradients do not reach them."""
+    """Warn if adapters that are to be trained are merged, so that gradients do not reach them."""
     names = {
         name: None
         for layer in layers

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling a transformers model, when adapters are taken out, that weights it declares as tied have
-come apart.
+"""Tied weights of a transformers model that come apart when adapters are taken out.
 
-A loader ties weights again where the config says so. So the config is told; what else the model
-ties by the same flag gets numbers of its own then, since a file would lack them.
+A loader ties weights again if the config says so. So the config is changed, and whatever else the
+model ties by the same flag gets a copy of its own, since a file would lack it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FLAG = "tie_word_embeddings"
 
 
 class Pair(NamedTuple):
-    """Two parameters that a part of a model ties, by their names in it."""
+    """Two parameters that a module of a model ties, by their names in it."""
 
     part: Any
     target: str
@@ -30,7 +29,7 @@ class Pair(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Whether they have different numbers."""
+        """Whether their values differ."""
         one, two = self.part.get_parameter(self.target), self.part.get_parameter(self.source)
         if one is two:
             return False
@@ -56,9 +55,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the paths of the modules that have a parameter, by its identity; of copies that
-    adapters train, none.
-    """
+    """Return the paths of the modules that hold a parameter, by its identity, without adapters."""
     found: dict[int, list[str]] = {}
     for path, module in walk(model, repeated=True):
         if not isinstance(module, AdapterContainer):
@@ -83,8 +80,8 @@ def can_tell(model: Any) -> bool:
 
 
 def settle(model: Any, was_tied: bool) -> None:
-    """See to it that a model is saved as what it is, after trained modules or merged weights took
-    the places of tied ones.
+    """Have a model's config say which weights are tied, after trained modules or merged weights
+    took the places of tied ones.
 
     Args:
         model: The model, without adapters.
@@ -115,7 +112,7 @@ def settle(model: Any, was_tied: bool) -> None:
 
 
 def _pairs(model: nn.Module) -> Iterator[Pair]:
-    """What a model and its parts declare as tied, as far as they have it."""
+    """Yield the ties that a model and its modules declare."""
     for part in model.modules():
         expand: Any = getattr(part, "get_expanded_tied_weights_keys", None)
         tied = expand(all_submodels=False) if expand is not None else {}
@@ -139,7 +136,7 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
 
 
 def _nested(config: Any) -> Iterator[Any]:
-    """The configs inside one that have the flag set."""
+    """Yield the configs inside a config that have the flag set."""
     for name, value in vars(config).items():
         if name != "_parent" and hasattr(value, "to_dict") and getattr(value, _FLAG, False) is True:
             yield value

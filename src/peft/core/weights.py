@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a base layer: where it is stored, how it is read in numbers and replaced, quantized
-or tied.
-"""
+"""The weight of a base layer: reading it in numbers, replacing it, untying it."""
 
 from __future__ import annotations
 
@@ -53,11 +51,11 @@ def base_weight(layer: _AdaptedLayer) -> Tensor:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a layer in numbers, in the layer's layout: the parameter itself where it can be
-    computed with, else (quantized or float8) a copy in float32.
+    """Return a layer's weight in numbers, in the layer's layout: the parameter itself if it has a
+    dtype to compute in, else (quantized, float8) a copy in float32.
 
     Raises:
-        PeftNotSupportedError: The layer keeps it in a form that is not known here.
+        PeftNotSupportedError: Its storage format is unknown.
     """
     layer = innermost(module)
     if is_computed(layer) and not is_unreadable(layer.weight) and not is_quantized(layer):
@@ -71,10 +69,10 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """The parameter that is a layer's weight, which is not quantized.
+    """Return the parameter that is a layer's weight.
 
     Raises:
-        PeftNotSupportedError: It is, or it is not all here.
+        PeftNotSupportedError: It is quantized, computed, or not all here.
     """
     module = innermost(module)
     weight = getattr(module, "weight", None)
@@ -88,17 +86,15 @@ def stored_weight(module: nn.Module) -> Tensor:
         )
     if not isinstance(weight, Tensor) or is_quantized(module):
         raise PeftNotSupportedError(
-            f"{type(module).__name__} keeps its weight in a quantized storage format that an adapter "
-            "can't be merged into; load the base model without quantization to merge."
+            f"{type(module).__name__} keeps its weight in a quantized storage format that an "
+            "adapter can't be merged into; load the base model without quantization to merge."
         )
     refuse_computed(module)
     return weight
 
 
 def put_weight(module: nn.Module, weight: Tensor) -> None:
-    """Give a layer another weight, whole: in place where its memory belongs to an engine that
-    shards it.
-    """
+    """Replace a layer's full weight; in place where an engine that shards it owns the memory."""
     own: Any = stored_weight(module)
     if is_managed(own):
         own.detach().copy_(shard_like(own, weight))
@@ -108,8 +104,8 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
 
 @contextmanager
 def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """A context for merging: adapted layers whose weight a model uses elsewhere too have one of
-    their own from then on, which the model's config is told. An error ties them again.
+    """Return a context for merging that gives adapted layers a weight of their own where the model
+    uses theirs elsewhere too, and tells the model's config. An error ties them again.
 
     Args:
         model: The model.
@@ -151,10 +147,10 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
-    """How a layer's quantized weight is read and written; None where it is not quantized.
+    """Return the storage format of a layer's quantized weight, None if it is not quantized.
 
     Raises:
-        PeftNotSupportedError: It is, in a form that is not known here.
+        PeftNotSupportedError: Its storage format is unknown.
     """
     module = innermost(module)
     form = quantization.storage_format(module)
@@ -164,8 +160,8 @@ def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight in anything but plain floating-point numbers; in float8
-    these are plain if nothing scales them.
+    """Return whether a layer stores its weight in other than plain floating-point numbers. Float8
+    is plain if nothing scales it.
     """
     module = innermost(module)
     weight = getattr(module, "weight", None)
@@ -182,7 +178,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:
-    """Whether a weight's shape is not the layer's (packed 4-bit formats)."""
+    """Return whether a weight's shape is not the layer's (packed 4-bit formats)."""
     size = geometry(module) or table(module)
     return size is None or weight.numel() != size.out_features * size.in_features * _prod(
         size.kernel_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adding a delta to a weight so that it can be taken off again without a trace."""
+"""Adding a delta to a weight, and subtracting it so that the weight is bit by bit the original."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..base.tensors import ordinary_tensors
 
 
 class Recipe(NamedTuple):
-    """A dense delta as a function of small tensors, from which it can be computed again to the bit.
+    """A dense delta as a function of small tensors, which computes the same bits each time.
 
     Args:
         compute: A function at the top of a module, so that a merged model can be pickled.
-        arguments: What it takes: tensors, named tuples of tensors, and plain values.
+        arguments: Its arguments: tensors, named tuples of tensors, and plain values.
     """
 
     compute: Callable[..., Tensor]
@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
         return self.compute(*self.arguments)
 
     def copied(self) -> Recipe:
-        """Copy the tensors, so that the delta stays what it is whatever becomes of the parameters."""
+        """Copy the tensors, so that later changes of the parameters leave the delta as it is."""
         return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.detach().clone()))
 
     def on(self, device: torch.device) -> Recipe:
@@ -71,8 +71,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class Correction(NamedTuple):
-    """What is needed beside the delta to get a weight back: the few elements that undoing the sum
-    would not give, by flat position (or all, where they are not few), and the factor on the sum.
+    """What undoing a sum needs in addition to the delta: the elements that subtraction would not
+    restore, by flat position (or all, if they are many), and the factor on the sum.
     """
 
     positions: Tensor | None
@@ -81,11 +81,11 @@ class Correction(NamedTuple):
 
 
 def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Correction]:
-    """`factor · (weight + delta)`, rounded once, and what is needed to undo it exactly.
+    """Return `factor · (weight + delta)`, rounded once, and what undoing it needs.
 
-    The sum is taken in a wider format than the weight's, so rounding moves an element by at most
-    half a unit in its last place and subtracting the same delta rounds back to it, except where the
-    sum has a larger exponent; those elements are kept. With a factor they are more.
+    The sum is taken in a wider dtype than the weight's, so rounding moves an element by at most
+    half a unit in its last place. Subtracting the same delta rounds back to it, unless the sum has
+    a larger exponent; those elements are kept. With a factor there are more.
     """
     total = _wide(weight) + _wide(delta)
     merged = (total if factor is None else total * _wide(factor)).to(weight.dtype)
@@ -95,7 +95,7 @@ def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Te
 def correction(
     weight: Tensor, merged: Tensor, delta: Tensor, factor: Tensor | None = None
 ) -> Correction:
-    """What is needed beside the delta to get `weight` back from `merged`, however that was rounded."""
+    """Return what computing `weight` from `merged` needs in addition to the delta."""
     if weight.is_meta:
         return Correction(None, weight, factor)
     lost = (_take_off(merged, delta, factor) != weight).flatten().nonzero().squeeze(1)
@@ -105,7 +105,7 @@ def correction(
 
 
 def subtract(merged: Tensor, delta: Tensor, correction: Correction) -> Tensor:
-    """The weight that `add` was given, to the bit as long as `delta` is the same."""
+    """Return the weight that `add` was given, bit by bit if `delta` is the same."""
     positions, values, factor = correction
     if positions is None:
         return values.to(merged.device)
@@ -120,7 +120,7 @@ def _take_off(merged: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """`tensor` in a format with room for its sums."""
+    """Return `tensor` in a dtype that holds its sums."""
     return tensor.to(
         torch.float64
         if tensor.dtype == torch.float32 and tensor.device.type != "mps"
@@ -134,8 +134,8 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """A context whose results do not depend on the caller's: without gradients, autocast, and
-    inference tensors, which nobody could train later.
+    """Return a context without gradients, autocast and inference tensors, which nobody could train
+    later: its results do not depend on the caller's modes.
     """
     with ordinary_tensors():
         if device.type == "meta" or not torch.is_autocast_enabled(device.type):

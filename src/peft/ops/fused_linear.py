@@ -60,7 +60,7 @@ class LowRankChain(NamedTuple):
         scale: A number, or a zero-dimensional tensor without a gradient.
 
     Example:
-        >>> LowRankChain(torch.ones(1, 2), down=torch.ones(2, 1), up=torch.ones(1, 3), scale=0.5).delta()
+        >>> LowRankChain(torch.ones(1, 2), torch.ones(2, 1), torch.ones(1, 3), scale=0.5).delta()
         tensor([[1., 1., 1.]])
     """
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A delta as a product of two thin factors, `ΔW = B·A`, and its best approximation of a smaller
-rank.
+"""A delta as a product of two factors, `ΔW = B·A`, and its best approximation of a smaller rank.
 
-Everything here works on the factors: a thin QR of each and the singular values of a small core give
-those of the product, which is never built. A convolution's kernel belongs to the columns: `ΔW` is
-read as `[out, in · taps]`.
+Everything here works on the factors: a QR decomposition of each and the singular values of a small
+core give those of the product, which is never built. A convolution's kernel belongs to the columns:
+`ΔW` is read as `[out, in · taps]`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..base.errors import PeftValueError
 
 
 class LowRank(NamedTuple):
-    """A delta `B·A`, or what is left of it at a smaller rank.
+    """A delta `B·A`, exact or of a smaller rank.
 
     Attributes:
         A: `[r, in · taps]`.
@@ -52,7 +51,7 @@ class SingularTriples(NamedTuple):
 
 
 def check_rank(rank: int | float | None) -> None:
-    """Insist on a rank that `kept` understands.
+    """Check a rank.
 
     Raises:
         PeftValueError: It is neither an integer of at least 1, a fraction in (0, 1], nor None.
@@ -77,7 +76,7 @@ def check_rank(rank: int | float | None) -> None:
 
 
 def kept(values: Tensor, rank: int | float | None) -> int:
-    """How many singular values to keep, at least one.
+    """Return the number of singular values to keep, at least one.
 
     Args:
         values: Singular values, largest first.
@@ -94,7 +93,7 @@ def kept(values: Tensor, rank: int | float | None) -> int:
 
 
 def product_svd(B: Tensor, A: Tensor) -> SingularTriples:
-    """The singular values and vectors of `B·A`, without building it.
+    """Return the singular values and vectors of `B·A` without building it.
 
     Args:
         B: `[m, r]`.
@@ -123,7 +122,8 @@ def dense_svd(matrix: Tensor) -> SingularTriples:
 
 
 def cut(triples: SingularTriples, rank: int | float | None, dtype: torch.dtype) -> LowRank:
-    """The best approximation of a rank, its singular values shared out evenly between both factors.
+    """Return the best approximation of a rank, with the singular values split evenly between both
+    factors.
 
     Args:
         triples: All singular values and vectors of the delta.
@@ -158,31 +158,31 @@ def approximate(B: Tensor, A: Tensor, rank: int | float | None = None) -> LowRan
 
 
 def total_error(parts: Iterable[LowRank]) -> float:
-    """The relative error of all parts together, as if they were the blocks of one matrix."""
+    """Return the relative error of several deltas together, as blocks of one matrix."""
     parts = list(parts)
     whole = math.hypot(*(part.norm for part in parts))
     return math.hypot(*(part.error * part.norm for part in parts)) / whole if whole else 0.0
 
 
 def product_norm(B: Tensor, A: Tensor) -> float:
-    """`‖B·A‖` in the Frobenius norm."""
+    """Return `‖B·A‖` in the Frobenius norm."""
     left, right = _finite(B), _finite(A)
     return math.sqrt(max(float((left.mT @ left * (right @ right.mT)).sum()), 0.0))
 
 
 def norm(values: Tensor) -> float:
-    """The Frobenius norm of a matrix with these singular values."""
+    """Return the Frobenius norm of a matrix with these singular values."""
     return float(values.square().sum().sqrt())
 
 
 def tail(values: Tensor, k: int) -> float:
-    """The share of the norm that is lost with all singular values but the first `k`."""
+    """Return the share of the norm that is lost with all singular values but the first `k`."""
     whole = norm(values)
     return norm(values[k:]) / whole if whole else 0.0
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` without its gradient, in the precision for factorisations."""
+    """Return `tensor` without its gradient, in float64 where the device has it."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 

@@ -68,8 +68,10 @@ def factor_shapes(
         use_effective_conv2d: Use Tucker's form for kernels of more than one element.
 
     Example:
-        >>> factor_shapes(6, 4, (3, 3), r=2)["w1_b"], factor_shapes(6, 4, (3, 3), r=2, use_effective_conv2d=True)["t1"]
-        ((2, 36), (2, 2, 3, 3))
+        >>> factor_shapes(6, 4, (3, 3), r=2)["w1_b"]
+        (2, 36)
+        >>> factor_shapes(6, 4, (3, 3), r=2, use_effective_conv2d=True)["t1"]
+        (2, 2, 3, 3)
     """
     taps = math.prod(kernel)
     if use_effective_conv2d and taps > 1:
@@ -81,8 +83,8 @@ def factor_shapes(
 
 
 def hadamard_weight(f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
-    """The dense `ΔW = scale · (U1·V1) ∘ (U2·V2)`, `[out, in · taps]`, at `(2r + 1)·out·in·taps`
-    multiplications.
+    """Return the dense `ΔW = scale · (U1·V1) ∘ (U2·V2)`, `[out, in · taps]`, at `(2r +
+    1)·out·in·taps` multiplications.
     """
     (U1, V1), (U2, V2) = _sides(f)
     return ((U1 * scale) @ V1) * (U2 @ V2)
@@ -93,7 +95,8 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
     multiplications.
 
     Example:
-        >>> f = HadamardFactors(torch.rand(5, 2), torch.rand(2, 7), torch.rand(5, 2), torch.rand(2, 7))
+        >>> U, V = torch.rand(5, 2), torch.rand(2, 7)
+        >>> f = HadamardFactors(U, V, U, V)
         >>> A, B = low_rank_pair(f, 3.0)
         >>> torch.allclose(B @ A, 3 * (f.w1_a @ f.w1_b) * (f.w2_a @ f.w2_b))
         True
@@ -107,9 +110,7 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
 
 
 def is_low_rank(f: HadamardFactors) -> bool:
-    """Whether the factors of rank `r²` take fewer multiplications than the whole product: the one
-    cost model of this file.
-    """
+    """Return whether factors of rank `r²` take fewer multiplications than the dense product."""
     out, columns, inner = _sizes(f)
     return inner * (out + columns) <= out * columns
 
@@ -168,7 +169,7 @@ def hadamard_conv(
 
 
 def _sides(f: HadamardFactors) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Both matrices as `U [out, r]` and `V [r, in · taps]`."""
+    """Return both matrices as `U [out, r]` and `V [r, in · taps]`."""
     return _side(f.w1_a, f.w1_b, f.t1), _side(f.w2_a, f.w2_b, f.t2)
 
 
@@ -179,7 +180,7 @@ def _side(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(f: HadamardFactors) -> tuple[int, int, int]:
-    """`out`, `in · taps` and the inner size of the thin factors."""
+    """Return `out`, `in · taps` and the rank of the factors."""
     a1, b1, a2 = shapes(f.w1_a, f.w1_b, f.w2_a)
     if f.t1 is None or f.t2 is None:
         return a1[0], b1[1], a1[1] * a2[1]

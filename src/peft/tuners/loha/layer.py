@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with LoHa adapters: they hold the factors; the maths is in `hadamard.py`."""
+"""Layers with LoHa adapters. They hold the factors; the maths is in `hadamard.py`."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class LoHaLayer(LycorisLayer):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
     ) -> LowRank:
-        """ΔW as `B·A`, without building it; exact of rank `r²`, or of the weight's if that is less."""
+        """Return ΔW as `B·A` without building it, exact of rank `r²` or the weight's own."""
         A, B = (
             factor.detach()
             for factor in low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name])
@@ -135,12 +135,15 @@ class LoHaLayer(LycorisLayer):
         return approximate(B.contiguous(), A.contiguous(), rank)
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of factors of rank `r²`, or of the whole product where that is cheaper."""
+        """Return the cost of factors of rank `r²` or the dense product, whichever is cheaper."""
         factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
         if is_low_rank(factors):
             return thin_cost(size, r * r)._replace(remarks=())
         whole = size.out_features * columns(size)
-        remark = f"`r`={r}: factors of rank {r * r} are no cheaper than the whole product, which is built in each forward."
+        remark = (
+            f"`r`={r}: factors of rank {r * r} are no cheaper than the whole product, which is "
+            "built in each forward."
+        )
         return AdapterCost(whole, min(r * r, size.out_features, columns(size)), (remark,))
 
     def product(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -183,6 +186,6 @@ class Conv3d(LoHaLayer):
 
 
 def _dense(geometry: Geometry, factors: HadamardFactors, scale: float | Tensor) -> Tensor:
-    """ΔW in the base weight's layout."""
+    """Return ΔW in the base weight's layout."""
     delta = hadamard_weight(factors, scale)
     return geometry.as_stored(delta.view(delta.shape[0], -1, *geometry.kernel_size))

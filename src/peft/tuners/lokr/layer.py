@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with LoKr adapters: they hold the factors; the maths is in `kronecker.py` and `norms.py`."""
+"""Layers with LoKr adapters. They hold the factors; the maths is in `kronecker.py`."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, one of them zero so that the adapter
-        starts without effect; with a scalar it is that which is zero.
+        """Draw the factors anew: `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero so
+        that the adapter starts without effect.
         """
         scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
@@ -169,8 +169,8 @@ class LoKrLayer(LycorisLayer):
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which has no
-        rank.
+        """Return `alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which
+        has no rank.
         """
         if self.full_matrix[adapter_name]:
             return 1.0
@@ -231,9 +231,7 @@ class LoKrLayer(LycorisLayer):
         return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank)
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of the cheapest order of the factors, with remarks on what the config makes of this
-        layer's sizes.
-        """
+        """Return the cost of the cheapest order of the factors, with remarks on the config."""
         shapes = {
             n: tuple(f.shape)
             for n, f in self.factors(adapter_name)._asdict().items()
@@ -319,7 +317,7 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:
-        """Scale the factors, all alike, so that `‖ΔW‖` is at most `largest` in the Frobenius norm.
+        """Scale all factors alike so that the Frobenius norm `‖ΔW‖` is at most `largest`.
 
         Returns:
             The norm then, and whether it was larger.
@@ -340,7 +338,7 @@ class Linear(LoKrLayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantized) with LoKr adapters."""
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return `(W1 ⊗ W2) x` as a chain, where no dropout, norms or rows of other layers apply."""
+        """Return `(W1 ⊗ W2) x` as a chain, unless dropout, norms or other rows apply."""
         if (
             (self.training and self.drops(adapter_name))
             or self.row_offset[adapter_name] is not None

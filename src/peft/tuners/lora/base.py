@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoraLayer`: what layers with LoRA adapters share, DoRA's lengths included; the maths is in
-`factors.py`.
-"""
+"""`LoraLayer`: a layer with LoRA adapters, DoRA's norms included; the maths is in `factors.py`."""
 
 from __future__ import annotations
 
@@ -32,20 +30,22 @@ from .factors import Factors, draw, grouped_row_norms, row_norms
 
 
 class Magnitude(nn.Module):
-    """DoRA's lengths of the weight's rows."""
+    """DoRA's trained norms of the weight's rows."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
 
     def forward(self) -> Tensor:
-        """The lengths; a call, so that libraries which move weights in on use see the use."""
+        """Return the norms, by a call that offloading and sharding libraries see."""
         return gathered_tensor(self.weight)
 
 
 class Start(nn.Module):
-    """Factors `A₀ [r, in]` and `B₀ [out, r]` of what an adapter starts with and is not to count
-    twice. They follow from the base weight and are no part of a state dict.
+    """Factors `A₀ [r, in]` and `B₀ [out, r]` that an adapter starts with, and that its delta does
+    not count.
+
+    They follow from the base weight, and are not in a state dict.
     """
 
     def __init__(self, factors: Factors) -> None:
@@ -54,7 +54,7 @@ class Start(nn.Module):
         self.register_buffer("B", factors.B, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`B₀·A₀·x`."""
+        """Return `B₀·A₀·x`."""
         return F.linear(F.linear(x, self.A), self.B)  # type: ignore[arg-type]
 
 
@@ -171,15 +171,15 @@ class LoraLayer(BaseTunerLayer):
         return self.geometry.transposed
 
     def base_scaling(self, adapter_name: str) -> float:
-        """`lora_alpha / r`, or over the root of `r` with `use_rslora`."""
+        """Return `lora_alpha / r`, or over the root of `r` with `use_rslora`."""
         r = self.r[adapter_name]
         return self.lora_alpha[adapter_name] / (
             math.sqrt(r) if self.use_rslora[adapter_name] else r
         )
 
     def _make(self, adapter_name: str, place: Placement) -> None:
-        """Make an adapter's factors, without values: for a convolution one to `r` channels and one
-        over single points.
+        """Make an adapter's factors without values; those of a convolution are convolutions, to `r`
+        channels and over single points.
         """
         r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
         if not self.geometry.is_conv:
@@ -229,7 +229,7 @@ class LoraLayer(BaseTunerLayer):
         return Factors(gathered_tensor(A), gathered_tensor(B))
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`s·B·A·x` for an input that has its dropout."""
+        """Return `s·B·A·x` for an input after dropout."""
         h = self.lora_A[adapter_name](x)
         scale: Any = self.scaling[adapter_name]
         if self.lora_bias[adapter_name]:
@@ -237,14 +237,14 @@ class LoraLayer(BaseTunerLayer):
         return self.lora_B[adapter_name](scaled(h, scale))
 
     def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
-        """Set an adapter to a part of the base weight, and note the part."""
+        """Set an adapter to a part of the base weight, and record the part."""
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`s·B·A·x`, with dropout on `x` in training."""
+        """Return `s·B·A·x`, with dropout on `x` in training, by calls of the modules."""
         return self._delta(adapter_name, self._dropped(adapter_name, x))
 
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
-        """The input in the adapter's precision, after its dropout."""
+        """Return the input in the adapter's dtype, after dropout."""
         x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)  # type: ignore[arg-type]
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
@@ -258,14 +258,13 @@ class LoraLayer(BaseTunerLayer):
         return dropout.training and not isinstance(dropout, nn.Identity)
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's part: a sum or, with DoRA, `f ⊙ (result - b + s·B·A·x) + b`
-        with `f = m / ‖W + s·B·A‖`.
+        """Return `result + Δ(x)` or, with DoRA, `f ⊙ (result - b + s·B·A·x) + b`.
 
-        Where the adapter has dropout in training, DoRA's part of the base output is computed from
-        the same dropped input: `result + (f - 1) ⊙ W·x' + f ⊙ s·B·A·x'`. Several such adapters
-        apply one after the other.
+        With dropout in training, DoRA computes the base output's part from the dropped input `x'`
+        too: `result + (f - 1) ⊙ W·x' + f ⊙ s·B·A·x'`. Several such adapters apply one after the
+        other.
 
-        Source: arXiv:2402.09353, eq. 5 and 11 (the length has no gradient)
+        Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
         """
         own = self.decomposition(adapter_name)
         if own is None:
@@ -307,7 +306,7 @@ class LoraLayer(BaseTunerLayer):
         return dora.first_magnitude(norms if initialize else None, size, place).view(shape)
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
-        """The factors and their scale."""
+        """Return the factors and their scale."""
         return Recipe(
             scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name])
         )
@@ -338,7 +337,7 @@ class LoraLayer(BaseTunerLayer):
             )
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
-        """`lora_bias` times the scale."""
+        """Return `lora_bias` times the scale."""
         bias: Any = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
         return None if bias is None else bias.detach() * scale
 
@@ -352,7 +351,7 @@ class LoraLayer(BaseTunerLayer):
         return RankPadding(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None
 
     def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """That of factors of rank `r`."""
+        """Return the cost of factors of rank `r`."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -362,16 +361,14 @@ class LoraLayer(BaseTunerLayer):
         return not (self.lora_bias[adapter_name] or self._is_grouped)
 
     def is_product(self, adapter_name: str) -> bool:
-        """Whether an adapter's delta is the product of its two factors: not with DoRA, nor
-        `lora_bias`, nor across groups.
-        """
+        """Return whether an adapter's delta is the product of its two factors and nothing else."""
         return self.supports_lora_conversion(adapter_name) and not self.use_dora[adapter_name]
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
     ) -> LowRank:
-        """`s·B·A`, exact of rank `r` (of `2r` for what starts from the weight). What DoRA does to
-        the weight, `f ⊙ (W + s·B·A) - W`, has no such structure and is decomposed whole.
+        """Return `s·B·A`, exact of rank `r` (of `2r` with a start). DoRA's change `f ⊙ (W + s·B·A)
+        - W` has no such structure: its full matrix is decomposed.
         """
         A, B = self.factors(adapter_name)
         scale = float(self.scaling[adapter_name])

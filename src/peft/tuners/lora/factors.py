@@ -56,7 +56,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """What the interface divides by in place of `row_norms` for a convolution in groups.
+    """Return the norms that the interface uses in place of `row_norms` for a convolution in groups.
 
     Its factors make a delta across groups, which has no place in `W`. Other implementations add to
     `W` the product of the factors read as `[out / groups, r]` and `[r, in · taps]`, in the order of
@@ -79,7 +79,7 @@ def grouped_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) ->
 
 @torch.no_grad()
 def draw(A: Tensor, B: Tensor, how: bool | str) -> None:
-    """Fill the factors of a linear or convolutional layer as they start.
+    """Initialize the factors of a linear or convolutional layer.
 
     Args:
         A: `[r, in, *kernel]`.
@@ -104,8 +104,8 @@ def draw(A: Tensor, B: Tensor, how: bool | str) -> None:
 
 @torch.no_grad()
 def draw_for_embedding(A: Tensor, B: Tensor, how: bool | str) -> None:
-    """Fill the factors of an embedding as they start: `A [r, tokens]` zero unless `how` is False,
-    `B [dim, r]` normal.
+    """Initialize the factors of an embedding: `A [r, tokens]` zero unless `how` is False, `B [dim,
+    r]` normal.
     """
     nn.init.zeros_(A) if how else nn.init.normal_(A)
     nn.init.normal_(B)

@@ -36,7 +36,7 @@ if not TYPE_CHECKING:  # to which any name would be right
 
 
 class Linear(LoraLayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantised) with LoRA adapters."""
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with LoRA adapters."""
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         delta = super()._delta(adapter_name, x)
@@ -45,7 +45,7 @@ class Linear(LoraLayer):
         return delta
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """`A·x`, then `s·B`, where that is all and nothing watches the modules that hold them."""
+        """Return `s·B·A·x` as a chain, if nothing is hooked into the modules that hold the factors."""
         modules: Any = self._modules
         A, B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
         if (
@@ -93,7 +93,7 @@ class Linear(LoraLayer):
 
 
 class Embedding(LoraLayer):
-    """`nn.Embedding` with LoRA adapters; it has no dropout."""
+    """`nn.Embedding` with LoRA adapters, without dropout."""
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         r, (device, dtype) = self.r[adapter_name], place
@@ -107,7 +107,7 @@ class Embedding(LoraLayer):
     def reset_lora_parameters(
         self, adapter_name: str, init_lora_weights: bool | str = True
     ) -> None:
-        """Draw an adapter's factors anew; all starts but False are the same."""
+        """Draw an adapter's factors anew: all starts except False are the same."""
         draw_for_embedding(
             self.lora_embedding_A[adapter_name],
             self.lora_embedding_B[adapter_name],
@@ -124,7 +124,7 @@ class Embedding(LoraLayer):
         return x
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """`s·B·A[:, x]`, times what the base embedding multiplies its rows by."""
+        """Return `s·B·A[:, x]`, times the base embedding's factor on its rows."""
         A, B = self.factors(adapter_name)
         base: Any = self.get_base_layer()
         h = F.embedding(

@@ -36,14 +36,14 @@ _DOUBLED = {
 
 
 def is_random(init_lora_weights: Any) -> bool:
-    """Whether an adapter starts from the base weight by random numbers."""
+    """Return whether an adapter starts from the base weight by random numbers."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa_niter_")
 
 
 def with_start(
     config: Any, state: Mapping[str, Tensor], starts: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Config and tensors of an adapter for a file, its start among them.
+    """Return config and tensors of an adapter for a file, with its start in them.
 
     Args:
         config: The adapter's config.
@@ -83,7 +83,7 @@ def with_start(
 
 
 def without_start(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint but for the start that it has in their second halves."""
+    """Return the tensors of a checkpoint without the start in their second halves."""
     result = dict(state)
     for key, tensor in state.items():
         path, name = _taken_apart(key)
@@ -94,7 +94,7 @@ def without_start(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a file, with the start as the adapter has it in a model.
+    """Return the fields of a file, with the start as a model's adapter has it.
 
     Raises:
         PeftNotSupportedError: The adapter belongs to a base weight that its start changed.
@@ -130,7 +130,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _taken_apart(key: str) -> tuple[str, str]:
-    """The path of a layer, and the name of a tensor in it."""
+    """Return the path of a layer, and the name of a tensor in it."""
     parts = key.removeprefix(MODEL_ROOT).removeprefix(ROOT).split(".")
     at = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts))
     return ".".join(parts[:at]), ".".join(parts[at:])
