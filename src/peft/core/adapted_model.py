@@ -435,7 +435,7 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     def _merge_options_of(
         self, adapter_name: str, options: Mapping[str, object]
-    ) -> dict[str, object]:
+    ) -> Mapping[str, object]:
         """Return the checked options of a merge that are for an adapter's method."""
         method = self.method_of(self.peft_config[adapter_name])
         own = {name: value for name, value in options.items() if name in method.merge_options}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter a function is about that was not told one."""
+"""Choose the adapter for a function that was called without an adapter's name."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def adapter_of(
     model: nn.Module, name: str | None, layer_class: type[BaseTunerLayer], kind: str
 ) -> str:
-    """Return the name of the adapter that is meant among those that layers of a class have.
+    """Return the name of an adapter among those of layers of a class.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        name: As given; None means "default", or else the only adapter that is active, or else the
-            only one.
-        layer_class: That of the layers.
-        kind: What messages say behind the name of such an adapter, " of LoKr".
+        name: The given name; None stands for "default", else the only active, else the only
+            adapter.
+        layer_class: Class of the layers.
+        kind: Words after an adapter's name in messages, " of LoKr".
 
     Raises:
         PeftTypeError: The name is no string, or `model` no module.
-        PeftValueError: There is none, or several could be meant.
+        PeftValueError: There is none, or the choice is ambiguous.
     """
     if not isinstance(model, nn.Module):
         raise PeftTypeError(
@@ -50,7 +50,9 @@ def adapter_of(
 def adapter_meant(
     name: str | None, known: Collection[str], active: Collection[str], kind: str = ""
 ) -> str:
-    """Return the same, given which adapters there are and which of them are active."""
+    """Return the name of an adapter among the `known` ones, of which some are `active`; arguments
+    and errors as for `adapter_of`.
+    """
     if name is not None:
         check_adapter(name)
     if name is not None or not known:

@@ -44,7 +44,7 @@ def from_pretrained(
     key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Any:
     """Put a saved adapter into a base model.
 
@@ -115,7 +115,7 @@ def load_adapter(
     key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> LoadResult:
     """Load a saved adapter under a new name, or load new values into an adapter of this model.
 

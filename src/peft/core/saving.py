@@ -37,7 +37,7 @@ def save_pretrained(
     is_main_process: bool = True,
     path_initial_model_for_weight_conversion: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> None:
     """Write adapters to a folder: "default" into it, each other into a sub-folder of its name.
 
@@ -91,7 +91,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_description: str | None = None,
     **save_options: Any,
-) -> Any:
+) -> object:
     """Save the adapters to a repository on the Hub, made if missing.
 
     Args:
