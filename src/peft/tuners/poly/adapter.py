@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Task: TypeAlias = int | str
 Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
-Shares: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+Shares: TypeAlias = Mapping[Any, float]  # by id, by name, or by both
 
 
 @dataclass(frozen=True, eq=False)
