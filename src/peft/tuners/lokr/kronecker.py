@@ -175,11 +175,8 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
 
 
 class _Plan(NamedTuple):
-    """Plan of `kronecker_chain` for factors of given shapes.
-
-    Attributes:
-        in_first: Number of maps of the right side in the first product.
-        middle: The chain's function of the first product and the other maps.
+    """Plan of `kronecker_chain`: the number of maps of the right side in the first product, and the
+    chain's function of that product and the other maps.
     """
 
     in_first: int
@@ -187,11 +184,8 @@ class _Plan(NamedTuple):
 
 
 def _plan(left: MapShapes, right: MapShapes) -> _Plan:
-    """Divide the cheapest order of two sides into a first product, a function and a last product.
-
-    Args:
-        left: Shapes of the maps of `W1`.
-        right: Shapes of the maps of `W2`, without kernels.
+    """Divide the cheapest order for maps of these shapes, without kernels, into a first product, a
+    function and a last product.
     """
     order = _order_of_shapes(left, right)
     in_first, (i, j), n_left = order[0][1], order[-2], len(left)
@@ -362,19 +356,11 @@ def _apply_maps(
     order: Sequence[State],
     conv: Callable[..., Tensor] = F.conv1d,
 ) -> Tensor:
-    """Apply the maps of both sides in an order.
+    """Apply the maps of both sides to `z [n, g1, b, g2, d, *space]` in an order, which gives
+    `[n, g1, a // g1, g2, c // g2, *space']` at its end.
 
-    Groups share all maps of a side but the last, whose rows they divide.
-
-    Args:
-        z: `[n, g1, b, g2, d, *space]`, with `g1` groups of the left side and `g2` of the right.
-        w1s: Maps of `W1`.
-        w2s: Maps of `W2`.
-        order: The states after `(0, 0)`.
-        conv: Convolution for the map with a kernel, with its options.
-
-    Returns:
-        `[n, g1, a // g1, g2, c // g2, *space']` at the end of the order.
+    The `g1` groups of the left side share all its maps but the last, whose rows they divide; so do
+    the `g2` groups of the right side. `conv` convolves with the map that has the kernel.
     """
     i = j = 0
     (_, left_groups, _, right_groups, *_), *_ = shapes(z)

@@ -168,40 +168,33 @@ class VBLoRALayer(BaseTunerLayer):
         self.topk_only[adapter_name] = storage_format is StorageFormat.TOPK_WEIGHTS
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         device, dtype = self._placement(placement)
-        tiles_in, tiles_out = (
-            config.tiles(self.geometry.in_features),
-            config.tiles(self.geometry.out_features),
-        )
-        for name, positions in zip(
-            LOGITS, ((config.r, tiles_in), (tiles_out, config.r)), strict=True
-        ):
+        tiles_in = config.tiles(self.geometry.in_features)
+        tiles_out = config.tiles(self.geometry.out_features)
+        tiles = (config.r, tiles_in), (tiles_out, config.r)
+        for name, shape in zip(LOGITS, tiles, strict=True):
             if storage_format is not StorageFormat.LOGITS:
                 indices = torch.zeros(
-                    *positions, config.topk, device=device, dtype=index_dtype(config.num_vectors)
+                    *shape, config.topk, device=device, dtype=index_dtype(config.num_vectors)
                 )
                 getattr(self, name + INDICES)[adapter_name] = indices
             if storage_format is StorageFormat.TOPK_WEIGHTS:
                 weights = torch.zeros(
-                    *positions, config.topk - 1, device=device, dtype=config.weights_dtype
+                    *shape, config.topk - 1, device=device, dtype=config.weights_dtype
                 )
                 getattr(self, name + WEIGHTS)[adapter_name] = weights
                 continue
             length = config.num_vectors if storage_format is StorageFormat.LOGITS else config.topk
-            logits = nn.Parameter(torch.empty(*positions, length, device=device, dtype=dtype))
+            logits = nn.Parameter(torch.empty(*shape, length, device=device, dtype=dtype))
             getattr(self, name)[adapter_name] = logits
             if initialize:
                 nn.init.normal_(logits, 0, config.init_logits_std)
         if config.output_gate:
-            self.vblora_gate[adapter_name] = nn.Parameter(
-                torch.zeros(1, device=device, dtype=dtype)
-            )
+            gate = torch.zeros(1, device=device, dtype=dtype)
+            self.vblora_gate[adapter_name] = nn.Parameter(gate)
 
     def note_loaded(self, adapter_name: str) -> None:
         """Update `topk_only`: logits from a compact file lack values and can't be trained."""
-        if (
-            adapter_name in self.scaling
-            and self.storage_format[adapter_name] is StorageFormat.LOGITS
-        ):
+        if self.storage_format.get(adapter_name) is StorageFormat.LOGITS:
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
     def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
@@ -232,13 +225,7 @@ class VBLoRALayer(BaseTunerLayer):
         return selection_A, self._selection(name_B, adapter_name, dtype)
 
     def _selection(self, logits: str, adapter_name: str, dtype: torch.dtype) -> Selection:
-        """Return the vectors that the tiles of one factor select.
-
-        Args:
-            logits: Name of the container of its logits.
-            adapter_name: The adapter's name.
-            dtype: Dtype of the weights.
-        """
+        """Return the vectors that one factor's tiles select; `logits` names its container."""
         storage_format = self.storage_format[adapter_name]
         if storage_format is StorageFormat.LOGITS:
             topk = self.topk[adapter_name]
@@ -338,7 +325,7 @@ class VBLoRALayer(BaseTunerLayer):
     ) -> Tensor:
         """Apply compact adapters over one shared bank together, the others one by one."""
         together = (
-            [] if self.training else [names for names in self._kinds(batch) if len(names) > 1]
+            [] if self.training else [names for names in self._groups(batch) if len(names) > 1]
         )
         for names in together:
             result = self._apply_together(names, batch, x, result, shared)
@@ -352,32 +339,27 @@ class VBLoRALayer(BaseTunerLayer):
         }
         return super().apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
 
-    def _kinds(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
+    def _groups(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
         """Return groups of a call's adapters that can be applied together: compact, not scaled,
         without a gate, over one bank, with tensors in the same buffers.
         """
         locations = [
             getattr(self, name + end).location for name in LOGITS for end in (INDICES, WEIGHTS)
         ]
-        bank_key, form, scaling, gated = (
-            self.bank_key,
-            self.storage_format,
-            self.scaling,
-            self.vblora_gate._parameters,
-        )
-        kinds: dict[tuple[str | None, ...], list[str]] = {}
+        bank_key, formats, scaling = self.bank_key, self.storage_format, self.scaling
+        gated = self.vblora_gate._parameters
+        groups: dict[tuple[str | None, ...], list[str]] = {}
         for name in batch.samples:
             if (
-                form.get(name) is StorageFormat.TOPK_WEIGHTS
+                formats.get(name) is StorageFormat.TOPK_WEIGHTS
                 and bank_key[name] is not None
                 and name not in gated
             ):
                 scale = scaling[name]
                 if not isinstance(scale, Tensor) and scale == 1:
-                    kinds.setdefault(
-                        (bank_key[name], *[location(name).buffer for location in locations]), []
-                    ).append(name)
-        return map(tuple, kinds.values())
+                    buffers = [location(name).buffer for location in locations]
+                    groups.setdefault((bank_key[name], *buffers), []).append(name)
+        return map(tuple, groups.values())
 
     def _apply_together(
         self,
@@ -395,12 +377,11 @@ class VBLoRALayer(BaseTunerLayer):
                 self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS)
             )
             tiles.append(mix(indices, all_weights(weights), bank))
-        A = tiles[0].flatten(-2)[..., : self.geometry.in_features]  # [names, r, in]
-        B = (
-            tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]
-        )  # [names, r, out], transposed
+        # `A [names, r, in]`, and `B` transposed, `[names, r, out]`.
+        A = tiles[0].flatten(-2)[..., : self.geometry.in_features]
+        B = tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]
         rows, owner = batch.rows_of(names, x, shared)
-        if len(rows) != len(names):  # else each has one row, and both are in order
+        if len(rows) != len(names):  # else each adapter has one row, in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
         own = self._cast_input_dtype(x if is_all else x[rows], A.dtype).reshape(
@@ -423,10 +404,8 @@ class Linear(VBLoRALayer):
 
     Args:
         base_layer: The layer to adapt.
-        adapter_name: The first adapter's name.
-        config: Its config.
-        vblora_vector_bank: The adapters' own banks by adapter name.
-        vblora_shared_banks: Banks that adapters share, by digest.
+        adapter_name, config: The first adapter's name and config.
+        vblora_vector_bank, vblora_shared_banks: As for `VBLoRALayer`.
         **options: As for `update_layer`.
     """
 
