@@ -12,7 +12,7 @@ from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
-from peft.tuners.poly import adapter, tables
+from peft.tuners.poly import adapter, task_table
 
 
 @pytest.mark.parametrize("granularity", ["linear", "model"])
@@ -157,7 +157,7 @@ HELD = [
 def test_what_an_engine_has_sharded_is_left_alone(change, monkeypatch):
     model = poly().train()
     last = list(task_routers(model).values())[-1].module_logits
-    for module in (tables, adapter):
+    for module in (task_table, adapter):
         monkeypatch.setattr(module, "is_managed", lambda p: p is last)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="ngine has sharded (the )?adapter.*before"):

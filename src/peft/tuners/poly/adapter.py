@@ -14,9 +14,9 @@ from ...base.registry import PeftType
 from ...base.validation import check_adapter
 from ...integrations.distributed import is_managed
 from .router import Router, TaskRouter
-from .tables import TaskTable
 from .task_ids import some_tasks
 from .task_skills import TaskSkills
+from .task_table import TaskTable
 
 if TYPE_CHECKING:
     from ...core.tuner import BaseTuner

@@ -29,8 +29,8 @@ from ...ops.nested import are_tokens
 from .mixing import compact_skills, poly_chain, poly_delta, skill_columns, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .routing import Routing
-from .tables import TaskTable
 from .task_skills import TaskSkills
+from .task_table import TaskTable
 
 if TYPE_CHECKING:
     from .config import PolyConfig

@@ -15,8 +15,8 @@ from ...base.geometry import Placement
 from ...integrations.distributed import gathered_tensor
 from .gating import Gating, mixing_weights, open_gates, task_weights
 from .pooling import pool
-from .tables import TaskTable
 from .task_ids import as_task_ids
+from .task_table import TaskTable
 
 if TYPE_CHECKING:
     from .config import PolyConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...base.geometry import Placement
 from ...ops.dispatch import shapes
 from .routing import TaskRows
-from .tables import TaskTable
+from .task_table import TaskTable
 
 
 class _Factor(TaskTable):
