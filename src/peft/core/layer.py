@@ -38,23 +38,20 @@ from .weights import placement, quantized_format
 
 
 class BaseTunerLayer(nn.Module):
-    """A layer `base_layer` with any number of adapters, whose active ones add up:
-    `y = base(x) + Σ Δ(x)`.
+    """A layer with any number of adapters: `y = base(x) + Σ Δ(x)` over the active ones.
 
     Args:
         base_layer: The layer to adapt. It stays as it is, below this one.
 
     Attributes:
-        adapter_layer_names: Attributes with parameters or modules by adapter name that the
-            interface lists.
-        other_param_names: Attributes with plain values by adapter name that the interface lists.
-        container_names: All attributes of the first kind, by default `adapter_layer_names`.
-        value_names: All attributes of the second kind except `scaling`, by default
-            `other_param_names`.
+        adapter_layer_names: Containers (attributes with parameters or modules by adapter name) that
+            the interface lists.
+        other_param_names: Attributes with values by adapter name that the interface lists.
+        container_names: All containers, by default `adapter_layer_names`.
+        value_names: All values except `scaling`, by default `other_param_names`.
         base_layer: The adapted layer.
         scaling: The scale of each adapter's delta, by name. Its keys are the layer's adapters.
-        merged_adapters: Adapters whose delta is in the base weight now, in the order they were
-            merged.
+        merged_adapters: Adapters merged into the base weight, in the order of merging.
         layout: The layout of the rows of its input.
     """
 
