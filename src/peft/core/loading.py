@@ -273,15 +273,15 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
         )
     # Config fields that do not change what a loaded adapter computes: targets, initialization,
     # dropout, saving options.
-    besides = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out"}
-    besides |= {f.name for f in fields(known) if f.metadata.get("besides")}
+    ignored = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out"}
+    ignored |= {f.name for f in fields(known) if f.metadata.get("affects_output") is False}
     words = ["dropout", "modules", "layers_", "save_"]
     if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):
         words.append("init_")  # else the start is part of the delta
     names = [
         f.name
         for f in fields(known)
-        if f.name not in besides and not any(word in f.name for word in words)
+        if f.name not in ignored and not any(word in f.name for word in words)
     ]
     pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
     pairs |= {

@@ -90,16 +90,22 @@ class LoKrConfig(LycorisConfig):
     `use_rslora`: arXiv:2312.03732; `weight_decompose`: arXiv:2402.09353
     """
 
-    # Fields marked `besides` do not change what a loaded adapter computes.
+    # Fields with `affects_output` False do not change what a loaded adapter computes.
     r: int = field(default=8, metadata={"help": "Rank of the low-rank factors."})
     alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
     rank_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability of dropping an output row of the delta.", "besides": True},
+        metadata={
+            "help": "Probability of dropping an output row of the delta.",
+            "affects_output": False,
+        },
     )
     module_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability of leaving the adapter out of a forward.", "besides": True},
+        metadata={
+            "help": "Probability of leaving the adapter out of a forward.",
+            "affects_output": False,
+        },
     )
     use_effective_conv2d: bool = field(
         default=False, metadata={"help": "Tucker form for kernels larger than one."}
@@ -109,25 +115,26 @@ class LoKrConfig(LycorisConfig):
         default=-1, metadata={"help": "Wanted size of W1; -1 for the square root."}
     )
     rank_dropout_scale: bool = field(
-        default=False, metadata={"help": "Divide by the share rank dropout keeps.", "besides": True}
+        default=False,
+        metadata={"help": "Divide by the share rank dropout keeps.", "affects_output": False},
     )
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt.", "besides": True}
+        default=None, metadata={"help": "Modules to adapt.", "affects_output": False}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone.", "besides": True}
+        default=None, metadata={"help": "Modules to leave alone.", "affects_output": False}
     )
     init_weights: bool | Literal["lycoris"] = field(
-        default=True, metadata={"help": "Start values of the factors.", "besides": True}
+        default=True, metadata={"help": "Start values of the factors.", "affects_output": False}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt.", "besides": True}
+        default=None, metadata={"help": "Indices of layers to adapt.", "affects_output": False}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers.", "besides": True}
+        default=None, metadata={"help": "Name of the list of layers.", "affects_output": False}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full.", "besides": True}
+        default=None, metadata={"help": "Modules to train in full.", "affects_output": False}
     )
     kronecker_layout: Literal["channels", "flat"] | None = field(
         default=None, metadata={"help": "Order of elements of W2."}

@@ -205,7 +205,7 @@ class LoraConfig(TargetedConfig):
     )
 
     start: str | dict[str, object] | None = field(
-        default=None, metadata={"help": "How a file has its start.", "besides": True}
+        default=None, metadata={"help": "How a file has its start.", "affects_output": False}
     )
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")

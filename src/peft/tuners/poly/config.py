@@ -90,20 +90,20 @@ class PolyConfig(TargetedConfig):
     Source: arXiv:2202.13914 (Polytropon), arXiv:2211.03831 (multi-head routing)
     """
 
-    # Fields marked `besides` do not change what a loaded adapter computes; those marked `labels`
-    # name entries of its tensors.
+    # Fields with `affects_output` False do not change what a loaded adapter computes; fields marked
+    # `labels` name entries of its tensors.
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt.", "besides": True}
+        default=None, metadata={"help": "Modules to adapt.", "affects_output": False}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone.", "besides": True}
+        default=None, metadata={"help": "Modules to leave alone.", "affects_output": False}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full.", "besides": True}
+        default=None, metadata={"help": "Modules to train in full.", "affects_output": False}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "Start without effect.", "besides": True}
+        default=True, metadata={"help": "Start without effect.", "affects_output": False}
     )
     poly_type: Literal["poly", "mope"] = field(
         default="poly", metadata={"help": "Routing by task or by input."}
@@ -114,7 +114,8 @@ class PolyConfig(TargetedConfig):
         default=1, metadata={"help": "Number of heads that mix skills separately."}
     )
     task_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the tasks.", "besides": True, "labels": True}
+        default=None,
+        metadata={"help": "Names of the tasks.", "affects_output": False, "labels": True},
     )
     routing_level: Literal["sample", "token"] = field(
         default="sample", metadata={"help": "Routing by input once a sample or for each token."}
@@ -127,7 +128,8 @@ class PolyConfig(TargetedConfig):
     relaxed_bernoulli: bool = field(default=True, metadata={"help": "Sample gates in training."})
     straight_through: bool = field(default=False, metadata={"help": "Round gates to 0 or 1."})
     router_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of a closed gate in training.", "besides": True}
+        default=0.0,
+        metadata={"help": "Probability of a closed gate in training.", "affects_output": False},
     )
     n_shared_skills: int = field(
         default=0, metadata={"help": "Number of skills that are always on."}

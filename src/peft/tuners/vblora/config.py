@@ -13,9 +13,9 @@ from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
 
-def _besides(text: str) -> dict[str, object]:
+def _without_effect(text: str) -> dict[str, object]:
     """Return the metadata of a field that does not change what a loaded adapter computes."""
-    return {"help": text, "besides": True}
+    return {"help": text, "affects_output": False}
 
 
 @dataclass
@@ -81,44 +81,47 @@ class VBLoRAConfig(TargetedConfig):
     vector_length: int = field(default=256, metadata={"help": "Length of each vector."})
     topk: int = field(default=2, metadata={"help": "Vectors summed into each tile."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata=_besides("Modules to adapt.")
+        default=None, metadata=_without_effect("Modules to adapt.")
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata=_besides("Modules to leave alone.")
+        default=None, metadata=_without_effect("Modules to leave alone.")
     )
     save_only_topk_weights: bool = field(
-        default=False, metadata=_besides("Save only indices and weights of the selected vectors.")
+        default=False,
+        metadata=_without_effect("Save only indices and weights of the selected vectors."),
     )
-    vblora_dropout: float = field(default=0.0, metadata=_besides("Dropout on the input."))
+    vblora_dropout: float = field(default=0.0, metadata=_without_effect("Dropout on the input."))
     fan_in_fan_out: bool = field(
-        default=False, metadata=_besides("Adapted layers store weights [in, out].")
+        default=False, metadata=_without_effect("Adapted layers store weights [in, out].")
     )
-    bias: str = field(default="none", metadata=_besides("Biases to train."))
+    bias: str = field(default="none", metadata=_without_effect("Biases to train."))
     modules_to_save: list[str] | None = field(
-        default=None, metadata=_besides("Modules to train in full.")
+        default=None, metadata=_without_effect("Modules to train in full.")
     )
     init_vector_bank_bound: float = field(
-        default=0.02, metadata=_besides("Bound of the bank's uniform start.")
+        default=0.02, metadata=_without_effect("Bound of the bank's uniform start.")
     )
     init_logits_std: float = field(
-        default=0.1, metadata=_besides("Standard deviation of the logits' start.")
+        default=0.1, metadata=_without_effect("Standard deviation of the logits' start.")
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata=_besides("Indices of layers to adapt.")
+        default=None, metadata=_without_effect("Indices of layers to adapt.")
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata=_besides("Name of the list of layers.")
+        default=None, metadata=_without_effect("Name of the list of layers.")
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained."}
     )
-    bank: str | None = field(default=None, metadata=_besides("Folder or Hub id of a shared bank."))
+    bank: str | None = field(
+        default=None, metadata=_without_effect("Folder or Hub id of a shared bank.")
+    )
     bank_sha256: str | None = field(default=None, metadata={"help": "Digest of the shared bank."})
     train_topk_weights: bool = field(
-        default=False, metadata=_besides("Train weights loaded from a compact file.")
+        default=False, metadata=_without_effect("Train weights loaded from a compact file.")
     )
     topk_weights_dtype: str = field(
-        default="float32", metadata=_besides("Dtype of a compact file's weights.")
+        default="float32", metadata=_without_effect("Dtype of a compact file's weights.")
     )
     pad_last_tile: bool = field(
         default=False,
