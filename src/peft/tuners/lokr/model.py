@@ -51,9 +51,10 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
     )
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 
-    def tuner_layer_class(  # noqa: D102
+    def tuner_layer_class(
         self, config: LoKrConfig, module: nn.Module
     ) -> type[BaseTunerLayer] | None:
+        """Return the layer class for the module's number of kernel axes."""
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
@@ -62,7 +63,8 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         size = geometry(self.model.get_submodule(path))
         return layer_options(config, path, size)._asdict()
 
-    def target_problems(self, config: LoKrConfig, path: str, module: nn.Module) -> Iterator[str]:  # noqa: D102
+    def target_problems(self, config: LoKrConfig, path: str, module: nn.Module) -> Iterator[str]:
+        """Yield a sentence for each option of the config that does not fit the module's size."""
         size = geometry(module)
         assert size is not None
         options = layer_options(config, path, size)
@@ -96,7 +98,8 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
                     norms[path] = max(layer.clip_norm(name, largest)[0], norms.get(path, 0.0))
         return norms
 
-    def combine(self, request: Combination, layers: Mapping[str, LoKrLayer]) -> Combined:  # noqa: D102
+    def combine(self, request: Combination, layers: Mapping[str, LoKrLayer]) -> Combined:
+        """Return the Kronecker products nearest to the weighted sum of adapters."""
         return combining.combine(self.peft_config, layers, request)
 
     def config_to_save(self, adapter_name: str) -> LoKrConfig:

@@ -107,7 +107,7 @@ class Placement:
     problems: list[str] = field(default_factory=list)
 
 
-class _Misfit(Exception):  # noqa: N818
+class _MisfitError(Exception):
     """A module does not fit; the text is a sentence for `Placement.problems`."""
 
 
@@ -130,21 +130,21 @@ class _Layers:
         """Return the layers that a module's name stands for.
 
         Raises:
-            _Misfit: There are none, or the name is ambiguous.
+            _MisfitError: There are none, or the name is ambiguous.
         """
         targets = self.table.lookup(module.name, module.flat)
         if not targets:
-            raise _Misfit(f"The model has no layer that {module.name!r} names.")
+            raise _MisfitError(f"The model has no layer that {module.name!r} names.")
         if len(targets) > 1:
             meant = sorted("+".join(f"`{path}`" for path in target.paths) for target in targets)
-            raise _Misfit(f"{module.name!r} is ambiguous: it can mean {', '.join(meant)}.")
+            raise _MisfitError(f"{module.name!r} is ambiguous: it can mean {', '.join(meant)}.")
         return next(iter(targets))
 
     def place(self, module: FileModule, paths: Sequence[str]) -> list[Placed]:
         """Place a module that is one layer, or several as one.
 
         Raises:
-            _Misfit: Its tensors do not fit the layers.
+            _MisfitError: Its tensors do not fit the layers.
         """
         sizes = [self.sizes[path] for path in paths]
         layers = ", ".join(f"`{path}`" for path in paths)
@@ -155,16 +155,18 @@ class _Layers:
         if len(paths) == 1:
             return [Placed(paths[0], (module.name,), Piece(module), first, by_rows)]
         if len({(size.in_features, size.kernel_size) for size in sizes}) > 1:
-            raise _Misfit(f"{start} the layers {layers} differ in their inputs.")
+            raise _MisfitError(f"{start} the layers {layers} differ in their inputs.")
         if by_rows is False:
-            raise _Misfit(
+            raise _MisfitError(
                 f"{start} norms of columns are those of all its layers together, and can't be told "
                 "apart."
             )
         pieces = split(module, rows, first.kernel_size)
         groups = getattr(innermost(self.modules[paths[0]]), "groups", 1)
         if groups > 1 and any(piece.row_offset is not None for piece in pieces):
-            raise _Misfit(f"{start} a layer in groups can't take its rows of a larger product.")
+            raise _MisfitError(
+                f"{start} a layer in groups can't take its rows of a larger product."
+            )
         return [
             Placed(path, (module.name,), piece, size, by_rows)
             for path, piece, size in zip(paths, pieces, sizes, strict=True)
@@ -174,7 +176,7 @@ class _Layers:
         """Place several modules that are one layer of the model.
 
         Raises:
-            _Misfit: A part is missing, or no Kronecker product is exactly all of them.
+            _MisfitError: A part is missing, or no Kronecker product is exactly all of them.
         """
         size = self.sizes[path]
         pieces = [Piece(parts[i].for_kernel(size.kernel_size)) for i in sorted(parts)]
@@ -185,7 +187,7 @@ class _Layers:
             rows = [piece.module.rows(size.kernel_size) for piece in pieces]
             joined = join(pieces, rows, size.kernel_size)
         if joined is None:
-            raise _Misfit(
+            raise _MisfitError(
                 f"{names} are one layer in the model, `{path}`, and no Kronecker product is "
                 "exactly these together; use a model that has them apart (diffusers' "
                 "`unfuse_qkv_projections`)."
@@ -222,13 +224,13 @@ def place(
                 path = target.paths[0]
                 module = replace(module, saved=_saved_scale(saved, path, layers.sizes[path]))
             result.placed += layers.place(module, target.paths)
-        except _Misfit as misfit:
+        except _MisfitError as misfit:
             result.problems.append(str(misfit))
     for target, members in parts.items():
         try:
             _take(taken, target.paths, members[min(members)].name)
             result.placed.append(layers.place_joined(target.paths[0], members, target.parts))
-        except _Misfit as misfit:
+        except _MisfitError as misfit:
             result.problems.append(str(misfit))
     if len({placed.by_rows for placed in result.placed}) > 1:
         # Without some of its norms the rest would be another adapter, so nothing of it is placed.
@@ -244,11 +246,11 @@ def _take(taken: dict[str, str], paths: Sequence[str], name: str) -> None:
     """Note the name in the file that layers belong to.
 
     Raises:
-        _Misfit: A layer belongs to another name already.
+        _MisfitError: A layer belongs to another name already.
     """
     for path in paths:
         if path in taken:
-            raise _Misfit(f"`{path}` is meant by both {taken[path]!r} and {name!r}.")
+            raise _MisfitError(f"`{path}` is meant by both {taken[path]!r} and {name!r}.")
     taken.update(dict.fromkeys(paths, name))
 
 
@@ -268,11 +270,11 @@ def _checked(module: FileModule, size: Geometry, start: str) -> bool | None:
         `Placed.by_rows`.
 
     Raises:
-        _Misfit: They do not fit; the sentence begins with `start`.
+        _MisfitError: They do not fit; the sentence begins with `start`.
     """
     rows, columns = size.out_features, size.in_features
     if problem := shape_problems(module.shapes, rows, columns, size.kernel_size):
-        raise _Misfit(f"{start} {problem}.")
+        raise _MisfitError(f"{start} {problem}.")
     if module.dora_scale is None:
         return None
     shape = tuple(module.dora_scale.shape)
@@ -280,7 +282,7 @@ def _checked(module: FileModule, size: Geometry, start: str) -> bool | None:
         axis = 0 if by_rows else 1
         if shape[axis : axis + 1] == (count,) and module.dora_scale.numel() == count:
             return by_rows
-    raise _Misfit(
+    raise _MisfitError(
         f"{start} dora_scale is of shape {list(shape)}, the layer has {rows} x {columns}."
     )
 
