@@ -171,11 +171,11 @@ def _remedy(module: nn.Module) -> str:
     )
 
 
-def _shallow(entries: dict[str, Any]) -> dict[str, Any]:
+def _shallow(entries: dict[str, object]) -> dict[str, object]:
     return {
         name: value.copy() if isinstance(value, dict) else value for name, value in entries.items()
     }
 
 
-def _weight(module: nn.Module) -> Any:
+def _weight(module: nn.Module) -> object:
     return getattr(module, "weight", None)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..base.containers import walk
@@ -74,5 +72,5 @@ def _has_adapters(module: nn.Module) -> bool:
     return any("base_layer" in inner._modules for _, inner in walk(module))
 
 
-def _no_operation(module: nn.Module, args: Any) -> None:
+def _no_operation(module: nn.Module, args: object) -> None:
     return None

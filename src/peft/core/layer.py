@@ -203,7 +203,7 @@ class BaseTunerLayer(nn.Module):
         delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options)).flatten(1)
         return cut(dense_svd(delta), rank, delta.dtype)
 
-    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
         """Return an adapter's cost on this layer, from shapes alone: by default one multiplication
         for each parameter and row, and any rank.
         """

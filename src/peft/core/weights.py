@@ -95,7 +95,7 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 def put_weight(module: nn.Module, weight: Tensor) -> None:
     """Replace a layer's full weight; in place where an engine that shards it owns the memory."""
-    own: Any = stored_weight(module)
+    own = stored_weight(module)
     if is_managed(own):
         own.detach().copy_(shard_like(own, weight))
     else:

@@ -6,14 +6,13 @@ autograd does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def gradients_again(
-    function: Callable[..., Any],
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
     arguments: Sequence[Tensor | None],
     wanted: Sequence[bool],
     of_results: Sequence[Tensor],

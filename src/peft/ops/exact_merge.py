@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
     """
 
     compute: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
 
     def weight(self) -> Tensor:
         """Compute the delta."""
@@ -31,11 +31,14 @@ class Recipe(NamedTuple):
 
     def copied(self) -> Recipe:
         """Copy the tensors, so that later changes of the parameters leave the delta as it is."""
-        return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.detach().clone()))
+        return self._mapped(lambda tensor: tensor.detach().clone())
 
     def on(self, device: torch.device) -> Recipe:
         """Move the tensors to a device."""
-        return Recipe(self.compute, _mapped(self.arguments, lambda tensor: tensor.to(device)))
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Recipe:
+        return Recipe(self.compute, tuple(_mapped(entry, function) for entry in self.arguments))
 
 
 def unchanged(delta: Tensor) -> Tensor:
@@ -60,13 +63,13 @@ def _as_stored(geometry: Geometry, delta: Tensor) -> Tensor:
     return geometry.as_stored(delta.view(-1, geometry.in_features, *geometry.kernel_size))
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
     """Apply a function to the tensors in nested tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
         parts = [_mapped(part, function) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # type: ignore[arg-type]
     return value
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,18 +210,30 @@ def _add(
     return result
 
 
+class _Context(Protocol):
+    """The context of this file's functions."""
+
+    middle: Middle | None
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+
+
 class _AddProduct(torch.autograd.Function):
     """`result + p · up`."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Context, result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(p, up)
         if in_place:
             ctx.mark_dirty(result)
         return _add(result, p, up, in_place)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         p, up = ctx.saved_tensors
         rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
         return (
@@ -241,7 +253,7 @@ class _LinearWithChain(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -272,7 +284,7 @@ class _LinearWithChain(torch.autograd.Function):
         return _add(result, *ends)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, kept, down, *factors = ctx.saved_tensors
         for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(gradient):
@@ -322,7 +334,7 @@ def _plain(
 
 
 def _through_product(
-    ctx: Any, gradient: Tensor, p: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
+    ctx: _Context, gradient: Tensor, p: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients for `p` and `up` of `scale · p · up`."""
     (up,), (for_p, for_up) = factors, wanted
@@ -334,7 +346,11 @@ def _through_product(
 
 
 def _through_middle(
-    ctx: Any, gradient: Tensor, product: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
+    ctx: _Context,
+    gradient: Tensor,
+    product: Tensor,
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients for the first product and the factors, through the function and the last
     product.
@@ -343,6 +359,7 @@ def _through_middle(
         tensor.detach().requires_grad_(want)
         for tensor, want in zip((product, *factors), wanted, strict=True)
     ]
+    assert ctx.middle is not None
     with torch.enable_grad():
         ends = ctx.middle(*sources)
     of_ends: list[tuple[Tensor, Callable[[], Tensor]]]

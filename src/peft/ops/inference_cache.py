@@ -27,7 +27,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class _Result:
     __slots__ = ("copies", "noted", "sources", "value")
 
     def __init__(
-        self, value: Any, sources: tuple[Tensor, ...], copies: tuple[Tensor, ...] | None
+        self, value: object, sources: tuple[Tensor, ...], copies: tuple[Tensor, ...] | None
     ) -> None:
         self.value, self.sources, self.copies = value, sources, copies
         self.noted = [(source._version, source.data_ptr()) for source in sources]
@@ -76,7 +76,7 @@ class InferenceCache:
     def __init__(self) -> None:
         self._results: dict[str, _Results] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Start a copy without results."""
         return InferenceCache, ()
 
@@ -141,7 +141,7 @@ class _Call(AbstractContextManager):
     def __enter__(self) -> None:
         _THREAD.call = self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         _THREAD.call = None
         for adapter_name, results in self.results.items():
             self.cache.put(adapter_name, results)
@@ -205,7 +205,7 @@ def cached(
         if not _can_keep(call, sources):
             return None
         result = results[key] = _Result(make(), sources, call.copies_of(sources))
-    return result.value
+    return cast(T, result.value)
 
 
 def reuse(

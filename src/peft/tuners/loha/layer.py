@@ -17,6 +17,7 @@ from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
+from .config import LoHaConfig
 from .hadamard import (
     HadamardFactors,
     factor_shapes,
@@ -52,7 +53,7 @@ class LoHaLayer(LycorisLayer):
     )
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+        self, base_layer: nn.Module, adapter_name: str, config: LoHaConfig, **options: Any
     ) -> None:
         super().__init__(base_layer)
         for name in self.adapter_layer_names:
@@ -63,7 +64,7 @@ class LoHaLayer(LycorisLayer):
     def update_layer(
         self,
         adapter_name: str,
-        config: Any,
+        config: LoHaConfig,
         r: int | None = None,
         alpha: float | None = None,
         placement: Placement | None = None,
@@ -112,9 +113,8 @@ class LoHaLayer(LycorisLayer):
     def factors(self, adapter_name: str) -> HadamardFactors:
         """Return an adapter's factors."""
         modules: Any = self._modules
-        return HadamardFactors(
-            *read_optional(adapter_name, [modules[n] for n in self.adapter_layer_names])
-        )  # type: ignore[arg-type]
+        containers = [modules[name] for name in self.adapter_layer_names]
+        return HadamardFactors(*read_optional(adapter_name, containers))  # type: ignore[arg-type]
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return ΔW as a function of its factors."""
@@ -123,7 +123,7 @@ class LoHaLayer(LycorisLayer):
         )
 
     def low_rank_factors(
-        self, adapter_name: str, rank: int | float | None = None, **options: Any
+        self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
         """Return ΔW as `B·A` without building it, exact of rank `r²` or the weight's own."""
         A, B = (
@@ -134,7 +134,7 @@ class LoHaLayer(LycorisLayer):
             return cut(product_svd(B, A), None, A.dtype)
         return approximate(B.contiguous(), A.contiguous(), rank)
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: LoHaConfig) -> AdapterCost:
         """Return the cost of factors of rank `r²` or the dense product, whichever is cheaper."""
         factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
         if is_low_rank(factors):

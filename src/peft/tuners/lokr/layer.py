@@ -21,7 +21,7 @@ from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ..lycoris_utils import LycorisLayer
-from .config import shapes_by_rule
+from .config import LoKrConfig, shapes_by_rule
 from .cost import cost
 from .kronecker import (
     KroneckerFactors,
@@ -74,7 +74,7 @@ class LoKrLayer(LycorisLayer):
     )
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+        self, base_layer: nn.Module, adapter_name: str, config: LoKrConfig, **options: Any
     ) -> None:
         super().__init__(base_layer)
         for name in self.container_names:
@@ -90,7 +90,7 @@ class LoKrLayer(LycorisLayer):
     def update_layer(
         self,
         adapter_name: str,
-        config: Any,
+        config: LoKrConfig,
         r: int | None = None,
         alpha: float | None = None,
         placement: Placement | None = None,
@@ -230,7 +230,7 @@ class LoKrLayer(LycorisLayer):
             return exact
         return approximate(self._own_rows(adapter_name, exact.B, 0), exact.A, rank)
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: LoKrConfig) -> AdapterCost:
         """Return the cost of the cheapest order of the factors, with remarks on the config."""
         shapes = {
             n: tuple(f.shape)

@@ -26,6 +26,7 @@ from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ...ops.mixed_precision import scaled
+from .config import LoraConfig
 from .factors import Factors, draw, grouped_row_norms, row_norms
 
 
@@ -107,7 +108,7 @@ class LoraLayer(BaseTunerLayer):
     )
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
     ) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
@@ -130,7 +131,7 @@ class LoraLayer(BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        config: Any,
+        config: LoraConfig,
         r: int | None = None,
         lora_alpha: float | None = None,
         placement: Placement | None = None,
@@ -159,7 +160,7 @@ class LoraLayer(BaseTunerLayer):
         if initialize:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         if config.starts_from_weight:
-            self._start_from_weight(adapter_name, config.init_lora_weights, initialize)
+            self._start_from_weight(adapter_name, str(config.init_lora_weights), initialize)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(
                 self._first_magnitude(adapter_name, place, initialize)
@@ -231,7 +232,7 @@ class LoraLayer(BaseTunerLayer):
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `s·B·A·x` for an input after dropout."""
         h = self.lora_A[adapter_name](x)
-        scale: Any = self.scaling[adapter_name]
+        scale = self.scaling[adapter_name]
         if self.lora_bias[adapter_name]:
             return self.lora_B[adapter_name](h) * scale
         return self.lora_B[adapter_name](scaled(h, scale))
@@ -305,7 +306,7 @@ class LoraLayer(BaseTunerLayer):
         size = self.geometry.out_features
         return dora.first_magnitude(norms if initialize else None, size, place).view(shape)
 
-    def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
+    def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return the factors and their scale."""
         return Recipe(
             scaled_product, (self.geometry, *self.factors(adapter_name), self.scaling[adapter_name])
@@ -350,7 +351,7 @@ class LoraLayer(BaseTunerLayer):
             return RankPadding(0, blocks=groups)
         return RankPadding(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: LoraConfig) -> AdapterCost:
         """Return the cost of factors of rank `r`."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
@@ -365,7 +366,7 @@ class LoraLayer(BaseTunerLayer):
         return self.supports_lora_conversion(adapter_name) and not self.use_dora[adapter_name]
 
     def low_rank_factors(
-        self, adapter_name: str, rank: int | float | None = None, **options: Any
+        self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
         """Return `s·B·A`, exact of rank `r` (of `2r` with a start). DoRA's change `f ⊙ (W + s·B·A)
         - W` has no such structure: its full matrix is decomposed.

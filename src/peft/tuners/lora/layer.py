@@ -24,14 +24,14 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
 
 
 # Names of the interface that are not provided here; a class stands for each.
-MultiheadAttention: Any
-ParamWrapper: Any
-_ConvNd: Any
-_LoraFactorsProxy: Any
+MultiheadAttention: type
+ParamWrapper: type
+_ConvNd: type
+_LoraFactorsProxy: type
 
 if not TYPE_CHECKING:  # to which any name would be right
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         return placeholder(name, __name__)
 
 
@@ -45,7 +45,7 @@ class Linear(LoraLayer):
         return delta
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return `s·B·A·x` as a chain, if nothing is hooked into the modules that hold the factors."""
+        """Return `s·B·A·x` as a chain, if nothing is hooked into the factors' modules."""
         modules: Any = self._modules
         A, B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
         if (
@@ -83,8 +83,7 @@ class Linear(LoraLayer):
             if how == "olora"
             else pissa(weight, r, scale, int(rounds) if rounds.isdigit() else None)
         )
-        A: Any = self.lora_A[adapter_name].weight
-        B: Any = self.lora_B[adapter_name].weight
+        A, B = self._weights(adapter_name)
         start = Factors(*(tensor.to(A.dtype) for tensor in start))
         self.lora_start[adapter_name] = Start(start)
         if initialize:

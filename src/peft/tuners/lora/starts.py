@@ -35,7 +35,7 @@ _DOUBLED = {
 }  # the rank's dimension
 
 
-def is_random(init_lora_weights: Any) -> bool:
+def is_random(init_lora_weights: object) -> bool:
     """Return whether an adapter starts from the base weight by random numbers."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa_niter_")
 
