@@ -385,3 +385,41 @@ def test_merges_into_a_tied_weight_come_off_to_the_bit():
     assert not torch.equal(base.lm_head.base_layer.weight, before)
     model.unmerge_adapter()
     assert torch.equal(base.lm_head.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("merged_again", [False, True])
+def test_a_weight_changed_by_hand_keeps_the_change(dtype, merged_again):
+    """The change stays in every entry, up to rounding. What nobody changed comes off to the bit,
+    without a word, wherever it was moved.
+    """
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    config = LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    weights = [layer.base_layer.weight for layer in base]
+    before = [weight.detach().clone() for weight in weights]
+    model.merge_adapter(["default"])
+    change = torch.randn(64, 64).to(dtype)
+    with torch.no_grad():
+        weights[0].add_(change)
+    message = "changed while adapters were merged into it: default"
+    if merged_again:
+        with pytest.warns(UserWarning, match=message):
+            model.merge_adapter(["b"])
+        model.unmerge_adapter()
+    else:
+        with pytest.warns(UserWarning, match=message):
+            model.unmerge_adapter()
+    # Each of the sums was rounded to an exponent of at most 2^4.
+    step = 3 * torch.finfo(dtype).eps * 16
+    expected = before[0].double() + change.double()
+    assert (base[0].base_layer.weight.double() - expected).abs().max() <= step
+    assert torch.equal(base[1].base_layer.weight, before[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter(["default"])
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        copy.deepcopy(model).unmerge_adapter()
+        model.unmerge_adapter()

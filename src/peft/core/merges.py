@@ -18,7 +18,7 @@ from ..base.errors import PeftRuntimeError, PeftValueError
 from ..integrations.distributed import gathered_tensor, is_managed
 from ..integrations.quantization import StorageFormat
 from ..ops import exact_merge
-from ..ops.exact_merge import Correction, Recipe
+from ..ops.exact_merge import Correction, Recipe, Written
 from . import dora
 from .weights import base_weight, put_weight, quantized_format, stored_weight
 
@@ -96,7 +96,7 @@ class Merges:
         self._suspended: list[Merge] = []
         self._original: object = None  # the stored form of a quantized weight
         self._bias: Tensor | None = None  # the original, once something was added to it
-        self._dtype: torch.dtype | None = None  # of the weight when it was last written
+        self._written: Written | None = None
 
     def merge(
         self, layer: MergeableLayer, options: Mapping[str, Options], check: bool = False
@@ -212,7 +212,7 @@ class Merges:
                 self.shared = cast(nn.Parameter, base.weight)
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             self.entries += [Merge(layer, name, own, None) for name, own in noted.items()]
-            self._dtype = weight.dtype
+            self._written = Written(weight, is_final=False)
             layer.note_merges(self.names(layer))
 
     def _forget(self, base: nn.Module) -> None:
@@ -246,7 +246,7 @@ class Merges:
                 return self._convert_stages(base, entries, convert, function)
             finally:
                 self.entries = self.entries or entries
-                self._dtype = _weight(base).dtype
+                self._written = Written(_weight(base), self._written)
 
     def stack(self, layer: MergeableLayer) -> list[MergeableLayer]:
         """Return the layers around one base layer, from the inside: those inside a layer, and those
@@ -354,6 +354,8 @@ class Merges:
     def _before(self, base: nn.Module, first: int) -> Tensor:
         """Return a plain weight as it was before the merges from number `first` on."""
         weight = gathered_tensor(stored_weight(base))
+        if self._written is not None and self.shared is None:
+            self._written.look(weight, [merge.name for merge in self.entries])
         if first == len(self.entries):
             return weight
         self.insist_on_known(first)
@@ -370,10 +372,11 @@ class Merges:
         """Return a plain weight without its last merges. If something else has cast the weight, it
         is the original cast so, except for rounding.
         """
-        present, weight = weight.dtype, weight.to(self._dtype)
+        written, present = cast(Written, self._written), weight.dtype
+        weight = weight.to(written.dtype)
         for merge in reversed(entries):
-            assert merge.correction is not None
-            weight = exact_merge.subtract(weight, merge.dense(weight.device), merge.correction)
+            delta, kept = merge.dense(weight.device), cast(Correction, merge.correction)
+            weight = exact_merge.subtract(weight, delta, kept, written.is_changed)
         return weight.to(present)
 
     def _convert_stages(
@@ -428,7 +431,7 @@ class Merges:
         self.entries = entries
         if not entries:
             self.shared = self._original = None
-        self._dtype = _weight(base).dtype if entries else None
+        self._written = Written(_weight(base), self._written) if entries else None
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 
@@ -469,13 +472,11 @@ def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_fir
 
 
 def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
-    if check and not (
-        torch.isfinite(weight.float()).all()
-        and (merge.bias is None or torch.isfinite(merge.bias).all())
-    ):
-        kind = (
-            "weights" if merge.bias is None or not torch.isfinite(weight.float()).all() else "bias"
-        )
+    parts = {"weights": weight, "bias": merge.bias} if check else {}
+    kinds = [
+        k for k, part in parts.items() if part is not None and not part.float().isfinite().all()
+    ]
+    for kind in kinds:
         raise PeftValueError(
             f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; "
             "nothing was merged."

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.errors import warn
 from ..base.geometry import Geometry
 from ..base.tensors import ordinary_tensors
 
@@ -107,14 +108,60 @@ def correction(
     return Correction(lost, weight.flatten()[lost], factor)
 
 
-def subtract(merged: Tensor, delta: Tensor, correction: Correction) -> Tensor:
-    """Return the weight that `add` was given, bit by bit if `delta` is the same."""
+def subtract(
+    merged: Tensor, delta: Tensor, correction: Correction, is_changed: bool = False
+) -> Tensor:
+    """Return the weight that `add` was given, bit by bit if `delta` is the same. Of a sum that
+    was changed since, return `merged / f - delta`, rounded.
+    """
     positions, values, factor = correction
+    if is_changed:
+        return _take_off(merged, delta, factor)
     if positions is None:
         return values.to(merged.device)
     weight = _take_off(merged, delta, factor).contiguous()
     weight.view(-1)[positions.to(weight.device)] = values.to(weight.device)
     return weight
+
+
+class Written:
+    """A merged weight as it was last written, to notice later changes by others.
+
+    Args:
+        weight: The weight.
+        before: The record that this one replaces, while earlier merges stay.
+        is_final: False if the weight is about to be loaded.
+    """
+
+    def __init__(
+        self, weight: Tensor, before: Written | None = None, is_final: bool = True
+    ) -> None:
+        self.dtype = weight.dtype
+        self.checksum = _checksum(weight) if is_final else None
+        self.is_changed: bool = before is not None and before.is_changed
+
+    def look(self, weight: Tensor, names: Iterable[str]) -> None:
+        """Note if a weight was changed since, and warn with the names of the merged adapters."""
+        if self.is_changed or self.checksum is None or torch.compiler.is_compiling():
+            return
+        if weight.dtype == self.dtype and _checksum(weight) not in (None, self.checksum):
+            self.is_changed = True
+            warn(
+                "A base weight was changed while adapters were merged into it: "
+                f"{', '.join(names)}. Taking them off subtracts their deltas from the changed "
+                "weight, up to rounding. Call `unmerge_adapter` before base weights are changed."
+            )
+
+
+def _checksum(weight: Tensor) -> int | None:
+    """Return a number that almost any change of a weight changes; None for a weight without values
+    or spread over processes.
+    """
+    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    dtype = dtypes.get(weight.element_size())
+    if dtype is None or weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
+        return None
+    return int(weight.detach().contiguous().view(dtype).sum(dtype=torch.int64))
 
 
 def _take_off(merged: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
