@@ -145,13 +145,13 @@ def _rank_space_chain(
         h = _mix_at_rank(h.view(-1, n_skills, r), weights, scale, tokens)
         return Ends(h.view(-1, n_skills * r), up)
 
-    def whole(x: Tensor, A: Tensor, up: Tensor, weights: Tensor) -> Ends:
+    def from_input(x: Tensor, A: Tensor, up: Tensor, weights: Tensor) -> Ends:
         h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0]).transpose(0, 1)
         return Ends(_mix_at_rank(h, weights, scale, tokens).view(-1, n_skills * r), up)
 
     if columns is None and not torch.is_grad_enabled() and is_eager():
         # A product for each skill saves the copy that `skill_columns` makes.
-        return FunctionChain(widened(x, A.dtype), whole, (A, up, weights))
+        return FunctionChain(widened(x, A.dtype), from_input, (A, up, weights))
     down = (skill_columns(A) if columns is None else columns)[0]
     return FunctionChain(x, middle, (up, weights), down)
 

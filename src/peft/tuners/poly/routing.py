@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The road of `task_ids` from a call of a model to its Poly layers.
+"""Pass `task_ids` from a call of a model to its Poly layers.
 
-A base model does not pass `task_ids` on to its layers, so they travel beside the call:
+A base model does not pass `task_ids` on to its layers, so they are kept beside the call:
 
 1. `Routing.attach` wraps the methods by which a model is called: its `forward` and `generate`, and
    the `forward` of parts that are called directly (an encoder, a language model inside it).
@@ -92,7 +92,7 @@ class Routing:
 
     Attributes:
         configs: Config of each Poly adapter, by name.
-        layer: Any of the layers, to read which adapters are active; None without adapters.
+        layer: One of the layers, to read which adapters are active; None without adapters.
         merged_tasks: The tasks for which an adapter is merged, by name of the adapter.
         is_encoder_decoder, is_causal: The kind of model.
         stack: The calls in progress.
@@ -176,7 +176,7 @@ class Routing:
         """Run `generate` as a call.
 
         Raises:
-            PeftNotSupportedError: Routing by input cannot see the whole prompt at once.
+            PeftNotSupportedError: Routing by input cannot see the full prompt at once.
         """
         model, arguments, has_own = method.module, method.arguments(), _has_own(method)
         outer = self._enclosing(model)
@@ -331,7 +331,7 @@ class Routing:
     def _enclosing(self, module: nn.Module) -> RoutedCall | None:
         """Return the call that a call of `module` lies in.
 
-        Backward recomputes parts of a model. If it runs the whole model, that is another call.
+        Backward recomputes parts of a model. If it runs the model itself, that is another call.
         """
         call = self.stack.current
         return self.stack.running if call is not None and call.rows.root is module else call

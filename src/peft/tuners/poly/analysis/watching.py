@@ -137,7 +137,7 @@ class RoutingWatch:
 
 
 def _train(routers: Iterable[TaskRouter]) -> bool:
-    """Return whether any table of several tasks and skills trains as a whole."""
+    """Return whether any table of several tasks and skills trains in full."""
     return any(
         router.module_logits.requires_grad and min(router.n_tasks, router.n_skills) > 1
         for router in routers
