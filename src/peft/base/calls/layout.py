@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 
@@ -64,6 +64,7 @@ class RowLayout:
         expert: Name of the expert that the layer belongs to, in a mixture of experts.
         stream: The tokens that the layer sees: "decoder" for those of a decoder beside an encoder,
             else "main".
+        samples_first: An input with as many rows as samples has one row for each sample.
     """
 
     features: int = 1
@@ -73,10 +74,12 @@ class RowLayout:
     expert: str | None = None
     stream: str = "main"
 
-    @cached_property
-    def samples_first(self) -> bool:
-        """True if an input with as many rows as samples has one row for each sample."""
-        return not (self.sequence_first or self.is_declared or self.expert)
+    samples_first: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Computed once, and not by `cached_property`, whose lock the compiler cannot trace.
+        is_first = not (self.sequence_first or self.is_declared or self.expert)
+        object.__setattr__(self, "samples_first", is_first)
 
 
 SAMPLES_FIRST = RowLayout()

@@ -79,9 +79,7 @@ class RoutedCall:
     def has_one_task(self) -> bool:
         """True if all samples have the same task; reading it waits for the device."""
         ids = self.task_ids
-        return (
-            ids is not None and not torch.compiler.is_compiling() and bool((ids == ids[:1]).all())
-        )
+        return ids is not None and bool((ids == ids[:1]).all())
 
 
 class Routing:
@@ -288,7 +286,7 @@ class Routing:
             owners = call.rows.owners(x, layer.layout)
             if owners is not None:
                 return TaskRows(ids.expand(samples or 0) if is_one else ids, owners)
-            if not is_one and not call.has_one_task:
+            if not is_one and (torch.compiler.is_compiling() or not call.has_one_task):
                 raise call.rows.error(x, layer, "Give all samples of a call the same task")
         return TaskRows(ids[:1], IN_ORDER)
 
