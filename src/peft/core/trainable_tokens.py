@@ -90,7 +90,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Return an adapter's rows: those of the module's weight, or memory for them."""
         if isinstance(module, TrainableTokensWrapper):
             module = module.original_module
-        weight: Any = module.weight
+        weight = _weight(module)
         if weight.is_meta or not initialize:
             rows = torch.empty(
                 len(indices), weight.shape[1], device=place.device, dtype=place.dtype
@@ -117,7 +117,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def weight(self) -> Tensor:
         """The weight with the active adapter's rows in place."""
         name = self._in_use()
-        base: Any = self.original_module.weight
+        base = _weight(self.original_module)
         return base if name is None else self._replaced(base, name)
 
     def add_rows(self, adapter_name: str, tokens: TokenRows) -> None:
@@ -153,7 +153,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Return the module with the rows of one of some adapters written into its weight."""
         for name in self.among(adapter_names):
             make_plain(self.original_module)
-            weight: Any = self.original_module.weight
+            weight = _weight(self.original_module)
             weight.data[self._owner[0].token_indices[name]] = (
                 self._owner[0].trainable_tokens_delta[name].data.to(weight)
             )
@@ -182,7 +182,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
         # A class with a forward of its own (a scaled embedding, say) runs with the changed weight.
-        weight: Any = base.weight
+        weight = _weight(base)
         replaced = {"weight": self._replaced(weight, name)}
         return torch.func.functional_call(base, replaced, (x, *args), kwargs)
 
@@ -285,6 +285,13 @@ def _problems(
             f"`{path}`: `trainable_token_indices` has {wrong}; the tokens go from 0 to "
             f"{module.weight.shape[0] - 1}."
         )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Return the weight of an embedding or output head."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _original(module: nn.Module) -> Any:

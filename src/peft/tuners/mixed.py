@@ -45,7 +45,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
     prefix: ClassVar[str] = "mixed"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._methods: dict[PeftType, BaseTuner[Any]] = {}
+        self._methods: dict[PeftType, BaseTuner] = {}
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -65,11 +65,11 @@ class MixedModel(AdaptedModel[TargetedConfig]):
         tuner._active = [name for name in dict.fromkeys(active) if name in tuner.peft_config]
         return tuner
 
-    def methods(self) -> Collection[BaseTuner[Any]]:
+    def methods(self) -> Collection[BaseTuner]:
         """Return the tuners of the methods that the model has adapters of."""
         return self._methods.values()
 
-    def method_of(self, config: PeftConfig) -> BaseTuner[Any]:
+    def method_of(self, config: PeftConfig) -> BaseTuner:
         """Return the tuner of a config's method.
 
         Raises:
@@ -88,7 +88,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
                     "not compatible with the "
                     f"`PeftMixedModel`. Compatible types are: {compatible}."
                 )
-            tuner_cls: type[BaseTuner[Any]] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type]
+            tuner_cls: type[BaseTuner] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type]
             method = tuner_cls(self.model, None, shared_root=self)
             method.peft_config = self.peft_config
             self._methods[PeftType(peft_type)] = method
