@@ -19,10 +19,14 @@ from peft import (
     PeftModel,
     PolyConfig,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     plan,
+    set_peft_model_state_dict,
 )
 from peft.base import missing_attribute
+from peft.tuners.poly import TaskCollator
+from peft.tuners.vblora import VectorBank
 from peft.utils.hotswap import hotswap_adapter
 
 
@@ -362,3 +366,61 @@ def test_choices_that_are_misspelt():
     mixed = get_peft_model(mlp(), LoraConfig(target_modules=["0"]), mixed=True)
     with pytest.raises(TypeError, match="`peft.get_peft_config` makes one"):
         mixed.add_adapter("b", {"r": 2})
+
+
+def mistakes():
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    key, layer = next(iter(get_peft_model_state_dict(model))), model.base_model.model[0]
+    digest = "a" * 64
+    return [
+        (lambda: layer.set_scale("default", "a"), TypeError, "`scale`='a' must be a number"),
+        (
+            lambda: layer.set_scale("default", float("nan")),
+            ValueError,
+            "`scale`=nan must be finite",
+        ),
+        (
+            lambda: set_peft_model_state_dict(model, {key: "x"}),
+            TypeError,
+            "must be a tensor, not 'x'",
+        ),
+        (lambda: model.save_pretrained("x", selected_adapters=[]), ValueError, "names no adapter"),
+        (
+            lambda: PolyConfig(n_skills=2, eval_top_k=3),
+            ValueError,
+            "`n_skills` is 2. None keeps all",
+        ),
+        (lambda: TaskCollator(None, PolyConfig()), TypeError, "`collator`=None must be a function"),
+        (lambda: TaskCollator(list, LoraConfig()), TypeError, "a PolyConfig, not LoraConfig"),
+        (lambda: TaskCollator(list, PolyConfig(), copies=0), ValueError, "`copies`=0"),
+        (lambda: VectorBank(torch.ones(2, 2), ["xyz"]), TypeError, "must be a list of digests"),
+        (lambda: VectorBank(torch.ones(2, 2), [digest, 1]), TypeError, "must be a list of digests"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_arguments_that_were_taken_or_failed_with_a_bare_error(case):
+    call, error, message = mistakes()[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, folder: model.load_adapter(folder, "b", torch_device="cpuu"),
+        lambda model, folder: hotswap_adapter(model, folder, "default", torch_device="cpuu"),
+    ],
+)
+def test_a_device_that_does_not_exist(load, tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'cpuu' is no device"):
+        load(model, tmp_path)
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be a folder: '.*file' is a file"):
+        LoraConfig().save_pretrained(tmp_path / "file" / "sub")

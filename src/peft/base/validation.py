@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeGuard
 
+from torch import Tensor
+
 from .errors import PeftTypeError, PeftValueError
-from .plain_values import is_empty
+from .plain_values import is_empty, plain
 from .suggestions import did_you_mean, no_adapter
 
 
@@ -117,6 +119,22 @@ def layer_selection(indices: object, pattern: object) -> Iterator[str]:
     yield from name_patterns("layers_pattern", pattern)
     for name in pattern if isinstance(pattern, (list, tuple, set)) else ():
         yield from regex("layers_pattern", str(name))
+
+
+def check_scale(scale: object) -> None:
+    """Check that an adapter's scale is a finite number; tensors are taken as they are.
+
+    Raises:
+        PeftTypeError: It is no number.
+        PeftValueError: It is NaN or infinite.
+    """
+    if isinstance(scale, Tensor):
+        return
+    value = plain(scale)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PeftTypeError(f"`scale`={scale!r} must be a number.")
+    if not math.isfinite(value):
+        raise PeftValueError(f"`scale`={scale!r} must be finite.")
 
 
 def check_flags(**flags: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import MODEL_ROOT
-from ..base.errors import CheckpointNotFoundError, warn
+from ..base.errors import CheckpointNotFoundError, PeftValueError, warn
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .paths import check_path
 
@@ -137,8 +137,13 @@ def load_peft_weights(
     Raises:
         CheckpointNotFoundError: There is no weights file.
         CheckpointError: It can't be read.
+        PeftValueError: `device` is no device.
     """
     options = only_hub_options(hub_options, "load_peft_weights")
+    try:
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        raise PeftValueError(f"{device!r} is no device: pass 'cpu', 'cuda', 'cuda:1', …") from None
     path = find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
     state = read_weights(path, device or "cpu")
     return {_mapped(key, key_mapping or {}): tensor for key, tensor in state.items()}

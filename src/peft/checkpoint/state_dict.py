@@ -229,6 +229,9 @@ def set_peft_model_state_dict(
             "`peft_model_state_dict` must be a dictionary of tensors, got "
             f"{type(peft_model_state_dict)}; `load_peft_weights` reads one."
         )
+    for key, value in peft_model_state_dict.items():
+        if not isinstance(value, Tensor):
+            raise PeftTypeError(f"`{key}` must be a tensor, not {value!r}; nothing was changed.")
     model = unwrap_model(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)

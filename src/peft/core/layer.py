@@ -20,6 +20,7 @@ from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
 from ..base.geometry import Geometry, Placement, columns
+from ..base.validation import check_scale
 from ..checkpoint.rank_padding import RankPadding, Unpadded
 from ..integrations.accelerate import loaded_weights
 from ..ops.dispatch import can_fuse, is_ordinary
@@ -384,6 +385,7 @@ class BaseTunerLayer(nn.Module):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale to `scale` times its configured one, if the layer has it."""
+        check_scale(scale)
         if adapter in self.scaling:
             self.hold_scale(adapter, scale * self.base_scaling(adapter))
 
@@ -394,9 +396,7 @@ class BaseTunerLayer(nn.Module):
                 self.hold_scale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters by `scale`, by default return to the configured
-        one.
-        """
+        """Divide the active adapters' scale by `scale`; None returns to the configured scale."""
         for name in self.active_adapters:
             if name in self.scaling:
                 own = self.base_scaling(name) if scale is None else self.scaling[name] / scale

@@ -143,6 +143,10 @@ def _adapters_to_save(selected: Sequence[str] | None, adapters: Collection[str])
             "You passed an invalid `selected_adapters` arguments, current supported adapter names "
             f"are {list(adapters)} - got {names}.{did_you_mean(str(unknown[0]), adapters)}"
         )
+    if adapters and not names:
+        raise PeftValueError(
+            f"`selected_adapters`=[] names no adapter; leave it out for all: {list(adapters)}."
+        )
     if not adapters:
         raise PeftValueError(
             "The model has no adapters to save: they were deleted, or taken out by `unload` or "

@@ -198,6 +198,11 @@ class PolyConfig(TargetedConfig):
         yield from at_least("task_rank", self.task_rank, 0)
         if self.eval_top_k is not None:
             yield from at_least("eval_top_k", self.eval_top_k)
+            if is_int(self.eval_top_k) and is_int(self.n_skills) and self._keeps_more_than_all():
+                yield (
+                    f"`eval_top_k`={self.eval_top_k} is more than there are skills: `n_skills` is "
+                    f"{self.n_skills}. None keeps all."
+                )
         yield from choice("router_granularity", self.router_granularity, GRANULARITIES)
         yield from choice("routing", self.routing, ("learned", "fixed"))
         for name in _PATTERNS:
@@ -206,6 +211,12 @@ class PolyConfig(TargetedConfig):
             "routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING)
         )
         yield from self._contradictions()
+
+    def _keeps_more_than_all(self) -> bool:
+        """Return whether `eval_top_k` is more than any layer's number of skills."""
+        pattern = self.n_skills_pattern if isinstance(self.n_skills_pattern, dict) else {}
+        counts = [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
+        return self.eval_top_k is not None and self.eval_top_k > max(counts)
 
     def _task_name_problems(self) -> Iterator[str]:
         """Yield a sentence if the task names are not one different name for each task."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ....base.errors import PeftValueError
+from ....base.errors import PeftTypeError, PeftValueError
+from ....base.validation import at_least
 from ..config import PolyConfig
 from ..task_ids import as_task_ids
 
@@ -26,6 +27,10 @@ class TaskCollator:
         copies: Rows of the batch for each sample, if the collator stacks all samples so many times:
             2 for pairs of a chosen and a rejected answer in TRL.
 
+    Raises:
+        PeftTypeError: `collator` is no function, or `config` of another method.
+        PeftValueError: `copies` is below one.
+
     Example:
         >>> from peft import PolyConfig
         >>> config = PolyConfig(n_tasks=2, task_names=["sum", "max"])
@@ -36,6 +41,15 @@ class TaskCollator:
     """
 
     def __init__(self, collator: Callable[..., Any], config: PolyConfig, copies: int = 1) -> None:
+        if not callable(collator):
+            raise PeftTypeError(f"`collator`={collator!r} must be a function that makes a batch.")
+        if not isinstance(config, PolyConfig):
+            raise PeftTypeError(
+                f"`config` must be a PolyConfig, not {type(config).__name__}; a model has it as "
+                "`model.peft_config[name]`."
+            )
+        for problem in at_least("copies", copies):
+            raise PeftValueError(problem)
         self.collator = collator
         self.config = config
         self.copies = copies
