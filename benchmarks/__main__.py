@@ -79,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("steps", "scaling", "startup"),
         default="steps",
-        help="steps: what an adapter adds to a training step, a prompt and a token, by turns with the peers. scaling: "
-        "how steps grow with tasks, adapters and banks. startup: importing, injecting, loading, "
-        "saving",
+        help="steps: time that an adapter adds to a training step, a prompt and a token, in turns "
+        "with the libraries compared. scaling: growth of a step's time with tasks, adapters and "
+        "the bank's size. startup: time of importing, injecting, loading and saving",
     )
     add = parser.add_argument
     add(

@@ -86,7 +86,8 @@ def machine(threads: int) -> str:
         if hasattr(os, "getloadavg")
         else ""
     )
-    return f"{name}, {os.cpu_count()} cores ({threads} threads used{busy}){accelerator}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores ({threads} threads used{busy})"
+    return f"{name}, {cores}{accelerator}, torch {torch.__version__}"
 
 
 def write(folder: Path, rows: list[Row], threads: int, add: bool = False) -> list[Row]:
@@ -154,12 +155,12 @@ def _plot(path: Path, rows: list[Row], where: str) -> None:
     figure, axes = plt.subplots(
         1, len(modes), figsize=(4.5 * len(modes), 3.6), squeeze=False, layout="constrained"
     )
-    colours = {"ours": "#1b6ca8", "peft": "#d9822b", "lycoris": "#7a9e3a"}
+    colors = {"ours": "#1b6ca8", "peft": "#d9822b", "lycoris": "#7a9e3a"}
     for axis, mode in zip(axes[0], modes, strict=True):
         shown = [row for row in rows if row["mode"] == mode]
         groups = list(dict.fromkeys((row["method"], row["width"]) for row in shown))
         for row in shown:
-            libraries = list(colours)
+            libraries = list(colors)
             place = (
                 groups.index((row["method"], row["width"]))
                 + (libraries.index(row["library"]) - 1) * 0.27
@@ -170,7 +171,7 @@ def _plot(path: Path, rows: list[Row], where: str) -> None:
                 row["ratio"] - 1,
                 0.25,
                 bottom=1,
-                color=colours[row["library"]],
+                color=colors[row["library"]],
                 yerr=spread,
                 capsize=2,
             )
@@ -180,8 +181,8 @@ def _plot(path: Path, rows: list[Row], where: str) -> None:
         axis.set_title(mode)
         axis.axhline(1, color="black", linewidth=0.8)
     axes[0][0].set_ylabel("time over the frozen model's")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    axes[0][-1].legend(handles, list(colours), fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    axes[0][-1].legend(handles, list(colors), fontsize=8)
     figure.suptitle(where, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -67,7 +67,8 @@ HEAD = "| grows | method | mode | size | microseconds | quartiles |"
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     spread = f"{row['low']:.0f}-{row['high']:.0f}"
-    return f"| {row['axis']} | {row['method']} | {row['mode']} | {row['size']} | {row['us']:.0f} | {spread} |"
+    cells = [row["axis"], row["method"], row["mode"], row["size"], f"{row['us']:.0f}", spread]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _step(axis: str, method: str, size: int, width: int, mode: str) -> Callable[[], None]:
@@ -127,7 +128,8 @@ def plot(path: Any, rows: list[dict[str, Any]], where: str) -> None:
             ]
             style = "-" if mode == "train" else "--"
             panel.errorbar(
-                [row["size"] for row in own], [row["us"] / 1e3 for row in own], [[e / 1e3 for e in side] for side in spread],
+                [row["size"] for row in own], [row["us"] / 1e3 for row in own],
+                [[e / 1e3 for e in side] for side in spread],
                 linestyle=style, marker="o", markersize=3, capsize=2, label=f"{method}, {mode}",
             )  # fmt: skip
         panel.set_xscale("log")

@@ -77,7 +77,9 @@ def line(row: dict[str, Any]) -> str:
         if "MB_per_s" in row
         else ""
     )
-    return f"| {row['what']} | {row['method']} | {beside} | {row['library']} | {row['seconds']:.3f} | {speed} |"
+    seconds = f"{row['seconds']:.3f}"
+    cells = [row["what"], row["method"], beside, row["library"], seconds, speed]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 HEAD = "| what | method | beside | library | seconds | speed |"
@@ -128,7 +130,7 @@ def _load_beside(method: str, size: int) -> dict[str, float]:
 
 
 def _files(what: str) -> dict[str, float]:
-    """Seconds to write or read an adapter of 64 MiB, and the same number of bytes in a plain file."""
+    """Seconds to write or read an adapter of 64 MiB, and a plain file of that size."""
     import peft
 
     config = peft.PolyConfig(r=64, n_tasks=10, n_skills=4, target_modules=["q_proj"])

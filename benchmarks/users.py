@@ -126,7 +126,8 @@ def memory() -> int:
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The results as Markdown."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s), torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores, {options.threads} thread(s)"
+    machine = f"{platform.machine()}, {cores}, torch {torch.__version__}"
     head = (
         f"One model of {options.layers} layers {options.width} × {options.width}, adapters of rank "
         f"{options.rank}; a bank of "

@@ -178,8 +178,9 @@ class Work:
         """Do the step once."""
         if self.kind == "generate":
             self.run.generate(  # type: ignore[attr-defined]
-                input_ids=self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=NEW_TOKENS, do_sample=False,
-                pad_token_id=0, eos_token_id=None, **self.arguments,
+                input_ids=self.ids, attention_mask=torch.ones_like(self.ids),
+                max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None,
+                **self.arguments,
             )  # fmt: skip
             return
         with contextlib.nullcontext() if self.kind == "train" else torch.no_grad():

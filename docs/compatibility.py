@@ -34,17 +34,20 @@ CLASSES = {
     "BaseTunerLayer": "peft.tuners.tuners_utils",
 }
 INTRODUCTION = """\
-# What of Hugging Face PEFT is here
+# Compatibility with Hugging Face PEFT
 
-This page compares this package with Hugging Face PEFT {version}, name by name. It is written by `make docs` from the code and
-from a list of what that release has; [swapping the packages](swapping.md) says in sentences what changes.
+This page compares this package with Hugging Face PEFT {version}, name by name. `make docs` writes
+it from the code and from a list of that release's names. In the tables "here" is this package and
+"there" is Hugging Face PEFT. [Swapping the packages](swapping.md) describes the differences in
+sentences.
 
-- **provided**: it works here as it does there.
-- **placeholder**: it can be imported or passed, so that code which only mentions it runs. Making or calling it, or giving an
-  option a value that asks for something, is a `PeftNotSupportedError`.
-- **absent**: the name is not here.
-- **added**: only here. A config that leaves it at its default is written without it, and loads there. (`kronecker_layout` is
-  written where outputs depend on it: for `nn.Conv1d` with a full `W2`.)
+- **provided**: works here as it does there.
+- **placeholder**: can be imported or passed, so code that only mentions it runs. Instantiating or
+  calling it raises `PeftNotSupportedError`, and so does a value that turns the option on.
+- **absent**: the name does not exist here.
+- **added**: exists only here. A config that leaves it at its default is saved without it, and
+  loads there. (`kronecker_layout` is saved where outputs depend on it: for `nn.Conv1d` with a full
+  `W2`.)
 """
 ENDING = """\
 ## Ask the code
@@ -59,7 +62,7 @@ sorted(
 try:
     peft.IA3Config()
 except NotImplementedError as error:
-    print(error)  # says which package this is, and how to go back to the other
+    print(error)  # names this package, and says how to switch to the other
 ```
 """
 
@@ -173,7 +176,11 @@ def _methods(theirs: dict, ours: dict) -> str:
                 here,
             )
         )
-    text = "## Methods\n\nA method mixes if its adapters can share a model with those of other methods (`mixed=True`).\n\n"
+    text = (
+        "## Methods\n\n"
+        "A method mixes if its adapters can share a model with those of other methods "
+        "(`mixed=True`).\n\n"
+    )
     return text + _table(
         ("method", "config", "here", "adapts here", "mixes there", "mixes here"), rows
     )
@@ -211,7 +218,10 @@ def _values(theirs: dict) -> str:
                 for value in values
             ]
             rows.append((name, f"`{option}`", ", ".join(cells)))
-    text = "## Values of options\n\nStrings that an option can have there; those that are struck out are refused here.\n\n"
+    text = (
+        "## Values of options\n\n"
+        "String values of options there. Values struck out are refused here.\n\n"
+    )
     return text + _table(("method", "option", "values"), rows)
 
 
@@ -224,7 +234,7 @@ def _names(theirs: dict) -> str:
             by_status[status].append(f"`{name}`")
     provided = sum(name_status(name) == PROVIDED for name in theirs["names"])
     text = f"## Names in `peft`\n\n{provided} of {len(theirs['names'])} names are provided. "
-    text += "Beside the configs and models of the methods above:\n\n"
+    text += "Names other than the configs and models of the methods above:\n\n"
     return text + "".join(
         f"- {status}: {', '.join(names) or 'none'}\n" for status, names in by_status.items()
     )
@@ -250,13 +260,16 @@ def _members(theirs: dict, ours: dict) -> str:
     for name, names in theirs["functions"].items():
         if lacking := _lacking(names, ours["functions"].get(name)):
             lines.append((f"`{name}`", "", "", ", ".join(map("`{}`".format, lacking))))
-    text = "## Members and parameters\n\nPublic members of objects, and parameters of functions and methods, that are there.\n\n"
+    text = (
+        "## Members and parameters\n\n"
+        "Public members of objects there, and parameters of functions and methods there.\n\n"
+    )
     return text + _table(
         (
             "class or function",
-            "members that are here",
-            "members that are not",
-            "parameters that are not",
+            "members here",
+            "members absent",
+            "parameters absent",
         ),
         lines,
     )

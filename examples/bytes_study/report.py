@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-# From Okabe and Ito's palette, told apart with any kind of colour vision; shapes differ too.
+# From Okabe and Ito's palette, told apart with any kind of color vision; shapes differ too.
 LOOKS = {
     "LoRA": ("#0072B2", "s", "-"),
     "LoKr": ("#E69F00", "D", "-"),
@@ -94,7 +94,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         ):
             figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
             low = []
-            for family, (colour, marker, line) in LOOKS.items():
+            for family, (color, marker, line) in LOOKS.items():
                 own = sorted((p for p in found if p.family == family), key=lambda p: getattr(p, x))
                 if not own or (x == "size" and not family.startswith("VB")):
                     continue
@@ -106,7 +106,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
                     continue
                 values, heights = [getattr(p, x) for p in own], [p.accuracy for p in own]
                 options = {
-                    "color": colour,
+                    "color": color,
                     "marker": marker,
                     "linestyle": line,
                     "label": family,

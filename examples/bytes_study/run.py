@@ -37,7 +37,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.bytes_study",
-        description="Accuracy against stored bytes: VB-LoRA (own or shared bank), LoRA and LoKr on digits seen in new ways.",
+        description="Measure accuracy against stored bytes: VB-LoRA (own or shared bank), LoRA and "
+        "LoKr on rotated and inverted digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -45,22 +46,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seeds",
         type=int,
         default=5,
-        help="how many; each splits the pictures and trains everything anew",
+        help="number of seeds; each one splits the pictures and trains all models again",
     )
-    add("--steps", type=int, default=150, help="of training for each adapter, 32 pictures each")
-    add("--base-steps", type=int, default=600, help="of training for the base")
-    add("--examples", type=int, default=240, help="labelled pictures that a user has")
-    add("--every", type=int, default=1, help="take every so-maniest adapter only, for a short run")
+    add("--steps", type=int, default=150, help="training steps of each adapter, 32 pictures a step")
+    add("--base-steps", type=int, default=600, help="training steps of the base model")
+    add("--examples", type=int, default=240, help="labeled pictures of each user")
+    add("--every", type=int, default=1, help="measure every n-th adapter only, for a short run")
     add(
         "--output",
         type=Path,
         default=Path("bytes_study_output"),
-        help="where table, figures and adapters go",
+        help="folder for the table, figures and adapters",
     )
     add(
         "--draw",
         action="store_true",
-        help="only draw the table and the figures of the results in --output anew",
+        help="only write the table and figures again, from the results in --output",
     )
     return parser.parse_args(arguments)
 

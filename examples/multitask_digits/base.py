@@ -30,7 +30,7 @@ class Base:
     std: list[float]
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Normalise ``pixels [n, channels, side, side]`` from [0, 1] to what the model was trained
+        """Normalize ``pixels [n, channels, side, side]`` from [0, 1] to what the model was trained
         on.
         """
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
@@ -38,7 +38,7 @@ class Base:
 
 
 def input_shape(model_folder: Path | None, data_folder: Path | None, side: int) -> Shape:
-    """The model's own shape where there is one, else the digits' or a square of ``side`` in colour."""
+    """Input shape of the given model, else of the digits, else a color square of ``side``."""
     if not model_folder:
         return Shape(side, 3, {}) if data_folder else Shape(8, 1, {})
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
@@ -86,12 +86,12 @@ def load_folder_model(folder: Path, classes: list[str]) -> tuple[Base, list[str]
     model = AutoModelForImageClassification.from_pretrained(
         folder, local_files_only=True, ignore_mismatched_sizes=True, **names
     )
-    base = Base(model, *normalisation(folder, getattr(config, "num_channels", 3)))
+    base = Base(model, *normalization(folder, getattr(config, "num_channels", 3)))
     head = [name for name, _ in model.named_parameters() if "classifier" in name]
     return base, [] if known else head
 
 
-def normalisation(folder: Path, channels: int) -> tuple[list[float], list[float]]:
+def normalization(folder: Path, channels: int) -> tuple[list[float], list[float]]:
     """Mean and deviation of ``preprocessor_config.json``, or one half."""
     file = folder / "preprocessor_config.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
@@ -99,14 +99,14 @@ def normalisation(folder: Path, channels: int) -> tuple[list[float], list[float]
 
 
 def save_base(base: Base, folder: Path) -> None:
-    """Write model and normalisation so that ``load_folder_model`` reads them back."""
+    """Write model and normalization so that ``load_folder_model`` reads them back."""
     base.model.save_pretrained(folder)
     stored = {"image_mean": base.mean, "image_std": base.std}
     (folder / "preprocessor_config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def make_base(model_folder: Path | None, data: Data, epochs: int) -> Base:
-    """Load or build the base model, pretrain what is new in it on upright pictures, and freeze it."""
+    """Load or build the base, pretrain its new weights on upright pictures, and freeze it."""
     side, channels = data.test.pixels.shape[-1], data.test.pixels.shape[1]
     if model_folder:
         base, new = load_folder_model(model_folder, list(data.classes.values()))

@@ -23,9 +23,9 @@ from .report import Row
 from .tasks import Task
 from .training import Adapted, accuracy
 
-# From Okabe and Ito's palette, told apart with any kind of colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
-COLOURS = {"none": GREY, "shared": BLUE, "routed": ORANGE, "per task": GREEN}
+# From Okabe and Ito's palette, told apart with any kind of color vision.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+COLORS = {"none": GRAY, "shared": BLUE, "routed": ORANGE, "per task": GREEN}
 MEANING = {
     "shared": "one adapter, task unknown",
     "routed": "one adapter, routed by task",
@@ -36,7 +36,7 @@ STYLE = {
     "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": INK,
@@ -58,11 +58,11 @@ def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
         for place, row in zip(
             spread([row.mean for row in trained], 0.085 * (high - low)), trained, strict=True
         ):
-            colour = COLOURS[row.mode]
+            color = COLORS[row.mode]
             axes.plot(
                 [row.bytes / 1024, right],
                 [row.mean, place],
-                color=colour,
+                color=color,
                 linewidth=0.8,
                 alpha=0.6,
                 clip_on=False,
@@ -71,13 +71,13 @@ def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
                 row.bytes / 1024,
                 row.mean,
                 s=110,
-                color=colour,
+                color=color,
                 zorder=3,
                 edgecolor="white",
                 linewidth=1,
             )
             text = f" {row.label}: {100 * row.mean:.1f} %, {row.bytes / 1024:,.0f} KB"
-            axes.text(right, place, text, color=colour, va="center", fontweight="bold", fontsize=10)
+            axes.text(right, place, text, color=color, va="center", fontweight="bold", fontsize=10)
         axes.set(
             xlim=(0, right),
             ylim=(low, high),
@@ -98,7 +98,7 @@ def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
                 color="#555555",
             )
         else:
-            axes.scatter(0, base.mean, s=110, color=GREY, clip_on=False)
+            axes.scatter(0, base.mean, s=110, color=GRAY, clip_on=False)
             axes.annotate(
                 base.label,
                 (0, base.mean),
@@ -107,7 +107,7 @@ def accuracy_against_bytes(rows: Sequence[Row], file: Path) -> None:
                 color="#555555",
             )
         for mode, meaning in MEANING.items():
-            axes.scatter([], [], s=70, color=COLOURS[mode], label=meaning)
+            axes.scatter([], [], s=70, color=COLORS[mode], label=meaning)
         figure.legend(frameon=False, loc="outside lower center", ncols=3, handletextpad=0.2)
         axes.set_title(
             "Eight tasks: accuracy against what has to be stored", loc="left", fontsize=13, pad=12
@@ -201,7 +201,7 @@ def panel(
     for row, line in enumerate(rows.tolist()):
         for column, value in enumerate(line):
             if value == value:  # not the gap
-                colour = "white" if value > 0.55 else INK
+                color = "white" if value > 0.55 else INK
                 axes.text(
                     column,
                     row,
@@ -209,7 +209,7 @@ def panel(
                     ha="center",
                     va="center",
                     fontsize=7.5,
-                    color=colour,
+                    color=color,
                 )
     names = [*tasks[:n_joint], "", *tasks[n_joint:]] if len(weights) > n_joint else list(tasks)
     axes.set_yticks(range(len(rows)), names)
@@ -267,7 +267,10 @@ def late_tasks(ways: Sequence[Way], tasks: Sequence[Task], shots: int, file: Pat
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
         grid[0][0].invert_yaxis()
-        title = f"Later tasks, from {shots} examples: routing row trained (orange), new adapter (green), no training (grey)"
+        title = (
+            f"Later tasks, from {shots} examples: routing row trained (orange), "
+            "new adapter (green), no training (gray)"
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         save(figure, file)
 
@@ -307,14 +310,17 @@ def gallery(
             )
             name = f"{task.label}\n{before:.0f} % → {after:.0f} %"
             line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
-        title = f"Under each picture: the frozen base's answer, then {adapted.method.label}'s\n(bold blue: right, orange: wrong)"
+        title = (
+            f"Under each picture: the frozen base's answer, then {adapted.method.label}'s\n"
+            "(bold blue: right, orange: wrong)"
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         save(figure, file)
 
 
 def answer(axes: Axes, spot: tuple[float, float], guess: int, truth: int, data: Data) -> None:
-    """Write a class's name under a picture, so that right and wrong differ in colour and weight."""
-    colour, weight = (BLUE, "bold") if guess == truth else (ORANGE, "normal")
+    """Write a class's name under a picture, so that right and wrong differ in color and weight."""
+    color, weight = (BLUE, "bold") if guess == truth else (ORANGE, "normal")
     text = data.classes.get(guess, str(guess))[:14]
     axes.text(
         *spot,
@@ -322,7 +328,7 @@ def answer(axes: Axes, spot: tuple[float, float], guess: int, truth: int, data: 
         transform=axes.transAxes,
         ha="center",
         va="top",
-        color=colour,
+        color=color,
         fontweight=weight,
     )
 

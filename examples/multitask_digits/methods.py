@@ -68,7 +68,7 @@ def target_names(model: nn.Module) -> list[str]:
 
 
 def tile_length(model: nn.Module, targets: list[str]) -> int:
-    """VB-LoRA's vectors: a quarter of the largest length that divides every side of every target."""
+    """VB-LoRA's ``vector_length``: a quarter of the largest divisor of all targets' sides."""
     layers = [
         module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in targets
     ]

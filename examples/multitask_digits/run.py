@@ -32,50 +32,52 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.multitask_digits",
-        description="Adapt one pretrained vision transformer to eight tasks with LoRA, Poly, multi-head Poly, VB-LoRA and LoKr.",
+        description="Adapt one pretrained vision transformer to eight tasks with LoRA, Poly, "
+        "multi-head Poly, VB-LoRA and LoKr.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--data-folder",
         type=Path,
-        help="your pictures, a sub-folder a class; without it scikit-learn's digits",
+        help="folder of pictures, one sub-folder per class; None: scikit-learn's digits",
     )
     add(
         "--model",
         type=Path,
-        help="folder of a transformers image classifier; without it a small ViT",
+        help="folder of a transformers image classifier; None: a small ViT, pretrained here",
     )
     add(
         "--side",
         type=int,
         default=32,
-        help="size of --data-folder's pictures where no --model says it",
+        help="width and height that pictures of --data-folder are resized to, without --model",
     )
     add(
         "--pretrain-epochs",
         type=int,
         default=40,
-        help="passes over the upright pictures for a new base or head",
+        help="epochs over the upright pictures for a new base or head",
     )
-    add("--examples", type=int, default=240, help="labelled pictures of each task")
-    add("--epochs", type=int, default=20, help="passes over each task's examples")
-    add("--batch", type=int, default=64, help="pictures a step, of all tasks together")
-    add("--shots", type=int, default=32, help="labelled pictures of each late task")
-    add("--late-steps", type=int, default=80, help="steps on each late task")
-    add("--seed", type=int, default=0, help="of the split, the base and all training")
+    add("--examples", type=int, default=240, help="labeled pictures of each task")
+    add("--epochs", type=int, default=20, help="epochs over each task's examples")
+    add("--batch", type=int, default=64, help="pictures in a step, of all tasks together")
+    add("--shots", type=int, default=32, help="labeled pictures of each late task")
+    add("--late-steps", type=int, default=80, help="training steps on each late task")
+    add("--seed", type=int, default=0, help="seed of the split, the base and all training")
     add(
         "--threads",
         type=int,
-        help="for torch; more than one is slower with a model this small (default: 1, or torch's with --model)",
+        help="threads that torch uses; more than one is slower with a model this small "
+        "(None: 1, or torch's default with --model)",
     )
     add(
         "--output",
         type=Path,
         default=Path("demo_output"),
-        help="where adapters, tables and figures go",
+        help="folder for adapters, tables and figures",
     )
-    add("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    add("--quick", action="store_true", help="run a few steps of each part, to check the demo")
     options = parser.parse_args(arguments)
     if options.model and not (options.model / "config.json").is_file():
         parser.error(
@@ -153,7 +155,7 @@ def keep_late(
     adapted: dict[str, Adapted],
     tasks: list[Task],
 ) -> bool:
-    """Save the grown adapters; True if every old task still gives the very logits it gave before."""
+    """Save the grown adapters. Return True if each old task's logits are equal to the bit."""
     held = True
     for one in (one for one in adapted.values() if one.method.mode == "routed"):
         before, one.logits = (
@@ -221,14 +223,20 @@ def main(arguments: list[str] | None = None) -> int:
     tasks, late = eight_tasks(), late_tasks()
     rows, adapted, frozen = measure(options, base, data, tasks)
     examples = min(options.examples, len(data.adapt))
-    text = f"Accuracy in per cent on {len(data.test)} held-out pictures; {options.epochs} passes over {examples} examples a task:\n\n"
+    text = (
+        f"Accuracy in per cent on {len(data.test)} held-out pictures; "
+        f"{options.epochs} passes over {examples} examples a task:\n\n"
+    )
     text += f"{report.table(rows, tasks)}\n\n{report.conclusion(rows)}"
     print(f"\n{text}\n")
 
     print("Merging one task of a routed adapter into the weights:")
     merged = check_merged(base, adapted["mhr"], tasks, 1, data)
     ways = meet(base, adapted, late, data, options.shots, options.late_steps, options.seed)
-    later = f"Two tasks that come later, from {options.shots} examples each; accuracy in per cent:\n\n{report.late_table(ways, late)}"
+    later = (
+        f"Two tasks that come later, from {options.shots} examples each; accuracy in per cent:\n\n"
+        f"{report.late_table(ways, late)}"
+    )
     print(f"\n{later}\n")
     print("Having learned the later tasks:")
     unchanged = keep_late(options, base, data, adapted, tasks + late)

@@ -57,7 +57,7 @@ def load(method: Method, base_model: nn.Module, folder: Path, tasks: Sequence[Ta
 
 
 def agree(label: str, now: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
-    """Say how far two sets of logits are apart. True if they predict the same, to within rounding."""
+    """Print the difference of two sets of logits. Return True if they are equal up to rounding."""
     difference = max((now[key] - before[key]).abs().max().item() for key in before)
     changed = sum(int((now[key].argmax(-1) != before[key].argmax(-1)).sum()) for key in before)
     total = sum(len(logits) for logits in before.values())

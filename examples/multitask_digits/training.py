@@ -25,7 +25,7 @@ class Budget:
     """How long to train: every method sees each task's examples equally often.
 
     Args:
-        examples: Labelled pictures of each task.
+        examples: Labeled pictures of each task.
         epochs: Passes over them.
         batch: Pictures a step: from all tasks for a joint adapter, from its one task (and half as
             many) for the others.

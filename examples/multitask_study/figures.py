@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from .methods import Method
 from .report import SHOTS, WAYS, new_mean, over_seeds
 
-# From Okabe and Ito's palette, told apart with any kind of colour vision.
-COLOURS = {
+# From Okabe and Ito's palette, told apart with any kind of color vision.
+COLORS = {
     "base": "#8A8A8A",
     "shared": "#0072B2",
     "own": "#009E73",
@@ -65,20 +65,20 @@ def trained_tasks(results: dict[str, Any], methods: Sequence[Method], file: Path
                 100 * v
                 for v in over_seeds(results, method.key, lambda n, of=of: of(n["accuracies"]))
             ]
-            colour = COLOURS[method.key]
+            color = COLORS[method.key]
             axes.scatter(
                 values,
                 [place + side] * len(values),
                 marker=mark,
                 s=34,
-                color=colour,
+                color=color,
                 alpha=0.45,
                 linewidth=0,
             )
             axes.plot(
                 [mean(values)] * 2,
                 [place + side - 0.11, place + side + 0.11],
-                color=colour,
+                color=color,
                 linewidth=2.5,
             )
     axes.set_yticks(range(len(methods)), [method.label for method in reversed(methods)])
@@ -105,18 +105,19 @@ def few_examples(results: dict[str, Any], methods: Sequence[Method], file: Path)
             points = [
                 over_seeds(results, method.key, new_mean(kind, way, shots)) for shots in SHOTS
             ]
-            centre = [100 * mean(values) for values in points]
+            center = [100 * mean(values) for values in points]
             spread = [100 * stdev(values) if len(values) > 1 else 0.0 for values in points]
             aside = 1 + 0.3 * (number / len(lines) - 0.5)  # so that the bars can be told apart
             axes.errorbar(
-                [shots * aside for shots in SHOTS], centre, spread, label=f"{method.label}: {WAYS[way]}",
-                color=COLOURS[method.key], linestyle=LINES[way], marker=MARKS[way],
-                markersize=5, linewidth=1.6, elinewidth=0.8, capsize=2,
+                [shots * aside for shots in SHOTS], center, spread,
+                label=f"{method.label}: {WAYS[way]}", color=COLORS[method.key],
+                linestyle=LINES[way], marker=MARKS[way], markersize=5,
+                linewidth=1.6, elinewidth=0.8, capsize=2,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
         axes.minorticks_off()
-        axes.set(xlabel="labelled examples")
+        axes.set(xlabel="labeled examples")
         axes.set_title(title, loc="left", fontsize=12)
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
     panels[0].set_ylabel("accuracy on held-out pictures, per cent")

@@ -34,7 +34,8 @@ def one_line(method: Method, numbers: dict[str, Any]) -> str:
     }
     new = ", ".join(f"{way} {shots}: {100 * score:.0f}" for (way, shots), score in late.items())
     seconds = numbers["seconds"]
-    return f"{method.key:7s} mean {100 * mean(scores):.1f} %, worst {100 * min(scores):.1f} %, {seconds:.1f} s; new tasks: {new}"
+    trained = f"mean {100 * mean(scores):.1f} %, worst {100 * min(scores):.1f} %"
+    return f"{method.key:7s} {trained}, {seconds:.1f} s; new tasks: {new}"
 
 
 def over_seeds(

@@ -33,7 +33,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.multitask_study",
-        description="Poly, multi-head routing and routing by input against LoRA, on 28 tasks and 6 that come later.",
+        description="Compare Poly, multi-head routing and routing by input with LoRA, on 28 tasks "
+        "and 6 that come later.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -42,17 +43,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[0, 1, 2, 3, 4],
-        help="of tasks, splits, base and training",
+        help="seeds of tasks, splits, base and training",
     )
-    add("--examples", type=int, default=150, help="labelled pictures of each task")
-    add("--steps", type=int, default=400, help="of training on all tasks")
-    add("--adapt-steps", type=int, default=30, help="on each new task")
-    add("--methods", nargs="+", help="keys of some methods, None for all")
-    add("--output", type=Path, default=Path("study_output"), help="where tables and figures go")
+    add("--examples", type=int, default=150, help="labeled pictures of each task")
+    add("--steps", type=int, default=400, help="training steps on all tasks")
+    add("--adapt-steps", type=int, default=30, help="training steps on each new task")
+    add("--methods", nargs="+", help="keys of the methods to run; None: all")
+    add("--output", type=Path, default=Path("study_output"), help="folder for tables and figures")
     add(
         "--quick",
         action="store_true",
-        help="a few steps of everything on a few tasks, to see that it runs",
+        help="run a few steps of each part on a few tasks, to check the study",
     )
     options = parser.parse_args(arguments)
     if options.quick:

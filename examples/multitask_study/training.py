@@ -55,7 +55,7 @@ class Trained:
         return {"task_ids": number} if self.method.mode == "routed" else {}
 
 
-def optimise(
+def optimize(
     model: nn.Module, rates: dict[str, float], steps: int, loss: Callable[[], Tensor]
 ) -> None:
     """AdamW, a tenth of the steps to warm up and a linear way down."""
@@ -117,7 +117,7 @@ def train(
         ]
         for model, task, images in zip(models, tasks, parts, strict=True):
             following = batches(base, task, images, 16, generator)
-            optimise(
+            optimize(
                 model,
                 method.rates,
                 max(1, budget.steps * budget.rows // 16),
@@ -135,7 +135,7 @@ def train(
             pixels, labels = zip(*(stream() for stream in streams), strict=True)
             return loss_of(models[0], torch.cat(pixels), torch.cat(labels), **told)
 
-        optimise(models[0], method.rates, budget.steps, joint)
+        optimize(models[0], method.rates, budget.steps, joint)
     result = Trained(method, [model.eval() for model in models])
     result.parameters = sum(model.get_nb_trainable_parameters()[0] for model in models)
     result.seconds = process_time() - start
@@ -186,5 +186,5 @@ def adapt(
         if way in ("full", "mu"):
             model.begin_regime(way, [told["task_ids"]] if told else None)
         model.train()
-        optimise(model, rates, steps, lambda: loss_of(model, pixels, few.labels, **told))
+        optimize(model, rates, steps, lambda: loss_of(model, pixels, few.labels, **told))
     return model, told, process_time() - start
