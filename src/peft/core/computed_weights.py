@@ -2,7 +2,7 @@
 """Weights that a layer computes anew in each forward: `torch.nn.utils.parametrize`, `weight_norm`,
 `spectral_norm`, `prune`.
 
-Such a weight is no parameter of the layer, and what is written into it is lost with the next
+Such a weight is not a parameter of the layer, and whatever is written into it is lost with the next
 forward.
 """
 

@@ -157,11 +157,11 @@ def approximate(B: Tensor, A: Tensor, rank: int | float | None = None) -> LowRan
     return cut(product_svd(B, A), rank, torch.promote_types(A.dtype, B.dtype))
 
 
-def total_error(parts: Iterable[LowRank]) -> float:
+def total_error(deltas: Iterable[LowRank]) -> float:
     """Return the relative error of several deltas together, as blocks of one matrix."""
-    parts = list(parts)
-    whole = math.hypot(*(part.norm for part in parts))
-    return math.hypot(*(part.error * part.norm for part in parts)) / whole if whole else 0.0
+    deltas = list(deltas)
+    total = math.hypot(*(delta.norm for delta in deltas))
+    return math.hypot(*(delta.error * delta.norm for delta in deltas)) / total if total else 0.0
 
 
 def product_norm(B: Tensor, A: Tensor) -> float:
@@ -177,8 +177,8 @@ def norm(values: Tensor) -> float:
 
 def tail(values: Tensor, k: int) -> float:
     """Return the share of the norm that is lost with all singular values but the first `k`."""
-    whole = norm(values)
-    return norm(values[k:]) / whole if whole else 0.0
+    total = norm(values)
+    return norm(values[k:]) / total if total else 0.0
 
 
 def wide(tensor: Tensor) -> Tensor:

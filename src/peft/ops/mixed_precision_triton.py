@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products of `mixed_precision.py`, one Triton kernel each.
 
-A wide matrix, of the base model's activations, is in bfloat16 or float16, a thin one, an adapter's,
-in float32. The wide one is read once as it is, and no copy of it in float32 is made. Nothing is
-lost by that: what is in bfloat16 is multiplied by three parts of the float32 number, each in
-bfloat16, which together have all of its 24 bits; float16 is exact in TF32, and is multiplied by two
-parts in that. Sums are in float32; long ones are made in parts, which are added up in a fixed
-order.
+An activation is in bfloat16 or float16, a factor in float32. The activation is read once as it is,
+and no copy of it in float32 is made. Nothing is lost by that: a number in bfloat16 is multiplied by
+three parts of the float32 number, each in bfloat16, which together have all of its 24 bits; float16
+is exact in TF32, and is multiplied by two parts in that. Sums are in float32; long ones are made in
+parts, which are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,53 +25,53 @@ _INTERPRETED: tl.constexpr = tl.constexpr(
 )  # the interpreter multiplies the bits of bfloat16 as integers
 
 LARGEST_RANK = 128
-"""The widest that thin matrices may be."""
+"""Most columns of a factor."""
 
 
-def down(wide: Tensor, thin: Tensor, scale: float) -> Tensor:
-    """`scale · wide · thin`.
+def down(activation: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """Return `scale · activation · factor`.
 
     Args:
-        wide: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
-        thin: `[n, k, m]` or `[k, m]` in float32.
+        activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
+        factor: `[n, k, m]` or `[k, m]` in float32.
         scale: A number.
 
     Returns:
         `[n, rows, m]` or `[rows, m]` in float32.
     """
-    (n, rows, k), m = _shape(wide), thin.shape[-1]
+    (n, rows, k), m = _shape(activation), factor.shape[-1]
     splits, grid, steps, sizes = _plan_down(n, rows, k, m)
-    out = wide.new_empty((splits, *wide.shape[:-1], m), dtype=torch.float32)
-    with on_device_of(wide):
+    out = activation.new_empty((splits, *activation.shape[:-1], m), dtype=torch.float32)
+    with on_device_of(activation):
         _down_kernel[grid](
-            wide, thin, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes
+            activation, factor, out, float(scale), n, rows, k, m, *_strides(factor), steps, **sizes
         )
     return out[0] if splits == 1 else out.sum(0)
 
 
-def across(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
-    """`scale · thinᵀ · wide`.
+def across(factor: Tensor, activation: Tensor, scale: float) -> Tensor:
+    """`scale · thinᵀ · activation`.
 
     Args:
-        thin: `[n, rows, m]` or `[rows, m]` in float32.
-        wide: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
+        factor: `[n, rows, m]` or `[rows, m]` in float32.
+        activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
         scale: A number.
 
     Returns:
         `[n, m, k]` or `[m, k]` in float32.
     """
-    (n, rows, k), m = _shape(wide), thin.shape[-1]
+    (n, rows, k), m = _shape(activation), factor.shape[-1]
     splits, grid, steps, sizes = _plan_across(n, rows, k, m)
-    out = wide.new_empty((splits, *wide.shape[:-2], m, k), dtype=torch.float32)
-    with on_device_of(wide):
+    out = activation.new_empty((splits, *activation.shape[:-2], m, k), dtype=torch.float32)
+    with on_device_of(activation):
         _across_kernel[grid](
-            thin, wide, out, float(scale), n, rows, k, m, *_strides(thin), steps, **sizes
+            factor, activation, out, float(scale), n, rows, k, m, *_strides(factor), steps, **sizes
         )
     return out[0] if splits == 1 else out.sum(0)
 
 
 def up(base: Tensor | None, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-    """`out = base + p · q`, rounded once.
+    """Compute `out = base + p · q`, rounded once.
 
     Args:
         base: As many elements as the product has, in its order, contiguous; None for zero.
@@ -101,8 +100,8 @@ def _strides(tensor: Tensor) -> Any:
 
 
 def blocks(length: int, width: int) -> tuple[int, int]:
-    """What the sizes of all blocks depend on, beside the number of rows: sides of a wide and of a
-    thin matrix's.
+    """Return the sides of the blocks of an activation and of a factor, on which all block sizes
+    depend in addition to the number of rows.
     """
     return _block(length, 256), _block(width, LARGEST_RANK)
 
@@ -111,15 +110,16 @@ def blocks(length: int, width: int) -> tuple[int, int]:
 def _plan_down(
     n: int, rows: int, k: int, m: int
 ) -> tuple[int, tuple[int, int], int, dict[str, int]]:
-    """In how many parts sums are made, the grid, a program's steps, and what the kernel is compiled
-    for.
-    """
+    """Return the number of parts of a sum, the grid, a program's steps, and the kernel's constants."""
     block_m = _block(m, LARGEST_RANK)
-    is_thin = block_m < 64
-    block_r, block_k = _block(rows, 64 if is_thin else 128), _block(k, 64 if block_m < 128 else 32)
+    is_narrow = block_m < 64
+    block_r, block_k = (
+        _block(rows, 64 if is_narrow else 128),
+        _block(k, 64 if block_m < 128 else 32),
+    )
     blocks = n * _ceil(rows, block_r)
     splits = _splits(blocks, _ceil(k, 2 * block_k), 512)
-    sizes = _sizes(4 if is_thin else 8, 3 if is_thin else 2, R=block_r, K=block_k, M=block_m)
+    sizes = _sizes(4 if is_narrow else 8, 3 if is_narrow else 2, R=block_r, K=block_k, M=block_m)
     return splits, (blocks, splits), _ceil(_ceil(k, block_k), splits), sizes
 
 
@@ -181,8 +181,8 @@ def _splits(blocks: int, most: int, programs: int) -> int:
 
 @triton.jit(do_not_specialize=["n", "rows", "steps"])
 def _down_kernel(
-    wide,
-    thin,
+    activation,
+    factor,
     out,
     scale,
     n,
@@ -203,16 +203,18 @@ def _down_kernel(
     split = tl.program_id(1)
     row, inner, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     real_row, real_column = (first + row < rows)[:, None], (column < m)[None, :]
-    wide += (sample * rows + first) * k
-    thin += sample * stride_n
+    activation += (sample * rows + first) * k
+    factor += sample * stride_n
     total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for step in range(split * steps, min((split + 1) * steps, tl.cdiv(k, BLOCK_K))):
         at = step * BLOCK_K + inner
         a = tl.load(
-            wide + row[:, None] * k + at[None, :], mask=real_row & (at < k)[None, :], other=0.0
+            activation + row[:, None] * k + at[None, :],
+            mask=real_row & (at < k)[None, :],
+            other=0.0,
         )
         b = tl.load(
-            thin + at[:, None] * stride_k + column[None, :] * stride_m,
+            factor + at[:, None] * stride_k + column[None, :] * stride_m,
             mask=(at < k)[:, None] & real_column,
             other=0.0,
         )
@@ -223,8 +225,8 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["n", "rows", "steps"])
 def _across_kernel(
-    thin,
-    wide,
+    factor,
+    activation,
     out,
     scale,
     n,
@@ -245,19 +247,19 @@ def _across_kernel(
     split = tl.program_id(1)
     row, inner, column = tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     real_inner, real_column = (inner < k)[None, :], (column < m)[None, :]
-    wide += sample * rows * k
-    thin += sample * stride_n
+    activation += sample * rows * k
+    factor += sample * stride_n
     total = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for step in range(split * steps, min((split + 1) * steps, tl.cdiv(rows, BLOCK_R))):
         at = step * BLOCK_R + row
         real_row = (at < rows)[:, None]
         a = tl.load(
-            wide + at[:, None].to(tl.int64) * k + inner[None, :],
+            activation + at[:, None].to(tl.int64) * k + inner[None, :],
             mask=real_row & real_inner,
             other=0.0,
         )
         b = tl.load(
-            thin + at[:, None].to(tl.int64) * stride_r + column[None, :] * stride_m,
+            factor + at[:, None].to(tl.int64) * stride_r + column[None, :] * stride_m,
             mask=real_row & real_column,
             other=0.0,
         )
@@ -321,21 +323,21 @@ def _up_kernel(
 
 
 @triton.jit
-def _add_dot(wide, thin, total):
-    """`total + wide · thin` with all bits of both. Matrix units cut what they add to a sum; so a
+def _add_dot(activation, factor, total):
+    """`total + activation · factor` with all bits of both. Matrix units cut what they add to a sum; so a
     block's is added without them.
     """
-    if wide.dtype == tl.bfloat16:
-        high = thin.to(tl.bfloat16)
-        rest = thin - high.to(tl.float32)
+    if activation.dtype == tl.bfloat16:
+        high = factor.to(tl.bfloat16)
+        rest = factor - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         block = tl.zeros_like(total)
-        block = _add_product(wide, low, block)
-        block = _add_product(wide, middle, block)
-        total += _add_product(wide, high, block)
+        block = _add_product(activation, low, block)
+        block = _add_product(activation, middle, block)
+        total += _add_product(activation, high, block)
     else:
-        total += tl.dot(wide.to(tl.float32), thin, input_precision="tf32x3")
+        total += tl.dot(activation.to(tl.float32), factor, input_precision="tf32x3")
     return total
 
 

@@ -144,7 +144,7 @@ def hadamard_conv(
     scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Convolve with `ΔW [out, in // groups, *kernel]`: to `r²` channels in each group and on to the
-    output's, or with the whole.
+    output's, or with the dense weight.
 
     Args:
         x: `[batch, in_channels, *space]` or `[in_channels, *space]`.
