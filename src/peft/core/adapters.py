@@ -72,7 +72,7 @@ def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Te
 
 
 class _Layer(Protocol):
-    """What this file reads of a layer.
+    """The part of a layer that this file reads.
 
     Attributes:
         container_names: Attributes with parameters or modules by adapter name.

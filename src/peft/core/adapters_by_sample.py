@@ -15,7 +15,7 @@ from ..base.calls.rows import RowOwners
 
 
 class _Layer(Protocol):
-    """What this file reads of a layer."""
+    """The part of a layer that this file reads."""
 
     @property
     def layout(self) -> RowLayout: ...

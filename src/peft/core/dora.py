@@ -50,7 +50,7 @@ class Decomposition:
 
 
 class DecomposableLayer(Protocol):
-    """What this file reads of a layer."""
+    """The part of a layer that this file reads."""
 
     geometry: Geometry
     base_layer: nn.Module

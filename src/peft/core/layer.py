@@ -177,7 +177,7 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def needs_layer_alone(self) -> bool:
-        """Whether no other method can adapt the layer: norms would apply to its delta too."""
+        """True if no other method can adapt the layer: norms would apply to its delta too."""
         return any(self.decomposition(name) is not None for name in self.scaling)
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
@@ -300,7 +300,7 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off."""
+        """True if the adapters are switched off."""
         return self._disable_adapters
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -404,7 +404,7 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether any adapter's delta is in the base weight."""
+        """True if any adapter's delta is in the base weight."""
         return bool(self.merged_adapters)
 
     def merge(
@@ -454,7 +454,7 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def has_merges(self) -> bool:
-        """Whether anything is merged into the base weight, by any layer around it."""
+        """True if anything is merged into the base weight, by any layer around it."""
         return bool(self._merges.entries)
 
     def note_merges(self, adapter_names: list[str]) -> None:

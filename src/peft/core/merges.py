@@ -29,7 +29,7 @@ Options: TypeAlias = Mapping[str, Any]
 
 
 class MergeableLayer(dora.DecomposableLayer, Protocol):
-    """What this file reads of a layer."""
+    """The part of a layer that this file reads."""
 
     merged_adapters: list[str]
 
@@ -72,7 +72,7 @@ class Merge(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether it was merged here, and so can be unmerged."""
+        """True if it was merged here, and so can be unmerged."""
         return self.delta is not None
 
     def dense(self, device: torch.device) -> Tensor:

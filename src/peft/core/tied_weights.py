@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Whether their values differ."""
+        """True if their values differ."""
         one, two = self.part.get_parameter(self.target), self.part.get_parameter(self.source)
         if one is two:
             return False

@@ -168,7 +168,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base weight is stored `[in, out]`."""
+        """True if the base weight is stored `[in, out]`."""
         return self.geometry.transposed
 
     def base_scaling(self, adapter_name: str) -> float:
@@ -296,7 +296,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def _is_grouped(self) -> bool:
-        """Whether the layer is a convolution in groups."""
+        """True if the layer is a convolution in groups."""
         return getattr(self.get_base_layer(), "groups", 1) > 1
 
     def _first_magnitude(self, adapter_name: str, place: Placement, initialize: bool) -> Tensor:
