@@ -75,8 +75,8 @@ def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
 
 
 class Correction(NamedTuple):
-    """The data that undoing a sum needs in addition to the delta: the elements that subtraction would not
-    restore, by flat position (or all, if they are many), and the factor on the sum.
+    """The data that undoing a sum needs in addition to the delta: the elements that subtraction
+    would not restore, by flat position (or all, if they are many), and the factor on the sum.
     """
 
     positions: Tensor | None

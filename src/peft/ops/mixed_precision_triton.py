@@ -110,7 +110,7 @@ def blocks(length: int, width: int) -> tuple[int, int]:
 def _plan_down(
     n: int, rows: int, k: int, m: int
 ) -> tuple[int, tuple[int, int], int, dict[str, int]]:
-    """Return the number of parts of a sum, the grid, a program's steps, and the kernel's constants."""
+    """Return the number of parts of a sum, the grid, a program's steps, and the constants."""
     block_m = _block(m, LARGEST_RANK)
     is_narrow = block_m < 64
     block_r, block_k = (
@@ -324,8 +324,8 @@ def _up_kernel(
 
 @triton.jit
 def _add_dot(activation, factor, total):
-    """`total + activation · factor` with all bits of both. Matrix units cut what they add to a sum; so a
-    block's is added without them.
+    """Return `total + activation · factor` with all bits of both. Matrix units cut what they add to
+    a sum, so the sum of a block is added without them.
     """
     if activation.dtype == tl.bfloat16:
         high = factor.to(tl.bfloat16)

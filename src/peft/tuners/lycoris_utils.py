@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the LyCORIS family of methods shares: alpha scaling, patterns by module, rank dropout and
-module dropout.
+"""The part that LyCORIS methods share: alpha scaling, patterns by module, rank and module dropout.
 
 Source: arXiv:2309.14859
 """
