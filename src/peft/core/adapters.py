@@ -62,13 +62,13 @@ def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor]:
 
 def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | None]:
     """Return an adapter's parameters, None of a container without one, with one look for hooks."""
-    found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
-    if torch.compiler.is_compiling() or not (
-        all(parameter is None or type(parameter) is nn.Parameter for parameter in found)
-        and are_unhooked(containers, AdapterParameterDict)
-    ):
-        return [container.get(adapter_name) for container in containers]  # type: ignore[operator]
-    return found
+    held = [container for container in containers if adapter_name in container]  # type: ignore[operator]
+    if not torch.compiler.is_compiling() and are_unhooked(held, AdapterParameterDict):
+        found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
+        # A sharding engine may hold a parameter elsewhere, and bring it for a call.
+        if sum([type(parameter) is nn.Parameter for parameter in found]) == len(held):
+            return found
+    return [container.get(adapter_name) for container in containers]  # type: ignore[operator]
 
 
 class _Layer(Protocol):
