@@ -37,6 +37,7 @@ from .checkpoint.hub import HubOptions, find_file, pass_over, split_hub_options
 from .checkpoint.paths import as_folder
 
 __all__ = [
+    "NO_EFFECT",
     "LycorisConfig",
     "PeftConfig",
     "TargetedConfig",
@@ -54,6 +55,10 @@ __all__ = [
 ]
 
 C = TypeVar("C", bound="PeftConfig")
+
+# Metadata of a field that does not change what a loaded adapter computes: targets, initialization,
+# dropout, saving options. `affects_output` can also name a property of the config that tells.
+NO_EFFECT = {"affects_output": False}
 
 
 @dataclass
@@ -78,19 +83,13 @@ class PeftConfig:
         PeftValueError: A value is not allowed. The message names all such values.
     """
 
-    task_type: str | TaskType | None = field(default=None, metadata={"help": "Use of the model."})
-    peft_type: str | PeftType | None = field(default=None, metadata={"help": "The method."})
-    auto_mapping: JsonObject | None = field(
-        default=None, metadata={"help": "Class and library of the base model."}
-    )
-    peft_version: str | None = field(
-        default=None, metadata={"help": "Version that wrote the config."}
-    )
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the base model."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
-    inference_mode: bool = field(default=False, metadata={"help": "Freeze the adapter."})
+    task_type: str | TaskType | None = field(default=None, metadata=NO_EFFECT)
+    peft_type: str | PeftType | None = field(default=None, metadata=NO_EFFECT)
+    auto_mapping: JsonObject | None = field(default=None, metadata=NO_EFFECT)
+    peft_version: str | None = field(default=None, metadata=NO_EFFECT)
+    base_model_name_or_path: str | None = field(default=None, metadata=NO_EFFECT)
+    revision: str | None = field(default=None, metadata=NO_EFFECT)
+    inference_mode: bool = field(default=False, metadata=NO_EFFECT)
 
     # Fields that this package adds to the interface, with the value that a file without them means.
     absent_values: ClassVar[JsonObject] = {}
@@ -431,12 +430,8 @@ class LycorisConfig(TargetedConfig):
         alpha_pattern: Alpha for modules by name or regular expression, in place of `alpha`.
     """
 
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
-    )
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 

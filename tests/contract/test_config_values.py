@@ -3,8 +3,10 @@
 writers put them into files.
 """
 
+import dataclasses
 import enum
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from peft import (
     VBLoRAConfig,
     get_peft_model,
 )
+from peft.base.field_help import add_field_help
 
 TARGETED = {
     "exclude_modules": [None, [], ""],
@@ -252,3 +255,37 @@ def test_a_path_set_later_is_saved(tmp_path):
 def test_what_can_not_be_saved_is_refused_at_once(config_cls, fields, name):
     with pytest.raises(ValueError, match=f"{config_cls.__name__}: `{name}`"):
         config_cls(**fields)
+
+
+@pytest.mark.parametrize("config_cls", NEUTRAL, ids=lambda cls: cls.__name__)
+def test_fields_have_their_documentation_as_help(config_cls):
+    """Command lines show the entry that a field has in a docstring's `Args`."""
+    docstrings = " ".join(" ".join(cls.__doc__.split()) for cls in config_cls.__mro__[:-1])
+    for item in dataclasses.fields(config_cls):
+        text = item.metadata["help"]
+        assert text, item.name
+        assert re.search(rf"\b{item.name}(, \w+)*: {re.escape(text)}", docstrings), item.name
+
+
+def test_help_that_a_field_states_is_kept():
+    """A class can say something else than its docstring; other metadata stay."""
+
+    @dataclasses.dataclass
+    class Described:
+        """A config.
+
+        Args:
+            kept: Not this.
+            share (float): Half of
+                the rows.
+        """
+
+        kept: int = dataclasses.field(default=1, metadata={"help": "This."})
+        share: float = dataclasses.field(default=0.5, metadata={"unit": "rows"})
+        bare: int = 0
+
+    add_field_help(Described)
+    kept, share, bare = dataclasses.fields(Described)
+    assert kept.metadata == {"help": "This."}
+    assert share.metadata == {"help": "Half of the rows.", "unit": "rows"}
+    assert not bare.metadata

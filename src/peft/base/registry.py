@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .errors import PeftValueError
+from .field_help import add_field_help
 from .suggestions import did_you_mean
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def register_peft_method(
     Args:
         name: Lower-case name; its upper-case form is the `peft_type` in configs, and is added to
             `PeftType` if it is new.
-        config_cls: Subclass of `PeftConfig`.
+        config_cls: Subclass of `PeftConfig`. Its docstring's `Args` become the help of its fields.
         model_cls: Subclass of `BaseTuner`.
         prefix: Prefix of the adapter's parameter names, by default `name` and an underscore.
         is_mixed_compatible: True if the method can share a model with other methods.
@@ -120,6 +121,7 @@ def register_peft_method(
         raise PeftValueError(
             f"The parameter prefix {prefix!r} is taken already; pass another `prefix`."
         )
+    add_field_help(config_cls)
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix

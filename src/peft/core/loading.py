@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -271,17 +271,10 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
             f"{saved.peft_type}: the model has an adapter {adapter_name!r} already; load this one "
             "under another name."
         )
-    # Config fields that do not change what a loaded adapter computes: targets, initialization,
-    # dropout, saving options.
-    ignored = {f.name for f in fields(PeftConfig)} | {"bias", "fan_in_fan_out"}
-    ignored |= {f.name for f in fields(known) if f.metadata.get("affects_output") is False}
-    words = ["dropout", "modules", "layers_", "save_"]
-    if not any(getattr(config, "starts_from_weight", False) for config in (known, saved)):
-        words.append("init_")  # else the start is part of the delta
     names = [
-        f.name
-        for f in fields(known)
-        if f.name not in ignored and not any(word in f.name for word in words)
+        item.name
+        for item in fields(known)
+        if any(_affects_output(config, item) for config in (known, saved))
     ]
     pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
     pairs |= {
@@ -298,6 +291,12 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
         raise PeftValueError(
             f"The checkpoint has {'; '.join(differing)}; load it under a new name."
         )
+
+
+def _affects_output(config: PeftConfig, item: Field[object]) -> bool:
+    """Return whether a field of a config changes what a loaded adapter computes."""
+    mark = item.metadata.get("affects_output", True)
+    return getattr(config, mark) if isinstance(mark, str) else mark
 
 
 def _load_into(

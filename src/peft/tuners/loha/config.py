@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...base.registry import PeftType
-from ...config import LycorisConfig, at_least, boolean, number, probability
+from ...config import NO_EFFECT, LycorisConfig, at_least, boolean, number, probability
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LoHaConfig(LycorisConfig):
         layers_to_transform: Index or indices of the layers to adapt.
         layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
             the outermost.
-        modules_to_save: Modules to train whole and save beside the adapter.
+        modules_to_save: Modules to train in full and save with the adapter.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
             (and those of the output head, where it shares the weight); a dictionary names other
             modules: name → tokens.
@@ -47,38 +47,18 @@ class LoHaConfig(LycorisConfig):
     Source: arXiv:2108.06098, section 2.2; arXiv:2309.14859, section 3.1
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of both matrices."})
-    alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an output row of the delta."}
-    )
-    module_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of leaving the adapter out of a forward."}
-    )
-    use_effective_conv2d: bool = field(
-        default=False, metadata={"help": "Tucker form for kernels larger than one."}
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt."}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Whether the adapter starts without effect."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embedding is trained."}
-    )
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    module_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    use_effective_conv2d: bool = False
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    init_weights: bool = field(default=True, metadata=NO_EFFECT)
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
+    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     absent_values: ClassVar[dict[str, Any]] = {"trainable_token_indices": None}
     # The interface has no such field for LoHa: rows that are kept always make up for those that are

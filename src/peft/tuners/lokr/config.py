@@ -13,6 +13,7 @@ from ...base.geometry import Geometry
 from ...base.plain_values import is_empty
 from ...base.registry import PeftType
 from ...config import (
+    NO_EFFECT,
     LycorisConfig,
     at_least,
     boolean,
@@ -90,91 +91,34 @@ class LoKrConfig(LycorisConfig):
     `use_rslora`: arXiv:2312.03732; `weight_decompose`: arXiv:2402.09353
     """
 
-    # Fields with `affects_output` False do not change what a loaded adapter computes.
-    r: int = field(default=8, metadata={"help": "Rank of the low-rank factors."})
-    alpha: float = field(default=8, metadata={"help": "The delta is scaled by alpha / r."})
-    rank_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability of dropping an output row of the delta.",
-            "affects_output": False,
-        },
-    )
-    module_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability of leaving the adapter out of a forward.",
-            "affects_output": False,
-        },
-    )
-    use_effective_conv2d: bool = field(
-        default=False, metadata={"help": "Tucker form for kernels larger than one."}
-    )
-    decompose_both: bool = field(default=False, metadata={"help": "Decompose W1 too."})
-    decompose_factor: int = field(
-        default=-1, metadata={"help": "Wanted size of W1; -1 for the square root."}
-    )
-    rank_dropout_scale: bool = field(
-        default=False,
-        metadata={"help": "Divide by the share rank dropout keeps.", "affects_output": False},
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt.", "affects_output": False}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone.", "affects_output": False}
-    )
-    init_weights: bool | Literal["lycoris"] = field(
-        default=True, metadata={"help": "Start values of the factors.", "affects_output": False}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt.", "affects_output": False}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers.", "affects_output": False}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full.", "affects_output": False}
-    )
-    kronecker_layout: Literal["channels", "flat"] | None = field(
-        default=None, metadata={"help": "Order of elements of W2."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embedding is trained."}
-    )
-    full_matrix: bool = field(
-        default=False, metadata={"help": "Keep both factors full, without a scale."}
-    )
-    unbalanced_factorization: bool = field(
-        default=False, metadata={"help": "Give W1 the larger factor of the outputs."}
-    )
-    use_scalar: bool = field(
-        default=False, metadata={"help": "Multiply the delta by a trained number."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the root of r."})
-    weight_decompose: bool = field(
-        default=False, metadata={"help": "Train norms apart from directions (DoRA)."}
-    )
-    wd_on_output: bool = field(default=True, metadata={"help": "Norms of rows; False for columns."})
-    conv_r: int | None = field(
-        default=None, metadata={"help": "Rank for convolutions with a kernel."}
-    )
-    conv_alpha: float | None = field(
-        default=None, metadata={"help": "Alpha for convolutions with a kernel."}
-    )
-    conv_factor: int | None = field(
-        default=None, metadata={"help": "Wanted size of W1 for convolutions with a kernel."}
-    )
-    factor_pattern: dict[str, int | list[int]] = field(
-        default_factory=dict, metadata={"help": "Size of W1 by module name or regular expression."}
-    )
-    tensor_shapes: dict[str, dict[str, list[int]]] = field(
-        default_factory=dict, metadata={"help": "Shapes of all tensors by module name."}
-    )
-    row_offsets: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "First row of a fused layer's product, by module."},
-    )
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    module_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = field(default=False, metadata=NO_EFFECT)
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    init_weights: bool | Literal["lycoris"] = field(default=True, metadata=NO_EFFECT)
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
+    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    kronecker_layout: Literal["channels", "flat"] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    full_matrix: bool = False
+    unbalanced_factorization: bool = False
+    use_scalar: bool = False
+    use_rslora: bool = False
+    weight_decompose: bool = False
+    wd_on_output: bool = True
+    conv_r: int | None = None
+    conv_alpha: float | None = None
+    conv_factor: int | None = None
+    factor_pattern: dict[str, int | list[int]] = field(default_factory=dict)
+    tensor_shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    row_offsets: dict[str, int] = field(default_factory=dict)
 
     patterns: ClassVar[tuple[str, ...]] = (
         *LycorisConfig.patterns,

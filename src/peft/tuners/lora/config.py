@@ -13,7 +13,16 @@ from ...base.errors import PeftNotSupportedError, warn
 from ...base.placeholders import placeholder
 from ...base.plain_values import is_empty
 from ...base.registry import WAY_BACK, PeftType
-from ...config import TargetedConfig, at_least, boolean, choice, number, pattern_dict, probability
+from ...config import (
+    NO_EFFECT,
+    TargetedConfig,
+    at_least,
+    boolean,
+    choice,
+    number,
+    pattern_dict,
+    probability,
+)
 from .starts import REPEATABLE, is_random, upgraded
 
 # Values of `init_lora_weights`, in addition to "pissa_niter_<n>".
@@ -92,7 +101,7 @@ class LoraConfig(TargetedConfig):
             layers.
         use_rslora: Scale by `lora_alpha / √r`, for which one learning rate suits all ranks
             (rank-stabilized LoRA).
-        modules_to_save: Modules to train whole and save beside the adapter.
+        modules_to_save: Modules to train in full and save with the adapter.
         init_lora_weights: Initialization. True: without effect, `A` uniform and `B` zero (`A` for
             embeddings). "gaussian": the same with `A` normal. "orthogonal": without effect, with
             both nonzero; even ranks only. "pissa": the `r` largest singular values of the weight,
@@ -106,7 +115,7 @@ class LoraConfig(TargetedConfig):
         rank_pattern: Rank for modules by name or regular expression, in place of `r`. A key matches
             the whole module path or its end; a key that begins with `^` also matches all modules
             below the path (in a file of other writers, only the module itself).
-        alpha_pattern: The same for `lora_alpha`.
+        alpha_pattern: `lora_alpha` for modules by name or regular expression, as in `rank_pattern`.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
             (and those of the output head, where it shares the weight); a dictionary names other
             modules: name → tokens.
@@ -115,7 +124,7 @@ class LoraConfig(TargetedConfig):
         megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
         velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
         layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config,
-        kasa_config: Of features that are not implemented; only values that turn them off.
+        kasa_config: Not provided; only values that turn the feature off are accepted.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
             that share a weight. Rows of `trainable_token_indices` are tied anyway.
         start: Set by this package if `init_lora_weights` draws random numbers ("pissa_niter_<n>"):
@@ -134,79 +143,45 @@ class LoraConfig(TargetedConfig):
     arXiv:2402.09353; "pissa": arXiv:2404.02948; "olora": arXiv:2406.01775
     """
 
-    r: int = field(default=8, metadata={"help": "Rank."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt."}
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    lora_alpha: float = 8
+    lora_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    fan_in_fan_out: bool = field(default=False, metadata=NO_EFFECT)
+    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=NO_EFFECT)
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"affects_output": "starts_from_weight"}
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone."}
-    )
-    lora_alpha: float = field(
-        default=8, metadata={"help": "The delta is scaled by lora_alpha / r."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether weights are stored [in, out]."}
-    )
-    bias: Literal["none", "all", "lora_only"] = field(
-        default="none", metadata={"help": "Which biases are trained."}
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha over the root of r."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole."}
-    )
-    init_lora_weights: bool | str = field(default=True, metadata={"help": "How the factors start."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers."}
-    )
-    rank_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Rank by module name or regular expression."}
-    )
-    alpha_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Alpha by module name or regular expression."}
-    )
-    megatron_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    megatron_core: str | None = field(default="megatron.core", metadata={"help": "Not provided."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of token embeddings to train."}
-    )
-    loftq_config: dict = field(default_factory=dict, metadata={"help": "Not provided."})
-    eva_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    corda_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    lora_ga_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    use_dora: bool = field(
-        default=False, metadata={"help": "Train the lengths of the weight's rows by themselves."}
-    )
-    velora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    alora_invocation_tokens: list[int] | None = field(
-        default=None, metadata={"help": "Not provided."}
-    )
-    use_qalora: bool = field(default=False, metadata={"help": "Not provided."})
-    qalora_group_size: int = field(default=16, metadata={"help": "Not provided."})
-    monteclora_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    layer_replication: list[tuple[int, int]] | None = field(
-        default=None, metadata={"help": "Not provided."}
-    )
-    runtime_config: LoraRuntimeConfig = field(
-        default_factory=LoraRuntimeConfig, metadata={"help": "Not provided."}
-    )
-    lora_bias: bool = field(default=False, metadata={"help": "Give B a bias."})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not provided."})
-    use_bdlora: dict | None = field(default=None, metadata={"help": "Not provided."})
-    arrow_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    kasa_config: dict | None = field(default=None, metadata={"help": "Not provided."})
-    ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Refuse to adapt one of two tied modules."}
-    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
+    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict = field(default_factory=dict)
+    eva_config: dict | None = None
+    corda_config: dict | None = None
+    lora_ga_config: dict | None = None
+    use_dora: bool = False
+    velora_config: dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict | None = None
+    arrow_config: dict | None = None
+    kasa_config: dict | None = None
+    ensure_weight_tying: bool = False
 
-    start: str | dict[str, object] | None = field(
-        default=None, metadata={"help": "How a file has its start.", "affects_output": False}
-    )
+    start: str | dict[str, object] | None = field(default=None, metadata=NO_EFFECT)
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     absent_values: ClassVar[dict[str, object]] = {"start": None}

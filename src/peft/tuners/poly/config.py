@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ...base.registry import PeftType
 from ...config import (
+    NO_EFFECT,
     TargetedConfig,
     at_least,
     boolean,
@@ -76,8 +77,10 @@ class PolyConfig(TargetedConfig):
             none.
         rank_pattern: Other values of `r` for some modules: name or regular expression → value. The
             first match counts.
-        n_skills_pattern, n_splits_pattern: The same for `n_skills` and `n_splits`.
-        routing_pattern: The same for the routing: "learned" for each task, "fixed", or by "input".
+        n_skills_pattern, n_splits_pattern: Values of `n_skills` and `n_splits` for some modules, as
+            in `rank_pattern`.
+        routing_pattern: Routing of some modules, as in `rank_pattern`: "learned" for each task,
+            "fixed", or by "input".
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -90,72 +93,33 @@ class PolyConfig(TargetedConfig):
     Source: arXiv:2202.13914 (Polytropon), arXiv:2211.03831 (multi-head routing)
     """
 
-    # Fields with `affects_output` False do not change what a loaded adapter computes; fields marked
-    # `labels` name entries of its tensors.
-    r: int = field(default=8, metadata={"help": "Rank of each skill."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt.", "affects_output": False}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone.", "affects_output": False}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full.", "affects_output": False}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start without effect.", "affects_output": False}
-    )
-    poly_type: Literal["poly", "mope"] = field(
-        default="poly", metadata={"help": "Routing by task or by input."}
-    )
-    n_tasks: int = field(default=1, metadata={"help": "Number of tasks."})
-    n_skills: int = field(default=4, metadata={"help": "Number of skills in each layer."})
-    n_splits: int = field(
-        default=1, metadata={"help": "Number of heads that mix skills separately."}
-    )
-    task_names: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the tasks.", "affects_output": False, "labels": True},
-    )
-    routing_level: Literal["sample", "token"] = field(
-        default="sample", metadata={"help": "Routing by input once a sample or for each token."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embedding is trained."}
-    )
+    # Fields marked `labels` name entries of the adapter's tensors.
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    init_weights: bool = field(default=True, metadata=NO_EFFECT)
+    poly_type: Literal["poly", "mope"] = "poly"
+    n_tasks: int = 1
+    n_skills: int = 4
+    n_splits: int = 1
+    task_names: list[str] | None = field(default=None, metadata={**NO_EFFECT, "labels": True})
+    routing_level: Literal["sample", "token"] = "sample"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
-    alpha: float = field(default=1.0, metadata={"help": "The delta is scaled by alpha / r."})
-    relaxed_bernoulli: bool = field(default=True, metadata={"help": "Sample gates in training."})
-    straight_through: bool = field(default=False, metadata={"help": "Round gates to 0 or 1."})
-    router_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Probability of a closed gate in training.", "affects_output": False},
-    )
-    n_shared_skills: int = field(
-        default=0, metadata={"help": "Number of skills that are always on."}
-    )
-    eval_top_k: int | None = field(
-        default=None, metadata={"help": "Number of weights that a split keeps in evaluation."}
-    )
-    router_granularity: Literal["linear", "layer", "block", "coder", "model"] = field(
-        default="linear", metadata={"help": "Modules that share a router."}
-    )
-    routing: Literal["learned", "fixed"] = field(
-        default="learned", metadata={"help": "Learn the weights of tasks, or fix them."}
-    )
-    task_rank: int = field(default=0, metadata={"help": "Rank of task-specific skills."})
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other ranks for some modules."}
-    )
-    n_skills_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other numbers of skills for some modules."}
-    )
-    n_splits_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other numbers of heads for some modules."}
-    )
-    routing_pattern: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Other routing for some modules."}
-    )
+    alpha: float = 1.0
+    relaxed_bernoulli: bool = True
+    straight_through: bool = False
+    router_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    n_shared_skills: int = 0
+    eval_top_k: int | None = None
+    router_granularity: Literal["linear", "layer", "block", "coder", "model"] = "linear"
+    routing: Literal["learned", "fixed"] = "learned"
+    task_rank: int = 0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    n_skills_pattern: dict[str, int] = field(default_factory=dict)
+    n_splits_pattern: dict[str, int] = field(default_factory=dict)
+    routing_pattern: dict[str, str] = field(default_factory=dict)
 
     patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
     absent_values: ClassVar[dict[str, Any]] = {

@@ -10,12 +10,16 @@ from typing import ClassVar
 import torch
 
 from ...base.registry import PeftType
-from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
-
-
-def _without_effect(text: str) -> dict[str, object]:
-    """Return the metadata of a field that does not change what a loaded adapter computes."""
-    return {"help": text, "affects_output": False}
+from ...config import (
+    NO_EFFECT,
+    TargetedConfig,
+    at_least,
+    boolean,
+    choice,
+    is_int,
+    number,
+    probability,
+)
 
 
 @dataclass
@@ -76,60 +80,28 @@ class VBLoRAConfig(TargetedConfig):
     Source: arXiv:2405.15179, section 3
     """
 
-    r: int = field(default=4, metadata={"help": "Rank."})
-    num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank."})
-    vector_length: int = field(default=256, metadata={"help": "Length of each vector."})
-    topk: int = field(default=2, metadata={"help": "Vectors summed into each tile."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata=_without_effect("Modules to adapt.")
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata=_without_effect("Modules to leave alone.")
-    )
-    save_only_topk_weights: bool = field(
-        default=False,
-        metadata=_without_effect("Save only indices and weights of the selected vectors."),
-    )
-    vblora_dropout: float = field(default=0.0, metadata=_without_effect("Dropout on the input."))
-    fan_in_fan_out: bool = field(
-        default=False, metadata=_without_effect("Adapted layers store weights [in, out].")
-    )
-    bias: str = field(default="none", metadata=_without_effect("Biases to train."))
-    modules_to_save: list[str] | None = field(
-        default=None, metadata=_without_effect("Modules to train in full.")
-    )
-    init_vector_bank_bound: float = field(
-        default=0.02, metadata=_without_effect("Bound of the bank's uniform start.")
-    )
-    init_logits_std: float = field(
-        default=0.1, metadata=_without_effect("Standard deviation of the logits' start.")
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata=_without_effect("Indices of layers to adapt.")
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata=_without_effect("Name of the list of layers.")
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embedding is trained."}
-    )
-    bank: str | None = field(
-        default=None, metadata=_without_effect("Folder or Hub id of a shared bank.")
-    )
-    bank_sha256: str | None = field(default=None, metadata={"help": "Digest of the shared bank."})
-    train_topk_weights: bool = field(
-        default=False, metadata=_without_effect("Train weights loaded from a compact file.")
-    )
-    topk_weights_dtype: str = field(
-        default="float32", metadata=_without_effect("Dtype of a compact file's weights.")
-    )
-    pad_last_tile: bool = field(
-        default=False,
-        metadata={"help": "Cut a last tile to size where the length does not divide."},
-    )
-    output_gate: bool = field(
-        default=False, metadata={"help": "Learn a factor on the delta that starts at zero."}
-    )
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    save_only_topk_weights: bool = field(default=False, metadata=NO_EFFECT)
+    vblora_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    fan_in_fan_out: bool = field(default=False, metadata=NO_EFFECT)
+    bias: str = field(default="none", metadata=NO_EFFECT)
+    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    init_vector_bank_bound: float = field(default=0.02, metadata=NO_EFFECT)
+    init_logits_std: float = field(default=0.1, metadata=NO_EFFECT)
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
+    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bank: str | None = field(default=None, metadata=NO_EFFECT)
+    bank_sha256: str | None = None
+    train_topk_weights: bool = field(default=False, metadata=NO_EFFECT)
+    topk_weights_dtype: str = field(default="float32", metadata=NO_EFFECT)
+    pad_last_tile: bool = False
+    output_gate: bool = False
 
     absent_values: ClassVar[dict[str, object]] = {
         "trainable_token_indices": None,
