@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide between a fast path of our own and plain operations.
 
-A layer asks `can_fuse` once a call. It is the only place that knows what the fast road of
+A layer asks `can_fuse` once a call. It is the only place that knows what the fused path of
 `fused_linear` cannot take: hooks, compilers, transforms, autocast, tensor subclasses, nested, meta,
 sparse and empty inputs, single vectors.
 """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast road of a layer: its delta as a chain of products, computed together with the base
+"""The fused path of a layer: its delta as a chain of products, computed together with the base
 layer's product.
 
 Reading or writing an activation once more costs more on a wide layer than an adapter's few
 multiplications. So the chain's last product is added into the memory of the base layer's output,
 and its gradient for the input into that of the base layer.
 
-`dispatch` decides what goes this road. Everything else takes the plain road,
+`dispatch` chooses between this path and the plain path,
 `base(x) + chain.delta()`.
 """
 
