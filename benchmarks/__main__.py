@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks`: this package and its peers on the same work, by turns, as ratios to the
+"""`python -m benchmarks`: this package and its peers on the same work, in turns, as ratios to the
 frozen model.
 """
 

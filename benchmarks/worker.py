@@ -58,7 +58,7 @@ def _answer(content: dict) -> None:
 
 
 def _times(works: dict[str, Work], order: dict) -> dict:
-    """Seconds of a step, the frozen model's and the adapted one's by turns."""
+    """Seconds of a step, the frozen model's and the adapted one's in turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         for _ in range(order["warmup"]):
