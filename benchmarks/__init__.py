@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter costs: this package, Hugging Face PEFT and LyCORIS on the same work.
+"""Time that an adapter costs: this package, Hugging Face PEFT and LyCORIS on the same work. See
 `python -m benchmarks --help`.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks`: this package and its peers on the same work, in turns, as ratios to the
-frozen model.
+"""`python -m benchmarks`: time this package, Hugging Face PEFT and LyCORIS in turns on the same
+work. Results are ratios to the frozen model's time.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _HEAD = "| method | mode | width | library | time / frozen | quartiles | extra M
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     wanted = TARGETS.get((row["method"], row["mode"])) if row["library"] == "ours" else None
     verdict = (
         "" if wanted is None else f"{wanted:.2f}{'' if row['ratio'] <= wanted else ' (missed)'}"
@@ -42,9 +42,7 @@ def line(row: Row) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """Where this package is behind: a peer on the same work, Hugging Face PEFT's plain LoRA, or its
-    own target.
-    """
+    """List rows slower than a peer, Hugging Face PEFT's plain LoRA, or this package's target."""
     behind = []
     for row in (row for row in rows if row["library"] == "ours"):
         same = [other for other in rows if _work(other) == _work(row)]
@@ -69,7 +67,7 @@ def _work(row: Row) -> tuple:
 
 
 def machine(threads: int) -> str:
-    """What the figures were measured on."""
+    """Return a description of the machine."""
     import torch
 
     name = platform.processor() or platform.machine()

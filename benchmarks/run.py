@@ -111,8 +111,8 @@ class Workers:
             worker.close()
 
     def measure(self, method: str, kind: str, rounds: int, repeat: int) -> list[dict[str, Any]]:
-        """Rows of results: for each library that has the method, the adapted step's time over the
-        frozen one's.
+        """Return the ratio of the adapted step's time to the frozen step's, for each library that
+        has the method.
         """
         able = {
             library: worker for library, worker in self.workers.items() if method in _NAMES[library]

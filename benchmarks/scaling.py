@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the time of a step grows with the number of tasks, of adapters loaded, and of vectors in a
-bank. This package alone.
+"""Growth of a step's time with the number of tasks, of loaded adapters and of vectors in a bank,
+for this package alone.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ HEAD = "| grows | method | mode | size | microseconds | quartiles |"
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     spread = f"{row['low']:.0f}-{row['high']:.0f}"
     cells = [row["axis"], row["method"], row["mode"], row["size"], f"{row['us']:.0f}", spread]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def _step(axis: str, method: str, size: int, width: int, mode: str) -> Callable[[], None]:
-    """A step of a small model whose adapters are of a size."""
+    """Return a step of a small model with adapters of the given size."""
     import peft
 
     own = {"tasks": 10, "adapters": 1, "bank": 256, axis: size}
@@ -107,7 +107,7 @@ def _step(axis: str, method: str, size: int, width: int, mode: str) -> Callable[
 
 
 def plot(path: Any, rows: list[dict[str, Any]], where: str) -> None:
-    """A figure with one panel for each number that grows."""
+    """Draw a figure with one panel for each axis."""
     import matplotlib.pyplot as plt
 
     axes_of = list(dict.fromkeys(row["axis"] for row in rows))

@@ -34,7 +34,7 @@ PRESENT = (1, 100, 1_000)
 
 
 def ask(folder: Path, *order: Any) -> dict[str, float]:
-    """Have a process of its own measure something with the library in a folder."""
+    """Measure in a new process, with the library in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, *map(str, order)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -49,7 +49,7 @@ def measure(
     present: Iterable[int] = PRESENT,
     ask: Callable[..., dict[str, float]] = ask,
 ) -> list[dict[str, Any]]:
-    """Rows of results, each the median of some processes' times in seconds."""
+    """Return rows of results, each the median of several processes' times in seconds."""
     work = [("import", "", 0)] + [("inject", method, 0) for method in METHODS]
     work += [("load beside", method, size) for method in METHODS for size in present]
     work += [(name, "poly", 0) for name in ("save", "load")]
@@ -70,7 +70,7 @@ def measure(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     beside = f"{row['size']} adapters" if row["size"] else ""
     speed = (
         f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}"

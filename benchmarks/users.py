@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.users`: many users on one model, each with an adapter: VB-LoRA over one
-bank against LoRA.
+"""`python -m benchmarks.users`: many users on one model, each with an adapter. Compares VB-LoRA
+over one bank with LoRA.
 
-Measured are the bytes of a user's file, the time to load one beside those that are there, the
-memory they take, and the time of a batch in which every sample has another user's adapter. Each
-method runs in a process of its own.
+It measures the bytes of a user's file, the time to load an adapter beside the others, their memory,
+and the time of a batch in which every sample has another user's adapter. Each method runs in its
+own process.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ NAMES = {
 
 
 class Layers(nn.Sequential):
-    """A stack of linear layers with what a call by sample needs and nothing else."""
+    """A stack of linear layers, with the methods that `adapter_names` needs."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__(*(nn.Linear(width, width) for _ in range(layers)))
 
 
 def config(options: argparse.Namespace, bank: Path) -> Any:
-    """A user's config."""
+    """Return a user's config."""
     from peft import LoraConfig, VBLoRAConfig
 
     targets = [str(i) for i in range(options.layers)]
@@ -108,8 +108,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def timed(call: Any, repeat: int) -> float:
-    """The shortest time of a call, after two that do not count: what else the machine does only
-    adds to it.
+    """Return the shortest time of a call, after two warm-up calls. Other work on the machine only
+    adds time, so the shortest is the best estimate.
     """
     times = []
     for _ in range(repeat + 2):
@@ -120,12 +120,12 @@ def timed(call: Any, repeat: int) -> float:
 
 
 def memory() -> int:
-    """The most bytes that this process has had in memory so far."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     cores = f"{os.cpu_count()} cores, {options.threads} thread(s)"
     machine = f"{platform.machine()}, {cores}, torch {torch.__version__}"
     head = (
@@ -152,7 +152,7 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.users", description=__doc__, formatter_class=formatter

@@ -47,7 +47,7 @@ class Shape:
 
 
 def base_model(shape: Shape) -> nn.Module:
-    """A frozen model whose embedding is trained, so that backward runs through all of it."""
+    """Return a frozen model whose embedding is trained, so that backward reaches every layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -70,12 +70,12 @@ def base_model(shape: Shape) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights."""
+    """Return a copy that shares the weights."""
     return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
 
 def vector_length(width: int) -> int:
-    """A length that divides the sizes of all projections."""
+    """Return a length that divides the sizes of all projections."""
     return 256 if width % 1024 == 0 and int(width * 2.75) // 64 * 64 % 256 == 0 else 64
 
 
@@ -116,8 +116,8 @@ def adapt(
 
 
 def _lycoris(model: nn.Module, shape: Shape) -> Callable[..., Any]:
-    """LyCORIS puts its modules' forwards in place of the layers'; bypass mode applies the factors
-    and not their product.
+    """Adapt a model with LyCORIS in bypass mode, which replaces the layers' forwards and applies
+    the factors instead of their product.
     """
     from lycoris import LycorisNetwork, create_lycoris
 

@@ -43,7 +43,7 @@ class Desk:
         self.adapted: dict[str, Any] = {}
 
     def works(self, kind: str, method: str) -> dict[str, Work]:
-        """The frozen model's step and the adapted one's. Of the twins only the last is kept."""
+        """Return the frozen model's step and the adapted one's. Only the last twin is kept."""
         if method not in self.adapted:
             self.adapted.clear()
             model = twin(self.base)
@@ -58,7 +58,7 @@ def _answer(content: dict) -> None:
 
 
 def _times(works: dict[str, Work], order: dict) -> dict:
-    """Seconds of a step, the frozen model's and the adapted one's in turns."""
+    """Return seconds of the frozen model's step and of the adapted one's, in turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         for _ in range(order["warmup"]):
@@ -72,7 +72,7 @@ def _times(works: dict[str, Work], order: dict) -> dict:
 
 
 def _memory(works: dict[str, Work], order: dict) -> dict:
-    """Bytes that a step holds at most beyond what was held before it."""
+    """Return the peak memory that a step adds, in bytes."""
     return {name: _peak(work) for name, work in works.items()}
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes `compatibility.md`: which methods, options and names of Hugging Face PEFT this package
+"""Write `compatibility.md`: the methods, options and names of Hugging Face PEFT that this package
 has.
 
-`compatibility.json` holds the names in a release of theirs. Run with it on the path, this file
-writes that list:
+`compatibility.json` lists the names in a release of Hugging Face PEFT. With that release on the
+path, `--record` writes the list:
 
-    PYTHONPATH=.peer python docs/compatibility.py --record    # what they have
-    python docs/compatibility.py                              # the page
+    PYTHONPATH=.peer python docs/compatibility.py --record    # compatibility.json
+    python docs/compatibility.py                              # compatibility.md
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def examples() -> dict[str, Any]:
 
 
 def name_status(name: str) -> str:
-    """Return how this package stands to a name of `peft`."""
+    """Return the status of a name of `peft` in this package."""
     import peft
     from peft.base import placeholder_names
 
@@ -314,7 +314,7 @@ def name_status(name: str) -> str:
 
 
 def option_status(method: str, option: str, theirs: dict) -> str:
-    """Return how this package stands to an option of a method."""
+    """Return the status of a method's option in this package."""
     import peft
 
     fields = {
@@ -333,7 +333,7 @@ def option_status(method: str, option: str, theirs: dict) -> str:
 
 
 def value_status(method: str, option: str, value: str) -> str:
-    """Return whether a config takes a value, by trying."""
+    """Try a value in a config, and return its status."""
     import peft
 
     value = value.replace("[number of iters]", "4")

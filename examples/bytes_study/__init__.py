@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accuracy costs in stored bytes: VB-LoRA with a bank of its own or a shared one, LoRA and
-LoKr, on handwritten digits.
+"""Accuracy against stored bytes: VB-LoRA with its own or a shared bank, LoRA and LoKr, on
+handwritten digits. See `python -m examples.bytes_study --help`; README.md has the results.
 
 `python -m examples.bytes_study --help`; what it found is in README.md.
 """

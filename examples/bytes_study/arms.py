@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: methods, sizes, and how they are trained."""
+"""The methods, sizes and training settings that the study compares."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Arm:
 
 
 def vblora(size: int, bank: Path | None = None) -> VBLoRAConfig:
-    """The bank starts larger than by default, as vectors this short need."""
+    """Return a VB-LoRA config. Its bank starts larger than by default: the vectors are short."""
     own = (
         {"num_vectors": size, "vector_length": LENGTH, "init_vector_bank_bound": 0.1}
         if bank is None
@@ -59,7 +59,7 @@ def vblora(size: int, bank: Path | None = None) -> VBLoRAConfig:
 
 
 def all_arms() -> list[Arm]:
-    """LoRA and LoKr of some ranks, VB-LoRA with banks of some sizes.
+    """Return arms of LoRA and LoKr by rank, and of VB-LoRA by the bank's size.
 
     The rates of LoRA, LoKr and "two rates" were chosen on seed 100, which splits the pictures
     differently from the study's seeds.

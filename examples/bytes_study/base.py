@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[Images]:
-    """Shuffled batches without end."""
+    """Yield shuffled batches without end."""
     while True:
         for index in torch.randperm(len(images), generator=generator).split(rows)[
             : len(images) // rows
@@ -51,7 +51,9 @@ def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[I
 
 
 def fit(model: nn.Module, groups: list[dict], inputs: Iterator[Images], steps: int) -> None:
-    """AdamW with clipped gradients, a tenth of the steps to warm up and a linear way down."""
+    """Train with AdamW and clipped gradients: a tenth of the steps warm up, then the rate falls
+    linearly.
+    """
     optimiser, warm = torch.optim.AdamW(groups, weight_decay=0.0), max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
@@ -70,12 +72,12 @@ def fit(model: nn.Module, groups: list[dict], inputs: Iterator[Images], steps: i
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of images whose class the model finds."""
+    """Return the share of images that the model classifies correctly."""
     return float((model(images.pixels).argmax(1) == images.labels).float().mean())
 
 
 def make_base(data: Data, steps: int, generator: torch.Generator) -> Net:
-    """A network trained on the pretraining part, upright, and frozen."""
+    """Return a frozen network, trained on the upright pictures of the pretraining part."""
     net = Net()
     fit(
         net,

@@ -21,7 +21,7 @@ LOOKS = {
 
 
 class Point(NamedTuple):
-    """An arm's runs, summed up: accuracy in per cent, its mean and deviation over the seeds."""
+    """Summary of an arm's runs: mean and deviation of the accuracy in per cent over the seeds."""
 
     family: str
     size: int
@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 
 def points(runs: Iterable[dict[str, Any]]) -> list[Point]:
-    """A point for each arm; a seed's accuracy is the mean over its users."""
+    """Return a point for each arm. A seed's accuracy is the mean over its users."""
     by_arm: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in runs:
         by_arm.setdefault((run["family"], run["size"]), []).append(run)
@@ -55,7 +55,7 @@ def points(runs: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The points as a Markdown table."""
+    """Return the points as a Markdown table."""
     lines = [
         "| method | bank or rank | accuracy, % | ± | bytes of tensors | bytes on disk | trained | "
         "CPU seconds |",
@@ -73,7 +73,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Accuracy against bytes, and against the size of the bank."""
+    """Draw accuracy against bytes, and against the size of the bank."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study: a base, a bank trained on some tasks, and users of other tasks, each with an adapter
-of every kind; five seeds.
+"""The study: for each of five seeds a base model, a bank trained on some tasks, and users of other
+tasks, each with an adapter of every kind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ USERS = ["rot90", "rot180-inv"]  # and used for these
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.bytes_study",
         description="Measure accuracy against stored bytes: VB-LoRA (own or shared bank), LoRA and "
@@ -67,12 +67,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def seen(task: Task, images: Images) -> Images:
-    """Images as a task shows them."""
+    """Return images transformed by a task."""
     return Images(task(images.pixels), images.labels)
 
 
 def adapt(net: Net, config: Any, arm: Arm, images: Images, steps: int, seed: int) -> PeftModel:
-    """A copy of the base with an adapter trained on images."""
+    """Return a copy of the base with an adapter trained on images."""
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(net), config)
     fit(
@@ -87,7 +87,7 @@ def adapt(net: Net, config: Any, arm: Arm, images: Images, steps: int, seed: int
 def make_bank(
     kind: str, size: int, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path
 ) -> Path:
-    """A bank in a folder: random, or trained by one adapter on all the providers' pictures."""
+    """Write a bank to a folder: random, or trained by one adapter on the providers' pictures."""
     place = folder / f"{kind} bank {size}"
     if place.exists():
         return place
@@ -107,7 +107,7 @@ def make_bank(
 def one(
     arm: Arm, key: str, net: Net, data: Data, options: argparse.Namespace, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Adapt to a user's task, save, read back, and test what was read."""
+    """Adapt to a user's task, save and reload the adapter, and test the reloaded one."""
     start = process_time()
     bank = make_bank(arm.bank, arm.size, net, data, options, seed, folder) if arm.bank else None
     begin = process_time()
@@ -137,13 +137,13 @@ def one(
 
 
 def tensor_bytes(file: Path) -> int:
-    """The bytes of a safetensors file's tensors: what is left without its header."""
+    """Return the size of a safetensors file without its header."""
     with file.open("rb") as opened:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """All runs."""
+    """Run all arms for all seeds."""
     rows: list[dict[str, Any]] = []
     frozen: list[dict[str, Any]] = []
     for seed in range(options.seeds):
@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study, or draw it anew."""
+    """Run the study, or only draw its results again."""
     options = parse(arguments)
     torch.set_num_threads(1)
     file = options.output / "results.json"

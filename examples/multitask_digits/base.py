@@ -23,16 +23,14 @@ from .data import Data, Shape
 
 @dataclass
 class Base:
-    """A transformers image classifier and how it wants its pixels."""
+    """A transformers image classifier and the normalization of its input."""
 
     model: PreTrainedModel
     mean: list[float]
     std: list[float]
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Normalize ``pixels [n, channels, side, side]`` from [0, 1] to what the model was trained
-        on.
-        """
+        """Normalize ``pixels [n, channels, side, side]`` from [0, 1] as in the model's training."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -67,7 +65,8 @@ def small_vit(side: int, channels: int, classes: list[str]) -> ViTForImageClassi
 
 
 def load_folder_model(folder: Path, classes: list[str]) -> tuple[Base, list[str]]:
-    """The user's model; its own head where it knows all the classes, else a fresh one.
+    """Load the user's model. Its head stays if it knows all the classes; otherwise it gets a new
+    one.
 
     Returns:
         The base, and the parameters' names that pretraining has to train (none if the head is

@@ -84,7 +84,7 @@ def load_folder(folder: Path, side: int, channels: int) -> tuple[Images, list[st
 
 
 def fit_to(images: Images, side: int, channels: int) -> Images:
-    """Resize and repeat grey channels until a model with that input takes the images."""
+    """Resize images, and repeat gray channels, to a model's input shape."""
     pixels = images.pixels
     if pixels.shape[-1] != side:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).clamp(
@@ -123,9 +123,7 @@ class Shape:
 
 
 def load_data(folder: Path | None, shape: Shape, seed: int) -> Data:
-    """The user's folder if there is one, else the digits; the same parts for the same seed, in any
-    process.
-    """
+    """Load the user's folder, else the digits. A seed gives the same parts in any process."""
     images, classes = load_folder(folder, shape.side, shape.channels) if folder else load_digits()
     images = fit_to(images, shape.side, shape.channels)
     labels = list(range(len(classes)))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: what accuracy costs in bytes, how tasks mix skills, what a new row learns, and the
-tasks themselves.
-"""
+"""Figures: accuracy against bytes, how tasks mix skills, results of a new row, and the tasks."""
 
 from __future__ import annotations
 
@@ -132,7 +130,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 def router(
     weights: dict[str, Tensor], tasks: Sequence[str], n_joint: int, label: str, file: Path
 ) -> None:
-    """Draw task x skill weights in per cent; of a model with many layers, those where the tasks
+    """Draw task x skill weights in per cent. If a model has many layers, draw those where the tasks
     differ most.
 
     Args:
@@ -188,7 +186,7 @@ def router(
 def panel(
     axes: Axes, weights: Tensor, tasks: Sequence[str], n_joint: int
 ) -> matplotlib.image.AxesImage:
-    """Draw weights ``[n_tasks, n_skills]``, a row a task, with a gap before the late ones. Returns
+    """Draw weights ``[n_tasks, n_skills]``, a row per task, with a gap before the late ones. Return
     the image.
     """
     gap = torch.full((1, weights.shape[1]), float("nan"))
@@ -222,14 +220,14 @@ def panel(
 
 
 def short(name: str) -> str:
-    """``vit.layers.0.attention.q_proj`` as ``block 1, q_proj``."""
+    """Shorten ``vit.layers.0.attention.q_proj`` to ``block 1, q_proj``."""
     parts = name.split(".")
     numbers = [str(int(part) + 1) for part in parts if part.isdigit()]
     return f"block {'.'.join(numbers)}, {parts[-1]}" if numbers else parts[-1]
 
 
 def late_tasks(ways: Sequence[Way], tasks: Sequence[Task], shots: int, file: Path) -> None:
-    """A bar for every way to meet a late task; a panel a task."""
+    """Draw a panel per late task, with a bar for every way to learn it."""
     labels = [f"{way.group}: {way.label}" if way.group else way.label for way in ways]
     labels = [
         f"{label}  ({way.trainable:,} trained)" if way.trainable else label
@@ -278,8 +276,8 @@ def late_tasks(ways: Sequence[Way], tasks: Sequence[Task], shots: int, file: Pat
 def gallery(
     tasks: Sequence[Task], data: Data, frozen: dict[str, Tensor], adapted: Adapted, file: Path
 ) -> None:
-    """A held-out picture of each class as every task sees it, with what the base and an adapted
-    model make of it.
+    """Draw a held-out picture of each class in every task's view, with the answers of the base and
+    of an adapted model.
     """
     labels = data.test.labels.unique()[:10]
     places = [int((data.test.labels == label).nonzero()[0]) for label in labels]
@@ -334,6 +332,6 @@ def answer(axes: Axes, spot: tuple[float, float], guess: int, truth: int, data: 
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write and forget."""
+    """Save a figure and close it."""
     figure.savefig(file)
     plt.close(figure)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that comes later: learned from a handful of examples by training one new routing row and
-nothing else.
-"""
+"""A later task, learned from a few examples by training one new routing row and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ ROUTER_RATE = 0.3
 
 @dataclass
 class Way:
-    """One way to meet a new task: what it trains, and how accurate it then is by task."""
+    """One way to learn a new task: the parameters it trains, and the accuracy by task."""
 
     label: str
     group: str
@@ -34,7 +32,7 @@ class Way:
 
 
 def few(images: Images, shots: int, generator: torch.Generator) -> Images:
-    """``shots`` images, as many of each class as can be."""
+    """Return ``shots`` images, with the classes as even as possible."""
     order = torch.randperm(len(images), generator=generator)
     labels = images.labels[order]
     earlier = torch.stack([(labels[:place] == label).sum() for place, label in enumerate(labels)])
@@ -52,7 +50,7 @@ def check_only_new_row(model: PeftModel, before: dict[str, Tensor]) -> None:
 
 
 def nearest_row(base: Base, model: PeftModel, task: Task, examples: Images, n_tasks: int) -> int:
-    """The old task whose routing has the lowest loss on the examples."""
+    """Return the old task whose routing has the lowest loss on the examples."""
     losses = [
         F.cross_entropy(predict(base, model, task, examples, task_ids=i), examples.labels)
         for i in range(n_tasks)
@@ -96,9 +94,7 @@ def learn_row(
 def learn_fresh(
     base: Base, method: Method, name: str, task: Task, data: Data, examples: Images, steps: int
 ) -> tuple[int, float]:
-    """The alternative: a new adapter of the task's own from the same examples. Returns parameters
-    and accuracy.
-    """
+    """Train a new adapter for the task on the same examples. Return parameters and accuracy."""
     model = get_peft_model(copy.deepcopy(base.model), method.config())
     inputs = task_inputs(base, task, examples, len(examples), torch.Generator().manual_seed(0))
     with progress(f"{task.label}: new {name}", steps) as bar:
@@ -117,8 +113,8 @@ def meet(
     steps: int,
     seed: int,
 ) -> list[Way]:
-    """Learn each of ``tasks`` from ``shots`` examples, in every way there is; the routed adapters
-    keep their new rows.
+    """Learn each of ``tasks`` from ``shots`` examples in every way. The routed adapters keep their
+    new rows.
     """
     ways: dict[tuple[str, str], Way] = {}
 

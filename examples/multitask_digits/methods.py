@@ -48,8 +48,8 @@ class Method:
 
 
 def target_names(model: nn.Module) -> list[str]:
-    """Last names of all linear layers but the head: for a ViT ``q_proj, k_proj, v_proj, o_proj,
-    fc1, fc2``.
+    """Return the last names of all linear layers except the head: for a ViT ``q_proj, k_proj,
+    v_proj, o_proj, fc1, fc2``.
 
     Raises:
         ValueError: There are none.
@@ -68,7 +68,7 @@ def target_names(model: nn.Module) -> list[str]:
 
 
 def tile_length(model: nn.Module, targets: list[str]) -> int:
-    """VB-LoRA's ``vector_length``: a quarter of the largest divisor of all targets' sides."""
+    """Return the ``vector_length``: a quarter of the largest divisor of all targets' sides."""
     layers = [
         module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in targets
     ]

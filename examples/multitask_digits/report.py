@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as tables for people and as JSON for programs."""
+"""Results as tables to read and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Row:
 
 
 def lay_out(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A markdown table that also reads well as it is; the first ``left`` columns are flush left,
-    the others right.
+    """Return a Markdown table with aligned columns. The first ``left`` columns are flush left, the
+    others right.
     """
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -55,7 +55,7 @@ def lay_out(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) 
 
 
 def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
-    """Accuracies in per cent, and what they cost."""
+    """Return a table of accuracies in per cent, with parameters, bytes and time."""
     head = [
         "method",
         "tasks served by",
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """What the table says, whatever that is."""
+    """Return the order of the methods by mean accuracy, and their differences."""
     by_key = {row.key: row for row in rows}
     shared = by_key["shared"]
     others = sorted(

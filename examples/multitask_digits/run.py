@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole story: a base, eight tasks in six ways, a table, two tasks that come later, and all of
-it read back from disk.
+"""The demo from start to end: a base, eight tasks in six ways, a table, two later tasks, and all
+adapters read back from disk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .training import Adapted, Budget, accuracy, predict, predict_tasks, train
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.multitask_digits",
         description="Adapt one pretrained vision transformer to eight tasks with LoRA, Poly, "
@@ -92,7 +92,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """Threads, seed, quiet libraries, an output folder without an earlier run's adapters."""
+    """Set threads, seed and quiet libraries, and remove an earlier run's adapters from the output
+    folder.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -176,7 +178,7 @@ def draw(
     frozen: dict,
     data: Data,
 ) -> None:
-    """All figures."""
+    """Draw all figures."""
     tasks, late, output = eight_tasks(), late_tasks(), options.output
     names = [task.label for task in tasks + late]
     best = max(
@@ -198,12 +200,12 @@ def draw(
 
 
 def mean_accuracy(rows: list[Row], adapted: Adapted) -> float:
-    """The table's mean of a method."""
+    """Return the table's mean of a method."""
     return next(row.mean for row in rows if row.key == adapted.method.key)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; 0 if every check held."""
+    """Run the demo. Return 0 if every check passed."""
     options = parse(arguments)
     start = perf_counter()
     set_up(options)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk: save them, weigh them, read them back in a fresh process, and merge one for
-good.
-"""
+"""Adapters on disk: save and measure them, read them back in a fresh process, and merge one."""
 
 from __future__ import annotations
 
@@ -83,7 +81,7 @@ def check_in_fresh_process(output: Path, data_folder: Path | None, seed: int) ->
 
 
 def compare(output: Path, data_folder: Path | None, seed: int) -> bool:
-    """Predict with what is on disk; say by how much the logits differ from the saved ones."""
+    """Predict with the saved adapters, and print the difference from the saved logits."""
     data = load_data(data_folder, input_shape(output / "base", data_folder, 0), seed)
     base, _ = load_folder_model(output / "base", list(data.classes.values()))
     tasks = eight_tasks()
@@ -117,7 +115,7 @@ def check_merged(
 
 
 def main() -> int:
-    """The fresh process."""
+    """Run in the fresh process."""
     parser = argparse.ArgumentParser(description=compare.__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data-folder", type=Path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train, predict, measure: the same few functions for every method."""
+"""Functions that train, predict and measure, the same for every method."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Budget:
 
 @dataclass
 class Adapted:
-    """A method's trained model and what it measured. ``logits`` are those of the test part, by
+    """A method's trained model and its measurements. ``logits`` are those of the test part, by
     task.
     """
 
@@ -53,7 +53,7 @@ class Adapted:
 
 
 def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[Images]:
-    """Shuffled batches of ``rows`` images without end."""
+    """Yield shuffled batches of ``rows`` images without end."""
     rows = min(rows, len(images))
     while True:
         order = torch.randperm(len(images), generator=generator)
@@ -62,8 +62,8 @@ def batches(images: Images, rows: int, generator: torch.Generator) -> Iterator[I
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float]) -> list[dict]:
-    """Trainable parameters by learning rate: the first fragment in ``rates`` found in the name
-    decides.
+    """Return trainable parameters by learning rate. The first fragment in ``rates`` that the name
+    contains counts.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -76,7 +76,9 @@ def parameter_groups(model: nn.Module, rates: dict[str, float]) -> list[dict]:
 def fit(
     model: nn.Module, rates: dict[str, float], steps: int, inputs: Iterator[dict], bar: tqdm
 ) -> None:
-    """AdamW with clipped gradients, a tenth of the steps to warm up and a linear way down."""
+    """Train with AdamW and clipped gradients: a tenth of the steps warm up, then the rate falls
+    linearly.
+    """
     groups = parameter_groups(model, rates)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -153,8 +155,8 @@ def train_jointly(
     budget: Budget,
     generator: torch.Generator,
 ) -> tuple[PeftModel, int]:
-    """One adapter for all tasks, every batch from all of them. Returns the model and its trainable
-    parameters.
+    """Train one adapter for all tasks, with all tasks in each batch. Return the model and its
+    trainable parameters.
     """
     model = get_peft_model(copy.deepcopy(base.model), method.config())
     rows = max(1, budget.batch // len(tasks))
@@ -173,8 +175,8 @@ def train_per_task(
     budget: Budget,
     generator: torch.Generator,
 ) -> tuple[PeftModel, int]:
-    """An adapter a task, all on one model, trained one after the other. Returns the model and their
-    sum of parameters.
+    """Train an adapter per task on one model, one after the other. Return the model and the sum of
+    their parameters.
     """
     model = get_peft_model(copy.deepcopy(base.model), method.config(), adapter_name=tasks[0].key)
     for task in tasks[1:]:
@@ -196,8 +198,8 @@ def progress(label: str, steps: int) -> tqdm:
 
 @torch.no_grad()
 def predict(base: Base, model: nn.Module, task: Task, images: Images, **kwargs: int) -> Tensor:
-    """Logits ``[len(images), classes]`` of ``images`` as seen by ``task``; ``task_ids=<number>``
-    for a routed adapter.
+    """Return logits ``[len(images), classes]`` of ``images`` transformed by ``task``, with
+    ``task_ids=<number>`` for a routed adapter.
     """
     model.eval()
     chunks = [base.prepare(task(pixels)) for pixels in images.pixels.split(256)]
@@ -207,7 +209,7 @@ def predict(base: Base, model: nn.Module, task: Task, images: Images, **kwargs: 
 def predict_tasks(
     base: Base, method: Method, model: PeftModel, tasks: Sequence[Task], images: Images
 ) -> dict[str, Tensor]:
-    """Logits of every task, each the way that ``method`` serves it."""
+    """Return the logits of every task, with the adapter that ``method`` has for it."""
     logits = {}
     for number, task in enumerate(tasks):
         if method.mode == "per task":
@@ -218,5 +220,5 @@ def predict_tasks(
 
 
 def accuracy(logits: Tensor, images: Images) -> float:
-    """Share of the images whose largest logit is their label's."""
+    """Return the share of images whose largest logit is their label's."""
     return (logits.argmax(-1) == images.labels).float().mean().item()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: accuracy over all tasks, and new tasks from few examples."""
+"""Figures: accuracy over all tasks, and new tasks from few examples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STYLE = {
 
 
 def draw(results: dict[str, Any], methods: Sequence[Method], folder: Path) -> None:
-    """Both figures."""
+    """Draw both figures."""
     here = [
         method
         for method in methods
@@ -54,7 +54,7 @@ def draw(results: dict[str, Any], methods: Sequence[Method], folder: Path) -> No
 
 
 def trained_tasks(results: dict[str, Any], methods: Sequence[Method], file: Path) -> None:
-    """Mean and worst task of each method, a point for each seed."""
+    """Draw mean and worst task of each method, a point for each seed."""
     figure, axes = plt.subplots(figsize=(8, 0.62 * len(methods) + 1.4), layout="constrained")
     for place, method in enumerate(reversed(methods)):
         for of, mark, side in (
@@ -96,7 +96,7 @@ def trained_tasks(results: dict[str, Any], methods: Sequence[Method], file: Path
 
 
 def few_examples(results: dict[str, Any], methods: Sequence[Method], file: Path) -> None:
-    """Accuracy on new tasks against the number of examples, a line for each way to adapt."""
+    """Draw accuracy on new tasks against the number of examples, a line for each way to adapt."""
     kinds = {"pairs": "new pairs of known parts", "novel": "nothing known"}
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared, at equal numbers of parameters over all tasks, and how each adapts to a new
-task.
+"""The methods compared, with equal numbers of parameters over all tasks, and their ways to adapt to
+a new task.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables: means over the seeds with their standard deviations, and nothing that was not
-measured.
-"""
+"""Tables of means over the seeds with their standard deviations."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ SHOTS = (4, 16, 64)
 
 
 def one_line(method: Method, numbers: dict[str, Any]) -> str:
-    """A method's numbers of one seed, in brief."""
+    """Return a line with a method's figures for one seed."""
     scores = list(numbers["accuracies"].values())
     late = {
         (way, shots): mean(
@@ -41,7 +39,7 @@ def one_line(method: Method, numbers: dict[str, Any]) -> str:
 def over_seeds(
     results: dict[str, Any], key: str, of: Callable[[dict[str, Any]], float]
 ) -> list[float]:
-    """One number of a method for each seed that has it."""
+    """Return a figure of a method for each seed that has it."""
     return [of(numbers[key]) for numbers in results["seeds"].values() if key in numbers]
 
 
@@ -54,14 +52,14 @@ def cell(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
 def new_mean(
     kind: str, way: str, shots: int, what: str = "accuracy"
 ) -> Callable[[dict[str, Any]], float]:
-    """A function that takes the mean of the new tasks of a kind out of one seed's numbers."""
+    """Return a function of one seed's figures: the mean over the new tasks of a kind."""
     return lambda numbers: mean(
         r[what] for r in numbers["new"] if (r["kind"], r["way"], r["shots"]) == (kind, way, shots)
     )
 
 
 def tables(results: dict[str, Any], methods: Sequence[Method]) -> str:
-    """Everything in two tables."""
+    """Return all results in two tables."""
     here = [
         method
         for method in methods

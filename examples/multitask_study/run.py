@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study from beginning to end: for each seed a base, all methods on its tasks, and new tasks
-from few examples.
+"""The study from start to end: for each seed a base, all methods on its tasks, and new tasks from
+few examples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOTS = (4, 16, 64)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.multitask_study",
         description="Compare Poly, multi-head routing and routing by input with LoRA, on 28 tasks "
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of one seed, by method."""
+    """Return all figures of one seed, by method."""
     torch.manual_seed(seed)
     data = load_data(None, Shape(8, 1, {}), seed)
     base = make_base(None, data, 2 if options.quick else 40)
@@ -108,7 +108,9 @@ def new_tasks(
     options: argparse.Namespace,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Accuracy on each new task from each number of examples, in each of the method's ways."""
+    """Return the accuracy on each new task, for each number of examples and each of the method's
+    ways to adapt.
+    """
     results = []
     for number, task in enumerate(tasks):
         order = torch.randperm(
@@ -135,7 +137,7 @@ def new_tasks(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; writes tables and figures."""
+    """Run the study, and write tables and figures."""
     options = parse(arguments)
     logging.set_verbosity_error()
     torch.set_num_threads(1)

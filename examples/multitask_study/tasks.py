@@ -62,7 +62,7 @@ class Task:
 
 
 def composed() -> list[Task]:
-    """All 32 pairs of a geometry and a light."""
+    """Return all 32 pairs of a geometry and a light."""
     tasks = []
     for geometry, turn in GEOMETRIES.items():
         for light, change in LIGHTS.items():
@@ -76,7 +76,7 @@ def composed() -> list[Task]:
 
 
 def draw(seed: int, held_out: int = 4) -> tuple[list[Task], list[Task], list[Task]]:
-    """Tasks to train on, new pairs of what they have, and tasks that have nothing of them.
+    """Return tasks to train on, new pairs of their parts, and tasks that share nothing with them.
 
     Every geometry and every light is in some task to train on, whichever pairs are held out.
     """

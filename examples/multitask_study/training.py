@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on many tasks at once, accuracy by task, and adapting to a new one."""
+"""Training on many tasks at once, accuracy by task, and adapting to a new task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tasks import Task
 
 @dataclass
 class Budget:
-    """How much is trained.
+    """Amount of training.
 
     Args:
         steps: Of joint training.
@@ -47,18 +47,18 @@ class Trained:
     accuracies: dict[str, float] = field(default_factory=dict)
 
     def of(self, number: int) -> nn.Module:
-        """The model that serves a task."""
+        """Return the model for a task."""
         return self.models[number if self.method.mode == "per task" else 0]
 
     def arguments(self, number: int) -> dict[str, int]:
-        """What tells it the task."""
+        """Return the arguments that tell the model the task."""
         return {"task_ids": number} if self.method.mode == "routed" else {}
 
 
 def optimize(
     model: nn.Module, rates: dict[str, float], steps: int, loss: Callable[[], Tensor]
 ) -> None:
-    """AdamW, a tenth of the steps to warm up and a linear way down."""
+    """Train with AdamW: a tenth of the steps warm up, then the rate falls linearly."""
     by_role = {role: rate for role, rate in rates.items() if role != "all"}
     optimizer = create_optimizer(model, lr=rates.get("all"), rates=by_role)
     warm = max(1, steps // 10)
@@ -78,8 +78,8 @@ def optimize(
 def batches(
     base: Base, task: Task, images: Images, rows: int, generator: torch.Generator
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that gives the next batch of a task, going through its pictures in random order
-    again and again.
+    """Return a function that gives the next batch of a task. It goes through the task's pictures in
+    a new random order each time.
     """
     pixels, order = base.prepare(task(images.pixels)), torch.empty(0, dtype=torch.long)
 
@@ -101,7 +101,7 @@ def train(
     budget: Budget,
     seed: int,
 ) -> Trained:
-    """A method trained on all tasks, from ``parts[i]`` for ``tasks[i]``."""
+    """Train a method on all tasks, from ``parts[i]`` for ``tasks[i]``."""
     if method.config is None:
         return Trained(method, [base.model])
     torch.manual_seed(seed)
@@ -143,13 +143,13 @@ def train(
 
 
 def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor, **told: Tensor | int | str) -> Tensor:
-    """Cross entropy on a batch."""
+    """Return the cross entropy on a batch."""
     return model(pixel_values=pixels, labels=labels, **told).loss
 
 
 @torch.no_grad()
 def accuracy(base: Base, model: nn.Module, task: Task, images: Images, **told: int | str) -> float:
-    """Share of the pictures that a model tells right as seen by a task."""
+    """Return the share of pictures, transformed by a task, that a model classifies correctly."""
     model.eval()
     logits = model(pixel_values=base.prepare(task(images.pixels)), **told).logits
     return (logits.argmax(-1) == images.labels).float().mean().item()
@@ -158,8 +158,8 @@ def accuracy(base: Base, model: nn.Module, task: Task, images: Images, **told: i
 def adapt(
     base: Base, trained: Trained, way: Way, task: Task, few: Images, steps: int, seed: int
 ) -> tuple[nn.Module, dict, float]:
-    """A model adapted to a new task from a few pictures, what tells it the task, and the
-    processor's seconds; a copy changes.
+    """Adapt a copy of a model to a new task from a few pictures. Return it, its task arguments and
+    the processor's seconds.
     """
     torch.manual_seed(seed)
     rates, pixels, told = trained.method.ways[way], base.prepare(task(few.pixels)), {}
