@@ -99,7 +99,7 @@ class PeftConfig:
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: object, **kwargs: object) -> PeftConfig:
-        """Refuse unknown fields, with suggestions that Python's own message lacks."""
+        """Raise for unknown fields, with suggestions; Python's own message has none."""
         if not kwargs.keys() <= cls.__dataclass_fields__.keys():
             known = inspect.signature(cls.__init__).parameters
             takes_any = any(
@@ -166,12 +166,12 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True for methods that prepend virtual tokens; there are none here."""
+        """True for methods that prepend virtual tokens; False for all methods of this package."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """True for adaption prompts; there are none here."""
+        """True for adaption prompts; False for all methods of this package."""
         return False
 
     def for_adapter(self: C) -> C:
@@ -346,7 +346,7 @@ class PeftConfig:
 
     @classmethod
     def from_file_fields(cls: type[C], content: JsonObject, overrides: JsonObject) -> C:
-        """Make a config of a file's fields; missing fields have the values of the file's writer."""
+        """Make a config of a file's fields; missing fields get other implementations' defaults."""
         peft_type = content.get("peft_type")
         if peft_type is None:
             raise PeftTypeError(
@@ -365,7 +365,7 @@ class PeftConfig:
 
     @classmethod
     def _upgrade(cls, content: JsonObject) -> JsonObject:
-        """Return the fields of a file as this class takes them."""
+        """Return the fields of a file converted to the fields of this class."""
         return content
 
     @classmethod

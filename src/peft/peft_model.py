@@ -124,7 +124,7 @@ class PeftModel(nn.Module):
 
     @classmethod
     def class_for(cls, task_type: str | TaskType | None) -> type[PeftModel]:
-        """Return the class of models for a task type: `PeftModel`'s is by task."""
+        """Return the class of models for a task type; a subclass of `PeftModel` is its own."""
         if cls is not PeftModel or task_type is None:
             return cls
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
@@ -137,7 +137,7 @@ class PeftModel(nn.Module):
         """Check that the model takes adapters of a config's method.
 
         Raises:
-            PeftTypeError: It is no config.
+            PeftTypeError: It is not a config.
             PeftValueError: Its method is another one.
         """
         check_config(config)
@@ -255,7 +255,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train whole."""
+        """Names of the modules that adapters train in full."""
         names = {
             name
             for config in self.peft_config.values()
@@ -275,11 +275,11 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if any adapter takes part in the forward."""
+        """True if any adapter is active and the adapters are not disabled."""
         return bool(self.active_adapters) and not self.base_model.adapters_disabled
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Return whether `convert_to_lora` can convert an adapter, by default the one it takes."""
+        """Return whether `convert_to_lora` accepts an adapter, by default the one it chooses."""
         return self.base_model.supports_lora_conversion(adapter_name)
 
     def add_adapter(
@@ -289,11 +289,11 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter of the same method; it waits, frozen, until `set_adapter`.
+        """Add an adapter of the same method; it is frozen and inactive until `set_adapter`.
 
         TRL's trainers call this with the config of the trained adapter, for a reference model, and
-        then copy values by names that most methods do not have. They get a copy instead, as of
-        `copy_adapter`.
+        then copy values by names that most methods do not have. They get a copy instead, as
+        `copy_adapter` makes it.
 
         Args:
             adapter_name: A new name, without dots.
@@ -321,8 +321,7 @@ class PeftModel(nn.Module):
         self.base_model.add_adapter(adapter_name, self._with_heads(peft_config), construction)
 
     def copy_adapter(self, adapter_name: str, new_name: str, reference: bool = False) -> None:
-        """Add an adapter that is like another one, values included; it waits, frozen, until
-        `set_adapter`.
+        """Add a copy of an adapter, values included; it is frozen and inactive until `set_adapter`.
 
         Args:
             adapter_name: The adapter to copy, which stays as it is.
@@ -332,7 +331,7 @@ class PeftModel(nn.Module):
                 preference tuning.
 
         Raises:
-            PeftTypeError: A name is no string, or `reference` neither True nor False.
+            PeftTypeError: A name is not a string, or `reference` neither True nor False.
             PeftValueError: There is no such adapter, or the new name is taken; nothing is changed.
 
         Example:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are frozen for a while."""
+"""Freeze parameters temporarily."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .containers import walk
 
 
 class TemporaryFreeze:
-    """Parameters that are frozen for a while.
+    """Parameters that are frozen temporarily.
 
-    Each is known by its place in a module too, where FSDP2 puts another tensor to compute with.
-    That tensor decides what trains in a forward, and copies `requires_grad` from the parameter only
-    when it is next put there.
+    FSDP2 puts another tensor in a parameter's place to compute with. That tensor decides what
+    trains, and copies `requires_grad` only when it is next put there, so it is changed too.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of configs as a JSON file can hold them, for the paths, dtypes, enumerations, ranges and
-NumPy numbers that users pass.
-"""
+"""Convert config values to values of JSON: paths, dtypes, enumerations, ranges, NumPy numbers."""
 
 from __future__ import annotations
 
@@ -70,5 +68,5 @@ def as_list(value: object) -> list[object]:
 
 
 def is_empty(value: object) -> bool:
-    """Return True for None and empty collections or strings, which ask for nothing."""
+    """Return True for None and for empty collections and strings."""
     return value is None or (isinstance(value, (str, list, tuple, set, dict)) and not value)

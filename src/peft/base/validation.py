@@ -125,7 +125,7 @@ def check_scale(scale: object) -> None:
     """Check that an adapter's scale is a finite number; tensors are taken as they are.
 
     Raises:
-        PeftTypeError: It is no number.
+        PeftTypeError: It is not a number.
         PeftValueError: It is NaN or infinite.
     """
     if isinstance(scale, Tensor):

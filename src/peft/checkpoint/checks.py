@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a checkpoint: its keys, shapes and values, by the tensors that they are for."""
+"""Compare the keys, shapes and values of a checkpoint with the tensors that it is loaded into."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_state(
     state: Mapping[str, Tensor],
     ignore_mismatched_sizes: bool | None = None,
 ) -> LoadResult:
-    """Compare a checkpoint with the tensors it is for.
+    """Compare a checkpoint with the tensors that it is loaded into.
 
     Args:
         expected: The tensors, by checkpoint key.

@@ -40,7 +40,7 @@ _DIGEST = "adapter_config_sha256"
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Context with a lock on a folder: all processes of a training run may save at once.
+    """Context that locks a folder, since all processes of a training run may save at once.
 
     It goes on without a lock if the file system has none, or if another process holds it for a
     minute.
@@ -102,8 +102,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write a config alone, and delete those that killed saves left; the folder is made if
-    missing.
+    """Write a config without weights, and delete those that interrupted saves left; the folder is
+    made if missing.
     """
     with folder_for(folder), alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
@@ -254,7 +254,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _waiting_config(folder: Path, digest: str) -> Path:
-    """Return the name of a config that waits to replace the present one."""
+    """Return the name of a config that a save will rename to the present one."""
     try:
         present = _digest((folder / CONFIG_NAME).read_bytes())
     except FileNotFoundError:

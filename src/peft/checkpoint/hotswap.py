@@ -56,8 +56,8 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: object,
 ) -> None:
-    """Put a saved adapter's weights in the place of an adapter in the model, which keeps its name
-    and layers.
+    """Replace the weights of an adapter in the model by those of a saved one; its name and layers
+    stay.
 
     This is faster than loading a second adapter and needs no memory for it. A model compiled with
     `torch.compile` is not recompiled if `prepare_model_for_compiled_hotswap` has prepared it. On
@@ -104,7 +104,7 @@ def hotswap_adapter_from_state_dict(
     config: AdapterConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Put tensors in the place of an adapter in the model, as `hotswap_adapter` does.
+    """Replace the weights of an adapter in the model by given tensors, as `hotswap_adapter` does.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; compiled or not.
@@ -447,7 +447,7 @@ class _Swap:
 
 
 def _same(present: object, wanted: object) -> bool:
-    """Return True if a value can stay; compiled code knows modules by their identity."""
+    """Return True if a value need not be replaced; compiled code identifies modules by `id`."""
     if isinstance(wanted, nn.Module):
         return (
             type(present) is type(wanted)

@@ -137,7 +137,7 @@ def load_peft_weights(
     Raises:
         CheckpointNotFoundError: There is no weights file.
         CheckpointError: It can't be read.
-        PeftValueError: `device` is no device.
+        PeftValueError: `device` is not a device.
     """
     options = only_hub_options(hub_options, "load_peft_weights")
     try:

@@ -20,7 +20,7 @@ from .protocols import AdapterConfig, tuner_class
 
 T = TypeVar("T")
 
-# Containers of the rows of embeddings and the whole modules that adapters of all methods can train.
+# Containers of embedding rows and of full modules, which adapters of all methods can train.
 TOKEN_ROWS = "trainable_tokens_delta"
 WHOLE_MODULES = "modules_to_save"
 # Names of token embeddings, and of the output head that can share their weight.
@@ -117,8 +117,8 @@ def _trained_biases(
 
 
 def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | None:
-    """Return the adapters whose tensors have to be looked at to find those of `adapter_names`, None
-    for all: biases are trained in the layers of each.
+    """Return the adapters whose layers can have tensors of `adapter_names`. It is None for all if
+    the config trains biases, which may be those of any adapter's layers.
     """
     return adapter_names if config.trained_biases == "none" else None
 
@@ -126,8 +126,8 @@ def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | Non
 def companion_tensors(
     named: Iterable[tuple[str, T]], config: AdapterConfig, adapter_name: str
 ) -> dict[str, T]:
-    """Return an adapter's tensors that are not its method's, by checkpoint key: whole modules, rows
-    of embeddings, trained biases.
+    """Return the tensors that are trained beside an adapter, by checkpoint key: full modules,
+    embedding rows, biases.
     """
     own = container_names(config) - {TOKEN_ROWS}
     return {

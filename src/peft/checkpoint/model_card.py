@@ -62,7 +62,7 @@ def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> 
 
 
 def _as_list(value: object) -> list[object]:
-    """Return a list of a card, which may be a single word, or missing."""
+    """Return an entry of a card as a list; it may be a single word, or missing."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

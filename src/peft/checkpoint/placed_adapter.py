@@ -70,7 +70,7 @@ class PlacedAdapter:
         return self.layers[position.path].rank_padding(position.container)
 
     def set_unpadded(self, key: str, size: Unpadded) -> None:
-        """Note the own size of a padded tensor, unless the tensor was padded before."""
+        """Record the unpadded size of a tensor, unless it was padded before."""
         position = self.position(key)
         if position is not None:
             sizes = self.layers[position.path].unpadded_sizes.setdefault(self.name, {})

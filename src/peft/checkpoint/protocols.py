@@ -38,7 +38,7 @@ class AdapterLayer(Protocol):
     value_names: ClassVar[tuple[str, ...]]
     base_layer: nn.Module
     scaling: dict[str, float | Tensor]
-    # Own sizes of padded tensors, by adapter name and container.
+    # Unpadded sizes of padded tensors, by adapter name and container.
     unpadded_sizes: dict[str, dict[str, Unpadded]]
 
     def rank_padding(self, container: str) -> RankPadding | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank padding: zeros in low-rank factors up to a larger rank, which leave the product as it is.
 
-The zeros are not part of the adapter. Layers keep the own sizes of padded tensors, and saving cuts
-the tensors to them.
+The zeros are not part of the adapter. Layers keep the unpadded sizes of padded tensors, and saving
+cuts the tensors to them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RankPadding(NamedTuple):
     share: int = 1
 
     def size(self, rank: int) -> int:
-        """Return the entries of the dimension for a rank."""
+        """Return the size of the dimension for a rank."""
         return rank // self.share
 
     def allows(self, rank: int) -> bool:
@@ -55,7 +55,7 @@ class RankPadding(NamedTuple):
 
 
 class Unpadded(NamedTuple):
-    """The own size of padded tensors.
+    """Unpadded sizes of padded tensors.
 
     Args:
         padding: Their rank dimension.

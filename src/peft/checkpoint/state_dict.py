@@ -54,7 +54,7 @@ from .rank_padding import Unpadded
 from .renamed_modules import renamed_state
 from .vocabulary import was_resized
 
-# Other writers that save all biases repeat those of a module trained whole under these names.
+# Other writers that save all biases repeat those of a fully trained module under these names.
 _COPIES = frozenset([WHOLE_MODULES, "original_module"])
 # Names that adapters insert between a module's path and the names of its tensors.
 _INSERTED = ("base_layer", "original_module", "token_adapter")

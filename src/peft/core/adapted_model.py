@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdaptedModel`: a model with adapters in it, which can be run, switched, merged and taken out."""
+"""`AdaptedModel`: a model with adapters, which can be run, switched, merged and removed."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         arguments: dict[str, object],
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
-        """Take the choice of an adapter for each sample out of a call's keyword arguments.
+        """Pop the choice of an adapter for each sample from a call's keyword arguments.
 
         Raises:
             PeftValueError: It does not fit the inputs or the model, or adapters are merged.
@@ -229,7 +229,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         raise PeftAttributeError((self, self.model), name)
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Return whether `convert_to_lora` can convert an adapter, by default the one it takes."""
+        """Return whether `convert_to_lora` accepts an adapter, by default the one it chooses."""
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
         check_adapter(adapter_name)
@@ -262,7 +262,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """Return adapter names as a list.
 
         Raises:
-            PeftTypeError: They are no string and no list of strings.
+            PeftTypeError: They are neither a string nor a list of strings.
             PeftValueError: The model has no adapter of a name.
         """
         return known_names(adapter_names, self.peft_config)
@@ -278,7 +278,7 @@ class AdaptedModel(nn.Module, Generic[C]):
     ) -> None:
         """Put another adapter into the model: plan, build, fill, swap (`injection.py`).
 
-        The first adapter becomes the active one; later ones wait for `set_adapter`.
+        The first adapter becomes the active one; later ones are inactive until `set_adapter`.
 
         Args:
             adapter_name: A new name.
@@ -303,7 +303,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             put_in(self, method, plan, build)
 
     def add_with_tensors(self, adapter_name: str, config: C, tensors: Mapping[str, Tensor]) -> None:
-        """Put an adapter with given tensors into the model; it waits for `set_adapter`."""
+        """Put an adapter with given tensors into the model; it is inactive until `set_adapter`."""
         fill = partial(fill_with, tensors=tensors)
         self.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
 
@@ -328,7 +328,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make known adapters the active ones; an empty list leaves none active."""
+        """Make these adapters the active ones, unchecked; an empty list leaves none active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         parts = list(self._parts())
         switching.check_can_be_active(parts, names)
@@ -375,7 +375,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """Remove an adapter. If no other was active, the first by name becomes active.
 
         Raises:
-            PeftTypeError: The name is no string.
+            PeftTypeError: The name is not a string.
             PeftValueError: There is no such adapter, or it is merged.
         """
         parts = list(self._parts())
@@ -398,7 +398,7 @@ class AdaptedModel(nn.Module, Generic[C]):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any
     ) -> None:
-        """Add adapters' deltas to the base weights; `unmerge_adapter` takes them off exactly.
+        """Add adapters' deltas to the base weights; `unmerge_adapter` restores them exactly.
 
         Merged adapters count whether or not they are active; active ones that are not merged are
         computed in addition. A merge keeps the adapters' factors, so that unmerging takes off the
@@ -442,7 +442,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         return method.merge_options_of(adapter_name, own)
 
     def unmerge_adapter(self) -> None:
-        """Take all merged deltas off the base weights again."""
+        """Unmerge all adapters, which restores the base weights exactly."""
         _model_merges.unmerge(self.tuner_layers())
 
     def merge_and_unload(
@@ -478,13 +478,13 @@ class AdaptedModel(nn.Module, Generic[C]):
         return plain
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was: adapters are taken out, merged ones taken off."""
+        """Return the base model as it was: adapters are unmerged and removed."""
         if self.merged_adapters:
             self.unmerge_adapter()
         return self._unload([])
 
     def _unload(self, adapters: list[str], progressbar: str | None = None) -> nn.Module:
-        """Take the layers out, and keep the trained copies of modules that some adapters have."""
+        """Remove the adapter layers; of full modules, keep the trained copies of some adapters."""
         _model_merges.unload(self.model, self.tuner_layer_cls, adapters, progressbar)
         for name in self.shared_parameter_names:
             self.shared_owner(name)._modules.pop(name, None)

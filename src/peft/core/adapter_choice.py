@@ -30,8 +30,8 @@ def adapter_of(
         kind: Words after an adapter's name in messages, " of LoKr".
 
     Raises:
-        PeftTypeError: The name is no string, or `model` no module.
-        PeftValueError: There is none, or the choice is ambiguous.
+        PeftTypeError: The name is not a string, or `model` not a module.
+        PeftValueError: There is no such adapter, or several could be meant.
     """
     if not isinstance(model, nn.Module):
         raise PeftTypeError(

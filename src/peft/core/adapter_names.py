@@ -20,7 +20,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
         taken: The names of the model's adapters.
 
     Raises:
-        PeftTypeError: It is no string.
+        PeftTypeError: It is not a string.
         PeftValueError: It is taken, or has another meaning.
     """
     if not isinstance(name, str):
@@ -51,7 +51,7 @@ def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -
     """Return adapter names as a list.
 
     Raises:
-        PeftTypeError: They are no string and no list of strings.
+        PeftTypeError: They are neither a string nor a list of strings.
         PeftValueError: A name is none of the model's `adapters`.
     """
     if not isinstance(adapter_names, (str, Iterable)):

@@ -56,12 +56,12 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
 
 
 def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor]:
-    """Return an adapter's parameters, one of each container, with one look for hooks."""
+    """Return an adapter's parameters, one of each container; check once for hooks."""
     return read_optional(adapter_name, containers)  # type: ignore[return-value]
 
 
 def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | None]:
-    """Return an adapter's parameters, None of a container without one, with one look for hooks."""
+    """Return an adapter's parameters, None of a container without one; check once for hooks."""
     held = [container for container in containers if adapter_name in container]  # type: ignore[operator]
     if not torch.compiler.is_compiling() and are_unhooked(held, AdapterParameterDict):
         found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
@@ -72,7 +72,7 @@ def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Te
 
 
 class _Layer(Protocol):
-    """The part of a layer that this file reads.
+    """The members of a layer that this file uses.
 
     Attributes:
         container_names: Attributes with parameters or modules by adapter name.
@@ -118,7 +118,7 @@ def tensors_of(layer: _Layer, adapter_name: str) -> Iterator[Tensor]:
 
 
 def adopt(layer: _Layer, fresh: _Layer) -> None:
-    """Move the adapters of a layer, made for the same base layer, into this one."""
+    """Move the adapters of another layer, made for the same base layer, into this one."""
     for own, other in zip(_by_adapter(layer), _by_adapter(fresh), strict=True):
         if isinstance(own, nn.Module):
             end_offloading(own)
@@ -134,7 +134,7 @@ def drop(layer: _Layer, adapter_name: str) -> None:
 
 
 def _by_adapter(layer: _Layer) -> Iterator[MutableMapping[str, object]]:
-    """Yield all that a layer holds by adapter name."""
+    """Yield the containers and dictionaries of a layer that have an entry for each adapter."""
     for attribute in (*layer.container_names, *layer.value_names, "scaling", "unpadded_sizes"):
         yield getattr(layer, attribute)
 

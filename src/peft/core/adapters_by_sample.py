@@ -15,7 +15,7 @@ from ..base.calls.rows import RowOwners
 
 
 class _Layer(Protocol):
-    """The part of a layer that this file reads."""
+    """The members of a layer that this file uses."""
 
     @property
     def layout(self) -> RowLayout: ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrappers of modules that are trained beside an adapter, whole (`modules_to_save`) or in part."""
+"""Wrappers of modules trained beside an adapter, in full (`modules_to_save`) or by rows."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
             The outputs, with rows in the order of the inputs.
 
         Raises:
-            PeftNotSupportedError: An output is no tensor.
+            PeftNotSupportedError: An output is not a tensor.
         """
         if batch.only is not None:
             output = run(batch.only, *args, **kwargs)

@@ -78,7 +78,7 @@ def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
 
 
 def embedding_scale(module: nn.Module) -> float | Tensor:
-    """Return the factor of an embedding on its rows, for transformers' scaled word embeddings."""
+    """Return the number that a scaled word embedding of transformers multiplies its rows by."""
     return getattr(innermost(module), "embed_scale", 1.0)
 
 

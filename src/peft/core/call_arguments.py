@@ -62,7 +62,7 @@ class CallArguments:
         arguments: dict[str, object],
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
-        """Take `adapter_names`, an adapter for each sample, out of a call's keyword arguments.
+        """Pop `adapter_names`, an adapter for each sample, from a call's keyword arguments.
 
         Args:
             model: The base model.

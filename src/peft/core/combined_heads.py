@@ -65,7 +65,7 @@ def combine(
         can_stack: True if the caller can stack these heads too; for messages.
 
     Raises:
-        PeftTypeError: `heads` is no string.
+        PeftTypeError: `heads` is not a string.
         PeftValueError: Several train the same and `heads` is not given, or is no adapter's name, or
             there is no mean.
     """

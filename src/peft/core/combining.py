@@ -122,7 +122,7 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
     """Check a request, and return the method of its adapters.
 
     Raises:
-        PeftTypeError: Names or weights are no lists.
+        PeftTypeError: Names or weights are not lists.
         PeftValueError: An unknown adapter, a wrong number of weights, or a value that is not
             allowed.
     """
@@ -205,7 +205,7 @@ def add_weighted_adapter(
     majority_sign_method: str = "total",
     heads: str | None = None,
 ) -> dict[str, float]:
-    """Make an adapter out of others, which stay as they are. It waits, frozen, until
+    """Make an adapter out of others, which stay as they are. It is frozen and inactive until
     `set_adapter`.
 
     Args:
@@ -228,7 +228,7 @@ def add_weighted_adapter(
         relative to it in the Frobenius norm.
 
     Raises:
-        PeftTypeError: Names are no list.
+        PeftTypeError: Names are not a list.
         PeftValueError: A value is not allowed, or the method has no such combination, or the
             adapters do not fit together; nothing is changed.
     """
@@ -271,7 +271,7 @@ def put(
     combined: Combined,
     companions: Mapping[str, Tensor],
 ) -> None:
-    """Put a combined adapter into a model; it waits, frozen.
+    """Put a combined adapter into a model, frozen and inactive.
 
     Args:
         model: The model's tuner.

@@ -2,7 +2,7 @@
 """Weights that a layer computes anew in each forward: `torch.nn.utils.parametrize`, `weight_norm`,
 `spectral_norm`, `prune`.
 
-Such a weight is not a parameter of the layer, and whatever is written into it is lost with the next
+Such a weight is not a parameter of the layer, and a value written into it is lost with the next
 forward.
 """
 
@@ -73,7 +73,7 @@ def refuse(module: nn.Module) -> None:
 
 @contextmanager
 def made_plain(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Return a context for merging for good that turns computed weights into parameters. An error
+    """Return a context for a permanent merge that turns computed weights into parameters. An error
     undoes it.
 
     Raises:

@@ -52,7 +52,7 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
 
     Raises:
         UnsupportedModuleError: The model has no adapters.
-        PeftTypeError: The name is no string.
+        PeftTypeError: The name is not a string.
         PeftValueError: It has no such adapter.
     """
     configs = getattr(model, "peft_config", None)

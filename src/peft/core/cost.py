@@ -24,7 +24,7 @@ class AdapterCost(NamedTuple):
 
 
 def thin_cost(size: Geometry, r: int) -> AdapterCost:
-    """The cost of factors `[out, r]` and `[r, in · taps]`.
+    """Return the cost of factors `[out, r]` and `[r, in · taps]`.
 
     Example:
         >>> thin_cost(Geometry(8, 4), 2)

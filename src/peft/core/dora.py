@@ -50,7 +50,7 @@ class Decomposition:
 
 
 class DecomposableLayer(Protocol):
-    """The part of a layer that this file reads."""
+    """The members of a layer that this file uses."""
 
     geometry: Geometry
     base_layer: nn.Module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parents that read a child's weight and never call it: refused, or made to call it."""
+"""Modules that read a child's weight without calling the child: refused, or made to call it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .base_layer import innermost
 
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
-    """Return why no adapter can be at `parent.name`, or None: it would lose the imaginary part of
-    complex numbers, or never run, since some parents read a child's weight and skip its forward.
+    """Return the reason why `parent.name` can't have an adapter, None if it can: a delta would lose
+    the imaginary part of complex numbers, or a parent reads the weight and never calls the layer.
     """
     layer = innermost(parent._modules[name])  # type: ignore[arg-type]
     dtype = next(
@@ -39,7 +39,7 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
 
 
 def avoid_fused_paths(model: nn.Module) -> None:
-    """Have torch's transformer encoder call the adapted layers in it, and 4-bit layers stay
+    """Make torch's transformer encoder call its adapted layers, and keep 4-bit layers
     differentiable.
 
     The encoder's fused inference path reads weights in place of calling layers, unless a module has

@@ -58,10 +58,10 @@ class Construction:
     like: str | None = None
 
     def place(self, base_layer: nn.Module) -> tuple[Placement, bool]:
-        """Return device and dtype of a layer's parameters, and if they get initial values."""
+        """Return device and dtype of a layer's parameters, and whether they get initial values."""
         place = placement(base_layer, self.autocast, self.device)
         if place.device.type == "meta" and not self.initialize:
-            # A checkpoint needs memory to fill, whatever the base layer has.
+            # A checkpoint is filled in on the CPU if the base layer is on the meta device.
             place = place._replace(device=torch.device("cpu"))
         return place, self.initialize and place.device.type != "meta"
 
@@ -275,7 +275,7 @@ def _put_layers(
 
 
 def _put_copies(model: nn.Module, build: Build[C]) -> None:
-    """Put the trainable copies of whole modules beside the originals."""
+    """Put the trainable copies of full modules beside the originals."""
     for path, copy in build.copies.items():
         parent, module, child = get_submodules(model, path)
         if not isinstance(module, ModulesToSaveWrapper):
@@ -299,7 +299,7 @@ def _put_tokens(model: nn.Module, plan: Plan[C], build: Build[C]) -> None:
 
 
 def _leave_waiting(host: Host[C], build: Build[C], layer_cls: type[BaseTunerLayer]) -> None:
-    """Give the parts of a later adapter the state of the others; it waits, frozen."""
+    """Give the parts of a later adapter the state of the others; it stays inactive and frozen."""
     disabled = host.adapters_disabled
     for path in (*build.layers, *build.copies, *build.tokens):
         module = host.model.get_submodule(path)

@@ -177,11 +177,11 @@ class BaseTunerLayer(nn.Module):
 
     @property
     def needs_layer_alone(self) -> bool:
-        """True if no other method can adapt the layer: norms would apply to its delta too."""
+        """True if no other method can adapt the layer too, since norms would apply to its delta."""
         return any(self.decomposition(name) is not None for name in self.scaling)
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
-        """Return the factor of a merge on the sum of weight and delta; None for one."""
+        """Return the number by which a merge multiplies weight plus delta; None for 1."""
         own = self.decomposition(adapter_name)
         return None if own is None else own.weight_factor(self.geometry, scale)
 
@@ -198,7 +198,7 @@ class BaseTunerLayer(nn.Module):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
     ) -> LowRank:
-        """Return the adapter's delta as `B·A`, of a rank: an integer, the share of energy to keep,
+        """Return the adapter's delta as `B·A`. The rank is an integer, the share of energy to keep,
         or None for an exact product.
         """
         delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options)).flatten(1)
@@ -434,7 +434,7 @@ class BaseTunerLayer(nn.Module):
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
         """Subtract the deltas of some, by default all, merged adapters from the base weight.
-        Without any merge it is bit by bit the original, quantized or not.
+        Without any merge the weight is bit for bit the original, quantized or not.
 
         Raises:
             PeftRuntimeError: They came merged with a state dict, which lacks the original weight.
@@ -462,16 +462,16 @@ class BaseTunerLayer(nn.Module):
         self.merged_adapters[:] = adapter_names
 
     def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
-        """Unmerge adapters, by default all, and return their merges for `put_on`."""
+        """Unmerge adapters, by default all, and return their merges; `put_on` merges them again."""
         names = self.merged_adapters if adapter_names is None else adapter_names
         return self._merges.remove(self.get_base_layer(), names, self)
 
     def put_on(self, merges: Sequence[Merge]) -> None:
-        """Merge what `take_off` returned, as it was."""
+        """Merge again the adapters that `take_off` unmerged."""
         self._merges.add(self.get_base_layer(), merges)
 
     def unmerged_weight(self) -> Tensor:
-        """Return the base weight in numbers, bit by bit as it is while nothing is merged."""
+        """Return the dequantized base weight without merges, bit for bit the original."""
         return self._merges.original(self.get_base_layer())
 
     def _save_to_state_dict(

@@ -222,7 +222,7 @@ def _read_checkpoint(
 
     Raises:
         CheckpointError: A file is missing or damaged.
-        PeftValueError: `config` is no config.
+        PeftValueError: `config` is not a config.
     """
     if config is None:
         config = PeftConfig.from_pretrained(model_id, **hub)

@@ -3,7 +3,7 @@
 
 `Merges` keeps, for each merged adapter, copies of its small factors, and the few elements of the
 weight that subtracting the delta would not restore. The original of a quantized weight is kept as
-stored. A weight that the model uses elsewhere too is still there, and needs no copy.
+stored. If another module uses the weight too, the original is still there and needs no copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Options: TypeAlias = Mapping[str, Any]
 
 
 class MergeableLayer(dora.DecomposableLayer, Protocol):
-    """The part of a layer that this file reads."""
+    """The members of a layer that this file uses."""
 
     merged_adapters: list[str]
 
@@ -290,7 +290,7 @@ class Merges:
         return {n: own for n, own in options.items() if n in layer.scaling and n not in merged}
 
     def original(self, base: nn.Module) -> Tensor:
-        """Return the weight in numbers without any merge, bit by bit the original."""
+        """Return the dequantized weight without any merge, bit for bit the original."""
         with exact_merge.isolated(_weight(base).device):
             storage = quantized_format(base)
             if storage is None:
@@ -369,8 +369,8 @@ class Merges:
         return self._peeled(weight, self.entries[first:])
 
     def _peeled(self, weight: Tensor, entries: Sequence[Merge]) -> Tensor:
-        """Return a plain weight without its last merges. If something else has cast the weight, it
-        is the original cast so, except for rounding.
+        """Return a plain weight without its last merges. If other code has cast the weight, the
+        result is the original cast alike, up to rounding.
         """
         written, present = cast(Written, self._written), weight.dtype
         weight = weight.to(written.dtype)
@@ -438,7 +438,7 @@ class Merges:
     def insist_on_known(self, first: int = 0) -> None:
         """Raise if the merges from number `first` on can't be undone."""
         if self.shared is not None and first == 0:
-            return  # the original weight is used elsewhere, and still there
+            return  # another module still holds the original weight
         entries = self.entries[first if self.shared is None else 0 :]
         names = [merge.name for merge in entries if not merge.is_known]
         if names:

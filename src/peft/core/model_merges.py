@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging into all layers of a model, all or none, and taking adapters out of a model."""
+"""Merging into all layers of a model, all or none, and removing adapters from a model."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
 def warn_of_ties(
     model: nn.Module, named: Mapping[str, BaseTunerLayer], options: AdapterOptions
 ) -> None:
-    """Say so where merging is about to change a weight that the model uses elsewhere too.
+    """Warn where merging changes a weight that the model uses elsewhere too.
 
     Args:
         model: The model.
@@ -116,8 +116,8 @@ def warn_of_ties(
 
 @contextmanager
 def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Return a context for merging for good: merged layers whose weight the model uses elsewhere
-    too get a weight of their own. An error undoes this.
+    """Return a context for a permanent merge: merged layers whose weight the model uses elsewhere
+    too get a copy of it. An error undoes this.
     """
     owners = tied_weights.owners(model)
     merged = [
@@ -173,7 +173,7 @@ def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
 
 
 def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
-    """Take everything off that is merged into some layers; all or none.
+    """Unmerge all adapters of some layers; all or none.
 
     Raises:
         PeftRuntimeError: A weight came merged with a state dict.
@@ -189,8 +189,8 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
 
 
 def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
-    """Before adapters are switched off, see that merged ones can be taken off; before they are
-    switched on, merge all of those again if some layer would not compute one.
+    """Before adapters are disabled, check that merged ones can be unmerged; before they are
+    enabled, merge all of those again if some layer would not compute one.
 
     Raises:
         PeftRuntimeError: A weight came merged with a state dict.
@@ -209,9 +209,7 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
 def without_other_merges(
     layers: Iterable[BaseTunerLayer], options: AdapterOptions
 ) -> Iterator[None]:
-    """A context in which adapters are not merged that are to be merged with other options; an error
-    merges them again.
-    """
+    """Context without adapters merged with other options; an error merges them again."""
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     for layer in layers:
         names = [name for name, own in options.items() if own and name in layer.merged_adapters]
@@ -235,9 +233,9 @@ def for_good(
     names: Sequence[str],
     options: AdapterOptions,
 ) -> Iterator[bool]:
-    """A context for a merge that stays, whose preparations an error undoes.
+    """Context for a permanent merge, whose preparations an error undoes.
 
-    Adapters that are merged with other options are taken off, weights that the model also uses
+    Adapters that are merged with other options are unmerged, weights that the model also uses
     elsewhere are copied, and computed weights become plain parameters.
 
     Args:
@@ -265,7 +263,7 @@ def unload(
     adapters: Sequence[str],
     progressbar: str | None,
 ) -> None:
-    """Put the layers that adapters were put around back in their places.
+    """Replace the layers with adapters by the base layers in them.
 
     Args:
         model: The model.

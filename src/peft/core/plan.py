@@ -68,7 +68,7 @@ class TargetRules(Protocol[C_contra]):
 
 @dataclass
 class Plan(Generic[C]):
-    """The modules that an adapter will have parts in.
+    """The modules that an adapter adapts or trains.
 
     Args:
         adapter_name: The adapter's name.

@@ -140,7 +140,7 @@ def _lost_targets(
 
 
 def _companions(config: TargetedConfig) -> list[str]:
-    """Return the names of modules that a config trains beside its layers, whole or by rows."""
+    """Return the names of modules that a config trains beside its layers, in full or by rows."""
     tokens = config.trainable_token_indices
     return [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
 
@@ -184,10 +184,10 @@ def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
 
 
 def _starts(path: str) -> list[int]:
-    """Return the starts of the ends of a path that can name its module."""
+    """Return the positions in a path where a suffix of whole names begins."""
     return [0] + [i + 1 for i, sign in enumerate(path) if sign == "."]
 
 
 def _ends(path: str) -> list[int]:
-    """Return the ends of the paths of a module and of the modules around it."""
+    """Return the positions in a path where a prefix of whole names ends."""
     return [i for i, sign in enumerate(path) if sign == "."] + [len(path)]

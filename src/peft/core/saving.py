@@ -128,7 +128,7 @@ def _adapters_to_save(selected: Sequence[str] | None, adapters: Collection[str])
     """Return the names of the adapters to save, by default all.
 
     Raises:
-        PeftTypeError: They are no list of strings.
+        PeftTypeError: They are not a list of strings.
         PeftValueError: One is unknown, or the model has none.
     """
     if isinstance(selected, str):

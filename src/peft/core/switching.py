@@ -26,7 +26,7 @@ def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collecti
     """Check that an adapter can be removed.
 
     Raises:
-        PeftTypeError: The name is no string.
+        PeftTypeError: The name is not a string.
         PeftValueError: There is no such adapter, or it is merged.
     """
     if not isinstance(adapter_name, str):

@@ -21,7 +21,7 @@ _FLAG = "tie_word_embeddings"
 
 
 class Pair(NamedTuple):
-    """Two parameters that a module of a model ties, by their names in it."""
+    """Two parameters that a module ties, by their names in it."""
 
     part: Any
     target: str
@@ -65,7 +65,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def can_tell(model: Any) -> bool:
-    """Return whether a model computes, and its config reads, the same without the flag."""
+    """Return whether the flag can be set to False: the config keeps it, and no forward reads it."""
     kind = type(model.config)
     try:
         known = (
@@ -80,8 +80,8 @@ def can_tell(model: Any) -> bool:
 
 
 def settle(model: Any, was_tied: bool) -> None:
-    """Have a model's config say which weights are tied, after trained modules or merged weights
-    took the places of tied ones.
+    """Update a model's config if tied weights differ now: trained modules or merged weights took
+    the place of one of them.
 
     Args:
         model: The model, without adapters.

@@ -135,7 +135,7 @@ class BaseTuner(AdaptedModel[C]):
     def without_start(
         self, model: nn.Module, adapter_name: str
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Return config and tensors of an adapter that starts from the base weight as a plain one.
+        """Return an adapter's config and tensors, converted to one for the original base weight.
 
         Raises:
             PeftNotSupportedError: It does not start from the base weight.

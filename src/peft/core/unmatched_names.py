@@ -249,7 +249,7 @@ def _if_expressions(names: Iterable[str]) -> str:
 
 
 def _layers_of(paths: Iterable[str], pattern: LayerLists) -> str:
-    """Return a phrase that tells the layers of modules."""
+    """Return a phrase with the indices of the layers that modules are in: "in layers 0 to 3"."""
     present = sorted(
         {index for path in paths if (index := _targets.layer_index(path, pattern)) is not None}
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a base layer: reading it in numbers, replacing it, untying it."""
+"""The weight of a base layer: read it as floating-point numbers, replace it, untie it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _AdaptedLayer(Protocol):
 
 
 def base_weight(layer: _AdaptedLayer) -> Tensor:
-    """Return the base weight in numbers, as stored, without merged adapters."""
+    """Return the base weight as stored, in floating-point numbers, without merges."""
     if layer.has_merges:
         return layer.unmerged_weight()
     base, size = layer.get_base_layer(), layer.geometry
@@ -51,8 +51,8 @@ def base_weight(layer: _AdaptedLayer) -> Tensor:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight in numbers, in the layer's layout: the parameter itself if it has a
-    dtype to compute in, else (quantized, float8) a copy in float32.
+    """Return a layer's weight as floating-point numbers, in the layer's layout: the parameter
+    itself if it has a dtype to compute in, else (quantized, float8) a copy in float32.
 
     Raises:
         PeftNotSupportedError: Its storage format is unknown.

@@ -57,7 +57,7 @@ def offloaded_values(
 
 
 def end_offloading(module: nn.Module) -> None:
-    """Load a module's own parameters on the device where it runs, for good."""
+    """Load a module's own parameters on the device where it runs, permanently."""
     hook, device = _hook(module), execution_device(module)
     if hook is None:
         return

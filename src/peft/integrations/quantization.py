@@ -31,7 +31,7 @@ class StorageFormat(NamedTuple):
         name: Name of the format in `get_layer_status`.
         get: Return the stored weight, which stays valid when the layer gets another.
         put: Put a stored weight into the layer.
-        read: Return the layer's weight in numbers, float32 `[out, in]`.
+        read: Return the layer's weight dequantized, float32 `[out, in]`.
         pack: Return numbers `[out, in]` as a stored weight of the layer's present format.
     """
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients by way of plain operations, for functions whose own backward does not know all that
-autograd does.
+"""Gradients by autograd of plain operations, for functions whose own backward supports neither
+double backward nor batched gradients.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ def gradients_again(
     wanted: Sequence[bool],
     of_results: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Return gradients for a function's arguments, in a backward.
+    """Return the gradients for a function's arguments, computed by running the function again.
 
-    They are part of a graph if gradients are on there, so that they can be differentiated again.
+    If gradients are enabled there, the result can be differentiated again.
 
     Args:
         function: Of plain operations; it returns one tensor or several.
         arguments: Its arguments, as they were saved for backward.
-        wanted: Which of their gradients are.
+        wanted: True for each argument whose gradient is needed.
         of_results: The gradients for its results.
 
     Returns:
         For each argument its gradient, None where none is wanted or the function does not need it.
     """
-    # Where one argument was computed from another (by a layer that a model runs twice), that way is
-    # not this function's: each is taken by an alias.
+    # If one argument was computed from another (a model runs a layer twice), the gradient must not
+    # flow from one to the other here; aliases cut that path.
     with torch.enable_grad():
         aliases = {i: arguments[i].view_as(arguments[i]) for i, want in enumerate(wanted) if want}  # type: ignore
         results = function(*[aliases.get(i, argument) for i, argument in enumerate(arguments)])

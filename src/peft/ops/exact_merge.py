@@ -170,7 +170,7 @@ def _take_off(merged: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return `tensor` in a dtype that holds its sums."""
+    """Return `tensor` in a dtype that can hold its sums."""
     return tensor.to(
         torch.float64
         if tensor.dtype == torch.float32 and tensor.device.type != "mps"

@@ -166,7 +166,7 @@ def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
 
 
 def _middle(chain: Chain) -> tuple[Middle | None, float]:
-    """Return a chain's function, None for a low-rank one with a number as its scale; and that."""
+    """Return a chain's function and 1; for a low-rank chain with a number as scale, None and it."""
     if isinstance(chain, FunctionChain):
         return chain.middle, 1.0
     scale = chain.scale
@@ -352,8 +352,8 @@ def _through_middle(
     factors: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients for the first product and the factors, through the function and the last
-    product.
+    """Backpropagate through the last product and the chain's function; return the gradients for the
+    first product and the factors.
     """
     sources = [
         tensor.detach().requires_grad_(want)

@@ -147,7 +147,7 @@ class _Call(AbstractContextManager):
             self.cache.put(adapter_name, results)
 
     def results_of(self, adapter_name: str) -> _Results | None:
-        """Return an adapter's results, to be added to; None where it is one adapter too many."""
+        """Return an adapter's results, to be added to; None if the cache is full."""
         results = self.results.get(adapter_name)
         if results is None and len(self.results) < ADAPTERS:
             results = self.results[adapter_name] = self.cache.take(adapter_name)

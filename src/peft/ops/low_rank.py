@@ -112,7 +112,7 @@ def product_svd(B: Tensor, A: Tensor) -> SingularTriples:
 
 
 def dense_svd(matrix: Tensor) -> SingularTriples:
-    """The singular values and vectors of a dense matrix, in float64 where the device has it.
+    """Return the singular values and vectors of a dense matrix, in float64 where the device has it.
 
     Raises:
         PeftValueError: It has values that are NaN or infinite.
@@ -140,7 +140,8 @@ def cut(triples: SingularTriples, rank: int | float | None, dtype: torch.dtype) 
 
 
 def approximate(B: Tensor, A: Tensor, rank: int | float | None = None) -> LowRank:
-    """The best approximation of `B·A` of a rank; the factors as they are if the rank allows it.
+    """Return the best approximation of `B·A` of a rank; the factors as they are if the rank allows
+    it.
 
     Args:
         B: `[out, r]`.
@@ -189,6 +190,6 @@ def wide(tensor: Tensor) -> Tensor:
 def _finite(tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise PeftValueError(
-            "The adapter has values that are NaN or infinite, of which there is no factorisation."
+            "The adapter has values that are NaN or infinite, which have no factorization."
         )
     return wide(tensor)

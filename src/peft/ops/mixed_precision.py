@@ -161,7 +161,7 @@ def _are_mixed(activation: Tensor, factor: Tensor) -> bool:
 
 
 def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) -> bool:
-    """Return whether kernels take a product.
+    """Return whether the kernels support a product.
 
     Args:
         activation: The activation that is read or written.
@@ -236,8 +236,8 @@ def _trial_of_blocks(length: int, width: int, dtype: torch.dtype) -> Trial:
         return tuple(one * tensor.float() for tensor in found)
 
     def example(device: torch.device) -> tuple[Tensor, ...]:
-        """Make results of about one, and whole numbers where they are rounded, so that rounding
-        cannot differ.
+        """Return arguments with results of about one, and with integers where results are rounded,
+        so that rounding cannot differ.
         """
         x = torch.randint(-3, 4, (rows, length), device=device).to(dtype)
         p, q = (

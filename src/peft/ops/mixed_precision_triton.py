@@ -50,7 +50,7 @@ def down(activation: Tensor, factor: Tensor, scale: float) -> Tensor:
 
 
 def across(factor: Tensor, activation: Tensor, scale: float) -> Tensor:
-    """`scale · thinᵀ · activation`.
+    """Return `scale · factorᵀ · activation`.
 
     Args:
         factor: `[n, rows, m]` or `[rows, m]` in float32.
@@ -110,7 +110,7 @@ def blocks(length: int, width: int) -> tuple[int, int]:
 def _plan_down(
     n: int, rows: int, k: int, m: int
 ) -> tuple[int, tuple[int, int], int, dict[str, int]]:
-    """Return the number of parts of a sum, the grid, a program's steps, and the constants."""
+    """Return the number of partial sums, the grid, a program's loop steps, and the constants."""
     block_m = _block(m, LARGEST_RANK)
     is_narrow = block_m < 64
     block_r, block_k = (
@@ -127,7 +127,7 @@ def _plan_down(
 def _plan_across(
     n: int, rows: int, k: int, m: int
 ) -> tuple[int, tuple[int, int], int, dict[str, int]]:
-    """As `_plan_down`."""
+    """Return the same as `_plan_down`."""
     block_m = _block(m, LARGEST_RANK)
     block_k = _block(k, 256 if block_m < 32 else 128 if block_m < 64 else 64)
     warps, stages, programs = (
@@ -146,7 +146,7 @@ def _plan_across(
 
 @functools.lru_cache(1024)
 def _plan_up(n: int, rows: int, k: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and what the kernel is compiled for."""
+    """Return the grid, and the constants that the kernel is compiled for."""
     block_k = _block(k, LARGEST_RANK)
     block_c = _block(columns, 128 if block_k < 64 else 64)
     block_r = _block(rows, 32 if block_c == 128 or block_k == 128 else 64)
@@ -164,7 +164,7 @@ def _sizes(warps: int, stages: int, **blocks: int) -> dict[str, int]:
 
 
 def _block(size: int, most: int) -> int:
-    """A block's side: a power of two, and 16 is the least that matrix units take."""
+    """Return the side of a block: a power of two, at least 16 for the matrix units."""
     return min(1 << max(size - 1, 15).bit_length(), most)
 
 
@@ -173,7 +173,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _splits(blocks: int, most: int, programs: int) -> int:
-    """In how many parts a sum is made, so that there are about `programs`, a few for each
+    """Return the number of partial sums that gives about `programs` programs, a few for each
     multiprocessor.
     """
     return max(min(programs // max(blocks, 1), most), 1)
@@ -197,7 +197,7 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """A program makes a block of rows, from `steps` blocks of their numbers."""
+    """Compute a block of rows of the product, from `steps` blocks of the inner dimension."""
     blocks = tl.cdiv(rows, BLOCK_R)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_R
     split = tl.program_id(1)
@@ -241,7 +241,7 @@ def _across_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """A program makes a block of columns, from `steps` blocks of rows."""
+    """Compute a block of the product, from `steps` blocks of the rows that are summed over."""
     blocks = tl.cdiv(k, BLOCK_K)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_K
     split = tl.program_id(1)

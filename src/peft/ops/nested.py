@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested tensors, of samples of unlike lengths, as one dense tensor of all tokens, and back."""
+"""Nested tensors, whose samples differ in length, as one dense tensor of all tokens, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def as_tokens(nested: Tensor) -> Tensor:
 
 
 def nested_like(nested: Tensor, tokens: Tensor) -> Tensor:
-    """Return tokens as samples of the lengths that those of a nested tensor have."""
+    """Return tokens as a nested tensor with the sample lengths of another."""
     if nested.layout is torch.jagged:
         offsets = nested.offsets()  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a Triton kernel in place of plain operations, where that can be had.
+"""Run a Triton kernel in place of plain operations, where the device has one that agrees.
 
-On a GPU a chain of small operations costs its launches, whatever it computes. `with_kernel` gives a
-function of plain operations a kernel that computes the same in one launch, from the file
-`<name>_triton.py` beside its own `<name>.py`. Such a file needs Triton, so it is imported at the
-first use of the kernel.
-The plain operations stay: they are the reference, and serve all other cases.
+On a GPU a chain of small operations takes the time of its launches. `with_kernel` gives a function
+of plain operations a kernel that computes the same in one launch, from the file `<name>_triton.py`
+beside its own `<name>.py`. Such a file needs Triton, so it is imported at the first use of the
+kernel. The plain operations stay: they are the reference, and serve all other cases.
 """
 
 from __future__ import annotations

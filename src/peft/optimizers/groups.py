@@ -158,7 +158,7 @@ def create_optimizer(
     """
     if not isinstance(optimizer_cls, type) or not issubclass(optimizer_cls, torch.optim.Optimizer):
         raise PeftTypeError(
-            f"`optimizer_cls`={optimizer_cls!r} must be a class of torch optimizers, such as "
+            f"`optimizer_cls`={optimizer_cls!r} must be a class of torch optimizers, for example "
             "`torch.optim.AdamW`."
         )
     groups = parameter_groups(model, lr, rates=rates, ratios=ratios, weight_decay=weight_decay)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part that LyCORIS methods share: alpha scaling, patterns by module, rank and module dropout.
+"""Code that LyCORIS methods share: alpha scaling, patterns by module, rank and module dropout.
 
 Source: arXiv:2309.14859
 """

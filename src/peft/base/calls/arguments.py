@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of the arguments of a call, and the number of samples that they tell."""
+"""Names and shapes of a call's arguments, and the number of samples that they show."""
 
 from __future__ import annotations
 

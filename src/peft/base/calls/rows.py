@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sample of each row of a layer's input.
 
-A call tells the counts of its samples, of the repeats of each by `generate`, and of the tokens of a
-sample. A layer sees `samples × repeats × tokens` rows. If its input has another number of rows,
+A call tells how many samples it has, how often `generate` repeats each, and how many tokens a
+sample has. A layer sees `samples × repeats × tokens` rows. If its input has another number of rows,
 their owners are unknown, and the error names the layer.
 """
 
@@ -82,7 +82,7 @@ IN_ORDER = RowOwners()
 
 
 class RoutedTokens:
-    """The tokens that a mixture of experts hands to each expert, in its order.
+    """The tokens that a mixture of experts routes to each expert, in the expert's order.
 
     Args:
         choose: Returns `[experts, choices, tokens]`, nonzero where a token goes to an expert.
@@ -101,7 +101,7 @@ class RoutedTokens:
 
     @property
     def number(self) -> int:
-        """Number of tokens of the call, handed to an expert or not."""
+        """Number of tokens of the call, routed to an expert or not."""
         return self.chosen.shape[2]
 
     def tokens(self, expert: str) -> Tensor | None:

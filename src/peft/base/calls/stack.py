@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that belong to a call of a model, kept where its layers find them.
+"""Values of a model's call, kept for its layers to read while the call runs.
 
 A model does not pass `adapter_names` or `task_ids` on to its layers. A `CallStack` keeps them while
 the call runs, and again while backward recomputes layers (gradient checkpointing). Both end by

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods of a model under signatures that also name the arguments of its adapters.
+"""Wrap a model's methods, so that their signatures also name the arguments of its adapters.
 
 Trainers drop data columns, and `generate` refuses keyword arguments, that
 `inspect.signature(model.forward)` does not name; some libraries call `model.forward` itself, past
@@ -130,7 +130,7 @@ class _Unbound:
 
 
 def wrap_method(module: nn.Module, method: str, names: tuple[str, ...], handler: Handler) -> None:
-    """Have a handler run the calls of a module's method, if the module has that method.
+    """Pass the calls of a module's method to a handler, if the module has that method.
 
     Args:
         module: The module.
@@ -151,8 +151,8 @@ def is_wrapped(module: nn.Module, method: str) -> bool:
 
 
 def unwrap_methods(model: nn.Module, *handlers: Function) -> None:
-    """Give the modules of a model the methods back that some handlers run, except methods that
-    something else has wrapped since.
+    """Restore the methods of a model's modules that some handlers run, except those that other code
+    has wrapped since.
 
     Args:
         model: The model.

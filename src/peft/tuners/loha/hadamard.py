@@ -91,7 +91,7 @@ def hadamard_weight(f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
 
 
 def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """`A [r², in · taps]` and `B [out, r²]` with `B·A = ΔW`, at `r²·(out + in·taps)`
+    """Return `A [r², in · taps]` and `B [out, r²]` with `B·A = ΔW`, at `r²·(out + in·taps)`
     multiplications.
 
     Example:

@@ -43,7 +43,7 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
         "full": Role(("hada_t1", "hada_t2")),
     }
     supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantised), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     )
 
     def tuner_layer_class(  # noqa: D102

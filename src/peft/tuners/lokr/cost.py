@@ -37,7 +37,7 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
         right, spatial = (d, *shapes["t2"][1::-1], c), 1
     elif "w2" not in shapes:
         right = (d, shapes["w2_b"][0], c)
-    # A group has whole blocks of rows; else this is an upper bound.
+    # Exact if each group has full blocks of rows; else an upper bound.
     parts = groups if a % groups == 0 else 1
     left = (*left[:-1], left[-1] // parts)
     spatial = spatial if size.kernel_size else -1

@@ -323,7 +323,7 @@ def _fold_scale(w1s: Maps, w2s: Maps, scale: float | Tensor) -> tuple[Maps, Maps
 def _order(
     w1s: Maps, w2s: Maps, left_groups: int, right_groups: int, positions: int
 ) -> tuple[State, ...]:
-    """Return the cheapest order, with `positions` input positions per output position."""
+    """Return the cheapest order of contraction; `positions` is inputs per output position."""
     # The compiler warns about caches.
     order = _order_of_shapes if torch.compiler.is_compiling() else _cached_order
     return order(tuple(shapes(*w1s)), tuple(shapes(*w2s)), left_groups, right_groups, positions)

@@ -169,8 +169,8 @@ class LoKrLayer(LycorisLayer):
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """Return `alpha / r`, with `use_rslora` over the root of `r`; 1 with `full_matrix`, which
-        has no rank.
+        """Return `alpha / r`, or `alpha / √r` with `use_rslora`; 1 with `full_matrix`, which has no
+        rank.
         """
         if self.full_matrix[adapter_name]:
             return 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: low-rank adaptation, `ΔW = s · B·A`, and DoRA, its form with separate lengths. Source:
+"""LoRA: low-rank adaptation, `ΔW = s · B·A`, and DoRA, its form with separate norms. Source:
 arXiv:2106.09685, 2402.09353
 """
 

@@ -43,8 +43,8 @@ class Magnitude(nn.Module):
 
 
 class Start(nn.Module):
-    """Factors `A₀ [r, in]` and `B₀ [out, r]` that an adapter starts with, and that its delta does
-    not count.
+    """Factors `A₀ [r, in]` and `B₀ [out, r]` that an adapter starts with. Their product is
+    subtracted from its delta.
 
     They follow from the base weight, and are not in a state dict.
     """
@@ -172,7 +172,7 @@ class LoraLayer(BaseTunerLayer):
         return self.geometry.transposed
 
     def base_scaling(self, adapter_name: str) -> float:
-        """Return `lora_alpha / r`, or over the root of `r` with `use_rslora`."""
+        """Return `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`."""
         r = self.r[adapter_name]
         return self.lora_alpha[adapter_name] / (
             math.sqrt(r) if self.use_rslora[adapter_name] else r
@@ -396,8 +396,8 @@ def empty_linear(in_features: int, out_features: int, bias: bool, place: Placeme
 
 
 def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the same
-    module, by the end of their keys.
+    """Return factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the
+    same module, by the end of their keys.
     """
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}

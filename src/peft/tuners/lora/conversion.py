@@ -253,7 +253,7 @@ def _convert(
 
 
 def _companions(model: nn.Module, config: TargetedConfig, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's checkpoint that its layers do not have: whole modules,
+    """Return the tensors of an adapter's checkpoint that its layers do not have: full modules,
     biases, embeddings or rows of them.
     """
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """The lengths of the rows of `W + s·B·A`, without building it and without a gradient.
+    """Return the norms of the rows of `W + s·B·A`, without building it and without a gradient.
 
     `‖w + s·b·A‖² = ‖w‖² + b·(2s·A·w + s²·(A·Aᵀ)·b)` for each row `w` of `W` and `b` of `B`, at
     `in·out·r` multiplications and two readings of `W`.
@@ -114,7 +114,7 @@ def draw_for_embedding(A: Tensor, B: Tensor, how: bool | str) -> None:
 def orthogonal(
     r: int, in_features: int, out_features: int, device: torch.device | None = None
 ) -> Factors:
-    """Factors whose product is zero though neither is: the rows of `A` lie in half of an
+    """Return factors whose product is zero though neither is: the rows of `A` lie in half of an
     `r`-dimensional space, those of `B` in the other.
 
     Args:
@@ -132,8 +132,8 @@ def orthogonal(
 
 @torch.no_grad()
 def pissa(W: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
-    """The largest singular values of a weight as a product, `s·B·A ≈ W`, shared out evenly between
-    both factors.
+    """Return the largest singular values of a weight as a product, `s·B·A ≈ W`, split evenly
+    between both factors.
 
     Args:
         W: `[out, in]`.
@@ -160,8 +160,8 @@ def pissa(W: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
 
 @torch.no_grad()
 def olora(W: Tensor, r: int) -> Factors:
-    """The first `r` orthonormal columns of a weight's QR decomposition as `B`, the first rows of
-    its triangle as `A`.
+    """Return the first `r` orthonormal columns of a weight's QR decomposition as `B`, the first
+    rows of its triangle as `A`.
 
     Source: arXiv:2406.01775, algorithm 1
     """

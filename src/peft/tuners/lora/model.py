@@ -33,7 +33,7 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
     """Conversion of LoRA's tensors between a model and a checkpoint.
 
     DoRA's norms are parameters `weight` of modules in the model; the key in a checkpoint is that of
-    the module. An adapter with a random start is saved with the start, which is then taken off.
+    the module. An adapter with a random start is saved with the start; loading removes it.
     """
 
     inner_names: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
@@ -84,7 +84,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         "magnitude": Role((_MAGNITUDE,), decays=False),
     }
     supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantised), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+        "nn.Linear (also quantized), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     )
 
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS

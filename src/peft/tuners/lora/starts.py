@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of adapters whose start can't be found again by others.
+"""Files of adapters whose start other programs cannot recompute.
 
 An adapter that starts from the base weight adds `s·(B·A - B₀·A₀)`. Where `B₀·A₀` follows from the
-weight ("pissa", "olora") a file needs `A` and `B` alone: every reader finds the rest. What
-"pissa_niter_<n>" finds depends on random numbers. Here they are the same each time, but others draw
-their own. So a file has a plain adapter of twice the rank, `[B, -B₀]·[A; A₀]`, which means the same
-to all; its config says that the second half is the start.
+weight ("pissa", "olora") a file needs `A` and `B` alone: every reader recomputes the rest. The
+start of "pissa_niter_<n>" depends on random numbers. Here they are the same each time, but others
+draw their own. So a file has a plain adapter of twice the rank, `[B, -B₀]·[A; A₀]`, which means the
+same to all; its config says that the second half is the start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...base.errors import PeftNotSupportedError, warn
 from ...base.patterns import format_patterns
 from ...core.targets import pattern_value
 
-# What a config's `start` says where the adapter starts as it would again.
+# Value of a config's `start` if the adapter starts with values that it would draw again.
 REPEATABLE = "repeatable"
 # Starts that change the base weight by something that is in no file.
 _ELSEWHERE = ("corda", "lora_ga", "loftq")

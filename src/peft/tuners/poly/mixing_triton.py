@@ -146,7 +146,7 @@ def _mixed(
 
 
 def _blocks(A: Tensor, B: Tensor) -> int:
-    """Return the number of blocks of one split's skill, those of `A` and then those of `B`."""
+    """Return the numbers of blocks of one split's skill: of `A`, and of `B`."""
     r = A.shape[3]
     return triton.cdiv(A.shape[2] * r, _BLOCK) + triton.cdiv(B.shape[3] * r, _BLOCK)
 

@@ -54,7 +54,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         "input_router": Role(("poly_router.weight",)),
         "skills": Role(("poly_lora_A", "poly_lora_B", "poly_task_skills"), lr=1e-3),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantised) and Conv1D"
+    supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     merge_options: ClassVar[tuple[str, ...]] = ("task_id",)
 

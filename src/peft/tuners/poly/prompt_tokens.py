@@ -19,7 +19,7 @@ from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.tracing import shapes
 from .pooling import pool, prompt_mask
 
-# Additive attention masks hold at most this where a token may not be attended to.
+# Largest value of an additive attention mask at a masked token.
 _MASKED = -1000.0
 
 
@@ -86,7 +86,7 @@ class PromptTokens:
                 return
 
     def _update_step(self, attention: object, rows: CallRows, length: int) -> None:
-        """Read the mask of a step of `generate`, which may get guesses of the next tokens behind
+        """Read the mask of a step of `generate`. In assisted generation, candidate tokens follow
         the prompt.
         """
         mask, tokens = self.masks.get("main"), rows.tokens("main")
@@ -197,8 +197,8 @@ def _given_mask(mask: object) -> Tensor:
 
 
 def _resampled(mask: Tensor, tokens: int, rows: CallRows) -> Tensor | None:
-    """Return a mask of audio samples as a mask of the `tokens` frames that the model makes of them,
-    None if the model has no method for it.
+    """Return a mask of audio samples as a mask of the `tokens` frames that the model computes from
+    them; None if the model has no method for it.
     """
     name = "_get_feature_vector_attention_mask"  # of speech models in transformers
     modules = () if rows.root is None else rows.root.modules()

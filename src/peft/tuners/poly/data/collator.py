@@ -28,7 +28,7 @@ class TaskCollator:
             2 for pairs of a chosen and a rejected answer in TRL.
 
     Raises:
-        PeftTypeError: `collator` is no function, or `config` of another method.
+        PeftTypeError: `collator` is not a function, or `config` is of another method.
         PeftValueError: `copies` is below one.
 
     Example:
