@@ -258,7 +258,8 @@ def test_a_prepared_model_is_compiled_once(name, training, tmp_path):
     model = loaded(tmp_path / "1").train(training)
     expected = model(X, **method.call)
     prepare_model_for_compiled_hotswap(model)
-    assert training or torch.equal(model(X, **method.call), expected)
+    if not training:
+        torch.testing.assert_close(model(X, **method.call), expected)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
 

@@ -136,7 +136,7 @@ def wrap_method(module: nn.Module, method: str, names: tuple[str, ...], handler:
         module: The module.
         method: The name of the method.
         names: Further keyword arguments for its signature.
-        handler: Runs the calls; a function, or a method of an object that may be copied.
+        handler: Runs the calls; a function at the top level, which copies of the module share.
     """
     present = getattr(module, method, None)
     if callable(present):
@@ -156,13 +156,11 @@ def unwrap_methods(model: nn.Module, *handlers: Function) -> None:
 
     Args:
         model: The model.
-        *handlers: The handlers; a method of a class stands for those of all its objects.
+        *handlers: The handlers.
     """
     for _, module in walk(model):
         for method, wrapped in list(vars(module).items()):
-            if isinstance(wrapped, WrappedMethod) and (
-                getattr(wrapped.handler, "__func__", wrapped.handler) in handlers
-            ):
+            if isinstance(wrapped, WrappedMethod) and wrapped.handler in handlers:
                 delattr(module, method)
                 if wrapped.replaced is not None:
                     setattr(module, method, wrapped.replaced)

@@ -28,7 +28,13 @@ from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ...base.calls.arguments import argument_shapes, entry_modules, generation_option
 from ...base.calls.rows import IN_ORDER, CallRows, RowOwners, call_rows, generation_rows
 from ...base.calls.stack import CallStack
-from ...base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
+from ...base.calls.wrapped_methods import (
+    Handler,
+    MethodCall,
+    is_wrapped,
+    unwrap_methods,
+    wrap_method,
+)
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
@@ -42,6 +48,9 @@ if TYPE_CHECKING:
 
 # Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
+# The attribute of a module with wrapped methods that holds its routing. A deep copy of the module
+# has its own, while functions that a client has bound again are shared with the copy.
+_ROUTING = "_peft_routing"
 # Likely wrong names of `task_ids`, for the message that they are missing.
 _MISNAMED = ("task_id", "tasks", "task", "task_names", "task_name", "taskids")
 
@@ -120,12 +129,12 @@ class Routing:
             _unwrap(model)
             parts = [module for module in entry_modules(model) if module is not model]
             for part in parts:
-                wrap_method(part, "forward", (), self.forward)
+                self._wrap(part, "forward", (), _forward)
             body = getattr(model, "base_model", None)
             if isinstance(body, nn.Module) and all(body is not m for m in (model, *parts)):
-                wrap_method(body, "forward", (), self.body_forward)
-            wrap_method(model, "forward", CALL_ARGUMENTS, self.forward)
-            wrap_method(model, "generate", CALL_ARGUMENTS, self.generate)
+                self._wrap(body, "forward", (), _body_forward)
+            self._wrap(model, "forward", CALL_ARGUMENTS, _forward)
+            self._wrap(model, "generate", CALL_ARGUMENTS, _generate)
         self.configs[adapter_name] = config
         self.layer = layer
         self.is_causal |= config.task_type == "CAUSAL_LM"
@@ -141,7 +150,13 @@ class Routing:
         if torch.compiler.is_compiling() or self.layer is None:
             return
         if not is_wrapped(model, "forward"):
-            wrap_method(model, "forward", CALL_ARGUMENTS, self.forward)
+            self._wrap(model, "forward", CALL_ARGUMENTS, _forward)
+
+    def _wrap(
+        self, module: nn.Module, method: str, names: tuple[str, ...], handler: Handler
+    ) -> None:
+        vars(module)[_ROUTING] = self
+        wrap_method(module, method, names, handler)
 
     def forward(self, method: MethodCall) -> object:
         """Run a forward of the model, or of a part of it, as a call."""
@@ -448,7 +463,19 @@ class Routing:
 
 def _unwrap(model: nn.Module) -> None:
     """Unwrap the methods of a model, also those that a `Routing` without layers wrapped."""
-    unwrap_methods(model, Routing.forward, Routing.body_forward, Routing.generate)
+    unwrap_methods(model, _forward, _body_forward, _generate)
+
+
+def _forward(method: MethodCall) -> object:
+    return vars(method.module)[_ROUTING].forward(method)
+
+
+def _body_forward(method: MethodCall) -> object:
+    return vars(method.module)[_ROUTING].body_forward(method)
+
+
+def _generate(method: MethodCall) -> object:
+    return vars(method.module)[_ROUTING].generate(method)
 
 
 def _has_own(method: MethodCall) -> bool:
