@@ -51,7 +51,7 @@ class PeftModel(nn.Module):
         adapter_name: The first adapter's name.
         autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.
         low_cpu_mem_usage: Make the adapter on the meta device, to be filled from a checkpoint.
-        initialize: False leaves the adapter's memory as it is, for `fill` to write.
+        initialize: False leaves the adapter's tensors uninitialized, for `fill` to write.
         fill: Called with the finished adapter before it is put in; fills its tensors, or raises.
 
     Raises:
@@ -130,7 +130,7 @@ class PeftModel(nn.Module):
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
 
     def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
-        """Return the class of `base_model`."""
+        """Return the class of the tuner, `base_model`."""
         return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
 
     def _check_method(self, config: PeftConfig) -> None:
@@ -208,7 +208,7 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def gradient_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
-        """Call the base model's method of that name, and let gradients pass its frozen input."""
+        """Call the base model's method of that name, and make its input require gradients."""
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
 
@@ -218,8 +218,8 @@ class PeftModel(nn.Module):
         self.prepare_model_for_gradient_checkpointing()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
-        """Let gradients pass the frozen input of the base model, or of `model`: checkpointed layers
-        need an input that requires them.
+        """Make the input of the base model, or of `model`, require gradients, which checkpointed
+        layers need.
         """
         enable = getattr(
             self.get_base_model() if model is None else model, "enable_input_require_grads", None
@@ -327,7 +327,7 @@ class PeftModel(nn.Module):
             adapter_name: The adapter to copy, which stays as it is.
             new_name: A new name, without dots.
             reference: Leave out what is random in training (dropout, sampled gates), so that the
-                copy computes the same in training and evaluation mode: as the reference in
+                copy computes the same in training and evaluation mode, as a reference for
                 preference tuning.
 
         Raises:
@@ -386,7 +386,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model runs without adapters, and all of them are frozen."""
+        """Context in which the model runs without adapters, and all of them are frozen."""
         states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
         if states == {True}:
             yield
@@ -464,21 +464,21 @@ class PeftModelForTokenClassification(PeftModel):
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """A `PeftModel` that finds answers in a text; its head is trained beside the adapter."""
+    """A `PeftModel` that extracts answers from a text; its head is trained beside the adapter."""
 
     _head_names = QA_HEAD_NAMES
 
 
 class PeftModelForCausalLM(PeftModel):
-    """A `PeftModel` that generates text from left to right."""
+    """A `PeftModel` of a causal language model."""
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """A `PeftModel` that generates text from text."""
+    """A `PeftModel` of an encoder-decoder language model."""
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A `PeftModel` that computes features."""
+    """A `PeftModel` that returns hidden states."""
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {

@@ -31,7 +31,7 @@ def adapter_of(
 
     Raises:
         PeftTypeError: The name is not a string, or `model` not a module.
-        PeftValueError: There is no such adapter, or several could be meant.
+        PeftValueError: There is no such adapter, or the choice is ambiguous.
     """
     if not isinstance(model, nn.Module):
         raise PeftTypeError(
@@ -67,7 +67,7 @@ def adapter_meant(
     meant = [own for own in known if own in active] or list(known)
     if len(meant) > 1:
         raise PeftValueError(
-            f"The model has no adapter 'default'{kind}, and several could be meant; pass "
+            f"The model has no adapter 'default'{kind}, and the choice is ambiguous; pass "
             "`adapter_name`, one of "
             f"{adapters_there('', meant)}"
         )

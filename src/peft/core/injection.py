@@ -5,7 +5,7 @@
 model as it is; the last can't fail.
 
 1. `plan.make` chooses the modules (`plan.py`).
-2. `build_adapter` makes all parts of the adapter, away from the model.
+2. `build_adapter` makes all parts of the adapter; the model does not change.
 3. A function `fill` may write the tensors of a checkpoint into them (`filling.py`).
 4. `put_in` swaps the modules of the model for the finished parts.
 """
@@ -111,7 +111,7 @@ Fill = Callable[[Build], None]
 
 
 class AdapterMethod(Protocol[C]):
-    """The members of a method's `BaseTuner` that building an adapter reads."""
+    """The members of a method's `BaseTuner` that building an adapter uses."""
 
     model: nn.Module
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
@@ -141,7 +141,7 @@ class AdapterMethod(Protocol[C]):
         """Return further arguments for making a layer."""
 
     def attach_adapter(self, build: Build[C]) -> None:
-        """Connect an adapter, now in the model, to the rest of the method."""
+        """Set up the method for an adapter that is now in the model."""
 
 
 class Host(Protocol[C]):
@@ -167,7 +167,7 @@ class Host(Protocol[C]):
 
 
 def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Construction) -> Build[C]:
-    """Make all parts of an adapter, away from the model."""
+    """Make all parts of an adapter, without changing the model."""
     method.adjust_config(plan, construction)
     build = Build(plan.adapter_name, plan.config, plan.found, containers=_containers(method))
     first = innermost(next(iter(plan.targets.values())))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BaseTunerLayer`: a layer with adapters; forward, merging and switching, once for all methods.
+"""`BaseTunerLayer`: a layer with adapters; forward, merging and switching, for all methods.
 
 A method's layer declares its containers and supplies three things: `update_layer` makes an
 adapter's parameters, `delta_chain` or `delta_activations` computes the delta of the output, and
-`get_delta_weight` that of the weight.
+`delta_recipe` or `get_delta_weight` the delta of the weight.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class BaseTunerLayer(nn.Module):
         """Return the base layer's output plus the deltas of the active adapters, in the output's
         dtype.
 
-        - Merged adapters count by the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over
+        - Merged adapters act through the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over
           active adapters that are not merged.
         - While the adapters are disabled, this is the base layer's output without merged adapters.
-        - Where the call chose an adapter for each sample, each sample gets the delta of its own
+        - If the call chose an adapter for each sample, each sample gets the delta of its own
           adapter instead. A model refuses such a call while anything is merged.
         """
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
@@ -138,8 +138,8 @@ class BaseTunerLayer(nn.Module):
         """Return the delta for an input as a chain of products, which is computed together with the
         base layer's product where `ops.dispatch` allows.
 
-        It is None, before anything is computed, where the delta is not only a chain (dropout of the
-        output, hooked modules).
+        It is None if the delta is more than a chain (dropout of the output, hooked modules). This
+        is decided before anything is computed.
         """
         return None
 
@@ -153,7 +153,7 @@ class BaseTunerLayer(nn.Module):
         return chain.delta().reshape(*x.shape[:-1], self.out_features)
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
-        """Make an adapter's parameters, or make them anew, as its config says."""
+        """Make an adapter's parameters by its config, in place of any that it has."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
@@ -186,7 +186,7 @@ class BaseTunerLayer(nn.Module):
         return None if own is None else own.weight_factor(self.geometry, scale)
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
-        """Return what a merge adds to the base layer's bias; None for nothing."""
+        """Return the tensor that a merge adds to the base layer's bias; None for nothing."""
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -212,7 +212,7 @@ class BaseTunerLayer(nn.Module):
         return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
 
     def rank_padding(self, container: str) -> RankPadding | None:
-        """Return where zeros added to a container's tensors leave the delta as it is, or None."""
+        """Return the dimension along which a container's tensors can be zero-padded, or None."""
         return None
 
     def get_base_layer(self) -> nn.Module:
@@ -220,7 +220,7 @@ class BaseTunerLayer(nn.Module):
         return innermost(self)
 
     def apply_to_any(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """Apply an adapter to an output, nested or not."""
+        """Return an output with an adapter applied; input and output may be nested tensors."""
         if not x.is_nested:
             return self.apply_adapter(adapter_name, x, result)
         # Cloned since it may be written to, which a view of a nested tensor may not.
@@ -266,12 +266,12 @@ class BaseTunerLayer(nn.Module):
         return x if x.dtype == dtype or can_stay(x, dtype) else self._cast_input_dtype(x, dtype)
 
     def _placement(self, given: Placement | None) -> Placement:
-        """Return where to make parameters: as given, else as the base layer's."""
+        """Return device and dtype for new parameters, by default the base layer's."""
         return given or placement(self.base_layer, autocast=True)
 
     def __getattr__(self, name: str) -> Any:
-        """Read what this layer lacks from the layer it adapts (`weight`, `bias`, `stride`, …),
-        except private names.
+        """Read attributes that this layer lacks (`weight`, `bias`, `stride`, …) from the adapted
+        layer, except private names.
         """
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
@@ -370,7 +370,7 @@ class BaseTunerLayer(nn.Module):
         self._merges.drop_suspended(self, adapter_name)
 
     def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
-        """Copy settings other than tensors, plain values and scale from another layer's adapter."""
+        """Copy settings of another layer's adapter, except tensors, plain values and scale."""
 
     def base_scaling(self, adapter_name: str) -> float:
         """Return the configured scale, which `unscale_layer` returns to."""
@@ -410,8 +410,8 @@ class BaseTunerLayer(nn.Module):
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, **options: object
     ) -> None:
-        """Add adapters' deltas to the base weight. `unmerge` restores it exactly, whatever happens
-        to the adapters meanwhile: see `merges.py`.
+        """Add adapters' deltas to the base weight. `unmerge` restores it exactly, even if the
+        adapters change meanwhile: see `merges.py`.
 
         Args:
             safe_merge: Check that no resulting weight is NaN or infinite.
@@ -420,7 +420,7 @@ class BaseTunerLayer(nn.Module):
             **options: Passed to `get_delta_weight`.
 
         Raises:
-            PeftValueError: A weight would break, or an adapter is merged with other options;
+            PeftValueError: A weight would be NaN, or an adapter is merged with other options;
                 nothing was changed.
             PeftNotSupportedError: The weight's storage format is unknown, or the method can't be
                 merged.
@@ -487,7 +487,7 @@ class BaseTunerLayer(nn.Module):
         local_metadata: Mapping[str, object],
         *args: object,
     ) -> None:
-        """Take over the merges that a loaded weight was saved with."""
+        """Record the merges that a loaded weight was saved with."""
         self._merges.see_loaded(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[arg-type]
 

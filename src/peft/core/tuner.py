@@ -53,7 +53,7 @@ class BaseTuner(AdaptedModel[C]):
     def of(cls, model: nn.Module, config: C) -> BaseTuner[C]:
         """Return the tuner of a model's adapters of this method.
 
-        That is a `PeftModel`'s own, or a new one for a model that they were injected into.
+        It is the tuner of a `PeftModel`, or a new one for a model with injected adapters.
         """
         held = model._modules.get("base_model")
         if isinstance(held, AdaptedModel):
@@ -83,10 +83,10 @@ class BaseTuner(AdaptedModel[C]):
     def complete(self, config: C) -> object:
         """Return the resource that a config refers to, and fill in the fields that depend on it.
 
-        Called before the adapter is planned; the result is `found` of its plan and its build.
+        Called before the adapter is planned; the result becomes `found` of the plan and the build.
 
         Raises:
-            PeftError: The resource can't be had.
+            PeftError: The resource is missing or damaged.
         """
         return None
 
@@ -100,7 +100,7 @@ class BaseTuner(AdaptedModel[C]):
         return {}
 
     def attach_adapter(self, build: Build[C]) -> None:
-        """Connect a finished adapter, now in the model, to the rest of the method."""
+        """Set up the method for an adapter that is now in the model."""
 
     def detach_adapter(self, adapter_name: str) -> None:
         """Undo `attach_adapter`, before an adapter is deleted."""
@@ -111,7 +111,7 @@ class BaseTuner(AdaptedModel[C]):
     def build_for(
         self, adapter_name: str, config: C, layers: Mapping[str, BaseTunerLayer], like: str
     ) -> Build[C]:
-        """Build an adapter for layers of the model, without values and away from the model.
+        """Build an adapter for layers of the model, without values and without changing the model.
 
         Args:
             adapter_name: Its name.
@@ -197,7 +197,7 @@ class BaseTuner(AdaptedModel[C]):
         return dict(options)
 
     def method_of(self, config: PeftConfig) -> BaseTuner[C]:
-        """Return this tuner, the one of every adapter's method."""
+        """Return this tuner: all adapters are of its method."""
         return self
 
     def methods(self) -> tuple[BaseTuner[C]]:

@@ -6,8 +6,7 @@ Reading or writing an activation once more costs more on a wide layer than an ad
 multiplications. So the chain's last product is added into the memory of the base layer's output,
 and its gradient for the input into that of the base layer.
 
-`dispatch` chooses between this path and the plain path,
-`base(x) + chain.delta()`.
+`dispatch` chooses between this path and the plain path, `base(x) + chain.delta()`.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class LowRankChain(NamedTuple):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """The tensors behind the first product."""
+        """The factors after the first product."""
         return (self.up,)
 
     def delta(self) -> Tensor:
@@ -101,7 +100,7 @@ class FunctionChain(NamedTuple):
     down: Tensor | None = None
 
     def delta(self) -> Tensor:
-        """Return the delta in the order of the output's elements, though not in its shape."""
+        """Return the delta; its elements are in the output's order, but its shape may differ."""
         ends = self.middle(_first_product(self.x, self.down), *self.factors)
         return ends if isinstance(ends, Tensor) else ends.p @ ends.up
 
@@ -143,7 +142,7 @@ def add_product(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor
 
 
 def as_operand(x: Tensor, down: Tensor) -> Tensor:
-    """Return `x` in the shape in which it is multiplied by `down`."""
+    """Reshape `x` for the product with `down`."""
     if down.dim() == 2:
         return x.reshape(-1, down.shape[0])
     return x.reshape(down.shape[0], -1, down.shape[1])
@@ -199,9 +198,7 @@ def _added(result: Tensor, p: Tensor, up: Tensor, in_place: bool, scale: float =
 def _add(
     result: Tensor, p: Tensor, up: Tensor, in_place: bool = True, scale: float = 1.0
 ) -> Tensor:
-    """Return `result + scale · p · up` in the precision of `result`, without a record for
-    gradients.
-    """
+    """Return `result + scale · p · up` in the precision of `result`, untracked by autograd."""
     if not in_place or not (result.dtype == p.dtype == up.dtype):
         return mixed_precision.add(result, scaled(p, scale), up, in_place)
     product = result.view(*p.shape[:-1], up.shape[-1])
@@ -211,7 +208,7 @@ def _add(
 
 
 class _Context(Protocol):
-    """The context of this file's functions."""
+    """Attributes of the autograd context that this file uses."""
 
     middle: Middle | None
     scale: float
@@ -245,7 +242,7 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _LinearWithChain(torch.autograd.Function):
-    """A linear layer plus a chain, whose gradient for the input is added to the layer's.
+    """Add a chain to a linear layer, and the chain's gradient for the input to the layer's.
 
     Backward keeps the input, the factors, and the first product where that is small. It runs the
     chain's function again to differentiate it.
@@ -276,8 +273,7 @@ class _LinearWithChain(torch.autograd.Function):
         if middle is None:
             (up,) = factors
             return _add(result, product, up, scale=scale)
-        # `matmul` reads which operands require a gradient, and would round differently than where
-        # none does.
+        # Detached, since `matmul` rounds differently if an operand requires a gradient.
         ends = middle(product.detach(), *[tensor.detach() for tensor in factors])
         if isinstance(ends, Tensor):
             return result.add_(ends.view(result.shape))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hadamard products of low-rank matrices: the pure maths of LoHa.
+"""Hadamard products of low-rank matrices: the pure math of LoHa.
 
 `ΔW = scale · (U1·V1) ∘ (U2·V2)` with `U [out, r]`, `V [r, in · taps]`. Row `p` of the product is
 `Σ_ij U1[p,i]·U2[p,j] · V1[i]∘V2[j]`: the product is itself one of rank `r²`, whose factors are the

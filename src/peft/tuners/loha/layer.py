@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with LoHa adapters. They hold the factors; the maths is in `hadamard.py`."""
+"""Layers with LoHa adapters. They hold the factors; the math is in `hadamard.py`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class LoHaLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter
+        """Draw the factors again: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter
         starts without effect.
         """
         for name, factor in self.factors(adapter_name)._asdict().items():

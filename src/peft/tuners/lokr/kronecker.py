@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured Kronecker products: the maths of LoKr in pure functions of tensors.
+"""Structured Kronecker products: the math of LoKr in pure functions of tensors.
 
 `ΔW = scale · (W1 ⊗ W2)` with `W1 [a, b]`, `W2 [c, d, *kernel]`, `out = a·c`, `in = b·d` (a
 convolution's `in` is its `in_channels // groups`), and
@@ -165,7 +165,7 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     Source: arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, ()), scale)
-    # The compiler warns about caches.
+    # `torch.compile` warns about cached functions.
     plan = _plan if torch.compiler.is_compiling() else _cached_plan
     n, middle = plan(tuple(shapes(*w1s)), tuple(shapes(*w2s)))
     if n == 0:
@@ -241,10 +241,10 @@ def kronecker_conv(
 
     With groups, `ΔW` is `[out, in // groups, *kernel]` and each group has an equal share of its
     rows, in order. If `groups` divides `a`, a group has whole blocks of `c` rows: the left side is
-    grouped. If `a` divides `groups`, a block has whole groups: the right side is grouped too. Else
-    each group is cut into equal parts that read the same input until `a` divides their number. A
-    depthwise `ΔW` has one input column per row and is no larger than an activation, so it is
-    multiplied out.
+    grouped. If `a` divides `groups`, a block has whole groups: the right side is grouped too.
+    Otherwise each group is cut into equal parts that read the same input until `a` divides their
+    number. A depthwise `ΔW` has one input column per row and is no larger than an activation, so it
+    is built.
 
     Args:
         x: `[batch, in_channels, *space]` or `[in_channels, *space]`, 1 to 3 spatial dimensions.
@@ -302,7 +302,7 @@ def _right_maps(f: KroneckerFactors, kernel: Sequence[int]) -> Maps:
 
 
 def _multiply(maps: Maps) -> Tensor:
-    """Multiply consecutive maps to one `[to, from, *kernel]`."""
+    """Multiply consecutive maps into one `[to, from, *kernel]`."""
     first = maps[0]
     for then in maps[1:]:
         first = torch.einsum("tm...,ms...->ts...", then, first)
@@ -324,7 +324,7 @@ def _order(
     w1s: Maps, w2s: Maps, left_groups: int, right_groups: int, positions: int
 ) -> tuple[State, ...]:
     """Return the cheapest order of contraction; `positions` is inputs per output position."""
-    # The compiler warns about caches.
+    # `torch.compile` warns about cached functions.
     order = _order_of_shapes if torch.compiler.is_compiling() else _cached_order
     return order(tuple(shapes(*w1s)), tuple(shapes(*w2s)), left_groups, right_groups, positions)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with LoKr adapters. They hold the factors; the maths is in `kronecker.py`."""
+"""Layers with LoKr adapters. They hold the factors; the math is in `kronecker.py`."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class LoKrLayer(LycorisLayer):
         **options: As for `update_layer`.
 
     Attributes:
-        lokr_w1: `[a, b]`; where decomposed `lokr_w1_a [a, r]`, `lokr_w1_b [r, b]`.
-        lokr_w2: `[c, d, *kernel]`; where decomposed `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`;
+        lokr_w1: `[a, b]`; if low rank `lokr_w1_a [a, r]`, `lokr_w1_b [r, b]`.
+        lokr_w2: `[c, d, *kernel]`; if low rank `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`;
             in Tucker's form `lokr_t2 [r, r, *kernel]`, `lokr_w2_a [r, c]`, `lokr_w2_b [r, d]`.
         lokr_scalar: `[1]`, a factor on the delta, of adapters with `use_scalar`.
         lokr_magnitude: `m`, `[out]` or `[in]`, of adapters with `weight_decompose`.
         flat_layout, full_matrix, use_rslora, wd_on_output: As in the configs, by adapter name.
-        row_offset: By adapter name, None, or the first row of the product that is the layer's (of a
-            product for fused layers).
+        row_offset: By adapter name, the layer's first row in a product for fused layers; None for a
+            product of this layer alone.
 
     Source: arXiv:2309.14859, section 3.2; arXiv:2402.09353, section 4
     """
@@ -110,7 +110,7 @@ class LoKrLayer(LycorisLayer):
             initialize: False leaves the memory as it is.
             factor: `decompose_factor`, by default the config's.
             shapes: Shapes of the factors by name, by default as the config's rules have them.
-            row_offset: Which rows of the product are the layer's; by default it has no others.
+            row_offset: The layer's first row in a product for fused layers.
         """
         self.full_matrix[adapter_name], self.use_rslora[adapter_name] = (
             config.full_matrix,
@@ -153,8 +153,8 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors anew: `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero so
-        that the adapter starts without effect.
+        """Draw the factors again: `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero,
+        so that the adapter starts without effect.
         """
         scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
@@ -191,8 +191,8 @@ class LoKrLayer(LycorisLayer):
         return KroneckerFactors(*read_optional(adapter_name, [modules[name] for name in _FACTORS]))
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
-        """Return ΔW as a function of its factors. For a decomposed adapter it is what is added
-        before the norms apply.
+        """Return ΔW as a function of its factors. For a decomposed adapter it is the delta before
+        the norms apply.
         """
         factors, scale = self.factors(adapter_name), self.scale(adapter_name)
         flat, rows = self.flat_layout[adapter_name], self.out_features
@@ -207,9 +207,8 @@ class LoKrLayer(LycorisLayer):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
-        """Return ΔW as `B·A` without building ΔW, exact of rank `rank(W1) · rank(W2)`. The change
-        of a decomposed adapter, `f ⊙ (W + ΔW) - W`, has no such structure: its full matrix is
-        decomposed.
+        """Return ΔW as `B·A` without building ΔW, exact at rank `rank(W1) · rank(W2)`. The change
+        of a decomposed adapter, `f ⊙ (W + ΔW) - W`, is approximated by a dense SVD.
         """
         factors = self.factors(adapter_name)
         if adapter_name in self.lokr_magnitude:
@@ -311,7 +310,7 @@ class LoKrLayer(LycorisLayer):
         return result + self.drop_module(adapter_name, changed - result)
 
     def _delta_of_rows(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return `ΔW x`, in training with rank dropout alone."""
+        """Return `ΔW x`, with rank dropout in training; module dropout is left to the caller."""
         delta = self.product(adapter_name, x)
         return self.drop_rows(adapter_name, delta) if self.training else delta
 
@@ -320,7 +319,7 @@ class LoKrLayer(LycorisLayer):
         """Scale all factors alike so that the Frobenius norm `‖ΔW‖` is at most `largest`.
 
         Returns:
-            The norm then, and whether it was larger.
+            The norm afterwards, and whether it was larger.
         """
         norm = float(
             product_norm(self.factors(adapter_name), self.geometry.kernel_size)
@@ -338,7 +337,7 @@ class Linear(LoKrLayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantized) with LoKr adapters."""
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return `(W1 ⊗ W2) x` as a chain, unless dropout, norms or other rows apply."""
+        """Return `(W1 ⊗ W2) x` as a chain; None with dropout, norms, or rows of other layers."""
         if (
             (self.training and self.drops(adapter_name))
             or self.row_offset[adapter_name] is not None

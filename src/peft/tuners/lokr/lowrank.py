@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank approximations of Kronecker products, and of sums of them: pure maths on LoKr's factors.
+"""Low-rank approximations of Kronecker products, and of sums of them: pure math on LoKr's factors.
 
 No tensor of size `out x in` is allocated. A convolution's kernel belongs to the columns of `W2`,
 read as `[c, d · taps]`: then `W1 ⊗ W2` is `ΔW` read as `[out, in · taps]`, and both have the same

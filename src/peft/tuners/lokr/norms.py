@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of the rows and columns of `W + s·(W1 ⊗ W2)`, and of the product: pure maths on LoKr's
+"""Norms of the rows and columns of `W + s·(W1 ⊗ W2)`, and of the product: pure math on LoKr's
 factors.
 
 `‖w + s·δ‖² = ‖w‖² + 2s·⟨w, δ⟩ + s²·‖δ‖²` for each row (or column) `w` of `W` and `δ` of the

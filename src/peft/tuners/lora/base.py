@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoraLayer`: a layer with LoRA adapters, DoRA's norms included; the maths is in `factors.py`."""
+"""`LoraLayer`: a layer with LoRA adapters, DoRA's norms included; the math is in `factors.py`."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class LoraLayer(BaseTunerLayer):
     def reset_lora_parameters(
         self, adapter_name: str, init_lora_weights: bool | str = True
     ) -> None:
-        """Draw an adapter's factors anew."""
+        """Draw an adapter's factors again."""
         how = (
             init_lora_weights
             if init_lora_weights in ("gaussian", "orthogonal")
@@ -368,8 +368,8 @@ class LoraLayer(BaseTunerLayer):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
-        """Return `s·B·A`, exact of rank `r` (of `2r` with a start). DoRA's change `f ⊙ (W + s·B·A)
-        - W` has no such structure: its full matrix is decomposed.
+        """Return `s·B·A`, exact at rank `r` (`2r` with a start). DoRA's change `f ⊙ (W + s·B·A) -
+        W` is approximated by a dense SVD.
         """
         A, B = self.factors(adapter_name)
         scale = float(self.scaling[adapter_name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maths of LoRA and DoRA: pure functions of a weight `W [out, in]` and two factors `A [r, in]`,
+"""The math of LoRA and DoRA: pure functions of a weight `W [out, in]` and two factors `A [r, in]`,
 `B [out, r]`.
 
 A convolution's kernel belongs to the columns: its weight is read as `[out, in · taps]`.

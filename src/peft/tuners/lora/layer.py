@@ -106,7 +106,7 @@ class Embedding(LoraLayer):
     def reset_lora_parameters(
         self, adapter_name: str, init_lora_weights: bool | str = True
     ) -> None:
-        """Draw an adapter's factors anew: all starts except False are the same."""
+        """Draw an adapter's factors again: all starts except False are the same."""
         draw_for_embedding(
             self.lora_embedding_A[adapter_name],
             self.lora_embedding_B[adapter_name],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with Poly adapters. They hold skills and routers; the maths is in `mixing.py`, and
+"""Layers with Poly adapters. They hold skills and routers; the math is in `mixing.py`, and
 `routing.py` tells the task of each row.
 """
 
@@ -40,11 +40,12 @@ _SMALL_TABLE = 4096
 
 
 class PolyLayer(BaseTunerLayer):
-    """A layer with Poly adapters, `Δ(x) = (alpha / r) · x·A_w·B_w`.
+    """A layer with Poly adapters, `Δ(x) = (alpha / r) · x·A_w·B_w`, where `A_w` and `B_w` are the
+    skills mixed with the weights `w` of a row's task or input.
 
     Args:
         base_layer: The layer to adapt.
-        routing: The routing of the model, shared by its layers; None for a layer by itself.
+        routing: The routing of the model, shared by its layers; None for a layer without a model.
 
     Attributes:
         poly_lora_A: `[n_splits, n_skills, in // n_splits, r]` by adapter name.
@@ -135,8 +136,8 @@ class PolyLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Initialize an adapter: `A` as `nn.Linear` does, `B` with zeros, or as `A` if not
-        `init_weights`; task-specific skills alike; and the router, unless it is another layer's.
+        """Initialize the skills, and the router unless it is another layer's. `A` is drawn as by
+        `nn.Linear`; `B` is zero with `init_weights`, else drawn as `A`.
         """
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
@@ -170,8 +171,8 @@ class PolyLayer(BaseTunerLayer):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Unfreeze or freeze all of an adapter, except fixed routing. Rows of tables that trained
-        alone no longer do.
+        """Unfreeze or freeze all of an adapter, except fixed routing. Tables with rows that train
+        alone are closed first.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
@@ -211,8 +212,8 @@ class PolyLayer(BaseTunerLayer):
         Args:
             x: `[rows, *leading, in]`.
             *args, **kwargs: Further arguments of the base layer.
-            task_ids: A task for each row, if the layer is called by itself; inside a model the
-                model's call has them.
+            task_ids: A task for each row, if the layer is called directly; in a model, the call of
+                the model gets them.
         """
         if task_ids is None:
             return super().forward(x, *args, **kwargs)
@@ -269,7 +270,7 @@ class PolyLayer(BaseTunerLayer):
         return poly_chain(x, weights, A, B, scale, columns)
 
     def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
-        """Return the factor on task-specific skills, `alpha / r_t` times any user's scaling."""
+        """Return the factor on task-specific skills: `alpha / r_t`, times the user's scale."""
         return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
 
     def _operands(
@@ -280,7 +281,7 @@ class PolyLayer(BaseTunerLayer):
         A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
         assert A is not None and B is not None  # each adapter has both
         router = self.router(adapter_name)
-        if x.dtype != A.dtype:  # routers of inputs read the input too
+        if x.dtype != A.dtype:  # an `InputRouter` reads the input too
             cast = self._chain_input if isinstance(router, TaskRouter) else self._cast_input_dtype
             x = cast(x, A.dtype)
         weights = self._weights(adapter_name, router, x)
@@ -320,7 +321,7 @@ class PolyLayer(BaseTunerLayer):
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
     def resolve_task(self, adapter_name: str, task_id: object) -> int:
-        """Return the task whose delta is meant, by default the only one.
+        """Check a task id and return it, by default that of the only task.
 
         Raises:
             PeftNotSupportedError: The adapter routes by input, so its delta is not a matrix.
@@ -395,7 +396,7 @@ class PolyLayer(BaseTunerLayer):
         return left, right * self._task_skill_scale(adapter_name, task_skills)
 
     def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
-        """Return the cost of applying one sample's factors of rank `r`, without that of mixing."""
+        """Return the cost of applying factors of rank `r`; the cost of mixing is left out."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -428,7 +429,7 @@ class Linear(PolyLayer):
         base_layer: The layer to adapt.
         adapter_name: The first adapter's name.
         poly_config: Its config.
-        routing: The routing of the model, shared by its layers; None for a layer by itself.
+        routing: The routing of the model, shared by its layers; None for a layer without a model.
         at: The config with the patterns resolved for this layer; None for `poly_config` itself.
         **options: As for `update_layer`.
     """

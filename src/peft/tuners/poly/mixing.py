@@ -34,7 +34,7 @@ _MOVE = 8
 
 
 def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Mix in float64, which no setting of precision rounds."""
+    """Mix in float64, which TF32 settings do not round."""
     mixed = _mix(weights.double(), A.double(), B.double(), scale)
     return tuple(factor.to(A.dtype) for factor in mixed)
 
@@ -282,8 +282,8 @@ def task_factors(
 
 
 def _holds(condition: bool) -> bool:
-    """Return a comparison of sizes; while a graph is made, whether it holds for all sizes that the
-    graph takes, so that one graph serves all.
+    """Return a condition on sizes. Under `torch.compile` it is whether the condition holds for all
+    sizes of the graph, so that one graph serves all.
     """
     if not torch.compiler.is_compiling():
         return condition

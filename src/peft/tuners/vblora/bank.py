@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure functions of tensors that compose low-rank factors from a vector bank: the maths of VB-LoRA.
+"""Pure functions of tensors that compose low-rank factors from a vector bank: the math of VB-LoRA.
 
 A *tile* is a row of `vector_length` consecutive entries of a low-rank factor (the paper calls it a
 sub-vector). Each tile has `num_vectors` logits and is the weighted sum of the `topk` bank vectors

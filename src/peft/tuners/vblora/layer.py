@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with VB-LoRA adapters: logits, and access to the bank; the maths is in `bank.py`."""
+"""Layers with VB-LoRA adapters: logits, and access to the bank; the math is in `bank.py`."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ TRAINING_ON = (
 
 
 class VBLoRALayer(BaseTunerLayer):
-    """A layer with VB-LoRA adapters, `Δ(x) = x·Aᵀ·Bᵀ`, or `g·x·Aᵀ·Bᵀ` with a gate.
+    """A layer with VB-LoRA adapters, `Δ(x) = x·Aᵀ·Bᵀ`, or `g·x·Aᵀ·Bᵀ` with a gate, where `A` and
+    `B` are composed from a vector bank.
 
     Args:
         base_layer: The layer to adapt.
         vblora_vector_bank: Own banks of adapters, `[num_vectors, vector_length]`, by adapter name.
             All layers refer to the same container, which the model registers.
-        vblora_shared_banks: Banks that adapters share, by digest, in a container like that.
+        vblora_shared_banks: Banks that adapters share, by digest, also in one container.
 
     Attributes:
         vblora_logits_A: `[r, in / vector_length, num_vectors]`, or `[…, topk]` if only the selected
@@ -198,7 +199,7 @@ class VBLoRALayer(BaseTunerLayer):
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
 
     def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
-        """Return the size of the adapter's part in this layer in a file, in float32 numbers."""
+        """Return the size of the adapter's tensors of this layer in a file, in float32 numbers."""
         topk = config.topk if config.save_only_topk_weights else None
         size = self.geometry
         tiles = config.r * (config.tiles(size.in_features) + config.tiles(size.out_features))
@@ -249,8 +250,8 @@ class VBLoRALayer(BaseTunerLayer):
         return A, B * gates(adapter_name) if adapter_name in gates else B
 
     def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return `A [r, in]` and `B [out, r]` as composed. They may come from the inference cache,
-        so nothing may write to them.
+        """Return composed `A [r, in]` and `B [out, r]`. They may come from the inference cache and
+        must not be written to.
         """
         if self.storage_format[adapter_name] is not StorageFormat.LOGITS:
             bank = self.bank(adapter_name)
@@ -285,7 +286,7 @@ class VBLoRALayer(BaseTunerLayer):
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
 
     def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
-        """Return the cost of factors of rank `r`, without composing them once for a forward."""
+        """Return the cost of applying factors of rank `r`; the cost of composing is left out."""
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def low_rank_factors(

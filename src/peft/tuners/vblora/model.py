@@ -271,7 +271,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
                 is active.
 
         Raises:
-            PeftValueError: There is no such adapter, or several could be meant.
+            PeftValueError: There is no such adapter, or the choice is ambiguous.
         """
         if adapter is None:
             adapter = adapter_meant(None, self.peft_config, self.active_adapters)

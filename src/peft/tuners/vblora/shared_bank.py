@@ -114,7 +114,7 @@ class VectorBank:
                 is active.
 
         Raises:
-            PeftValueError: There is no such adapter with a bank, several could be meant, or its
+            PeftValueError: There is no such adapter with a bank, the choice is ambiguous, or its
                 vectors are NaN or infinite.
         """
         name, layer = _layer_with_bank(model, adapter_name)
@@ -127,7 +127,7 @@ class VectorBank:
             model, adapter_name: As for `of`.
 
         Raises:
-            PeftValueError: There is no such adapter, several could be meant, or its bank is shared,
+            PeftValueError: There is no such adapter, the choice is ambiguous, or its bank is shared,
                 of another size or of a dtype that can't hold the vectors' values.
         """
         name, layer = _layer_with_bank(model, adapter_name)

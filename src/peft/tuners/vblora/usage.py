@@ -179,7 +179,7 @@ def bank_usage(model: nn.Module, adapter_name: str | None = None) -> BankUsage:
             the only one that is active.
 
     Raises:
-        PeftValueError: The model has no such adapter, or several could be meant.
+        PeftValueError: The model has no such adapter, or the choice is ambiguous.
 
     Example:
         >>> from peft import VBLoRAConfig, get_peft_model

@@ -74,7 +74,7 @@ def routing_loss(
 
     Raises:
         PeftTypeError: There is no such argument.
-        PeftValueError: There is no such adapter, several could be meant, or routing by input was
+        PeftValueError: There is no such adapter, the choice is ambiguous, or routing by input was
             not recorded.
 
     Example:

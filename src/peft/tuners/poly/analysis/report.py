@@ -201,7 +201,7 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
         The tables. Layers that share a router are one layer, at the first of their paths.
 
     Raises:
-        PeftValueError: There is no such adapter, several could be meant, or no layer of it routes
+        PeftValueError: There is no such adapter, the choice is ambiguous, or no layer of it routes
             by task.
 
     Example:
@@ -229,7 +229,7 @@ def poly_adapter(model: nn.Module, adapter_name: str | None) -> str:
     """Return the name of a Poly adapter: the given one, "default", or the only active one.
 
     Raises:
-        PeftValueError: There is no such adapter, or several could be meant.
+        PeftValueError: There is no such adapter, or the choice is ambiguous.
     """
     return adapter_of(model, adapter_name, PolyLayer, " of Poly")
 
