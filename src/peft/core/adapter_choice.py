@@ -67,7 +67,7 @@ def adapter_meant(
     meant = [own for own in known if own in active] or list(known)
     if len(meant) > 1:
         raise PeftValueError(
-            f"The model has no adapter 'default'{kind}, and the choice is ambiguous; pass "
+            f"The model has no adapter 'default'{kind}, and several could be meant; pass "
             "`adapter_name`, one of "
             f"{adapters_there('', meant)}"
         )

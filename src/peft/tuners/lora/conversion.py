@@ -102,8 +102,8 @@ def convert_to_lora(
         `set_peft_model_state_dict`; with `errors` by layer and the total `error`.
 
     Raises:
-        PeftValueError: There is no such adapter or the choice is ambiguous, a rank is not allowed or
-            larger than a layer's weight, or values are not finite.
+        PeftValueError: There is no such adapter or the choice is ambiguous, a rank is not allowed
+            or larger than a layer's weight, or values are not finite.
         PeftTypeError: `task_id` for a method without tasks.
         PeftNotSupportedError: The adapter's delta depends on the input.
         UnsupportedModuleError: A layer has no delta that a LoRA adapter could be.

@@ -127,8 +127,8 @@ class VectorBank:
             model, adapter_name: As for `of`.
 
         Raises:
-            PeftValueError: There is no such adapter, the choice is ambiguous, or its bank is shared,
-                of another size or of a dtype that can't hold the vectors' values.
+            PeftValueError: No such adapter, an ambiguous choice, or the adapter's bank is shared, of
+                another size or of a dtype that can't hold the vectors' values.
         """
         name, layer = _layer_with_bank(model, adapter_name)
         if name not in layer.vblora_vector_bank:

@@ -90,7 +90,7 @@ class RoutingWatch:
             The measures, without those of single layers.
 
         Raises:
-            PeftValueError: There is no such adapter that routes by task, or the choice is ambiguous.
+            PeftValueError: No such adapter routes by task, or the choice is ambiguous.
         """
         model = unwrap_model(model)
         routers = task_routers(model, poly_adapter(model, self.adapter_name))
