@@ -8,7 +8,6 @@ parameters that they share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from .base.tensors import ordinary_tensors
 from .base.validation import check_adapter
 from .checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .config import TargetedConfig
 from .core.adapted_model import AdaptedModel
 from .core.layer import BaseTunerLayer
 from .core.model_methods import tuner_of
@@ -138,7 +138,7 @@ def cast_adapter_dtype(
 
 def _adapted(
     model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
-) -> AdaptedModel[Any]:
+) -> AdaptedModel[TargetedConfig]:
     """Return a model's tuner; for a model that adapters were injected into, one for all methods."""
     tuner = tuner_of(model) or model
     return tuner if isinstance(tuner, AdaptedModel) else MixedModel.of(tuner, layer_cls)

@@ -209,12 +209,14 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, and make its input require gradients."""
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        base = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
 
     def activation_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
-        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        base = self.get_base_model()
+        base.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.prepare_model_for_gradient_checkpointing()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:

@@ -22,7 +22,7 @@ class PeftAttributeError(PeftError, AttributeError):
 
     def __init__(self, owners: tuple[object, ...], attribute: str) -> None:
         # With an `obj`, Python would add a suggestion of its own.
-        super().__init__(name=attribute, obj=None)  # type: ignore[call-arg]
+        super().__init__(name=attribute, obj=None)
         self.owners = owners
 
     def __str__(self) -> str:

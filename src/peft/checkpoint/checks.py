@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -118,13 +118,16 @@ def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) 
     """
     ids = None if targets is None else {id(target) for target in targets}
     for path, module in walk(model):
-        if (names := vars(module).get("merged_adapters")) and (
-            ids is None or not ids.isdisjoint(map(id, module.get_base_layer().parameters()))  # type: ignore[operator]
-        ):
+        names = vars(module).get("merged_adapters")
+        if names and (ids is None or not ids.isdisjoint(map(id, _base_parameters(module)))):
             raise PeftRuntimeError(
                 f"`{path}`: {', '.join(names)} is merged into the weight that is to be written; "
                 "call `unmerge_adapter` before."
             )
+
+
+def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return layer.get_base_layer().parameters()  # type: ignore[operator]
 
 
 def check_adapter_unmerged(model: nn.Module, adapter_name: str) -> None:

@@ -9,7 +9,7 @@ tensors in the model are listed by their keys, and the file is compared with tha
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -158,6 +158,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> AdapterConfig:
         PeftTypeError: The name is not a string.
         PeftValueError: There is no such adapter.
     """
-    configs: Any = getattr(model, "peft_config", None)
-    check_adapter(adapter_name, configs if isinstance(configs, dict) else ())
-    return configs[adapter_name]
+    configs = getattr(model, "peft_config", None)
+    known: dict[str, AdapterConfig] = configs if isinstance(configs, dict) else {}
+    check_adapter(adapter_name, known)
+    return known[adapter_name]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -38,7 +38,7 @@ def adapter_of(
             f"`model`={model!r} must be a module of torch with adapters, not "
             f"{type(model).__name__}."
         )
-    layers: list[Any] = [layer for _, layer in walk(model) if isinstance(layer, layer_class)]
+    layers = [layer for _, layer in walk(model) if isinstance(layer, layer_class)]
     return adapter_meant(
         name,
         dict.fromkeys(own for layer in layers for own in layer.scaling),
@@ -74,6 +74,6 @@ def adapter_meant(
     return meant[0]
 
 
-def active_in(layers: Iterable[Any]) -> set[str]:
+def active_in(layers: Iterable[BaseTunerLayer]) -> set[str]:
     """Return the names of the adapters that are active in any of some layers."""
     return {name for layer in layers for name in layer.active_adapters}

@@ -55,20 +55,22 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
         return parameter if type(self) is AdapterParameterDict else parameter.clone()
 
 
-def read(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor]:
+def read(adapter_name: str, containers: Sequence[AdapterParameterDict]) -> list[Tensor]:
     """Return an adapter's parameters, one of each container; check once for hooks."""
     return read_optional(adapter_name, containers)  # type: ignore[return-value]
 
 
-def read_optional(adapter_name: str, containers: Sequence[nn.Module]) -> list[Tensor | None]:
+def read_optional(
+    adapter_name: str, containers: Sequence[AdapterParameterDict]
+) -> list[Tensor | None]:
     """Return an adapter's parameters, None of a container without one; check once for hooks."""
-    held = [container for container in containers if adapter_name in container]  # type: ignore[operator]
+    held = [container for container in containers if adapter_name in container]
     if not torch.compiler.is_compiling() and are_unhooked(held, AdapterParameterDict):
         found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
         # A sharding engine may hold a parameter elsewhere, and bring it for a call.
         if sum([type(parameter) is nn.Parameter for parameter in found]) == len(held):
             return found
-    return [container.get(adapter_name) for container in containers]  # type: ignore[operator]
+    return [container.get(adapter_name) for container in containers]
 
 
 class _Layer(Protocol):

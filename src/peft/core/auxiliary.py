@@ -197,7 +197,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def _current(self) -> nn.Module:
         """Return the module whose attributes this one shows."""
-        return self.original_module  # type: ignore[return-value]
+        return self.original_module
 
     def __getattr__(self, name: str) -> Any:
         """Return a public attribute of the module in use (`weight`, `out_features`, …) that this

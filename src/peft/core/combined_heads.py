@@ -86,7 +86,7 @@ def combine(
     for key in dict.fromkeys(key for own in parts.values() for key in own):
         owners = [name for name, own in parts.items() if key in own]
         if len(owners) == 1 or heads in owners:
-            result[key] = parts[heads if heads in owners else owners[0]][key].detach().clone()  # type: ignore[index]
+            result[key] = parts[heads if heads in owners else owners[0]][key].detach().clone()
         elif heads is None or heads in parts:
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
             alike = len({parts[name][key].shape for name in owners}) == 1

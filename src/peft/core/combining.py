@@ -141,7 +141,7 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
         )
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in request.weights):
         raise PeftValueError(f"`weights`={list(request.weights)} must be finite numbers.")
-    kinds = {PeftType(model.peft_config[name].peft_type).value for name in request.adapters}  # type: ignore[arg-type]
+    kinds = {PeftType(model.peft_config[name].peft_type).value for name in request.adapters}
     if len(kinds) > 1:
         raise PeftValueError(
             f"Adapters of different methods can't be combined: {', '.join(sorted(kinds))}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -40,12 +40,12 @@ def is_computed(module: nn.Module) -> bool:
 def read(module: nn.Module) -> Tensor:
     """Return a computed weight as it is in evaluation, without changing anything."""
     if parametrize.is_parametrized(module, "weight"):
-        parts = list(module.parametrizations["weight"].modules())  # type: ignore[union-attr, index]
+        parts = list(_parametrizations(module)["weight"].modules())
         modes = [part.training for part in parts]
         try:
             for part in parts:
                 part.training = False
-            return module.weight  # type: ignore[return-value]
+            return cast(Tensor, module.weight)
         finally:
             for part, mode in zip(parts, modes, strict=True):
                 part.training = mode
@@ -54,7 +54,7 @@ def read(module: nn.Module) -> Tensor:
         return hook.compute_weight(module)
     if isinstance(hook, SpectralNorm):
         return hook.compute_weight(module, do_power_iteration=False)
-    return hook.apply_mask(module) if hook is not None else module.weight  # type: ignore[return-value]
+    return cast(Tensor, module.weight) if hook is None else hook.apply_mask(module)
 
 
 def refuse(module: nn.Module) -> None:
@@ -111,8 +111,8 @@ def make_plain(module: nn.Module) -> None:
     with ordinary_tensors():
         weight = read(module).detach().clone()
     if parametrize.is_parametrized(module, "weight"):
-        parts: Any = module.parametrizations
-        trained = any(p.requires_grad for p in parts["weight"].parameters(recurse=False))
+        own = _parametrizations(module)["weight"].parameters(recurse=False)
+        trained = any(p.requires_grad for p in own)
         _drop_parametrization(module)
     else:
         hook: Any = _hook(module)
@@ -128,7 +128,7 @@ def make_plain(module: nn.Module) -> None:
         else:
             prune.remove(module, "weight")
     for held in (module._parameters, module._buffers, vars(module)):
-        held.pop("weight", None)  # type: ignore[attr-defined]
+        held.pop("weight", None)
     module.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
 
 
@@ -137,7 +137,7 @@ def _drop_parametrization(module: nn.Module) -> None:
     that stays as it is.
     """
     made, plain = module.__class__, parametrize.type_before_parametrizations(module)
-    others = {name: part for name, part in module.parametrizations.items() if name != "weight"}  # type: ignore[union-attr, operator]
+    others = {name: part for name, part in _parametrizations(module).items() if name != "weight"}
     if not others:
         del module._modules["parametrizations"]
         module.__class__ = plain
@@ -149,6 +149,10 @@ def _drop_parametrization(module: nn.Module) -> None:
     }
     module.__class__ = type(made.__name__, (plain,), entries)
     module._modules["parametrizations"] = nn.ModuleDict(others)
+
+
+def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module.parametrizations)
 
 
 def _hook(module: nn.Module) -> Any:

@@ -14,7 +14,7 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
     """Return the reason why `parent.name` can't have an adapter, None if it can: a delta would lose
     the imaginary part of complex numbers, or a parent reads the weight and never calls the layer.
     """
-    layer = innermost(parent._modules[name])  # type: ignore[arg-type]
+    layer = innermost(parent.get_submodule(name))
     dtype = next(
         (parameter.dtype for parameter in layer.parameters() if parameter.is_complex()), None
     )
@@ -53,7 +53,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
             if _no_operation not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_no_operation)
             if getattr(module, "use_nested_tensor", False):
-                module.use_nested_tensor, module._packs_when_plain = False, True  # type: ignore[assignment]
+                vars(module).update(use_nested_tensor=False, _packs_when_plain=True)
 
 
 def restore_fused_paths(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ adapter's parameters, `delta_chain` or `delta_activations` computes the delta of
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ from ..ops.nested import as_tokens, nested_like
 from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
 from .base_layer import geometry, innermost, table
-from .cost import AdapterCost
 from .merge_requests import check_order, checked_names, warn_of_merged
 from .merges import Merge, Merges
+from .method_info import AdapterCost
 from .weights import placement, quantized_format
 
 
@@ -62,6 +62,7 @@ class BaseTunerLayer(nn.Module):
     other_param_names: ClassVar[tuple[str, ...]] = ()
     container_names: ClassVar[tuple[str, ...]] = ()
     value_names: ClassVar[tuple[str, ...]] = ()
+    _modules: dict[str, Any]  # base layer and containers, read without `__getattr__` on hot paths
     layout: RowLayout = SAMPLES_FIRST
     geometry: Geometry
 
@@ -88,8 +89,8 @@ class BaseTunerLayer(nn.Module):
             self.geometry = size
             if size.is_conv or geometry(base_layer) is None:
                 self.layout = RowLayout(1 + len(size.kernel_size) if size.is_conv else 0)
-        is_inner = isinstance(base_layer, BaseTunerLayer)
-        self._merges: Merges = base_layer._merges if is_inner else Merges()  # type: ignore[assignment]
+        inner = base_layer if isinstance(base_layer, BaseTunerLayer) else None
+        self._merges: Merges = Merges() if inner is None else inner._merges
         self.cast_input_dtype_enabled = True
         self.training = base_layer.training
 
@@ -103,7 +104,7 @@ class BaseTunerLayer(nn.Module):
         - If the call chose an adapter for each sample, each sample gets the delta of its own
           adapter instead. A model refuses such a call while anything is merged.
         """
-        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        base: nn.Module = self._modules["base_layer"]
         if self._disable_adapters:
             if self.merged_adapters:  # merged since they were disabled
                 self._merges.suspend(self)
@@ -132,7 +133,7 @@ class BaseTunerLayer(nn.Module):
         chain = self.delta_chain(adapter_name, x) if is_ordinary(x) else None
         if chain is None:
             return result + self.delta_activations(adapter_name, x)
-        return add_to_output(self._modules["base_layer"], chain, result)  # type: ignore[arg-type]
+        return add_to_output(self._modules["base_layer"], chain, result)
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
         """Return the delta for an input as a chain of products, which is computed together with the
@@ -308,12 +309,11 @@ class BaseTunerLayer(nn.Module):
 
     def containers(self) -> Iterator[nn.Module]:
         """Yield the containers of adapters' tensors."""
-        return (cast(nn.Module, self._modules[attribute]) for attribute in self.container_names)
+        return (self._modules[attribute] for attribute in self.container_names)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of an adapter."""
-        tensors = adapters.tensors_of(self, adapter_name)
-        return (tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
+        return (t for t in adapters.tensors_of(self, adapter_name) if isinstance(t, nn.Parameter))
 
     def adapter_tensors(self, adapter_name: str) -> Iterator[Tensor]:
         """Yield all tensors of an adapter, trainable or not."""
@@ -489,7 +489,7 @@ class BaseTunerLayer(nn.Module):
     ) -> None:
         """Record the merges that a loaded weight was saved with."""
         self._merges.see_loaded(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
         """Cast or move the layer. Unmerging gives the original weight cast or moved."""

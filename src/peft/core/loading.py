@@ -17,7 +17,7 @@ from ..base.patterns import format_patterns
 from ..base.validation import check_adapter, check_flags
 from ..checkpoint.checks import LoadResult
 from ..checkpoint.files import CONFIG_NAME
-from ..checkpoint.hub import load_peft_weights, local_folder, only_hub_options
+from ..checkpoint.hub import HubOptions, load_peft_weights, local_folder, only_hub_options
 from ..checkpoint.keys import adapter_tensors, in_view
 from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
@@ -206,7 +206,7 @@ def _read_checkpoint(
     model: nn.Module,
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
-    hub: Mapping[str, Any],
+    hub: HubOptions,
     key_mapping: dict[str, str] | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -241,8 +241,8 @@ def _read_checkpoint(
 
 
 def _own_subfolder(
-    model_id: str | os.PathLike[str], adapter_name: str, hub_options: dict[str, Any]
-) -> dict[str, Any]:
+    model_id: str | os.PathLike[str], adapter_name: str, hub_options: HubOptions
+) -> HubOptions:
     """Return Hub options with the sub-folder of an adapter that the model has, if there is one.
 
     `save_pretrained` puts adapters into sub-folders of their names; trainers name the whole folder.

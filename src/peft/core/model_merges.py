@@ -276,7 +276,7 @@ def unload(
     if progressbar is not None:
         from tqdm import tqdm
 
-        modules = tqdm(modules, desc=progressbar)  # type: ignore[assignment]
+        modules = tqdm(modules, desc=progressbar)
     inside: set[int] = set()
     for path, module in modules:
         plain: nn.Module | None = None

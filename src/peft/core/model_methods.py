@@ -92,7 +92,7 @@ def _pickled(cls: Any) -> Any:
     return model_cls._around, (tuner_cls,)
 
 
-copyreg.pickle(_Combined, _pickled)  # type: ignore[arg-type]
+copyreg.pickle(_Combined, _pickled)
 
 
 def is_tuner(module: nn.Module | None) -> bool:

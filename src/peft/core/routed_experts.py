@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ def forget(model: nn.Module) -> None:
 def _of_nllb(
     experts: nn.Module, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
 ) -> Tensor:
-    count: Any = experts.num_experts
-    return F.one_hot(router_mask, num_classes=count).permute(2, 1, 0)
+    return F.one_hot(router_mask, num_classes=cast(int, experts.num_experts)).permute(2, 1, 0)
 
 
 def _of_switch(

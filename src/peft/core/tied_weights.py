@@ -23,7 +23,7 @@ _FLAG = "tie_word_embeddings"
 class Pair(NamedTuple):
     """Two parameters that a module ties, by their names in it."""
 
-    part: Any
+    part: nn.Module
     target: str
     source: str
 
@@ -114,7 +114,7 @@ def settle(model: Any, was_tied: bool) -> None:
 def _pairs(model: nn.Module) -> Iterator[Pair]:
     """Yield the ties that a model and its modules declare."""
     for part in model.modules():
-        expand: Any = getattr(part, "get_expanded_tied_weights_keys", None)
+        expand = getattr(part, "get_expanded_tied_weights_keys", None)
         tied = expand(all_submodels=False) if expand is not None else {}
         known = (
             {name for name, _ in part.named_parameters(remove_duplicate=False)} if tied else set()
@@ -129,13 +129,14 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
             id(p): name
             for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
         }
-        ends: Any = [model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
-        found = [names.get(id(getattr(end, "weight", None))) for end in ends]
-        if all(found) and found[0] != found[1]:
-            yield Pair(model, *found)  # type: ignore[arg-type]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        table = model.get_input_embeddings()  # type: ignore[operator]
+        target, source = (names.get(id(getattr(end, "weight", None))) for end in (head, table))
+        if target and source and target != source:
+            yield Pair(model, target, source)
 
 
-def _nested(config: Any) -> Iterator[Any]:
+def _nested(config: object) -> Iterator[object]:
     """Yield the configs inside a config that have the flag set."""
     for name, value in vars(config).items():
         if name != "_parent" and hasattr(value, "to_dict") and getattr(value, _FLAG, False) is True:

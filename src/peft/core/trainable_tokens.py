@@ -100,7 +100,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return TokenRows(indices, nn.Parameter(rows))
 
     @property
-    def original_module(self) -> nn.Module:  # type: ignore[override]
+    def original_module(self) -> nn.Module:
         """The original module."""
         return self.token_adapter.base_layer
 

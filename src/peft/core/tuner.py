@@ -17,7 +17,7 @@ from .adapted_model import AdaptedModel
 from .combining import Combination, Combined
 from .injection import Build, Construction, build_adapter
 from .layer import BaseTunerLayer
-from .parameter_roles import Role
+from .method_info import Role
 from .plan import Plan
 from .renamed_targets import present_names
 
@@ -68,7 +68,7 @@ class BaseTuner(AdaptedModel[C]):
         """Return the class of layer that adapts `module`, None if the method can't."""
         raise NotImplementedError
 
-    def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, Any]:
+    def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, object]:
         """Return further arguments for making the layer at `path`."""
         return {}
 

@@ -180,16 +180,7 @@ def is_quantized(module: nn.Module) -> bool:
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:
     """Return whether a weight's shape is not the layer's (packed 4-bit formats)."""
     size = geometry(module) or table(module)
-    return size is None or weight.numel() != size.out_features * size.in_features * _prod(
-        size.kernel_size
-    )
-
-
-def _prod(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    return size is None or weight.numel() != size.out_features * columns(size)
 
 
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ..base.tensors import ordinary_tensors
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantized model and cast its unquantized parameters to float32, for stable training

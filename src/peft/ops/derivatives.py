@@ -33,7 +33,8 @@ def gradients_again(
     # If one argument was computed from another (a model runs a layer twice), the gradient must not
     # flow from one to the other here; aliases cut that path.
     with torch.enable_grad():
-        aliases = {i: arguments[i].view_as(arguments[i]) for i, want in enumerate(wanted) if want}  # type: ignore
+        sought = [(i, argument) for i, argument in enumerate(arguments) if wanted[i]]
+        aliases = {i: argument.view_as(argument) for i, argument in sought if argument is not None}
         results = function(*[aliases.get(i, argument) for i, argument in enumerate(arguments)])
     sources, again = tuple(aliases.values()), torch.is_grad_enabled()
     found = (

@@ -69,8 +69,9 @@ def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        parts = [_mapped(part, function) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # type: ignore[arg-type]
+        parts = tuple(_mapped(part, function) for part in value)
+        make = getattr(value, "_make", None)  # a named tuple's
+        return parts if make is None else make(parts)
     return value
 
 

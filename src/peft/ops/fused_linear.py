@@ -223,14 +223,14 @@ class _AddProduct(torch.autograd.Function):
     """`result + p · up`."""
 
     @staticmethod
-    def forward(ctx: _Context, result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Context, result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:
         ctx.save_for_backward(p, up)
         if in_place:
             ctx.mark_dirty(result)
         return _add(result, p, up, in_place)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, up = ctx.saved_tensors
         rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
         return (
@@ -249,7 +249,7 @@ class _LinearWithChain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: _Context,
         x: Tensor,
         weight: Tensor,
@@ -280,7 +280,7 @@ class _LinearWithChain(torch.autograd.Function):
         return _add(result, *ends)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, down, *factors = ctx.saved_tensors
         for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(gradient):

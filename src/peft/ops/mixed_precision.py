@@ -138,13 +138,13 @@ class _Down(torch.autograd.Function):
     """`down` in mixed precision."""
 
     @staticmethod
-    def forward(ctx: _Context, activation: Tensor, factor: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Context, activation: Tensor, factor: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(activation, factor)
         ctx.scale = scale
         return down(activation, factor, scale)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         activation, factor = ctx.saved_tensors
         for_activation, for_factor, _ = ctx.needs_input_grad
         return (

@@ -11,7 +11,6 @@ parts, which are added up in a fixed order.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -91,11 +90,11 @@ def up(base: Tensor | None, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _shape(tensor: Tensor) -> Any:
+def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape if tensor.dim() == 3 else (1, *tensor.shape)
 
 
-def _strides(tensor: Tensor) -> Any:
+def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
 
 

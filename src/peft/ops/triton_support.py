@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ def with_kernel(
                 kernels = importlib.import_module(module)
                 ours = getattr(kernels, plain.__name__)
                 trial = Trial(ours, reference or plain, example)  # type: ignore[arg-type]
-                if kernels.fits(*args, **kwargs) and agrees(trial, args[0].device):  # type: ignore[attr-defined]
+                device = cast(Tensor, args[0]).device
+                if kernels.fits(*args, **kwargs) and agrees(trial, device):
                     return ours(*args, **kwargs)
             return plain(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..base.errors import PeftNotSupportedError, PeftRuntimeError, PeftTypeError, PeftValueError
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..core.parameter_roles import Role, role_of
+from ..core.method_info import Role, role_of
 from ..integrations.distributed import is_distributed, unwrap_model, unwrapped_name
 
 if TYPE_CHECKING:

@@ -110,7 +110,7 @@ class LycorisLayer(BaseTunerLayer):
 class LycorisTuner:
     """A mixin for tuners of LyCORIS layers: rank and alpha may be chosen by module."""
 
-    def tuner_layer_options(self, config: Any, path: str, build: Any) -> dict[str, Any]:
+    def tuner_layer_options(self, config: Any, path: str, build: object) -> dict[str, object]:
         """Return rank and alpha for the module at `path`."""
         return {
             "r": pattern_value(config.rank_pattern, path, config.r),

@@ -34,7 +34,7 @@ def argument_shapes(
     found = []
     for name, value in arguments.items():
         if name == "encoder_outputs" and isinstance(value, (tuple, Mapping)) and len(value):
-            name, value = "encoder_hidden_states", value[0]  # type: ignore[index]
+            name, value = "encoder_hidden_states", value[0]
         if isinstance(value, Tensor) and value.dim() > 0 and name not in excluded:
             with untraced():  # a nested tensor may have no `shape`
                 sizes = (value.size(0),) if value.is_nested else tuple(value.shape)

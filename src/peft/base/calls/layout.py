@@ -39,14 +39,18 @@ _SEQUENCE_FIRST = (
 # Modules that split a sample into several consecutive rows (windows, frames, channels).
 _GROUPED = re.compile(
     r"(diffusers|timm|torchvision)\.models\..*"
-    r"|transformers\.models\.(swin|swinv2|swin2sr|timesformer|vitdet|mobilevit|mobilevitv2|patchtst|patchtsmixer|lw_detr)\..*"
-    r"|transformers\.models\.(donut|maskformer|clap|rf_detr)\..*\.\w*(Swin|ClapAudio|RfDetrDinov2)\w*"
-    r"|transformers\.models\.(sam|sam_hq|sam2|sam3|got_ocr2|deepseek_ocr2|slanext|pp_formulanet|edgetam)\..*\.\w*(Vision|ViT|Hiera)\w*"
+    r"|transformers\.models\.(swin|swinv2|swin2sr|timesformer|vitdet|mobilevit|mobilevitv2)\..*"
+    r"|transformers\.models\.(patchtst|patchtsmixer|lw_detr)\..*"
+    r"|transformers\.models\.(donut|maskformer|clap|rf_detr)\..*"
+    r"\.\w*(Swin|ClapAudio|RfDetrDinov2)\w*"
+    r"|transformers\.models\.(sam|sam_hq|sam2|sam3|got_ocr2|deepseek_ocr2|slanext|pp_formulanet"
+    r"|edgetam)\..*\.\w*(Vision|ViT|Hiera)\w*"
     r"|transformers\.models\.granite_speech\w*\..*\.\w+(Projector|Conformer)\w*"
 )
 # Projections in a decoder that read the encoder's output.
 _CROSS_ATTENTION = re.compile(
-    r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)"
+    r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\b.*"
+    r"\.(k|v|k_proj|v_proj|key|value)"
 )
 
 

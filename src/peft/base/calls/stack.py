@@ -97,7 +97,8 @@ class CallStack(Generic[T]):
         calls.append(
             _Restored(call, nodes, weakref.ref(backward, functools.partial(_end_restored, calls)))
         )
-        torch.autograd.Variable._execution_engine.queue_callback(backward)  # type: ignore[attr-defined]
+        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine.queue_callback(backward)
 
 
 class _Backward:

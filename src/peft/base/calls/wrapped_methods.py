@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from types import CodeType, MethodType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import nn
 
@@ -81,8 +81,8 @@ class WrappedMethod:
         """Pass a call to the handler."""
         module = self.module
         if module is None:
-            module, args = args[0], args[1:]  # type: ignore[assignment]
-        return self.handler(MethodCall(self.function, module, args, kwargs, self.positional))  # type: ignore[arg-type]
+            module, args = cast(nn.Module, args[0]), args[1:]
+        return self.handler(MethodCall(self.function, module, args, kwargs, self.positional))
 
     @property
     def __func__(self) -> WrappedMethod:

@@ -161,11 +161,11 @@ def hadamard_conv(
         weight = hadamard_weight(f, scale)
         return conv(
             x, weight.view(weight.shape[0], -1, *kernel), None, stride, padding, dilation, groups
-        )  # type: ignore[operator]
+        )
     A, B = low_rank_pair(f, scale)
     down = A.view(A.shape[0], -1, *kernel).repeat(groups, *[1] * (1 + len(kernel)))
-    hidden = conv(x, down, None, stride, padding, dilation, groups)  # type: ignore[operator]
-    return conv(hidden, B.view(*B.shape, *[1] * len(kernel)), groups=groups)  # type: ignore[operator]
+    hidden = conv(x, down, None, stride, padding, dilation, groups)
+    return conv(hidden, B.view(*B.shape, *[1] * len(kernel)), groups=groups)
 
 
 def _sides(f: HadamardFactors) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...base.geometry import Geometry, Placement, columns
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
-from ...core.cost import AdapterCost, thin_cost
+from ...core.method_info import AdapterCost, thin_cost
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
@@ -112,8 +112,7 @@ class LoHaLayer(LycorisLayer):
 
     def factors(self, adapter_name: str) -> HadamardFactors:
         """Return an adapter's factors."""
-        modules: Any = self._modules
-        containers = [modules[name] for name in self.adapter_layer_names]
+        containers = [self._modules[name] for name in self.adapter_layer_names]
         return HadamardFactors(*read_optional(adapter_name, containers))  # type: ignore[arg-type]
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:

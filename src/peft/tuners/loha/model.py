@@ -10,7 +10,7 @@ from torch import nn
 
 from ...core.base_layer import geometry
 from ...core.layer import BaseTunerLayer
-from ...core.parameter_roles import Role
+from ...core.method_info import Role
 from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from .config import LoHaConfig

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from ...base.geometry import Geometry, columns
-from ...core.cost import AdapterCost
+from ...core.method_info import AdapterCost
 from .order import contraction_order
 from .shapes import Shapes, sides
 

@@ -15,7 +15,7 @@ from ...base.geometry import Geometry, Placement
 from ...core import dora
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
-from ...core.cost import AdapterCost
+from ...core.method_info import AdapterCost
 from ...core.weights import base_weight
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
@@ -182,12 +182,12 @@ class LoKrLayer(LycorisLayer):
         scalar.
         """
         scaling = self.scaling[adapter_name] if scaling is None else scaling
-        scalars: Any = self._modules["lokr_scalar"]
+        scalars = self._modules["lokr_scalar"]
         return scaling * scalars(adapter_name).view(()) if adapter_name in scalars else scaling
 
     def factors(self, adapter_name: str) -> KroneckerFactors:
         """Return an adapter's factors."""
-        modules: Any = self._modules
+        modules = self._modules
         return KroneckerFactors(*read_optional(adapter_name, [modules[name] for name in _FACTORS]))
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
@@ -265,7 +265,7 @@ class LoKrLayer(LycorisLayer):
 
     def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
         """Return the norms of a decomposed adapter."""
-        magnitudes: Any = self._modules["lokr_magnitude"]
+        magnitudes = self._modules["lokr_magnitude"]
         if adapter_name not in magnitudes:
             return None
         return dora.Decomposition(
@@ -341,7 +341,7 @@ class Linear(LoKrLayer):
         if (
             (self.training and self.drops(adapter_name))
             or self.row_offset[adapter_name] is not None
-            or adapter_name in self._modules["lokr_magnitude"]  # type: ignore[operator]
+            or adapter_name in self._modules["lokr_magnitude"]
         ):
             return None
         factors = self.factors(adapter_name)

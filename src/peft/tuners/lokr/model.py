@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -13,8 +13,8 @@ from ...base.errors import PeftValueError
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.layer import BaseTunerLayer
+from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
-from ...core.parameter_roles import Role
 from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from . import combining
@@ -58,7 +58,9 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         size = geometry(module)
         return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
-    def tuner_layer_options(self, config: LoKrConfig, path: str, build: object) -> dict[str, Any]:
+    def tuner_layer_options(
+        self, config: LoKrConfig, path: str, build: object
+    ) -> dict[str, object]:
         """Return the options of the layer at `path`."""
         size = geometry(self.model.get_submodule(path))
         return layer_options(config, path, size)._asdict()

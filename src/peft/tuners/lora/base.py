@@ -18,8 +18,8 @@ from ...base.geometry import Placement
 from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
-from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
+from ...core.method_info import AdapterCost, thin_cost
 from ...core.weights import base_weight
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
@@ -246,7 +246,8 @@ class LoraLayer(BaseTunerLayer):
 
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the input in the adapter's dtype, after dropout."""
-        x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)  # type: ignore[arg-type]
+        weight = self.lora_A[adapter_name].weight
+        x = self._cast_input_dtype(x, weight.dtype)  # type: ignore[arg-type]
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,7 +256,7 @@ class LoraLayer(BaseTunerLayer):
         return super()._cast_input_dtype(x, dtype)
 
     def _drops(self, adapter_name: str) -> bool:
-        dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
+        dropout = self._modules["lora_dropout"]._modules[adapter_name]
         return dropout.training and not isinstance(dropout, nn.Identity)
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:

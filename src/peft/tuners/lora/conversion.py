@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ from .config import LoraConfig
 
 # Number of tasks that `save_tasks_as_lora` holds in memory at a time.
 _TASKS_AT_ONCE = 16
+# Values of `bias` that mean the same in a LoRA config; any other becomes "lora_only".
+_BIASES: Mapping[str, Literal["none", "all"]] = {"none": "none", "all": "all"}
 
 
 class LoraConversion(Conversion[LoraConfig]):
@@ -283,8 +286,8 @@ def _factors(
     rank: int | float | None,
     options: Mapping[str, object],
 ) -> LowRank:
-    """Return an adapter's delta in a layer as factors of a LoRA layer; if the rank is an integer, of
-    exactly this rank.
+    """Return an adapter's delta in a layer as factors of a LoRA layer, of exactly this rank if it
+    is an integer.
 
     Raises:
         PeftValueError: The layer's weight has no such rank.
@@ -363,7 +366,7 @@ def _lora_config(
         exclude_modules=excluded,
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
         trainable_token_indices=config.trainable_token_indices,
-        bias={"none": "none", "all": "all"}.get(config.trained_biases, "lora_only"),  # type: ignore[arg-type]
+        bias=_BIASES.get(config.trained_biases, "lora_only"),
         fan_in_fan_out=any(
             getattr(geometry(layer), "transposed", False) for layer in layers.values()
         ),

@@ -46,7 +46,7 @@ class Linear(LoraLayer):
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
         """Return `s·B·A·x` as a chain, if nothing is hooked into the factors' modules."""
-        modules: Any = self._modules
+        modules = self._modules
         A, B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
         if (
             adapter_name in modules["lora_magnitude_vector"]._modules

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from ...core.base_layer import conv_options, expected_layout, geometry, innermos
 from ...core.combining import Combination, Combined, outer_path
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
-from ...core.parameter_roles import Role
+from ...core.method_info import Role
 from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
@@ -39,7 +39,8 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
     inner_names: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
     token_dims: ClassVar[Mapping[str, int]] = {"lora_embedding_A": 1, "lora_B.weight": 0}
 
-    def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:  # noqa: D102
+    def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+        """Return tensors by the keys of a checkpoint."""
         end = f"{_MAGNITUDE}.weight"
         return {
             key.removesuffix(".weight") if key.endswith(end) else key: tensor
@@ -99,7 +100,7 @@ class LoraModel(BaseTuner[LoraConfig]):
 
     def tuner_layer_options(
         self, config: LoraConfig, path: str, build: Build[LoraConfig]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Return rank and alpha for the module at `path`."""
         return {
             "r": pattern_value(config.rank_pattern or {}, path, config.r),
@@ -170,7 +171,8 @@ class LoraModel(BaseTuner[LoraConfig]):
             plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode
         ), state
 
-    def combine(self, request: Combination, layers: Mapping[str, LoraLayer]) -> Combined:  # noqa: D102
+    def combine(self, request: Combination, layers: Mapping[str, LoraLayer]) -> Combined:
+        """Combine adapters into a new one."""
         return combining.combine(self.peft_config, layers, request)
 
     def form_to_save(
@@ -188,5 +190,5 @@ class LoraModel(BaseTuner[LoraConfig]):
             path: layer.lora_start[adapter_name]
             for path, layer in own.items()
             if adapter_name in layer.lora_start
-        }  # type: ignore
+        }
         return with_start(config, state, starts)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...base.constants import MODEL_ROOT, ROOT
 from ...base.errors import PeftNotSupportedError, warn
 from ...base.patterns import format_patterns
+from ...base.plain_values import JsonObject
 from ...core.targets import pattern_value
 
 # Value of a config's `start` if the adapter starts with values that it would draw again.
@@ -93,7 +94,7 @@ def without_start(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return result
 
 
-def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+def upgraded(content: JsonObject) -> JsonObject:
     """Return the fields of a file, with the start as a model's adapter has it.
 
     Raises:

@@ -19,8 +19,8 @@ from ...base.geometry import Placement
 from ...base.plain_values import plain
 from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
-from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
+from ...core.method_info import AdapterCost, thin_cost
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached, is_running_often
@@ -154,7 +154,7 @@ class PolyLayer(BaseTunerLayer):
 
     def router(self, adapter_name: str) -> Router:
         """Return an adapter's router, which may be another layer's."""
-        entry: Any = self._modules["poly_router"]._modules[adapter_name]  # type: ignore[union-attr]
+        entry = self._modules["poly_router"]._modules[adapter_name]
         return entry.router if isinstance(entry, SharedRouter) else entry
 
     def task_weights(self, adapter_name: str) -> Tensor:
@@ -165,8 +165,7 @@ class PolyLayer(BaseTunerLayer):
 
     def task_skills(self, adapter_name: str) -> TaskSkills | None:
         """Return an adapter's task-specific skills; None if it has none."""
-        modules: Any = self._modules["poly_task_skills"]
-        return modules._modules.get(adapter_name)
+        return self._modules["poly_task_skills"]._modules.get(adapter_name)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -256,7 +255,7 @@ class PolyLayer(BaseTunerLayer):
         """Return `(alpha / r) · x·A_w·B_w` as a chain; None with task-specific skills."""
         if self.task_skills(adapter_name) is not None:
             return None
-        modules: Any = self._modules
+        modules = self._modules
         x, weights, A, B, scale = self._operands(adapter_name, x)
 
         def columns() -> Tensor | None:
@@ -277,7 +276,7 @@ class PolyLayer(BaseTunerLayer):
         self, adapter_name: str, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Return the arguments of `poly_delta`: input, mixing weights, `A`, `B` and scale."""
-        modules: Any = self._modules
+        modules = self._modules
         A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
         assert A is not None and B is not None  # each adapter has both
         router = self.router(adapter_name)

@@ -14,7 +14,7 @@ from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
-from ...core.parameter_roles import Role
+from ...core.method_info import Role
 from ...core.tuner import BaseTuner
 from . import combining, extraction, fewshot, inventory, regimes
 from .adapter import PolyAdapter, Shares, Task, Tasks
@@ -201,7 +201,8 @@ class PolyModel(BaseTuner[PolyConfig]):
         ids = range(config.n_tasks) if tasks is None else some_tasks(tasks, config)
         return {config.task_names[i] if config.task_names else f"task_{i}": i for i in ids}
 
-    def combine(self, request: Combination, layers: Mapping[str, PolyLayer]) -> Combined:  # noqa: D102
+    def combine(self, request: Combination, layers: Mapping[str, PolyLayer]) -> Combined:
+        """Combine adapters into a new one."""
         return combining.combine(self.peft_config, layers, request)
 
     def get_router_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ from .task_table import TaskTable
 if TYPE_CHECKING:
     from .config import PolyConfig
 
+_GATING = Gating()
+
 
 class Router(nn.Module):
     """Base class of routers: logits for each split and skill become mixing weights.
@@ -34,7 +36,7 @@ class Router(nn.Module):
     Source: arXiv:2202.13914, section 3
     """
 
-    def __init__(self, n_splits: int, n_skills: int, gating: Gating = Gating()) -> None:  # noqa: B008
+    def __init__(self, n_splits: int, n_skills: int, gating: Gating = _GATING) -> None:
         super().__init__()
         self.n_splits = n_splits
         self.n_skills = n_skills
@@ -72,7 +74,7 @@ class TaskRouter(Router, TaskTable):
         n_splits: int,
         n_skills: int,
         placement: Placement,
-        gating: Gating = Gating(),  # noqa: B008
+        gating: Gating = _GATING,
         fixed: bool = False,
     ) -> None:
         super().__init__(n_splits, n_skills, gating)
@@ -153,7 +155,7 @@ class InputRouter(Router):
         n_splits: int,
         n_skills: int,
         placement: Placement,
-        gating: Gating = Gating(),  # noqa: B008
+        gating: Gating = _GATING,
     ) -> None:
         super().__init__(n_splits, n_skills, gating)
         device, dtype = placement

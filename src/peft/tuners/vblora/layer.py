@@ -15,8 +15,8 @@ from ...base.calls.rows import RowOwners
 from ...base.errors import PeftRuntimeError
 from ...base.geometry import Placement
 from ...core.adapters import AdapterParameterDict, read
-from ...core.cost import AdapterCost, thin_cost
 from ...core.layer import BaseTunerLayer
+from ...core.method_info import AdapterCost, thin_cost
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain, LowRankChain
@@ -246,7 +246,7 @@ class VBLoRALayer(BaseTunerLayer):
     def _gated_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]`, with the gate in `B`."""
         A, B = self._composed_factors(adapter_name)
-        gates: Any = self._modules["vblora_gate"]
+        gates = self._modules["vblora_gate"]
         return A, B * gates(adapter_name) if adapter_name in gates else B
 
     def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ class VBLoRALayer(BaseTunerLayer):
             bank = self.bank(adapter_name)
             selection_A, selection_B = self.selections(adapter_name)
             return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
-        modules: Any = self._modules
+        modules = self._modules
         containers = modules["vblora_logits_A"], modules["vblora_logits_B"]
         logits_A, logits_B = read(adapter_name, containers)
         topk, sources = self.topk[adapter_name], (logits_A, logits_B, self.bank(adapter_name))

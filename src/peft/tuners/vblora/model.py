@@ -21,8 +21,8 @@ from ...core.base_layer import expected_layout, geometry
 from ...core.combining import Combination, Combined
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
+from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
-from ...core.parameter_roles import Role
 from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
@@ -238,7 +238,8 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             )
         return super().build_for(adapter_name, config, layers, like)
 
-    def combine(self, request: Combination, layers: Mapping[str, VBLoRALayer]) -> Combined:  # noqa: D102
+    def combine(self, request: Combination, layers: Mapping[str, VBLoRALayer]) -> Combined:
+        """Combine adapters into a new one."""
         return combining.combine(self.peft_config, layers, request)
 
     @classmethod
