@@ -339,7 +339,7 @@ class PeftConfig:
         config_cls = cls if peft_type is None else lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
         if not issubclass(config_cls, cls):
             raise PeftValueError(
-                f"A config of type {peft_type!r} is no {cls.__name__}; read it as a "
+                f"A config of type {peft_type!r} is not a {cls.__name__}; read it as a "
                 f"{config_cls.__name__}."
             )
         return config_cls(**config_cls.check_kwargs(**kwargs))

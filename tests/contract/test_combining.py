@@ -260,7 +260,7 @@ def test_two_copies_of_a_module_need_a_word(method):
         (
             None,
             ValueError,
-            r"Adapters a, b each train a copy of `4\.weight`. Say what .* `heads`: 'mean' or the "
+            r"Adapters a, b each train a copy of `4\.weight`. Choose .* `heads`: 'mean' or the "
             r"name of .* \('a', 'b'\)",
         ),
         ("c", ValueError, r"`heads`='c' must be 'mean' or the name of .* \('a', 'b'\)"),

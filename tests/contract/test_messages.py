@@ -326,7 +326,7 @@ def test_a_combination_that_a_method_lacks(model, method):
 def test_nothing_is_saved_of_a_model_without_adapters(model, tmp_path):
     model.unload()
     with pytest.raises(
-        ValueError, match="no adapters to save: they were deleted, or taken out by `unload`"
+        ValueError, match="no adapters to save: they were deleted, or removed by `unload`"
     ):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -416,7 +416,7 @@ def test_arguments_that_were_taken_or_failed_with_a_bare_error(case):
 def test_a_device_that_does_not_exist(load, tmp_path):
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'cpuu' is no device"):
+    with pytest.raises(ValueError, match="'cpuu' is not a device"):
         load(model, tmp_path)
 
 

@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(method):
         ),
         (
             {"trainable_token_indices": {"norm": [1]}},
-            "LlamaRMSNorm is no nn.Embedding or nn.Linear",
+            "LlamaRMSNorm is not an nn.Embedding or nn.Linear",
         ),
         (
             {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},

@@ -122,7 +122,7 @@ def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) 
         if names and (ids is None or not ids.isdisjoint(map(id, _base_parameters(module)))):
             raise PeftRuntimeError(
                 f"`{path}`: {', '.join(names)} is merged into the weight that is to be written; "
-                "call `unmerge_adapter` before."
+                "call `unmerge_adapter` first."
             )
 
 

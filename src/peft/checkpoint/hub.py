@@ -143,7 +143,9 @@ def load_peft_weights(
     try:
         torch.device(device or "cpu")
     except (RuntimeError, TypeError):
-        raise PeftValueError(f"{device!r} is no device: pass 'cpu', 'cuda', 'cuda:1', …") from None
+        raise PeftValueError(
+            f"{device!r} is not a device: pass 'cpu', 'cuda', 'cuda:1', …"
+        ) from None
     path = find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
     state = read_weights(path, device or "cpu")
     return {_mapped(key, key_mapping or {}): tensor for key, tensor in state.items()}

@@ -232,7 +232,7 @@ def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
     if fused is not None:
         raise CheckpointError(
             f"`{rules.root}{path}` is a part of `{rules.root}{name}` in the installed version of "
-            "transformers, and an adapter of the part is none of the whole; nothing was loaded. "
+            "transformers, where an adapter of the part can't be used; nothing was loaded. "
             "Use the version that the adapter was written with."
         )
     return name.removesuffix(".weight")

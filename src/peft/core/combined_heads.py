@@ -91,8 +91,8 @@ def combine(
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
             alike = len({parts[name][key].shape for name in owners}) == 1
             raise PeftValueError(
-                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Say what "
-                "becomes of it by `heads`: "
+                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Choose "
+                "one, or combine them, by `heads`: "
                 f"{_choices(owners, can_stack, mean=alike)}."
             )
         else:

@@ -65,9 +65,9 @@ def refuse(module: nn.Module) -> None:
     """
     if is_computed(module):
         raise PeftNotSupportedError(
-            f"{type(module).__name__} computes its weight in each forward, so that what is merged "
-            "into it would be lost; make it "
-            f"plain first, by {_remedy(module)}, or use `merge_and_unload`, which does so."
+            f"{type(module).__name__} computes its weight in each forward, so a delta merged into "
+            f"it would be lost; make it a parameter first, by {_remedy(module)}, or use "
+            "`merge_and_unload`, which does so."
         )
 
 

@@ -107,10 +107,8 @@ def warn_of_ties(
             names = ", ".join(f"`{owner.partition('.base_layer')[0]}`" for owner in others)
             warn(
                 f"`{path}` shares its weight with {names}, and merging changes it in both places: "
-                "the model computes "
-                "something else than with the adapter unmerged. Take it off with "
-                "`unmerge_adapter`; `merge_and_unload` makes "
-                "two weights of it."
+                "outputs differ from those of the unmerged adapter. Use `unmerge_adapter`, or "
+                "`merge_and_unload`, which makes two weights of it."
             )
 
 

@@ -149,7 +149,7 @@ def _adapters_to_save(selected: Sequence[str] | None, adapters: Collection[str])
         )
     if not adapters:
         raise PeftValueError(
-            "The model has no adapters to save: they were deleted, or taken out by `unload` or "
+            "The model has no adapters to save: they were deleted, or removed by `unload` or "
             "`merge_and_unload`. Save the model that those return."
         )
     return names

@@ -277,7 +277,7 @@ def _problems(
         )
     elif not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():
         yield (
-            f"`{path}`: {type(module).__name__} is no nn.Embedding or nn.Linear with a "
+            f"`{path}`: {type(module).__name__} is not an nn.Embedding or nn.Linear with a "
             "floating-point weight."
         )
     elif wrong := [token for token in tokens if not 0 <= token < module.weight.shape[0]]:

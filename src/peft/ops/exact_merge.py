@@ -149,7 +149,7 @@ class Written:
             self.is_changed = True
             warn(
                 "A base weight was changed while adapters were merged into it: "
-                f"{', '.join(names)}. Taking them off subtracts their deltas from the changed "
+                f"{', '.join(names)}. Unmerging subtracts their deltas from the changed "
                 "weight, up to rounding. Call `unmerge_adapter` before base weights are changed."
             )
 

@@ -134,7 +134,7 @@ def agrees(trial: Trial, device: torch.device) -> bool:
         agreed = _TRIED[trial.ours, device] = difference is None
         if not agreed:
             warnings.warn(
-                f"{trial.ours.__module__} is of no use on {device}, plain operations are used: "
+                f"{trial.ours.__module__} is not used on {device}, but plain operations: "
                 f"{difference}",
                 PeftWarning,
                 stacklevel=2,

@@ -138,7 +138,7 @@ BAD = [
     (lambda: library(mlp(), lora()), None, TypeError, "`adapters`=None must be a list of names"),
     (lambda: library(mlp(), lora()), ["a", ["a"]], TypeError, r"must have names .*, not \['a'\]"),
     (lambda: library(mlp(), lora()), {"a": 3}, TypeError, "must have names .*, not 3"),
-    (lambda: library(mlp(), lora()), [], ValueError, "must name some"),
+    (lambda: library(mlp(), lora()), [], ValueError, "must name at least one adapter"),
     (lambda: library(mlp(), lora()), ["a", "a"], ValueError, "has a name twice; .*`copy_adapter`"),
     (lambda: library(mlp(), lora(), lora()), {"a": "x", "b": "x"}, ValueError, "has a name twice"),
     (lambda: library(mlp(), lora()), ["z"], ValueError, "Adapter z not found"),

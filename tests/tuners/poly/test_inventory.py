@@ -76,7 +76,7 @@ BAD = [
         "must be real numbers, not torch.complex64",
     ),
     ("set_router_weights", -torch.ones(4, 3), ValueError, "not negative"),
-    ("set_router_weights", {"nowhere": torch.ones(4, 3)}, ValueError, "no paths of layers"),
+    ("set_router_weights", {"nowhere": torch.ones(4, 3)}, ValueError, "not paths of layers"),
     ("begin_regime", "Y", ValueError, "must be one of 'Z'"),
     ("begin_regime", "Z", ValueError, "takes the new tasks"),
     ("extract_tasks", "default", TypeError, "required positional"),
@@ -230,7 +230,7 @@ BAD_NEW = [
     (
         lambda m: m.set_router_weights({"O": torch.ones(4, 3)}),
         ValueError,
-        r"\['O'\] are no paths .* those are \['0', '2'\]",
+        r"\['O'\] are not paths .* those are \['0', '2'\]",
     ),
 ]
 

@@ -143,8 +143,8 @@ def of(*entries, **options):
 BAD = [
     (lambda t: TaskLabels([2, 3]), TypeError, "must be a dictionary"),
     (lambda t: TaskLabels({}), ValueError, "names no tasks"),
-    (lambda t: TaskLabels({"a": 0}), ValueError, "there must be some"),
-    (lambda t: TaskLabels({"a": ["x", "x"]}), ValueError, "each of another name"),
+    (lambda t: TaskLabels({"a": 0}), ValueError, "give at least one"),
+    (lambda t: TaskLabels({"a": ["x", "x"]}), ValueError, "each with a new name"),
     (lambda t: TaskLabels({"a": 2.5}), TypeError, "give their number or their names"),
     (lambda t: TaskLabels({"a": True}), TypeError, "give their number or their names"),
     (
@@ -245,7 +245,7 @@ BAD = [
     (
         lambda t: t.narrow(nn.Sequential(nn.Linear(4, 7)), 0, "0"),
         ValueError,
-        "`0` .Linear. is no linear layer with 8 outputs",
+        "`0` .Linear. is not a linear layer with 8 outputs",
     ),
 ]
 

@@ -100,7 +100,7 @@ def test_terms_are_means_over_routers_and_have_gradients():
 def test_terms_on_routing_by_input(level):
     model = poly(poly_type="mope", routing_level=level, n_tasks=1)
     x = torch.randn(4, 5, 8)
-    with pytest.raises(ValueError, match="pass what `recorded_routing` kept"):
+    with pytest.raises(ValueError, match="pass the weights of `recorded_routing`"):
         routing_loss(model, balance=1.0)
     with recorded_routing(model) as record:
         model(x).sum().backward()

@@ -132,8 +132,8 @@ def test_a_bank_is_taken_out_of_an_adapter_and_put_into_one():
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (torch.randn(0, 4), r"`vectors` of shape \[0, 4\] are none"),
-        (torch.randn(4, 0), r"`vectors` of shape \[4, 0\] are none"),
+        (torch.randn(0, 4), r"`vectors` of shape \[0, 4\] hold no vectors"),
+        (torch.randn(4, 0), r"`vectors` of shape \[4, 0\] hold no vectors"),
         (
             torch.zeros(4, 2).index_fill(0, torch.tensor([1, 3]), torch.nan),
             r"NaN or infinite \(rows 1, 3\).* an earlier step",

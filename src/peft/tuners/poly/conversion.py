@@ -185,11 +185,11 @@ def _tasks_by_adapter(adapters: object) -> dict[str, str]:
     if wrong := [name for name in (*names, *tasks) if not isinstance(name, str)]:
         raise PeftTypeError(f"`adapters`={adapters!r} must have names (strings), not {wrong[0]!r}.")
     if not names:
-        raise PeftValueError(f"`adapters`={adapters!r} must name some.")
+        raise PeftValueError(f"`adapters`={adapters!r} must name at least one adapter.")
     if len(set(tasks)) < len(tasks):
         raise PeftValueError(
             f"`adapters`={adapters!r} has a name twice; each adapter is the skill of one task with "
-            "a name of its own. `copy_adapter` makes another adapter like one."
+            "a name of its own. `copy_adapter` copies an adapter."
         )
     return dict(zip(names, tasks, strict=True))
 

@@ -125,7 +125,7 @@ def set_router_weights(
     tables = weights if isinstance(weights, Mapping) else dict.fromkeys(routers, weights)
     if unknown := sorted(set(tables) - set(routers)):
         raise PeftValueError(
-            f"{unknown} are no paths of layers that route by task; those are "
+            f"{unknown} are not paths of layers that route by task; those are "
             f"{names_shown(list(routers))}."
             f"{did_you_mean(str(unknown[0]), routers)}"
         )

@@ -213,5 +213,5 @@ def _refuse_packed(arguments: Mapping[str, object], rows: CallRows) -> None:
     if isinstance(ends, Tensor) and rows.rows is not None and ends.shape[0] > rows.rows + 1:
         raise PeftNotSupportedError(
             f"{ends.shape[0] - 1} texts are packed into {rows.rows} row(s), which routing by input "
-            "would take for one; pad them, or use `routing_level='token'`."
+            "would treat as one; pad them, or use `routing_level='token'`."
         )

@@ -71,7 +71,7 @@ def begin_regime(
         )
     if tasks is not None and not chosen.needs_tasks:
         raise PeftValueError(
-            f"Regime {chosen.name!r} takes no tasks, for it makes an adapter of one: leave out "
+            f"Regime {chosen.name!r} takes no tasks: it makes an adapter with one task. Leave out "
             f"`tasks`={tasks!r}."
         )
     if chosen.needs_tasks and chosen.name != "random" and new_adapter is not None:

@@ -41,7 +41,7 @@ from .storage import GATE, INDICES, LOGITS, WEIGHTS, StorageFormat
 
 # The remedy in messages about training after a compact file.
 TRAINING_ON = (
-    "To train the weights of those that were, load it with `is_trainable=True` and "
+    "To train the weights of the selected ones, load it with `is_trainable=True` and "
     "`config=VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)`."
 )
 

@@ -127,8 +127,8 @@ class VectorBank:
             model, adapter_name: As for `of`.
 
         Raises:
-            PeftValueError: No such adapter, an ambiguous choice, or the adapter's bank is shared, of
-                another size or of a dtype that can't hold the vectors' values.
+            PeftValueError: No such adapter, an ambiguous choice, or the adapter's bank is shared,
+                of another size or of a dtype that can't hold the vectors' values.
         """
         name, layer = _layer_with_bank(model, adapter_name)
         if name not in layer.vblora_vector_bank:
@@ -230,8 +230,8 @@ def _check_values(vectors: Tensor) -> None:
     """Raise PeftValueError for an empty bank, and for NaN or infinite values."""
     if not vectors.numel():
         raise PeftValueError(
-            f"`vectors` of shape {list(vectors.shape)} are none; a bank has at least one, of at "
-            "least one number."
+            f"`vectors` of shape {list(vectors.shape)} hold no vectors; a bank has at least one, "
+            "of at least one number."
         )
     if type(vectors) is not Tensor:  # the values of a DTensor are on several devices
         return

@@ -116,5 +116,5 @@ def _weights(router: Router, recorded: list[Tensor] | None) -> Tensor:
     if isinstance(router, TaskRouter):
         return router.task_weights()
     raise PeftValueError(
-        "Routing by input is known in a forward: pass what `recorded_routing` kept."
+        "Routing by input exists only in a forward: pass the weights of `recorded_routing`."
     )

@@ -259,7 +259,7 @@ def task_routers(model: nn.Module, adapter_name: str) -> dict[str, TaskRouter]:
     if not routers:
         raise PeftValueError(
             f"Adapter {adapter_name} routes by input and has no tables by task; `recorded_routing` "
-            "keeps what it chooses in a call."
+            "keeps the weights of a call."
         )
     return routers
 

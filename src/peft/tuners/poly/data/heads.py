@@ -62,7 +62,7 @@ def linear_at(model: nn.Module, path: str, outputs: int) -> nn.Linear:
     """Return the linear layer at a path.
 
     Raises:
-        PeftValueError: There is no linear layer with so many outputs.
+        PeftValueError: The layer is not linear or has another number of outputs.
     """
     modules = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name}
     layer = modules.get(path)
@@ -70,8 +70,8 @@ def linear_at(model: nn.Module, path: str, outputs: int) -> nn.Linear:
         raise PeftValueError(f"The model has no module `{path}`.{did_you_mean(path, modules)}")
     if not isinstance(layer, nn.Linear) or layer.out_features != outputs:
         raise PeftValueError(
-            f"`{path}` ({type(layer).__name__}) is no linear layer with {outputs} outputs, one for "
-            "each label of all tasks."
+            f"`{path}` ({type(layer).__name__}) is not a linear layer with {outputs} outputs, one "
+            "for each label of all tasks."
         )
     return layer
 

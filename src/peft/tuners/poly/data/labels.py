@@ -387,6 +387,6 @@ def _names(task: str, labels: object) -> list[str]:
         )
     if not names or len(set(names)) != len(names):
         raise PeftValueError(
-            f"Task {task!r} has {labels!r} for labels; there must be some, each of another name."
+            f"Task {task!r} has {labels!r} for labels; give at least one, each with a new name."
         )
     return names
