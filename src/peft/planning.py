@@ -40,7 +40,7 @@ class LayerPlan:
         base_multiplications: Multiplications of the layer itself.
         rank: Largest rank that the delta can have.
         full_rank: Largest rank that the layer's weight can have.
-        remarks: Sentences about options that probably do not do what was meant.
+        remarks: Sentences about options that probably do not have the intended effect.
     """
 
     path: str
@@ -212,7 +212,8 @@ def _ranges(numbers: list[int]) -> str:
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:
     """Plan an adapter without making it: count its tensors, parameters, bytes, FLOPs and largest
-    rank, for each layer and in total. Remarks name options that probably do not do what was meant.
+    rank, for each layer and in total. Remarks name options that probably do not have the intended
+    effect.
 
     Nothing is allocated, and neither model nor config is changed. A model on the meta device gives
     the same plan as a loaded one.

@@ -67,7 +67,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_for(folder: Path) -> Iterator[None]:
-    """Context with a folder, made if missing; an error removes what was made, unless it has files.
+    """Context with a folder, made if missing; an error removes it again, unless it has files.
 
     Raises:
         CheckpointWriteError: The folder can't be made.

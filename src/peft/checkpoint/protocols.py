@@ -116,7 +116,7 @@ class Tuner(Protocol):
 
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
-        """Update what depends on an adapter's values."""
+        """Update the state that depends on an adapter's values."""
 
     def named_tuner_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the layers with adapters, with their paths."""

@@ -356,7 +356,7 @@ def _companions(model: Combinable, request: Combination) -> dict[str, Tensor]:
 
     Raises:
         PeftValueError: Several train a copy of the same module, or rows of the same embedding, and
-            the request does not say what becomes of them; or they train different rows.
+            the request does not choose how to combine them; or they train different rows.
     """
     configs = {name: model.peft_config[name] for name in dict.fromkeys(request.adapters)}
     parts = combined_heads.collect(model.model, configs)

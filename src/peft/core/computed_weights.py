@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a layer computes anew in each forward: `torch.nn.utils.parametrize`, `weight_norm`,
+"""Weights that a layer computes in each forward: `torch.nn.utils.parametrize`, `weight_norm`,
 `spectral_norm`, `prune`.
 
 Such a weight is not a parameter of the layer, and a value written into it is lost with the next

@@ -31,7 +31,7 @@ class Decomposition:
         magnitude: Returns `m`, `[out]` or `[in]`.
         norms: Returns `‖W + ΔW‖` for a scale of the delta, in that shape, without a gradient.
         by_columns: The norms are of columns: the adapter changes the input of the base layer and of
-            its own delta, and leaves what other adapters add as it is.
+            its own delta, but not the deltas of other adapters.
     """
 
     magnitude: Callable[[], Tensor]
@@ -123,7 +123,7 @@ def output_without_bias(layer: DecomposableLayer, x: Tensor) -> Tensor:
 
 
 def change(weight: Tensor, factor: Tensor, delta: Tensor) -> Tensor:
-    """Return `f ⊙ (W + ΔW) - W`, what a decomposed adapter alone adds to the base weight."""
+    """Return `f ⊙ (W + ΔW) - W`, the change that a decomposed adapter alone makes to the weight."""
     weight = wide(weight)
     return wide(factor) * (weight + wide(delta)) - weight
 

@@ -43,7 +43,7 @@ class MergeableLayer(dora.DecomposableLayer, Protocol):
         """Return the factor on the sum of weight and delta."""
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
-        """Return what is added to the bias."""
+        """Return the tensor that is added to the bias."""
 
     def note_merges(self, adapter_names: list[str]) -> None:
         """Record the adapters that are merged now."""
@@ -58,8 +58,8 @@ class Merge(NamedTuple):
         options: Options of its delta.
         delta: The delta as it was merged; None where it came merged with a state dict.
         factor: The factor on the sum of weight and delta, None for one.
-        bias: What was added to the bias, None for nothing.
-        correction: What undoing the sum needs, where the original weight is not kept.
+        bias: The tensor that was added to the bias, None for nothing.
+        correction: Undoes the sum, where the original weight is not kept.
     """
 
     layer: MergeableLayer
@@ -123,8 +123,8 @@ class Merges:
         self._rewrite(base, len(self.entries), list(new), check)
 
     def remove(self, base: nn.Module, names: Collection[str], layer: MergeableLayer) -> list[Merge]:
-        """Unmerge adapters of a layer, and return their merges for `add`. The weight is then bit by
-        bit what the other adapters alone make of it.
+        """Unmerge adapters of a layer, and return their merges for `add`. The weight is then bit
+        for bit as if only the other adapters had been merged.
 
         Raises:
             PeftRuntimeError: An adapter came merged with a state dict, which lacks the original
@@ -226,7 +226,7 @@ class Merges:
         self, base: nn.Module, convert: Callable[[], T], function: Callable[[Tensor], Tensor]
     ) -> T:
         """Run `convert`, which casts or moves the base layer by `function`, so that unmerging gives
-        what `function` makes of the original weight.
+        the result of `function` for the original weight.
         """
         is_known = bool(self.entries) and self.entries[0].is_known
         if not is_known or not self._is_changed_by(base, function):
@@ -386,7 +386,7 @@ class Merges:
         convert: Callable[[], T],
         function: Callable[[Tensor], Tensor],
     ) -> T:
-        """Convert the weight as it was before each merge, and derive the merges anew."""
+        """Convert the weight as it was before each merge, and derive the merges again."""
         merged = stored_weight(base).data
         stages = [self._peeled(merged, entries[i:]) for i in range(len(entries))]
         put_weight(base, stages[0])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide between a fast path of our own and plain operations.
+"""Choose between the fused path and plain operations.
 
-A layer asks `can_fuse` once a call. It is the only place that knows what the fused path of
-`fused_linear` cannot take: hooks, compilers, transforms, autocast, tensor subclasses, nested, meta,
-sparse and empty inputs, single vectors.
+A layer asks `can_fuse` once a call. It alone knows the inputs and modes that `fused_linear` does
+not support: hooks, compilers, transforms, autocast, tensor subclasses, nested, meta, sparse and
+empty inputs, single vectors.
 """
 
 from __future__ import annotations

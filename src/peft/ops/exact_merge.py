@@ -76,8 +76,8 @@ def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
 
 
 class Correction(NamedTuple):
-    """The data that undoing a sum needs in addition to the delta: the elements that subtraction
-    would not restore, by flat position (or all, if they are many), and the factor on the sum.
+    """The data that undoes a sum, in addition to the delta: the elements that subtraction would not
+    restore, by flat position (or all, if they are many), and the factor on the sum.
     """
 
     positions: Tensor | None
@@ -86,7 +86,7 @@ class Correction(NamedTuple):
 
 
 def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Correction]:
-    """Return `factor · (weight + delta)`, rounded once, and what undoing it needs.
+    """Return `factor · (weight + delta)`, rounded once, and the correction that undoes it.
 
     The sum is taken in a wider dtype than the weight's, so rounding moves an element by at most
     half a unit in its last place. Subtracting the same delta rounds back to it, unless the sum has
@@ -100,7 +100,7 @@ def add(weight: Tensor, delta: Tensor, factor: Tensor | None = None) -> tuple[Te
 def correction(
     weight: Tensor, merged: Tensor, delta: Tensor, factor: Tensor | None = None
 ) -> Correction:
-    """Return what computing `weight` from `merged` needs in addition to the delta."""
+    """Return the data that recovers `weight` from `merged`, in addition to the delta."""
     if weight.is_meta:
         return Correction(None, weight, factor)
     lost = (_take_off(merged, delta, factor) != weight).flatten().nonzero().squeeze(1)

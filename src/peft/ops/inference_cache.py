@@ -2,21 +2,19 @@
 """The inference cache: results that depend on an adapter's tensors alone, such as factors composed
 from a vector bank.
 
-What it guarantees: every call of a model gives what a freshly loaded model would give, in whatever
-order it was evaluated, trained, switched, grown, merged, loaded or deleted before, and however its
-parameters were written to.
+Every call of a model gives the same result as a freshly loaded model, in whatever order adapters
+were trained, switched, grown, merged, loaded or deleted, and however parameters were written to.
 
 - A call starts with the results of earlier calls only if the tensors that they were computed from
-  hold the same numbers, which is seen by comparing them with copies. Identity and version would be
-  quicker to compare and wrong: `p.data.copy_(…)` and engines that own a parameter's memory leave no
-  trace. A result is used for the tensors that it was computed from, and for no others.
+  hold the same numbers, by comparison with copies. Comparing identity and version would be faster
+  but wrong: `p.data.copy_(…)` and engines that own a parameter's memory change neither. A result is
+  used for the tensors that it was computed from, and for no others.
 - Within one call (a forward, or all steps of one `generate`) a tensor counts as unchanged while
-  torch has counted no write to it and it lies at the same address. Writing to parameters past torch
-  while a call runs is the one thing that is not seen.
-- Nothing is kept where gradients are on, under a compiler, tracer or transform, and of layers that
-  are called without their model. Results of tensors that cannot be compared quickly (on another
-  device, where it would wait for the device, and large ones) are kept within one `generate` only,
-  and given back when it ends.
+  its version and address are the same. A write to a parameter's memory that bypasses torch while a
+  call runs is not detected.
+- Nothing is kept with gradients on, under a compiler, tracer or transform, or for layers called
+  without their model. Results of tensors that are slow to compare (large, or on a GPU, where a
+  comparison would synchronize) are kept within one `generate` only.
 
 A call takes earlier results out of the model and puts them back at its end, so threads that call
 one model share none at a time.
@@ -37,16 +35,14 @@ from .dispatch import PLAIN_TENSORS, is_eager
 T = TypeVar("T")
 
 LARGEST = 2**18
-"""Tensors of more numbers are not copied."""
+"""Largest number of elements of a tensor that is copied."""
 
 ADAPTERS = 8
-"""Of how many adapters results are kept: the first of a call, and those used last between calls."""
+"""Number of adapters with results: in a call the first, between calls those used last."""
 
 
 class _Result:
-    """A value, the tensors it was computed from, and copies of what they held then; None if there
-    are none.
-    """
+    """A value, its source tensors, and copies of their numbers at that time, or None."""
 
     __slots__ = ("copies", "noted", "sources", "value")
 
@@ -184,13 +180,13 @@ def cached(
     sources: tuple[Tensor, ...],
     make: Callable[[], T],
 ) -> T | None:
-    """Return what `make` returned before for the same values of its sources, or call it and keep
-    the result; None, without a call, where no result can be kept.
+    """Return a cached result of `make` for the same values of its sources, or call `make` and keep
+    the result. Where no result can be kept, return None without a call.
 
     Args:
         owner: The module that the result belongs to.
         adapter_name: The adapter that it belongs to.
-        kind: Tells the module's results apart, and holds all they depend on except `sources`.
+        kind: Key of a result among the module's; all that it depends on except `sources`.
         sources: The tensors that the result is computed from.
         make: Computes the result, which must not be written to.
     """

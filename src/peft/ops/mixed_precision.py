@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of an activation of the base model with an adapter's factor, in two precisions.
 
-Beside a model in bfloat16 or float16, adapters are kept in float32. Plain operations then copy the
+Adapters of a model in bfloat16 or float16 are kept in float32. Plain operations then copy the
 activation to float32, multiply without matrix units and copy the result back: much more work than
 an adapter's few multiplications. On a GPU with Triton, kernels read and write activations as they
-are (`mixed_precision_triton.py`). Results are as exact as those of float32, and what is in the base
-model's precision is rounded once.
+are (`mixed_precision_triton.py`). Results are as exact as in float32; a result in the base model's
+precision is rounded once.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """The products of `mixed_precision.py`, one Triton kernel each.
 
 An activation is in bfloat16 or float16, a factor in float32. The activation is read once as it is,
-and no copy of it in float32 is made. Nothing is lost by that: a number in bfloat16 is multiplied by
-three parts of the float32 number, each in bfloat16, which together have all of its 24 bits; float16
-is exact in TF32, and is multiplied by two parts in that. Sums are in float32; long ones are made in
+and no copy of it in float32 is made. This is exact: a bfloat16 number is multiplied by three
+bfloat16 parts of the float32 number, which together have all of its 24 bits; a float16 number is
+exact in TF32, and is multiplied by two TF32 parts. Sums are in float32; long sums are made in
 parts, which are added up in a fixed order.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a Triton kernel in place of plain operations, where the device has one that agrees.
+"""Run a Triton kernel in place of plain operations on devices where both agree.
 
 On a GPU a chain of small operations takes the time of its launches. `with_kernel` gives a function
 of plain operations a kernel that computes the same in one launch, from the file `<name>_triton.py`
@@ -118,7 +118,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def agrees(trial: Trial, device: torch.device) -> bool:
-    """Return whether a function with kernels computes on a device what plain operations do.
+    """Return whether a function with kernels computes the same on a device as plain operations.
 
     GPUs, compilers and versions of Triton differ, so it is tried once on each device before it is
     used there: values and gradients of one small example. If it differs or raises, a warning says

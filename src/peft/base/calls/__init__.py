@@ -4,7 +4,7 @@ sample (`adapter_names`, Poly's `task_ids`).
 
 A model passes activations to its layers, but not the samples they belong to. Six files find out:
 
-- `stack`: `CallStack` keeps what a call was given while the call runs, for its layers to read.
+- `stack`: `CallStack` keeps a call's arguments while it runs, for the layers to read.
 - `arguments`: names and shapes of a call's arguments, which tell how many samples and tokens it
   has.
 - `layout`: `RowLayout`, which tells from a layer's place in the model where its input has the

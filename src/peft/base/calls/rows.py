@@ -44,7 +44,7 @@ class LayerWithLayout(Protocol):
 
 
 class RowOwners(NamedTuple):
-    """The samples that the rows of a layer's input belong to.
+    """The sample of each row of a layer's input.
 
     Attributes:
         sequence_first: The rows lie along the second dimension of the input.
@@ -362,7 +362,7 @@ class CallRows:
         Args:
             x: The layer's input.
             layer: The layer.
-            remedy: What the user can do, in addition to leaving the layer out.
+            remedy: A remedy, in addition to leaving the layer out.
         """
         layout = layer.layout
         modules = () if self.root is None else walk(self.root)

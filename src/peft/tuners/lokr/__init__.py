@@ -37,7 +37,7 @@ if _typing.TYPE_CHECKING:
         """A model with LoKr adapters."""
 
     class LoKrConfig(_LoKrConfig):
-        """A config that tells the class of its models."""
+        """A config that shows type checkers the class of its models."""
 
         def adapts_as(self) -> LoKrPeftModel:
             """Return a model with an adapter of this config."""

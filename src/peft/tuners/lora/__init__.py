@@ -13,7 +13,7 @@ from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_task
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
 
-# Names of the interface that are not provided here; a class stands for each.
+# Names of the interface that this package does not implement, as placeholders.
 ArrowConfig: _Any
 BdLoraConfig: _Any
 CordaConfig: _Any

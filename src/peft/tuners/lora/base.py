@@ -75,7 +75,7 @@ class LoraLayer(BaseTunerLayer):
             layer is an embedding.
         lora_magnitude_vector: DoRA's `m` by adapter name, with one entry for each output feature.
         lora_dropout: Dropout on the input by adapter name.
-        lora_start: What adapters that start from the base weight started with, by adapter name.
+        lora_start: `Start` of each adapter that starts from the base weight, by adapter name.
         r, lora_alpha, use_rslora, use_dora, lora_bias: As in the configs, by adapter name.
 
     Source: arXiv:2106.09685, section 4.1; arXiv:2402.09353, section 4

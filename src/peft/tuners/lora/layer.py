@@ -23,7 +23,7 @@ from .factors import Factors, draw_for_embedding, olora, pissa
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
 
 
-# Names of the interface that are not provided here; a class stands for each.
+# Names of the interface that this package does not implement, as placeholders.
 MultiheadAttention: type
 ParamWrapper: type
 _ConvNd: type

@@ -73,7 +73,7 @@ if _typing.TYPE_CHECKING:
         """A model with Poly adapters."""
 
     class PolyConfig(_PolyConfig):
-        """A config that tells the class of its models."""
+        """A config that shows type checkers the class of its models."""
 
         def adapts_as(self) -> PolyPeftModel:
             """Return a model with an adapter of this config."""

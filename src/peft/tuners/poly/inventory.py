@@ -34,7 +34,7 @@ WeightTable: TypeAlias = Tensor | Sequence[object]
 
 @ordinary_tensors()
 def add_tasks(adapter: PolyAdapter, tasks: int | Sequence[str], init: Task = "mean") -> None:
-    """Append tasks. What the others compute does not change."""
+    """Append tasks. Outputs for the others do not change."""
     config = adapter.config
     count, names = _new_tasks(config, tasks)
     start = init if adapter.is_keyword(init, _STARTS, "init") else _source(config, init)
@@ -43,7 +43,7 @@ def add_tasks(adapter: PolyAdapter, tasks: int | Sequence[str], init: Task = "me
 
 @ordinary_tensors()
 def remove_tasks(adapter: PolyAdapter, tasks: Tasks) -> None:
-    """Remove tasks; later ones move up. What the remaining ones compute does not change."""
+    """Remove tasks; later ones move up. Outputs for the others do not change."""
     gone = set(adapter.task_numbers(tasks))
     remaining = [task for task in range(adapter.config.n_tasks) if task not in gone]
     if not remaining:
@@ -53,7 +53,7 @@ def remove_tasks(adapter: PolyAdapter, tasks: Tasks) -> None:
 
 @ordinary_tensors()
 def reorder_tasks(adapter: PolyAdapter, order: Sequence[Task]) -> None:
-    """Give the tasks other ids. What each computes does not change."""
+    """Give the tasks other ids. The outputs for a task do not change."""
     numbers, n_tasks = adapter.task_numbers(order, "order"), adapter.config.n_tasks
     if sorted(numbers) != list(range(n_tasks)):
         raise PeftValueError(
@@ -136,7 +136,7 @@ def set_router_weights(
 
 @ordinary_tensors()
 def add_skills(adapter: PolyAdapter, n: int) -> None:
-    """Add skills to every layer. What tasks compute in evaluation changes by rounding only."""
+    """Add skills to every layer. Outputs in evaluation change by rounding only."""
     if not is_int(n) or n < 1:
         raise PeftValueError(f"`n`={n!r} must be an integer of at least 1.")
     _check_can_grow(adapter)

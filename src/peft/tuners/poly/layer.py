@@ -349,7 +349,7 @@ class PolyLayer(BaseTunerLayer):
         return task_id or 0
 
     def note_merges(self, adapter_names: list[str]) -> None:
-        """Record the adapters that are merged now, and tell the routing their tasks."""
+        """Record the adapters that are merged now, and their tasks in the routing."""
         super().note_merges(adapter_names)
         options = self._merges.options(self)
         tasks = {

@@ -143,7 +143,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         super().merge_adapter(adapter_names, safe_merge, **options)
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, object]) -> dict[str, int]:
-        """Return the id of the task to merge, which a name gives for each adapter anew.
+        """Return the id of the task to merge; a name is looked up in each adapter.
 
         Raises:
             PeftTypeError, PeftValueError: The task is missing or unknown.
@@ -257,7 +257,7 @@ class PolyModel(BaseTuner[PolyConfig]):
     def add_tasks(
         self, tasks: int | Sequence[str], init: Task = "mean", adapter_name: str | None = None
     ) -> None:
-        """Append tasks to an adapter. What the others compute does not change by a bit.
+        """Append tasks to an adapter. Outputs for the others do not change by a bit.
 
         The router's parameters are replaced: make the optimizer afterwards.
 
@@ -278,8 +278,8 @@ class PolyModel(BaseTuner[PolyConfig]):
         inventory.add_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks, init)
 
     def remove_tasks(self, tasks: Tasks, adapter_name: str | None = None) -> None:
-        """Remove tasks from an adapter. Later ones move up; what the remaining ones compute does
-        not change by a bit.
+        """Remove tasks from an adapter. Later ones move up; outputs for the others do not change by
+        a bit.
 
         The router's parameters are replaced: make the optimizer afterwards. Warns if no
         parameter of the model trains any more.
@@ -306,7 +306,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         inventory.remove_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks)
 
     def reorder_tasks(self, order: Sequence[Task], adapter_name: str | None = None) -> None:
-        """Give an adapter's tasks other ids. What each computes does not change by a bit.
+        """Give an adapter's tasks other ids. The outputs for a task do not change by a bit.
 
         The router's parameters are replaced: make the optimizer afterwards.
 
@@ -322,7 +322,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         inventory.reorder_tasks(PolyAdapter.with_tasks(self, adapter_name), order)
 
     def add_skills(self, n: int, adapter_name: str | None = None) -> None:
-        """Add skills to every layer. What tasks compute in evaluation changes by rounding only.
+        """Add skills to every layer. Outputs in evaluation change by rounding only.
 
         The most used skills are cloned. Each task splits its weight between original and clone at
         random, so that they get different gradients. Parameters are replaced: make the optimizer

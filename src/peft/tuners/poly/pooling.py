@@ -70,7 +70,7 @@ def prompt_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         tensor([[ True,  True, False],
                 [ True, False, False]])
 
-    Source: follows from what `generate` is given
+    Source: follows from the inputs of `generate`
     """
     if attention_mask is None:
         real = torch.ones_like(labels, dtype=torch.bool)

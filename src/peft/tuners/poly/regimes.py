@@ -21,7 +21,7 @@ class Regime(NamedTuple):
 
     Attributes:
         name: Its name in the paper's code.
-        description: What trains, and from where.
+        description: The parameters that train, and their initial values.
         needs_tasks: True if `begin_regime` takes the new tasks.
         rates: The paper's learning rates by role; `peft.optimizers.create_optimizer` uses them too.
 

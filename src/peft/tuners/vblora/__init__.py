@@ -29,7 +29,7 @@ if _typing.TYPE_CHECKING:
         """A model with VB-LoRA adapters."""
 
     class VBLoRAConfig(_VBLoRAConfig):
-        """A config that tells the class of its models."""
+        """A config that shows type checkers the class of its models."""
 
         def adapts_as(self) -> VBLoRAPeftModel:
             """Return a model with an adapter of this config."""

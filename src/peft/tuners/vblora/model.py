@@ -314,7 +314,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
 
 
 def _preparation(made: Plan[VBLoRAConfig] | Build[VBLoRAConfig]) -> Preparation:
-    """Return what `complete` and `adjust_config` found for an adapter."""
+    """Return the shared bank and storage format found by `complete` and `adjust_config`."""
     assert isinstance(made.found, Preparation)
     return made.found
 

@@ -112,7 +112,7 @@ class _MisfitError(Exception):
 
 
 class _Layers:
-    """The layers of a model, seen as if it had no adapters.
+    """The layers of a model, listed as without adapters.
 
     Attributes:
         modules: All modules by path.
