@@ -112,7 +112,7 @@ class PeftConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Files have a version, and keys of patterns mean something else there.
+        # Fields from a file include a version; keys of patterns mean something else there.
         vars(self)["_is_new"] = self.peft_version is None
         self.peft_version = self.peft_version or __version__
         for item in fields(self):

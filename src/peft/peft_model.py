@@ -328,7 +328,7 @@ class PeftModel(nn.Module):
         Args:
             adapter_name: The adapter to copy, which stays as it is.
             new_name: A new name, without dots.
-            reference: Leave out what is random in training (dropout, sampled gates), so that the
+            reference: Turn off randomness in training (dropout, sampled gates), so that the
                 copy computes the same in training and evaluation mode, as a reference for
                 preference tuning.
 

@@ -195,7 +195,7 @@ def test_remarks():
         "`r`=100 is above the weight's own rank, 64."
         in plan(base, LoraConfig(r=100, target_modules=["1"])).remarks
     )
-    assert "are no cheaper than the whole product" in str(
+    assert "are no cheaper than the full product" in str(
         plan(base, LoHaConfig(r=8, target_modules=["1"]))
     )
 

@@ -101,8 +101,8 @@ def _refuse(self: object, *args: object, **kwargs: object) -> None:
     raise PeftNotSupportedError(not_provided(type(self).__name__))
 
 
-# Scripts make options of LoRA at their import, for cases that may never occur; so making one is no
-# error, and `LoraConfig` refuses it.
+# Scripts make these option objects of LoRA when they are imported, and may never use them. So
+# making an object is allowed, and `LoraConfig` refuses it.
 def _hold(self: object, *args: object, **kwargs: object) -> None:
     vars(self).update(args=args, kwargs=kwargs)
 

@@ -288,7 +288,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a temporary file beside `path`, sync it to disk, and rename it to `path`.
 
     Raises:
-        CheckpointWriteError: The disk is full, say; `path` is as it was.
+        CheckpointWriteError: For example, the disk is full; `path` is as it was.
     """
     try:
         _replace_in_folder(path, write)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hotswapping: put another adapter's weights in the place of a loaded one's, without new layers and
-without recompilation.
+"""Hotswapping: replace a loaded adapter's weights by another's, without new layers or
+recompilation.
 
 The checkpoint's own config says which tensors it should have: an adapter is built from it for the
 model's layers, without values, and everything is checked before anything is changed.

@@ -55,7 +55,7 @@ def checkpoint_key(
                 return (ROOT if name.startswith(ROOT) else "") + parts[i]
             if parts[i] in containers:
                 layer = parts[:i]
-                # A layer inside that of another method is saved as if it was alone.
+                # A layer inside another method's layer is saved as if it was alone.
                 while layer[-1:] == ["base_layer"]:
                     layer.pop()
                 return ".".join([*layer, parts[i], *parts[i + 2 :]])

@@ -97,7 +97,7 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
                 for part in self.parts
                 if f"{part}.{adapter_name}" in input_dict
             }
-            # They were read in the dtype of the tensor that they become.
+            # The loader reads them in the dtype of the tensor that they are converted to.
             state = {
                 part: (t[0] if isinstance(t, list) else t).to(self.parts[part])
                 for part, t in saved.items()

@@ -411,7 +411,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             **options: Arguments of the method, one of its `merge_options` each.
 
         Raises:
-            PeftValueError: An unknown name, or a weight would break, or an adapter is merged with
+            PeftValueError: An unknown name, or a weight would be NaN, or an adapter is merged with
                 other options; nothing is merged then.
             PeftNotSupportedError: A weight is quantized in an unknown format, or the method can't
                 be merged, or a decomposed adapter would not apply in its place among the others.

@@ -103,7 +103,7 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
     """Check that all layers have a delta.
 
     Raises:
-        UnsupportedModuleError: One has none, or there are no layers.
+        UnsupportedModuleError: A layer has no delta, or there are no layers.
     """
     unfit = sorted(
         {

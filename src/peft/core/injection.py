@@ -200,7 +200,7 @@ def _containers(method: AdapterMethod[C]) -> dict[str, AdapterParameterDict]:
     containers = method.shared_containers()
     for name in method.shared_parameter_names:
         if name not in containers:
-            # Layers that another tuner put into the model have theirs.
+            # Layers from another tuner of the same model refer to its containers.
             known = next((getattr(layer, name) for layer in method.tuner_layers()), None)
             fresh = AdapterParameterDict().train(method.model.training)
             containers[name] = fresh if known is None else known

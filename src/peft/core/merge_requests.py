@@ -45,7 +45,7 @@ def check_merge_options(options: Iterable[str], known: Sequence[str], owner: str
         owner: The tuner's class, for the message.
 
     Raises:
-        PeftTypeError: One is unknown.
+        PeftTypeError: An option is unknown.
     """
     if unknown := sorted(set(options).difference(known)):
         names = ", ".join(f"`{name}`" for name in ("adapter_names", "safe_merge", *known))

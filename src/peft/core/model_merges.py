@@ -26,12 +26,11 @@ AdapterOptions: TypeAlias = Mapping[str, Options]
 
 
 def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_merge: bool) -> None:
-    """Merge adapters into those of some layers that have them and have not merged them; all or
-    none.
+    """Merge adapters into the layers that have them and have not merged them; all or none.
 
     Raises:
-        PeftValueError: An adapter is merged with other options, or a weight would break; nothing is
-            merged then.
+        PeftValueError: An adapter is merged with other options, or a weight would be NaN or
+            infinite; nothing is merged then.
         PeftNotSupportedError: A layer can't be merged into.
     """
     layers = list(named.values())[::-1]  # of layers around one base layer, the inner ones first

@@ -147,7 +147,7 @@ def make(
     by_module: dict[int, list[str]] = {}
     for path, module in modules.items():
         by_module.setdefault(id(module), []).append(path)
-    # A module that sits in several places goes by its first path, as its parameters do.
+    # A module with several paths is listed under the first, as its parameters are.
     firsts = {by_module[id(candidates[path])][0] for path in paths if path in candidates}
     plan.targets = {path: module for path, module in modules.items() if path in firsts}
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
@@ -253,7 +253,7 @@ def _targeted(
                 f"{kind!r}."
                 + (f" Modules that can be adapted are called {there}." if there else "")
             )
-        # Of the names that a kind of model may have, those that this one has.
+        # Keep the default names that this model has.
         present = (
             defaults
             if isinstance(defaults, str)

@@ -54,8 +54,8 @@ def save_pretrained(
             has to call, to gather them.
         path_initial_model_for_weight_conversion: Anything but None writes adapters that start
             from the base weight (LoRA's "pissa" and "olora") as plain ones of twice the rank,
-            for the weight as it is. Nothing is read from the path.
-        state_dict: Take the tensors from this state dict of the model (a gathered one, say).
+            for the original weight. Nothing is read from the path.
+        state_dict: Take the tensors from this state dict of the model (for example a gathered one).
         **kwargs: Options for saving whole models (`save_function`, `max_shard_size`, …), which
             have no effect.
 
@@ -129,7 +129,7 @@ def _adapters_to_save(selected: Sequence[str] | None, adapters: Collection[str])
 
     Raises:
         PeftTypeError: They are not a list of strings.
-        PeftValueError: One is unknown, or the model has none.
+        PeftValueError: A name is unknown, or the model has no adapters.
     """
     if isinstance(selected, str):
         raise PeftTypeError(

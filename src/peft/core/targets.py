@@ -60,8 +60,8 @@ def select(
     layers: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
 ) -> list[str]:
-    """Return the paths that a config targets, in order. A path that is listed whole is targeted in
-    any layer.
+    """Return the paths that a config targets, in order. A path that is listed in full is targeted
+    in any layer.
     """
     whole = () if isinstance(targets, str) else targets
     return [

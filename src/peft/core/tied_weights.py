@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tied weights of a transformers model that come apart when adapters are taken out.
+"""Tied weights of a transformers model that differ after adapters are removed.
 
-A loader ties weights again if the config says so. So the config is changed, and whatever else the
-model ties by the same flag gets a copy of its own, since a file would lack it.
+A loader ties weights again if the config says so. So the config is changed, and other weights that
+the model ties by the same flag get copies, since a file would lack them.
 """
 
 from __future__ import annotations

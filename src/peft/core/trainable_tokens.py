@@ -181,7 +181,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             looked_up = x.unsqueeze(-1) == self._indices(name, x.device)
             rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
-        # A class with a forward of its own (a scaled embedding, say) runs with the changed weight.
+        # A subclass with its own forward (a scaled embedding) runs with the changed weight.
         weight = _weight(base)
         replaced = {"weight": self._replaced(weight, name)}
         return torch.func.functional_call(base, replaced, (x, *args), kwargs)

@@ -30,10 +30,10 @@ _FEW = 8
 
 
 def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return ends of module `paths` that look like `name`: of as many parts as it has, or one more;
-    else of one part.
+    """Return ends of module `paths` that look like `name`, with as many parts or one more; if there
+    are none, ends of one part.
 
-    Of a regular expression, its words count.
+    A regular expression is compared by its words.
     """
     name = re.sub(r"[^\w.]+", "", name).strip(".")
     length = name.count(".") + 1
@@ -50,8 +50,8 @@ def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 
 def unused(names: str | Collection[str], paths: Collection[str]) -> list[str]:
     """Return the entries of a list of module names that match none of `paths`, in order.
 
-    Of a regular expression, return the words in a group such as `(q_proj|v_proj)` without which it
-    would match as much, if there is a module of a similar name.
+    For a regular expression, return the words in a group such as `(q_proj|v_proj)` that change no
+    match, if a module has a similar name.
     """
     if isinstance(names, str):
         return [word for word in _idle_words(names, paths) if near_modules(word, paths, 1, _SLIP)]

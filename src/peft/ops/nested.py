@@ -20,7 +20,7 @@ def nested_like(nested: Tensor, tokens: Tensor) -> Tensor:
         offsets = nested.offsets()  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(
             tokens, offsets
-        )  # the same ones: both can be added
+        )  # the same offsets: both can be added
     samples = nested.unbind()
     parts = tokens.split([sample[..., 0].numel() for sample in samples])
     shaped = [

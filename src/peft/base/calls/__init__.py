@@ -2,7 +2,7 @@
 """The sample that each row of a layer's input belongs to, for options that differ from sample to
 sample (`adapter_names`, Poly's `task_ids`).
 
-A model passes activations to its layers, but not the samples they belong to. Six files find out:
+A model passes activations to its layers, but not the samples they belong to. Six files solve this:
 
 - `stack`: `CallStack` keeps a call's arguments while it runs, for the layers to read.
 - `arguments`: names and shapes of a call's arguments, which tell how many samples and tokens it

@@ -218,7 +218,7 @@ class CallRows:
             return IN_ORDER
         if self.fixed is not None:
             return self.fixed
-        # Under the compiler sizes may be symbolic, and make no key.
+        # Under `torch.compile` sizes may be symbolic, which are no dictionary keys.
         if layout.expert is not None or torch.compiler.is_compiling():
             return self._owners(x, sizes, leading, layout, samples)
         key = id(layout), leading, sizes[:2], x.device

@@ -2,9 +2,9 @@
 """Values of a model's call, kept for its layers to read while the call runs.
 
 A model does not pass `adapter_names` or `task_ids` on to its layers. A `CallStack` keeps them while
-the call runs, and again while backward recomputes layers (gradient checkpointing). Both end by
-themselves, also with an error: a running call ends with its frame; a restored one ends when
-autograd drops the record of its backward pass.
+the call runs, and again while backward recomputes layers (gradient checkpointing). Both end also
+after an error: a running call ends with its frame, a restored call when autograd frees its
+backward pass.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 `ΔW = scale · (U1·V1) ∘ (U2·V2)` with `U [out, r]`, `V [r, in · taps]`. Row `p` of the product is
 `Σ_ij U1[p,i]·U2[p,j] · V1[i]∘V2[j]`: the product is itself one of rank `r²`, whose factors are the
 rows' (and columns') Kronecker products, `U1 ⊙ U2 [out, r²]` and `V1 ⊙ V2 [r², in · taps]`. So it
-need not be built to be applied:
+can be applied without being built:
 
-    whole         out·in·taps · (2r + 1)  to build it, and   out·in·taps  for each row of the input
+    full          out·in·taps · (2r + 1)  to build it, and   out·in·taps  for each row of the input
     as factors    r²·(out + in·taps)      to build them, and the same     for each row of the input
 
 The factors are taken where `r²·(out + in·taps) <= out·in·taps`, by the shapes alone, so that a new

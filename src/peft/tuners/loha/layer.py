@@ -140,7 +140,7 @@ class LoHaLayer(LycorisLayer):
             return thin_cost(size, r * r)._replace(remarks=())
         whole = size.out_features * columns(size)
         remark = (
-            f"`r`={r}: factors of rank {r * r} are no cheaper than the whole product, which is "
+            f"`r`={r}: factors of rank {r * r} are no cheaper than the full product, which is "
             "built in each forward."
         )
         return AdapterCost(whole, min(r * r, size.out_features, columns(size)), (remark,))

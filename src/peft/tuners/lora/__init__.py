@@ -40,7 +40,7 @@ get_eva_state_dict: _Any
 initialize_lora_eva_weights: _Any
 preprocess_loraga: _Any
 
-if not _typing.TYPE_CHECKING:  # to which any name would be right
+if not _typing.TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> _Any:
         return _placeholder(name, __name__)

@@ -109,7 +109,7 @@ def convert_to_lora(
             or larger than a layer's weight, or values are not finite.
         PeftTypeError: `task_id` for a method without tasks.
         PeftNotSupportedError: The adapter's delta depends on the input.
-        UnsupportedModuleError: A layer has no delta that a LoRA adapter could be.
+        UnsupportedModuleError: A layer has no delta that LoRA can represent.
 
     Example:
         >>> from peft import LoKrConfig, get_peft_model

@@ -121,7 +121,7 @@ def orthogonal(
         r: An even rank.
         in_features: Columns of `A`.
         out_features: Rows of `B`.
-        device: Where to make them.
+        device: Device of the factors.
     """
     Q = torch.linalg.qr(torch.randn(r, r))[0].to(device)
     spread = 0.1  # small beside the weights of a trained layer

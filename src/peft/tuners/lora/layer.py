@@ -29,7 +29,7 @@ ParamWrapper: type
 _ConvNd: type
 _LoraFactorsProxy: type
 
-if not TYPE_CHECKING:  # to which any name would be right
+if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         return placeholder(name, __name__)

@@ -26,7 +26,7 @@ from ...core.targets import pattern_value
 
 # Value of a config's `start` if the adapter starts with values that it would draw again.
 REPEATABLE = "repeatable"
-# Starts that change the base weight by something that is in no file.
+# Starts that change the base weight by data that no file has.
 _ELSEWHERE = ("corda", "lora_ga", "loftq")
 _DOUBLED = {
     "lora_A.weight": 0,

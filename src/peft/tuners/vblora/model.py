@@ -262,7 +262,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
 
     def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
         """Return the number of float32 values that saving an adapter writes: of bank and logits,
-        and of biases and whole modules.
+        and of biases and full modules.
 
         A shared bank is not written with the adapter. Parameters of the base model that were
         unfrozen by hand are counted too, because they need saving.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .keys import flattened
 from .original_names import original_candidates
 
-# Names that end so stand for one fused layer, which other implementations have as several.
+# Endings of names of one fused layer, which other implementations have as several.
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "qkv": ("to_q", "to_k", "to_v"),

@@ -110,7 +110,7 @@ def routing_loss(
 
 
 def _weights(router: Router, recorded: list[Tensor] | None) -> Tensor:
-    """Return the weights by which a router is judged, `[rows, n_splits, n_skills]`."""
+    """Return the weights that the terms are computed from, `[rows, n_splits, n_skills]`."""
     if recorded:
         return torch.cat([weights.flatten(0, -3) for weights in recorded])
     if isinstance(router, TaskRouter):
