@@ -18,7 +18,7 @@ from peft.tuners.poly import mixing_triton as mixing_kernels
 from peft.tuners.poly.gating import Gating, mixing_weights
 from peft.tuners.poly.mixing import mix
 from peft.tuners.vblora import bank_triton as vblora_kernels
-from peft.tuners.vblora.bank import compose, compose_factors, place_tiles
+from peft.tuners.vblora.bank import compose_factors, compose_factors_plain
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreter")]
 
@@ -117,9 +117,7 @@ def test_factors_and_their_gradients(sizes, dtype):
     plainly = [tensor.detach().clone().requires_grad_() for tensor in ours]
     found = compose_factors(*ours, topk)
     expected = factors(*exact, topk)
-    eager = place_tiles(
-        compose(plainly[0], plainly[2], topk), compose(plainly[1], plainly[2], topk)
-    )
+    eager = compose_factors_plain(*plainly, topk)
     hand_down = [torch.randn(f.shape, generator=torch.Generator().manual_seed(7)) for f in expected]
     for outputs in (found, expected, eager):
         torch.autograd.backward(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -118,16 +118,14 @@ def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) 
     """
     ids = None if targets is None else {id(target) for target in targets}
     for path, module in walk(model):
-        names = vars(module).get("merged_adapters")
-        if names and (ids is None or not ids.isdisjoint(map(id, _base_parameters(module)))):
+        if not (names := vars(module).get("merged_adapters")):
+            continue
+        base = module.get_base_layer()  # type: ignore[operator]
+        if ids is None or not ids.isdisjoint(map(id, base.parameters())):
             raise PeftRuntimeError(
                 f"`{path}`: {', '.join(names)} is merged into the weight that is to be written; "
                 "call `unmerge_adapter` first."
             )
-
-
-def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return layer.get_base_layer().parameters()  # type: ignore[operator]
 
 
 def check_adapter_unmerged(model: nn.Module, adapter_name: str) -> None:

@@ -70,7 +70,9 @@ def save_pretrained(
     folder = as_folder(save_directory)
     pass_over(kwargs, "save_pretrained")
     names = _adapters_to_save(selected_adapters, self.peft_config)
-    if not is_main_process and not _must_gather(self, state_dict):
+    tensors = self.parameters() if state_dict is None else state_dict.values()
+    # Where tensors are spread over processes, all have to call to gather them.
+    if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
         return
     plain = path_initial_model_for_weight_conversion is not None
     states = _gathered_states(
@@ -187,12 +189,6 @@ def _gathered_states(
         name: (config, {key: gathered_tensor(tensor) for key, tensor in state.items()})
         for name, (config, state) in result.items()
     }
-
-
-def _must_gather(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> bool:
-    """Return whether tensors are spread over processes, so that all have to call to gather them."""
-    tensors = model.parameters() if state_dict is None else state_dict.values()
-    return any(is_distributed(tensor) for tensor in tensors)
 
 
 def _write_adapters(

@@ -9,7 +9,7 @@ A head that shares the embedding's weight shares the rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -294,7 +294,7 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _original(module: nn.Module) -> Any:
+def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, TrainableTokensWrapper) else module
 
 

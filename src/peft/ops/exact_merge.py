@@ -172,15 +172,9 @@ def _take_off(merged: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """Return `tensor` in a dtype that can hold its sums."""
-    return tensor.to(
-        torch.float64
-        if tensor.dtype == torch.float32 and tensor.device.type != "mps"
-        else _wider(tensor.dtype)
-    )
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    if tensor.dtype == torch.float32 and tensor.device.type != "mps":
+        return tensor.double()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from helpers.vector_bank import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from peft.tuners.vblora import bank as bank_module
 from peft.tuners.vblora.bank import (
-    compose,
     compose_factors,
     compress,
     expand,

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
+from helpers.vector_bank import compose
 from torch import nn
 
 from peft import PeftModel, VBLoRAConfig, get_peft_model
-from peft.tuners.vblora.bank import compose
 from peft.tuners.vblora.combining import embed_logits, join_banks
 
 

@@ -13,7 +13,6 @@ from ...core.combining import Combination, Combined, check_same
 from .config import LoKrConfig, layer_options, shapes_by_rule
 from .layer import LoKrLayer
 from .lowrank import nearest_product
-from .shapes import Shapes
 
 # Fields that decide how the sizes of a layer are split.
 _SPLIT = (
@@ -63,7 +62,9 @@ def combine(
         factor = layer_options(config, path, layer.geometry).factor
         shapes = shapes_by_rule(config, layer.geometry, r, factor)
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
-        if len({layer.flat_layout[name] for name, _ in present} | {_flat(config, shapes)}) > 1:
+        # A full `W2` of the result may have the order of elements of Hugging Face PEFT.
+        flat = len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
+        if any(layer.flat_layout[name] != flat for name, _ in present):
             raise PeftValueError(
                 f"`{path}`: adapters of `kronecker_layout` 'flat' can be combined only if `W2` is "
                 "full in all of them and in the result; choose a larger `svd_rank`."
@@ -97,8 +98,3 @@ def _check_products(configs: Mapping[str, LoKrConfig], request: Combination) -> 
                     f"Adapter {name} has `{field}`; such adapters can't be combined. Convert them "
                     "to LoRA first."
                 )
-
-
-def _flat(config: LoKrConfig, shapes: Shapes) -> bool:
-    """Return whether a full `W2` has the order of elements of Hugging Face PEFT."""
-    return len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"

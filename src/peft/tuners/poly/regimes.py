@@ -86,7 +86,9 @@ def begin_regime(
         adapter = PolyAdapter.of(adapter.tuner, new_name)
     elif chosen.name == "mu-Z":
         adapter.check_unsharded("begin a regime")
-        _equalize(adapter, numbers or [])
+        with torch.no_grad():
+            for router in adapter.task_routers().values():
+                router.module_logits[numbers or []] = 0  # equal weights
     train_only(adapter, skills=chosen.skills, tasks=numbers if chosen.routing else None)
     if chosen.name == "mu-Z":
         _fix_routing(adapter)
@@ -114,13 +116,6 @@ def _add_adapter(adapter: PolyAdapter, regime: str, new_name: str) -> None:
     if regime == "shared":
         config = single_skill(config, lambda r: r * n_skills)
     adapter.tuner.add_adapter(new_name, replace(config, inference_mode=False))
-
-
-@torch.no_grad()
-def _equalize(adapter: PolyAdapter, tasks: list[int]) -> None:
-    """Give tasks equal weights."""
-    for router in adapter.task_routers().values():
-        router.module_logits[tasks] = 0
 
 
 def _fix_routing(adapter: PolyAdapter) -> None:

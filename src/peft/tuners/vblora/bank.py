@@ -47,32 +47,6 @@ class Selection(NamedTuple):
     weights: Tensor
 
 
-def compose(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
-    """Return the tiles that logits select from a bank.
-
-    `tile = sum_i softmax(logits[top-k])_i * bank[top-k_i]`. The softmax runs over the selected
-    logits only, so the others get no weight and no gradient.
-
-    Args:
-        logits: `[..., num_vectors]`; entries may be `-inf` if at least one of each row is finite.
-        bank: `[num_vectors, vector_length]`.
-        topk: Vectors summed into each tile, from 1 to `num_vectors`. The paper recommends 2.
-
-    Returns:
-        `[..., vector_length]` in the bank's dtype, computed in float32 or wider. Cost:
-        `tiles * topk * vector_length` multiplications and one pass over `logits` for top-k. On CPU
-        and CUDA no tensor `[..., topk, vector_length]` is allocated, in forward or first backward.
-
-    Example:
-        >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-        >>> compose(torch.tensor([0.0, 0.0, -9.0]), bank, topk=2)
-        tensor([0.5000, 0.5000])
-
-    Source: arXiv:2405.15179, section 3
-    """
-    return _compose_selected(*fast_topk(logits, topk), bank)
-
-
 def compose_factors_plain(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
@@ -109,17 +83,28 @@ def compose_factors(
 
     `A[j, t*v + e] = tile_A[j, t, e]` and `B[t*v + e, j] = tile_B[t, j, e]` with
     `v = vector_length`: a tile always runs along the features.
+    `tile = sum_i softmax(logits[top-k])_i * bank[top-k_i]`: the softmax runs over the selected
+    logits only, so the others get no weight and no gradient.
 
     Args:
-        logits_A: `[r, in / vector_length, num_vectors]`.
+        logits_A: `[r, in / vector_length, num_vectors]`; entries may be `-inf` if at least one of
+            each row is finite.
         logits_B: `[out / vector_length, r, num_vectors]`.
         bank: `[num_vectors, vector_length]`.
-        topk: Vectors summed into each tile.
+        topk: Vectors summed into each tile, from 1 to `num_vectors`. The paper recommends 2.
 
     Returns:
-        `A [r, in]` and `B [out, r]`, at the cost of `compose` for
-        `r * (in + out) / vector_length` tiles. Runs as one kernel of `bank_triton.py` on GPUs
-        where that can be launched, unless `torch.use_deterministic_algorithms` is on.
+        `A [r, in]` and `B [out, r]` in the bank's dtype, computed in float32 or wider. Cost:
+        `r * (in + out) * topk` multiplications and one pass over the logits for top-k. On CPU and
+        CUDA no tensor `[..., topk, vector_length]` is allocated, in forward or first backward. Runs
+        as one kernel of `bank_triton.py` on GPUs where that can be launched, unless
+        `torch.use_deterministic_algorithms` is on.
+
+    Example:
+        >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> logits = torch.tensor([[[0.0, 0.0, -9.0]]])
+        >>> compose_factors(logits, logits, bank, topk=2)[0]
+        tensor([[0.5000, 0.5000]])
 
     Source: arXiv:2405.15179, section 3
     """
