@@ -4,6 +4,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -69,3 +70,26 @@ def forget_type(name):
     kinds._member_names_.remove(name)
     del kinds._member_map_[name], kinds._value2member_map_[name]
     type.__delattr__(kinds, name)
+
+
+def test_a_layer_lists_its_containers_and_sets_its_scale(monkeypatch):
+    from peft.tuners.loha.layer import Linear
+
+    def make():
+        config = peft.LoHaConfig(r=2, target_modules=["0"])
+        return peft.get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "container_names", Linear.container_names[1:])
+        with pytest.raises(ValueError, match="must list the container `hada_w1_a`"):
+            make()
+    update = Linear.update_layer
+
+    def forgetful(self, *args, **options):
+        update(self, *args, **options)
+        self.scaling.clear()
+
+    monkeypatch.setattr(Linear, "update_layer", forgetful)
+    monkeypatch.setattr(Linear, "set_adapter", lambda self, name: None)
+    with pytest.raises(ValueError, match="must set `scaling` of adapter 'default'"):
+        make()

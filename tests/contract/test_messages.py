@@ -148,7 +148,7 @@ NOT_A_PATH = {
         LoraConfig(),
         "got an object of type LoraConfig. A config is passed as `config=…`",
     ),
-    "a model": (nn.Linear(2, 2), "got an object of type Linear. A model comes before the path"),
+    "a model": (nn.Linear(2, 2), "got an object of type Linear. The model is another argument"),
     "an empty string": ("", "The path '' is empty; name the folder, or pass '.'"),
 }
 

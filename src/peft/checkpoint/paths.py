@@ -33,7 +33,7 @@ def check_path(path: object, kind: str = _SOURCE) -> None:
     is_plain = path is None or isinstance(path, (bool, int, float, bytes))
     remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
     if isinstance(path, nn.Module):
-        remedy = " A model comes before the path, as the first argument."
+        remedy = " The model is another argument of the call; check their order."
     elif hasattr(path, "peft_type"):
         remedy = " A config is passed as `config=…`, and tells nothing of the weights."
     raise PeftTypeError(

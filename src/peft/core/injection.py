@@ -12,14 +12,14 @@ model as it is; the last can't fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..base.containers import walk
+from ..base.containers import AdapterContainer, walk
 from ..base.errors import PeftValueError
 from ..base.geometry import Placement
 from ..base.modules import get_submodules
@@ -183,6 +183,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
         layer = make(
             base, plan.adapter_name, plan.config, placement=place, initialize=initialize, **options
         )
+        _check_layer(layer, plan.adapter_name, method.shared_parameter_names)
         for container in layer.containers():
             container.train(layer.training)
         build.layers[path] = layer
@@ -193,6 +194,22 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
         place, initialize = construction.place(module)
         build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, place, initialize)
     return build
+
+
+def _check_layer(layer: BaseTunerLayer, adapter_name: str, shared: Sequence[str]) -> None:
+    """Check what the layer of a method, someone else's perhaps, tells of its parameters.
+
+    Raises:
+        PeftValueError: It has no scale for the adapter, or a container that is not listed, which
+            would neither be saved nor deleted.
+    """
+    kind = type(layer).__qualname__
+    if adapter_name not in layer.scaling:
+        raise PeftValueError(f"{kind}.update_layer must set `scaling` of adapter {adapter_name!r}.")
+    listed = {*layer.container_names, *layer.value_names, *shared}
+    for name, module in layer.named_children():
+        if isinstance(module, AdapterContainer) and name not in listed:
+            raise PeftValueError(f"{kind}.adapter_layer_names must list the container `{name}`.")
 
 
 def _containers(method: AdapterMethod[C]) -> dict[str, AdapterParameterDict]:

@@ -150,7 +150,7 @@ class BaseTunerLayer(nn.Module):
         """
         chain = self.delta_chain(adapter_name, x)
         if chain is None:
-            raise NotImplementedError
+            raise NotImplementedError(f"{type(self).__name__} states no delta for this input.")
         return chain.delta().reshape(*x.shape[:-1], self.out_features)
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:

@@ -66,7 +66,7 @@ class BaseTuner(AdaptedModel[C]):
 
     def tuner_layer_class(self, config: C, module: nn.Module) -> type[BaseTunerLayer] | None:
         """Return the class of layer that adapts `module`, None if the method can't."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} lacks `tuner_layer_class`.")
 
     def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, object]:
         """Return further arguments for making the layer at `path`."""
