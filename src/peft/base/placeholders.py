@@ -133,7 +133,7 @@ class _AbsentModules(MetaPathFinder, Loader):
 
 
 def _is_listed(module: str) -> bool:
-    """Return True for modules of features, and for folders of methods that have none here."""
+    """Return True for modules of features, and for folders of methods not implemented here."""
     folder, _, method = module.rpartition(".")
     is_method = folder == "peft.tuners" and method.upper() in PeftType.__members__
     return module in _FEATURES or is_method

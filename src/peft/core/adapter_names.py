@@ -52,7 +52,7 @@ def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -
 
     Raises:
         PeftTypeError: They are neither a string nor a list of strings.
-        PeftValueError: A name is none of the model's `adapters`.
+        PeftValueError: The model has no adapter of a name.
     """
     if not isinstance(adapter_names, (str, Iterable)):
         raise PeftTypeError(

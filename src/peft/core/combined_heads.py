@@ -55,7 +55,7 @@ def combine(
     *,
     can_stack: bool = False,
 ) -> dict[str, Tensor]:
-    """Return one set of tensors for those that adapters train beside their layers.
+    """Combine the tensors that several adapters train beside their layers into one set.
 
     Args:
         parts: Each adapter's tensors by checkpoint key. A tensor of one adapter only is taken.
@@ -66,7 +66,7 @@ def combine(
 
     Raises:
         PeftTypeError: `heads` is not a string.
-        PeftValueError: Several train the same and `heads` is not given, or is no adapter's name, or
+        PeftValueError: Several train the same and `heads` is not given or names no adapter, or
             there is no mean.
     """
     choices = _choices(parts, can_stack)

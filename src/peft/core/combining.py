@@ -44,7 +44,7 @@ class Combination:
         svd_full_matrices, svd_driver: For `torch.linalg.svd`.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected: "total" or "frequency".
-        heads: For modules that several adapters train whole: the adapter whose copy is taken, or
+        heads: For modules that several adapters train in full: the adapter whose copy is taken, or
             "mean".
     """
 
@@ -219,7 +219,7 @@ def add_weighted_adapter(
         svd_full_matrices, svd_driver: For `torch.linalg.svd`; they do not change the result.
         density: Share of the elements that pruning keeps.
         majority_sign_method: How signs are elected, "total" or "frequency".
-        heads: For modules that several adapters train whole: "mean" (by the weights), or the
+        heads: For modules that several adapters train in full: "mean" (by the weights), or the
             adapter whose copy is taken (so an adapter called "mean", if it is one of
             `adapters`).
 

@@ -133,8 +133,8 @@ def make_plain(module: nn.Module) -> None:
 
 
 def _drop_parametrization(module: nn.Module) -> None:
-    """Remove the weight's parametrization. Copies of the layer share the class that torch made, so
-    that stays as it is.
+    """Remove the weight's parametrization. Copies of the layer share the class that torch made,
+    which is therefore not changed.
     """
     made, plain = module.__class__, parametrize.type_before_parametrizations(module)
     others = {name: part for name, part in _parametrizations(module).items() if name != "weight"}

@@ -437,7 +437,7 @@ class BaseTunerLayer(nn.Module):
         Without any merge the weight is bit for bit the original, quantized or not.
 
         Raises:
-            PeftRuntimeError: They came merged with a state dict, which lacks the original weight.
+            PeftRuntimeError: A loaded state dict had them merged and lacks the original weight.
         """
         was_suspended = bool(self._merges.suspended(self))
         self._merges.resume(self, False)

@@ -56,7 +56,7 @@ class Merge(NamedTuple):
         layer: The layer that has the adapter.
         name: The adapter's name.
         options: Options of its delta.
-        delta: The delta as it was merged; None where it came merged with a state dict.
+        delta: The merged delta; None if a loaded state dict had it merged.
         factor: The factor on the sum of weight and delta, None for one.
         bias: The tensor that was added to the bias, None for nothing.
         correction: Undoes the sum, where the original weight is not kept.
@@ -127,7 +127,7 @@ class Merges:
         for bit as if only the other adapters had been merged.
 
         Raises:
-            PeftRuntimeError: An adapter came merged with a state dict, which lacks the original
+            PeftRuntimeError: A loaded state dict had an adapter merged and lacks the original
                 weight.
         """
         return self._remove(base, lambda merge: merge.layer is layer and merge.name in names)

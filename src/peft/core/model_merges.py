@@ -173,7 +173,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     """Unmerge all adapters of some layers; all or none.
 
     Raises:
-        PeftRuntimeError: A weight came merged with a state dict.
+        PeftRuntimeError: A loaded state dict had a merged weight.
     """
     merged = [layer for layer in layers if layer.merged or layer._merges.suspended(layer)]
     if not merged:
@@ -190,7 +190,7 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
     enabled, merge all of those again if some layer would not compute one.
 
     Raises:
-        PeftRuntimeError: A weight came merged with a state dict.
+        PeftRuntimeError: A loaded state dict had a merged weight.
     """
     layers = list(layers)
     for layer in () if enabled else layers:

@@ -387,7 +387,7 @@ def _saved(
 ) -> list[str]:
     """Return the paths of the modules that a checkpoint has parameters for.
 
-    A warning tells if the config targets other modules.
+    Warn if the config targets other modules.
 
     Raises:
         NoMatchingPeftModuleError: The checkpoint has parameters for no module of the model.

@@ -94,7 +94,7 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 
 def put_weight(module: nn.Module, weight: Tensor) -> None:
-    """Replace a layer's full weight; in place where an engine that shards it owns the memory."""
+    """Replace a layer's full weight, in place if a sharding engine owns the memory."""
     own = stored_weight(module)
     if is_managed(own):
         own.detach().copy_(shard_like(own, weight))

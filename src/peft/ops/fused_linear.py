@@ -134,7 +134,7 @@ def add_product(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor
         p: `[n, rows, k]`, or `[rows, k]`.
         up: `[n, k, columns]`, or `[k, columns]`.
         in_place: Allow to overwrite `result`. It is overwritten in eager mode, if all are of one
-            dtype or kernels take them.
+            dtype or kernels support them.
     """
     if not ((in_place or result.dtype != p.dtype) and is_eager() and _can_add(result, p, up)):
         return result + (p @ up).view(result.shape)

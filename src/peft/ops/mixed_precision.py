@@ -28,7 +28,7 @@ exceeds the time saved.
 """
 
 _MAX_RANK = 128
-"""Most columns of a factor that the kernels take."""
+"""Most columns of a factor that the kernels support."""
 
 
 def can_stay(x: Tensor, dtype: torch.dtype) -> bool:

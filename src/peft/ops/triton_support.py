@@ -58,11 +58,11 @@ def with_kernel(
     example: Callable[[torch.device], tuple[object, ...]],
     reference: Callable[..., Result] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function of plain operations that a kernel can stand in for.
+    """Give a function of plain operations a kernel that replaces it where possible.
 
     The module `…_triton` beside the function's own has a function of the same name and arguments,
-    and `fits`, which returns whether that takes given arguments. Before its first use on a device
-    the kernel is tried on an example there, values and gradients.
+    and `fits`, which returns whether the kernel supports given arguments. Before its first use on a
+    device the kernel is tried on an example there, values and gradients.
 
     Args:
         operands: How many of the arguments, the first ones, the kernel reads as contiguous tensors.

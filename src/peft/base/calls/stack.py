@@ -103,8 +103,7 @@ class CallStack(Generic[T]):
 
 class _Backward:
     """A backward pass. Only autograd holds this object, among the callbacks for the end of the
-    pass; so it is freed when the pass is over, also when the pass ends in an error without
-    callbacks.
+    pass. It is therefore freed when the pass is over, even if an error skips the callbacks.
     """
 
     def __call__(self) -> None:

@@ -38,7 +38,7 @@ _BOUND: tl.constexpr = tl.constexpr(15.942385)
 
 
 def fits(table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool) -> bool:
-    """Return whether the kernels take these tensors and options."""
+    """Return whether the kernels support these tensors and options."""
     other = gating.hard or gating.always_on or (gating.dropout if training else gating.top_k)
     return (
         not other
@@ -62,7 +62,7 @@ def task_weights(
         table: `[n_tasks, n_splits * n_skills]`.
         task_ids: `[batch]`; an id out of range gives weights of NaN.
         n_splits: Number of splits.
-        gating: The options; kernels take `relaxed` only.
+        gating: The options; kernels support `relaxed` only.
         training: Draw gates if they are relaxed.
 
     Returns:

@@ -9,8 +9,7 @@ delta. With `n_splits > 1` features are split into blocks with weights of their 
     Δ(x) = scale · x A_w B_w
 
 Shapes: `weights [batch, n_splits, n_skills]`, `A [n_splits, n_skills, in // n_splits, r]`,
-`B [n_splits, n_skills, r, out // n_splits]`; where a docstring names no others, arguments of these
-names have these shapes.
+`B [n_splits, n_skills, r, out // n_splits]`, unless a docstring says otherwise.
 
 Source: arXiv:2202.13914, arXiv:2211.03831
 """
@@ -92,6 +91,11 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
     Raises:
         PeftValueError: The leading sizes of `x` and `weights` do not fit together.
+
+    Example:
+        >>> A, B = torch.ones(1, 2, 3, 1), torch.tensor([[[[1.0]], [[3.0]]]])  # two skills
+        >>> poly_delta(torch.ones(1, 3), torch.tensor([[[0.5, 0.5]]]), A, B)
+        tensor([[6.]])
 
     Source: arXiv:2211.03831, section 3; arXiv:2202.13914, section 3
     """

@@ -38,7 +38,7 @@ _SKILLS, _SKILLS_BACKWARD, _PAIRS = 4, 8, 16
 
 
 def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
-    """Return whether the kernels take these tensors."""
+    """Return whether the kernels support these tensors."""
     (batch, _, n_skills), dtypes = weights.shape, {weights.dtype, A.dtype, B.dtype}
     if not (dtypes <= _DTYPES and A.dtype == B.dtype and A.numel() and B.numel()):
         return False

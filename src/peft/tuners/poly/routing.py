@@ -413,8 +413,8 @@ class Routing:
     def _ids_by_adapter(
         self, task_ids: object, batch: AdapterBatch, device: torch.device, misnamed: str | None
     ) -> Tensor | None:
-        """Return the task ids of samples with an adapter each; 0 for samples whose adapter does not
-        route by task.
+        """Return the task ids of samples that each have an adapter; 0 if the adapter does not route
+        by task.
         """
         if not self._by_task(batch.samples):
             return None

@@ -65,7 +65,7 @@ def compose_factors_plain(
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Make arguments of `compose_factors` to try a kernel with: no powers of two, no ties."""
+    """Return arguments of `compose_factors` to try its kernel: no powers of two, no ties."""
     shapes = (3, 2, 37), (5, 3, 37), (37, 20)
     numbers = (
         torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape)
