@@ -147,9 +147,8 @@ class Routing:
 
     def ensure_wrapped(self, model: nn.Module) -> None:
         """Wrap the model's `forward` again if a client has replaced it, as TRL does."""
-        if torch.compiler.is_compiling() or self.layer is None:
-            return
-        if not is_wrapped(model, "forward"):
+        can_wrap = self.layer is not None and not torch.compiler.is_compiling()
+        if can_wrap and not is_wrapped(model, "forward"):
             self._wrap(model, "forward", CALL_ARGUMENTS, _forward)
 
     def _wrap(
@@ -169,8 +168,7 @@ class Routing:
             if self._pools:
                 call.prompt.update(arguments, rows, is_nested=False)
             return self.stack.run(call, lambda: method.run(CALL_ARGUMENTS))
-        is_generating = outer.prompt_weights is not None
-        rows = outer.rows.nested(argument_shapes(arguments), is_generating)
+        rows = outer.rows.nested(argument_shapes(arguments), outer.prompt_weights is not None)
         call = RoutedCall(rows, outer.prompt.copy(), outer.task_ids, outer.prompt_weights)
         if self._pools and not outer.prompt_weights:
             call.prompt.update(arguments, rows, is_nested=True)
@@ -464,18 +462,20 @@ class Routing:
 def _unwrap(model: nn.Module) -> None:
     """Unwrap the methods of a model, also those that a `Routing` without layers wrapped."""
     unwrap_methods(model, _forward, _body_forward, _generate)
+    for _, module in walk(model):
+        vars(module).pop(_ROUTING, None)  # a client may still hold a method; it then just runs
 
 
 def _forward(method: MethodCall) -> object:
-    return vars(method.module)[_ROUTING].forward(method)
+    return (vars(method.module).get(_ROUTING) or Routing(method.module)).forward(method)
 
 
 def _body_forward(method: MethodCall) -> object:
-    return vars(method.module)[_ROUTING].body_forward(method)
+    return (vars(method.module).get(_ROUTING) or Routing(method.module)).body_forward(method)
 
 
 def _generate(method: MethodCall) -> object:
-    return vars(method.module)[_ROUTING].generate(method)
+    return (vars(method.module).get(_ROUTING) or Routing(method.module)).generate(method)
 
 
 def _has_own(method: MethodCall) -> bool:

@@ -209,14 +209,6 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             ):
                 del self.shared_containers()[_SHARED][key]
 
-    def _init_vblora_vector_bank(self, config: VBLoRAConfig, adapter_name: str) -> None:
-        """Initialize an adapter's own bank again."""
-        nn.init.uniform_(
-            self.vblora_vector_bank[adapter_name],
-            -config.init_vector_bank_bound,
-            config.init_vector_bank_bound,
-        )
-
     def build_for(
         self,
         adapter_name: str,
