@@ -64,11 +64,17 @@ def read_optional(
     adapter_name: str, containers: Sequence[AdapterParameterDict]
 ) -> list[Tensor | None]:
     """Return an adapter's parameters, None of a container without one; check once for hooks."""
-    held = [container for container in containers if adapter_name in container]
-    if not torch.compiler.is_compiling() and are_unhooked(held, AdapterParameterDict):
-        found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
-        # A sharding engine may hold a parameter elsewhere, and bring it for a call.
-        if sum([type(parameter) is nn.Parameter for parameter in found]) == len(held):
+    if torch.compiler.is_compiling():
+        return [container.get(adapter_name) for container in containers]
+    found: list[Tensor | None] = [c._parameters.get(adapter_name) for c in containers]
+    held = []
+    for container, parameter in zip(containers, found, strict=True):
+        if type(parameter) is nn.Parameter:
+            held.append(container)
+        elif adapter_name in container._keys:  # held elsewhere by a sharding engine until a call
+            break
+    else:
+        if are_unhooked(held, AdapterParameterDict):
             return found
     return [container.get(adapter_name) for container in containers]
 

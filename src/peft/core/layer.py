@@ -95,8 +95,7 @@ class BaseTunerLayer(nn.Module):
         self.training = base_layer.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Return the base layer's output plus the deltas of the active adapters, in the output's
-        dtype.
+        """Return the base layer's output plus the active adapters' deltas, in the output's dtype.
 
         - Merged adapters act through the weight, active or not: `(W + Σ merged) x + Σ Δ(x)` over
           active adapters that are not merged.
@@ -114,8 +113,9 @@ class BaseTunerLayer(nn.Module):
             result = base(x, *args, **kwargs)
             # An expert may get no tokens.
             return apply_to_batch(self, batch, x, result) if x.numel() else result
-        scaling, merged = self.scaling, self.merged_adapters
-        names = [name for name in self.active_adapters if name in scaling and name not in merged]
+        active, scaling, merged = self._active_adapter, self.scaling, self.merged_adapters
+        active = (active,) if isinstance(active, str) else active  # type: ignore[assignment]
+        names = [name for name in active if name in scaling and name not in merged]
         chain = None
         if names and not (args or kwargs) and can_fuse(base, x):
             chain = self.delta_chain(names[0], x)
