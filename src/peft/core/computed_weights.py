@@ -33,7 +33,7 @@ def is_computed(module: nn.Module) -> bool:
     return (
         "weight" not in own["_parameters"]
         and "weight" not in own["_buffers"]
-        and isinstance(_weight(module), Tensor)
+        and isinstance(getattr(module, "weight", None), Tensor)
     )
 
 
@@ -179,7 +179,3 @@ def _shallow(entries: dict[str, object]) -> dict[str, object]:
     return {
         name: value.copy() if isinstance(value, dict) else value for name, value in entries.items()
     }
-
-
-def _weight(module: nn.Module) -> object:
-    return getattr(module, "weight", None)

@@ -47,9 +47,8 @@ def avoid_fused_paths(model: nn.Module) -> None:
     """
     quantization.keep_differentiable(model)
     for _, module in walk(model):
-        if isinstance(
-            module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-        ) and _has_adapters(module):
+        is_encoder = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        if is_encoder and any("base_layer" in inner._modules for _, inner in walk(module)):
             if _no_operation not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_no_operation)
             if getattr(module, "use_nested_tensor", False):
@@ -66,10 +65,6 @@ def restore_fused_paths(model: nn.Module) -> None:
         if "_packs_when_plain" in vars(module):
             del module._packs_when_plain
             module.use_nested_tensor = True  # type: ignore[assignment]
-
-
-def _has_adapters(module: nn.Module) -> bool:
-    return any("base_layer" in inner._modules for _, inner in walk(module))
 
 
 def _no_operation(module: nn.Module, args: object) -> None:

@@ -101,7 +101,9 @@ def parameter_groups(
     """
     rates, ratios = dict(rates or {}), dict(ratios or {})
     _check_numbers(lr, rates, ratios, weight_decay)
-    roles = _declared_roles(model)
+    methods = _methods(model).values()
+    declared = [role for tuner in methods for role in tuner.parameter_roles or (_ADAPTER,)]
+    roles = list(dict.fromkeys([*declared, *_COMPANIONS]))
     if unknown := sorted((rates.keys() | ratios.keys()) - set(roles)):
         raise PeftValueError(
             f"This model has no role {unknown[0]!r}; it has {', '.join(map(repr, roles))}."
@@ -259,13 +261,6 @@ def _methods(model: nn.Module) -> dict[str, type[BaseTuner]]:
         name: lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         for name, config in configs.items()
     }
-
-
-def _declared_roles(model: nn.Module) -> list[str]:
-    """Return all roles that a model's parameters can have, in order."""
-    methods = _methods(model).values()
-    declared = [role for tuner in methods for role in tuner.parameter_roles or (_ADAPTER,)]
-    return list(dict.fromkeys([*declared, *_COMPANIONS]))
 
 
 def _role(name: str, methods: Mapping[str, type[BaseTuner]]) -> tuple[str, Role]:

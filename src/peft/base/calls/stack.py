@@ -97,7 +97,7 @@ class CallStack(Generic[T]):
         calls.append(
             _Restored(call, nodes, weakref.ref(backward, functools.partial(_end_restored, calls)))
         )
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(backward)
 
 

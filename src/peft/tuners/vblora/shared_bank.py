@@ -64,7 +64,9 @@ class VectorBank:
                 "`vectors` must be a floating-point tensor `[num_vectors, vector_length]`, not "
                 f"{given}."
             )
-        if isinstance(replaces, str) or not all(map(_is_digest, replaces)):
+        if isinstance(replaces, str) or not all(
+            isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in replaces
+        ):
             raise PeftTypeError(
                 f"`replaces`={replaces!r} must be a list of digests, as `sha256` returns them."
             )
@@ -212,11 +214,6 @@ class VectorBank:
                 "source again."
             )
         return bank
-
-
-def _is_digest(value: object) -> bool:
-    """Return whether a value is a SHA-256 digest in hexadecimal digits."""
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _layer_with_bank(model: nn.Module, adapter_name: str | None) -> tuple[str, VBLoRALayer]:
