@@ -99,11 +99,7 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> _ModelClass:
-        """Return the class that loads the base model.
-
-        Raises:
-            PeftValueError: The config is for another task, or does not name the class.
-        """
+        """Return the base model's class; raise if the config is for another task or lacks it."""
         if cls._auto_class is not None:
             if config.task_type != cls._task:
                 raise PeftValueError(

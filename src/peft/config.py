@@ -159,9 +159,7 @@ class PeftConfig:
 
     @property
     def trained_biases(self) -> str:
-        """Biases of the base model that are trained too: "none", "all", or any other value for
-        those of the adapted layers.
-        """
+        """Biases of the base model to train: "none", "all", else those of adapted layers."""
         return "none"
 
     @property
@@ -175,12 +173,7 @@ class PeftConfig:
         return False
 
     def for_adapter(self: C) -> C:
-        """Return a copy for one adapter, which no other adapter and no caller changes. It keeps the
-        token for the Hub.
-
-        Raises:
-            PeftValueError: A value is not allowed.
-        """
+        """Return a copy for one adapter, with the token for the Hub, or raise `PeftValueError`."""
         checked = copy(self)
         checked.validate()
         result = deepcopy(checked)
@@ -189,11 +182,7 @@ class PeftConfig:
         return result
 
     def for_copy(self: C, reference: bool = False) -> C:
-        """Return the config for a copy of the adapter.
-
-        Args:
-            reference: Set dropout rates to zero, as the reference model of a policy needs.
-        """
+        """Return the config for a copy; a `reference` model of a policy has no dropout."""
         result = deepcopy(self)
         for item in fields(self) if reference else ():
             if "dropout" in item.name and isinstance(getattr(self, item.name), float):
@@ -442,11 +431,7 @@ class LycorisConfig(TargetedConfig):
 
 
 def check_config(value: object) -> None:
-    """Check that `value` is a config.
-
-    Raises:
-        PeftTypeError: It is not; the message says how to get a config from it.
-    """
+    """Raise `PeftTypeError`, which says how to get a config, if `value` is not one."""
     if isinstance(value, PeftConfig):
         return
     remedy = ""

@@ -15,9 +15,7 @@ _TRANSFORMERS = re.compile(r"is_transformers_(ge|le)_v?(\d+(?:_\d+)*)")
 
 
 def __getattr__(name: str) -> bool:
-    """Return a comparison with the version of transformers: `is_transformers_ge_v5_4_0`,
-    `is_transformers_le_4_53`.
-    """
+    """Return a comparison with transformers' version: `is_transformers_ge_v5_4_0`, `…_le_4_53`."""
     asked = _TRANSFORMERS.fullmatch(name)
     if asked is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

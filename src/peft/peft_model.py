@@ -134,12 +134,7 @@ class PeftModel(nn.Module):
         return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
 
     def _check_method(self, config: PeftConfig) -> None:
-        """Check that the model takes adapters of a config's method.
-
-        Raises:
-            PeftTypeError: It is not a config.
-            PeftValueError: Its method is another one.
-        """
+        """Raise unless the model takes adapters of a config's method."""
         check_config(config)
         if config.peft_type != self.peft_type:
             raise PeftValueError(

@@ -257,9 +257,7 @@ def _common(values: Sequence[T]) -> T | Irregular:
 def _active(
     layers: list[TunerLayerStatus], adapted: list[TunerLayerStatus]
 ) -> list[str] | Irregular:
-    """Return the active adapters if all layers agree on them. A module that is trained beside them
-    may lack some.
-    """
+    """Return the active adapters if all `adapted` layers agree; other modules may lack some."""
     active = _common([layer.active_adapters for layer in adapted or layers])
     if active == "irregular":
         return active

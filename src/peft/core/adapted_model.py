@@ -188,11 +188,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         arguments: dict[str, object],
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
-        """Pop the choice of an adapter for each sample from a call's keyword arguments.
-
-        Raises:
-            PeftValueError: It does not fit the inputs or the model, or adapters are merged.
-        """
+        """Pop and check the choice of an adapter for each sample from a call's arguments."""
         own = self.adapter_call_arguments
         batch = self._call_arguments.take_adapters(
             self.model, self.peft_config, own, args, arguments, generate
@@ -205,11 +201,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         return batch
 
     def refuse_foreign_arguments(self, arguments: Mapping[str, object]) -> None:
-        """Raise if a call has an argument of another method (`task_ids`).
-
-        Raises:
-            PeftTypeError: It has one.
-        """
+        """Raise `PeftTypeError` if a call has an argument of another method (`task_ids`)."""
         self._call_arguments.refuse_foreign(
             arguments, self.adapter_call_arguments, type(self).__name__
         )
@@ -259,12 +251,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         )
 
     def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
-        """Return adapter names as a list.
-
-        Raises:
-            PeftTypeError: They are neither a string nor a list of strings.
-            PeftValueError: The model has no adapter of a name.
-        """
+        """Return adapter names as a list; raise for a wrong type or an unknown name."""
         return known_names(adapter_names, self.peft_config)
 
     def add_adapter(
@@ -424,12 +411,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self._merged_lately = True
 
     def _names_to_merge(self, names: Sequence[str] | None, options: Iterable[str]) -> list[str]:
-        """Return the names of the adapters to merge, by default of the active ones.
-
-        Raises:
-            PeftTypeError: A merge of the method has no option of a name.
-            PeftValueError: The model has no such adapter.
-        """
+        """Return the names of the adapters to merge, by default the active ones; check options."""
         check_merge_options(options, self.merge_options, type(self).__name__)
         return self.check_names(checked_names(self.active_adapters if names is None else names))
 

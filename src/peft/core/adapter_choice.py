@@ -50,9 +50,7 @@ def adapter_of(
 def adapter_meant(
     name: str | None, known: Collection[str], active: Collection[str], kind: str = ""
 ) -> str:
-    """Return the name of an adapter among the `known` ones, of which some are `active`; arguments
-    and errors as for `adapter_of`.
-    """
+    """Return an adapter's name from the `known` and the `active` ones, as `adapter_of` does."""
     if name is not None:
         check_adapter(name)
     if name is not None or not known:

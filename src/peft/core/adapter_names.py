@@ -48,12 +48,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
 
 
 def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -> list[str]:
-    """Return adapter names as a list.
-
-    Raises:
-        PeftTypeError: They are neither a string nor a list of strings.
-        PeftValueError: The model has no adapter of a name.
-    """
+    """Return adapter names as a list; raise for a wrong type or an unknown name."""
     if not isinstance(adapter_names, (str, Iterable)):
         raise PeftTypeError(
             f"Adapters are named by a string or a list of strings, got {adapter_names!r}."
@@ -65,11 +60,7 @@ def known_names(adapter_names: str | Iterable[str], adapters: Collection[str]) -
 
 
 def names_to_activate(adapter_name: str | list[str], adapters: Collection[str]) -> list[str]:
-    """Return the names of adapters to make active.
-
-    Raises:
-        PeftValueError: No name, an unknown one, or one name twice.
-    """
+    """Return names of adapters to make active; raise for none, an unknown one or one name twice."""
     names = known_names(adapter_name, adapters)
     if not names:
         raise PeftValueError(

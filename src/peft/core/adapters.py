@@ -80,13 +80,7 @@ def read_optional(
 
 
 class _Layer(Protocol):
-    """The members of a layer that this file uses.
-
-    Attributes:
-        container_names: Attributes with parameters or modules by adapter name.
-        value_names: Attributes with plain values by adapter name, `scaling` apart.
-        scaling: The scale of each adapter.
-    """
+    """The members of a layer that this file uses, as `BaseTunerLayer` has them."""
 
     container_names: ClassVar[tuple[str, ...]]
     value_names: ClassVar[tuple[str, ...]]
@@ -96,11 +90,7 @@ class _Layer(Protocol):
 
 
 def unfrozen(layer: _Layer) -> list[str]:
-    """Return the names of adapters with a trainable parameter.
-
-    With thousands of adapters this reads one flag of each parameter, and does nothing else for
-    frozen ones.
-    """
+    """Return the names of adapters with a trainable parameter, by one flag of each parameter."""
     found: dict[str, None] = {}
     for container in layer.containers():
         parameters, modules = container._parameters, container._modules

@@ -46,9 +46,7 @@ def apply_to_batch(layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor
 def apply_one_by_one(
     layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
 ) -> Tensor:
-    """Return an output whose rows lie along the first dimension with each sample's own adapter
-    applied: one gather for each adapter, one scatter for all.
-    """
+    """Apply each sample's adapter to its rows: one gather for each adapter, one scatter for all."""
     rows = {
         name: rows
         for name, rows in batch.rows_by_adapter(x.shape[0], x.device, owners).items()

@@ -118,11 +118,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return [name for name in adapter_names if self.has(name)]
 
     def check_one_of(self, adapter_names: Iterable[str]) -> None:
-        """Check that at most one of some adapters has parameters in this module.
-
-        Raises:
-            PeftValueError: Several have.
-        """
+        """Raise `PeftValueError` if several of some adapters have parameters in this module."""
         if len(own := self.among(adapter_names)) > 1:
             raise PeftValueError(
                 f"Only one adapter can be set at a time for {type(self).__name__}: "
@@ -153,19 +149,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, object],
     ) -> Tensor:
-        """Call a function for each adapter of a batch, with the rows of the adapter's samples.
-
-        Args:
-            batch: The adapter of each sample.
-            run: The function; its first argument is the adapter's name.
-            args, kwargs: Arguments of the call.
-
-        Returns:
-            The outputs, with rows in the order of the inputs.
-
-        Raises:
-            PeftNotSupportedError: An output is not a tensor.
-        """
+        """Call `run(adapter, …)` with the rows of each adapter's samples; join the outputs."""
         if batch.only is not None:
             output = run(batch.only, *args, **kwargs)
             return output  # type: ignore[return-value]
@@ -200,9 +184,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return self.original_module
 
     def __getattr__(self, name: str) -> Any:
-        """Return a public attribute of the module in use (`weight`, `out_features`, …) that this
-        wrapper lacks.
-        """
+        """Return a public attribute that this wrapper lacks (`weight`, …) of the module in use."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -248,11 +230,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @staticmethod
     def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:
-        """Return a trainable copy of a module, of the original one if it is wrapped already.
+        """Return a trainable copy of a module, or of the original one if it is wrapped already.
 
-        Args:
-            module: The module.
-            plain: Modules to copy in place of some modules inside it.
+        `plain` maps modules inside it to the modules to copy in their place.
         """
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module

@@ -83,10 +83,9 @@ def embedding_scale(module: nn.Module) -> float | Tensor:
 
 
 def place_for_shared(root: nn.Module, name: str) -> nn.Module:
-    """Return the module to register parameters on that a model's layers share as `name`.
+    """Return the module that holds parameters that layers share as `name`, or is to.
 
-    It is the module that has them already, else the root, or the first module inside it that is no
-    container.
+    A new place is the root, or the first module inside it that is not a container.
     """
     modules = [module for _, module in walk(root)]
     owners = (module for module in modules if name in module._modules)

@@ -34,17 +34,10 @@ class CallArguments:
     def refuse_foreign(
         self, arguments: Mapping[str, object], own: Collection[str], owner: str
     ) -> None:
-        """Raise if a call has an argument of another method (`task_ids`).
+        """Raise `PeftTypeError` if a call has an argument of another method (`task_ids`).
 
-        A model that takes any keyword would ignore it.
-
-        Args:
-            arguments: The call's keyword arguments.
-            own: Names of the arguments that the model's methods take.
-            owner: The tuner's class, for the message.
-
-        Raises:
-            PeftTypeError: It has one.
+        A model that takes any keyword would ignore it. `own` names the arguments of the model's
+        methods, `owner` the tuner's class for the message.
         """
         for name in self._of_methods:
             if arguments.get(name) is not None and name not in own:
@@ -62,17 +55,9 @@ class CallArguments:
         arguments: dict[str, object],
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
-        """Pop `adapter_names`, an adapter for each sample, from a call's keyword arguments.
+        """Pop and check `adapter_names`, an adapter for each sample; return None without them.
 
-        Args:
-            model: The base model.
-            adapters: The model's adapters by name.
-            own: Names of the arguments that the model's methods take.
-            args, arguments: The arguments of the call.
-            generate: The method, if it is a call of `generate`.
-
-        Returns:
-            None for a call without them.
+        `own` names the arguments of the model's methods; `generate` is the method of such a call.
 
         Raises:
             PeftValueError: They do not fit the inputs or the model.

@@ -25,10 +25,6 @@ MEAN, STACK = "mean", "stack"
 def collect(model: nn.Module, configs: Mapping[str, TargetedConfig]) -> Parts:
     """Return the modules and embedding rows that adapters train in full.
 
-    Args:
-        model: The base model.
-        configs: The adapters' configs by name.
-
     Raises:
         PeftValueError: The adapters train different rows of embeddings.
     """
@@ -117,11 +113,7 @@ def _choices(names: Collection[str], can_stack: bool, mean: bool = True) -> str:
 def _mean(
     key: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float] | None, remedy: str
 ) -> Tensor:
-    """Return the weighted mean of tensors.
-
-    Raises:
-        PeftValueError: Their shapes differ, or the weights sum to zero.
-    """
+    """Return the weighted mean of tensors; raise if shapes differ or the weights sum to zero."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{list(tensor.shape)} ({name})" for name, tensor in tensors.items())
         raise PeftValueError(f"`{key}` has the shapes {shapes}, which have no mean; {remedy}.")

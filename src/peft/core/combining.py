@@ -119,13 +119,7 @@ class Combinable(Protocol):
 
 
 def check(model: Combinable, request: Combination) -> CombiningMethod:
-    """Check a request, and return the method of its adapters.
-
-    Raises:
-        PeftTypeError: Names or weights are not lists.
-        PeftValueError: An unknown adapter, a wrong number of weights, or a value that is not
-            allowed.
-    """
+    """Check a request, and return the method of its adapters."""
     if isinstance(request.adapters, str) or not isinstance(request.adapters, Sequence):
         raise PeftTypeError(f"`adapters`={request.adapters!r} must be a list of names.")
     if not isinstance(request.weights, Sequence):
@@ -171,11 +165,7 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
 
 
 def _check_values(request: Combination) -> None:
-    """Check the numbers and words of a request.
-
-    Raises:
-        PeftValueError: A value is not allowed.
-    """
+    """Raise `PeftValueError` if a number or a word of a request is not allowed."""
     rank, clamp, density = request.svd_rank, request.svd_clamp, request.density
     sign = request.majority_sign_method
     needs_density = request.kind.startswith(_PRUNING)
@@ -252,13 +242,7 @@ def add(model: Combinable, adapter_name: str, request: Combination) -> dict[str,
 
 
 def derive(model: Combinable, adapter_name: str, source: str, combined: Combined) -> None:
-    """Put an adapter that a method made of one other into a model.
-
-    The modules that the other trains beside its layers are copied.
-
-    Raises:
-        PeftValueError: The name can't be used.
-    """
+    """Put an adapter made of one other into a model; copy the modules trained beside its layers."""
     check_name(adapter_name, model.peft_config)
     request = Combination([source], [1.0])
     put(model, adapter_name, request, combined, _companions(model, request))
@@ -273,12 +257,7 @@ def put(
 ) -> None:
     """Put a combined adapter into a model, frozen and inactive.
 
-    Args:
-        model: The model's tuner.
-        adapter_name: The new adapter's name.
-        request: The request.
-        combined: The adapter that the method made.
-        companions: The tensors that it trains beside its layers, by checkpoint key.
+    `companions` are the tensors that it trains beside its layers, by checkpoint key.
     """
     configs = [model.peft_config[name] for name in request.adapters]
     method = model.method_of(configs[0])
@@ -318,11 +297,7 @@ def outer_path(path: str) -> str:
 
 
 def check_same(configs: Mapping[str, PeftConfig], request: Combination, *names: str) -> None:
-    """Check that fields have one value in the configs of all adapters.
-
-    Raises:
-        PeftValueError: One has several.
-    """
+    """Raise `PeftValueError` unless fields have one value in the configs of all adapters."""
     for name in names:
         values = {adapter: getattr(configs[adapter], name) for adapter in request.adapters}
         if any(value != values[request.adapters[0]] for value in values.values()):
@@ -334,11 +309,7 @@ def check_same(configs: Mapping[str, PeftConfig], request: Combination, *names: 
 
 
 def uniform_scale(layers: Iterable[BaseTunerLayer], adapter_name: str) -> float:
-    """Return the factor by which an adapter is scaled beyond its config, the same in all layers.
-
-    Raises:
-        PeftValueError: It differs between layers.
-    """
+    """Return an adapter's scale beyond its config; raise if it differs between layers."""
     own = [layer for layer in layers if adapter_name in layer.scaling]
     scales = {
         float(layer.scaling[adapter_name]) / layer.base_scaling(adapter_name) for layer in own
@@ -352,12 +323,7 @@ def uniform_scale(layers: Iterable[BaseTunerLayer], adapter_name: str) -> float:
 
 
 def _companions(model: Combinable, request: Combination) -> dict[str, Tensor]:
-    """Return the tensors that adapters train beside their layers, combined into one set.
-
-    Raises:
-        PeftValueError: Several train a copy of the same module, or rows of the same embedding, and
-            the request does not choose how to combine them; or they train different rows.
-    """
+    """Return the tensors that adapters train beside their layers, combined as the request says."""
     configs = {name: model.peft_config[name] for name in dict.fromkeys(request.adapters)}
     parts = combined_heads.collect(model.model, configs)
     weights: dict[str, float] = {}

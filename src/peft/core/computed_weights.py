@@ -58,11 +58,7 @@ def read(module: nn.Module) -> Tensor:
 
 
 def refuse(module: nn.Module) -> None:
-    """Refuse to write into a computed weight.
-
-    Raises:
-        PeftNotSupportedError: The layer has one.
-    """
+    """Raise `PeftNotSupportedError` if the layer's weight is computed: it can't be written to."""
     if is_computed(module):
         raise PeftNotSupportedError(
             f"{type(module).__name__} computes its weight in each forward, so a delta merged into "
@@ -73,8 +69,7 @@ def refuse(module: nn.Module) -> None:
 
 @contextmanager
 def made_plain(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Return a context for a permanent merge that turns computed weights into parameters. An error
-    undoes it.
+    """Context for a permanent merge: make computed weights parameters; an error undoes it.
 
     Raises:
         PeftNotSupportedError: It is unknown how some layer computes its weight.
@@ -133,9 +128,7 @@ def make_plain(module: nn.Module) -> None:
 
 
 def _drop_parametrization(module: nn.Module) -> None:
-    """Remove the weight's parametrization. Copies of the layer share the class that torch made,
-    which is therefore not changed.
-    """
+    """Remove the weight's parametrization, but keep the class, which copies of the layer share."""
     made, plain = module.__class__, parametrize.type_before_parametrizations(module)
     others = {name: part for name, part in _parametrizations(module).items() if name != "weight"}
     if not others:

@@ -48,13 +48,7 @@ class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
 
 
 def config_of(model: nn.Module, adapter_name: str) -> Any:
-    """Return the config of an adapter of a `PeftModel` or of a model with injected adapters.
-
-    Raises:
-        UnsupportedModuleError: The model has no adapters.
-        PeftTypeError: The name is not a string.
-        PeftValueError: It has no such adapter.
-    """
+    """Return the config of an adapter of a `PeftModel` or of a model with injected adapters."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         raise UnsupportedModuleError(
@@ -65,11 +59,7 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
 
 
 def name_of(model: nn.Module, adapter_name: str | None) -> str:
-    """Return an adapter's name: the given one, else "default", the only active or the only one.
-
-    Raises:
-        PeftValueError: Several could be meant.
-    """
+    """Return the given name, else "default", the only active or the only one; else raise."""
     configs = getattr(model, "peft_config", None)
     if adapter_name is not None or not configs or not isinstance(configs, dict):
         return "default" if adapter_name is None else adapter_name  # which `config_of` looks for
@@ -84,11 +74,7 @@ def root_of(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """Yield the layers that have an adapter, with the paths of the modules that they adapt.
-
-    Raises:
-        PeftValueError: The adapter has no values yet.
-    """
+    """Yield paths and layers that have an adapter; raise if it has no values yet."""
     for path, module in walk(root):
         if isinstance(module, BaseTunerLayer) and adapter_name in module.scaling:
             if any(parameter.is_meta for parameter in module.adapter_parameters(adapter_name)):
@@ -100,11 +86,7 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
 
 
 def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
-    """Check that all layers have a delta.
-
-    Raises:
-        UnsupportedModuleError: A layer has no delta, or there are no layers.
-    """
+    """Raise `UnsupportedModuleError` if a layer has no delta, or there are no layers."""
     unfit = sorted(
         {
             type(layer).__name__

@@ -78,12 +78,9 @@ class DecomposableLayer(Protocol):
 
 
 def first_magnitude(norms: Callable[[], Tensor] | None, size: int, placement: Placement) -> Tensor:
-    """Return the norms that an adapter starts with, `[size]`.
+    """Return the norms that an adapter starts with, `[size]`; on the meta device without values.
 
-    Args:
-        norms: Computes the norms; None where the weight has no values yet.
-        size: Number of rows or columns.
-        placement: Device and dtype. On the meta device nothing is computed.
+    `norms` is None where the weight has no values yet.
     """
     device, dtype = placement
     if norms is None or device.type == "meta":
@@ -97,13 +94,7 @@ def by_channel(layer: DecomposableLayer, values: Tensor) -> Tensor:
 
 
 def rescaled(layer: DecomposableLayer, total: Tensor, factor: Tensor) -> Tensor:
-    """Return `f ⊙ (total - bias) + bias`: an output of `V` as one of `f ⊙ V`.
-
-    Args:
-        layer: The layer.
-        total: The base layer's output plus the adapter's delta.
-        factor: `f [out]`.
-    """
+    """Return `f ⊙ (total - bias) + bias`, `f [out]`: an output of `V` as one of `f ⊙ V`."""
     bias, factor = _bias(layer, total.dtype), by_channel(layer, factor)
     return factor * total if bias is None else torch.addcmul((1 - factor) * bias, factor, total)
 
@@ -129,8 +120,6 @@ def change(weight: Tensor, factor: Tensor, delta: Tensor) -> Tensor:
 
 
 def _bias(layer: DecomposableLayer, dtype: torch.dtype) -> Tensor | None:
-    """Return the base layer's bias in the outputs' dtype. It may be stored in a dtype that is not
-    for computing, or computed by the layer.
-    """
+    """Return the bias, which may be computed or stored in another dtype, in the outputs' dtype."""
     bias: Tensor | None = getattr(layer.get_base_layer(), "bias", None)
     return None if bias is None else by_channel(layer, bias).to(dtype)

@@ -32,24 +32,14 @@ if TYPE_CHECKING:
 
 
 def fill_with(build: Build, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, by key without a root, into an adapter.
-
-    Raises:
-        CheckpointError: They are not exactly the adapter's.
-    """
+    """Write tensors, by key without a root, into an adapter; raise unless they are exactly its."""
     expected = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
     check_complete(check_state(expected, tensors), build.adapter_name)
     write_state(None, expected, tensors)
 
 
 def copy_fill(model: nn.Module, config: PeftConfig, source: str) -> Fill:
-    """Return a function that writes another adapter's values into an adapter.
-
-    Args:
-        model: A `PeftModel`.
-        config: The config of the adapter to copy.
-        source: Its name.
-    """
+    """Return a function that writes the values of the adapter `source` into a new adapter."""
 
     def fill(build: Build) -> None:
         present = state_tensors(model, in_view(config, source))
@@ -100,11 +90,7 @@ class CheckpointFill:
     result: LoadResult = field(default_factory=lambda: LoadResult([], []))
 
     def __call__(self, build: Build) -> None:
-        """Write the checkpoint into an adapter.
-
-        Raises:
-            CheckpointError: The checkpoint does not fit.
-        """
+        """Write the checkpoint into an adapter; raise `CheckpointError` if it does not fit."""
         config, adapter_name = build.config, build.adapter_name
         named = {}
         for name, tensor in build.named_tensors():
@@ -179,10 +165,9 @@ def without_adapter_names(
     config: PeftConfig,
     adapter_name: str,
 ) -> dict[str, Tensor]:
-    """Return a checkpoint whose keys are a model's parameter names under a checkpoint's keys.
+    """Return a checkpoint of a model's parameter names under a checkpoint's keys.
 
-    Parameter names have an adapter's name in them; the keys of one adapter are changed: of
-    `adapter_name`, else of "default", else of the only adapter there.
+    Taken are the keys of `adapter_name`, else of "default", else of the only adapter there.
     """
     named: dict[str, dict[str, str]] = {}
     containers = {*container_names(config), "modules_to_save"}

@@ -197,12 +197,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
 
 
 def _check_layer(layer: BaseTunerLayer, adapter_name: str, shared: Sequence[str]) -> None:
-    """Check what the layer of a method, someone else's perhaps, tells of its parameters.
-
-    Raises:
-        PeftValueError: It has no scale for the adapter, or a container that is not listed, which
-            would neither be saved nor deleted.
-    """
+    """Check that a (third-party) layer has the adapter's scale and lists all containers."""
     kind = type(layer).__qualname__
     if adapter_name not in layer.scaling:
         raise PeftValueError(f"{kind}.update_layer must set `scaling` of adapter {adapter_name!r}.")
@@ -225,11 +220,7 @@ def _containers(method: AdapterMethod[C]) -> dict[str, AdapterParameterDict]:
 
 
 def _trainable_copy(path: str, module: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module, without the adapters that others have in it.
-
-    Raises:
-        PeftValueError: Some are merged into it.
-    """
+    """Return a trainable copy of a module without adapters; raise if some are merged into it."""
     inside = [
         layer
         for _, layer in walk(module, closed=(BaseTunerLayer,))
@@ -244,13 +235,9 @@ def _trainable_copy(path: str, module: nn.Module) -> nn.Module:
 
 
 def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[C]) -> None:
-    """Put a finished adapter into a model. Nothing here can fail.
+    """Put a finished adapter into a model; nothing here can fail.
 
-    Args:
-        host: The model's tuner.
-        method: The tuner of the adapter's method; the same, unless the model mixes methods.
-        plan: The plan that the adapter was built by.
-        build: The adapter.
+    `method` is the tuner of the adapter's method: `host` itself, unless the model mixes methods.
     """
     model, name, is_first = host.model, build.adapter_name, not host.peft_config
     if is_first:

@@ -136,18 +136,14 @@ class BaseTunerLayer(nn.Module):
         return add_to_output(self._modules["base_layer"], chain, result)
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return the delta for an input as a chain of products, which is computed together with the
-        base layer's product where `ops.dispatch` allows.
+        """Return the delta as a chain of products, to compute together with the base layer's.
 
-        It is None if the delta is more than a chain (dropout of the output, hooked modules). This
-        is decided before anything is computed.
+        None, decided before anything is computed, if the delta is more (dropout, hooks).
         """
         return None
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return the delta of the output for any dense input that the base layer takes (a vector,
-        no rows, on the meta device, inside a transform). By default it computes `delta_chain`.
-        """
+        """Return the delta for any dense input of the base layer, by default by `delta_chain`."""
         chain = self.delta_chain(adapter_name, x)
         if chain is None:
             raise NotImplementedError(f"{type(self).__name__} states no delta for this input.")
@@ -158,9 +154,7 @@ class BaseTunerLayer(nn.Module):
         raise NotImplementedError
 
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
-        """Return the delta of the base weight, in its layout. By default it is computed from
-        `delta_recipe`.
-        """
+        """Return the delta of the base weight, in its layout; by default from `delta_recipe`."""
         if type(self).delta_recipe is BaseTunerLayer.delta_recipe:
             kind = type(self).__name__
             raise PeftNotSupportedError(f"{kind} has no delta that could be merged into a weight.")
@@ -199,9 +193,7 @@ class BaseTunerLayer(nn.Module):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
     ) -> LowRank:
-        """Return the adapter's delta as `B·A`. The rank is an integer, the share of energy to keep,
-        or None for an exact product.
-        """
+        """Return the delta as `B·A` of a rank or share of energy; None gives an exact product."""
         delta = self.geometry.as_stored(self.get_delta_weight(adapter_name, **options)).flatten(1)
         return cut(dense_svd(delta), rank, delta.dtype)
 
@@ -256,9 +248,7 @@ class BaseTunerLayer(nn.Module):
         return apply_one_by_one(self, batch, x, result, owners)
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `x` in the adapter's dtype. After `helpers.disable_input_dtype_casting` a narrower
-        adapter dtype is for storage only, and `x` stays as it is.
-        """
+        """Return `x` in the adapter's dtype; `disable_input_dtype_casting` keeps a wider one."""
         narrows = dtype.itemsize < x.dtype.itemsize
         return x if narrows and not self.cast_input_dtype_enabled else x.to(dtype)
 
@@ -271,9 +261,7 @@ class BaseTunerLayer(nn.Module):
         return given or placement(self.base_layer, autocast=True)
 
     def __getattr__(self, name: str) -> Any:
-        """Read attributes that this layer lacks (`weight`, `bias`, `stride`, …) from the adapted
-        layer, except private names.
-        """
+        """Read public attributes that this layer lacks (`weight`, …) from the adapted layer."""
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
             return modules[name]

@@ -174,12 +174,7 @@ def load_adapter(
 
 
 def _check_switches(ephemeral_gpu_offload: bool, **flags: object) -> None:
-    """Check the switches of a load.
-
-    Raises:
-        PeftNotSupportedError: Loading shall pass through a GPU.
-        PeftTypeError: One is neither True nor False.
-    """
+    """Raise if a switch of a load is neither True nor False, or asks for GPU offload."""
     if ephemeral_gpu_offload:
         raise PeftNotSupportedError(
             "`ephemeral_gpu_offload` is not supported; leave the default, False."
@@ -188,12 +183,7 @@ def _check_switches(ephemeral_gpu_offload: bool, **flags: object) -> None:
 
 
 def _check_arguments(model: object, model_id: object) -> None:
-    """Check that a model and a path were given, in this order.
-
-    Raises:
-        PeftTypeError: They are something else, or in the other order.
-        PeftValueError: The path is empty.
-    """
+    """Check that a model and a path were given, in this order."""
     if isinstance(model_id, nn.Module) and not isinstance(model, nn.Module):
         raise PeftTypeError(
             "The model comes first, then the adapter's folder: `from_pretrained(model, folder)`."
@@ -210,20 +200,7 @@ def _read_checkpoint(
     key_mapping: dict[str, str] | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Read an adapter's config and tensors, under the present names of the model's modules.
-
-    Args:
-        model: The base model.
-        model_id: A local folder, or an id on the Hub.
-        config: A config to use in place of the saved one.
-        hub: Options for the Hub.
-        key_mapping: Renaming of module paths in keys, by default the model's own.
-        device: Device to read the tensors to.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-        PeftValueError: `config` is not a config.
-    """
+    """Read a config, unless given, and tensors, under the present names of modules."""
     if config is None:
         config = PeftConfig.from_pretrained(model_id, **hub)
     elif not isinstance(config, PeftConfig):
@@ -243,10 +220,7 @@ def _read_checkpoint(
 def _own_subfolder(
     model_id: str | os.PathLike[str], adapter_name: str, hub_options: HubOptions
 ) -> HubOptions:
-    """Return Hub options with the sub-folder of an adapter that the model has, if there is one.
-
-    `save_pretrained` puts adapters into sub-folders of their names; trainers name the whole folder.
-    """
+    """Return Hub options with the sub-folder that `save_pretrained` made for an adapter, if any."""
     folder = local_folder(model_id, adapter_name)
     if (
         folder is None
@@ -259,12 +233,7 @@ def _own_subfolder(
 
 
 def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig) -> None:
-    """Check that a checkpoint's tensors compute the same in an adapter as in the saved one.
-
-    Raises:
-        PeftValueError: The methods differ, or fields on which an adapter's computation depends; all
-            are named.
-    """
+    """Raise with all fields that make a checkpoint's tensors compute otherwise in an adapter."""
     if saved.peft_type != known.peft_type:
         raise PeftValueError(
             f"Cannot combine adapters with different peft types. Found {known.peft_type} and "
@@ -308,19 +277,7 @@ def _load_into(
     ignore_mismatched_sizes: bool,
     strict: bool,
 ) -> LoadResult:
-    """Replace the values of an adapter that a model has.
-
-    Args:
-        model: A `PeftModel`.
-        adapter_name: The adapter.
-        config: Its config.
-        state: The checkpoint's tensors.
-        source: The checkpoint's place, for messages.
-        ignore_mismatched_sizes, strict: As for `CheckpointFill`.
-
-    Raises:
-        CheckpointError: The checkpoint does not fit; nothing is changed.
-    """
+    """Replace an adapter's values; after a `CheckpointError` they are as before."""
     named = state_tensors(model, in_view(config, adapter_name))
     own = adapter_tensors(named.items(), config, adapter_name)
     if not strict:

@@ -23,11 +23,7 @@ class _Layer(Protocol):
 
 
 def checked_names(adapter_names: Iterable[str]) -> list[str]:
-    """Return the names of adapters, each once.
-
-    Raises:
-        PeftTypeError: They are not a list of strings.
-    """
+    """Return adapter names, each once; raise `PeftTypeError` unless they are a list of strings."""
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
         raise PeftTypeError(f"`adapter_names`={adapter_names!r} should be a list of strings.")
     adapter_names = list(adapter_names)
@@ -37,16 +33,7 @@ def checked_names(adapter_names: Iterable[str]) -> list[str]:
 
 
 def check_merge_options(options: Iterable[str], known: Sequence[str], owner: str) -> None:
-    """Check the names of the options of a merge.
-
-    Args:
-        options: The names.
-        known: Options of the methods whose adapters are merged.
-        owner: The tuner's class, for the message.
-
-    Raises:
-        PeftTypeError: An option is unknown.
-    """
+    """Raise `PeftTypeError` if an option of a merge is not `known`; `owner` is for the message."""
     if unknown := sorted(set(options).difference(known)):
         names = ", ".join(f"`{name}`" for name in ("adapter_names", "safe_merge", *known))
         raise PeftTypeError(
@@ -56,12 +43,7 @@ def check_merge_options(options: Iterable[str], known: Sequence[str], owner: str
 
 
 def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
-    """Warn where adapters to be merged are merged already.
-
-    Args:
-        merged: Those that are.
-        left: Those that are not.
-    """
+    """Warn where adapters to be merged are merged already; `left` are the others."""
     if merged and left:
         warn(
             f"Already following adapters were merged {','.join(merged)}. You are now additionally "

@@ -115,11 +115,7 @@ class Merges:
         self.add(base, new, check)
 
     def add(self, base: nn.Module, new: Sequence[Merge], check: bool = False) -> None:
-        """Add merges to the base layer's weight; all or none.
-
-        Raises:
-            PeftValueError: With `check`, a weight on the way is not finite; nothing is changed.
-        """
+        """Add merges to the base layer's weight; all or none, as `merge`."""
         self._rewrite(base, len(self.entries), list(new), check)
 
     def remove(self, base: nn.Module, names: Collection[str], layer: MergeableLayer) -> list[Merge]:
@@ -249,9 +245,7 @@ class Merges:
                 self._written = Written(_weight(base), self._written)
 
     def stack(self, layer: MergeableLayer) -> list[MergeableLayer]:
-        """Return the layers around one base layer, from the inside: those inside a layer, and those
-        around it that have merged an adapter.
-        """
+        """Return this layer, those inside it and merged ones around it, from the inside."""
         layers: list[MergeableLayer] = []
         for outermost in (layer, *(merge.layer for merge in self.entries)):
             inner: list[MergeableLayer] = []
@@ -271,11 +265,7 @@ class Merges:
         return {merge.name: merge.options for merge in self.entries if merge.layer is layer}
 
     def missing(self, layer: MergeableLayer, options: Mapping[str, Options]) -> dict[str, Options]:
-        """Return those of the layer's adapters to merge that are not merged, with their options.
-
-        Raises:
-            PeftValueError: One is merged with other options.
-        """
+        """Return options of the adapters not merged yet; raise if merged with other options."""
         merged = self.options(layer)
         for name, own in options.items():
             if name in merged and own and dict(merged[name]) != dict(own):
@@ -369,9 +359,7 @@ class Merges:
         return self._peeled(weight, self.entries[first:])
 
     def _peeled(self, weight: Tensor, entries: Sequence[Merge]) -> Tensor:
-        """Return a plain weight without its last merges. If other code has cast the weight, the
-        result is the original cast alike, up to rounding.
-        """
+        """Return a weight without its last merges; if cast meanwhile, up to rounding."""
         written, present = cast(Written, self._written), weight.dtype
         weight = weight.to(written.dtype)
         for merge in reversed(entries):
@@ -450,14 +438,7 @@ class Merges:
 
 
 def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_first: bool) -> Merge:
-    """Return the merge of an adapter as it is now.
-
-    Args:
-        layer: The layer.
-        adapter_name: The adapter.
-        options: Options of its delta.
-        is_first: Nothing is merged into the weight before it.
-    """
+    """Return the merge of an adapter as it is now; `is_first`: nothing is merged before it."""
     scale = float(layer.scaling[adapter_name])
     factor = layer.merge_factor(adapter_name, scale)
     delta = layer.delta_recipe(adapter_name, **options).copied()

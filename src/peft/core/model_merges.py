@@ -83,13 +83,7 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
 def warn_of_ties(
     model: nn.Module, named: Mapping[str, BaseTunerLayer], options: AdapterOptions
 ) -> None:
-    """Warn where merging changes a weight that the model uses elsewhere too.
-
-    Args:
-        model: The model.
-        named: Its layers that are merged into, by path.
-        options: Of the adapters to merge, by name.
-    """
+    """Warn where merging into layers (`named` by path) changes a weight used elsewhere too."""
     owners: dict[int, list[str]] = {}
     for path, layer in named.items():
         base = layer.get_base_layer()
@@ -170,11 +164,7 @@ def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
 
 
 def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
-    """Unmerge all adapters of some layers; all or none.
-
-    Raises:
-        PeftRuntimeError: A loaded state dict had a merged weight.
-    """
+    """Unmerge all adapters, all or none; raise if a state dict was loaded with a merged weight."""
     merged = [layer for layer in layers if layer.merged or layer._merges.suspended(layer)]
     if not merged:
         warn("Already unmerged. Nothing to do.")
@@ -232,17 +222,8 @@ def for_good(
 ) -> Iterator[bool]:
     """Context for a permanent merge, whose preparations an error undoes.
 
-    Adapters that are merged with other options are unmerged, weights that the model also uses
-    elsewhere are copied, and computed weights become plain parameters.
-
-    Args:
-        model: The model.
-        layers: Its layers with adapters.
-        names: The adapters to merge.
-        options: Options of the merge, by adapter.
-
-    Yields:
-        Whether an adapter is not merged yet.
+    Adapters merged with other options are unmerged, weights used elsewhere are copied, computed
+    weights become parameters. Yields True if some adapter is not merged yet.
     """
     layers = list(layers)
     own = [(layer, name) for layer in layers for name in names if name in layer.scaling]
@@ -260,14 +241,10 @@ def unload(
     adapters: Sequence[str],
     progressbar: str | None,
 ) -> None:
-    """Replace the layers with adapters by the base layers in them.
+    """Replace layers with adapters by their base layers.
 
-    Args:
-        model: The model.
-        layer_cls: The class of layers that are taken out.
-        adapters: The adapters whose trained copies of modules, or rows of embeddings, stay in the
-            model.
-        progressbar: Show one with this description.
+    The trained copies of modules, or rows of embeddings, of `adapters` stay in the model.
+    `progressbar` is a description to show one with.
     """
     modules = list(walk(model, repeated=True))
     if progressbar is not None:

@@ -27,11 +27,7 @@ class HasMethods(Protocol):
 
 
 def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Return a method of a model that calls the method of the same name of its tuner.
-
-    Args:
-        method: The tuner's method; the new one has its name, signature and docstring.
-    """
+    """Return a method that calls the tuner's `method`, with its name, signature and docstring."""
     name = method.__name__
 
     @wraps(method)
@@ -69,12 +65,7 @@ class _Combined(type):
 
 @cache
 def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
-    """Return the subclass of a model's class that has a tuner's methods, with the same name.
-
-    Args:
-        model_cls: The model's class.
-        tuner_cls: The tuner's class, whose `model_methods` are added.
-    """
+    """Return the subclass of a model's class, of the same name, with a tuner's `model_methods`."""
     methods = tuner_cls.model_methods
     if methods is None or issubclass(model_cls, methods):
         return model_cls

@@ -177,8 +177,7 @@ def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Para
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model as they were without adapters, by path.
 
-    A shared module is listed under each of its paths. The inside of adapted layers is left out, and
-    so are the modules that compute a weight (`parametrize`).
+    A shared module is listed under each path; modules that compute a weight are left out.
     """
     modules = walk(
         model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
@@ -207,11 +206,7 @@ def _below(path: str, outer: str) -> bool:
 def _trained_whole(
     config: TargetedConfig, modules: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Return the modules that `modules_to_save` names, by path.
-
-    Raises:
-        PeftTypeError: One is a container without a forward.
-    """
+    """Return the modules of `modules_to_save` by path; raise for containers without a forward."""
     names = config.modules_to_save
     if not names:
         return {}
@@ -235,14 +230,7 @@ def _targeted(
     modules: Mapping[str, nn.Module],
     whole: Mapping[str, nn.Module],
 ) -> list[str]:
-    """Return the paths of the modules that a config targets.
-
-    Defaults and "all-linear" are resolved and written into the config.
-
-    Raises:
-        PeftValueError: The config names no targets, and there are no defaults.
-        NoMatchingPeftModuleError: Its targets match no module.
-    """
+    """Return the paths of the targets; defaults and "all-linear" are written into the config."""
     if config.target_modules is None:
         kind = model_type(tuner.model)
         defaults = tuner.default_target_modules.get(kind or "")
@@ -347,11 +335,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 
 
 def _warn_of_ties(model: nn.Module, plan: Plan[C]) -> None:
-    """Warn of targets whose weight the model also uses in another module.
-
-    Raises:
-        PeftNotSupportedError: There is one, and the config sets `ensure_weight_tying`.
-    """
+    """Warn of targets with a weight used elsewhere; raise if `ensure_weight_tying` is set."""
     owners = tied_weights.owners(model)
     for path, module in {**plan.targets, **plan.trained_whole}.items():
         for parameter in module.parameters(recurse=False):
@@ -385,13 +369,7 @@ def _saved(
     config: C,
     modules: Mapping[str, nn.Module],
 ) -> list[str]:
-    """Return the paths of the modules that a checkpoint has parameters for.
-
-    Warn if the config targets other modules.
-
-    Raises:
-        NoMatchingPeftModuleError: The checkpoint has parameters for no module of the model.
-    """
+    """Return the paths of a checkpoint's modules; warn if the config targets others."""
     saved = saved_paths(tuner.model, state_dict, tuner.tuner_layer_cls.container_names)
     paths = [path for path in modules if unwrapped_name(path) in saved]
     if not paths:
@@ -424,12 +402,7 @@ def _saved(
 
 
 def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
-    """Check that every targeted module can be adapted as configured.
-
-    Raises:
-        UnsupportedModuleError: The method can't adapt some; all are named.
-        PeftValueError: Some conflict with the config; all are named.
-    """
+    """Check that every targeted module can be adapted as configured; errors name all."""
     unsupported, misfits = [], []
     kind = model_type(tuner.model)
     for path, module in plan.targets.items():

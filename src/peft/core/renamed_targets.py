@@ -26,15 +26,10 @@ C = TypeVar("C", bound="TargetedConfig")
 def renamed_config(
     config: C, paths: Collection[str], renamed: Mapping[str, str], layers: Iterable[str]
 ) -> C:
-    """Return a config whose names match the same modules under their present paths.
+    """Return a config with names that match the same modules under their present paths.
 
-    It is the config itself if its names do already.
-
-    Args:
-        config: The config.
-        paths: The model's module paths.
-        renamed: The present path of modules by the path that the config knows.
-        layers: The adapted modules among them, by the path that the config knows.
+    It is the config itself if they do already. `renamed` maps paths that the config knows to
+    present ones; `layers` are the adapted modules by the former.
     """
     if all(old == new for old, new in renamed.items()):
         return config
@@ -74,8 +69,7 @@ def renamed_config(
 def present_names(
     model: nn.Module, config: C, state: Mapping[str, Tensor]
 ) -> tuple[C, dict[str, Tensor]]:
-    """Return a checkpoint's config and tensors under the present names of a model's modules. The
-    config is a copy if names changed.
+    """Return a checkpoint's config (copied if changed) and tensors under modules' present names.
 
     Raises:
         CheckpointError: A module is now part of another one.
@@ -90,13 +84,7 @@ def present_names(
 def saved_paths(
     model: nn.Module, state_dict: Mapping[str, Tensor], containers: Collection[str]
 ) -> set[str]:
-    """Return the paths, as the model names them now, of the modules in a checkpoint's keys.
-
-    Args:
-        model: The model.
-        state_dict: The checkpoint.
-        containers: Names of a layer's containers of adapter tensors.
-    """
+    """Return the present paths of the modules in a checkpoint's keys."""
     names, paths = ModuleNames(model), set()
     for key in state_dict:
         parts = unwrapped_name(key.removeprefix("base_model.model.")).split(".")
@@ -158,9 +146,7 @@ def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
 def _saved(
     names: list[str] | None, paths: Collection[str], renamed: Mapping[str, str]
 ) -> list[str] | None:
-    """Return names of modules; those that match none are replaced by the present paths of the
-    modules that they matched before.
-    """
+    """Return names of modules, with present paths for those that match none."""
     if names is None or is_empty(names):
         return names
     result: dict[str, None] = {}
@@ -171,9 +157,7 @@ def _saved(
 
 
 def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
-    """Return the present paths of the renamed modules that a name matched, and of modules around
-    them.
-    """
+    """Return the present paths of renamed modules that a name matched, and of modules around."""
     found = []
     for old, new in renamed.items():
         for end in _ends(old):

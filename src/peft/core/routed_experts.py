@@ -22,9 +22,7 @@ from .auxiliary import AuxiliaryTrainingWrapper
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
-    """Set the row layout of the adapted modules at some paths, and wrap the calls of mixtures of
-    experts so that their choice of tokens is known while they run.
-    """
+    """Set row layouts of adapted modules, and make mixtures of experts note their token choice."""
     has_experts = False
     for path in paths:
         module: Any = model.get_submodule(path)

@@ -127,12 +127,7 @@ def push_to_hub(
 
 
 def _adapters_to_save(selected: Sequence[str] | None, adapters: Collection[str]) -> list[str]:
-    """Return the names of the adapters to save, by default all.
-
-    Raises:
-        PeftTypeError: They are not a list of strings.
-        PeftValueError: A name is unknown, or the model has no adapters.
-    """
+    """Return the names of the adapters to save, by default all; raise for an unknown one."""
     if isinstance(selected, str):
         raise PeftTypeError(
             f"`selected_adapters`={selected!r} must be a list of names: [{selected!r}]."
@@ -165,15 +160,9 @@ def _gathered_states(
     without_start: bool,
     save_embedding_layers: str | bool,
 ) -> dict[str, tuple[PeftConfig, State]]:
-    """Return the config and the gathered tensors of adapters; every process has to call.
+    """Return configs and gathered tensors of adapters; every process has to call.
 
-    Args:
-        model: The `PeftModel`.
-        tuner: Its tuner.
-        names: The adapters.
-        state_dict: Take the tensors from this state dict of the model.
-        without_start: Turn adapters that start from the base weight into plain ones.
-        save_embedding_layers: As for `get_peft_model_state_dict`.
+    `without_start` turns adapters that start from the base weight into plain ones.
     """
     result = {}
     for name in names:

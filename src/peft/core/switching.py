@@ -23,12 +23,7 @@ Shared = Collection[AdapterParameterDict]
 
 
 def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:
-    """Check that an adapter can be removed.
-
-    Raises:
-        PeftTypeError: The name is not a string.
-        PeftValueError: There is no such adapter, or it is merged.
-    """
+    """Check that an adapter exists, by a string, and is not merged."""
     if not isinstance(adapter_name, str):
         raise PeftTypeError(
             f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one by "
@@ -46,11 +41,7 @@ def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collecti
 
 
 def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> None:
-    """Check that adapters can be active together.
-
-    Raises:
-        PeftValueError: Several train a copy of the same module.
-    """
+    """Raise `PeftValueError` if several adapters train a copy of the same module."""
     for part in parts:
         if isinstance(part, AuxiliaryTrainingWrapper):
             part.check_one_of(adapter_names)
@@ -90,16 +81,9 @@ def set_requires_grad(
 def enable(
     parts: Sequence[Part], shared: Shared, enabled: bool, frozen: TemporaryFreeze | None
 ) -> TemporaryFreeze | None:
-    """Switch all adapters off, which freezes them, or on.
+    """Switch all adapters on, or off, which freezes them; return the frozen shared parameters.
 
-    Args:
-        parts: The modules with adapters.
-        shared: The containers of shared parameters.
-        enabled: True switches them on.
-        frozen: The shared parameters that switching off has frozen.
-
-    Returns:
-        The shared parameters that are frozen now.
+    `frozen` are those that switching off froze before.
     """
     for part in parts:
         part.enable_adapters(enabled)

@@ -60,9 +60,7 @@ def select(
     layers: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
 ) -> list[str]:
-    """Return the paths that a config targets, in order. A path that is listed in full is targeted
-    in any layer.
-    """
+    """Return the targeted paths, in order; a path listed in full is targeted in any layer."""
     whole = () if isinstance(targets, str) else targets
     return [
         path

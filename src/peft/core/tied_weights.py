@@ -80,12 +80,9 @@ def can_tell(model: Any) -> bool:
 
 
 def settle(model: Any, was_tied: bool) -> None:
-    """Update a model's config if tied weights differ now: trained modules or merged weights took
-    the place of one of them.
+    """Update a model's config if tied weights differ now, after training or merging one.
 
-    Args:
-        model: The model, without adapters.
-        was_tied: Whether its config said so before.
+    `was_tied` is what its config said before.
     """
     if not was_tied:
         return

@@ -137,9 +137,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             del self.token_adapter.token_indices[adapter_name]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Run the module with the rows of the active adapter, or of the adapter that the call chose
-        for each sample.
-        """
+        """Run the module with the rows of the active adapter, or of each sample's adapter."""
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
@@ -223,15 +221,10 @@ def plan(
 ) -> TokenPlan:
     """Find the embeddings and tokens of a config's `trainable_token_indices`.
 
-    Args:
-        config: The adapter's config.
-        model: The model.
-        modules: Its modules by path.
-        taken: Paths of modules that the adapter changes in another way.
+    `taken` are paths of modules that the adapter changes in another way.
 
     Raises:
-        PeftValueError: A module is missing, is no embedding or output head, is taken, or has no
-            such tokens.
+        PeftValueError: A module is missing, no embedding or head, taken, or lacks a token.
     """
     wanted = config.trainable_token_indices
     if not wanted:

@@ -51,10 +51,7 @@ class BaseTuner(AdaptedModel[C]):
 
     @classmethod
     def of(cls, model: nn.Module, config: C) -> BaseTuner[C]:
-        """Return the tuner of a model's adapters of this method.
-
-        It is the tuner of a `PeftModel`, or a new one for a model with injected adapters.
-        """
+        """Return the tuner of a `PeftModel`, or a new one for a model with injected adapters."""
         held = model._modules.get("base_model")
         if isinstance(held, AdaptedModel):
             method = held.method_of(config)
@@ -111,13 +108,9 @@ class BaseTuner(AdaptedModel[C]):
     def build_for(
         self, adapter_name: str, config: C, layers: Mapping[str, BaseTunerLayer], like: str
     ) -> Build[C]:
-        """Build an adapter for layers of the model, without values and without changing the model.
+        """Build an adapter for layers of the model, without values or changes to the model.
 
-        Args:
-            adapter_name: Its name.
-            config: Its config.
-            layers: The layers, by path.
-            like: The adapter that it will replace; the new one has the same storage format.
+        The new one has the storage format of `like`, which it will replace.
         """
         plan = Plan(adapter_name, config, self.complete(config), dict(layers))
         return build_adapter(self, plan, Construction(initialize=False, like=like))
@@ -135,32 +128,22 @@ class BaseTuner(AdaptedModel[C]):
     def without_start(
         self, model: nn.Module, adapter_name: str
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Return an adapter's config and tensors, converted to one for the original base weight.
-
-        Raises:
-            PeftNotSupportedError: It does not start from the base weight.
-        """
+        """Return an adapter's config and tensors for the original base weight, or raise."""
         raise PeftNotSupportedError(
             "`path_initial_model_for_weight_conversion` is not supported for adapters that leave "
             f"the base weight as it is, and {adapter_name} does; leave it out."
         )
 
     def combine(self, request: Combination, layers: Mapping[str, Any]) -> Combined:
-        """Return the adapter that a request asks for, which is one of the `combination_types`.
+        """Return the adapter of a request, of one of the `combination_types`.
 
-        Args:
-            request: The request.
-            layers: The layers that have any of the adapters, by module path.
+        `layers` have any of the adapters, by module path.
         """
         raise NotImplementedError
 
     @classmethod
     def conversion_options(cls, config: C, **options: Any) -> Mapping[str, object]:
-        """Return the checked arguments that `low_rank_factors` of the layers takes.
-
-        Raises:
-            PeftTypeError: An option is for another method.
-        """
+        """Return the checked arguments that `low_rank_factors` takes; raise for others."""
         if foreign := sorted(name for name, value in options.items() if value is not None):
             raise PeftTypeError(
                 f"`{foreign[0]}` is for another method than {cls.__name__}; leave it out."
@@ -169,11 +152,7 @@ class BaseTuner(AdaptedModel[C]):
 
     @classmethod
     def conversion_tasks(cls, config: C, tasks: Any) -> dict[str, int]:
-        """Return the tasks of an adapter with a delta for each: folder name → task.
-
-        Raises:
-            PeftNotSupportedError: It has one delta.
-        """
+        """Return folder name → task of an adapter with a delta for each task; raise for others."""
         raise PeftNotSupportedError(
             f"An adapter of {cls.__name__} has one delta and no tasks; use `save_as_lora`."
         )
@@ -189,11 +168,7 @@ class BaseTuner(AdaptedModel[C]):
     def merge_options_of(
         self, adapter_name: str, options: Mapping[str, Any]
     ) -> Mapping[str, object]:
-        """Return the checked options that an adapter is merged with, of the `merge_options`.
-
-        Raises:
-            PeftValueError: The adapter can't be merged with them.
-        """
+        """Return the checked `merge_options` that an adapter is merged with."""
         return dict(options)
 
     def method_of(self, config: PeftConfig) -> BaseTuner[C]:

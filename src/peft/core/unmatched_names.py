@@ -30,8 +30,7 @@ _FEW = 8
 
 
 def near_modules(name: str, paths: Collection[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return ends of module `paths` that look like `name`, with as many parts or one more; if there
-    are none, ends of one part.
+    """Return ends of `paths` that look like `name`, with as many parts or one more, or else one.
 
     A regular expression is compared by its words.
     """
@@ -94,13 +93,7 @@ def counted_names(paths: Iterable[str]) -> str:
 
 
 def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
-    """Return the message for a config whose targets match no module.
-
-    Args:
-        config: The adapter's config.
-        paths: Paths of the model's modules.
-        adaptable: Those that the method can adapt.
-    """
+    """Return the message for a config that matches none of `paths`, with `adaptable` ones."""
     targets, layers, pattern = config.target_modules or (), *layer_choice(config)
     shown = (
         repr(targets)
@@ -195,9 +188,7 @@ _HEADS = (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)
 
 
 def _warn_of_layers(config: TargetedConfig, paths: Collection[str]) -> None:
-    """Warn of entries of `layers_to_transform` and `layers_pattern` that match no layer with a
-    targeted module.
-    """
+    """Warn of `layers_to_transform` and `layers_pattern` that match no layer with a target."""
     wanted, pattern = layer_choice(config)
     if wanted is None or (not isinstance(wanted, int) and not wanted):
         return
@@ -264,9 +255,7 @@ def _layers_of(paths: Iterable[str], pattern: LayerLists) -> str:
 
 
 def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:
-    """Yield the words in groups of a regular expression that match no path as the only word of
-    their group.
-    """
+    """Yield words of a regular expression's groups that match no path as a group's only word."""
     for group in _WORDS.finditer(pattern):
         start, end = group.span(1)
         for word in group[1].split("|"):

@@ -51,8 +51,7 @@ def base_weight(layer: _AdaptedLayer) -> Tensor:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight as floating-point numbers, in the layer's layout: the parameter
-    itself if it has a dtype to compute in, else (quantized, float8) a copy in float32.
+    """Return a layer's weight in its layout: the parameter, or (quantized, float8) a float32 copy.
 
     Raises:
         PeftNotSupportedError: Its storage format is unknown.
@@ -69,11 +68,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """Return the parameter that is a layer's weight.
-
-    Raises:
-        PeftNotSupportedError: It is quantized, computed, or not all here.
-    """
+    """Return a layer's weight parameter; raise if quantized, computed, or not all here."""
     module = innermost(module)
     weight = getattr(module, "weight", None)
     if is_unreadable(weight):
@@ -104,12 +99,9 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
 
 @contextmanager
 def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Return a context for merging that gives adapted layers a weight of their own where the model
-    uses theirs elsewhere too, and tells the model's config. An error ties them again.
+    """Context for merging: copy weights used elsewhere, and note it in the model's config.
 
-    Args:
-        model: The model.
-        layers: Its adapted layers.
+    An error ties them again.
     """
     users = Counter(
         id(p) for _, module in walk(model) for p in module._parameters.values() if p is not None
@@ -147,11 +139,7 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
-    """Return the storage format of a layer's quantized weight, None if it is not quantized.
-
-    Raises:
-        PeftNotSupportedError: Its storage format is unknown.
-    """
+    """Return the storage format of a quantized weight, None for others; raise if unknown."""
     module = innermost(module)
     form = quantization.storage_format(module)
     if form is None:
@@ -160,9 +148,7 @@ def quantized_format(module: nn.Module) -> quantization.StorageFormat | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a layer stores its weight in other than plain floating-point numbers. Float8
-    is plain if nothing scales it.
-    """
+    """Return whether a weight is stored as other than plain floats; unscaled float8 is plain."""
     module = innermost(module)
     weight = getattr(module, "weight", None)
     if (
@@ -186,9 +172,8 @@ def _is_packed(weight: Tensor, module: nn.Module) -> bool:
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:
     """Return device and dtype of the adapter parameters for a layer.
 
-    The device is the layer's own (where it runs, if its weights are offloaded meanwhile) unless
-    given. The precision is the layer's own, or float32 where that has less than 32 bits and
-    `autocast` is set, or where it is a storage format only (float8, quantized).
+    The device is where the layer runs unless given; the precision the layer's own, or float32 for a
+    storage format (float8, quantized) and, with `autocast`, below 32 bits.
     """
     for tensor in (*innermost(module).parameters(), *innermost(module).buffers()):
         dtype = tensor.dtype
