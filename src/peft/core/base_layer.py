@@ -83,7 +83,7 @@ def embedding_scale(module: nn.Module) -> float | Tensor:
 
 
 def place_for_shared(root: nn.Module, name: str) -> nn.Module:
-    """Return the module that holds parameters that layers share as `name`, or is to.
+    """Return the module to register the layers' shared parameters `name` on, or that has them.
 
     A new place is the root, or the first module inside it that is not a container.
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def fill_with(build: Build, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, by key without a root, into an adapter; raise unless they are exactly its."""
+    """Write tensors, by key without a root, into an adapter; raise unless all match."""
     expected = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
     check_complete(check_state(expected, tensors), build.adapter_name)
     write_state(None, expected, tensors)

@@ -233,7 +233,7 @@ def _own_subfolder(
 
 
 def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig) -> None:
-    """Raise with all fields that make a checkpoint's tensors compute otherwise in an adapter."""
+    """Raise, naming all fields, if a checkpoint's tensors would compute otherwise here."""
     if saved.peft_type != known.peft_type:
         raise PeftValueError(
             f"Cannot combine adapters with different peft types. Found {known.peft_type} and "

@@ -177,7 +177,8 @@ def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Para
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model as they were without adapters, by path.
 
-    A shared module is listed under each path; modules that compute a weight are left out.
+    A shared module is listed under each path. The inside of adapted layers and the modules that
+    compute a weight are left out.
     """
     modules = walk(
         model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)

@@ -23,7 +23,7 @@ Shared = Collection[AdapterParameterDict]
 
 
 def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:
-    """Check that an adapter exists, by a string, and is not merged."""
+    """Check that an adapter, named by a string, exists and is not merged."""
     if not isinstance(adapter_name, str):
         raise PeftTypeError(
             f"`adapter_name`={adapter_name!r} must be one adapter's name; delete several one by "

@@ -168,7 +168,7 @@ class BaseTuner(AdaptedModel[C]):
     def merge_options_of(
         self, adapter_name: str, options: Mapping[str, Any]
     ) -> Mapping[str, object]:
-        """Return the checked `merge_options` that an adapter is merged with."""
+        """Return the checked `merge_options` that an adapter is merged with, or raise."""
         return dict(options)
 
     def method_of(self, config: PeftConfig) -> BaseTuner[C]:
