@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of files, of task heads, and of the layers that are adapted by default in known
-architectures.
-"""
+"""Names of files and task heads, and default target modules of known architectures."""
 
 from __future__ import annotations
 

@@ -70,13 +70,7 @@ def named_tensors(
     adapters: Collection[str] | None = (),
     buffers: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a walk's modules, each once, by its first name.
-
-    Args:
-        modules: Paths and modules.
-        adapters: Adapters whose entries of containers are included; None for all.
-        buffers: Yield buffers too.
-    """
+    """Yield the parameters (and buffers) of a walk's modules, each once, by its first name."""
     seen: set[int] = set()
     for path, module in modules:
         for tensors in (module._parameters, module._buffers) if buffers else (module._parameters,):
@@ -92,15 +86,7 @@ def state_of(
     prefix: str = "",
     into: StateDict | None = None,
 ) -> StateDict:
-    """Return `root.state_dict(keep_vars=True)` without the entries of other adapters. State-dict
-    hooks and overridden methods of modules take part.
-
-    Args:
-        root: The module.
-        adapters: Adapters whose entries are included; None for all.
-        prefix: Prefix of names.
-        into: State dict to write into.
-    """
+    """Return `root.state_dict(keep_vars=True)`, hooks run, without entries of other adapters."""
     state: StateDict = {} if into is None else into
     if type(root).state_dict is not nn.Module.state_dict:
         return root.state_dict(destination=state, prefix=prefix, keep_vars=True)

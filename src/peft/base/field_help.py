@@ -27,11 +27,7 @@ def argument_texts(docstring: str | None) -> dict[str, str]:
 
 
 def add_field_help(cls: type) -> None:
-    """Copy `Args` entries of a dataclass into the `metadata["help"]` of fields that have none.
-
-    Builders of command lines read it there. Under `python -OO`, which drops docstrings, fields have
-    no help.
-    """
+    """Copy `Args` entries of a dataclass into its fields' `metadata["help"]`, for command lines."""
     # Base classes first: a subclass shares the fields that it inherits.
     for owner in reversed(cls.__mro__):
         fields: dict[str, Field[object]] = getattr(owner, "__dataclass_fields__", {})

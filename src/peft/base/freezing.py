@@ -26,13 +26,7 @@ class TemporaryFreeze:
         parameters: Iterable[nn.Parameter | None],
         adapters: Collection[str] | None = None,
     ) -> None:
-        """Freeze those of some parameters that are trainable.
-
-        Args:
-            roots: Modules that contain the parameters.
-            parameters: The parameters.
-            adapters: The adapters that they belong to; None for any.
-        """
+        """Freeze those of some parameters, of some adapters (None for any), that are trainable."""
         trainable = {
             id(parameter)
             for parameter in parameters

@@ -14,11 +14,7 @@ from .plain_values import JsonObject
 
 
 def check_model(model: object) -> None:
-    """Check that `model` is an `nn.Module`.
-
-    Raises:
-        PeftTypeError: It is not; the message says what to pass instead.
-    """
+    """Check that `model` is an `nn.Module`; the error says what to pass instead."""
     if isinstance(model, nn.Module):
         return
     inside = [

@@ -65,11 +65,7 @@ _FEATURES = frozenset(
 
 @cache
 def placeholder(name: str, module: str = "peft") -> type:
-    """Return the placeholder for a name of a module.
-
-    Raises:
-        AttributeError: In the interface the module has no such name.
-    """
+    """Return the placeholder for a name of a module, or raise `AttributeError`."""
     declared = {*getattr(sys.modules.get(module), "__annotations__", ())}
     if module in ("peft", "peft.tuners"):
         declared |= _NAMES

@@ -57,11 +57,7 @@ def unwritable(value: object) -> Iterator[object]:
 
 
 def as_list(value: object) -> list[object]:
-    """Return a set as a list for a JSON file, in the same order in every process.
-
-    Raises:
-        PeftTypeError: It is not a set.
-    """
+    """Return a set as a list for a JSON file, in the same order in every process."""
     if isinstance(value, set):
         return sorted(value, key=lambda entry: (str(type(entry)), entry))
     raise PeftTypeError(f"{value!r} can't be written to a file.")

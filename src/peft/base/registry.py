@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of methods and tasks, and the registry that links a method's name to its classes.
 
-The names are those of the PEFT interface. The methods in the registry are those that this package
-implements; registration is the only link between the core and a tuner.
+Registration is the only link between the core and a tuner.
 """
 
 from __future__ import annotations
@@ -165,15 +164,7 @@ _INSTEAD = {"TrainableTokens": _TOKENS, "TRAINABLE_TOKENS": _TOKENS}
 
 
 def lookup(mapping: Mapping[str, T], peft_type: object) -> T:
-    """Return an entry of the registry.
-
-    Args:
-        mapping: One of the mappings above.
-        peft_type: A `PeftType` or its string.
-
-    Raises:
-        PeftValueError: The method is unknown or not implemented.
-    """
+    """Return a method's entry in one of the mappings above, or raise an error."""
     name = str(getattr(peft_type, "value", peft_type))
     try:
         return mapping[PeftType(peft_type)]

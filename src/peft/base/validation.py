@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the fields of configs, which yield a sentence for each value that they do not allow,
-and checks of arguments.
-"""
+"""Rules for config fields, which yield a sentence for each bad value; checks of arguments."""
 
 from __future__ import annotations
 
@@ -122,12 +120,7 @@ def layer_selection(indices: object, pattern: object) -> Iterator[str]:
 
 
 def check_scale(scale: object) -> None:
-    """Check that an adapter's scale is a finite number; tensors are taken as they are.
-
-    Raises:
-        PeftTypeError: It is not a number.
-        PeftValueError: It is NaN or infinite.
-    """
+    """Check that an adapter's scale is a finite number; tensors are taken as they are."""
     if isinstance(scale, Tensor):
         return
     value = plain(scale)
@@ -138,11 +131,7 @@ def check_scale(scale: object) -> None:
 
 
 def check_flags(**flags: object) -> None:
-    """Check that arguments, passed by name, are True or False, 0 or 1, or NumPy's.
-
-    Raises:
-        PeftTypeError: An argument is something else.
-    """
+    """Check that arguments, passed by name, are True or False, 0 or 1, or NumPy's."""
     for name, value in flags.items():
         if type(value).__name__ not in ("bool", "bool_") and not (
             isinstance(value, int) and value in (0, 1)
@@ -153,12 +142,7 @@ def check_flags(**flags: object) -> None:
 def check_adapter(
     name: object, known: Iterable[str] | None = None, verb: str = "not found"
 ) -> None:
-    """Check that `name` is a string and, if `known` is given, one of the known adapters.
-
-    Raises:
-        PeftTypeError: It is not a string.
-        PeftValueError: There is no such adapter.
-    """
+    """Check that `name` is a string and, if `known` is given, one of the known adapters."""
     if not isinstance(name, str):
         raise PeftTypeError(
             f"An adapter is named by one string, not {name!r}; pass several one by one."

@@ -31,8 +31,6 @@ def check_state(
     """Compare a checkpoint with the tensors that it is loaded into.
 
     Args:
-        expected: The tensors, by checkpoint key.
-        state: The checkpoint.
         ignore_mismatched_sizes: Warn about other shapes and count them as missing; None if the
             caller has no such option.
 
@@ -86,16 +84,7 @@ def _labels_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> i
 
 
 def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
-    """Check that a checkpoint had all tensors of its adapter and no others.
-
-    Args:
-        result: The result of `check_state`.
-        source: Name of the checkpoint, for the message.
-        remedy: Sentence at the end of the message.
-
-    Raises:
-        CheckpointError: Keys are missing or unexpected.
-    """
+    """Check that a checkpoint had all tensors of its adapter and no others."""
     if not result.missing_keys and not result.unexpected_keys:
         return
     parts = [f"'{source}' does not hold this adapter's weights; nothing was loaded."]
@@ -107,15 +96,7 @@ def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
 
 
 def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) -> None:
-    """Check that no adapter is merged into the weights that are to be written.
-
-    Args:
-        model: The model.
-        targets: Tensors that are to be written; None for all weights of the base model.
-
-    Raises:
-        PeftRuntimeError: An adapter is merged into one of them.
-    """
+    """Check that no adapter is merged into tensors to be written; None for the base model's."""
     ids = None if targets is None else {id(target) for target in targets}
     for path, module in walk(model):
         if not (names := vars(module).get("merged_adapters")):
@@ -129,11 +110,7 @@ def check_unmerged(model: nn.Module, targets: Collection[Tensor] | None = None) 
 
 
 def check_adapter_unmerged(model: nn.Module, adapter_name: str) -> None:
-    """Check that an adapter is not merged, so that it can get new values.
-
-    Raises:
-        PeftRuntimeError: It is merged.
-    """
+    """Check that an adapter is not merged, so that it can get new values."""
     if any(adapter_name in vars(module).get("merged_adapters", ()) for _, module in walk(model)):
         raise PeftRuntimeError(
             f"Adapter {adapter_name} is merged; call `unmerge_adapter` before loading into it."
@@ -146,13 +123,10 @@ def warn_of_values(
     expected: Mapping[str, Tensor],
     masked: Collection[str] = (),
 ) -> None:
-    """Warn about tensors with values that are NaN, infinite, or too large for the adapter's dtype.
+    """Warn about values that are NaN, infinite, or too large for the adapter's dtype.
 
-    Args:
-        source: Name of the checkpoint, for the message.
-        state: Its tensors. Meta, fake and distributed tensors are not checked.
-        expected: The adapter's tensors, by the same keys.
-        masked: Parts of keys of tensors in which minus infinity stands for a masked entry.
+    Minus infinity is allowed in tensors whose key contains one of `masked`. Meta, fake and
+    distributed tensors are not checked.
     """
     diverged, too_large = [], []
     for key, (low, high) in _extremes(state).items():

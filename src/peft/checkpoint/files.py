@@ -40,11 +40,7 @@ _DIGEST = "adapter_config_sha256"
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Context that locks a folder, since all processes of a training run may save at once.
-
-    It goes on without a lock if the file system has none, or if another process holds it for a
-    minute.
-    """
+    """Context that locks a folder; without a lock where there are none, or after a minute."""
     handle = None
     try:
         import fcntl
@@ -67,11 +63,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_for(folder: Path) -> Iterator[None]:
-    """Context with a folder, made if missing; an error removes it again, unless it has files.
-
-    Raises:
-        CheckpointWriteError: The folder can't be made.
-    """
+    """Context with a folder, made if missing; an error removes it again, unless it has files."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,11 +78,7 @@ def folder_for(folder: Path) -> Iterator[None]:
 
 
 def write_report(path: object, content: object) -> None:
-    """Write JSON to a file in one step; its folder is made if missing.
-
-    Raises:
-        PeftTypeError, PeftValueError: As `as_file`; nothing is written.
-    """
+    """Write JSON to a file in one step; its folder is made if missing."""
     file = as_file(path)
     with folder_for(file.parent):
         write_text(file, json.dumps(content, indent=1) + "\n")
@@ -102,9 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write a config without weights, and delete those that interrupted saves left; the folder is
-    made if missing.
-    """
+    """Write a config without weights, and delete those that interrupted saves left."""
     with folder_for(folder), alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
         for leftover in folder.glob(".adapter_config.*.json"):
@@ -116,12 +102,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter's weights and config. Readers see the old adapter or the new one.
 
-    Args:
-        folder: The folder, which is made if missing. Other files in it stay as they are.
-        state: Tensors by checkpoint key, on any device.
-        config_text: JSON.
-        safe_serialization: False writes the legacy pickle format, whose two files are replaced one
-            after the other.
+    Only the legacy pickle format (`safe_serialization=False`) replaces its files one by one.
 
     Raises:
         CheckpointError: A tensor is on the meta device; nothing is written.
@@ -132,11 +113,7 @@ def write_adapter(
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replace a safetensors file in one step; its folder is made if missing.
-
-    Raises:
-        CheckpointError: A tensor is on the meta device; nothing is written.
-    """
+    """Replace a safetensors file in one step; its folder is made if missing."""
     tensors, metadata = _writable(state), {"format": "pt", **metadata}
     with folder_for(path.parent):
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -185,12 +162,7 @@ def read_config_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointNotFoundError: There is no such file.
-        CheckpointError: The file is not JSON, or not an object.
-    """
+    """Return the object in a JSON file."""
     try:
         content = json.loads(
             read_config_text(path) if path.name == CONFIG_NAME else path.read_text(encoding="utf-8")
@@ -205,14 +177,7 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Return the tensors of a weights file. A legacy `.bin` is read with `weights_only=True`, so
-    that no code in it runs.
-
-    Raises:
-        CheckpointNotFoundError: There is no such file.
-        CheckpointError: The file is damaged, of another format, or holds other objects than named
-            tensors.
-    """
+    """Return the tensors of a weights file. No code in a legacy `.bin` runs."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -230,11 +195,7 @@ def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a weights file.
-
-    Raises:
-        CheckpointError: The file can't be read.
-    """
+    """Return the shapes of the tensors in a weights file."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -285,11 +246,7 @@ def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`.
-
-    Raises:
-        CheckpointWriteError: For example, the disk is full; `path` is as it was.
-    """
+    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`."""
     try:
         _replace_in_folder(path, write)
     except (OSError, RuntimeError, SafetensorError) as error:

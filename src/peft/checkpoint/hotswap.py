@@ -222,11 +222,7 @@ def _without_name(key: str, adapter_name: str, prefix: str) -> str:
 
 
 def _pad_ranks(model: Any, target_rank: int) -> None:
-    """Pad all adapters of a model to a rank.
-
-    Raises:
-        PeftValueError: A rank is larger, or can't be padded to it; nothing is changed.
-    """
+    """Pad all adapters of a model to a rank; on an error nothing is changed."""
     todo, problems = [], []
     for name, config in model.peft_config.items():
         adapter = PlacedAdapter(model, name, config)
@@ -255,19 +251,7 @@ def _pad_ranks(model: Any, target_rank: int) -> None:
 
 
 class _Swap:
-    """The replacement of one adapter's tensors by another's.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter in it.
-        known: Its config.
-        config: The config of the new adapter.
-        state: The tensors of the new adapter, by checkpoint key.
-
-    Raises:
-        CheckpointError: They do not fit; all differences are named.
-        PeftRuntimeError: The adapter is merged.
-    """
+    """The replacement of an adapter's tensors; `known` is its config, `config` the new one's."""
 
     def __init__(
         self,
@@ -311,11 +295,7 @@ class _Swap:
             )
 
     def _compare(self, incoming: Mapping[str, Tensor]) -> None:
-        """Pair old and new tensors, and collect problems.
-
-        Args:
-            incoming: The checkpoint.
-        """
+        """Pair old and new tensors, and collect problems."""
         adapter = self.adapter
         embeddings = {
             key: tensor for key, tensor in adapter.tensors(True).items() if key in incoming
@@ -371,14 +351,7 @@ class _Swap:
     def _difference(
         self, key: str, old: Tensor | None, new: Tensor | None, value: Tensor | None
     ) -> str | None:
-        """Return the reason why a tensor can't be replaced, None if it can.
-
-        Args:
-            key: The tensor's key.
-            old: The tensor in the model.
-            new: The tensor that the new config describes.
-            value: The tensor in the checkpoint.
-        """
+        """Return the reason why a tensor can't be replaced, None if it can."""
         padding = self.adapter.padding(key)
         if old is None:
             return "the adapter in the model has no such tensor"

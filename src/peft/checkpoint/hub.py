@@ -105,9 +105,7 @@ def split_hub_options(options: Mapping[str, T]) -> tuple[HubOptions, dict[str, T
 
 
 def only_hub_options(options: Mapping[str, object], caller: str) -> HubOptions:
-    """Return the options for the Hub. Those for the base model are ignored; a warning names unknown
-    ones.
-    """
+    """Return the options for the Hub without those for the base model; warn of unknown ones."""
     hub, rest = split_hub_options(options)
     _warn_of_unknown(rest.keys() - _FOR_BASE_MODEL, caller)
     return hub
@@ -163,11 +161,7 @@ def _mapped(key: str, key_mapping: Mapping[str, str]) -> str:
 
 
 def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Path | None:
-    """Return the folder `source` or its `subfolder` if `source` is a local folder, else None.
-
-    Raises:
-        PeftTypeError, PeftValueError: As `check_path`.
-    """
+    """Return the folder `source` or its `subfolder` if `source` is a local folder, else None."""
     check_path(source)
     folder = Path(source)
     if not folder.is_dir():
@@ -178,12 +172,7 @@ def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Pat
 def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: HubOptions) -> Path:
     """Return the path of the first of `names` in `source`, downloaded if `source` is a Hub id.
 
-    The Hub is asked only if `source` can be the name of a repository and does not look like a path,
-    so a misspelt folder is an error at once.
-
-    Raises:
-        CheckpointNotFoundError: There is no such file, or the Hub could not be reached.
-        PeftTypeError, PeftValueError: As `check_path`.
+    The Hub is not asked for what looks like a path, so a misspelt folder is an error at once.
     """
     options = dict(hub_options)
     wanted = f"Can't find {' or '.join(map(repr, names))}"
@@ -223,11 +212,7 @@ def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: Hu
 
 
 def _download(repository: str, names: tuple[str, ...], options: HubOptions) -> Path:
-    """Return the path of the first of some files of a repository on the Hub or in its local cache.
-
-    Raises:
-        OSError: There is no such file, or the Hub could not be reached; it is then asked only once.
-    """
+    """Return the path of the first of `names` in a repository on the Hub or its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -40,11 +40,7 @@ def checkpoint_key(
 ) -> str | None:
     """Return the key under which a tensor of the model is saved, None if it is not the adapter's.
 
-    Args:
-        name: The tensor's name in the model, without parts that wrappers insert.
-        adapter_name: The adapter.
-        containers: Names of the containers with an entry for each adapter.
-        shared: Containers that all layers share, which are saved at the root wherever they are.
+    `name` has no parts that wrappers insert. Tensors in `shared` containers are saved at the root.
     """
     if f".{adapter_name}" not in name:
         return None
@@ -70,14 +66,7 @@ def adapter_tensors(
     adapter_name: str,
     embeddings: bool | Container[str] = False,
 ) -> dict[str, T]:
-    """Return an adapter's tensors by checkpoint key.
-
-    Args:
-        named: Tensors of the model with their names.
-        config: The adapter's config.
-        adapter_name: The adapter.
-        embeddings: True adds all token embeddings, a collection those with these keys.
-    """
+    """Return an adapter's tensors by checkpoint key, with all or some token embeddings."""
     own = container_names(config)
     shared = tuner_class(config).shared_parameter_names
     tensors = {unwrapped_name(name): tensor for name, tensor in named}
@@ -117,18 +106,14 @@ def _trained_biases(
 
 
 def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | None:
-    """Return the adapters whose layers can have tensors of `adapter_names`. It is None for all if
-    the config trains biases, which may be those of any adapter's layers.
-    """
+    """Return the adapters whose layers can have tensors of some adapters; None for all."""
     return adapter_names if config.trained_biases == "none" else None
 
 
 def companion_tensors(
     named: Iterable[tuple[str, T]], config: AdapterConfig, adapter_name: str
 ) -> dict[str, T]:
-    """Return the tensors that are trained beside an adapter, by checkpoint key: full modules,
-    embedding rows, biases.
-    """
+    """Return full modules, embedding rows and biases trained beside an adapter, by key."""
     own = container_names(config) - {TOKEN_ROWS}
     return {
         key: tensor
@@ -152,12 +137,7 @@ def container_names(config: AdapterConfig) -> set[str]:
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> AdapterConfig:
-    """Return the config of an adapter in a model.
-
-    Raises:
-        PeftTypeError: The name is not a string.
-        PeftValueError: There is no such adapter.
-    """
+    """Return the config of an adapter in a model."""
     configs = getattr(model, "peft_config", None)
     known: dict[str, AdapterConfig] = configs if isinstance(configs, dict) else {}
     check_adapter(adapter_name, known)

@@ -19,15 +19,7 @@ _METADATA = re.compile(r"\s*---\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
 
 
 def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> None:
-    """Write a model card, or update the metadata of an existing one.
-
-    Metadata that can't be read is left as it is, with a warning.
-
-    Args:
-        folder: The folder of the adapter.
-        config: The adapter's config.
-        model: The base model.
-    """
+    """Write a model card, or update the metadata of an existing one, if it can be read."""
     import yaml  # importing huggingface_hub's cards takes longer than saving an adapter
 
     path = folder / "README.md"

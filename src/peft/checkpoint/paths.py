@@ -14,16 +14,7 @@ _SOURCE = "a folder's path, or the name of a repository on the Hub"
 
 
 def check_path(path: object, kind: str = _SOURCE) -> None:
-    """Check that an argument is a path.
-
-    Args:
-        path: The argument.
-        kind: Description of what is expected, for the message.
-
-    Raises:
-        PeftTypeError: It is neither a string nor a path; the message says what to pass instead.
-        PeftValueError: It is empty.
-    """
+    """Check that an argument is a path and not empty; the error names the `kind` to pass."""
     if isinstance(path, (str, os.PathLike)):
         if not os.fspath(path):
             raise PeftValueError(
@@ -43,12 +34,7 @@ def check_path(path: object, kind: str = _SOURCE) -> None:
 
 
 def as_folder(path: str | os.PathLike) -> Path:
-    """Return an argument as a folder's path.
-
-    Raises:
-        PeftTypeError: It is not a path.
-        PeftValueError: It is empty, a file, or below a file.
-    """
+    """Return an argument as a folder's path; raise an error if it is a file, or below a file."""
     check_path(path, "a folder's path")
     folder = Path(path)
     if folder.is_file():
@@ -59,28 +45,14 @@ def as_folder(path: str | os.PathLike) -> Path:
 
 
 def as_path(path: object, name: str, other: str = "") -> Path:
-    """Return an argument as a path.
-
-    Args:
-        path: The argument.
-        name: Its name, for the message.
-        other: Other types that are allowed, for the message.
-
-    Raises:
-        PeftTypeError: It is not a path.
-    """
+    """Return an argument as a path; the error names it, and the `other` types that are allowed."""
     if not isinstance(path, (str, os.PathLike)):
         raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
     return Path(path)
 
 
 def as_file(path: object) -> Path:
-    """Return the argument `path` as the path of a file that can be written. Nothing is written yet.
-
-    Raises:
-        PeftTypeError: It is not a path.
-        PeftValueError: It is a folder, or would be in a file.
-    """
+    """Return the argument `path` as the path of a file to write. Nothing is written yet."""
     file = as_path(path, "path")
     if file.is_dir():
         raise PeftValueError(f"`path`='{file}' is a folder; give the path of a file in it.")

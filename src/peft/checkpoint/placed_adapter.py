@@ -16,12 +16,7 @@ from .rank_padding import RankPadding, Unpadded
 
 
 class Position(NamedTuple):
-    """The layer and the container of a tensor.
-
-    Args:
-        path: The layer's path.
-        container: The container's name.
-    """
+    """The layer's path and the container's name of a tensor."""
 
     path: str
     container: str
@@ -29,11 +24,6 @@ class Position(NamedTuple):
 
 class PlacedAdapter:
     """An adapter in a model.
-
-    Args:
-        model: The model.
-        name: The adapter's name.
-        config: Its config.
 
     Attributes:
         tuner: The tuner of its method.

@@ -79,12 +79,7 @@ class CheckpointFormat(Generic[C]):
     masked: ClassVar[tuple[str, ...]] = ()
 
     def export_state(self, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
-        """Convert the tensors of an adapter in a model to those of a checkpoint.
-
-        Args:
-            state: Tensors by checkpoint key.
-            config: The adapter's config.
-        """
+        """Convert an adapter's tensors in a model, by checkpoint key, to a checkpoint's."""
         return state
 
     def import_state(
@@ -93,8 +88,6 @@ class CheckpointFormat(Generic[C]):
         """Convert the tensors of a checkpoint to those of an adapter in a model.
 
         Args:
-            state: Tensors by checkpoint key.
-            config: The adapter's config.
             names: Keys of the tensors that the adapter in the model has; they show its storage
                 format.
         """
@@ -140,9 +133,5 @@ class Tuner(Protocol):
 
 
 def tuner_class(config: AdapterConfig) -> type[Tuner]:
-    """Return the tuner class of a config's method.
-
-    Raises:
-        PeftValueError: The method is not implemented.
-    """
+    """Return the tuner class of a config's method."""
     return lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)

@@ -58,7 +58,6 @@ class Unpadded(NamedTuple):
     """Unpadded sizes of padded tensors.
 
     Args:
-        padding: Their rank dimension.
         size: Entries of it that are the adapter's; 0 if the adapter does not have these tensors.
     """
 

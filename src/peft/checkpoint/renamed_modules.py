@@ -47,7 +47,6 @@ class Renamed(NamedTuple):
     """A checkpoint with the present names of modules.
 
     Args:
-        state: Its tensors.
         paths: Present path of each module by that in the checkpoint; empty if all are the same.
         layers: Paths in the checkpoint of the modules with adapters.
     """
@@ -58,11 +57,7 @@ class Renamed(NamedTuple):
 
 
 class ModuleNames:
-    """The present and former names of a model's modules.
-
-    Args:
-        model: The model, with or without adapters in it.
-    """
+    """The present and former names of the modules of a model, with or without adapters in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -77,12 +72,7 @@ class ModuleNames:
         return self._known
 
     def now(self, path: str, is_adapted: bool = True) -> str | None:
-        """Return the present path of the module with this present or former path, None if there is
-        none.
-
-        Args:
-            path: The path.
-            is_adapted: True if the module has an adapter in the checkpoint.
+        """Return the present path of a module by its present or former path, None if there is none.
 
         Raises:
             CheckpointError: The module has an adapter and was fused into another module.
@@ -118,9 +108,7 @@ class ModuleNames:
 
 
 def names_in_files(model: nn.Module) -> dict[str, str]:
-    """Return the paths that other programs use in files for a separate text or vision encoder, with
-    the former `text_model.` or `vision_model.`, by present path.
-    """
+    """Return the paths of a text or vision encoder in other programs' files, by present path."""
     before = ModuleNames(model).before()
     return {
         path: old
@@ -137,16 +125,7 @@ def plain_path(path: str) -> str:
 def renamed_state(
     model: nn.Module, state: Mapping[str, Tensor], containers: Collection[str]
 ) -> Renamed:
-    """Return a checkpoint's tensors with the present names of the model's modules.
-
-    Args:
-        model: The base model.
-        state: Tensors by checkpoint key.
-        containers: Names of the containers in layers with adapters.
-
-    Raises:
-        CheckpointError: A module was fused into another one.
-    """
+    """Return a checkpoint's tensors with the present names of the model's modules."""
     split = {key: _split(key, containers) for key in state}
     names = ModuleNames(model)
     same = Renamed(dict(state), {}, [])

@@ -298,8 +298,6 @@ def import_state(
     """Return a checkpoint's tensors in the storage format of the model.
 
     Args:
-        state: Tensors by checkpoint key.
-        config: The adapter's config.
         remove: `base_model.` for a model without `PeftModel`, whose names lack that prefix.
         names: Keys of the adapter's tensors in the model, for methods with several storage formats
             there.
@@ -326,14 +324,10 @@ def write_state(
     state: Mapping[str, Tensor],
     adapters: Collection[str] | None = None,
 ) -> None:
-    """Copy checked values into tensors. Parameters on the meta device are replaced by parameters on
-    the device where their module runs, or on that of the model's other parameters.
+    """Copy checked values into tensors.
 
-    Args:
-        model: The model, None for an adapter that is not in it yet.
-        expected: The tensors to write to, by checkpoint key.
-        state: Their values.
-        adapters: Adapters that the tensors can belong to; None for all.
+    Parameters on the meta device are replaced by parameters on the device where their module runs,
+    or on that of the model's other parameters.
     """
     on_meta, pairs = {}, []
     for key, value in state.items():

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules by which transformers finds an adapter's tensors when it loads a checkpoint into its own
-model.
-
-Rules rename the keys of a checkpoint, one after another, into names of the model's parameters.
-"""
+"""Rules by which transformers renames an adapter's checkpoint keys into its model's parameters."""
 
 from __future__ import annotations
 

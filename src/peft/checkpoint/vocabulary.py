@@ -19,15 +19,10 @@ from .renamed_modules import ModuleNames, plain_path
 
 
 def was_resized(model: nn.Module, config: AdapterConfig) -> bool:
-    """Return True if a transformers model has another number of tokens than the base model that its
-    adapter's config names.
+    """Return True if the model's vocabulary and that of its config's base model differ in size.
 
     The base model's config is read from its folder or the local cache of the Hub; nothing is
     downloaded. Without it the result is False.
-
-    Args:
-        model: The base model, or a model around it.
-        config: The adapter's config.
     """
     now = _size(getattr(getattr(model, "config", None), "to_dict", dict)())
     if config.base_model_name_or_path is None or now is None:
@@ -52,14 +47,10 @@ def _size(content: JsonObject) -> int | None:
 def fit_vocabulary(
     model: Any, shapes: Mapping[str, tuple[int, ...]], by_token: Mapping[str, int]
 ) -> None:
-    """Resize a transformers model's vocabulary to the number of tokens in an adapter's checkpoint,
-    padding included. Nothing is done if the checkpoint has no such number, or several.
+    """Resize a transformers model's vocabulary to the number of tokens in an adapter's checkpoint.
 
-    Args:
-        model: The base model.
-        shapes: Shapes of the checkpoint's tensors by key.
-        by_token: Names of the method's parameters with an entry for each token, and the dimension
-            of these entries.
+    `by_token` gives the dimension of tokens by parameter name. Nothing is done if the checkpoint
+    has no such number, or several.
     """
     if not hasattr(model, "resize_token_embeddings"):
         return

@@ -39,13 +39,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def offloaded_values(
     model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None
 ) -> dict[int, Tensor]:
-    """Return the values of those tensors that are offloaded, by id.
-
-    Args:
-        model: The model.
-        tensors: Ids of parameters of the base model or of `adapters`.
-        adapters: Names of adapters; None for all.
-    """
+    """Return the values of the offloaded ones of some tensors (ids of parameters), by id."""
     found = {}
     for _, module in walk(model, adapters) if tensors else ():
         if (hook := _hook(module)) is None:

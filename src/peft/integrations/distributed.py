@@ -45,13 +45,7 @@ _FLAT = "_fsdp_wrapped_module._flat_param"
 
 
 class _Source(NamedTuple):
-    """The parameter of a stand-in.
-
-    Args:
-        unit: The FSDP module that holds it.
-        name: Its name in the unit.
-        key: Its name in the model's state dict.
-    """
+    """The FSDP unit of a stand-in's parameter, its name there, and its key in state dicts."""
 
     unit: _Unit
     name: str
@@ -78,10 +72,6 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
     """Return a model's state dict with the tensors themselves, each once, by its first name.
 
     Stand-ins take the place of parameters that FSDP1 flattened.
-
-    Args:
-        model: The model.
-        adapters: Names of the adapters whose tensors are included; None for all.
 
     Raises:
         PeftRuntimeError: The model is inside an FSDP module that holds parameters of it.
@@ -119,9 +109,7 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
 
 
 def state_values(model: nn.Module, adapters: Collection[str] | None) -> StateDict:
-    """Return a model's state dict for reading: `state_tensors`, or sharded tensors if the user has
-    set FSDP1 to return these.
-    """
+    """Return `state_tensors`, or sharded tensors if the user has set FSDP1 to return these."""
     library = sys.modules.get("torch.distributed.fsdp")
     if library is not None and _fsdp1_units(walk(model, adapters)):
         kind = library.FullyShardedDataParallel.get_state_dict_type(model).state_dict_type
@@ -169,13 +157,7 @@ def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> StateDict:
 
 
 def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into tensors of `state_tensors`; each value is sharded or gathered as its target
-    needs it.
-
-    Args:
-        model: The model, needed for stand-ins.
-        pairs: Target and value.
-    """
+    """Copy values into tensors of `state_tensors`, sharded or gathered as each target needs it."""
     held: StateDict = {}
     for target, value in pairs:
         source = _source(target)
@@ -197,11 +179,7 @@ def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) ->
 
 
 def check_gathered(tensors: Mapping[str, object]) -> None:
-    """Check that ZeRO-3 has emptied none of some tensors.
-
-    Raises:
-        PeftRuntimeError: It has.
-    """
+    """Check that ZeRO-3 has emptied none of some tensors."""
     for tensor in tensors.values():
         if _is_emptied(tensor):
             raise PeftRuntimeError(

@@ -115,13 +115,7 @@ def _four_bit_read(layer: _Layer) -> Tensor:
 
 
 def _unpacked(codes: Tensor, state: _State, nested: bool = False) -> tuple[Tensor, _State]:
-    """Return codes and state in the library's general format; evaluation on some CPUs repacks them,
-    with scales in bfloat16.
-
-    Args:
-        codes, state: The stored weight.
-        nested: Quantize the scales again if they were; reading them does not need it.
-    """
+    """Return codes and state in the library's general format, which some CPUs repack."""
     if not getattr(state, "packing_format_for_cpu", False):
         return codes, state
     from bitsandbytes import functional
@@ -153,11 +147,9 @@ _FOUR_BIT = StorageFormat("bnb 4bit", _four_bit_get, _four_bit_put, _four_bit_re
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers from repacking their weights in evaluation on a CPU with bfloat16
-    instructions.
+    """Keep 4-bit layers from repacking their weights in evaluation on a CPU with bfloat16.
 
-    A repacked layer passes no gradient, computes with rounded scales, and taking its state dict may
-    damage it.
+    A repacked layer passes no gradient and rounds its scales; its state dict may damage it.
     """
     for layer in _four_bit_layers(model):
         if getattr(layer, "support_avx512bf16_for_cpu", False):

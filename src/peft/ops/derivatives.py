@@ -19,16 +19,8 @@ def gradients_again(
 ) -> list[Tensor | None]:
     """Return the gradients for a function's arguments, computed by running the function again.
 
-    If gradients are enabled there, the result can be differentiated again.
-
-    Args:
-        function: Of plain operations; it returns one tensor or several.
-        arguments: Its arguments, as they were saved for backward.
-        wanted: True for each argument whose gradient is needed.
-        of_results: The gradients for its results.
-
-    Returns:
-        For each argument its gradient, None where none is wanted or the function does not need it.
+    If gradients are enabled there, the result can be differentiated again. The gradient is None
+    where it is not `wanted`, or where the function does not need the argument.
     """
     # If one argument was computed from another (a model runs a layer twice), the gradient must not
     # flow from one to the other here; aliases cut that path.

@@ -53,9 +53,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def are_unhooked(modules: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
-    """Return whether calling modules runs the forward of the class `kind` and nothing else: no
-    hooks, no subclass, no replaced forward.
-    """
+    """Return whether modules run the forward of `kind` alone: no hooks, no replaced forward."""
     for module in modules:
         own = module.__dict__
         if type(module) is not kind or (
@@ -75,10 +73,8 @@ def are_unhooked(modules: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Return whether a chain may be applied to an input by eager kernels.
-
-    It may if the input is a plain dense tensor of at least two dimensions with elements in memory,
-    and we run in eager mode.
+    """Return whether we run in eager mode and an input is a plain dense tensor, of at least two
+    dimensions, with elements in memory.
     """
     return (
         type(x) in PLAIN_TENSORS
@@ -91,9 +87,7 @@ def is_ordinary(x: Tensor) -> bool:
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Return whether a layer's call is one matrix product in one precision and nothing else, so
-    that `fused_linear` may compute it together with a delta.
-    """
+    """Return whether a layer's call is one matrix product in one precision, for `fused_linear`."""
     if type(layer) is not nn.Linear:
         return False
     weight = layer._parameters.get("weight")
@@ -108,9 +102,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 
 
 def owns_output(layer: nn.Module) -> bool:
-    """Return whether a layer's output may be overwritten: hooks, a replaced forward or another kind
-    of layer may have kept it.
-    """
+    """Return whether a layer's output may be overwritten: nothing else can hold it."""
     return type(layer) is nn.Linear and not (
         "forward" in layer.__dict__
         or layer._forward_hooks

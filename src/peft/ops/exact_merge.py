@@ -112,8 +112,8 @@ def correction(
 def subtract(
     merged: Tensor, delta: Tensor, correction: Correction, is_changed: bool = False
 ) -> Tensor:
-    """Return the weight that `add` was given, bit by bit if `delta` is the same. Of a sum that
-    was changed since, return `merged / f - delta`, rounded.
+    """Return the weight that `add` was given, bit by bit if `delta` is the same. Of a sum that was
+    changed since, return `merged / f - delta`, rounded.
     """
     positions, values, factor = correction
     if is_changed:
@@ -129,7 +129,6 @@ class Written:
     """A merged weight as it was last written, to notice later changes by others.
 
     Args:
-        weight: The weight.
         before: The record that this one replaces, while earlier merges stay.
         is_final: False if the weight is about to be loaded.
     """
@@ -155,9 +154,7 @@ class Written:
 
 
 def _checksum(weight: Tensor) -> int | None:
-    """Return a number that almost any change of a weight changes; None for a weight without values
-    or spread over processes.
-    """
+    """Return a number that almost any change changes; None for a meta or sharded weight."""
     dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     dtype = dtypes.get(weight.element_size())
     if dtype is None or weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
@@ -179,9 +176,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Return a context without gradients, autocast and inference tensors, which nobody could train
-    later: its results do not depend on the caller's modes.
-    """
+    """Context whose results don't depend on the caller's gradient, autocast and inference modes."""
     with ordinary_tensors():
         if device.type == "meta" or not torch.is_autocast_enabled(device.type):
             yield

@@ -88,7 +88,6 @@ class FunctionChain(NamedTuple):
 
     Attributes:
         x: The layer's input in the adapter's precision.
-        middle: The function.
         factors: Its other arguments, all that it depends on.
         down: `[k, m]` with `x` read as `[rows, k]`, or `[n, k, m]` with `x` read as `[n, rows, k]`;
             None where `middle` takes `x` itself.
@@ -118,9 +117,7 @@ def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
 
 
 def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
-    """Return a base layer's output plus a chain's delta, in the same memory if nothing else can
-    hold it.
-    """
+    """Return a base layer's output plus a chain's delta, in place if nothing else can hold it."""
     return _add_chain(chain, result, owns_output(layer))
 
 
@@ -348,9 +345,7 @@ def _through_middle(
     factors: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Backpropagate through the last product and the chain's function; return the gradients for the
-    first product and the factors.
-    """
+    """Backpropagate to the first product and the factors; return their gradients."""
     sources = [
         tensor.detach().requires_grad_(want)
         for tensor, want in zip((product, *factors), wanted, strict=True)

@@ -81,11 +81,7 @@ class InferenceCache:
         return sum(map(len, self._results.values()))
 
     def during_call(self, runs_often: bool = False) -> AbstractContextManager[None]:
-        """Return a context for a call of the model; one inside another is part of that.
-
-        Args:
-            runs_often: Whether it runs the model many times.
-        """
+        """Return a context for a call of the model; one inside another is part of that."""
         if torch.compiler.is_compiling() or _THREAD.call is not None:
             return nullcontext()
         return _Call(self, runs_often)
@@ -97,8 +93,7 @@ class InferenceCache:
     def take(self, adapter_name: str) -> _Results:
         """Take an adapter's results out; none, if any of their tensors holds other numbers now.
 
-        All are compared in a row: between layers, whose weights fill the processor's caches, it
-        takes several times as long.
+        All are compared in a row, since it is slower between layers, when the caches hold weights.
         """
         results = self._results.pop(adapter_name, {})
         pairs = {
@@ -123,11 +118,7 @@ class InferenceCache:
 
 
 class _Call(AbstractContextManager):
-    """A call in progress in this thread.
-
-    Attributes:
-        results: Of the adapters that it has used.
-    """
+    """A call in progress in this thread, with the results of the adapters that it has used."""
 
     def __init__(self, cache: InferenceCache, runs_often: bool) -> None:
         self.cache, self.runs_often = cache, runs_often
@@ -180,15 +171,11 @@ def cached(
     sources: tuple[Tensor, ...],
     make: Callable[[], T],
 ) -> T | None:
-    """Return a cached result of `make` for the same values of its sources, or call `make` and keep
-    the result. Where no result can be kept, return None without a call.
+    """Return a cached result of `make` for the same values of its sources, or call it and keep the
+    result.
 
-    Args:
-        owner: The module that the result belongs to.
-        adapter_name: The adapter that it belongs to.
-        kind: Key of a result among the module's; all that it depends on except `sources`.
-        sources: The tensors that the result is computed from.
-        make: Computes the result, which must not be written to.
+    The result must not be written to; `kind` is all that it depends on except `sources`. Where no
+    result can be kept, return None without a call.
     """
     call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
     results = None if call is None else call.results_of(adapter_name)
@@ -228,9 +215,7 @@ def _can_compare(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _is_there(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory: engines that shard parameters take it from them between
-    calls.
-    """
+    """Return whether a tensor has memory: engines that shard parameters free it between calls."""
     return tensor.untyped_storage().nbytes() > 0
 
 

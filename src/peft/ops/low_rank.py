@@ -51,11 +51,7 @@ class SingularTriples(NamedTuple):
 
 
 def check_rank(rank: int | float | None) -> None:
-    """Check a rank.
-
-    Raises:
-        PeftValueError: It is neither an integer of at least 1, a fraction in (0, 1], nor None.
-    """
+    """Check that a rank is an integer of at least 1, a fraction in (0, 1], or None."""
     if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         return
     if isinstance(rank, float) and 0 < rank <= 1:

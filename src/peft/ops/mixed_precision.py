@@ -32,9 +32,7 @@ _MAX_RANK = 128
 
 
 def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether an input needs no cast for its products with factors of a dtype, since kernels
-    may take them.
-    """
+    """Return whether an input needs no cast for products with factors of a dtype."""
     return (
         dtype is torch.float32
         and x.dtype in _HALF
@@ -58,7 +56,6 @@ def down(activation: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         activation: `[n, rows, k]` or `[rows, k]`.
         factor: `[n, k, m]` or `[k, m]`.
-        scale: A number.
     """
     if activation.dtype == factor.dtype or not _are_mixed(activation, factor):
         return scaled(activation @ factor, scale)
@@ -75,7 +72,6 @@ def across(factor: Tensor, activation: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         factor: `[n, rows, m]` or `[rows, m]`.
         activation: `[n, rows, k]` or `[rows, k]`.
-        scale: A number.
     """
     if activation.dtype != factor.dtype and _are_mixed(activation, factor):
         if not _is_recorded(factor, activation) and _are_taken(
@@ -161,14 +157,7 @@ def _are_mixed(activation: Tensor, factor: Tensor) -> bool:
 
 
 def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) -> bool:
-    """Return whether the kernels support a product.
-
-    Args:
-        activation: The activation that is read or written.
-        length: Columns of the activation.
-        width: Columns of the factor.
-        *factors: The product's other operands.
-    """
+    """Return whether kernels support `[…, length]` activations with `[…, width]` factors."""
     if width > _MAX_RANK or activation.dtype not in _HALF or activation.numel() < _MIN_ELEMENTS:
         return False
     device = activation.device

@@ -33,7 +33,6 @@ def down(activation: Tensor, factor: Tensor, scale: float) -> Tensor:
     Args:
         activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
         factor: `[n, k, m]` or `[k, m]` in float32.
-        scale: A number.
 
     Returns:
         `[n, rows, m]` or `[rows, m]` in float32.
@@ -54,7 +53,6 @@ def across(factor: Tensor, activation: Tensor, scale: float) -> Tensor:
     Args:
         factor: `[n, rows, m]` or `[rows, m]` in float32.
         activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
-        scale: A number.
 
     Returns:
         `[n, m, k]` or `[m, k]` in float32.
@@ -99,9 +97,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def blocks(length: int, width: int) -> tuple[int, int]:
-    """Return the sides of the blocks of an activation and of a factor, on which all block sizes
-    depend in addition to the number of rows.
-    """
+    """Return the sides of the blocks of an activation and of a factor."""
     return _block(length, 256), _block(width, LARGEST_RANK)
 
 
@@ -172,9 +168,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _splits(blocks: int, most: int, programs: int) -> int:
-    """Return the number of partial sums that gives about `programs` programs, a few for each
-    multiprocessor.
-    """
+    """Return the number of partial sums that gives about `programs` programs."""
     return max(min(programs // max(blocks, 1), most), 1)
 
 

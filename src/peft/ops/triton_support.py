@@ -36,13 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Trial(NamedTuple):
-    """A comparison of a function that runs kernels with one of plain operations.
-
-    Args:
-        ours: The function with kernels.
-        plain: The same in plain operations.
-        example: Makes arguments of both on a device.
-    """
+    """A comparison of a function that runs kernels with plain operations, on an example."""
 
     ours: Callable[..., Result]
     plain: Callable[..., Result]
@@ -90,11 +84,10 @@ def with_kernel(
 
 
 def can_launch(*tensors: Tensor) -> bool:
-    """Return whether a kernel can read tensors as they are.
+    """Return whether a kernel can read tensors as they are; nothing waits for the device.
 
-    It can in eager mode (a compiler fuses the operations itself, a transform has to see them), if
-    all are plain, contiguous and on one GPU of compute capability 8 or more, and Triton is
-    installed. Nothing waits for the device.
+    It can in eager mode, if all are plain, contiguous and on one GPU of compute capability 8 or
+    more, and Triton is installed.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling() or not has_triton(device) or not is_eager():
@@ -120,9 +113,8 @@ def has_triton(device: torch.device) -> bool:
 def agrees(trial: Trial, device: torch.device) -> bool:
     """Return whether a function with kernels computes the same on a device as plain operations.
 
-    GPUs, compilers and versions of Triton differ, so it is tried once on each device before it is
-    used there: values and gradients of one small example. If it differs or raises, a warning says
-    so and it is not used there.
+    Values and gradients of an example are compared once on each device. If they differ, or the
+    kernel raises, a warning says so and it is not used there.
     """
     agreed = _TRIED.get((trial.ours, device))
     if agreed is None:
@@ -154,10 +146,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _difference(trial: Trial, device: torch.device) -> str | None:
-    """Return the difference that a trial shows, None for none.
-
-    It runs in a thread of its own, where no mode or hook of the caller is in force.
-    """
+    """Return the difference that a trial shows, or None; runs in a thread of its own."""
     found: list[str | None] = []
 
     def run() -> None:

@@ -34,7 +34,6 @@ class Trained(NamedTuple):
     """A trainable parameter of a model.
 
     Args:
-        parameter: The parameter.
         role: Its role's name.
         published: Learning rate that the method's papers give the role, None if they give none.
         decays: False if weight decay does not suit it: to biases, normalization, and roles that
@@ -208,12 +207,7 @@ class _TrainerOptimizer:
 
 
 def trained_parameters(model: nn.Module) -> Iterator[Trained]:
-    """Yield the trainable parameters of a model with adapters, each with its role.
-
-    Raises:
-        PeftValueError: Nothing is trainable, or the model has no adapters.
-        PeftRuntimeError: FSDP1 has made one flat parameter of all.
-    """
+    """Yield the trainable parameters of a model with adapters, each with its role."""
     methods = _methods(model)
     is_trainable = False
     for wrapped_name, parameter in model.named_parameters():
@@ -240,9 +234,7 @@ def trained_parameters(model: nn.Module) -> Iterator[Trained]:
 def keep_embedding_state_in_32_bits(
     model: nn.Module, optimizer_cls: type[torch.optim.Optimizer]
 ) -> None:
-    """Make bitsandbytes' optimizers keep the state of embeddings in 32 bits, as Trainer does: with
-    8 bits their training is unstable.
-    """
+    """Make bitsandbytes keep the state of embeddings in 32 bits; in 8 bits training is unstable."""
     if optimizer_cls.__module__.startswith("bitsandbytes"):
         import bitsandbytes
 
@@ -288,11 +280,7 @@ def _check_numbers(
     ratios: Mapping[str, float],
     weight_decay: float,
 ) -> None:
-    """Check that all numbers are finite and not negative.
-
-    Raises:
-        PeftValueError: A number is infinite, NaN or negative.
-    """
+    """Check that all numbers are finite and not negative."""
     numbers = {"`lr`": 0.0 if lr is None else lr, "`weight_decay`": weight_decay}
     numbers |= {f"`rates`[{role!r}]": rate for role, rate in rates.items()}
     numbers |= {f"`ratios`[{role!r}]": ratio for role, ratio in ratios.items()}

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of each sample of a call, as chosen by `adapter_names`, on the stack
-`ADAPTER_BATCHES`.
-"""
+"""The adapter of each sample of a call, as chosen by `adapter_names`."""
 
 from __future__ import annotations
 
@@ -32,7 +30,6 @@ class AdapterBatch:
     Attributes:
         samples: Indices of the samples, by adapter.
         only: The adapter of all samples, if they have the same.
-        call_rows: The counts of the forward in progress.
     """
 
     def __init__(self, names: Sequence[str], call_rows: CallRows | None = None) -> None:
@@ -48,11 +45,7 @@ class AdapterBatch:
         self._merged: dict[tuple[tuple[str, ...], int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def row_owners(self, x: Tensor, layer: LayerWithLayout) -> RowOwners:
-        """Return the owners of the rows of a layer's input.
-
-        Raises:
-            PeftValueError: They are unknown.
-        """
+        """Return the owners of the rows of a layer's input; raise an error if they are unknown."""
         owners = self.call_rows.owners(x, layer.layout)
         if owners is None:
             raise self.call_rows.error(x, layer, "Give all samples of a call the same adapter")
@@ -61,13 +54,7 @@ class AdapterBatch:
     def rows_by_adapter(
         self, total: int, device: torch.device, owners: RowOwners = IN_ORDER
     ) -> dict[str, Tensor]:
-        """Return the indices of each adapter's rows in a layer's input.
-
-        Args:
-            total: Number of rows.
-            device: Device of the indices.
-            owners: The owners of the rows.
-        """
+        """Return the indices of each adapter's rows in a layer's input of `total` rows."""
         if owners.owner is not None:
             every = {
                 name: torch.tensor(samples, device=device) for name, samples in self.samples.items()
@@ -89,9 +76,7 @@ class AdapterBatch:
     def rows_of(
         self, names: tuple[str, ...], x: Tensor, owners: RowOwners
     ) -> tuple[Tensor, Tensor]:
-        """Return the rows of a layer's input that run with one of some adapters, in order, and for
-        each of them the index of its adapter in `names`.
-        """
+        """Return the rows that run with one of `names`, in order, and their indices in `names`."""
         key = names, x.shape[0], x.device
         if owners.owner is None and key in self._merged:
             return self._merged[key]
@@ -152,12 +137,7 @@ ADAPTER_BATCHES: CallStack[AdapterBatch | None] = CallStack()
 
 
 def adapter_batch(names: object, known: Collection[str], call_rows: CallRows) -> AdapterBatch:
-    """Return the choice of adapters for a call, checked.
-
-    Args:
-        names: The argument `adapter_names` of the call.
-        known: Names of the model's adapters.
-        call_rows: The counts of the call.
+    """Return the adapters that the argument `adapter_names` of a call chooses, checked.
 
     Raises:
         PeftTypeError: `names` is not a list of strings.

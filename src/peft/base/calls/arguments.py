@@ -43,10 +43,7 @@ def argument_shapes(
 
 
 def count_samples(shapes: Iterable[ArgumentShape], batch_dim: int = 0) -> int | None:
-    """Return the number of samples of a call, None if it has no tensors.
-
-    The first argument with a known name decides, else the first that may hold tokens.
-    """
+    """Return the number of samples, by an argument with a known name or by tokens, or None."""
     fitting = {name: sizes for name, sizes, _ in shapes if len(sizes) > batch_dim}
     likely = [name for name in fitting if not NO_TOKENS.search(name)]
     for name in (*_INPUTS, *likely, *fitting):
@@ -69,11 +66,7 @@ def positional_names(function: Callable[..., object]) -> tuple[str, ...]:
 def bind_arguments(
     names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return a call's arguments by name.
-
-    Positional arguments beyond `names` are called by their index; the entries of a mapping that is
-    passed by position count as arguments.
-    """
+    """Return a call's arguments by name; those beyond `names` by index, mappings by entry."""
     bound: dict[str, object] = {}
     for i, value in enumerate(args):
         if isinstance(value, Mapping):

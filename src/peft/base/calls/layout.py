@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dimension of a layer's input along which the samples lie, by the layer's place in its model.
 
-Most layers see the samples of a call one after the other along the first dimension. This file lists
-the others: layers that take the sequence first, layers that see a sample in windows, and the
-experts of a mixture of experts.
+Most inputs are `[samples, …]`. The others: layers that take the sequence first, layers that see a
+sample in windows, and experts.
 """
 
 from __future__ import annotations
@@ -91,13 +90,7 @@ _KNOWN: dict[RowLayout, RowLayout] = {SAMPLES_FIRST: SAMPLES_FIRST}
 
 
 def row_layout(root: nn.Module, path: str, features: int = 1) -> RowLayout:
-    """Return the layout of the layer at a path of a model; equal layouts are the same object.
-
-    Args:
-        root: The model.
-        path: The layer's path in it.
-        features: As in `RowLayout`.
-    """
+    """Return the layout of the layer at a path of a model; equal layouts are the same object."""
     layout = RowLayout(features, stream=_stream(root, path))
     for module, name, inner in _ancestors(root, path):
         kind: type = type(module)

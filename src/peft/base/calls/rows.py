@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sample of each row of a layer's input.
 
-A call tells how many samples it has, how often `generate` repeats each, and how many tokens a
-sample has. A layer sees `samples × repeats × tokens` rows. If its input has another number of rows,
-their owners are unknown, and the error names the layer.
+A layer sees `samples × repeats × tokens` rows, where `generate` sets the repeats. If its input has
+another number of rows, their owners are unknown, and the error names the layer.
 """
 
 from __future__ import annotations
@@ -159,9 +158,7 @@ class CallRows:
         self._by_row: CallRows | None = None
 
     def nested(self, shapes: Iterable[ArgumentShape], is_generating: bool) -> CallRows:
-        """Return the counts of a forward inside this call. Its rows are this call's samples, each
-        repeated as often as by `generate` or by this call's inputs.
-        """
+        """Return the counts of a forward inside this call, which can repeat each of its samples."""
         inner = CallRows(
             self.samples, shapes, self.root, self.repeats, self.is_guided, self.batch_dim
         )
@@ -306,13 +303,7 @@ class CallRows:
         )
 
     def counts(self, stream: str, without_last: bool = False) -> list[int]:
-        """Return the numbers of tokens that a row of the forward can have by its inputs: `a` or
-        `a · b` for an input `[rows, a, b]`.
-
-        Args:
-            stream: "main" or "decoder", as in `RowLayout`.
-            without_last: Leave out the products that take in the last dimension.
-        """
+        """Return the numbers of tokens of a row: `a` or `a · b` for an input `[rows, a, b]`."""
         counts: list[int] = []
         for name, sizes, is_floating in self.shapes:
             of_decoder = name.startswith("decoder_")
@@ -340,9 +331,7 @@ class CallRows:
             yield from (product * patches for patches in self._patches(*sizes[-2:]))
 
     def _patches(self, height: int, width: int) -> Iterator[int]:
-        """Yield the numbers of tokens of an image by the model's config: its patches, then with a
-        class token, then with register tokens too.
-        """
+        """Yield the numbers of tokens of an image: its patches; with class and register tokens."""
         config = getattr(self.root, "config", None)
         for part in (config, getattr(config, "vision_config", None)):
             patch = getattr(part, "patch_size", None)
@@ -357,13 +346,7 @@ class CallRows:
                 )
 
     def error(self, x: Tensor, layer: LayerWithLayout, remedy: str) -> PeftValueError:
-        """Return the error for a layer whose rows have no known owners.
-
-        Args:
-            x: The layer's input.
-            layer: The layer.
-            remedy: A remedy, in addition to leaving the layer out.
-        """
+        """Return the error for a layer whose rows have no known owners, with a further remedy."""
         layout = layer.layout
         modules = () if self.root is None else walk(self.root)
         name = (
@@ -388,13 +371,7 @@ class CallRows:
 def call_rows(
     root: nn.Module | None, arguments: Mapping[str, object], excluded: Iterable[str] = ()
 ) -> CallRows:
-    """Return the counts of a call of a model.
-
-    Args:
-        root: The model.
-        arguments: Its arguments by name.
-        excluded: Names of arguments that are not for the model.
-    """
+    """Return the counts of a call of a model by its arguments, leaving out those in `excluded`."""
     batch_dim = int(is_sequence_first(root))
     shapes = argument_shapes(arguments, excluded)
     is_vector = all(len(shape.sizes) == 1 and shape.is_floating for shape in shapes)

@@ -77,9 +77,7 @@ class CallStack(Generic[T]):
             _remove(calls, call)
 
     def run(self, call: T, function: Callable[[], R]) -> R:
-        """Run a forward as a call, and restore the call when backward reaches the output: backward
-        may recompute layers after that.
-        """
+        """Run a forward as a call, and restore the call when backward reaches the output."""
         recomputes = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         first = _C._autograd._get_sequence_nr() if recomputes else 0
         with self.during(call):
@@ -102,9 +100,7 @@ class CallStack(Generic[T]):
 
 
 class _Backward:
-    """A backward pass. Only autograd holds this object, among the callbacks for the end of the
-    pass. It is therefore freed when the pass is over, even if an error skips the callbacks.
-    """
+    """A backward pass. Only autograd holds this object, so an error in the pass frees it too."""
 
     def __call__(self) -> None:
         """Do nothing: the object matters only because autograd frees it."""
@@ -115,9 +111,7 @@ class _Restored:
     """A call that is in progress again for as long as a backward pass runs.
 
     Args:
-        call: The call.
         nodes: Sequence numbers of the autograd nodes of its forward.
-        backward: The pass.
     """
 
     call: object
@@ -144,10 +138,9 @@ class _RestoreHook:
 
 
 def _restored_call(calls: _Calls) -> Any:
-    """Return the restored call that autograd's current node belongs to.
+    """Return the innermost restored call that autograd's current node belongs to.
 
-    Calls can be nested, so the call with the fewest nodes counts. Nodes that were recorded during
-    recomputation belong to the call that was restored last.
+    Nodes that were recorded during recomputation belong to the call that was restored last.
     """
     restored = list(itertools.takewhile(lambda entry: type(entry) is _Restored, reversed(calls)))
     node = _C._current_autograd_node() if len(restored) > 1 else None

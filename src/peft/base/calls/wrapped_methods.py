@@ -23,14 +23,7 @@ Function: TypeAlias = Callable[..., object]
 
 
 class MethodCall(NamedTuple):
-    """A call of a wrapped method.
-
-    Attributes:
-        function: The method, as a function of the module and its arguments.
-        module: The module.
-        args, kwargs: The arguments.
-        names: Names of the arguments that can be passed by position.
-    """
+    """A call of a wrapped method, with the names of arguments that can be passed by position."""
 
     function: Function
     module: nn.Module
@@ -132,11 +125,7 @@ class _Unbound:
 def wrap_method(module: nn.Module, method: str, names: tuple[str, ...], handler: Handler) -> None:
     """Pass the calls of a module's method to a handler, if the module has that method.
 
-    Args:
-        module: The module.
-        method: The name of the method.
-        names: Further keyword arguments for its signature.
-        handler: Runs the calls; a function at the top level, which copies of the module share.
+    The handler is a function at the top level, since copies of the module share it.
     """
     present = getattr(module, method, None)
     if callable(present):
@@ -151,13 +140,7 @@ def is_wrapped(module: nn.Module, method: str) -> bool:
 
 
 def unwrap_methods(model: nn.Module, *handlers: Function) -> None:
-    """Restore the methods of a model's modules that some handlers run, except those that other code
-    has wrapped since.
-
-    Args:
-        model: The model.
-        *handlers: The handlers.
-    """
+    """Restore the methods that some handlers run, unless other code has wrapped them since."""
     for _, module in walk(model):
         for method, wrapped in list(vars(module).items()):
             if isinstance(wrapped, WrappedMethod) and wrapped.handler in handlers:
