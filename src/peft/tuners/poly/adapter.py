@@ -30,14 +30,7 @@ Shares: TypeAlias = Mapping[Any, float]  # by id, by name, or by both
 
 @dataclass(frozen=True, eq=False)
 class PolyAdapter:
-    """One Poly adapter on a model.
-
-    Args:
-        tuner: The tuner that holds it.
-        name: The adapter's name.
-        config: Its config.
-        layers: Its layers by module path.
-    """
+    """One Poly adapter of a tuner: its name, its config, and its layers by module path."""
 
     tuner: BaseTuner[PolyConfig]
     name: str
@@ -46,13 +39,7 @@ class PolyAdapter:
 
     @classmethod
     def of(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:
-        """Return an adapter of a tuner, by default the active one.
-
-        Raises:
-            PeftTypeError: The name is not a string.
-            PeftValueError: There is no such Poly adapter, or no name is given and not exactly one
-                adapter is active.
-        """
+        """Return an adapter of a tuner, by default the active one."""
         if adapter_name is None:
             if len(tuner.active_adapters) != 1:
                 raise PeftValueError(
@@ -75,22 +62,13 @@ class PolyAdapter:
 
     @classmethod
     def with_tasks(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:
-        """Return an adapter that routes by task, by default the active one.
-
-        Raises:
-            PeftNotSupportedError: It routes by input.
-            PeftTypeError, PeftValueError: As for `of`.
-        """
+        """Return an adapter that routes by task, by default the active one."""
         adapter = cls.of(tuner, adapter_name)
         adapter.check_has_tasks()
         return adapter
 
     def check_has_tasks(self) -> None:
-        """Check that a layer routes by task.
-
-        Raises:
-            PeftNotSupportedError: All layers route by input.
-        """
+        """Check that a layer routes by task."""
         if not self.config.routes_by_task:
             raise PeftNotSupportedError(f"Adapter {self.name} routes by input; it has no tasks.")
 
@@ -120,12 +98,7 @@ class PolyAdapter:
         ]
 
     def task_numbers(self, tasks: object, argument: str = "tasks") -> list[int]:
-        """Return the ids of one task or several, given by id or name.
-
-        Raises:
-            PeftTypeError: A task is neither an integer nor a name.
-            PeftValueError: A task is unknown, or none is given.
-        """
+        """Return the ids of one task or several, given by id or name."""
         return some_tasks(tasks, self.config, argument)
 
     def is_keyword(self, value: object, keywords: Collection[str], argument: str) -> bool:
@@ -143,11 +116,7 @@ class PolyAdapter:
         return True
 
     def check_unsharded(self, action: str) -> None:
-        """Check that no engine has sharded the tensors that an action ("add skills") replaces.
-
-        Raises:
-            PeftRuntimeError: An engine holds their memory and would not see the new tensors.
-        """
+        """Check that no engine has sharded the tensors that an action, "add skills", replaces."""
         for path, layer in self.layers.items():
             tables = (table.closed_table for table in layer.task_tables(self.name))
             skills = layer.poly_lora_A[self.name], layer.poly_lora_B[self.name]

@@ -84,17 +84,7 @@ def has_rest(part: Inventory) -> bool:
 def combine(
     configs: Mapping[str, PolyConfig], layers: Mapping[str, PolyLayer], request: Combination
 ) -> Combined:
-    """Return the weighted sum of adapters that route by task.
-
-    Args:
-        configs: The model's configs by adapter name.
-        layers: The layers that have any of the adapters, by module path.
-        request: The request.
-
-    Raises:
-        PeftNotSupportedError: An adapter routes by input, or has task-specific skills.
-        PeftValueError: Their tasks differ.
-    """
+    """Return the weighted sum of adapters that route by task."""
     for name in request.adapters:
         config = configs[name]
         if config.routes_by_input:

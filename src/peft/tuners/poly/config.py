@@ -227,12 +227,7 @@ class PolyConfig(TargetedConfig):
             )
 
     def for_copy(self, reference: bool = False) -> PolyConfig:
-        """Return the config for a copy of the adapter.
-
-        Args:
-            reference: Sample no gates and set dropout rates to zero, as the reference model of a
-                policy needs.
-        """
+        """Return the config for a copy; a reference model's samples no gates and has no dropout."""
         result = super().for_copy(reference)
         result.relaxed_bernoulli &= not reference
         return result
@@ -281,23 +276,16 @@ class PolyConfig(TargetedConfig):
 
 
 def reset_routing(config: PolyConfig, keep: Collection[str], **changes: Any) -> PolyConfig:
-    """Return a config with default values for all fields that this package adds.
-
-    Args:
-        config: The config.
-        keep: Added fields whose values stay.
-        **changes: New values of any fields.
+    """Return a config with default values for the fields that this package adds, except those in
+    `keep`, and with `changes` of any fields.
     """
     defaults = {name: value for name, value in config.absent_values.items() if name not in keep}
     return replace(config, **{**defaults, **changes})
 
 
 def single_skill(config: PolyConfig, rank: Callable[[int], int]) -> PolyConfig:
-    """Return the config of an adapter with one task and one skill for the same modules.
-
-    Args:
-        config: A config with any number of tasks and skills.
-        rank: Returns the new rank for a rank of `config`.
+    """Return the config of an adapter with one task and one skill for the same modules; `rank`
+    returns the new rank for one of `config`.
     """
     ranks = {path: rank(r) for path, r in config.rank_pattern.items()}
     keep = ("trainable_token_indices", "alpha")

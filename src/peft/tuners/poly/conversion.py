@@ -39,8 +39,6 @@ class PolyConversion(Conversion[PolyConfig]):
     """A Poly adapter made of others: the pair `(config, state_dict)`, and its errors.
 
     Attributes:
-        config: Its config.
-        state_dict: Its tensors by checkpoint key.
         errors: For each adapter `‖ΔW − B·A‖ / ‖ΔW‖` in the Frobenius norm over all layers; 0 where
             the conversion is exact.
         labels: Which labels of a stacked head belong to which task; None without a stacked head.
@@ -169,12 +167,7 @@ def save_as_poly(
 
 
 def _tasks_by_adapter(adapters: object) -> dict[str, str]:
-    """Return the name of each adapter's task.
-
-    Raises:
-        PeftTypeError: `adapters` is not a list or dictionary of names.
-        PeftValueError: There are none, or one comes twice.
-    """
+    """Return the name of each adapter's task."""
     if isinstance(adapters, str) or not isinstance(adapters, Iterable):
         raise PeftTypeError(
             f"`adapters`={adapters!r} must be a list of names, or a dictionary with a task's name "
@@ -195,12 +188,7 @@ def _tasks_by_adapter(adapters: object) -> dict[str, str]:
 
 
 def _check_numbers(rank: object, own_weight: object) -> None:
-    """Check the skills' rank and a task's weight of its own skill.
-
-    Raises:
-        PeftTypeError: A value has a wrong type.
-        PeftValueError: A value is out of range.
-    """
+    """Check the skills' rank and a task's weight of its own skill."""
     rule = (
         f"`rank`={rank!r} must be an integer of at least 1, or None for the rank that makes all "
         "skills exact."
@@ -217,11 +205,7 @@ def _check_numbers(rank: object, own_weight: object) -> None:
 
 
 def _check_biases(configs: Mapping[str, TargetedConfig]) -> None:
-    """Check that no adapter trains biases of the base model.
-
-    Raises:
-        PeftNotSupportedError: One does.
-    """
+    """Check that no adapter trains biases of the base model."""
     for name, config in configs.items():
         if config.trained_biases != "none":
             raise PeftNotSupportedError(
@@ -266,9 +250,6 @@ def _companions(
 ) -> tuple[dict[str, Tensor], TaskLabels | None]:
     """Return the modules and embedding rows that the new adapter trains in full, by checkpoint key,
     and the labels of a stacked head.
-
-    Raises:
-        PeftValueError: As `convert_to_poly`.
     """
     parts = combined_heads.collect(root, configs)
     if heads == combined_heads.STACK not in configs:
@@ -279,12 +260,7 @@ def _companions(
 def _stacked(
     parts: combined_heads.Parts, tasks: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], TaskLabels]:
-    """Return a linear head with the rows of all heads, and the labels of each task in it.
-
-    Raises:
-        PeftValueError: An adapter has no head, or heads have other parts, which all tasks would
-            share.
-    """
+    """Return a linear head with the rows of all heads, and the labels of each task in it."""
     if not any(parts.values()):
         raise PeftValueError(
             f"`heads`={combined_heads.STACK!r} stacks heads that adapters train beside their "
@@ -307,9 +283,7 @@ def _stacked(
 
 
 def _linear_head(parts: combined_heads.Parts) -> str | None:
-    """Return the path of the linear layer that is all that the adapters train in full; None if they
-    train something else.
-    """
+    """Return the path of the linear layer if each adapter trains that, and only that, in full."""
     first, *others = (set(own) for own in parts.values())
     paths = {key.rpartition(".")[0] for key in first}
     if len(paths) != 1 or any(own != first for own in others):
@@ -322,11 +296,7 @@ def _linear_head(parts: combined_heads.Parts) -> str | None:
 def _low_rank_layers(
     root: nn.Module, name: str, config: TargetedConfig, rank: int | None, task_id: int | str | None
 ) -> list[tuple[str, BaseTunerLayer, LowRank]]:
-    """Return each layer of an adapter with its path and its delta as a low-rank product.
-
-    Raises:
-        PeftError: A layer has none, or Poly does not adapt it; the message has its path.
-    """
+    """Return each layer of an adapter with its path and its delta as a low-rank product."""
     layers = dict(layers_with(root, name))
     check_convertible(layers, name)
     method = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)

@@ -19,10 +19,7 @@ from .task_ids import task_shares
 
 
 def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
-    """Make an adapter with one task and one skill, the mean of an adapter's skills.
-
-    Source: arXiv:2211.03831, section 3.3 (MHR-μ)
-    """
+    """Make an adapter with one task and one skill, the mean of an adapter's skills."""
     weights = {}
     for path, layer in adapter.layers.items():
         A = layer.poly_lora_A[adapter.name]
@@ -63,11 +60,7 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
 
 
 def _blended_weights(adapter: PolyAdapter, shares: Mapping[int, float]) -> dict[str, Tensor]:
-    """Return the sum of some tasks' mixing weights, each times its share, by module path.
-
-    Raises:
-        PeftValueError: A layer routes by input.
-    """
+    """Return the sum of some tasks' mixing weights, each times its share, by module path."""
     routers = adapter.task_routers()
     by_input = [path for path in adapter.layers if path not in routers]
     if by_input:

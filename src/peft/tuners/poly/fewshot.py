@@ -96,10 +96,7 @@ def fit_task(
     lr: float = 0.1,
     init: str | None = None,
 ) -> TaskFit:
-    """Fit a task's routing to a few examples with Adam; keep the rows that gave the least loss.
-
-    Source: arXiv:2211.03831, section 3.3 (MHR-z)
-    """
+    """Fit a task's routing to a few examples with Adam; keep the rows that gave the least loss."""
     begin, number = perf_counter(), one_task(task, adapter.config, "task")
     _check_can_fit(adapter)
     steps, lr = _checked_options(steps, lr, init)
@@ -119,12 +116,7 @@ def fit_task(
 
 
 def _check_can_fit(adapter: PolyAdapter) -> None:
-    """Check that the model runs with an adapter whose routing can train.
-
-    Raises:
-        PeftValueError: The adapter is not active, or adapters are merged.
-        PeftRuntimeError: An engine has sharded the adapter.
-    """
+    """Check that the model runs with an adapter whose routing can train."""
     merged, active = adapter.tuner.merged_adapters, adapter.tuner.active_adapters
     if merged:
         raise PeftValueError(
@@ -157,9 +149,6 @@ def _loss_function(
 
     A task given by name is passed by name: with several active adapters it must be the same task
     in each.
-
-    Raises:
-        PeftTypeError: `loss` is neither a function nor batches.
     """
     if callable(loss):
         function = loss
@@ -186,10 +175,7 @@ def _loss_function(
 def _rows_training(
     adapter: PolyAdapter, routers: Sequence[TaskRouter], task: int
 ) -> Iterator[None]:
-    """Return a context in which only one task's rows train and the model is in evaluation mode.
-
-    An error gives the rows their old values back.
-    """
+    """Context in which one task's rows train, in evaluation mode; an error restores the rows."""
     tuner = adapter.tuner
     parameters = [(p, p.requires_grad) for p in tuner.parameters()]
     modes = [(module, module.training) for module in tuner.modules()]
@@ -244,11 +230,7 @@ def _initialize_rows(
 
 
 def _one_number(value: object, remedy: str = "") -> Tensor:
-    """Return a loss as a tensor `[]`; `remedy` is the message if it is None.
-
-    Raises:
-        PeftTypeError: It is not a tensor of one number.
-    """
+    """Return a loss as a tensor `[]`, checked; `remedy` is the message if it is None."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.reshape(())
     if value is None and remedy:
@@ -263,11 +245,7 @@ def _one_number(value: object, remedy: str = "") -> Tensor:
 
 
 def _checked_options(steps: int, lr: float, init: str | None) -> tuple[int, float]:
-    """Return the number of steps and the learning rate.
-
-    Raises:
-        PeftValueError: A value is not allowed.
-    """
+    """Return the number of steps and the learning rate, checked."""
     steps, lr = plain(steps), plain(lr)
     offences = [
         *at_least("steps", steps, 0),
@@ -289,9 +267,6 @@ def _descend(
 ) -> None:
     """Take steps with Adam on a task's rows, add the losses to `fit`, and leave the rows at the
     least loss; with `keep_last` at the last, since losses of different batches do not compare.
-
-    Raises:
-        PeftValueError: The loss is not finite, or does not depend on the rows.
     """
     optimizer = torch.optim.Adam(rows, lr=lr)
     best, kept = float("inf"), [row.detach().clone() for row in rows]
@@ -329,11 +304,7 @@ def _not_finite(cause: str, task: int, step: int, lr: float) -> PeftValueError:
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> Sequence[Tensor | None]:
-    """Return the gradients of a loss.
-
-    Raises:
-        PeftValueError: The loss does not depend on any of the parameters.
-    """
+    """Return the gradients of a loss, which must depend on one of the parameters."""
     gradients: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

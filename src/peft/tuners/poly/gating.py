@@ -137,8 +137,6 @@ def task_weights(
     Args:
         table: Logits, `[n_tasks, n_splits·n_skills]`.
         task_ids: `[batch]`.
-        n_splits: Number of splits.
-        gating: The options.
         training: Draw and drop gates.
 
     Returns:
@@ -185,7 +183,6 @@ def grow_skills(
         logits: `[n_tasks, n_splits·n_skills]`.
         A: `[n_splits, n_skills, in // n_splits, r]`.
         B: `[n_splits, n_skills, r, out // n_splits]`.
-        extra: Number of skills to add.
         generator: The source of the fractions.
 
     Returns:

@@ -53,22 +53,11 @@ def fits(table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, trainin
 def task_weights(
     table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool
 ) -> Tensor:
-    """Return the mixing weights of each sample's task, in one launch beside that of the draws.
+    """Return the mixing weights of `gating.task_weights` in one launch beside that of the draws,
+    which are those of `gating.gates`.
 
-    The draws are those of `gating.gates`. Gradients are summed in the order of the samples, so they
-    are deterministic.
-
-    Args:
-        table: `[n_tasks, n_splits * n_skills]`.
-        task_ids: `[batch]`; an id out of range gives weights of NaN.
-        n_splits: Number of splits.
-        gating: The options; kernels support `relaxed` only.
-        training: Draw gates if they are relaxed.
-
-    Returns:
-        `[batch, n_splits, n_skills]` in float32.
-
-    Source: arXiv:2202.13914
+    Gradients are summed in the order of the samples, so they are deterministic. An id out of range
+    gives weights of NaN.
     """
     shape = task_ids.shape[0], n_splits, table.shape[1] // n_splits
     draws = None

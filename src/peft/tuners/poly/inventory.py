@@ -63,11 +63,7 @@ def reorder_tasks(adapter: PolyAdapter, order: Sequence[Task]) -> None:
 
 
 def _select_old(adapter: PolyAdapter, tasks: list[int]) -> None:
-    """Keep some tasks, in the given order.
-
-    Raises:
-        PeftValueError: The adapter is merged, and for a task by its present id.
-    """
+    """Keep some tasks, in the given order."""
     if adapter.name in adapter.tuner.merged_adapters:
         raise PeftValueError(
             f"Adapter {adapter.name} is merged for one of its tasks; call `unmerge_adapter` before "
@@ -86,13 +82,9 @@ def _select(
     names: list[str] | None,
     start: Task = "uniform",
 ) -> None:
-    """Change the tasks of every router and of task-specific skills.
-
-    Args:
-        adapter: The adapter.
-        origin: For each task, the number it had; None for a new task.
-        names: The tasks' names.
-        start: Start of new tasks: "mean", "uniform", or the number of a task to copy.
+    """Change the tasks of every router and of task-specific skills. `origin` has the number that
+    each task had, None for a new one; new tasks start as "mean", "uniform", or from the task of
+    number `start`.
     """
     adapter.check_unsharded("change its tasks")
     for router in dict.fromkeys(adapter.task_routers().values()):
@@ -160,11 +152,7 @@ def add_skills(adapter: PolyAdapter, n: int) -> None:
 
 
 def _check_can_grow(adapter: PolyAdapter) -> None:
-    """Check that a skill's weight can be shared between the skill and its clone.
-
-    Raises:
-        PeftNotSupportedError: It can't.
-    """
+    """Check that a skill's weight can be shared between the skill and its clone."""
     config = adapter.config
     required = {
         "straight_through": False,
@@ -182,12 +170,7 @@ def _check_can_grow(adapter: PolyAdapter) -> None:
 
 
 def _new_tasks(config: PolyConfig, tasks: object) -> tuple[int, list[str] | None]:
-    """Return the number of tasks to add, and the names of all tasks afterwards.
-
-    Raises:
-        PeftTypeError: `tasks` is neither a number nor a list of names.
-        PeftValueError: The number is below 1, or names are missing, blank or used twice.
-    """
+    """Return the number of tasks to add, and the names of all tasks afterwards."""
     tasks = plain(tasks)
     if isinstance(tasks, int) and not isinstance(tasks, bool):
         if tasks < 1:
@@ -213,12 +196,7 @@ def _new_tasks(config: PolyConfig, tasks: object) -> tuple[int, list[str] | None
 
 
 def _source(config: PolyConfig, init: object) -> int:
-    """Return the number of the task that new ones start from.
-
-    Raises:
-        PeftTypeError: `init` is neither a task nor a keyword.
-        PeftValueError: There is no such task, or several are named.
-    """
+    """Return the number of the task that new ones start from."""
     names = config.task_names or ()
     if init is None or (isinstance(init, str) and init not in names):
         near = did_you_mean(str(init), [*_STARTS, *names])
@@ -231,12 +209,7 @@ def _source(config: PolyConfig, init: object) -> int:
 
 
 def _logits_of(weights: WeightTable, router: TaskRouter, path: str) -> Tensor:
-    """Return the logits `[n_tasks, n_splits·n_skills]` that give a table of mixing weights.
-
-    Raises:
-        PeftTypeError: The table does not hold real numbers.
-        PeftValueError: Its shape or values are not allowed, or some skills are always on.
-    """
+    """Return the logits `[n_tasks, n_splits·n_skills]` that give a table of mixing weights."""
     logits = router.module_logits
     n_tasks, shape = logits.shape[0], (logits.shape[0], router.n_splits, router.n_skills)
     try:

@@ -93,13 +93,11 @@ class PolyLayer(BaseTunerLayer):
         """Make an adapter's skills and router.
 
         Args:
-            adapter_name: The adapter's name.
             poly_config: Its config, with the patterns resolved for this layer.
             inference_mode: Freeze the adapter.
             placement: Device and dtype, by default the base layer's.
             initialize: Initialize the parameters; False leaves their memory as it is.
             router: The router of another layer, to share.
-            **kwargs: Options for layers of other methods, ignored.
         """
         size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
         placement = self._placement(placement)
@@ -296,10 +294,9 @@ class PolyLayer(BaseTunerLayer):
         )
 
     def _weights(self, adapter_name: str, router: Router, x: Tensor) -> Tensor:
-        """Return the mixing weights for an input `[rows, *leading, in]`.
-
-        They are `[samples, n_splits, n_skills]` if each sample has the same number of consecutive
-        rows, or `[rows, *leading, n_splits, n_skills]` with routing by token.
+        """Return the mixing weights for an input `[rows, *leading, in]`:
+        `[samples, n_splits, n_skills]`, with as many consecutive rows for each sample, or
+        `[rows, *leading, n_splits, n_skills]` with routing by token.
         """
         if isinstance(router, TaskRouter):
             ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
@@ -320,13 +317,7 @@ class PolyLayer(BaseTunerLayer):
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
     def resolve_task(self, adapter_name: str, task_id: object) -> int:
-        """Check a task id and return it, by default that of the only task.
-
-        Raises:
-            PeftNotSupportedError: The adapter routes by input, so its delta is not a matrix.
-            PeftTypeError: The id is not an integer.
-            PeftValueError: There are several tasks and none is given, or the id is out of range.
-        """
+        """Return a task id, checked; None stands for the only task."""
         task_id = plain(task_id)
         if task_id is not None and not is_int(task_id):
             raise PeftTypeError(
@@ -425,10 +416,6 @@ class Linear(PolyLayer):
     """A linear layer (`nn.Linear`, `Conv1D`, quantized) with Poly adapters.
 
     Args:
-        base_layer: The layer to adapt.
-        adapter_name: The first adapter's name.
-        poly_config: Its config.
-        routing: The routing of the model, shared by its layers; None for a layer without a model.
         at: The config with the patterns resolved for this layer; None for `poly_config` itself.
         **options: As for `update_layer`.
     """

@@ -83,7 +83,6 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
         x: `[rows, ..., in]`, in the skills' dtype or under autocast.
         weights: `[batch, n_splits, n_skills]` with `rows` a multiple of `batch`: row `i` belongs to
             sample `i // (rows // batch)`; or `[rows, ..., n_splits, n_skills]` for each token.
-        A, B: The skills.
         scale: Factor on the delta.
 
     Returns:
@@ -189,13 +188,9 @@ def _split_rank_space_chain(
 
 
 def _mix_at_rank(h: Tensor, weights: Tensor, scale: float, tokens: int) -> Tensor:
-    """Return `scale · w (wᵀ h)` for each row, both products of the mixing in rank space.
-
-    Args:
-        h: The skills' results, `[rows, n_splits·n_skills, r]`.
-        weights: `[batch, n_splits, n_skills]`.
-        scale: A factor.
-        tokens: Number of rows of a sample.
+    """Return `scale · w (wᵀ h)` for each row, both products of the mixing in rank space:
+    `h [rows, n_splits·n_skills, r]`, `weights [batch, n_splits, n_skills]`, and `tokens` rows of
+    each sample.
     """
     w = weights.to(h.dtype).flatten(1).unsqueeze(-1)
     if tokens != 1:
@@ -228,8 +223,6 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
         batch: Number of samples with weights of their own.
         tokens: Number of rows of a sample.
         features: `in + out`.
-        n_splits: Number of splits.
-        n_skills: Number of skills.
 
     Source: arXiv:2211.03831, section 3 (the two orders)
     """
@@ -247,7 +240,6 @@ def compact_skills(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tenso
 
     Args:
         weights: `[..., n_splits, n_skills]` with at most `k` nonzero entries in each row.
-        A, B: The skills.
         k: At least 1.
 
     Returns:
@@ -273,7 +265,6 @@ def task_factors(
 
     Args:
         weights: `[n_splits, n_skills]`.
-        A, B: The skills.
         scale: Factor on the returned `B`.
 
     Returns:

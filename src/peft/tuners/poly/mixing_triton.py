@@ -46,21 +46,11 @@ def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
 
 
 def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mix the skills in one launch; backward takes two, one of them to sum the weights' gradients.
+    """Mix the skills, as `mixing.mix`, in one launch; backward takes two, one of them to sum the
+    weights' gradients.
 
-    Sums are in float32 and in a fixed order.
-
-    Args:
-        weights: `[batch, n_splits, n_skills]`.
-        A: `[n_splits, n_skills, in // n_splits, r]`.
-        B: `[n_splits, n_skills, r, out // n_splits]`, of the same dtype.
-        scale: Factor on `B_w`.
-
-    Returns:
-        `A_w [batch, in, r]` and `B_w [batch, r, out]`, contiguous, in the skills' dtype or that of
-        autocast.
-
-    Source: arXiv:2211.03831
+    Sums are in float32 and in a fixed order. The factors are contiguous, in the skills' dtype or
+    that of autocast.
     """
     device = A.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype

@@ -31,9 +31,6 @@ class PolyModel(BaseTuner[PolyConfig]):
     """A model with Poly adapters. Its calls take `task_ids`, one for each sample, unless there is
     one task only or all routing is by input.
 
-    Args:
-        As `BaseTuner`.
-
     Example:
         >>> import torch
         >>> from peft import PolyConfig
@@ -113,9 +110,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         self.poly_routing.detach(self.model)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        """Call the model with the active adapters. If a client has replaced the model's `forward`,
-        as TRL does, the replacement takes `task_ids` too.
-        """
+        """Call the model; a client's own `forward`, for example TRL's, takes `task_ids` too."""
         self.poly_routing.ensure_wrapped(self.model)
         return super().forward(*args, **kwargs)
 
@@ -143,12 +138,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         super().merge_adapter(adapter_names, safe_merge, **options)
 
     def merge_options_of(self, adapter_name: str, options: Mapping[str, object]) -> dict[str, int]:
-        """Return the id of the task to merge; a name is looked up in each adapter.
-
-        Raises:
-            PeftTypeError, PeftValueError: The task is missing or unknown.
-            PeftNotSupportedError: The adapter routes by input.
-        """
+        """Return the id of the task to merge; a name is looked up in each adapter."""
         config, task = self.peft_config[adapter_name], options.get("task_id")
         number: int | None = None
         if task is not None and config.routes_by_task:
@@ -170,13 +160,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         task_id: Task | Shares | None = None,
         **options: object,
     ) -> dict[str, int | dict[int, float]]:
-        """Return the task, or the shares of several, by id.
-
-        Raises:
-            PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: The task is unknown, or missing though there are several, or a share is
-                not a finite number.
-        """
+        """Return the task, or the shares of several, by id."""
         super().conversion_options(config, **options)
         if config.routes_by_input:
             raise PeftNotSupportedError(
@@ -189,12 +173,7 @@ class PolyModel(BaseTuner[PolyConfig]):
 
     @classmethod
     def conversion_tasks(cls, config: PolyConfig, tasks: Tasks | None) -> dict[str, int]:
-        """Return ids of tasks by folder name: the task's name, or "task_0", "task_1", ….
-
-        Raises:
-            PeftNotSupportedError: The adapter routes by input.
-            PeftValueError: A task is unknown, or none is given.
-        """
+        """Return ids of tasks by folder name: the task's name, or "task_0", "task_1", …."""
         cls.conversion_options(config, task_id=0)
         if isinstance(tasks, Iterable) and not isinstance(tasks, (str, Tensor)):
             tasks = list(tasks)

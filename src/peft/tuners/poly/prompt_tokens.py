@@ -47,17 +47,7 @@ class PromptTokens:
         return replace(self, masks=dict(self.masks))
 
     def update(self, arguments: Mapping[str, object], rows: CallRows, is_nested: bool) -> None:
-        """Read the masks from the arguments of a forward.
-
-        Args:
-            arguments: The arguments by name.
-            rows: The numbers of rows and tokens of the forward.
-            is_nested: The forward lies in another call.
-
-        Raises:
-            PeftTypeError: A mask does not tell which tokens are real.
-            PeftNotSupportedError: Several samples are packed into one row.
-        """
+        """Read the masks from a forward's arguments; `is_nested` if it lies in another call."""
         _refuse_packed(arguments, rows)
         labels, attention = arguments.get("labels"), arguments.get("attention_mask")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -106,16 +96,8 @@ class PromptTokens:
             self.masks["main"] = mask
 
     def pool(self, x: Tensor, stream: str, rows: CallRows, owners: RowOwners) -> Tensor:
-        """Return the mean of a layer's input over the prompt tokens, `[samples, in]`.
-
-        Args:
-            x: The input, `[rows, *leading, in]`, or `[tokens, rows, *leading, in]`.
-            stream: "main" or "decoder", as in `RowLayout`.
-            rows: The numbers of rows and tokens of the forward.
-            owners: The owners of the input's rows.
-
-        Raises:
-            PeftValueError: The mask is for another number of tokens than the layer sees.
+        """Return the mean over the prompt tokens, `[samples, in]`, of a layer's input
+        `[rows, *leading, in]` or `[tokens, rows, *leading, in]`.
         """
         if owners.sequence_first:
             x = x.transpose(0, 1)
@@ -161,10 +143,6 @@ def token_mask(mask: object, arguments: Mapping[str, object]) -> Tensor | None:
               attention is allowed, or floating-point numbers to add to the scores;
             - a mapping of such masks, each for some of the layers;
             - None.
-        arguments: The arguments of the call.
-
-    Raises:
-        PeftTypeError: The mask is none of these.
     """
     if isinstance(mask, Mapping):
         masks = [token_mask(entry, arguments) for entry in mask.values()]

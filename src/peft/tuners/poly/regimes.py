@@ -96,11 +96,7 @@ def begin_regime(
 
 
 def _regime_named(name: str) -> Regime:
-    """Return the regime of a name; "μ" may stand for "mu".
-
-    Raises:
-        PeftValueError: There is no such regime.
-    """
+    """Return the regime of a name; "μ" may stand for "mu"."""
     spelled = name.replace("μ", "mu").replace("µ", "mu") if isinstance(name, str) else name
     if not isinstance(spelled, str) or spelled not in REGIMES:
         raise PeftValueError(" ".join(choice("regime", name, REGIMES)))

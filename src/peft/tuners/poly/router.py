@@ -28,8 +28,6 @@ class Router(nn.Module):
     """Base class of routers: logits for each split and skill become mixing weights.
 
     Args:
-        n_splits: Number of splits.
-        n_skills: Number of skills.
         gating: Options of the mixing weights; by default a relaxed Bernoulli draw for each sample
             in training, and the sigmoid in evaluation.
 
@@ -55,9 +53,6 @@ class TaskRouter(Router, TaskTable):
     """Routing by task: a table of logits, of which single rows can be trained.
 
     Args:
-        n_tasks: Number of tasks.
-        n_splits, n_skills, gating: As for `Router`.
-        placement: Device and dtype.
         fixed: Start with equal weights and do not train the table.
 
     Attributes:
@@ -96,12 +91,7 @@ class TaskRouter(Router, TaskTable):
 
         Args:
             task_ids: `[batch]`, or another form that a call of the model accepts, except names.
-            input_ids: The layer's input, not used.
             checked: `task_ids` is a tensor `[batch]` of valid ids.
-
-        Raises:
-            PeftTypeError: The task ids are not integers.
-            PeftValueError: They are missing though there are several tasks, or out of range.
         """
         if not checked or not isinstance(task_ids, Tensor):
             task_ids = as_task_ids(task_ids, [self], None, self.module_logits.device)
@@ -138,11 +128,6 @@ class TaskRouter(Router, TaskTable):
 class InputRouter(Router):
     """Routing by input: logits are a linear map of the layer's input.
 
-    Args:
-        in_features: Size of the input.
-        n_splits, n_skills, gating: As for `Router`.
-        placement: Device and dtype.
-
     Attributes:
         weight: `[n_splits·n_skills, in]`, initially uniform between −1e−3 and 1e−3.
 
@@ -174,14 +159,10 @@ class InputRouter(Router):
         """Return the mixing weights of each sample, `[batch, n_splits, n_skills]`.
 
         Args:
-            task_ids: Task ids, not used.
             input_ids: The layer's input, `[batch, in]`; or `[batch, *leading, in]`, whose mean over
                 `leading` is routed.
             pooled: Route each entry of `leading` by itself: the result is
                 `[batch, *leading, n_splits, n_skills]` then.
-
-        Raises:
-            PeftTypeError: `input_ids` is missing.
         """
         if input_ids is None:
             raise PeftTypeError(
@@ -200,9 +181,6 @@ class InputRouter(Router):
 class SharedRouter(nn.Module):
     """Placeholder in a layer that uses the router of another layer, where alone its parameters are
     registered.
-
-    Args:
-        router: The other layer's router.
     """
 
     def __init__(self, router: Router) -> None:

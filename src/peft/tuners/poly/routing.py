@@ -94,9 +94,6 @@ class RoutedCall:
 class Routing:
     """The routing of one model's Poly adapters, shared by its layers.
 
-    Args:
-        model: The base model.
-
     Attributes:
         configs: Config of each Poly adapter, by name.
         layer: One of the layers, to read which adapters are active; None without adapters.
@@ -184,11 +181,7 @@ class Routing:
         return self.forward(method) if _has_own(method) else method.run()
 
     def generate(self, method: MethodCall) -> object:
-        """Run `generate` as a call.
-
-        Raises:
-            PeftNotSupportedError: Routing by input cannot see the full prompt at once.
-        """
+        """Run `generate` as a call."""
         model, arguments, has_own = method.module, method.arguments(), _has_own(method)
         outer = self._enclosing(model)
         if self.layer is None or not (outer is None or outer.prompt_weights is None or has_own):
@@ -219,12 +212,8 @@ class Routing:
         return self.stack.during(self._new_call(None, arguments, rows))
 
     def subset(self, samples: list[int], owner: Tensor | None) -> AbstractContextManager[object]:
-        """Return a context in which the current call has only some of its samples.
-
-        Args:
-            samples: Their indices.
-            owner: The sample of each row of the layer's input; None if each sample has the same
-                number of consecutive rows.
+        """Return a context in which the current call has only the samples of some indices. `owner`
+        is the sample of each row of the layer's input; None if each has as many consecutive rows.
         """
         call = self.stack.current
         if call is None:
@@ -243,11 +232,8 @@ class Routing:
         return self.stack.during(RoutedCall(rows, prompt, ids, call.prompt_weights))
 
     def padded(self, mask: Tensor, stream: str) -> AbstractContextManager[object]:
-        """Return a context in which a layer's samples are padded.
-
-        Args:
-            mask: `[rows, tokens]`, true at real tokens.
-            stream: "main" or "decoder", as in `RowLayout`.
+        """Return a context in which samples of a stream are padded: `mask [rows, tokens]` is true
+        at real tokens.
         """
         call = self.stack.current or RoutedCall(CallRows(None), PromptTokens())
         prompt = call.prompt.copy()
@@ -274,16 +260,7 @@ class Routing:
         }
 
     def tasks(self, x: Tensor, layer: BaseTunerLayer, n_tasks: int) -> TaskRows:
-        """Return the tasks of the rows of a layer's input.
-
-        Args:
-            x: The input, `[rows, *leading, in]`.
-            layer: The layer.
-            n_tasks: Number of tasks of the adapter.
-
-        Raises:
-            PeftValueError: The call has no task ids, or the sample of a row is unknown.
-        """
+        """Return the tasks of the rows of a layer's input `[rows, *leading, in]`."""
         call = self.stack.current
         if call is None or call.task_ids is None:
             if n_tasks == 1:
@@ -306,17 +283,8 @@ class Routing:
     def weights_by_input(
         self, x: Tensor, layer: BaseTunerLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return the mixing weights of the rows of a layer's input, routed by their prompts.
-
-        Args:
-            x: The input, `[rows, *leading, in]`.
-            layer: The layer.
-            adapter_name: The adapter.
-            weigh: Returns mixing weights `[samples, …]` for prompts `[samples, in]`.
-
-        Raises:
-            PeftValueError: The sample of a row is unknown, or the mask is for another number of
-                tokens than the layer sees.
+        """Return the mixing weights of the rows of a layer's input `[rows, *leading, in]`, routed
+        by their prompts. `weigh` returns weights `[samples, …]` for prompts `[samples, in]`.
         """
         call = self.stack.current
         if call is None:
@@ -350,12 +318,7 @@ class Routing:
     def _new_call(
         self, model: nn.Module | None, arguments: Mapping[str, object], rows: CallRows
     ) -> RoutedCall:
-        """Return a call with its task ids checked.
-
-        Raises:
-            PeftTypeError: The task ids have a wrong type.
-            PeftValueError: The task ids are missing, too many or too few, or out of range.
-        """
+        """Return a call with its task ids checked."""
         call = RoutedCall(rows, PromptTokens(self.is_causal, self.is_encoder_decoder))
         if self.layer is None or self.layer.disable_adapters:
             return call
@@ -411,9 +374,7 @@ class Routing:
     def _ids_by_adapter(
         self, task_ids: object, batch: AdapterBatch, device: torch.device, misnamed: str | None
     ) -> Tensor | None:
-        """Return the task ids of samples that each have an adapter; 0 if the adapter does not route
-        by task.
-        """
+        """Return task ids where each sample has an adapter; 0 if that does not route by task."""
         if not self._by_task(batch.samples):
             return None
         each: Tensor | list[object] | tuple[object, ...] | None = None
@@ -486,11 +447,7 @@ def _has_own(method: MethodCall) -> bool:
 def _owners_by_input(
     x: Tensor, layer: BaseTunerLayer, rows: CallRows, samples: int | None
 ) -> RowOwners:
-    """Return the owners of the rows of a layer's input, where each row of the forward is routed.
-
-    Raises:
-        PeftValueError: They are unknown, or differ in their numbers of rows.
-    """
+    """Return the owners of the rows of a layer's input, where each row of the forward is routed."""
     owners = rows.owners(x, layer.layout)
     mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, samples)
     if (owners is None and mixes and rows.samples != 1) or (

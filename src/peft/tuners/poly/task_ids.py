@@ -47,16 +47,7 @@ def as_task_ids(
     Args:
         task_ids: A tensor `[samples]`, `[samples, 1]`, `[1]` or `[]` of integers; a list; one
             integer; or names.
-        adapters: The adapters' configs.
-        samples: Number of samples, if known.
-        device: The device of the model's inputs.
-        argument: The name of the argument, for messages.
         misnamed: Another argument of the call that was probably meant to be the task ids.
-
-    Raises:
-        PeftTypeError: The ids have a wrong type.
-        PeftValueError: None is given though there are several tasks; there are too many or too few;
-            a name is unknown, or has another id in another adapter; or an id is out of range.
     """
     n_tasks = min(adapter.n_tasks for adapter in adapters)
     if task_ids is None:
@@ -96,12 +87,7 @@ def as_task_ids(
 
 
 def some_tasks(tasks: object, adapter: HasTasks, argument: str = "tasks") -> list[int]:
-    """Return the ids of one or several tasks, each given by id or name.
-
-    Raises:
-        PeftTypeError: A task is neither a number nor a name.
-        PeftValueError: A task is unknown, or none is given.
-    """
+    """Return the ids of one or several tasks, each given by id or name."""
     each, cpu = tasks if isinstance(tasks, (list, tuple)) else [tasks], torch.device("cpu")
     numbers = [
         i for task in each for i in as_task_ids(task, [adapter], None, cpu, argument).tolist()
@@ -112,12 +98,7 @@ def some_tasks(tasks: object, adapter: HasTasks, argument: str = "tasks") -> lis
 
 
 def one_task(task: object, adapter: HasTasks, argument: str = "task_id") -> int:
-    """Return the id of a task given by id or name.
-
-    Raises:
-        PeftTypeError: The task is neither a number nor a name.
-        PeftValueError: The task is unknown, or several are given.
-    """
+    """Return the id of a task given by id or name."""
     first, *more = some_tasks(task, adapter, argument)
     if more:
         raise PeftValueError(f"`{argument}`={task!r} names {len(more) + 1} tasks; pass one.")
@@ -129,10 +110,6 @@ def task_shares(
 ) -> dict[int, float]:
     """Return the share of each task in a blend, by id; a task given by id and by name has the sum
     of both shares.
-
-    Raises:
-        PeftTypeError: A task is neither a number nor a name.
-        PeftValueError: A task is unknown, none is given, or a share is not a finite number.
     """
     if not shares:
         raise PeftValueError(
@@ -165,9 +142,7 @@ def name_offences(names: Sequence[str]) -> Iterator[str]:
 
 
 def has_values(ids: Tensor) -> bool:
-    """Return whether values can be read; in `vmap`, `FakeTensorMode` and on the meta device there
-    are none.
-    """
+    """Return whether values can be read: not in `vmap`, `FakeTensorMode` or on the meta device."""
     if ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
         return False
     fakes = sys.modules.get("torch._subclasses.fake_tensor")

@@ -26,12 +26,6 @@ class _Factor(TaskTable):
 class TaskSkills(nn.Module):
     """Task-specific skills of one layer, `x·A_t·B_t` of rank `r_t`.
 
-    Args:
-        n_tasks: Number of tasks.
-        in_features, out_features: Sizes of the layer.
-        r: Rank `r_t`.
-        placement: Device and dtype.
-
     Attributes:
         A: `[n_tasks, in, r_t]`.
         B: `[n_tasks, r_t, out]`.
@@ -72,13 +66,7 @@ class TaskSkills(nn.Module):
         return self.A.values.shape[2]
 
     def forward(self, x: Tensor, tasks: TaskRows, scale: float) -> Tensor:
-        """Return `scale · x·A_t·B_t`.
-
-        Args:
-            x: `[rows, …, in]`.
-            tasks: The call's task ids and their rows.
-            scale: A factor on the result.
-        """
+        """Return `scale · x·A_t·B_t` for an input `[rows, …, in]`."""
         ids, owners = tasks
         A, B = self.A.table(), self.B.table()
         task_ids = owners.expand(ids, x)
@@ -109,12 +97,9 @@ class TaskSkills(nn.Module):
         }
 
     def select(self, origin: Sequence[int | None], start: int | str = "uniform") -> None:
-        """Replace the tasks.
-
-        Args:
-            origin: For each task, the number it had; None for a new task.
-            start: A task: new tasks start from its skill. "mean" or "uniform": their skills have
-                no effect yet.
+        """Replace the tasks: `origin` has the number that each had, None for a new one. New tasks
+        start from the skill of the task `start`; with "mean" or "uniform" theirs have no effect
+        yet.
         """
         source = start if isinstance(start, int) else 0
         index = torch.tensor([source if task is None else task for task in origin])

@@ -75,22 +75,14 @@ class TaskTable(nn.Module):
         return [task for start, stop in self.runs for task in range(start, stop)]
 
     def check_can_open(self) -> None:
-        """Check that rows can be trained separately.
-
-        Raises:
-            PeftRuntimeError: An engine has sharded the table.
-        """
+        """Check that rows can be trained separately."""
         if is_managed(self.closed_table):
             raise PeftRuntimeError(
                 "An engine has sharded the adapter; choose what trains before the model is sharded."
             )
 
     def open_rows(self, tasks: Collection[int]) -> None:
-        """Train the rows of some tasks and freeze the others.
-
-        Raises:
-            PeftRuntimeError: An engine has sharded the table.
-        """
+        """Train the rows of some tasks and freeze the others."""
         self.check_can_open()
         self.close_rows()
         values = self.closed_table
@@ -108,11 +100,8 @@ class TaskTable(nn.Module):
         self.rows, self.runs = _Rows(), []
 
     def replace(self, values: Tensor, origin: Sequence[int | None]) -> None:
-        """Replace the parameter by one with other tasks; rows that train stay so.
-
-        Args:
-            values: `[n_tasks, …]`.
-            origin: For each new row, the number of the old row it is; None for a new task.
+        """Replace the parameter by `values [n_tasks, …]`; rows that train stay so. `origin` has the
+        number of the old row that each row is, None for a new task.
         """
         opened, trains = set(self.opened), self.closed_table.requires_grad
         self.close_rows()

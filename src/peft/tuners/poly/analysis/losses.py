@@ -21,9 +21,6 @@ def recorded_routing(model: nn.Module) -> Iterator[dict[Router, list[Tensor]]]:
 
     The weights of routing by input exist only in a forward, so `routing_loss` needs this record.
 
-    Args:
-        model: A model with Poly adapters.
-
     Yields:
         Weights `[..., n_splits, n_skills]` by router, a tensor for each call of the router.
     """

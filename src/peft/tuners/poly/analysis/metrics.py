@@ -21,9 +21,6 @@ def discreteness(gates: Tensor) -> Tensor:
 
     It is 0 if all gates are 0 or 1, and 1 if all are a half.
 
-    Args:
-        gates: In [0, 1], of any shape.
-
     Example:
         >>> discreteness(torch.tensor([0.0, 0.5, 1.0, 0.5]))
         tensor(0.5000)
@@ -54,9 +51,6 @@ def entropy(weights: Tensor) -> Tensor:
     """Return the entropy of weights over the skills, `−Σ_s w_s·log w_s / log n_skills`.
 
     It is 0 for one skill, and 1 if all have the same weight.
-
-    Args:
-        weights: `[..., n_skills]`, each row's sum one.
 
     Returns:
         `[...]`; zeros if there is one skill.

@@ -28,7 +28,6 @@ def plot_routing(
     """Draw the weights of tasks in all layers, without the global state of `pyplot`.
 
     Args:
-        tasks: Names of the tasks.
         weights: `[n_tasks, n_skills]` by layer.
         usage: Each skill's share of use, `[n_skills]`, by layer.
         order: The tasks by id, as the rows from top to bottom.

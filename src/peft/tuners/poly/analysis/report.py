@@ -173,9 +173,6 @@ class RoutingReport:
 
         Args:
             path: A file for the figure, its suffix says the format; None saves nothing.
-
-        Returns:
-            The figure.
         """
         figure = plot_routing(
             self.tasks,
@@ -226,11 +223,7 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
 
 
 def poly_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    """Return the name of a Poly adapter: the given one, "default", or the only active one.
-
-    Raises:
-        PeftValueError: There is no such adapter, or the choice is ambiguous.
-    """
+    """Return the name of a Poly adapter: the given one, "default", or the only active one."""
     return adapter_of(model, adapter_name, PolyLayer, " of Poly")
 
 
@@ -249,11 +242,7 @@ def adapter_routers(model: nn.Module, adapter_name: str) -> dict[Router, str]:
 
 
 def task_routers(model: nn.Module, adapter_name: str) -> dict[str, TaskRouter]:
-    """Return an adapter's routers by task, by module path; one that layers share comes once.
-
-    Raises:
-        PeftValueError: No layer routes by task.
-    """
+    """Return an adapter's routers by task, by module path; one that layers share comes once."""
     every = adapter_routers(model, adapter_name)
     routers = {path: router for router, path in every.items() if isinstance(router, TaskRouter)}
     if not routers:
@@ -288,14 +277,8 @@ def mean_measures(layers: Mapping[str, LayerMeasures]) -> dict[str, float]:
 
 
 def cluster_tasks(similarity: Tensor) -> tuple[list[TaskMerge], list[int]]:
-    """Cluster tasks by average linkage, with scipy.
-
-    Args:
-        similarity: `[n, n]`, symmetric; distances are `1 − similarity`.
-
-    Returns:
-        The tree's merges, and its leaves from left to right. Without scipy no merges, and the tasks
-        by id.
+    """Return the merges of tasks by average linkage, with scipy and distances `1 − similarity`, and
+    the tree's leaves from left to right. Without scipy no merges, and the tasks by id.
 
     Source: Sokal & Michener (1958), the unweighted pair-group method
     """

@@ -17,16 +17,7 @@ from ....core.layer import BaseTunerLayer
 
 
 def check_unadapted(model: nn.Module, task: str) -> None:
-    """Check that an argument is a model without adapters.
-
-    Args:
-        model: The model.
-        task: The task to merge, for the message.
-
-    Raises:
-        PeftTypeError: It is not a model.
-        PeftValueError: It has adapters.
-    """
+    """Check that `model` is a model without adapters; the message names `task`."""
     if not isinstance(model, nn.Module):
         raise PeftTypeError(f"`model` must be a model, not {type(model).__name__}.")
     for path, layer in model.named_modules():
@@ -38,11 +29,7 @@ def check_unadapted(model: nn.Module, task: str) -> None:
 
 
 def find_head(model: nn.Module, outputs: int) -> str:
-    """Return the path of the only linear layer in a classification head with so many outputs.
-
-    Raises:
-        PeftValueError: There is none, or there are several.
-    """
+    """Return the path of the only linear layer in a classification head with so many outputs."""
     found = [
         path
         for path, layer in model.named_modules()
@@ -59,11 +46,7 @@ def find_head(model: nn.Module, outputs: int) -> str:
 
 
 def linear_at(model: nn.Module, path: str, outputs: int) -> nn.Linear:
-    """Return the linear layer at a path.
-
-    Raises:
-        PeftValueError: The layer is not linear or has another number of outputs.
-    """
+    """Return the linear layer at a path, which must have so many outputs."""
     modules = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name}
     layer = modules.get(path)
     if layer is None:
@@ -78,15 +61,7 @@ def linear_at(model: nn.Module, path: str, outputs: int) -> nn.Linear:
 
 @torch.no_grad()
 def narrow(model: nn.Module, path: str, head: nn.Linear, rows: slice, names: Sequence[str]) -> None:
-    """Replace a head by some of its rows, and name the labels in the model's config.
-
-    Args:
-        model: The model.
-        path: The head's path.
-        head: The head.
-        rows: The rows to keep.
-        names: Names of their labels.
-    """
+    """Replace a head by some of its rows, and name the labels in the model's config."""
     place = {"device": head.weight.device, "dtype": head.weight.dtype}
     new = nn.Linear(head.in_features, len(names), head.bias is not None, **place)
     new.weight.copy_(head.weight[rows])

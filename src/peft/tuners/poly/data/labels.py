@@ -112,11 +112,7 @@ class TaskLabels:
         return self._starts[name] + number
 
     def _task(self, task: object) -> str:
-        """Return a task's name.
-
-        Raises:
-            PeftValueError: There is no such task.
-        """
+        """Return the name of a task, given by number or name."""
         number = None if isinstance(task, bool) else _integer(task)
         if isinstance(task, str) and task in self.names:
             return task
@@ -146,11 +142,7 @@ class TaskLabels:
         )
 
     def _check_range(self, labels: Tensor) -> None:
-        """Check that labels are numbers in the head, or −100.
-
-        Raises:
-            PeftValueError: A label is out of range.
-        """
+        """Check that labels are numbers in the head, or −100."""
         wrong = ((labels < 0) & (labels != -100)) | (labels >= self.total)
         if wrong.any():
             raise PeftValueError(
@@ -246,12 +238,7 @@ class TaskLabels:
         return total / num_items_in_batch
 
     def _logits(self, values: object) -> Tensor:
-        """Return logits as a tensor of real numbers `[batch, ..., total]`.
-
-        Raises:
-            PeftTypeError: They are not real numbers.
-            PeftValueError: They have a wrong shape.
-        """
+        """Return logits as a tensor of real numbers `[batch, ..., total]`."""
         try:
             logits = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError):
@@ -303,11 +290,7 @@ class TaskLabels:
         return model
 
     def _numbers(self, tasks: object, batch: int) -> Tensor:
-        """Return the numbers of tasks, `[batch]` or `[1]`.
-
-        Raises:
-            PeftValueError: A task is unknown, or the number of tasks is not that of samples.
-        """
+        """Return the numbers of tasks, `[batch]` or `[1]`."""
         if hasattr(tasks, "tolist"):
             tasks = (tasks.reshape(-1) if hasattr(tasks, "reshape") else tasks).tolist()
         each: Sequence[object] = tasks if isinstance(tasks, (list, tuple, range)) else [tasks]
@@ -331,11 +314,7 @@ def _integer(value: object) -> int | None:
 
 
 def _integers(name: str, values: object) -> Tensor:
-    """Return a tensor of integers as `int64`.
-
-    Raises:
-        PeftTypeError: `values` is not a tensor of integers.
-    """
+    """Return a tensor of integers as `int64`."""
     if (
         not isinstance(values, Tensor)
         or values.is_floating_point()
@@ -350,11 +329,7 @@ def _integers(name: str, values: object) -> Tensor:
 
 
 def _logits_of(outputs: Any) -> Tensor:
-    """Return the logits of a model's output.
-
-    Raises:
-        PeftTypeError: There are none.
-    """
+    """Return the logits of a model's output."""
     logits = outputs
     if not isinstance(outputs, Tensor):
         try:
@@ -370,12 +345,7 @@ def _logits_of(outputs: Any) -> Tensor:
 
 
 def _names(task: str, labels: object) -> list[str]:
-    """Return the names of a task's labels.
-
-    Raises:
-        PeftTypeError: `labels` is neither their number nor a list of names.
-        PeftValueError: There are none, or two of the same name.
-    """
+    """Return the names of a task's labels, given their number or names."""
     count = None if isinstance(labels, bool) else _integer(labels)
     if count is not None:
         names = [str(i) for i in range(count)]

@@ -69,11 +69,7 @@ def metrics_by_task(
 
 
 def _name(task: int, names: Sequence[str] | None) -> str:
-    """Return the ending of a task's metrics.
-
-    Raises:
-        PeftValueError: `names` has no name for it.
-    """
+    """Return the ending of a task's metrics."""
     if names and not 0 <= task < len(names):
         raise PeftValueError(
             f"`names` has no name for task {task}; it has {len(names)}, for the tasks from 0."
