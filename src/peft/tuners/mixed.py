@@ -27,9 +27,6 @@ class MixedModel(AdaptedModel[TargetedConfig]):
     model's configs. The state that does not depend on a method is kept here: which adapters there
     are, and which are active.
 
-    Args:
-        As `AdaptedModel`.
-
     Example:
         >>> import torch
         >>> from peft import LoKrConfig, VBLoRAConfig
@@ -50,12 +47,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
 
     @classmethod
     def of(cls, model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> MixedModel:
-        """Return a tuner of the adapters that were injected into a model.
-
-        Args:
-            model: The model.
-            layer_cls: Class of the layers that the tuner looks at.
-        """
+        """Return a tuner of the adapters that were injected into a model, in layers of a class."""
         tuner = cls(model, None, shared_root=model)
         tuner.peft_config = getattr(model, "peft_config", {})
         for config in tuner.peft_config.values():
@@ -70,12 +62,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
         return self._methods.values()
 
     def method_of(self, config: PeftConfig) -> BaseTuner:
-        """Return the tuner of a config's method.
-
-        Raises:
-            PeftTypeError: Not a config.
-            PeftValueError: The method is unknown, or can't share a model.
-        """
+        """Return the tuner of a config's method; refuse methods that can't share a model."""
         check_config(config)
         peft_type = config.peft_type
         if peft_type not in self._methods:

@@ -34,12 +34,6 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoHaLayer"]
 class LoHaLayer(LycorisLayer):
     """A layer with LoHa adapters, `ΔW = (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)`.
 
-    Args:
-        base_layer: The layer to adapt.
-        adapter_name: The first adapter's name.
-        config: Its config.
-        **options: As for `update_layer`.
-
     Attributes:
         hada_w1_a, hada_w2_a: `[out, r]` by adapter name; in Tucker's form `[r, out]`.
         hada_w1_b, hada_w2_b: `[r, in·∏kernel]`; in Tucker's form `[r, in]`.
@@ -70,16 +64,7 @@ class LoHaLayer(LycorisLayer):
         placement: Placement | None = None,
         initialize: bool = True,
     ) -> None:
-        """Make an adapter's factors.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its config.
-            r: Rank, by default the config's.
-            alpha: Alpha, by default the config's.
-            placement: Device and dtype, by default the base layer's.
-            initialize: False leaves the memory as it is.
-        """
+        """Make an adapter's factors. What is not given is the config's or the base layer's."""
         self.set_hyperparameters(
             adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
         )
@@ -99,9 +84,7 @@ class LoHaLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw the factors again: `kaiming_uniform_(a=√5)`, and `w2_b` zero so that the adapter
-        starts without effect.
-        """
+        """Draw the factors, `kaiming_uniform_(a=√5)`, with `w2_b` zero: no effect at the start."""
         for name, factor in self.factors(adapter_name)._asdict().items():
             if factor is not None:
                 nn.init.zeros_(

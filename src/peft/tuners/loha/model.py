@@ -21,9 +21,6 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
     """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
     layer.
 
-    Args:
-        As `BaseTuner`.
-
     Example:
         >>> import torch
         >>> from peft import LoHaConfig

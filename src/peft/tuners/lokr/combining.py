@@ -24,17 +24,7 @@ _SPLIT = (
 def combine(
     configs: Mapping[str, LoKrConfig], layers: Mapping[str, LoKrLayer], request: Combination
 ) -> Combined:
-    """Return the config and tensors of the combined adapter. `W2` is full or has the rank
-    `svd_rank`, as the config's rule says.
-
-    Args:
-        configs: The model's configs by adapter name.
-        layers: The layers that have any of the adapters, by module path.
-        request: Names and weights of the adapters.
-
-    Raises:
-        PeftValueError: The adapters split layers differently, or a delta is another kind of matrix.
-    """
+    """Return the combination; `W2` is full or has the rank `svd_rank`, by the config's rule."""
     check_same(configs, request, *_SPLIT)
     _check_products(configs, request)
     r = request.svd_rank or max(
@@ -86,11 +76,7 @@ def combine(
 
 
 def _check_products(configs: Mapping[str, LoKrConfig], request: Combination) -> None:
-    """Check that each adapter's delta is one Kronecker product in every layer, split by a rule.
-
-    Raises:
-        PeftValueError: An option of an adapter makes it another one.
-    """
+    """Check that each adapter's delta is one Kronecker product in every layer, split by a rule."""
     for name in request.adapters:
         for field in ("weight_decompose", "tensor_shapes", "row_offsets"):
             if getattr(configs[name], field):

@@ -179,9 +179,7 @@ class LoKrConfig(LycorisConfig):
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return a file's fields. Other writers allow `layers_to_transform` alone, which counts in
-        any list.
-        """
+        """Return a file's fields. Other writers allow `layers_to_transform` alone, for any list."""
         is_alone = is_empty(content.get("layers_pattern"))
         if is_alone and not is_empty(content.get("layers_to_transform")):
             return {**content, "layers_pattern": r"[^.]+"}
@@ -192,8 +190,6 @@ class LayerOptions(NamedTuple):
     """Options of one LoKr layer.
 
     Attributes:
-        r: Rank.
-        alpha: The delta is scaled by `alpha / r`.
         factor: `decompose_factor`, or the size `(a, b)` of `W1`.
         shapes: Shapes of all factors, None if they follow from the other options.
         row_offset: First row of the product that is the layer's, None if all rows are.
@@ -224,11 +220,6 @@ def layer_options(config: LoKrConfig, path: str, size: Geometry | None) -> Layer
     """Return the options of a layer: from the config's patterns, else from its fields for
     convolutions with a kernel, else from its fields for all layers.
 
-    Args:
-        config: The adapter's config.
-        path: The layer's path in the model.
-        size: The layer's size, None if it is unknown.
-
     Example:
         >>> config = LoKrConfig(r=8, conv_r=4, rank_pattern={"mid.conv": 2})
         >>> conv = Geometry(64, 64, (3, 3))
@@ -253,14 +244,7 @@ def layer_options(config: LoKrConfig, path: str, size: Geometry | None) -> Layer
 def shapes_by_rule(
     config: LoKrConfig, size: Geometry, r: int, factor: int | Sequence[int] | None = None
 ) -> Shapes:
-    """Return the shapes of a layer's factors by the config's rules, without its `tensor_shapes`.
-
-    Args:
-        config: The adapter's config.
-        size: The layer's size.
-        r: The layer's rank.
-        factor: `LayerOptions.factor`, by default the config's `decompose_factor`.
-    """
+    """Return the shapes of a layer's factors by the config's rules, without its `tensor_shapes`."""
     return factor_shapes(
         size.out_features,
         size.in_features,

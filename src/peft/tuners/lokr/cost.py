@@ -13,13 +13,8 @@ from .shapes import Shapes, sides
 
 
 def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: int = 1) -> int:
-    """Return the multiplications per output position in the cheapest order.
-
-    Args:
-        shapes: Shapes of the factors.
-        size: Sizes of the layer.
-        groups: Groups of a convolution.
-        positions: Input positions per output position, `prod(stride)`.
+    """Return the multiplications per output position in the cheapest order, with `positions` input
+    positions (`prod(stride)`) for each.
 
     Example:
         >>> shapes = {"w1": (4, 4), "w2_a": (1024, 8), "w2_b": (8, 1024)}
@@ -71,15 +66,8 @@ def cost(
     groups: int = 1,
     positions: int = 1,
 ) -> AdapterCost:
-    """Return the cost of an adapter, with remarks on its config.
-
-    Args:
-        shapes: Shapes of the factors.
-        size: Sizes of the layer.
-        r: `r` of the config.
-        by_rule: Returns the shapes for a `decompose_factor`; None if the shapes do not follow from
-            it, or `full_matrix` is set.
-        groups, positions: As for `multiplications`.
+    """Return the cost of an adapter, with remarks on its config. `by_rule` returns the shapes for a
+    `decompose_factor`; None if they do not follow from it, or `full_matrix` is set.
     """
     remarks = []
     (a, b), (c, d) = sides(shapes, math.prod(size.kernel_size))

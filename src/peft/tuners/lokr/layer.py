@@ -43,12 +43,6 @@ class LoKrLayer(LycorisLayer):
     """A layer with LoKr adapters, `ΔW = (alpha / r) · (W1 ⊗ W2)`, or decomposed,
     `W' = m ⊙ (W + ΔW) / ‖W + ΔW‖`.
 
-    Args:
-        base_layer: The layer to adapt.
-        adapter_name: The first adapter's name.
-        config: Its config.
-        **options: As for `update_layer`.
-
     Attributes:
         lokr_w1: `[a, b]`; if low rank `lokr_w1_a [a, r]`, `lokr_w1_b [r, b]`.
         lokr_w2: `[c, d, *kernel]`; if low rank `lokr_w2_a [c, r]`, `lokr_w2_b [r, d·∏kernel]`;
@@ -99,18 +93,8 @@ class LoKrLayer(LycorisLayer):
         shapes: Shapes | None = None,
         row_offset: int | None = None,
     ) -> None:
-        """Make an adapter's factors.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its config.
-            r: Rank, by default the config's.
-            alpha: Alpha, by default the config's.
-            placement: Device and dtype, by default the base layer's.
-            initialize: False leaves the memory as it is.
-            factor: `decompose_factor`, by default the config's.
-            shapes: Shapes of the factors by name, by default as the config's rules have them.
-            row_offset: The layer's first row in a product for fused layers.
+        """Make an adapter's factors. What is not given is the config's or follows from it; `shapes`
+        are by name, `row_offset` is the layer's first row in a product for fused layers.
         """
         self.full_matrix[adapter_name], self.use_rslora[adapter_name] = (
             config.full_matrix,
@@ -153,9 +137,7 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors again: `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero,
-        so that the adapter starts without effect.
-        """
+        """Draw the factors, `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero."""
         scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
         if init_weights and not scalar:
@@ -169,18 +151,14 @@ class LoKrLayer(LycorisLayer):
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
     def base_scaling(self, adapter_name: str) -> float:
-        """Return `alpha / r`, or `alpha / √r` with `use_rslora`; 1 with `full_matrix`, which has no
-        rank.
-        """
+        """Return `alpha / r`, `alpha / √r` with `use_rslora`, 1 with `full_matrix` (no rank)."""
         if self.full_matrix[adapter_name]:
             return 1.0
         r = self.r[adapter_name]
         return self.alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
 
     def scale(self, adapter_name: str, scaling: float | Tensor | None = None) -> float | Tensor:
-        """Return the factor on the product: `scaling`, by default the adapter's, times the trained
-        scalar.
-        """
+        """Return `scaling`, by default the adapter's, times the trained scalar."""
         scaling = self.scaling[adapter_name] if scaling is None else scaling
         scalars = self._modules["lokr_scalar"]
         return scaling * scalars(adapter_name).view(()) if adapter_name in scalars else scaling
@@ -191,9 +169,7 @@ class LoKrLayer(LycorisLayer):
         return KroneckerFactors(*read_optional(adapter_name, [modules[name] for name in _FACTORS]))
 
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
-        """Return ΔW as a function of its factors. For a decomposed adapter it is the delta before
-        the norms apply.
-        """
+        """Return ΔW, before the norms of DoRA apply, as a function of its factors."""
         factors, scale = self.factors(adapter_name), self.scale(adapter_name)
         flat, rows = self.flat_layout[adapter_name], self.out_features
         first = self.row_offset[adapter_name]
@@ -316,11 +292,7 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:
-        """Scale all factors alike so that the Frobenius norm `‖ΔW‖` is at most `largest`.
-
-        Returns:
-            The norm afterwards, and whether it was larger.
-        """
+        """Scale factors to `‖ΔW‖ <= largest`; return the new norm, and whether it was larger."""
         norm = float(
             product_norm(self.factors(adapter_name), self.geometry.kernel_size)
             * abs(float(self.scale(adapter_name)))

@@ -25,9 +25,6 @@ from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
 class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
     """Tuner of LoKr: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
-    Args:
-        As `BaseTuner`.
-
     Example:
         >>> import torch
         >>> base = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3))

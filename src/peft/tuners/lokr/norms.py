@@ -69,9 +69,6 @@ def column_norms(
     """Return the norms of the columns of `W + s·ΔW`, without a gradient. A column has all weights
     of one input feature (or channel of a group).
 
-    Args:
-        W, f, kernel, scale, flat, row_offset: As for `row_norms`.
-
     Returns:
         `[in]`, positive, in float32 or wider, at `out · in · taps` multiplications.
 

@@ -107,10 +107,6 @@ def sides(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return `(a, b)` and `(c, d)` of an adapter with tensors of these shapes.
 
-    Args:
-        shapes: Shapes of all its tensors by name.
-        taps: Number of elements of the kernel.
-
     Example:
         >>> sides({"w1": (4, 4), "w2_a": (8, 2), "w2_b": (2, 36)}, taps=9)
         ((4, 4), (8, 4))
@@ -134,11 +130,7 @@ def shape_problems(
 ) -> str | None:
     """Return the reason why tensors of these shapes do not fit a layer; None if they fit.
 
-    Args:
-        shapes: Shapes by name.
-        out_features, in_features, kernel: As for `factor_shapes`.
-        row_offset: First row of the product that the layer's delta has; None if the delta is the
-            whole product.
+    `row_offset` is the first row of the product that the layer's delta has; None for all rows.
 
     Example:
         >>> shape_problems({"w1": (2, 2), "w2": (4, 4)}, 8, 10)

@@ -43,10 +43,8 @@ class Magnitude(nn.Module):
 
 
 class Start(nn.Module):
-    """Factors `A₀ [r, in]` and `B₀ [out, r]` that an adapter starts with. Their product is
-    subtracted from its delta.
-
-    They follow from the base weight, and are not in a state dict.
+    """Factors `A₀ [r, in]` and `B₀ [out, r]` that an adapter starts with. Their product, which
+    follows from the base weight, is subtracted from its delta. They are not in a state dict.
     """
 
     def __init__(self, factors: Factors) -> None:
@@ -62,12 +60,6 @@ class Start(nn.Module):
 class LoraLayer(BaseTunerLayer):
     """A layer with LoRA adapters, `ΔW = s · B·A`, or with DoRA adapters,
     `W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖` row by row.
-
-    Args:
-        base_layer: The layer to adapt.
-        adapter_name: The first adapter's name.
-        config: Its config.
-        **options: As for `update_layer`.
 
     Attributes:
         lora_A, lora_B: Modules that map `in → r` and `r → out`, by adapter name.
@@ -137,16 +129,7 @@ class LoraLayer(BaseTunerLayer):
         placement: Placement | None = None,
         initialize: bool = True,
     ) -> None:
-        """Make an adapter's factors.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its config.
-            r: Rank, by default the config's.
-            lora_alpha: Alpha, by default the config's.
-            placement: Device and dtype, by default the base layer's.
-            initialize: False leaves the memory as it is.
-        """
+        """Make an adapter's factors. What is not given is the config's or the base layer's."""
         self.r[adapter_name] = r or config.r
         self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -179,9 +162,7 @@ class LoraLayer(BaseTunerLayer):
         )
 
     def _make(self, adapter_name: str, place: Placement) -> None:
-        """Make an adapter's factors without values; those of a convolution are convolutions, to `r`
-        channels and over single points.
-        """
+        """Make an adapter's factors without values; those of a convolution are convolutions."""
         r, biased = self.r[adapter_name], self.lora_bias[adapter_name]
         if not self.geometry.is_conv:
             self.lora_A[adapter_name] = empty_linear(self.in_features, r, False, place)
@@ -344,9 +325,7 @@ class LoraLayer(BaseTunerLayer):
         return None if bias is None else bias.detach() * scale
 
     def rank_padding(self, container: str) -> RankPadding | None:
-        """`A` has its rank along its rows and `B` along its columns; a convolution in groups has a
-        share for each.
-        """
+        """Return the axis of the rank: rows of `A`, columns of `B`, a share of it in groups."""
         groups = getattr(self.get_base_layer(), "groups", 1)
         if container in ("lora_A", "lora_embedding_A"):
             return RankPadding(0, blocks=groups)
@@ -357,9 +336,7 @@ class LoraLayer(BaseTunerLayer):
         return thin_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter's delta is a matrix and nothing else: not with `lora_bias`, nor
-        across groups.
-        """
+        """Return whether the delta is just a matrix: without `lora_bias`, not across groups."""
         return not (self.lora_bias[adapter_name] or self._is_grouped)
 
     def is_product(self, adapter_name: str) -> bool:
@@ -369,9 +346,7 @@ class LoraLayer(BaseTunerLayer):
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
-        """Return `s·B·A`, exact at rank `r` (`2r` with a start). DoRA's change `f ⊙ (W + s·B·A) -
-        W` is approximated by a dense SVD.
-        """
+        """Return `s·B·A`, exact at rank `r` (`2r` with a start); DoRA's change by a dense SVD."""
         A, B = self.factors(adapter_name)
         scale = float(self.scaling[adapter_name])
         if adapter_name not in self.lora_magnitude_vector:
@@ -383,9 +358,7 @@ class LoraLayer(BaseTunerLayer):
 
 
 def empty_linear(in_features: int, out_features: int, bias: bool, place: Placement) -> nn.Linear:
-    """Return an `nn.Linear` with uninitialized memory. `skip_init` would draw on the meta device
-    first, and read signatures.
-    """
+    """Return an uninitialized `nn.Linear`; `skip_init` would draw on the meta device first."""
     device, dtype = place
     module = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(module)
@@ -397,9 +370,7 @@ def empty_linear(in_features: int, out_features: int, bias: bool, place: Placeme
 
 
 def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Return factors `A [r, in · taps]` and `B [out, r]` as the tensors of a LoRA layer for the
-    same module, by the end of their keys.
-    """
+    """Return `A [r, in · taps]`, `B [out, r]` as a LoRA layer's tensors, by ends of keys."""
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
     kernel = layer.geometry.kernel_size

@@ -44,9 +44,7 @@ class Term(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The factors of a combination in one layer, and their distance from the weighted sum, for
-    combinations that approximate it.
-    """
+    """A combination's factors in one layer, and their distance from the sum if approximated."""
 
     A: Tensor
     B: Tensor
@@ -83,12 +81,7 @@ def approximated(terms: Sequence[Term], rank: int) -> Factors:
 def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed: bool) -> Factors:
     """Combine the deltas element by element, and approximate the result by a dense decomposition.
 
-    Args:
-        terms: The adapters.
-        request: The request.
-        rank: Rank of the approximation.
-        transposed: Combine deltas as `[in, out]`, as the weight is stored; this decides the random
-            number of each element.
+    `transposed` combines deltas as `[in, out]`; this decides the random number of each element.
     """
     deltas = [term.B @ term.A * term.scale for term in terms]
     combined = _by_element(
@@ -116,17 +109,7 @@ def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed:
 def combine(
     configs: Mapping[str, LoraConfig], layers: Mapping[str, LoraLayer], request: Combination
 ) -> Combined:
-    """Return a combination of LoRA adapters.
-
-    Args:
-        configs: The model's configs by adapter name.
-        layers: The layers that have any of the adapters, by module path.
-        request: The request.
-
-    Raises:
-        PeftValueError: Ranks differ where they must not, or an adapter is more than a product of
-            two factors.
-    """
+    """Return a combination of LoRA adapters."""
     terms = {path: _terms(path, layer, request) for path, layer in layers.items()}
     ranks = {path: {term.A.shape[0] for term in own} for path, own in terms.items()}
     if request.kind in ("linear", *_BY_ELEMENT):
@@ -177,11 +160,7 @@ def _made(terms: Sequence[Term], request: Combination, rank: int, transposed: bo
 
 
 def _terms(path: str, layer: LoraLayer, request: Combination) -> list[Term]:
-    """Return the adapters that a layer has, with their factors.
-
-    Raises:
-        PeftValueError: One is more than a product of two factors.
-    """
+    """Return the adapters that a layer has, with their factors; refuse more than two factors."""
     own = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
     unfit = [name for name, _ in own if not layer.is_product(name)]
     if unfit:

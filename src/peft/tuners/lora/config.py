@@ -214,12 +214,7 @@ class LoraConfig(TargetedConfig):
         )
 
     def validate(self) -> None:
-        """Check every field, first those of features that are not implemented.
-
-        Raises:
-            PeftNotSupportedError: A field asks for such a feature.
-            PeftValueError: Values are not allowed; all are listed.
-        """
+        """Check every field, first those of features that are not implemented."""
         asked = [name for name in _NOT_PROVIDED if getattr(self, name)]
         if self.runtime_config not in (LoraRuntimeConfig(), {"ephemeral_gpu_offload": False}, {}):
             asked.append("runtime_config")

@@ -223,9 +223,7 @@ def _convert(
     views: list[Mapping[str, object]],
     progressbar: bool,
 ) -> list[LoraConversion]:
-    """Convert an adapter with each of several options of `low_rank_factors`, in one pass over the
-    layers.
-    """
+    """Convert an adapter with each of several options of `low_rank_factors`, in one pass."""
     root, prefix = root_of(model)
     layers = dict(layers_with(root, adapter_name))
     check_convertible(layers, adapter_name)
@@ -256,9 +254,7 @@ def _convert(
 
 
 def _companions(model: nn.Module, config: TargetedConfig, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's checkpoint that its layers do not have: full modules,
-    biases, embeddings or rows of them.
-    """
+    """Return an adapter's tensors outside its layers: full modules, biases, embeddings or rows."""
     tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     own = (*tuner_cls.tuner_layer_cls.container_names, *tuner_cls.shared_parameter_names)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -286,12 +282,7 @@ def _factors(
     rank: int | float | None,
     options: Mapping[str, object],
 ) -> LowRank:
-    """Return an adapter's delta in a layer as factors of a LoRA layer, of exactly this rank if it
-    is an integer.
-
-    Raises:
-        PeftValueError: The layer's weight has no such rank.
-    """
+    """Return a layer's delta as factors of a LoRA layer, of exactly this rank if an integer."""
     groups = getattr(layer.get_base_layer(), "groups", 1)
     if groups > 1:
         return _in_groups(layer.low_rank_factors(adapter_name, None, **options), groups, rank)
@@ -313,16 +304,9 @@ def _of_rank(factors: LowRank, rank: int) -> LowRank:
 
 
 def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRank:
-    """Return factors of a grouped convolution. In a LoRA layer only `B` is grouped, so each group
+    """Return exact factors `A [r, in // groups · taps]`, `B [out, r]` of a grouped convolution as
+    `A [groups · k, in · taps]`, `B [out, k]`. In a LoRA layer only `B` is grouped, so each group
     needs its own rows of `A`, which are zero on the channels of other groups.
-
-    Args:
-        factors: Exact, `A [r, in // groups · taps]` and `B [out, r]`.
-        groups: Number of groups.
-        rank: Over all groups.
-
-    Returns:
-        `A [groups · k, in · taps]` and `B [out, k]`.
     """
     if isinstance(rank, int) and rank % groups:
         raise PeftValueError(f"`rank`={rank} must be a multiple of the layer's {groups} groups.")

@@ -64,12 +64,7 @@ class Linear(LoraLayer):
         return LowRankChain(x, down.mT, up.mT, self.scaling[adapter_name])
 
     def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
-        """Set an adapter to the largest singular values of the base weight ("pissa") or its first
-        QR columns ("olora").
-
-        Raises:
-            PeftNotSupportedError: The base weight is not there yet.
-        """
+        """Start from the base weight's singular values ("pissa") or QR columns ("olora")."""
         weight = self.geometry.as_stored(base_weight(self))
         if weight.is_meta:
             raise PeftNotSupportedError(

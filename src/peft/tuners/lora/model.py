@@ -61,9 +61,6 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
 class LoraModel(BaseTuner[LoraConfig]):
     """A model with LoRA adapters: `W + s·B·A` in every adapted layer.
 
-    Args:
-        As `BaseTuner`.
-
     Example:
         >>> import torch
         >>> from peft import LoraConfig

@@ -44,13 +44,7 @@ def is_random(init_lora_weights: object) -> bool:
 def with_start(
     config: Any, state: Mapping[str, Tensor], starts: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Return config and tensors of an adapter for a file, with its start in them.
-
-    Args:
-        config: The adapter's config.
-        state: Its tensors by checkpoint key.
-        starts: The starts of its layers by path.
-    """
+    """Return config and tensors of an adapter for a file, with its layers' starts in them."""
     factor = math.sqrt(2) if config.use_rslora else 2
     plain = replace(
         config,
@@ -95,11 +89,7 @@ def without_start(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def upgraded(content: JsonObject) -> JsonObject:
-    """Return the fields of a file, with the start as a model's adapter has it.
-
-    Raises:
-        PeftNotSupportedError: The adapter belongs to a base weight that its start changed.
-    """
+    """Return the fields of a file, with the start as a model's adapter has it."""
     how, start = content.get("init_lora_weights"), content.get("start")
     if how == "eva":  # draws `A` from data and leaves the base as it is; it no longer matters
         return {**content, "init_lora_weights": True, "eva_config": None}

@@ -144,8 +144,6 @@ def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `A [..., r, in]` and `B [..., out, r]`. No multiplications; `B` is copied.
-
-    Source: arXiv:2405.15179, section 3
     """
     return tiles_A.flatten(-2), tiles_B.transpose(-2, -1).flatten(-3, -2)
 
@@ -196,8 +194,6 @@ def select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     Example:
         >>> select_topk(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
         (tensor([2, 0], dtype=torch.uint8), tensor([1.5000, 1.0000]))
-
-    Source: arXiv:2405.15179, section 3
     """
     selected, indices = fast_topk(logits, topk)
     return indices.to(index_dtype(logits.shape[-1])), selected
@@ -249,8 +245,6 @@ def expand(
     Example:
         >>> expand(torch.tensor([2, 0]), torch.tensor([1.0]), num_vectors=3).softmax(-1)
         tensor([1.1755e-38, 0.0000e+00, 1.0000e+00])
-
-    Source: arXiv:2405.15179, section 3
     """
     selected = selected_logits(weights)
     logits = selected.new_full((*indices.shape[:-1], num_vectors), -torch.inf)
@@ -265,8 +259,6 @@ def all_weights(weights: Tensor) -> Tensor:
         >>> all_weights(torch.tensor([[0.75], [1.0]], dtype=torch.float16))
         tensor([[0.7500, 0.2500],
                 [1.0000, 0.0000]])
-
-    Source: arXiv:2405.15179, section 3
     """
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     return torch.cat((weights, (1 - weights.sum(dim=-1, keepdim=True)).clamp(min=0)), dim=-1)
@@ -290,8 +282,6 @@ def index_dtype(num_vectors: int) -> torch.dtype:
     Example:
         >>> index_dtype(255), index_dtype(256)
         (torch.uint8, torch.int16)
-
-    Source: arXiv:2405.15179, section 3
     """
     return next(dtype for dtype in _INDEX_DTYPES if num_vectors <= torch.iinfo(dtype).max)
 
@@ -301,8 +291,6 @@ def is_topk_only(logits: Tensor) -> bool:
 
     Reads the values, which waits for the device: call it after loading, never in a forward. The
     result is False for `topk == num_vectors`, where no logit was left out.
-
-    Source: arXiv:2405.15179, section 3
     """
     return bool(torch.isneginf(logits).any())
 
@@ -325,8 +313,6 @@ def savable_parameters(
     Example:
         >>> savable_parameters(3, num_vectors=10), savable_parameters(3, num_vectors=10, topk=2)
         (30.0, 4.5)
-
-    Source: arXiv:2405.15179, section 3
     """
     if topk is None:
         return float(tiles * num_vectors)

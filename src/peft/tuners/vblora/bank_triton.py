@@ -44,22 +44,11 @@ def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
 def compose_factors(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `bank.compose_factors` in one launch.
+    """Compute `bank.compose_factors` in one launch, with one read of the logits, both of one dtype.
+    `B` is the transpose of a contiguous `[r, out]`.
 
     Among equal logits the lowest index is selected first. The order in which the bank's gradient is
     summed differs from run to run.
-
-    Args:
-        logits_A: `[r, in / vector_length, num_vectors]`.
-        logits_B: `[out / vector_length, r, num_vectors]`, of the same dtype.
-        bank: `[num_vectors, vector_length]`.
-        topk: Vectors summed into each tile.
-
-    Returns:
-        `A [r, in]` and `B [out, r]`, the transpose of a contiguous `[r, out]`. Cost as for
-        `bank.compose_factors`, with one read of the logits.
-
-    Source: arXiv:2405.15179, section 3
     """
     sources = logits_A, logits_B, bank
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):

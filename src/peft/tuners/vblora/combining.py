@@ -92,17 +92,7 @@ def embed_logits(logits: Tensor, topk: int, start: int, num_vectors: int, new_to
 def combine(
     configs: Mapping[str, VBLoRAConfig], layers: Mapping[str, VBLoRALayer], request: Combination
 ) -> Combined:
-    """Return the weighted sum of adapters.
-
-    Args:
-        configs: The model's configs by adapter name.
-        layers: The layers that have any of the adapters, by module path.
-        request: The request.
-
-    Raises:
-        PeftValueError: Their vectors differ in length, or an adapter's scale differs by layer.
-        PeftNotSupportedError: An adapter has an output gate.
-    """
+    """Return the weighted sum of adapters without gates, of one vector length."""
     check_same(configs, request, "vector_length")
     gated = [name for name in request.adapters if configs[name].output_gate]
     if gated:

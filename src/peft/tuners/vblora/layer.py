@@ -124,9 +124,7 @@ class VBLoRALayer(BaseTunerLayer):
         return self._bank[0](adapter_name) if key is None else self._bank[1](key)
 
     def containers(self) -> Iterator[nn.Module]:
-        """Yield the containers of this layer and that of the own banks: code that freezes adapters
-        layer by layer must freeze the banks too.
-        """
+        """Yield this layer's containers and that of the own banks, to be frozen with the layers."""
         yield from super().containers()
         yield self.vblora_vector_bank
 
@@ -151,14 +149,7 @@ class VBLoRALayer(BaseTunerLayer):
         storage_format: StorageFormat = StorageFormat.LOGITS,
     ) -> None:
         """Make an adapter's logits, or the tensors that replace them in its storage format.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its config.
-            placement: Device and dtype, by default the base layer's.
-            initialize: False leaves the memory as it is.
-            bank_key: Digest of the shared bank that it uses; None for its own.
-            storage_format: Its storage format.
+        `bank_key` is the digest of a shared bank; None for its own.
         """
         self.r[adapter_name] = config.r
         self.topk[adapter_name] = config.topk
@@ -207,9 +198,7 @@ class VBLoRALayer(BaseTunerLayer):
         return count + (1.0 if adapter_name in self.vblora_gate else 0.0)
 
     def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt where only the selected vectors
-        are kept.
-        """
+        """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt from a compact format."""
         if self.storage_format[adapter_name] is StorageFormat.LOGITS:
             return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
         A, B = (
@@ -250,9 +239,7 @@ class VBLoRALayer(BaseTunerLayer):
         return A, B * gates(adapter_name) if adapter_name in gates else B
 
     def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return composed `A [r, in]` and `B [out, r]`. They may come from the inference cache and
-        must not be written to.
-        """
+        """Return `A [r, in]` and `B [out, r]`, possibly cached: they must not be written to."""
         if self.storage_format[adapter_name] is not StorageFormat.LOGITS:
             bank = self.bank(adapter_name)
             selection_A, selection_B = self.selections(adapter_name)
@@ -297,11 +284,7 @@ class VBLoRALayer(BaseTunerLayer):
         return approximate(B.detach(), A.detach(), rank)
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
-        """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x` in training.
-
-        Raises:
-            PeftRuntimeError: In training, if the logits came from a compact file.
-        """
+        """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x`; refuse to train compact logits."""
         if self.training and self.topk_only[adapter_name]:
             self._refuse_training(adapter_name)
         A, B = self._gated_factors(adapter_name)
@@ -401,14 +384,7 @@ class VBLoRALayer(BaseTunerLayer):
 
 
 class Linear(VBLoRALayer):
-    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with VB-LoRA adapters.
-
-    Args:
-        base_layer: The layer to adapt.
-        adapter_name, config: The first adapter's name and config.
-        vblora_vector_bank, vblora_shared_banks: As for `VBLoRALayer`.
-        **options: As for `update_layer`.
-    """
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with VB-LoRA adapters."""
 
     def __init__(
         self,

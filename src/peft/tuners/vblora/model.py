@@ -36,12 +36,7 @@ _ATTENTION_AND_FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", 
 
 
 class Preparation(NamedTuple):
-    """Shared bank and storage format of an adapter that is being made.
-
-    Args:
-        bank: None if the adapter has a bank of its own.
-        storage_format: Its storage format.
-    """
+    """Shared bank (None for an own bank) and storage format of an adapter that is being made."""
 
     bank: FoundBank | None
     storage_format: StorageFormat = StorageFormat.LOGITS
@@ -50,9 +45,6 @@ class Preparation(NamedTuple):
 class VBLoRAModel(BaseTuner[VBLoRAConfig]):
     """A model with VB-LoRA adapters; all layers of an adapter share one bank
     `[num_vectors, vector_length]`.
-
-    Args:
-        As `BaseTuner`.
 
     Attributes:
         vblora_vector_bank: Own banks of adapters by adapter name.
@@ -126,12 +118,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         )
 
     def complete(self, config: VBLoRAConfig) -> Preparation:
-        """Find the shared bank that a config names, and put its sizes into the config.
-
-        Raises:
-            CheckpointNotFoundError: There is no bank.
-            CheckpointError: The bank is not the one that the adapter was trained over.
-        """
+        """Find the shared bank that a config names, and put its sizes into the config."""
         if not config.shares_bank:
             return Preparation(None)
         bank = find_bank(config, self._shared_banks())
@@ -152,9 +139,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         return (layer for layer in self.tuner_layers() if isinstance(layer, VBLoRALayer))
 
     def adjust_config(self, plan: Plan[VBLoRAConfig], construction: Construction) -> None:
-        """Set `fan_in_fan_out` to the layout of the layers' weights, and choose the storage format:
-        that of the adapter to copy or replace, or the one for a compact file.
-        """
+        """Set `fan_in_fan_out` as in the layers, and choose the storage format."""
         config, like = plan.config, construction.like
         config.fan_in_fan_out = expected_layout(plan.targets.values(), config.fan_in_fan_out)
         storage_format = StorageFormat.LOGITS
@@ -171,9 +156,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
     def build_shared_parameters(
         self, build: Build[VBLoRAConfig], placement: Placement, initialize: bool
     ) -> dict[str, nn.Parameter]:
-        """Return the adapter's own bank, uniform within the config's bound. A shared bank is moved
-        to the adapter's device and dtype.
-        """
+        """Return a new own bank, uniform within the config's bound, or move a shared one."""
         (device, dtype), config, preparation = placement, build.config, _preparation(build)
         if (found := preparation.bank) is not None:
             if not found.is_resident:
@@ -216,11 +199,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         layers: Mapping[str, BaseTunerLayer],
         like: str,
     ) -> Build[VBLoRAConfig]:
-        """Build an adapter over the bank of the adapter that it will replace.
-
-        Raises:
-            CheckpointError: It needs another bank.
-        """
+        """Build an adapter over the bank of the adapter that it will replace."""
         needed, present = config.bank_sha256, self.peft_config[like].bank_sha256
         if needed != present:
             own = "one of its own"

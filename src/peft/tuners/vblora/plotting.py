@@ -25,17 +25,10 @@ def plot_bank_usage(
     weights: Tensor,
     summary: str,
 ) -> list[Path]:
-    """Write three figures of a bank's usage into a folder.
+    """Write "bank_map.png", "bank_histogram.png" and "bank_layers.png" into a folder.
 
-    Args:
-        folder: An existing folder.
-        factors: The layer's path and "A" or "B", for each row of `counts` and `weights`.
-        counts: Number of tiles that select each vector, `[factors, num_vectors]`.
-        weights: Total weight of each vector, `[factors, num_vectors]`.
-        summary: Title of the histogram.
-
-    Returns:
-        Paths of "bank_map.png", "bank_histogram.png" and "bank_layers.png".
+    `factors` has the layer's path and "A" or "B" for each row of `counts` (number of tiles that
+    select each vector, `[factors, num_vectors]`) and `weights` (their total weight).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -243,13 +243,7 @@ def _check_values(vectors: Tensor) -> None:
 
 
 class FoundBank(NamedTuple):
-    """Shared bank for an adapter that is being made or loaded.
-
-    Args:
-        key: Digest of all its vectors.
-        vectors: `[num_vectors, vector_length]`.
-        is_resident: Whether the model has it already.
-    """
+    """Shared bank for an adapter: its digest, its vectors, and whether the model has it already."""
 
     key: str
     vectors: Tensor
@@ -257,16 +251,7 @@ class FoundBank(NamedTuple):
 
 
 def find_bank(config: VBLoRAConfig, resident: Mapping[str, Tensor]) -> FoundBank:
-    """Find the shared bank of a config: in the model, else at the location in `config.bank`.
-
-    Args:
-        config: The adapter's config.
-        resident: The model's shared banks by digest.
-
-    Raises:
-        CheckpointNotFoundError: There is no bank.
-        CheckpointError: The bank is not the one that the adapter was trained over.
-    """
+    """Find a config's shared bank: among the model's by digest, else at the config's location."""
     wanted, n = config.bank_sha256, config.num_vectors
     if wanted is not None:
         for key, vectors in resident.items():
@@ -288,12 +273,7 @@ def find_bank(config: VBLoRAConfig, resident: Mapping[str, Tensor]) -> FoundBank
 
 
 def _read_bank(config: VBLoRAConfig, location: str) -> VectorBank:
-    """Read the first bank that the adapter runs on from the locations that `location` can mean.
-
-    Raises:
-        CheckpointNotFoundError: There is no bank.
-        CheckpointError: None of the banks is the one that the adapter was trained over.
-    """
+    """Read the first bank that the adapter runs on from the locations that `location` can mean."""
     wanted, n = config.bank_sha256, config.num_vectors
     other = None
     try:
@@ -322,9 +302,8 @@ def _read_bank(config: VBLoRAConfig, location: str) -> VectorBank:
 
 
 def _locations(config: VBLoRAConfig, location: str) -> Iterator[str | Path]:
-    """Yield the folders with a bank that `location` can mean: seen from the adapter's folder or its
-    repository on the Hub, from the working directory, from the folders above the adapter's. Yield
-    `location` itself, which may be an id on the Hub, where there is none.
+    """Yield the folders with a bank that `location` can mean: seen from the adapter's folder or
+    repository, from the working directory, from the folders above; else `location`, as a Hub id.
     """
     folders, is_nowhere = [Path()], True
     if config.source is not None:
@@ -346,9 +325,7 @@ def _locations(config: VBLoRAConfig, location: str) -> Iterator[str | Path]:
 def _in_repository(
     source: str | os.PathLike, hub: Mapping[str, object], location: str
 ) -> Path | None:
-    """Download the bank at a path relative to that of an adapter on the Hub, and return its local
-    folder; None if there is no bank.
-    """
+    """Download the bank at a path relative to an adapter's on the Hub; None if there is none."""
     inside = posixpath.normpath(posixpath.join(str(hub.get("subfolder") or ""), location))
     if inside.startswith(("..", "/")):
         return None

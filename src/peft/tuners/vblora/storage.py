@@ -83,12 +83,7 @@ class VBLoRAFormat(CheckpointFormat[VBLoRAConfig]):
     def import_state(
         self, state: dict[str, Tensor], config: VBLoRAConfig, names: Collection[str]
     ) -> dict[str, Tensor]:
-        """Convert the tensors of a checkpoint, in any format, to those of an adapter in a model.
-
-        Raises:
-            CheckpointError: Indices have no weights or point beyond the bank, a bank is missing, or
-                the config names a shared bank and the file has another.
-        """
+        """Convert a checkpoint's tensors, in any format, to those of an adapter; check the bank."""
         storage_format = format_of(names)
         result: dict[str, Tensor] = {}
         for key, tensor in state.items():

@@ -56,10 +56,6 @@ class BankUsage:
     Args:
         uses: An entry for each factor of each layer, in the model's order.
         num_vectors: Size of the bank.
-
-    Attributes:
-        uses: As given.
-        num_vectors: As given.
     """
 
     def __init__(self, uses: list[FactorUsage], num_vectors: int) -> None:

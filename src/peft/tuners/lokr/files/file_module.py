@@ -71,9 +71,7 @@ class FileModule:
 
     @property
     def effective_alpha(self) -> float | None:
-        """Alpha, None if no reader scales by it: it is missing or means "no scale", or both sides
-        are full.
-        """
+        """Alpha; None if no reader scales by it: missing, "no scale", or both sides are full."""
         if self.rank is None or self.alpha is None or not abs(self.alpha) < _NO_SCALE:
             return None
         return self.alpha
@@ -121,9 +119,7 @@ class FileModule:
         )
 
     def for_kernel(self, kernel: Sequence[int]) -> FileModule:
-        """Return the module with its tensors in the shapes that a layer with this kernel has:
-        writers differ in axes of size one.
-        """
+        """Return the module with axes of size one, in which writers differ, as in this kernel."""
         factors = dict(self.factors)
         taps = math.prod(kernel)
         for name, end in (("w2", tuple(kernel)), ("t2", tucker_kernel(kernel))):

@@ -16,12 +16,7 @@ from .file_module import FileModule
 
 @dataclass
 class Piece:
-    """The share of a module that one layer has.
-
-    Args:
-        module: A module with the layer's factors.
-        row_offset: First row of the factors' product that is the layer's; None if all rows are.
-    """
+    """A layer's factors and its first row in their product; None if all rows are the layer's."""
 
     module: FileModule
     row_offset: int | None = None
@@ -33,11 +28,6 @@ def split(module: FileModule, sizes: Sequence[int], kernel: Sequence[int]) -> li
     Row `i·c + p` of `W1 ⊗ W2` is row `i` of `W1` times row `p` of `W2`. So the rows from `start` to
     `stop` need the rows of `W1` from `start // c` to `⌈stop / c⌉`. If a block of `c` rows crosses
     an end, the layer takes its rows of a slightly larger product.
-
-    Args:
-        module: Its factors fit a layer of `sum(sizes)` outputs.
-        sizes: Outputs of the layers.
-        kernel: Kernel size of all of them.
 
     Example:
         >>> module = FileModule("qkv", "", False, {"w1": torch.ones(8, 2), "w2": torch.ones(9, 3)})
@@ -67,15 +57,8 @@ def split(module: FileModule, sizes: Sequence[int], kernel: Sequence[int]) -> li
 
 
 def join(pieces: Sequence[Piece], sizes: Sequence[int], kernel: Sequence[int]) -> FileModule | None:
-    """Make one module of the pieces of several layers, the inverse of `split`.
-
-    Args:
-        pieces: One for each layer.
-        sizes: Outputs of the layers.
-        kernel: Kernel size of all of them.
-
-    Returns:
-        The module of the fused layer; None if no Kronecker product is exactly that.
+    """Make one module of the pieces of several layers, the inverse of `split`; None if no Kronecker
+    product is exactly that.
     """
     first = pieces[0].module
     names, left, right = set(first.factors), first.left, first.right
@@ -95,9 +78,7 @@ def join(pieces: Sequence[Piece], sizes: Sequence[int], kernel: Sequence[int]) -
 
 
 def _stacked(pieces: Sequence[Piece], sizes: Sequence[int], left: str, c: int) -> Tensor | None:
-    """Return the `W1` whose rows the pieces have, some of them twice; None if these differ or leave
-    gaps.
-    """
+    """Return the `W1` that has all pieces' rows; None if shared rows differ or rows are missing."""
     total = sum(sizes)
     if total % c:
         return None

@@ -191,11 +191,7 @@ def load_lokr_file(
 
 
 def _placement(contents: LoKrFile, model: nn.Module, component: str | None) -> Placement:
-    """Place the component that is for a model.
-
-    Raises:
-        PeftValueError: The file lacks the component.
-    """
+    """Place the component that is for a model."""
     components = contents.components
     if component is not None and component not in components:
         known = ", ".join(map(repr, components))
@@ -216,9 +212,7 @@ def _placement(contents: LoKrFile, model: nn.Module, component: str | None) -> P
 
 
 def _saved_config(file: LoKrFile) -> LoKrConfig | None:
-    """Return the config in the file's header, where diffusers writes it, or beside the file, where
-    Hugging Face PEFT does; None if there is none.
-    """
+    """Return the config in the file's header (diffusers) or beside the file (Hugging Face PEFT)."""
     text = file.metadata.get("lora_adapter_metadata")
     path = Path(file.source)
     if text is not None:
@@ -256,11 +250,7 @@ def _filler(placement: Placement, adapter_name: str, source: str) -> Callable[[B
 def _inject(
     model: nn.Module, config: LoKrConfig, adapter_name: str, fill: Callable[[Build], None]
 ) -> None:
-    """Inject an adapter into a model that is not a `PeftModel`.
-
-    Raises:
-        PeftValueError: The name is taken.
-    """
+    """Inject an adapter into a model that is not a `PeftModel`."""
     configs = vars(model).get("peft_config", {})
     if adapter_name in configs:
         raise PeftValueError(

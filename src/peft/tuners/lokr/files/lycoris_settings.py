@@ -110,11 +110,7 @@ class _Layer(NamedTuple):
 
 
 class _Preset:
-    """A preset: the modules to adapt, by class or by name, and settings of their own.
-
-    Args:
-        preset: As LyCORIS has it.
-    """
+    """A preset of LyCORIS: the modules to adapt, by class or by name, and settings of their own."""
 
     def __init__(self, preset: Settings) -> None:
         self.by_class: Mapping[str, Settings] = preset.get("module_algo_map", {})

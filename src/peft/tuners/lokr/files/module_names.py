@@ -64,9 +64,7 @@ class NameTable:
                 flat.setdefault(flattened(name), set()).add(target)
 
     def lookup(self, name: str, flat: bool) -> set[Target]:
-        """Return everything that a name can stand for: none or one for a name with dots, several if
-        paths differ only in `.` and `_`.
-        """
+        """Return all that a name can stand for: several if paths differ only in `.` and `_`."""
         if flat:
             return next((names[name] for names in self._flat if name in names), set())
         return next(({names[name]} for names in self._dotted if name in names), set())
@@ -94,9 +92,7 @@ def _towers(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
 
 
 def _fused(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
-    """Yield names of fused layers that are several in the model, and names of layers that the model
-    has fused.
-    """
+    """Yield names of fused layers that the model has as several, and of layers that it fuses."""
     children = _children(paths)
     for parent, own in children.items():
         for name, members in _FUSED.items():
@@ -115,9 +111,7 @@ def _fused(paths: Collection[str]) -> Iterator[tuple[str, Target]]:
 
 
 def _children(paths: Collection[str]) -> Mapping[str, set[str]]:
-    """Return the names of each module's children by its path; a list's entries are children of the
-    list's parent too.
-    """
+    """Return each module's children by its path; entries of a list also count for its parent."""
     children: dict[str, set[str]] = {}
     for path in paths:
         parent, _, name = path.rpartition(".")

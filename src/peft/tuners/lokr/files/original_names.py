@@ -77,11 +77,7 @@ _FLUX = (
 
 
 def original_candidates(paths: Collection[str]) -> Iterator[Named]:
-    """Yield every original name that could stand for modules of a model; some may be missing in it.
-
-    Args:
-        paths: Paths of the model's modules.
-    """
+    """Yield every original name that could stand for modules of a model, present or not."""
     yield from _unet(paths)
     yield from _flux(paths)
 

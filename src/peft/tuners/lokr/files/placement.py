@@ -28,14 +28,9 @@ T = TypeVar("T")
 
 
 class Placed(NamedTuple):
-    """A layer of a model and its share of the file.
+    """A layer of a model, the names in the file that are for it, and its factors.
 
-    Attributes:
-        path: The layer's path.
-        sources: Names in the file.
-        piece: The layer's factors.
-        size: The layer's size.
-        by_rows: True if DoRA's norms belong to rows, False if to columns, None without DoRA.
+    `by_rows` is True if DoRA's norms belong to rows, False if to columns, None without DoRA.
     """
 
     path: str
@@ -94,8 +89,7 @@ class Placement:
     Args:
         paths: Paths of all modules of the model.
         count: Number of modules of the component.
-        flat_layout: True if full factors of one-dimensional convolutions are in the order of
-            elements of Hugging Face PEFT (`kronecker_layout="flat"`).
+        flat_layout: True for `kronecker_layout="flat"`.
         placed: Layers with their factors.
         problems: A sentence for everything that could not be placed.
     """
@@ -112,13 +106,7 @@ class _MisfitError(Exception):
 
 
 class _Layers:
-    """The layers of a model, listed as without adapters.
-
-    Attributes:
-        modules: All modules by path.
-        sizes: Sizes of those that can be adapted.
-        table: The names that files may have for them.
-    """
+    """The modules of a model, listed as without adapters, and the sizes of adaptable ones."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = own_modules(model)
@@ -127,11 +115,7 @@ class _Layers:
         self.table = NameTable(self.sizes, ModuleNames(model).before())
 
     def target(self, module: FileModule) -> Target:
-        """Return the layers that a module's name stands for.
-
-        Raises:
-            _MisfitError: There are none, or the name is ambiguous.
-        """
+        """Return the layers that a module's name stands for; raise if there are none or several."""
         targets = self.table.lookup(module.name, module.flat)
         if not targets:
             raise _MisfitError(f"The model has no layer that {module.name!r} names.")
@@ -141,11 +125,7 @@ class _Layers:
         return next(iter(targets))
 
     def place(self, module: FileModule, paths: Sequence[str]) -> list[Placed]:
-        """Place a module that is one layer, or several as one.
-
-        Raises:
-            _MisfitError: Its tensors do not fit the layers.
-        """
+        """Place a module that is one layer, or several as one."""
         sizes = [self.sizes[path] for path in paths]
         layers = ", ".join(f"`{path}`" for path in paths)
         first, rows = sizes[0], [size.out_features for size in sizes]
@@ -173,11 +153,7 @@ class _Layers:
         ]
 
     def place_joined(self, path: str, parts: Mapping[int, FileModule], count: int) -> Placed:
-        """Place several modules that are one layer of the model.
-
-        Raises:
-            _MisfitError: A part is missing, or no Kronecker product is exactly all of them.
-        """
+        """Place several modules that are one layer of the model."""
         size = self.sizes[path]
         pieces = [Piece(parts[i].for_kernel(size.kernel_size)) for i in sorted(parts)]
         sources = tuple(piece.module.name for piece in pieces)
@@ -200,12 +176,7 @@ def place(
     modules: Sequence[FileModule], model: nn.Module, saved: LoKrConfig | None = None
 ) -> Placement:
     """Find the layer of each module; all modules that do not fit are among the result's `problems`.
-
-    Args:
-        modules: Modules of one component.
-        model: The model, with or without adapters.
-        saved: The config that came with the file, None without one. It makes the file one of
-            Hugging Face PEFT.
+    A `saved` config means a file of Hugging Face PEFT.
     """
     layers = _Layers(model)
     is_peft = saved is not None or any(m.component.endswith("base_model.model") for m in modules)
@@ -243,11 +214,7 @@ def place(
 
 
 def _take(taken: dict[str, str], paths: Sequence[str], name: str) -> None:
-    """Note the name in the file that layers belong to.
-
-    Raises:
-        _MisfitError: A layer belongs to another name already.
-    """
+    """Note the name in the file that layers belong to; raise if they belong to another already."""
     for path in paths:
         if path in taken:
             raise _MisfitError(f"`{path}` is meant by both {taken[path]!r} and {name!r}.")
@@ -264,14 +231,7 @@ def _saved_scale(saved: LoKrConfig, path: str, size: Geometry) -> SavedScale:
 
 
 def _checked(module: FileModule, size: Geometry, start: str) -> bool | None:
-    """Check a module's tensors against a layer.
-
-    Returns:
-        `Placed.by_rows`.
-
-    Raises:
-        _MisfitError: They do not fit; the sentence begins with `start`.
-    """
+    """Check a module's tensors against a layer, and return `Placed.by_rows`."""
     rows, columns = size.out_features, size.in_features
     if problem := shape_problems(module.shapes, rows, columns, size.kernel_size):
         raise _MisfitError(f"{start} {problem}.")

@@ -87,14 +87,10 @@ class LoKrFile:
 
 
 def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile:
-    """Read a file.
-
-    Args:
-        file: A path, or tensors by key.
+    """Read a LoKr file or tensors by key.
 
     Raises:
-        CheckpointError: The file can't be read or holds no LoKr modules, or its alpha is NaN.
-        PeftTypeError: `file` is neither a path nor tensors by key.
+        CheckpointError: It can't be read or holds no LoKr modules, or its alpha is NaN.
     """
     tensors, result = _open(file)
     for name, tensor in tensors.items():
@@ -139,9 +135,7 @@ def _open(file: str | os.PathLike[str] | dict[str, Tensor]) -> tuple[dict[str, T
 
 
 def _number(source: str, key: str, tensor: Tensor) -> float:
-    """Return the value of a tensor of one element. An infinite alpha is allowed: it is 1e10,
-    "no scale", in half precision.
-    """
+    """Return a tensor's one value. An infinite alpha is 1e10, "no scale", in half precision."""
     value = float(tensor)
     if math.isnan(value) or (math.isinf(value) and key.endswith("scalar")):
         raise CheckpointError(

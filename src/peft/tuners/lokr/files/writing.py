@@ -132,11 +132,7 @@ def save_lokr_file(
 
 
 def _refuse_companions(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that trains modules or tokens beside its layers.
-
-    Raises:
-        PeftNotSupportedError: It does.
-    """
+    """Refuse an adapter that trains modules or tokens beside its layers."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     for name in ("modules_to_save", "trainable_token_indices"):
         if config is not None and getattr(config, name):
@@ -149,11 +145,7 @@ def _refuse_companions(model: nn.Module, adapter_name: str) -> None:
 def _modules(
     model: nn.Module, adapter_name: str, original_names: bool, layout: Layout
 ) -> dict[str, FileModule]:
-    """Return the adapter as modules of a file, by name.
-
-    Raises:
-        PeftNotSupportedError: Such a file can't hold a layer's adapter.
-    """
+    """Return the adapter as modules of a file, by name."""
     root = root_of(model)[0]
     layers = {
         path: layer
@@ -185,12 +177,7 @@ def _modules(
 
 
 def _piece(path: str, layer: LoKrLayer, adapter_name: str, layout: Layout) -> Piece:
-    """Return a layer's adapter as other programs read it: with the scale in alpha, or in `W1` where
-    alpha can't express it.
-
-    Raises:
-        PeftNotSupportedError: `W2` is in an order of elements that no LoKr file has.
-    """
+    """Return a layer's adapter with its scale in alpha, or in `W1` where alpha can't express it."""
     if layer.flat_layout[adapter_name]:
         raise PeftNotSupportedError(
             f"`{path}`: a one-dimensional convolution in the order of elements of Hugging Face "
@@ -229,11 +216,7 @@ def _piece(path: str, layer: LoKrLayer, adapter_name: str, layout: Layout) -> Pi
 def _tensors(
     name: str, module: FileModule, layout: Layout, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's tensors by key.
-
-    Raises:
-        PeftValueError: A value is beyond the dtype.
-    """
+    """Yield a module's tensors by key; raise if a value is beyond the dtype."""
     factors = dict(module.factors)
     dtype = dtype or factors[module.right.name].dtype
     tensors: dict[str, Tensor] = {}
