@@ -102,7 +102,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 
 
 def owns_output(layer: nn.Module) -> bool:
-    """Return whether a layer's output may be overwritten: nothing else can hold it."""
+    """Return whether a layer's output may be overwritten: no hook, no own forward holds it."""
     return type(layer) is nn.Linear and not (
         "forward" in layer.__dict__
         or layer._forward_hooks

@@ -168,7 +168,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _splits(blocks: int, most: int, programs: int) -> int:
-    """Return the number of partial sums that gives about `programs` programs."""
+    """Return the number of partial sums that gives about `programs`: a few a multiprocessor."""
     return max(min(programs // max(blocks, 1), most), 1)
 
 

@@ -86,8 +86,8 @@ def with_kernel(
 def can_launch(*tensors: Tensor) -> bool:
     """Return whether a kernel can read tensors as they are; nothing waits for the device.
 
-    It can in eager mode, if all are plain, contiguous and on one GPU of compute capability 8 or
-    more, and Triton is installed.
+    It can in eager mode (compilers fuse by themselves, transforms must see the operations), if all
+    are plain, contiguous and on one GPU of compute capability 8 or more, and Triton is installed.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling() or not has_triton(device) or not is_eager():
