@@ -34,3 +34,11 @@ def shapes(*tensors: Tensor) -> list[Sequence[int]]:
         return [tensor.shape for tensor in tensors]
     with untraced():
         return [tensor.shape for tensor in tensors]
+
+
+def numel(tensor: Tensor) -> int:
+    """Return a tensor's number of elements as a number, also in a trace."""
+    if torch._C._get_tracing_state() is None:
+        return tensor.numel()
+    with untraced():
+        return tensor.numel()

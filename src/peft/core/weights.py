@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.geometry import Geometry, Placement, columns
+from ..base.tracing import numel
 from ..integrations import quantization
 from ..integrations.accelerate import execution_device
 from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
@@ -43,7 +44,7 @@ def base_weight(layer: _AdaptedLayer) -> Tensor:
         weight is not None
         and weight.is_floating_point()
         and weight.dtype.itemsize > 1
-        and weight.numel() == size.out_features * columns(size)  # else packed, or gathered later
+        and numel(weight) == size.out_features * columns(size)  # else packed, or gathered later
         and not quantization.is_quantized_tensor(weight)
     ):
         return gathered_tensor(weight)
@@ -166,7 +167,7 @@ def is_quantized(module: nn.Module) -> bool:
 def _is_packed(weight: Tensor, module: nn.Module) -> bool:
     """Return whether a weight's shape is not the layer's (packed 4-bit formats)."""
     size = geometry(module) or table(module)
-    return size is None or weight.numel() != size.out_features * columns(size)
+    return size is None or numel(weight) != size.out_features * columns(size)
 
 
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:

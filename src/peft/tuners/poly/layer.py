@@ -17,6 +17,7 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
 from ...base.plain_values import plain
+from ...base.tracing import numel
 from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
@@ -311,7 +312,7 @@ class PolyLayer(BaseTunerLayer):
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
         """Return the mixing weights of tasks, looked up in evaluation if the table is small."""
         table, weights = router.module_logits, None
-        if not router.training and table.numel() <= _SMALL_TABLE:
+        if not router.training and numel(table) <= _SMALL_TABLE:
             sources = (table, *router.rows) if router.runs else (table,)
             weights = cached(router, adapter_name, router.gating, sources, router.task_weights)
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
