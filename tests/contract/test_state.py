@@ -574,3 +574,19 @@ def test_an_unchanged_vocabulary_is_not_saved(method, tmp_path, recwarn):
     )
     assert not any("embed_tokens" in key for key in get_peft_model_state_dict(model))
     assert not any("resized" in str(warning.message) for warning in recwarn)
+
+
+def test_a_config_passed_to_from_pretrained_is_the_first_adapters(method, tmp_path):
+    """As callers of the interface expect, but never that of two adapters."""
+    config = method.config(target_modules=["0"])
+    saved = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    saved.save_pretrained(tmp_path)
+    assert saved.peft_config["default"] is not config and not config.inference_mode
+    first, second = (
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path, config=config)
+        for _ in range(2)
+    )
+    assert first.peft_config["default"] is config and config.inference_mode
+    assert second.peft_config["default"] is not config
+    second.peft_config["default"].revision = "other"
+    assert config.revision is None

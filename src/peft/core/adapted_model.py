@@ -280,6 +280,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         check_config(config)
         method, construction = self.method_of(config), construction or Construction()
         config = config.for_adapter()
+        config.belongs_to_adapter = True
         with ordinary_tensors():
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode

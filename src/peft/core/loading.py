@@ -29,6 +29,7 @@ from .renamed_targets import present_names
 
 if TYPE_CHECKING:
     from ..config import TargetedConfig
+    from .injection import Build
 
 
 def from_pretrained(
@@ -88,9 +89,18 @@ def from_pretrained(
     )
     _check_arguments(model, model_id)
     hub = only_hub_options(kwargs, "from_pretrained")
+    given = config
     config, state = _read_checkpoint(model, model_id, config, hub, key_mapping)
-    fill = CheckpointFill(model, state, str(model_id), ignore_mismatched_sizes, strict)
+    write = CheckpointFill(model, state, str(model_id), ignore_mismatched_sizes, strict)
     config.inference_mode = not is_trainable
+
+    def fill(build: Build[TargetedConfig]) -> None:
+        write(build)
+        if given is not None and not given.belongs_to_adapter:
+            # Nothing fails from here on. Callers expect the object that they passed.
+            vars(given).update(vars(build.config))
+            build.config = cast("TargetedConfig", given)
+
     peft_model = cls.class_for(config.task_type)(
         model,
         config,
