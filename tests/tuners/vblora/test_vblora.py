@@ -297,3 +297,13 @@ def test_dropout_is_for_training():
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def test_the_bank_is_initialized_again_by_the_interfaces_name():
+    config = VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    before = model.base_model.vblora_vector_bank["default"].detach().clone()
+    config.init_vector_bank_bound = 0.5
+    model._init_vblora_vector_bank(config, "default")
+    bank = model.base_model.vblora_vector_bank["default"]
+    assert 0.02 < bank.abs().max() <= 0.5 and not torch.equal(bank, before)

@@ -192,6 +192,11 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             ):
                 del self.shared_containers()[_SHARED][key]
 
+    def _init_vblora_vector_bank(self, config: VBLoRAConfig, adapter_name: str) -> None:
+        """Initialize an adapter's own bank again; other programs call it by this name."""
+        bound = config.init_vector_bank_bound
+        nn.init.uniform_(self.vblora_vector_bank[adapter_name], -bound, bound)
+
     def build_for(
         self,
         adapter_name: str,
