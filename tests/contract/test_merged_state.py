@@ -423,3 +423,43 @@ def test_a_weight_changed_by_hand_keeps_the_change(dtype, merged_again):
         model.load_state_dict(copy.deepcopy(model.state_dict()))
         copy.deepcopy(model).unmerge_adapter()
         model.unmerge_adapter()
+
+
+def test_a_merge_that_fails_leaves_suspended_merges_to_come_back():
+    """One merged adapter waits while adapters are disabled; a merge that fails in the second layer
+    forgets it in none.
+    """
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    for name in ("waiting", "broken"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    x, layers = torch.randn(3, 8), [model.eval().base_model.model[int(i)] for i in TARGETS]
+    model.merge_adapter(["waiting"])
+    expected = model(x)
+    model.base_model.disable_adapter_layers()
+    for broken in layers:
+        weight = broken.lora_B["broken"].weight
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            model.merge_adapter(["broken"], safe_merge=True)
+        with torch.no_grad():
+            weight.zero_()
+    model.base_model.enable_adapter_layers()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_unmerging_one_adapter_forgets_no_other():
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.eval().merge_adapter(["default", "other"])
+    layer, weight = model.base_model.model[0], model.base_model.model[0].weight.clone()
+    model.base_model.disable_adapter_layers()
+    layer.unmerge(["other"])
+    model.base_model.set_requires_grad(["default"], False)
+    model.base_model.enable_adapter_layers()
+    base = layer.unmerged_weight()
+    assert "other" not in layer.merged_adapters
+    x = torch.randn(3, 8)
+    W = base + layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(x), x @ W.T + layer.bias)
+    assert not torch.equal(weight, base)

@@ -159,11 +159,10 @@ class Merges:
         """Return whether the layer's forward would not compute one of its suspended adapters."""
         return bool(self.suspended(layer) - set(layer.active_adapters))
 
-    def drop_suspended(self, layer: MergeableLayer, name: str) -> None:
-        """Forget a suspended adapter."""
-        self._suspended = [
-            merge for merge in self._suspended if merge.layer is not layer or merge.name != name
-        ]
+    def drop_suspended(self, layer: MergeableLayer, *names: str) -> None:
+        """Forget suspended adapters."""
+        kept = [m for m in self._suspended if m.layer is not layer or m.name not in names]
+        self._suspended = kept
 
     def note_in(
         self, layer: MergeableLayer, destination: MutableMapping[str, object], prefix: str

@@ -54,7 +54,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     except BaseException:
         for layer, merged in reversed(done):
             with loaded_weights(layer, layer.merged_adapters):
-                layer.unmerge(merged)
+                layer.take_off(merged)
         raise
 
 
