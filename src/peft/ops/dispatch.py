@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose between the fused path and plain operations.
 
-A layer asks `can_fuse` once a call. It alone knows the inputs and modes that `fused_linear` does
-not support: hooks, compilers, transforms, autocast, tensor subclasses, nested, meta, sparse and
-empty inputs, single vectors.
+`can_fuse` says whether a chain is computed together with the base layer's product, `is_ordinary`
+whether it is added to a finished output, and `owns_output` whether in place. They alone know the
+inputs and modes that `fused_linear` does not support: hooks, compilers, transforms, autocast,
+tensor subclasses, nested, meta, sparse and empty inputs, single vectors.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Reading or writing an activation once more costs more on a wide layer than an ad
 multiplications. So the chain's last product is added into the memory of the base layer's output,
 and its gradient for the input into that of the base layer.
 
-`dispatch` chooses between this path and the plain path, `base(x) + chain.delta()`.
+`dispatch` chooses between this path, the base layer's output with the chain added to it, and the
+plain path, `base(x) + chain.delta()`.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
         (p, up), scale = ends, 1.0
     if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
         return _added(result, p, up, in_place, scale)
-    return result + scaled(p @ up, scale).view(result.shape)
+    return result + (scaled(p, scale) @ up).view(result.shape)
 
 
 def _middle(chain: Chain) -> tuple[Middle | None, float]:

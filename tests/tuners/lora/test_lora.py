@@ -663,6 +663,24 @@ def test_a_forward_does_no_more_than_it_must():
     assert "native_dropout" not in run(2, use_dora=True) and "copy_" not in run(2, use_dora=True)
 
 
+def test_a_scale_is_multiplied_into_the_smaller_factor():
+    """Also where the base layer's output may not be overwritten: here a hook has seen it."""
+    base = nn.Sequential(nn.Linear(6, 64))
+    base[0].register_forward_hook(lambda module, args, output: None)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["0"])).eval()
+    sizes = []
+
+    class Multiplied(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mul.Tensor:
+                sizes.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Multiplied(), torch.no_grad():
+        model(torch.randn(5, 6))
+    assert sizes == [5 * 2]
+
+
 def test_autocast_and_mixed_precision():
     x = torch.randn(5, 6)
     for layer in (nn.Linear(6, 8), nn.Linear(6, 8).bfloat16()):
