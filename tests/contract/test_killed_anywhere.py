@@ -15,6 +15,7 @@ from helpers.models import TARGETS, mlp
 
 import peft
 from peft import LoKrConfig, PeftModel, get_peft_model
+from peft.checkpoint import files
 from peft.utils.error import CheckpointWriteError
 
 EVENTS = {
@@ -234,3 +235,34 @@ def test_a_config_edited_by_hand_is_read_as_edited(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"alpha": 8', '"alpha": 4'))
     assert read(tmp_path)[1] == 4
+
+
+@pytest.mark.parametrize("write", ["tensors", "report"])
+def test_other_files_are_written_under_the_folders_lock(tmp_path, monkeypatch, write):
+    """A save of an adapter beside them deletes the temporary files that it finds."""
+    fcntl, locked = pytest.importorskip("fcntl"), []
+    replace = files._replace
+
+    def watched(path, do):
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(False)
+        except BlockingIOError:
+            locked.append(True)
+        finally:
+            os.close(handle)
+        replace(path, do)
+
+    monkeypatch.setattr(files, "_replace", watched)
+    if write == "tensors":
+        files.write_tensors(tmp_path / "bank.safetensors", {"a": torch.zeros(2)}, {})
+    else:
+        files.write_report(tmp_path / "report.json", [1])
+    assert locked == [True]
+
+
+def test_an_error_of_the_system_keeps_its_number(tmp_path):
+    with pytest.raises(OSError, match="can't be written") as failure, files.folder_for(tmp_path):
+        raise OSError(28, "No space left on device")
+    assert failure.value.errno == 28

@@ -73,14 +73,14 @@ def folder_for(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         if isinstance(error, OSError) and not isinstance(error, PeftError):
-            raise CheckpointWriteError(f"'{folder}' can't be written to: {error}.") from error
+            raise _write_error(f"'{folder}' can't be written to: {error}.", error) from error
         raise
 
 
 def write_report(path: object, content: object) -> None:
     """Write JSON to a file in one step; its folder is made if missing."""
     file = as_file(path)
-    with folder_for(file.parent):
+    with folder_for(file.parent), alone_in(file.parent):
         write_text(file, json.dumps(content, indent=1) + "\n")
 
 
@@ -115,7 +115,8 @@ def write_adapter(
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replace a safetensors file in one step; its folder is made if missing."""
     tensors, metadata = _writable(state), {"format": "pt", **metadata}
-    with folder_for(path.parent):
+    # A save of an adapter into this folder deletes the temporary files it finds there.
+    with folder_for(path.parent), alone_in(path.parent):
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -250,9 +251,15 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         _replace_in_folder(path, write)
     except (OSError, RuntimeError, SafetensorError) as error:
-        failure = CheckpointWriteError(f"'{path}' can't be written, and is as it was: {error}")
-        failure.errno = getattr(error, "errno", None)
-        raise failure from error
+        raise _write_error(
+            f"'{path}' can't be written, and is as it was: {error}", error
+        ) from error
+
+
+def _write_error(text: str, error: BaseException) -> CheckpointWriteError:
+    failure = CheckpointWriteError(text)
+    failure.errno = getattr(error, "errno", None)
+    return failure
 
 
 def _replace_in_folder(path: Path, write: Callable[[Path], object]) -> None:
