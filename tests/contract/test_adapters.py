@@ -310,6 +310,9 @@ def test_scale(model):
     layer.unscale_layer()
     assert layer.scaling["default"] == start
     layer.set_scale("unknown", 2)
+    for wrong in (lambda: layer.scale_layer(float("nan")), lambda: layer.unscale_layer(0)):
+        with pytest.raises(ValueError, match="`scale`=(nan must be finite|0 is not a divisor)"):
+            wrong()
     assert layer.scaling == {"default": start}
 
 

@@ -119,8 +119,8 @@ def layer_selection(indices: object, pattern: object) -> Iterator[str]:
         yield from regex("layers_pattern", str(name))
 
 
-def check_scale(scale: object) -> None:
-    """Check that an adapter's scale is a finite number; tensors are taken as they are."""
+def check_scale(scale: object, is_divisor: bool = False) -> None:
+    """Check that a scale is a finite number, as a divisor not 0; a tensor is not read."""
     if isinstance(scale, Tensor):
         return
     value = plain(scale)
@@ -128,6 +128,8 @@ def check_scale(scale: object) -> None:
         raise PeftTypeError(f"`scale`={scale!r} must be a number.")
     if not math.isfinite(value):
         raise PeftValueError(f"`scale`={scale!r} must be finite.")
+    if is_divisor and value == 0:
+        raise PeftValueError("`scale`=0 is not a divisor; None returns to the configured scale.")
 
 
 def check_flags(**flags: object) -> None:

@@ -309,6 +309,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             inference_mode: Leave the active adapters frozen too.
 
         Raises:
+            PeftTypeError: A name is not a string.
             PeftValueError: No name, an unknown one, or adapters that can't be active together;
                 nothing is changed.
         """
@@ -333,6 +334,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """Unfreeze or freeze adapters, active or not.
 
         Raises:
+            PeftTypeError: A name is not a string.
             PeftValueError: An unknown name.
         """
         names, shared = self.check_names(adapter_names), self.shared_containers().values()
@@ -399,6 +401,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             **options: Arguments of the method, one of its `merge_options` each.
 
         Raises:
+            PeftTypeError: `adapter_names` is not a list of strings, or an option is unknown.
             PeftValueError: An unknown name, or a weight would be NaN, or an adapter is merged with
                 other options; nothing is merged then.
             PeftNotSupportedError: A weight is quantized in an unknown format, or the method can't
@@ -425,7 +428,11 @@ class AdaptedModel(nn.Module, Generic[C]):
         return method.merge_options_of(adapter_name, own)
 
     def unmerge_adapter(self) -> None:
-        """Unmerge all adapters, which restores the base weights exactly."""
+        """Unmerge all adapters, which restores the base weights exactly.
+
+        Raises:
+            PeftRuntimeError: A loaded state dict had them merged and lacks the original weights.
+        """
         _model_merges.unmerge(self.tuner_layers())
 
     def merge_and_unload(
@@ -461,7 +468,11 @@ class AdaptedModel(nn.Module, Generic[C]):
         return plain
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was: adapters are unmerged and removed."""
+        """Return the base model as it was: adapters are unmerged and removed.
+
+        Raises:
+            As `unmerge_adapter`.
+        """
         if self.merged_adapters:
             self.unmerge_adapter()
         return self._unload([])

@@ -378,13 +378,20 @@ class BaseTunerLayer(nn.Module):
             self.hold_scale(adapter, scale * self.base_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
+        """Multiply the scale of the active adapters.
+
+        Raises:
+            PeftTypeError, PeftValueError: The factor is not a finite number.
+        """
+        check_scale(scale)
         for name in self.active_adapters:
             if name in self.scaling:
                 self.hold_scale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the active adapters' scale by `scale`; None returns to the configured scale."""
+        """Divide the active adapters' scale by a number, not 0; None returns to the configured."""
+        if scale is not None:
+            check_scale(scale, is_divisor=True)
         for name in self.active_adapters:
             if name in self.scaling:
                 own = self.base_scaling(name) if scale is None else self.scaling[name] / scale
@@ -421,17 +428,19 @@ class BaseTunerLayer(nn.Module):
         self._merges.merge(self, new, safe_merge)
 
     def unmerge(self, adapter_names: Collection[str] | None = None) -> None:
-        """Subtract the deltas of some, by default all, merged adapters from the base weight.
-        Without any merge the weight is bit for bit the original, quantized or not.
+        """Subtract the deltas of some, by default all, merged adapters from the base weight. Merges
+        of these that disabling suspended are forgotten. Without any merge the weight is bit for bit
+        the original, quantized or not.
 
         Raises:
             PeftRuntimeError: A loaded state dict had them merged and lacks the original weight.
         """
-        was_suspended = bool(self._merges.suspended(self))
-        self._merges.resume(self, False)
+        suspended = self._merges.suspended(self)
+        gone = suspended if adapter_names is None else suspended.intersection(adapter_names)
+        self._merges.drop_suspended(self, *gone)
         if self.merged:
             self.take_off(adapter_names)
-        elif not was_suspended:
+        elif not gone:
             warn("Already unmerged. Nothing to do.")
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:

@@ -57,7 +57,8 @@ def from_pretrained(
         model_id: A local folder, or an id on the Hub.
         adapter_name: Name for the adapter.
         is_trainable: False freezes it and puts the model into eval mode.
-        config: Use this config in place of the saved one.
+        config: Use this config in place of the saved one. The object becomes the adapter's config
+            and changes with it (`inference_mode`, …); if an adapter has it already, a copy does.
         autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
         ephemeral_gpu_offload: Refused.
         low_cpu_mem_usage: Accepted; loading never initializes parameters that the checkpoint
@@ -79,6 +80,7 @@ def from_pretrained(
         PeftTypeError: The model is no module, the place no path, or a switch neither True nor
             False.
         PeftValueError: The config does not fit the model.
+        PeftNotSupportedError: `ephemeral_gpu_offload` is True.
     """
     _check_switches(
         ephemeral_gpu_offload,
@@ -145,6 +147,7 @@ def load_adapter(
         no place in it; none, unless `ignore_mismatched_sizes` or `strict=False` allows them.
 
     Raises:
+        PeftRuntimeError: The adapter is merged.
         As for `from_pretrained`; model and adapters are left exactly as they were.
     """
     _check_switches(
