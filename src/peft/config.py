@@ -97,8 +97,6 @@ class PeftConfig:
     patterns: ClassVar[tuple[str, ...]] = ()
     # Fields that are not saved, since they concern one process.
     unsaved: ClassVar[tuple[str, ...]] = ()
-    # Not a field: true for the object that an adapter has as its config.
-    belongs_to_adapter = False
 
     def __new__(cls, *args: object, **kwargs: object) -> PeftConfig:
         """Raise for unknown fields, with suggestions; Python's own message has none."""

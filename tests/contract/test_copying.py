@@ -189,14 +189,14 @@ def test_a_config_object_is_as_it_was_when_an_adapter_was_made_of_it(method, ent
     assert "x" not in other.target_modules and vars(config) == before
 
 
-@pytest.mark.parametrize("kind", ["SEQ_CLS", "damaged"])
-def test_what_a_class_or_a_failed_attempt_sets_is_not_set_in_the_config(method, kind, tmp_path):
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "refused name"])
+def test_what_a_class_or_a_failed_attempt_sets_is_not_set_in_the_config(method, kind):
     config = method.config(target_modules=["q_proj"], task_type="SEQ_CLS")
     before = deepcopy(vars(config))
     if kind == "SEQ_CLS":
         get_peft_model(llama(), config)
     else:
-        with pytest.raises(ValueError, match="adapter name|Adapter name|dot"):
+        with pytest.raises(ValueError, match="without dots"):
             get_peft_model(llama(), config, "a.b")
     assert vars(config) == before
 

@@ -590,3 +590,16 @@ def test_a_config_passed_to_from_pretrained_is_the_first_adapters(method, tmp_pa
     assert second.peft_config["default"] is not config
     second.peft_config["default"].revision = "other"
     assert config.revision is None
+    for free in (copy.deepcopy(config), first.unload() and config):
+        again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path, config=free)
+        assert again.peft_config["default"] is free
+
+
+def test_a_load_that_fails_leaves_the_config_that_it_is_given(method, tmp_path):
+    saved = get_peft_model(nn.Sequential(nn.Linear(8, 8)), method.config(target_modules=["0"]))
+    saved.save_pretrained(tmp_path)
+    config = method.config(target_modules=["0"])
+    before = copy.deepcopy(vars(config))
+    with pytest.raises(RuntimeError, match="0"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(16, 24)), tmp_path, config=config)
+    assert vars(config) == before

@@ -29,6 +29,7 @@ from .adapter_names import known_names, names_to_activate
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .call_arguments import CallArguments
+from .config_owners import note_owner
 from .filling import fill_with
 from .fused_paths import restore_fused_paths
 from .injection import Construction, Fill, build_adapter, put_in
@@ -280,7 +281,6 @@ class AdaptedModel(nn.Module, Generic[C]):
         check_config(config)
         method, construction = self.method_of(config), construction or Construction()
         config = config.for_adapter()
-        config.belongs_to_adapter = True
         with ordinary_tensors():
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
@@ -289,6 +289,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             if fill is not None:
                 fill(build)
             put_in(self, method, plan, build)
+        note_owner(build.config, self)
 
     def add_with_tensors(self, adapter_name: str, config: C, tensors: Mapping[str, Tensor]) -> None:
         """Put an adapter with given tensors into the model; it is inactive until `set_adapter`."""

@@ -23,6 +23,7 @@ from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors
+from .config_owners import has_owner
 from .filling import CheckpointFill, fitting, without_adapter_names
 from .injection import Construction
 from .renamed_targets import present_names
@@ -98,7 +99,7 @@ def from_pretrained(
 
     def fill(build: Build[TargetedConfig]) -> None:
         write(build)
-        if given is not None and not given.belongs_to_adapter:
+        if given is not None and not has_owner(given):
             # Nothing fails from here on. Callers expect the object that they passed.
             vars(given).update(vars(build.config))
             build.config = cast("TargetedConfig", given)
