@@ -32,6 +32,28 @@ def test_the_mean_of_all_skills():
     )
 
 
+@pytest.mark.parametrize("task_rank", [0, 1])
+def test_what_is_extracted_has_the_scale_that_was_set(task_rank):
+    model = poly(task_rank=task_rank)
+    for layer in model.base_model.tuner_layers():
+        layer.set_scale("default", 3)
+    x = torch.randn(2, 8)
+    expected = model(x, task_ids=["d", "b"])
+    factors = [
+        layer.low_rank_factors("default", task_id={3: 0.25, 1: 0.75})
+        for layer in model.base_model.tuner_layers()
+    ]
+    model.extract_tasks("few", ["d", "b"])
+    model.extract_tasks("one", {"b": 1.0})
+    model.extract_tasks("blend", {"d": 0.25, "b": 0.75})
+    model.set_adapter("few")
+    torch.testing.assert_close(model(x, task_ids=[0, 1]), expected)
+    model.set_adapter("one")
+    torch.testing.assert_close(model(x[1:]), expected[1:])
+    for layer, low in zip(model.base_model.tuner_layers(), factors, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("blend"), low.B @ low.A)
+
+
 @pytest.mark.parametrize("granularity", ["linear", "layer"])
 def test_extracting_tasks(granularity, tmp_path):
     model = poly(router_granularity=granularity, rank_pattern={"2": 3})

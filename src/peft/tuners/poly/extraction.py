@@ -13,6 +13,7 @@ from ...base.errors import PeftValueError
 from ...core.combining import Combined, derive, outer_path
 from .adapter import PolyAdapter, Shares, Tasks
 from .config import single_skill
+from .layer import PolyLayer
 from .mixing import task_factors
 from .router import InputRouter, TaskRouter
 from .task_ids import task_shares
@@ -40,10 +41,12 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
     for path, layer in adapter.layers.items():
         for skills in ("poly_lora_A", "poly_lora_B"):
             parameter = getattr(layer, skills)[adapter.name]
-            tensors[f"{outer_path(path)}.{skills}"] = parameter.detach().clone()
+            scale = _own_scale(layer, adapter.name) if skills == "poly_lora_B" else 1.0
+            tensors[f"{outer_path(path)}.{skills}"] = parameter.detach() * scale
     for path, own in adapter.task_skills().items():
         for key, values in own.tensors_of(numbers).items():
-            tensors[f"{outer_path(path)}.poly_task_skills.{key}"] = values
+            scale = _own_scale(adapter.layers[path], adapter.name) if key == "B.values" else 1.0
+            tensors[f"{outer_path(path)}.poly_task_skills.{key}"] = values * scale
     for path, router in adapter.first_routers().items():
         key = f"{outer_path(path)}.poly_router"
         if isinstance(router, TaskRouter):
@@ -57,6 +60,11 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
         task_names=names and [names[task] for task in numbers],
     )
     derive(adapter.tuner, new_adapter, adapter.name, Combined(config, tensors))
+
+
+def _own_scale(layer: PolyLayer, name: str) -> float:
+    """Return the scale that was set for an adapter (`set_scale`), relative to its config's."""
+    return float(layer.scaling[name]) / layer.base_scaling(name)
 
 
 def _blended_weights(adapter: PolyAdapter, shares: Mapping[int, float]) -> dict[str, Tensor]:
@@ -88,7 +96,7 @@ def _extract_skill(
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
-        left, right = task_factors(weights[path].to(A.dtype), A, B)
+        left, right = task_factors(weights[path].to(A.dtype), A, B, _own_scale(layer, name))
         if path in own:
             own_left, own_right = layer.task_skill_factors(name, shares)
             r, r_new = left.shape[0], left.shape[0] + own_left.shape[0]
