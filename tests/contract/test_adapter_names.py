@@ -6,9 +6,11 @@ adapter active.
 import contextlib
 import copy
 
+import numpy
 import pytest
 import torch
 from helpers import models
+from helpers.methods import METHODS
 from helpers.models import llama, mlp
 from torch import nn
 
@@ -192,3 +194,15 @@ def test_disabled_adapters_stay_off(method, model):
     with model.disable_adapter():
         base = model(x)
         torch.testing.assert_close(model(x, adapter_names=["default"] * 4, **method.call), base)
+
+
+@pytest.mark.parametrize("form", [list, tuple, numpy.array, torch.tensor, lambda ids: range(3)])
+def test_task_ids_of_every_form_beside_adapter_names(form):
+    config = METHODS["POLY"].config(target_modules=["0"])
+    model = peft.get_peft_model(models.mlp(), config, "a").eval()
+    model.add_adapter("b", config)
+    x, names = torch.randn(3, 8), ["a", "b", "a"]
+    found = model(x, task_ids=form([0, 1, 2]), adapter_names=names)
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        torch.testing.assert_close(found[i : i + 1], model(x[i : i + 1], task_ids=i))

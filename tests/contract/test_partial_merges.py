@@ -219,3 +219,17 @@ def test_a_merge_in_the_middle_of_generate(method):
         model.generate(input_ids=ids, logits_processor=[Merging()], **options), expected
     )
     assert model.base_model.merged_adapters
+
+
+def test_an_inactive_merged_adapter_is_not_taken_for_an_active_one_of_the_same_config():
+    """Ids are for the active adapter, whatever task of another, with equal settings, is merged."""
+    config = METHODS["POLY"].config(target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, "a").eval()
+    model.add_adapter("b", config)
+    layer, x = model.base_model.model[0], torch.randn(3, 8)
+    model.set_adapter("b")
+    weight = layer.weight + sum(
+        layer.get_delta_weight(name, task_id=task) for name, task in (("a", 1), ("b", 2))
+    )
+    model.merge_adapter(["a"], task_id=1)
+    torch.testing.assert_close(model(x, task_ids=2), x @ weight.T + layer.bias)

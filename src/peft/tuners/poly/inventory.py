@@ -180,7 +180,8 @@ def _new_tasks(config: PolyConfig, tasks: object) -> tuple[int, list[str] | None
                 f"The adapter's tasks have names; pass {tasks} names in place of their number."
             )
         return tasks, None
-    is_list = isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes))
+    # The order of names gives the ids, and a set has none.
+    is_list = isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes, set, frozenset))
     given = list(tasks) if isinstance(tasks, Iterable) else []
     new = [task for task in given if isinstance(task, str)]
     if not is_list or len(new) < len(given):

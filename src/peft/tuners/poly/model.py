@@ -241,8 +241,8 @@ class PolyModel(BaseTuner[PolyConfig]):
         The router's parameters are replaced: make the optimizer afterwards.
 
         Args:
-            tasks: How many, or their names (if the other tasks have names, or none have and all
-                new ones get one).
+            tasks: How many, or a list of their names. Where the other tasks have no names, they
+                then get "0", "1", ….
             init: Start of their routing. "mean": the mean of all tasks' gates; "uniform": equal
                 weights; a task's id or name: that task's, with a copy of its task-specific
                 skill. A task named "mean" or "uniform" is passed as `["mean"]`.
@@ -456,8 +456,8 @@ class PolyModel(BaseTuner[PolyConfig]):
                 initializes and measures the loss.
             lr: Learning rate, by default the paper's for the router.
             init: None: start from the task's present weights. "best": from those of the task with
-                the least loss on the examples, at one forward for each task. "equal": from equal
-                weights.
+                the least loss on the examples, at one forward for each other task and batch, or
+                from equal weights if no other has a finite loss. "equal": from equal weights.
             adapter_name: By default the active adapter.
 
         Returns:

@@ -15,7 +15,7 @@ A base model does not pass `task_ids` on to its layers, so they are kept beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -96,7 +96,7 @@ class Routing:
 
     Attributes:
         configs: Config of each Poly adapter, by name.
-        layer: One of the layers, to read which adapters are active; None without adapters.
+        layer: One of the layers, to read which adapters are active; None before the first.
         merged_tasks: The tasks for which an adapter is merged, by name of the adapter.
         is_encoder_decoder, is_causal: The kind of model.
         stack: The calls in progress.
@@ -377,9 +377,11 @@ class Routing:
         """Return task ids where each sample has an adapter; 0 if that does not route by task."""
         if not self._by_task(batch.samples):
             return None
-        each: Tensor | list[object] | tuple[object, ...] | None = None
-        if isinstance(task_ids, (list, tuple)) or (isinstance(task_ids, Tensor) and task_ids.dim()):
-            each = task_ids if len(task_ids) != 1 else None
+        each: Tensor | list[object] | None = None
+        # A list, a range or an array; a tensor or an array without dimensions is one id.
+        is_row = isinstance(task_ids, Sized) and not isinstance(task_ids, (str, bytes))
+        if is_row and getattr(task_ids, "ndim", 1) and len(task_ids) != 1:  # type: ignore[arg-type]
+            each = task_ids if isinstance(task_ids, Tensor) else list(task_ids)  # type: ignore[call-overload]
         if each is not None and len(each) != batch.size:
             raise PeftValueError(
                 f"`task_ids` has {len(each)} entries; expected {batch.size}, one for each sample."
@@ -404,9 +406,9 @@ class Routing:
         """
         if task_ids is None:
             return
-        reading = self._by_task(active)
+        reading = [name for name in active if self._by_task([name])]
         for name, tasks in self.merged_tasks.items():
-            if reading and self.configs[name] not in reading:
+            if reading and name not in reading:
                 continue
             ids = as_task_ids(task_ids, [self.configs[name]], samples, device)
             same = ids == (tasks[0] if len(tasks) == 1 else -1)
