@@ -73,7 +73,7 @@ GRAPH = {name: imported(path) for name, path in MODULES.items()}
 def floor(module):
     """The floor of a module: that of the longest prefix that has one."""
     parts = module.split(".")
-    for length in range(len(parts), -1, -1):
+    for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
         for height, names in enumerate(FLOORS):
             if prefix in names:

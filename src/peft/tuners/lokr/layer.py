@@ -137,7 +137,7 @@ class LoKrLayer(LycorisLayer):
 
     @torch.no_grad()
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the factors, `kaiming_uniform_(a=√5)`, with one of them, or the scalar, zero."""
+        """Draw the factors, `kaiming_uniform_(a=√5)`; one, or the scalar, is zero, if wanted."""
         scalar = adapter_name in self.lokr_scalar
         zero: tuple[str, ...] = ()
         if init_weights and not scalar:

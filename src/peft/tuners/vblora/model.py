@@ -280,9 +280,9 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         """Print the number of float32 values that saving an adapter writes.
 
         Args:
-            adapter: The adapter's name, by default the active one.
+            adapter: The adapter, as for `get_nb_savable_parameters`.
         """
-        own, other = self.get_nb_savable_parameters(adapter or self.active_adapters[0])
+        own, other = self.get_nb_savable_parameters(adapter)
         print(
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
             f"to-be-saved: {own + other:,d}"

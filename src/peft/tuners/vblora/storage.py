@@ -156,9 +156,9 @@ def _checked_weights(
     weights = state.get(name)
     if weights is None or (*weights.shape[:-1], weights.shape[-1] + 1) != tuple(indices.shape):
         raise CheckpointError(f"`{key}` has no `{name}` that goes with it; nothing was loaded.")
-    if indices.is_floating_point() or not all(
-        0 <= int(i) < config.num_vectors for i in indices.aminmax()
-    ):
+    if indices.is_floating_point():
+        raise CheckpointError(f"`{key}` must hold integers; nothing was loaded.")
+    if not all(0 <= int(i) < config.num_vectors for i in indices.aminmax()):
         raise CheckpointError(
             f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. "
             "Load it with the config that was saved with it."
