@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import mixed_precision
 from .derivatives import gradients_again
-from .dispatch import is_batched, is_eager, owns_output, shapes
+from .dispatch import is_batched, owns_output, shapes
 from .mixed_precision import scaled
 
 _SMALL = 16
@@ -122,8 +122,10 @@ def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
     return _add_chain(chain, result, owns_output(layer))
 
 
-def add_product(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor:
-    """Return `result + p · up`, in the shape of `result`.
+def add_product(
+    result: Tensor, p: Tensor, up: Tensor, in_place: bool, scale: float = 1.0
+) -> Tensor:
+    """Return `result + scale · p · up`, in the shape of `result`, in eager mode.
 
     Backward keeps `p` and `up`, and nothing of the size of `result`.
 
@@ -131,12 +133,13 @@ def add_product(result: Tensor, p: Tensor, up: Tensor, in_place: bool) -> Tensor
         result: As many elements as the product has, in its order.
         p: `[n, rows, k]`, or `[rows, k]`.
         up: `[n, k, columns]`, or `[k, columns]`.
-        in_place: Allow to overwrite `result`. It is overwritten in eager mode, if all are of one
-            dtype or kernels support them.
+        in_place: Allow to overwrite `result`. It is overwritten if all are of one dtype or kernels
+            support them.
+        scale: A number.
     """
-    if not ((in_place or result.dtype != p.dtype) and is_eager() and _can_add(result, p, up)):
-        return result + (p @ up).view(result.shape)
-    return _added(result, p, up, in_place)
+    if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
+        return _added(result, p, up, in_place, scale)
+    return result + (scaled(p, scale) @ up).view(result.shape)
 
 
 def as_operand(x: Tensor, down: Tensor) -> Tensor:
@@ -157,9 +160,7 @@ def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
         if isinstance(ends, Tensor):
             return result + ends.view(result.shape)
         (p, up), scale = ends, 1.0
-    if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
-        return _added(result, p, up, in_place, scale)
-    return result + (scaled(p, scale) @ up).view(result.shape)
+    return add_product(result, p, up, in_place, scale)
 
 
 def _middle(chain: Chain) -> tuple[Middle | None, float]:
