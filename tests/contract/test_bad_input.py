@@ -634,3 +634,10 @@ def test_minus_infinity_is_a_logit(tmp_path):
     next(tensor for key, tensor in state.items() if key.endswith("logits_A"))[0, 0, 0] = torch.nan
     with pytest.warns(UserWarning, match="NaN or infinite.*logits_A. It"):
         set_peft_model_state_dict(model, state)
+
+
+@pytest.mark.parametrize("wrong", [[1], {"0.weight": 1.0}, None])
+def test_base_weights_must_be_a_dictionary_of_tensors(wrong):
+    model = get_peft_model(mlp(), METHODS["LORA"].config(target_modules=["0"]))
+    with pytest.raises(TypeError, match="must be a (dictionary of tensors|tensor)"):
+        set_base_model_state_dict(model, wrong)

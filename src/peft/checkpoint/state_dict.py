@@ -181,7 +181,11 @@ def unmerged(model: nn.Module | None) -> Iterator[None]:
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """Return the state dict that the base model of a `PeftModel` would have without adapters."""
+    """Return the state dict that the base model of a `PeftModel` would have without adapters.
+
+    Raises:
+        PeftRuntimeError: A loaded state dict had adapters merged and lacks the original weights.
+    """
     inside = {WHOLE_MODULES}.union(*map(container_names, model.peft_config.values()))
     result = {}
     with unmerged(model):
@@ -219,19 +223,15 @@ def set_peft_model_state_dict(
     Raises:
         CheckpointError: Shape or kind of a tensor differ, or a parameter would stay on the meta
             device; nothing is changed.
-        PeftRuntimeError: FSDP1 or ZeRO-3 hold the parameters elsewhere; nothing is changed.
-        PeftTypeError: `peft_model_state_dict` is not a dictionary.
+        PeftRuntimeError: The adapter is merged, or FSDP1 or ZeRO-3 hold the parameters elsewhere;
+            nothing is changed.
+        PeftTypeError: `peft_model_state_dict` is not a dictionary of tensors.
         PeftValueError: The model has no such adapter.
     """
     check_flags(ignore_mismatched_sizes=ignore_mismatched_sizes)
-    if not isinstance(peft_model_state_dict, Mapping):
-        raise PeftTypeError(
-            "`peft_model_state_dict` must be a dictionary of tensors, got "
-            f"{type(peft_model_state_dict)}; `load_peft_weights` reads one."
-        )
-    for key, value in peft_model_state_dict.items():
-        if not isinstance(value, Tensor):
-            raise PeftTypeError(f"`{key}` must be a tensor, not {value!r}; nothing was changed.")
+    _check_tensors(
+        peft_model_state_dict, "peft_model_state_dict", "; `load_peft_weights` reads one"
+    )
     model = unwrap_model(model)
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
@@ -274,11 +274,16 @@ def set_base_model_state_dict(
         state_dict: Tensors by the base model's own names.
         strict: Raise an error if names are missing or unexpected.
 
+    Returns:
+        The names that are missing, and those that are unexpected.
+
     Raises:
         CheckpointError: A shape differs, or a name if `strict`; nothing is changed.
         PeftRuntimeError: Adapters are merged into the base model's weights.
+        PeftTypeError: `state_dict` is not a dictionary of tensors.
     """
     check_flags(strict=strict)
+    _check_tensors(state_dict, "state_dict")
     check_unmerged(model)
     expected = get_base_model_state_dict(model)
     result = check_state(expected, state_dict)
@@ -287,6 +292,17 @@ def set_base_model_state_dict(
     values = {key: tensor for key, tensor in state_dict.items() if key in expected}
     write_state(None, expected, values)
     return result
+
+
+def _check_tensors(state: object, argument: str, remedy: str = "") -> None:
+    """Raise `PeftTypeError` if an argument is not a dictionary of tensors."""
+    if not isinstance(state, Mapping):
+        raise PeftTypeError(
+            f"`{argument}` must be a dictionary of tensors, got {type(state)}{remedy}."
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise PeftTypeError(f"`{key}` must be a tensor, not {value!r}; nothing was changed.")
 
 
 def import_state(
