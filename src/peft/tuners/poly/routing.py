@@ -15,7 +15,7 @@ A base model does not pass `task_ids` on to its layers, so they are kept beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -377,11 +377,7 @@ class Routing:
         """Return task ids where each sample has an adapter; 0 if that does not route by task."""
         if not self._by_task(batch.samples):
             return None
-        each: Tensor | list[object] | None = None
-        # A list, a range or an array; a tensor or an array without dimensions is one id.
-        is_row = isinstance(task_ids, Sized) and not isinstance(task_ids, (str, bytes))
-        if is_row and getattr(task_ids, "ndim", 1) and len(task_ids) != 1:  # type: ignore[arg-type]
-            each = task_ids if isinstance(task_ids, Tensor) else list(task_ids)  # type: ignore[call-overload]
+        each = _one_by_one(task_ids)
         if each is not None and len(each) != batch.size:
             raise PeftValueError(
                 f"`task_ids` has {len(each)} entries; expected {batch.size}, one for each sample."
@@ -420,6 +416,17 @@ class Routing:
                 torch._assert_async(same.all(), message)
             elif not torch._C._functorch.is_functorch_wrapped_tensor(same) and not same.all():
                 raise PeftValueError(message)
+
+
+def _one_by_one(task_ids: object) -> Tensor | list[object] | None:
+    """Return task ids in a list, an array or a tensor as they come; None for one id for all."""
+    if isinstance(task_ids, (str, bytes, Set, Mapping)) or not getattr(task_ids, "ndim", 1):
+        return None
+    if isinstance(task_ids, Tensor):
+        return task_ids if len(task_ids) != 1 else None
+    if isinstance(task_ids, Collection) and len(task_ids) != 1:
+        return list(task_ids)
+    return None
 
 
 def _unwrap(model: nn.Module) -> None:
