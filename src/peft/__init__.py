@@ -26,6 +26,7 @@ from .auto import (
 from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
 from .base.placeholders import placeholder as _placeholder
+from .base.progress import show_progress
 from .config import PeftConfig
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -161,4 +162,5 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
+    "show_progress",
 ]

@@ -23,6 +23,7 @@ from ..base.containers import AdapterContainer, walk
 from ..base.errors import PeftValueError
 from ..base.geometry import Placement
 from ..base.modules import get_submodules
+from ..base.progress import track
 from ..config import TargetedConfig
 from ..integrations.accelerate import end_offloading
 from . import routed_experts
@@ -172,7 +173,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
     build = Build(plan.adapter_name, plan.config, plan.found, containers=_containers(method))
     first = innermost(next(iter(plan.targets.values())))
     build.shared = method.build_shared_parameters(build, *construction.place(first))
-    for path, module in plan.targets.items():
+    for path, module in track(plan.targets.items(), "Making the adapter"):
         existing = layer_of(module, method.tuner_layer_cls)
         base = module if existing is None else existing.base_layer
         layer_cls = method.tuner_layer_class(plan.config, base)

@@ -12,6 +12,7 @@ from torch import nn
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
+from ..base.progress import track
 from ..integrations.accelerate import loaded_weights
 from . import tied_weights
 from .auxiliary import AuxiliaryTrainingWrapper
@@ -47,7 +48,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     _check(named, {id(layer): own for layer, own in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
-        for layer, own in todo:
+        for layer, own in track(todo, "Merging"):
             with loaded_weights(layer, [*own, *layer.merged_adapters]):
                 layer._merges.merge(layer, own, safe_merge)
             done.append((layer, list(own)))
@@ -170,7 +171,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
         layer._merges.insist_on_known()
-    for layer in merged:  # merged in reverse, see `merge`
+    for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`
         with loaded_weights(layer, layer.merged_adapters):
             layer.unmerge()
 
@@ -244,13 +245,14 @@ def unload(
     """Replace layers with adapters by their base layers.
 
     The trained copies of modules, or rows of embeddings, of `adapters` stay in the model.
-    `progressbar` is a description to show one with.
+    `progressbar` is the description of a progress bar that the caller asked for.
     """
-    modules = list(walk(model, repeated=True))
-    if progressbar is not None:
-        from tqdm import tqdm
-
-        modules = tqdm(modules, desc=progressbar)
+    modules = track(
+        list(walk(model, repeated=True)),
+        progressbar or "Unloading",
+        unit="module",
+        wanted=progressbar is not None,
+    )
     inside: set[int] = set()
     for path, module in modules:
         plain: nn.Module | None = None

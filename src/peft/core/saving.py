@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..base.errors import PeftTypeError, PeftValueError
+from ..base.progress import track
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter, check_flags
 from ..checkpoint.files import folder_for, write_adapter
@@ -188,7 +189,7 @@ def _write_adapters(
 ) -> None:
     """Write adapters: "default" into the folder, each other into a sub-folder of its name."""
     with folder_for(folder):
-        for name, (config, state) in states.items():
+        for name, (config, state) in track(states.items(), "Saving", unit="adapter"):
             config, state = tuner.method_of(config).form_to_save(name, config, state)
             text = _config_text(config, tuner.model)
             place = folder if name == "default" else folder / name

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 
 from ...base.errors import PeftValueError
+from ...base.progress import track
 from ...core.combining import Combination, Combined, check_same
 from .config import LoKrConfig, layer_options, shapes_by_rule
 from .layer import LoKrLayer
@@ -48,7 +49,7 @@ def combine(
         use_rslora=False,
     )
     result = Combined(config)
-    for path, layer in layers.items():
+    for path, layer in track(layers.items(), "Combining"):
         factor = layer_options(config, path, layer.geometry).factor
         shapes = shapes_by_rule(config, layer.geometry, r, factor)
         present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.errors import PeftValueError
+from ...base.progress import track
 from ...core.combining import Combination, Combined
 from ...ops import task_vectors as merge_utils
 from ...ops.low_rank import kept, norm, product_svd, tail
@@ -124,7 +125,7 @@ def combine(
     rank = request.svd_rank or max(max(several) for several in ranks.values())
     made = {
         path: _made(own, request, rank, layers[path].geometry.transposed)
-        for path, own in terms.items()
+        for path, own in track(terms.items(), "Combining")
     }
     r = (
         rank

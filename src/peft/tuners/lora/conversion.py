@@ -9,7 +9,7 @@ is low rank. The factors become the tensors of a LoRA adapter whose scaling is 1
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftError, PeftValueError, warn
+from ...base.progress import track
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
@@ -204,7 +205,9 @@ def save_tasks_as_lora(
                 "you want it."
             )
     names, errors = list(chosen), {}
-    for begin in range(0, len(names), _TASKS_AT_ONCE):
+    begins = range(0, len(names), _TASKS_AT_ONCE)
+    wanted = progressbar and len(begins) > 1
+    for begin in track(begins, "Converting tasks to LoRA", unit="group", wanted=wanted):
         some = names[begin : begin + _TASKS_AT_ONCE]
         options = [tuner_cls.conversion_options(config, task_id=chosen[name]) for name in some]
         for name, converted in zip(
@@ -229,7 +232,7 @@ def _convert(
     check_convertible(layers, adapter_name)
     parts: list[dict[str, LowRank]] = [{} for _ in views]
     tensors: list[dict[str, Tensor]] = [{} for _ in views]
-    for path, layer in _shown(layers, progressbar):
+    for path, layer in track(layers.items(), "Converting to LoRA", wanted=progressbar):
         for part, state, options in zip(parts, tensors, views, strict=True):
             try:
                 factors = _factors(layer, adapter_name, rank, options)
@@ -263,17 +266,6 @@ def _companions(model: nn.Module, config: TargetedConfig, adapter_name: str) -> 
         for key, tensor in state.items()
         if not any(part.startswith(own) for part in key.split("."))
     }
-
-
-def _shown(
-    layers: dict[str, BaseTunerLayer], progressbar: bool
-) -> Iterable[tuple[str, BaseTunerLayer]]:
-    """Return the layers by path, with a progress bar if wanted."""
-    if not progressbar:
-        return layers.items()
-    from tqdm import tqdm
-
-    return tqdm(layers.items(), desc="Converting to LoRA")
 
 
 def _factors(

@@ -20,6 +20,7 @@ from ...base.errors import (
     PeftValueError,
     UnsupportedModuleError,
 )
+from ...base.progress import track
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
@@ -112,7 +113,7 @@ def convert_to_poly(
     companions, labels = _companions(root, configs, tasks, heads)
     layers: dict[str, BaseTunerLayer] = {}
     factors: dict[str, dict[str, LowRank]] = {}
-    for name, config in configs.items():
+    for name, config in track(configs.items(), "Converting to Poly", unit="adapter"):
         for path, layer, product in _low_rank_layers(root, name, config, rank, task_id):
             layers[path] = layer
             factors.setdefault(path, {})[name] = product
@@ -302,7 +303,7 @@ def _low_rank_layers(
     method = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     options = method.conversion_options(config, task_id=task_id)
     result = []
-    for path, layer in layers.items():
+    for path, layer in track(layers.items(), "Converting to Poly"):
         size = geometry(layer)
         if size is None or size.is_conv:
             raise UnsupportedModuleError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
+from ...base.progress import remark, track
 from ...base.validation import at_least, choice
 from ...base.validation import number as finite_number
 from .adapter import PolyAdapter, Task, Tasks
@@ -216,7 +217,7 @@ def _initialize_rows(
     best: int | None = None
     if init == "best":
         least = float("inf")
-        for other in range(routers[0].n_tasks):
+        for other in track(range(routers[0].n_tasks), "Trying tasks' routing", unit="task"):
             if other == task:
                 continue
             for router in routers:
@@ -270,9 +271,11 @@ def _descend(
     """
     optimizer = torch.optim.Adam(rows, lr=lr)
     best, kept = float("inf"), [row.detach().clone() for row in rows]
-    for step in range(steps + 1):
+    turns = track(range(steps + 1), f"Fitting task {fit.task}", unit="step")
+    for step in turns:
         value = next_loss()
         fit.losses.append(float(value.detach()))
+        remark(turns, f"loss {fit.losses[-1]:.4g}")
         if not isfinite(fit.losses[-1]):
             raise _not_finite(f"`loss` is {fit.losses[-1]}", fit.task, step, lr)
         if fit.losses[-1] < best or keep_last:
