@@ -101,8 +101,8 @@ def product_svd(B: Tensor, A: Tensor) -> SingularTriples:
     Raises:
         PeftValueError: A factor has values that are NaN or infinite.
     """
-    left, R_left = torch.linalg.qr(_finite(B))
-    right, R_right = torch.linalg.qr(_finite(A).mT)
+    left, R_left = torch.linalg.qr(finite(B))
+    right, R_right = torch.linalg.qr(finite(A).mT)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
     return SingularTriples(left @ U, S, right @ Vh.mT)
 
@@ -113,7 +113,7 @@ def dense_svd(matrix: Tensor) -> SingularTriples:
     Raises:
         PeftValueError: It has values that are NaN or infinite.
     """
-    U, S, Vh = torch.linalg.svd(_finite(matrix), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(finite(matrix), full_matrices=False)
     return SingularTriples(U, S, Vh.mT)
 
 
@@ -163,7 +163,7 @@ def total_error(deltas: Iterable[LowRank]) -> float:
 
 def product_norm(B: Tensor, A: Tensor) -> float:
     """Return `‖B·A‖` in the Frobenius norm."""
-    left, right = _finite(B), _finite(A)
+    left, right = finite(B), finite(A)
     return math.sqrt(max(float((left.mT @ left * (right @ right.mT)).sum()), 0.0))
 
 
@@ -183,7 +183,8 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def _finite(tensor: Tensor) -> Tensor:
+def finite(tensor: Tensor) -> Tensor:
+    """Return `wide(tensor)`; raise `PeftValueError` if it has values that are NaN or infinite."""
     if not torch.isfinite(tensor).all():
         raise PeftValueError(
             "The adapter has values that are NaN or infinite, which have no factorization."

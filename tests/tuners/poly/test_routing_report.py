@@ -13,6 +13,7 @@ from helpers.poly import task_routers
 from transformers import EvalPrediction
 
 from peft import PolyConfig, get_peft_model
+from peft.ops.clustering import linkage
 from peft.tuners.poly import (
     RoutingWatch,
     TaskSampler,
@@ -23,7 +24,6 @@ from peft.tuners.poly import (
     routing_report,
 )
 from peft.tuners.poly.analysis import metrics
-from peft.tuners.poly.analysis.report import cluster_tasks
 
 TARGETS = ["0", "2"]
 
@@ -163,7 +163,7 @@ def test_the_tree_joins_the_clusters_with_the_least_mean_distance():
     rows = torch.randn(12, 7, dtype=torch.float64)
     similarity = metrics.task_similarity(rows)
     torch.testing.assert_close(similarity, _cosines(rows))
-    merges, order = cluster_tasks(similarity)
+    merges, order = linkage(similarity)
     clusters = {task: [task] for task in range(12)}
 
     def distance(a, b):
@@ -176,13 +176,13 @@ def test_the_tree_joins_the_clusters_with_the_least_mean_distance():
         clusters[12 + step] = clusters.pop(left) + clusters.pop(right)
         assert len(clusters[12 + step]) == size
     assert list(clusters.values()) == [order]
-    assert cluster_tasks(torch.ones(1, 1)) == ([], [0])
-    assert sorted(cluster_tasks(torch.full((3, 3), torch.nan))[1]) == [0, 1, 2]
+    assert linkage(torch.ones(1, 1)) == ([], [0])
+    assert sorted(linkage(torch.full((3, 3), torch.nan))[1]) == [0, 1, 2]
 
 
 def test_without_scipy_tasks_are_in_their_own_order(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setattr("peft.tuners.poly.analysis.report.find_spec", lambda name: None)
+    monkeypatch.setattr("peft.ops.clustering.find_spec", lambda name: None)
     report = routing_report(poly())
     assert report.order == list(range(5)) and report.merges == []
     assert report.plot(tmp_path / "routing.png").axes and "task_4" in str(report)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ....base.containers import walk
 from ....base.errors import PeftValueError
 from ....checkpoint.files import write_report
 from ....core.adapter_choice import adapter_of
+from ....ops.clustering import Link, linkage
 from ..layer import PolyLayer
 from ..router import Router, TaskRouter
 from . import metrics
@@ -51,22 +51,6 @@ class LayerMeasures(TypedDict):
     usage: list[float]
 
 
-class TaskMerge(NamedTuple):
-    """A step of clustering, as a row of scipy's linkage.
-
-    Attributes:
-        left, right: The clusters that are merged: a task's id, or `n_tasks + i` for the result of
-            step `i`.
-        distance: One minus their similarity, the mean over pairs of tasks.
-        size: Number of tasks in the result.
-    """
-
-    left: int
-    right: int
-    distance: float
-    size: int
-
-
 @dataclass(repr=False)
 class RoutingReport:
     """An adapter's routing by task in evaluation. `print` shows a table of the tasks and a table of
@@ -86,7 +70,7 @@ class RoutingReport:
     weights: dict[str, Tensor]
     order: list[int]
     similarity: Tensor
-    merges: list[TaskMerge]
+    merges: list[Link]
     layers: dict[str, LayerMeasures] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -218,7 +202,7 @@ def routing_report(model: nn.Module, adapter_name: str | None = None) -> Routing
     similarity = metrics.task_similarity(
         torch.cat([table.flatten(1) for table in weights.values()], 1).double()
     )
-    merges, order = cluster_tasks(similarity)
+    merges, order = linkage(similarity)
     return RoutingReport(tasks, weights, order, similarity, merges, layer_measures(routers))
 
 
@@ -274,23 +258,6 @@ def layer_measures(routers: Mapping[str, TaskRouter]) -> dict[str, LayerMeasures
 def mean_measures(layers: Mapping[str, LayerMeasures]) -> dict[str, float]:
     """Return the means of measures over layers."""
     return {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in MEASURES}
-
-
-def cluster_tasks(similarity: Tensor) -> tuple[list[TaskMerge], list[int]]:
-    """Return the merges of tasks by average linkage, with scipy and distances `1 − similarity`, and
-    the tree's leaves from left to right. Without scipy no merges, and the tasks by id.
-
-    Source: Sokal & Michener (1958), the unweighted pair-group method
-    """
-    if len(similarity) < 2 or find_spec("scipy") is None:
-        return [], list(range(len(similarity)))
-    from scipy.cluster import hierarchy
-    from scipy.spatial.distance import squareform
-
-    distance = (1 - similarity.nan_to_num()).clamp(min=0).fill_diagonal_(0)
-    tree = hierarchy.linkage(squareform(distance.numpy(), checks=False), "average")
-    merges = [TaskMerge(int(a), int(b), float(d), int(size)) for a, b, d, size in tree]
-    return merges, [int(task) for task in hierarchy.leaves_list(tree)]
 
 
 def _columns(measures: Mapping[str, float] | LayerMeasures) -> list[str]:
