@@ -18,7 +18,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(INSTALL) -e '.[demo,test,clients]'
+	$(INSTALL) -e '.[demo,test,clients,docs]'
 	touch $@
 
 # Hugging Face PEFT and LyCORIS, in folders of their own, for the tests that exchange files with them and for the benchmark.
@@ -58,5 +58,7 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks steps
 
-docs: $(VENV)/.base ## pages that are written from the code
+# `site/index.html` opens from disk. `NO_MKDOCS_2_WARNING` leaves out an announcement of the theme.
+docs: $(VENV)/.test ## write the pages that come from the code, and build the documentation site
 	$(BIN)/python docs/compatibility.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q

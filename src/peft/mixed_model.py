@@ -15,10 +15,7 @@ class PeftMixedModel(PeftModel):
 
     Each adapter is saved as it would be by itself: "default" into the folder, the others into
     sub-folders of their names. To load them again, give one to `from_pretrained` and the others to
-    `load_adapter`.
-
-    Args:
-        As `PeftModel`.
+    `load_adapter`. The arguments are those of `PeftModel`.
 
     Example:
         >>> import torch

@@ -154,7 +154,7 @@ def save_as_lora(
         The conversion, with its errors.
 
     Raises:
-        As `convert_to_lora`; nothing is written then.
+        PeftError: As `convert_to_lora`; nothing is written then.
     """
     folder = as_folder(path)
     converted = convert_to_lora(

@@ -153,7 +153,7 @@ def save_as_poly(
         The adapter that was written, with its errors.
 
     Raises:
-        As `convert_to_poly`; nothing is written then.
+        PeftError: As `convert_to_poly`; nothing is written then.
     """
     folder = as_folder(path)
     converted = convert_to_poly(model, adapters, rank, own_weight, task_id=task_id, heads=heads)

@@ -183,7 +183,7 @@ class TaskLabels:
             logits, tasks: As for `masked`.
 
         Raises:
-            As for `masked`.
+            PeftError: As for `masked`.
             PeftValueError: The logits of a sample's task have NaN, or are all −∞.
         """
         masked = self.masked(logits, tasks)
