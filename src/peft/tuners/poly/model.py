@@ -12,6 +12,7 @@ from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
+from ...core.fitting import Loss
 from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
@@ -19,7 +20,7 @@ from ...core.tuner import BaseTuner
 from . import combining, extraction, fewshot, inventory, regimes
 from .adapter import PolyAdapter, Shares, Task, Tasks
 from .config import PolyConfig
-from .fewshot import Loss, TaskFit
+from .fewshot import TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
 from .regimes import Regime
