@@ -21,7 +21,7 @@ from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..ops.inference_cache import InferenceCache
-from . import base_layer, combining, routed_experts, switching, tied_weights
+from . import base_layer, combining, moe_tokens, switching, tied_weights
 from . import model_merges as _model_merges
 from . import plan as _plan
 from .adapter_choice import adapter_meant
@@ -484,7 +484,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         for name in self.shared_parameter_names:
             self.shared_owner(name)._modules.pop(name, None)
         restore_fused_paths(self.model)
-        routed_experts.forget(self.model)
+        moe_tokens.forget(self.model)
         for method in self.methods():
             method.detach_adapters()
         self.inference_cache = InferenceCache()

@@ -25,8 +25,7 @@ from ..base.geometry import Placement
 from ..base.modules import get_submodules
 from ..base.progress import track
 from ..config import TargetedConfig
-from ..integrations.accelerate import end_offloading
-from . import routed_experts
+from . import moe_tokens
 from .adapters import AdapterParameterDict, adopt
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from .base_layer import innermost, layer_of
@@ -141,6 +140,9 @@ class AdapterMethod(Protocol[C]):
     def tuner_layer_options(self, config: C, path: str, build: Build[C]) -> dict[str, object]:
         """Return further arguments for making a layer."""
 
+    def put_shared(self, build: Build[C]) -> list[str]:
+        """Put the parameters that an adapter's layers share into their containers."""
+
     def attach_adapter(self, build: Build[C]) -> None:
         """Set up the method for an adapter that is now in the model."""
 
@@ -249,12 +251,9 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
     avoid_fused_paths(model)
     _put_copies(model, build)
     _put_tokens(model, plan, build)
-    routed_experts.note(model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
-    for attribute, parameter in build.shared.items():
-        container = build.containers[attribute]
-        host.shared_owner(attribute)._modules.setdefault(attribute, container)
-        end_offloading(container)
-        container[name] = parameter
+    moe_tokens.note(model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
+    for attribute in method.put_shared(build):
+        host.shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
     host.peft_config[name] = build.config
     for bias in plan.biases:
         bias.requires_grad_(not build.config.inference_mode)

@@ -93,7 +93,7 @@ def from_pretrained(
     _check_arguments(model, model_id)
     hub = only_hub_options(kwargs, "from_pretrained")
     given = config
-    config, state = _read_checkpoint(model, model_id, config, hub, key_mapping)
+    config, state = read_checkpoint(model, model_id, config, hub, key_mapping)
     write = CheckpointFill(model, state, str(model_id), ignore_mismatched_sizes, strict)
     config.inference_mode = not is_trainable
 
@@ -166,7 +166,7 @@ def load_adapter(
         str(model_id),
     )
     hub = hub if known is None else _own_subfolder(model_id, adapter_name, hub)
-    config, state = _read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
+    config, state = read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
     if known is not None:
         method = self.base_model.method_of(known)
         _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
@@ -206,7 +206,7 @@ def _check_arguments(model: object, model_id: object) -> None:
     check_path(model_id)
 
 
-def _read_checkpoint(
+def read_checkpoint(
     model: nn.Module,
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,

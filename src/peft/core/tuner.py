@@ -13,6 +13,7 @@ from ..base.errors import PeftNotSupportedError, PeftTypeError
 from ..base.geometry import Placement
 from ..checkpoint.protocols import CheckpointFormat
 from ..config import PeftConfig, TargetedConfig
+from ..integrations.accelerate import end_offloading
 from .adapted_model import AdaptedModel
 from .combining import Combination, Combined
 from .injection import Build, Construction, build_adapter
@@ -96,6 +97,16 @@ class BaseTuner(AdaptedModel[C]):
         """Return an adapter's parameters that all layers share, by attribute name."""
         return {}
 
+    def put_shared(self, build: Build[C]) -> list[str]:
+        """Put the parameters that an adapter's layers share into their containers, which the layers
+        read; return the attributes of these.
+        """
+        for attribute, parameter in build.shared.items():
+            container = build.containers[attribute]
+            end_offloading(container)
+            container[build.adapter_name] = parameter
+        return list(build.shared)
+
     def attach_adapter(self, build: Build[C]) -> None:
         """Set up the method for an adapter that is now in the model."""
 
@@ -149,6 +160,13 @@ class BaseTuner(AdaptedModel[C]):
                 f"`{foreign[0]}` is for another method than {cls.__name__}; leave it out."
             )
         return {}
+
+    @classmethod
+    def delta_views(cls, config: C) -> dict[str, Mapping[str, object]]:
+        """Return the arguments of `low_rank_factors` for each delta of an adapter, by the name of
+        its task; of a method without tasks there is one, "".
+        """
+        return {"": cls.conversion_options(config)}
 
     @classmethod
     def conversion_tasks(cls, config: C, tasks: Any) -> dict[str, int]:

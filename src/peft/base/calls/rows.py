@@ -80,7 +80,7 @@ class RowOwners(NamedTuple):
 IN_ORDER = RowOwners()
 
 
-class RoutedTokens:
+class ExpertTokens:
     """The tokens that a mixture of experts routes to each expert, in the expert's order.
 
     Args:
@@ -112,7 +112,7 @@ class RoutedTokens:
         return self._tokens[expert]
 
 
-ROUTED_TOKENS: CallStack[RoutedTokens] = CallStack()
+MOE_TOKENS: CallStack[ExpertTokens] = CallStack()
 
 
 class CallRows:
@@ -273,10 +273,10 @@ class CallRows:
     ) -> RowOwners | None:
         """Return the owners of the tokens that are routed to an expert, or of all tokens."""
         counts = self.counts(layout.stream) or [1]
-        routed = ROUTED_TOKENS.current
+        chosen = MOE_TOKENS.current
         tokens, number = None, x.shape[0]
-        if routed is not None and (tokens := routed.tokens(expert)) is not None:
-            number = routed.number
+        if chosen is not None and (tokens := chosen.tokens(expert)) is not None:
+            number = chosen.number
             if tokens.shape[0] != x.shape[0]:
                 return None
         if self.rows is None or number not in [self.rows * count for count in counts]:

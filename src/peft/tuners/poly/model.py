@@ -173,6 +173,14 @@ class PolyModel(BaseTuner[PolyConfig]):
         return {"task_id": one_task(task_id, config)}
 
     @classmethod
+    def delta_views(cls, config: PolyConfig) -> dict[str, Mapping[str, object]]:
+        """Return the options of each task, by its name; of an only task without a name under ""."""
+        if config.n_tasks == 1 and not config.task_names:
+            return {"": cls.conversion_options(config, task_id=0)}
+        tasks = cls.conversion_tasks(config, None)
+        return {name: {"task_id": task} for name, task in tasks.items()}
+
+    @classmethod
     def conversion_tasks(cls, config: PolyConfig, tasks: Tasks | None) -> dict[str, int]:
         """Return ids of tasks by folder name: the task's name, or "task_0", "task_1", …."""
         cls.conversion_options(config, task_id=0)

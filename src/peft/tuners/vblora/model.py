@@ -173,13 +173,14 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
         return {BANK: bank}
 
-    def attach_adapter(self, build: Build[VBLoRAConfig]) -> None:
-        """Register the shared bank that a new adapter uses."""
+    def put_shared(self, build: Build[VBLoRAConfig]) -> list[str]:
+        """Put an adapter's own bank, or the shared bank that it uses, where its layers read it."""
         bank, container = _preparation(build).bank, build.containers[_SHARED]
-        if bank is not None:
-            self.shared_owner(_SHARED)._modules.setdefault(_SHARED, container)
-            if bank.key not in container:
-                container[bank.key] = nn.Parameter(bank.vectors, requires_grad=False)
+        if bank is None:
+            return super().put_shared(build)
+        if bank.key not in container:
+            container[bank.key] = nn.Parameter(bank.vectors, requires_grad=False)
+        return [*super().put_shared(build), _SHARED]
 
     def detach_adapter(self, adapter_name: str) -> None:
         """Remove a shared bank that no other adapter uses."""

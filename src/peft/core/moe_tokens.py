@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.calls.layout import row_layout
-from ..base.calls.rows import ROUTED_TOKENS, RoutedTokens
+from ..base.calls.rows import MOE_TOKENS, ExpertTokens
 from ..base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
 from ..base.containers import walk
 from .auxiliary import AuxiliaryTrainingWrapper
@@ -79,9 +79,9 @@ def _run_experts(call: MethodCall) -> object:
     reader = _reader(kind)
     assert reader is not None
     names = [name for name in call.module._modules if name.startswith("expert_")]
-    routed = RoutedTokens(
+    chosen = ExpertTokens(
         lambda: reader(call.module, *call.args, **call.kwargs),
         {name: i for i, name in enumerate(names)},
     )
-    with ROUTED_TOKENS.during(routed):
+    with MOE_TOKENS.during(chosen):
         return call.run()

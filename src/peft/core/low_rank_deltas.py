@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deltas of an adapter as exact low-rank factors, for libraries of adapters: experts that a
+model routes over, clusters, sums.
+
+The adapter is built and filled beside the model (`injection.py`), asked for its factors, and
+dropped. The model stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..base.constants import MODEL_ROOT, ROOT
+from ..base.errors import (
+    CheckpointError,
+    PeftError,
+    PeftNotSupportedError,
+    PeftTypeError,
+    UnsupportedModuleError,
+)
+from ..base.modules import check_model
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..base.tensors import ordinary_tensors
+from ..checkpoint.hub import only_hub_options
+from ..config import PeftConfig
+from ..ops.low_rank import LowRank
+from . import plan as _plan
+from .conversion import check_convertible, root_of
+from .filling import CheckpointFill
+from .injection import Build, Construction, build_adapter
+from .layer import BaseTunerLayer
+from .loading import read_checkpoint
+from .renamed_targets import present_names
+
+SavedAdapter: TypeAlias = "str | os.PathLike[str] | tuple[PeftConfig, Mapping[str, Tensor]]"
+"""A folder, an id on the Hub, or a config and tensors by checkpoint key."""
+
+Deltas: TypeAlias = dict[str, LowRank]
+"""The factors of an adapter's deltas, by path of the module in the base model."""
+
+# The name of the adapter while it exists.
+_NAME = "default"
+
+
+def low_rank_deltas(
+    model: nn.Module,
+    adapter: SavedAdapter,
+    task_id: int | str | Mapping[int | str, float] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    **hub_options: object,
+) -> Deltas:
+    """Return the deltas of a saved adapter for a base model, `ΔW = B·A` exactly, by module path.
+
+    The adapter can be of any method and rank. The model is not changed, and may have adapters.
+
+    Args:
+        model: The base model, or a model with adapters.
+        adapter: A folder, an id on the Hub, or a pair `(config, state_dict)`.
+        task_id: For an adapter with tasks: the task by id or name, or a dictionary with the share
+            of each of several.
+        device: Device of the factors, by default that of each module.
+        **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
+
+    Returns:
+        For each module a `LowRank` with `B [out, r]` and `A [r, in · taps]`; scales are in `B`.
+
+    Raises:
+        CheckpointNotFoundError: There is no such adapter.
+        CheckpointError: A file is damaged, or does not fit the base model.
+        PeftValueError: The config does not fit the base model, or the task is unknown or missing.
+        PeftNotSupportedError: The adapter is more than low-rank deltas: it also trains full
+            modules, biases or token rows, has weight decomposition (DoRA), or its delta depends on
+            the input.
+
+    Example:
+        >>> from peft import LoKrConfig, get_peft_model, get_peft_model_state_dict
+        >>> base = nn.Sequential(nn.Linear(8, 6))
+        >>> config = LoKrConfig(r=1, target_modules=["0"], init_weights=False)
+        >>> tuned = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+        >>> deltas = low_rank_deltas(base, (config, get_peft_model_state_dict(tuned)))
+        >>> dense = tuned.base_model.model[0].get_delta_weight("default")
+        >>> torch.allclose(deltas["0"].B @ deltas["0"].A, dense, atol=1e-6)
+        True
+    """
+    with _naming(adapter):
+        config, layers = _built(model, adapter, only_hub_options(hub_options, "low_rank_deltas"))
+        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+        options = tuner_cls.conversion_options(config, task_id=task_id)
+        return _deltas(layers, options, device)
+
+
+def deltas_by_task(
+    model: nn.Module,
+    adapter: SavedAdapter,
+    *,
+    device: str | torch.device | None = None,
+    **hub_options: object,
+) -> dict[str, Deltas]:
+    """Return all deltas of a saved adapter, by the name of the task; "" for a method without tasks.
+
+    Tasks without names are called "task_0", "task_1", …; an only one "".
+
+    Args:
+        model, adapter, device, **hub_options: As for `low_rank_deltas`.
+
+    Raises:
+        As `low_rank_deltas`.
+    """
+    with _naming(adapter):
+        config, layers = _built(model, adapter, only_hub_options(hub_options, "deltas_by_task"))
+        views = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).delta_views(config)
+        return {name: _deltas(layers, options, device) for name, options in views.items()}
+
+
+@contextmanager
+def _naming(adapter: SavedAdapter) -> Iterator[None]:
+    """Context whose errors name the adapter's place."""
+    try:
+        yield
+    except PeftError as error:
+        if isinstance(adapter, tuple) or str(adapter) in str(error):
+            raise
+        raise type(error)(f"Adapter '{adapter}': {error}") from error
+
+
+def _deltas(
+    layers: Mapping[str, BaseTunerLayer],
+    options: Mapping[str, object],
+    device: str | torch.device | None,
+) -> Deltas:
+    deltas = {}
+    for path, layer in layers.items():
+        try:
+            found = layer.low_rank_factors(_NAME, None, **options)
+        except PeftError as error:
+            raise type(error)(f"`{path}`: {error}") from None
+        A, B = (tensor.detach().to(device) for tensor in (found.A, found.B))
+        deltas[path] = found._replace(A=A, B=B)
+    return deltas
+
+
+def _built(
+    model: nn.Module, adapter: SavedAdapter, hub: dict[str, Any]
+) -> tuple[PeftConfig, dict[str, BaseTunerLayer]]:
+    """Return the config and the layers of an adapter, made and filled beside the model."""
+    check_model(model)
+    root, _ = root_of(model)
+    config, state, source = _read(root, adapter, hub)
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(root, None)
+    tuner.delta_views(config)  # raises if the delta depends on the input
+    with ordinary_tensors():
+        config = config.for_adapter()
+        config.inference_mode = True
+        plan = _plan.make(tuner, _NAME, config, is_new=False)
+        if plan.trained_whole or plan.tokens.indices or config.trained_biases != "none":
+            raise PeftNotSupportedError(
+                f"It is more than deltas: it also trains {_companions(plan)}, of which a model has "
+                "one. Train adapters without these to route, add or cluster them."
+            )
+        build: Build[Any] = build_adapter(tuner, plan, Construction(initialize=False))
+        try:
+            CheckpointFill(root, state, source)(build)
+        except CheckpointError as error:
+            raise CheckpointError(f"It does not fit this base model. {error}") from None
+        tuner.put_shared(build)
+    check_convertible(build.layers, _NAME)
+    decomposed = [path for path, own in build.layers.items() if own.decomposition(_NAME)]
+    if decomposed:
+        raise PeftNotSupportedError(
+            f"`{decomposed[0]}` has weight decomposition (DoRA), whose change of the weight is of "
+            "full rank; `convert_to_lora` approximates it."
+        )
+    if unfit := [path for path, own in build.layers.items() if _is_grouped(own)]:
+        raise UnsupportedModuleError(f"`{unfit[0]}` is a convolution in groups.")
+    return build.config, build.layers
+
+
+def _is_grouped(layer: BaseTunerLayer) -> bool:
+    return getattr(layer.get_base_layer(), "groups", 1) > 1
+
+
+def _companions(plan: _plan.Plan[Any]) -> str:
+    """Return the parts of an adapter outside its layers, for a message."""
+    listed = [f"`{path}`" for path in plan.trained_whole]
+    listed += [f"rows of `{path}`" for path in plan.tokens.indices]
+    biases = plan.config.trained_biases
+    return ", ".join(listed + [f"biases (`bias`={biases!r})"] * (biases != "none"))
+
+
+def _read(
+    root: nn.Module, adapter: SavedAdapter, hub: dict[str, Any]
+) -> tuple[Any, dict[str, Tensor], str]:
+    """Return the config and tensors of an adapter under present names, and its place."""
+    if not isinstance(adapter, tuple):
+        config, state = read_checkpoint(root, adapter, None, hub)
+        return config, state, str(adapter)
+    config, given = adapter if len(adapter) == 2 else (None, None)  # type: ignore[assignment]
+    if not isinstance(config, PeftConfig) or not isinstance(given, Mapping):
+        raise PeftTypeError(
+            "An adapter in memory is a pair of its config and its tensors by checkpoint key, as "
+            "`convert_to_lora` returns it."
+        )
+    keyed = {key if key.startswith(ROOT) else MODEL_ROOT + key: t for key, t in given.items()}
+    config, state = present_names(root, config, keyed)  # type: ignore[type-var]
+    return config, state, "The adapter's tensors"
