@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from pathlib import Path
+from typing import BinaryIO
 
-from .files import (
-    CONFIG_NAME,
-    SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    read_config_text,
-)
+from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.errors import CheckpointError
+from .files import read_config_text
 from .hub import find_file, only_hub_options
 
 _BLOCK = 2**22
 
 
 def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str:
-    """Return the SHA-256 of a saved adapter's weights file and config, as hexadecimal digits.
+    """Return the SHA-256 of a saved adapter's tensors and config, as hexadecimal digits.
+
+    Two saves of one adapter have the same digest, though a safetensors file lists its metadata in
+    any order.
 
     Args:
         source: A folder, or an id on the Hub.
@@ -26,13 +29,26 @@ def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str
 
     Raises:
         CheckpointNotFoundError: There is no such adapter.
+        CheckpointError: A file can't be read.
     """
     options = only_hub_options(hub_options, "adapter_digest")
     weights = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
     config = read_config_text(find_file(source, (CONFIG_NAME,), options))
     digest = hashlib.sha256()
     with open(weights, "rb") as file:
+        if weights.suffix == ".safetensors":
+            digest.update(_tensor_list(file, weights))
         while block := file.read(_BLOCK):
             digest.update(block)
     digest.update(config.encode())
     return digest.hexdigest()
+
+
+def _tensor_list(file: BinaryIO, path: Path) -> bytes:
+    """Read the header of a safetensors file, and return names, shapes and places of its tensors."""
+    try:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from None
+    return json.dumps(header, sort_keys=True).encode()
