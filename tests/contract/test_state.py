@@ -489,8 +489,9 @@ def test_a_head_with_other_classes_is_left_out_on_request(method, tmp_path):
     assert heads
     assert all(torch.equal(got[key], expected[key]) for key in expected if key not in heads)
     torch.testing.assert_close(got["base_model.model.1.weight"], base(5)[1].weight)
-    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes") as told:
         result = model.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)
+    assert len(told) == 1
     assert len(result.missing_keys) == len(heads)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)

@@ -190,7 +190,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
         for container in layer.containers():
             container.train(layer.training)
         build.layers[path] = layer
-    for path, module in plan.trained_whole.items():
+    for path, module in plan.trainable_copies.items():
         build.copies[path] = _trainable_copy(path, module)
     for path, indices in plan.tokens.indices.items():
         module = method.model.get_submodule(path)

@@ -298,7 +298,8 @@ def _load_into(
         state = without_adapter_names(state, own, config, adapter_name)
     incoming = import_state(state, config, names=own)
     expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-    left = fitting(expected, incoming, source, ignore_mismatched_sizes, strict).unexpected_keys
+    found = fitting(expected, incoming, source, ignore_mismatched_sizes, strict)
+    left = {*found.missing_keys, *found.unexpected_keys}  # missing: those of another shape
     state = {key: tensor for key, tensor in state.items() if key not in left}
     result = set_peft_model_state_dict(model, state, adapter_name, ignore_mismatched_sizes)
-    return LoadResult(result.missing_keys, left)
+    return LoadResult(result.missing_keys, found.unexpected_keys)

@@ -159,7 +159,7 @@ def _built(
         config = config.for_adapter()
         config.inference_mode = True
         plan = _plan.make(tuner, _NAME, config, is_new=False)
-        if plan.trained_whole or plan.tokens.indices or config.trained_biases != "none":
+        if plan.trainable_copies or plan.tokens.indices or config.trained_biases != "none":
             raise PeftNotSupportedError(
                 f"It is more than deltas: it also trains {_companions(plan)}, of which a model has "
                 "one. Train adapters without these to route, add or cluster them."
@@ -188,7 +188,7 @@ def _is_grouped(layer: BaseTunerLayer) -> bool:
 
 def _companions(plan: _plan.Plan[Any]) -> str:
     """Return the parts of an adapter outside its layers, for a message."""
-    listed = [f"`{path}`" for path in plan.trained_whole]
+    listed = [f"`{path}`" for path in plan.trainable_copies]
     listed += [f"rows of `{path}`" for path in plan.tokens.indices]
     biases = plan.config.trained_biases
     return ", ".join(listed + [f"biases (`bias`={biases!r})"] * (biases != "none"))

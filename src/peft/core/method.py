@@ -44,7 +44,7 @@ class Method(TargetRules[Any], AdapterMethod[Any], CombiningMethod, Protocol):
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
         """Return config and tensors of an adapter without its start from the base weight."""
 
-    def form_to_save(
+    def file_contents(
         self, adapter_name: str, config: Any, state: dict[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
         """Return the config and tensors to write to a file."""

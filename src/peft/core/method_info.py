@@ -26,11 +26,11 @@ class AdapterCost(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def thin_cost(size: Geometry, r: int) -> AdapterCost:
+def low_rank_cost(size: Geometry, r: int) -> AdapterCost:
     """Return the cost of factors `[out, r]` and `[r, in · taps]`.
 
     Example:
-        >>> thin_cost(Geometry(8, 4), 2)
+        >>> low_rank_cost(Geometry(8, 4), 2)
         AdapterCost(multiplications=24, rank=2, remarks=())
     """
     most = min(size.out_features, columns(size))

@@ -75,7 +75,7 @@ class Plan(Generic[C]):
         config: Its config, with the targets resolved.
         found: The resource that the config refers to, as `BaseTuner.complete` returned it.
         targets: Modules to adapt, by path.
-        trained_whole: Modules to make trainable copies of, by path.
+        trainable_copies: Modules to make trainable copies of, by path.
         places: All paths of each targeted module, several where the model shares it.
         tokens: Embeddings to train single rows of.
         biases: Biases of the base model to train.
@@ -85,7 +85,7 @@ class Plan(Generic[C]):
     config: C
     found: object = None
     targets: dict[str, nn.Module] = field(default_factory=dict)
-    trained_whole: dict[str, nn.Module] = field(default_factory=dict)
+    trainable_copies: dict[str, nn.Module] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
     biases: list[nn.Parameter] = field(default_factory=list)
@@ -133,16 +133,16 @@ def make(
         )
     plan = Plan(adapter_name, config, found)
     modules = own_modules(tuner.model)
-    plan.trained_whole = _trained_whole(plan.config, modules)
+    plan.trainable_copies = _trainable_copies(plan.config, modules)
     candidates = {
         p: m
         for p, m in modules.items()
-        if not any(_below(p, whole) for whole in plan.trained_whole)
+        if not any(_below(p, whole) for whole in plan.trainable_copies)
     }
     paths = (
         _saved(state_dict, tuner, config, candidates)
         if state_dict
-        else _targeted(tuner, config, candidates, plan.trained_whole)
+        else _targeted(tuner, config, candidates, plan.trainable_copies)
     )
     by_module: dict[int, list[str]] = {}
     for path, module in modules.items():
@@ -156,7 +156,7 @@ def make(
     unmatched_names.warn_of_patterns(_pattern_fields(config), plan.targets)
     _check_modules(tuner, plan)
     plan.tokens = _trainable_tokens.plan(
-        plan.config, tuner.model, modules, {*plan.targets, *plan.trained_whole}
+        plan.config, tuner.model, modules, {*plan.targets, *plan.trainable_copies}
     )
     plan.biases = list(_biases(plan, candidates))
     _warn_of_ties(tuner.model, plan)
@@ -204,7 +204,7 @@ def _below(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _trained_whole(
+def _trainable_copies(
     config: TargetedConfig, modules: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
     """Return the modules of `modules_to_save` by path; raise for containers without a forward."""
@@ -338,7 +338,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 def _warn_of_ties(model: nn.Module, plan: Plan[C]) -> None:
     """Warn of targets with a weight used elsewhere; raise if `ensure_weight_tying` is set."""
     owners = tied_weights.owners(model)
-    for path, module in {**plan.targets, **plan.trained_whole}.items():
+    for path, module in {**plan.targets, **plan.trainable_copies}.items():
         for parameter in module.parameters(recurse=False):
             others = sorted(
                 {

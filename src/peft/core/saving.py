@@ -190,7 +190,7 @@ def _write_adapters(
     """Write adapters: "default" into the folder, each other into a sub-folder of its name."""
     with folder_for(folder):
         for name, (config, state) in track(states.items(), "Saving", unit="adapter"):
-            config, state = tuner.method_of(config).form_to_save(name, config, state)
+            config, state = tuner.method_of(config).file_contents(name, config, state)
             text = _config_text(config, tuner.model)
             place = folder if name == "default" else folder / name
             write_adapter(place, state, text, safe_serialization)

@@ -130,7 +130,7 @@ class BaseTuner(AdaptedModel[C]):
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Update the method's state after a checkpoint was written into an adapter of `model`."""
 
-    def form_to_save(
+    def file_contents(
         self, adapter_name: str, config: C, state: dict[str, Tensor]
     ) -> tuple[C, dict[str, Tensor]]:
         """Return the config and tensors to write to a file, where they differ from the model's."""

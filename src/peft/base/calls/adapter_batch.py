@@ -154,8 +154,10 @@ def adapter_batch(names: object, known: Collection[str], call_rows: CallRows) ->
             f"means none, and this model has {adapters_there(unknown[0], known)}"
         )
     samples = len(names) if call_rows.samples is None else call_rows.samples
-    if len(names) != samples or not names:
-        packed = "; texts packed into one row are one sample" if samples == 1 and names else ""
+    if not names:
+        raise PeftValueError("`adapter_names` is empty; pass an adapter's name for each sample.")
+    if len(names) != samples:
+        packed = "; texts packed into one row are one sample" if samples == 1 else ""
         raise PeftValueError(
             "Length of `adapter_names` should be the same as the number of inputs, "
             f"but got {len(names)} and {samples} respectively{packed}."

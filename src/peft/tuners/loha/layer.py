@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...base.geometry import Geometry, Placement, columns
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
-from ...core.method_info import AdapterCost, thin_cost
+from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
@@ -120,7 +120,7 @@ class LoHaLayer(LycorisLayer):
         """Return the cost of factors of rank `r²` or the dense product, whichever is cheaper."""
         factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
         if is_low_rank(factors):
-            return thin_cost(size, r * r)._replace(remarks=())
+            return low_rank_cost(size, r * r)._replace(remarks=())
         whole = size.out_features * columns(size)
         remark = (
             f"`r`={r}: factors of rank {r * r} are no cheaper than the full product, which is "

@@ -19,7 +19,7 @@ from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
 from ...core.layer import BaseTunerLayer
-from ...core.method_info import AdapterCost, thin_cost
+from ...core.method_info import AdapterCost, low_rank_cost
 from ...core.weights import base_weight
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
@@ -333,7 +333,7 @@ class LoraLayer(BaseTunerLayer):
 
     def adapter_cost(self, adapter_name: str, config: LoraConfig) -> AdapterCost:
         """Return the cost of factors of rank `r`."""
-        return thin_cost(self.geometry, self.r[adapter_name])
+        return low_rank_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether the delta is just a matrix: without `lora_bias`, not across groups."""

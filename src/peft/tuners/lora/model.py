@@ -172,7 +172,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         """Combine adapters into a new one."""
         return combining.combine(self.peft_config, layers, request)
 
-    def form_to_save(
+    def file_contents(
         self, adapter_name: str, config: LoraConfig, state: dict[str, Tensor]
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """Return config and tensors, with a randomly drawn start, which readers can't compute."""

@@ -21,7 +21,7 @@ from ...base.tracing import numel
 from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
-from ...core.method_info import AdapterCost, thin_cost
+from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached, is_running_often
@@ -388,7 +388,7 @@ class PolyLayer(BaseTunerLayer):
 
     def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
         """Return the cost of applying factors of rank `r`; the cost of mixing is left out."""
-        return thin_cost(self.geometry, self.r[adapter_name])
+        return low_rank_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter routes by task, so that its delta is a matrix for each task."""

@@ -16,7 +16,7 @@ from ...base.errors import PeftRuntimeError
 from ...base.geometry import Placement
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
-from ...core.method_info import AdapterCost, thin_cost
+from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain, LowRankChain
@@ -274,7 +274,7 @@ class VBLoRALayer(BaseTunerLayer):
 
     def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
         """Return the cost of applying factors of rank `r`; the cost of composing is left out."""
-        return thin_cost(self.geometry, self.r[adapter_name])
+        return low_rank_cost(self.geometry, self.r[adapter_name])
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
