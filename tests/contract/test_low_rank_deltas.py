@@ -10,7 +10,7 @@ from torch import nn
 import peft
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftNotSupportedError
 from peft.checkpoint.digests import adapter_digest
-from peft.core.low_rank_deltas import deltas_by_task, low_rank_deltas
+from peft.core.low_rank_deltas import deltas_by_task, loaded_deltas, low_rank_deltas
 
 
 def mlp(width=16):
@@ -60,6 +60,17 @@ def test_an_adapter_in_memory_and_a_base_with_adapters(method):
             torch.testing.assert_close(adapted[task][path].A, delta.A)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_deltas_of_an_adapter_on_the_model_have_its_present_scale(method):
+    model = tuned(method, mlp())
+    layer = model.get_base_model()[0]
+    layer.set_scale("default", 0.25)
+    for task, deltas in enumerate(loaded_deltas(model, "default").values()):
+        option = {"task_id": task} if "n_tasks" in METHODS[method].fields else {}
+        dense = layer.get_delta_weight("default", **option)
+        torch.testing.assert_close(deltas["0"].B @ deltas["0"].A, dense)
+
+
 def test_a_blend_of_tasks(tmp_path):
     base = mlp()
     model = tuned("POLY", base, task_names=["a", "b", "c"])
@@ -91,6 +102,13 @@ def test_what_is_more_than_deltas_is_refused_by_name(tmp_path):
             deltas_by_task(base, tmp_path / name)
         assert name in str(caught.value)  # the folder
         assert state_of(base) == before
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        with pytest.raises(PeftNotSupportedError, match=message):
+            loaded_deltas(model, "default")
+        if name in ("modules_to_save", "bias"):
+            saved = deltas_by_task(base, tmp_path / name, deltas_only=True)[""]
+            assert state_of(base) == before
+            assert list(saved) == list(loaded_deltas(model, "default", deltas_only=True)[""])
 
 
 def test_a_wrong_base_model_and_a_missing_adapter(tmp_path):

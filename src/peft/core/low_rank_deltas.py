@@ -9,7 +9,7 @@ dropped. The model stays as it is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ from ..checkpoint.hub import only_hub_options
 from ..config import PeftConfig
 from ..ops.low_rank import LowRank
 from . import plan as _plan
-from .conversion import check_convertible, root_of
+from .conversion import check_convertible, config_of, layers_with, root_of
 from .filling import CheckpointFill
 from .injection import Build, Construction, build_adapter
 from .layer import BaseTunerLayer
@@ -93,7 +93,7 @@ def low_rank_deltas(
         config, layers = _built(model, adapter, only_hub_options(hub_options, "low_rank_deltas"))
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         options = tuner_cls.conversion_options(config, task_id=task_id)
-        return _deltas(layers, options, device)
+        return _deltas(layers, _NAME, options, device)
 
 
 def deltas_by_task(
@@ -101,6 +101,7 @@ def deltas_by_task(
     adapter: SavedAdapter,
     *,
     device: str | torch.device | None = None,
+    deltas_only: bool = False,
     **hub_options: object,
 ) -> dict[str, Deltas]:
     """Return all deltas of a saved adapter, by the name of the task; "" for a method without tasks.
@@ -109,14 +110,46 @@ def deltas_by_task(
 
     Args:
         model, adapter, device, **hub_options: As for `low_rank_deltas`.
+        deltas_only: Pass over full modules, biases and token rows, which are refused by default.
 
     Raises:
         As `low_rank_deltas`.
     """
     with _naming(adapter):
-        config, layers = _built(model, adapter, only_hub_options(hub_options, "deltas_by_task"))
+        hub = only_hub_options(hub_options, "deltas_by_task")
+        config, layers = _built(model, adapter, hub, deltas_only)
         views = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).delta_views(config)
-        return {name: _deltas(layers, options, device) for name, options in views.items()}
+        return {name: _deltas(layers, _NAME, options, device) for name, options in views.items()}
+
+
+def loaded_deltas(
+    model: nn.Module,
+    adapter_name: str,
+    *,
+    device: str | torch.device | None = None,
+    deltas_only: bool = False,
+) -> dict[str, Deltas]:
+    """Return all deltas of an adapter that a model has, at its present scale, by the name of the
+    task as `deltas_by_task`.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        adapter_name: The adapter.
+        device, deltas_only: As for `deltas_by_task`.
+
+    Raises:
+        PeftValueError: There is no such adapter.
+        PeftNotSupportedError: As `low_rank_deltas`.
+        UnsupportedModuleError: A layer has no delta that is a low-rank product.
+    """
+    config = config_of(model, adapter_name)
+    views = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).delta_views(config)
+    layers = dict(layers_with(root_of(model)[0], adapter_name))
+    if not deltas_only:
+        parts = [f"`{name}`" for name in config.modules_to_save or ()]
+        _check_only_deltas(parts, config.trainable_token_indices, config.trained_biases)
+    _check_products(layers, adapter_name)
+    return {name: _deltas(layers, adapter_name, options, device) for name, options in views.items()}
 
 
 @contextmanager
@@ -132,13 +165,14 @@ def _naming(adapter: SavedAdapter) -> Iterator[None]:
 
 def _deltas(
     layers: Mapping[str, BaseTunerLayer],
+    adapter_name: str,
     options: Mapping[str, object],
     device: str | torch.device | None,
 ) -> Deltas:
     deltas = {}
     for path, layer in layers.items():
         try:
-            found = layer.low_rank_factors(_NAME, None, **options)
+            found = layer.low_rank_factors(adapter_name, None, **options)
         except PeftError as error:
             raise type(error)(f"`{path}`: {error}") from None
         A, B = (tensor.detach().to(device) for tensor in (found.A, found.B))
@@ -147,7 +181,7 @@ def _deltas(
 
 
 def _built(
-    model: nn.Module, adapter: SavedAdapter, hub: dict[str, Any]
+    model: nn.Module, adapter: SavedAdapter, hub: dict[str, Any], deltas_only: bool = False
 ) -> tuple[PeftConfig, dict[str, BaseTunerLayer]]:
     """Return the config and the layers of an adapter, made and filled beside the model."""
     check_model(model)
@@ -159,39 +193,45 @@ def _built(
         config = config.for_adapter()
         config.inference_mode = True
         plan = _plan.make(tuner, _NAME, config, is_new=False)
-        if plan.trainable_copies or plan.tokens.indices or config.trained_biases != "none":
-            raise PeftNotSupportedError(
-                f"It is more than deltas: it also trains {_companions(plan)}, of which a model has "
-                "one. Train adapters without these to route, add or cluster them."
-            )
+        if not deltas_only:
+            whole = [f"`{path}`" for path in plan.trainable_copies]
+            _check_only_deltas(whole, plan.tokens.indices, config.trained_biases)
         build: Build[Any] = build_adapter(tuner, plan, Construction(initialize=False))
         try:
             CheckpointFill(root, state, source)(build)
         except CheckpointError as error:
             raise CheckpointError(f"It does not fit this base model. {error}") from None
         tuner.put_shared(build)
-    check_convertible(build.layers, _NAME)
-    decomposed = [path for path, own in build.layers.items() if own.decomposition(_NAME)]
-    if decomposed:
+    _check_products(build.layers, _NAME)
+    return build.config, build.layers
+
+
+def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
+    """Check that each layer's delta is a low-rank product."""
+    check_convertible(layers, adapter_name)
+    if decomposed := [path for path, own in layers.items() if own.decomposition(adapter_name)]:
         raise PeftNotSupportedError(
             f"`{decomposed[0]}` has weight decomposition (DoRA), whose change of the weight is of "
             "full rank; `convert_to_lora` approximates it."
         )
-    if unfit := [path for path, own in build.layers.items() if _is_grouped(own)]:
+    if unfit := [path for path, own in layers.items() if _is_grouped(own)]:
         raise UnsupportedModuleError(f"`{unfit[0]}` is a convolution in groups.")
-    return build.config, build.layers
 
 
 def _is_grouped(layer: BaseTunerLayer) -> bool:
     return getattr(layer.get_base_layer(), "groups", 1) > 1
 
 
-def _companions(plan: _plan.Plan[Any]) -> str:
-    """Return the parts of an adapter outside its layers, for a message."""
-    listed = [f"`{path}`" for path in plan.trainable_copies]
-    listed += [f"rows of `{path}`" for path in plan.tokens.indices]
-    biases = plan.config.trained_biases
-    return ", ".join(listed + [f"biases (`bias`={biases!r})"] * (biases != "none"))
+def _check_only_deltas(whole: Iterable[str], token_rows: object, biases: str) -> None:
+    """Check that an adapter has no parts outside its layers."""
+    rows = token_rows if isinstance(token_rows, Mapping) else ["the embedding"] * bool(token_rows)
+    parts = [*whole, *(f"rows of `{path}`" for path in rows)]
+    parts += [f"biases (`bias`={biases!r})"] * (biases != "none")
+    if parts:
+        raise PeftNotSupportedError(
+            f"It is more than deltas: it also trains {', '.join(parts)}, of which a model has "
+            "one. Train adapters without these to route, add or cluster them."
+        )
 
 
 def _read(
