@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft.core.routing.pooling import pool, prompt_mask
 from peft.tuners.poly import mixing
 from peft.tuners.poly.gating import gates, grow_skills, normalize
 from peft.tuners.poly.mixing import mix, poly_delta, rank_space_pays, task_factors
-from peft.tuners.poly.pooling import pool, prompt_mask
 
 few = settings(max_examples=25, deadline=None)
 either_path = pytest.mark.parametrize("rank_space", [False, True], ids=["matrices", "rank-space"])

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
 from ...base.registry import PeftType
 from ...base.validation import check_adapter
+from ...core.routing.task_ids import some_tasks
 from ...integrations.distributed import is_managed
 from .router import Router, TaskRouter
-from .task_ids import some_tasks
 from .task_skills import TaskSkills
 from .task_table import TaskTable
 

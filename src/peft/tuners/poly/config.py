@@ -22,7 +22,7 @@ from ...config import (
     probability,
 )
 from ...core import targets as _targets
-from .task_ids import name_offences
+from ...core.routing.task_ids import name_offences
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 # Fields with a value for each layer, by the field that holds their patterns.
@@ -243,6 +243,10 @@ class PolyConfig(TargetedConfig):
     def routes_by_input(self) -> bool:
         """True if a layer mixes skills by its input."""
         return self.poly_type == "mope" or "input" in self.routing_pattern.values()
+
+    def reads_task_ids(self, training: bool) -> bool:
+        """Return whether a layer mixes skills by task, in training as in evaluation."""
+        return self.routes_by_task
 
     def at(self, path: str) -> PolyConfig:
         """Return the config for the module at `path`, with its patterns resolved."""

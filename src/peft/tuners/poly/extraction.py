@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...core.combining import Combined, derive, outer_path
+from ...core.routing.task_ids import task_shares
 from .adapter import PolyAdapter, Shares, Tasks
 from .config import single_skill
 from .layer import PolyLayer
 from .mixing import task_factors
 from .router import InputRouter, TaskRouter
-from .task_ids import task_shares
 
 
 def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:

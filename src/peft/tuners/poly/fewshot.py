@@ -19,9 +19,9 @@ from torch import Tensor
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.progress import track
 from ...core.fitting import FewShotLoss, Loss, Subject, checked_options, descend, evaluating
+from ...core.routing.task_ids import one_task, task_label
 from .adapter import PolyAdapter, Task, Tasks
 from .router import InputRouter, TaskRouter
-from .task_ids import one_task, task_label
 
 if TYPE_CHECKING:
     from .config import PolyConfig

@@ -18,10 +18,10 @@ from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
 from ...base.tensors import ordinary_tensors
 from ...base.validation import is_int
+from ...core.routing.task_ids import name_offences, names_shown, one_task
 from .adapter import PolyAdapter, Task, Tasks
 from .gating import grow_skills
 from .router import TaskRouter
-from .task_ids import name_offences, names_shown, one_task
 
 if TYPE_CHECKING:
     from .config import PolyConfig

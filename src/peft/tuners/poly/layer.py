@@ -22,14 +22,14 @@ from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
+from ...core.routing.calls import Routing
+from ...core.routing.layer import RoutingLayer
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached, is_running_often
 from ...ops.low_rank import LowRank, approximate
-from ...ops.nested import are_tokens
 from .mixing import compact_skills, poly_chain, poly_delta, skill_columns, task_factors
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
-from .routing import Routing
 from .task_skills import TaskSkills
 from .task_table import TaskTable
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _SMALL_TABLE = 4096
 
 
-class PolyLayer(BaseTunerLayer):
+class PolyLayer(RoutingLayer):
     """A layer with Poly adapters, `Δ(x) = (alpha / r) · x·A_w·B_w`, where `A_w` and `B_w` are the
     skills mixed with the weights `w` of a row's task or input.
 
@@ -64,7 +64,7 @@ class PolyLayer(BaseTunerLayer):
     value_names: ClassVar[tuple[str, ...]] = (*other_param_names, "alpha", "token_level")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, routing)
         self.poly_lora_A = AdapterParameterDict()
         self.poly_lora_B = AdapterParameterDict()
         self.poly_router = AdapterModuleDict()
@@ -75,7 +75,6 @@ class PolyLayer(BaseTunerLayer):
         self.n_skills: dict[str, int] = {}
         self.n_splits: dict[str, int] = {}
         self.token_level: dict[str, bool] = {}
-        self.routing = routing or Routing(base_layer)
 
     def base_scaling(self, adapter_name: str) -> float:
         """Return `alpha / r`."""
@@ -202,39 +201,6 @@ class PolyLayer(BaseTunerLayer):
                     if isinstance(module, TaskTable)
                 )
 
-    def forward(
-        self, x: Tensor, *args: object, task_ids: object = None, **kwargs: object
-    ) -> Tensor:
-        """Return the base layer's output plus the deltas of the active adapters.
-
-        Args:
-            x: `[rows, *leading, in]`.
-            *args, **kwargs: Further arguments of the base layer.
-            task_ids: A task for each row, if the layer is called directly; in a model, the call of
-                the model gets them.
-        """
-        if task_ids is None:
-            return super().forward(x, *args, **kwargs)
-        with self.routing.layer_call(task_ids, x):
-            return super().forward(x, *args, **kwargs)
-
-    def apply_to_samples(  # noqa: D102
-        self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
-    ) -> Tensor:
-        with self.routing.subset(samples, owner):  # each sample keeps its own task
-            return self.apply_adapter(adapter_name, x, result)
-
-    def apply_to_tokens(
-        self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
-    ) -> Tensor:
-        """Apply an adapter to a nested input as padded samples, so that each keeps its task."""
-        real = are_tokens(nested)
-        padded = [t.new_zeros(*real.shape, *t.shape[1:]).index_put((real,), t) for t in (x, result)]
-        with self.routing.padded(
-            real.repeat_interleave(math.prod(x.shape[1:-1]), 1), self.layout.stream
-        ):
-            return self.apply_adapter(adapter_name, *padded)[real]
-
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, plus the
         task-specific skills of an adapter that has them.
@@ -340,14 +306,9 @@ class PolyLayer(BaseTunerLayer):
             )
         return task_id or 0
 
-    def note_merges(self, adapter_names: list[str]) -> None:
-        """Record the adapters that are merged now, and their tasks in the routing."""
-        super().note_merges(adapter_names)
-        options = self._merges.options(self)
-        tasks = {
-            name: self.resolve_task(name, options[name].get("task_id")) for name in adapter_names
-        }
-        self.routing.note_merges(self, tasks)
+    def merged_task(self, adapter_name: str, task_id: object) -> int:
+        """Return the task that an adapter is merged for."""
+        return self.resolve_task(adapter_name, task_id)
 
     def get_delta_weight(
         self, adapter_name: str, task_id: int | None = None, **options: object

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
@@ -16,7 +15,8 @@ from ...core.fitting import Loss
 from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
-from ...core.tuner import BaseTuner
+from ...core.routing.task_ids import one_task, some_tasks, task_shares
+from ...core.routing.tuner import RoutingTuner
 from . import combining, extraction, fewshot, inventory, regimes
 from .adapter import PolyAdapter, Shares, Task, Tasks
 from .config import PolyConfig
@@ -24,11 +24,9 @@ from .fewshot import TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
 from .regimes import Regime
-from .routing import CALL_ARGUMENTS, Routing
-from .task_ids import one_task, some_tasks, task_shares
 
 
-class PolyModel(BaseTuner[PolyConfig]):
+class PolyModel(RoutingTuner[PolyConfig]):
     """A model with Poly adapters. Its calls take `task_ids`, one for each sample, unless there is
     one task only or all routing is by input.
 
@@ -45,7 +43,6 @@ class PolyModel(BaseTuner[PolyConfig]):
 
     prefix: ClassVar[str] = "poly_"
     tuner_layer_cls = PolyLayer
-    adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         # The table of logits, and rows of it that train alone.
         "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),
@@ -54,7 +51,6 @@ class PolyModel(BaseTuner[PolyConfig]):
     }
     supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
-    merge_options: ClassVar[tuple[str, ...]] = ("task_id",)
 
     def tuner_layer_class(  # noqa: D102
         self, config: PolyConfig, module: nn.Module
@@ -66,7 +62,7 @@ class PolyModel(BaseTuner[PolyConfig]):
         self, config: PolyConfig, path: str, build: Build[PolyConfig]
     ) -> dict[str, object]:
         """Return the routing, the layer's own config, and the router that it shares, if any."""
-        options: dict[str, object] = {"routing": self.poly_routing, "at": config.at(path)}
+        options: dict[str, object] = {"routing": self.routing, "at": config.at(path)}
         if config.router_granularity != "linear":
             group = config.router_group(path)
             routers = (
@@ -89,31 +85,6 @@ class PolyModel(BaseTuner[PolyConfig]):
                     f"`{name}`={features} is not divisible by `n_splits`={n_splits}; choose "
                     f"{choice}."
                 )
-
-    @property
-    def poly_routing(self) -> Routing:
-        """The routing that all Poly layers of the model share."""
-        if "_poly_routing" not in vars(self):
-            layer = next((m for _, m in walk(self.model) if isinstance(m, PolyLayer)), None)
-            self._poly_routing = Routing(self.model) if layer is None else layer.routing
-        return self._poly_routing
-
-    def attach_adapter(self, build: Build[PolyConfig]) -> None:
-        """Make the model's calls take `task_ids`, and name them in its signatures."""
-        layer = next(self.tuner_layers())
-        self.poly_routing.attach(self.model, build.adapter_name, build.config, layer)
-
-    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
-        self.poly_routing.configs.pop(adapter_name, None)
-
-    def detach_adapters(self) -> None:
-        """Give the model its own methods back."""
-        self.poly_routing.detach(self.model)
-
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        """Call the model; a client's own `forward`, for example TRL's, takes `task_ids` too."""
-        self.poly_routing.ensure_wrapped(self.model)
-        return super().forward(*args, **kwargs)
 
     def merge_adapter(
         self,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftTypeError
 from ...base.geometry import Placement
+from ...core.routing.pooling import pool
+from ...core.routing.task_ids import as_task_ids
 from ...integrations.distributed import gathered_tensor
 from .gating import Gating, mixing_weights, open_gates, task_weights
-from .pooling import pool
-from .task_ids import as_task_ids
 from .task_table import TaskTable
 
 if TYPE_CHECKING:

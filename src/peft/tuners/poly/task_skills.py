@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Placement
+from ...core.routing.calls import TaskRows
 from ...ops.dispatch import shapes
-from .routing import TaskRows
 from .task_table import TaskTable
 
 

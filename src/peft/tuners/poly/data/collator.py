@@ -10,8 +10,8 @@ import torch
 
 from ....base.errors import PeftTypeError, PeftValueError
 from ....base.validation import at_least
+from ....core.routing.task_ids import as_task_ids
 from ..config import PolyConfig
-from ..task_ids import as_task_ids
 
 
 class TaskCollator:

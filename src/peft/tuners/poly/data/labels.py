@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....base.errors import PeftTypeError, PeftValueError
-from ..task_ids import has_values
+from ....core.routing.task_ids import has_values
 from . import heads
 
 

@@ -21,6 +21,8 @@ from .pooling import pool, prompt_mask
 
 # Largest value of an additive attention mask at a masked token.
 _MASKED = -1000.0
+# End of the name of a stream's mask of all real tokens, those of the answer too.
+ANSWERED = "+answer"
 
 
 @dataclass
@@ -31,7 +33,8 @@ class PromptTokens:
         is_causal: The model continues its input, so its labels mark the answer in the input.
         is_encoder_decoder: The model has a decoder beside its encoder.
         masks: `[rows, tokens]`, true at prompt tokens, for the streams "main" and "decoder"; a
-            stream without a mask has prompt tokens only.
+            stream without a mask has prompt tokens only. "main+answer" and "decoder+answer" are
+            true at all real tokens.
         is_given: The caller passed `routing_mask`.
         length: Number of tokens passed to `generate`; None outside it.
     """
@@ -54,25 +57,32 @@ class PromptTokens:
             labels = None  # labels of classes, not of tokens
         given = arguments.get("routing_mask")
         if given is not None:
-            self.masks["main"], self.is_given = _given_mask(given), True
+            chosen, self.is_given = _given_mask(given), True
+            self._set("main", chosen, chosen)
         elif is_nested and self.length is not None:
             self._update_step(attention, rows, self.length)
         elif not self.is_given and (not is_nested or attention is not None):
             mask = token_mask(attention, arguments)
-            mask = prompt_mask(mask, labels) if self.is_causal and labels is not None else mask
-            self.masks.pop("main", None)
-            if mask is not None:
-                self.masks["main"] = mask
+            cut = labels if self.is_causal else None
+            self._set("main", mask if cut is None else prompt_mask(mask, cut), mask)
         if self.is_encoder_decoder:
             self._update_decoder(arguments, labels)
+
+    def _set(self, stream: str, prompt: Tensor | None, every: Tensor | None) -> None:
+        """Replace a stream's masks: of its prompt, and of all of its real tokens."""
+        for name, mask in ((stream, prompt), (stream + ANSWERED, every)):
+            self.masks.pop(name, None)
+            if mask is not None:
+                self.masks[name] = mask
 
     def _update_decoder(self, arguments: Mapping[str, object], labels: Tensor | None) -> None:
         """Read the decoder's mask: tokens before the first label, by default the first token."""
         mask = token_mask(arguments.get("decoder_attention_mask"), {})
         for tokens in (labels, arguments.get("decoder_input_ids"), mask):
             if isinstance(tokens, Tensor):
+                every = mask if labels is None else labels != -100
                 labels = torch.zeros_like(tokens) if labels is None else labels
-                self.masks["decoder"] = prompt_mask(mask, labels)
+                self._set("decoder", prompt_mask(mask, labels), every)
                 return
 
     def _update_step(self, attention: object, rows: CallRows, length: int) -> None:
@@ -93,7 +103,7 @@ class PromptTokens:
             guesses = tokens - length
             mask = F.pad(mask[:, : max(mask.shape[1] - guesses, length)], (0, guesses))
         if mask is not None:
-            self.masks["main"] = mask
+            self._set("main", mask, mask)
 
     def pool(self, x: Tensor, stream: str, rows: CallRows, owners: RowOwners) -> Tensor:
         """Return the mean over the prompt tokens, `[samples, in]`, of a layer's input
@@ -111,7 +121,8 @@ class PromptTokens:
 
     def _mask_for(self, x: Tensor, stream: str, rows: CallRows) -> Tensor | None:
         """Return the mask for an input `[rows, tokens, in]`, None if all of its tokens count."""
-        mask, seen, tokens = self.masks.get(stream), x.shape[1], rows.tokens(stream)
+        mask, seen = self.masks.get(stream), x.shape[1]
+        tokens = rows.tokens(stream.removesuffix(ANSWERED))
         if mask is None:
             return None
         length = mask.shape[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pass `task_ids` from a call of a model to its Poly layers.
+"""Pass `task_ids` from a call of a model to its layers that route.
 
 A base model does not pass `task_ids` on to its layers, so they are kept beside the call:
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,11 @@ from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
 from .pooling import pool
-from .prompt_tokens import PromptTokens
-from .task_ids import as_task_ids, has_values
+from .prompt_tokens import ANSWERED, PromptTokens
+from .task_ids import HasTasks, as_task_ids, has_values
 
 if TYPE_CHECKING:
-    from ...core.layer import BaseTunerLayer
-    from .config import PolyConfig
+    from ..layer import BaseTunerLayer
 
 # Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
@@ -53,6 +52,25 @@ CALL_ARGUMENTS = ("task_ids", "routing_mask")
 _ROUTING = "_peft_routing"
 # Likely wrong names of `task_ids`, for the message that they are missing.
 _MISNAMED = ("task_id", "tasks", "task", "task_names", "task_name", "taskids")
+
+
+class RoutingConfig(HasTasks, Protocol):
+    """The members of an adapter's config that routing reads."""
+
+    task_type: str | None
+
+    @property
+    def routes_by_input(self) -> bool:
+        """True if a layer routes by its input."""
+
+    @property
+    def routing_level(self) -> str:
+        """The input that routes: each "token", the prompt of a "sample", or all tokens of a
+        "sequence".
+        """
+
+    def reads_task_ids(self, training: bool) -> bool:
+        """Return whether a layer routes by the task ids of a call."""
 
 
 class TaskRows(NamedTuple):
@@ -92,10 +110,10 @@ class RoutedCall:
 
 
 class Routing:
-    """The routing of one model's Poly adapters, shared by its layers.
+    """The routing of one model's adapters, shared by its layers.
 
     Attributes:
-        configs: Config of each Poly adapter, by name.
+        configs: Config of each adapter that routes, by name.
         layer: One of the layers, to read which adapters are active; None before the first.
         merged_tasks: The tasks for which an adapter is merged, by name of the adapter.
         is_encoder_decoder, is_causal: The kind of model.
@@ -104,7 +122,7 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.configs: dict[str, PolyConfig] = {}
+        self.configs: dict[str, RoutingConfig] = {}
         self.layer: BaseTunerLayer | None = None
         self.merged_tasks: dict[str, list[int]] = {}
         self._merged_layers: dict[BaseTunerLayer, dict[str, int]] = {}
@@ -119,7 +137,7 @@ class Routing:
         self.recorded: list[Tensor] | None = None
 
     def attach(
-        self, model: nn.Module, adapter_name: str, config: PolyConfig, layer: BaseTunerLayer
+        self, model: nn.Module, adapter_name: str, config: RoutingConfig, layer: BaseTunerLayer
     ) -> None:
         """Add an adapter; with the first, wrap the methods by which the model is called."""
         if self.layer is None:
@@ -237,7 +255,7 @@ class Routing:
         """
         call = self.stack.current or RoutedCall(CallRows(None), PromptTokens())
         prompt = call.prompt.copy()
-        prompt.masks[stream] = mask
+        prompt.masks[stream] = prompt.masks[stream + ANSWERED] = mask
         return self.stack.during(replace(call, prompt=prompt))
 
     @contextmanager
@@ -284,7 +302,8 @@ class Routing:
         self, x: Tensor, layer: BaseTunerLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Return the mixing weights of the rows of a layer's input `[rows, *leading, in]`, routed
-        by their prompts. `weigh` returns weights `[samples, …]` for prompts `[samples, in]`.
+        by their prompts or sequences. `weigh` returns weights `[samples, …]` for the mean over
+        these, `[samples, in]`.
         """
         call = self.stack.current
         if call is None:
@@ -292,6 +311,9 @@ class Routing:
         rows = call.rows.by_row()
         owners = _owners_by_input(x, layer, rows, call.rows.samples)
         stream, kept = layer.layout.stream, call.prompt_weights
+        config = self.configs.get(adapter_name)
+        if config is not None and config.routing_level == "sequence":
+            stream += ANSWERED
         if kept is None:  # no `id` here, which the compiler would take for a constant of each layer
             return owners.expand(weigh(call.prompt.pool(x, stream, rows, owners)), x)
         key = id(layer), adapter_name
@@ -366,10 +388,11 @@ class Routing:
         modules = [self.layer] if model is None else (module for _, module in walk(model))
         return any(vars(module).get("routing") is self for module in modules)
 
-    def _by_task(self, adapter_names: Iterable[str]) -> list[PolyConfig]:
+    def _by_task(self, adapter_names: Iterable[str]) -> list[RoutingConfig]:
         """Return the configs of the adapters that route by task."""
         known = (self.configs[name] for name in adapter_names if name in self.configs)
-        return [config for config in known if config.routes_by_task]
+        training = self.layer is not None and self.layer.training
+        return [config for config in known if config.reads_task_ids(training)]
 
     def _ids_by_adapter(
         self, task_ids: object, batch: AdapterBatch, device: torch.device, misnamed: str | None
