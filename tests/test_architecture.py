@@ -30,7 +30,7 @@ FLOORS = (
         *(f"tuners.{m}" for m in METHODS),
     ),
     ("tuners",),
-    ("mixed_model", "mapping", "planning", "optimizers"),
+    ("mixed_model", "mapping", "planning", "optimizers", "clustering"),
     ("auto", "functional", "helpers", "mapping_func", "utils"),
     ("",),
 )
