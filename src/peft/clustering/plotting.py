@@ -42,8 +42,9 @@ def plot_similarity(
     side = min(max(0.24 * len(names) + 1.5, 3.5), 20)
     bars = min(0.4 + 0.16 * len(by_layer), 12) if by_layer else 0.0
     figure = Figure(figsize=(side + 4.5, side + bars), dpi=120, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[side, bars]) if bars else (figure, None)
-    tree, heat, legend = upper.subplots(1, 3, width_ratios=[1, 4, 0.12])
+    heights = [side, bars] if by_layer else [side]
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+    tree, heat, legend = rows[0, 0].subplots(1, 3, width_ratios=[1, 4, 0.12])
     draw_tree(tree, order, links)
     table = cosines[list(order)][:, list(order)]
     image = heat.imshow(table.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -58,8 +59,8 @@ def plot_similarity(
         corner = (begin - 0.5, begin - 0.5)
         heat.add_patch(Rectangle(corner, count, count, fill=False, edgecolor=INK, linewidth=1.2))
         begin += count
-    if lower is not None:
-        _draw_layers(lower.subplots(), by_layer)
+    if by_layer:
+        _draw_layers(rows[1, 0].subplots(), by_layer)
     return figure
 
 

@@ -307,4 +307,5 @@ def _assembled(
 
 def _pairs(table: Tensor) -> Tensor:
     """Return the entries of all pairs of a symmetric table."""
-    return table[tuple(torch.tril_indices(*table.shape, -1))]
+    rows, columns = torch.tril_indices(len(table), len(table), -1)
+    return table[rows, columns]
