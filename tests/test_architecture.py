@@ -30,7 +30,7 @@ FLOORS = (
         *(f"tuners.{m}" for m in METHODS),
     ),
     ("tuners",),
-    ("mixed_model", "mapping", "planning", "optimizers", "clustering"),
+    ("mixed_model", "mapping", "planning", "inspection", "standalone", "optimizers"),
     ("auto", "functional", "helpers", "mapping_func", "utils"),
     ("",),
 )

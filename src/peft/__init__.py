@@ -27,8 +27,8 @@ from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
 from .base.placeholders import placeholder as _placeholder
 from .base.progress import show_progress
-from .clustering import adapter_similarity
 from .config import PeftConfig
+from .inspection import AdapterContents, inspect_adapter
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -51,6 +51,7 @@ from .peft_model import (
     get_model_status,
 )
 from .planning import AdapterPlan, LayerPlan, plan
+from .standalone import load_standalone
 from .tuners.loha import LoHaConfig, LoHaModel
 from .tuners.lokr import (
     LoKrConfig,
@@ -101,6 +102,7 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdapterContents",
     "AdapterPlan",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -137,7 +139,6 @@ __all__ = [
     "VBLoRAModel",
     "VectorBank",
     "__version__",
-    "adapter_similarity",
     "bank_usage",
     "cast_mixed_precision_params",
     "convert_to_lora",
@@ -149,9 +150,11 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "inspect_adapter",
     "inspect_lokr_file",
     "load_lokr_file",
     "load_peft_weights",
+    "load_standalone",
     "lokr_config_from_lycoris",
     "plan",
     "prepare_model_for_kbit_training",

@@ -5,9 +5,6 @@ changes nothing.
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from .base.geometry import columns
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .base.tables import alike, table
 from .config import PeftConfig, check_config
 from .core import plan as _plan
 from .core.base_layer import innermost
@@ -105,12 +103,8 @@ class AdapterPlan:
         return result
 
     def __str__(self) -> str:
-        rows = [("module", "layer", "factors", "parameters", "FLOPs a row", "rank"), *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        heading = ("module", "layer", "factors", "parameters", "FLOPs a row", "rank")
+        lines = [table([heading, *alike(self._cells(), self.module_paths)])]
         lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
         share = self.parameters / max(self.base_parameters, 1)
         work = self.multiplications / max(self.base_multiplications, 1)
@@ -124,27 +118,20 @@ class AdapterPlan:
             lines.append(f"! {where}: {remark}")
         return "\n".join(lines)
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield the table's rows. Layers that differ only by numbers in their paths share one."""
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for plan in self.layers:
-            factors = ", ".join(
-                f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items()
-            )
-            row = (
-                _starred(plan.path),
+    def _cells(self) -> dict[str, tuple[str, ...]]:
+        """Return the other cells of each layer's row, by path."""
+        return {
+            plan.path: (
                 plan.layer,
-                factors,
+                ", ".join(
+                    f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items()
+                ),
                 f"{plan.parameters:,}",
                 f"{2 * plan.multiplications:,}",
                 f"{plan.rank} of {plan.full_rank}",
             )
-            groups.setdefault(row, []).append(plan.path)
-        alike = Counter(map(_starred, self.module_paths or [plan.path for plan in self.layers]))
-        for (pattern, *cells), paths in groups.items():
-            is_all = len(paths) == alike[pattern] and len(paths) > 1
-            for name, count in [(pattern, len(paths))] if is_all else _numbered(paths):
-                yield (f"{name} ({count}x)" if count > 1 else name, *cells)
+            for plan in self.layers
+        }
 
     def _count(self) -> str:
         return f"{len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
@@ -164,50 +151,6 @@ class _Printer(Protocol):
     """The printer that IPython passes to `_repr_pretty_`."""
 
     def text(self, text: str) -> None: ...
-
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
-
-
-def _starred(path: str) -> str:
-    """Return a path with `*` in place of each number."""
-    return _NUMBER.sub("*", path)
-
-
-def _numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield names for paths that differ by numbers only, with the number of paths of each.
-
-    Example:
-        >>> list(_numbered(["a.0.b", "a.1.b", "a.2.b", "a.5.b"]))
-        [('a.{0-2,5}.b', 4)]
-        >>> list(_numbered(["0.1", "0.2", "1.1"]))
-        [('0.{1-2}', 2), ('1.1', 1)]
-    """
-    numbers = [tuple(map(int, _NUMBER.findall(path))) for path in paths]
-    choices = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-    if math.prod(map(len, choices)) == len(paths):
-        shown = iter(map(_ranges, choices))
-        yield _NUMBER.sub(lambda _: next(shown), paths[0]), len(paths)
-        return
-    position = next(i for i, choice in enumerate(choices) if len(choice) > 1)
-    for value in choices[position]:
-        yield from _numbered(
-            [path for path, own in zip(paths, numbers, strict=True) if own[position] == value]
-        )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return sorted numbers in short: "7" for one, "{0-3,7}" for several."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"{{{','.join(texts)}}}"
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> AdapterPlan:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,31 @@ class AdapterBuild(Protocol):
         """Yield the adapter's tensors with the names that they will have in the model."""
 
 
+class ModuleShape(NamedTuple):
+    """The size of an adapted module and an adapter's rank there, as the shapes of its tensors tell.
+
+    Attributes:
+        out_features: Rows of the weight.
+        in_features: Columns of the weight; of a convolution, all input channels, or those of a
+            group where `groups` is 1.
+        rank: The adapter's rank; None if its factors are full.
+        kernel_size: Empty unless the tensors show a convolution.
+        groups: The convolution's groups, if the tensors show them.
+        is_table: True for an embedding.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int | None
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+    is_table: bool = False
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the tensors of one module by the end of their keys, such as "lora_A.weight"."""
+
+
 class CheckpointFormat(Generic[C]):
     """Conversion of an adapter's tensors between a model and a checkpoint.
 
@@ -77,6 +102,14 @@ class CheckpointFormat(Generic[C]):
     token_dims: ClassVar[Mapping[str, int]] = {}
     # Tensors in which minus infinity is an ordinary value.
     masked: ClassVar[tuple[str, ...]] = ()
+    # Names of tensors in other programs' files, at the end of a key, and the names here.
+    other_names: ClassVar[Mapping[str, str]] = {}
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size of a module from the shapes of an adapter's tensors for it, those that
+        all modules share among them; None if they don't tell.
+        """
+        return None
 
     def export_state(self, state: dict[str, Tensor], config: C) -> dict[str, Tensor]:
         """Convert an adapter's tensors in a model, by checkpoint key, to a checkpoint's."""

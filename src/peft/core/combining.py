@@ -21,8 +21,8 @@ from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
 from ..config import PeftConfig, TargetedConfig, is_int
 from . import combined_heads
-from . import targets as _targets
 from .adapter_names import check_name
+from .skeleton import exact_targets
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
@@ -108,9 +108,6 @@ class Combinable(Protocol):
 
     def method_of(self, config: PeftConfig) -> CombiningMethod:
         """Return the tuner of a config's method."""
-
-    def module_paths(self) -> list[str]:
-        """Return the paths of the base model's modules."""
 
     def add_with_tensors(
         self, adapter_name: str, config: Any, tensors: Mapping[str, Tensor]
@@ -262,14 +259,12 @@ def put(
     configs = [model.peft_config[name] for name in request.adapters]
     method = model.method_of(configs[0])
     paths = layers_of(method, request)
-    targets, excluded = _targets.exactly(paths, model.module_paths())
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
     changes: dict[str, Any] = {
         "inference_mode": False,
-        "target_modules": targets,
-        "exclude_modules": excluded,
+        **exact_targets(model.model, paths),
         "modules_to_save": list(whole) or None,
         "trainable_token_indices": rows[0] if rows else None,
         **dict.fromkeys(limits),

@@ -101,3 +101,12 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
             else "Could not detect any layer that supports LoRA conversion and has adapter "
             f"{adapter_name}."
         )
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        is_absent = weight is not None and weight.is_meta and not hasattr(base, "_hf_hook")
+        if is_absent and layer.decomposition(adapter_name) is not None:
+            raise PeftValueError(
+                f"`{path}`: with weight decomposition (DoRA) the delta depends on the base model's "
+                "weight, which has no values here; load the adapter into the base model."
+            )

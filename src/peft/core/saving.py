@@ -22,6 +22,7 @@ from ..checkpoint.paths import as_folder
 from ..checkpoint.state_dict import get_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import gathered_tensor, is_distributed
+from .skeleton import base_class_of
 
 if TYPE_CHECKING:
     from .adapted_model import AdaptedModel
@@ -205,9 +206,8 @@ def write_model_card(folder: Path, tuner: AdaptedModel) -> None:
 
 def _config_text(config: PeftConfig, base: nn.Module) -> str:
     """Return the text of a config file: frozen, and with the class of the base model."""
-    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     inference_mode, config.inference_mode = config.inference_mode, True
     try:
-        return config.to_json(None if config.task_type is not None else mapping)
+        return config.to_json(base_class_of(base, config))
     finally:
         config.inference_mode = inference_mode

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
@@ -15,6 +16,22 @@ from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from .config import LoHaConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
+
+
+class LoHaFormat(CheckpointFormat[LoHaConfig]):
+    """LoHa's tensors in a checkpoint, which are those in a model."""
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size from `w1_a [out, r]` and `w1_b [r, in · taps]`, or from Tucker's form.
+
+        The first are the same for a convolution and a linear layer, and are taken for the latter.
+        """
+        a, b = shapes.get("hada_w1_a", ()), shapes.get("hada_w1_b", ())
+        if len(a) != 2 or len(b) != 2:
+            return None
+        if core := shapes.get("hada_t1"):
+            return ModuleShape(a[1], b[1], b[0], core[2:])
+        return ModuleShape(a[0], b[1], b[0])
 
 
 class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
@@ -34,6 +51,7 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
 
     prefix: ClassVar[str] = "hada_"
     tuner_layer_cls = LoHaLayer
+    checkpoint_format = LoHaFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("hada_w1_b", "hada_w2_b")),
         "B": Role(("hada_w1_a", "hada_w2_a")),

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from ...base.errors import PeftValueError
+from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.layer import BaseTunerLayer
@@ -20,6 +21,30 @@ from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig, layer_options
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
+from .shapes import FACTOR_NAMES, sides
+
+
+class LoKrFormat(CheckpointFormat[LoKrConfig]):
+    """LoKr's tensors in a checkpoint, which are those in a model."""
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size of the product of the factors, and the rank of a low-rank one.
+
+        `W2` as `[c, r]`, `[r, d · taps]` is the same for a convolution and a linear layer, and is
+        taken for the latter.
+        """
+        own = {
+            name: shape
+            for key, shape in shapes.items()
+            if (name := key.removeprefix("lokr_")) in FACTOR_NAMES
+        }
+        kernel = own.get("w2", own.get("t2", ()))[2:]
+        try:
+            (a, b), (c, d) = sides(own)
+        except (KeyError, IndexError):  # not the tensors of one adapter
+            return None
+        low = own.get("w2_b") or own.get("w1_b")
+        return ModuleShape(a * c, b * d, low[0] if low else None, kernel)
 
 
 class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
@@ -37,6 +62,7 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
 
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
+    checkpoint_format = LoKrFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("lokr_w1_b", "lokr_w2_b")),
         "B": Role(("lokr_w1_a", "lokr_w2_a")),

@@ -37,7 +37,7 @@ from ...core.conversion import (
     root_of,
 )
 from ...core.layer import BaseTunerLayer
-from ...core.plan import own_modules
+from ...core.skeleton import base_class_of, exact_targets
 from ...ops.low_rank import LowRank, approximate, check_rank, total_error
 from .base import lora_tensors
 from .config import LoraConfig
@@ -332,14 +332,12 @@ def _lora_config(
     ranks = {path: part.rank for path, part in parts.items()}
     r = 1 if by_energy else max(ranks.values())
     pattern = _targets.patterns(ranks, None if by_energy else r)
-    targets, excluded = _targets.exactly(layers, own_modules(root))
     return LoraConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=targets,
-        exclude_modules=excluded,
+        **exact_targets(root, layers),
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
         trainable_token_indices=config.trainable_token_indices,
         bias=_BIASES.get(config.trained_biases, "lora_only"),
@@ -358,8 +356,5 @@ def _write(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
     config, state = converted
     root, prefix = root_of(model)
     state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
-    mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
-    text = replace(config, inference_mode=True).to_json(
-        None if config.task_type is not None else mapping
-    )
+    text = replace(config, inference_mode=True).to_json(base_class_of(root, config))
     write_adapter(folder, state, text)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...base.errors import PeftWarning, warn
-from ...checkpoint.protocols import CheckpointFormat
+from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
 from ...core.combining import Combination, Combined, outer_path
@@ -38,6 +38,22 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
 
     inner_names: ClassVar[Mapping[str, str]] = {_MAGNITUDE: "weight"}
     token_dims: ClassVar[Mapping[str, int]] = {"lora_embedding_A": 1, "lora_B.weight": 0}
+    other_names: ClassVar[Mapping[str, str]] = {
+        "lora_down.weight": "lora_A.weight",
+        "lora_up.weight": "lora_B.weight",
+        "lora.down.weight": "lora_A.weight",
+        "lora.up.weight": "lora_B.weight",
+    }
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size from `A [r, in, *kernel]` and `B [out, r / groups, …]`."""
+        if table := shapes.get("lora_embedding_A"):
+            out = shapes.get("lora_embedding_B", (0,))[0]
+            return ModuleShape(out, table[1], table[0], is_table=True) if out else None
+        A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+        if len(A) < 2 or len(B) < 2 or not B[1]:
+            return None
+        return ModuleShape(B[0], A[1], A[0], A[2:], A[0] // B[1])
 
     def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """Return tensors by the keys of a checkpoint."""

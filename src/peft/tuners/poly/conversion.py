@@ -26,11 +26,10 @@ from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads
-from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import Conversion, check_convertible, config_of, layers_with, root_of
 from ...core.layer import BaseTunerLayer
-from ...core.plan import own_modules
+from ...core.skeleton import base_class_of, exact_targets
 from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
 from .data.labels import TaskLabels
@@ -161,9 +160,8 @@ def save_as_poly(
     state = {
         key if prefix else MODEL_ROOT + key: tensor for key, tensor in converted.state_dict.items()
     }
-    mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     config = replace(converted.config, inference_mode=True)
-    write_adapter(folder, state, config.to_json(None if config.task_type is not None else mapping))
+    write_adapter(folder, state, config.to_json(base_class_of(root, config)))
     return converted
 
 
@@ -223,7 +221,6 @@ def _poly_config(
     r: int,
 ) -> PolyConfig:
     """Return the config of the Poly adapter for some layers of a base model."""
-    targets, excluded = _targets.exactly(layers, own_modules(root))
     to_save = dict.fromkeys(m for config in configs for m in config.modules_to_save or ())
     tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     return PolyConfig(
@@ -234,8 +231,7 @@ def _poly_config(
         task_names=task_names,
         modules_to_save=list(to_save) or None,
         trainable_token_indices=tokens[0] if tokens else None,
-        target_modules=targets,
-        exclude_modules=excluded,
+        **exact_targets(root, layers),
         task_type=configs[0].task_type,
         auto_mapping=configs[0].auto_mapping,
         base_model_name_or_path=configs[0].base_model_name_or_path,

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError, PeftTypeError
+from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.fitting import Loss
@@ -24,6 +25,17 @@ from .fewshot import TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
 from .regimes import Regime
+
+
+class PolyFormat(CheckpointFormat[PolyConfig]):
+    """Poly's tensors in a checkpoint, which are those in a model."""
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size from the skills `A [q, s, in / q, r]` and `B [q, s, r, out / q]`."""
+        A, B = shapes.get("poly_lora_A", ()), shapes.get("poly_lora_B", ())
+        if len(A) != 4 or len(B) != 4:
+            return None
+        return ModuleShape(B[0] * B[3], A[0] * A[2], A[3])
 
 
 class PolyModel(RoutingTuner[PolyConfig]):
@@ -43,6 +55,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
     prefix: ClassVar[str] = "poly_"
     tuner_layer_cls = PolyLayer
+    checkpoint_format = PolyFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         # The table of logits, and rows of it that train alone.
         "router": Role(("poly_router.module_logits", "poly_router"), lr=0.1),

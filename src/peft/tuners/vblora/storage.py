@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import CheckpointError
-from ...checkpoint.protocols import CheckpointFormat
+from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from .bank import Selection, compress, expand, select_topk, selected_logits
 from .config import VBLoRAConfig
 
@@ -63,6 +63,17 @@ class VBLoRAFormat(CheckpointFormat[VBLoRAConfig]):
         name: {name + INDICES: torch.int64, name + WEIGHTS: torch.float32} for name in LOGITS
     }
     masked: ClassVar[tuple[str, ...]] = LOGITS
+
+    def module_shape(self, shapes: Shapes) -> ModuleShape | None:
+        """Return the size from the logits, full or compact, and the bank's vectors."""
+        A, B = (
+            shapes.get(name) or shapes.get(name + INDICES) or shapes.get(name + WEIGHTS)
+            for name in LOGITS
+        )
+        bank = shapes.get(BANK)
+        if not (A and B and bank):
+            return None
+        return ModuleShape(B[0] * bank[-1], A[1] * bank[-1], A[0])
 
     def export_state(self, state: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
         """Convert the tensors of an adapter in a model, in any format, to those of a checkpoint."""

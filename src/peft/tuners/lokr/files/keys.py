@@ -58,13 +58,20 @@ def split_key(key: str) -> Key | None:
     stem, _, tensor = key.rpartition(".")
     if tensor not in TENSORS or not stem:
         return None
+    return Key(*split_stem(stem), tensor)
+
+
+def split_stem(stem: str) -> tuple[str, str, bool]:
+    """Split a key of any method, without the tensor's name, into the component, the module's path,
+    and True if the path has `_` for dots.
+    """
     for component in _DOTTED_COMPONENTS:
         if stem.startswith(f"{component}."):
-            return Key(component, stem[len(component) + 1 :], False, tensor)
+            return component, stem[len(component) + 1 :], False
     for component in _FLAT_COMPONENTS:
         if "." not in stem and stem.startswith(f"{component}_"):
-            return Key(component, stem[len(component) + 1 :], True, tensor)
-    return Key("", stem, False, tensor)
+            return component, stem[len(component) + 1 :], True
+    return "", stem, False
 
 
 def flattened(path: str) -> str:

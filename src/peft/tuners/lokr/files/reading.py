@@ -72,18 +72,24 @@ class LoKrFile:
     @property
     def writer(self) -> str:
         """Program that wrote the file: from its header, else from its components."""
-        header = self.metadata
-        if module := header.get("ss_network_module"):
-            return f"sd-scripts with {module}"
-        if "ai-toolkit" in header.get("software", ""):
-            return "ai-toolkit"
-        if any(name.startswith("ot_") for name in header):
-            return "OneTrainer"
-        if "lora_adapter_metadata" in header:
-            return "diffusers"
-        present = self.components.keys()
-        programs = (program for program, own in _WRITERS.items() if not own.isdisjoint(present))
-        return next(programs, "an unknown program")
+        return writer_of(self.metadata, self.components) or "an unknown program"
+
+
+def writer_of(header: Mapping[str, str], components: Collection[str]) -> str | None:
+    """Return the program that wrote an adapter's file, by its header, else by the components of its
+    keys; None if these do not tell.
+    """
+    if module := header.get("ss_network_module"):
+        return f"sd-scripts with {module}"
+    if "ai-toolkit" in header.get("software", ""):
+        return "ai-toolkit"
+    if any(name.startswith("ot_") for name in header):
+        return "OneTrainer"
+    if "lora_adapter_metadata" in header:
+        return "diffusers"
+    return next(
+        (program for program, own in _WRITERS.items() if not own.isdisjoint(components)), None
+    )
 
 
 def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile:

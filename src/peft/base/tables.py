@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of text, for reports that are printed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Return rows, the first of which is the heading, in columns of equal width.
+
+    Args:
+        rows: Cells, as many in each row.
+        right: Columns that end at the right, for numbers.
+
+    Example:
+        >>> print(table([("module", "bytes"), ("q_proj", "12"), ("v_proj", "1,024")], right=[1]))
+        module  bytes
+        q_proj     12
+        v_proj  1,024
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def in_bytes(number: int) -> str:
+    """Return a size in the largest unit that gives at least 1.
+
+    Example:
+        >>> in_bytes(900), in_bytes(2_500), in_bytes(13_400_000)
+        ('900 B', '2.5 kB', '13.4 MB')
+    """
+    if number < 1000:
+        return f"{number} B"
+    value = float(number)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+def starred(path: str) -> str:
+    """Return a path with `*` in place of each number."""
+    return _NUMBER.sub("*", path)
+
+
+def alike(
+    rows: Mapping[str, Sequence[str]], paths: Collection[str] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield rows by path with one row for paths that differ by numbers only and have equal cells.
+
+    Args:
+        rows: The other cells of each path's row.
+        paths: All paths of the model. `layers.*.q` stands for all such paths, `layers.{0-3,7}.q`
+            for some; by default the paths of the rows are all.
+
+    Example:
+        >>> rows = {"0.a": ["2"], "1.a": ["2"], "2.a": ["4"]}
+        >>> list(alike(rows)), list(alike({"0.a": ["2"], "1.a": ["2"]}))
+        ([('{0-1}.a (2x)', '2'), ('2.a', '4')], [('*.a (2x)', '2')])
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path, cells in rows.items():
+        groups.setdefault((starred(path), *cells), []).append(path)
+    counts = Counter(map(starred, paths or rows))
+    for (pattern, *cells), own in groups.items():
+        is_all = len(own) == counts[pattern] and len(own) > 1
+        for name, count in [(pattern, len(own))] if is_all else numbered(own):
+            yield (f"{name} ({count}x)" if count > 1 else name, *cells)
+
+
+def numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
+    """Yield names for paths that differ by numbers only, with the number of paths of each.
+
+    Example:
+        >>> list(numbered(["a.0.b", "a.1.b", "a.2.b", "a.5.b"]))
+        [('a.{0-2,5}.b', 4)]
+        >>> list(numbered(["0.1", "0.2", "1.1"]))
+        [('0.{1-2}', 2), ('1.1', 1)]
+    """
+    numbers = [tuple(map(int, _NUMBER.findall(path))) for path in paths]
+    choices = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, choices)) == len(paths):
+        shown = iter(map(_ranges, choices))
+        yield _NUMBER.sub(lambda _: next(shown), paths[0]), len(paths)
+        return
+    position = next(i for i, choice in enumerate(choices) if len(choice) > 1)
+    for value in choices[position]:
+        yield from numbered(
+            [path for path, own in zip(paths, numbers, strict=True) if own[position] == value]
+        )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return sorted numbers in short: "7" for one, "{0-3,7}" for several."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{{{','.join(texts)}}}"

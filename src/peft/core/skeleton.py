@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for a base model, made from adapters alone.
+
+Most of what is done with an adapter asks the base model for nothing but the paths and sizes of its
+layers, and the adapter's tensors tell these. So an adapter loads into a `Skeleton`, which has a
+layer without values (on the meta device) at each of its paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.constants import MODEL_ROOT
+from ..base.errors import CheckpointError, PeftNotSupportedError
+from ..base.plain_values import JsonObject, is_empty
+from ..checkpoint.key_groups import group_keys, module_shapes
+from ..checkpoint.keys import TOKEN_ROWS
+from ..checkpoint.protocols import ModuleShape
+from . import targets as _targets
+from .plan import own_modules
+
+if TYPE_CHECKING:
+    from ..config import TargetedConfig
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROWS = f".token_adapter.{TOKEN_ROWS}"
+
+
+class Skeleton(nn.Module):
+    """A model with the layers that adapters have, and what their configs say of the real model.
+
+    Attributes:
+        paths: Paths of the adapted layers.
+        targeting: Fields of a config that choose these layers in the real model; None if only
+            their paths do.
+        base_class: Class and library of the real model, as a config has them.
+    """
+
+    def __init__(self, configs: Sequence[TargetedConfig]) -> None:
+        super().__init__()
+        self.paths: set[str] = set()
+        self.targeting = _common_targeting(configs)
+        self.base_class = configs[0].auto_mapping
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Put a module at a path, below modules without parameters; it takes over what is there."""
+        parent: nn.Module = self
+        *above, name = path.split(".")
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        before = parent._modules.get(name)
+        if before is not None:
+            module._modules.update(before._modules)
+        parent.add_module(name, module)
+
+
+def skeleton_of(adapters: Sequence[tuple[TargetedConfig, Mapping[str, Tensor]]]) -> Skeleton:
+    """Return a stand-in for the base model of adapters, given their configs and tensors.
+
+    Raises:
+        CheckpointError: Adapters have tensors for modules of different sizes.
+        PeftNotSupportedError: The tensors do not tell a module's size, or the adapter needs the
+            weights of the base model.
+    """
+    root = Skeleton([config for config, _ in adapters])
+    layers: dict[str, _Layer] = {}
+    parameters: dict[str, Tensor] = {}
+    for config, state in adapters:
+        _check_needs_no_weights(config)
+        groups = group_keys(state)
+        shapes = module_shapes(groups, {key: tuple(value.shape) for key, value in state.items()})
+        for stem, shape in shapes.items():
+            first = state[next(iter(groups.modules[stem].values()))]
+            _note(layers, stem.removeprefix(MODEL_ROOT), shape, first.dtype)
+        others = {key.removeprefix(MODEL_ROOT): state[key] for key in groups.others}
+        for path, layer in _embeddings(config, others):
+            layers.setdefault(path, layer)
+        parameters |= {key: value for key, value in others.items() if not key.endswith(_ROWS)}
+    for key, tensor in parameters.items():
+        path, _, name = key.replace(".base_layer.", ".").rpartition(".")
+        layers.setdefault(path, _Layer(None, tensor.dtype)).parameters[name] = tensor
+    for path, layer in layers.items():
+        root.put(path, layer.module())
+    root.paths = {path for path, layer in layers.items() if layer.is_adapted}
+    return root.eval().requires_grad_(False)
+
+
+def adapted_paths(state: Iterable[str]) -> set[str]:
+    """Return the paths of the modules that the tensors of an adapter are for, by their keys."""
+    return {stem.removeprefix(MODEL_ROOT) for stem in group_keys(state).modules}
+
+
+def exact_targets(root: nn.Module, chosen: Collection[str]) -> JsonObject:
+    """Return `target_modules` and `exclude_modules` of a config that match the `chosen` of a
+    model's modules and no other, in the real model if this one stands in for it.
+    """
+    if not isinstance(root, Skeleton):
+        names, excluded = _targets.exactly(chosen, own_modules(root))
+    elif root.targeting is not None and root.paths == set(chosen):
+        return dict(root.targeting)
+    else:
+        names, excluded = sorted(chosen), None
+    return {"target_modules": names, "exclude_modules": excluded}
+
+
+def base_class_of(root: nn.Module, config: Any) -> JsonObject | None:
+    """Return `auto_mapping` for a config's file: the class of the base model, None if the task type
+    tells it.
+    """
+    if config.task_type is not None:
+        return None
+    if isinstance(root, Skeleton):
+        return root.base_class
+    return {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+
+
+@dataclass
+class _Layer:
+    """A module to make: its size if it is a layer, and the parameters that files have for it."""
+
+    size: ModuleShape | None
+    dtype: torch.dtype
+    is_adapted: bool = False
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def module(self) -> nn.Module:
+        """Return the module, on the meta device but for the parameters of files."""
+        module = nn.Module() if self.size is None else self._layer(self.size)
+        for name, tensor in self.parameters.items():
+            module.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))
+        return module
+
+    def _layer(self, size: ModuleShape) -> nn.Module:
+        place: dict[str, Any] = {"device": "meta", "dtype": self.dtype}
+        bias = "bias" in self.parameters
+        if size.is_table:
+            return nn.Embedding(size.in_features, size.out_features, **place)
+        if not size.kernel_size:
+            return nn.Linear(size.in_features, size.out_features, bias, **place)
+        kind: Any = _CONVOLUTIONS[len(size.kernel_size) - 1]
+        sizes = size.in_features, size.out_features, size.kernel_size
+        return kind(*sizes, groups=size.groups, bias=bias, **place)
+
+
+def _check_needs_no_weights(config: TargetedConfig) -> None:
+    """Refuse an adapter whose delta depends on the base model's weights."""
+    if getattr(config, "starts_from_weight", False):
+        raise PeftNotSupportedError(
+            "The adapter is stored as a difference from a start that is computed from the base "
+            "model's weights (`init_lora_weights`); load it into the base model."
+        )
+
+
+def _note(
+    layers: dict[str, _Layer], path: str, shape: ModuleShape | None, dtype: torch.dtype
+) -> None:
+    """Note the size of an adapted layer, which is the same for all adapters."""
+    if shape is None or len(shape.kernel_size) > len(_CONVOLUTIONS):
+        raise PeftNotSupportedError(
+            f"`{path}`: the adapter's tensors do not tell the size of this module; load it into "
+            "the base model."
+        )
+    known = layers.get(path)
+    if known is not None and known.size is not None:
+        both = [size._replace(rank=None) for size in (known.size, shape)]
+        if both[0] != both[1] and known.is_adapted:
+            sizes = " and ".join(f"{size.in_features}->{size.out_features}" for size in both)
+            raise CheckpointError(
+                f"`{path}`: the adapters are for modules of different sizes, {sizes}; they are not "
+                "of one base model."
+            )
+    layers[path] = _Layer(shape, dtype, True)
+
+
+def _embeddings(
+    config: TargetedConfig, others: Mapping[str, Tensor]
+) -> Iterator[tuple[str, _Layer]]:
+    """Yield the embeddings of which an adapter trains rows, by path."""
+    indices = config.trainable_token_indices
+    for key, rows in others.items():
+        if key.endswith(_ROWS):
+            path = key.removesuffix(_ROWS)
+            own = (
+                next((v for k, v in indices.items() if path.endswith(k)), [])
+                if isinstance(indices, dict)
+                else indices or []
+            )
+            size = ModuleShape(rows.shape[1], max(own, default=0) + 1, None, is_table=True)
+            yield path, _Layer(size, rows.dtype)
+
+
+def _common_targeting(configs: Sequence[TargetedConfig]) -> JsonObject | None:
+    """Return the fields that choose modules if they are the same in all configs and choose by name
+    alone.
+    """
+    first = {name: getattr(configs[0], name) for name in ("target_modules", "exclude_modules")}
+    for config in configs:
+        by_layer = getattr(config, "layers_to_transform", None)
+        targets = config.target_modules
+        if (
+            not is_empty(by_layer)
+            or is_empty(targets)
+            or any(getattr(config, name) != value for name, value in first.items())
+        ):
+            return None
+    return first

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters loaded without their base model, and the contents of files. The oracle is the adapter in
+the real base model.
+"""
+
+import json
+
+import pytest
+import torch
+from helpers.methods import METHODS
+from helpers.models import llama
+from safetensors.torch import save_file
+from torch import nn
+
+import peft
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+IDS = torch.arange(6).view(1, 6)
+
+
+def base():
+    """The same base model in each call."""
+    torch.manual_seed(0)
+    return llama()
+
+
+def saved(method, folder, **more):
+    fields = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", **more}
+    model = peft.get_peft_model(base(), METHODS[method].config(**fields)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+def test_an_adapter_alone_converts_as_in_its_model(method, tmp_path):
+    model, options = saved(method, tmp_path / "a"), METHODS[method].merge
+    alone = peft.load_standalone(tmp_path / "a")
+    assert all(layer.get_base_layer().weight.is_meta for layer in alone.base_model.tuner_layers())
+    inside = peft.save_as_lora(tmp_path / "inside", model, 2, **options)
+    outside = peft.save_as_lora(tmp_path / "outside", alone, 2, **options)
+    assert inside.state_dict.keys() == outside.state_dict.keys()
+    for key, tensor in inside.state_dict.items():
+        torch.testing.assert_close(outside.state_dict[key], tensor)
+    configs = [
+        json.loads((tmp_path / n / "adapter_config.json").read_text())
+        for n in ("inside", "outside")
+    ]
+    assert configs[0] == configs[1]
+
+
+def test_all_methods_in_one_become_a_poly_adapter(tmp_path):
+    names = [name for name in METHODS if name != "POLY"]
+    outputs = {name: saved(name, tmp_path / name)(IDS).logits for name in names}
+    together = peft.load_standalone({name: tmp_path / name for name in names})
+    assert isinstance(together, peft.PeftMixedModel)
+    assert peft.save_as_poly(tmp_path / "poly", together, names).config.target_modules == set(
+        TARGETS
+    )
+    model = peft.PeftModel.from_pretrained(base(), tmp_path / "poly")
+    for name, output in outputs.items():
+        torch.testing.assert_close(model(IDS, task_ids=name).logits, output)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trainable_token_indices": [1, 5]},
+        {"modules_to_save": ["norm"]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": r".*\.1\..*q_proj"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter", "ignore:Setting `save_embedding")
+def test_what_is_beside_the_layers_comes_along(fields, tmp_path):
+    model = saved("LORA", tmp_path / "a", **fields)
+    if extra := [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]:
+        torch.nn.init.normal_(extra[0])
+        model.save_pretrained(tmp_path / "a")
+    peft.save_as_lora(tmp_path / "b", peft.load_standalone(tmp_path / "a"))
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "b")
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["0"]),
+            "starts? that is computed",
+        ),
+        (peft.LoKrConfig(r=1, target_modules=["0"], weight_decompose=True), "weight decomposition"),
+    ],
+    ids=["start", "decomposed"],
+)
+def test_adapters_that_need_the_base_models_weights_say_so(config, message, tmp_path):
+    peft.get_peft_model(nn.Sequential(nn.Linear(16, 16)), config).save_pretrained(tmp_path)
+    with pytest.raises(peft.PeftError, match=message):
+        peft.convert_to_lora(peft.load_standalone(tmp_path))
+
+
+def test_adapters_of_different_base_models_are_refused(tmp_path):
+    for size in (8, 16):
+        config = peft.LoraConfig(r=2, target_modules=["0"])
+        peft.get_peft_model(nn.Sequential(nn.Linear(size, 4)), config).save_pretrained(
+            tmp_path / str(size)
+        )
+    with pytest.raises(
+        peft.PeftError, match="`0`: the adapters are for modules of different sizes"
+    ):
+        peft.load_standalone({"a": tmp_path / "8", "b": tmp_path / "16"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_contents_of_a_file_are_those_of_the_adapter(method, tmp_path):
+    model = saved(method, tmp_path, modules_to_save=["norm"])
+    contents = peft.inspect_adapter(tmp_path)
+    state = peft.get_peft_model_state_dict(model)
+    assert contents.methods == [method] and contents.problems == []
+    assert contents.parameters == sum(tensor.numel() for tensor in state.values())
+    assert contents.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    size = contents.file_bytes - contents.header_bytes
+    assert size == sum(tensor.nbytes for tensor in state.values())
+    layers = dict(model.base_model.named_tuner_layers())
+    assert {module.path for module in contents.modules} == set(layers)
+    for module in contents.modules:
+        geometry = layers[module.path].geometry
+        assert module.shape[:2] == (geometry.out_features, geometry.in_features)
+    assert list(contents.companions) == ["base_model.model.model.norm.weight"]
+    assert "model.layers.*.self_attn.q_proj (2x)" in str(contents)
+    assert json.loads(json.dumps(contents.to_dict()))["methods"] == [method]
+
+
+def test_files_of_other_programs(tmp_path):
+    tensors = {
+        "lora_down.weight": torch.ones(4, 16),
+        "lora_up.weight": torch.ones(8, 4),
+        "alpha": torch.tensor(2.0),
+    }
+    state = {
+        f"lora_unet_mid_block_attn_to_q.{name}": tensor.half() for name, tensor in tensors.items()
+    }
+    file = tmp_path / "style.safetensors"
+    save_file(state, file, {"ss_network_module": "networks.lora"})
+    contents = peft.inspect_adapter(file)
+    (module,) = contents.modules
+    assert contents.writer == "sd-scripts with networks.lora" and contents.dtypes == {"float16": 97}
+    assert (module.component, module.path) == ("lora_unet", "mid_block_attn_to_q")
+    assert (module.method, *module.shape[:3]) == ("LORA", 8, 16, 4)
+    save_file({"x.weight": torch.ones(3)}, file)
+    assert "No tensor belongs to a method" in str(peft.inspect_adapter(file))
+
+
+def test_damage_is_named(tmp_path):
+    saved("LORA", tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    problems = peft.inspect_adapter(tmp_path).problems
+    assert any("'IA3' is not provided by this package" in problem for problem in problems)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(peft.PeftError, match="not a readable weights file"):
+        peft.inspect_adapter(weights)
+    with pytest.raises(peft.PeftError, match="did you mean"):
+        peft.inspect_adapter(str(tmp_path) + "x")
