@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .config import PeftConfig
 from .core.adapted_model import AdaptedModel
+from .core.switching import check_deletable
 from .peft_model import PeftModel
 from .tuners.mixed import MixedModel
 
@@ -31,6 +34,20 @@ class PeftMixedModel(PeftModel):
     def prefix(self) -> str:
         """The word "mixed", since names of adapter parameters have no common start."""
         return MixedModel.prefix
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Delete one adapter or several. If no other was active, the first by name becomes active.
+
+        Raises:
+            PeftTypeError: A name is not a string.
+            PeftValueError: There is no such adapter, or one is merged; none is deleted.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else dict.fromkeys(adapter_name)
+        layers = list(self.base_model.tuner_layers())
+        for name in names:
+            check_deletable(layers, name, self.peft_config)
+        for name in names:
+            super().delete_adapter(name)
 
     def _tuner_class(self, config: PeftConfig) -> type[AdaptedModel]:
         return MixedModel

@@ -284,6 +284,15 @@ def test_two_copies_of_a_module_need_a_word(method):
     assert_unchanged(before, model)
 
 
+def test_equal_copies_of_a_module_need_no_word(method):
+    model = with_heads(method)
+    copies = model.base_model.model[4].modules_to_save
+    copies["b"].load_state_dict(copies["a"].state_dict())
+    model.add_weighted_adapter(["a", "b"], [3.0, -1.0], "new", some(model))
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(copies["new"], name), getattr(copies["a"], name))
+
+
 def test_copies_of_a_module_become_their_mean_or_that_of_one(method):
     model = with_heads(method)
     copies = model.base_model.model[4].modules_to_save

@@ -202,6 +202,22 @@ def test_deleting_and_adding_again(pair):
     torch.testing.assert_close(plain(x), base(x))
 
 
+def test_deleting_several_deletes_all_or_none(pair):
+    model = mixed(*pair)
+    x = torch.randn(5, 8)
+    base, before = mlp_like(model), model(x, **call(*pair))
+    model.merge_adapter(["b"], **{k: v for k, v in merge(*pair).items() if k in pair[1].merge})
+    for names in (["a", "b"], ["a", "nobody"]):
+        with pytest.raises(ValueError, match="nobody|while they are merged"):
+            model.delete_adapter(names)
+        assert set(model.peft_config) == set("abc")
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x, **call(*pair)), before)
+    model.delete_adapter(["a", "b", "c"])
+    assert not model.peft_config
+    torch.testing.assert_close(model.get_base_model()(x), base(x))
+
+
 def test_a_copy_is_a_model_of_its_own(pair):
     model = mixed(*pair)
     x = torch.randn(5, 8)

@@ -7,12 +7,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.models import llama
 from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
 import peft
 from peft import PeftModel, get_peft_model
+from peft.utils import TrainableTokensWrapper
 
 TOKENS = [7, 3]
 
@@ -169,10 +171,26 @@ def test_two_adapters_with_tokens_of_their_own(method, build):
     together = logits(model, ids, adapter_names=names, **method.call)
     for i, name in enumerate(names):
         torch.testing.assert_close(together[i], expected[name][i])
+    model.set_adapter(["a", "b"])  # they train different rows
+    for wrapper in (m for m in model.modules() if isinstance(m, TrainableTokensWrapper)):
+        rows = wrapper._owner[0]
+        weight = wrapper.original_module.weight.detach().clone()
+        for name, indices in (("a", [3]), ("b", [7, 4])):
+            weight[indices] = rows.trainable_tokens_delta[name]
+        is_head = isinstance(wrapper.original_module, torch.nn.Linear)
+        x = torch.randn(2, 16) if is_head else ids
+        found, run = wrapper(x), (F.linear if is_head else F.embedding)
+        torch.testing.assert_close(found, run(x, weight))
+        torch.testing.assert_close(wrapper.weight, weight)
+    expected["a, b"] = logits(model, ids, **method.call)
+    model.add_adapter("d", method.config(target_modules=["q_proj"], trainable_token_indices=[3]))
     with pytest.raises(
         ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper"
     ):
-        model.set_adapter(["a", "b"])
+        model.set_adapter(["a", "d"])
+    torch.testing.assert_close(logits(model, ids, **method.call), expected["a, b"])
+    merged = copy.deepcopy(model).merge_and_unload(**method.merge)
+    torch.testing.assert_close(logits(merged, ids), expected["a, b"], rtol=1e-4, atol=1e-4)
     model.delete_adapter("b")
     model.set_adapter("a")
     torch.testing.assert_close(logits(model, ids, **method.call), expected["a"])

@@ -71,12 +71,12 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter whose parameters are in use, or an empty list."""
-        return self._active_adapter[0] if self._active_adapter else []
+        """The adapter whose parameters are in use, or a list if there is none or several."""
+        return self._active_adapter[0] if len(self._active_adapter) == 1 else self._active_adapter
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapter whose parameters are in use, in a list."""
+        """The adapters whose parameters are in use."""
         return self._active_adapter
 
     @property
@@ -103,7 +103,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Use an adapter's parameters and (unless `inference_mode`) train them; freeze all others.
 
         Raises:
-            PeftValueError: More than one of the adapters has parameters in this module.
+            PeftValueError: Several of the adapters train the same parameters of this module.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_one_of(names)
@@ -118,7 +118,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return [name for name in adapter_names if self.has(name)]
 
     def check_one_of(self, adapter_names: Iterable[str]) -> None:
-        """Raise `PeftValueError` if several of some adapters have parameters in this module."""
+        """Raise `PeftValueError` if several of some adapters train the same parameters."""
         if len(own := self.among(adapter_names)) > 1:
             raise PeftValueError(
                 f"Only one adapter can be set at a time for {type(self).__name__}: "

@@ -55,8 +55,8 @@ def combine(
 
     Args:
         parts: Each adapter's tensors by checkpoint key. A tensor of one adapter only is taken.
-        heads: For tensors of several adapters: "mean", or the name of the adapter whose tensor is
-            taken. A name takes precedence over "mean".
+        heads: For tensors of several adapters that differ: "mean", or the name of the adapter whose
+            tensor is taken. A name takes precedence over "mean".
         weights: Weights of the mean `Σ w·t / Σ w` by adapter, by default equal.
         can_stack: True if the caller can stack these heads too; for messages.
 
@@ -80,23 +80,28 @@ def combine(
         )
     result: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for own in parts.values() for key in own):
-        owners = [name for name, own in parts.items() if key in own]
-        if len(owners) == 1 or heads in owners:
-            result[key] = parts[heads if heads in owners else owners[0]][key].detach().clone()
+        own = {name: tensors[key] for name, tensors in parts.items() if key in tensors}
+        if len(own) == 1 or heads in own or (heads is None and _are_equal(*own.values())):
+            taken = own.get(heads or "", next(iter(own.values())))
+            result[key] = taken.detach().clone()
         elif heads is None or heads in parts:
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
-            alike = len({parts[name][key].shape for name in owners}) == 1
+            alike = len({tensor.shape for tensor in own.values()}) == 1
             raise PeftValueError(
-                f"Adapters {', '.join(owners)} each train a copy of `{key}`{given}. Choose "
+                f"Adapters {', '.join(own)} each train a copy of `{key}`{given}. Choose "
                 "one, or combine them, by `heads`: "
-                f"{_choices(owners, can_stack, mean=alike)}."
+                f"{_choices(own, can_stack, mean=alike)}."
             )
         else:
-            own = {name: parts[name][key] for name in owners}
             result[key] = _mean(
-                key, own, weights, f"pass as `heads` {_choices(owners, can_stack, mean=False)}"
+                key, own, weights, f"pass as `heads` {_choices(own, can_stack, mean=False)}"
             )
     return result
+
+
+def _are_equal(first: Tensor, *others: Tensor) -> bool:
+    """Return whether tensors hold the same numbers, as the rows of adapters before training do."""
+    return all(torch.equal(first, other.to(first)) for other in others)
 
 
 def _choices(names: Collection[str], can_stack: bool, mean: bool = True) -> str:

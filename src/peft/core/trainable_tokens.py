@@ -8,7 +8,7 @@ A head that shares the embedding's weight shares the rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -113,12 +113,19 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Return whether an adapter trains some of its rows."""
         return adapter_name in self._owner[0].token_indices
 
+    def check_one_of(self, adapter_names: Iterable[str]) -> None:
+        """Raise `PeftValueError` if several of some adapters train the same row."""
+        own = self.among(adapter_names)
+        rows = [row for name in own for row in {*self._owner[0].token_indices[name]}]
+        if len({*rows}) < len(rows):
+            super().check_one_of(own)
+
     @property
     def weight(self) -> Tensor:
-        """The weight with the active adapter's rows in place."""
-        name = self._in_use()
+        """The weight with the active adapters' rows in place."""
+        names = self._in_use()
         base = _weight(self.original_module)
-        return base if name is None else self._replaced(base, name)
+        return self._replaced(base, names) if names else base
 
     def add_rows(self, adapter_name: str, tokens: TokenRows) -> None:
         """Add an adapter's rows."""
@@ -137,18 +144,18 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             del self.token_adapter.token_indices[adapter_name]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Run the module with the rows of the active adapter, or of each sample's adapter."""
+        """Run the module with the rows of the active adapters, or of each sample's adapter."""
         batch = ADAPTER_BATCHES.current
         if batch is None or self._disable_adapters:
             return self._run(self._in_use(), x, *args, **kwargs)
 
         def run(name: str, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-            return self._run(name if self.has(name) else None, x, *args, **kwargs)
+            return self._run([name] if self.has(name) else [], x, *args, **kwargs)
 
         return self._run_for_samples(batch, run, (x, *args), kwargs)
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """Return the module with the rows of one of some adapters written into its weight."""
+        """Return the module with the rows of some adapters written into its weight."""
         for name in self.among(adapter_names):
             make_plain(self.original_module)
             weight = _weight(self.original_module)
@@ -157,41 +164,41 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             )
         return self.original_module
 
-    def _in_use(self) -> str | None:
-        name = (
-            self._active_adapter[0] if self._active_adapter and not self._disable_adapters else None
-        )
-        return name if name in self._owner[0].token_indices else None
+    def _in_use(self) -> list[str]:
+        return [] if self._disable_adapters else self.among(self._active_adapter)
 
-    def _run(self, name: str | None, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def _run(self, names: list[str], x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base = self.original_module
-        if name is None:
+        if not names:
             return base(x, *args, **kwargs)
         if type(base) is nn.Linear:
             result = base(x)
-            logits = F.linear(x, self._rows(name).to(x.dtype))
-            indices = self._indices(name, x.device)
+            logits = F.linear(x, self._rows(names).to(x.dtype))
+            indices = self._indices(names, x.device)
             if base.bias is not None:
                 logits = logits + base.bias[indices]
             return result.index_copy(-1, indices, logits.to(result.dtype))
         if type(base) is nn.Embedding and base.max_norm is None and not base.scale_grad_by_freq:
             result = base(x)
-            looked_up = x.unsqueeze(-1) == self._indices(name, x.device)
-            rows = F.embedding(looked_up.int().argmax(-1), self._rows(name)).to(result.dtype)
+            looked_up = x.unsqueeze(-1) == self._indices(names, x.device)
+            rows = F.embedding(looked_up.int().argmax(-1), self._rows(names)).to(result.dtype)
             return torch.where(looked_up.any(-1, keepdim=True), rows, result)
         # A subclass with its own forward (a scaled embedding) runs with the changed weight.
         weight = _weight(base)
-        replaced = {"weight": self._replaced(weight, name)}
+        replaced = {"weight": self._replaced(weight, names)}
         return torch.func.functional_call(base, replaced, (x, *args), kwargs)
 
-    def _replaced(self, weight: Tensor, name: str) -> Tensor:
-        return weight.index_copy(0, self._indices(name, weight.device), self._rows(name).to(weight))
+    def _replaced(self, weight: Tensor, names: list[str]) -> Tensor:
+        indices = self._indices(names, weight.device)
+        return weight.index_copy(0, indices, self._rows(names).to(weight))
 
-    def _rows(self, name: str) -> Tensor:
-        return self._owner[0].trainable_tokens_delta(name)
+    def _rows(self, names: list[str]) -> Tensor:
+        rows = [self._owner[0].trainable_tokens_delta(name) for name in names]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _indices(self, name: str, device: torch.device) -> Tensor:
-        return torch.tensor(self._owner[0].token_indices[name], device=device)
+    def _indices(self, names: list[str], device: torch.device) -> Tensor:
+        indices = [row for name in names for row in self._owner[0].token_indices[name]]
+        return torch.tensor(indices, device=device)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Return the name of an adapter's rows, by the key they are saved under."""
