@@ -30,7 +30,15 @@ FLOORS = (
         *(f"tuners.{m}" for m in METHODS),
     ),
     ("tuners",),
-    ("mixed_model", "mapping", "planning", "inspection", "standalone", "optimizers"),
+    (
+        "mixed_model",
+        "mapping",
+        "planning",
+        "inspection",
+        "standalone",
+        "optimizers",
+        "clustering",
+    ),
     ("auto", "functional", "helpers", "mapping_func", "utils"),
     ("",),
 )

@@ -27,6 +27,7 @@ from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
 from .base.placeholders import placeholder as _placeholder
 from .base.progress import show_progress
+from .clustering import adapter_similarity
 from .config import PeftConfig
 from .inspection import AdapterContents, inspect_adapter
 from .mapping import (
@@ -139,6 +140,7 @@ __all__ = [
     "VBLoRAModel",
     "VectorBank",
     "__version__",
+    "adapter_similarity",
     "bank_usage",
     "cast_mixed_precision_params",
     "convert_to_lora",

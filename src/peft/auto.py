@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
@@ -18,6 +19,14 @@ from .checkpoint.paths import check_path
 from .checkpoint.vocabulary import fit_vocabulary
 from .config import PeftConfig
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+# Libraries that an adapter's config may name as the home of its base model's class.
+_SAFE_LIBRARIES = ("diffusers", "lerobot", "megatron", "transformers")
+
+
+def get_default_import_allowlist() -> list[str]:
+    """Return the libraries that `AutoPeftModel` imports because an adapter's config says so."""
+    return list(_SAFE_LIBRARIES)
 
 
 class _ModelClass(Protocol):
@@ -45,6 +54,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load an adapter and its base model. If the adapter was saved with an embedding or a head
@@ -56,6 +66,9 @@ class AutoPeftModel:
             is_trainable: False freezes the adapter and puts the model into eval mode.
             config: A config to use in place of the saved one.
             revision: The adapter's revision; the base model's revision is in the config.
+            import_allowlist: Libraries that may be imported because the config says that the base
+                model's class is there, in place of `get_default_import_allowlist()`. A config can
+                come from anyone, and importing a module runs it.
             **kwargs: Options of the base model's `from_pretrained` (`torch_dtype`, `device_map`,
                 …). Options for the Hub and `ignore_mismatched_sizes` are for both base model and
                 adapter, `strict` for the adapter alone.
@@ -63,7 +76,7 @@ class AutoPeftModel:
         Raises:
             PeftTypeError: A switch is neither True nor False.
             PeftValueError: The adapter is for another task, or its config does not name its base
-                model.
+                model, or names a library that `import_allowlist` does not allow.
         """
         check_path(pretrained_model_name_or_path)
         fit: dict[str, Any] = {
@@ -79,7 +92,7 @@ class AutoPeftModel:
                 "PeftModel.from_pretrained."
             )
         kwargs.pop("subfolder", None)  # the adapter's, not the base model's
-        base = cls._base_class(config).from_pretrained(
+        base = cls._base_class(config, import_allowlist).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **kwargs
         )
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -98,30 +111,49 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def _base_class(cls, config: PeftConfig) -> _ModelClass:
+    def _base_class(cls, config: PeftConfig, allowed: Sequence[str] | None) -> _ModelClass:
         """Return the base model's class; raise if the config is for another task or lacks it."""
-        if cls._auto_class is not None:
-            if config.task_type != cls._task:
+        if config.task_type not in (None, cls._task):
+            if cls._task is not None:
                 raise PeftValueError(
                     f"{cls.__name__} is for {cls._task}, the adapter for task type "
                     f"{config.task_type!r}."
                 )
-            return getattr(importlib.import_module("transformers"), cls._auto_class)
-        if config.task_type is not None:
             raise PeftValueError(
                 "Cannot use `AutoPeftModel` with a task type, please use a specific class for your "
                 "task type. (e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this "
                 f"adapter's is {config.task_type!r})"
             )
         mapping = config.auto_mapping or {}
-        if not {"parent_library", "base_model_class"} <= mapping.keys():
+        if config.task_type is None and {"parent_library", "base_model_class"} <= mapping.keys():
+            library, name = mapping["parent_library"], mapping["base_model_class"]
+            return _model_class(library, name, allowed)
+        if cls._auto_class is None:
             raise PeftValueError(
                 "The adapter's config has no `auto_mapping` that says what class its base model "
                 "has."
             )
-        return getattr(
-            importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]
+        return getattr(importlib.import_module("transformers"), cls._auto_class)
+
+
+def _model_class(library: str, name: str, allowed: Sequence[str] | None) -> _ModelClass:
+    """Import the class that a config names. Only libraries that are allowed are imported."""
+    allowed = _SAFE_LIBRARIES if allowed is None else allowed
+    if not any(f"{library}.".startswith(f"{each}.") for each in allowed):
+        raise PeftValueError(
+            f"The auto mapping wants to import {library!r} which is not in the import allowlist: "
+            f"{', '.join(allowed) or 'empty'}. Importing a module runs it. If you are sure that "
+            f"it is safe, pass `import_allowlist=[{library!r}]`; or load the base model yourself, "
+            "then use `PeftModel.from_pretrained`."
         )
+    found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise PeftValueError(
+            f"The adapter's config says that its base model is of class {name!r} of {library!r}: "
+            "there is no such class of models. Load the base model yourself, then use "
+            "`PeftModel.from_pretrained`."
+        )
+    return found
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading an adapter together with its base model."""
 
+import json
+import sys
 from functools import partial
 
 import pytest
@@ -12,11 +14,12 @@ from transformers import LlamaForSequenceClassification
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     LoKrConfig,
+    PeftModelForCausalLM,
     get_peft_model,
 )
+from peft.auto import get_default_import_allowlist
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -29,11 +32,10 @@ def test_an_adapter_and_its_base(method, task_type, tmp_path):
     ids = torch.randint(3, 48, (2, 5))
     expected = model(input_ids=ids, **method.call).logits
     model.save_pretrained(tmp_path / "adapter")
-    right, wrong = (
-        (AutoPeftModel, AutoPeftModelForSeq2SeqLM)
-        if task_type is None
-        else (AutoPeftModelForCausalLM, AutoPeftModel)
-    )
+    named = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(named, PeftModelForCausalLM)
+    torch.testing.assert_close(named(input_ids=ids, **method.call).logits, expected)
+    right = AutoPeftModel if task_type is None else AutoPeftModelForCausalLM
     loaded = right.from_pretrained(tmp_path / "adapter")
     assert type(loaded) is type(model)
     torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
@@ -42,8 +44,39 @@ def test_an_adapter_and_its_base(method, task_type, tmp_path):
     with pytest.warns(UserWarning, match="without a place in the adapter: rotary_emb.inv_freq"):
         loaded = right.from_pretrained(tmp_path / "adapter", strict=False)
     torch.testing.assert_close(loaded(input_ids=ids, **method.call).logits, expected)
-    with pytest.raises(ValueError, match="task type"):
-        wrong.from_pretrained(tmp_path / "adapter")
+    if task_type is not None:
+        with pytest.raises(ValueError, match="task type"):
+            AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("auto_class", [AutoPeftModel, AutoPeftModelForCausalLM])
+def test_a_config_imports_only_what_is_allowed(auto_class, tmp_path, monkeypatch):
+    """A config can come from anyone, and importing a module runs it."""
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    (tmp_path / "trap.py").write_text("from transformers import LlamaForCausalLM as Model\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+
+    def load(library, name, **options):
+        mapping = {"parent_library": library, "base_model_class": name}
+        file.write_text(json.dumps({**content, "auto_mapping": mapping}))
+        return auto_class.from_pretrained(tmp_path, **options)
+
+    for library in ("trap", "transformers_trap", "os"):
+        with pytest.raises(ValueError, match=f"'{library}' which is not in the import allowlist"):
+            load(library, "Model")
+    assert "trap" not in sys.modules
+    with pytest.raises(ValueError, match="not in the import allowlist: trap"):
+        load("transformers", "LlamaForCausalLM", import_allowlist=["trap"])
+    with pytest.raises(ValueError, match="no such class of models"):
+        load("transformers.utils", "logging")
+    allowed = [*get_default_import_allowlist(), "trap"]
+    loaded = load("trap", "Model", import_allowlist=allowed)
+    assert type(loaded.get_base_model()) is type(base)
+    del sys.modules["trap"]
 
 
 def test_a_config_that_names_no_base(model, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.methods import METHODS
 from helpers.models import llama, t5
+from safetensors.torch import load_file, save_file
 
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*` shares a weight")
 
@@ -126,3 +127,54 @@ def test_what_is_unloaded_or_trains_nothing_tied_stays_tied():
     ).merge_and_unload()
     assert plain.config.tie_word_embeddings is True
     assert plain.lm_head.weight is plain.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"]])
+@pytest.mark.parametrize("load", ["from_pretrained", "load_adapter", "state_dict"])
+def test_a_file_that_has_a_tied_weight_under_all_its_names(saved, load, tmp_path):
+    """Other writers save the head with the embedding that it shares a weight with, and a module
+    that is trained whole under the names of its parts too.
+    """
+    config = LoraConfig(
+        init_lora_weights=False, target_modules=["q_proj"], modules_to_save=saved, r=2
+    )
+    torch.manual_seed(0)
+    state, ids = tied_llama().state_dict(), torch.arange(3, 9)[None]
+
+    def fresh():
+        base = tied_llama()
+        base.load_state_dict(state)
+        return base.eval()
+
+    model = get_peft_model(fresh(), config).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    table = "base_model.model.model.embed_tokens"
+    head = model.get_base_model().lm_head.weight.detach().clone()
+    tensors["base_model.model.lm_head.weight"] = head
+    if saved:
+        tensors[f"{table}.modules_to_save.weight"] = tensors[f"{table}.weight"].clone()
+        tensors[f"{table}.original_module.weight"] = head.clone()
+    save_file(tensors, path)
+
+    def loaded():
+        if load == "from_pretrained":
+            return PeftModel.from_pretrained(fresh(), tmp_path).eval()
+        other = get_peft_model(fresh(), config).eval()
+        if load == "load_adapter":
+            result = other.load_adapter(tmp_path, "default")
+        else:
+            result = set_peft_model_state_dict(other, load_file(path))
+        assert result.unexpected_keys == []
+        return other.eval()
+
+    torch.testing.assert_close(loaded()(input_ids=ids).logits, expected)
+    if saved is None:
+        tensors["base_model.model.lm_head.weight"] += 1
+        save_file(tensors, path)
+        with pytest.raises(RuntimeError, match="are one tied weight in the model, and differ"):
+            loaded()

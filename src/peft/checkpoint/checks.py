@@ -35,7 +35,7 @@ def check_state(
             caller has no such option.
 
     Raises:
-        CheckpointError: Shape or kind of a tensor differ.
+        CheckpointError: Shape or kind of a tensor differ, or two values of tied weights.
         PeftRuntimeError: ZeRO-3 has emptied a tensor.
     """
     check_gathered(expected)
@@ -54,6 +54,7 @@ def check_state(
             mismatched[key] = (
                 f"dtype mismatch for {key}: found {state[key].dtype}, the model has {tensor.dtype}"
             )
+    _check_ties(expected, state)
     problems = "; ".join(mismatched.values())
     if mismatched and not ignore_mismatched_sizes:
         message = f"The checkpoint does not fit the model; nothing was loaded. {problems}."
@@ -71,6 +72,21 @@ def check_state(
     if mismatched:
         warn(f"Not loaded, because you passed `ignore_mismatched_sizes=True`: {problems}")
     return LoadResult([*missing, *mismatched], unexpected)
+
+
+def _check_ties(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint has one value for each tensor that the model has under two keys."""
+    first: dict[int, str] = {}
+    for key, tensor in expected.items():
+        if key not in state:
+            continue
+        other = first.setdefault(id(tensor), key)
+        if other != key and not state[key].is_meta and not torch.equal(state[key], state[other]):
+            raise CheckpointError(
+                f"{other} and {key} are one tied weight in the model, and differ in the "
+                "checkpoint; nothing was loaded. Load the base model with weights of their own "
+                "(`tie_word_embeddings=False`)."
+            )
 
 
 def _labels_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:

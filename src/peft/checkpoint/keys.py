@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Iterator
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.constants import ROOT
+from ..base.containers import walk
 from ..base.validation import check_adapter
 from ..integrations.distributed import unwrapped_name
 from .protocols import AdapterConfig, tuner_class
@@ -128,6 +129,17 @@ def is_embedding(name: str) -> bool:
         return False
     parts = name.replace(".token_adapter", "").replace(".base_layer", "").split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _EMBEDDINGS
+
+
+def tied_embeddings(model: nn.Module, tensors: Iterable[object]) -> Iterator[tuple[str, Tensor]]:
+    """Yield those of `tensors` that are embeddings or heads, under all their names in the model: a
+    head can share the table's weight, and other writers save it under both names.
+    """
+    known = {*map(id, tensors)}
+    for path, module in walk(model, repeated=True):
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in known and is_embedding(name := f"{path}.weight"):
+            yield name, weight
 
 
 def container_names(config: AdapterConfig) -> set[str]:

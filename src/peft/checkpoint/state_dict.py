@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,13 +48,15 @@ from .keys import (
     container_names,
     in_view,
     is_embedding,
+    tied_embeddings,
 )
 from .protocols import AdapterConfig, tuner_class
 from .rank_padding import Unpadded
 from .renamed_modules import renamed_state
 from .vocabulary import was_resized
 
-# Other writers that save all biases repeat those of a fully trained module under these names.
+# Other writers that save all biases or embeddings repeat those of a fully trained module under
+# these names.
 _COPIES = frozenset([WHOLE_MODULES, "original_module"])
 # Names that adapters insert between a module's path and the names of its tensors.
 _INSERTED = ("base_layer", "original_module", "token_adapter")
@@ -241,6 +243,8 @@ def set_peft_model_state_dict(
     base = model if is_native else getattr(model, "get_base_model", lambda: model)()
     imported = import_state(peft_model_state_dict, config, ROOT if is_native else "", own)
     state = renamed_state(base, imported, container_names(config)).state
+    if not state.keys() <= own.keys():
+        named += tied_embeddings(model, [tensor for _, tensor in named])
     expected = adapter_tensors(named, config, adapter_name, state)
     # A checkpoint may hold trained biases for an adapter that trains none.
     for name, tensor in named:
@@ -322,7 +326,7 @@ def import_state(
     result = {}
     converted = tuner.checkpoint_format.import_state(dict(state), config, names)
     for key, tensor in converted.items():
-        if key.endswith(".bias") and not _COPIES.isdisjoint(key.split(".")):
+        if _repeats(key, converted):
             continue
         end = key.removeprefix(MODEL_ROOT)
         if end in tuner.shared_parameter_names:
@@ -331,6 +335,16 @@ def import_state(
             key = key.removeprefix(MODEL_ROOT).removeprefix(ROOT)
         result[key] = tensor
     return result
+
+
+def _repeats(key: str, state: Container[str]) -> bool:
+    """Return True for a tensor of a fully trained module that the checkpoint has under another
+    key, or of the module that it stands for.
+    """
+    parts = key.split(".")
+    if _COPIES.isdisjoint(parts):
+        return False
+    return parts[-1] == "bias" or ".".join(part for part in parts if part not in _COPIES) in state
 
 
 @ordinary_tensors()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from ..base.containers import named_tensors, walk
 from ..base.errors import warn
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.checks import LoadResult, check_complete, check_state, some, warn_of_values
-from ..checkpoint.keys import adapter_tensors, checkpoint_key, container_names, in_view
+from ..checkpoint.keys import (
+    adapter_tensors,
+    checkpoint_key,
+    container_names,
+    in_view,
+    tied_embeddings,
+)
 from ..checkpoint.state_dict import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors, unwrapped_name
@@ -105,7 +111,8 @@ class CheckpointFill:
             view = in_view(config)
             inside = dict.fromkeys(build.layers, ".base_layer")
             inside |= dict.fromkeys(build.tokens, ".token_adapter.base_layer")
-            for name, tensor in named_tensors(walk(self.model, view), view):
+            base = [*named_tensors(walk(self.model, view), view)]
+            for name, tensor in chain(base, tied_embeddings(self.model, dict(base).values())):
                 path, _, end = name.rpartition(".")
                 key = f"{path}{inside[path]}.{end}" if path in inside else name
                 named[MODEL_ROOT + key] = tensor

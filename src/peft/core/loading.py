@@ -18,7 +18,7 @@ from ..base.validation import check_adapter, check_flags
 from ..checkpoint.checks import LoadResult
 from ..checkpoint.files import CONFIG_NAME
 from ..checkpoint.hub import HubOptions, load_peft_weights, local_folder, only_hub_options
-from ..checkpoint.keys import adapter_tensors, in_view
+from ..checkpoint.keys import adapter_tensors, in_view, tied_embeddings
 from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
 from ..config import PeftConfig
@@ -297,6 +297,8 @@ def _load_into(
     if not strict:
         state = without_adapter_names(state, own, config, adapter_name)
     incoming = import_state(state, config, names=own)
+    if not incoming.keys() <= own.keys():
+        named |= tied_embeddings(model, named.values())
     expected = adapter_tensors(named.items(), config, adapter_name, incoming)
     found = fitting(expected, incoming, source, ignore_mismatched_sizes, strict)
     left = {*found.missing_keys, *found.unexpected_keys}  # missing: those of another shape

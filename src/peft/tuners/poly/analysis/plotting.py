@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ....base.figures import INK, draw_tree
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_INK, _FAINT = "#222222", "#DDDDDD"
 
 
 def plot_routing(
@@ -44,7 +44,7 @@ def plot_routing(
         2, 3, width_ratios=[1, 5, 0.12], height_ratios=[height, 2.2]
     ).flat  # fmt: skip
     blank.remove()
-    _draw_tree(tree, order, merges)
+    draw_tree(tree, order, merges)
     style = {"aspect": "auto", "vmin": 0, "interpolation": "nearest"}
     image = heat.imshow(torch.cat(rows, 1).numpy(), cmap="viridis", **style)
     size = 8 if len(tasks) <= 60 else 4
@@ -64,7 +64,7 @@ def plot_routing(
         (tree, "similarity"),
         (use, "Use of each skill, by layer"),
     ):
-        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
     return figure
 
 
@@ -87,21 +87,3 @@ def _shared_start(paths: list[str]) -> str:
     while all(len(p) > count + 1 and p[count] == parts[0][count] for p in parts):
         count += 1
     return "".join(f"{part}." for part in parts[0][:count])
-
-
-def _draw_tree(
-    axes: Axes, order: Sequence[int], merges: Sequence[tuple[int, int, float, int]]
-) -> None:
-    """Draw the tree of tasks, its leaves at the heights of the rows beside it."""
-    nodes = {task: (0.0, float(row)) for row, task in enumerate(order)}
-    for step, (left, right, distance, _) in enumerate(merges):
-        (x1, y1), (x2, y2) = nodes[left], nodes[right]
-        axes.plot([x1, distance, distance, x2], [y1, y1, y2, y2], color=_INK, linewidth=0.9)
-        nodes[len(order) + step] = (distance, (y1 + y2) / 2)
-    axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.invert_xaxis()
-    axes.set_yticks([])
-    axes.set_xlabel("1 − cosine", fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)

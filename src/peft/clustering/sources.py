@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters by name whose deltas are read when they are asked for, and let go after use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import nn
+
+from ..base.errors import CheckpointError, PeftTypeError, PeftValueError
+from ..base.modules import check_model
+from ..base.progress import track
+from ..base.suggestions import adapters_there
+from ..config import PeftConfig
+from ..core.low_rank_deltas import Deltas, SavedAdapter, deltas_by_task, loaded_deltas
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Adapters of a model by name; or saved ones, each a place or a pair of config and tensors.
+Adapters: TypeAlias = Iterable["str | os.PathLike[str]"] | Mapping[str, SavedAdapter]
+# Deltas by name.
+Experts: TypeAlias = dict[str, Deltas]
+# Largest sum of ranks that the products of two blocks of adapters have in a layer.
+_RANKS = 4096
+
+
+class DeltaSource:
+    """Adapters by name, on a model or saved.
+
+    Args:
+        model: The base model.
+        places: For each name the saved adapter, None for one that the model has.
+    """
+
+    def __init__(self, model: nn.Module, places: Mapping[str, SavedAdapter | None]) -> None:
+        self.model, self.places = model, dict(places)
+
+    @classmethod
+    def of(cls, model: nn.Module, adapters: Adapters | None) -> Self:
+        """Return the source of the given adapters; None stands for all that the model has.
+
+        A string is the name of an adapter of the model if it has one of this name, else a place.
+        Places are named by their folder, or in full where two folders have one name.
+        """
+        check_model(model)
+        configs = getattr(model, "peft_config", None)
+        loaded = list(configs) if isinstance(configs, Mapping) else []
+        if adapters is None:
+            places: dict[str, SavedAdapter | None] = dict.fromkeys(loaded)
+        elif isinstance(adapters, Mapping):
+            places = dict(adapters)
+        else:
+            places = _named(adapters, loaded)
+        if not places:
+            raise PeftValueError(
+                "There are no adapters: the model has none, and `adapters` names none. Pass names "
+                "of adapters of the model, folders, or a dictionary with a saved adapter for each "
+                "name."
+            )
+        if wrong := [name for name in places if not isinstance(name, str)]:
+            raise PeftTypeError(f"`adapters` must have names (strings) as keys, not {wrong[0]!r}.")
+        return cls(model, places)
+
+    def config(self, name: str) -> PeftConfig:
+        """Return the config of an adapter."""
+        place = self.places[name]
+        if place is None:
+            return self.model.peft_config[name]  # type: ignore[union-attr, index, return-value]
+        return place[0] if isinstance(place, tuple) else PeftConfig.from_pretrained(place)
+
+    def read(
+        self, name: str, device: torch.device | None = None, deltas_only: bool = False
+    ) -> Experts:
+        """Return an adapter's deltas: under its name, or "name/task" for each of several tasks."""
+        place = self.places[name]
+        views = (
+            loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
+            if place is None
+            else deltas_by_task(self.model, place, device=device, deltas_only=deltas_only)
+        )
+        return {f"{name}/{task}" if task else name: deltas for task, deltas in views.items()}
+
+    def read_all(self, names: Iterable[str]) -> Experts:
+        """Return the deltas of several adapters, without parts outside their layers."""
+        return {k: v for name in names for k, v in self.read(name, deltas_only=True).items()}
+
+    def blocks(self, memory: int) -> Iterator[tuple[list[str], Experts]]:
+        """Yield the adapters in blocks whose factors fit in a number of bytes, one adapter at the
+        least: their names, and the deltas.
+        """
+        names: list[str] = []
+        block: Experts = {}
+        taken, shapes = 0, dict[str, tuple[str, tuple[int, int]]]()
+        for name in track(list(self.places), "Reading adapters", unit="adapter"):
+            experts = self.read(name, deltas_only=True)
+            _check_shapes(experts, shapes)
+            size = sum(_bytes(deltas) for deltas in experts.values())
+            too_wide = _rank([*block.values(), *experts.values()]) > _RANKS
+            if names and (taken + size > memory or too_wide):
+                yield names, block
+                names, block, taken = [], {}, 0
+            names, block, taken = [*names, name], {**block, **experts}, taken + size
+        yield names, block
+
+
+def _named(
+    adapters: Iterable[str | os.PathLike[str]], loaded: Collection[str]
+) -> dict[str, SavedAdapter | None]:
+    """Return the place of each adapter by its name."""
+    given = [] if isinstance(adapters, str) or not isinstance(adapters, Iterable) else [*adapters]
+    if not given or not all(isinstance(entry, (str, os.PathLike)) for entry in given):
+        raise PeftTypeError(
+            f"`adapters`={adapters!r} must be a list of names or folders, or a dictionary with a "
+            "saved adapter for each name."
+        )
+    ends = [entry if entry in loaded else PurePath(entry).name for entry in given]
+    places: dict[str, SavedAdapter | None] = {}
+    for entry, end in zip(given, ends, strict=True):
+        name = str(end) if ends.count(end) == 1 else os.fspath(entry)
+        if name in places:
+            raise PeftValueError(f"`adapters` has {name!r} twice.")
+        places[name] = None if entry in loaded else entry
+        if entry not in loaded and isinstance(entry, str) and loaded and not _is_place(entry):
+            raise PeftValueError(
+                f"{entry!r} is neither an adapter of the model nor a folder; the model has "
+                f"{adapters_there(entry, loaded)}"
+            )
+    return places
+
+
+def _is_place(entry: str) -> bool:
+    return "/" in entry or os.path.isdir(entry)
+
+
+def _check_shapes(
+    experts: Mapping[str, Deltas], shapes: dict[str, tuple[str, tuple[int, int]]]
+) -> None:
+    """Check that deltas of one layer have one shape; `shapes` has those seen so far."""
+    for name, deltas in experts.items():
+        for path, delta in deltas.items():
+            shape = (delta.B.shape[0], delta.A.shape[1])
+            other, known = shapes.setdefault(path, (name, shape))
+            if known != shape:
+                raise CheckpointError(
+                    f"`{path}`: the delta of {name} is {list(shape)}, that of {other} "
+                    f"{list(known)}; adapters of different base models have no similarity."
+                )
+
+
+def _bytes(deltas: Deltas) -> int:
+    return sum(factor.nbytes for delta in deltas.values() for factor in (delta.A, delta.B))
+
+
+def _rank(experts: Iterable[Deltas]) -> int:
+    """Return the sum of the ranks in the layer where it is largest."""
+    total: dict[str, int] = {}
+    for deltas in experts:
+        for path, delta in deltas.items():
+            total[path] = total.get(path, 0) + delta.rank
+    return max(total.values(), default=0)
