@@ -259,6 +259,28 @@ KINDS = {
 COUNTS = {"LoHa": 30, "LoKr": 40, "VBLoRA": 40, "Poly": 40, "Lora": 40}
 
 
+# The second sample has the invocation of "default" twice, the third that of "other".
+ACTIVATED = {
+    "id": "lora-activated",
+    "config_class": "LoraConfig",
+    "seed": 7,
+    "base": ["llama", "ForCausalLM"],
+    "adapters": {
+        name: {
+            "r": 2,
+            "target_modules": ["q_proj", "down_proj"],
+            "task_type": "CAUSAL_LM",
+            "alora_invocation_tokens": tokens,
+        }
+        for name, tokens in (("default", [4]), ("other", [3, 12]))
+    },
+    "file": "safetensors",
+    "reader": "from_pretrained",
+    "lora_rank": None,
+    "task_ids": None,
+}
+
+
 # What is seen of options with many values wherever they stand, where of others it is seen on each
 # kind of base.
 NUMBERS = {
@@ -320,4 +342,4 @@ def make_cases(seed):
     while missing:
         kept.append(max(drawn, key=lambda case: len(shown(case) & missing)))
         missing -= shown(kept[-1])
-    return sorted(kept, key=lambda case: case["id"])
+    return sorted([*kept, ACTIVATED], key=lambda case: case["id"])

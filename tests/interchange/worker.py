@@ -151,7 +151,8 @@ def measure(model, case):
     if len(case["adapters"]) > 1:
         model.base_model.set_adapter(list(case["adapters"]))
         result["output of both"] = call(model, case).detach()
-    if case["task_ids"] is None:
+    is_activated = any(c.get("alora_invocation_tokens") for c in case["adapters"].values())
+    if case["task_ids"] is None and not is_activated:
         model.merge_adapter()
         result["merged"] = call(model, case).detach()
         model.unmerge_adapter()

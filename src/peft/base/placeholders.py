@@ -53,7 +53,6 @@ _FEATURES = frozenset(
         "peft.tuners.lora.te",
         "peft.tuners.lora.torchao",
         "peft.tuners.lora.tp_layer",
-        "peft.tuners.lora.variants",
         "peft.tuners.lora.velora",
         "peft.utils.incremental_pca",
         "peft.utils.integrations",

@@ -57,7 +57,8 @@ class LowRankChain(NamedTuple):
         x: The layer's input in the adapter's precision.
         down: `[in, r]`, or `[n, in, r]` with `x` read as `[n, rows, in]`.
         up: `[r, out]`, or `[n, r, out]`.
-        scale: A number, or a zero-dimensional tensor without a gradient.
+        scale: A number, or a tensor without a gradient: of no dimensions, or `[rows, 1]` with a
+            scale for each row of `x` for `down [in, r]`.
 
     Example:
         >>> LowRankChain(torch.ones(1, 2), torch.ones(2, 1), torch.ones(1, 3), scale=0.5).delta()
@@ -80,7 +81,10 @@ class LowRankChain(NamedTuple):
         if self.down.dim() == 3:
             n, k, _ = self.down.shape
             x = x.reshape(n, -1 if math.prod(shapes(x)[0]) else 0, k)
-        return scaled(x @ self.down, self.scale) @ self.up
+        product, scale = x @ self.down, self.scale
+        if isinstance(scale, Tensor) and scale.dim():
+            scale = scale.view(*product.shape[:-1], 1)
+        return scaled(product, scale) @ self.up
 
 
 class FunctionChain(NamedTuple):

@@ -818,7 +818,7 @@ def test_what_scripts_read_from_layers():
         "lora.Linear",
         "lora.Embedding",
     ]
-    assert model.special_peft_forward_args == {"adapter_names"}
+    assert model.special_peft_forward_args == {"adapter_names", "alora_offsets"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

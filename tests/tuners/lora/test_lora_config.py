@@ -118,7 +118,6 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
         ("layer_replication", [(0, 2)]),
         ("runtime_config", LoraRuntimeConfig(ephemeral_gpu_offload=True)),
         ("target_parameters", ["experts.gate_up_proj"]),
-        ("alora_invocation_tokens", [1, 2]),
     ],
 )
 def test_features_that_are_not_provided(name, value):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.calls.adapter_batch import AdapterBatch
+from ...base.calls.rows import RowOwners
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
@@ -26,6 +28,7 @@ from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ...ops.mixed_precision import scaled
+from .activation import on_all_rows, row_weights
 from .config import LoraConfig
 from .factors import Factors, draw, grouped_row_norms, row_norms
 
@@ -97,6 +100,7 @@ class LoraLayer(BaseTunerLayer):
         "use_rslora",
         "lora_bias",
         "lora_start",
+        "alora_invocation_tokens",
     )
 
     def __init__(
@@ -108,6 +112,7 @@ class LoraLayer(BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        self.alora_invocation_tokens: dict[str, list[int]] = {}  # of activated adapters only
         self.lora_dropout = AdapterModuleDict()
         self.lora_A = AdapterModuleDict()
         self.lora_B = AdapterModuleDict()
@@ -135,6 +140,9 @@ class LoraLayer(BaseTunerLayer):
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
         self.lora_bias[adapter_name] = config.lora_bias
+        self.alora_invocation_tokens.pop(adapter_name, None)
+        if config.alora_invocation_tokens:
+            self.alora_invocation_tokens[adapter_name] = config.alora_invocation_tokens
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout.train(self.training)
@@ -213,10 +221,34 @@ class LoraLayer(BaseTunerLayer):
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `s·B·A·x` for an input after dropout."""
         h = self.lora_A[adapter_name](x)
-        scale = self.scaling[adapter_name]
+        scale = self._scale(adapter_name, x, h.dtype)
         if self.lora_bias[adapter_name]:
             return self.lora_B[adapter_name](h) * scale
         return self.lora_B[adapter_name](scaled(h, scale))
+
+    def _scale(self, adapter_name: str, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """Return an adapter's scale, `[*leading, 1]` if it acts on some rows of the input only."""
+        scale = self.scaling[adapter_name]
+        if adapter_name not in self.alora_invocation_tokens:
+            return scale
+        return scale * row_weights(self, adapter_name, x, dtype)
+
+    def apply_by_sample(
+        self, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
+    ) -> Tensor:
+        """Apply each sample's own adapter, an activated one to its active rows."""
+        if self.alora_invocation_tokens.keys().isdisjoint(batch.samples):
+            return super().apply_by_sample(batch, x, result, owners)
+        turned = x.transpose(0, 1) if owners.sequence_first else x
+        weights = row_weights(self, None, turned, torch.bool)
+        if not isinstance(weights, Tensor):  # the call does not tell where they are active
+            others = batch.samples.keys() - self.alora_invocation_tokens.keys()
+            batch = batch.subset({name: batch.samples[name] for name in others})
+            return super().apply_by_sample(batch, x, result, owners)
+        with on_all_rows():
+            changed = super().apply_by_sample(batch, x, result, owners)
+        weights = weights.transpose(0, 1) if owners.sequence_first else weights
+        return torch.where(weights, changed, result)
 
     def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
         """Set an adapter to a part of the base weight, and record the part."""
@@ -301,6 +333,12 @@ class LoraLayer(BaseTunerLayer):
         Raises:
             PeftNotSupportedError: An adapter can't be merged.
         """
+        activated = [name for name in adapter_names if name in self.alora_invocation_tokens]
+        if activated:
+            raise PeftNotSupportedError(
+                f"aLoRA does not support merging: adapter {activated[0]} acts on the tokens from "
+                "its invocation on, and a weight acts on all."
+            )
         if self._is_grouped and any(name in self.scaling for name in adapter_names):
             raise PeftNotSupportedError(
                 f"Merging is not supported for {type(self.get_base_layer()).__name__} layers with "
@@ -336,12 +374,17 @@ class LoraLayer(BaseTunerLayer):
         return low_rank_cost(self.geometry, self.r[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether the delta is just a matrix: without `lora_bias`, not across groups."""
+        """Return whether the delta is just a matrix: without `lora_bias`, not across groups, on all
+        tokens.
+        """
+        return self._is_matrix(adapter_name) and adapter_name not in self.alora_invocation_tokens
+
+    def _is_matrix(self, adapter_name: str) -> bool:
         return not (self.lora_bias[adapter_name] or self._is_grouped)
 
     def is_product(self, adapter_name: str) -> bool:
         """Return whether an adapter's delta is the product of its two factors and nothing else."""
-        return self.supports_lora_conversion(adapter_name) and not self.use_dora[adapter_name]
+        return self._is_matrix(adapter_name) and not self.use_dora[adapter_name]
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object

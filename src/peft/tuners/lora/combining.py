@@ -111,6 +111,12 @@ def combine(
     configs: Mapping[str, LoraConfig], layers: Mapping[str, LoraLayer], request: Combination
 ) -> Combined:
     """Return a combination of LoRA adapters."""
+    invocations = {name: configs[name].alora_invocation_tokens for name in request.adapters}
+    if len(set(map(str, invocations.values()))) > 1:
+        raise PeftValueError(
+            f"The adapters act on different tokens: `alora_invocation_tokens` are {invocations}; "
+            "combine adapters with the same."
+        )
     terms = {path: _terms(path, layer, request) for path, layer in layers.items()}
     ranks = {path: {term.A.shape[0] for term in own} for path, own in terms.items()}
     if request.kind in ("linear", *_BY_ELEMENT):

@@ -19,6 +19,7 @@ from ...config import (
     at_least,
     boolean,
     choice,
+    is_int,
     number,
     pattern_dict,
     probability,
@@ -65,7 +66,6 @@ _NOT_PROVIDED = (
     "corda_config",
     "lora_ga_config",
     "velora_config",
-    "alora_invocation_tokens",
     "use_qalora",
     "monteclora_config",
     "layer_replication",
@@ -121,8 +121,12 @@ class LoraConfig(TargetedConfig):
             modules: name → tokens.
         use_dora: Train the norm of each row of the weight apart from its direction (DoRA).
         lora_bias: Give `B` a bias. Not for embeddings, and not with `use_dora`.
+        alora_invocation_tokens: Token ids of an invocation. The adapter acts only on the tokens
+            from the last invocation in a text on, so that the base model's key-value cache of what
+            lies before stays valid (activated LoRA). A text without one is computed as by the base
+            model. For linear layers and embeddings of decoders; the adapter can't be merged.
         megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
-        velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
+        velora_config, use_qalora, qalora_group_size, monteclora_config,
         layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config,
         kasa_config: Not provided; only values that turn the feature off are accepted.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
@@ -140,7 +144,8 @@ class LoraConfig(TargetedConfig):
         'LORA'
 
     Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`:
-    arXiv:2402.09353; "pissa": arXiv:2404.02948; "olora": arXiv:2406.01775
+    arXiv:2402.09353; `alora_invocation_tokens`: arXiv:2504.12397; "pissa": arXiv:2404.02948;
+    "olora": arXiv:2406.01775
     """
 
     r: int = 8
@@ -244,6 +249,7 @@ class LoraConfig(TargetedConfig):
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
         yield from self._start_problems()
+        yield from self._activation_problems()
         if self.use_dora and self.lora_bias:
             yield (
                 "The argument lora_bias=True is not supported together with `use_dora`=True; "
@@ -272,6 +278,23 @@ class LoraConfig(TargetedConfig):
             and self.lora_alpha <= 0
         ):
             yield f"`init_lora_weights`={start!r} needs a positive `lora_alpha`."
+
+    def _activation_problems(self) -> Iterator[str]:
+        tokens = self.alora_invocation_tokens
+        if is_empty(tokens):
+            return
+        if not isinstance(tokens, list) or not all(map(is_int, tokens)):
+            yield (
+                f"`alora_invocation_tokens`={tokens!r} must be a list of token ids, as "
+                "`tokenizer.encode(text, add_special_tokens=False)` returns; None turns it off."
+            )
+        if self.use_dora:
+            yield "`alora_invocation_tokens` is not supported together with `use_dora`=True."
+        if self.starts_from_weight:
+            yield (
+                f"`alora_invocation_tokens` is for adapters that leave the base weight as it is, "
+                f"and `init_lora_weights`={self.init_lora_weights!r} changes it for other readers."
+            )
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Linear(LoraLayer):
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         delta = super()._delta(adapter_name, x)
         if adapter_name in self.lora_start:
-            delta = delta - self.lora_start[adapter_name](x) * self.scaling[adapter_name]
+            scale = self._scale(adapter_name, x, delta.dtype)
+            delta = delta - self.lora_start[adapter_name](x) * scale
         return delta
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
@@ -56,12 +57,16 @@ class Linear(LoraLayer):
         ):
             return None
         down, up = A._parameters["weight"], B._parameters["weight"]
+        scale = self.scaling[adapter_name]
+        if adapter_name in self.alora_invocation_tokens:
+            scale = self._scale(adapter_name, x, down.dtype)
+            scale = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
         x = (
             self._dropped(adapter_name, x)
             if self._drops(adapter_name)
             else self._chain_input(x, down.dtype)
         )
-        return LowRankChain(x, down.mT, up.mT, self.scaling[adapter_name])
+        return LowRankChain(x, down.mT, up.mT, scale)
 
     def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
         """Start from the base weight's singular values ("pissa") or QR columns ("olora")."""
@@ -124,7 +129,8 @@ class Embedding(LoraLayer):
         h = F.embedding(
             x, A.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
         )
-        return F.linear(scaled(h, embedding_scale(base) * self.scaling[adapter_name]), B)
+        scale = self._scale(adapter_name, x, h.dtype)
+        return F.linear(scaled(h, embedding_scale(base) * scale), B)
 
 
 class Conv1d(LoraLayer):

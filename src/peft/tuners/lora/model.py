@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...base.errors import PeftWarning, warn
+from ...base.errors import PeftNotSupportedError, PeftWarning, warn
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
@@ -21,6 +21,7 @@ from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
 from . import combining
+from .activation import CALL_ARGUMENTS, Activation
 from .config import LoraConfig
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
@@ -102,6 +103,7 @@ class LoraModel(BaseTuner[LoraConfig]):
     )
 
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS
+    adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
 
     def tuner_layer_class(  # noqa: D102
         self, config: LoraConfig, module: nn.Module
@@ -123,6 +125,11 @@ class LoraModel(BaseTuner[LoraConfig]):
     def target_problems(self, config: LoraConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Yield ranks that do not fit, and options that the kind of layer does not have."""
         size, lookup = geometry(module), table(module)
+        if config.alora_invocation_tokens and size is not None and size.is_conv:
+            yield (
+                "`alora_invocation_tokens` is for layers that see tokens one by one, not for "
+                "convolutions."
+            )
         r = pattern_value(config.rank_pattern or {}, path, config.r)
         alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
         start = config.init_lora_weights
@@ -153,6 +160,30 @@ class LoraModel(BaseTuner[LoraConfig]):
                 yield f"`init_lora_weights`={start!r} needs a positive alpha, found {alpha!r}."
         if lookup is None and start == "orthogonal" and r % 2:
             yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
+
+    def complete(self, config: LoraConfig) -> object:
+        """Check that the model has one stream of tokens, if the adapter is an activated one."""
+        root_config = getattr(self.model, "config", None)
+        if config.alora_invocation_tokens and getattr(root_config, "is_encoder_decoder", False):
+            raise PeftNotSupportedError(
+                "`alora_invocation_tokens` is for models that continue their input; in an encoder "
+                "and a decoder an invocation has no place that means the same to both."
+            )
+        return super().complete(config)
+
+    def attach_adapter(self, build: Build[LoraConfig]) -> None:
+        """Make the model's calls tell where an activated adapter is active."""
+        invocation = build.config.alora_invocation_tokens
+        if invocation:
+            layer = next(self.tuner_layers())
+            Activation.attach(self.model, build.adapter_name, invocation, layer)
+
+    def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
+        Activation.detach(self.model, adapter_name)
+
+    def detach_adapters(self) -> None:
+        """Give the model its own methods back."""
+        Activation.detach(self.model)
 
     def adjust_config(self, plan: Plan[LoraConfig], construction: Construction) -> None:
         """Set `fan_in_fan_out` to the layout of the layers' weights, and warn of missing biases."""

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a call's tokens, as values of the rows that a layer sees.
+
+A value for each token (where an adapter is active, how much it counts) multiplies the rows of a
+layer's input. Most inputs are `[rows, tokens, …]`; others have the tokens first, or flattened, or
+only the last ones, or those that a mixture routes to an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..containers import walk
+from ..errors import PeftValueError
+from ..tracing import shapes
+from .layout import RowLayout
+from .rows import ROUTED_TOKENS, CallRows
+
+
+class _Layer(Protocol):
+    """A layer that tells where the tokens lie in its input."""
+
+    @property
+    def layout(self) -> RowLayout: ...
+
+
+def values_of_rows(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> Tensor:
+    """Return values of tokens as values of the rows of a layer's input.
+
+    Args:
+        values: `[rows, tokens]`, by the call's inputs.
+        x: The layer's input, `[*leading, in]`, or `[*leading]` for an embedding.
+        layer: The layer.
+        rows: The counts of the call.
+
+    Returns:
+        `[*leading]`, on the device of `x`.
+
+    Raises:
+        PeftValueError: The input's rows are not the tokens.
+    """
+    layout = layer.layout
+    (samples, tokens), sizes = shapes(values, x)
+    leading = tuple(sizes[: len(sizes) - layout.features])
+    found = _routed(values, leading, layout)
+    if found is None and len(leading) > 1:
+        found = _in_two_dimensions(values, leading, layout, rows)
+    elif found is None and leading:
+        if leading[0] == samples * tokens:
+            found = values.reshape(-1)
+        elif leading[0] == samples:
+            found = values[:, -1]  # pooled: the last token has seen all others
+    if found is None:
+        raise _error(values, x, layer, rows)
+    found = found.to(x.device)
+    return found.reshape(*found.shape, *[1] * (len(leading) - found.dim())).expand(leading)
+
+
+def _in_two_dimensions(
+    values: Tensor, leading: tuple[int, ...], layout: RowLayout, rows: CallRows
+) -> Tensor | None:
+    """Return the values for an input `[rows, tokens, …]` or `[tokens, rows, …]`."""
+    (samples, tokens), (first, second, *_) = shapes(values)[0], leading
+    turned = (first, second) == (tokens, samples)
+    if turned and (layout.sequence_first or layout.is_declared or samples != first):
+        return values.mT
+    if (first, second) == (samples, tokens):
+        return values
+    if first == samples * tokens:
+        return values.reshape(-1)
+    if first == samples and second < tokens and not rows.has_more_than_tokens():
+        return values[:, -second:]  # a head that is asked for the last tokens
+    return None
+
+
+def _routed(values: Tensor, leading: tuple[int, ...], layout: RowLayout) -> Tensor | None:
+    """Return the values of the tokens that are routed to an expert; None for other layers."""
+    routed = ROUTED_TOKENS.current
+    tokens = None if routed is None or layout.expert is None else routed.tokens(layout.expert)
+    if tokens is None or leading != tuple(tokens.shape):
+        return None
+    return values.reshape(-1)[tokens]
+
+
+def _error(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> PeftValueError:
+    modules = () if rows.root is None else walk(rows.root)
+    name = next((path for path, module in modules if module is layer), "") or type(layer).__name__
+    samples, tokens = values.shape
+    return PeftValueError(
+        f"{name} sees an input of shape {list(x.shape)} in a call of {samples} x {tokens} tokens, "
+        "and nothing tells which tokens its rows are, which an adapter that acts on some tokens "
+        "only must know. Leave this layer out of `target_modules`."
+    )

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activated LoRA: an adapter that acts on the tokens from its last invocation on.
+
+What lies before is computed as by the base model, so that its key-value cache serves both, and all
+activated adapters. The layers see activations, not token ids. So `Activation` wraps the methods by
+which a model is called, and finds the tokens once a call:
+
+1. A forward looks for the invocation in its own tokens. With a cache, it goes on with the state
+   that the forward before it left with the cache.
+2. `generate` looks in the whole prompt; each step compares its tokens' places with the result.
+3. `alora_offsets` tells the tokens in place of a search.
+
+`ActiveCall` holds the result while the call runs, and again while backward recomputes its layers. A
+layer asks for the weights of its rows, zero or one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ...base.calls.arguments import NO_TOKENS, argument_shapes, entry_modules
+from ...base.calls.rows import CallRows, call_rows, generation_rows
+from ...base.calls.stack import CallStack
+from ...base.calls.token_values import values_of_rows
+from ...base.calls.wrapped_methods import MethodCall, unwrap_methods, wrap_method
+from ...base.containers import walk
+from ...base.errors import PeftNotSupportedError, PeftValueError, warn
+from ...core.layer import BaseTunerLayer
+from .invocation import (
+    NEVER,
+    active_tokens,
+    active_tokens_of_texts,
+    invocation_starts,
+    starts_of_offsets,
+)
+
+CALL_ARGUMENTS = ("alora_offsets",)
+# The attribute of a module with wrapped methods that holds its `Activation`.
+_ACTIVATION = "_peft_activation"
+# Attributes of a cache: the starts of its rows, by adapter, and the number of tokens seen.
+_STARTS, _SEEN = "_peft_starts", "_peft_seen"
+# Arguments with the cache that a forward continues, and arguments that are no token ids.
+_CACHES = ("past_key_values", "cache_params")
+_NO_IDS = re.compile(f"{NO_TOKENS.pattern}|label|type|offsets")
+
+
+@dataclass(eq=False)
+class ActiveCall:
+    """A call in progress.
+
+    Args:
+        owner: The model's activation.
+        rows: The counts of the call.
+        starts: `[rows]` by adapter: the place of each row's first active token in its text.
+        masks: `[rows, tokens]` by adapter, true at active tokens; empty in `generate` itself.
+        chosen: The mask of each row's own adapter, where the call chose one for each sample.
+    """
+
+    owner: Activation | None
+    rows: CallRows
+    starts: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    chosen: Tensor | None = None
+    is_generation: bool = False
+    _weights: dict[object, Tensor] = field(default_factory=dict, repr=False)
+
+    def weights(
+        self, adapter_name: str | None, x: Tensor, layer: BaseTunerLayer, dtype: torch.dtype
+    ) -> Tensor | float:
+        """Return 1 for rows of a layer's input on which an adapter acts and 0 for others,
+        `[*leading, 1]`; 0.0 if the call does not tell. No name stands for each row's own adapter.
+        """
+        mask = self.chosen if adapter_name is None else self.masks.get(adapter_name)
+        if mask is None:
+            return 0.0
+        layout = layer.layout
+        key = adapter_name, layout, x.shape[: x.dim() - layout.features], x.device, dtype
+        # Each expert has tokens of its own; under `torch.compile` sizes may be no keys.
+        if layout.expert is not None or torch.compiler.is_compiling() or key not in self._weights:
+            found = values_of_rows(mask, x, layer, self.rows).to(dtype).unsqueeze(-1)
+            if layout.expert is not None or torch.compiler.is_compiling():
+                return found
+            self._weights[key] = found
+        return self._weights[key]
+
+
+class _AllRows(ActiveCall):
+    """A call in which adapters act on all rows."""
+
+    def weights(self, *args: object, **kwargs: object) -> float:
+        """Return 1.0."""
+        return 1.0
+
+
+ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
+
+
+class Activation:
+    """The activated adapters of a model.
+
+    Attributes:
+        invocations: The tokens of each adapter's invocation, by name.
+        layer: One of the layers, to read which adapters are active.
+    """
+
+    def __init__(self) -> None:
+        self.invocations: dict[str, list[int]] = {}
+        self.layer: BaseTunerLayer | None = None
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the copies on devices."""
+        return {**vars(self), "_tensors": {}}
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, adapter_name: str, invocation: list[int], layer: BaseTunerLayer
+    ) -> None:
+        """Add an activated adapter; with the first, wrap the methods by which a model is called."""
+        self = vars(model).get(_ACTIVATION)
+        if self is None:
+            self = cls()
+            body = getattr(model, "base_model", None)
+            parts = {id(part): part for part in (*entry_modules(model), body)}
+            for part in parts.values():
+                if isinstance(part, nn.Module):
+                    vars(part)[_ACTIVATION] = self
+                    wrap_method(part, "forward", CALL_ARGUMENTS, _forward)
+            wrap_method(model, "generate", CALL_ARGUMENTS, _generate)
+        self.invocations[adapter_name] = invocation
+        self.layer = layer
+
+    @staticmethod
+    def detach(model: nn.Module, adapter_name: str | None = None) -> None:
+        """Forget an adapter, by default all; without any, the model has its own methods again."""
+        self = vars(model).get(_ACTIVATION)
+        if self is None:
+            return
+        if adapter_name is None:
+            self.invocations.clear()
+        self.invocations.pop(adapter_name, None)
+        if not self.invocations:
+            unwrap_methods(model, _forward, _generate)
+            for _, module in walk(model):
+                vars(module).pop(_ACTIVATION, None)
+
+    def forward(self, method: MethodCall) -> object:
+        """Run a forward of the model, or of a part that clients call, with its tokens known."""
+        outer = self._enclosing(method.module)
+        given = method.kwargs.get("alora_offsets")
+        if outer is not None and not outer.is_generation and given is None:
+            return method.run(CALL_ARGUMENTS)
+        names = self._names()
+        if not names:
+            return method.run(CALL_ARGUMENTS)
+        arguments = method.arguments()
+        if outer is not None and given is None:
+            call = self._step(outer, arguments, names)
+            with ACTIVE_CALLS.during(call):
+                return method.run(CALL_ARGUMENTS)
+        call = self._new_call(method.module, arguments, names)
+        output = ACTIVE_CALLS.run(call, lambda: method.run(CALL_ARGUMENTS))
+        _note(arguments, output, call.starts)
+        return output
+
+    def generate(self, method: MethodCall) -> object:
+        """Run `generate`, with the tokens of its prompt known."""
+        model, arguments, names = method.module, method.arguments(), self._names()
+        if not names:
+            return method.run(CALL_ARGUMENTS)
+        rows = generation_rows(model, arguments, CALL_ARGUMENTS)
+        if rows.is_guided:
+            raise PeftNotSupportedError(
+                "`guidance_scale` runs the model on a second prompt, in which an activated LoRA "
+                "has no invocation; leave it out."
+            )
+        call = ActiveCall(self, rows, is_generation=True)
+        ids = _token_ids(arguments)
+        if ids is None and arguments.get("alora_offsets") is None:
+            warn(
+                "Cannot calculate aLoRA offsets during generate as input_ids are not available. "
+                "Disabling aLoRA. Pass `alora_offsets` to use it."
+            )
+        else:
+            call.starts = self._starts(arguments, names, ids, 0)
+        with ACTIVE_CALLS.during(call):
+            return method.run(CALL_ARGUMENTS)
+
+    def _enclosing(self, module: nn.Module) -> ActiveCall | None:
+        """Return the call of this model that a call of `module` lies in.
+
+        Backward recomputes parts of a model. If it runs the model itself, that is another call.
+        """
+        call = ACTIVE_CALLS.current
+        if call is not None and call.rows.root is module and not call.is_generation:
+            call = ACTIVE_CALLS.running
+        return call if call is not None and call.owner is self else None
+
+    def _names(self) -> list[str]:
+        """Return the activated adapters that a call can use."""
+        batch = ADAPTER_BATCHES.current
+        assert self.layer is not None
+        names = self.layer.active_adapters if batch is None else batch.samples
+        return [name for name in names if name in self.invocations]
+
+    def _new_call(
+        self, model: nn.Module, arguments: Mapping[str, Any], names: list[str]
+    ) -> ActiveCall:
+        """Return the call of a forward by itself."""
+        call = ActiveCall(self, call_rows(model, arguments, CALL_ARGUMENTS))
+        ids, cache, sizes = _token_ids(arguments), _cache(arguments), _sizes(arguments)
+        given = arguments.get("alora_offsets")
+        carried = getattr(cache, _STARTS, {})
+        if sizes is None or (ids is None and given is None and not carried):
+            warn(
+                "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling "
+                "aLoRA for this forward pass. Pass `alora_offsets` to use it."
+            )
+            return call
+        rows, tokens = sizes
+        positions = arguments.get("position_ids")
+        if ids is not None and given is None and cache is None and _are_places(positions, tokens):
+            for name in names:
+                invocation = self._invocation(name, ids.device)
+                call.masks[name] = active_tokens_of_texts(ids, invocation, positions)
+                call.starts[name] = torch.where(call.masks[name][:, -1], 0, NEVER)
+        else:
+            seen = _seen(arguments, tokens)
+            starts = self._starts(arguments, names, ids, seen)
+            for name in names:
+                own = starts.get(name)
+                if name in carried:
+                    before = _for_rows(carried[name], rows)
+                    # A cache that was cropped or reset no longer has the invocation.
+                    before = torch.where(before < seen, before, NEVER)
+                    own = before if own is None else torch.where(own < NEVER, own, before)
+                if own is not None:
+                    call.starts[name] = own
+                    call.masks[name] = active_tokens(own, tokens, seen)
+        self._choose(call)
+        return call
+
+    def _step(
+        self, outer: ActiveCall, arguments: Mapping[str, Any], names: list[str]
+    ) -> ActiveCall:
+        """Return the call of a forward inside `generate`."""
+        shapes = argument_shapes(arguments)
+        call = ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
+        sizes = _sizes(arguments)
+        if sizes is None:
+            return call
+        rows, tokens = sizes
+        seen = _seen(arguments, tokens)
+        for name in names:
+            if name in outer.starts:
+                call.starts[name] = _for_rows(outer.starts[name], rows)
+                call.masks[name] = active_tokens(call.starts[name], tokens, seen)
+        self._choose(call)
+        return call
+
+    def _starts(
+        self,
+        arguments: Mapping[str, Any],
+        names: list[str],
+        ids: Tensor | None,
+        seen: int | Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the starts of adapters, counted from the beginning of the text."""
+        given, sizes = arguments.get("alora_offsets"), _sizes(arguments)
+        if given is not None and sizes is not None:
+            device = next(v.device for v in arguments.values() if isinstance(v, Tensor))
+            starts = dict.fromkeys(names, starts_of_offsets(given, *sizes, device))
+        elif ids is not None:
+            starts = {n: invocation_starts(ids, self._invocation(n, ids.device)) for n in names}
+        else:
+            return {}
+        if isinstance(seen, int) and seen == 0:
+            return starts
+        return {n: torch.where(s < NEVER, s + seen, NEVER) for n, s in starts.items()}
+
+    def _invocation(self, name: str, device: torch.device) -> Tensor:
+        """Return an adapter's invocation on a device, moved there once."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.invocations[name], device=device)
+        if (name, device) not in self._tensors:
+            self._tensors[name, device] = torch.tensor(self.invocations[name], device=device)
+        return self._tensors[name, device]
+
+    def _choose(self, call: ActiveCall) -> None:
+        """Set the mask of each row's own adapter; other adapters act on all of their rows."""
+        batch = ADAPTER_BATCHES.current
+        if batch is None or batch.only is not None or not call.masks:
+            return
+        for name, mask in call.masks.items():
+            own = _for_rows(_has_adapter(batch, name, mask.device), mask.shape[0])
+            mask = mask | ~own[:, None]
+            call.chosen = mask if call.chosen is None else call.chosen & mask
+
+
+def row_weights(
+    layer: BaseTunerLayer, adapter_name: str | None, x: Tensor, dtype: torch.dtype
+) -> Tensor | float:
+    """Return `ActiveCall.weights` of the call in progress; 0.0 outside a call of the model."""
+    call = ACTIVE_CALLS.current
+    return 0.0 if call is None else call.weights(adapter_name, x, layer, dtype)
+
+
+def on_all_rows() -> AbstractContextManager[object]:
+    """Return a context in which adapters act on all rows, for a layer that selects them itself."""
+    return ACTIVE_CALLS.during(_AllRows(None, CallRows(None)))
+
+
+def _forward(method: MethodCall) -> object:
+    activation = vars(method.module).get(_ACTIVATION)
+    return method.run(CALL_ARGUMENTS) if activation is None else activation.forward(method)
+
+
+def _generate(method: MethodCall) -> object:
+    activation = vars(method.module).get(_ACTIVATION)
+    return method.run(CALL_ARGUMENTS) if activation is None else activation.generate(method)
+
+
+def _token_ids(arguments: Mapping[str, object]) -> Tensor | None:
+    """Return the token ids `[rows, tokens]` of a call: `input_ids`, or the first likely tensor."""
+    if arguments.get("inputs_embeds") is not None:
+        return None
+    likely = [name for name in arguments if not _NO_IDS.search(name)]
+    for name in ("input_ids", "inputs", *likely):
+        ids = arguments.get(name)
+        is_integer = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
+        if is_integer and ids.dim() == 2 and not ids.is_nested:
+            return ids
+    return None
+
+
+def _sizes(arguments: Mapping[str, object]) -> tuple[int, int] | None:
+    """Return the numbers of rows and tokens of a forward; None without tokens."""
+    tokens = arguments.get("inputs_embeds")
+    tokens = _token_ids(arguments) if tokens is None else tokens
+    return (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
+
+
+def _are_places(positions: object, tokens: int) -> TypeGuard[Tensor]:
+    """Return whether `position_ids` give the place of each token in its text."""
+    return isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == tokens
+
+
+def _cache(arguments: Mapping[str, object]) -> Any:
+    """Return the cache that a forward continues, or None."""
+    caches = (arguments.get(name) for name in _CACHES)
+    return next((cache for cache in caches if hasattr(cache, "__dict__")), None)
+
+
+def _cache_of(output: object) -> Any:
+    """Return the cache in a forward's output, or None."""
+    if isinstance(output, (tuple, list)):
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
+    return _cache(vars(output)) if hasattr(output, "__dict__") else None
+
+
+def _note(arguments: Mapping[str, object], output: object, starts: dict[str, Tensor]) -> None:
+    """Leave the starts of the rows with the cache that a forward has continued or made."""
+    cache = _cache(arguments)
+    if cache is None:
+        cache, sizes = _cache_of(output), _sizes(arguments)
+        if cache is not None and sizes is not None:
+            setattr(cache, _SEEN, sizes[1])
+    if cache is not None and starts:
+        setattr(cache, _STARTS, {**getattr(cache, _STARTS, {}), **starts})
+
+
+def _seen(arguments: Mapping[str, Any], tokens: int) -> int | Tensor:
+    """Return the number of tokens that lie in the cache before those of a forward."""
+    cache = _cache(arguments)
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except (AttributeError, ValueError):  # a state of a fixed size, which has no length
+        seen = getattr(cache, _SEEN, 0)
+        setattr(cache, _SEEN, seen + tokens)
+        return seen
+
+
+def _for_rows(values: Tensor, rows: int) -> Tensor:
+    """Return values of samples for the rows of a forward, in which each may have several."""
+    samples = values.shape[0]
+    if samples == rows:
+        return values
+    if rows % samples:
+        raise PeftValueError(
+            f"The cache has {samples} rows and the call {rows}; pass `alora_offsets`, the number "
+            "of active tokens at the end of each."
+        )
+    return values.repeat_interleave(rows // samples)
+
+
+def _has_adapter(batch: AdapterBatch, name: str, device: torch.device) -> Tensor:
+    """Return which samples of a batch run with an adapter, `[samples]`."""
+    own = set(batch.samples[name])
+    flags = tuple(int(sample in own) for sample in range(batch.size))
+    return batch.index_tensor(flags, device).bool()
