@@ -16,7 +16,7 @@ from ..containers import walk
 from ..errors import PeftValueError
 from ..tracing import shapes
 from .layout import RowLayout
-from .rows import ROUTED_TOKENS, CallRows
+from .rows import MOE_TOKENS, CallRows
 
 
 class _Layer(Protocol):
@@ -50,7 +50,7 @@ def values_of_rows(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> 
     elif found is None and leading:
         if leading[0] == samples * tokens:
             found = values.reshape(-1)
-        elif leading[0] == samples:
+        elif leading[0] == samples and layout.expert is None:
             found = values[:, -1]  # pooled: the last token has seen all others
     if found is None:
         raise _error(values, x, layer, rows)
@@ -77,8 +77,8 @@ def _in_two_dimensions(
 
 def _routed(values: Tensor, leading: tuple[int, ...], layout: RowLayout) -> Tensor | None:
     """Return the values of the tokens that are routed to an expert; None for other layers."""
-    routed = ROUTED_TOKENS.current
-    tokens = None if routed is None or layout.expert is None else routed.tokens(layout.expert)
+    chosen = MOE_TOKENS.current
+    tokens = None if chosen is None or layout.expert is None else chosen.tokens(layout.expert)
     if tokens is None or leading != tuple(tokens.shape):
         return None
     return values.reshape(-1)[tokens]

@@ -335,8 +335,9 @@ def _token_ids(arguments: Mapping[str, object]) -> Tensor | None:
     likely = [name for name in arguments if not _NO_IDS.search(name)]
     for name in ("input_ids", "inputs", *likely):
         ids = arguments.get(name)
-        is_integer = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
-        if is_integer and ids.dim() == 2 and not ids.is_nested:
+        if not isinstance(ids, Tensor) or ids.is_nested:
+            continue
+        if ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32):
             return ids
     return None
 

@@ -57,7 +57,7 @@ class Linear(LoraLayer):
         ):
             return None
         down, up = A._parameters["weight"], B._parameters["weight"]
-        scale = self.scaling[adapter_name]
+        scale: float | Tensor = self.scaling[adapter_name]
         if adapter_name in self.alora_invocation_tokens:
             scale = self._scale(adapter_name, x, down.dtype)
             scale = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
