@@ -27,7 +27,7 @@ from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
 from .base.placeholders import placeholder as _placeholder
 from .base.progress import show_progress
-from .clustering import adapter_similarity
+from .clustering import adapter_similarity, cluster_adapters
 from .config import PeftConfig
 from .inspection import AdapterContents, inspect_adapter
 from .mapping import (
@@ -143,6 +143,7 @@ __all__ = [
     "adapter_similarity",
     "bank_usage",
     "cast_mixed_precision_params",
+    "cluster_adapters",
     "convert_to_lora",
     "convert_to_poly",
     "get_base_model_state_dict",

@@ -22,8 +22,8 @@ def plot_similarity(
     names: Sequence[str],
     cosines: Tensor,
     order: Sequence[int],
-    links: Sequence[Link],
-    by_layer: Mapping[str, float],
+    links: Sequence[Link] = (),
+    by_layer: Mapping[str, float] | None = None,
     clusters: Sequence[int] = (),
 ) -> Figure:
     """Draw a table of cosines with the tree of adapters beside it, and a bar for each layer.
@@ -33,7 +33,7 @@ def plot_similarity(
         cosines: `[n, n]`.
         order: The adapters by number, as the rows from top to bottom.
         links: The tree; empty for none.
-        by_layer: Mean cosine of all pairs in each layer; empty draws no bars.
+        by_layer: Mean cosine of all pairs in each layer; None draws no bars.
         clusters: Sizes of clusters that follow one another in `order`, to be framed.
     """
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def plot_similarity(
     heights = [side, bars] if by_layer else [side]
     rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
     tree, heat, legend = rows[0, 0].subplots(1, 3, width_ratios=[1, 4, 0.12])
-    draw_tree(tree, order, links)
+    draw_tree(tree, order, links) if links else tree.remove()
     table = cosines[list(order)][:, list(order)]
     image = heat.imshow(table.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     heat.set_aspect("auto")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from ..base.modules import check_model
 from ..base.progress import track
 from ..base.suggestions import adapters_there
 from ..config import PeftConfig
+from ..core.conversion import config_of
 from ..core.low_rank_deltas import Deltas, SavedAdapter, deltas_by_task, loaded_deltas
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class DeltaSource:
 
     def __init__(self, model: nn.Module, places: Mapping[str, SavedAdapter | None]) -> None:
         self.model, self.places = model, dict(places)
+        self._owners: dict[str, str] = {}  # the adapter of each delta that was read
 
     @classmethod
     def of(cls, model: nn.Module, adapters: Adapters | None) -> Self:
@@ -66,11 +68,12 @@ class DeltaSource:
             raise PeftTypeError(f"`adapters` must have names (strings) as keys, not {wrong[0]!r}.")
         return cls(model, places)
 
-    def config(self, name: str) -> PeftConfig:
-        """Return the config of an adapter."""
+    def config_of(self, expert: str) -> Any:
+        """Return the config of the adapter that a delta, read before, is of."""
+        name = self._owners[expert]
         place = self.places[name]
         if place is None:
-            return self.model.peft_config[name]  # type: ignore[union-attr, index, return-value]
+            return config_of(self.model, name)
         return place[0] if isinstance(place, tuple) else PeftConfig.from_pretrained(place)
 
     def read(
@@ -83,11 +86,18 @@ class DeltaSource:
             if place is None
             else deltas_by_task(self.model, place, device=device, deltas_only=deltas_only)
         )
-        return {f"{name}/{task}" if task else name: deltas for task, deltas in views.items()}
+        experts = {f"{name}/{task}" if task else name: deltas for task, deltas in views.items()}
+        self._owners.update(dict.fromkeys(experts, name))
+        return experts
 
     def read_all(self, names: Iterable[str]) -> Experts:
         """Return the deltas of several adapters, without parts outside their layers."""
         return {k: v for name in names for k, v in self.read(name, deltas_only=True).items()}
+
+    def read_some(self, experts: Collection[str]) -> Experts:
+        """Return some deltas that were read before; raise for an adapter with further parts."""
+        names = dict.fromkeys(self._owners[expert] for expert in experts)
+        return {k: v for name in names for k, v in self.read(name).items() if k in experts}
 
     def blocks(self, memory: int) -> Iterator[tuple[list[str], Experts]]:
         """Yield the adapters in blocks whose factors fit in a number of bytes, one adapter at the

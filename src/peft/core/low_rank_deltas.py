@@ -113,7 +113,7 @@ def deltas_by_task(
         deltas_only: Pass over full modules, biases and token rows, which are refused by default.
 
     Raises:
-        As `low_rank_deltas`.
+        PeftError: As `low_rank_deltas`.
     """
     with _naming(adapter):
         hub = only_hub_options(hub_options, "deltas_by_task")

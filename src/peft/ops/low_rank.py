@@ -9,7 +9,7 @@ core give those of the product, which is never built. A convolution's kernel bel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -152,6 +152,36 @@ def approximate(B: Tensor, A: Tensor, rank: int | float | None = None) -> LowRan
     if rank is None or (isinstance(rank, int) and rank >= A.shape[0]):
         return LowRank(A, B, 0.0, product_norm(B, A))
     return cut(product_svd(B, A), rank, torch.promote_types(A.dtype, B.dtype))
+
+
+def weighted_sum(
+    deltas: Sequence[LowRank], weights: Sequence[float], rank: int | float | None = None
+) -> LowRank:
+    """Return `Σ w_i · B_i·A_i`, or its best approximation of a rank.
+
+    The factors of all deltas side by side, `B [out, R]` and `A [R, in · taps]`, are those of the
+    sum. Where `R` exceeds the size of the matrix they are reduced to that size, exact to rounding.
+
+    Args:
+        deltas: At least one, all of one shape.
+        weights: `w_i`, of any sign.
+        rank: As for `kept`; None for the exact sum.
+
+    Example:
+        >>> delta = LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]]), 0.0, 6.7)
+        >>> total = weighted_sum([delta, delta], [1.0, -0.5])
+        >>> total.B @ total.A
+        tensor([[1.5000, 3.0000],
+                [0.0000, 0.0000]])
+    """
+    dtype = deltas[0].A.dtype
+    for delta in deltas:
+        dtype = torch.promote_types(torch.promote_types(dtype, delta.A.dtype), delta.B.dtype)
+    A = torch.cat([delta.A.to(dtype) * w for delta, w in zip(deltas, weights, strict=True)])
+    B = torch.cat([delta.B.to(dtype) for delta in deltas], 1)
+    if rank is None and A.shape[0] > min(B.shape[0], A.shape[1]):
+        return approximate(B, A, 1.0)
+    return approximate(B, A, rank)
 
 
 def total_error(deltas: Iterable[LowRank]) -> float:

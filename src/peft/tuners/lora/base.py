@@ -20,6 +20,7 @@ from ...base.geometry import Placement
 from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
+from ...core.base_layer import geometry, innermost
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...core.weights import base_weight
@@ -412,11 +413,14 @@ def empty_linear(in_features: int, out_features: int, bias: bool, place: Placeme
     return module
 
 
-def lora_tensors(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Return `A [r, in · taps]`, `B [out, r]` as a LoRA layer's tensors, by ends of keys."""
-    if isinstance(layer.get_base_layer(), nn.Embedding):
+def lora_tensors(module: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Return `A [r, in · taps]`, `B [out, r]` as the tensors of a module's LoRA layer, by ends of
+    keys.
+    """
+    if isinstance(innermost(module), nn.Embedding):
         return {"lora_embedding_A": A.contiguous(), "lora_embedding_B": B.contiguous()}
-    kernel = layer.geometry.kernel_size
-    if kernel:
+    size = geometry(module)
+    if size is not None and size.is_conv:
+        kernel = size.kernel_size
         A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *[1] * len(kernel))
     return {"lora_A.weight": A.contiguous(), "lora_B.weight": B.contiguous()}

@@ -68,7 +68,7 @@ class LoraConversion(Conversion[LoraConfig]):
 
     @classmethod
     def of(
-        cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: dict[str, LowRank]
+        cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: Mapping[str, LowRank]
     ) -> LoraConversion:
         """Return the conversion whose layers have these factors."""
         result = cls(config, state_dict)
@@ -160,7 +160,7 @@ def save_as_lora(
     converted = convert_to_lora(
         model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id
     )
-    _write(folder, model, converted)
+    write_conversion(folder, model, converted)
     return converted
 
 
@@ -213,9 +213,38 @@ def save_tasks_as_lora(
         for name, converted in zip(
             some, _convert(model, config, adapter_name, rank, options, progressbar), strict=True
         ):
-            _write(parent / name, model, converted)
+            write_conversion(parent / name, model, converted)
             errors[name] = converted.error
     return errors
+
+
+def lora_from_deltas(
+    model: nn.Module, deltas: Mapping[str, LowRank], like: TargetedConfig
+) -> LoraConversion:
+    """Return the LoRA adapter that has given deltas. The model stays as it is.
+
+    Args:
+        model: The base model, or a model with adapters.
+        deltas: The factors of each delta, by module path; scales are in them.
+        like: The config that says which base model and task type the adapter is for.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> delta = approximate(torch.ones(6, 1), torch.ones(1, 4))
+        >>> converted = lora_from_deltas(nn.Sequential(nn.Linear(4, 6)), {"0": delta}, LoraConfig())
+        >>> converted.config.target_modules, list(converted.state_dict)
+        ({'0'}, ['0.lora_A.weight', '0.lora_B.weight'])
+    """
+    root, prefix = root_of(model)
+    modules = {path: root.get_submodule(path) for path in deltas}
+    state = {
+        f"{prefix}{path}.{name}": tensor
+        for path, delta in deltas.items()
+        for name, tensor in lora_tensors(modules[path], delta.A, delta.B).items()
+    }
+    config = _lora_config(root, like, modules, deltas, by_energy=False)
+    config = replace(config, modules_to_save=None, trainable_token_indices=None, bias="none")
+    return LoraConversion.of(config, state, deltas)
 
 
 def _convert(
@@ -320,8 +349,8 @@ def _in_groups(factors: LowRank, groups: int, rank: int | float | None) -> LowRa
 def _lora_config(
     root: nn.Module,
     config: TargetedConfig,
-    layers: dict[str, BaseTunerLayer],
-    parts: dict[str, LowRank],
+    layers: Mapping[str, nn.Module],
+    parts: Mapping[str, LowRank],
     by_energy: bool,
 ) -> LoraConfig:
     """Return the config of a conversion, with scaling 1.
@@ -351,7 +380,7 @@ def _lora_config(
     )
 
 
-def _write(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
+def write_conversion(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
     """Write a conversion as `save_pretrained` writes an adapter."""
     config, state = converted
     root, prefix = root_of(model)

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,8 @@ from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads
-from ...core.base_layer import geometry
+from ...core.base_layer import innermost, is_linear
 from ...core.conversion import Conversion, check_convertible, config_of, layers_with, root_of
-from ...core.layer import BaseTunerLayer
 from ...core.skeleton import base_class_of, exact_targets
 from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
@@ -110,25 +110,69 @@ def convert_to_poly(
     _check_biases(configs)
     root, prefix = root_of(model)
     companions, labels = _companions(root, configs, tasks, heads)
-    layers: dict[str, BaseTunerLayer] = {}
-    factors: dict[str, dict[str, LowRank]] = {}
+    skills: dict[str, dict[str, LowRank]] = {}
     for name, config in track(configs.items(), "Converting to Poly", unit="adapter"):
-        for path, layer, product in _low_rank_layers(root, name, config, rank, task_id):
-            layers[path] = layer
-            factors.setdefault(path, {})[name] = product
-    r = rank or max(product.rank for each in factors.values() for product in each.values())
-    state = {prefix + key: tensor for key, tensor in companions.items()}
-    logits = _diagonal_logits(len(tasks), own_weight)
-    for path, each in factors.items():
-        A, B = _skills(layers[path], each, list(tasks), r)
+        skills[name] = _low_rank_deltas(root, name, config, rank, task_id)
+    by_task = {task: name for name, task in tasks.items()}
+    result = _assembled(root, prefix, skills, by_task, list(configs.values()), rank, own_weight)
+    result.state_dict.update({prefix + key: tensor for key, tensor in companions.items()})
+    result.labels = labels
+    return result
+
+
+def poly_from_deltas(
+    model: nn.Module,
+    skills: Mapping[str, Mapping[str, LowRank]],
+    tasks: Mapping[str, str],
+    like: TargetedConfig,
+    rank: int | None = None,
+    own_weight: float = 1.0,
+) -> PolyConversion:
+    """Return the Poly adapter that has given deltas as skills. The model does not change.
+
+    Args:
+        model: The base model, or a model with adapters.
+        skills: For each skill the factors of its delta, by module path.
+        tasks: For each task the skill that it begins with.
+        like: The config, of an adapter of deltas alone, that says which base model and task type
+            the new adapter is for.
+        rank: Rank of the skills, none smaller than that of a delta. None: the largest of these.
+        own_weight: As for `convert_to_poly`.
+
+    Returns:
+        `(config, state_dict)`, with the errors of the skills.
+
+    Raises:
+        PeftError: As `convert_to_poly`.
+    """
+    _check_numbers(rank, own_weight)
+    root, prefix = root_of(model)
+    for path in dict.fromkeys(path for deltas in skills.values() for path in deltas):
+        _check_linear(root.get_submodule(path), path)
+    return _assembled(root, prefix, skills, tasks, [like], rank, own_weight)
+
+
+def _assembled(
+    root: nn.Module,
+    prefix: str,
+    skills: Mapping[str, Mapping[str, LowRank]],
+    tasks: Mapping[str, str],
+    configs: Sequence[TargetedConfig],
+    rank: int | None,
+    own_weight: float,
+) -> PolyConversion:
+    """Return the Poly adapter of skills, without modules that are trained in full."""
+    paths = dict.fromkeys(path for deltas in skills.values() for path in deltas)
+    r = rank or max(delta.rank for deltas in skills.values() for delta in deltas.values())
+    names = list(skills)
+    logits = _logits([names.index(skill) for skill in tasks.values()], len(names), own_weight)
+    state: dict[str, Tensor] = {}
+    for path in paths:
+        A, B = _skills([deltas.get(path) for deltas in skills.values()], r)
         state[f"{prefix}{path}.poly_lora_A"], state[f"{prefix}{path}.poly_lora_B"] = A, B
         state[f"{prefix}{path}.poly_router.module_logits"] = logits.clone()
-    config = _poly_config(root, layers, list(configs.values()), list(tasks.values()), r)
-    result = PolyConversion(config, state)
-    result.labels = labels
-    result.errors = {
-        name: total_error(each[name] for each in factors.values() if name in each) for name in tasks
-    }
+    result = PolyConversion(_poly_config(root, paths, configs, list(tasks), len(names), r), state)
+    result.errors = {name: total_error(deltas.values()) for name, deltas in skills.items()}
     return result
 
 
@@ -156,13 +200,18 @@ def save_as_poly(
     """
     folder = as_folder(path)
     converted = convert_to_poly(model, adapters, rank, own_weight, task_id=task_id, heads=heads)
+    write_conversion(folder, model, converted)
+    return converted
+
+
+def write_conversion(folder: Path, model: nn.Module, converted: PolyConversion) -> None:
+    """Write a conversion as `save_pretrained` writes an adapter."""
     root, prefix = root_of(model)
     state = {
         key if prefix else MODEL_ROOT + key: tensor for key, tensor in converted.state_dict.items()
     }
     config = replace(converted.config, inference_mode=True)
     write_adapter(folder, state, config.to_json(base_class_of(root, config)))
-    return converted
 
 
 def _tasks_by_adapter(adapters: object) -> dict[str, str]:
@@ -215,9 +264,10 @@ def _check_biases(configs: Mapping[str, TargetedConfig]) -> None:
 
 def _poly_config(
     root: nn.Module,
-    layers: Mapping[str, BaseTunerLayer],
+    paths: Collection[str],
     configs: Sequence[TargetedConfig],
     task_names: list[str],
+    n_skills: int,
     r: int,
 ) -> PolyConfig:
     """Return the config of the Poly adapter for some layers of a base model."""
@@ -227,11 +277,11 @@ def _poly_config(
         r=r,
         alpha=float(r),
         n_tasks=len(task_names),
-        n_skills=len(task_names),
+        n_skills=n_skills,
         task_names=task_names,
         modules_to_save=list(to_save) or None,
         trainable_token_indices=tokens[0] if tokens else None,
-        **exact_targets(root, layers),
+        **exact_targets(root, paths),
         task_type=configs[0].task_type,
         auto_mapping=configs[0].auto_mapping,
         base_model_name_or_path=configs[0].base_model_name_or_path,
@@ -290,51 +340,51 @@ def _linear_head(parts: combined_heads.Parts) -> str | None:
     return path if is_linear else None
 
 
-def _low_rank_layers(
+def _low_rank_deltas(
     root: nn.Module, name: str, config: TargetedConfig, rank: int | None, task_id: int | str | None
-) -> list[tuple[str, BaseTunerLayer, LowRank]]:
-    """Return each layer of an adapter with its path and its delta as a low-rank product."""
+) -> dict[str, LowRank]:
+    """Return the delta of each layer of an adapter as a low-rank product, by path."""
     layers = dict(layers_with(root, name))
     check_convertible(layers, name)
     method = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
     options = method.conversion_options(config, task_id=task_id)
-    result = []
-    for path, layer in track(layers.items(), "Converting to Poly"):
-        size = geometry(layer)
-        if size is None or size.is_conv:
-            raise UnsupportedModuleError(
-                f"`{path}`: Poly adapts linear layers; "
-                f"{type(layer.get_base_layer()).__name__} is none."
-            )
+    result = {}
+    for path, layer in layers.items():
+        _check_linear(layer, path)
         try:
-            result.append((path, layer, layer.low_rank_factors(name, rank, **options)))
+            result[path] = layer.low_rank_factors(name, rank, **options)
         except PeftError as error:
             raise type(error)(f"`{path}`: {error}") from None
     return result
 
 
-def _skills(
-    layer: BaseTunerLayer, each: Mapping[str, LowRank], names: Sequence[str], r: int
-) -> tuple[Tensor, Tensor]:
-    """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`; those of
-    adapters without this layer are zero.
+def _check_linear(module: nn.Module, path: str) -> None:
+    """Check that Poly adapts a module."""
+    if not is_linear(module):
+        raise UnsupportedModuleError(
+            f"`{path}`: Poly adapts linear layers; {type(innermost(module)).__name__} is none."
+        )
+
+
+def _skills(deltas: Sequence[LowRank | None], r: int) -> tuple[Tensor, Tensor]:
+    """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`; None is a
+    skill without this layer, which is zero.
     """
-    like, size = next(iter(each.values())), layer.geometry
-    A = like.A.new_zeros(1, len(names), size.in_features, r)
-    B = like.B.new_zeros(1, len(names), r, size.out_features)
-    for skill, name in enumerate(names):
-        if name in each:
-            factors = each[name]
-            A[0, skill] = F.pad(factors.A.detach(), (0, 0, 0, r - factors.rank)).T
-            B[0, skill] = F.pad(factors.B.detach(), (0, r - factors.rank)).T
+    like = next(delta for delta in deltas if delta is not None)
+    A = like.A.new_zeros(1, len(deltas), like.A.shape[1], r)
+    B = like.B.new_zeros(1, len(deltas), r, like.B.shape[0])
+    for skill, delta in enumerate(deltas):
+        if delta is not None:
+            A[0, skill] = F.pad(delta.A.detach(), (0, 0, 0, r - delta.rank)).T
+            B[0, skill] = F.pad(delta.B.detach(), (0, r - delta.rank)).T
     return A, B
 
 
-def _diagonal_logits(n: int, own_weight: float) -> Tensor:
-    """Return logits `[n, n]` whose mixing weights are `own_weight` on the diagonal and share the
-    rest equally. The gates of a task have the sum 0.5.
+def _logits(own: Sequence[int], n_skills: int, own_weight: float) -> Tensor:
+    """Return logits `[n_tasks, n_skills]` whose mixing weights are `own_weight` for each task's own
+    skill, given by number; the others share the rest equally. The gates of a task have the sum 0.5.
     """
-    rest = (1 - own_weight) / max(n - 1, 1)
-    weights = torch.full((n, n), rest, dtype=torch.float64)
-    weights.fill_diagonal_(own_weight if n > 1 else 1.0)
+    rest = (1 - own_weight) / max(n_skills - 1, 1)
+    weights = torch.full((len(own), n_skills), rest, dtype=torch.float64)
+    weights[range(len(own)), own] = own_weight if n_skills > 1 else 1.0
     return (weights / 2).clamp(min=torch.finfo(torch.float32).tiny).logit().float()
