@@ -12,7 +12,7 @@ from torch import nn
 from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, cluster_adapters, get_peft_model
 from peft.clustering import clusters_of
 from peft.core.low_rank_deltas import deltas_by_task
-from peft.tuners.lora.conversion import lora_from_deltas, write_conversion
+from peft.tuners.lora.conversion import adapter_from_deltas, write_conversion
 
 
 def mlp():
@@ -62,7 +62,7 @@ def library(tmp_path_factory):
                 path: d._replace(B=d.B + 0.2 * d.B.std() * torch.randn_like(d.B))
                 for path, d in deltas.items()
             }
-            write_conversion(root / name, base, lora_from_deltas(base, noisy, LoraConfig()))
+            write_conversion(root / name, base, adapter_from_deltas(base, noisy, LoraConfig()))
             deltas = deltas_by_task(base, root / name)[""]
         key = f"{name}/blue" if name == "blue0" else name
         dense[key] = {path: d.B.double() @ d.A.double() for path, d in deltas.items()}

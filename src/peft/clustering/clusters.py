@@ -249,7 +249,7 @@ class AdapterClusters:
         """
         path, clusters = as_folder(folder), self._weighted(weights)
         source = self.similarity.source
-        converted = experts.poly_of_experts(source, clusters, rank, own_weight)
+        converted = experts.inventory_of_experts(source, clusters, rank, own_weight)
         write_conversion(path, source.model, converted)
         return converted
 

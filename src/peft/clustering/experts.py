@@ -16,8 +16,8 @@ from ..base.validation import is_int, number
 from ..checkpoint.files import write_report
 from ..core.low_rank_deltas import Deltas
 from ..ops.low_rank import check_rank, weighted_sum
-from ..tuners.lora.conversion import LoraConversion, lora_from_deltas, write_conversion
-from ..tuners.poly.conversion import PolyConversion, poly_from_deltas
+from ..tuners.lora.conversion import LoraConversion, adapter_from_deltas, write_conversion
+from ..tuners.poly.conversion import PolyConversion, inventory_from_deltas
 from .sources import DeltaSource
 
 # The file beside an expert that lists its members.
@@ -90,7 +90,7 @@ def save_experts(
     """Write each cluster's expert as a LoRA adapter; return the errors."""
     experts = expert_deltas(source, clusters, rank)
     converted: dict[str, LoraConversion] = {
-        cluster.name: lora_from_deltas(
+        cluster.name: adapter_from_deltas(
             source.model, experts[cluster.name], source.config_of(next(iter(cluster.members)))
         )
         for cluster in clusters
@@ -103,7 +103,7 @@ def save_experts(
     return {name: expert.error for name, expert in converted.items()}
 
 
-def poly_of_experts(
+def inventory_of_experts(
     source: DeltaSource,
     clusters: Sequence[Cluster],
     rank: int | float | None,
@@ -113,6 +113,6 @@ def poly_of_experts(
     skills = expert_deltas(source, clusters, rank)
     tasks = {member: cluster.name for cluster in clusters for member in cluster.members}
     like = source.config_of(next(iter(tasks)))
-    return poly_from_deltas(
+    return inventory_from_deltas(
         source.model, skills, tasks, like, rank if is_int(rank) else None, own_weight
     )

@@ -218,7 +218,7 @@ def save_tasks_as_lora(
     return errors
 
 
-def lora_from_deltas(
+def adapter_from_deltas(
     model: nn.Module, deltas: Mapping[str, LowRank], like: TargetedConfig
 ) -> LoraConversion:
     """Return the LoRA adapter that has given deltas. The model stays as it is.
@@ -231,7 +231,8 @@ def lora_from_deltas(
     Example:
         >>> from peft import LoraConfig
         >>> delta = approximate(torch.ones(6, 1), torch.ones(1, 4))
-        >>> converted = lora_from_deltas(nn.Sequential(nn.Linear(4, 6)), {"0": delta}, LoraConfig())
+        >>> base = nn.Sequential(nn.Linear(4, 6))
+        >>> converted = adapter_from_deltas(base, {"0": delta}, LoraConfig())
         >>> converted.config.target_modules, list(converted.state_dict)
         ({'0'}, ['0.lora_A.weight', '0.lora_B.weight'])
     """

@@ -120,7 +120,7 @@ def convert_to_poly(
     return result
 
 
-def poly_from_deltas(
+def inventory_from_deltas(
     model: nn.Module,
     skills: Mapping[str, Mapping[str, LowRank]],
     tasks: Mapping[str, str],
