@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo quick test check lint types bench clean docs
+.PHONY: demo quick test check lint types bench torture clean docs
 
 # torch goes first and by itself: what depends on it is then content with the build that is there.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -57,6 +57,10 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 	$(BIN)/python -m benchmarks startup
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks steps
+
+MINUTES ?= 60
+torture: $(VENV)/.base ## fail, kill and cut the power at each step of saves and loads, for MINUTES
+	$(BIN)/python -m torture --minutes $(MINUTES) --resume
 
 # `site/index.html` opens from disk. `NO_MKDOCS_2_WARNING` leaves out an announcement of the theme.
 docs: $(VENV)/.test ## write the pages that come from the code, and build the documentation site

@@ -8,6 +8,8 @@ Two files cannot be replaced in one step, so the weights file is the commit poin
 2. the new weights, with that digest in their metadata, in place of the old ones, by one rename;
 3. the new config in place of the old one.
 
+After each step the folder is synced, since a disk that loses power may keep renames in any order.
+
 A reader takes the waiting config with the digest in the weights, if there is one and
 `adapter_config.json` is still the config that it was to replace; else `adapter_config.json`. A save
 that is killed at any moment therefore leaves the old adapter or the new one, and a config that is
@@ -16,9 +18,11 @@ edited by hand is read as edited. A save that raises leaves the folder as it was
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +71,8 @@ def folder_for(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            _sync_folder(path.parent)
         yield
     except BaseException as error:
         for path in made:
@@ -82,19 +88,20 @@ def write_report(path: object, content: object) -> None:
     file = as_file(path)
     with folder_for(file.parent), alone_in(file.parent):
         write_text(file, json.dumps(content, indent=1) + "\n")
+        _sweep(file.parent, ".adapter_*.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _sync_folder(path.parent)
 
 
 def write_config(folder: Path, text: str) -> None:
     """Write a config without weights, and delete those that interrupted saves left."""
     with folder_for(folder), alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
-        for leftover in folder.glob(".adapter_config.*.json"):
-            leftover.unlink(missing_ok=True)
+        _sweep(folder, ".adapter_config.*.json")
 
 
 def write_adapter(
@@ -118,6 +125,8 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     # A save of an adapter into this folder deletes the temporary files it finds there.
     with folder_for(path.parent), alone_in(path.parent):
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        _sync_folder(path.parent)
+        _sweep(path.parent, ".adapter_*.tmp")
 
 
 def _write_adapter(
@@ -142,11 +151,11 @@ def _write_adapter(
         if not was_waiting:
             waiting.unlink(missing_ok=True)
         raise
-    os.replace(waiting, folder / CONFIG_NAME)
-    for leftover in folder.glob(".adapter_*"):  # of saves that were killed
-        leftover.unlink(missing_ok=True)
-    (folder / WEIGHTS_NAME).unlink(missing_ok=True)
     _sync_folder(folder)
+    os.replace(waiting, folder / CONFIG_NAME)
+    _sync_folder(folder)
+    (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+    _sweep(folder, ".adapter_*")  # of saves that were killed
 
 
 def read_config_text(path: Path) -> str:
@@ -201,18 +210,24 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from error
     return {key: tuple(tensor.shape) for key, tensor in read_weights(path).items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, empty if it can't be read."""
+    """Return the metadata of a safetensors file, empty if it is damaged.
+
+    Raises:
+        CheckpointError: The file can't be read now.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError):
+    except SafetensorError:
         return {}
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"'{path}' can't be read: {error}") from error
 
 
 def _waiting_config(folder: Path, digest: str) -> Path:
@@ -263,35 +278,46 @@ def _write_error(text: str, error: BaseException) -> CheckpointWriteError:
 
 
 def _replace_in_folder(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".adapter_", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    # A folder of our own also takes the temporary files of the libraries that write.
+    place = Path(tempfile.mkdtemp(dir=path.parent, prefix=".adapter_", suffix=".tmp"))
     try:
+        temporary = place / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # some writers make files that only their owner can read
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        _delete(place)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _delete(place: Path) -> None:
+    """Delete a folder of temporary files. If that fails, the next save deletes it."""
+    with suppress(OSError):
+        shutil.rmtree(place)
+
+
+def _sweep(folder: Path, pattern: str) -> None:
+    """Delete what interrupted saves left in a folder."""
+    for leftover in folder.glob(pattern):
+        if leftover.is_dir():
+            _delete(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the renames in a folder to disk, if the system can open folders."""
+    """Sync a folder's entries to disk, if the system can do that."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except (PermissionError, IsADirectoryError):  # Windows can't open folders
         return
     try:
         os.fsync(handle)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EROFS):
+            raise
     finally:
         os.close(handle)

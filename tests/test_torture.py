@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short forms of the campaigns of `torture/`, and planted faults that they have to find."""
+
+import os
+
+import pytest
+from torture import faults, power, scenarios, tracer
+
+from peft.checkpoint import files
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not tracer.is_supported(), reason="traces processes on Linux on x86-64"),
+]
+
+
+def scenario(name):
+    return next(s for s in (*scenarios.writes(), *scenarios.reads()) if s.name == name)
+
+
+def findings(tries):
+    return [f"{what}: {wrong}" for what, wrong in tries if wrong is not None]
+
+
+@pytest.fixture
+def every_thirtieth(monkeypatch):
+    every = faults.faults_of
+    monkeypatch.setattr(faults, "faults_of", lambda calls: list(every(calls))[::30])
+
+
+@pytest.mark.parametrize("name", ["save LORA over another", "save a bank over another"])
+def test_a_save_survives_faults_and_kills(name, tmp_path, every_thirtieth):
+    assert not findings(faults.writing(scenario(name), tmp_path / "work"))
+
+
+@pytest.mark.parametrize(
+    "name", ["load VBLORA beside another", "load LORA after an interrupted save"]
+)
+def test_a_load_that_fails_changes_nothing(name, tmp_path, every_thirtieth):
+    assert not findings(faults.reading(scenario(name), tmp_path / "work"))
+
+
+@pytest.mark.parametrize("name", ["save LORA over a legacy file", "save a LoKr file over another"])
+def test_a_power_cut_leaves_the_old_content_or_the_new(name, tmp_path):
+    assert not findings(power.cutting(scenario(name), tmp_path / "work"))
+
+
+def test_a_missing_sync_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
+    assert findings(power.cutting(scenario("save LORA over another"), tmp_path / "work"))
+
+
+def test_a_write_in_place_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_replace", lambda path, write: write(path))
+    broken = scenario("save a bank over another")
+    assert findings(faults.writing(broken, tmp_path / "work"))
+
+
+def test_the_tracer_sees_calls_and_makes_them_fail(tmp_path):
+    path = tmp_path / "file"
+
+    def work():
+        try:
+            path.write_text("text")
+        except OSError as error:
+            return error.errno
+        return path.read_text()
+
+    clean = tracer.run(work, tmp_path)
+    assert clean.value == "text"
+    calls = [call.name for call in clean.calls]
+    assert calls[0] == "openat"
+    at = calls.index("write")
+    assert clean.calls[at].data == b"text"
+    assert clean.calls[at].paths == (str(path),)
+    assert tracer.run(work, tmp_path, tracer.Fault(at, "error", 28)).value == 28
+    assert tracer.run(work, tmp_path, tracer.Fault(at, "kill")).killed
+    assert path.read_bytes() == b""
+    assert tracer.run(work, tmp_path, tracer.Fault(at, "short")).value == "text"  # written on
+    assert not os.path.exists(tmp_path / "other")

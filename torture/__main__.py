@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the campaigns: `python -m torture --minutes 10`.
+
+Prints what was enumerated and what failed. Scenarios that were finished are skipped by the next
+run with `--resume`. The exit code is 1 if anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import faults, power, scenarios, tracer
+
+
+class Campaign(NamedTuple):
+    """A kind of damage, its scenarios, and what tries one of them."""
+
+    name: str
+    scenarios: Callable[[], Iterator[scenarios.Write | scenarios.Read]]
+    tries: Callable[..., Iterator[tuple[str, str | None]]]
+
+
+def _faults(scenario: object, folder: Path, seed: int) -> Iterator[tuple[str, str | None]]:
+    if isinstance(scenario, scenarios.Write):
+        return faults.writing(scenario, folder)
+    return faults.reading(scenario, folder)
+
+
+def _operations() -> Iterator[scenarios.Write | scenarios.Read]:
+    yield from scenarios.writes()
+    yield from scenarios.reads()
+
+
+CAMPAIGNS = (
+    Campaign("power", scenarios.writes, power.cutting),
+    Campaign("faults", _operations, _faults),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run campaigns and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
+    parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--resume", action="store_true", help="skip what was finished")
+    parser.add_argument("--output", type=Path, default=Path("torture_output"))
+    options = parser.parse_args(arguments)
+    if not tracer.is_supported():
+        print("Processes are traced on Linux on x86-64 only; nothing was tried.")
+        return 2
+    torch.set_num_threads(1)
+    options.output.mkdir(exist_ok=True)
+    record = options.output / "done.json"
+    done = json.loads(record.read_text()) if options.resume and record.exists() else {}
+    end = time.monotonic() + 60 * options.minutes
+    lost = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for campaign in CAMPAIGNS:
+            for scenario in campaign.scenarios():
+                name = f"{campaign.name}: {scenario.name}"
+                if name in done or (options.only and not any(w in name for w in options.only)):
+                    continue
+                tries = campaign.tries(scenario, Path(folder) / "work", options.seed)
+                number, wrong = _count(tries, end)
+                lost += sum(wrong.values())
+                if number is None:
+                    print("The time is over.")
+                    return _verdict(lost, done)
+                _print(name, number, wrong)
+                if not wrong:
+                    done[name] = number
+                    record.write_text(json.dumps(done, indent=1) + "\n")
+    return _verdict(lost, done)
+
+
+def _count(
+    tries: Iterator[tuple[str, str | None]], end: float
+) -> tuple[int | None, Counter[tuple[str, str]]]:
+    """Return the number of tries, None if the time was over, and what was wrong."""
+    number, wrong = 0, Counter[tuple[str, str]]()
+    for what, finding in tries:
+        number += 1
+        if finding is not None:
+            wrong[finding, what] += 1
+        if time.monotonic() > end:
+            return None, wrong
+    return number, wrong
+
+
+def _print(name: str, number: int, wrong: Counter[tuple[str, str]]) -> None:
+    print(f"{name}: {number:,} tried, {sum(wrong.values())} lost", flush=True)
+    for (finding, what), times in wrong.most_common(10):
+        print(f"    {times} x {what}: {finding}")
+
+
+def _verdict(lost: int, done: dict[str, int]) -> int:
+    print(f"{sum(done.values()):,} tried and kept in {len(done)} scenarios; {lost} lost.")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
