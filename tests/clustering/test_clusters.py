@@ -64,8 +64,7 @@ def library(tmp_path_factory):
             }
             write_conversion(root / name, base, adapter_from_deltas(base, noisy, LoraConfig()))
             deltas = deltas_by_task(base, root / name)[""]
-        key = f"{name}/blue" if name == "blue0" else name
-        dense[key] = {path: d.B.double() @ d.A.double() for path, d in deltas.items()}
+        dense[name] = {path: d.B.double() @ d.A.double() for path, d in deltas.items()}
     return [root / name for name in names], dense
 
 
@@ -83,7 +82,7 @@ def test_groups_are_found(library, options):
     clusters = cluster_adapters(mlp(), folders, **options)
     assert clusters.k == 3
     for members in clusters.members.values():
-        groups = {name[: -1 - 5 * name.endswith("/blue")] for name in members}
+        groups = {name[:-1] for name in members}
         assert len(groups) == 1 and len(members) == GROUPS[groups.pop()]
     firsts = [members[0] for members in clusters.members.values()]
     assert firsts == sorted(firsts, key=list(dense).index)

@@ -40,7 +40,7 @@ class AdapterSimilarity:
     layers; of two adapters, a comparison by layer.
 
     Attributes:
-        names: The adapters. A task of an adapter with several is "adapter/task".
+        names: The adapters. A task of an adapter with several is "adapter.task".
         products: `⟨Δ_i, Δ_j⟩`, the sum over all layers, `[n, n]`, on the CPU in float64. A layer
             that an adapter does not adapt counts as zero.
         layers: The same of each layer, by module path; empty if they were not kept.

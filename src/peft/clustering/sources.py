@@ -79,14 +79,15 @@ class DeltaSource:
     def read(
         self, name: str, device: torch.device | None = None, deltas_only: bool = False
     ) -> Experts:
-        """Return an adapter's deltas: under its name, or "name/task" for each of several tasks."""
+        """Return an adapter's deltas: under its name, or "name.task" for each of several tasks."""
         place = self.places[name]
         views = (
             loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
             if place is None
             else deltas_by_task(self.model, place, device=device, deltas_only=deltas_only)
         )
-        experts = {f"{name}/{task}" if task else name: deltas for task, deltas in views.items()}
+        several = len(views) > 1
+        experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
         self._owners.update(dict.fromkeys(experts, name))
         return experts
 

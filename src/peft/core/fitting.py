@@ -74,7 +74,9 @@ class FewShotLoss:
 
     def of_next(self) -> Tensor:
         """Return the loss of the next batch, `[]`."""
-        value = self._next()
+        return self._checked(self._next())
+
+    def _checked(self, value: object) -> Tensor:
         if isinstance(value, Tensor) and value.numel() == 1:
             return value.reshape(())
         if value is None and self._remedy:
@@ -90,6 +92,16 @@ class FewShotLoss:
     def of_all(self) -> float:
         """Return the sum over all batches."""
         return sum(float(self.of_next().detach()) for _ in range(self.batches))
+
+    def mean_number(self) -> float:
+        """Return the mean over all batches; a function may return a number without gradient."""
+        total = 0.0
+        for _ in range(self.batches):
+            value = self._next()
+            number = None if isinstance(value, Tensor) else plain(value)  # NumPy's too
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            total += number if is_number else float(self._checked(value).detach())
+        return total / self.batches
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the gradients of a loss, which must depend on one of the parameters."""
@@ -155,6 +167,7 @@ def descend(
     steps: int,
     lr: float,
     penalty: Callable[[], Tensor] | None = None,
+    bound: float | None = None,
 ) -> list[float]:
     """Take steps with Adam, and leave the parameters at the least loss; with several batches at the
     last, since losses of different batches do not compare.
@@ -165,6 +178,7 @@ def descend(
         steps: Number of steps, each with one batch.
         lr: Learning rate.
         penalty: A term to add to each loss.
+        bound: Largest absolute value of each number; a step beyond ends there.
 
     Returns:
         The loss before each step, and last the one after all steps.
@@ -194,6 +208,10 @@ def descend(
             if extra is not None:
                 extra.backward()  # adds to the gradients
             optimizer.step()
+            if bound is not None:
+                with torch.no_grad():
+                    for p in parameters:
+                        p.clamp_(-bound, bound)
     with torch.no_grad():
         for p, values in zip(parameters, kept, strict=True):
             p.copy_(values)
