@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ._version import __version__
 from .base.errors import PeftTypeError, PeftValueError, warn
 from .base.patterns import format_patterns, parse_patterns
+from .base.placeholders import placeholder
 from .base.plain_values import JsonObject, as_list, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
@@ -53,6 +54,14 @@ __all__ = [
     "probability",
     "regex",
 ]
+
+PromptLearningConfig: type  # a placeholder
+
+if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
+
+    def __getattr__(name: str) -> object:
+        return placeholder(name, __name__)
+
 
 C = TypeVar("C", bound="PeftConfig")
 
@@ -428,6 +437,9 @@ class LycorisConfig(TargetedConfig):
         yield from super()._problems()
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, number)
+
+
+PeftConfigMixin = PeftConfig  # an earlier name of the base class
 
 
 def check_config(value: object) -> None:

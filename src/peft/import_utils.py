@@ -45,6 +45,11 @@ def is_torchao_ge_v0_18_0() -> bool:
     return is_torchao_available() and present is not None and present >= Version("0.18.0")
 
 
+def is_quanto_available() -> bool:
+    """Return True if quanto is installed, a part of optimum."""
+    return is_optimum_available() and _is_installed("optimum.quanto")
+
+
 def is_gptqmodel_available() -> bool:
     """Return True if gptqmodel is installed."""
     return _is_installed("gptqmodel")

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .base.errors import PeftValueError
+from .base.placeholders import placeholder
 from .base.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -30,6 +32,12 @@ __all__ = [
     "get_peft_config",
     "inject_adapter_in_model",
 ]
+
+
+if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
+
+    def __getattr__(name: str) -> object:
+        return placeholder(name, __name__)
 
 
 def get_peft_config(config_dict: dict[str, object]) -> PeftConfig:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from .base.missing_attribute import PeftAttributeError
 from .base.modules import check_model
+from .base.placeholders import placeholder
 from .base.registry import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
@@ -40,6 +41,11 @@ from .status import (
     get_layer_status,
     get_model_status,
 )
+
+if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
+
+    def __getattr__(name: str) -> object:
+        return placeholder(name, __name__)
 
 
 class PeftModel(nn.Module):

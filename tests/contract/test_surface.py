@@ -3,6 +3,7 @@
 others say that they are not.
 """
 
+import copy
 import importlib
 import inspect
 import itertools
@@ -22,15 +23,17 @@ import peft.import_utils
 import peft.utils.hotswap
 import peft.utils.other
 import peft.utils.transformers_weight_conversion
-from peft.base import placeholders
+from peft.base import other_places, placeholders
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING, registered_methods
+from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES, check_adapters_to_merge, onload_layer
 
 
 def words(text):
     return text.split()
 
 
-# Every public name of `peft` in Hugging Face PEFT 0.21.2, config and model classes apart.
+# Every public name of `peft` in Hugging Face PEFT 0.21.2, and those of earlier releases that programs
+# still import, config and model classes apart.
 NAMES = words("""
     AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
     AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification CPTEmbedding CartridgeEncoder
@@ -42,12 +45,13 @@ NAMES = words("""
     bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters convert_to_lora create_arrow_model
     find_kappa_target_modules get_base_model_state_dict get_eva_state_dict get_layer_status get_model_status get_peft_config
     get_peft_model get_peft_model_state_dict initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
-    initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training preprocess_loraga
+    initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_int8_training
+    prepare_model_for_kbit_training preprocess_loraga
     prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora set_base_model_state_dict
     set_peft_model_state_dict shift_tokens_right
 """)
 CLASSES = words("""
-    AdaLora Adamss AdaptionPrompt BOFT Beft C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 LNTuning Lily LoHa LoKr Lora Miss
+    AdaLora Adamss AdaptionPrompt BOFT Beft Bone C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 LNTuning Lily LoHa LoKr Lora Miss
     OFT OSF Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora
 """)
 CONFIGS = words("""
@@ -215,16 +219,20 @@ def test_every_method_of_the_registry_is_no_marker():
 # Documented paths: those of the interface's specification, and those that client libraries import.
 PLACES = {
     "peft.auto": "AutoPeftModel, AutoPeftModelForCausalLM",
-    "peft.config": "PeftConfig",
+    "peft.config": "PeftConfig, PeftConfigMixin, PromptLearningConfig",
     "peft.functional": "delete_adapter, inject_adapter_in_model, set_adapter",
     "peft.helpers": "disable_input_dtype_casting, rescale_adapter_scale",
-    "peft.import_utils": "is_bnb_available, is_xpu_available",
-    "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config, inject_adapter_in_model",
+    "peft.import_utils": "is_bnb_available, is_quanto_available, is_xpu_available",
+    "peft.mapping": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config, "
+        "get_peft_model, inject_adapter_in_model"
+    ),
     "peft.mapping_func": "get_peft_model",
     "peft.mixed_model": "PeftMixedModel",
     "peft.optimizers": "create_loraplus_optimizer",
     "peft.peft_model": (
-        "PeftModel, PeftModelForCausalLM, get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus"
+        "PeftModel, PeftModelForCausalLM, get_layer_status, get_model_status, TunerLayerStatus, TunerModelStatus, "
+        "PeftType, get_peft_model_state_dict, set_peft_model_state_dict, shift_tokens_right, WEIGHTS_NAME"
     ),
     "peft.tuners": "LoKrConfig, LoKrModel, PolyConfig, PolyModel, VBLoRAConfig, VBLoRAModel",
     "peft.tuners.loha": "LoHaConfig, LoHaLayer, LoHaModel",
@@ -237,8 +245,12 @@ PLACES = {
     "peft.tuners.lokr.model": "LoKrModel",
     "peft.tuners.lora": "LoraConfig, LoraLayer, LoraModel, Linear",
     "peft.tuners.lora.config": "LoraConfig",
-    "peft.tuners.lora.layer": "LoraLayer, Linear",
-    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lora.layer": (
+        "LoraLayer, Linear, BaseTunerLayer, check_adapters_to_merge, transpose"
+    ),
+    "peft.tuners.lora.model": (
+        "LoraModel, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, onload_layer, ties"
+    ),
     "peft.tuners.lycoris_utils": "LycorisConfig, LycorisLayer, LycorisTuner",
     "peft.tuners.mixed": "MixedModel",
     "peft.tuners.poly": "PolyConfig, PolyLayer, PolyModel, Linear",
@@ -247,25 +259,32 @@ PLACES = {
     "peft.tuners.poly.model": "PolyModel",
     "peft.tuners.poly.router": "Router",
     "peft.tuners.tuners_utils": (
-        "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules"
+        "BaseTunerLayer, BaseTuner, check_target_module_exists, inspect_matched_modules, "
+        "BufferDict, DUMMY_TARGET_MODULES, ModulesToSaveWrapper, PeftConfig, check_adapters_to_merge, "
+        "delete_adapter, onload_layer, set_adapter"
     ),
     "peft.tuners.vblora": "VBLoRAConfig, VBLoRALayer, VBLoRAModel, Linear",
     "peft.tuners.vblora.config": "VBLoRAConfig",
     "peft.tuners.vblora.layer": "VBLoRALayer, Linear",
     "peft.tuners.vblora.model": "VBLoRAModel",
     "peft.utils": (
-        "CONFIG_NAME, ModulesToSaveWrapper, PeftType, TaskType, TrainableTokensWrapper, _get_submodules, "
+        "CONFIG_NAME, ModulesToSaveWrapper, PeftConfig, PeftType, PromptLearningConfig, TaskType, "
+        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING, TrainableTokensWrapper, "
+        "_freeze_adapter, _get_submodules, get_quantization_config, "
         "get_peft_model_state_dict, infer_device, load_peft_weights, register_peft_method, "
         "set_peft_model_state_dict"
     ),
-    "peft.utils.constants": "CONFIG_NAME, DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME",
+    "peft.utils.constants": (
+        "CONFIG_NAME, DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME"
+    ),
     "peft.utils.hotswap": (
         "check_hotswap_configs_compatible, hotswap_adapter, hotswap_adapter_from_state_dict, "
         "prepare_model_for_compiled_hotswap"
     ),
     "peft.utils.merge_utils": "dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties",
     "peft.utils.other": (
-        "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy, transpose"
+        "AuxiliaryTrainingWrapper, ModulesToSaveWrapper, fsdp_auto_wrap_policy, get_pattern_key, "
+        "get_quantization_config, transpose"
     ),
     "peft.utils.peft_types": "PeftType, TaskType, register_peft_method",
     "peft.utils.save_and_load": (
@@ -281,6 +300,18 @@ def test_documented_paths_hold_their_names(path):
     module = importlib.import_module(path)
     for name in PLACES[path].split(", "):
         assert getattr(module, name) is not None
+
+
+def test_names_at_further_places_are_those_of_their_home():
+    for module, homes in other_places._PLACES.items():
+        for home, names in homes.items():
+            for name, _, own in (place.partition(":") for place in names.split()):
+                found = getattr(importlib.import_module(module), name)
+                assert found is getattr(importlib.import_module(home), own or name), (module, name)
+                doc = getattr(found, "__doc__", None)
+                assert doc != "Not provided by this package.", (module, name)
+    with pytest.raises(AttributeError, match="Did you mean 'get_peft_config'"):
+        _ = peft.mapping.get_peft_conf
 
 
 PICKLED = {
@@ -397,6 +428,7 @@ def test_the_tables_of_target_modules_count(method, monkeypatch):
     assert all(
         list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others
     )
+    assert peft.utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING == {}  # not here
     with pytest.raises(AttributeError):
         _ = peft.utils.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
 
@@ -473,3 +505,68 @@ def test_factors_that_are_leaves_are_wrapped_by_themselves():
     model = peft.get_peft_model(mlp(), METHODS["LORA"].config(target_modules=["0"]))
     found = wrapped(peft.utils.other.fsdp_auto_wrap_policy(model), model)
     assert found == {f"base_model.model.0.lora_{part}.default" for part in "AB"}
+
+
+def test_functions_for_single_layers(method):
+    model = peft.get_peft_model(mlp(), method.config(target_modules=["0", "2"]), "a")
+    model.add_adapter("b", method.config(target_modules=["0"]))
+    model.set_adapter("a")
+    layer = model.base_model.model[0]
+    layer.merge(**method.merge)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        assert check_adapters_to_merge(layer) == []
+    with pytest.warns(UserWarning, match="were merged a. You are now additionally merging b"):
+        assert check_adapters_to_merge(layer, ["a", "b"]) == ["b"]
+    with pytest.raises(TypeError, match="should be a list of strings"):
+        check_adapters_to_merge(layer, "a")
+    layer.unmerge()
+    assert check_adapters_to_merge(layer) == ["a"]
+    peft.utils._freeze_adapter(model, "a")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, nn.Embedding])
+def test_a_layer_is_loaded_where_it_is_offloaded(cls):
+    accelerate = pytest.importorskip("accelerate")
+    module = cls(4, 3)
+    expected = module.weight.detach().clone()
+    accelerate.cpu_offload(module, torch.device("cpu"))
+    assert module.weight.is_meta
+    with onload_layer(module):
+        assert torch.equal(module.weight, expected)
+        module.weight.data.mul_(2)
+        module.weight = nn.Parameter(expected * 3)
+    assert module.weight.is_meta
+    with onload_layer(module):
+        assert torch.equal(module.weight, expected * 3)
+
+
+def test_what_a_transformers_model_says_of_itself():
+    model = llama()
+    assert peft.utils.get_quantization_config(model, "gptq") is None
+    model.quantization_method, model.config.quantization_config = "gptq", {"bits": 4}
+    assert peft.utils.get_quantization_config(model, "gptq") == {"bits": 4}
+    assert peft.utils.get_quantization_config(model, "awq") is None
+    inside = nn.ModuleDict({"language": llama(), "head": nn.Linear(2, 2)})
+    assert peft.utils.other._get_no_split_modules(inside) == {"LlamaDecoderLayer"}
+    with pytest.warns(FutureWarning, match="use `prepare_model_for_kbit_training`"):
+        prepared = peft.prepare_model_for_int8_training(model.half())
+    assert {parameter.dtype for parameter in prepared.parameters()} == {torch.float32}
+    assert prepared.is_gradient_checkpointing
+
+
+def test_targets_that_match_nothing_on_purpose(method, tmp_path):
+    """Only a head is trained; the adapter can be saved and loaded as others can."""
+    config = method.config(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["4"])
+    base = mlp()
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.partition(".modules_to_save")[0] for name in trained} <= {
+        "base_model.model.4", "base_model.vblora_vector_bank.default"
+    }  # fmt: skip
+    with torch.no_grad():
+        model.base_model.model[4].modules_to_save["default"].weight.normal_()
+    x = torch.randn(3, 8)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))

@@ -16,6 +16,8 @@ MODEL_ROOT = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # Value of `target_modules` for all linear layers but the output head.
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+# Value of `target_modules` that matches no module, without an error.
+DUMMY_TARGET_MODULES = "dummy-target-modules"
 
 # Heads that `PeftModelFor…` trains in addition to the adapter, since they start at random.
 SEQ_CLS_HEAD_NAMES = ("classifier", "score")

@@ -12,7 +12,8 @@ class Placeholder:
 
 AdaLoraConfig = AdaLoraModel = AdamssConfig = AdamssModel = AdaptionPromptConfig = Placeholder
 AdaptionPromptModel = ArrowConfig = BOFTConfig = BOFTModel = BdLoraConfig = BeftConfig = Placeholder
-BeftModel = C3AConfig = C3AModel = CPTConfig = CPTEmbedding = CartridgeConfig = Placeholder
+BeftModel = BoneConfig = BoneModel = C3AConfig = C3AModel = CPTConfig = Placeholder
+CPTEmbedding = CartridgeConfig = Placeholder
 CartridgeEncoder = DeftConfig = DeftModel = DeloraConfig = DeloraModel = EvaConfig = Placeholder
 FourierFTConfig = FourierFTModel = FrodConfig = FrodModel = GloraConfig = GloraModel = Placeholder
 GraloraConfig = GraloraModel = HRAConfig = HRAModel = HiraConfig = HiraModel = Placeholder

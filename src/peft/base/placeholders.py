@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placeholders for names of the PEFT interface that this package does not implement.
+"""Names of the PEFT interface that a module does not define: those that have their home in another
+module here, and placeholders for those that this package does not implement.
 
 Client libraries import such names at their own import, and ask `isinstance(config,
 PrefixTuningConfig)`. A placeholder is a class without instances: importing it and `isinstance`
@@ -11,13 +12,16 @@ Options of LoRA can be made; `LoraConfig` refuses them.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from functools import cache, partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from . import placeholder_names
 from .errors import PeftNotSupportedError
+from .other_places import from_other_place
 from .registry import PeftType, not_provided
 from .suggestions import did_you_mean
 
@@ -63,8 +67,14 @@ _FEATURES = frozenset(
 
 
 @cache
-def placeholder(name: str, module: str = "peft") -> type:
-    """Return the placeholder for a name of a module, or raise `AttributeError`."""
+def placeholder(name: str, module: str = "peft") -> Any:
+    """Return a name of a module that another one defines, or its placeholder.
+
+    Raises:
+        AttributeError: The interface does not have the name there.
+    """
+    with suppress(KeyError):
+        return from_other_place(name, module)
     declared = {*getattr(sys.modules.get(module), "__annotations__", ())}
     if module in ("peft", "peft.tuners"):
         declared |= _NAMES

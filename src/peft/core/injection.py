@@ -173,7 +173,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
     """Make all parts of an adapter, without changing the model."""
     method.adjust_config(plan, construction)
     build = Build(plan.adapter_name, plan.config, plan.found, containers=_containers(method))
-    first = innermost(next(iter(plan.targets.values())))
+    first = innermost(next(iter(plan.targets.values()), method.model))
     build.shared = method.build_shared_parameters(build, *construction.place(first))
     for path, module in track(plan.targets.items(), "Making the adapter"):
         existing = layer_of(module, method.tuner_layer_cls)

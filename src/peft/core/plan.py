@@ -10,7 +10,11 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, OUTPUT_HEAD_NAMES
+from ..base.constants import (
+    DUMMY_TARGET_MODULES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    OUTPUT_HEAD_NAMES,
+)
 from ..base.containers import AdapterContainer, walk
 from ..base.errors import (
     NoMatchingPeftModuleError,
@@ -264,7 +268,7 @@ def _targeted(
         config.exclude_modules,
         *unmatched_names.layer_choice(config),
     )
-    if not paths:
+    if not paths and config.target_modules != DUMMY_TARGET_MODULES:
         _raise_unmatched(tuner, config, modules, whole)
     return paths
 

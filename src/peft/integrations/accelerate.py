@@ -65,8 +65,10 @@ def end_offloading(module: nn.Module) -> None:
 
 
 @contextmanager
-def loaded_weights(layer: nn.Module, adapters: Collection[str]) -> Iterator[None]:
-    """Context that loads the weights of a layer and adapters, and stores replaced ones."""
+def loaded_weights(layer: nn.Module, adapters: Collection[str] | None) -> Iterator[None]:
+    """Context that loads the weights of a layer and some or (with None) all adapters, and stores
+    replaced ones.
+    """
     hooked = [
         (module, hook) for _, module in walk(layer, adapters) if (hook := _hook(module)) is not None
     ]

@@ -303,6 +303,17 @@ def _stand_ins(units: Mapping[str, _Unit]) -> dict[str, Tensor]:
     return result
 
 
+def unsplit_classes(model: nn.Module) -> set[str]:
+    """Return the names of the module classes that a transformers model, or a model in it, keeps on
+    one device.
+    """
+    found: set[str] = set()
+    for _, module in walk(model):
+        found |= {*(getattr(type(module), "_no_split_modules", None) or ())}
+        found |= {*(vars(module).get("_no_split_modules") or ())}
+    return found
+
+
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an auto-wrap policy for FSDP1 that wraps each transformer block, and each trainable
     leaf with a `weight`, so that it is kept apart from frozen weights.
@@ -323,11 +334,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     )
 
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = (
-        set(getattr(model, "_no_split_modules", None) or ())
-        if named is None
-        else set(filter(None, named.split(",")))
-    )
+    names = unsplit_classes(model) if named is None else set(filter(None, named.split(",")))
     classes = {type(module) for module in model.modules() if type(module).__name__ in names}
     missing = names - {cls.__name__ for cls in classes}
     if missing and named is not None:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from ..base.errors import PeftTypeError
+from ..base.errors import PeftTypeError, warn
 from ..base.modules import check_model, infer_device
 from ..base.tensors import ordinary_tensors
 
@@ -60,3 +60,22 @@ def prepare_model_for_kbit_training(
         )
         model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
     return model
+
+
+def prepare_model_for_int8_training(
+    model: nn.Module,
+    output_embedding_layer_name: str = "lm_head",
+    use_gradient_checkpointing: bool = True,
+    layer_norm_names: Sequence[str] = ("layer_norm",),
+) -> nn.Module:
+    """Call `prepare_model_for_kbit_training`, the present name of this function.
+
+    Args:
+        output_embedding_layer_name, layer_norm_names: Accepted, without effect: parameters of all
+            layers that are not quantized become float32.
+    """
+    warn(
+        "`prepare_model_for_int8_training` is an old name; use `prepare_model_for_kbit_training`.",
+        FutureWarning,
+    )
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented place of `BaseTuner` and `BaseTunerLayer`, and checks of a config's targets."""
+"""The documented place of `BaseTuner` and `BaseTunerLayer`, with functions for code that works on
+single layers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,22 +20,28 @@ from ..core import targets as _targets
 from ..core.adapted_model import AdaptedModel
 from ..core.adapters import AdapterParameterDict
 from ..core.layer import BaseTunerLayer
+from ..core.merge_requests import checked_names, warn_of_merged
 from ..core.model_methods import tuner_of
 from ..core.tuner import BaseTuner
 from ..core.unmatched_names import layer_choice
+from ..integrations.accelerate import loaded_weights
 
 __all__ = [
     "AdapterModuleDict",
     "AdapterParameterDict",
     "BaseTuner",
     "BaseTunerLayer",
+    "check_adapters_to_merge",
     "check_target_module_exists",
     "inspect_matched_modules",
+    "onload_layer",
 ]
 
 
 # Names of the interface that this package does not implement, as placeholders.
+BasePromptEncoder: type
 BufferDict: type
+_ExcludedModule: type
 _filter_state_dict_by_key_prefixes: type
 _find_minimal_target_modules: type
 _get_tuner_state_dict_key_prefixes: type
@@ -41,6 +51,36 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
+
+
+def check_adapters_to_merge(
+    module: BaseTunerLayer, adapter_names: Sequence[str] | None = None
+) -> list[str]:
+    """Return the adapters, of a list or of the active ones, that a layer has not merged yet; warn
+    of those that it has.
+
+    Raises:
+        PeftTypeError: `adapter_names` is not a list of strings.
+
+    Example:
+        >>> from peft import LoKrConfig, inject_adapter_in_model
+        >>> model = inject_adapter_in_model(
+        ...     LoKrConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
+        ... )
+        >>> check_adapters_to_merge(model[0])
+        ['default']
+    """
+    names = module.active_adapters if adapter_names is None else adapter_names
+    left = [name for name in checked_names(names) if name not in module.merged_adapters]
+    warn_of_merged(module.merged_adapters, left)
+    return left
+
+
+def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the weights of a layer are in memory that accelerate offloads.
+    Weights that are replaced in it are stored at its end.
+    """
+    return loaded_weights(layer, None)
 
 
 def check_target_module_exists(config: TargetedConfig, key: str) -> bool:

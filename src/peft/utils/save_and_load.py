@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading of adapters' state dicts, at its documented place."""
 
+from typing import TYPE_CHECKING
+
 from ..base.constants import MODEL_ROOT, ROOT
+from ..base.placeholders import placeholder
 from ..checkpoint.checks import LoadResult, check_complete, check_state
 from ..checkpoint.hub import load_peft_weights
 from ..checkpoint.keys import (
@@ -45,3 +48,8 @@ __all__ = [
     "unmerged",
     "write_state",
 ]
+
+if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
+
+    def __getattr__(name: str) -> object:
+        return placeholder(name, __name__)

@@ -31,8 +31,9 @@ class RoutingTuner(BaseTuner[C]):
 
     def attach_adapter(self, build: Build[C]) -> None:
         """Make the model's calls take `task_ids`, and name them in its signatures."""
-        layer, config = next(self.tuner_layers()), build.config
-        self.routing.attach(self.model, build.adapter_name, config, layer)  # type: ignore[arg-type]
+        layer, config = next(self.tuner_layers(), None), build.config
+        if layer is not None:
+            self.routing.attach(self.model, build.adapter_name, config, layer)  # type: ignore[arg-type]
 
     def detach_adapter(self, adapter_name: str) -> None:  # noqa: D102
         self.routing.configs.pop(adapter_name, None)

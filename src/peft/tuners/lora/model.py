@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError, PeftWarning, warn
+from ...base.placeholders import placeholder
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
@@ -28,6 +29,12 @@ from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .starts import is_random, with_start, without_start
 
 _MAGNITUDE = "lora_magnitude_vector"
+
+
+if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
+
+    def __getattr__(name: str) -> object:
+        return placeholder(name, __name__)
 
 
 class LoraFormat(CheckpointFormat[LoraConfig]):
