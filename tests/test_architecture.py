@@ -27,6 +27,7 @@ FLOORS = (
         "tuners.tuners_utils",
         "tuners.lycoris_utils",
         "tuners.mixed",
+        "tuners.param_wrapper",
         *(f"tuners.{m}" for m in METHODS),
     ),
     ("tuners",),

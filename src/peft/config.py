@@ -397,6 +397,7 @@ class TargetedConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
 
@@ -412,6 +413,7 @@ class TargetedConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             yield from name_patterns(name, getattr(self, name))
         yield from name_list("modules_to_save", self.modules_to_save)
+        yield from name_list("target_parameters", self.target_parameters)
         yield from token_indices("trainable_token_indices", self.trainable_token_indices)
         if "layers_to_transform" in self.__dataclass_fields__:
             yield from layer_selection(self.layers_to_transform, self.layers_pattern)

@@ -20,6 +20,7 @@ from .core import plan as _plan
 from .core.base_layer import innermost
 from .core.injection import Build, Construction, build_adapter
 from .core.layer import BaseTunerLayer
+from .core.parameter_layer import ParameterLayer
 from .core.tuner import BaseTuner
 
 
@@ -191,14 +192,18 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
     return AdapterPlan(
         method=str(getattr(config.peft_type, "value", config.peft_type)),
-        layers=[
-            _layer_plan(path, layer, adapter_name, config) for path, layer in build.layers.items()
-        ],
+        layers=[_layer_plan(path, layer, adapter_name, config) for path, layer in _layers(build)],
         shared=_shared(build),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         base_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        module_paths=tuple(_plan.own_modules(model)),
+        module_paths=(*_plan.own_modules(model), *(target.key for target in targets.parameters)),
     )
+
+
+def _layers(build: Build) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Yield layers by the path of the module or the parameter that they adapt."""
+    yield from build.layers.items()
+    yield from ((target.key, layer) for target, layer in build.parameters.values())
 
 
 def _layer_plan(
@@ -239,7 +244,9 @@ def _kind(layer: BaseTunerLayer) -> str:
     """Return a layer's class and size in words: "Conv2d 4->8 3x3"."""
     size = layer.geometry
     kernel = f" {'x'.join(map(str, size.kernel_size))}" if size.kernel_size else ""
-    return f"{type(innermost(layer)).__name__} {size.in_features}->{size.out_features}{kernel}"
+    experts = f"{layer.num_experts}x " if isinstance(layer, ParameterLayer) else ""
+    kind = type(innermost(layer)).__name__
+    return f"{kind} {experts}{size.in_features}->{size.out_features}{kernel}"
 
 
 def _shared(build: Build) -> dict[str, int]:

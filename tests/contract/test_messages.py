@@ -261,7 +261,7 @@ def test_what_is_not_provided_says_whose_package_this_is():
         peft.IA3Config,
         peft.TrainableTokensConfig,
         lambda: peft.get_peft_config({"peft_type": "IA3"}),
-        lambda: LoraConfig(target_parameters=["experts"]),
+        lambda: LoraConfig(use_qalora=True),
     ):
         with pytest.raises(ValueError, match=re.escape(way_back)):
             call()

@@ -395,7 +395,7 @@ class _Swap:
         adapter.correct_sizes()
         positions = map(adapter.position, self.pairs)
         swapped = {position.path for position in positions if position is not None}
-        for path, fresh in self.build.layers.items():
+        for path, fresh in self.build.all_layers():
             if path in swapped:
                 self._adopt_values(adapter.layers[path], fresh)
         for layer in adapter.layers.values():

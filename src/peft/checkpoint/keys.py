@@ -61,6 +61,51 @@ def checkpoint_key(
     return None
 
 
+def checkpoint_keys(
+    names: Iterable[str], adapter_name: str, containers: Collection[str], shared: Collection[str]
+) -> dict[str, str]:
+    """Return the keys of an adapter's tensors by their names in the model.
+
+    If the adapter has several layers around one module, for several of its parameters, then those
+    inside the outermost keep a `base_layer` for each of these around them.
+
+    Example:
+        >>> inner, outer = "experts.base_layer.base_layer.lora_A.x", "experts.lora_A.x"
+        >>> checkpoint_keys([inner, outer], "x", ["lora_A"], [])[inner]
+        'experts.base_layer.lora_A'
+    """
+    found, depths = {}, dict[str, set[int]]()
+    for name in names:
+        key = checkpoint_key(name, adapter_name, containers, shared)
+        if key is not None:
+            found[name] = key
+            depths.setdefault(_module_of(key, containers), set()).add(_depth(name, containers))
+    nested = {path: sorted(own) for path, own in depths.items() if len(own) > 1}
+    for name, key in found.items() if nested else ():
+        path = _module_of(key, containers)
+        if path in nested:
+            levels = ".base_layer" * nested[path].index(_depth(name, containers))
+            found[name] = path + levels + key[len(path) :]
+    return found
+
+
+def _module_of(key: str, containers: Collection[str]) -> str:
+    """Return the path of the module that a tensor's layer adapts."""
+    parts = key.split(".")
+    end = next((i for i, part in enumerate(parts) if part in containers), 0)
+    return ".".join(parts[:end])
+
+
+def _depth(name: str, containers: Collection[str]) -> int:
+    """Return the number of layers around the one that a tensor belongs to."""
+    parts = name.split(".")
+    end = next((i for i, part in enumerate(parts) if part in containers), 0)
+    depth = 0
+    while depth < end and parts[end - 1 - depth] == "base_layer":
+        depth += 1
+    return depth
+
+
 def adapter_tensors(
     named: Iterable[tuple[str, T]],
     config: AdapterConfig,
@@ -71,11 +116,8 @@ def adapter_tensors(
     own = container_names(config)
     shared = tuner_class(config).shared_parameter_names
     tensors = {unwrapped_name(name): tensor for name, tensor in named}
-    result = {}
-    for name, tensor in tensors.items():
-        key = checkpoint_key(name, adapter_name, own, shared)
-        if key is not None:
-            result[key] = tensor
+    keys = checkpoint_keys(tensors, adapter_name, own, shared)
+    result = {key: tensors[name] for name, key in keys.items()}
     # An adapter's copy of a module comes before the module's own tensors of the same key.
     if config.trained_biases != "none":
         for name in _trained_biases(tensors, config, own):

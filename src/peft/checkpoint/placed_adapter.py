@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..integrations.distributed import state_tensors, unwrapped_name
-from .keys import adapter_tensors, in_view
+from .keys import adapter_tensors, checkpoint_keys, in_view
 from .protocols import AdapterConfig, AdapterLayer, Tuner, tuner_class
 from .rank_padding import RankPadding, Unpadded
+
+# Stands for any container, where the path of a layer is looked up.
+_ANY = "container"
 
 
 class Position(NamedTuple):
@@ -36,9 +39,13 @@ class PlacedAdapter:
         self.tuner: Tuner = tuner_class(config).of(model, config)
         self.root = "" if self.tuner.model is model else MODEL_ROOT
         self.layers: dict[str, AdapterLayer] = {}
-        for path, layer in self.tuner.named_tuner_layers():
-            if name in layer.scaling:
-                self.layers[unwrapped_name(path).removesuffix(".base_layer")] = layer
+        own = {
+            f"{unwrapped_name(path)}.{_ANY}.{name}": layer
+            for path, layer in self.tuner.named_tuner_layers()
+            if name in layer.scaling
+        }
+        for tensor, key in checkpoint_keys(own, name, (_ANY,), ()).items():
+            self.layers[key.removesuffix(f".{_ANY}")] = own[tensor]
 
     def tensors(self, embeddings: bool = False) -> dict[str, Tensor]:
         """Return the adapter's tensors by checkpoint key, with all token embeddings if asked."""

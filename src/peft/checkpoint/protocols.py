@@ -54,8 +54,10 @@ class AdapterLayer(Protocol):
 class AdapterBuild(Protocol):
     """An adapter that is complete but not in the model."""
 
-    layers: Mapping[str, AdapterLayer]
     shared: Mapping[str, nn.Parameter]
+
+    def all_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield the adapter's layers with their paths in a file."""
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the adapter's tensors with the names that they will have in the model."""

@@ -99,6 +99,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.model = model
         self.peft_config: dict[str, C] = {}
         self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self.inference_cache = InferenceCache()
         self.training = model.training
         self._active: str | list[str] = []

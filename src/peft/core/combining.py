@@ -152,6 +152,11 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
         )
     _check_values(request)
     for name in request.adapters:
+        if model.peft_config[name].target_parameters:
+            raise PeftValueError(
+                "add_weighted_adapter does not support targeting nn.Parameter (problematic adapter "
+                f"'{name}'); make several adapters active, which adds them up."
+            )
         if model.peft_config[name].trained_biases != "none":
             raise PeftValueError(
                 f"Adapter {name} trains biases of the base model, of which there is one copy only; "

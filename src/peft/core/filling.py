@@ -22,7 +22,7 @@ from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.checks import LoadResult, check_complete, check_state, some, warn_of_values
 from ..checkpoint.keys import (
     adapter_tensors,
-    checkpoint_key,
+    checkpoint_keys,
     container_names,
     in_view,
     tied_embeddings,
@@ -31,6 +31,7 @@ from ..checkpoint.state_dict import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors, unwrapped_name
 from .base_layer import layer_of
+from .parameter_targets import layer_for
 
 if TYPE_CHECKING:
     from .injection import Build, Fill
@@ -57,6 +58,10 @@ def copy_fill(model: nn.Module, config: PeftConfig, source: str) -> Fill:
         fill_with(build, {key: tensor for key, tensor in values.items() if key in own})
         for path, layer in build.layers.items():
             known = layer_of(model.get_submodule(MODEL_ROOT + path), type(layer))
+            assert known is not None
+            _copy_state(layer, known, build.adapter_name, source)
+        for target, layer in build.parameters.values():
+            known = layer_for(model, MODEL_ROOT + target.path, target.name, type(layer))
             assert known is not None
             _copy_state(layer, known, build.adapter_name, source)
 
@@ -110,6 +115,8 @@ class CheckpointFill:
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():
             view = in_view(config)
             inside = dict.fromkeys(build.layers, ".base_layer")
+            for target, _ in build.parameters.values():
+                inside[target.path] = inside.get(target.path, "") + ".base_layer"
             inside |= dict.fromkeys(build.tokens, ".token_adapter.base_layer")
             base = [*named_tensors(walk(self.model, view), view)]
             for name, tensor in chain(base, tied_embeddings(self.model, dict(base).values())):
@@ -176,18 +183,17 @@ def without_adapter_names(
 
     Taken are the keys of `adapter_name`, else of "default", else of the only adapter there.
     """
-    named: dict[str, dict[str, str]] = {}
     containers = {*container_names(config), "modules_to_save"}
     shared = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).shared_parameter_names
-    for key in state:
-        name = unwrapped_name(key)
-        parts = name.split(".")
-        for part, after in pairwise(parts):
-            if (
-                part in containers
-                and (plain := checkpoint_key(name, after, containers, shared)) in expected
-            ):
-                named.setdefault(after, {})[key] = plain  # type: ignore[assignment]
+    plain = {unwrapped_name(key): key for key in state}
+    adapters = {
+        after for name in plain for part, after in pairwise(name.split(".")) if part in containers
+    }
+    named: dict[str, dict[str, str]] = {}
+    for adapter in adapters:
+        for name, key in checkpoint_keys(plain, adapter, containers, shared).items():
+            if key in expected:
+                named.setdefault(adapter, {})[plain[name]] = key
     chosen = next((name for name in (adapter_name, "default") if name in named), None)
     if chosen is None and len(named) == 1:
         chosen = next(iter(named))

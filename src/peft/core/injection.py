@@ -28,9 +28,11 @@ from ..config import TargetedConfig
 from . import moe_tokens
 from .adapters import AdapterParameterDict, adopt
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from .base_layer import innermost, layer_of
+from .base_layer import layer_of
 from .fused_paths import avoid_fused_paths
 from .layer import BaseTunerLayer
+from .parameter_layer import ParameterLayer
+from .parameter_targets import ParameterTarget, layer_for, nested_paths, put_layers
 from .trainable_tokens import TokenRows, TrainableTokensWrapper
 from .weights import placement
 
@@ -80,6 +82,7 @@ class Build(Generic[C]):
         shared: Parameters that all layers share, by attribute name.
         containers: Containers that `shared` will go into, by attribute name; the layers refer to
             these already.
+        parameters: Parameters with the new layers that adapt them, by the layer's path in a file.
     """
 
     adapter_name: str
@@ -90,10 +93,16 @@ class Build(Generic[C]):
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     containers: dict[str, AdapterParameterDict] = field(default_factory=dict)
+    parameters: dict[str, tuple[ParameterTarget, ParameterLayer]] = field(default_factory=dict)
+
+    def all_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """Yield the new layers with their paths in a file."""
+        yield from self.layers.items()
+        yield from ((path, layer) for path, (_, layer) in self.parameters.items())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor with its name in the model; shared parameters lie at the root."""
-        for path, layer in self.layers.items():
+        for path, layer in self.all_layers():
             for attribute in layer.container_names:
                 for name, tensor in getattr(layer, attribute).state_dict(keep_vars=True).items():
                     yield f"{path}.{attribute}.{name}", tensor
@@ -115,6 +124,7 @@ class AdapterMethod(Protocol[C]):
 
     model: nn.Module
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+    parameter_layer_cls: ClassVar[type[ParameterLayer] | None]
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:
@@ -143,6 +153,11 @@ class AdapterMethod(Protocol[C]):
     def put_shared(self, build: Build[C]) -> list[str]:
         """Put the parameters that an adapter's layers share into their containers."""
 
+    def parameter_options(
+        self, config: C, target: ParameterTarget, build: Build[C]
+    ) -> dict[str, object]:
+        """Return further arguments for making the layer of a parameter."""
+
     def attach_adapter(self, build: Build[C]) -> None:
         """Set up the method for an adapter that is now in the model."""
 
@@ -153,6 +168,7 @@ class Host(Protocol[C]):
     model: nn.Module
     peft_config: dict[str, C]
     targeted_module_names: list[str]
+    targeted_parameter_names: list[str]
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -173,7 +189,7 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
     """Make all parts of an adapter, without changing the model."""
     method.adjust_config(plan, construction)
     build = Build(plan.adapter_name, plan.config, plan.found, containers=_containers(method))
-    first = innermost(next(iter(plan.targets.values()), method.model))
+    first = next(iter(plan.bases()), method.model)
     build.shared = method.build_shared_parameters(build, *construction.place(first))
     for path, module in track(plan.targets.items(), "Making the adapter"):
         existing = layer_of(module, method.tuner_layer_cls)
@@ -186,10 +202,12 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
         layer = make(
             base, plan.adapter_name, plan.config, placement=place, initialize=initialize, **options
         )
+        build.layers[path] = layer
+    _build_parameter_layers(method, plan, construction, build)
+    for _, layer in build.all_layers():
         _check_layer(layer, plan.adapter_name, method.shared_parameter_names)
         for container in layer.containers():
             container.train(layer.training)
-        build.layers[path] = layer
     for path, module in plan.trainable_copies.items():
         build.copies[path] = _trainable_copy(path, module)
     for path, indices in plan.tokens.indices.items():
@@ -197,6 +215,25 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
         place, initialize = construction.place(module)
         build.tokens[path] = TrainableTokensWrapper.rows_of(module, indices, place, initialize)
     return build
+
+
+def _build_parameter_layers(
+    method: AdapterMethod[C], plan: Plan[C], construction: Construction, build: Build[C]
+) -> None:
+    """Make the layers of the targeted parameters."""
+    for path, target in nested_paths(plan.parameters).items():
+        assert method.parameter_layer_cls is not None  # the plan checked it
+        place, initialize = construction.place(target.module)
+        layer = method.parameter_layer_cls(
+            target.module,
+            plan.adapter_name,
+            plan.config,
+            target.name,
+            placement=place,
+            initialize=initialize,
+            **method.parameter_options(plan.config, target, build),
+        )
+        build.parameters[path] = target, layer
 
 
 def _check_layer(layer: BaseTunerLayer, adapter_name: str, shared: Sequence[str]) -> None:
@@ -246,12 +283,17 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
     if is_first:
         _freeze_base(model)
     _put_layers(model, plan, build, method.tuner_layer_cls)
+    put_layers(model, build.parameters.values(), method.tuner_layer_cls)
     known = set(host.targeted_module_names)
     host.targeted_module_names += [path for path in build.layers if path not in known]
+    keys = [target.key for target, _ in build.parameters.values()]
+    host.targeted_parameter_names += [k for k in keys if k not in host.targeted_parameter_names]
     avoid_fused_paths(model)
     _put_copies(model, build)
     _put_tokens(model, plan, build)
-    moe_tokens.note(model, (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied))
+    outer = dict.fromkeys(target.path for target in plan.parameters)
+    paths = (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied, *outer)
+    moe_tokens.note(model, paths)
     for attribute in method.put_shared(build):
         host.shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
     host.peft_config[name] = build.config
@@ -305,9 +347,14 @@ def _put_tokens(model: nn.Module, plan: Plan[C], build: Build[C]) -> None:
 def _leave_waiting(host: Host[C], build: Build[C], layer_cls: type[BaseTunerLayer]) -> None:
     """Give the parts of a later adapter the state of the others; it stays inactive and frozen."""
     disabled = host.adapters_disabled
+    parts: list[nn.Module | None] = [
+        layer_for(host.model, target.path, target.name, layer_cls)
+        for target, _ in build.parameters.values()
+    ]
     for path in (*build.layers, *build.copies, *build.tokens):
         module = host.model.get_submodule(path)
-        part = layer_of(module, layer_cls) or module
+        parts.append(layer_of(module, layer_cls) or module)
+    for part in parts:
         assert isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         part._disable_adapters = disabled
         if isinstance(part, BaseTunerLayer):

@@ -83,6 +83,12 @@ class BaseTunerLayer(nn.Module):
         self._disable_adapters = False
         self._freeze = TemporaryFreeze()
         self.base_layer = base_layer
+        self.note_base(base_layer)
+        self.cast_input_dtype_enabled = True
+        self.training = base_layer.training
+
+    def note_base(self, base_layer: nn.Module) -> None:
+        """Note size, input layout and merges of the layer to adapt."""
         size = geometry(base_layer) or table(base_layer)
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
@@ -91,8 +97,6 @@ class BaseTunerLayer(nn.Module):
                 self.layout = RowLayout(1 + len(size.kernel_size) if size.is_conv else 0)
         inner = base_layer if isinstance(base_layer, BaseTunerLayer) else None
         self._merges: Merges = Merges() if inner is None else inner._merges
-        self.cast_input_dtype_enabled = True
-        self.training = base_layer.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base layer's output plus the active adapters' deltas, in the output's dtype.
@@ -156,8 +160,7 @@ class BaseTunerLayer(nn.Module):
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """Return the delta of the base weight, in its layout; by default from `delta_recipe`."""
         if type(self).delta_recipe is BaseTunerLayer.delta_recipe:
-            kind = type(self).__name__
-            raise PeftNotSupportedError(f"{kind} has no delta that could be merged into a weight.")
+            raise PeftNotSupportedError(f"{type(self).__name__} has no delta to merge.")
         return self.delta_recipe(adapter_name, **options).weight()
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
@@ -210,6 +213,11 @@ class BaseTunerLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer itself, below all adapters."""
+        return innermost(self)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose `weight` adapters are merged into."""
         return innermost(self)
 
     def apply_to_any(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
@@ -309,8 +317,8 @@ class BaseTunerLayer(nn.Module):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; they become trainable unless `inference_mode`, others are frozen."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._freeze.forget()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         trained = [] if inference_mode else [name for name in names if name in self.scaling]
         frozen = [name for name in adapters.unfrozen(self) if name not in trained]
         for name in [*frozen, *trained]:
@@ -321,8 +329,7 @@ class BaseTunerLayer(nn.Module):
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Unfreeze or freeze adapters, active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.adapter_parameters(name):
                 # With many adapters most are frozen and stay so.
                 if parameter.requires_grad != requires_grad:
@@ -378,11 +385,7 @@ class BaseTunerLayer(nn.Module):
             self.hold_scale(adapter, scale * self.base_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters.
-
-        Raises:
-            PeftTypeError, PeftValueError: The factor is not a finite number.
-        """
+        """Multiply the scale of the active adapters by a finite number, or raise."""
         check_scale(scale)
         for name in self.active_adapters:
             if name in self.scaling:
@@ -445,7 +448,7 @@ class BaseTunerLayer(nn.Module):
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
         """Raise if adapters can't be merged into this layer, whatever their values."""
-        quantized_format(self.get_base_layer())
+        quantized_format(self.holder)
         merged = [*(merge.name for merge in self._merges.entries), *adapter_names]
         check_order(self._merges.stack(self), merged)
 
@@ -461,15 +464,15 @@ class BaseTunerLayer(nn.Module):
     def take_off(self, adapter_names: Collection[str] | None = None) -> list[Merge]:
         """Unmerge adapters, by default all, and return their merges; `put_on` merges them again."""
         names = self.merged_adapters if adapter_names is None else adapter_names
-        return self._merges.remove(self.get_base_layer(), names, self)
+        return self._merges.remove(self.holder, names, self)
 
     def put_on(self, merges: Sequence[Merge]) -> None:
         """Merge again the adapters that `take_off` unmerged."""
-        self._merges.add(self.get_base_layer(), merges)
+        self._merges.add(self.holder, merges)
 
     def unmerged_weight(self) -> Tensor:
         """Return the dequantized base weight without merges, bit for bit the original."""
-        return self._merges.original(self.get_base_layer())
+        return self._merges.original(self.holder)
 
     def _save_to_state_dict(
         self, destination: dict[str, object], prefix: str, keep_vars: bool
@@ -493,5 +496,5 @@ class BaseTunerLayer(nn.Module):
         if not self.merged or not recurse:
             return super()._apply(fn, recurse)
         return self._merges.converted(
-            self.get_base_layer(), lambda: super(BaseTunerLayer, self)._apply(fn), fn
+            self.holder, lambda: super(BaseTunerLayer, self)._apply(fn), fn
         )

@@ -33,6 +33,10 @@ class MergeableLayer(dora.DecomposableLayer, Protocol):
 
     merged_adapters: list[str]
 
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose `weight` is merged into."""
+
     def get_delta_weight(self, adapter_name: str, **options: Any) -> Tensor:
         """Return the delta of the base weight."""
 
@@ -108,7 +112,7 @@ class Merges:
         """
         if not options:
             return
-        base = layer.get_base_layer()
+        base = layer.holder
         with exact_merge.isolated(_weight(base).device):
             first = None if self.entries else next(iter(options))
             new = [_merge_of(layer, name, own, name == first) for name, own in options.items()]
@@ -138,7 +142,7 @@ class Merges:
 
     def suspend(self, layer: MergeableLayer) -> None:
         """Unmerge all adapters of a layer until they are resumed."""
-        self._suspended += self.remove(layer.get_base_layer(), layer.merged_adapters, layer)
+        self._suspended += self.remove(layer.holder, layer.merged_adapters, layer)
 
     def resume(self, layer: MergeableLayer, wanted: bool) -> None:
         """Merge the layer's suspended adapters again, or forget them."""
@@ -149,7 +153,7 @@ class Merges:
         ]
         self._suspended = [merge for merge in self._suspended if merge.layer is not layer]
         if wanted:
-            self.add(layer.get_base_layer(), again)
+            self.add(layer.holder, again)
 
     def suspended(self, layer: MergeableLayer) -> set[str]:
         """Return the layer's adapters that were merged before the adapters were disabled."""
@@ -185,10 +189,11 @@ class Merges:
         Some file formats drop the metadata. Without it, a weight with the values of the present one
         has the present merges, and any other weight has none.
         """
-        base, depth = layer.base_layer, 1
-        while base is not layer.get_base_layer():
-            base, depth = cast(nn.Module, base.base_layer), depth + 1
-        value, weight = state.get(f"{prefix}{'base_layer.' * depth}weight"), _weight(base)
+        module, depth, base = layer.base_layer, 1, layer.holder
+        while "base_layer" in module._modules:
+            module, depth = cast(nn.Module, module.base_layer), depth + 1
+        name = getattr(base, "parameter", "weight")
+        value, weight = state.get(f"{prefix}{'base_layer.' * depth}{name}"), _weight(base)
         if not isinstance(value, Tensor) or weight is None or value.shape != weight.shape:
             return
         recorded = cast(Mapping[str, Options], metadata.get("merged", {}))

@@ -15,6 +15,7 @@ from ..base.modules import get_submodules
 from ..base.progress import track
 from ..integrations.accelerate import loaded_weights
 from . import tied_weights
+from .adapted_parameters import detach
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
 from .layer import BaseTunerLayer
@@ -65,7 +66,7 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
     inner: dict[nn.Module, list[str]] = {}  # adapters that inner layers are about to merge
     for path, layer in reversed(list(named.items())):
         own = todo.get(id(layer), {})
-        names = inner.setdefault(layer.get_base_layer(), [])
+        names = inner.setdefault(layer.holder, [])
         names += own
         with loaded_weights(layer, [*own, *layer.merged_adapters]):
             try:
@@ -87,7 +88,7 @@ def warn_of_ties(
     """Warn where merging into layers (`named` by path) changes a weight used elsewhere too."""
     owners: dict[int, list[str]] = {}
     for path, layer in named.items():
-        base = layer.get_base_layer()
+        base, module = layer.holder, layer.get_base_layer()
         weight = base._parameters.get("weight")
         if weight is None or all(
             name not in layer.scaling or name in layer.merged_adapters for name in options
@@ -95,7 +96,7 @@ def warn_of_ties(
             continue
         owners = owners or tied_weights.owners(model)
         others = sorted(
-            {owner for owner in owners[id(weight)] if model.get_submodule(owner) is not base}
+            {owner for owner in owners[id(weight)] if model.get_submodule(owner) is not module}
         )
         if others:
             names = ", ".join(f"`{owner.partition('.base_layer')[0]}`" for owner in others)
@@ -120,7 +121,7 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
     shared = [
         layer
         for layer in merged
-        if len(owners.get(id(layer.get_base_layer()._parameters.get("weight")), ())) > 1
+        if len(owners.get(id(layer.holder._parameters.get("weight")), ())) > 1
     ]
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
 
@@ -133,7 +134,7 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
         with loaded_weights(layer, layer.merged_adapters):
             taken.append((layer, layer.take_off()))
     try:
-        with untied(model, layers):
+        with untied(model, [layer.holder for layer in layers]):
             put_on_again()
             try:
                 yield
@@ -232,7 +233,7 @@ def for_good(
     changed |= dict.fromkeys(layer for layer, _ in own)
     with without_other_merges(layers, options), apart(model, list(changed)):
         missing = [layer for layer, name in own if name not in layer.merged_adapters]
-        with made_plain(dict.fromkeys(layer.get_base_layer() for layer in missing)):
+        with made_plain(dict.fromkeys(layer.holder for layer in missing)):
             yield bool(missing)
 
 
@@ -266,5 +267,6 @@ def unload(
         elif isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.plain(adapters)
         if plain is not None:
+            detach(plain)
             parent, _, child = get_submodules(model, path)
             setattr(parent, child, plain)

@@ -28,13 +28,15 @@ from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import unwrapped_name
-from . import base_layer, tied_weights, unmatched_names
+from . import base_layer, parameter_targets, tied_weights, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
 from .adapter_names import check_name
 from .auxiliary import AuxiliaryTrainingWrapper
 from .fused_paths import unfit_reason
 from .layer import BaseTunerLayer
+from .parameter_layer import ParameterLayer
+from .parameter_targets import ParameterTarget
 from .renamed_targets import config_of_now, saved_paths
 from .trainable_tokens import TokenPlan
 
@@ -52,6 +54,7 @@ class TargetRules(Protocol[C_contra]):
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
     supported_modules: ClassVar[str]
     default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]]
+    parameter_layer_cls: ClassVar[type[ParameterLayer] | None]
 
     @property
     def peft_config(self) -> Mapping[str, PeftConfig]:
@@ -65,6 +68,9 @@ class TargetRules(Protocol[C_contra]):
 
     def target_problems(self, config: C_contra, path: str, module: nn.Module) -> Iterator[str]:
         """Yield the conflicts of a module with a config."""
+
+    def parameter_problems(self, config: C_contra, target: ParameterTarget) -> Iterator[str]:
+        """Yield the conflicts of a parameter with a config."""
 
     def target_remedy(self, config: C_contra, modules: Sequence[nn.Module]) -> str:
         """Return a remedy for the conflicts of all modules."""
@@ -83,6 +89,7 @@ class Plan(Generic[C]):
         places: All paths of each targeted module, several where the model shares it.
         tokens: Embeddings to train single rows of.
         biases: Biases of the base model to train.
+        parameters: Parameters to adapt, beside the modules in `targets`.
     """
 
     adapter_name: str
@@ -93,6 +100,14 @@ class Plan(Generic[C]):
     places: dict[str, list[str]] = field(default_factory=dict)
     tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
     biases: list[nn.Parameter] = field(default_factory=list)
+    parameters: list[ParameterTarget] = field(default_factory=list)
+
+    def bases(self) -> list[nn.Module]:
+        """Return the modules that get layers, below all adapters."""
+        return [
+            *map(base_layer.innermost, self.targets.values()),
+            *(target.module for target in self.parameters),
+        ]
 
 
 def make(
@@ -143,6 +158,8 @@ def make(
         for p, m in modules.items()
         if not any(_below(p, whole) for whole in plan.trainable_copies)
     }
+    if config.target_parameters:
+        plan.parameters = parameter_targets.find(config, tuner.model, candidates, is_new)
     paths = (
         _saved(state_dict, tuner, config, candidates)
         if state_dict
@@ -157,8 +174,11 @@ def make(
     plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
     if is_new and not state_dict:
         unmatched_names.warn_of_unused(config, modules)
-    unmatched_names.warn_of_patterns(_pattern_fields(config), plan.targets)
+    unmatched_names.warn_of_patterns(
+        _pattern_fields(config), [*plan.targets, *(target.key for target in plan.parameters)]
+    )
     _check_modules(tuner, plan)
+    _check_parameters(tuner, plan)
     plan.tokens = _trainable_tokens.plan(
         plan.config, tuner.model, modules, {*plan.targets, *plan.trainable_copies}
     )
@@ -239,6 +259,8 @@ def _targeted(
     if config.target_modules is None:
         kind = model_type(tuner.model)
         defaults = tuner.default_target_modules.get(kind or "")
+        if defaults is None and config.target_parameters:
+            return []
         if defaults is None:
             there = unmatched_names.counted_names(_adaptable(tuner, config, modules))
             raise PeftValueError(
@@ -253,6 +275,8 @@ def _targeted(
             else set(defaults).difference(unmatched_names.unused(defaults, modules))
         )
         config.target_modules = present or set(defaults)
+    if not config.target_modules and config.target_parameters:
+        return []
     if not config.target_modules:
         raise PeftValueError(
             "`target_modules` is empty; name at least one module, or use 'all-linear'."
@@ -375,6 +399,11 @@ def _saved(
     modules: Mapping[str, nn.Module],
 ) -> list[str]:
     """Return the paths of a checkpoint's modules; warn if the config targets others."""
+    if config.target_parameters:
+        raise PeftValueError(
+            "`state_dict` chooses modules, and can't choose parameters; leave it out for a config "
+            "with `target_parameters`."
+        )
     saved = saved_paths(tuner.model, state_dict, tuner.tuner_layer_cls.container_names)
     paths = [path for path in modules if unwrapped_name(path) in saved]
     if not paths:
@@ -406,6 +435,20 @@ def _saved(
     return paths
 
 
+def _check_parameters(tuner: TargetRules[C], plan: Plan[C]) -> None:
+    """Check that every targeted parameter can be adapted as configured."""
+    adapted = {**plan.targets, **plan.trainable_copies}
+    supported = tuner.parameter_layer_cls is not None
+    parameter_targets.check(plan.parameters, adapted, supported, type(tuner).__name__)
+    problems = [
+        f"`{target.key}`: {problem}"
+        for target in plan.parameters
+        for problem in tuner.parameter_problems(plan.config, target)
+    ]
+    if problems:
+        raise PeftValueError(" ".join(problems))
+
+
 def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
     """Check that every targeted module can be adapted as configured; errors name all."""
     unsupported, misfits = [], []
@@ -417,6 +460,8 @@ def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
         reason = unfit_reason(parent, name, kind)
         if reason:
             unsupported.append(f"`{path}`: {reason}.")
+        elif twice := parameter_targets.check_not_parameters(path, module):
+            unsupported.append(twice)
         elif tuner.tuner_layer_class(plan.config, base) is None:
             unsupported.append(
                 f"`{path}`: Target module {base_layer.describe(base)} is not supported."

@@ -19,6 +19,8 @@ from .combining import Combination, Combined
 from .injection import Build, Construction, build_adapter
 from .layer import BaseTunerLayer
 from .method_info import Role
+from .parameter_layer import ParameterLayer
+from .parameter_targets import ParameterTarget, targets_of
 from .plan import Plan
 from .renamed_targets import present_names
 
@@ -43,6 +45,8 @@ class BaseTuner(AdaptedModel[C]):
     supported_modules: ClassVar[str] = ""
     # Targets by model type, for configs that name none.
     default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]] = DEFAULT_TARGET_MODULES
+    # Class of the layers that adapt parameters, None for a method that has none.
+    parameter_layer_cls: ClassVar[type[ParameterLayer] | None] = None
     # Conversion of an adapter's tensors to those of a checkpoint, and back.
     checkpoint_format: ClassVar[CheckpointFormat[Any]] = CheckpointFormat()
     # Roles of the parameters; an optimizer gives each role a learning rate.
@@ -72,6 +76,16 @@ class BaseTuner(AdaptedModel[C]):
 
     def target_problems(self, config: C, path: str, module: nn.Module) -> Iterator[str]:
         """Yield the conflicts of the module at `path` with `config`, a sentence each."""
+        yield from ()
+
+    def parameter_options(
+        self, config: C, target: ParameterTarget, build: Build[C]
+    ) -> dict[str, object]:
+        """Return further arguments for making the layer of a parameter."""
+        return self.tuner_layer_options(config, target.key, build)
+
+    def parameter_problems(self, config: C, target: ParameterTarget) -> Iterator[str]:
+        """Yield the conflicts of a parameter with `config`, a sentence each."""
         yield from ()
 
     def target_remedy(self, config: C, modules: Sequence[nn.Module]) -> str:
@@ -123,7 +137,9 @@ class BaseTuner(AdaptedModel[C]):
 
         The new one has the storage format of `like`, which it will replace.
         """
-        plan = Plan(adapter_name, config, self.complete(config), dict(layers))
+        plan = Plan(adapter_name, config, self.complete(config))
+        plan.parameters = targets_of(layers)
+        plan.targets = {p: m for p, m in layers.items() if not isinstance(m, ParameterLayer)}
         return build_adapter(self, plan, Construction(initialize=False, like=like))
 
     @classmethod

@@ -10,7 +10,7 @@ from ...base.placeholders import placeholder as _placeholder
 from ...base.registry import register_peft_method
 from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .model import LoraModel
 
 # Names of the interface that this package does not implement, as placeholders.
@@ -32,7 +32,6 @@ Linear4bit: _Any
 Linear8bitLt: _Any
 LoraParallelLinear: _Any
 MultiheadAttention: _Any
-ParamWrapper: _Any
 QuantLinear: _Any
 TorchaoLoraLinear: _Any
 create_arrow_model: _Any
@@ -57,6 +56,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "ParamWrapper",
     "convert_to_lora",
     "save_as_lora",
     "save_tasks_as_lora",

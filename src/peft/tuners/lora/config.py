@@ -69,7 +69,6 @@ _NOT_PROVIDED = (
     "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -127,8 +126,12 @@ class LoraConfig(TargetedConfig):
             model. For linear layers and embeddings of decoders; the adapter can't be merged.
         megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
         velora_config, use_qalora, qalora_group_size, monteclora_config,
-        layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config,
+        layer_replication, runtime_config, use_bdlora, arrow_config,
         kasa_config: Not provided; only values that turn the feature off are accepted.
+        target_parameters: Parameters to adapt, by the ends of their paths
+            ("experts.gate_up_proj"): matrices, and stacks of experts' matrices `[experts, …]`,
+            where each expert gets factors of rank `r`. Without `lora_dropout`, `lora_bias` and
+            `use_dora`.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
             that share a weight. Rows of `trainable_token_indices` are tied anyway.
         start: Set by this package if `init_lora_weights` draws random numbers ("pissa_niter_<n>"):
@@ -180,7 +183,7 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
     use_bdlora: dict | None = None
     arrow_config: dict | None = None
     kasa_config: dict | None = None

@@ -19,13 +19,16 @@ from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
 from .factors import Factors, draw_for_embedding, olora, pissa
+from .param_wrapper import LoraParameterProxy, ParamWrapper
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"]
 
+
+# The name in the interface.
+_LoraParameterProxy = LoraParameterProxy
 
 # Names of the interface that this package does not implement, as placeholders.
 MultiheadAttention: type
-ParamWrapper: type
 _ConvNd: type
 _LoraFactorsProxy: type
 

@@ -18,6 +18,7 @@ from ...core.combining import Combination, Combined, outer_path
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
+from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
@@ -25,7 +26,7 @@ from . import combining
 from .activation import CALL_ARGUMENTS, Activation
 from .config import LoraConfig
 from .conversion import convert_to_lora
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .starts import is_random, with_start, without_start
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -109,6 +110,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         "nn.Linear (also quantized), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
     )
 
+    parameter_layer_cls = ParamWrapper
     combination_types: ClassVar[tuple[str, ...]] = combining.KINDS
     adapter_call_arguments: ClassVar[tuple[str, ...]] = CALL_ARGUMENTS
 
@@ -191,6 +193,23 @@ class LoraModel(BaseTuner[LoraConfig]):
     def detach_adapters(self) -> None:
         """Give the model its own methods back."""
         Activation.detach(self.model)
+
+    def parameter_problems(self, config: LoraConfig, target: ParameterTarget) -> Iterator[str]:
+        """Yield the options that are for layers, whose input and output an adapter sees."""
+        unfit = {
+            "lora_dropout": bool(config.lora_dropout),
+            "lora_bias": config.lora_bias,
+            "use_dora": config.use_dora,
+            "fan_in_fan_out": config.fan_in_fan_out,
+            "alora_invocation_tokens": bool(config.alora_invocation_tokens),
+            "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+        }
+        for name, is_set in unfit.items():
+            if is_set:
+                yield (
+                    f"lora.ParamWrapper does not work with `{name}`={getattr(config, name)!r}, "
+                    "which is for modules; leave the default."
+                )
 
     def adjust_config(self, plan: Plan[LoraConfig], construction: Construction) -> None:
         """Set `fan_in_fan_out` to the layout of the layers' weights, and warn of missing biases."""
