@@ -193,3 +193,23 @@ def test_what_is_not_provided_says_so(name):
         getattr(peft.helpers, name)()
     with pytest.raises(AttributeError, match=r"module 'peft.helpers' has no attribute 'nothing'"):
         _ = peft.helpers.nothing
+
+
+def test_helpers_for_weights_elsewhere():
+    """Empty weights, weights that no engine has sharded, and the targets of "all-linear"."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+    from peft.utils.integrations import gather_params_ctx, init_empty_weights
+
+    for include_buffers, device in ((None, "cpu"), (True, "meta")):
+        with init_empty_weights(include_buffers):
+            layer = torch.nn.BatchNorm1d(2)
+        assert layer.weight.is_meta and layer.running_mean.device.type == device
+    weight = torch.nn.Linear(2, 2).weight
+    with gather_params_ctx(weight), gather_params_ctx([weight], modifier_rank=None):
+        assert weight.shape == (2, 2)
+    config = peft.LoraConfig(target_modules="all-linear")
+    assert _maybe_include_all_linear_layers(config, llama()) is config
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear"))
+    assert config.target_modules == set(model.targeted_module_names)
+    named = peft.LoraConfig(target_modules=["q_proj"])
+    assert _maybe_include_all_linear_layers(named, llama()).target_modules == {"q_proj"}

@@ -178,10 +178,10 @@ ABSENT = """
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.ia3.layer import IA3Layer
-from peft.tuners.lora import Linear4bit
-from peft.tuners.lora.bnb import Linear8bitLt
+from peft.tuners.lora import GPTQLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import get_layer_device_map
 import peft
 for name, marker in list(globals().items()):
     if isinstance(marker, type) and not name.startswith("_"):

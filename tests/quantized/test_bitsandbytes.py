@@ -14,7 +14,7 @@ import torch
 from helpers.methods import METHODS
 from torch import nn
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.core.weights import dense_weight, is_quantized
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -405,3 +405,38 @@ def test_a_transformers_model_in_few_bits(method, bits, tmp_path):
         difference = merged(input_ids=ids).logits - expected
         assert difference.norm() < 0.7 * (plain - expected).norm()
         assert merged.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 9)
+
+
+@pytest.mark.parametrize("kind", ["8-bit", "nf4-stored-as-bf16"])
+def test_names_that_programs_ask_for(kind):
+    from peft.tuners import lora
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+    from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
+
+    plain = nn.Linear(32, 64).bfloat16()
+    base = quantise(plain, kind)
+    bits, own, other = (
+        ("8bit", Linear8bitLt, Linear4bit)
+        if kind == "8-bit"
+        else ("4bit", Linear4bit, Linear8bitLt)
+    )
+    assert get_bnb_param_type(base.weight) == bits and not get_bnb_param_type(plain.weight)
+    if kind == "8-bit":
+        expected = bnb.functional.int8_vectorwise_dequant(base.weight.data, base.weight.SCB)
+    else:
+        expected = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    found = dequantize_module_weight(base)
+    torch.testing.assert_close(found, expected.view(64, 32).to(found.dtype))
+    assert found.dtype == (torch.float32 if kind == "8-bit" else torch.bfloat16)
+    assert dequantize_module_weight(plain) is plain.weight
+    model = get_peft_model(nn.Sequential(base, nn.Linear(64, 8)), LoraConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert isinstance(layer, own) and isinstance(layer, lora.Linear)
+    assert not isinstance(layer, other) and repr(layer).startswith(f"lora.{own.__name__}(")
+    by_hand = own(quantise(plain, kind), "default", LoraConfig(), r=4, lora_alpha=16)
+    assert (
+        by_hand.scaling == {"default": 4.0}
+        and by_hand(torch.randn(2, 32).bfloat16()).isfinite().all()
+    )
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is own

@@ -282,7 +282,7 @@ def _targeted(
             "`target_modules` is empty; name at least one module, or use 'all-linear'."
         )
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        linear = _all_linear(tuner.model, modules)
+        linear = all_linear(tuner.model, modules)
         config.target_modules = set(
             _targets.select(linear, set(linear) or {""}, config.exclude_modules)
         )
@@ -340,7 +340,7 @@ def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module
     ]
 
 
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of the linear layers that an adapter fits in, without the output head."""
     heads = set()
     if hasattr(model, "get_output_embeddings"):
@@ -418,7 +418,7 @@ def _saved(
         or ()
     )
     if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        targets = _all_linear(tuner.model, modules)
+        targets = all_linear(tuner.model, modules)
     meant = _targets.select(
         modules, targets, config.exclude_modules, *unmatched_names.layer_choice(config)
     )

@@ -68,6 +68,21 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.float() if weight.dtype.itemsize == 1 else weight
 
 
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """Return a layer's weight as numbers: the parameter itself, or a copy of a quantized one in the
+    precision that it was quantized from.
+
+    Raises:
+        PeftNotSupportedError: Its storage format is unknown.
+    """
+    layer = innermost(module)
+    if quantization.quantizer(layer) is not None:
+        return dense_weight(layer).to(quantization.numbers_dtype(layer))
+    weight: Any = layer.weight
+    is_plain = weight.is_floating_point() and not quantization.is_quantized_tensor(weight)
+    return weight if is_plain else dense_weight(layer)
+
+
 def stored_weight(module: nn.Module) -> Tensor:
     """Return a layer's weight parameter; raise if quantized, computed, or not all here."""
     module = innermost(module)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,15 @@ class _Hook(Protocol):
     def pre_forward(self, module: nn.Module) -> object: ...
 
     def post_forward(self, module: nn.Module, output: object) -> object: ...
+
+
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[None]:
+    """Return a context in which modules are made without memory for their parameters, on the meta
+    device; with `include_buffers` also without memory for their buffers.
+    """
+    import accelerate
+
+    return accelerate.init_empty_weights(include_buffers=bool(include_buffers))
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -202,6 +202,31 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gather_params_ctx(
+    param: Tensor | Iterable[Tensor],
+    modifier_rank: int | None = 0,
+    fwd_module: nn.Module | None = None,
+) -> Iterator[None]:
+    """Context in which parameters that ZeRO-3 has emptied are full; others are as they are.
+
+    Args:
+        param: A parameter, or several.
+        modifier_rank: The process whose changes to them are kept; None if they are only read.
+        fwd_module: As for `deepspeed.zero.GatheredParameters`.
+    """
+    parameters = [param] if isinstance(param, Tensor) else list(param)
+    if not any(hasattr(parameter, "ds_numel") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(
+        parameters, modifier_rank=modifier_rank, fwd_module=fwd_module
+    ):
+        yield
+
+
 def is_unmaterialized(tensor: Tensor) -> bool:
     """Return True for a tensor of `state_tensors` on the meta device, stand-ins excepted."""
     return tensor.is_meta and _source(tensor) is None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +42,54 @@ class StorageFormat(NamedTuple):
     pack: Callable[[_Layer, Tensor], object]
 
 
-def storage_format(module: nn.Module) -> StorageFormat | None:
-    """Return the storage format of a layer's weight, None if it is plain or unknown."""
-    weight: _Weight = module._parameters.get("weight")
+def quantizer(module: nn.Module) -> str | None:
+    """Return the library and bits that keep a layer's weight, None for plain and unknown layers:
+    "bnb 8bit", "bnb 4bit" or "torchao".
+    """
     bits, torchao = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("torchao.utils")
     if bits is not None and isinstance(module, bits.Linear8bitLt):
-        return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
+        return "bnb 8bit"
     if bits is not None and isinstance(module, bits.Linear4bit):
-        return _FOUR_BIT if _quant_state(module) is not None else None
+        return "bnb 4bit"
+    weight = module._parameters.get("weight")
     if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
+        return "torchao"
+    return None
+
+
+def storage_format(module: nn.Module) -> StorageFormat | None:
+    """Return the storage format of a layer's weight, None if it is plain or unknown."""
+    kind = quantizer(module)
+    weight: _Weight = module._parameters.get("weight")
+    if kind == "bnb 8bit":
+        return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
+    if kind == "bnb 4bit":
+        return _FOUR_BIT if _quant_state(module) is not None else None
+    if kind == "torchao":
         # With `act_pre_scale` the inputs are scaled before they are multiplied by the weight.
         is_plain = getattr(weight, "act_pre_scale", None) is None
         return _TORCHAO if is_plain and type(weight).__name__ in _TORCHAO_OPTIONS else None
     return None
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
+    """Return "4bit" or "8bit" for a parameter of bitsandbytes, False for any other."""
+    library = sys.modules.get("bitsandbytes.nn.modules")
+    if library is not None and isinstance(param, library.Params4bit):
+        return "4bit"
+    return "8bit" if library is not None and isinstance(param, library.Int8Params) else False
+
+
+def numbers_dtype(module: nn.Module) -> torch.dtype:
+    """Return the precision that a quantized layer's weight was quantized from, as far as it tells;
+    float32 for 8-bit ones.
+    """
+    kind = quantizer(module)
+    weight: _Weight = module._parameters["weight"]
+    if kind == "bnb 4bit":
+        state = _quant_state(module)
+        return getattr(state, "original_dtype", None) or state.dtype
+    return weight.dtype if kind == "torchao" else torch.float32
 
 
 def is_quantized_tensor(weight: Tensor) -> bool:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftValueError
 from ..base.placeholders import placeholder
@@ -22,6 +23,7 @@ from ..core.adapters import AdapterParameterDict
 from ..core.layer import BaseTunerLayer
 from ..core.merge_requests import checked_names, warn_of_merged
 from ..core.model_methods import tuner_of
+from ..core.plan import all_linear, own_modules
 from ..core.tuner import BaseTuner
 from ..core.unmatched_names import layer_choice
 from ..integrations.accelerate import loaded_weights
@@ -45,7 +47,8 @@ _ExcludedModule: type
 _filter_state_dict_by_key_prefixes: type
 _find_minimal_target_modules: type
 _get_tuner_state_dict_key_prefixes: type
-_maybe_include_all_linear_layers: type
+
+T = TypeVar("T", bound=TargetedConfig)
 
 if not TYPE_CHECKING:
 
@@ -96,6 +99,15 @@ def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
     """
     targets, layers = config.target_modules or (), layer_choice(config)
     return bool(_targets.select([key], targets, config.exclude_modules, *layers))
+
+
+def _maybe_include_all_linear_layers(peft_config: T, model: nn.Module) -> T:
+    """Write the paths of all linear layers into a config whose `target_modules` is "all-linear";
+    return the config.
+    """
+    if str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        peft_config.target_modules = set(all_linear(model, own_modules(model)))
+    return peft_config
 
 
 def inspect_matched_modules(

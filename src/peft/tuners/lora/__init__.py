@@ -8,10 +8,12 @@ from typing import Any as _Any
 
 from ...base.placeholders import placeholder as _placeholder
 from ...base.registry import register_peft_method
+from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .model import LoraModel
+from .torchao import TorchaoLoraLinear
 
 # Names of the interface that this package does not implement, as placeholders.
 ArrowConfig: _Any
@@ -28,12 +30,9 @@ EetqLoraLinear: _Any
 GPTQLoraLinear: _Any
 HqqLoraLinear: _Any
 IncLoraLinear: _Any
-Linear4bit: _Any
-Linear8bitLt: _Any
 LoraParallelLinear: _Any
 MultiheadAttention: _Any
 QuantLinear: _Any
-TorchaoLoraLinear: _Any
 create_arrow_model: _Any
 get_eva_state_dict: _Any
 initialize_lora_eva_weights: _Any
@@ -51,12 +50,15 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "LoraConfig",
     "LoraConversion",
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
     "ParamWrapper",
+    "TorchaoLoraLinear",
     "convert_to_lora",
     "save_as_lora",
     "save_tasks_as_lora",

@@ -22,14 +22,22 @@ from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
+from ...integrations.quantization import quantizer
 from . import combining
 from .activation import CALL_ARGUMENTS, Activation
+from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
 from .conversion import convert_to_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .starts import is_random, with_start, without_start
+from .torchao import TorchaoLoraLinear
 
 _MAGNITUDE = "lora_magnitude_vector"
+_QUANTIZED: Mapping[str | None, type[Linear]] = {
+    "bnb 4bit": Linear4bit,
+    "bnb 8bit": Linear8bitLt,
+    "torchao": TorchaoLoraLinear,
+}
 
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
@@ -120,7 +128,9 @@ class LoraModel(BaseTuner[LoraConfig]):
         size = geometry(module)
         if size is None:
             return Embedding if table(module) else None
-        return (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
+        if size.is_conv:
+            return (Conv1d, Conv2d, Conv3d)[len(size.kernel_size) - 1]
+        return _QUANTIZED.get(quantizer(innermost(module)), Linear)
 
     def tuner_layer_options(
         self, config: LoraConfig, path: str, build: Build[LoraConfig]
