@@ -426,8 +426,7 @@ def test_names_that_programs_ask_for(kind):
     else:
         expected = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     found = dequantize_module_weight(base)
-    torch.testing.assert_close(found, expected.view(64, 32).to(found.dtype))
-    assert found.dtype == (torch.float32 if kind == "8-bit" else torch.bfloat16)
+    torch.testing.assert_close(found, expected.view(64, 32))
     assert dequantize_module_weight(plain) is plain.weight
     model = get_peft_model(nn.Sequential(base, nn.Linear(64, 8)), LoraConfig(target_modules=["0"]))
     layer = model.base_model.model[0]

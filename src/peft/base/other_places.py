@@ -31,12 +31,14 @@ _PLACES: Mapping[str, Mapping[str, str]] = {
         "peft.utils": f"{_CONSTANTS} {_STATE} {_WRAPPERS} id_tensor_storage infer_device "
         "shift_tokens_right",
         "peft.utils.constants": "DUMMY_MODEL_CONFIG",
+        "peft.utils.integrations": "init_empty_weights",
         "peft.utils.peft_types": _REGISTRY,
     },
     "peft.tuners": {"peft.tuners.mixed": "MixedModel"},
     "peft.tuners.lora": {"peft.import_utils": _QUANTIZED},
     "peft.tuners.lora.config": {"peft.config": "PeftConfig"},
     "peft.tuners.lora.layer": {
+        "peft.utils.integrations": "dequantize_module_weight gather_params_ctx get_bnb_param_type",
         "peft.tuners.lora.config": "LoraConfig",
         "peft.tuners.tuners_utils": "BaseTunerLayer check_adapters_to_merge",
         "peft.utils": "PeftWarning transpose",
@@ -56,6 +58,7 @@ _PLACES: Mapping[str, Mapping[str, str]] = {
         "peft.utils": f"{_CONSTANTS} {_WRAPPERS} _get_submodules",
         "peft.utils.constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES SEQ_CLS_HEAD_NAMES",
         "peft.utils.error": "NoMatchingPeftModuleError PeftWarning",
+        "peft.utils.integrations": "init_empty_weights",
         "peft.utils.peft_types": "PEFT_TYPE_TO_PREFIX_MAPPING PeftType TaskType",
     },
     "peft.utils": {"peft.config": "PeftConfig", "peft.utils.other": "get_pattern_key"},
