@@ -58,7 +58,7 @@ from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 
 sorted(
     method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING
-)  # ['LOHA', 'LOKR', 'LORA', 'POLY', 'VBLORA']
+)  # ['LOHA', 'LOKR', 'LORA', 'POLY', 'ROUTED', 'VBLORA']
 try:
     peft.IA3Config()
 except NotImplementedError as error:
@@ -160,19 +160,20 @@ def _methods(theirs: dict, ours: dict) -> str:
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
     rows, mixes = [], {True: "yes", False: "no"}
+    every = {**ours["methods"], **theirs["methods"]}
     for name, method in sorted(
-        theirs["methods"].items(), key=lambda item: (item[0] not in ours["methods"], item[0])
+        every.items(), key=lambda item: (item[0] not in ours["methods"], item[0])
     ):
-        own = ours["methods"].get(name)
+        own, is_added = ours["methods"].get(name), name not in theirs["methods"]
         adapted = PEFT_TYPE_TO_TUNER_MAPPING[name].supported_modules if own else ""
         here = mixes[own["mixed"]] if own else ""
         rows.append(
             (
                 name,
                 f"`{method['config']}`",
-                name_status(method["config"]),
+                ADDED if is_added else name_status(method["config"]),
                 adapted,
-                mixes[method["mixed"]],
+                "" if is_added else mixes[method["mixed"]],
                 here,
             )
         )

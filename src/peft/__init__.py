@@ -71,6 +71,13 @@ from .tuners.lora import (
     save_tasks_as_lora,
 )
 from .tuners.poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
+from .tuners.routed import (
+    ArrowConfig,
+    RoutedConfig,
+    RoutedModel,
+    create_arrow_model,
+    get_routed_model,
+)
 from .tuners.vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 from .utils import (
     PeftType,
@@ -106,6 +113,7 @@ __all__ = [
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdapterContents",
     "AdapterPlan",
+    "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -136,6 +144,8 @@ __all__ = [
     "PeftWarning",
     "PolyConfig",
     "PolyModel",
+    "RoutedConfig",
+    "RoutedModel",
     "TaskType",
     "VBLoRAConfig",
     "VBLoRAModel",
@@ -147,12 +157,14 @@ __all__ = [
     "cluster_adapters",
     "convert_to_lora",
     "convert_to_poly",
+    "create_arrow_model",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "get_routed_model",
     "inject_adapter_in_model",
     "inspect_adapter",
     "inspect_lokr_file",

@@ -59,3 +59,6 @@ METHODS = {
         no_op={"init_weights": True},
     ),
 }
+
+# Methods whose adapters are made of other adapters; their tests are in `tests/tuners/`.
+MADE_OF_OTHERS = ("ROUTED",)

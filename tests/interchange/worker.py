@@ -14,6 +14,7 @@ import json
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -235,6 +236,44 @@ def look(folders, result):
     torch.save(found, result)
 
 
+def write_experts(folder, seed, number):
+    """Save LoRA adapters with values of the same seed in both packages, whose first singular value
+    stands out, as the peer finds its vector by a few steps of power iteration.
+    """
+    for i in range(number):
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(make_base(["llama", "ForCausalLM"], seed), config)
+        state = peft.get_peft_model_state_dict(model)
+        for key, tensor in state.items():
+            drawn = values(f"{key} expert {i}", tensor.shape, seed)
+            size = torch.tensor([4.0, 0.5, 0.25])[:, None] if "lora_A" in key else 1.0
+            state[key] = drawn * size
+        peft.set_peft_model_state_dict(model, state)
+        model.save_pretrained(Path(folder) / str(i))
+
+
+def arrow(folder, seed, result):
+    """Route over the experts in a folder by Arrow; `result`, a file, gets the outputs by `top_k` and
+    number of general adapters.
+    """
+    if not Path(folder).exists():
+        write_experts(folder, seed, 6)
+    found, places = {}, [str(Path(folder) / str(i)) for i in range(6)]
+    for top_k, general in ((1, 0), (2, 0), (4, 0), (2, 1), (3, 2)):
+        config = peft.ArrowConfig(
+            top_k=top_k, router_temperature=0.7, use_gks=bool(general), rng_seed=0
+        )
+        model = peft.create_arrow_model(
+            make_base(["llama", "ForCausalLM"], seed),
+            places[:4],
+            config,
+            places[4 : 4 + general] or None,
+        ).eval()
+        args, kwargs = make_inputs(["llama", "ForCausalLM"], seed)
+        found[f"{top_k} {general}"] = model.double()(*args, **kwargs)[0].detach()
+    torch.save(found, result)
+
+
 def main():
     answers, sys.stdout = sys.stdout, sys.stderr
     assert Path(peft.__file__).is_relative_to(sys.argv[1]), (
@@ -244,7 +283,7 @@ def main():
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
         try:
-            look(*arguments) if verb == "look" else work(verb, *arguments)
+            {"look": look, "arrow": arrow}.get(verb, partial(work, verb))(*arguments)
             answer = None
         except Exception:
             answer = traceback.format_exc()

@@ -11,7 +11,7 @@ class Placeholder:
 
 
 AdaLoraConfig = AdaLoraModel = AdamssConfig = AdamssModel = AdaptionPromptConfig = Placeholder
-AdaptionPromptModel = ArrowConfig = BOFTConfig = BOFTModel = BdLoraConfig = BeftConfig = Placeholder
+AdaptionPromptModel = BOFTConfig = BOFTModel = BdLoraConfig = BeftConfig = Placeholder
 BeftModel = BoneConfig = BoneModel = C3AConfig = C3AModel = CPTConfig = Placeholder
 CPTEmbedding = CartridgeConfig = Placeholder
 CartridgeEncoder = DeftConfig = DeftModel = DeloraConfig = DeloraModel = EvaConfig = Placeholder
@@ -30,7 +30,7 @@ TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING = TinyLoraConfig = Plac
 TinyLoraModel = TrainableTokensConfig = TrainableTokensModel = UniLoraConfig = Placeholder
 UniLoraModel = VeloraConfig = VeraConfig = VeraModel = WaveFTConfig = WaveFTModel = Placeholder
 XLoraConfig = XLoraModel = bloom_model_postprocess_past_key_value = Placeholder
-compose_cartridge_adapters = create_arrow_model = find_kappa_target_modules = Placeholder
+compose_cartridge_adapters = find_kappa_target_modules = Placeholder
 get_eva_state_dict = initialize_kv_prefix_from_past_key_values = Placeholder
 initialize_kv_prefix_from_text = initialize_lora_eva_weights = preprocess_loraga = Placeholder
 prompt_embeddings_from_past_key_values = replace_lora_weights_loftq = Placeholder

@@ -67,6 +67,7 @@ class PeftType(str, enum.Enum):
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
     DEFT = "DEFT"
+    ROUTED = "ROUTED"
 
 
 class TaskType(str, enum.Enum):

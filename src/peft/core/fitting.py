@@ -99,8 +99,10 @@ class FewShotLoss:
         for _ in range(self.batches):
             value = self._next()
             number = None if isinstance(value, Tensor) else plain(value)  # NumPy's too
-            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            total += number if is_number else float(self._checked(value).detach())
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                total += number
+            else:
+                total += float(self._checked(value).detach())
         return total / self.batches
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:

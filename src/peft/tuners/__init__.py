@@ -22,6 +22,13 @@ from .lora import (
     save_tasks_as_lora,
 )
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
+from .routed import (
+    ArrowConfig,
+    RoutedConfig,
+    RoutedModel,
+    create_arrow_model,
+    get_routed_model,
+)
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 
 if _typing.TYPE_CHECKING:
@@ -34,6 +41,7 @@ else:
 
 
 __all__ = [
+    "ArrowConfig",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
@@ -43,12 +51,16 @@ __all__ = [
     "LoraRuntimeConfig",
     "PolyConfig",
     "PolyModel",
+    "RoutedConfig",
+    "RoutedModel",
     "VBLoRAConfig",
     "VBLoRAModel",
     "VectorBank",
     "bank_usage",
     "convert_to_lora",
     "convert_to_poly",
+    "create_arrow_model",
+    "get_routed_model",
     "inspect_lokr_file",
     "load_lokr_file",
     "lokr_config_from_lycoris",

@@ -44,7 +44,7 @@ def values_of_rows(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> 
     layout = layer.layout
     (samples, tokens), sizes = shapes(values, x)
     leading = tuple(sizes[: len(sizes) - layout.features])
-    found = _routed(values, leading, layout)
+    found = _of_expert(values, leading, layout)
     if found is None and len(leading) > 1:
         found = _in_two_dimensions(values, leading, layout, rows)
     elif found is None and leading:
@@ -75,7 +75,7 @@ def _in_two_dimensions(
     return None
 
 
-def _routed(values: Tensor, leading: tuple[int, ...], layout: RowLayout) -> Tensor | None:
+def _of_expert(values: Tensor, leading: tuple[int, ...], layout: RowLayout) -> Tensor | None:
     """Return the values of the tokens that are routed to an expert; None for other layers."""
     chosen = MOE_TOKENS.current
     tokens = None if chosen is None or layout.expert is None else chosen.tokens(layout.expert)

@@ -10,7 +10,7 @@ A base model does not pass `task_ids` on to its layers, so they are kept beside 
    step of `generate` for example, has that call's task ids and its own numbers of rows.
 3. `Routing.stack` keeps the call while it runs, and again while backward recomputes its layers.
 4. A layer asks `Routing.tasks` for the task of each of its rows; if its adapter routes by input, it
-   asks `Routing.weights_by_input` for the mixing weights of each row.
+   asks `Routing.chosen_by_input` for the choice of each row.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ class RoutedCall:
         rows: The numbers of samples, rows and tokens.
         prompt: The tokens that route a sample, where routing is by input.
         task_ids: `[samples]` or `[1]`, checked; None if no adapter routes by task.
-        prompt_weights: In `generate`, the mixing weights for the prompt by id of the layer and name
-            of the adapter, which later tokens reuse; None in other calls.
+        choices: In `generate`, the choice for the prompt by id of the layer and name of the
+            adapter, which later tokens reuse; None in other calls.
     """
 
     rows: CallRows
     prompt: PromptTokens
     task_ids: Tensor | None = None
-    prompt_weights: dict[tuple[int, str], Tensor] | None = None
+    choices: dict[tuple[int, str], tuple[Tensor, ...]] | None = None
 
     @cached_property
     def has_one_task(self) -> bool:
@@ -183,9 +183,9 @@ class Routing:
             if self._pools:
                 call.prompt.update(arguments, rows, is_nested=False)
             return self.stack.run(call, lambda: method.run(CALL_ARGUMENTS))
-        rows = outer.rows.nested(argument_shapes(arguments), outer.prompt_weights is not None)
-        call = RoutedCall(rows, outer.prompt.copy(), outer.task_ids, outer.prompt_weights)
-        if self._pools and not outer.prompt_weights:
+        rows = outer.rows.nested(argument_shapes(arguments), outer.choices is not None)
+        call = RoutedCall(rows, outer.prompt.copy(), outer.task_ids, outer.choices)
+        if self._pools and not outer.choices:
             call.prompt.update(arguments, rows, is_nested=True)
         with self.stack.during(call):
             return method.run(CALL_ARGUMENTS)
@@ -202,14 +202,14 @@ class Routing:
         """Run `generate` as a call."""
         model, arguments, has_own = method.module, method.arguments(), _has_own(method)
         outer = self._enclosing(model)
-        if self.layer is None or not (outer is None or outer.prompt_weights is None or has_own):
+        if self.layer is None or not (outer is None or outer.choices is None or has_own):
             return method.run()
         rows = generation_rows(model, arguments, CALL_ARGUMENTS)
         if outer is None or has_own:
             call = self._new_call(model, arguments, rows)
         else:
             call = RoutedCall(outer.rows, outer.prompt, outer.task_ids)
-        call.prompt_weights = {}
+        call.choices = {}
         if self._pools:
             if generation_option(model, arguments, "prefill_chunk_size") is not None:
                 raise PeftNotSupportedError(
@@ -247,7 +247,7 @@ class Routing:
             each = mask.shape[0] // (call.rows.samples or 1)
             prompt.masks[stream] = mask[[s * each + i for s in samples for i in range(each)]]
         rows = call.rows.subset(len(samples), RowOwners(owner=owner))
-        return self.stack.during(RoutedCall(rows, prompt, ids, call.prompt_weights))
+        return self.stack.during(RoutedCall(rows, prompt, ids, call.choices))
 
     def padded(self, mask: Tensor, stream: str) -> AbstractContextManager[object]:
         """Return a context in which samples of a stream are padded: `mask [rows, tokens]` is true
@@ -298,28 +298,34 @@ class Routing:
                 raise call.rows.error(x, layer, "Give all samples of a call the same task")
         return TaskRows(ids[:1], IN_ORDER)
 
-    def weights_by_input(
-        self, x: Tensor, layer: BaseTunerLayer, adapter_name: str, weigh: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Return the mixing weights of the rows of a layer's input `[rows, *leading, in]`, routed
-        by their prompts or sequences. `weigh` returns weights `[samples, …]` for the mean over
-        these, `[samples, in]`.
+    def chosen_by_input(
+        self,
+        x: Tensor,
+        layer: BaseTunerLayer,
+        adapter_name: str,
+        decide: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """Return the choice for the rows of a layer's input `[rows, *leading, in]`, routed by their
+        prompts or sequences. `decide` returns tensors `[samples, …]`, of weights for example, for
+        the mean over these, `[samples, in]`.
         """
         call = self.stack.current
         if call is None:
-            return weigh(pool(x))
+            return decide(pool(x))
         rows = call.rows.by_row()
         owners = _owners_by_input(x, layer, rows, call.rows.samples)
-        stream, kept = layer.layout.stream, call.prompt_weights
+        stream, kept = layer.layout.stream, call.choices
         config = self.configs.get(adapter_name)
         if config is not None and config.routing_level == "sequence":
             stream += ANSWERED
         if kept is None:  # no `id` here, which the compiler would take for a constant of each layer
-            return owners.expand(weigh(call.prompt.pool(x, stream, rows, owners)), x)
-        key = id(layer), adapter_name
-        if key not in kept:
-            kept[key] = weigh(call.prompt.pool(x, stream, rows, owners))
-        return owners.expand(kept[key], x)
+            chosen = decide(call.prompt.pool(x, stream, rows, owners))
+        else:
+            key = id(layer), adapter_name
+            if key not in kept:
+                kept[key] = decide(call.prompt.pool(x, stream, rows, owners))
+            chosen = kept[key]
+        return tuple([owners.expand(values, x) for values in chosen])
 
     @property
     def _pools(self) -> bool:

@@ -57,8 +57,8 @@ class RoutingLayer(BaseTunerLayer):
         ):
             return self.apply_adapter(adapter_name, *padded)[real]
 
-    def merged_task(self, adapter_name: str, task_id: object) -> int:
-        """Return the task that an adapter is merged for, of those that a merge may choose."""
+    def merged_task(self, adapter_name: str, task_id: object) -> int | None:
+        """Return the task that an adapter is merged for; None if it has one delta for all."""
         raise NotImplementedError
 
     def note_merges(self, adapter_names: list[str]) -> None:
@@ -68,4 +68,4 @@ class RoutingLayer(BaseTunerLayer):
         tasks = {
             name: self.merged_task(name, options[name].get("task_id")) for name in adapter_names
         }
-        self.routing.note_merges(self, tasks)
+        self.routing.note_merges(self, {n: task for n, task in tasks.items() if task is not None})

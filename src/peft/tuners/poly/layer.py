@@ -271,9 +271,10 @@ class PolyLayer(RoutingLayer):
             return weights if rows is IN_ORDER else rows.expand(weights, x)
         if self.token_level[adapter_name]:
             return router(input_ids=x, pooled=True)
-        return self.routing.weights_by_input(
-            x, self, adapter_name, lambda pooled: router(input_ids=pooled, pooled=True)
+        (weights,) = self.routing.chosen_by_input(
+            x, self, adapter_name, lambda pooled: (router(input_ids=pooled, pooled=True),)
         )
+        return weights
 
     def _weights_of_tasks(self, adapter_name: str, router: TaskRouter, ids: Tensor) -> Tensor:
         """Return the mixing weights of tasks, looked up in evaluation if the table is small."""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One routed adapter on a model: its config and its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...base.errors import PeftValueError
+from ...base.validation import check_adapter
+from ...core.tuner import BaseTuner
+from .config import RoutedConfig
+from .layer import RoutedLayer
+from .sources import Experts
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedAdapter:
+    """One routed adapter of a tuner: its name, its config, and its layers by module path."""
+
+    tuner: BaseTuner[RoutedConfig]
+    name: str
+    config: RoutedConfig
+    layers: dict[str, RoutedLayer]
+
+    @classmethod
+    def of(cls, tuner: BaseTuner[RoutedConfig], adapter_name: str | None) -> RoutedAdapter:
+        """Return an adapter of a tuner, by default the active one."""
+        if adapter_name is None:
+            if len(tuner.active_adapters) != 1:
+                raise PeftValueError(
+                    f"Name one adapter: the active ones are {tuner.active_adapters}."
+                )
+            adapter_name = tuner.active_adapters[0]
+        check_adapter(adapter_name, tuner.peft_config)
+        config = tuner.peft_config[adapter_name]
+        if not isinstance(config, RoutedConfig):
+            raise PeftValueError(
+                f"Adapter {adapter_name} is not a routed adapter: its config is a "
+                f"{type(config).__name__}."
+            )
+        layers = {
+            path: layer
+            for path, layer in tuner.named_tuner_layers()
+            if isinstance(layer, RoutedLayer) and adapter_name in layer.scaling
+        }
+        return cls(tuner, adapter_name, config, layers)
+
+    def experts(self) -> Experts:
+        """Return its experts, from the layers."""
+        names = list(self.config.experts)
+        experts = Experts({name: {} for name in names})
+        for path, layer in self.layers.items():
+            parts = layer.factors(self.name).deltas()
+            for number, delta in parts.deltas.items():
+                experts.deltas[names[number]][path] = delta
+            if parts.general is not None:
+                experts.general[path] = parts.general
+        return experts

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`get_routed_model`: put many adapters into one model that chooses among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ...base.errors import PeftTypeError, PeftValueError
+from ...config import PeftConfig
+from ...core.low_rank_deltas import Deltas, deltas_by_task
+from ...ops.low_rank import LowRank
+from ...peft_model import PeftModel
+from .config import RoutedConfig
+from .sources import Source, at_hand, digest_of, key_of
+
+Expert: TypeAlias = (
+    "str | os.PathLike[str] | Source | tuple[PeftConfig, Mapping[str, Tensor]] | Deltas"
+)
+"""A folder, a Hub id, a dictionary with `source`, `subfolder`, `revision` and `task`; a pair of
+config and tensors; or deltas by module path.
+"""
+
+
+def get_routed_model(
+    model: nn.Module,
+    experts: Mapping[str, Expert],
+    config: RoutedConfig | None = None,
+    adapter_name: str = "default",
+    *,
+    general_experts: Mapping[str, Expert] | None = None,
+    autocast_adapter_dtype: bool = True,
+    **options: Any,
+) -> PeftModel:
+    """Return a model that routes over experts: saved adapters of any method and rank.
+
+    Args:
+        model: The base model; the routing is put into it in place.
+        experts: Name → folder, Hub id, dictionary with `source`, `subfolder`, `revision` and
+            `task`, a pair `(config, state_dict)`, or factors by module path. An adapter with
+            several tasks gives an expert for each.
+        config: The routing, without experts; by default one of the `options`.
+        adapter_name: A name for the routed adapter.
+        general_experts: Adapters whose mean delta is subtracted from each expert's.
+        autocast_adapter_dtype: Keep factors and gates in float32 where the base has 16 bits.
+        **options: Fields of `RoutedConfig`, in place of `config`.
+
+    Raises:
+        CheckpointNotFoundError: There is no adapter at an expert's source.
+        CheckpointError: An adapter is damaged, or does not fit the base model.
+        PeftNotSupportedError: An adapter is more than low-rank deltas.
+        PeftValueError: A value is not allowed. The model is left as it was after any error.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoKrConfig, get_peft_model, get_peft_model_state_dict
+        >>> experts = {}
+        >>> for name in ("sql", "law"):
+        ...     one = LoKrConfig(r=1, target_modules=["0"], init_weights=False)
+        ...     tuned = get_peft_model(nn.Sequential(nn.Linear(4, 4)), one)
+        ...     experts[name] = one, get_peft_model_state_dict(tuned)
+        >>> base = nn.Sequential(nn.Linear(4, 4))
+        >>> model = get_routed_model(base, experts, routing="arrow", top_k=1)
+        >>> model(torch.randn(2, 3, 4)).shape
+        torch.Size([2, 3, 4])
+
+    Source: arXiv:2405.11157, section 3.2
+    """
+    if not isinstance(experts, Mapping) or not experts:
+        raise PeftTypeError(
+            f"`experts` must be a dictionary with at least one expert, name → folder, got "
+            f"{experts!r}."
+        )
+    if config is not None and options:
+        raise PeftTypeError(
+            f"Pass `config`, or its fields: {', '.join(map(repr, options))} came with a config."
+        )
+    if config is None:
+        config = RoutedConfig(**options)
+    elif not isinstance(config, RoutedConfig):
+        raise PeftTypeError(f"`config` must be a RoutedConfig, got {type(config).__name__}.")
+    if config.experts or config.general_experts:
+        raise PeftValueError(
+            "The config names experts already; use `get_peft_model(model, config)`, or leave them "
+            "out of it."
+        )
+    config, held = config.for_adapter(), dict[str, Deltas]()
+    config.experts = described(model, experts, held, config.deltas_only)
+    if general_experts:
+        config.general_experts = described(model, general_experts, held, config.deltas_only)
+    config.validate()
+    with at_hand(held):
+        return PeftModel.class_for(config.task_type)(
+            model, config, adapter_name, autocast_adapter_dtype
+        )
+
+
+def described(
+    model: nn.Module,
+    experts: Mapping[str, Expert],
+    held: dict[str, Deltas],
+    deltas_only: bool = False,
+) -> dict[str, Source]:
+    """Return experts as the fields of a config; put those in memory into `held`, by `key_of`."""
+    sources: dict[str, Source] = {}
+    for name, expert in experts.items():
+        if isinstance(expert, (str, os.PathLike)):
+            sources[name] = {"source": os.fspath(expert)}
+        elif isinstance(expert, Mapping) and expert and "source" in expert:
+            sources[name] = dict(expert)
+        else:
+            for task, deltas in _in_memory(model, name, expert, deltas_only).items():
+                source = {"source": None, "digest": digest_of(deltas)}
+                held[key_of(source)] = deltas
+                sources[f"{name}.{task}" if task else name] = source
+    return sources
+
+
+def _in_memory(model: nn.Module, name: str, expert: object, deltas_only: bool) -> dict[str, Deltas]:
+    """Return the deltas of an expert in memory, by task."""
+    if isinstance(expert, tuple) and not isinstance(expert, LowRank):
+        return deltas_by_task(model, expert, deltas_only=deltas_only)  # type: ignore[arg-type]
+    is_deltas = isinstance(expert, Mapping) and all(
+        isinstance(part, LowRank) for part in expert.values()
+    )
+    if not is_deltas or not expert:
+        raise PeftTypeError(
+            f"Expert {name!r} must be a folder, a Hub id, a dictionary with `source`, a pair of "
+            f"config and tensors, or factors by module path; got {type(expert).__name__}."
+        )
+    return {"": dict(expert)}  # type: ignore[call-overload]

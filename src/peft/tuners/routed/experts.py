@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules with the tensors of a layer's experts: their frozen factors, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...base.geometry import Placement
+from ...ops.low_rank import approximate
+from .products import Factors
+from .sources import LayerExperts
+
+
+class ExpertFactors(nn.Module):
+    """The factors of a layer's experts side by side, `Factors`. They are frozen, and in no
+    adapter's file.
+
+    Attributes:
+        numbers: The number of each expert that adapts the layer, by its place here.
+        has_general: True if the last place has the delta to subtract from each expert.
+        place: The place of each of the adapter's experts, `[experts]`; 0 for one that is not here.
+        is_here: 1 for an expert that adapts the layer, else 0, `[experts]`.
+    """
+
+    numbers: Tensor
+    place: Tensor
+    is_here: Tensor
+    owner: Tensor
+    rows: Tensor
+    real: Tensor | None
+
+    def __init__(self, experts: LayerExperts, placement: Placement) -> None:
+        super().__init__()
+        device, dtype = placement
+        self.has_general = experts.general is not None
+        parts = list(experts.deltas.values())
+        parts += [] if experts.general is None else [experts.general]
+        down, up = torch.cat([part.A for part in parts]), torch.cat([part.B.mT for part in parts])
+        for name, tensor in (("down", down), ("up", up)):
+            tensor = tensor.to(device, dtype, copy=True).contiguous()
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        ranks = torch.tensor([part.rank for part in parts])
+        numbers = torch.tensor(list(experts.deltas))
+        place = torch.zeros(experts.number, dtype=torch.long)
+        is_here = torch.zeros(experts.number)
+        place[numbers], is_here[numbers] = torch.arange(len(numbers)), 1.0
+        steps = torch.arange(int(ranks.max()))
+        real = steps < ranks.unsqueeze(1)
+        indices = {
+            "numbers": numbers,
+            "place": place,
+            "is_here": is_here.to(dtype),
+            "owner": torch.arange(len(ranks)).repeat_interleave(ranks),
+            "rows": (ranks.cumsum(0) - ranks).unsqueeze(1) + torch.where(real, steps, 0),
+            "real": None if real.all() else real.to(dtype),
+        }
+        for name, value in indices.items():
+            self.register_buffer(
+                name, None if value is None else value.to(device), persistent=False
+            )
+
+    def forward(self) -> Factors:
+        """Return the factors, by a call that offloading libraries see."""
+        modules = self._parameters
+        return Factors(modules["down"], modules["up"], self.owner, self.rows, self.real)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        """Return the number of experts that adapt the layer."""
+        return self.numbers.shape[0]
+
+    def ranks(self) -> list[int]:
+        """Return the rank of each expert here, and last that of the general delta."""
+        return self.owner.bincount(minlength=self.rows.shape[0]).tolist()
+
+    def deltas(self) -> LayerExperts:
+        """Return the experts' deltas."""
+        ranks, factors = self.ranks(), self()
+        downs, ups = factors.down.detach().split(ranks), factors.up.detach().split(ranks)
+        parts = [approximate(up.mT, down) for down, up in zip(downs, ups, strict=True)]
+        general = parts.pop() if self.has_general else None
+        numbers = self.numbers.tolist()
+        return LayerExperts(dict(zip(numbers, parts, strict=True)), len(self.place), general)
+
+    def blend(self, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+        """Return `A [r, in]` and `B [out, r]` of the sum of experts' deltas, each times its share.
+
+        Args:
+            shares: By the expert's number.
+        """
+        factors = self()
+        each = factors.down.new_zeros(self.rows.shape[0])
+        for place, number in enumerate(self.numbers.tolist()):
+            each[place] = shares.get(number, 0.0)
+        if self.has_general:
+            each[-1] = -each[:-1].sum()
+        kept = (each != 0).index_select(0, factors.owner)
+        if not kept.any():
+            kept[0] = True  # a rank of at least 1
+        weights = each.index_select(0, factors.owner)[kept]
+        return factors.down[kept], (factors.up[kept] * weights.unsqueeze(1)).mT
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        ranks, general = self.ranks(), ", general=True" if self.has_general else ""
+        return f"experts={len(self)}, ranks={min(ranks)} to {max(ranks)}{general}"
+
+
+class ExpertWeights(nn.Module):
+    """A factor on the delta of each expert, `values [experts]`."""
+
+    def __init__(self, number: int, placement: Placement) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(number, device=placement[0], dtype=placement[1]))
+
+    def forward(self) -> Tensor:
+        """Return the values, by a call that offloading libraries see."""
+        return self.values
+
+
+class SharedWeights(nn.Module):
+    """Placeholder in a layer that uses the weights of another layer, where alone they are
+    registered.
+    """
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        super().__init__()
+        self._held = (weights,)  # in a tuple, so that torch does not register it
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The other layer's weights."""
+        return self._held[0]
+
+    def forward(self) -> Tensor:
+        """Return the other layer's values."""
+        return self._held[0]()

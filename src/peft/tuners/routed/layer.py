@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RoutedLayer`: a layer that chooses among experts; the math is in `choice.py`, `products.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ...base.calls.rows import IN_ORDER
+from ...base.containers import AdapterModuleDict
+from ...base.errors import PeftNotSupportedError, PeftValueError
+from ...base.geometry import Placement
+from ...base.plain_values import plain
+from ...base.validation import is_int
+from ...core.adapters import AdapterParameterDict
+from ...core.method_info import AdapterCost
+from ...core.routing.calls import Routing
+from ...core.routing.layer import RoutingLayer
+from ...ops.dispatch import shapes
+from ...ops.exact_merge import Recipe, sum_of_products
+from ...ops.fused_linear import Chain
+from ...ops.inference_cache import reuse
+from ...ops.low_rank import LowRank, approximate
+from .choice import Choice, arrow_prototypes, choose, gate_weights, prepared, scores
+from .config import BY_INPUT, TRAINS, RoutedConfig
+from .experts import ExpertFactors, ExpertWeights, SharedWeights
+from .products import experts_chain
+from .sources import LayerExperts
+
+Note: TypeAlias = Callable[["RoutedLayer", Choice, Tensor], None]
+"""A function of a layer, its choice and its input."""
+
+
+class RoutingOptions(NamedTuple):
+    """Options of an adapter's routing, as in its config."""
+
+    routing: str
+    level: str
+    top_k: int | None
+    temperature: float
+
+    @classmethod
+    def of(cls, config: RoutedConfig) -> RoutingOptions:
+        """Return the options of a config."""
+        return cls(config.routing, config.routing_level, config.top_k, config.temperature)
+
+
+class RoutedLayer(RoutingLayer):
+    """A layer with routed adapters, `Δ(x) = Σ_e c_e · w_e(x) · ΔW_e·x` over the experts.
+
+    Args:
+        base_layer: The layer to adapt.
+        routing: The routing of the model, shared by its layers; None for a layer without a model.
+
+    Attributes:
+        routed_weights: Expert weights `c`, by adapter name; of each expert of the adapter, also
+            those that do not adapt this layer.
+        routed_gate: Prototypes or gates `[experts here, in]`, by the name of adapters that route
+            by input.
+        routed_experts: The experts' frozen factors, by adapter name.
+        routed_options: Options of the routing, by adapter name.
+        waiting: Numbers of the experts that have no prototype yet, by adapter name.
+
+    Source: arXiv:2405.11157, section 3.2; arXiv:2402.05859, section 3
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("routed_weights", "routed_gate")
+    other_param_names: ClassVar[tuple[str, ...]] = ("routed_options",)
+    value_names: ClassVar[tuple[str, ...]] = ("routed_options", "routed_experts", "waiting")
+    watch: Note | None = None
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
+        super().__init__(base_layer, routing)
+        self.routed_weights = AdapterModuleDict()
+        self.routed_gate = AdapterParameterDict()
+        self.routed_experts = AdapterModuleDict()
+        self.routed_options: dict[str, RoutingOptions] = {}
+        self.waiting: dict[str, set[int]] = {}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: RoutedConfig,
+        experts: LayerExperts,
+        placement: Placement | None = None,
+        initialize: bool = True,
+        weights: ExpertWeights | None = None,
+    ) -> None:
+        """Make an adapter's experts, weights and gates.
+
+        Args:
+            config: Its config.
+            experts: The experts' deltas for this layer.
+            placement: Device and dtype, by default the base layer's.
+            initialize: Initialize weights and gates; False leaves their memory as it is.
+            weights: The weights of another layer, to share.
+        """
+        place = self._placement(placement)
+        factors = ExpertFactors(experts, place)
+        self.routed_experts[adapter_name] = factors.train(self.training)
+        self.routed_options[adapter_name] = RoutingOptions.of(config)
+        self.scaling[adapter_name] = self.base_scaling(adapter_name)
+        self.waiting[adapter_name] = set()
+        if config.routing in BY_INPUT:
+            gate = torch.empty(len(factors), self.in_features, device=place[0], dtype=place[1])
+            self.routed_gate[adapter_name] = nn.Parameter(gate, requires_grad=False)
+        own = ExpertWeights(experts.number, place) if weights is None else None
+        self.routed_weights[adapter_name] = own or SharedWeights(weights)  # type: ignore[arg-type]
+        if initialize:
+            self._reset(adapter_name, experts)
+        self.set_requires_grad(adapter_name, not config.inference_mode)
+
+    @torch.no_grad()
+    def _reset(self, adapter_name: str, experts: LayerExperts) -> None:
+        """Initialize weights and gates: the mean of all experts, or equal scores."""
+        kind = self.routed_options[adapter_name].routing
+        is_blend = kind in ("fixed", "learned")
+        self.expert_weights(adapter_name).fill_(1 / experts.number if is_blend else 1.0)
+        if kind == "arrow":
+            found = arrow_prototypes(list(experts.deltas.values()), experts.general)
+            self.routed_gate[adapter_name].copy_(found)
+        elif kind in BY_INPUT:
+            self.routed_gate[adapter_name].zero_()
+            if kind == "activation":
+                self.waiting[adapter_name] = set(experts.deltas)
+
+    def factors(self, adapter_name: str) -> ExpertFactors:
+        """Return the module with the factors of an adapter's experts."""
+        return self._modules["routed_experts"]._modules[adapter_name]
+
+    def expert_weights(self, adapter_name: str) -> Tensor:
+        """Return the expert weights of an adapter, `[experts]`, which may be another layer's."""
+        return self._modules["routed_weights"]._modules[adapter_name]()
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Unfreeze or freeze the tensors that an adapter's routing trains; others stay frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names if not requires_grad else ():
+            super().set_requires_grad([name], False)
+        for name in names if requires_grad else ():
+            if name in self.scaling:
+                trained = TRAINS.get(self.routed_options[name].routing)
+                for attribute in self.container_names:
+                    container = getattr(self, attribute)
+                    if name in container:
+                        container[name].requires_grad_(attribute == trained)
+
+    def adopt_settings(self, adapter_name: str, fresh: nn.Module, fresh_name: str) -> None:
+        """Copy the options of routing."""
+        assert isinstance(fresh, RoutedLayer)
+        self.routed_options[adapter_name] = fresh.routed_options[fresh_name]
+
+    def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `Σ_e c_e · w_e(x) · ΔW_e·x`."""
+        if x.dim() == 1:
+            return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
+        return super().delta_activations(adapter_name, x)
+
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
+        """Return `Σ_e c_e · w_e(x) · ΔW_e·x` as a chain of products."""
+        experts = self.factors(adapter_name)
+        factors = experts()
+        if x.dtype != factors.down.dtype:
+            x = self._cast_input_dtype(x, factors.down.dtype)
+        choice = self._choice(adapter_name, experts, x)
+        if self.watch is not None:
+            self.watch(self, choice, x)
+        weights = choice.weights * self.scaling[adapter_name]
+        return experts_chain(x, _with_general(choice._replace(weights=weights), experts), factors)
+
+    def _choice(self, adapter_name: str, experts: ExpertFactors, x: Tensor) -> Choice:
+        """Return the weights of experts, by their place in this layer, for an input."""
+        options, each = self.routed_options[adapter_name], self.expert_weights(adapter_name)
+        kind = options.routing
+        if kind in ("fixed", "learned"):
+            return Choice(each.index_select(0, experts.numbers))
+        if kind == "task" or (kind == "phatgoose" and self.training):
+            ids, owners = self.routing.tasks(x, self, len(experts.place))
+            chosen, weights = experts.place.index_select(0, ids), experts.is_here * each
+            choice = Choice(weights.index_select(0, ids).unsqueeze(1), chosen.unsqueeze(1))
+            if owners is not IN_ORDER:
+                assert choice.experts is not None
+                choice = Choice(owners.expand(choice.weights, x), owners.expand(choice.experts, x))
+            return choice if kind == "task" else self._gated(adapter_name, choice, x)
+        if self.waiting[adapter_name]:
+            raise self._no_prototypes(adapter_name)
+        gates = self.routed_gate(adapter_name)
+        gates = reuse(self, adapter_name, kind, (gates,), lambda: prepared(kind, gates))
+
+        def decide(pooled: Tensor) -> tuple[Tensor, ...]:
+            found = choose(kind, scores(kind, pooled, gates), options.top_k, options.temperature)
+            own = each.index_select(0, experts.numbers)
+            own = own if found.experts is None else own[found.experts]
+            weights = found.weights * own
+            return (weights,) if found.experts is None else (weights, found.experts)
+
+        if options.level == "token":
+            return Choice(*decide(x))
+        return Choice(*self.routing.chosen_by_input(x, self, adapter_name, decide))
+
+    def _gated(self, adapter_name: str, choice: Choice, x: Tensor) -> Choice:
+        """Return a choice with each sample's own expert weighted by its gate, in training."""
+        assert choice.experts is not None
+        own = self.routed_gate(adapter_name).index_select(0, choice.experts.flatten())
+        samples = shapes(own)[0][0]
+        if self.routed_options[adapter_name].level == "token":
+            weights = gate_weights(x.reshape(samples, -1, x.shape[-1]), own)
+            scaled = choice.weights.reshape(samples, 1, 1) * weights
+            return Choice(scaled.view(*x.shape[:-1], 1), choice.experts)
+
+        def weigh(pooled: Tensor) -> tuple[Tensor, ...]:
+            return (gate_weights(pooled.unsqueeze(1), own).flatten(1),)
+
+        (weights,) = self.routing.chosen_by_input(x, self, adapter_name, weigh)
+        return Choice(choice.weights * weights, choice.experts)
+
+    def _no_prototypes(self, adapter_name: str) -> PeftValueError:
+        names = self.routing.configs[adapter_name].task_names or ()
+        missing = [names[i] for i in sorted(self.waiting[adapter_name])]
+        return PeftValueError(
+            f"Experts {missing} have no prototypes yet; `collect_prototypes` takes them from a few "
+            "examples of each."
+        )
+
+    def shares(self, adapter_name: str, task_id: object) -> dict[int, float]:
+        """Return the share of each expert in a blend: `task_id`, an expert's number or a dictionary
+        of shares, times its weight; None stands for the weights of a blend.
+
+        Raises:
+            PeftNotSupportedError: The input chooses the experts.
+        """
+        kind, task_id = self.routed_options[adapter_name].routing, plain(task_id)
+        weights = self.expert_weights(adapter_name).tolist()
+        if task_id is None and kind in ("fixed", "learned"):
+            return dict(enumerate(weights))
+        if task_id is None:
+            chosen = "each call names the expert" if kind == "task" else "the input chooses them"
+            raise PeftNotSupportedError(
+                f"`routing`={kind!r}: the delta is no fixed matrix, {chosen}. Pass `task_id`, an "
+                "expert or a dictionary with the share of each of several."
+            )
+        given = task_id if isinstance(task_id, Mapping) else {task_id: 1.0}
+        is_blend, shares = kind in ("fixed", "learned"), dict[int, float]()
+        for number, share in given.items():
+            if not is_int(number) or not 0 <= number < len(weights):
+                raise PeftValueError(
+                    f"`task_id`={number!r} must be the number of one of {len(weights)} experts; "
+                    "names are for the model's methods."
+                )
+            shares[number] = share * (1.0 if is_blend else weights[number])
+        return shares
+
+    def merged_task(self, adapter_name: str, task_id: object) -> int | None:
+        """Return the expert that an adapter is merged for, None for a blend."""
+        return task_id if is_int(task_id) else None
+
+    def delta_recipe(
+        self,
+        adapter_name: str,
+        task_id: int | Mapping[int, float] | None = None,
+        **options: object,
+    ) -> Recipe:
+        """Return the delta of an expert, or of a blend, as a pair of factors."""
+        shares = self.shares(adapter_name, task_id)
+        A, B = self.factors(adapter_name).blend(shares)
+        pair = A, B * self.scaling[adapter_name]
+        return Recipe(sum_of_products, (self.geometry, pair))
+
+    def get_delta_weight(
+        self,
+        adapter_name: str,
+        task_id: int | Mapping[int, float] | None = None,
+        **options: object,
+    ) -> Tensor:
+        """Return the delta of an expert, or of a blend, in the base weight's layout."""
+        return self.delta_recipe(adapter_name, task_id).weight()
+
+    def low_rank_factors(
+        self,
+        adapter_name: str,
+        rank: int | float | None = None,
+        task_id: int | Mapping[int, float] | None = None,
+        **options: object,
+    ) -> LowRank:
+        """Return the delta of an expert, or of a blend, as `B·A`; exact at the sum of the ranks."""
+        A, B = self.factors(adapter_name).blend(self.shares(adapter_name, task_id))
+        return approximate(B.detach() * self.scaling[adapter_name], A.detach(), rank)
+
+    def adapter_cost(self, adapter_name: str, config: RoutedConfig) -> AdapterCost:
+        """Return the cost of the chosen experts' factors and of the scores."""
+        experts, size = self.factors(adapter_name), self.geometry
+        ranks = sorted(experts.ranks(), reverse=True)
+        chosen = sum(ranks[: config.top_k] if config.routes_by_input else ranks)
+        scored = len(experts) * size.in_features if config.routes_by_input else 0
+        most = min(size.in_features, size.out_features)
+        return AdapterCost(
+            scored + chosen * (size.in_features + size.out_features), min(chosen, most)
+        )
+
+
+class Linear(RoutedLayer):
+    """A linear layer (`nn.Linear`, `Conv1D`, quantized) with routed adapters.
+
+    Args:
+        **options: As for `update_layer`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RoutedConfig,
+        experts: LayerExperts,
+        routing: Routing | None = None,
+        placement: Placement | None = None,
+        initialize: bool = True,
+        weights: ExpertWeights | None = None,
+    ) -> None:
+        super().__init__(base_layer, routing)
+        self.update_layer(adapter_name, config, experts, placement, initialize, weights)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        if routing is None:
+            self.routing.configs[adapter_name] = config
+            self.routing.layer = self
+
+
+def _with_general(choice: Choice, experts: ExpertFactors) -> Choice:
+    """Return a choice with the general delta, less as much as all experts together weigh."""
+    if not experts.has_general:
+        return choice
+    weights = torch.cat([choice.weights, -choice.weights.sum(-1, keepdim=True)], dim=-1)
+    if choice.experts is None:
+        return Choice(weights)
+    last = torch.full_like(choice.experts[..., :1], len(experts))
+    return Choice(weights, torch.cat([choice.experts, last], dim=-1))

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RoutedModel`: a model that routes over experts, and its methods for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ...base.errors import PeftTypeError, PeftValueError
+from ...core import targets as _targets
+from ...core.base_layer import geometry
+from ...core.fitting import Loss
+from ...core.injection import Build
+from ...core.layer import BaseTunerLayer
+from ...core.method_info import Role
+from ...core.model_methods import forwarded, methods_of
+from ...core.plan import own_modules
+from ...core.routing.task_ids import one_task, some_tasks, task_shares
+from ...core.routing.tuner import RoutingTuner
+from . import fitting, inventory
+from .adapter import RoutedAdapter
+from .config import RoutedConfig
+from .entrance import Expert
+from .layer import Linear, RoutedLayer
+from .sources import Experts, find_experts, key_of
+from .storage import RoutedFormat, with_experts
+
+
+class RoutedModel(RoutingTuner[RoutedConfig]):
+    """A model whose layers choose among experts, adapters of any method.
+
+    Source: arXiv:2405.11157 (Arrow), arXiv:2402.05859 (PHATGOOSE)
+    """
+
+    prefix: ClassVar[str] = "routed_"
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = RoutedLayer
+    parameter_roles: ClassVar[Mapping[str, Role]] = {
+        "weights": Role(("routed_weights",), lr=5e-2, decays=False),
+        "gate": Role(("routed_gate",), lr=5e-3, decays=False),
+    }
+    checkpoint_format = RoutedFormat()
+    supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
+
+    def tuner_layer_class(  # noqa: D102
+        self, config: RoutedConfig, module: nn.Module
+    ) -> type[BaseTunerLayer] | None:
+        size = geometry(module)
+        return None if size is None or size.is_conv else Linear
+
+    def complete(self, config: RoutedConfig) -> Experts:
+        """Return the experts of a config; fill in their digests, and the targets."""
+        if not config.experts:
+            raise PeftValueError(
+                "RoutedConfig: `experts` is empty; name at least one adapter, `{name: folder or "
+                "Hub id}`, or use `get_routed_model`."
+            )
+        experts = self._present(config) or find_experts(config, self.model)
+        paths = list(own_modules(self.model))
+        if config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+            named = [p for p in experts.paths() if not _targets.named(config.exclude_modules, p)]
+            names, config.exclude_modules = _targets.exactly(named, paths)
+            config.target_modules = set(names)
+            return experts
+        layers = config.layers_to_transform, config.layers_pattern
+        chosen = _targets.select(paths, config.target_modules, config.exclude_modules, *layers)
+        if unadapted := sorted(set(chosen).difference(experts.paths())):
+            raise PeftValueError(
+                f"No expert adapts {', '.join(f'`{path}`' for path in unadapted[:3])}; leave out "
+                "`target_modules` to route every module that one adapts."
+            )
+        return experts
+
+    def _present(self, config: RoutedConfig) -> Experts | None:
+        """Return the experts of an adapter of this model that has the same, if there is one."""
+
+        def keys(own: RoutedConfig) -> list[object]:
+            every = (own.experts, own.general_experts)
+            found = [[(name, key_of(entry)) for name, entry in part.items()] for part in every]
+            return [*found, own.general_subtraction]
+
+        if not all(entry.get("digest") for entry in config.experts.values()):
+            return None
+        for name, own in self.peft_config.items():
+            if isinstance(own, RoutedConfig) and keys(own) == keys(config):
+                return RoutedAdapter.of(self, name).experts()
+        return None
+
+    def file_contents(
+        self, adapter_name: str, config: RoutedConfig, state: dict[str, Tensor]
+    ) -> tuple[RoutedConfig, dict[str, Tensor]]:
+        """Return config and tensors with the experts, if they are saved with the adapter."""
+        return with_experts(
+            config, state, adapter_name, RoutedAdapter.of(self, adapter_name).layers
+        )
+
+    def tuner_layer_options(
+        self, config: RoutedConfig, path: str, build: Build[RoutedConfig]
+    ) -> dict[str, object]:
+        """Return the routing, the experts at the layer, and the weights that layers share."""
+        assert isinstance(build.found, Experts)
+        options: dict[str, object] = {"routing": self.routing, "experts": build.found.at(path)}
+        if config.weights_granularity == "model" and build.layers:
+            first = next(iter(build.layers.values()))
+            options["weights"] = first.routed_weights[build.adapter_name]
+        return options
+
+    def merge_options_of(self, adapter_name: str, options: Mapping[str, object]) -> dict[str, int]:
+        """Return the number of the expert to merge, none for a blend."""
+        config, task = self.peft_config[adapter_name], options.get("task_id")
+        if isinstance(task, Mapping):
+            raise PeftTypeError(
+                f"`task_id`={task!r} must be one expert, by id or name; write a blend with "
+                "`save_as_lora`, or route with `routing='fixed'`, and merge that."
+            )
+        number = None if task is None else one_task(task, config)
+        for layer in RoutedAdapter.of(self, adapter_name).layers.values():
+            layer.shares(adapter_name, number)
+        return {} if number is None else {"task_id": number}
+
+    @classmethod
+    def conversion_options(
+        cls,
+        config: RoutedConfig,
+        *,
+        task_id: int | str | Mapping[Any, float] | None = None,
+        **options: object,
+    ) -> dict[str, int | dict[int, float] | None]:
+        """Return the expert, or the shares of several, by number; None for a blend's weights."""
+        super().conversion_options(config, **options)
+        if task_id is None:
+            return {"task_id": None}
+        if isinstance(task_id, Mapping):
+            return {"task_id": task_shares(task_id, config, "task_id")}
+        return {"task_id": one_task(task_id, config)}
+
+    @classmethod
+    def delta_views(cls, config: RoutedConfig) -> dict[str, Mapping[str, object]]:
+        """Return the options of each expert, by its name."""
+        return {name: {"task_id": i} for i, name in enumerate(config.experts)}
+
+    @classmethod
+    def conversion_tasks(cls, config: RoutedConfig, tasks: Any) -> dict[str, int]:
+        """Return numbers of experts by name."""
+        if tasks is not None and not isinstance(tasks, (str, int, Tensor)):
+            tasks = list(tasks)
+        numbers = range(config.n_tasks) if tasks is None else some_tasks(tasks, config)
+        return {config.task_names[i]: i for i in numbers}
+
+    def named_experts(self, adapter_name: str | None = None) -> list[str]:
+        """Return the names of an adapter's experts, by the number that `task_ids` may use.
+
+        Args:
+            adapter_name: By default the active adapter.
+        """
+        return list(RoutedAdapter.of(self, adapter_name).config.experts)
+
+    def get_expert_weights(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Return the factor on each expert's delta, `[experts]` by module path.
+
+        With "fixed" and "learned" routing they are the weights of the blend, else 1 unless set.
+
+        Args:
+            adapter_name: By default the active adapter.
+        """
+        return inventory.expert_weights(RoutedAdapter.of(self, adapter_name))
+
+    def set_expert_weights(
+        self,
+        weights: Mapping[str, float] | Mapping[str, Mapping[str, float]],
+        adapter_name: str | None = None,
+    ) -> None:
+        """Set the factor on experts' deltas; others keep theirs.
+
+        Args:
+            weights: By expert for all layers, or such a dictionary by module path.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError, PeftValueError: An expert or path is unknown, or a weight not a finite
+                number; nothing is changed.
+        """
+        inventory.set_expert_weights(RoutedAdapter.of(self, adapter_name), weights)
+
+    def add_experts(self, experts: Mapping[str, Expert], adapter_name: str | None = None) -> None:
+        """Add experts after those that an adapter has, whose weights and gates stay.
+
+        A new expert of a blend has weight 0. Its gate has to be trained, its activation prototype
+        collected; an Arrow prototype is computed. Parameters are replaced: make the optimizer
+        afterwards.
+
+        Args:
+            experts: As for `get_routed_model`.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            As `get_routed_model`; nothing is changed.
+        """
+        inventory.add_experts(RoutedAdapter.of(self, adapter_name), experts)
+
+    def remove_experts(self, experts: str | Sequence[str], adapter_name: str | None = None) -> None:
+        """Take experts out of an adapter. Later ones move up; their weights and gates stay.
+
+        Args:
+            experts: Names.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftValueError: One is unknown, or none would be left; nothing is changed.
+        """
+        names = [experts] if isinstance(experts, str) else list(experts)
+        inventory.remove_experts(RoutedAdapter.of(self, adapter_name), names)
+
+    def collect_prototypes(
+        self,
+        examples: fitting.Examples,
+        with_expert: bool = True,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Set the prototypes of "activation" routing: each layer's mean input over a few examples
+        of each expert. Labels are not needed.
+
+        The model runs in evaluation mode without gradients, and is as before afterwards.
+
+        Args:
+            examples: Expert → batches, keyword arguments for the model or input tensors.
+            with_expert: Run the examples with their own expert; False with the base model.
+            adapter_name: By default the active adapter.
+
+        Raises:
+            PeftTypeError: The examples are no dictionary of batches.
+            PeftValueError: An expert is unknown, other adapters are active or merged, or a mean is
+                not finite; no prototype is changed.
+            PeftNotSupportedError: The routing is another.
+        """
+        fitting.collect_prototypes(RoutedAdapter.of(self, adapter_name), examples, with_expert)
+
+    def fit_gates(
+        self,
+        examples: Mapping[str, Loss] | Loss,
+        steps: int = 100,
+        lr: float = 5e-3,
+        adapter_name: str | None = None,
+    ) -> dict[str, list[float]]:
+        """Train gates or expert weights with Adam on a few examples, all else frozen.
+
+        "phatgoose" trains the gate of each expert on its own examples, one after the other. "input"
+        and "learned" train all together. A Trainer or a loop of your own does the same: only gates
+        or weights require gradients, and calls in training take `task_ids` for "phatgoose".
+
+        Args:
+            examples: For "phatgoose" expert → loss, else a loss: batches, keyword arguments for a
+                model whose output has a `loss`; or a function without arguments that returns it.
+            steps: Steps for each expert.
+            lr: Learning rate.
+            adapter_name: By default the active adapter.
+
+        Returns:
+            The losses of each expert's steps, or those of all under "".
+
+        Raises:
+            PeftTypeError, PeftValueError: The examples are not as described, or a loss is not
+                finite; gates and weights are as before.
+            PeftNotSupportedError: The routing has nothing to train.
+
+        Source: arXiv:2402.05859, section 3.1
+        """
+        return fitting.fit_gates(RoutedAdapter.of(self, adapter_name), examples, steps, lr)
+
+
+@methods_of(RoutedModel)
+class RoutedMethods:
+    """Methods that a routed model has in addition to those of every `PeftModel`."""
+
+    named_experts = forwarded(RoutedModel.named_experts)
+    get_expert_weights = forwarded(RoutedModel.get_expert_weights)
+    set_expert_weights = forwarded(RoutedModel.set_expert_weights)
+    add_experts = forwarded(RoutedModel.add_experts)
+    remove_experts = forwarded(RoutedModel.remove_experts)
+    collect_prototypes = forwarded(RoutedModel.collect_prototypes)
+    fit_gates = forwarded(RoutedModel.fit_gates)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the experts of a config: in memory, in the saved folder, in the model, or where their
+adapters are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import nn
+
+from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ...base.errors import CheckpointError, PeftError, PeftValueError
+from ...base.suggestions import did_you_mean
+from ...checkpoint.digests import adapter_digest
+from ...checkpoint.files import read_weights
+from ...checkpoint.hub import find_file
+from ...core.low_rank_deltas import Deltas, deltas_by_task
+from ...ops.low_rank import LowRank, approximate
+from .config import RoutedConfig
+
+Source: TypeAlias = dict[str, Any]
+
+# Experts in memory, by `key_of`, for the configs that are made while `at_hand` is open.
+_AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={})  # noqa: B039
+# The end of the keys under which a folder holds its experts' factors.
+SAVED = "routed_experts"
+
+
+@dataclass
+class Experts:
+    """The experts of a routed adapter.
+
+    Args:
+        deltas: Each expert's deltas, by name.
+        general: The mean delta of the general experts, to subtract, by module path.
+    """
+
+    deltas: dict[str, Deltas]
+    general: Deltas = field(default_factory=dict)
+
+    def paths(self) -> list[str]:
+        """Return the paths of the modules that any expert adapts, each once."""
+        return list(dict.fromkeys(path for own in self.deltas.values() for path in own))
+
+    def at(self, path: str) -> LayerExperts:
+        """Return the experts' deltas at a module."""
+        parts = {i: own[path] for i, own in enumerate(self.deltas.values()) if path in own}
+        return LayerExperts(parts, len(self.deltas), self.general.get(path))
+
+
+@dataclass
+class LayerExperts:
+    """The deltas of a module.
+
+    Args:
+        deltas: Those of the experts that adapt it, by the expert's number.
+        number: Number of experts of the adapter.
+        general: The delta to subtract from each.
+    """
+
+    deltas: dict[int, LowRank]
+    number: int
+    general: LowRank | None = None
+
+
+class _Loaded(NamedTuple):
+    """An adapter that was read: its digest, and its deltas by task."""
+
+    digest: str
+    by_task: dict[str, Deltas]
+
+
+@contextmanager
+def at_hand(experts: Mapping[str, Deltas]) -> Iterator[None]:
+    """Context in which configs find experts in memory, given by `key_of`."""
+    token = _AT_HAND.set({**_AT_HAND.get(), **experts})
+    try:
+        yield
+    finally:
+        _AT_HAND.reset(token)
+
+
+def digest_of(deltas: Deltas) -> str:
+    """Return the SHA-256 of deltas in memory."""
+    digest = hashlib.sha256()
+    for path, delta in sorted(deltas.items()):
+        for tensor in (delta.A, delta.B):
+            digest.update(f"{path}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def key_of(source: Source) -> str:
+    """Return the name of an expert in memory: its adapter's digest, and its task."""
+    return f"{source.get('digest')}:{source.get('task') or ''}"
+
+
+def find_experts(config: RoutedConfig, model: nn.Module) -> Experts:
+    """Return the experts of a config; fill in digests and ranks, and an expert for each task.
+
+    Raises:
+        CheckpointNotFoundError: There is no adapter at an expert's source.
+        CheckpointError: An adapter has changed, or does not fit the base model.
+        PeftValueError: An adapter has no such task, or experts in memory are no longer there.
+        PeftNotSupportedError: An adapter is more than low-rank deltas.
+    """
+    saved = saved_experts(config) if config.save_experts and config.source is not None else None
+    if saved is not None:
+        return saved
+    loaded: dict[object, _Loaded] = {}
+    found: dict[str, dict[str, Deltas]] = {"experts": {}, "general_experts": {}}
+    for field_name, deltas in found.items():
+        sources: dict[str, Source] = {}
+        for name, source in getattr(config, field_name).items():
+            for own, described, delta in _fetch(config, name, source, model, loaded):
+                sources[own], deltas[own] = described, delta
+        setattr(config, field_name, sources)
+    config.validate()
+    experts, general = found["experts"], list(found["general_experts"].values())
+    if general and config.general_subtraction == "factors":
+        return Experts({name: _less_factors(name, own, general) for name, own in experts.items()})
+    return Experts(experts, _mean(general))
+
+
+def _fetch(
+    config: RoutedConfig,
+    name: str,
+    source: Source,
+    model: nn.Module,
+    loaded: dict[object, _Loaded],
+) -> Iterator[tuple[str, Source, Deltas]]:
+    """Yield name, full source and deltas of an expert, or of each task of its adapter."""
+    source = {key: value for key, value in source.items() if value is not None}
+    if (held := _AT_HAND.get().get(key_of(source))) is not None:
+        yield name, {"source": None, **source, "rank": _rank(held)}, held
+        return
+    if source.get("source") is None:
+        raise PeftValueError(
+            f"Expert {name!r} was in memory when the model was made, and is not there now. Pass it "
+            "to `get_routed_model` again; `save_experts=True` writes experts with the model."
+        )
+    hub: dict[str, Any] = {key: source[key] for key in ("subfolder", "revision") if key in source}
+    try:
+        place = _place(config, source["source"], hub)
+        key = (place, *hub.values())
+        known = loaded.get(key)
+        digest = adapter_digest(place, **hub) if known is None else known.digest
+        _check_unchanged(source, digest, place)
+        if known is None:
+            own_deltas = deltas_by_task(model, place, deltas_only=config.deltas_only, **hub)
+            known = loaded[key] = _Loaded(digest, own_deltas)
+        by_task = known.by_task
+        tasks = [_task(source["task"], by_task)] if "task" in source else list(by_task)
+    except PeftError as error:
+        raise type(error)(f"Expert {name!r}: {error}") from error
+    for task in tasks:
+        own = name if len(tasks) == 1 else f"{name}.{task}"
+        rank = _rank(by_task[task])
+        if source.get("rank", rank) != rank:
+            raise CheckpointError(
+                f"Expert {name!r} has rank {rank} at '{place}' now, and had {source['rank']}."
+            )
+        described = {**source, "source": str(place), "digest": digest, "rank": rank}
+        yield own, {**described, "task": task} if task else described, by_task[task]
+
+
+def _check_unchanged(source: Source, digest: str, place: object) -> None:
+    if source.get("digest", digest) != digest:
+        raise CheckpointError(
+            f"The adapter at '{place}' has changed since the routed model was saved. Restore it, "
+            "or route over the new one: take its `digest` and `rank` out of the config's "
+            "`experts`, and compute its prototype or train its gate again."
+        )
+
+
+def _place(config: RoutedConfig, source: str, hub: Mapping[str, object]) -> str:
+    """Return the folder or Hub id of an adapter; one that has moved is found beside the folder that
+    the config was read from.
+    """
+    if os.path.isdir(source):
+        return os.path.abspath(source)
+    base = None if config.source is None else Path(config.source[0])
+    if base is not None and base.is_dir():
+        for folder in (base / source, base.parent / Path(source).name, base / Path(source).name):
+            if (folder / str(hub.get("subfolder", "")) / CONFIG_NAME).is_file():
+                return str(folder.resolve())
+    return source
+
+
+def _task(task: object, by_task: Mapping[str, Deltas]) -> str:
+    if task in by_task:
+        return str(task)
+    if "" in by_task:
+        raise PeftValueError(f"`task`={task!r}: the adapter has one delta and no tasks.")
+    raise PeftValueError(
+        f"`task`={task!r} is none of the adapter's tasks, {list(by_task)[:8]}."
+        f"{did_you_mean(str(task), by_task)}"
+    )
+
+
+def _rank(deltas: Deltas) -> int:
+    return max((delta.rank for delta in deltas.values()), default=0)
+
+
+def _mean(general: list[Deltas]) -> Deltas:
+    """Return the mean of several adapters' deltas, of the sum of their ranks."""
+    result: Deltas = {}
+    for path in dict.fromkeys(path for own in general for path in own):
+        parts = [own[path] for own in general if path in own]
+        B = torch.cat([part.B for part in parts], dim=1) / len(general)
+        result[path] = approximate(B, torch.cat([part.A for part in parts]))
+    return result
+
+
+def _less_factors(name: str, own: Deltas, general: list[Deltas]) -> Deltas:
+    """Return deltas whose factors are less the mean factors of the general adapters."""
+    result: Deltas = {}
+    for path, delta in own.items():
+        shapes = {
+            (tuple(other[path].A.shape), tuple(other[path].B.shape)) if path in other else None
+            for other in general
+        }
+        if shapes != {(tuple(delta.A.shape), tuple(delta.B.shape))}:
+            raise PeftValueError(
+                f"Expert {name!r}, `{path}`: `general_subtraction`='factors' needs general "
+                f"adapters that adapt the module with rank {delta.rank}; use 'deltas'."
+            )
+        A = torch.stack([other[path].A for other in general]).mean(0)
+        B = torch.stack([other[path].B for other in general]).mean(0)
+        result[path] = approximate(delta.B - B, delta.A - A)
+    return result
+
+
+def saved_experts(config: RoutedConfig) -> Experts | None:
+    """Return the experts in the saved folder that a config was read from; None without any."""
+    assert config.source is not None
+    place, hub = config.source
+    state = read_weights(find_file(place, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), hub))
+    names = [*config.experts, None]
+    deltas: dict[str | None, Deltas] = {name: {} for name in names}
+    for key, down in state.items():
+        path, _, end = key.removeprefix(MODEL_ROOT).rpartition(f".{SAVED}.")
+        if end == "down":
+            start = key.removesuffix("down")
+            ranks = state[f"{start}ranks"].tolist()
+            pairs = zip(down.split(ranks), state[f"{start}up"].split(ranks), strict=True)
+            for number, (A, up) in zip(state[f"{start}numbers"].tolist(), pairs, strict=True):
+                deltas[names[number]][path] = approximate(up.mT, A)
+    general = deltas.pop(None)
+    return Experts(cast("dict[str, Deltas]", deltas), general) if any(deltas.values()) else None
