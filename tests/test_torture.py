@@ -2,9 +2,10 @@
 """Short forms of the campaigns of `torture/`, and planted faults that they have to find."""
 
 import os
+from dataclasses import replace
 
 import pytest
-from torture import faults, power, scenarios, tracer
+from torture import allocations, faults, power, scenarios, tracer
 
 from peft.checkpoint import files
 
@@ -20,6 +21,10 @@ def scenario(name):
 
 def findings(tries):
     return [f"{what}: {wrong}" for what, wrong in tries if wrong is not None]
+
+
+def loses_something(tries):
+    return any(wrong is not None for _, wrong in tries)
 
 
 @pytest.fixture
@@ -45,15 +50,43 @@ def test_a_power_cut_leaves_the_old_content_or_the_new(name, tmp_path):
     assert not findings(power.cutting(scenario(name), tmp_path / "work"))
 
 
+CHANGES = {change.name: change for change in allocations.changes()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "load over an adapter LOHA",
+        "load beside another VBLORA",
+        "merge POLY",
+        "unmerge LOKR",
+        "add tasks POLY",
+        "add skills POLY",
+        "combine LORA",
+    ],
+)
+def test_no_memory_at_any_allocation_leaves_the_model_as_it_was(name, tmp_path):
+    assert not findings(allocations.exhausting(CHANGES[name], tmp_path / "work"))
+
+
+def test_a_change_in_steps_is_found(tmp_path):
+    def halfway(model, folder):
+        for layer in (model.base_model.model[0], model.base_model.model[2]):
+            layer.merge()
+
+    broken = replace(CHANGES["merge LORA"], work=halfway)
+    assert loses_something(allocations.exhausting(broken, tmp_path / "work"))
+
+
 def test_a_missing_sync_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
-    assert findings(power.cutting(scenario("save LORA over another"), tmp_path / "work"))
+    assert loses_something(power.cutting(scenario("save LORA over another"), tmp_path / "work"))
 
 
 def test_a_write_in_place_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_replace", lambda path, write: write(path))
     broken = scenario("save a bank over another")
-    assert findings(faults.writing(broken, tmp_path / "work"))
+    assert loses_something(faults.writing(broken, tmp_path / "work"))
 
 
 def test_the_tracer_sees_calls_and_makes_them_fail(tmp_path):

@@ -15,18 +15,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from . import faults, power, scenarios, tracer
+from . import allocations, faults, power, scenarios, tracer
 
 
 class Campaign(NamedTuple):
     """A kind of damage, its scenarios, and what tries one of them."""
 
     name: str
-    scenarios: Callable[[], Iterator[scenarios.Write | scenarios.Read]]
+    scenarios: Callable[[], Iterator[Any]]
     tries: Callable[..., Iterator[tuple[str, str | None]]]
 
 
@@ -42,6 +42,7 @@ def _operations() -> Iterator[scenarios.Write | scenarios.Read]:
 
 
 CAMPAIGNS = (
+    Campaign("memory", allocations.changes, allocations.exhausting),
     Campaign("power", scenarios.writes, power.cutting),
     Campaign("faults", _operations, _faults),
 )

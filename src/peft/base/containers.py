@@ -21,6 +21,9 @@ StateDict: TypeAlias = dict[str, Any]
 class AdapterContainer:
     """Base class of modules that are containers with an entry for each adapter."""
 
+    def make_room(self, adapter_name: str, entry: Any) -> None:
+        """Take the memory that putting in an entry needs beside the entry itself."""
+
 
 class AdapterModuleDict(AdapterContainer, nn.ModuleDict):
     """Modules by adapter name."""

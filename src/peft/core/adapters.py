@@ -124,6 +124,14 @@ def adopt(layer: _Layer, fresh: _Layer) -> None:
             own[adapter_name] = entry
 
 
+def make_room(layer: _Layer, fresh: _Layer) -> None:
+    """Take the memory that `adopt` will need, so that it can't fail."""
+    for own, other in zip(_by_adapter(layer), _by_adapter(fresh), strict=True):
+        if isinstance(own, AdapterContainer):
+            for adapter_name, entry in other.items():
+                own.make_room(adapter_name, entry)
+
+
 def drop(layer: _Layer, adapter_name: str) -> None:
     """Delete an adapter's tensors, values and scale."""
     for entries in _by_adapter(layer):

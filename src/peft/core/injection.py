@@ -26,7 +26,7 @@ from ..base.modules import get_submodules
 from ..base.progress import track
 from ..config import TargetedConfig
 from . import moe_tokens
-from .adapters import AdapterParameterDict, adopt
+from .adapters import AdapterParameterDict, adopt, make_room
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from .base_layer import layer_of
 from .fused_paths import avoid_fused_paths
@@ -275,11 +275,14 @@ def _trainable_copy(path: str, module: nn.Module) -> nn.Module:
 
 
 def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[C]) -> None:
-    """Put a finished adapter into a model; nothing here can fail.
+    """Put a finished adapter into a model; once it has the memory, nothing here can fail.
 
     `method` is the tuner of the adapter's method: `host` itself, unless the model mixes methods.
     """
     model, name, is_first = host.model, build.adapter_name, not host.peft_config
+    for path, layer in build.layers.items():
+        if (present := layer_of(model.get_submodule(path), method.tuner_layer_cls)) is not None:
+            make_room(present, layer)
     if is_first:
         _freeze_base(model)
     _put_layers(model, plan, build, method.tuner_layer_cls)

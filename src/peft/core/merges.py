@@ -85,6 +85,13 @@ class Merge(NamedTuple):
         return self.delta.on(device).weight()
 
 
+class Bias(NamedTuple):
+    """A base layer's bias with merges: the sum to write, None to leave it, and the original."""
+
+    total: Tensor | None
+    original: Tensor | None
+
+
 class Merges:
     """The merges into one base layer's weight, in their order, shared by all layers around it.
 
@@ -219,8 +226,8 @@ class Merges:
         """Forget all merges, since the weight is about to be overwritten."""
         if self.shared is not None:
             base.weight = self.shared
-        self._put_bias(base, [])
-        self._note(base, [])
+        self._put_bias(base, self._summed_bias(base, []))
+        self._note([], None)
 
     def converted(
         self, base: nn.Module, convert: Callable[[], T], function: Callable[[Tensor], Tensor]
@@ -311,12 +318,16 @@ class Merges:
                 kept = correction if self.shared is None else None
                 entries.append(merge._replace(correction=kept))
             entries = self.entries[:first] + entries
+            # All memory is taken before the first change.
+            bias = self._summed_bias(base, entries)
+            is_plain = not is_managed(_weight(base))
+            written = Written(weight, self._written, is_plain) if entries else None
             if not entries and self.shared is not None:
                 base.weight, self.shared = self.shared, None
             else:
                 put_weight(base, weight)
-            self._put_bias(base, entries)
-            self._note(base, entries)
+            self._put_bias(base, bias)
+            self._note(entries, written)
 
     def _rewrite_quantized(
         self, storage: StorageFormat, base: nn.Module, entries: list[Merge], check: bool
@@ -327,23 +338,21 @@ class Merges:
         self.insist_on_known(0)
         storage.put(base, original)
         try:
-            if not entries:
-                present = original
-                return
-            weight = storage.read(base)
-            for merge in entries:
-                weight += merge.dense(weight.device)
-                weight *= 1 if merge.factor is None else merge.factor.to(weight.device)
-                _insist_on_finite(merge, weight, check)
-            present = storage.pack(base, weight)
+            bias, written = self._summed_bias(base, entries), None
+            if entries:
+                weight = storage.read(base)
+                for merge in entries:
+                    weight += merge.dense(weight.device)
+                    weight *= 1 if merge.factor is None else merge.factor.to(weight.device)
+                    _insist_on_finite(merge, weight, check)
+                storage.put(base, storage.pack(base, weight))
+                written = Written(_weight(base), self._written)
         except BaseException:
-            entries = self.entries
-            raise
-        finally:
             storage.put(base, present)
-            self._put_bias(base, entries)
-            self._note(base, entries)
-            self._original = original if entries else None
+            raise
+        self._put_bias(base, bias)
+        self._note(entries, written)
+        self._original = original if entries else None
 
     def _before(self, base: nn.Module, first: int) -> Tensor:
         """Return a plain weight as it was before the merges from number `first` on."""
@@ -404,26 +413,30 @@ class Merges:
         result = function(probe)
         return (result.dtype, result.device) != (probe.dtype, probe.device)
 
-    def _put_bias(self, base: nn.Module, entries: Iterable[Merge]) -> None:
-        """Add the merges' parts to the base layer's original bias."""
+    def _summed_bias(self, base: nn.Module, entries: Iterable[Merge]) -> Bias:
+        """Return the base layer's original bias with the merges' parts added to it."""
         added = [merge.bias for merge in entries if merge.bias is not None]
         if not added and self._bias is None:
-            return
+            return Bias(None, None)
         bias = cast(Tensor, base.bias)
-        self._bias = bias.data if self._bias is None else self._bias
-        total = self._bias.to(bias.device, bias.dtype)
+        original = bias.data if self._bias is None else self._bias
+        total = original.to(bias.device, bias.dtype)
         for more in added:
             total = (total + more.to(total.device)).to(total.dtype)
-        bias.data = total
-        if not added:
-            self._bias = None
+        return Bias(total, original if added else None)
 
-    def _note(self, base: nn.Module, entries: list[Merge]) -> None:
+    def _put_bias(self, base: nn.Module, bias: Bias) -> None:
+        """Write a bias, and keep the original while something is added to it."""
+        if bias.total is not None:
+            cast(Tensor, base.bias).data = bias.total
+        self._bias = bias.original
+
+    def _note(self, entries: list[Merge], written: Written | None) -> None:
         layers = {id(merge.layer): merge.layer for merge in (*self.entries, *entries)}
         self.entries = entries
         if not entries:
             self.shared = self._original = None
-        self._written = Written(_weight(base), self._written) if entries else None
+        self._written = written
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 

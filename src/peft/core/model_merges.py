@@ -172,9 +172,18 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
         layer._merges.insist_on_known()
-    for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`
-        with loaded_weights(layer, layer.merged_adapters):
-            layer.unmerge()
+    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
+    try:
+        for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`
+            with loaded_weights(layer, layer.merged_adapters):
+                taken.append((layer, layer.take_off()))
+    except BaseException:
+        for layer, merges in reversed(taken):
+            with loaded_weights(layer, [merge.name for merge in merges]):
+                layer.put_on(merges)
+        raise
+    for layer in merged:
+        layer._merges.drop_suspended(layer, *layer._merges.suspended(layer))
 
 
 def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:

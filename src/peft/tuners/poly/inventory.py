@@ -87,10 +87,16 @@ def _select(
     number `start`.
     """
     adapter.check_unsharded("change its tasks")
-    for router in dict.fromkeys(adapter.task_routers().values()):
-        router.replace(_select_logits(router.module_logits.detach(), origin, start), origin)
-    for skills in adapter.task_skills().values():
-        skills.select(origin, start)
+    # All memory is taken first, so that an error leaves the adapter as it was.
+    routers = dict.fromkeys(adapter.task_routers().values())
+    logits = [_select_logits(r.module_logits.detach(), origin, start) for r in routers]
+    task_skills = list(adapter.task_skills().values())
+    factors = [skills.selected(origin, start) for skills in task_skills]
+    for router, values in zip(routers, logits, strict=True):
+        router.replace(values, origin)
+    for skills, (A, B) in zip(task_skills, factors, strict=True):
+        skills.A.replace(A, origin)
+        skills.B.replace(B, origin)
     for layer in adapter.layers.values():
         layer.n_tasks[adapter.name] = len(origin)
     adapter.config.n_tasks, adapter.config.task_names = len(origin), names
@@ -135,16 +141,18 @@ def add_skills(adapter: PolyAdapter, n: int) -> None:
     adapter.check_unsharded("add skills")
     name, config = adapter.name, adapter.config
     routers = adapter.task_routers()
+    # All memory is taken first, so that an error leaves the adapter as it was.
+    grown: dict[str, list[nn.Parameter]] = {}
+    for path, layer in adapter.layers.items():
+        old = routers[path].module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name]
+        grown[path] = [
+            nn.Parameter(new, requires_grad=parameter.requires_grad)
+            for new, parameter in zip(grow_skills(*old, n), old, strict=True)
+        ]
     for path, layer in adapter.layers.items():
         router = routers[path]
         router.close_rows()
-        old = router.module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name]
-        logits, A, B = (
-            nn.Parameter(new, requires_grad=parameter.requires_grad)
-            for new, parameter in zip(grow_skills(*old, n), old, strict=True)
-        )
-        layer.poly_lora_A[name], layer.poly_lora_B[name] = A, B
-        router.module_logits = logits
+        router.module_logits, layer.poly_lora_A[name], layer.poly_lora_B[name] = grown[path]
         router.n_skills += n
         layer.n_skills[name] += n
     config.n_skills += n

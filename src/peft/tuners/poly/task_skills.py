@@ -96,10 +96,12 @@ class TaskSkills(nn.Module):
             for name, table in (("A", self.A), ("B", self.B))
         }
 
-    def select(self, origin: Sequence[int | None], start: int | str = "uniform") -> None:
-        """Replace the tasks: `origin` has the number that each had, None for a new one. New tasks
-        start from the skill of the task `start`; with "mean" or "uniform" theirs have no effect
-        yet.
+    def selected(
+        self, origin: Sequence[int | None], start: int | str = "uniform"
+    ) -> tuple[Tensor, Tensor]:
+        """Return the factors of other tasks: `origin` has the number that each had, None for a new
+        one. New tasks start from the skill of the task `start`; with "mean" or "uniform" theirs
+        have no effect yet.
         """
         source = start if isinstance(start, int) else 0
         index = torch.tensor([source if task is None else task for task in origin])
@@ -109,5 +111,4 @@ class TaskSkills(nn.Module):
             fresh = A[new], B[new]
             self.draw(*fresh)
             A[new], B[new] = fresh
-        self.A.replace(A, origin)
-        self.B.replace(B, origin)
+        return A, B

@@ -97,7 +97,7 @@ class TaskTable(nn.Module):
     def close_rows(self) -> None:
         """Make the rows part of the table again; whether the table trains stays as it is."""
         self._gather()
-        self.rows, self.runs = _Rows(), []
+        self.rows, self.runs = _Rows().train(self.training), []
 
     def replace(self, values: Tensor, origin: Sequence[int | None]) -> None:
         """Replace the parameter by `values [n_tasks, …]`; rows that train stay so. `origin` has the

@@ -186,8 +186,12 @@ class VBLoRALayer(BaseTunerLayer):
 
     def note_loaded(self, adapter_name: str) -> None:
         """Update `topk_only`: logits from a compact file lack values and can't be trained."""
-        if self.storage_format.get(adapter_name) is StorageFormat.LOGITS:
+        if self.storage_format.get(adapter_name) is not StorageFormat.LOGITS:
+            return
+        try:
             self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
+        except RuntimeError:  # out of memory: the first forward in training asks again
+            self.topk_only[adapter_name] = True
 
     def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
         """Return the size of the adapter's tensors of this layer in a file, in float32 numbers."""

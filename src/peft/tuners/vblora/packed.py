@@ -77,13 +77,23 @@ class PackedTensors(AdapterContainer, nn.Module):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self._locations:
             del self[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        buffer = "_".join(["pack", *map(str, tensor.shape), dtype])
-        if not self._free_rows.setdefault(buffer, []):
-            self._grow(buffer, tensor)
+        self.make_room(name, tensor)
+        buffer = self._buffer_name(tensor)
         row = self._free_rows[buffer].pop()
         self.buffer(buffer)[row].copy_(tensor)
         self._locations[name] = Location(buffer, row)
+
+    @torch.no_grad()
+    def make_room(self, name: str, tensor: Tensor) -> None:
+        """Take the memory for a tensor that will be put in."""
+        buffer = self._buffer_name(tensor)
+        if not self._free_rows.get(buffer):
+            self._grow(buffer, tensor)
+
+    @staticmethod
+    def _buffer_name(tensor: Tensor) -> str:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return "_".join(["pack", *map(str, tensor.shape), dtype])
 
     def _grow(self, name: str, tensor: Tensor) -> None:
         """Double a buffer's rows, or make one with a row for a tensor of this shape and dtype."""
@@ -94,7 +104,7 @@ class PackedTensors(AdapterContainer, nn.Module):
         if old is not None:
             buffer[:before] = old
         self.register_buffer(name, buffer, persistent=False)
-        self._free_rows[name].extend(reversed(range(before, after)))
+        self._free_rows.setdefault(name, []).extend(reversed(range(before, after)))
 
     def __delitem__(self, name: str) -> None:
         buffer, row = self._locations.pop(name)
