@@ -480,6 +480,8 @@ def test_heads_that_can_not_be_combined_are_named(tmp_path):
         ValueError, match="needs one linear head in each adapter; they train .*'1.0.weight'"
     ):
         save_as_poly(tmp_path / "out", deep, ["a", "b"], heads="stack")
+    with torch.no_grad():  # equal copies need no choice
+        next(deep.base_model.model[1].modules_to_save["b"].parameters()).add_(1.0)
     with pytest.raises(
         ValueError, match="`heads`: 'mean' or the name"
     ):  # the impossible is not offered
