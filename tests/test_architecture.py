@@ -40,7 +40,7 @@ FLOORS = (
         "optimizers",
         "clustering",
     ),
-    ("auto", "functional", "helpers", "mapping_func", "utils"),
+    ("auto", "functional", "helpers", "library", "mapping_func", "utils"),
     ("",),
 )
 

@@ -79,12 +79,12 @@ def test_a_change_in_steps_is_found(tmp_path):
 
 
 def test_a_missing_sync_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
+    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
     assert loses_something(power.cutting(scenario("save LORA over another"), tmp_path / "work"))
 
 
 def test_a_write_in_place_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_replace", lambda path, write: write(path))
+    monkeypatch.setattr(files, "replace_file", lambda path, write: write(path))
     broken = scenario("save a bank over another")
     assert loses_something(faults.writing(broken, tmp_path / "work"))
 

@@ -30,6 +30,7 @@ from .base.progress import show_progress
 from .clustering import adapter_similarity, cluster_adapters
 from .config import PeftConfig
 from .inspection import AdapterContents, inspect_adapter
+from .library import AdapterEntry, AdapterFleet, AdapterLibrary, AdapterPack, adapter_sizes
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -112,6 +113,10 @@ __all__ = [
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdapterContents",
+    "AdapterEntry",
+    "AdapterFleet",
+    "AdapterLibrary",
+    "AdapterPack",
     "AdapterPlan",
     "ArrowConfig",
     "AutoPeftModel",
@@ -152,6 +157,7 @@ __all__ = [
     "VectorBank",
     "__version__",
     "adapter_similarity",
+    "adapter_sizes",
     "bank_usage",
     "cast_mixed_precision_params",
     "cluster_adapters",

@@ -6,30 +6,17 @@ the new one.
 import os
 import resource
 import signal
-import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.killing import KILLED, run_killed
 from helpers.models import TARGETS, mlp
 
 import peft
 from peft import LoKrConfig, PeftModel, get_peft_model
 from peft.checkpoint import files
 from peft.utils.error import CheckpointWriteError
-
-EVENTS = {
-    "open",
-    "os.rename",
-    "os.remove",
-    "os.chmod",
-    "os.mkdir",
-    "os.truncate",
-    "os.link",
-    "os.symlink",
-    "tempfile.mkstemp",
-}
-KILLED = 77
 
 
 def adapter(rank):
@@ -60,30 +47,6 @@ def read(folder):
         return None
     config = model.peft_config["default"]
     return config.r, config.alpha, model(torch.ones(1, 8)).detach().numpy().tobytes()
-
-
-def run_killed(save, folder, step):
-    """Run `save` in a child that ends for good just before its `step`-th event in `folder`; how it
-    ended.
-    """
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def watch(event, arguments):
-            nonlocal seen
-            if event in EVENTS and any(str(folder) in str(argument) for argument in arguments):
-                if seen == step:
-                    os._exit(KILLED)
-                seen += 1
-
-        sys.addaudithook(watch)
-        try:
-            save()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_everywhere(tmp_path, make_old, make_new, old_options, new_options):
@@ -241,7 +204,7 @@ def test_a_config_edited_by_hand_is_read_as_edited(tmp_path):
 def test_other_files_are_written_under_the_folders_lock(tmp_path, monkeypatch, write):
     """A save of an adapter beside them deletes the temporary files that it finds."""
     fcntl, locked = pytest.importorskip("fcntl"), []
-    replace = files._replace
+    replace = files.replace_file
 
     def watched(path, do):
         handle = os.open(path.parent, os.O_RDONLY)
@@ -254,7 +217,7 @@ def test_other_files_are_written_under_the_folders_lock(tmp_path, monkeypatch, w
             os.close(handle)
         replace(path, do)
 
-    monkeypatch.setattr(files, "_replace", watched)
+    monkeypatch.setattr(files, "replace_file", watched)
     if write == "tensors":
         files.write_tensors(tmp_path / "bank.safetensors", {"a": torch.zeros(2)}, {})
     else:

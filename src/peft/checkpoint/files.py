@@ -72,7 +72,7 @@ def folder_for(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in made:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         yield
     except BaseException as error:
         for path in made:
@@ -88,20 +88,20 @@ def write_report(path: object, content: object) -> None:
     file = as_file(path)
     with folder_for(file.parent), alone_in(file.parent):
         write_text(file, json.dumps(content, indent=1) + "\n")
-        _sweep(file.parent, ".adapter_*.tmp")
+        sweep(file.parent, ".adapter_*.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    _sync_folder(path.parent)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    sync_folder(path.parent)
 
 
 def write_config(folder: Path, text: str) -> None:
     """Write a config without weights, and delete those that interrupted saves left."""
     with folder_for(folder), alone_in(folder):
         write_text(folder / CONFIG_NAME, text)
-        _sweep(folder, ".adapter_config.*.json")
+        sweep(folder, ".adapter_config.*.json")
 
 
 def write_adapter(
@@ -122,18 +122,23 @@ def write_adapter(
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replace a safetensors file in one step; its folder is made if missing."""
     tensors, metadata = _writable(state), {"format": "pt", **metadata}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file in one step by what `write` puts into the temporary file that it is given."""
     # A save of an adapter into this folder deletes the temporary files it finds there.
     with folder_for(path.parent), alone_in(path.parent):
-        _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        _sync_folder(path.parent)
-        _sweep(path.parent, ".adapter_*.tmp")
+        replace_file(path, write)
+        sync_folder(path.parent)
+        sweep(path.parent, ".adapter_*.tmp")
 
 
 def _write_adapter(
     folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool
 ) -> None:
     if not safe_serialization:
-        _replace(folder / WEIGHTS_NAME, lambda temporary: torch.save(state, temporary))
+        replace_file(folder / WEIGHTS_NAME, lambda temporary: torch.save(state, temporary))
         (folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         write_text(folder / CONFIG_NAME, config_text)
         return
@@ -143,7 +148,7 @@ def _write_adapter(
     metadata = {"format": "pt", _DIGEST: digest}
     try:
         write_text(waiting, config_text)
-        _replace(
+        replace_file(
             folder / SAFETENSORS_WEIGHTS_NAME,
             lambda temporary: save_file(state, temporary, metadata=metadata),
         )
@@ -151,11 +156,11 @@ def _write_adapter(
         if not was_waiting:
             waiting.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     os.replace(waiting, folder / CONFIG_NAME)
-    _sync_folder(folder)
+    sync_folder(folder)
     (folder / WEIGHTS_NAME).unlink(missing_ok=True)
-    _sweep(folder, ".adapter_*")  # of saves that were killed
+    sweep(folder, ".adapter_*")  # of saves that were killed
 
 
 def read_config_text(path: Path) -> str:
@@ -165,10 +170,10 @@ def read_config_text(path: Path) -> str:
         digest = read_metadata(weights).get(_DIGEST)
         if digest:
             try:
-                return _waiting_config(path.parent, digest).read_text(encoding="utf-8")
+                return _waiting_config(path.parent, digest).read_bytes().decode()
             except FileNotFoundError:
                 pass  # the usual case: the save of the weights was completed
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes().decode()
 
 
 def read_json(path: Path) -> JsonObject:
@@ -261,10 +266,20 @@ def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file beside `path`, sync it to disk, and rename it to `path`.
+
+    Args:
+        path: The file, in a folder that exists; hold its lock, `alone_in`.
+        write: Writes the content to the temporary path that it is given.
+
+    Raises:
+        CheckpointWriteError: It can't be written, and is as it was.
+    """
     try:
         _replace_in_folder(path, write)
+    except PeftError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise _write_error(
             f"'{path}' can't be written, and is as it was: {error}", error
@@ -299,7 +314,7 @@ def _delete(place: Path) -> None:
         shutil.rmtree(place)
 
 
-def _sweep(folder: Path, pattern: str) -> None:
+def sweep(folder: Path, pattern: str) -> None:
     """Delete what interrupted saves left in a folder."""
     for leftover in folder.glob(pattern):
         if leftover.is_dir():
@@ -308,7 +323,7 @@ def _sweep(folder: Path, pattern: str) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Sync a folder's entries to disk, if the system can do that."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ..base.errors import CheckpointError, CheckpointNotFoundError
 from .files import read_weights
 
-_DTYPES = {
+# Dtypes by their codes in a safetensors file.
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -27,6 +28,7 @@ _DTYPES = {
     "I32": torch.int32,
     "U32": torch.uint32,
     "F32": torch.float32,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "U64": torch.uint64,
     "F64": torch.float64,
@@ -97,7 +99,7 @@ def read_header(path: Path) -> FileHeader:
 
 
 def _info(shape: tuple[int, ...], code: str) -> TensorInfo:
-    dtype = _DTYPES.get(code)
+    dtype = DTYPES.get(code)
     if dtype is None:
         return TensorInfo(shape, code, 0)
     return TensorInfo(shape, _name(dtype), math.prod(shape) * dtype.itemsize)

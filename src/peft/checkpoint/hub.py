@@ -145,8 +145,14 @@ def load_peft_weights(
             f"{device!r} is not a device: pass 'cpu', 'cuda', 'cuda:1', …"
         ) from None
     path = find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
-    state = read_weights(path, device or "cpu")
-    return {_mapped(key, key_mapping or {}): tensor for key, tensor in state.items()}
+    return with_mapped_keys(read_weights(path, device or "cpu"), key_mapping or {})
+
+
+def with_mapped_keys(
+    state: Mapping[str, Tensor], key_mapping: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return tensors under their keys after the first replacement that matches each."""
+    return {_mapped(key, key_mapping): tensor for key, tensor in state.items()}
 
 
 def _mapped(key: str, key_mapping: Mapping[str, str]) -> str:

@@ -17,7 +17,13 @@ from ..base.patterns import format_patterns
 from ..base.validation import check_adapter, check_flags
 from ..checkpoint.checks import LoadResult
 from ..checkpoint.files import CONFIG_NAME
-from ..checkpoint.hub import HubOptions, load_peft_weights, local_folder, only_hub_options
+from ..checkpoint.hub import (
+    HubOptions,
+    load_peft_weights,
+    local_folder,
+    only_hub_options,
+    with_mapped_keys,
+)
 from ..checkpoint.keys import adapter_tensors, in_view, tied_embeddings
 from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
@@ -176,15 +182,35 @@ def load_adapter(
             if item.metadata.get("labels"):  # it names entries of the tensors
                 setattr(known, item.name, getattr(config, item.name))
         return result
-    config.inference_mode = not is_trainable
     fill = CheckpointFill(base, state, source, ignore_mismatched_sizes, strict)
-    initialize = ignore_mismatched_sizes or not strict
-    construction = Construction(autocast_adapter_dtype, initialize=initialize)
-    self.add_filled_adapter(adapter_name, config, fill, construction)
-    if is_trainable:
-        self.base_model.set_requires_grad(adapter_name, True)
-    self.base_model.method_of(config).note_loaded(self, adapter_name)
+    add_checkpoint(self, adapter_name, config, fill, is_trainable, autocast_adapter_dtype)
     return fill.result
+
+
+def add_checkpoint(
+    model: Any,
+    adapter_name: str,
+    config: PeftConfig,
+    fill: CheckpointFill,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Put an adapter into a `PeftModel` under a new name, with the tensors of a checkpoint.
+
+    Args:
+        model: The model.
+        adapter_name: The name.
+        config: The adapter's config, under the present names of the model's modules.
+        fill: Writes the tensors, which have these names too.
+        is_trainable, autocast_adapter_dtype: As for `load_adapter`.
+    """
+    config.inference_mode = not is_trainable
+    initialize = fill.ignore_mismatched_sizes or not fill.strict
+    construction = Construction(autocast_adapter_dtype, initialize=initialize)
+    model.add_filled_adapter(adapter_name, config, fill, construction)
+    if is_trainable:
+        model.base_model.set_requires_grad(adapter_name, True)
+    model.base_model.method_of(config).note_loaded(model, adapter_name)
 
 
 def _check_switches(ephemeral_gpu_offload: bool, **flags: object) -> None:
@@ -224,10 +250,21 @@ def read_checkpoint(
         )
     else:
         config = config.for_adapter()
+    state = load_peft_weights(model_id, device=device, **hub)
+    return named_as_now(model, config, state, key_mapping)
+
+
+def named_as_now(
+    model: nn.Module,
+    config: PeftConfig,
+    state: Mapping[str, Tensor],
+    key_mapping: Mapping[str, str] | None = None,
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Return a file's config and tensors under the present names of a base model's modules."""
     if not key_mapping:
         # transformers' renaming of the modules between its versions.
         key_mapping = dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
-    state = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+    state = with_mapped_keys(state, key_mapping)
     return present_names(model, cast("TargetedConfig", config), state)
 
 

@@ -102,6 +102,17 @@ class BaseTuner(AdaptedModel[C]):
         """
         return None
 
+    @classmethod
+    def shared_tensors(cls, config: C, present: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors, by digest, that a config refers to and that other adapters may share.
+
+        Those that are `present`, by digest, are not read again.
+
+        Raises:
+            PeftError: They are missing or damaged.
+        """
+        return {}
+
     def adjust_config(self, plan: Plan[C], construction: Construction) -> None:
         """Correct fields of `plan.config` that the planned layers contradict, with a warning."""
 

@@ -128,6 +128,16 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             config.validate()
         return Preparation(bank)
 
+    @classmethod
+    def shared_tensors(
+        cls, config: VBLoRAConfig, present: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the shared bank that a config names, by digest."""
+        if not config.shares_bank:
+            return {}
+        bank = find_bank(config, present)
+        return {bank.key: bank.vectors}
+
     def _shared_banks(self) -> dict[str, Tensor]:
         """Return the model's shared banks by digest."""
         container = self.shared_containers().get(_SHARED)

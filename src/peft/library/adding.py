@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring adapters into a library, from other folders and from the Hub, and delete their files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.errors import CheckpointError, PeftValueError
+from ..checkpoint.files import alone_in, folder_for, read_config_text, sync_folder
+from ..checkpoint.hub import HubOptions, find_file
+from .entry import AdapterEntry, Place
+from .index import Index
+from .inspecting import UnfitError, inspect_folder
+from .pack import AdapterPack
+from .refreshing import default_name, free_name
+from .scanning import scan
+
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+_CARD = "README.md"
+# Adapters are copied into a folder of this name, which is then renamed.
+_UNFINISHED = ".library_copy_"
+
+
+def on_hub(repo: str, options: HubOptions) -> AdapterEntry:
+    """Return an entry, without a name, of an adapter on the Hub or in its cache.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointError: It is broken, or this package can't load it.
+    """
+    folder = find_file(repo, (CONFIG_NAME,), options).parent
+    find_file(repo, _WEIGHTS, options)
+    parts = folder.parts
+    # The cache has a folder for each commit.
+    is_cached = "snapshots" in parts[:-1]
+    revision = parts[parts.index("snapshots") + 1] if is_cached else options.get("revision")
+    place = Place("", "", repo, str(revision or ""), str(options.get("subfolder") or ""))
+    found = scan(os.fspath(folder), follow_links=True)
+    try:
+        if "." not in found.adapters:
+            raise UnfitError(found.left_out.get(".", "Its files are not in one folder."))
+        entry = inspect_folder(folder, found.adapters["."])
+    except UnfitError as error:
+        raise CheckpointError(f"'{repo}' can't be added to the library. {error}") from None
+    return replace(entry, place=place)
+
+
+def with_entry(entry: AdapterEntry) -> Callable[[Index], None]:
+    """Return a change of an index that adds an entry; what the owner wrote of it stays."""
+
+    def change(index: Index) -> None:
+        others = {
+            place
+            for place in index.entries
+            if place._replace(revision="") == entry.place._replace(revision="")
+        }
+        known = [index.entries.pop(place) for place in others]
+        name = known[0].name if known else free_name(default_name(entry.place), index.names())
+        tags, scores = (known[0].tags, known[0].scores) if known else ((), {})
+        index.entries[entry.place] = replace(entry, name=name, tags=tags, scores=scores)
+
+    return change
+
+
+def without_memory(*places: Place) -> Callable[[Index], None]:
+    """Return a change of an index that forgets why there are no adapters in places."""
+
+    def change(index: Index) -> None:
+        for place in places:
+            index.removed.discard(place)
+            index.left_out.pop(place.path, None)
+
+    return change
+
+
+def without(places: Collection[Place]) -> Callable[[Index], None]:
+    """Return a change of an index that removes what is in places."""
+
+    def change(index: Index) -> None:
+        for place in places:
+            index.entries.pop(place, None)
+            index.left_out.pop(place.path, None)
+        index.removed |= {place for place in places if not place.repo}
+
+    return change
+
+
+def path_in(root: Path, folder: Path, name: str | None) -> str:
+    """Return the path in a library of an adapter's folder, which is copied there from elsewhere.
+
+    Raises:
+        CheckpointError: It has no adapter, or can't be copied; nothing is left behind.
+        PeftValueError: The library has a folder of that name.
+    """
+    for inside, outside in ((folder, root), (folder.resolve(), root.resolve())):
+        path = os.path.relpath(inside, outside)
+        if path.split(os.sep)[0] != os.pardir and not os.path.isabs(path):
+            return path.replace(os.sep, "/")
+    path = name or folder.resolve().name
+    target = root / path
+    if target.exists():
+        raise PeftValueError(
+            f"The library has a folder '{target}' already; pass another `name` for the copy."
+        )
+    found = scan(os.fspath(folder), follow_links=True)
+    if "." not in found.adapters:
+        raise CheckpointError(
+            f"'{folder}' can't be added to the library. "
+            f"{found.left_out.get('.', f'It has no {CONFIG_NAME!r}.')}"
+        )
+    _copy(folder, found.adapters["."].weights, root, target)
+    return path
+
+
+def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
+    """Copy an adapter's files to a new folder, which appears with all of them."""
+    with folder_for(root), alone_in(root):
+        for leftover in root.glob(f"{_UNFINISHED}*"):  # of processes that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(dir=root, prefix=_UNFINISHED))
+        try:
+            (unfinished / CONFIG_NAME).write_bytes(read_config_text(folder / CONFIG_NAME).encode())
+            for name in (weights, *([_CARD] if (folder / _CARD).is_file() else [])):
+                shutil.copyfile(folder / name, unfinished / name)
+            for file in unfinished.iterdir():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.chmod(target.parent.stat().st_mode & 0o777)
+            unfinished.rename(target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def delete(root: Path, places: Collection[Place]) -> None:
+    """Delete the files of adapters in folders, and members of packs."""
+    packs: dict[str, list[str]] = {}
+    for place in places:
+        if place.member:
+            packs.setdefault(place.path, []).append(place.member)
+            continue
+        folder = root / place.path
+        with folder_for(folder), alone_in(folder):
+            waiting = [path.name for path in folder.glob(".adapter_*")]
+            for name in (*_WEIGHTS, CONFIG_NAME, _CARD, *waiting):
+                (folder / name).unlink(missing_ok=True)
+        if folder != root:
+            with suppress(OSError):  # it has other files
+                folder.rmdir()
+    for path, members in packs.items():
+        with AdapterPack(root / path) as pack:
+            if len(members) == len(pack):
+                (root / path).unlink()
+            else:
+                pack.update(remove=members).close()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the files of a library with its index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..base.errors import CheckpointNotFoundError, PeftError
+from ..base.progress import track
+from .content import Content
+from .entry import AdapterEntry, Place
+from .index import Index
+from .inspecting import UnfitError, facts_of
+from .listing import LibraryReport, Problem
+from .reading import ChangedError, Reader
+from .scanning import scan
+
+
+def check(
+    root: Path,
+    index: Index,
+    entries: Sequence[AdapterEntry] | None,
+    reader: Reader,
+    follow_links: bool,
+) -> LibraryReport:
+    """Read adapters and compare them with the index; of all adapters, look for others too."""
+    chosen = list(index.names().values()) if entries is None else list(entries)
+    problems: list[Problem] = []
+    shared: dict[str, Tensor] = {}
+    size = 0
+    for entry in track(chosen, "Checking adapters", unit="adapter"):
+        try:
+            content = reader.fresh(entry)
+            size += content.layout.file_size
+            problems += _config_problems(entry, content)
+            shared |= content.with_shared(shared).shared
+        except ChangedError as error:
+            problems.append(Problem(entry.name, "changed", str(error)))
+        except (CheckpointNotFoundError, FileNotFoundError) as error:
+            problems.append(Problem(entry.name, "missing", str(error)))
+        except (PeftError, OSError, UnfitError) as error:
+            problems.append(Problem(entry.name, "damaged", str(error)))
+    if entries is None:
+        problems += _others(root, index, follow_links)
+    order = {"missing": 0, "damaged": 1, "changed": 2}
+    problems.sort(key=lambda problem: (order.get(problem.kind, 3), problem.kind, problem.name))
+    return LibraryReport(len(chosen), size, tuple(problems))
+
+
+def _config_problems(entry: AdapterEntry, content: Content) -> Iterator[Problem]:
+    """Yield what a config says that the index does not."""
+    now = facts_of(content.config())
+    for name, value in now._asdict().items():
+        if value != getattr(entry, name):
+            detail = f"Its config has `{name}`={value!r}, the index {getattr(entry, name)!r}."
+            yield Problem(entry.name, "changed", f"{detail} `refresh()` reads it.")
+
+
+def _others(root: Path, index: Index, follow_links: bool) -> Iterator[Problem]:
+    """Yield what is in the folder and not among the adapters, and what was and is gone."""
+    for entry in index.lost.values():
+        detail = f"Its files in '{entry.place}' are gone; its tags and scores are kept."
+        yield Problem(entry.name, "missing", detail)
+    found = scan(os.fspath(root), follow_links)
+    for path, reason in (found.left_out | {p: r for p, (r, _) in index.left_out.items()}).items():
+        yield Problem(path, "left out", reason)
+    members = {place.path for place in index.entries if place.member}
+    for path in (*found.adapters, *found.packs):
+        place = Place(path)
+        is_known = place in index.entries or place in index.removed or path in members
+        if not is_known and path not in index.left_out:
+            yield Problem(path, "not indexed", "It is new; `refresh()` adds it.")

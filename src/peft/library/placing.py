@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put adapters of a library on a model, all or none; sizes of the adapters on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..base.containers import walk
+from ..base.errors import PeftTypeError
+from ..base.progress import track
+from ..core.adapter_names import check_name
+from ..core.auxiliary import AuxiliaryTrainingWrapper
+from ..core.filling import CheckpointFill
+from ..core.layer import BaseTunerLayer
+from ..core.loading import add_checkpoint, named_as_now
+from ..core.model_methods import tuner_of
+from ..peft_model import PeftModel
+from .content import Content
+
+
+def put_on(
+    model: nn.Module, contents: Mapping[str, Content], autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """Put adapters on a model, frozen; on a base model the first becomes active.
+
+    Args:
+        model: A `PeftModel`, or a base model.
+        contents: The adapters by the names that they get.
+        autocast_adapter_dtype: Keep them in float32 where the base has 16 bits.
+
+    Returns:
+        The `PeftModel`, `model` itself if it is one.
+
+    Raises:
+        PeftError: A name is taken or an adapter does not fit. None is put on then.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    peft_model = model if isinstance(model, PeftModel) else None
+    taken = set() if peft_model is None else set(peft_model.peft_config)
+    for name in contents:
+        check_name(name, taken)
+    switches = [(p, p.requires_grad) for p in base.parameters()]
+    modes = [(module, module.training) for module in base.modules()]
+    done: list[str] = []
+    try:
+        for name, content in track(list(contents.items()), "Loading adapters", unit="adapter"):
+            peft_model = _put(base, peft_model, name, content, autocast_adapter_dtype)
+            done.append(name)
+    except BaseException:
+        if peft_model is not None and isinstance(model, PeftModel):
+            for name in reversed(done):
+                peft_model.delete_adapter(name)
+        elif peft_model is not None:
+            peft_model.unload()
+            for parameter, requires_grad in switches:
+                parameter.requires_grad_(requires_grad)
+            for module, training in modes:
+                module.training = training
+        raise
+    assert peft_model is not None
+    return peft_model
+
+
+def _put(
+    base: nn.Module,
+    model: PeftModel | None,
+    name: str,
+    content: Content,
+    autocast_adapter_dtype: bool,
+) -> PeftModel:
+    """Put one adapter on a model; a base model becomes a `PeftModel`."""
+    adapter = content.adapter()
+    config, state = named_as_now(base, adapter.config, adapter.tensors)
+    fill = CheckpointFill(base, state, name)
+    if model is not None:
+        add_checkpoint(model, name, config, fill, autocast_adapter_dtype=autocast_adapter_dtype)
+        return model
+    config.inference_mode = True
+    made = PeftModel.class_for(config.task_type)(
+        base, config, name, autocast_adapter_dtype, initialize=False, fill=fill
+    )
+    made.base_model.method_of(config).note_loaded(made, name)
+    return made.eval()
+
+
+def adapter_sizes(model: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:
+    """Return the bytes of each adapter's own tensors on a model, by name.
+
+    What adapters share (a VB-LoRA bank in a file of its own) is counted with none of them.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        names: Which adapters, by default all.
+
+    Raises:
+        PeftTypeError: `model` is not a torch module.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> adapter_sizes(get_peft_model(nn.Sequential(nn.Linear(8, 8)), config))
+        {'default': 128}
+    """
+    if not isinstance(model, nn.Module):
+        raise PeftTypeError(f"Sizes are those of adapters on a model, got {type(model)}.")
+    seen: dict[int, Tensor] = {}  # holds views, whose ids would be given again
+    sizes = dict.fromkeys(names or (), 0)
+    for name, tensor in _tensors(model, names):
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor
+            sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    return sizes
+
+
+def _tensors(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of adapters with the adapters' names."""
+    for _, module in walk(model):
+        if isinstance(module, BaseTunerLayer):
+            for name in module.scaling if names is None else names:
+                yield from ((name, tensor) for tensor in module.adapter_tensors(name))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            for name in module.adapters if names is None else names:
+                if module.has(name):
+                    yield from ((name, tensor) for tensor in module.parameters_of(name))
+    tuner = tuner_of(model)
+    for container in () if tuner is None else tuner.shared_containers().values():
+        for name in container if names is None else names:
+            if tuner is not None and name in tuner.peft_config and name in container:
+                yield name, container[name]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read adapters where the index says they are, and tell if they are still the ones it lists."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import RLock
+
+from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.errors import CheckpointError, CheckpointNotFoundError
+from ..checkpoint.hub import HubOptions, find_file
+from .content import Content, ContentCache, read_folder
+from .entry import AdapterEntry, Place, Stamp
+from .pack import AdapterPack
+from .scanning import stamp_of
+
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+
+
+class ChangedError(CheckpointError):
+    """The weights of an adapter are not those that the index lists."""
+
+
+class Reader:
+    """Reads adapters of a library, and keeps those that were read last.
+
+    Args:
+        folder: The library's folder.
+        cache: Keeps what was read.
+    """
+
+    def __init__(self, folder: Path, cache: ContentCache) -> None:
+        self._folder, self._cache = folder, cache
+        self._packs: dict[str, tuple[Stamp, AdapterPack]] = {}
+        self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave open files out of copies."""
+        return {"folder": self._folder, "cache": self._cache}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def content(self, entry: AdapterEntry) -> Content:
+        """Return an adapter's content, from memory if it is there."""
+        content = self._cache.get(entry.place, entry.version)
+        if content is None:
+            content = self.fresh(entry).with_shared(self._cache.shared())
+            content = self._cache.put(entry.place, entry.version, content)
+        return content
+
+    def fresh(self, entry: AdapterEntry) -> Content:
+        """Read an adapter from its files.
+
+        Raises:
+            CheckpointNotFoundError: They are gone.
+            ChangedError: The weights have another digest than the index lists.
+            CheckpointError: They are damaged.
+        """
+        place = entry.place
+        if place.member:
+            pack = self._pack(place.path)
+            if place.member not in pack:
+                raise CheckpointNotFoundError(
+                    f"Adapter {entry.name!r} is no longer in '{pack.path}'; `refresh()`."
+                )
+            content, sha256 = pack.content(place.member), pack.digest(place.member)
+        else:
+            folder, weights, source = self._files(place)
+            content, sha256 = read_folder(folder, weights, source)
+        if sha256 != entry.sha256:
+            raise ChangedError(
+                f"Adapter {entry.name!r} has other weights than when it was indexed. If they are "
+                "meant, `refresh()` reads them."
+            )
+        return content
+
+    def _files(self, place: Place) -> tuple[Path, str, tuple[str, HubOptions]]:
+        """Return the folder of an adapter, the name of its weights, and its source."""
+        if place.repo:
+            options: HubOptions = {"revision": place.revision, "subfolder": place.subfolder}
+            options = {key: value for key, value in options.items() if value}
+            config = find_file(place.repo, (CONFIG_NAME,), options)
+            name = find_file(place.repo, _WEIGHTS, options).name
+            return config.parent, name, (place.repo, options)
+        folder = self._folder / place.path
+        weights = next((name for name in _WEIGHTS if (folder / name).is_file()), _WEIGHTS[0])
+        return folder, weights, (os.path.abspath(folder), {})
+
+    def _pack(self, path: str) -> AdapterPack:
+        """Return a pack, opened again if its file was replaced."""
+        file = self._folder / path
+        try:
+            stamp = stamp_of(os.stat(file))
+        except OSError:
+            raise CheckpointNotFoundError(f"Can't find the pack '{file}'.") from None
+        with self._lock:
+            known = self._packs.get(path)
+            if known is None or known[0] != stamp:
+                known = self._packs[path] = stamp, AdapterPack(file)
+            return known[1]

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet's model has what was asked for, holds its bounds, and computes what one adapter alone does."""
+
+import random
+import threading
+import warnings
+
+import pytest
+import torch
+from helpers.models import mlp
+from helpers.users import USERS, save_user
+
+from peft import AdapterFleet, AdapterLibrary, PeftModel, adapter_sizes
+from peft.base.errors import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
+
+NAMES = [f"users/{user}" for user in USERS]
+ADA, BEN, CAI, DORA = NAMES
+
+
+@pytest.fixture
+def library(folder):
+    return AdapterLibrary(folder)
+
+
+@pytest.fixture
+def outputs(library):
+    """A base model's weights, an input, and each adapter's output on it, from fresh models."""
+    base, x = mlp(), torch.randn(1, 8)
+    state = base.state_dict()
+    found = {"__base__": base(x).detach()}
+    for name in NAMES:
+        fresh = mlp()
+        fresh.load_state_dict(state)
+        found[name] = PeftModel.from_pretrained(fresh, library.folder / name)(x).detach()
+    base.load_state_dict(state)
+    return base, x, found
+
+
+def assert_serves(fleet, x, expected, names):
+    with fleet.using(names) as there:
+        if not isinstance(fleet.model, PeftModel):
+            assert set(names) <= {"__base__"}
+            return
+        y = fleet.model(x.expand(len(names), -1), adapter_names=there)
+    for row, name in zip(y, names, strict=True):
+        torch.testing.assert_close(row[None], expected[name])
+
+
+def test_a_fleet_serves_any_users_within_its_bound(library, outputs):
+    base, x, expected = outputs
+    fleet, draw = AdapterFleet(base, library, max_adapters=2), random.Random(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            some = draw.sample([*NAMES, "__base__"], 2)
+            assert_serves(fleet, x, expected, [*some, draw.choice(some)])
+            assert len(getattr(fleet.model, "peft_config", ())) <= 2
+    status = fleet.status()
+    assert status.loads - status.evictions == len(status.sizes) == 2
+    assert status.sizes == adapter_sizes(fleet.model) and "2 adapters" in str(status)
+
+
+def test_the_least_recently_used_leave(library, outputs):
+    fleet = AdapterFleet(outputs[0], library, max_adapters=3)
+    fleet.ensure([ADA, BEN, CAI])
+    fleet.ensure(ADA)
+    assert fleet.ensure([DORA]) == [DORA]
+    assert list(fleet.status().sizes) == [CAI, ADA, DORA] and BEN not in fleet
+    fleet.activate(CAI)
+    assert fleet.model.active_adapters == [CAI]
+    fleet.ensure(ADA)
+    fleet.ensure([BEN, DORA])  # active ones leave last
+    assert set(fleet.status().sizes) == {CAI, BEN, DORA}
+    fleet.ensure([ADA, BEN, DORA])
+    assert CAI not in fleet and fleet.model.active_adapters[0] in (ADA, BEN, DORA)
+    assert not any(p.requires_grad for p in fleet.model.parameters())
+
+
+def test_a_bound_of_bytes(library, outputs):
+    base, x, expected = outputs
+    size = adapter_sizes(library.add_to(mlp(), ADA))[ADA]
+    fleet = AdapterFleet(base, library, max_bytes=2 * size + size // 2)
+    for names in ([ADA, BEN], [CAI], [DORA, ADA], [ADA, "__base__"]):
+        assert_serves(fleet, x, expected, names)
+        assert sum(adapter_sizes(fleet.model).values()) <= fleet.max_bytes
+    before = fleet.status().sizes
+    with pytest.raises(PeftValueError, match="3 adapters at once take .* more than `max_bytes`"):
+        fleet.ensure([ADA, BEN, CAI])
+    assert fleet.status().sizes.keys() == before.keys() == {DORA, ADA}
+    with pytest.raises(PeftValueError, match="more than `max_bytes`=1;"):
+        AdapterFleet(mlp(), library, max_bytes=1).ensure(ADA)
+
+
+def test_adapters_in_use_stay(library, outputs):
+    base, x, expected = outputs
+    fleet = AdapterFleet(base, library, max_adapters=2)
+    with fleet.using([ADA, BEN]):
+        with pytest.raises(PeftRuntimeError, match="no room .* beside the 2 in use"):
+            fleet.ensure(CAI)
+        with pytest.raises(PeftRuntimeError, match="'users/ada' is in use"):
+            fleet.evict(ADA)
+        with fleet.using(ADA):
+            assert fleet.status().in_use == (BEN, ADA)
+        assert set(fleet.model.peft_config) == {ADA, BEN}
+    assert_serves(fleet, x, expected, [CAI, DORA])
+    with pytest.raises(ZeroDivisionError), fleet.using(CAI):
+        _ = 1 / 0
+    assert fleet.status().in_use == () and fleet.evict() == [DORA, CAI]
+    assert not fleet.model.peft_config
+    assert_serves(fleet, x, expected, [ADA])
+
+
+def test_what_is_on_the_model_already_stays(library, outputs, folder):
+    base, x, expected = outputs
+    model = PeftModel.from_pretrained(base, folder / BEN, BEN)
+    fleet = AdapterFleet(model, library, max_adapters=1)
+    for name in (ADA, CAI, BEN, DORA):
+        assert_serves(fleet, x, expected, [name])
+    status = fleet.status()
+    assert list(status.sizes) == [DORA] and list(status.others) == [BEN]
+    assert model.active_adapters == [BEN] and "not the fleet's" in str(status)
+    model.delete_adapter(DORA)  # by someone else
+    assert_serves(fleet, x, expected, [DORA])
+
+
+def test_retrained_users_are_read_again(library, outputs, folder):
+    base, x, expected = outputs
+    fleet = AdapterFleet(base, library)
+    assert_serves(fleet, x, expected, [ADA])
+    save_user(folder / ADA, "bank", folder)
+    assert_serves(fleet, x, expected, [ADA])  # the library does not know
+    library.refresh()
+    with fleet.using(ADA), pytest.raises(AssertionError):
+        assert_serves(fleet, x, expected, [ADA])
+    fresh = mlp()
+    state = {k.removeprefix("base_model.model."): v for k, v in base.state_dict().items()}
+    fresh.load_state_dict({k.replace("base_layer.", ""): v for k, v in state.items()}, strict=False)
+    expected[ADA] = PeftModel.from_pretrained(fresh, folder / ADA)(x).detach()
+    assert_serves(fleet, x, expected, [ADA])
+
+
+def test_errors_leave_the_model(library, outputs, folder):
+    base, x, expected = outputs
+    fleet = AdapterFleet(base, library, max_adapters=2)
+    fleet.ensure([ADA])
+    (folder / CAI / "adapter_model.safetensors").write_bytes(b"")
+    for message, names in {
+        "no adapter 'nobody'": [BEN, "nobody"],
+        "3 adapters at once": [ADA, BEN, DORA],
+        "not a readable safetensors file": [BEN, CAI],
+        "different peft types": [ADA, "methods/lora"],
+    }.items():
+        with pytest.raises((PeftValueError, CheckpointError), match=message):
+            fleet.ensure(names)
+        assert set(fleet.model.peft_config) == {ADA}
+        assert_serves(fleet, x, expected, [ADA])
+    with pytest.raises(PeftTypeError, match="must be an AdapterLibrary"):
+        AdapterFleet(base, folder)
+    with pytest.raises(PeftValueError, match="`max_adapters`=0"):
+        AdapterFleet(base, library, max_adapters=0)
+    with pytest.raises(PeftValueError, match="'users/ben' is not among the 1"):
+        fleet.evict(BEN)
+
+
+def test_threads_ask_for_different_users(library, outputs):
+    base, x, expected = outputs
+    fleet, errors = AdapterFleet(base, library, max_adapters=3), []
+    fleet.ensure(ADA)
+
+    def work(seed):
+        draw = random.Random(seed)
+        try:
+            for _ in range(25):
+                assert_serves(fleet, x, expected, [draw.choice(NAMES), "__base__"])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(fleet.model.peft_config) <= 3
