@@ -260,8 +260,9 @@ class AdapterFleet:
             self._held |= {name: _Held(wanted[name].version, sizes[name]) for name in missing}
             self._loads += len(missing)
             self._hold_bytes(wanted, missing)
-        for name in wanted.keys() & self._held.keys():
-            self._held.move_to_end(name)
+        for name in wanted:  # in the order that they were asked for
+            if name in self._held:
+                self._held.move_to_end(name)
 
     def _make_room(self, wanted: Collection[str], is_enough: Callable[[list[str]], bool]) -> None:
         """Let the least recently used adapters leave until there is room; none if there can't be.
