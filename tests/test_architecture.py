@@ -137,8 +137,9 @@ def test_a_method_is_named_by_its_own_folder_alone():
     # The public list, the interface's vocabulary, and what other programs write into files.
     apart = {"", "tuners", "base.registry"}
     apart |= {"base.placeholders", "base.placeholder_names", "base.other_places"}
-    # Of the interface: what every method has, and the default prefix of hot swapping.
-    common = {"supports_lora_conversion", "lora_"}
+    # Of the interface: what every method has, the default prefix of hot swapping, and a name of
+    # `peft.utils`.
+    common = {"supports_lora_conversion", "lora_", "replace_lora_weights_loftq"}
     for module, path in MODULES.items():
         if module in apart or path.parent.name == "files":
             continue

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from interchange_bases import make_base, make_inputs
+from interchange_starts import read_starts, start
 
 import peft
 
@@ -283,7 +284,8 @@ def main():
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
         try:
-            {"look": look, "arrow": arrow}.get(verb, partial(work, verb))(*arguments)
+            known = {"look": look, "arrow": arrow, "start": start, "read_starts": read_starts}
+            known.get(verb, partial(work, verb))(*arguments)
             answer = None
         except Exception:
             answer = traceback.format_exc()

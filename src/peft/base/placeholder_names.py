@@ -14,11 +14,11 @@ AdaLoraConfig = AdaLoraModel = AdamssConfig = AdamssModel = AdaptionPromptConfig
 AdaptionPromptModel = BOFTConfig = BOFTModel = BdLoraConfig = BeftConfig = Placeholder
 BeftModel = BoneConfig = BoneModel = C3AConfig = C3AModel = CPTConfig = Placeholder
 CPTEmbedding = CartridgeConfig = Placeholder
-CartridgeEncoder = DeftConfig = DeftModel = DeloraConfig = DeloraModel = EvaConfig = Placeholder
+CartridgeEncoder = DeftConfig = DeftModel = DeloraConfig = DeloraModel = Placeholder
 FourierFTConfig = FourierFTModel = FrodConfig = FrodModel = GloraConfig = GloraModel = Placeholder
 GraloraConfig = GraloraModel = HRAConfig = HRAModel = HiraConfig = HiraModel = Placeholder
 IA3Config = IA3Model = KasaConfig = LNTuningConfig = LNTuningModel = LilyConfig = Placeholder
-LilyModel = LoftQConfig = LoraGAConfig = MissConfig = MissModel = MontecloraConfig = Placeholder
+LilyModel = MissConfig = MissModel = MontecloraConfig = Placeholder
 MultitaskPromptTuningConfig = MultitaskPromptTuningInit = OFTConfig = OFTModel = Placeholder
 OSFConfig = OSFModel = PeanutConfig = PeanutModel = PrefixEncoder = PrefixTuningConfig = Placeholder
 PromptEmbedding = PromptEncoder = PromptEncoderConfig = Placeholder
@@ -31,6 +31,6 @@ TinyLoraModel = TrainableTokensConfig = TrainableTokensModel = UniLoraConfig = P
 UniLoraModel = VeloraConfig = VeraConfig = VeraModel = WaveFTConfig = WaveFTModel = Placeholder
 XLoraConfig = XLoraModel = bloom_model_postprocess_past_key_value = Placeholder
 compose_cartridge_adapters = find_kappa_target_modules = Placeholder
-get_eva_state_dict = initialize_kv_prefix_from_past_key_values = Placeholder
-initialize_kv_prefix_from_text = initialize_lora_eva_weights = preprocess_loraga = Placeholder
-prompt_embeddings_from_past_key_values = replace_lora_weights_loftq = Placeholder
+initialize_kv_prefix_from_past_key_values = Placeholder
+initialize_kv_prefix_from_text = Placeholder
+prompt_embeddings_from_past_key_values = Placeholder

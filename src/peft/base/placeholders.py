@@ -31,9 +31,8 @@ _NAMES = frozenset(
     if value is placeholder_names.Placeholder
 ) - {"Placeholder"}
 _LORA_OPTIONS = frozenset(
-    ["ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig",
-     "LoraGAConfig", "MontecloraConfig", "VeloraConfig"]
-)  # fmt: skip
+    ["ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"]
+)
 # Modules of features that this package lacks, in addition to the folders of methods.
 _FEATURES = frozenset(
     [
@@ -43,21 +42,17 @@ _FEATURES = frozenset(
         "peft.tuners.lora.aqlm",
         "peft.tuners.lora.arrow",
         "peft.tuners.lora.awq",
-        "peft.tuners.lora.corda",
         "peft.tuners.lora.dora",
         "peft.tuners.lora.eetq",
-        "peft.tuners.lora.eva",
         "peft.tuners.lora.gptq",
         "peft.tuners.lora.hqq",
         "peft.tuners.lora.inc",
         "peft.tuners.lora.intruders",
-        "peft.tuners.lora.loraga",
         "peft.tuners.lora.monteclora",
         "peft.tuners.lora.te",
         "peft.tuners.lora.tp_layer",
         "peft.tuners.lora.velora",
         "peft.utils.incremental_pca",
-        "peft.utils.loftq_utils",
         "peft.utils.quantization_utils",
     ]
 )

@@ -7,6 +7,7 @@ import enum
 import os
 from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, ValuesView
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +46,9 @@ def plain(value: Any) -> Any:
 
 
 def unwritable(value: object) -> Iterator[object]:
-    """Yield the parts of a plain value that a JSON file can't hold."""
+    """Yield the parts of a plain value that a JSON file can't hold; dataclasses are objects."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     if isinstance(value, dict):
         yield from (key for key in value if not isinstance(key, str))
         value = list(value.values())

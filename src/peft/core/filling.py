@@ -74,7 +74,9 @@ def _copy_state(layer: BaseTunerLayer, known: BaseTunerLayer, name: str, source:
     for attribute in layer.value_names:
         entries, values = getattr(layer, attribute), getattr(known, attribute)
         if name in entries and source in values and isinstance(entries[name], nn.Module):
-            entries[name].load_state_dict(values[source].state_dict())
+            own, other = entries[name].buffers(), values[source].buffers()
+            for buffer, value in zip(own, other, strict=True):
+                buffer.copy_(value)
 
 
 @dataclass

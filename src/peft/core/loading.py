@@ -176,8 +176,10 @@ def load_adapter(
     if known is not None:
         method = self.base_model.method_of(known)
         _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
+        start = method.saved_start(config)
         options = ignore_mismatched_sizes, strict
         result = _load_into(self, adapter_name, known, state, source, *options)
+        method.adopt_start(adapter_name, start)
         for item in fields(known):
             if item.metadata.get("labels"):  # it names entries of the tensors
                 setattr(known, item.name, getattr(config, item.name))

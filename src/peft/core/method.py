@@ -39,6 +39,12 @@ class Method(TargetRules[Any], AdapterMethod[Any], CombiningMethod, Protocol):
     ) -> Mapping[str, object]:
         """Return the checked options that one adapter is merged with."""
 
+    def saved_start(self, config: Any) -> object:
+        """Return the start from the base weight that a file's adapter has."""
+
+    def adopt_start(self, adapter_name: str, start: Any) -> None:
+        """Give an adapter the start of a file that was loaded into it."""
+
     def without_start(
         self, model: nn.Module, adapter_name: str
     ) -> tuple[PeftConfig, dict[str, Tensor]]:

@@ -163,6 +163,16 @@ class BaseTuner(AdaptedModel[C]):
         """Return the config and tensors to write to a file, where they differ from the model's."""
         return config, state
 
+    def saved_start(self, config: C) -> object:
+        """Return what a file's adapter starts with, where readers can't compute it; or raise.
+
+        Called before values are loaded into an adapter that the model has.
+        """
+        return None
+
+    def adopt_start(self, adapter_name: str, start: Any) -> None:
+        """Give an adapter the `saved_start` of a file that was loaded into it."""
+
     def without_start(
         self, model: nn.Module, adapter_name: str
     ) -> tuple[PeftConfig, dict[str, Tensor]]:

@@ -254,6 +254,25 @@ def gathered_tensor(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
+def gathered_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, one after the other; in one process, `rows`.
+
+    Every process has to call, with tensors that differ in the first size only.
+    """
+    library = torch.distributed
+    if not (library.is_available() and library.is_initialized()) or library.get_world_size() < 2:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(library.get_world_size())]
+    library.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    library.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
 def shard_like(target: Tensor, value: Tensor) -> Tensor:
     """Return `value` sharded like `target`, without communication unless `value` is a DTensor."""
     if not is_distributed(target):

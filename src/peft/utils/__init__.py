@@ -31,6 +31,7 @@ from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from . import constants as _constants
+from .loftq_utils import replace_lora_weights_loftq
 from .other import _freeze_adapter, get_quantization_config
 
 # Names of the interface that this package does not implement, as placeholders.
@@ -76,6 +77,7 @@ __all__ = [
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
     "register_peft_method",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

@@ -12,11 +12,10 @@ from peft.tuners.lora.factors import (
     draw,
     draw_for_embedding,
     grouped_row_norms,
-    olora,
     orthogonal,
-    pissa,
     row_norms,
 )
+from peft.tuners.lora.starts.weight import olora, pissa
 
 
 def slow_row_norms(W, A, B, scale):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft import (
+    EvaConfig,
     LoraConfig,
     LoraRuntimeConfig,
     PeftConfig,
@@ -103,29 +104,25 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**fields, "init_lora_weights": "eva", "eva_config": eva})
     )
-    assert (
-        PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
-    )  # its start no longer matters
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.init_lora_weights, config.eva_config) == ("eva", EvaConfig(rho=2.0, tau=0.99))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("megatron_config", {"a": 1}),
-        ("loftq_config", {"loftq_bits": 4}),
-        ("corda_config", {"corda_method": "kpm"}),
         ("use_qalora", True),
         ("layer_replication", [(0, 2)]),
         ("runtime_config", LoraRuntimeConfig(ephemeral_gpu_offload=True)),
     ],
 )
 def test_features_that_are_not_provided(name, value):
-    start = {"loftq_config": "loftq", "corda_config": "corda"}.get(name, True)
     with pytest.raises(
         NotImplementedError,
         match=rf"LoraConfig: `{name}`=.* asks for what this package does not provide",
     ):
-        LoraConfig(**{name: value}, init_lora_weights=start)
+        LoraConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -136,8 +133,8 @@ def test_features_that_are_not_provided(name, value):
         ({"lora_dropout": 1.0}, "`lora_dropout`=1.0 must be a probability"),
         ({"bias": "some"}, "`bias`='some' must be one of 'none', 'all', 'lora_only'"),
         (
-            {"init_lora_weights": "corda"},
-            "`init_lora_weights`='corda' must be one of .*'pissa'.*pissa_niter_<n>",
+            {"init_lora_weights": "mica"},
+            "`init_lora_weights`='mica' must be one of .*'pissa'.*pissa_niter_<n>",
         ),
         ({"init_lora_weights": "pissa_niter_x"}, "`init_lora_weights`='pissa_niter_x'"),
         ({"init_lora_weights": "olora", "lora_alpha": 0}, "needs a positive `lora_alpha`"),

@@ -11,18 +11,19 @@ from ...base.registry import register_peft_method
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
+from .corda import preprocess_corda
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from .loftq import replace_lora_weights_loftq
+from .loraga import preprocess_loraga
 from .model import LoraModel
+from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .torchao import TorchaoLoraLinear
 
 # Names of the interface that this package does not implement, as placeholders.
 ArrowConfig: _Any
 BdLoraConfig: _Any
-CordaConfig: _Any
-EvaConfig: _Any
 KasaConfig: _Any
-LoftQConfig: _Any
-LoraGAConfig: _Any
 MontecloraConfig: _Any
 VeloraConfig: _Any
 AqlmLoraLinear: _Any
@@ -34,9 +35,6 @@ LoraParallelLinear: _Any
 MultiheadAttention: _Any
 QuantLinear: _Any
 create_arrow_model: _Any
-get_eva_state_dict: _Any
-initialize_lora_eva_weights: _Any
-preprocess_loraga: _Any
 
 if not _typing.TYPE_CHECKING:  # type checkers would accept any name
 
@@ -48,18 +46,25 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "CordaConfig",
     "Embedding",
+    "EvaConfig",
     "Linear",
-    "Linear4bit",
-    "Linear8bitLt",
+    "LoftQConfig",
     "LoraConfig",
     "LoraConversion",
+    "LoraGAConfig",
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
     "ParamWrapper",
     "TorchaoLoraLinear",
     "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "save_tasks_as_lora",
 ]

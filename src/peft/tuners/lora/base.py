@@ -32,6 +32,7 @@ from ...ops.mixed_precision import scaled
 from .activation import on_all_rows, row_weights
 from .config import LoraConfig
 from .factors import Factors, draw, grouped_row_norms, row_norms
+from .starts.loftq import QuantizedWeight
 
 
 class Magnitude(nn.Module):
@@ -104,6 +105,9 @@ class LoraLayer(BaseTunerLayer):
         "alora_invocation_tokens",
     )
 
+    # The weight that takes the base weight's place when a new adapter is put into the model.
+    quantized_weight: QuantizedWeight | None = None
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
     ) -> None:
@@ -134,8 +138,12 @@ class LoraLayer(BaseTunerLayer):
         lora_alpha: float | None = None,
         placement: Placement | None = None,
         initialize: bool = True,
+        start: Factors | None = None,
     ) -> None:
-        """Make an adapter's factors. What is not given is the config's or the base layer's."""
+        """Make an adapter's factors. What is not given is the config's or the base layer's.
+
+        `start` is the start of an adapter that has it in its file.
+        """
         self.r[adapter_name] = r or config.r
         self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -152,7 +160,7 @@ class LoraLayer(BaseTunerLayer):
         if initialize:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         if config.starts_from_weight:
-            self._start_from_weight(adapter_name, str(config.init_lora_weights), initialize)
+            self._start_from_weight(adapter_name, config, initialize, start)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(
                 self._first_magnitude(adapter_name, place, initialize)
@@ -251,7 +259,9 @@ class LoraLayer(BaseTunerLayer):
         weights = weights.transpose(0, 1) if owners.sequence_first else weights
         return torch.where(weights, changed, result)
 
-    def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
+    def _start_from_weight(
+        self, adapter_name: str, config: LoraConfig, initialize: bool, start: Factors | None
+    ) -> None:
         """Set an adapter to a part of the base weight, and record the part."""
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:

@@ -24,20 +24,19 @@ from ...config import (
     pattern_dict,
     probability,
 )
-from .starts import REPEATABLE, is_random, upgraded
+from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, StartConfig
+from .starts.files import FROM_DATA, IN_FILE, REPEATABLE, is_in_file, is_random, upgraded
 
 # Values of `init_lora_weights`, in addition to "pissa_niter_<n>".
-INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
-
+INITIALIZATIONS = (
+    *(True, False, "gaussian", "orthogonal", "olora", "pissa"),
+    *("loftq", "eva", "corda", "lora_ga"),
+)
 
 # Names of the interface that this package does not implement, as placeholders.
 ArrowConfig: type
 BdLoraConfig: type
-CordaConfig: type
-EvaConfig: type
 KasaConfig: type
-LoftQConfig: type
-LoraGAConfig: type
 MontecloraConfig: type
 VeloraConfig: type
 
@@ -61,10 +60,6 @@ class LoraRuntimeConfig:
 # Fields of features that are not implemented. Values that turn the feature off are accepted.
 _NOT_PROVIDED = (
     "megatron_config",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
     "velora_config",
     "use_qalora",
     "monteclora_config",
@@ -74,11 +69,11 @@ _NOT_PROVIDED = (
     "kasa_config",
 )
 # Settings of an initialization, without effect for another one.
-_OF_STARTS = {
-    "loftq_config": "loftq",
-    "eva_config": "eva",
-    "corda_config": "corda",
-    "lora_ga_config": "lora_ga",
+_OF_STARTS: dict[str, tuple[str, type[StartConfig]]] = {
+    "loftq_config": ("loftq", LoftQConfig),
+    "eva_config": ("eva", EvaConfig),
+    "corda_config": ("corda", CordaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
 }
 
 
@@ -106,8 +101,12 @@ class LoraConfig(TargetedConfig):
             both nonzero; even ranks only. "pissa": the `r` largest singular values of the weight,
             `B₀·A₀`, without effect since they are subtracted: `ΔW = s · (B·A - B₀·A₀)`;
             "pissa_niter_<n>" computes them by `n` rounds of subspace iteration. "olora": the same
-            with the first `r` columns of the weight's QR decomposition. These are for linear
-            layers; embeddings start as with True. False: at random, with an effect.
+            with the first `r` columns of the weight's QR decomposition. "corda" and "lora_ga":
+            the same with components chosen by data, which `preprocess_corda` or
+            `preprocess_loraga` has collected. "loftq": quantize the weight, and start from what
+            that loses; the base weight changes. "eva": as True, until
+            `initialize_lora_eva_weights` starts `A` from data. All but the first four are for
+            linear layers; embeddings start as with True. False: at random, with an effect.
         layers_to_transform: Index or indices of the layers to adapt.
         layers_pattern: Name of the list of layers, "layers" or "h" for example; by default the
             outermost list.
@@ -124,9 +123,12 @@ class LoraConfig(TargetedConfig):
             from the last invocation in a text on, so that the base model's key-value cache of what
             lies before stays valid (activated LoRA). A text without one is computed as by the base
             model. For linear layers and embeddings of decoders; the adapter can't be merged.
-        megatron_config, megatron_core, loftq_config, eva_config, corda_config, lora_ga_config,
-        velora_config, use_qalora, qalora_group_size, monteclora_config,
-        layer_replication, runtime_config, use_bdlora, arrow_config,
+        loftq_config: Settings of "loftq", a `LoftQConfig` or its fields.
+        eva_config: Settings of "eva".
+        corda_config: Settings of "corda".
+        lora_ga_config: Settings of "lora_ga".
+        megatron_config, megatron_core, velora_config, use_qalora, qalora_group_size,
+        monteclora_config, layer_replication, runtime_config, use_bdlora, arrow_config,
         kasa_config: Not provided; only values that turn the feature off are accepted.
         target_parameters: Parameters to adapt, by the ends of their paths
             ("experts.gate_up_proj"): matrices, and stacks of experts' matrices `[experts, …]`,
@@ -134,9 +136,9 @@ class LoraConfig(TargetedConfig):
             `use_dora`.
         ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
             that share a weight. Rows of `trainable_token_indices` are tied anyway.
-        start: Set by this package if `init_lora_weights` draws random numbers ("pissa_niter_<n>"):
-            the file holds a plain adapter of twice the rank, and this field tells how to separate
-            the start.
+        start: Set by this package if readers can't compute the start ("pissa_niter_<n>", "corda",
+            "lora_ga"): the file holds a plain adapter of twice the rank, and this field tells how
+            to separate the start.
 
     Raises:
         PeftValueError: A value is not allowed.
@@ -148,7 +150,8 @@ class LoraConfig(TargetedConfig):
 
     Source: arXiv:2106.09685, section 4.1; `use_rslora`: arXiv:2312.03732; `use_dora`:
     arXiv:2402.09353; `alora_invocation_tokens`: arXiv:2504.12397; "pissa": arXiv:2404.02948;
-    "olora": arXiv:2406.01775
+    "olora": arXiv:2406.01775; "loftq": arXiv:2310.08659; "eva": arXiv:2410.07170; "corda":
+    arXiv:2406.05223; "lora_ga": arXiv:2407.05000
     """
 
     r: int = 8
@@ -170,10 +173,12 @@ class LoraConfig(TargetedConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: dict | None = None
-    corda_config: dict | None = None
-    lora_ga_config: dict | None = None
+    loftq_config: dict = field(
+        default_factory=dict, metadata={"affects_output": "quantizes_weight"}
+    )
+    eva_config: EvaConfig | None = field(default=None, metadata=NO_EFFECT)
+    corda_config: CordaConfig | None = field(default=None, metadata=NO_EFFECT)
+    lora_ga_config: LoraGAConfig | None = field(default=None, metadata=NO_EFFECT)
     use_dora: bool = False
     velora_config: dict | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -199,10 +204,13 @@ class LoraConfig(TargetedConfig):
         self.peft_type = PeftType.LORA
         if is_random(self.init_lora_weights) and self.peft_version is None:
             self.start = REPEATABLE
-        elif self.start == REPEATABLE and not is_random(self.init_lora_weights):
+        elif self.start in (REPEATABLE, IN_FILE) and not is_in_file(self.init_lora_weights):
             self.start = None
-        for name, start in _OF_STARTS.items():
-            if getattr(self, name) and self.init_lora_weights != start:
+        for name, (start, settings) in _OF_STARTS.items():
+            if self.init_lora_weights == start:
+                given = settings.of(getattr(self, name), name)
+                setattr(self, name, vars(given) if start == "loftq" else given)
+            elif getattr(self, name):
                 warn(
                     f"`{name}` is ignored, since `init_lora_weights` is {self.init_lora_weights!r} "
                     f"and not {start!r}."
@@ -217,9 +225,15 @@ class LoraConfig(TargetedConfig):
     @property
     def starts_from_weight(self) -> bool:
         """True if the adapter starts with a part of the base weight."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(
-            ("pissa", "olora")
+        start = self.init_lora_weights
+        return isinstance(start, str) and (
+            start.startswith(("pissa", "olora")) or start in FROM_DATA or start == "loftq"
         )
+
+    @property
+    def quantizes_weight(self) -> bool:
+        """True if the adapter starts with what a quantization of the base weight loses."""
+        return self.init_lora_weights == "loftq"
 
     def validate(self) -> None:
         """Check every field, first those of features that are not implemented."""

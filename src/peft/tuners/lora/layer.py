@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,15 @@ from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...base.placeholders import placeholder
 from ...core.base_layer import embedding_scale
-from ...core.weights import base_weight
+from ...core.weights import base_weight, is_quantized
 from ...ops.dispatch import are_unhooked
 from ...ops.fused_linear import Chain, LowRankChain
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
-from .factors import Factors, draw_for_embedding, olora, pissa
+from .config import LoraConfig
+from .factors import Factors, draw_for_embedding
 from .param_wrapper import LoraParameterProxy, ParamWrapper
+from .starts.first import First, first_factors
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"]
 
@@ -71,27 +74,44 @@ class Linear(LoraLayer):
         )
         return LowRankChain(x, down.mT, up.mT, scale)
 
-    def _start_from_weight(self, adapter_name: str, how: str, initialize: bool) -> None:
-        """Start from the base weight's singular values ("pissa") or QR columns ("olora")."""
-        weight = self.geometry.as_stored(base_weight(self))
-        if weight.is_meta:
-            raise PeftNotSupportedError(
-                f"`init_lora_weights`={how!r} reads the base weight, which is on the meta device "
-                "yet; load it."
-            )
-        r, scale = self.r[adapter_name], self.base_scaling(adapter_name)
-        rounds = how.removeprefix("pissa_niter_")
-        start = (
-            olora(weight, r)
-            if how == "olora"
-            else pissa(weight, r, scale, int(rounds) if rounds.isdigit() else None)
-        )
+    def _start_from_weight(
+        self, adapter_name: str, config: LoraConfig, initialize: bool, start: Factors | None
+    ) -> None:
+        """Start from a part of the base weight, or from what quantizing it loses."""
         A, B = self._weights(adapter_name)
+        if start is None:
+            first = self._first_factors(adapter_name, config, initialize)
+            if first is None:
+                return
+            start = first.factors
+            self.quantized_weight = first.weight
         start = Factors(*(tensor.to(A.dtype) for tensor in start))
-        self.lora_start[adapter_name] = Start(start)
         if initialize:
             A.data.copy_(start.A)
             B.data.copy_(start.B)
+        if not config.quantizes_weight:
+            device = base_weight(self).device
+            self.lora_start[adapter_name] = Start(Factors(*(t.to(device) for t in start)))
+
+    def _first_factors(
+        self, adapter_name: str, config: LoraConfig, initialize: bool
+    ) -> First | None:
+        """Return the first factors; None if there are none to start from or to subtract."""
+        if config.quantizes_weight and is_quantized(self.base_layer):
+            return None  # the checkpoint that fills the adapter was trained with this weight
+        weight = self.geometry.as_stored(base_weight(self))
+        if weight.is_meta:
+            raise PeftNotSupportedError(
+                f"`init_lora_weights`={config.init_lora_weights!r} reads the base weight, which is "
+                "on the meta device yet; load it."
+            )
+        r, scale = self.r[adapter_name], self.base_scaling(adapter_name)
+        first = first_factors(self.get_base_layer(), weight, r, scale, config)
+        if first is None and not initialize:
+            # The start of another adapter, which this one is a copy of, is written later.
+            sizes = (r, self.in_features), (self.out_features, r)
+            first = First(Factors(*(weight.new_full(size, math.nan) for size in sizes)))
+        return first
 
 
 class Embedding(LoraLayer):

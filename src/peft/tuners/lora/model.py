@@ -23,13 +23,14 @@ from ...core.plan import Plan
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
 from ...integrations.quantization import quantizer
-from . import combining
+from . import combining, starting
 from .activation import CALL_ARGUMENTS, Activation
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
 from .conversion import convert_to_lora
+from .factors import Factors
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
-from .starts import is_random, with_start, without_start
+from .starts.files import is_in_file, with_start, without_start
 from .torchao import TorchaoLoraLinear
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -83,7 +84,7 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
     def import_state(  # noqa: D102
         self, state: dict[str, Tensor], config: LoraConfig, names: Collection[str]
     ) -> dict[str, Tensor]:
-        if is_random(config.init_lora_weights):
+        if is_in_file(config.init_lora_weights):
             state = without_start(config, state)
         return {
             f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor
@@ -135,8 +136,10 @@ class LoraModel(BaseTuner[LoraConfig]):
     def tuner_layer_options(
         self, config: LoraConfig, path: str, build: Build[LoraConfig]
     ) -> dict[str, object]:
-        """Return rank and alpha for the module at `path`."""
+        """Return rank and alpha for the module at `path`, and the start if a file has it."""
+        starts = build.found if isinstance(build.found, Mapping) else {}
         return {
+            "start": starts.get(path),
             "r": pattern_value(config.rank_pattern or {}, path, config.r),
             "lora_alpha": pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
         }
@@ -151,7 +154,6 @@ class LoraModel(BaseTuner[LoraConfig]):
             )
         r = pattern_value(config.rank_pattern or {}, path, config.r)
         alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
-        start = config.init_lora_weights
         if config.use_dora and isinstance(module, BaseTunerLayer):
             yield "`use_dora`=True is for layers that no other method adapts."
         if lookup is not None:
@@ -169,29 +171,34 @@ class LoraModel(BaseTuner[LoraConfig]):
                     f"`r`={r} must be divisible by the convolution's groups, {groups}; choose "
                     "another rank or target."
                 )
-            if config.starts_from_weight or start == "orthogonal":
-                yield f"`init_lora_weights`={start!r} is for linear layers, not for convolutions."
-        elif size is not None and config.starts_from_weight:
-            largest = min(size.in_features, size.out_features)
-            if r > largest:
-                yield f"`r`={r} is more than the {largest} singular values of the weight."
-            if alpha <= 0:
-                yield f"`init_lora_weights`={start!r} needs a positive alpha, found {alpha!r}."
-        if lookup is None and start == "orthogonal" and r % 2:
+        if size is not None:
+            yield from starting.problems(config, size, r, alpha)
+        if lookup is None and config.init_lora_weights == "orthogonal" and r % 2:
             yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
 
-    def complete(self, config: LoraConfig) -> object:
-        """Check that the model has one stream of tokens, if the adapter is an activated one."""
+    def complete(self, config: LoraConfig) -> Mapping[str, Factors]:
+        """Return the start in the adapter's file, by layer; check that the model has one stream of
+        tokens, if the adapter is an activated one.
+        """
         root_config = getattr(self.model, "config", None)
         if config.alora_invocation_tokens and getattr(root_config, "is_encoder_decoder", False):
             raise PeftNotSupportedError(
                 "`alora_invocation_tokens` is for models that continue their input; in an encoder "
                 "and a decoder an invocation has no place that means the same to both."
             )
-        return super().complete(config)
+        return self.saved_start(config)
+
+    def saved_start(self, config: LoraConfig) -> Mapping[str, Factors]:  # noqa: D102
+        return starting.saved(self, config)
+
+    def adopt_start(self, adapter_name: str, start: Mapping[str, Factors]) -> None:  # noqa: D102
+        starting.replace_starts(dict(self.named_tuner_layers()), adapter_name, start)
 
     def attach_adapter(self, build: Build[LoraConfig]) -> None:
-        """Make the model's calls tell where an activated adapter is active."""
+        """Put the weights that the adapter quantized into the model, and make the model's calls
+        tell where an activated adapter is active.
+        """
+        starting.put(self.model, build)
         invocation = build.config.alora_invocation_tokens
         if invocation:
             layer = next(self.tuner_layers())
@@ -222,7 +229,12 @@ class LoraModel(BaseTuner[LoraConfig]):
                 )
 
     def adjust_config(self, plan: Plan[LoraConfig], construction: Construction) -> None:
-        """Set `fan_in_fan_out` to the layout of the layers' weights, and warn of missing biases."""
+        """Set `fan_in_fan_out` to the layout of the layers' weights, and warn of missing biases.
+
+        Raises:
+            PeftValueError: The layers lack what the adapter starts from.
+        """
+        starting.check(plan, construction)
         if plan.config.lora_bias:
             plain = {
                 type(base).__name__
@@ -244,7 +256,14 @@ class LoraModel(BaseTuner[LoraConfig]):
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
         """Return a plain adapter of twice the rank and scaling 1, `[B, B₀]·[A, -A₀]`."""
         config = self.peft_config[adapter_name]
-        if not config.starts_from_weight:
+        if config.quantizes_weight:
+            raise PeftNotSupportedError(
+                f"{adapter_name} quantized the base weight, which no LoRA adapter undoes; leave "
+                "`path_initial_model_for_weight_conversion` out. Readers quantize the original "
+                "weight again."
+            )
+        # Clients set `init_lora_weights` to True while they save what the adapter started from.
+        if not self._starts(adapter_name):
             return super().without_start(model, adapter_name)
         plain, state = convert_to_lora(model, None, adapter_name)
         return replace(
@@ -258,17 +277,24 @@ class LoraModel(BaseTuner[LoraConfig]):
     def file_contents(
         self, adapter_name: str, config: LoraConfig, state: dict[str, Tensor]
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """Return config and tensors, with a randomly drawn start, which readers can't compute."""
-        if not is_random(config.init_lora_weights):
-            return config, state
-        own = {
-            outer_path(path): layer
+        """Return config and tensors, with a start that readers can't compute."""
+        starts = self._starts(adapter_name)
+        if is_in_file(config.init_lora_weights):
+            return with_start(config, state, starts)
+        if starts and not config.starts_from_weight:
+            warn(
+                f"Adapter {adapter_name} is saved as a plain one, as its `init_lora_weights`="
+                f"{config.init_lora_weights!r} says now, but it starts from a part of the base "
+                "weight: it fits a base model without that part, which `unload` does not return "
+                "here. Leave `init_lora_weights` as it was, or save it with "
+                "`path_initial_model_for_weight_conversion`."
+            )
+        return config, state
+
+    def _starts(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Return what an adapter's layers started from, by path."""
+        return {
+            outer_path(path): layer.lora_start[adapter_name]
             for path, layer in self.named_tuner_layers()
-            if adapter_name in layer.scaling
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_start
         }
-        starts = {
-            path: layer.lora_start[adapter_name]
-            for path, layer in own.items()
-            if adapter_name in layer.lora_start
-        }
-        return with_start(config, state, starts)
