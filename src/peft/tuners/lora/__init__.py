@@ -50,6 +50,8 @@ __all__ = [
     "Embedding",
     "EvaConfig",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "LoftQConfig",
     "LoraConfig",
     "LoraConversion",
