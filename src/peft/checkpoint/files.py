@@ -134,11 +134,6 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         sweep(path.parent, ".adapter_*.tmp")
 
 
-def write_torch_file(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors as `torch.save` does, by one rename; `read_weights` reads them."""
-    _replace(path, lambda place: torch.save(dict(state), place))
-
-
 def _write_adapter(
     folder: Path, state: dict[str, Tensor], config_text: str, safe_serialization: bool
 ) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ...base.errors import PeftValueError
-from ...checkpoint.files import read_weights, write_torch_file
+from ...checkpoint.files import read_weights, write_file
 from ...core import plan as _plan
 from ...core.base_layer import geometry, innermost, is_linear
 from ...core.tuner import BaseTuner
@@ -43,10 +44,8 @@ def read_cache(file: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
 
 
 def write_cache(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-    """Write tensors to a file, and make its folder; a reader sees the old file or the new one."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_torch_file(path, state)
+    """Write tensors to a file as `torch.save` does, in one step; its folder is made if missing."""
+    write_file(Path(file), lambda temporary: torch.save(dict(state), temporary))
 
 
 def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
