@@ -192,18 +192,14 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
     return AdapterPlan(
         method=str(getattr(config.peft_type, "value", config.peft_type)),
-        layers=[_layer_plan(path, layer, adapter_name, config) for path, layer in _layers(build)],
+        layers=[
+            _layer_plan(path, layer, adapter_name, config) for path, layer in build.named_layers()
+        ],
         shared=_shared(build),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         base_parameters=sum(parameter.numel() for parameter in model.parameters()),
         module_paths=(*_plan.own_modules(model), *(target.key for target in targets.parameters)),
     )
-
-
-def _layers(build: Build) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """Yield layers by the path of the module or the parameter that they adapt."""
-    yield from build.layers.items()
-    yield from ((target.key, layer) for target, layer in build.parameters.values())
 
 
 def _layer_plan(

@@ -100,6 +100,11 @@ class Build(Generic[C]):
         yield from self.layers.items()
         yield from ((path, layer) for path, (_, layer) in self.parameters.items())
 
+    def named_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """Yield the new layers with the paths of the modules and parameters that they adapt."""
+        yield from self.layers.items()
+        yield from ((target.key, layer) for target, layer in self.parameters.values())
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor with its name in the model; shared parameters lie at the root."""
         for path, layer in self.all_layers():

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..config import LycorisConfig
 from ..core.layer import BaseTunerLayer
+from ..core.parameter_layer import StackedTensors
 from ..core.targets import pattern_value
+from ..ops.grouped import GroupedRows
 
 __all__ = ["LycorisConfig", "LycorisLayer", "LycorisTuner"]
 
@@ -105,6 +107,31 @@ class LycorisLayer(BaseTunerLayer):
         if p := self.module_dropout[adapter_name]:
             delta = delta * (torch.rand((), device=delta.device) >= p).to(delta.dtype)
         return delta
+
+
+class LycorisParameters(StackedTensors, LycorisLayer):
+    """A layer around a module with an adapter of a LyCORIS method on one of its parameters."""
+
+    def forward_delta(self, adapter_name: str) -> Tensor:
+        """Return the dense delta in the parameter's layout, in training with dropout."""
+        delta = super().forward_delta(adapter_name)
+        if not self.drops(adapter_name):
+            return delta
+        turned = self.geometry.transposed
+        delta = self._dropped(adapter_name, delta if turned else delta.mT)  # features come last
+        return delta if turned else delta.mT
+
+    def expert_delta(self, adapter_name: str, x: Tensor, rows: GroupedRows) -> Tensor:
+        """Return the delta of rows that are sorted by expert, in training with dropout."""
+        delta = self.expert_product(adapter_name, x, rows)
+        return self._dropped(adapter_name, delta) if self.drops(adapter_name) else delta
+
+    def expert_product(self, adapter_name: str, x: Tensor, rows: GroupedRows) -> Tensor:
+        """Return the delta of rows that are sorted by expert, without dropout."""
+        return super().expert_delta(adapter_name, x, rows)
+
+    def _dropped(self, adapter_name: str, delta: Tensor) -> Tensor:
+        return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta))
 
 
 class LycorisTuner:

@@ -33,6 +33,8 @@ class LoHaConfig(LycorisConfig):
         layers_pattern: Name of the list those indices count in, such as "layers" or "h"; by default
             the outermost.
         modules_to_save: Modules to train in full and save with the adapter.
+        target_parameters: Parameters to adapt, by the ends of their paths: matrices, and stacks
+            `[experts, …]`, where each expert gets the tensors of a linear layer.
         trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapter
             (and those of the output head, where it shares the weight); a dictionary names other
             modules: name → tokens.
@@ -59,8 +61,12 @@ class LoHaConfig(LycorisConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
     modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
 
-    absent_values: ClassVar[dict[str, Any]] = {"trainable_token_indices": None}
+    absent_values: ClassVar[dict[str, Any]] = {
+        "trainable_token_indices": None,
+        "target_parameters": None,
+    }
     # The interface has no such field for LoHa: rows that are kept always make up for those that are
     # dropped.
     rank_dropout_scale: ClassVar[bool] = True

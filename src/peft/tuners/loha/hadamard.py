@@ -84,7 +84,7 @@ def factor_shapes(
 
 def hadamard_weight(f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
     """Return the dense `ΔW = scale · (U1·V1) ∘ (U2·V2)`, `[out, in · taps]`, at `(2r +
-    1)·out·in·taps` multiplications.
+    1)·out·in·taps` multiplications. Factors without Tucker's form may have leading dimensions.
     """
     (U1, V1), (U2, V2) = _sides(f)
     return ((U1 * scale) @ V1) * (U2 @ V2)
@@ -92,7 +92,7 @@ def hadamard_weight(f: HadamardFactors, scale: float | Tensor = 1.0) -> Tensor:
 
 def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Return `A [r², in · taps]` and `B [out, r²]` with `B·A = ΔW`, at `r²·(out + in·taps)`
-    multiplications.
+    multiplications. Factors without Tucker's form may have leading dimensions.
 
     Example:
         >>> U, V = torch.rand(5, 2), torch.rand(2, 7)
@@ -104,8 +104,8 @@ def low_rank_pair(f: HadamardFactors, scale: float | Tensor = 1.0) -> tuple[Tens
     Source: Khatri and Rao, 1968
     """
     (U1, V1), (U2, V2) = _sides(f)
-    A = (V1.unsqueeze(1) * V2.unsqueeze(0)).flatten(0, 1)
-    B = ((U1 * scale).unsqueeze(2) * U2.unsqueeze(1)).flatten(1)
+    A = (V1.unsqueeze(-2) * V2.unsqueeze(-3)).flatten(-3, -2)
+    B = ((U1 * scale).unsqueeze(-1) * U2.unsqueeze(-2)).flatten(-2)
     return A, B
 
 
@@ -183,5 +183,5 @@ def _sizes(f: HadamardFactors) -> tuple[int, int, int]:
     """Return `out`, `in · taps` and the rank of the factors."""
     a1, b1, a2 = shapes(f.w1_a, f.w1_b, f.w2_a)
     if f.t1 is None or f.t2 is None:
-        return a1[0], b1[1], a1[1] * a2[1]
+        return a1[-2], b1[-1], a1[-1] * a2[-1]
     return a1[1], b1[1] * math.prod(shapes(f.t1)[0][2:]), a1[0] * a2[0]

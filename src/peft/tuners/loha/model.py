@@ -16,6 +16,7 @@ from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from .config import LoHaConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
+from .param_wrapper import ParamWrapper
 
 
 class LoHaFormat(CheckpointFormat[LoHaConfig]):
@@ -51,6 +52,7 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
 
     prefix: ClassVar[str] = "hada_"
     tuner_layer_cls = LoHaLayer
+    parameter_layer_cls = ParamWrapper
     checkpoint_format = LoHaFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("hada_w1_b", "hada_w2_b")),

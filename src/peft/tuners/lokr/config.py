@@ -59,6 +59,8 @@ class LoKrConfig(LycorisConfig):
             three-dimensional `W2` of an `nn.Conv1d`, the order of elements that Hugging Face PEFT
             uses. None means "flat" with `peft_version`, as in files without this field, else
             "channels".
+        target_parameters: Parameters to adapt, by the ends of their paths: matrices, and stacks
+            `[experts, …]`, where each expert gets the tensors of a linear layer.
         trainable_token_indices: Tokens whose rows of the embedding are trained with the adapter
             (and rows of the output head, if it shares the weight). A dictionary names other
             modules: name → tokens.
@@ -107,6 +109,7 @@ class LoKrConfig(LycorisConfig):
     modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
     kronecker_layout: Literal["channels", "flat"] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
     full_matrix: bool = False
     unbalanced_factorization: bool = False
     use_scalar: bool = False
@@ -129,6 +132,7 @@ class LoKrConfig(LycorisConfig):
     absent_values: ClassVar[dict[str, Any]] = {
         "kronecker_layout": "flat",
         "trainable_token_indices": None,
+        "target_parameters": None,
         "full_matrix": False,
         "unbalanced_factorization": False,
         "use_scalar": False,

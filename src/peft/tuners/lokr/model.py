@@ -16,11 +16,13 @@ from ...core.combining import Combination, Combined
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
+from ...core.parameter_targets import ParameterTarget
 from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig, layer_options
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoKrLayer
+from .param_wrapper import ParamWrapper
 from .shapes import FACTOR_NAMES, sides
 
 
@@ -62,6 +64,7 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
 
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
+    parameter_layer_cls = ParamWrapper
     checkpoint_format = LoKrFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         "A": Role(("lokr_w1_b", "lokr_w2_b")),
@@ -94,6 +97,19 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         assert size is not None
         options = layer_options(config, path, size)
         yield from options.problems(size, getattr(module, "groups", 1))
+
+    def parameter_options(  # noqa: D102
+        self, config: LoKrConfig, target: ParameterTarget, build: object
+    ) -> dict[str, object]:
+        return layer_options(config, target.key, target.size)._asdict()
+
+    def parameter_problems(self, config: LoKrConfig, target: ParameterTarget) -> Iterator[str]:
+        """Yield options that do not fit the parameter's size, or need a layer."""
+        options = layer_options(config, target.key, target.size)
+        yield from options.problems(target.size)
+        if config.weight_decompose or options.row_offset is not None:
+            name = "weight_decompose" if config.weight_decompose else "row_offsets"
+            yield f"`{name}` is for modules; leave the default."
 
     def clip_weight_norms(
         self, largest: float, adapter_name: str | None = None

@@ -57,6 +57,9 @@ class PolyConfig(TargetedConfig):
         task_names: Names of the tasks, which `task_ids` may then use.
         routing_level: With "mope": "sample" mixes once a sample, from the mean over its prompt's
             tokens; "token" mixes for each token.
+        target_parameters: Parameters to adapt, by the ends of their paths: matrices, and stacks
+            `[experts, …]`, where each expert gets the skills of a linear layer, and all share a
+            router.
         trainable_token_indices: Tokens whose embedding rows are trained with the adapter, also in
             an output head that shares the weight. A dictionary, name → tokens, names other modules.
         alpha: The delta is scaled by `alpha / r`.
@@ -106,6 +109,7 @@ class PolyConfig(TargetedConfig):
     task_names: list[str] | None = field(default=None, metadata={**NO_EFFECT, "labels": True})
     routing_level: Literal["sample", "token"] = "sample"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
 
     alpha: float = 1.0
     relaxed_bernoulli: bool = True
@@ -126,6 +130,7 @@ class PolyConfig(TargetedConfig):
         "task_names": None,
         "routing_level": "sample",
         "trainable_token_indices": None,
+        "target_parameters": None,
         "alpha": 1.0,
         "relaxed_bernoulli": True,
         "straight_through": False,

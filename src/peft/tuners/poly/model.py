@@ -16,6 +16,7 @@ from ...core.fitting import Loss
 from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
+from ...core.parameter_targets import ParameterTarget
 from ...core.routing.task_ids import one_task, some_tasks, task_shares
 from ...core.routing.tuner import RoutingTuner
 from . import combining, extraction, fewshot, inventory, regimes
@@ -24,6 +25,7 @@ from .config import PolyConfig
 from .fewshot import TaskFit
 from .inventory import WeightTable
 from .layer import Linear, PolyLayer
+from .param_wrapper import ParamWrapper
 from .regimes import Regime
 
 
@@ -55,6 +57,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
     prefix: ClassVar[str] = "poly_"
     tuner_layer_cls = PolyLayer
+    parameter_layer_cls = ParamWrapper
     checkpoint_format = PolyFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
         # The table of logits, and rows of it that train alone.
@@ -80,7 +83,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
             group = config.router_group(path)
             routers = (
                 layer.router(build.adapter_name)
-                for other, layer in build.layers.items()
+                for other, layer in build.named_layers()
                 if isinstance(layer, PolyLayer) and config.router_group(other) == group
             )
             options["router"] = next(routers, None)
@@ -98,6 +101,15 @@ class PolyModel(RoutingTuner[PolyConfig]):
                     f"`{name}`={features} is not divisible by `n_splits`={n_splits}; choose "
                     f"{choice}."
                 )
+
+    def parameter_problems(self, config: PolyConfig, target: ParameterTarget) -> Iterator[str]:
+        """Yield sizes that `n_splits` does not divide, and routing by an input."""
+        own = config.at(target.key)
+        for features in (target.size.in_features, target.size.out_features):
+            if features % own.n_splits:
+                yield f"its size {features} is not divisible by `n_splits`={own.n_splits}."
+        if own.routes_by_input:
+            yield "an adapter of a parameter sees no input to route by; route by task."
 
     def merge_adapter(
         self,

@@ -51,6 +51,8 @@ class VBLoRAConfig(TargetedConfig):
         layers_to_transform: Index or indices of the layers to adapt.
         layers_pattern: Name of the list that these indices count in, for example "layers" or "h";
             by default the outermost.
+        target_parameters: Parameters to adapt, by the ends of their paths: matrices, and stacks
+            `[experts, …]`, where each expert gets the tensors of a linear layer over the same bank.
         trainable_token_indices: Tokens whose embedding rows are trained with the adapter, also in
             an output head that shares the weight. A dictionary, name → tokens, names other modules.
         bank: Use the bank in this folder (or Hub id), written by `VectorBank.save_pretrained`. It
@@ -96,6 +98,7 @@ class VBLoRAConfig(TargetedConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
     layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
     bank: str | None = field(default=None, metadata=NO_EFFECT)
     bank_sha256: str | None = None
     train_topk_weights: bool = field(default=False, metadata=NO_EFFECT)
@@ -105,6 +108,7 @@ class VBLoRAConfig(TargetedConfig):
 
     absent_values: ClassVar[dict[str, object]] = {
         "trainable_token_indices": None,
+        "target_parameters": None,
         "bank": None,
         "bank_sha256": None,
         "train_topk_weights": False,

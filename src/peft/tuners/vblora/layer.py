@@ -290,7 +290,7 @@ class VBLoRALayer(BaseTunerLayer):
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
         """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x`; refuse to train compact logits."""
         if self.training and self.topk_only[adapter_name]:
-            self._refuse_training(adapter_name)
+            self.refuse_training(adapter_name)
         A, B = self._gated_factors(adapter_name)
         if self.training and (dropout := self.vblora_dropout[adapter_name]):
             x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
@@ -298,7 +298,7 @@ class VBLoRALayer(BaseTunerLayer):
             x = self._chain_input(x, A.dtype)
         return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
 
-    def _refuse_training(self, adapter_name: str) -> None:
+    def refuse_training(self, adapter_name: str) -> None:
         """Raise for logits from a compact file, unless others were written to them since."""
         self.note_loaded(adapter_name)
         if self.topk_only[adapter_name]:

@@ -23,11 +23,13 @@ from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
+from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
 from .config import VBLoRAConfig
 from .layer import TRAINING_ON, Linear, VBLoRALayer
+from .param_wrapper import ParamWrapper
 from .shared_bank import FoundBank, find_bank
 from .storage import BANK, GATE, StorageFormat, VBLoRAFormat
 
@@ -62,6 +64,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
 
     prefix: ClassVar[str] = "vblora_"
     tuner_layer_cls = VBLoRALayer
+    parameter_layer_cls = ParamWrapper
     shared_parameter_names: ClassVar[tuple[str, ...]] = (BANK, _SHARED)
     checkpoint_format = VBLoRAFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
@@ -104,6 +107,17 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
                     f"`{name}` {features} must be divisible by `vector_length` "
                     f"{config.vector_length}."
                 )
+
+    def parameter_problems(self, config: VBLoRAConfig, target: ParameterTarget) -> Iterator[str]:
+        """Yield sizes that `vector_length` must divide and does not, and dropout."""
+        for features in (target.size.in_features, target.size.out_features):
+            if features % config.vector_length and not config.pad_last_tile:
+                yield (
+                    f"its size {features} must be divisible by `vector_length` "
+                    f"{config.vector_length}, or set `pad_last_tile=True`."
+                )
+        if config.vblora_dropout:
+            yield f"`vblora_dropout`={config.vblora_dropout!r} is for modules; leave the default."
 
     def target_remedy(self, config: VBLoRAConfig, modules: Sequence[nn.Module]) -> str:
         """Return a sentence with the values of `vector_length` that divide all sizes."""
