@@ -5,6 +5,7 @@ arXiv:2405.11157, arXiv:2402.05859
 
 from ...base.registry import register_peft_method
 from .arrow import ArrowConfig, create_arrow_model
+from .composition import WeightFit
 from .config import RoutedConfig
 from .entrance import get_routed_model
 from .layer import Linear, RoutedLayer
@@ -17,6 +18,7 @@ __all__ = [
     "RoutedLayer",
     "RoutedMethods",
     "RoutedModel",
+    "WeightFit",
     "create_arrow_model",
     "get_routed_model",
 ]

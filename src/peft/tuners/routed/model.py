@@ -20,7 +20,7 @@ from ...core.model_methods import forwarded, methods_of
 from ...core.plan import own_modules
 from ...core.routing.task_ids import one_task, some_tasks, task_shares
 from ...core.routing.tuner import RoutingTuner
-from . import fitting, inventory
+from . import composition, fitting, inventory
 from .adapter import RoutedAdapter
 from .config import RoutedConfig
 from .entrance import Expert
@@ -269,6 +269,71 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
         """
         return fitting.fit_gates(RoutedAdapter.of(self, adapter_name), examples, steps, lr)
 
+    def fit_weights(
+        self,
+        loss: Loss,
+        steps: int = 40,
+        lr: float = 0.1,
+        init: str | None = None,
+        *,
+        method: composition.FitMethod = "gradient",
+        penalty: float = 0.05,
+        bound: float = 1.5,
+        by_layer: bool = False,
+        seed: int = 0,
+        adapter_name: str | None = None,
+    ) -> composition.WeightFit:
+        """Fit the weights of a blend to a few examples of a new task: one for each expert, for all
+        layers. Everything else is as before, and the model runs in evaluation mode.
+
+        The loss is `loss + penalty · Σ_e |w_e|` of the exact sum of deltas `Σ_e w_e · ΔW_e`. (The
+        paper sums the factors `A` and `B` apart, which mixes the experts' products.)
+
+        Args:
+            loss: A function without arguments that returns the loss of the model on the examples;
+                or batches, keyword arguments for a model whose output has a `loss`. For a search
+                the function may return a number, and need not be differentiable.
+            steps: Steps of Adam, each with one batch or one call of the function; or points that a
+                search tries after the start, each with all batches. 0 only sets the start.
+            lr: Learning rate of Adam.
+            init: None: start from the present weights, their mean over layers. "zero": from the
+                base model, as the paper. "equal": from the mean of all experts. "best": from the
+                expert with the least loss alone.
+            method: "gradient", or "search": a (1+1) evolution strategy that needs no gradients.
+            penalty: Factor on the sum of the weights' absolute values.
+            bound: Largest absolute value of a weight.
+            by_layer: Fit weights of each layer for itself, by gradient.
+            seed: Of the search's steps.
+            adapter_name: By default the active adapter.
+
+        Returns:
+            The weights, which are set in the model, with the least loss; with several batches and
+            gradients, those after the last step.
+
+        Raises:
+            PeftTypeError: `loss` is neither a function nor batches, or returns no number.
+            PeftValueError: A value is not allowed, the adapter is merged or not active, or the loss
+                does not depend on the weights or is not finite; nothing is changed.
+            PeftNotSupportedError: The routing is neither "fixed" nor "learned".
+
+        Example:
+            `model.fit_weights(lambda: model(**examples).loss, init="zero")`
+
+        Source: arXiv:2307.13269, section 3
+        """
+        return composition.fit_weights(
+            RoutedAdapter.of(self, adapter_name),
+            loss,
+            steps,
+            lr,
+            init,
+            method=method,
+            penalty=penalty,
+            bound=bound,
+            by_layer=by_layer,
+            seed=seed,
+        )
+
 
 @methods_of(RoutedModel)
 class RoutedMethods:
@@ -281,3 +346,4 @@ class RoutedMethods:
     remove_experts = forwarded(RoutedModel.remove_experts)
     collect_prototypes = forwarded(RoutedModel.collect_prototypes)
     fit_gates = forwarded(RoutedModel.fit_gates)
+    fit_weights = forwarded(RoutedModel.fit_weights)
