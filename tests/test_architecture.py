@@ -40,7 +40,16 @@ FLOORS = (
         "optimizers",
         "clustering",
     ),
-    ("auto", "functional", "helpers", "library", "mapping_func", "utils"),
+    (
+        "auto",
+        "base_models",
+        "functional",
+        "helpers",
+        "library",
+        "mapping_func",
+        "timing",
+        "utils",
+    ),
     ("",),
 )
 

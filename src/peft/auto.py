@@ -190,3 +190,9 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """`AutoPeftModel` for feature extraction."""
 
     _task, _auto_class = TaskType.FEATURE_EXTRACTION, "AutoModel"
+
+
+def auto_class_name(task_type: str) -> str:
+    """Return the name of transformers' class that loads base models for a task type."""
+    classes = AutoPeftModel.__subclasses__()
+    return next(cls._auto_class for cls in classes if cls._task == task_type and cls._auto_class)

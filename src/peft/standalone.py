@@ -3,33 +3,35 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
+from .base.constants import MODEL_ROOT, ROOT
 from .base.errors import PeftTypeError, PeftValueError
-from .checkpoint.hub import load_peft_weights, only_hub_options
+from .checkpoint.hub import HubOptions, load_peft_weights, only_hub_options
 from .config import PeftConfig, TargetedConfig
 from .core.filling import CheckpointFill
 from .core.injection import Construction
+from .core.low_rank_deltas import SavedAdapter
 from .core.skeleton import adapted_paths, skeleton_of
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
-Source: TypeAlias = "str | os.PathLike[str]"
 
-
-def load_standalone(adapters: Source | Mapping[str, Source], **hub_options: object) -> PeftModel:
+def load_standalone(
+    adapters: SavedAdapter | Mapping[str, SavedAdapter], **hub_options: object
+) -> PeftModel:
     """Load adapters without their base model: for conversion, comparison, combination, export.
 
     In place of the base model is one that has the adapted layers alone, without weights. It can't
     be run or merged into. Sizes are read from the adapters' tensors.
 
     Args:
-        adapters: An adapter's folder or id on the Hub, or several by the name that each is to have.
+        adapters: An adapter: its folder, its id on the Hub, or a pair of config and tensors by
+            checkpoint key; or several by the name that each is to have.
         **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
 
     Returns:
@@ -57,18 +59,15 @@ def load_standalone(adapters: Source | Mapping[str, Source], **hub_options: obje
     if not places:
         raise PeftValueError("`adapters` is empty; name at least one adapter.")
     hub = only_hub_options(hub_options, "load_standalone")
-    loaded = {}
-    for name, place in places.items():
-        config = PeftConfig.from_pretrained(place, **hub)
-        if not isinstance(config, TargetedConfig):
-            raise PeftTypeError(f"'{place}' is not an adapter of modules chosen by name.")
-        loaded[name] = config, load_peft_weights(place, **hub)
+    loaded = {name: _read(place, hub) for name, place in places.items()}
     root = skeleton_of(list(loaded.values()))
     mixed = len({config.peft_type for config, _ in loaded.values()}) > 1
     model: PeftModel | None = None
     for name, (config, state) in loaded.items():
         own = _by_path(config, state)
-        fill = CheckpointFill(root, state, str(places[name]))
+        place = places[name]
+        source = "The adapter's tensors" if isinstance(place, tuple) else str(place)
+        fill = CheckpointFill(root, state, source)
         if model is None:
             model_cls = PeftMixedModel if mixed else PeftModel.class_for(config.task_type)
             options = {"autocast_adapter_dtype": False, "initialize": False}
@@ -78,6 +77,19 @@ def load_standalone(adapters: Source | Mapping[str, Source], **hub_options: obje
         model.base_model.method_of(own).note_loaded(model, name)
     assert model is not None
     return model.eval()
+
+
+def _read(adapter: SavedAdapter, hub: HubOptions) -> tuple[TargetedConfig, Mapping[str, Tensor]]:
+    """Return an adapter's config and its tensors by checkpoint key."""
+    if isinstance(adapter, tuple):
+        config, given = adapter
+        state = {key if key.startswith(ROOT) else MODEL_ROOT + key: t for key, t in given.items()}
+    else:
+        config = PeftConfig.from_pretrained(adapter, **hub)
+        state = load_peft_weights(adapter, **hub)
+    if not isinstance(config, TargetedConfig):
+        raise PeftTypeError(f"'{adapter}' is not an adapter of modules chosen by name.")
+    return config, state
 
 
 def _by_path(config: TargetedConfig, state: Mapping[str, Tensor]) -> TargetedConfig:

@@ -168,3 +168,55 @@ def test_damage_is_named(tmp_path):
         peft.inspect_adapter(weights)
     with pytest.raises(peft.PeftError, match="did you mean"):
         peft.inspect_adapter(str(tmp_path) + "x")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["in the base model", "alone"])
+def test_a_sum_of_adapters_of_all_methods_is_one_lora_adapter(alone, tmp_path):
+    weights = {"LOHA": 0.5, "LOKR": -1.0, "LORA": 2.0, "VBLORA": 0.25, "POLY": 1.0}
+    dense = 0.0
+    for name, weight in weights.items():
+        layer = saved(name, tmp_path / name).base_model.model.model.layers[1].self_attn.v_proj
+        delta = layer.get_delta_weight("default", **METHODS[name].merge)
+        dense = dense + weight * delta.detach().double()
+    model = peft.load_standalone({name: tmp_path / name for name in weights})
+    if not alone:
+        first, *others = weights
+        model = peft.PeftMixedModel.from_pretrained(base(), tmp_path / first, first)
+        for name in others:
+            model.load_adapter(tmp_path / name, name)
+    exact = peft.convert_to_lora(model, adapter_name=weights, task_id=1)
+    path = "model.layers.1.self_attn.v_proj"
+    loaded = peft.load_standalone(exact).base_model.model.get_submodule(path)
+    torch.testing.assert_close(
+        loaded.get_delta_weight("default").double(), dense, atol=1e-5, rtol=1e-4
+    )
+    assert exact.error == 0 and exact.config.target_modules == set(TARGETS)
+    values = torch.linalg.svdvals(dense)
+    small = peft.save_as_lora(tmp_path / "sum", model, 2, weights, task_id=1)
+    assert small.errors[path] == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-3)
+    assert peft.inspect_adapter(tmp_path / "sum").ranks == {2: 4}
+
+
+def test_a_sum_says_what_is_wrong(tmp_path):
+    for name in "ab":
+        model = saved("LORA", tmp_path / name, modules_to_save=["norm"])
+        norm = model.base_model.model.model.norm.modules_to_save["default"]
+        torch.nn.init.constant_(norm.weight, float(ord(name)))
+        model.save_pretrained(tmp_path / name)
+    model = peft.load_standalone({name: tmp_path / name for name in "ab"})
+    for weights, message in (
+        ({}, "`adapter_name` is empty"),
+        ({"a": 1.0, "c": 1.0}, "Adapter c not found"),
+        ({"a": float("nan")}, "`the weight of a`=nan must be a finite number"),
+        ({"a": 1.0, "b": 1.0}, "each train a copy of .*`heads`"),
+    ):
+        with pytest.raises(peft.PeftError, match=message):
+            peft.convert_to_lora(model, adapter_name=weights)
+    mean = peft.convert_to_lora(model, adapter_name={"a": 1.0, "b": 3.0}, heads="mean")
+    norms = [
+        peft.load_peft_weights(tmp_path / name)["base_model.model.model.norm.weight"]
+        for name in "ab"
+    ]
+    torch.testing.assert_close(
+        mean.state_dict["base_model.model.model.norm.weight"], (norms[0] + 3 * norms[1]) / 4
+    )

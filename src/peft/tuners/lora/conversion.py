@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base.constants import MODEL_ROOT
-from ...base.errors import PeftError, PeftValueError, warn
+from ...base.errors import PeftError, PeftNotSupportedError, PeftValueError, warn
 from ...base.progress import track
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from ...base.validation import number
 from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import get_peft_model_state_dict
 from ...config import TargetedConfig
+from ...core import combined_heads
 from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import (
@@ -38,7 +40,7 @@ from ...core.conversion import (
 )
 from ...core.layer import BaseTunerLayer
 from ...core.skeleton import base_class_of, exact_targets
-from ...ops.low_rank import LowRank, approximate, check_rank, total_error
+from ...ops.low_rank import LowRank, approximate, check_rank, cut, product_svd, total_error
 from .base import lora_tensors
 from .config import LoraConfig
 
@@ -80,11 +82,12 @@ class LoraConversion(Conversion[LoraConfig]):
 def convert_to_lora(
     model: nn.Module,
     rank: int | float | None = None,
-    adapter_name: str | None = None,
+    adapter_name: str | Mapping[str, float] | None = None,
     progressbar: bool = False,
     compile_kwargs: dict[str, object] | None = None,
     *,
     task_id: int | str | Mapping[int | str, float] | None = None,
+    heads: str | None = None,
 ) -> LoraConversion:
     """Return the best approximation of an adapter by a LoRA adapter. The model stays as it is.
 
@@ -95,11 +98,14 @@ def convert_to_lora(
             smallest rank that the method's structure gives (Poly and VB-LoRA `r`, LoKr
             `rank(W1) · rank(W2)`).
         adapter_name: The adapter; by default the one called "default", else the only one that is
-            active.
+            active. Or a dictionary with the weight of each of several, of any methods, for the
+            weighted sum of their deltas.
         progressbar: Show one.
         compile_kwargs: Accepted for compatibility, without effect.
         task_id: For Poly, whose tasks each have a delta: the task by id or name, or a dictionary
             with the share of each of several.
+        heads: For modules that several adapters of a sum train in full, as for
+            `add_weighted_adapter`.
 
     Returns:
         `(config, state_dict)`, to be written by `save_as_lora` or loaded with
@@ -121,6 +127,8 @@ def convert_to_lora(
         (4, torch.Size([4, 16]), True)
     """
     check_rank(rank)
+    if isinstance(adapter_name, Mapping):
+        return _blend(model, adapter_name, rank, task_id, heads, progressbar)
     adapter_name = name_of(model, adapter_name)
     config = config_of(model, adapter_name)
     if config.peft_type == PeftType.LORA and not config.starts_from_weight:
@@ -138,17 +146,19 @@ def save_as_lora(
     path: str | os.PathLike,
     model: nn.Module,
     rank: int | float | None = None,
-    adapter_name: str | None = None,
+    adapter_name: str | Mapping[str, float] | None = None,
     progressbar: bool = False,
     compile_kwargs: dict[str, object] | None = None,
     *,
     task_id: int | str | Mapping[int | str, float] | None = None,
+    heads: str | None = None,
 ) -> LoraConversion:
     """Convert an adapter to LoRA and write it to a folder, as `save_pretrained` writes adapters.
 
     Args:
         path: The folder, made if missing.
-        model, rank, adapter_name, progressbar, compile_kwargs, task_id: As for `convert_to_lora`.
+        model, rank, adapter_name, progressbar, compile_kwargs, task_id, heads: As for
+            `convert_to_lora`.
 
     Returns:
         The conversion, with its errors.
@@ -158,7 +168,7 @@ def save_as_lora(
     """
     folder = as_folder(path)
     converted = convert_to_lora(
-        model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id
+        model, rank, adapter_name, progressbar, compile_kwargs, task_id=task_id, heads=heads
     )
     write_conversion(folder, model, converted)
     return converted
@@ -284,6 +294,85 @@ def _convert(
         )
         for part, state in zip(parts, tensors, strict=True)
     ]
+
+
+def _blend(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    rank: int | float | None,
+    task_id: int | str | Mapping[int | str, float] | None,
+    heads: str | None,
+    progressbar: bool,
+) -> LoraConversion:
+    """Convert the weighted sum of several adapters' deltas."""
+    root, prefix = root_of(model)
+    configs = _configs_to_sum(model, weights)
+    layers: dict[str, dict[str, BaseTunerLayer]] = {}
+    options: dict[str, Mapping[str, object]] = {}
+    for name, config in configs.items():
+        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+        own_task = task_id if "task_id" in tuner_cls.merge_options else None
+        options[name] = tuner_cls.conversion_options(config, task_id=own_task)
+        own = dict(layers_with(root, name))
+        check_convertible(own, name)
+        for path, layer in own.items():
+            layers.setdefault(path, {})[name] = layer
+    parts: dict[str, LowRank] = {}
+    companions = combined_heads.combine(combined_heads.collect(root, configs), heads, weights)
+    state = {prefix + key: tensor for key, tensor in companions.items()}
+    for path, having in track(layers.items(), "Converting to LoRA", wanted=progressbar):
+        try:
+            deltas = [
+                (weights[name], layer.low_rank_factors(name, None, **options[name]))
+                for name, layer in having.items()
+            ]
+            layer = next(iter(having.values()))
+            parts[path] = part = _summed(deltas, getattr(layer.get_base_layer(), "groups", 1), rank)
+        except PeftError as error:
+            raise type(error)(f"`{path}`: {error}") from None
+        tensors = lora_tensors(layer, part.A.detach(), part.B.detach())
+        state |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
+    firsts = {path: next(iter(having.values())) for path, having in layers.items()}
+    to_save = dict.fromkeys(m for config in configs.values() for m in config.modules_to_save or ())
+    tokens = [c.trainable_token_indices for c in configs.values() if c.trainable_token_indices]
+    config = replace(
+        _lora_config(root, next(iter(configs.values())), firsts, parts, isinstance(rank, float)),
+        modules_to_save=list(to_save) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+    )
+    return LoraConversion.of(config, state, parts)
+
+
+def _configs_to_sum(model: nn.Module, weights: Mapping[str, float]) -> dict[str, TargetedConfig]:
+    """Return the configs of adapters to sum, checked with their weights."""
+    if not weights:
+        raise PeftValueError("`adapter_name` is empty; give the weight of at least one adapter.")
+    for name, weight in weights.items():
+        for problem in number(f"the weight of {name}", weight):
+            raise PeftValueError(problem)
+    configs = {name: config_of(model, name) for name in weights}
+    for name, config in configs.items():
+        if config.trained_biases != "none":
+            raise PeftNotSupportedError(
+                f"Adapter {name} has `bias`={config.trained_biases!r}, but a model has its biases "
+                "once only; the sum is of what adapters add to layers."
+            )
+    return configs
+
+
+def _summed(
+    deltas: Sequence[tuple[float, LowRank]], groups: int, rank: int | float | None
+) -> LowRank:
+    """Return the weighted sum of deltas of one layer, exact or of a rank."""
+    dtype = deltas[0][1].A.dtype
+    A = torch.cat([delta.A.to(dtype) for _, delta in deltas])
+    B = torch.cat([(delta.B * weight).to(dtype) for weight, delta in deltas], dim=1)
+    if groups > 1:
+        return _in_groups(approximate(B, A), groups, rank)
+    if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
+        return cut(product_svd(B, A), None, dtype)
+    factors = approximate(B, A, rank)
+    return _of_rank(factors, rank) if isinstance(rank, int) else factors
 
 
 def _companions(model: nn.Module, config: TargetedConfig, adapter_name: str) -> dict[str, Tensor]:
