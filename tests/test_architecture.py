@@ -51,6 +51,7 @@ FLOORS = (
         "utils",
     ),
     ("",),
+    ("cli", "__main__"),
 )
 
 
@@ -150,7 +151,8 @@ def test_a_method_is_named_by_its_own_folder_alone():
     # `peft.utils`.
     common = {"supports_lora_conversion", "lora_", "replace_lora_weights_loftq"}
     for module, path in MODULES.items():
-        if module in apart or path.parent.name == "files":
+        # The command line offers conversions by the names of methods.
+        if module in apart or path.parent.name == "files" or module.startswith("cli."):
             continue
         own = method_of(module)
         words = {w for w in words_of(path) if not (own and w.lstrip(".").startswith(f"{own}_"))}
@@ -192,7 +194,10 @@ def test_heavy_libraries_and_kernels_are_imported_where_they_are_used(path):
 
 FRESH = """
 import sys, tempfile, torch, peft
-heavy = ("transformers", "huggingface_hub", "accelerate", "bitsandbytes", "triton", "httpx", "requests")
+heavy = (
+    "transformers", "huggingface_hub", "accelerate", "bitsandbytes", "triton", "httpx", "requests",
+    "click", "peft.cli",
+)
 assert not [name for name in heavy if name in sys.modules]
 print(peft.helpers.__name__, peft.functional.__name__, peft.import_utils.__name__)
 for name in heavy:

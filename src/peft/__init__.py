@@ -27,6 +27,7 @@ from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
 from .base.placeholders import placeholder as _placeholder
 from .base.progress import show_progress
+from .base_models import meta_model, save_merged
 from .clustering import adapter_similarity, cluster_adapters
 from .config import PeftConfig
 from .inspection import AdapterContents, inspect_adapter
@@ -54,6 +55,7 @@ from .peft_model import (
 )
 from .planning import AdapterPlan, LayerPlan, plan
 from .standalone import load_standalone
+from .timing import StepTimes, time_adapter
 from .tuners.loha import LoHaConfig, LoHaModel
 from .tuners.lokr import (
     LoKrConfig,
@@ -161,6 +163,7 @@ __all__ = [
     "PolyModel",
     "RoutedConfig",
     "RoutedModel",
+    "StepTimes",
     "TaskType",
     "VBLoRAConfig",
     "VBLoRAModel",
@@ -190,6 +193,7 @@ __all__ = [
     "load_peft_weights",
     "load_standalone",
     "lokr_config_from_lycoris",
+    "meta_model",
     "plan",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
@@ -200,9 +204,11 @@ __all__ = [
     "save_as_lora",
     "save_as_poly",
     "save_lokr_file",
+    "save_merged",
     "save_tasks_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
     "show_progress",
+    "time_adapter",
 ]

@@ -75,6 +75,39 @@ def meta_model(
             raise CheckpointError(f"'{found.config_file}' makes no model: {error}") from error
 
 
+def load_base_model(
+    source: str | os.PathLike[str],
+    task_type: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    random: bool = False,
+    subfolder: str | None = None,
+    **hub_options: object,
+) -> nn.Module:
+    """Return a model of transformers or diffusers on the CPU, with its weights.
+
+    Args:
+        source, task_type, subfolder, **hub_options: As for `meta_model`.
+        dtype: By default that of the files.
+        random: Draw the weights at random; only the config is read.
+
+    Raises:
+        As `meta_model`.
+        CheckpointError: The weights are missing or damaged.
+    """
+    hub = only_hub_options({**hub_options, "subfolder": subfolder}, "load_base_model")
+    found = _find_class(source, task_type, hub)
+    if random:
+        model = found.empty()
+        return model if dtype is None else model.to(dtype)
+    kind = "torch_dtype" if found.is_diffusers else "dtype"
+    wanted: object = dtype if dtype is not None or found.is_diffusers else "auto"
+    try:
+        return found.cls.from_pretrained(source, **{kind: wanted}, **hub)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"The base model '{source}' can't be loaded: {error}") from error
+
+
 def save_merged(
     path: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -113,7 +146,10 @@ def save_merged(
             raise PeftValueError(
                 f"The config of '{adapter}' does not name its base model; pass `base_model`."
             )
-        model = _load(place, config, subfolder, dtype)
+        revision = config.revision if place == config.base_model_name_or_path else None
+        model = load_base_model(
+            place, config.task_type, dtype=dtype, subfolder=subfolder, revision=revision
+        )
         files = find_file(adapter, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), {})
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         fit_vocabulary(model, read_shapes(files), tuner_cls.checkpoint_format.token_dims)
@@ -176,24 +212,6 @@ def _find_class(source: str | os.PathLike[str], task_type: str | None, hub: HubO
             "have. Load the model yourself and use the Python functions."
         )
     return _Found(cls, path, content, is_diffusers)
-
-
-def _load(
-    place: str | os.PathLike[str],
-    config: PeftConfig,
-    subfolder: str | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
-    """Load the base model of an adapter with its weights, on the CPU."""
-    hub = {} if subfolder is None else {"subfolder": subfolder}
-    own = {"revision": config.revision} if place == config.base_model_name_or_path else {}
-    found = _find_class(place, config.task_type, {**hub, **own})
-    kind = "torch_dtype" if found.is_diffusers else "dtype"
-    wanted: object = dtype if dtype is not None or found.is_diffusers else "auto"
-    try:
-        return found.cls.from_pretrained(place, **{kind: wanted}, **hub, **own)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The base model '{place}' can't be loaded: {error}") from error
 
 
 def _copy_companions(source: str | os.PathLike[str], folder: Path, ignored: str = "\0") -> None:

@@ -6,7 +6,7 @@ changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
@@ -102,6 +102,19 @@ class AdapterPlan:
             for remark in layer.remarks:
                 result.setdefault(remark, []).append(layer.path)
         return result
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the plan as values of JSON."""
+        return {
+            "method": self.method,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "base_parameters": self.base_parameters,
+            "multiplications": self.multiplications,
+            "base_multiplications": self.base_multiplications,
+            "shared": self.shared,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     def __str__(self) -> str:
         heading = ("module", "layer", "factors", "parameters", "FLOPs a row", "rank")

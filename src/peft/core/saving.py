@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ..checkpoint.paths import as_folder
 from ..checkpoint.state_dict import get_peft_model_state_dict
 from ..config import PeftConfig
 from ..integrations.distributed import gathered_tensor, is_distributed
-from .skeleton import base_class_of
+from .skeleton import base_class_of, saved_targets
 
 if TYPE_CHECKING:
     from .adapted_model import AdaptedModel
@@ -206,6 +207,8 @@ def write_model_card(folder: Path, tuner: AdaptedModel) -> None:
 
 def _config_text(config: PeftConfig, base: nn.Module) -> str:
     """Return the text of a config file: frozen, and with the class of the base model."""
+    if own := saved_targets(base, config):
+        config = replace(config, **own)
     inference_mode, config.inference_mode = config.inference_mode, True
     try:
         return config.to_json(base_class_of(base, config))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROWS = f".token_adapter.{TOKEN_ROWS}"
+# Fields of a config that choose modules by name.
+_BY_NAME = ("target_modules", "exclude_modules")
 
 
 class Skeleton(nn.Module):
@@ -36,16 +38,16 @@ class Skeleton(nn.Module):
 
     Attributes:
         paths: Paths of the adapted layers.
-        targeting: Fields of a config that choose these layers in the real model; None if only
-            their paths do.
+        targeting: Fields of a config that choose an adapter's layers in the real model, by the
+            paths of these layers.
         base_class: Class and library of the real model, as a config has them.
     """
 
-    def __init__(self, configs: Sequence[TargetedConfig]) -> None:
+    def __init__(self, base_class: JsonObject | None) -> None:
         super().__init__()
         self.paths: set[str] = set()
-        self.targeting = _common_targeting(configs)
-        self.base_class = configs[0].auto_mapping
+        self.targeting: dict[frozenset[str], JsonObject] = {}
+        self.base_class = base_class
 
     def put(self, path: str, module: nn.Module) -> None:
         """Put a module at a path, below modules without parameters; it takes over what is there."""
@@ -69,13 +71,14 @@ def skeleton_of(adapters: Sequence[tuple[TargetedConfig, Mapping[str, Tensor]]])
         PeftNotSupportedError: The tensors do not tell a module's size, or the adapter needs the
             weights of the base model.
     """
-    root = Skeleton([config for config, _ in adapters])
+    root = Skeleton(adapters[0][0].auto_mapping)
     layers: dict[str, _Layer] = {}
     parameters: dict[str, Tensor] = {}
     for config, state in adapters:
         _check_needs_no_weights(config)
         groups = group_keys(state)
         shapes = module_shapes(groups, {key: tuple(value.shape) for key, value in state.items()})
+        root.targeting[frozenset(adapted_paths(state))] = _targeting(config)
         for stem, shape in shapes.items():
             first = state[next(iter(groups.modules[stem].values()))]
             _note(layers, stem.removeprefix(MODEL_ROOT), shape, first.dtype)
@@ -103,11 +106,24 @@ def exact_targets(root: nn.Module, chosen: Collection[str]) -> JsonObject:
     """
     if not isinstance(root, Skeleton):
         names, excluded = _targets.exactly(chosen, own_modules(root))
-    elif root.targeting is not None and root.paths == set(chosen):
-        return dict(root.targeting)
-    else:
-        names, excluded = sorted(chosen), None
-    return {"target_modules": names, "exclude_modules": excluded}
+        return {"target_modules": names, "exclude_modules": excluded}
+    own = root.targeting.get(frozenset(chosen), {})
+    by_name: list[Any] = [own.get(name) for name in _BY_NAME]
+    limited = any(not is_empty(value) for name, value in own.items() if name not in _BY_NAME)
+    if own and not limited and not is_empty(by_name[0]):
+        found = _targets.select(sorted(root.paths), *by_name)
+        if set(found) == set(chosen):
+            return dict(zip(_BY_NAME, by_name, strict=True))
+    return {"target_modules": sorted(chosen), "exclude_modules": None}
+
+
+def saved_targets(root: nn.Module, config: Any) -> JsonObject:
+    """Return the fields of a config that choose modules in the real model, for its file; none if
+    the model is the real one.
+    """
+    if not isinstance(root, Skeleton):
+        return {}
+    return root.targeting.get(frozenset(config.target_modules or ()), {})
 
 
 def base_class_of(root: nn.Module, config: Any) -> JsonObject | None:
@@ -196,18 +212,7 @@ def _embeddings(
             yield path, _Layer(size, rows.dtype)
 
 
-def _common_targeting(configs: Sequence[TargetedConfig]) -> JsonObject | None:
-    """Return the fields that choose modules if they are the same in all configs and choose by name
-    alone.
-    """
-    first = {name: getattr(configs[0], name) for name in ("target_modules", "exclude_modules")}
-    for config in configs:
-        by_layer = getattr(config, "layers_to_transform", None)
-        targets = config.target_modules
-        if (
-            not is_empty(by_layer)
-            or is_empty(targets)
-            or any(getattr(config, name) != value for name, value in first.items())
-        ):
-            return None
-    return first
+def _targeting(config: TargetedConfig) -> JsonObject:
+    """Return the fields of a config that choose modules."""
+    names = (*_BY_NAME, "layers_to_transform", "layers_pattern")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}

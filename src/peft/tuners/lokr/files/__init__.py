@@ -15,7 +15,7 @@ From a file to an adapter, each file of this folder takes a step:
 `writing` turns an adapter into a file. `lycoris_settings` turns LyCORIS's settings into a config.
 """
 
-from .loading import LoKrReport, inspect_lokr_file, load_lokr_file
+from .loading import LoKrReport, inspect_lokr_file, load_lokr_file, read_lokr_adapter
 from .lycoris_settings import lokr_config_from_lycoris
 from .reading import LoKrFile
 from .writing import LAYOUTS, save_lokr_file
@@ -27,5 +27,6 @@ __all__ = [
     "inspect_lokr_file",
     "load_lokr_file",
     "lokr_config_from_lycoris",
+    "read_lokr_adapter",
     "save_lokr_file",
 ]

@@ -6,23 +6,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ....base.constants import MODEL_ROOT
+from ....base.containers import walk
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
 from ....checkpoint.keys import adapter_tensors
+from ....checkpoint.state_dict import get_peft_model_state_dict
 from ....core.conversion import root_of
 from ....core.filling import fill_with
 from ....core.injection import Build
 from ....core.model_methods import tuner_of
+from ....core.skeleton import skeleton_of
 from ..config import LoKrConfig
+from ..layer import LoKrLayer
 from .placement import Placement, infer_config, place
 from .reading import LoKrFile, read_lokr_file
 
@@ -263,3 +268,59 @@ def _inject(
     # The adapter methods of diffusers and transformers ask for it.
     if getattr(model, "_hf_peft_config_loaded", None) is False:
         vars(model)["_hf_peft_config_loaded"] = True
+
+
+def read_lokr_adapter(
+    file: File, model: nn.Module | None = None, component: str | None = None
+) -> tuple[LoKrConfig, dict[str, Tensor]]:
+    """Return a LoKr file of any writer as config and tensors by checkpoint key, as
+    `save_pretrained` writes them.
+
+    Args:
+        file, component: As for `inspect_lokr_file`.
+        model: The model that the file is for, without adapters. The adapter is put into it, so
+            pass one on the meta device. None: the names of modules in the file are taken as paths,
+            which needs names with dots.
+
+    Raises:
+        CheckpointError: As for `load_lokr_file`, or the file's names are ambiguous without a model.
+
+    Example:
+        >>> import torch
+        >>> tensors = {"unet.a.b.lokr_w1": torch.ones(2, 2), "unet.a.b.lokr_w2": torch.ones(4, 3)}
+        >>> config, state = read_lokr_adapter(tensors)
+        >>> config.target_modules, list(state)[0]
+        ({'a.b'}, 'base_model.model.a.b.lokr_w1')
+    """
+    host = _stand_in(read_lokr_file(file), component) if model is None else model
+    load_lokr_file(host, file, component=component)
+    config: Any = host.peft_config["default"]  # type: ignore[index, union-attr]
+    state = get_peft_model_state_dict(host)
+    if model is None:
+        paths = {path for path, module in walk(host) if isinstance(module, LoKrLayer)}
+        config = replace(config, target_modules=sorted(paths), exclude_modules=None)
+    return config, {MODEL_ROOT + key.removeprefix(MODEL_ROOT): t for key, t in state.items()}
+
+
+def _stand_in(contents: LoKrFile, component: str | None) -> nn.Module:
+    """Return a model that has the modules of a file at the paths that it names."""
+    components = contents.components
+    if component is None and len(components) > 1:
+        raise PeftValueError(
+            f"'{contents.source}' is for several models; pass `component`, one of "
+            f"{', '.join(map(repr, components))}."
+        )
+    name = next(iter(components)) if component is None else component
+    modules = components.get(name, [])
+    if flat := [module.name for module in modules if module.flat and "_" in module.name]:
+        raise CheckpointError(
+            f"'{contents.source}' has `_` for dots in names of modules ({flat[0]!r}), so their "
+            "paths are not known; pass the model that it is for (its config is enough)."
+        )
+    state = {
+        f"{MODEL_ROOT}{module.name}.lokr_{factor}": tensor
+        for module in modules
+        for factor, tensor in module.factors.items()
+    }
+    config = LoKrConfig(target_modules=[module.name for module in modules])
+    return skeleton_of([(config, state)])
