@@ -20,6 +20,7 @@ from .core.layer import BaseTunerLayer
 from .peft_model import PeftModel
 
 __all__ = [
+    "DoraCaching",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "rescale_adapter_scale",
@@ -30,7 +31,6 @@ __all__ = [
 
 
 # Names of the interface that this package does not implement; each is a placeholder.
-DoraCaching: type
 KappaTuneSelector: type
 MontecloraTrainerMixin: type
 find_kappa_target_modules: type
@@ -39,6 +39,28 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 
     def __getattr__(name: str) -> type:
         return placeholder(name, __name__)
+
+
+class DoraCaching:
+    """A context for evaluation with DoRA adapters, accepted for compatibility. All steps of one
+    `generate` share the norms of DoRA without it; a single call of the model computes them once.
+
+    Args:
+        enabled: Accepted, without effect.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Do nothing; there it switches caching on or off for good."""
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        """Begin the context."""
+
+    def __exit__(self, *error: object) -> None:
+        """End the context."""
 
 
 def update_forward_signature(model: nn.Module) -> None:

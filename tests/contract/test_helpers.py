@@ -186,7 +186,7 @@ def test_signatures_of_other_things_are_refused(model):
 
 @pytest.mark.parametrize(
     "name",
-    ["DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"],
+    ["KappaTuneSelector", "MontecloraTrainerMixin", "find_kappa_target_modules"],
 )
 def test_what_is_not_provided_says_so(name):
     with pytest.raises(NotImplementedError, match=f"{name} is not provided.*{sorted(METHODS)[0]}"):

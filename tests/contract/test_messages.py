@@ -346,6 +346,7 @@ def test_what_a_base_model_lacks(model):
     ):
         model.generate(torch.zeros(1, 8))
     base = mlp().half()
+    base.is_loaded_in_8bit = True
     before = snapshot(base)
     with pytest.raises(
         TypeError,

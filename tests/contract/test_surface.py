@@ -252,7 +252,7 @@ PLACES = {
         "LoraModel, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, onload_layer, ties"
     ),
     "peft.tuners.lycoris_utils": "LycorisConfig, LycorisLayer, LycorisTuner",
-    "peft.tuners.mixed": "MixedModel",
+    "peft.tuners.mixed": "COMPATIBLE_TUNER_TYPES, MixedModel",
     "peft.tuners.poly": "PolyConfig, PolyLayer, PolyModel, Linear",
     "peft.tuners.poly.config": "PolyConfig",
     "peft.tuners.poly.layer": "PolyLayer, Linear",
@@ -550,9 +550,15 @@ def test_what_a_transformers_model_says_of_itself():
     inside = nn.ModuleDict({"language": llama(), "head": nn.Linear(2, 2)})
     assert peft.utils.other._get_no_split_modules(inside) == {"LlamaDecoderLayer"}
     with pytest.warns(FutureWarning, match="use `prepare_model_for_kbit_training`"):
-        prepared = peft.prepare_model_for_int8_training(model.half())
+        prepared = peft.prepare_model_for_int8_training(llama().half())
     assert {parameter.dtype for parameter in prepared.parameters()} == {torch.float32}
-    assert prepared.is_gradient_checkpointing
+    assert not prepared.is_gradient_checkpointing  # it is not quantized
+    model = peft.prepare_model_for_kbit_training(model.half())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert model.is_gradient_checkpointing
+    model.quantization_method = "awq"
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_targets_that_match_nothing_on_purpose(method, tmp_path):

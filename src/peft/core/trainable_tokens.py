@@ -71,7 +71,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     __module__ = "peft.utils.other"  # where pickles look for it
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: ClassVar[tuple[str, ...]] = ("token_adapter.token_indices",)
 
     def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(module)

@@ -12,6 +12,9 @@ from ..base.errors import PeftTypeError, warn
 from ..base.modules import check_model, infer_device
 from ..base.tensors import ordinary_tensors
 
+# Quantization methods whose kernels take the other parameters in 16 bits.
+_IN_16_BITS = ("aqlm", "eetq", "gptq", "hqq", "torchao")
+
 
 @ordinary_tensors()
 def prepare_model_for_kbit_training(
@@ -21,12 +24,12 @@ def prepare_model_for_kbit_training(
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantized model and cast its unquantized parameters to float32, for stable training
-    of adapters.
+    of adapters. Models of AQLM, EETQ, GPTQ, HQQ and torchao keep their dtypes.
 
     Args:
         model: A transformers model, changed in place.
-        use_gradient_checkpointing: Also turn on gradient checkpointing, and let gradients flow
-            through the frozen embeddings.
+        use_gradient_checkpointing: Also turn on gradient checkpointing of a quantized model, and
+            let gradients flow through the frozen embeddings.
         gradient_checkpointing_kwargs: Arguments of `gradient_checkpointing_enable`.
         auto_clear_cache: Free the cached memory of the accelerator after the cast.
 
@@ -34,6 +37,10 @@ def prepare_model_for_kbit_training(
         PeftTypeError: `model` is not a model, or has no gradient checkpointing; nothing is changed.
     """
     check_model(model)
+    method = getattr(model, "quantization_method", None)
+    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
+    is_quantized = method is not None or any(getattr(model, flag, False) for flag in flags)
+    use_gradient_checkpointing = use_gradient_checkpointing and is_quantized
     needed = ("enable_input_require_grads", "gradient_checkpointing_enable")
     if use_gradient_checkpointing and (
         absent := [name for name in needed if not hasattr(model, name)]
@@ -45,7 +52,8 @@ def prepare_model_for_kbit_training(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if (
-            parameter.dtype in (torch.float16, torch.bfloat16)
+            method not in _IN_16_BITS
+            and parameter.dtype in (torch.float16, torch.bfloat16)
             and type(parameter).__name__ != "Params4bit"
         ):
             parameter.data = parameter.data.to(torch.float32)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ..base.errors import PeftValueError
+from ..base.placeholders import placeholder
 from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..core.adapted_model import AdaptedModel
@@ -100,3 +101,12 @@ class MixedModel(AdaptedModel[TargetedConfig]):
 def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """Return all names, each once."""
     return tuple(dict.fromkeys(chain.from_iterable(names)))
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Return `COMPATIBLE_TUNER_TYPES`, the methods whose adapters can be mixed."""
+        if name == "COMPATIBLE_TUNER_TYPES":
+            return tuple(PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+        return placeholder(name, __name__)

@@ -24,7 +24,9 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.helpers import DoraCaching
 from peft.tuners.lora import Embedding, Linear
+from peft.tuners.lora import base as lora_base
 from peft.tuners.lora.layer import Conv2d, LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 
@@ -835,3 +837,46 @@ def test_a_bias_that_is_not_finite_is_not_merged(value):
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in layer.base_layer.state_dict().items()
     )
+
+
+def test_steps_of_one_generate_share_the_norms(monkeypatch):
+    """They are computed once a layer and generate, and are those of the parameters as they are."""
+    model = get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=True)
+    ).eval()
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    counted, row_norms = [], lora_base.row_norms
+    monkeypatch.setattr(
+        lora_base, "row_norms", lambda *given: counted.append(1) or row_norms(*given)
+    )
+    ids = torch.arange(3, 7)[None]
+
+    def generated():
+        counted.clear()
+        return model.generate(
+            input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+
+    def step_by_step():
+        tokens = ids
+        for _ in range(6):
+            with torch.no_grad():
+                scores = model(input_ids=tokens).logits[:, -1]
+            tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], 1)
+        return tokens
+
+    for change in (
+        lambda layer: layer.lora_B["default"].weight,
+        lambda layer: layer.lora_A["default"].weight,
+        lambda layer: layer.base_layer.weight,
+    ):
+        for layer in layers:
+            change(layer).data.normal_()
+        assert torch.equal(generated(), step_by_step())
+    for layer in layers:
+        layer.set_scale("default", 30)
+    assert torch.equal(generated(), step_by_step())
+    generated()
+    assert len(counted) <= len(layers)
+    with DoraCaching():
+        torch.testing.assert_close(generated(), step_by_step())

@@ -27,6 +27,7 @@ from ...core.weights import base_weight
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
+from ...ops.inference_cache import is_running_often, reuse
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ...ops.mixed_precision import scaled
 from .activation import on_all_rows, row_weights
@@ -313,11 +314,23 @@ class LoraLayer(BaseTunerLayer):
         )
 
     def _row_norms(self, adapter_name: str, scale: float | Tensor) -> Tensor:
-        """Return the norms of the rows of `W + s·B·A`, where `W` has nothing merged into it."""
-        if self._is_grouped:
-            return grouped_row_norms(base_weight(self), *self._weights(adapter_name), scale)
-        weight = self.geometry.as_stored(base_weight(self)).flatten(1)
-        return row_norms(weight, *self.factors(adapter_name), scale)
+        """Return the norms of the rows of `W + s·B·A`, where `W` has nothing merged into it. All
+        steps of one `generate` share them, unless `W` is a copy that each step makes.
+        """
+        weight = base_weight(self)
+
+        def norms() -> Tensor:
+            if self._is_grouped:
+                return grouped_row_norms(weight, *self._weights(adapter_name), scale)
+            rows = self.geometry.as_stored(weight).flatten(1)
+            return row_norms(rows, *self.factors(adapter_name), scale)
+
+        own = self.get_base_layer()._parameters.get("weight")
+        if weight is not own or isinstance(scale, Tensor) or not is_running_often():
+            return norms()
+        start = self.lora_start[adapter_name].buffers() if adapter_name in self.lora_start else ()
+        sources = (weight, *self._weights(adapter_name), *start)
+        return reuse(self, adapter_name, ("norms", scale), sources, norms)
 
     @property
     def _is_grouped(self) -> bool:
