@@ -13,7 +13,7 @@ from helpers.states import assert_unchanged, snapshot
 from helpers.users import USERS, save_user
 from safetensors.torch import load_file
 
-from peft import AdapterLibrary, PeftConfig, PeftModel, adapter_sizes, get_peft_model
+from peft import AdapterLibrary, AdapterPack, PeftConfig, PeftModel, adapter_sizes, get_peft_model
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftError, PeftValueError
 from peft.library import reading
 
@@ -242,3 +242,31 @@ def test_paths_of_the_bank_are_seen_from_the_library(made, tmp_path, monkeypatch
     assert AdapterLibrary("elsewhere").load("users/ada").shared
     with pytest.raises(PeftValueError, match="no adapter"):
         library.load("bank")
+
+
+def test_a_library_becomes_a_model_that_routes(library, folder):
+    """Against each adapter alone: folders, a task of several, and a member of a pack."""
+    packed = folder / "packed.adapters.safetensors"
+    AdapterPack.write(packed, {"x": folder / "methods" / "loha"})
+    library.refresh()
+    names = ["methods/lora", "methods/lokr", "methods/poly", "users/ada", "packed/x"]
+    base, x = mlp(), torch.randn(5, 8)
+    expected = []
+    for i, name in enumerate(names):
+        alone = library.add_to(copy.deepcopy(base), name)
+        call = {"task_ids": 2} if name == "methods/poly" else {}
+        expected.append(alone(x[i : i + 1], **call))
+    model = library.route(base, names, routing="task")
+    experts = [name + ".task_2" * (name == "methods/poly") for name in names]
+    torch.testing.assert_close(model(x, task_ids=experts), torch.cat(expected))
+
+
+def test_routing_over_all_needs_one_base_model(library, folder):
+    base = mlp()
+    with pytest.raises(PeftValueError, match="for several base models: 'base/"):
+        library.route(base)
+    save_user(folder / "users" / "ada", "bank", folder)
+    before = snapshot(base)
+    with pytest.raises(CheckpointError, match="'users/ada' has other weights"):
+        library.route(base, library.filter(where=lambda entry: entry.name == "users/ada"))
+    assert_unchanged(before, base)

@@ -8,32 +8,30 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 from torch import nn
 
 from ..base.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    PeftTypeError,
     PeftValueError,
     warn,
 )
-from ..base.suggestions import did_you_mean
 from ..base.validation import at_least, check_flags
 from ..checkpoint.hub import local_folder, only_hub_options
 from ..checkpoint.paths import as_path, check_path
-from ..core.adapter_names import check_name
 from ..peft_model import PeftModel
+from ..tuners.routed import get_routed_model as route_over
 from . import adding, checking
+from .catalog import Catalog, Names
 from .content import Content, ContentCache, LoadedAdapter
 from .entry import AdapterEntry, Place, checked_scores, checked_tags
 from .index import INDEX_NAME, Index, IndexFile, LeftOut
 from .listing import AdapterList, LibraryReport, select
-from .placing import put_on
+from .placing import check_one_base, put_on
 from .reading import Reader
 from .refreshing import LibraryChanges, look
-
-Names = str | Iterable[str]
 
 
 class AdapterLibrary:
@@ -98,25 +96,16 @@ class AdapterLibrary:
         self._reader = Reader(self.folder, self._cache)
         self._lock = RLock()
         self._file = IndexFile(self.index_file)
-        content = Index() if refresh else self._file.read()
-        # Both change at once, so that other threads see names and places that agree.
-        self._view = content, content.names()
+        # Replaced as a whole, so that other threads see names and places that agree.
+        self._catalog = Catalog(self.folder, Index() if refresh else self._file.read())
         if refresh:
             self.refresh()
-
-    @property
-    def _index(self) -> Index:
-        return self._view[0]
-
-    @property
-    def _names(self) -> dict[str, AdapterEntry]:
-        return self._view[1]
 
     def _change(self, change: Callable[[Index], object], required: bool = True) -> Index:
         """Change the index, in its file and here."""
         with self._lock:
             index = self._file.change(change, required)
-            self._view = index, index.names()
+            self._catalog = Catalog(self.folder, index)
         return index
 
     def __getstate__(self) -> dict[str, object]:
@@ -128,7 +117,7 @@ class AdapterLibrary:
         self._lock = RLock()
 
     def __repr__(self) -> str:
-        left = f", {len(self._index.left_out)} left out" if self._index.left_out else ""
+        left = f", {len(self.left_out)} left out" if self.left_out else ""
         return f"AdapterLibrary('{self.folder}', {len(self)} adapters{left})"
 
     def __str__(self) -> str:
@@ -139,13 +128,13 @@ class AdapterLibrary:
         return "\n".join(lines)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._catalog.names)
 
     def __iter__(self) -> Iterator[AdapterEntry]:
         return iter(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._catalog.names
 
     def __getitem__(self, name: str) -> AdapterEntry:
         """Return the entry of an adapter, by its name or by its folder's path in the library.
@@ -153,23 +142,22 @@ class AdapterLibrary:
         Raises:
             PeftValueError: There is none.
         """
-        return self._found(name)
+        return self._catalog.find(name)
 
     @property
     def entries(self) -> AdapterList:
         """All adapters, by name."""
-        names = self._names
-        return AdapterList(names[name] for name in sorted(names))
+        return self._catalog.entries()
 
     @property
     def names(self) -> list[str]:
         """The names of all adapters, sorted."""
-        return sorted(self._names)
+        return sorted(self._catalog.names)
 
     @property
     def left_out(self) -> list[LeftOut]:
         """Folders, links and files that look like adapters and are none, with the reason."""
-        return [LeftOut(path, why) for path, (why, _) in sorted(self._index.left_out.items())]
+        return self._catalog.left_out()
 
     @property
     def loaded_bytes(self) -> int:
@@ -246,7 +234,7 @@ class AdapterLibrary:
         source: str | os.PathLike[str],
         name: str | None = None,
         *,
-        tags: Names = (),
+        tags: str | Iterable[str] = (),
         scores: Mapping[str, float] | None = None,
         **hub_options: object,
     ) -> AdapterEntry:
@@ -277,7 +265,7 @@ class AdapterLibrary:
             )
         words, numbers = checked_tags(tags), checked_scores(scores)
         if name is not None:
-            self._check_new(name)
+            self._catalog.check_new(name)
         folder = local_folder(source, options.get("subfolder"))
         if folder is None:
             entry = adding.on_hub(os.fspath(source), options)
@@ -287,22 +275,22 @@ class AdapterLibrary:
             place = Place(adding.path_in(self.folder, folder, name))
             self._change(adding.without_memory(place))
             self.refresh()
-        if place not in self._index.entries:
-            why = self._index.left_out.get(place.path, ("It has no adapter.", ()))[0]
+        if place not in self._catalog.index.entries:
+            why = self._catalog.index.left_out.get(place.path, ("It has no adapter.", ()))[0]
             raise CheckpointError(f"'{source}' can't be added to the library. {why}")
-        own = self._index.entries[place]
+        own = self._catalog.index.entries[place]
         if name is not None and name != own.name:
             self.rename(own.name, name)
         if words or numbers:
             self._edit(
-                [self._index.entries[place].name],
+                [self._catalog.index.entries[place].name],
                 lambda entry: replace(
                     entry,
                     tags=checked_tags([*entry.tags, *words]),
                     scores={**entry.scores, **numbers},
                 ),
             )
-        return self._index.entries[place]
+        return self._catalog.index.entries[place]
 
     def remove(self, names: Names, *, delete_files: bool = False) -> None:
         """Remove adapters from the index. Their files stay, and are passed over until `add`.
@@ -316,14 +304,7 @@ class AdapterLibrary:
                 nothing is removed.
         """
         check_flags(delete_files=delete_files)
-        index = self._index
-        places = set()
-        for name in [names] if isinstance(names, str) else list(names):
-            is_path = isinstance(name, str) and name not in self._names
-            if is_path and (name in index.left_out or Place(name) in index.removed):
-                places.add(Place(name))
-            else:
-                places.add(self._found(name).place)
+        places = self._catalog.places(names)
         if delete_files and (far := [place for place in places if place.repo]):
             raise PeftValueError(
                 f"'{far[0]}' is on the Hub; its files belong to the cache of huggingface_hub. "
@@ -343,12 +324,12 @@ class AdapterLibrary:
         Raises:
             PeftValueError: There is no such adapter, or the new name is taken or can't be one.
         """
-        old = self._found(name).name
+        old = self._catalog.find(name).name
         if new_name != old:
-            self._check_new(new_name)
+            self._catalog.check_new(new_name)
             self._edit([old], lambda entry: replace(entry, name=new_name))
 
-    def tag(self, names: Names, *tags: str, remove: Names = ()) -> None:
+    def tag(self, names: Names, *tags: str, remove: str | Iterable[str] = ()) -> None:
         """Give tags to adapters, and take others away.
 
         Args:
@@ -385,8 +366,8 @@ class AdapterLibrary:
         """
         return checking.check(
             self.folder,
-            self._index,
-            None if names is None else self._all(names),
+            self._catalog.index,
+            None if names is None else self._catalog.find_all(names),
             self._reader,
             self._follow_links,
         )
@@ -406,7 +387,7 @@ class AdapterLibrary:
 
     def content(self, name: str) -> Content:
         """Return an adapter as it is stored, from memory or from its files."""
-        return self._reader.content(self._found(name))
+        return self._reader.content(self._catalog.find(name))
 
     def add_to(
         self,
@@ -434,45 +415,56 @@ class AdapterLibrary:
         """
         check_flags(autocast_adapter_dtype=autocast_adapter_dtype)
         if isinstance(names, Mapping):
-            pairs = {new: self._found(name) for name, new in names.items()}
+            pairs = {new: self._catalog.find(name) for name, new in names.items()}
             if len(pairs) < len(names):
                 raise PeftValueError(f"`names`={dict(names)} gives one name to several adapters.")
         else:
-            pairs = {entry.name: entry for entry in self._all(names)}
+            pairs = {entry.name: entry for entry in self._catalog.find_all(names)}
         contents = {new: self._reader.content(entry) for new, entry in pairs.items()}
         return put_on(model, contents, autocast_adapter_dtype)
 
-    def _found(self, name: object) -> AdapterEntry:
-        """Return the entry of a name or path, or raise."""
-        if not isinstance(name, str):
-            raise PeftTypeError(f"An adapter is named by a string, got {name!r}.")
-        names, index = self._names, self._index
-        found = names.get(name) or index.entries.get(Place(name))
-        if found is None:
-            left = index.left_out.get(name)
-            why = f" It is left out: {left[0]}" if left else did_you_mean(name, names)
-            raise PeftValueError(
-                f"The library '{self.folder}' has no adapter {name!r} among {len(names)}.{why}"
-            )
-        return found
+    def route(
+        self,
+        model: nn.Module,
+        names: Names | None = None,
+        *,
+        general: Names = (),
+        **options: Any,
+    ) -> PeftModel:
+        """Return a model that chooses among adapters of the library, as `get_routed_model` does.
 
-    def _all(self, names: Names) -> list[AdapterEntry]:
-        """Return the entries of names, each once; raise for an unknown one."""
-        if not isinstance(names, Iterable):
-            raise PeftTypeError(f"`names`={names!r} must be a name or a list of names.")
-        found = [self._found(name) for name in ([names] if isinstance(names, str) else names)]
-        return list({entry.name: entry for entry in found}.values())
+        Args:
+            model: The base model; the routing is put into it in place.
+            names: The adapters to route over, of any methods and ranks; by default all. One with
+                several tasks gives an expert for each.
+            general: Adapters whose mean delta is subtracted from each.
+            **options: Arguments of `get_routed_model`: fields of `RoutedConfig` (`routing`,
+                `top_k`, …), or `config`; and `adapter_name`.
 
-    def _check_new(self, name: str) -> None:
-        check_name(name, ())
-        if name in self._names:
-            raise PeftValueError(
-                f"The library has an adapter {name!r} already; choose another name."
-            )
+        Raises:
+            PeftValueError: A name is unknown; or all are asked for, and they are for several base
+                models.
+            CheckpointError: An adapter's weights changed since they were indexed, or are damaged,
+                or do not fit the model.
+            As `get_routed_model`; the model is left as it was.
+
+        Example:
+            `library.route(base_model, library.filter(tags="math"), routing="arrow", top_k=2)`
+        """
+        chosen = self._catalog.find_all(self.entries if names is None else names)
+        if names is None:
+            check_one_base(chosen)
+        beside = self._catalog.find_all(general)
+        return route_over(
+            model,
+            {entry.name: self._reader.source(entry) for entry in chosen},
+            general_experts={entry.name: self._reader.source(entry) for entry in beside} or None,
+            **options,
+        )
 
     def _edit(self, names: Names, edit: Callable[[AdapterEntry], AdapterEntry]) -> None:
         """Change entries of the index, which others may have changed in the meantime."""
-        places = {entry.place: entry.name for entry in self._all(names)}
+        places = {entry.place: entry.name for entry in self._catalog.find_all(names)}
 
         def change(index: Index) -> None:
             taken = index.names()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..base.containers import walk
-from ..base.errors import PeftTypeError
+from ..base.errors import PeftTypeError, PeftValueError
 from ..base.progress import track
 from ..core.adapter_names import check_name
 from ..core.auxiliary import AuxiliaryTrainingWrapper
@@ -18,6 +19,7 @@ from ..core.loading import add_checkpoint, named_as_now
 from ..core.model_methods import tuner_of
 from ..peft_model import PeftModel
 from .content import Content
+from .entry import AdapterEntry
 
 
 def put_on(
@@ -83,6 +85,19 @@ def _put(
     )
     made.base_model.method_of(config).note_loaded(made, name)
     return made.eval()
+
+
+def check_one_base(entries: Sequence[AdapterEntry]) -> None:
+    """Raise `PeftValueError` if adapters are for several base models. Folders of one model may
+    differ in all but the last part.
+    """
+    names = Counter(entry.base_model for entry in entries if entry.base_model)
+    if len({name.rstrip("/").rpartition("/")[2] for name in names}) > 1:
+        listed = ", ".join(f"{name!r} ({count})" for name, count in names.most_common(6))
+        raise PeftValueError(
+            f"The adapters are for several base models: {listed}. Choose those of yours: "
+            "`names=library.filter(base_model=…)`."
+        )
 
 
 def adapter_sizes(model: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:

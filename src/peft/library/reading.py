@@ -6,15 +6,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from threading import RLock
+from typing import TypeAlias
+
+from torch import Tensor
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError
 from ..checkpoint.hub import HubOptions, find_file
+from ..config import PeftConfig
 from .content import Content, ContentCache, read_folder
 from .entry import AdapterEntry, Place, Stamp
 from .pack import AdapterPack
 from .scanning import stamp_of
 
+State: TypeAlias = dict[str, Tensor]
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
@@ -75,6 +80,23 @@ class Reader:
                 "meant, `refresh()` reads them."
             )
         return content
+
+    def source(self, entry: AdapterEntry) -> str | dict[str, str] | tuple[PeftConfig, State]:
+        """Return where another part of the package reads an adapter: its folder, its repository on
+        the Hub, or its config and tensors if it is in a pack.
+
+        Raises:
+            As `content`; other weights than those in the index are an error here already.
+        """
+        place = entry.place
+        content = self.content(entry)
+        if place.member:
+            adapter = content.adapter()
+            return adapter.config, adapter.tensors
+        if place.repo:
+            options = {"revision": place.revision, "subfolder": place.subfolder}
+            return {"source": place.repo, **{k: v for k, v in options.items() if v}}
+        return os.path.abspath(self._folder / place.path)
 
     def _files(self, place: Place) -> tuple[Path, str, tuple[str, HubOptions]]:
         """Return the folder of an adapter, the name of its weights, and its source."""
