@@ -9,7 +9,15 @@ import torch
 from scipy.linalg import svdvals
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftModel, PolyConfig, cluster_adapters, get_peft_model
+from peft import (
+    AdapterLibrary,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    cluster_adapters,
+    get_peft_model,
+)
 from peft.clustering import clusters_of
 from peft.core.low_rank_deltas import deltas_by_task
 from peft.tuners.lora.conversion import adapter_from_deltas, write_conversion
@@ -185,6 +193,20 @@ def test_adapters_of_a_model_cluster_and_reports_are_written(tmp_path):
         cluster_adapters(model, ["one"]).k == 1 and cluster_adapters(model, ["one", "two"]).k == 1
     )
     assert cluster_adapters(model, k=4).silhouettes.tolist() == [0] * 4
+
+
+def test_an_index_of_the_folder_is_loaded_as_it_is_read(library):
+    folders, _ = library
+    index = AdapterLibrary(folders[0].parent, max_bytes=2000)  # holds a few at a time
+    clusters = cluster_adapters(mlp(), index, k=3, memory=1)
+    assert clusters.similarity.names == index.names == sorted(f.name for f in folders)
+    some = {name: index.load(name) for name in index.filter(where=lambda e: "red" in e.name).names}
+    assert cluster_adapters(mlp(), some, k=1).medoids[0].startswith("red")
+    named = cluster_adapters(mlp(), folders, k=3)
+    assert {frozenset(m) for m in clusters.members.values()} == {
+        frozenset(m) for m in named.members.values()
+    }
+    assert len(clusters.save_experts(folders[0].parents[1] / "of_index", 1)) == 3
 
 
 def test_wrong_choices_are_named_and_nothing_is_written(library, tmp_path, monkeypatch):

@@ -210,9 +210,9 @@ def adapter_similarity(
 
     Args:
         model: The base model, or a model with adapters. It is not changed.
-        adapters: Names of adapters of the model; folders or ids on the Hub; or a dictionary with a
-            saved adapter for each name, as `load_adapter` takes it or as a pair of config and
-            tensors. None: all adapters of the model.
+        adapters: Names of adapters of the model; folders or ids on the Hub; an `AdapterLibrary`; or
+            a dictionary with a saved adapter for each name: a folder, an id, what `library.load`
+            returns, or a pair of config and tensors. None: all adapters of the model.
         by_layer: Keep the inner products of each layer too, `layers·n²` numbers: of thousands of
             adapters more than the memory may hold.
         memory: Bytes that the factors of a block of adapters may take. Two blocks are in memory at

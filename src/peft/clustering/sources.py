@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,12 +22,41 @@ from ..core.low_rank_deltas import Deltas, SavedAdapter, deltas_by_task, loaded_
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Adapters of a model by name; or saved ones, each a place or a pair of config and tensors.
-Adapters: TypeAlias = Iterable["str | os.PathLike[str]"] | Mapping[str, SavedAdapter]
+
+@runtime_checkable
+class Library(Protocol):
+    """A library that loads adapters by name, as `AdapterLibrary`."""
+
+    @property
+    def names(self) -> list[str]:
+        """Return the adapters' names."""
+
+    def load(self, name: str) -> tuple[Any, ...]:
+        """Return config and tensors of an adapter, first of all."""
+
+
+# Adapters of a model by name; saved ones, each a place or a pair of config and tensors; a library.
+Adapters: TypeAlias = Iterable["str | os.PathLike[str]"] | Mapping[str, SavedAdapter] | Library
 # Deltas by name.
 Experts: TypeAlias = dict[str, Deltas]
 # Largest sum of ranks that the products of two blocks of adapters have in a layer.
 _RANKS = 4096
+
+
+class _Loading(Mapping[str, SavedAdapter]):
+    """The adapters of a library by name, loaded when they are asked for."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.names = library, list(library.names)
+
+    def __getitem__(self, name: str) -> SavedAdapter:
+        return self.library.load(name)  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class DeltaSource:
@@ -39,7 +68,7 @@ class DeltaSource:
     """
 
     def __init__(self, model: nn.Module, places: Mapping[str, SavedAdapter | None]) -> None:
-        self.model, self.places = model, dict(places)
+        self.model, self.places = model, places
         self._owners: dict[str, str] = {}  # the adapter of each delta that was read
 
     @classmethod
@@ -53,7 +82,9 @@ class DeltaSource:
         configs = getattr(model, "peft_config", None)
         loaded = list(configs) if isinstance(configs, Mapping) else []
         if adapters is None:
-            places: dict[str, SavedAdapter | None] = dict.fromkeys(loaded)
+            places: Mapping[str, SavedAdapter | None] = dict.fromkeys(loaded)
+        elif isinstance(adapters, Library):
+            places = _Loading(adapters)
         elif isinstance(adapters, Mapping):
             places = dict(adapters)
         else:
@@ -61,8 +92,8 @@ class DeltaSource:
         if not places:
             raise PeftValueError(
                 "There are no adapters: the model has none, and `adapters` names none. Pass names "
-                "of adapters of the model, folders, or a dictionary with a saved adapter for each "
-                "name."
+                "of adapters of the model, folders, a library, or a dictionary with a saved "
+                "adapter for each name."
             )
         if wrong := [name for name in places if not isinstance(name, str)]:
             raise PeftTypeError(f"`adapters` must have names (strings) as keys, not {wrong[0]!r}.")
@@ -81,11 +112,11 @@ class DeltaSource:
     ) -> Experts:
         """Return an adapter's deltas: under its name, or "name.task" for each of several tasks."""
         place = self.places[name]
-        views = (
-            loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
-            if place is None
-            else deltas_by_task(self.model, place, device=device, deltas_only=deltas_only)
-        )
+        if place is None:
+            views = loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
+        else:
+            saved = place[:2] if isinstance(place, tuple) else place
+            views = deltas_by_task(self.model, saved, device=device, deltas_only=deltas_only)
         several = len(views) > 1
         experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
         self._owners.update(dict.fromkeys(experts, name))
