@@ -117,7 +117,8 @@ class AdapterClusters:
         mean silhouette, the most central adapter and the others.
         """
         head = (
-            f"{len(self.labels)} adapters in {self.k} clusters ({self.method}, {self.metric}): "
+            f"{len(self.labels)} adapters in {self.k} cluster{'s' * (self.k > 1)} "
+            f"({self.method}, {self.metric}): "
             f"silhouette {float(self.silhouettes.mean()):.3f}, inertia {self.inertia:.4g}"
         )
         rows = list(self.rows())
