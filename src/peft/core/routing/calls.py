@@ -39,7 +39,7 @@ from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
 from .pooling import pool
-from .prompt_tokens import ANSWERED, PromptTokens
+from .prompt_tokens import ANSWERED, PromptTokens, owners_by_input
 from .task_ids import HasTasks, as_task_ids, has_values
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Routing:
         is_encoder_decoder, is_causal: The kind of model.
         stack: The calls in progress.
         recorded: Task ids of the calls inside `recording`; None outside it.
+        is_watched: True while `real_tokens` is asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,6 +136,7 @@ class Routing:
         )
         self.stack: CallStack[RoutedCall] = CallStack()
         self.recorded: list[Tensor] | None = None
+        self.is_watched = False
 
     def attach(
         self, model: nn.Module, adapter_name: str, config: RoutingConfig, layer: BaseTunerLayer
@@ -313,7 +315,7 @@ class Routing:
         if call is None:
             return decide(pool(x))
         rows = call.rows.by_row()
-        owners = _owners_by_input(x, layer, rows, call.rows.samples)
+        owners = owners_by_input(x, layer, rows, call.rows.samples)
         stream, kept = layer.layout.stream, call.choices
         config = self.configs.get(adapter_name)
         if config is not None and config.routing_level == "sequence":
@@ -327,10 +329,20 @@ class Routing:
             chosen = kept[key]
         return tuple([owners.expand(values, x) for values in chosen])
 
+    def real_tokens(self, x: Tensor, layer: BaseTunerLayer) -> Tensor | None:
+        """Return a mask of a layer's input `[rows, tokens, in]`, true at real tokens, in a call
+        while `is_watched`; None if all are, or it is unknown.
+        """
+        call = self.stack.current
+        mask = None if call is None else call.prompt.masks.get(layer.layout.stream + ANSWERED)
+        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0]:
+            return None
+        return mask[:, -x.shape[1] :] if mask.shape[1] >= x.shape[1] else None
+
     @property
     def _pools(self) -> bool:
         """True if any adapter routes a sample by the mean of its prompt."""
-        return any(
+        return self.is_watched or any(
             config.routes_by_input and config.routing_level != "token"
             for config in self.configs.values()
         )
@@ -480,16 +492,3 @@ def _generate(method: MethodCall) -> object:
 def _has_own(method: MethodCall) -> bool:
     """Return whether a call is given arguments for the routing."""
     return any(name in method.kwargs for name in CALL_ARGUMENTS)
-
-
-def _owners_by_input(
-    x: Tensor, layer: BaseTunerLayer, rows: CallRows, samples: int | None
-) -> RowOwners:
-    """Return the owners of the rows of a layer's input, where each row of the forward is routed."""
-    owners = rows.owners(x, layer.layout)
-    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, samples)
-    if (owners is None and mixes and rows.samples != 1) or (
-        owners is not None and owners.owner is not None
-    ):
-        raise rows.error(x, layer, "Use `routing_level='token'`")
-    return IN_ORDER if owners is None else owners

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...base.calls.rows import CallRows, RowOwners
+from ...base.calls.rows import IN_ORDER, CallRows, LayerWithLayout, RowOwners
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.tracing import shapes
 from .pooling import pool, prompt_mask
@@ -204,3 +204,16 @@ def _refuse_packed(arguments: Mapping[str, object], rows: CallRows) -> None:
             f"{ends.shape[0] - 1} texts are packed into {rows.rows} row(s), which routing by input "
             "would treat as one; pad them, or use `routing_level='token'`."
         )
+
+
+def owners_by_input(
+    x: Tensor, layer: LayerWithLayout, rows: CallRows, samples: int | None
+) -> RowOwners:
+    """Return the owners of the rows of a layer's input, where each row of the forward is routed."""
+    owners = rows.owners(x, layer.layout)
+    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, samples)
+    if (owners is None and mixes and rows.samples != 1) or (
+        owners is not None and owners.owner is not None
+    ):
+        raise rows.error(x, layer, "Use `routing_level='token'`")
+    return IN_ORDER if owners is None else owners

@@ -10,9 +10,12 @@ from .config import RoutedConfig
 from .entrance import get_routed_model
 from .layer import Linear, RoutedLayer
 from .model import RoutedMethods, RoutedModel
+from .report import ExpertReport, ExpertWatch
 
 __all__ = [
     "ArrowConfig",
+    "ExpertReport",
+    "ExpertWatch",
     "Linear",
     "RoutedConfig",
     "RoutedLayer",

@@ -63,6 +63,7 @@ class RoutedLayer(RoutingLayer):
         routed_experts: The experts' frozen factors, by adapter name.
         routed_options: Options of the routing, by adapter name.
         waiting: Numbers of the experts that have no prototype yet, by adapter name.
+        watches: Functions that are called with each choice, by adapter name.
 
     Source: arXiv:2405.11157, section 3.2; arXiv:2402.05859, section 3
     """
@@ -70,7 +71,6 @@ class RoutedLayer(RoutingLayer):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("routed_weights", "routed_gate")
     other_param_names: ClassVar[tuple[str, ...]] = ("routed_options",)
     value_names: ClassVar[tuple[str, ...]] = ("routed_options", "routed_experts", "waiting")
-    watch: Note | None = None
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
@@ -79,6 +79,7 @@ class RoutedLayer(RoutingLayer):
         self.routed_experts = AdapterModuleDict()
         self.routed_options: dict[str, RoutingOptions] = {}
         self.waiting: dict[str, set[int]] = {}
+        self.watches: dict[str, Note] = {}
 
     def update_layer(
         self,
@@ -168,8 +169,8 @@ class RoutedLayer(RoutingLayer):
         if x.dtype != factors.down.dtype:
             x = self._cast_input_dtype(x, factors.down.dtype)
         choice = self._choice(adapter_name, experts, x)
-        if self.watch is not None:
-            self.watch(self, choice, x)
+        if self.watches and (watch := self.watches.get(adapter_name)) is not None:
+            watch(self, choice, x)
         weights = choice.weights * self.scaling[adapter_name]
         return experts_chain(x, _with_general(choice._replace(weights=weights), experts), factors)
 

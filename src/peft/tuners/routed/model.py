@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from ...core.model_methods import forwarded, methods_of
 from ...core.plan import own_modules
 from ...core.routing.task_ids import one_task, some_tasks, task_shares
 from ...core.routing.tuner import RoutingTuner
-from . import composition, fitting, inventory
+from . import composition, fitting, inventory, report
 from .adapter import RoutedAdapter
 from .config import RoutedConfig
 from .entrance import Expert
 from .layer import Linear, RoutedLayer
+from .report import ExpertWatch
 from .sources import Experts, find_experts, key_of
 from .storage import RoutedFormat, with_experts
 
@@ -334,6 +336,28 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             seed=seed,
         )
 
+    def watch_experts(self, adapter_name: str | None = None) -> AbstractContextManager[ExpertWatch]:
+        """Return a context in which calls note the experts that they choose; its `report()` is an
+        `ExpertReport`. Calls outside it cost nothing more.
+
+        Args:
+            adapter_name: By default the active adapter.
+
+        Example:
+            >>> import torch
+            >>> from peft import LoraConfig, get_peft_model, get_routed_model
+            >>> from peft import get_peft_model_state_dict as tensors
+            >>> one = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+            >>> tuned = [get_peft_model(nn.Sequential(nn.Linear(4, 4)), one) for _ in "ab"]
+            >>> experts = {name: (one, tensors(m)) for name, m in zip("ab", tuned)}
+            >>> model = get_routed_model(nn.Sequential(nn.Linear(4, 4)), experts, top_k=1)
+            >>> with model.watch_experts() as watch:
+            ...     _ = model(torch.randn(2, 3, 4))
+            >>> watch.report().layers["0"]["tokens"]
+            6
+        """
+        return report.watch_experts(RoutedAdapter.of(self, adapter_name))
+
 
 @methods_of(RoutedModel)
 class RoutedMethods:
@@ -347,3 +371,4 @@ class RoutedMethods:
     collect_prototypes = forwarded(RoutedModel.collect_prototypes)
     fit_gates = forwarded(RoutedModel.fit_gates)
     fit_weights = forwarded(RoutedModel.fit_weights)
+    watch_experts = forwarded(RoutedModel.watch_experts)
