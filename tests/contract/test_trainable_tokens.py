@@ -175,6 +175,7 @@ def test_two_adapters_with_tokens_of_their_own(method, build):
     for wrapper in (m for m in model.modules() if isinstance(m, TrainableTokensWrapper)):
         rows = wrapper._owner[0]
         weight = wrapper.original_module.weight.detach().clone()
+        torch.testing.assert_close(rows.trainable_tokens_original["b"], weight[[7, 4]])
         for name, indices in (("a", [3]), ("b", [7, 4])):
             weight[indices] = rows.trainable_tokens_delta[name]
         is_head = isinstance(wrapper.original_module, torch.nn.Linear)

@@ -47,6 +47,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Names of the adapters that have parameters in this module."""
         raise NotImplementedError
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.adapters)
+
     def has(self, adapter_name: str) -> bool:
         """Return whether an adapter has parameters in this module."""
         raise NotImplementedError
@@ -223,10 +227,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def has(self, adapter_name: str) -> bool:
         """Return whether an adapter has a copy."""
         return adapter_name in self.modules_to_save
-
-    @property
-    def _adapters(self) -> set[str]:
-        return set(self.modules_to_save)
 
     @staticmethod
     def copy_of(module: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ..base.errors import PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
 from ..base.validation import check_adapter, check_flags
@@ -67,7 +67,7 @@ def from_pretrained(
         config: Use this config in place of the saved one. The object becomes the adapter's config
             and changes with it (`inference_mode`, …); if an adapter has it already, a copy does.
         autocast_adapter_dtype: Keep it in float32 where the base has 16 bits.
-        ephemeral_gpu_offload: Refused.
+        ephemeral_gpu_offload: Accepted, without effect.
         low_cpu_mem_usage: Accepted; loading never initializes parameters that the checkpoint
             fills.
         key_mapping: Renaming of module paths in the checkpoint's keys: regular expression →
@@ -87,10 +87,9 @@ def from_pretrained(
         PeftTypeError: The model is no module, the place no path, or a switch neither True nor
             False.
         PeftValueError: The config does not fit the model.
-        PeftNotSupportedError: `ephemeral_gpu_offload` is True.
     """
-    _check_switches(
-        ephemeral_gpu_offload,
+    check_flags(
+        ephemeral_gpu_offload=ephemeral_gpu_offload,
         is_trainable=is_trainable,
         autocast_adapter_dtype=autocast_adapter_dtype,
         strict=strict,
@@ -157,8 +156,8 @@ def load_adapter(
         PeftRuntimeError: The adapter is merged.
         As for `from_pretrained`; model and adapters are left exactly as they were.
     """
-    _check_switches(
-        ephemeral_gpu_offload,
+    check_flags(
+        ephemeral_gpu_offload=ephemeral_gpu_offload,
         is_trainable=is_trainable,
         autocast_adapter_dtype=autocast_adapter_dtype,
         strict=strict,
@@ -213,15 +212,6 @@ def add_checkpoint(
     if is_trainable:
         model.base_model.set_requires_grad(adapter_name, True)
     model.base_model.method_of(config).note_loaded(model, adapter_name)
-
-
-def _check_switches(ephemeral_gpu_offload: bool, **flags: object) -> None:
-    """Raise if a switch of a load is neither True nor False, or asks for GPU offload."""
-    if ephemeral_gpu_offload:
-        raise PeftNotSupportedError(
-            "`ephemeral_gpu_offload` is not supported; leave the default, False."
-        )
-    check_flags(**flags)
 
 
 def _check_arguments(model: object, model_id: object) -> None:

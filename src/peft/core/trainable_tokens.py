@@ -59,6 +59,12 @@ class TrainableTokensLayer(nn.Module):
         self.token_indices: dict[str, list[int]] = {}
         self.train(base_layer.training)
 
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The weight's own rows of the tokens, by adapter name."""
+        weight = _weight(self.base_layer).detach()
+        return {name: weight[indices] for name, indices in self.token_indices.items()}
+
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """A token embedding, or an output head, with trainable rows for each adapter.
@@ -72,7 +78,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     __module__ = "peft.utils.other"  # where pickles look for it
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
-    other_param_names: ClassVar[tuple[str, ...]] = ("token_adapter.token_indices",)
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        "token_adapter.token_indices",
+        "token_adapter.trainable_tokens_original",
+    )
 
     def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(module)

@@ -51,10 +51,11 @@ class LoraRuntimeConfig:
     """Settings of a process that runs adapters; not part of a file.
 
     Args:
-        ephemeral_gpu_offload: Not implemented; False.
+        ephemeral_gpu_offload: Accepted, without effect: accelerate decides where weights that it
+            offloads are computed with.
     """
 
-    ephemeral_gpu_offload: bool = field(default=False, metadata={"help": "Not provided."})
+    ephemeral_gpu_offload: bool = False
 
 
 # Fields of features that are not implemented. Values that turn the feature off are accepted.
@@ -127,9 +128,10 @@ class LoraConfig(TargetedConfig):
         eva_config: Settings of "eva".
         corda_config: Settings of "corda".
         lora_ga_config: Settings of "lora_ga".
+        runtime_config: A `LoraRuntimeConfig`, which is not saved.
         megatron_config, megatron_core, velora_config, use_qalora, qalora_group_size,
-        monteclora_config, layer_replication, runtime_config, use_bdlora, arrow_config,
-        kasa_config: Not provided; only values that turn the feature off are accepted.
+        monteclora_config, layer_replication, use_bdlora, arrow_config, kasa_config: Not provided;
+            only values that turn the feature off are accepted.
         target_parameters: Parameters to adapt, by the ends of their paths
             ("experts.gate_up_proj"): matrices, and stacks of experts' matrices `[experts, …]`,
             where each expert gets factors of rank `r`. Without `lora_dropout`, `lora_bias` and
@@ -238,8 +240,6 @@ class LoraConfig(TargetedConfig):
     def validate(self) -> None:
         """Check every field, first those of features that are not implemented."""
         asked = [name for name in _NOT_PROVIDED if getattr(self, name)]
-        if self.runtime_config not in (LoraRuntimeConfig(), {"ephemeral_gpu_offload": False}, {}):
-            asked.append("runtime_config")
         if asked:
             named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
             raise PeftNotSupportedError(
@@ -251,6 +251,8 @@ class LoraConfig(TargetedConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
+        if not isinstance(self.runtime_config, (LoraRuntimeConfig, dict)):
+            yield f"`runtime_config`={self.runtime_config!r} must be a LoraRuntimeConfig."
         yield from at_least("r", self.r)
         yield from number("lora_alpha", self.lora_alpha)
         yield from probability("lora_dropout", self.lora_dropout)
