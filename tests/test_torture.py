@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from torture import allocations, faults, power, scenarios, tracer
+from torture import allocations, faults, hostile, power, scenarios, tracer
 
 from peft.checkpoint import files
 
@@ -67,6 +67,19 @@ CHANGES = {change.name: change for change in allocations.changes()}
 )
 def test_no_memory_at_any_allocation_leaves_the_model_as_it_was(name, tmp_path):
     assert not findings(allocations.exhausting(CHANGES[name], tmp_path / "work"))
+
+
+@pytest.mark.parametrize("target", list(hostile.targets()), ids=lambda target: target.name)
+def test_a_damaged_file_is_refused_or_read(target, tmp_path):
+    assert not findings(hostile.inputs(500)(target, tmp_path, seed=1))
+
+
+def test_a_size_that_no_file_holds_is_refused_before_memory_is_taken(tmp_path):
+    scenarios.adapted("LORA", 1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 2,', '"r": 1000000000,'))
+    with pytest.raises(ValueError, match="`r`=1000000000, and the weights have .* bytes"):
+        scenarios.PeftModel.from_pretrained(scenarios.base(), tmp_path)
 
 
 def test_a_change_in_steps_is_found(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import allocations, faults, power, scenarios, tracer
+from . import allocations, faults, hostile, power, scenarios, tracer
 
 
 class Campaign(NamedTuple):
@@ -41,11 +41,14 @@ def _operations() -> Iterator[scenarios.Write | scenarios.Read]:
     yield from scenarios.reads()
 
 
-CAMPAIGNS = (
-    Campaign("memory", allocations.changes, allocations.exhausting),
-    Campaign("power", scenarios.writes, power.cutting),
-    Campaign("faults", _operations, _faults),
-)
+def campaigns(inputs: int) -> tuple[Campaign, ...]:
+    """Return the campaigns; of each kind of file, so many damaged inputs."""
+    return (
+        Campaign("memory", allocations.changes, allocations.exhausting),
+        Campaign("power", scenarios.writes, power.cutting),
+        Campaign("faults", _operations, _faults),
+        Campaign("hostile", hostile.targets, hostile.inputs(inputs)),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--inputs", type=int, default=20_000, help="damaged files of each kind")
     parser.add_argument("--resume", action="store_true", help="skip what was finished")
     parser.add_argument("--output", type=Path, default=Path("torture_output"))
     options = parser.parse_args(arguments)
@@ -67,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.minutes
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        for campaign in CAMPAIGNS:
+        for campaign in campaigns(options.inputs):
             for scenario in campaign.scenarios():
                 name = f"{campaign.name}: {scenario.name}"
                 if name in done or (options.only and not any(w in name for w in options.only)):

@@ -104,6 +104,8 @@ class PeftConfig:
     absent_values: ClassVar[JsonObject] = {}
     # Fields whose keys are names or regular expressions.
     patterns: ClassVar[tuple[str, ...]] = ()
+    # Fields that are sizes of stored tensors: none is larger than the file's number of values.
+    sizes: ClassVar[tuple[str, ...]] = ()
     # Fields that are not saved, since they concern one process.
     unsaved: ClassVar[tuple[str, ...]] = ()
 

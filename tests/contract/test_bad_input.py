@@ -105,7 +105,7 @@ def test_a_config_spoilt_later_is_refused_at_injection(method):
     ("content", "error", "message"),
     [
         ({}, ValueError, "no `peft_type`"),
-        ({"peft_type": "IA3"}, ValueError, "LOHA, LOKR, LORA, POLY, VBLORA"),
+        ({"peft_type": "IA3"}, ValueError, "LOHA, LOKR, LORA, POLY, ROUTED, VBLORA"),
     ],
 )
 def test_configs_of_other_methods(content, error, message):

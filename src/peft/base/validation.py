@@ -20,10 +20,15 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+LARGEST_SIZE = 2**31 - 1
+
+
 def at_least(name: str, value: object, least: int = 1) -> Iterator[str]:
-    """Require an integer of at least `least`."""
+    """Require an integer of at least `least`, and not beyond what a tensor's size can be."""
     if not is_int(value) or value < least:
         yield f"`{name}`={value!r} must be an integer of at least {least}."
+    elif value > LARGEST_SIZE:
+        yield f"`{name}`={value!r} must be at most {LARGEST_SIZE}."
 
 
 def number(name: str, value: object, *, positive: bool = False) -> Iterator[str]:

@@ -22,6 +22,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -167,8 +168,8 @@ def read_config_text(path: Path) -> str:
     """Return the text of the config for the weights beside `path`, an `adapter_config.json`."""
     weights = path.parent / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
-        digest = read_metadata(weights).get(_DIGEST)
-        if digest:
+        digest = read_metadata(weights).get(_DIGEST, "")
+        if re.fullmatch("[0-9a-f]{64}", digest):
             try:
                 return _waiting_config(path.parent, digest).read_bytes().decode()
             except FileNotFoundError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import PeftTypeError, PeftValueError
+from ..base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
 from ..base.validation import check_adapter, check_flags
@@ -243,7 +243,28 @@ def read_checkpoint(
     else:
         config = config.for_adapter()
     state = load_peft_weights(model_id, device=device, **hub)
+    _check_sizes(config, state, model_id)
     return named_as_now(model, config, state, key_mapping)
+
+
+def _check_sizes(
+    config: PeftConfig, state: Mapping[str, Tensor], source: str | os.PathLike[str]
+) -> None:
+    """Raise for a size in a config that the file can't hold, before memory is taken for it."""
+    most = 8 * sum(tensor.nbytes for tensor in state.values())  # a value has a bit at least
+    for name in config.sizes:
+        value = getattr(config, name)
+        entries = (
+            {f"{name}[{key!r}]": size for key, size in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        for field_name, size in entries.items():
+            if isinstance(size, int) and size > most:
+                raise CheckpointError(
+                    f"'{source}' does not fit its config: `{field_name}`={size}, and the weights "
+                    f"have {most // 8} bytes."
+                )
 
 
 def named_as_now(

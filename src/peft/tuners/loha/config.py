@@ -63,6 +63,7 @@ class LoHaConfig(LycorisConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
 
+    sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     absent_values: ClassVar[dict[str, Any]] = {
         "trainable_token_indices": None,
         "target_parameters": None,

@@ -198,6 +198,7 @@ class LoraConfig(TargetedConfig):
 
     start: str | dict[str, object] | None = field(default=None, metadata=NO_EFFECT)
 
+    sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     absent_values: ClassVar[dict[str, object]] = {"start": None}
     unsaved: ClassVar[tuple[str, ...]] = ("runtime_config",)

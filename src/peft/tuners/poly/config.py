@@ -125,6 +125,13 @@ class PolyConfig(TargetedConfig):
     n_splits_pattern: dict[str, int] = field(default_factory=dict)
     routing_pattern: dict[str, str] = field(default_factory=dict)
 
+    sizes: ClassVar[tuple[str, ...]] = (
+        "r",
+        "n_skills",
+        "n_tasks",
+        "rank_pattern",
+        "n_skills_pattern",
+    )
     patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
     absent_values: ClassVar[dict[str, Any]] = {
         "task_names": None,

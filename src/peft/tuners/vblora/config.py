@@ -106,6 +106,7 @@ class VBLoRAConfig(TargetedConfig):
     pad_last_tile: bool = False
     output_gate: bool = False
 
+    sizes: ClassVar[tuple[str, ...]] = ("r",)
     absent_values: ClassVar[dict[str, object]] = {
         "trainable_token_indices": None,
         "target_parameters": None,
