@@ -59,6 +59,18 @@ class Embedder(nn.Module):
         return self.head(torch.tanh(self.lin(self.table(x))))
 
 
+class Attention(nn.Module):
+    """torch's multi-head attention under a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.mha(x, x, x)[0])
+
+
 def _llama(head):
     import transformers
 
@@ -106,6 +118,7 @@ MAKERS = {
     "mlp": Mlp,
     "conv": Convolutions,
     "embedder": Embedder,
+    "attention": Attention,
     "llama": _llama,
     "gpt2": _gpt2,
     "bert": _bert,
@@ -130,6 +143,8 @@ def make_inputs(spec, seed):
         return [torch.randn(BATCH, LENGTH, spec[1], generator=random)], {}
     if spec[0] == "conv":
         return [torch.randn(BATCH, 8, *[7] * spec[1], generator=random)], {}
+    if spec[0] == "attention":
+        return [torch.randn(BATCH, LENGTH, 8, generator=random)], {}
     if spec[0] == "embedder":
         return [torch.randint(0, 20, (BATCH, LENGTH), generator=random)], {}
     tokens = torch.randint(2, 40, (BATCH, LENGTH), generator=random)

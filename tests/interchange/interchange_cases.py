@@ -282,6 +282,14 @@ ACTIVATED = {
 }
 
 
+ATTENTION = {
+    **ACTIVATED,
+    "id": "lora-attention",
+    "base": ["attention"],
+    "adapters": {"default": {"r": 2, "target_modules": ["mha", "head"], "bias": "lora_only"}},
+}
+
+
 # What is seen of options with many values wherever they stand, where of others it is seen on each
 # kind of base.
 NUMBERS = {
@@ -343,4 +351,4 @@ def make_cases(seed):
     while missing:
         kept.append(max(drawn, key=lambda case: len(shown(case) & missing)))
         missing -= shown(kept[-1])
-    return sorted([*kept, ACTIVATED], key=lambda case: case["id"])
+    return sorted([*kept, ACTIVATED, ATTENTION], key=lambda case: case["id"])

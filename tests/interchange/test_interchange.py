@@ -52,8 +52,11 @@ def outcome(results, verb, package, case):
 
 def is_wrong_there(case, key):
     """Whether a gradient is one that the peer gets wrong: of LoHa's `w1_a` and `w2_a` in Tucker's
-    form, for which it takes the other side's `t` and `w_b` in place of their own.
+    form, for which it takes the other side's `t` and `w_b` in place of their own; of the `out_proj`
+    of an attention, whose delta it adds twice, but differentiates once.
     """
+    if "out_proj.lora_" in key:
+        return True
     tucker = any(config.get("use_effective_conv2d") for config in CASES[case]["adapters"].values())
     return tucker and key.endswith(("hada_w1_a", "hada_w2_a"))
 

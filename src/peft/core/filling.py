@@ -116,14 +116,15 @@ class CheckpointFill:
         # The base model's own tensors: trained biases and saved embeddings.
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():
             view = in_view(config)
-            inside = dict.fromkeys(build.layers, ".base_layer")
+            inside = {path: f"{path}.base_layer" for path in build.layers}
             for target, _ in build.parameters.values():
-                inside[target.path] = inside.get(target.path, "") + ".base_layer"
-            inside |= dict.fromkeys(build.tokens, ".token_adapter.base_layer")
+                path = target.plain_path
+                inside[path] = inside.get(path, target.path) + ".base_layer"
+            inside |= {path: f"{path}.token_adapter.base_layer" for path in build.tokens}
             base = [*named_tensors(walk(self.model, view), view)]
             for name, tensor in chain(base, tied_embeddings(self.model, dict(base).values())):
                 path, _, end = name.rpartition(".")
-                key = f"{path}{inside[path]}.{end}" if path in inside else name
+                key = f"{inside[path]}.{end}" if path in inside else name
                 named[MODEL_ROOT + key] = tensor
             expected = adapter_tensors(named.items(), config, adapter_name, incoming)
         found = fitting(expected, incoming, self.source, self.ignore_mismatched_sizes, self.strict)

@@ -24,7 +24,8 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
         )
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return (
-            "nn.MultiheadAttention reads this layer's weight and never calls it; adapt other layers"
+            "nn.MultiheadAttention reads this layer's weight and never calls it; target the whole "
+            "MultiheadAttention in place of this layer"
         )
     if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in (
         "out_proj",

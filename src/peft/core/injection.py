@@ -129,7 +129,6 @@ class AdapterMethod(Protocol[C]):
 
     model: nn.Module
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
-    parameter_layer_cls: ClassVar[type[ParameterLayer] | None]
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:
@@ -157,6 +156,9 @@ class AdapterMethod(Protocol[C]):
 
     def put_shared(self, build: Build[C]) -> list[str]:
         """Put the parameters that an adapter's layers share into their containers."""
+
+    def parameter_layer_class(self, target: ParameterTarget) -> type[ParameterLayer]:
+        """Return the class of layer that adapts a parameter."""
 
     def parameter_options(
         self, config: C, target: ParameterTarget, build: Build[C]
@@ -227,9 +229,8 @@ def _build_parameter_layers(
 ) -> None:
     """Make the layers of the targeted parameters."""
     for path, target in nested_paths(plan.parameters).items():
-        assert method.parameter_layer_cls is not None  # the plan checked it
         place, initialize = construction.place(target.module)
-        layer = method.parameter_layer_cls(
+        layer = method.parameter_layer_class(target)(
             target.module,
             plan.adapter_name,
             plan.config,
@@ -292,9 +293,10 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
         _freeze_base(model)
     _put_layers(model, plan, build, method.tuner_layer_cls)
     put_layers(model, build.parameters.values(), method.tuner_layer_cls)
-    known = set(host.targeted_module_names)
-    host.targeted_module_names += [path for path in build.layers if path not in known]
-    keys = [target.key for target, _ in build.parameters.values()]
+    known, targets = set(host.targeted_module_names), [t for t, _ in build.parameters.values()]
+    packed = dict.fromkeys(target.part_of for target in targets if target.part_of)
+    host.targeted_module_names += [p for p in (*build.layers, *packed) if p not in known]
+    keys = [target.key for target in targets if not target.part_of]
     host.targeted_parameter_names += [k for k in keys if k not in host.targeted_parameter_names]
     avoid_fused_paths(model)
     _put_copies(model, build)

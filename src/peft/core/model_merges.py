@@ -258,21 +258,15 @@ def unload(
     `progressbar` is the description of a progress bar that the caller asked for.
     """
     modules = track(
-        list(walk(model, repeated=True)),
+        list(walk(model, repeated=True))[::-1],  # a layer may lie inside another's base layer
         progressbar or "Unloading",
         unit="module",
         wanted=progressbar is not None,
     )
-    inside: set[int] = set()
     for path, module in modules:
         plain: nn.Module | None = None
-        if id(module) in inside:
-            continue
         if isinstance(module, layer_cls):
             plain = module.base_layer
-            while isinstance(plain, layer_cls):
-                inside.add(id(plain))
-                plain = plain.base_layer
         elif isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.plain(adapters)
         if plain is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
-from ..base.errors import PeftNotSupportedError, PeftValueError
+from ..base.errors import PeftNotSupportedError, PeftValueError, UnsupportedModuleError
 from ..base.geometry import Geometry
 from ..ops.dispatch import without_autocast
 from ..ops.grouped import GroupedRows
@@ -102,8 +102,8 @@ class ParameterLayer(BaseTunerLayer):
         """Return the adapters whose deltas the parameter gets now.
 
         Raises:
-            PeftValueError: The call chose different adapters for its samples, and the module
-                reads one parameter for all.
+            UnsupportedModuleError: The call chose different adapters for its samples, and the
+                module reads one parameter for all.
         """
         if self._disable_adapters:
             return ()
@@ -116,10 +116,10 @@ class ParameterLayer(BaseTunerLayer):
         merged = self.merged_adapters
         return [n for n in self.active_adapters if n in self.scaling and n not in merged]
 
-    def _mixed_batch(self) -> PeftValueError:
+    def _mixed_batch(self) -> UnsupportedModuleError:
         """Return the error for a call with different adapters for its samples."""
         method = type(self).__module__.split(".")[-2]
-        return PeftValueError(
+        return UnsupportedModuleError(
             f"{method}.{type(self).__name__} does not support mixed adapter batches yet. "
             f"{type(innermost(self)).__name__} reads `{self.parameter_name}` once for all "
             "samples. Give all samples of a call the same adapter, or call the model with one "

@@ -5,6 +5,7 @@ their modules.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,17 +38,29 @@ class ParameterTarget(NamedTuple):
         name: Its name in the module.
         module: The module itself, below all adapters.
         places: All paths of the module, several where the model shares it.
+        part_of: Path of the module that is targeted as a whole, and this parameter with it.
     """
 
     path: str
     name: str
     module: nn.Module
     places: tuple[str, ...]
+    part_of: str | None = None
 
     @property
     def key(self) -> str:
-        """The parameter's path, which patterns of ranks match."""
-        return f"{self.path}.{self.name}"
+        """The parameter's path in the model without adapters."""
+        return f"{self.plain_path}.{self.name}"
+
+    @property
+    def plain_path(self) -> str:
+        """The path of its module in the model without adapters."""
+        return self.path.replace(".base_layer", "")
+
+    @property
+    def pattern_path(self) -> str:
+        """The path that patterns of ranks match."""
+        return self.part_of or self.key
 
     @property
     def size(self) -> Geometry:
@@ -211,12 +224,21 @@ def nested_paths(targets: Iterable[ParameterTarget]) -> dict[str, ParameterTarge
 def targets_of(layers: Mapping[str, BaseTunerLayer]) -> list[ParameterTarget]:
     """Return the parameters that layers adapt, by the layers' paths in a file."""
     own = {path: layer for path, layer in layers.items() if isinstance(layer, ParameterLayer)}
-    return [
-        ParameterTarget(
-            path.partition(".base_layer")[0], own[path].parameter_name, innermost(own[path]), ()
+    found = []
+    for path in sorted(own, key=len, reverse=True):
+        outer = path.rpartition(".base_layer.")[0]
+        is_packed = bool(outer) or isinstance(innermost(own[path]), nn.MultiheadAttention)
+        plain = re.sub(r"(\.base_layer)+$", "", path)
+        found.append(
+            ParameterTarget(
+                plain,
+                own[path].parameter_name,
+                innermost(own[path]),
+                (),
+                (outer or plain) if is_packed else None,
+            )
         )
-        for path in sorted(own, key=len, reverse=True)
-    ]
+    return found
 
 
 def layer_for(

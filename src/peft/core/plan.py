@@ -28,7 +28,7 @@ from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import unwrapped_name
-from . import base_layer, parameter_targets, tied_weights, unmatched_names
+from . import base_layer, packed_modules, parameter_targets, tied_weights, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
 from .adapter_names import check_name
@@ -165,17 +165,15 @@ def make(
         if state_dict
         else _targeted(tuner, config, candidates, plan.trainable_copies)
     )
-    by_module: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        by_module.setdefault(id(module), []).append(path)
-    # A module with several paths is listed under the first, as its parameters are.
-    firsts = {by_module[id(candidates[path])][0] for path in paths if path in candidates}
-    plan.targets = {path: module for path, module in modules.items() if path in firsts}
-    plan.places = {path: by_module[id(module)] for path, module in plan.targets.items()}
+    plan.places = _places(modules, [candidates[path] for path in paths if path in candidates])
+    plan.targets = {path: modules[path] for path in plan.places}
+    if tuner.parameter_layer_cls is not None:
+        plan.parameters += packed_modules.take(plan.targets, plan.places)
     if is_new and not state_dict:
         unmatched_names.warn_of_unused(config, modules)
     unmatched_names.warn_of_patterns(
-        _pattern_fields(config), [*plan.targets, *(target.key for target in plan.parameters)]
+        _pattern_fields(config),
+        [*plan.targets, *(target.pattern_path for target in plan.parameters)],
     )
     _check_modules(tuner, plan)
     _check_parameters(tuner, plan)
@@ -187,11 +185,25 @@ def make(
     return plan
 
 
+def _places(
+    modules: Mapping[str, nn.Module], targeted: Sequence[nn.Module]
+) -> dict[str, list[str]]:
+    """Return all paths of each targeted module by its first, under which its parameters are listed
+    too.
+    """
+    wanted, by_module = set(map(id, targeted)), dict[int, list[str]]()
+    for path, module in modules.items():
+        if id(module) in wanted:
+            by_module.setdefault(id(module), []).append(path)
+    return {paths[0]: paths for paths in by_module.values()}
+
+
 def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
     """Yield the biases that a config trains: all of the model's, or those of adapted layers."""
     chosen, tokens = plan.config.trained_biases, plan.tokens
+    adapted = {*plan.targets, *(t.plain_path for t in plan.parameters if t.part_of)}
     for path, module in modules.items() if chosen != "none" else ():
-        is_adapted = path in plan.targets or isinstance(module, BaseTunerLayer)
+        is_adapted = path in adapted or isinstance(module, BaseTunerLayer)
         bias = base_layer.innermost(module)._parameters.get("bias")
         is_free = path not in tokens.indices and path not in tokens.tied
         if bias is not None and is_free and (is_adapted or chosen == "all"):

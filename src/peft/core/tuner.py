@@ -78,11 +78,16 @@ class BaseTuner(AdaptedModel[C]):
         """Yield the conflicts of the module at `path` with `config`, a sentence each."""
         yield from ()
 
+    def parameter_layer_class(self, target: ParameterTarget) -> type[ParameterLayer]:
+        """Return the class of layer that adapts a parameter."""
+        assert self.parameter_layer_cls is not None
+        return self.parameter_layer_cls
+
     def parameter_options(
         self, config: C, target: ParameterTarget, build: Build[C]
     ) -> dict[str, object]:
         """Return further arguments for making the layer of a parameter."""
-        return self.tuner_layer_options(config, target.key, build)
+        return self.tuner_layer_options(config, target.pattern_path, build)
 
     def parameter_problems(self, config: C, target: ParameterTarget) -> Iterator[str]:
         """Yield the conflicts of a parameter with `config`, a sentence each."""

@@ -13,7 +13,16 @@ from .config import LoraConfig, LoraRuntimeConfig
 from .conversion import LoraConversion, convert_to_lora, save_as_lora, save_tasks_as_lora
 from .corda import preprocess_corda
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from .layer import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
 from .loftq import replace_lora_weights_loftq
 from .loraga import preprocess_loraga
 from .model import LoraModel
@@ -32,7 +41,6 @@ GPTQLoraLinear: _Any
 HqqLoraLinear: _Any
 IncLoraLinear: _Any
 LoraParallelLinear: _Any
-MultiheadAttention: _Any
 QuantLinear: _Any
 create_arrow_model: _Any
 
@@ -59,6 +67,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MultiheadAttention",
     "ParamWrapper",
     "TorchaoLoraLinear",
     "convert_to_lora",

@@ -108,6 +108,8 @@ class LoraLayer(BaseTunerLayer):
 
     # The weight that takes the base weight's place when a new adapter is put into the model.
     quantized_weight: QuantizedWeight | None = None
+    # The scale of an adapter whose alpha is its rank.
+    unit_scale: ClassVar[float] = 1.0
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
@@ -175,9 +177,8 @@ class LoraLayer(BaseTunerLayer):
     def base_scaling(self, adapter_name: str) -> float:
         """Return `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`."""
         r = self.r[adapter_name]
-        return self.lora_alpha[adapter_name] / (
-            math.sqrt(r) if self.use_rslora[adapter_name] else r
-        )
+        unit = math.sqrt(r) if self.use_rslora[adapter_name] else r
+        return self.unit_scale * self.lora_alpha[adapter_name] / unit
 
     def _make(self, adapter_name: str, place: Placement) -> None:
         """Make an adapter's factors without values; those of a convolution are convolutions."""

@@ -147,6 +147,7 @@ def combine(
     for path, layer in layers.items():
         missing = r - made[path].A.shape[0]
         A, B = F.pad(made[path].A, (0, 0, 0, missing)), F.pad(made[path].B, (0, missing))
+        B = B if layer.unit_scale == 1 else B / layer.unit_scale
         result.tensors |= {
             f"{path}.{end}": tensor for end, tensor in lora_tensors(layer, A, B).items()
         }

@@ -21,17 +21,26 @@ from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
 from .config import LoraConfig
 from .factors import Factors, draw_for_embedding
+from .multihead_attention import MultiheadAttention
 from .param_wrapper import LoraParameterProxy, ParamWrapper
 from .starts.first import First, first_factors
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "ParamWrapper"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "ParamWrapper",
+]
 
 
 # The name in the interface.
 _LoraParameterProxy = LoraParameterProxy
 
 # Names of the interface that this package does not implement, as placeholders.
-MultiheadAttention: type
 _ConvNd: type
 _LoraFactorsProxy: type
 

@@ -18,6 +18,7 @@ from ...core.combining import Combination, Combined, outer_path
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
+from ...core.parameter_layer import ParameterLayer
 from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
 from ...core.targets import pattern_value
@@ -29,7 +30,17 @@ from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
 from .conversion import convert_to_lora
 from .factors import Factors
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from .layer import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
+from .multihead_attention import OutProjection
 from .starts.files import is_in_file, with_start, without_start
 from .torchao import TorchaoLoraLinear
 
@@ -116,7 +127,8 @@ class LoraModel(BaseTuner[LoraConfig]):
         "magnitude": Role((_MAGNITUDE,), decays=False),
     }
     supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantized), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+        "nn.Linear (also quantized), Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+        "nn.MultiheadAttention"
     )
 
     parameter_layer_cls = ParamWrapper
@@ -211,21 +223,30 @@ class LoraModel(BaseTuner[LoraConfig]):
         """Give the model its own methods back."""
         Activation.detach(self.model)
 
+    def parameter_layer_class(self, target: ParameterTarget) -> type[ParameterLayer]:  # noqa: D102
+        if target.part_of is None:
+            return ParamWrapper
+        is_whole = isinstance(target.module, nn.MultiheadAttention)
+        return MultiheadAttention if is_whole else OutProjection
+
     def parameter_problems(self, config: LoraConfig, target: ParameterTarget) -> Iterator[str]:
         """Yield the options that are for layers, whose input and output an adapter sees."""
+        if target.part_of and config.use_dora:
+            yield "MultiheadAttention does not support DoRA (yet), please set use_dora to False."
         unfit = {
-            "lora_dropout": bool(config.lora_dropout),
+            "lora_dropout": bool(config.lora_dropout) and not target.part_of,
             "lora_bias": config.lora_bias,
-            "use_dora": config.use_dora,
-            "fan_in_fan_out": config.fan_in_fan_out,
+            "use_dora": config.use_dora and not target.part_of,
+            "fan_in_fan_out": config.fan_in_fan_out and not target.part_of,
             "alora_invocation_tokens": bool(config.alora_invocation_tokens),
             "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
         }
+        kind = "MultiheadAttention" if target.part_of else "ParamWrapper"
         for name, is_set in unfit.items():
             if is_set:
                 yield (
-                    f"lora.ParamWrapper does not work with `{name}`={getattr(config, name)!r}, "
-                    "which is for modules; leave the default."
+                    f"lora.{kind} does not work with `{name}`={getattr(config, name)!r}, which is "
+                    "for layers that are called; leave the default."
                 )
 
     def adjust_config(self, plan: Plan[LoraConfig], construction: Construction) -> None:
