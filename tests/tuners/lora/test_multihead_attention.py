@@ -255,5 +255,30 @@ def test_modules_that_are_refused():
         get_peft_model(Block(), LoraConfig(target_modules=["out_proj"]))
     both = get_peft_model(Block(), LoraConfig(target_modules=["mha", "out_proj"]))
     assert both.targeted_module_names == ["mha"]
-    with pytest.raises(TypeError, match="MultiheadAttention.* is not supported"):
-        get_peft_model(Block(), LoKrConfig(target_modules=["mha"]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoKrConfig(r=2, init_weights=False),
+        LoHaConfig(r=2, init_weights=False),
+        VBLoRAConfig(r=2, num_vectors=6, vector_length=4, init_vector_bank_bound=1.0),
+        PolyConfig(r=2, n_tasks=1, init_weights=False),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_other_methods_adapt_it_too(config, tmp_path):
+    config = copy.deepcopy(config)
+    config.target_modules = {"mha"}
+    torch.manual_seed(5)
+    model = get_peft_model(Block(), config).double().eval()
+    plain = Block()
+    for path, layer in model.base_model.named_tuner_layers():
+        name = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+        plain.get_parameter(name).data += layer.get_delta_weight("default")
+    found = model(X, Y, Y)
+    torch.testing.assert_close(found, plain(X, Y, Y))
+    assert not torch.allclose(found[0], Block()(X, Y, Y)[0])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Block(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(loaded.double()(X, Y, Y), found)

@@ -60,7 +60,8 @@ class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
         "full": Role(("hada_t1", "hada_t2")),
     }
     supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+        "nn.MultiheadAttention"
     )
 
     def tuner_layer_class(  # noqa: D102

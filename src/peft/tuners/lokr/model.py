@@ -73,7 +73,8 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         "magnitude": Role(("lokr_magnitude", "lokr_scalar"), decays=False),
     }
     supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d"
+        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+        "nn.MultiheadAttention"
     )
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
 

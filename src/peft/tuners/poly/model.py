@@ -65,7 +65,9 @@ class PolyModel(RoutingTuner[PolyConfig]):
         "input_router": Role(("poly_router.weight",)),
         "skills": Role(("poly_lora_A", "poly_lora_B", "poly_task_skills"), lr=1e-3),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantized), Conv1D and nn.MultiheadAttention"
+    )
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
 
     def tuner_layer_class(  # noqa: D102

@@ -72,7 +72,9 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         "logits": Role(VBLoRALayer.container_names[:-1], lr=1e-2, decays=False),
         "gate": Role((GATE,), decays=False),
     }
-    supported_modules: ClassVar[str] = "nn.Linear (also quantized) and Conv1D"
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantized), Conv1D and nn.MultiheadAttention"
+    )
     combination_types: ClassVar[tuple[str, ...]] = ("cat",)
     default_target_modules: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
         **DEFAULT_TARGET_MODULES,
