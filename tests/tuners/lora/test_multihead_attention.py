@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import MultiheadAttention, ParamWrapper
 
 E = 8
