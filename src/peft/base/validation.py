@@ -23,12 +23,16 @@ def is_int(value: object) -> TypeGuard[int]:
 LARGEST_SIZE = 2**31 - 1
 
 
-def at_least(name: str, value: object, least: int = 1) -> Iterator[str]:
-    """Require an integer of at least `least`, and not beyond what a tensor's size can be."""
+def at_least(
+    name: str, value: object, least: int = 1, most: int | None = LARGEST_SIZE
+) -> Iterator[str]:
+    """Require an integer of at least `least`, and at most `most`: by default what a tensor's size
+    can be, None for numbers of bytes and other large ones.
+    """
     if not is_int(value) or value < least:
         yield f"`{name}`={value!r} must be an integer of at least {least}."
-    elif value > LARGEST_SIZE:
-        yield f"`{name}`={value!r} must be at most {LARGEST_SIZE}."
+    elif most is not None and value > most:
+        yield f"`{name}`={value!r} must be at most {most}."
 
 
 def number(name: str, value: object, *, positive: bool = False) -> Iterator[str]:

@@ -341,7 +341,7 @@ def _check_choices(
     problems = [
         *choice("method", method, ("k-means", "average")),
         *choice("metric", metric, ("cosine", "euclidean")),
-        *at_least("seed", seed, 0),
+        *at_least("seed", seed, 0, most=2**63 - 1),
     ]
     counts = None if k is None else plain(k)
     if counts is not None:

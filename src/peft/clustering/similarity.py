@@ -242,7 +242,7 @@ def adapter_similarity(
 
     Source: arXiv:2405.11157, section 3
     """
-    for problem in at_least("memory", memory):
+    for problem in at_least("memory", memory, most=None):
         raise PeftValueError(problem)
     check_flags(by_layer=by_layer)
     source = DeltaSource.of(model, adapters)

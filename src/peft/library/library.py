@@ -82,7 +82,7 @@ class AdapterLibrary:
     ) -> None:
         check_path(folder, "the path of a folder with adapters")
         check_flags(follow_links=follow_links, refresh=refresh)
-        for problem in at_least("max_bytes", max_bytes, 0):
+        for problem in at_least("max_bytes", max_bytes, 0, most=None):
             raise PeftValueError(problem)
         self.folder = Path(folder)
         if not self.folder.is_dir():
