@@ -5,9 +5,10 @@ import os
 from dataclasses import replace
 
 import pytest
-from torture import allocations, faults, hostile, power, scenarios, tracer
+from torture import allocations, faults, hostile, power, scenarios, together, tracer
 
 from peft.checkpoint import files
+from peft.core import loading
 
 pytestmark = [
     pytest.mark.processes,
@@ -124,3 +125,25 @@ def test_the_tracer_sees_calls_and_makes_them_fail(tmp_path):
     assert path.read_bytes() == b""
     assert tracer.run(work, tmp_path, tracer.Fault(at, "short")).value == "text"  # written on
     assert not os.path.exists(tmp_path / "other")
+
+
+def test_two_writers_and_readers_see_whole_adapters(tmp_path):
+    found = list(together.meeting(scenario("save LORA over another"), tmp_path, seconds=3))
+    assert len(found) > 10
+    assert not findings(found)
+
+
+def test_a_save_between_config_and_weights_is_noticed(tmp_path, monkeypatch):
+    old, new = scenarios.adapted("LORA", 1), scenarios.adapted("LORA", 2)
+    old.save_pretrained(tmp_path)
+    real, saves = loading.load_peft_weights, [new.save_pretrained]
+
+    def interrupted(*args, **kwargs):
+        while saves:
+            saves.pop()(tmp_path)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "load_peft_weights", interrupted)
+    model = scenarios.PeftModel.from_pretrained(scenarios.base(), tmp_path)
+    assert model.peft_config["default"].lora_alpha == 2
+    assert scenarios.outputs(model) == scenarios.outputs(new)

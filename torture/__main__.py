@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import allocations, faults, hostile, power, scenarios, tracer
+from . import allocations, faults, hostile, power, scenarios, together, tracer
 
 
 class Campaign(NamedTuple):
@@ -47,6 +47,7 @@ def campaigns(inputs: int) -> tuple[Campaign, ...]:
         Campaign("memory", allocations.changes, allocations.exhausting),
         Campaign("power", scenarios.writes, power.cutting),
         Campaign("faults", _operations, _faults),
+        Campaign("together", together.pairs, together.meeting),
         Campaign("hostile", hostile.targets, hostile.inputs(inputs)),
     )
 

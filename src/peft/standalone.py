@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base.constants import MODEL_ROOT, ROOT
 from .base.errors import PeftTypeError, PeftValueError
-from .checkpoint.hub import HubOptions, load_peft_weights, only_hub_options
+from .checkpoint.hub import HubOptions, load_peft_weights, of_one_save, only_hub_options
 from .config import PeftConfig, TargetedConfig
 from .core.filling import CheckpointFill
 from .core.injection import Construction
@@ -85,8 +85,11 @@ def _read(adapter: SavedAdapter, hub: HubOptions) -> tuple[TargetedConfig, Mappi
         config, given = adapter
         state = {key if key.startswith(ROOT) else MODEL_ROOT + key: t for key, t in given.items()}
     else:
-        config = PeftConfig.from_pretrained(adapter, **hub)
-        state = load_peft_weights(adapter, **hub)
+        config, state = of_one_save(
+            adapter,
+            hub.get("subfolder"),
+            lambda: (PeftConfig.from_pretrained(adapter, **hub), load_peft_weights(adapter, **hub)),
+        )
     if not isinstance(config, TargetedConfig):
         raise PeftTypeError(f"'{adapter}' is not an adapter of modules chosen by name.")
     return config, state

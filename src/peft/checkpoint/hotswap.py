@@ -34,7 +34,7 @@ from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import is_unmaterialized, unwrap_model
 from .checks import check_adapter_unmerged, warn_of_values
 from .files import CONFIG_NAME, read_json
-from .hub import find_file, load_peft_weights, only_hub_options
+from .hub import find_file, load_peft_weights, of_one_save, only_hub_options
 from .keys import TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
 from .placed_adapter import PlacedAdapter
 from .protocols import AdapterConfig, AdapterLayer
@@ -88,12 +88,16 @@ def hotswap_adapter(
     hub = only_hub_options(kwargs, "hotswap_adapter")
     inner = _unwrapped(model)
     known = adapter_config(inner, adapter_name)
-    peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub))["peft_type"]
-    config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(
-        model_name_or_path, **hub
-    )
-    check_hotswap_configs_compatible(known, config)
-    state = load_peft_weights(model_name_or_path, device=torch_device, **hub)
+
+    def read() -> tuple[AdapterConfig, dict[str, Tensor]]:
+        peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub))["peft_type"]
+        config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(
+            model_name_or_path, **hub
+        )
+        check_hotswap_configs_compatible(known, config)
+        return config, load_peft_weights(model_name_or_path, device=torch_device, **hub)
+
+    config, state = of_one_save(model_name_or_path, hub.get("subfolder"), read)
     _Swap(inner, adapter_name, known, config, state).run()
 
 

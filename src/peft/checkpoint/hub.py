@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import MODEL_ROOT
-from ..base.errors import CheckpointNotFoundError, PeftValueError, warn
+from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError, warn
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
 from .paths import check_path
 
@@ -173,6 +173,40 @@ def local_folder(source: str | os.PathLike, subfolder: str | None = None) -> Pat
     if not folder.is_dir():
         return None
     return folder / subfolder if subfolder else folder
+
+
+def of_one_save(source: str | os.PathLike, subfolder: str | None, read: Callable[[], T]) -> T:
+    """Return what `read` returns for the files in `source`; read again if another process has
+    replaced them meanwhile, since config and weights are two files.
+
+    Raises:
+        CheckpointError: The files are replaced again and again.
+    """
+    folder = local_folder(source, subfolder)
+    if folder is None:  # the Hub's files are those of one commit
+        return read()
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    for _ in range(100):
+        before, failure = _identity(weights), None
+        try:
+            result = read()
+        except Exception as error:
+            failure = error
+        if _identity(weights) != before:
+            continue
+        if failure is not None:
+            raise failure
+        return result
+    raise CheckpointError(f"'{folder}' is written again and again; try it again later.")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what a file's replacement changes; nothing if there is no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: HubOptions) -> Path:

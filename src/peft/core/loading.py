@@ -21,6 +21,7 @@ from ..checkpoint.hub import (
     HubOptions,
     load_peft_weights,
     local_folder,
+    of_one_save,
     only_hub_options,
     with_mapped_keys,
 )
@@ -234,7 +235,14 @@ def read_checkpoint(
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Read a config, unless given, and tensors, under the present names of modules."""
     if config is None:
-        config = PeftConfig.from_pretrained(model_id, **hub)
+        config, state = of_one_save(
+            model_id,
+            hub.get("subfolder"),
+            lambda: (
+                PeftConfig.from_pretrained(model_id, **hub),
+                load_peft_weights(model_id, device=device, **hub),
+            ),
+        )
     elif not isinstance(config, PeftConfig):
         raise PeftValueError(
             f"The input config must be a PeftConfig, got {type(config)}; "
@@ -242,7 +250,7 @@ def read_checkpoint(
         )
     else:
         config = config.for_adapter()
-    state = load_peft_weights(model_id, device=device, **hub)
+        state = load_peft_weights(model_id, device=device, **hub)
     _check_sizes(config, state, model_id)
     return named_as_now(model, config, state, key_mapping)
 

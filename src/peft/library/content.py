@@ -24,7 +24,7 @@ from ..base.constants import CONFIG_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftError
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.files import read_config_text, read_weights
-from ..checkpoint.hub import HubOptions
+from ..checkpoint.hub import HubOptions, of_one_save
 from ..checkpoint.layout import TensorLayout, read_layout
 from ..config import PeftConfig
 from .entry import Place
@@ -105,8 +105,10 @@ def opened_folder(folder: Path, weights: str) -> Iterator[tuple[str, TensorLayou
     """
     path = folder / weights
     try:
-        text = read_config_text(folder / CONFIG_NAME)
-        with _opened_weights(path) as file:
+        text, opened = of_one_save(
+            folder, None, lambda: (read_config_text(folder / CONFIG_NAME), _opened_weights(path))
+        )
+        with opened as file:
             yield text, read_layout(file, file.seek(0, os.SEEK_END) + file.seek(0), path), file
     except FileNotFoundError as error:
         if isinstance(error, PeftError):
