@@ -79,7 +79,7 @@ def test_options_are_what_the_page_says():
         if row["LORA"] == "placeholder" and row["option"] not in MEANINGLESS_ALONE:
             with pytest.raises(peft.PeftError, match=f"`{row['option']}`"):
                 peft.LoraConfig(**{row["option"]: [[0, 1]]})
-    assert sum(row["LORA"] == "placeholder" for row in options) > 10
+    assert sum(row["LORA"] == "placeholder" for row in options) > 5
 
 
 @pytest.mark.processes

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused(method, model):
     x = torch.randn(4, 8)
     cases = [
         (["default"] * 3, "Length of `adapter_names`.*3 and 4"),
-        ([], "Length of `adapter_names`"),
+        ([], "`adapter_names` is empty"),
         (["default", "nobody", "x", "default"], "non-existing adapter.*nobody, x"),
         ("default", "must be a list"),
         ([0, 1, 2, 3], "must be a list"),
