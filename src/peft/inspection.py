@@ -234,7 +234,7 @@ def inspect_adapter(source: str | os.PathLike[str], **hub_options: object) -> Ad
     if named is not None and methods and methods != [named]:
         problems.append(f"The config is of {named}, the tensors are of {', '.join(methods)}.")
     if not methods and not groups.shared:
-        problems.append("No tensor belongs to a method that this package provides.")
+        problems.append(_unknown(header))
     return AdapterContents(
         source=str(path),
         writer=_writer(header, config),
@@ -265,6 +265,14 @@ def _config_beside(path: Path, problems: list[str]) -> JsonObject | None:
     except PeftError as error:
         problems.append(f"Its config can't be used: {error}")
     return content
+
+
+def _unknown(header: FileHeader) -> str:
+    """Return a sentence about a file without tensors of a method."""
+    if set(header.tensors) == {"vector_bank"}:
+        rows, length = header.tensors["vector_bank"].shape
+        return f"It is no adapter, but a bank of {rows:,} vectors of length {length} for adapters."
+    return "No tensor belongs to a method that this package provides."
 
 
 def _modules(header: FileHeader, groups: KeyGroups) -> Iterator[ModuleContents]:
@@ -298,7 +306,7 @@ def _config_lines(config: Mapping[str, object]) -> Iterator[str]:
     shown = {name: value for name, value in config.items() if name not in _APART}
     defaults = _defaults(config.get("peft_type"))
     options = [
-        f"{name}={value!r}"
+        f"{name}={_short(value)}"
         for name, value in shown.items()
         if name in ("r", "target_modules") or value != defaults.get(name)
     ]
@@ -316,6 +324,16 @@ def _defaults(peft_type: object) -> dict[str, object]:
         item.name: item.default if item.default_factory is MISSING else item.default_factory()
         for item in fields(cls)
     }
+
+
+def _short(value: object) -> str:
+    """Return a value of a config, in words if it is long."""
+    text = repr(value)
+    return (
+        text
+        if len(text) <= 160 or not isinstance(value, (dict, list))
+        else f"({len(value)} entries)"
+    )
 
 
 def _listed(tensors: Mapping[str, TensorInfo], most: int = 4) -> str:

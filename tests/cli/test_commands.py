@@ -84,6 +84,16 @@ def test_inspect_a_folder_of_adapters(run, tmp_path):
     assert "! broken/adapter_model.safetensors: " in run("inspect .").stdout
 
 
+def test_inspect_a_pack_and_a_bank(run):
+    peft.AdapterPack.write("users.adapters.safetensors", {"ada": "LORA", "ben": "LOKR"})
+    table = run("inspect users.adapters.safetensors").stdout
+    assert re.search(r"^ben +LOKR +512$", table, re.M) and "2 adapters" in table
+    data = run("inspect users.adapters.safetensors --json").data
+    assert data["adapters"][0] == {"name": "ada", "method": "LORA", "bytes": 1024}
+    peft.VectorBank(torch.ones(8, 4)).save_pretrained("bank")
+    assert "a bank of 8 vectors of length 4" in run("inspect bank/vector_bank.safetensors").stdout
+
+
 def test_plan_needs_no_weights(run, tmp_path):
     config = peft.LoKrConfig(r=2, target_modules=["q_proj", "o_proj"], decompose_factor=2)
     line = "--method lokr --rank 2 --target q_proj,o_proj --set decompose_factor=2"
@@ -303,8 +313,45 @@ def test_as_a_process_whose_output_has_no_room(store):
     assert result.returncode == 1 and result.stderr.endswith("Error: No space left on device\n")
 
 
+def test_library(run, tmp_path):
+    for name in ("base", "VBLORA"):
+        shutil.rmtree(tmp_path / name)
+    changes = run("library index . --json").data
+    assert changes["added"] == sorted(set(METHODS) - {"VBLORA"}) and changes["adapters"] == 4
+    peft.AdapterLibrary(".").tag("LORA", "math")
+    assert run("library list . --tag math --json").data["adapters"][0]["name"] == "LORA"
+    assert [e["name"] for e in run("library list . --method lokr --json").data["adapters"]] == [
+        "LOKR"
+    ]
+    assert "4 adapters" in run("library list .").stdout
+    assert "sound" in run("library check .").stdout
+    shutil.rmtree(tmp_path / "LORA")
+    (tmp_path / "LOKR/adapter_config.json").write_text("{")
+    with pytest.warns(UserWarning, match="Left out"):
+        peft.AdapterLibrary(".")
+    result = CliRunner().invoke(program, ["library", "check", ".", "--json"])
+    problems = {p["name"]: p["kind"] for p in json.loads(result.stdout)["problems"]}
+    assert result.exit_code == 1 and (problems["LORA"], problems["LOKR"]) == ("missing", "left out")
+    before = names_below(tmp_path)
+    assert "Would remove 'LOKR': left out" in run("library prune . --dry-run").stdout
+    assert "pass `--force` too" in run("library prune . --delete-files", 2).stderr
+    assert names_below(tmp_path) == before
+    removed = run("library prune . --json").data["removed"]
+    assert {p["name"] for p in removed} == {"LORA", "LOKR"} and (tmp_path / "LOKR").is_dir()
+    assert run("library prune . --dry-run --json").data["removed"] == []
+    (tmp_path / "POLY/adapter_config.json").write_text("{")
+    run("library prune . --delete-files --force")
+    assert not (tmp_path / "POLY").exists() and (tmp_path / "LOKR").is_dir()
+    assert "There is no folder 'nowhere'" in run("library list nowhere", 1).stderr
+
+
+def commands_of(group):
+    for command in group.commands.values():
+        yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
 def test_every_option_is_described():
-    for command in program.commands.values():
+    for command in commands_of(program):
         assert command.help
         for parameter in command.params:
             assert parameter.param_type_name == "argument" or parameter.help, parameter.name

@@ -19,6 +19,7 @@ from .compare import compare
 from .convert import convert
 from .extract import extract
 from .inspect import inspect
+from .library import library
 from .merge import merge
 from .plan import plan
 
@@ -128,7 +129,7 @@ def program() -> None:
     """
 
 
-for _command in (inspect, plan, convert, extract, merge, compare, bench):
+for _command in (inspect, plan, convert, extract, merge, compare, bench, library):
     program.add_command(_command)
 
 

@@ -84,10 +84,11 @@ def without(places: Collection[Place]) -> Callable[[Index], None]:
     """Return a change of an index that removes what is in places."""
 
     def change(index: Index) -> None:
+        gone = {place for place in places if index.lost.pop(place, None) is not None}
         for place in places:
             index.entries.pop(place, None)
             index.left_out.pop(place.path, None)
-        index.removed |= {place for place in places if not place.repo}
+        index.removed |= {place for place in places if not place.repo and place not in gone}
 
     return change
 

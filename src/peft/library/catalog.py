@@ -64,12 +64,17 @@ class Catalog:
         return list({entry.name: entry for entry in map(self.find, _listed(names))}.values())
 
     def places(self, names: Names) -> set[Place]:
-        """Return the places of adapters, and of what is left out or removed, by its path."""
+        """Return the places of adapters, of those whose files are gone, and of what is left out or
+        removed, by its path.
+        """
         index, found = self.index, set()
+        lost: dict[object, Place] = {entry.name: place for place, entry in index.lost.items()}
         for name in _listed(names):
             is_path = isinstance(name, str) and name not in self.names
             if is_path and (name in index.left_out or Place(str(name)) in index.removed):
                 found.add(Place(str(name)))
+            elif is_path and name in lost:
+                found.add(lost[name])
             else:
                 found.add(self.find(name).place)
         return found

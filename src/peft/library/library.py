@@ -296,7 +296,8 @@ class AdapterLibrary:
         """Remove adapters from the index. Their files stay, and are passed over until `add`.
 
         Args:
-            names: Their names; or paths of what is left out, which is then no longer reported.
+            names: Their names; or paths of what is left out, which is then no longer reported; or
+                names of adapters whose files are gone, whose tags and scores are then forgotten.
             delete_files: Delete the files too. Members of a pack are removed from it.
 
         Raises:
