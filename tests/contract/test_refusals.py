@@ -116,7 +116,7 @@ def test_unknown_arguments_of_a_config_are_refused(method):
         (nn.ConvTranspose1d(8, 8, 3), "ConvTranspose1d"),
         (nn.LazyLinear(8), "LazyLinear"),
         (nn.Sequential(nn.Linear(8, 8)), "Sequential"),
-        (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
+        (nn.MultiheadAttention(8, 2, kdim=4), "Only same embed for query/key/value"),
         (
             nn.Linear(8, 8, dtype=torch.complex64),
             r"complex numbers \(torch.complex64\), and adapters are real",

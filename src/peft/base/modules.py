@@ -49,6 +49,11 @@ def infer_device() -> str:
     return "xpu" if torch.xpu.is_available() else "cpu"
 
 
+def on_accelerator(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor on the accelerator; others, and without one, as they are."""
+    return tensor.to(infer_device()) if tensor.device.type == "cpu" else tensor
+
+
 def model_type(model: nn.Module) -> str | None:
     """Return the architecture in a transformers config (object or dict), None for other models."""
     config = getattr(model, "config", None)

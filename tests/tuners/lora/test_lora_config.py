@@ -326,3 +326,25 @@ def test_transformers_own_interface(tmp_path):
             assert torch.equal(loaded.generate(ids, max_new_tokens=3, do_sample=False), made)
             base.disable_adapters()
             assert torch.equal(base(ids).logits, plain)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize("offloads", [True, False])
+def test_starts_can_be_computed_on_the_accelerator(options, offloads, monkeypatch):
+    from peft.tuners.lora import base, layer
+
+    moved = []
+    for module in (base, layer):
+        monkeypatch.setattr(module, "on_accelerator", lambda t: moved.append(t.shape) or t.clone())
+    for runtime in (LoraRuntimeConfig(offloads), {"ephemeral_gpu_offload": offloads}):
+        torch.manual_seed(0)
+        base_model = nn.Sequential(nn.Linear(6, 8))
+        config = LoraConfig(r=2, target_modules=["0"], runtime_config=runtime, **options)
+        model = get_peft_model(base_model, config)
+        assert ((8, 6) in moved) == offloads
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(model(x), base_model[0].base_layer(x))
+    with pytest.raises(ValueError, match="`runtime_config.ephemeral_gpu_offload`='yes'"):
+        LoraConfig(runtime_config=LoraRuntimeConfig("yes"))
+    with pytest.raises(ValueError, match="must be a LoraRuntimeConfig"):
+        LoraConfig(runtime_config={"other": True})

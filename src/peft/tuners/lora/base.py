@@ -17,6 +17,7 @@ from ...base.calls.rows import RowOwners
 from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
+from ...base.modules import on_accelerator
 from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
@@ -166,7 +167,7 @@ class LoraLayer(BaseTunerLayer):
             self._start_from_weight(adapter_name, config, initialize, start)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(
-                self._first_magnitude(adapter_name, place, initialize)
+                self._first_magnitude(adapter_name, place, initialize, config)
             )
 
     @property
@@ -314,17 +315,21 @@ class LoraLayer(BaseTunerLayer):
             lambda scale: self._row_norms(adapter_name, scale),
         )
 
-    def _row_norms(self, adapter_name: str, scale: float | Tensor) -> Tensor:
+    def _row_norms(self, adapter_name: str, scale: float | Tensor, on_gpu: bool = False) -> Tensor:
         """Return the norms of the rows of `W + s·B·A`, where `W` has nothing merged into it. All
-        steps of one `generate` share them, unless `W` is a copy that each step makes.
+        steps of one `generate` share them, unless `W` is a copy that each step makes. `on_gpu`
+        moves a weight on the CPU to the accelerator for it.
         """
-        weight = base_weight(self)
+        weight = on_accelerator(base_weight(self)) if on_gpu else base_weight(self)
 
         def norms() -> Tensor:
+            factors = (
+                self._weights(adapter_name) if self._is_grouped else self.factors(adapter_name)
+            )
+            A, B = map(on_accelerator, factors) if on_gpu else factors
             if self._is_grouped:
-                return grouped_row_norms(weight, *self._weights(adapter_name), scale)
-            rows = self.geometry.as_stored(weight).flatten(1)
-            return row_norms(rows, *self.factors(adapter_name), scale)
+                return grouped_row_norms(weight, A, B, scale)
+            return row_norms(self.geometry.as_stored(weight).flatten(1), A, B, scale)
 
         own = self.get_base_layer()._parameters.get("weight")
         if weight is not own or isinstance(scale, Tensor) or not is_running_often():
@@ -338,10 +343,13 @@ class LoraLayer(BaseTunerLayer):
         """True if the layer is a convolution in groups."""
         return getattr(self.get_base_layer(), "groups", 1) > 1
 
-    def _first_magnitude(self, adapter_name: str, place: Placement, initialize: bool) -> Tensor:
+    def _first_magnitude(
+        self, adapter_name: str, place: Placement, initialize: bool, config: LoraConfig
+    ) -> Tensor:
         """Return the norms that an adapter starts with, `[out]`, or memory for them."""
         shape = (1, -1, *[1] * len(self.geometry.kernel_size)) if self.geometry.is_conv else (-1,)
-        norms = partial(self._row_norms, adapter_name, self.scaling[adapter_name])
+        scale, on_gpu = self.scaling[adapter_name], config.offloads_ephemerally
+        norms = partial(self._row_norms, adapter_name, scale, on_gpu)
         size = self.geometry.out_features
         return dora.first_magnitude(norms if initialize else None, size, place).view(shape)
 

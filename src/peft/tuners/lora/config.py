@@ -51,24 +51,33 @@ class LoraRuntimeConfig:
     """Settings of a process that runs adapters; not part of a file.
 
     Args:
-        ephemeral_gpu_offload: Accepted, without effect: accelerate decides where weights that it
-            offloads are computed with.
+        ephemeral_gpu_offload: Where the base weights are on the CPU, compute an adapter's start on
+            the accelerator: DoRA's norms, and decompositions of the weight ("pissa", "olora").
+            Weights and results stay on the CPU.
     """
 
     ephemeral_gpu_offload: bool = False
 
 
-# Fields of features that are not implemented. Values that turn the feature off are accepted.
-_NOT_PROVIDED = (
-    "megatron_config",
-    "velora_config",
-    "use_qalora",
-    "monteclora_config",
-    "layer_replication",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-)
+# Fields of features that are not implemented, with what to use instead. Values that turn the
+# feature off are accepted.
+_NOT_PROVIDED = {
+    "megatron_config": "adapts layers of Megatron; load the model with transformers, whose tensor "
+    "parallelism adapters follow",
+    "velora_config": "trades exact gradients for memory; `gradient_checkpointing_enable` saves "
+    "memory with exact ones",
+    "use_qalora": "adapts GPTQ layers with pooled inputs; without it they get plain LoRA",
+    "monteclora_config": "samples the adapter's weights in training; train several adapters, and "
+    "combine them by `add_weighted_adapter`",
+    "layer_replication": "makes a deeper model of repeated layers; build that model first, and "
+    "adapt it",
+    "use_bdlora": "makes factors of blocks for tensor-parallel serving; every server reads plain "
+    "LoRA",
+    "arrow_config": "routes tokens among LoRA adapters; `create_arrow_model` and "
+    "`get_routed_model` do so",
+    "kasa_config": "takes small singular values from the base weight; `init_lora_weights='pissa'` "
+    "starts from the large ones",
+}
 # Settings of an initialization, without effect for another one.
 _OF_STARTS: dict[str, tuple[str, type[StartConfig]]] = {
     "loftq_config": ("loftq", LoftQConfig),
@@ -234,6 +243,11 @@ class LoraConfig(TargetedConfig):
         )
 
     @property
+    def offloads_ephemerally(self) -> bool:
+        """True if starts are computed on the accelerator where the weights are on the CPU."""
+        return self.runtime_config.ephemeral_gpu_offload
+
+    @property
     def quantizes_weight(self) -> bool:
         """True if the adapter starts with what a quantization of the base weight loses."""
         return self.init_lora_weights == "loftq"
@@ -242,17 +256,25 @@ class LoraConfig(TargetedConfig):
         """Check every field, first those of features that are not implemented."""
         asked = [name for name in _NOT_PROVIDED if getattr(self, name)]
         if asked:
-            named = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in asked)
-            raise PeftNotSupportedError(
-                f"LoraConfig: {named} asks for what this package does not provide. It provides "
-                "LoRA with `use_rslora`, `use_dora`, `lora_bias`, `rank_pattern`, `alpha_pattern` "
-                "and the initializations of `init_lora_weights`; leave the default. " + WAY_BACK
+            named = "; ".join(
+                f"`{name}`={getattr(self, name)!r} asks for what this package does not provide: it "
+                f"{_NOT_PROVIDED[name]}"
+                for name in asked
             )
+            raise PeftNotSupportedError(f"LoraConfig: {named}. {WAY_BACK}")
+        if isinstance(self.runtime_config, dict) and self.runtime_config.keys() <= {
+            "ephemeral_gpu_offload"
+        }:
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         super().validate()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        if not isinstance(self.runtime_config, (LoraRuntimeConfig, dict)):
+        if isinstance(self.runtime_config, LoraRuntimeConfig):
+            yield from boolean(
+                "runtime_config.ephemeral_gpu_offload", self.runtime_config.ephemeral_gpu_offload
+            )
+        else:
             yield f"`runtime_config`={self.runtime_config!r} must be a LoraRuntimeConfig."
         yield from at_least("r", self.r)
         yield from number("lora_alpha", self.lora_alpha)

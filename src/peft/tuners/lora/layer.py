@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
+from ...base.modules import on_accelerator
 from ...base.placeholders import placeholder
 from ...core.base_layer import embedding_scale
 from ...core.weights import base_weight, is_quantized
@@ -114,6 +115,8 @@ class Linear(LoraLayer):
                 f"`init_lora_weights`={config.init_lora_weights!r} reads the base weight, which is "
                 "on the meta device yet; load it."
             )
+        if config.offloads_ephemerally and not config.quantizes_weight:
+            weight = on_accelerator(weight)
         r, scale = self.r[adapter_name], self.base_scaling(adapter_name)
         first = first_factors(self.get_base_layer(), weight, r, scale, config)
         if first is None and not initialize:
