@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import report, scaling, startup
+from . import report, routing, scaling, startup
 from .run import LIBRARIES, METHODS, Workers
 from .work import Shape
 
@@ -21,7 +21,8 @@ def main() -> None:
     """Measure what the command line asks for and write the results."""
     options = _parser().parse_args()
     folder = Path(options.output)
-    {"steps": _steps, "scaling": _scaling, "startup": _startup}[options.what](options, folder)
+    measures = {"steps": _steps, "scaling": _scaling, "startup": _startup, "routing": _routing}
+    measures[options.what](options, folder)
     print(f"Results in {folder}/.")
 
 
@@ -69,6 +70,26 @@ def _startup(options: argparse.Namespace, folder: Path) -> None:
     )
 
 
+def _routing(options: argparse.Namespace, folder: Path) -> None:
+    rows = []
+    for width in options.width:
+        shape = Shape(
+            width=width,
+            layers=options.layers,
+            batch=options.batch,
+            tokens=options.tokens,
+            decode_batch=options.decode_batch,
+            rank=options.rank,
+            dtype=options.dtype,
+            device=options.device,
+        )
+        turns = options.threads, options.rounds, options.repeat
+        experts, top_k = options.experts, options.top_k
+        rows += routing.measure(shape, options.library, *turns, options.mode, experts, top_k)
+    lines = [routing.line(row) for row in rows]
+    report.write_table(folder, "routing", routing.HEAD, lines, rows, options.threads)
+
+
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
@@ -77,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("steps", "scaling", "startup"),
+        choices=("steps", "scaling", "startup", "routing"),
         default="steps",
         help="steps: time that an adapter adds to a training step, a prompt and a token, in turns "
         "with the libraries compared. scaling: growth of a step's time with tasks, adapters and "
-        "the bank's size. startup: time of importing, injecting, loading and saving",
+        "the bank's size. startup: time of importing, injecting, loading and saving. routing: time "
+        "of a step that routes over many adapters",
     )
     add = parser.add_argument
     add(
@@ -119,6 +141,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=8, help="rank `r` of the adapters")
     add("--tasks", type=int, default=10, help="tasks of a Poly adapter")
     add("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
+    add(
+        "--experts",
+        nargs="+",
+        type=int,
+        default=list(routing.EXPERTS),
+        help="numbers of adapters to route over in `routing`",
+    )
+    add(
+        "--top-k",
+        nargs="+",
+        type=int,
+        default=list(routing.TOP_K),
+        help="numbers of adapters that serve a token in `routing`",
+    )
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

@@ -22,8 +22,8 @@ LIBRARIES = {"ours": ROOT / "src", "peft": ROOT / ".peer", "lycoris": ROOT / ".p
 METHODS = ("lora", "lokr", "lokr-full", "vblora", "poly", "mhr")
 # Which methods a library has, under which name.
 _NAMES = {
-    "ours": dict(zip(METHODS, METHODS, strict=True)),
-    "peft": dict(zip(METHODS, METHODS, strict=True)),
+    "ours": {name: name for name in (*METHODS, "arrow")},
+    "peft": {name: name for name in (*METHODS, "arrow")},
     "lycoris": {"lokr": "lycoris-lokr"},
 }
 

@@ -12,6 +12,8 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ class Shape:
         decode_batch: Number of sequences that get one more token.
         rank: Rank of the adapters.
         tasks, bank: Tasks of a Poly adapter; vectors of a VB-LoRA bank.
+        experts, top_k: Adapters that Arrow routes over, and how many serve a token.
     """
 
     width: int = 1024
@@ -42,6 +45,8 @@ class Shape:
     rank: int = 8
     tasks: int = 10
     bank: int = 256
+    experts: int = 16
+    top_k: int = 2
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -89,6 +94,8 @@ def adapt(
     """
     if method == "lycoris-lokr":
         return _lycoris(model, shape), lambda batch: {}
+    if method == "arrow":
+        return _arrow(model, shape), lambda batch: {}
     import peft
 
     common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
@@ -113,6 +120,29 @@ def adapt(
             "task_ids": torch.arange(batch, device=shape.device) % shape.tasks
         }
     return adapted, lambda batch: {}
+
+
+def _arrow(model: nn.Module, shape: Shape) -> Callable[..., Any]:
+    """Route over random LoRA adapters, written by the library itself."""
+    from safetensors.torch import save_file
+
+    import peft
+
+    config = peft.LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=PROJECTIONS)
+    plain = peft.get_peft_model(model, config)
+    state = peft.get_peft_model_state_dict(plain)
+    model = plain.unload()
+    with TemporaryDirectory() as folder:
+        places = [Path(folder) / str(i) for i in range(shape.experts)]
+        for i, place in enumerate(places):
+            config.save_pretrained(place)
+            random = torch.Generator().manual_seed(i)
+            drawn = {key: torch.randn(t.shape, generator=random) * 0.02 for key, t in state.items()}
+            save_file(drawn, place / "adapter_model.safetensors")
+        options = peft.ArrowConfig(top_k=min(shape.top_k, shape.experts), rng_seed=0)
+        adapted = peft.create_arrow_model(model, [str(place) for place in places], options)
+    model.get_input_embeddings().requires_grad_(True)
+    return adapted
 
 
 def _lycoris(model: nn.Module, shape: Shape) -> Callable[..., Any]:

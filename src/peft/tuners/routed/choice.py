@@ -26,6 +26,8 @@ from ...ops.dispatch import shapes
 from ...ops.low_rank import LowRank, product_svd, wide
 
 _EPS = 1e-5
+# Kinds whose gates `prepared` changes.
+PREPARED = ("activation", "phatgoose")
 
 
 class Choice(NamedTuple):

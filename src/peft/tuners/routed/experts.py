@@ -20,6 +20,7 @@ class ExpertFactors(nn.Module):
 
     Attributes:
         numbers: The number of each expert that adapts the layer, by its place here.
+        has_all: True if all experts of the adapter adapt the layer, in their order.
         has_general: True if the last place has the delta to subtract from each expert.
         place: The place of each of the adapter's experts, `[experts]`; 0 for one that is not here.
         is_here: 1 for an expert that adapts the layer, else 0, `[experts]`.
@@ -36,6 +37,7 @@ class ExpertFactors(nn.Module):
         super().__init__()
         device, dtype = placement
         self.has_general = experts.general is not None
+        self.has_all = list(experts.deltas) == list(range(experts.number))
         parts = list(experts.deltas.values())
         parts += [] if experts.general is None else [experts.general]
         down, up = torch.cat([part.A for part in parts]), torch.cat([part.B.mT for part in parts])

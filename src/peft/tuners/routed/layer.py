@@ -24,7 +24,7 @@ from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import reuse
 from ...ops.low_rank import LowRank, approximate
-from .choice import Choice, arrow_prototypes, choose, gate_weights, prepared, scores
+from .choice import PREPARED, Choice, arrow_prototypes, choose, gate_weights, prepared, scores
 from .config import BY_INPUT, TRAINS, RoutedConfig
 from .experts import ExpertFactors, ExpertWeights, SharedWeights
 from .products import experts_chain
@@ -171,8 +171,10 @@ class RoutedLayer(RoutingLayer):
         choice = self._choice(adapter_name, experts, x)
         if self.watches and (watch := self.watches.get(adapter_name)) is not None:
             watch(self, choice, x)
-        weights = choice.weights * self.scaling[adapter_name]
-        return experts_chain(x, _with_general(choice._replace(weights=weights), experts), factors)
+        scale = self.scaling[adapter_name]
+        if isinstance(scale, Tensor) or scale != 1:
+            choice = choice._replace(weights=choice.weights * scale)
+        return experts_chain(x, _with_general(choice, experts), factors)
 
     def _choice(self, adapter_name: str, experts: ExpertFactors, x: Tensor) -> Choice:
         """Return the weights of experts, by their place in this layer, for an input."""
@@ -191,11 +193,12 @@ class RoutedLayer(RoutingLayer):
         if self.waiting[adapter_name]:
             raise self._no_prototypes(adapter_name)
         gates = self.routed_gate(adapter_name)
-        gates = reuse(self, adapter_name, kind, (gates,), lambda: prepared(kind, gates))
+        if kind in PREPARED:
+            gates = reuse(self, adapter_name, kind, (gates,), lambda: prepared(kind, gates))
 
         def decide(pooled: Tensor) -> tuple[Tensor, ...]:
             found = choose(kind, scores(kind, pooled, gates), options.top_k, options.temperature)
-            own = each.index_select(0, experts.numbers)
+            own = each if experts.has_all else each.index_select(0, experts.numbers)
             own = own if found.experts is None else own[found.experts]
             weights = found.weights * own
             return (weights,) if found.experts is None else (weights, found.experts)

@@ -27,6 +27,8 @@ Form = Literal["all", "own", "blocks"]
 
 # Cost of moving one number through memory, in multiplications of a large product.
 _MOVE = 16
+# Cost of the further operations that gathering takes, in multiplications.
+_CALLS = 300_000
 # Rows of a block.
 _BLOCK = 16
 
@@ -85,13 +87,13 @@ def _form(x: Tensor, experts: Tensor, factors: Factors) -> Form:
     for size in sizes[:-1]:
         rows *= size
     every = ranks * wide * (rows + _MOVE)
-    own = k * r * wide * (rows + 3 * samples * _MOVE)
+    own = k * r * wide * (rows + 3 * samples * _MOVE) + _CALLS
     if samples != rows:
         return "own" if own <= every else "all"
     pairs = rows * k
     padded = pairs + number * _BLOCK
     moved = padded * sizes[-1] + 2 * pairs * wide + 3 * (padded // _BLOCK) * r * wide
-    blocks = padded * r * wide + _MOVE * moved
+    blocks = padded * r * wide + 2 * _MOVE * moved
     if blocks < own and blocks < every:
         return "blocks"
     return "own" if own <= every else "all"
