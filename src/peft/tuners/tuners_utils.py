@@ -46,7 +46,12 @@ BufferDict: type
 _ExcludedModule: type
 _filter_state_dict_by_key_prefixes: type
 _find_minimal_target_modules: type
+_get_in_out_features: type
 _get_tuner_state_dict_key_prefixes: type
+clone_module: type
+find_parameter_name_by_module: type
+get_device_map: type
+replicate_layers: type
 
 T = TypeVar("T", bound=TargetedConfig)
 

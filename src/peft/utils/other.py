@@ -35,7 +35,9 @@ _get_batch_size: type
 _get_module_names_tied_with_embedding: type
 _set_adapter: type
 _set_trainable: type
+create_attention_mask: type
 get_gptqmodel_quant_linear: type
+is_gptqmodel_quant_linear: type
 set_additional_trainable_modules: type
 
 if not TYPE_CHECKING:

@@ -42,8 +42,10 @@ __all__ = [
 _LoraParameterProxy = LoraParameterProxy
 
 # Names of the interface that this package does not implement, as placeholders.
+LoraVariant: type
 _ConvNd: type
 _LoraFactorsProxy: type
+dispatch_default: type
 
 if not TYPE_CHECKING:  # type checkers would accept any name
 
