@@ -16,6 +16,7 @@ PAGES = (
     "benchmarks/NOTES.md",
     "benchmarks/results",
     "examples/bytes_study",
+    "examples/library_of_adapters",
     "examples/multitask_digits",
     "examples/multitask_study",
 )
