@@ -18,7 +18,7 @@ from .base.tables import alike, table
 from .config import PeftConfig, check_config
 from .core import plan as _plan
 from .core.base_layer import innermost
-from .core.injection import Build, Construction, build_adapter
+from .core.injection import Build, Construction, build_adapter, prepared
 from .core.layer import BaseTunerLayer
 from .core.parameter_layer import ParameterLayer
 from .core.tuner import BaseTuner
@@ -200,6 +200,13 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     check_config(config)
     config = config.for_adapter()
     tuner: BaseTuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(model, None)
+    with prepared(tuner, config, keep=False):
+        return _adapter_plan(tuner, adapter_name, config)
+
+
+def _adapter_plan(tuner: BaseTuner, adapter_name: str, config: PeftConfig) -> AdapterPlan:
+    """Return the plan of an adapter in a model that is ready for it."""
+    model = tuner.model
     targets = _plan.make(tuner, adapter_name, config)
     build = build_adapter(tuner, targets, Construction(device=torch.device("meta")))
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}

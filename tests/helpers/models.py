@@ -16,19 +16,22 @@ def mlp(dtype=torch.float32):
     )
 
 
-def llama():
+def llama(**fields):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=48,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+        **{
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": 48,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **fields,
+        }
     )
     return LlamaForCausalLM(config).eval()
 

@@ -25,6 +25,16 @@ BASES = {
     "eva": ["llama", "ForCausalLM"],
     "eva without spreading": ["llama", "ForCausalLM"],
 }
+# Options for layers that share weights.
+SHARED = {
+    "tied adapter": {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
+    "tied copy": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "replicated": {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 3]]},
+}
 TARGETS = {
     "mlp": ["first", "second"],
     "gpt2": ["c_attn", "mlp.c_proj"],
@@ -144,7 +154,24 @@ def start(folder, result):
         if how != "eva":
             options = {"path_initial_model_for_weight_conversion": str(place / "first")}
             model.save_pretrained(place / "converted", **options)
+    for name, options in SHARED.items():
+        model = peft.get_peft_model(shared_base(), peft.LoraConfig(r=3, **options)).eval()
+        with torch.no_grad():  # a tied head has the embedding's parameters
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and "lm_head" not in key:
+                    numbers = torch.linspace(-0.5, 0.6, parameter.numel()) * (1 + len(key) % 7)
+                    parameter.copy_(numbers.sin().view(parameter.shape))
+        found[name] = output(model, "eva")
+        model.save_pretrained(Path(folder) / name)
     torch.save(found, result)
+
+
+def shared_base():
+    """A model whose output head has the weight of its embedding."""
+    base = make_base(BASES["eva"], 3)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    return base
 
 
 def read_starts(folder, kind, result):
@@ -154,6 +181,9 @@ def read_starts(folder, kind, result):
         place = Path(folder) / name / ("plain" if name.startswith("eva") else kind)
         model = peft.PeftModel.from_pretrained(base_of(name), place)
         found[name] = output(model.eval(), name)
+    for name in SHARED:
+        model = peft.PeftModel.from_pretrained(shared_base(), Path(folder) / name)
+        found[name] = output(model.eval(), "eva")
     again = started("corda ipm", Path(folder) / "corda ipm" / "covariance.pt")
     found["from covariance"] = factors(again)
     torch.save(found, result)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from interchange_starts import BASES
+from interchange_starts import BASES, SHARED
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("interchange")]
 
@@ -42,3 +42,10 @@ def test_a_file_of_covariances_is_read(results):
     for name in ("ours", "theirs"):
         expected = made[name]["corda ipm"]["factors"]
         torch.testing.assert_close(read[name]["from covariance"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_layers_that_share_weights(results, name):
+    made, read = results
+    for outputs in (made["theirs"], read["ours"], read["theirs"]):
+        torch.testing.assert_close(outputs[name], made["ours"][name], **CLOSE)

@@ -21,7 +21,7 @@ from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..ops.inference_cache import InferenceCache
-from . import base_layer, combining, moe_tokens, switching, tied_weights
+from . import base_layer, combining, moe_tokens, replication, switching, tied_weights
 from . import model_merges as _model_merges
 from . import plan as _plan
 from .adapter_choice import adapter_meant
@@ -32,7 +32,7 @@ from .call_arguments import CallArguments
 from .config_owners import note_owner
 from .filling import fill_with
 from .fused_paths import restore_fused_paths
-from .injection import Construction, Fill, build_adapter, put_in
+from .injection import Construction, Fill, build_adapter, prepared, put_in
 from .layer import BaseTunerLayer
 from .merge_requests import check_merge_options, checked_names
 
@@ -282,7 +282,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         check_config(config)
         method, construction = self.method_of(config), construction or Construction()
         config = config.for_adapter()
-        with ordinary_tensors():
+        with ordinary_tensors(), prepared(method, config):
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
             plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
@@ -412,7 +412,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         names = self._names_to_merge(adapter_names, options)
         named = dict(self.named_tuner_layers())
         by_name = {name: self._merge_options_of(name, options) for name in names}
-        _model_merges.warn_of_ties(self.model, named, by_name)
+        _model_merges.check_shared(self.model, named, by_name)
         _model_merges.merge(named, by_name, safe_merge)
         self._merged_lately = True
 
@@ -467,6 +467,7 @@ class AdaptedModel(nn.Module, Generic[C]):
                 self.merge_adapter(adapter_names, safe_merge, **options)
         plain = self._unload(names, "Unloading and merging model" if progressbar else None)
         tied_weights.settle(plain, was_tied)
+        replication.keep(plain)
         return plain
 
     def unload(self) -> nn.Module:
@@ -477,7 +478,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         """
         if self.merged_adapters:
             self.unmerge_adapter()
-        return self._unload([])
+        plain = self._unload([])
+        replication.restore(plain)
+        return plain
 
     def _unload(self, adapters: list[str], progressbar: str | None = None) -> nn.Module:
         """Remove the adapter layers; of full modules, keep the trained copies of some adapters."""

@@ -13,6 +13,7 @@ model as it is; the last can't fail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
@@ -25,7 +26,7 @@ from ..base.geometry import Placement
 from ..base.modules import get_submodules
 from ..base.progress import track
 from ..config import TargetedConfig
-from . import moe_tokens
+from . import moe_tokens, tying
 from .adapters import AdapterParameterDict, adopt, make_room
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from .base_layer import layer_of
@@ -83,6 +84,7 @@ class Build(Generic[C]):
         containers: Containers that `shared` will go into, by attribute name; the layers refer to
             these already.
         parameters: Parameters with the new layers that adapt them, by the layer's path in a file.
+        ties: Paths of modules that follow another one with the same weight, see `Plan`.
     """
 
     adapter_name: str
@@ -94,6 +96,7 @@ class Build(Generic[C]):
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     containers: dict[str, AdapterParameterDict] = field(default_factory=dict)
     parameters: dict[str, tuple[ParameterTarget, ParameterLayer]] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def all_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """Yield the new layers with their paths in a file."""
@@ -129,6 +132,9 @@ class AdapterMethod(Protocol[C]):
 
     model: nn.Module
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+
+    def prepare_model(self, config: C) -> Callable[[], None]:
+        """Change the model before planning, and return a function that undoes it."""
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:
@@ -192,6 +198,21 @@ class Host(Protocol[C]):
         """Make an adapter the active one."""
 
 
+@contextmanager
+def prepared(method: AdapterMethod[C], config: C, keep: bool = True) -> Iterator[None]:
+    """Context with a model as an adapter of a method needs it; without `keep`, or after an error,
+    the model is as it was.
+    """
+    undo = method.prepare_model(config)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+    if not keep:
+        undo()
+
+
 def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Construction) -> Build[C]:
     """Make all parts of an adapter, without changing the model."""
     method.adjust_config(plan, construction)
@@ -217,6 +238,8 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
             container.train(layer.training)
     for path, module in plan.trainable_copies.items():
         build.copies[path] = _trainable_copy(path, module)
+    build.ties = plan.ties
+    tying.tie_copies(build.copies, plan.ties)
     for path, indices in plan.tokens.indices.items():
         module = method.model.get_submodule(path)
         place, initialize = construction.place(module)

@@ -14,7 +14,7 @@ from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
 from ..base.progress import track
 from ..integrations.accelerate import loaded_weights
-from . import tied_weights
+from . import replication, tied_weights
 from .adapted_parameters import detach
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
@@ -82,10 +82,15 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
         raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
 
 
-def warn_of_ties(
+def check_shared(
     model: nn.Module, named: Mapping[str, BaseTunerLayer], options: AdapterOptions
 ) -> None:
-    """Warn where merging into layers (`named` by path) changes a weight used elsewhere too."""
+    """Warn where merging into layers (`named` by path) changes a weight used elsewhere too.
+
+    Raises:
+        PeftNotSupportedError: Replicated layers share the weight.
+    """
+    replication.check_mergeable(model, named)
     owners: dict[int, list[str]] = {}
     for path, layer in named.items():
         base, module = layer.holder, layer.get_base_layer()

@@ -18,7 +18,6 @@ from ..base.constants import (
 from ..base.containers import AdapterContainer, walk
 from ..base.errors import (
     NoMatchingPeftModuleError,
-    PeftNotSupportedError,
     PeftTypeError,
     PeftValueError,
     UnsupportedModuleError,
@@ -28,7 +27,7 @@ from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import unwrapped_name
-from . import base_layer, packed_modules, parameter_targets, tied_weights, unmatched_names
+from . import base_layer, packed_modules, parameter_targets, tying, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
 from .adapter_names import check_name
@@ -90,6 +89,8 @@ class Plan(Generic[C]):
         tokens: Embeddings to train single rows of.
         biases: Biases of the base model to train.
         parameters: Parameters to adapt, beside the modules in `targets`.
+        ties: Paths of modules that share a weight with a target or copy and follow it, with the
+            path of that one.
     """
 
     adapter_name: str
@@ -101,6 +102,7 @@ class Plan(Generic[C]):
     tokens: TokenPlan = field(default_factory=lambda: TokenPlan({}, {}))
     biases: list[nn.Parameter] = field(default_factory=list)
     parameters: list[ParameterTarget] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def bases(self) -> list[nn.Module]:
         """Return the modules that get layers, below all adapters."""
@@ -143,16 +145,11 @@ def make(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
             "Other writers confuse the two."
         )
-    if config.trained_biases != "none" and any(
-        other.trained_biases != "none" for other in tuner.peft_config.values()
-    ):
-        raise PeftValueError(
-            f"{type(tuner).__name__} supports only 1 adapter with bias. "
-            "When using multiple adapters, set bias to 'none' for all adapters."
-        )
+    _check_biases(tuner, config)
     plan = Plan(adapter_name, config, found)
     modules = own_modules(tuner.model)
     plan.trainable_copies = _trainable_copies(plan.config, modules)
+    tying.add_tied_copies(plan, modules)
     candidates = {
         p: m
         for p, m in modules.items()
@@ -165,8 +162,10 @@ def make(
         if state_dict
         else _targeted(tuner, config, candidates, plan.trainable_copies)
     )
-    plan.places = _places(modules, [candidates[path] for path in paths if path in candidates])
-    plan.targets = {path: modules[path] for path in plan.places}
+    chosen = [candidates[path] for path in paths if path in candidates]
+    plan.targets = {path: modules[path] for path in _places(modules, chosen)}
+    tying.add_tied_targets(plan, modules)
+    plan.places = _places(modules, list(plan.targets.values()))
     if tuner.parameter_layer_cls is not None:
         plan.parameters += packed_modules.take(plan.targets, plan.places)
     if is_new and not state_dict:
@@ -181,7 +180,7 @@ def make(
         plan.config, tuner.model, modules, {*plan.targets, *plan.trainable_copies}
     )
     plan.biases = list(_biases(plan, candidates))
-    _warn_of_ties(tuner.model, plan)
+    tying.warn_of_ties(tuner.model, plan)
     return plan
 
 
@@ -196,6 +195,17 @@ def _places(
         if id(module) in wanted:
             by_module.setdefault(id(module), []).append(path)
     return {paths[0]: paths for paths in by_module.values()}
+
+
+def _check_biases(tuner: TargetRules[C], config: C) -> None:
+    """Raise `PeftValueError` if another adapter trains biases too."""
+    if config.trained_biases != "none" and any(
+        other.trained_biases != "none" for other in tuner.peft_config.values()
+    ):
+        raise PeftValueError(
+            f"{type(tuner).__name__} supports only 1 adapter with bias. "
+            "When using multiple adapters, set bias to 'none' for all adapters."
+        )
 
 
 def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
@@ -373,35 +383,6 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
         else:
             paths.append(path)
     return paths
-
-
-def _warn_of_ties(model: nn.Module, plan: Plan[C]) -> None:
-    """Warn of targets with a weight used elsewhere; raise if `ensure_weight_tying` is set."""
-    owners = tied_weights.owners(model)
-    for path, module in {**plan.targets, **plan.trainable_copies}.items():
-        for parameter in module.parameters(recurse=False):
-            others = sorted(
-                {
-                    owner
-                    for owner in owners.get(id(parameter), [])
-                    if owner not in plan.places.get(path, [path])
-                }
-            )
-            if others and getattr(plan.config, "ensure_weight_tying", False):
-                raise PeftNotSupportedError(
-                    f"`ensure_weight_tying`=True: `{path}` shares a weight with "
-                    f"{', '.join(f'`{owner}`' for owner in others)}, and "
-                    "adapters of both can't be tied; leave out the module or the option. "
-                    "`trainable_token_indices` are tied anyway."
-                )
-            if others:
-                warn(
-                    f"`{path}` shares a weight with {', '.join(f'`{owner}`' for owner in others)}, "
-                    "which will go on using it as it "
-                    "is: no implementation exists to tie the adapters. `merge_adapter` changes it "
-                    "in both places, "
-                    "`merge_and_unload` makes two weights of it.",
-                )
 
 
 def _saved(

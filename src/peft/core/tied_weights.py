@@ -16,6 +16,7 @@ from torch import nn
 
 from ..base.containers import AdapterContainer, walk
 from ..base.errors import warn
+from .followers import Follower
 
 _FLAG = "tie_word_embeddings"
 
@@ -55,9 +56,11 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the paths of the modules that hold a parameter, by its identity, without adapters."""
+    """Return the paths of the modules that hold a parameter, by its identity, without adapters and
+    without layers that follow another's.
+    """
     found: dict[int, list[str]] = {}
-    for path, module in walk(model, repeated=True):
+    for path, module in walk(model, repeated=True, closed=(Follower,)):
         if not isinstance(module, AdapterContainer):
             for parameter in module._parameters.values():
                 found.setdefault(id(parameter), []).append(path)

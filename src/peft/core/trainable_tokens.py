@@ -19,6 +19,7 @@ from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftValueError
 from ..base.geometry import Placement
 from . import targets as _targets
+from . import tying
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import make_plain
@@ -262,6 +263,17 @@ def plan(
         for path in paths:
             problems += _problems(path, modules[path], tokens, taken)
             indices[path] = list(tokens)
+    if tying.is_wanted(config):
+        owners = tying.owners(modules)
+        for path, tokens in list(indices.items()):
+            owner = owners.get(path, path)
+            if indices.setdefault(owner, tokens) != tokens:
+                problems.append(
+                    f"`ensure_weight_tying`=True: `{path}` and `{owner}` share a weight, and "
+                    "`trainable_token_indices` has other tokens for each; name the same."
+                )
+            elif path != owner:
+                del indices[path]
     if problems:
         raise PeftValueError(" ".join(problems))
     weights = {id(_original(modules[path]).weight): path for path in indices}

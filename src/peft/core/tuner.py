@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -96,6 +96,16 @@ class BaseTuner(AdaptedModel[C]):
     def target_remedy(self, config: C, modules: Sequence[nn.Module]) -> str:
         """Return a sentence to put after all targets' conflicts: a value that suits all modules."""
         return ""
+
+    def prepare_model(self, config: C) -> Callable[[], None]:
+        """Change the model before an adapter is planned, and return a function that undoes it.
+
+        The function is called if the adapter can't be made. `detach_adapters` comes later.
+
+        Raises:
+            PeftValueError: The model can't be changed so.
+        """
+        return lambda: None
 
     def complete(self, config: C) -> object:
         """Return the resource that a config refers to, and fill in the fields that depend on it.

@@ -22,6 +22,8 @@ from .base_layer import geometry, innermost, table
 from .computed_weights import is_computed
 from .computed_weights import read as read_computed
 from .computed_weights import refuse as refuse_computed
+from .followers import Follower
+from .replication import shared_parameters
 from .tied_weights import can_tell, is_tied
 
 
@@ -120,8 +122,12 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     An error ties them again.
     """
     users = Counter(
-        id(p) for _, module in walk(model) for p in module._parameters.values() if p is not None
+        id(p)
+        for _, module in walk(model, closed=(Follower,))
+        for p in module._parameters.values()
+        if p is not None
     )
+    replicated = shared_parameters(model)
     shared: list[tuple[nn.Module, nn.Parameter]] = []
     for base in map(innermost, layers):
         weight = base._parameters.get("weight")
@@ -137,7 +143,8 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         users[id(weight)] -= 1
         shared.append((base, weight))
     config: Any = getattr(model, "config", None)
-    is_told = bool(shared) and is_tied(model) and can_tell(model)
+    is_apart = any(id(weight) not in replicated for _, weight in shared)
+    is_told = is_apart and is_tied(model) and can_tell(model)
     if is_told:
         warn(
             "Setting `tie_word_embeddings` to False in the model's config: merging makes two "

@@ -69,7 +69,8 @@ def unwrap_model(model: T) -> T:
 
 
 def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[str, Tensor]:
-    """Return a model's state dict with the tensors themselves, each once, by its first name.
+    """Return a model's state dict with the tensors themselves, each once, by its first name; those
+    of trainable copies of modules by every name, since copies of tied modules share them.
 
     Stand-ins take the place of parameters that FSDP1 flattened.
 
@@ -83,7 +84,8 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
     if not units and not flattened:
         state, seen = {}, set()
         for name, tensor in state_of(model, adapters).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            is_new = id(tensor) not in seen or ".modules_to_save." in name
+            if isinstance(tensor, Tensor) and is_new:
                 state[name] = tensor
                 seen.add(id(tensor))
         return state

@@ -113,7 +113,6 @@ def test_a_file_of_another_implementation_is_read_without_remark(tmp_path):
     [
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),
-        ("layer_replication", [(0, 2)]),
     ],
 )
 def test_features_that_are_not_provided(name, value):

@@ -24,6 +24,7 @@ from ...config import (
     pattern_dict,
     probability,
 )
+from ...core.replication import problems as replication_problems
 from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, StartConfig
 from .starts.files import FROM_DATA, IN_FILE, REPEATABLE, is_in_file, is_random, upgraded
 
@@ -69,8 +70,6 @@ _NOT_PROVIDED = {
     "use_qalora": "adapts GPTQ layers with pooled inputs; without it they get plain LoRA",
     "monteclora_config": "samples the adapter's weights in training; train several adapters, and "
     "combine them by `add_weighted_adapter`",
-    "layer_replication": "makes a deeper model of repeated layers; build that model first, and "
-    "adapt it",
     "use_bdlora": "makes factors of blocks for tensor-parallel serving; every server reads plain "
     "LoRA",
     "arrow_config": "routes tokens among LoRA adapters; `create_arrow_model` and "
@@ -139,14 +138,17 @@ class LoraConfig(TargetedConfig):
         lora_ga_config: Settings of "lora_ga".
         runtime_config: A `LoraRuntimeConfig`, which is not saved.
         megatron_config, megatron_core, velora_config, use_qalora, qalora_group_size,
-        monteclora_config, layer_replication, use_bdlora, arrow_config, kasa_config: Not provided;
+        monteclora_config, use_bdlora, arrow_config, kasa_config: Not provided;
             only values that turn the feature off are accepted.
+        layer_replication: Ranges `[start, end]` of the model's layers, the end not included, that
+            take the place of the layers: [[0, 4], [2, 5]] makes seven of five. The copies share the
+            base weights, and each has an adapter of its own.
         target_parameters: Parameters to adapt, by the ends of their paths
             ("experts.gate_up_proj"): matrices, and stacks of experts' matrices `[experts, …]`,
             where each expert gets factors of rank `r`. Without `lora_dropout`, `lora_bias` and
             `use_dora`.
-        ensure_weight_tying: Refuse a model in which the adapter would change one of two modules
-            that share a weight. Rows of `trainable_token_indices` are tied anyway.
+        ensure_weight_tying: Where a target, or a module to save, shares its weight with others (the
+            embedding with the output head), tie the adapter or the copy of all of them too.
         start: Set by this package if readers can't compute the start ("pissa_niter_<n>", "corda",
             "lora_ga"): the file holds a plain adapter of twice the rank, and this field tells how
             to separate the start.
@@ -290,6 +292,7 @@ class LoraConfig(TargetedConfig):
         yield from choice("bias", self.bias, ("none", "all", "lora_only"))
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
+        yield from replication_problems("layer_replication", self.layer_replication)
         yield from self._start_problems()
         yield from self._activation_problems()
         if self.use_dora and self.lora_bias:

@@ -160,14 +160,27 @@ class Embedding(LoraLayer):
         return x
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return `s·B·A[:, x]`, times the base embedding's factor on its rows."""
+        return self._looked_up(adapter_name, x, self.get_base_layer())
+
+    def _looked_up(self, adapter_name: str, x: Tensor, base: Any) -> Tensor:
+        """Return `s·B·A[:, x]`, times a base embedding's factor on its rows."""
         A, B = self.factors(adapter_name)
-        base: Any = self.get_base_layer()
         h = F.embedding(
             x, A.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
         )
         scale = self._scale(adapter_name, x, h.dtype)
         return F.linear(scaled(h, embedding_scale(base) * scale), B)
+
+    def follower_delta(self, adapter_name: str, base: nn.Module, x: Tensor) -> Tensor:
+        """Return `s·Bᵀ·x` looked up in `A`, for a head with the weight of this embedding, or the
+        delta of another embedding with it.
+        """
+        if isinstance(base, nn.Embedding):
+            return self._looked_up(adapter_name, x, base)
+        A, B = self.factors(adapter_name)
+        x = self._cast_input_dtype(x, A.dtype)
+        x = self.lora_dropout[adapter_name](x)
+        return F.linear(scaled(F.linear(x, B.mT), self.scaling[adapter_name]), A.mT)
 
 
 class Conv1d(LoraLayer):

@@ -21,10 +21,11 @@ from ...core.method_info import Role
 from ...core.parameter_layer import ParameterLayer
 from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
+from ...core.replication import Undo, replicate
 from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
 from ...integrations.quantization import quantizer
-from . import combining, starting
+from . import combining, starting, tied
 from .activation import CALL_ARGUMENTS, Activation
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
@@ -97,6 +98,8 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
     ) -> dict[str, Tensor]:
         if is_in_file(config.init_lora_weights):
             state = without_start(config, state)
+        if config.ensure_weight_tying:
+            state = tied.without_followers(state, names)
         return {
             f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor
             for key, tensor in state.items()
@@ -188,6 +191,10 @@ class LoraModel(BaseTuner[LoraConfig]):
         if lookup is None and config.init_lora_weights == "orthogonal" and r % 2:
             yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
 
+    def prepare_model(self, config: LoraConfig) -> Undo:
+        """Repeat the model's layers, if the config wants it."""
+        return replicate(self.model, config.layer_replication)
+
     def complete(self, config: LoraConfig) -> Mapping[str, Factors]:
         """Return the start in the adapter's file, by layer; check that the model has one stream of
         tokens, if the adapter is an activated one.
@@ -211,6 +218,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         tell where an activated adapter is active.
         """
         starting.put(self.model, build)
+        tied.put(self.model, build)
         invocation = build.config.alora_invocation_tokens
         if invocation:
             layer = next(self.tuner_layers())
@@ -256,6 +264,7 @@ class LoraModel(BaseTuner[LoraConfig]):
             PeftValueError: The layers lack what the adapter starts from.
         """
         starting.check(plan, construction)
+        tied.check(plan)
         if plan.config.lora_bias:
             plain = {
                 type(base).__name__
@@ -300,6 +309,7 @@ class LoraModel(BaseTuner[LoraConfig]):
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """Return config and tensors, with a start that readers can't compute."""
         starts = self._starts(adapter_name)
+        state = tied.with_followers(self.model, adapter_name, state)
         if is_in_file(config.init_lora_weights):
             return with_start(config, state, starts)
         if starts and not config.starts_from_weight:
