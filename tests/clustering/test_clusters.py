@@ -241,7 +241,9 @@ def test_wrong_choices_are_named_and_nothing_is_written(library, tmp_path, monke
     headed = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
     model = get_peft_model(mlp(), headed, "a")
     model.add_adapter("b", headed)
-    with pytest.raises(NotImplementedError, match="also trains `2`"):
+    with pytest.raises(
+        NotImplementedError, match="Adapter 'a': It is more than deltas: it also trains `2`"
+    ):
         cluster_adapters(model, k=1).save_experts(tmp_path / "experts")
     assert os.listdir(tmp_path) == []
     monkeypatch.setattr("peft.clustering.clusters.find_spec", lambda name: None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import nn
 
-from ..base.errors import CheckpointError, PeftTypeError, PeftValueError
+from ..base.errors import CheckpointError, PeftError, PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.progress import track
 from ..base.suggestions import adapters_there
@@ -113,7 +113,7 @@ class DeltaSource:
         """Return an adapter's deltas: under its name, or "name.task" for each of several tasks."""
         place = self.places[name]
         if place is None:
-            views = loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
+            views = self._of_model(name, device, deltas_only)
         else:
             saved = place[:2] if isinstance(place, tuple) else place
             views = deltas_by_task(self.model, saved, device=device, deltas_only=deltas_only)
@@ -121,6 +121,17 @@ class DeltaSource:
         experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
         self._owners.update(dict.fromkeys(experts, name))
         return experts
+
+    def _of_model(
+        self, name: str, device: torch.device | None, deltas_only: bool
+    ) -> dict[str, Deltas]:
+        """Return the deltas of an adapter of the model; errors name it."""
+        try:
+            return loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
+        except PeftError as error:
+            if repr(name) in str(error):
+                raise
+            raise type(error)(f"Adapter {name!r}: {error}") from error
 
     def read_all(self, names: Iterable[str]) -> Experts:
         """Return the deltas of several adapters, without parts outside their layers."""
