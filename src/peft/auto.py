@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from .base.errors import PeftValueError
+from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
 from .checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
@@ -74,7 +74,7 @@ class AutoPeftModel:
                 adapter, `strict` for the adapter alone.
 
         Raises:
-            PeftTypeError: A switch is neither True nor False.
+            PeftTypeError: A switch is neither True nor False, or `import_allowlist` is no list.
             PeftValueError: The adapter is for another task, or its config does not name its base
                 model, or names a library that `import_allowlist` does not allow.
         """
@@ -138,6 +138,8 @@ class AutoPeftModel:
 
 def _model_class(library: str, name: str, allowed: Sequence[str] | None) -> _ModelClass:
     """Import the class that a config names. Only libraries that are allowed are imported."""
+    if isinstance(allowed, str):
+        raise PeftTypeError(f"`import_allowlist`={allowed!r} must be a list of libraries' names.")
     allowed = _SAFE_LIBRARIES if allowed is None else allowed
     if not any(f"{library}.".startswith(f"{each}.") for each in allowed):
         raise PeftValueError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .config import PeftConfig
 from .core.adapted_model import AdaptedModel
@@ -42,7 +43,8 @@ class PeftMixedModel(PeftModel):
             PeftTypeError: A name is not a string.
             PeftValueError: There is no such adapter, or one is merged; none is deleted.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else dict.fromkeys(adapter_name)
+        given: Any = adapter_name
+        names = dict.fromkeys(given) if isinstance(given, (list, tuple)) else [given]
         layers = list(self.base_model.tuner_layers())
         for name in names:
             check_deletable(layers, name, self.peft_config)

@@ -71,6 +71,8 @@ def test_a_config_imports_only_what_is_allowed(auto_class, tmp_path, monkeypatch
     assert "trap" not in sys.modules
     with pytest.raises(ValueError, match="not in the import allowlist: trap"):
         load("transformers", "LlamaForCausalLM", import_allowlist=["trap"])
+    with pytest.raises(TypeError, match="`import_allowlist`='trap' must be a list"):
+        load("trap", "Model", import_allowlist="trap")
     with pytest.raises(ValueError, match="no such class of models"):
         load("transformers.utils", "logging")
     allowed = [*get_default_import_allowlist(), "trap"]

@@ -211,6 +211,8 @@ def test_deleting_several_deletes_all_or_none(pair):
         with pytest.raises(ValueError, match="nobody|while they are merged"):
             model.delete_adapter(names)
         assert set(model.peft_config) == set("abc")
+    with pytest.raises(TypeError, match="must be one adapter's name"):
+        model.delete_adapter(None)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x, **call(*pair)), before)
     model.delete_adapter(["a", "b", "c"])
