@@ -12,6 +12,7 @@ from torch import nn
 
 import peft
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftNotSupportedError
+from peft.utils.hotswap import hotswap_adapter
 
 TARGETS = ["0", "2"]
 
@@ -175,3 +176,23 @@ def test_create_arrow_model_as_the_interface_has_it(places, x):
         peft.create_arrow_model(
             mlp(), [places["LORA"]], peft.ArrowConfig(use_gks=True), [places["LOKR"]]
         )
+
+
+def test_experts_are_swapped_with_their_gates(places, x, tmp_path):
+    """A hot swap, which writes into the layers, brings the other adapter's experts too."""
+    one, other = ({n: places[n] for n in names} for names in (("LORA", "LOHA"), ("VBLORA", "LOKR")))
+    second = peft.get_routed_model(mlp(), dict(zip(one, other.values(), strict=True)), top_k=1)
+    second.save_pretrained(tmp_path / "second")
+    model = peft.get_routed_model(mlp(), one, top_k=1).eval()
+    with pytest.raises(ValueError, match="`experts`=.*load it under a new name"):
+        model.load_adapter(tmp_path / "second", "default")
+    hotswap_adapter(model, tmp_path / "second", "default")
+    torch.testing.assert_close(model(x), second.eval()(x))
+
+
+def test_experts_are_never_on_the_meta_device(places):
+    config = peft.RoutedConfig(experts=places, top_k=2)
+    model = peft.get_peft_model(mlp(), config, low_cpu_mem_usage=True)
+    factors = model.get_base_model()[0].factors("default")
+    assert factors.down.device.type == "cpu"
+    assert {"LOHA", "POLY.task_2"} <= set(peft.plan(mlp(), config) and model.named_experts())

@@ -102,6 +102,19 @@ def test_gradients_with_checkpointing(libraries, routing):
         torch.testing.assert_close(found[1][name], gradient)
 
 
+def test_transformers_loads_a_routed_adapter_by_itself(libraries, tmp_path):
+    base("llama").save_pretrained(tmp_path / "base")
+    own = models.llama().from_pretrained(tmp_path / "base")
+    model = peft.get_routed_model(own, libraries["llama"], top_k=2, task_type="CAUSAL_LM").eval()
+    model.save_pretrained(tmp_path / "routed")
+    right = model(input_ids=IDS).logits
+    native = models.llama().from_pretrained(tmp_path / "base")
+    native.load_adapter(str(tmp_path / "routed"))
+    torch.testing.assert_close(native.eval()(input_ids=IDS).logits, right)
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "routed")
+    torch.testing.assert_close(auto.eval()(input_ids=IDS).logits, right)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16(libraries, autocast):
     full = routed(libraries, "llama", routing="arrow", top_k=2)

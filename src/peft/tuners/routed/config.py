@@ -103,10 +103,10 @@ class RoutedConfig(TargetedConfig):
         yield from super()._problems()
         for name in self._sources:
             yield from _source_problems(name, getattr(self, name))
-        if isinstance(self.experts, dict) and (
-            offence := next(name_offences(list(self.experts)), "")
-        ):
-            yield f"`experts` must have different names that are not blank; {offence}."
+        names = list(self.experts) if isinstance(self.experts, dict) else []
+        named = [name for name in names if isinstance(name, str)]
+        for offence in name_offences(named):
+            yield f"`experts` must have names that are not blank; {offence}."
         yield from choice("routing", self.routing, KINDS)
         yield from choice("routing_level", self.routing_level, ("token", "sample", "sequence"))
         if self.top_k is not None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ...base.errors import PeftTypeError, PeftValueError
+from ...base.plain_values import plain
 from ...config import PeftConfig
 from ...core.low_rank_deltas import Deltas, deltas_by_task
 from ...ops.low_rank import LowRank
@@ -91,6 +92,9 @@ def get_routed_model(
     config.experts = described(model, experts, held, config.deltas_only)
     if general_experts:
         config.general_experts = described(model, general_experts, held, config.deltas_only)
+    config.base_model_name_or_path = (
+        plain(getattr(model, "name_or_path", None)) or config.base_model_name_or_path
+    )
     config.validate()
     with at_hand(held):
         return PeftModel.class_for(config.task_type)(
@@ -107,6 +111,8 @@ def described(
     """Return experts as the fields of a config; put those in memory into `held`, by `key_of`."""
     sources: dict[str, Source] = {}
     for name, expert in experts.items():
+        if not isinstance(name, str):
+            raise PeftTypeError(f"An expert's name must be a string, not {name!r}.")
         if isinstance(expert, (str, os.PathLike)):
             sources[name] = {"source": os.fspath(expert)}
         elif isinstance(expert, Mapping) and expert and "source" in expert:

@@ -19,6 +19,7 @@ class ExpertFactors(nn.Module):
     adapter's file.
 
     Attributes:
+        ranks: The rank of each expert here, and last that of the general delta.
         numbers: The number of each expert that adapts the layer, by its place here.
         has_all: True if all experts of the adapter adapt the layer, in their order.
         has_general: True if the last place has the delta to subtract from each expert.
@@ -26,61 +27,56 @@ class ExpertFactors(nn.Module):
         is_here: 1 for an expert that adapts the layer, else 0, `[experts]`.
     """
 
-    numbers: Tensor
-    place: Tensor
-    is_here: Tensor
+    down: Tensor
+    up: Tensor
     owner: Tensor
     rows: Tensor
     real: Tensor | None
+    numbers: Tensor
+    place: Tensor
+    is_here: Tensor
 
     def __init__(self, experts: LayerExperts, placement: Placement) -> None:
         super().__init__()
         device, dtype = placement
+        if device.type == "meta":
+            device = torch.device("cpu")  # no checkpoint would fill them
         self.has_general = experts.general is not None
         self.has_all = list(experts.deltas) == list(range(experts.number))
         parts = list(experts.deltas.values())
         parts += [] if experts.general is None else [experts.general]
-        down, up = torch.cat([part.A for part in parts]), torch.cat([part.B.mT for part in parts])
-        for name, tensor in (("down", down), ("up", up)):
-            tensor = tensor.to(device, dtype, copy=True).contiguous()
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-        ranks = torch.tensor([part.rank for part in parts])
-        numbers = torch.tensor(list(experts.deltas))
-        place = torch.zeros(experts.number, dtype=torch.long)
-        is_here = torch.zeros(experts.number)
+        self.ranks = [part.rank for part in parts]
+        ranks, numbers = torch.tensor(self.ranks), torch.tensor(list(experts.deltas))
+        place, is_here = torch.zeros(experts.number, dtype=torch.long), torch.zeros(experts.number)
         place[numbers], is_here[numbers] = torch.arange(len(numbers)), 1.0
-        steps = torch.arange(int(ranks.max()))
+        steps = torch.arange(max(self.ranks))
         real = steps < ranks.unsqueeze(1)
-        indices = {
+        tensors = {
+            "down": torch.cat([part.A.to(device, dtype) for part in parts]),
+            "up": torch.cat([part.B.mT.to(device, dtype) for part in parts]),
+            "owner": torch.arange(len(parts)).repeat_interleave(ranks),
+            "rows": (ranks.cumsum(0) - ranks).unsqueeze(1) + torch.where(real, steps, 0),
+            "real": None if real.all() else real.to(dtype),
             "numbers": numbers,
             "place": place,
             "is_here": is_here.to(dtype),
-            "owner": torch.arange(len(ranks)).repeat_interleave(ranks),
-            "rows": (ranks.cumsum(0) - ranks).unsqueeze(1) + torch.where(real, steps, 0),
-            "real": None if real.all() else real.to(dtype),
         }
-        for name, value in indices.items():
-            self.register_buffer(
-                name, None if value is None else value.to(device), persistent=False
-            )
+        for name, tensor in tensors.items():
+            moved = None if tensor is None else tensor.detach().to(device).contiguous()
+            self.register_buffer(name, moved, persistent=False)
 
     def forward(self) -> Factors:
         """Return the factors, by a call that offloading libraries see."""
-        modules = self._parameters
-        return Factors(modules["down"], modules["up"], self.owner, self.rows, self.real)  # type: ignore[arg-type]
+        return Factors(self.down, self.up, self.owner, self.rows, self.real)
 
     def __len__(self) -> int:
         """Return the number of experts that adapt the layer."""
         return self.numbers.shape[0]
 
-    def ranks(self) -> list[int]:
-        """Return the rank of each expert here, and last that of the general delta."""
-        return self.owner.bincount(minlength=self.rows.shape[0]).tolist()
-
     def deltas(self) -> LayerExperts:
         """Return the experts' deltas."""
-        ranks, factors = self.ranks(), self()
-        downs, ups = factors.down.detach().split(ranks), factors.up.detach().split(ranks)
+        factors = self()
+        downs, ups = factors.down.split(self.ranks), factors.up.split(self.ranks)
         parts = [approximate(up.mT, down) for down, up in zip(downs, ups, strict=True)]
         general = parts.pop() if self.has_general else None
         numbers = self.numbers.tolist()
@@ -106,8 +102,8 @@ class ExpertFactors(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes."""
-        ranks, general = self.ranks(), ", general=True" if self.has_general else ""
-        return f"experts={len(self)}, ranks={min(ranks)} to {max(ranks)}{general}"
+        general = ", general=True" if self.has_general else ""
+        return f"experts={len(self)}, ranks={min(self.ranks)} to {max(self.ranks)}{general}"
 
 
 class ExpertWeights(nn.Module):

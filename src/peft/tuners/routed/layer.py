@@ -100,7 +100,8 @@ class RoutedLayer(RoutingLayer):
             weights: The weights of another layer, to share.
         """
         place = self._placement(placement)
-        factors = ExpertFactors(experts, place)
+        home = self._placement(None)._replace(dtype=place.dtype)  # never the meta device
+        factors = ExpertFactors(experts, home if place.device.type == "meta" else place)
         self.routed_experts[adapter_name] = factors.train(self.training)
         self.routed_options[adapter_name] = RoutingOptions.of(config)
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
@@ -298,7 +299,7 @@ class RoutedLayer(RoutingLayer):
     def adapter_cost(self, adapter_name: str, config: RoutedConfig) -> AdapterCost:
         """Return the cost of the chosen experts' factors and of the scores."""
         experts, size = self.factors(adapter_name), self.geometry
-        ranks = sorted(experts.ranks(), reverse=True)
+        ranks = sorted(experts.ranks, reverse=True)
         chosen = sum(ranks[: config.top_k] if config.routes_by_input else ranks)
         scored = len(experts) * size.in_features if config.routes_by_input else 0
         most = min(size.in_features, size.out_features)

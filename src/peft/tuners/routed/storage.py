@@ -51,7 +51,7 @@ def with_experts(
         state |= {
             f"{start}down": factors.down,
             f"{start}up": factors.up,
-            f"{start}ranks": torch.tensor(experts.ranks()),
+            f"{start}ranks": torch.tensor(experts.ranks),
             f"{start}numbers": torch.tensor([*numbers, *general]),
         }
     return replace(config, save_experts=True), state
