@@ -281,3 +281,23 @@ def test_options_that_parameters_do_not_have(config, message):
     config.target_parameters, config.target_modules = TARGETS, []
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"),
+    [
+        ("lora", "mixtral", torch.float32),
+        ("lora", "gpt_oss", torch.bfloat16),
+        ("lokr", "llama4", torch.float32),
+        ("poly", "mixtral", torch.float32),
+    ],
+)
+def test_compiling_breaks_no_graph(name, kind, dtype):
+    torch._dynamo.reset()
+    base, ids = mixture(kind, "grouped_mm", dtype, num_hidden_layers=1), tokens()
+    model = adapted(base, name).eval()
+    expected = model(ids, **arguments(name)).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    limits = ROUNDED if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(compiled(ids, **arguments(name)).logits, expected, **limits)

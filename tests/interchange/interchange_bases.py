@@ -3,6 +3,9 @@
 same description.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -114,7 +117,15 @@ def _t5(head):
     return getattr(transformers, f"T5{head}")(config)
 
 
+def _experts(kind):
+    sys.path.append(str(Path(__file__).parents[1]))
+    from helpers.experts import mixture
+
+    return mixture(kind)
+
+
 MAKERS = {
+    "experts": _experts,
     "mlp": Mlp,
     "conv": Convolutions,
     "embedder": Embedder,

@@ -338,6 +338,38 @@ def shown(case):
     return facts
 
 
+def parameter_cases():
+    """LoRA on the experts of mixtures, and on matrices. There all adapters of a model have the same
+    `target_parameters`.
+    """
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    patterns = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"down_proj": 5}}
+    adapters = {
+        "mixtral": [{"r": 3, "lora_alpha": 5, **patterns}, {"r": 2, "use_rslora": True}],
+        "qwen2_moe": [{"r": 4, "init_lora_weights": "gaussian"}],
+        "gpt_oss": [{"r": 3, "target_modules": ["q_proj"]}],
+        "deepseek_v3": [{"r": 2, "target_parameters": ["down_proj", "o_proj.weight"]}],
+        "llama4": [{"r": 1}],
+    }
+    return [
+        {
+            "id": f"parameters-{kind}",
+            "config_class": "LoraConfig",
+            "seed": 5,
+            "base": ["experts", kind],
+            "adapters": {
+                name: {"target_parameters": stacks, "target_modules": [], **config}
+                for name, config in zip(("default", "other"), configs, strict=False)
+            },
+            "file": "safetensors",
+            "reader": "from_pretrained",
+            "lora_rank": None,
+            "task_ids": None,
+        }
+        for kind, configs in adapters.items()
+    ]
+
+
 def make_cases(seed):
     """Of many random cases as few as show all that those do; the methods that can be are also
     written as LoRA adapters.
@@ -351,4 +383,5 @@ def make_cases(seed):
     while missing:
         kept.append(max(drawn, key=lambda case: len(shown(case) & missing)))
         missing -= shown(kept[-1])
-    return sorted([*kept, ACTIVATED, ATTENTION], key=lambda case: case["id"])
+    fixed = [ACTIVATED, ATTENTION, *parameter_cases()]
+    return sorted([*kept, *fixed], key=lambda case: case["id"])

@@ -106,7 +106,7 @@ def test_both_write_the_same_files(results, case):
                 tensors[package] = load_file(folder / "adapter_model.safetensors")
             else:
                 tensors[package] = torch.load(folder / "adapter_model.bin", weights_only=True)
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             for package in VERSIONS:
                 value = fields[package].get(name)
                 fields[package][name] = sorted(value) if isinstance(value, list) else value

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -28,14 +27,21 @@ _INTERFACE = "transformers.integrations.moe"
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
-def run(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-    """Call a module with the active adapters of its parameters."""
+def run(
+    module: nn.Module,
+    names: tuple[str, ...] | None,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> Any:
+    """Call a module with the active adapters of its parameters; `names` are its
+    `interface_names`.
+    """
     held = layers_of(module)
     batch = ADAPTER_BATCHES.current
     is_mixed = batch is not None and batch.only is None
     if not is_mixed and not any(inner.acting() for layers in held.values() for inner in layers):
         return module(*args, **kwargs)
-    call = _expert_call(module, args, kwargs)
+    call = None if names is None else _expert_call(module, names, args, kwargs)
     if call is not None and _is_worth_it(module, held, is_mixed):
         return _run_experts(module, *call, batch if is_mixed else None)
     with shared_sums():
@@ -54,17 +60,14 @@ def _is_worth_it(module: nn.Module, held: dict[str, list[AdaptingLayer]], is_mix
 
 
 def _expert_call(
-    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    module: nn.Module, names: tuple[str, ...], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return hidden states, chosen experts and weights of a call of transformers' experts; None for
-    other modules, and for functions that are more than products.
+    functions that are more than products.
     """
     own: Any = module
-    kind: type = type(module)
-    names = _interface_names(kind)
     if (
-        names is None
-        or "forward" in vars(module)
+        "forward" in vars(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -86,8 +89,7 @@ def _expert_call(
     return (hidden, index, weights) if is_flat and is_plain else None
 
 
-@lru_cache(maxsize=4096)
-def _interface_names(kind: type) -> tuple[str, ...] | None:
+def interface_names(kind: type) -> tuple[str, ...] | None:
     """Return the names of the three arguments of transformers' experts, None for other modules."""
     forward: object = getattr(kind, "forward", None)
     if getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:

@@ -27,7 +27,7 @@ from .adapted_parameters import (
 )
 from .adapters import AdapterParameterDict
 from .base_layer import innermost
-from .fused_experts import run
+from .fused_experts import interface_names, run
 from .layer import BaseTunerLayer
 from .merges import Merges
 from .method_info import AdapterCost
@@ -73,6 +73,7 @@ class ParameterLayer(BaseTunerLayer):
         """Note size and merges of the parameter."""
         module = innermost(base_layer)
         size, self.num_experts, self.is_stacked = parameter_geometry(module, self.parameter_name)
+        self._expert_arguments = interface_names(type(module))
         self.geometry = size
         self.in_features, self.out_features = size.in_features, size.out_features
         inner = base_layer
@@ -96,7 +97,7 @@ class ParameterLayer(BaseTunerLayer):
             self._merges.suspend(self)
         if isinstance(base, ParameterLayer):
             return base(*args, **kwargs)
-        return run(base, args, kwargs)
+        return run(base, self._expert_arguments, args, kwargs)
 
     def acting(self) -> Sequence[str]:
         """Return the adapters whose deltas the parameter gets now.
