@@ -287,9 +287,7 @@ def test_options_that_parameters_do_not_have(config, message):
 @pytest.mark.parametrize(
     ("name", "kind", "dtype"),
     [
-        ("lora", "mixtral", torch.float32),
         ("lora", "gpt_oss", torch.bfloat16),
-        ("lokr", "llama4", torch.float32),
         ("poly", "mixtral", torch.float32),
     ],
 )

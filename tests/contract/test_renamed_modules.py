@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft import (
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -271,11 +272,11 @@ def test_experts_that_are_one_tensor_now(tmp_path):
         return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=2))
 
     get_peft_model(
-        fresh(make), LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+        fresh(make), LoKrConfig(r=2, target_modules=["q_proj", "o_proj"])
     ).save_pretrained(tmp_path)
     expert = (r"self_attn.o_proj", "block_sparse_moe.experts.0.w1")
     as_it_was(tmp_path, [expert], {"target_modules": ["q_proj", "w1"]})
-    model = get_peft_model(fresh(make), LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    model = get_peft_model(fresh(make), LoKrConfig(r=2, target_modules=["q_proj", "o_proj"]))
     base = fresh(make)
     before = snapshot(model)
     for load in (
@@ -291,7 +292,7 @@ def test_experts_that_are_one_tensor_now(tmp_path):
             load()
     assert_unchanged(before, model)
     assert list(model.peft_config) == ["default"]
-    assert not any("lora" in name for name, _ in base.named_modules())
+    assert not any("lokr" in name for name, _ in base.named_modules())
 
 
 class Layer(nn.Module):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -88,6 +88,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the tensors of one module by the end of their keys, such as "lora_A.weight"."""
 
 
+class FusedPart(NamedTuple):
+    """An adapter of one expert's layer, which is a part of a stack now.
+
+    Args:
+        path: The layer's former path.
+        part: Which of the layers whose weights lie one below the other.
+        expert: The expert's index.
+        tensors: The adapter's tensors by the end of their keys.
+    """
+
+    path: str
+    part: int
+    expert: int
+    tensors: Mapping[str, Tensor]
+
+
 class CheckpointFormat(Generic[C]):
     """Conversion of an adapter's tensors between a model and a checkpoint.
 
@@ -106,6 +122,23 @@ class CheckpointFormat(Generic[C]):
     masked: ClassVar[tuple[str, ...]] = ()
     # Names of tensors in other programs' files, at the end of a key, and the names here.
     other_names: ClassVar[Mapping[str, str]] = {}
+    # Ends of keys of a single expert's adapter, if the next two methods make one of a stack.
+    expert_tensors: ClassVar[tuple[str, ...]] = ()
+
+    def stack_experts(
+        self, config: C, parts: Sequence[FusedPart], shape: tuple[int, ...] | None
+    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Return the adapter of a stack `[experts, out, in]` by the ends of its keys, made of those
+        of single experts, and its `stack_settings`.
+        """
+        raise NotImplementedError
+
+    def stack_settings(self, config: C, paths: Mapping[int, str]) -> Mapping[str, Any]:
+        """Return the values of pattern fields for a stack, from a former path of each part."""
+        raise NotImplementedError
+
+    def fit_to_stacks(self, config: C) -> None:
+        """Change the settings of a config that adapters of stacks do not have, with a warning."""
 
     def module_shape(self, shapes: Shapes) -> ModuleShape | None:
         """Return the size of a module from the shapes of an adapter's tensors for it, those that

@@ -26,7 +26,7 @@ _TOWERS = ("text_model", "vision_model")
 _ROOT = re.compile(r"(base_model\.(model\.)?)?")
 
 
-class _Rules(NamedTuple):
+class Rules(NamedTuple):
     """The renaming rules of a transformers model inside a model.
 
     Args:
@@ -62,13 +62,13 @@ class ModuleNames:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.paths = dict.fromkeys(plain_path(path) for path, _ in walk(model, repeated=True))
-        self._known: list[_Rules] | None = None
+        self._known: list[Rules] | None = None
         self._flat: dict[str, list[str]] | None = None
 
     @property
-    def _rules(self) -> list[_Rules]:
+    def _rules(self) -> list[Rules]:
         if self._known is None:
-            self._known = list(_rules(self._model))
+            self._known = list(rules_of(self._model))
         return self._known
 
     def now(self, path: str, is_adapted: bool = True) -> str | None:
@@ -126,7 +126,7 @@ def renamed_state(
     model: nn.Module, state: Mapping[str, Tensor], containers: Collection[str]
 ) -> Renamed:
     """Return a checkpoint's tensors with the present names of the model's modules."""
-    split = {key: _split(key, containers) for key in state}
+    split = {key: split_key(key, containers) for key in state}
     names = ModuleNames(model)
     same = Renamed(dict(state), {}, [])
     if all(path in names.paths for _, path, _ in split.values()):
@@ -145,7 +145,7 @@ def renamed_state(
     return Renamed(result, found, list(layers))
 
 
-def _split(key: str, containers: Collection[str]) -> tuple[str, str, str]:
+def split_key(key: str, containers: Collection[str]) -> tuple[str, str, str]:
     """Split a checkpoint's key into prefix, module path and the rest."""
     root = _ROOT.match(key)
     assert root is not None
@@ -169,7 +169,7 @@ def _without_towers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _TOWERS)
 
 
-def _rules(model: nn.Module) -> Iterator[_Rules]:
+def rules_of(model: nn.Module) -> Iterator[Rules]:
     """Yield the rules of each outermost transformers model in a model, if there are any."""
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None:
@@ -190,7 +190,7 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
         }
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        yield _Rules(
+        yield Rules(
             plain_path(root.rstrip(".")) + "." * bool(path),
             renamings,
             converters,
@@ -199,7 +199,7 @@ def _rules(model: nn.Module) -> Iterator[_Rules]:
         )
 
 
-def _renamed(path: str, rules: _Rules, is_adapted: bool) -> str:
+def _renamed(path: str, rules: Rules, is_adapted: bool) -> str:
     """Return a module's path after all rules, which are for names of tensors."""
     from transformers.core_model_loading import rename_source_key
 

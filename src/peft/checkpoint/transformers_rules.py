@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from ..base.constants import MODEL_ROOT, ROOT
 from ..base.errors import PeftRuntimeError
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from .protocols import AdapterConfig, tuner_class
+from .fused_modules import stacks_rows
+from .protocols import AdapterConfig, FusedPart, tuner_class
 
 
 def build_peft_weight_mapping(
@@ -66,6 +68,11 @@ def build_peft_weight_mapping(
             for name, parameter in nested.items()
         ),
         *([] if peft_config is None else _converters(adapter_name, peft_config)),
+        *(
+            []
+            if peft_config is None
+            else _stack_converters(weight_conversions, adapter_name, peft_config)
+        ),
         *weight_conversions,
     ]
 
@@ -109,3 +116,88 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
         )
         for name, parts in checkpoint_format.parts.items()
     ]
+
+
+def _stack_converters(
+    rules: Sequence[Any], adapter_name: str, config: AdapterConfig
+) -> list[object]:
+    """Return rules that make the adapters of single experts, which earlier versions of a model had
+    as layers, one of a stack.
+    """
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    layout = tuner_class(config).checkpoint_format
+
+    class Stack(ConversionOps):
+        """Conversion of the adapters of all experts into that of a stack."""
+
+        supports_many_to_many = True
+
+        def __init__(self, layers: Sequence[str]) -> None:
+            self.layers = layers  # former paths, with `*` for the expert
+
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            source_patterns: list[str],
+            target_patterns: list[str],
+            **kwargs: Any,
+        ) -> dict[str, Any]:
+            found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+            for i, pattern in enumerate(source_patterns):
+                part, end = divmod(i, len(layout.expert_tensors))
+                for expert, tensor in enumerate(input_dict.get(pattern, ())):
+                    own = found.setdefault((part, expert), {})
+                    own[layout.expert_tensors[end]] = tensor
+            parts = [
+                FusedPart(self.layers[part].replace("*", str(expert)), part, expert, own)
+                for (part, expert), own in found.items()
+            ]
+            tensors, _ = layout.stack_experts(config, parts, None)
+            return dict(zip(target_patterns, tensors.values(), strict=True))
+
+    converters: list[object] = []
+    fused = [rule for rule in rules if layout.expert_tensors and stacks_rows(rule)]
+    for rule, around in zip(fused, _numbers_around(fused, config), strict=True):
+        layers = [
+            source.replace("\\", "").removesuffix(".weight") for source in rule.source_patterns
+        ]
+        module = rule.target_patterns[0].replace("\\", "").rpartition(".")[0]
+        ends = [_in_model(end, adapter_name) for end in layout.expert_tensors]
+        converters.append(
+            WeightConverter(
+                [f"{layer}.{end}" for layer in layers for end in ends],
+                [f"{module}{'.base_layer' * around}.{end}" for end in ends],
+                [Stack(layers)],
+            )
+        )
+    return converters
+
+
+def _in_model(end: str, adapter_name: str) -> str:
+    """Return the end of a checkpoint's key with the adapter's name: `lora_A.default.weight`."""
+    container, _, name = end.partition(".")
+    return f"{container}.{adapter_name}" + (f".{name}" if name else "")
+
+
+def _numbers_around(rules: Sequence[Any], config: AdapterConfig) -> Iterator[int]:
+    """Yield, for each stack of a module, how many later ones of the module a config targets too."""
+    owners = [rule.target_patterns[0].rpartition(".")[0] for rule in rules]
+    targeted = [
+        any(
+            _names(config, source.replace("\\", "").replace("*", "0").removesuffix(".weight"))
+            for source in rule.source_patterns
+        )
+        for rule in rules
+    ]
+    for i, owner in enumerate(owners):
+        later = range(i + 1, len(rules))
+        yield sum(targeted[j] for j in later if owners[j] == owner)
+
+
+def _names(config: AdapterConfig, end: str) -> bool:
+    """Return whether a config's targets name a module whose path has this end."""
+    targets = getattr(config, "target_modules", None) or ()
+    if isinstance(targets, str):
+        return re.search(rf"\b{re.escape(end.rpartition('.')[2])}\b", targets) is not None
+    return any(f".{end}".endswith(f".{name}") for name in targets)

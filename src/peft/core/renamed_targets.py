@@ -15,6 +15,9 @@ from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.renamed_modules import ModuleNames, renamed_state
 from ..integrations.distributed import unwrapped_name
+from .adapted_parameters import parameter_names
+from .base_layer import innermost
+from .fused_targets import config_with_stacks, with_stacks
 from .targets import exactly, named, pattern_value, select
 
 if TYPE_CHECKING:
@@ -74,11 +77,21 @@ def present_names(
     Raises:
         CheckpointError: A module is now part of another one.
     """
+    config, state = with_stacks(model, config, state)
     holders = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).tuner_layer_cls.container_names
     found = renamed_state(model, state, holders)
     if not found.paths:
         return config, found.state
-    return renamed_config(config, ModuleNames(model).paths, found.paths, found.layers), found.state
+    layers = [path for path in found.layers if not _has_targets(model, config, found.paths[path])]
+    return renamed_config(config, ModuleNames(model).paths, found.paths, layers), found.state
+
+
+def _has_targets(model: nn.Module, config: TargetedConfig, path: str) -> bool:
+    """Return whether a config targets parameters of a module."""
+    if not config.target_parameters:
+        return False
+    names = parameter_names(innermost(model.get_submodule(path)))
+    return any(named(config.target_parameters, f"{path}.{name}") for name in names)
 
 
 def saved_paths(
@@ -100,6 +113,7 @@ def config_of_now(config: C, model: nn.Module) -> C:
 
     It is the config itself if all its names match modules, or none does under earlier names.
     """
+    config = config_with_stacks(config, model)
     if config.source is None:
         return config
     names = ModuleNames(model)

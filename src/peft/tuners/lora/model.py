@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError, PeftWarning, warn
 from ...base.placeholders import placeholder
-from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
+from ...checkpoint.protocols import CheckpointFormat, FusedPart, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
 from ...core.combining import Combination, Combined, outer_path
@@ -30,6 +30,7 @@ from .activation import CALL_ARGUMENTS, Activation
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
 from .conversion import convert_to_lora
+from .expert_stacks import stack_experts, stack_settings
 from .factors import Factors
 from .layer import (
     Conv1d,
@@ -84,6 +85,26 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
         if len(A) < 2 or len(B) < 2 or not B[1]:
             return None
         return ModuleShape(B[0], A[1], A[0], A[2:], A[0] // B[1])
+
+    expert_tensors: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
+
+    def stack_experts(  # noqa: D102
+        self, config: LoraConfig, parts: Sequence[FusedPart], shape: tuple[int, ...] | None
+    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        return stack_experts(config, parts, shape)
+
+    def stack_settings(  # noqa: D102
+        self, config: LoraConfig, paths: Mapping[int, str]
+    ) -> Mapping[str, Any]:
+        return stack_settings(config, paths)
+
+    def fit_to_stacks(self, config: LoraConfig) -> None:  # noqa: D102
+        if config.lora_dropout:
+            warn(
+                f"`lora_dropout`={config.lora_dropout!r} becomes 0: experts are parameters in this "
+                "version of transformers, and adapters of parameters have no dropout."
+            )
+            config.lora_dropout = 0.0
 
     def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """Return tensors by the keys of a checkpoint."""

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters of single experts as an adapter of a stack, exactly: pure functions of tensors.
+
+Where the weights of several layers lie one below the other in a stack (`gate` and `up`), the factor
+`A` has the ranks of all, and `B` is block-diagonal: `[B₁ 0; 0 B₂]·[A₁; A₂] = [B₁A₁; B₂A₂]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...base.errors import CheckpointError
+from ...checkpoint.protocols import FusedPart
+from ...core.targets import pattern_value
+from .config import LoraConfig
+
+
+class _Size(NamedTuple):
+    """Rank and alpha of a layer's adapter."""
+
+    r: int
+    alpha: float
+
+    def scale(self, config: LoraConfig) -> float:
+        """Return the scale of the delta."""
+        return self.alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+
+
+def stack_settings(config: LoraConfig, paths: Mapping[int, str]) -> dict[str, float]:
+    """Return rank and alpha of a stack's adapter: the sum of its parts' ranks, and the alpha with
+    which it has the scale of the first.
+    """
+    sizes = [_size(config, paths[part]) for part in sorted(paths)]
+    r, scale = sum(size.r for size in sizes), sizes[0].scale(config)
+    alpha = scale * (math.sqrt(r) if config.use_rslora else r)
+    return {"rank_pattern": r, "alpha_pattern": round(alpha) if alpha == round(alpha) else alpha}
+
+
+def stack_experts(
+    config: LoraConfig, parts: Sequence[FusedPart], shape: tuple[int, ...] | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return `A [experts · r, in]` and `B [out, r · experts]` of a stack, by the ends of their
+    keys, and its settings. Experts without an adapter have zeros.
+
+    Args:
+        config: The config of the single experts.
+        parts: Their adapters.
+        shape: The stack's, `[experts, out, in]`; by default that of the parts, which are all.
+    """
+    paths = {part.part: part.path for part in parts}
+    settings = stack_settings(config, paths)
+    r, first = int(settings["rank_pattern"]), _size(config, paths[min(paths)]).scale(config)
+    own = {part.part: part.tensors["lora_B.weight"].shape[0] for part in parts}
+    one = parts[0].tensors["lora_A.weight"]
+    all_parts = 1 + max(part.expert for part in parts), sum(own.values()), one.shape[1]
+    experts, rows, columns = all_parts if shape is None else shape
+    A, B = one.new_zeros(experts, r, columns), one.new_zeros(experts, rows, r)
+    # Parts that no expert adapts share the rows that the others leave.
+    missing = max(own) + 1 - len(own)
+    width = (rows - sum(own.values())) // missing if missing else 0
+    sizes = {part: own.get(part, width) for part in range(max(own) + 1)}
+    ranks = {part: _size(config, path).r for part, path in paths.items()}
+    for part in parts:
+        up, down = part.tensors["lora_B.weight"], part.tensors["lora_A.weight"]
+        top = sum(size for other, size in sizes.items() if other < part.part)
+        start = sum(rank for other, rank in ranks.items() if other < part.part)
+        _check_fit(part, columns, rows - top, ranks[part.part], experts)
+        own_ranks = slice(start, start + down.shape[0])
+        A[part.expert, own_ranks] = down
+        change = _size(config, part.path).scale(config) / first
+        B[part.expert, top : top + up.shape[0], own_ranks] = up * change
+    stacked = B.permute(1, 2, 0).reshape(rows, r * experts).contiguous()
+    return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": stacked}, settings
+
+
+def _size(config: LoraConfig, path: str) -> _Size:
+    return _Size(
+        pattern_value(config.rank_pattern or {}, path, config.r),
+        pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
+    )
+
+
+def _check_fit(part: FusedPart, columns: int, rows: int, r: int, experts: int) -> None:
+    """Raise `CheckpointError` if the factors of an expert's layer do not fit into a stack."""
+    A, B = (tuple(part.tensors[f"lora_{name}.weight"].shape) for name in "AB")
+    if (r, columns) != A or len(B) != 2 or B[0] > rows or B[1] != r or part.expert >= experts:
+        raise CheckpointError(
+            f"`{part.path}`: its factors {list(A)} and {list(B)} do not fit an expert of this "
+            f"model, with {columns} columns, {rows} rows and rank {r}; nothing was loaded."
+        )
