@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..base.calls.layout import RowLayout
 from ..base.calls.stack import CallStack
+from ..integrations.distributed import is_flattened
 from ..ops.dispatch import is_eager
 from ..ops.grouped import GroupedRows
 
@@ -172,8 +173,12 @@ def _property(name: str) -> property:
     """
 
     def get(self: nn.Module) -> Tensor:
-        if name not in self._parameters and name not in vars(self) and not _is_computed(self, name):
-            raise AttributeError(name)
+        parameter = self._parameters.get(name)
+        if name not in vars(self):
+            if parameter is None and not _is_computed(self, name):
+                raise AttributeError(name)
+            if is_flattened(parameter):  # between calls, FSDP1 looks for its own parameter
+                return cast(Tensor, parameter)
         return read(self, name)
 
     def put(self: nn.Module, value: object) -> None:

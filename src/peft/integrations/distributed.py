@@ -80,7 +80,7 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
     modules = list(walk(model, adapters))
     units = _fsdp1_units(modules)
     named = list(named_tensors(modules, adapters, buffers=True))
-    flattened = [name for name, tensor in named if _is_flattened(tensor)]
+    flattened = [name for name, tensor in named if is_flattened(tensor)]
     if not units and not flattened:
         state, seen = {}, set()
         for name, tensor in state_of(model, adapters).items():
@@ -236,13 +236,13 @@ def is_unmaterialized(tensor: Tensor) -> bool:
 
 def is_unreadable(tensor: object) -> bool:
     """Return True for a matrix that ZeRO-3 has emptied or FSDP1 has cut into flat slices."""
-    is_slice = isinstance(tensor, Tensor) and _is_flattened(tensor) and tensor.dim() < 2
+    is_slice = isinstance(tensor, Tensor) and is_flattened(tensor) and tensor.dim() < 2
     return is_slice or _is_emptied(tensor)
 
 
 def is_managed(tensor: object) -> bool:
     """Return True for a parameter of an engine, which must not be replaced by another."""
-    return is_distributed(tensor) or _is_flattened(tensor)
+    return is_distributed(tensor) or is_flattened(tensor)
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:
@@ -297,7 +297,8 @@ def _is_emptied(tensor: object) -> bool:
     )
 
 
-def _is_flattened(tensor: object) -> bool:
+def is_flattened(tensor: object) -> bool:
+    """Return True for a parameter whose memory is part of a flat parameter of FSDP1."""
     return getattr(tensor, "_fsdp_flattened", False)
 
 

@@ -21,6 +21,7 @@ from peft import (
     PolyConfig,
     VBLoRAConfig,
     get_peft_model,
+    get_peft_model_state_dict,
 )
 from peft.tuners.lora import MultiheadAttention, ParamWrapper
 
@@ -290,3 +291,40 @@ def test_other_methods_adapt_it_too(config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(Block(), tmp_path, autocast_adapter_dtype=False)
     torch.testing.assert_close(loaded.double()(X, Y, Y), found)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "targets", [{"target_modules": ["mha"]}, {"target_parameters": ["mha.in_proj_weight"]}]
+)
+def test_inside_fully_sharded_data_parallel(targets):
+    """It replaces parameters by views of a flat one, and looks for its own between calls."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def make():
+        torch.manual_seed(6)
+        config = LoraConfig(**{"target_modules": [], **targets}, r=2, init_lora_weights=False)
+        return get_peft_model(Block(), config, autocast_adapter_dtype=False).double()
+
+    plain = make()
+    plain(X, X, X)[0].sum().backward()
+    expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(
+            make(), use_orig_params=True, device_id=torch.device("cpu")
+        )
+        for _ in range(2):
+            sharded.zero_grad()
+            out = sharded(X, X, X)[0]
+            torch.testing.assert_close(out, plain(X, X, X)[0])
+            out.sum().backward()
+        found = {n.removeprefix("_fsdp_wrapped_module."): p for n, p in sharded.named_parameters()}
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name].grad, gradient)
+        state = get_peft_model_state_dict(sharded)
+        assert all(torch.equal(t, get_peft_model_state_dict(plain)[k]) for k, t in state.items())
+    finally:
+        distributed.destroy_process_group()
