@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from .base.tables import alike, table
 from .core.auxiliary import AuxiliaryTrainingWrapper
 from .core.layer import BaseTunerLayer
 from .core.model_methods import is_tuner, tuner_of
@@ -86,6 +87,63 @@ class TunerModelStatus:
     devices: dict[str, list[str]]
     quantization_backend: str | Irregular | None = None
 
+    def __str__(self) -> str:
+        """Return a table of the adapters."""
+        share = self.trainable_params / max(self.total_params, 1)
+        kind = self.base_model_type
+        kind = kind if self.adapter_model_type == "None" else f"{self.adapter_model_type} on {kind}"
+        rows = [("adapter", "method", "state", "trainable", "devices")]
+        for name in self.available_adapters:
+            trainable = self.requires_grad[name]
+            rows.append(
+                (
+                    name,
+                    self.peft_types.get(name, "?"),
+                    self._state(name),
+                    trainable if isinstance(trainable, str) else "yes" if trainable else "no",
+                    ", ".join(self.devices[name]),
+                )
+            )
+        lines = [
+            f"{kind}: {self.num_adapter_layers} layers with adapters, {self.trainable_params:,} of "
+            f"{self.total_params:,} parameters trainable ({share:.2%})",
+            table(rows),
+        ]
+        if self.quantization_backend is not None:
+            lines.append(f"base weights: {self.quantization_backend}")
+        return "\n".join(lines)
+
+    def _state(self, name: str) -> str:
+        """Return the state of an adapter in words."""
+        words = [
+            word
+            for word, names in (("active", self.active_adapters), ("merged", self.merged_adapters))
+            if name in names and names != "irregular"
+        ]
+        if "irregular" in (self.active_adapters, self.merged_adapters, self.enabled):
+            words.append("not the same in all layers")
+        if self.enabled is False:
+            words.append("disabled")
+        return ", ".join(words) or "inactive"
+
+
+class LayerStatuses(list[TunerLayerStatus]):
+    """The states of layers. Print them for a table."""
+
+    def __str__(self) -> str:
+        cells = {
+            layer.name: (
+                layer.module_type,
+                ", ".join(layer.available_adapters),
+                ", ".join(layer.active_adapters) if layer.enabled else "(disabled)",
+                ", ".join(layer.merged_adapters),
+                ", ".join(name for name, own in layer.requires_grad.items() if own),
+            )
+            for layer in self
+        }
+        heading = ("layer", "class", "adapters", "active", "merged", "trainable")
+        return table([heading, *alike(cells)])
+
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the state of each layer with adapters, and of each module that is trained beside them.
@@ -94,7 +152,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model: A `PeftModel`, or a model that adapters were injected into.
 
     Returns:
-        The states, in the order of the layers in the model.
+        The states, in the order of the layers in the model; printing them shows a table.
 
     Raises:
         PeftTypeError: `model` is not a torch module.
@@ -109,11 +167,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     model = _uncompiled(model)
     searched = tuner_of(model) or model
-    result = [
+    result = LayerStatuses(
         _layer_status(path, module)
         for path, module in walk(searched)
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    ]
+    )
     if not result:
         raise PeftValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..base.errors import PeftValueError, UnsupportedModuleError
+from ..base.tables import alike, table
 from ..base.validation import check_adapter
 from ..config import PeftConfig
 from .adapter_choice import active_in, adapter_meant
@@ -37,6 +38,24 @@ class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
 
     def __getnewargs__(self) -> tuple[C, dict[str, Tensor]]:
         return self.config, self.state_dict
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._size()}; print it for a table>"
+
+    def __str__(self) -> str:
+        """Return a table of the errors."""
+        errors: dict[str, float] = getattr(self, "errors", {})
+        cells = {name: (f"{error:.3g}",) for name, error in errors.items()}
+        rows = [("layer or adapter", "error"), *alike(cells)]
+        return "\n".join([self._size(), *([table(rows, right=[1])] if cells else [])])
+
+    def _size(self) -> str:
+        """Return method, rank, numbers and error in words."""
+        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        number = sum(tensor.numel() for tensor in self.state_dict.values())
+        error = f", error {self.error:.3g}" if hasattr(self, "error") else ""
+        rank = getattr(self.config, "r", None)
+        return f"{method} r={rank}, {len(self.state_dict)} tensors, {number:,} parameters{error}"
 
     @property
     def config(self) -> C:  # noqa: D102

@@ -48,6 +48,12 @@ class LoadedAdapter(NamedTuple):
     tensors: dict[str, Tensor]
     shared: Mapping[str, Tensor]
 
+    def __repr__(self) -> str:
+        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        number = sum(tensor.numel() for tensor in self.tensors.values())
+        banks = f", {len(self.shared)} shared" if self.shared else ""
+        return f"LoadedAdapter({method}, {len(self.tensors)} tensors, {number:,} parameters{banks})"
+
 
 @dataclass
 class Content:

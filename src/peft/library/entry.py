@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.plain_values import JsonObject
+from ..base.tables import in_bytes
 from ..base.validation import number
 
 
@@ -81,6 +82,11 @@ class AdapterEntry:
     tags: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     stamps: Stamps = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        base = "" if self.base_model is None else f" for {self.base_model}"
+        return f"{self.name}: {self.method}{rank}{base}, {in_bytes(self.bytes)}, in {self.place}"
 
     @property
     def version(self) -> tuple[str, Stamps]:

@@ -64,10 +64,6 @@ class LoraConversion(Conversion[LoraConfig]):
     errors: dict[str, float]
     error: float
 
-    def __repr__(self) -> str:
-        error = f", error={self.error:.3g}" if hasattr(self, "error") else ""
-        return f"LoraConversion({self.config!r}, {len(self.state_dict)} tensors{error})"
-
     @classmethod
     def of(
         cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: Mapping[str, LowRank]

@@ -47,10 +47,6 @@ class PolyConversion(Conversion[PolyConfig]):
     errors: dict[str, float]
     labels: TaskLabels | None = None
 
-    def __repr__(self) -> str:
-        errors = getattr(self, "errors", {})
-        return f"PolyConversion({self.config!r}, {len(self.state_dict)} tensors, errors={errors})"
-
 
 def convert_to_poly(
     model: nn.Module,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.progress import track
+from ...base.tables import table
 from ...core.fitting import FewShotLoss, Loss, Subject, checked_options, descend, evaluating
 from ...core.routing.task_ids import one_task, task_label
 from .adapter import PolyAdapter, Task, Tasks
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaskFit:
-    """Result of fitting a task's routing.
+    """Result of fitting a task's routing. Print it for a summary.
 
     Attributes:
         task: The task's id.
@@ -43,6 +44,22 @@ class TaskFit:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     start: int | None = None
+
+    def __repr__(self) -> str:
+        if not self.losses:
+            return f"TaskFit(task={self.task}, no steps)"
+        return (
+            f"TaskFit(task={self.task}, {len(self.losses) - 1} steps, loss {self.losses[0]:.4g} to "
+            f"{min(self.losses):.4g}, {self.seconds:.2f} s)"
+        )
+
+    def __str__(self) -> str:
+        """Return the losses at some steps, and where the fit started."""
+        last = len(self.losses) - 1
+        steps = sorted({round(last * part / 8) for part in range(9)}) if self.losses else []
+        rows = [("step", "loss"), *((str(step), f"{self.losses[step]:.4g}") for step in steps)]
+        start = "" if self.start is None else f", started from task {self.start}"
+        return f"{table(rows, right=[0, 1])}\ntask {self.task}, {self.seconds:.2f} s{start}"
 
 
 def train_only(

@@ -75,6 +75,10 @@ class LoKrReport:
         keys = ", ".join(map(repr, unknown[:5]))
         return [f"Keys of no LoKr module: {keys}{more}.", *problems]
 
+    def __repr__(self) -> str:
+        placed = "no model" if self.placement is None else f"{len(self.placement.placed)} placed"
+        return f"<LoKrReport: {self.file!r}, {placed}; print it for a table>"
+
     def __str__(self) -> str:
         lines = [f"{self.file.source}: LoKr, written by {self.file.writer}"]
         for component, modules in self.file.components.items():

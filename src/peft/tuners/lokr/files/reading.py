@@ -61,6 +61,9 @@ class LoKrFile:
     modules: dict[tuple[str, str], FileModule] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"LoKrFile('{self.source}', {len(self.modules)} modules, from {self.writer})"
+
     @property
     def components(self) -> dict[str, list[FileModule]]:
         """Modules by component."""
