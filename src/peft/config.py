@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -20,6 +21,7 @@ from .base.plain_values import JsonObject, as_list, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
 from .base.validation import (
+    LARGEST_SIZE,
     at_least,
     boolean,
     choice,
@@ -436,10 +438,13 @@ class LycorisConfig(TargetedConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    # None where a rank beyond a layer's size makes no larger tensors.
+    largest_rank: ClassVar[int | None] = LARGEST_SIZE
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
+        rank = partial(at_least, most=self.largest_rank)
+        yield from pattern_dict("rank_pattern", self.rank_pattern, rank)
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, number)
 
 

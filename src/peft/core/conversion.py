@@ -53,7 +53,8 @@ class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
         """Return method, rank, numbers and error in words."""
         method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
         number = sum(tensor.numel() for tensor in self.state_dict.values())
-        error = f", error {self.error:.3g}" if hasattr(self, "error") else ""
+        total: float | None = getattr(self, "error", None)
+        error = "" if total is None else f", error {total:.3g}"
         rank = getattr(self.config, "r", None)
         return f"{method} r={rank}, {len(self.state_dict)} tensors, {number:,} parameters{error}"
 

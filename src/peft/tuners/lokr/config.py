@@ -123,6 +123,7 @@ class LoKrConfig(LycorisConfig):
     tensor_shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     row_offsets: dict[str, int] = field(default_factory=dict)
 
+    largest_rank: ClassVar[int | None] = None  # such factors are full
     patterns: ClassVar[tuple[str, ...]] = (
         *LycorisConfig.patterns,
         "factor_pattern",
@@ -155,7 +156,7 @@ class LoKrConfig(LycorisConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from at_least("r", self.r)
+        yield from at_least("r", self.r, most=self.largest_rank)
         yield from number("alpha", self.alpha)
         yield from probability("rank_dropout", self.rank_dropout)
         yield from probability("module_dropout", self.module_dropout)
