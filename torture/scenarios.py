@@ -19,6 +19,8 @@ from torch import nn
 
 import peft
 from peft import (
+    AdapterLibrary,
+    AdapterPack,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -216,6 +218,59 @@ def writes() -> Iterator[Write]:
         _read_bytes("style.safetensors"),
         style,
     )
+    yield from library_writes()
+
+
+def library_writes() -> Iterator[Write]:
+    """Yield the operations on libraries and packs of adapters that write."""
+    one, two = adapted("LORA", 1), adapted("LOKR", 2)
+
+    def some(folder: Path) -> None:
+        one.save_pretrained(folder / "a")
+        two.save_pretrained(folder / "b")
+        AdapterLibrary(folder)
+
+    def elsewhere(folder: Path) -> Path:
+        two.save_pretrained(folder.parent / "elsewhere")
+        return folder.parent / "elsewhere"
+
+    def packed(folder: Path) -> None:
+        some(folder)
+        AdapterPack.write(folder / "x.adapters.safetensors", {"a": folder / "a"})
+
+    yield Write(
+        "tag an adapter of a library",
+        some,
+        lambda f: AdapterLibrary(f, refresh=False).tag("a", "tagged"),
+        _read_index,
+        one,
+    )
+    yield Write(
+        "copy an adapter into a library",
+        some,
+        lambda f: AdapterLibrary(f).add(elsewhere(f), "c") and None,
+        lambda f: read_adapter(f / "c"),
+        one,
+    )
+    yield Write(
+        "change the members of a pack",
+        packed,
+        lambda f: AdapterPack(f / "x.adapters.safetensors").update({"b": f / "b"}, ["a"]).close(),
+        _read_pack,
+        one,
+    )
+
+
+def _read_index(folder: Path) -> str:
+    """Return a digest of the entries in a library's index."""
+    library = AdapterLibrary(folder, refresh=False)
+    return digest(repr([(e.name, e.tags, e.bytes) for e in library]).encode())
+
+
+def _read_pack(folder: Path) -> str:
+    """Return a digest of the members of a pack, all of which have to be whole."""
+    with AdapterPack(folder / "x.adapters.safetensors") as pack:
+        return digest(repr([(name, pack.read(name)) for name in pack]).encode())
 
 
 def _interrupted(folder: Path) -> None:
@@ -263,6 +318,14 @@ def reads() -> Iterator[Read]:
         lambda f: adapted("LORA", 2).save_pretrained(f, safe_serialization=False),
         base,
         lambda m, f: PeftModel.from_pretrained(m, f),
+    )
+    yield Read(
+        "put adapters of a library on a model",
+        lambda f: [
+            adapted("LORA", n).save_pretrained(f / name) for n, name in ((1, "a"), (2, "b"))
+        ],
+        lambda: adapted("LORA", 3),
+        lambda m, f: AdapterLibrary(f).add_to(m, ["a", "b"]) and None,
     )
     yield Read(
         "hot swap LORA",

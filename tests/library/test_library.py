@@ -25,7 +25,7 @@ from peft.base.errors import (
     PeftTypeError,
     PeftValueError,
 )
-from peft.library import index, refreshing
+from peft.library import index, inspecting, refreshing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ALL = {f"methods/{name.lower()}" for name in METHODS} | {f"users/{user}" for user in USERS}
@@ -206,10 +206,12 @@ def test_adapters_from_elsewhere_are_copied(folder, made, tmp_path):
     assert {path.name for path in library.folder.iterdir()} == {
         "adapter_library.jsonl", "sums", "poly"
     }  # fmt: skip
-    with pytest.raises(PeftValueError, match="has an adapter 'sums' already"):
+    with pytest.raises(PeftValueError, match="has a folder '.*sums' already"):
         library.add(folder / "methods" / "loha", "sums")
+    shutil.copytree(folder / "methods" / "lora", tmp_path / "poly")
     with pytest.raises(PeftValueError, match="has a folder '.*poly' already"):
-        library.add(folder / "methods" / "poly")
+        library.add(tmp_path / "poly")
+    assert library.add(folder / "methods" / "poly").name == "poly"  # it is there already
     with pytest.raises(CheckpointError, match="can't be added.*no 'adapter_config.json'"):
         library.add(folder / "bank")
     assert library.names == ["poly", "sums"]
@@ -355,6 +357,22 @@ def test_the_broken_are_named_and_left_out(folder, how):
         again.load("methods/lora")
     shutil.rmtree(path)
     assert not AdapterLibrary(folder).left_out
+
+
+def test_an_error_of_the_disk_does_not_last(folder, monkeypatch):
+    library = AdapterLibrary(folder)
+    library.tag("users/ada", "x")
+    save_user(folder / "users" / "ada", "bank", folder)
+
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspecting, "digest_of", fail)
+        with pytest.warns(UserWarning, match="Left out.*It can't be read: Input/output error"):
+            library.refresh()
+    assert "users/ada" not in library
+    assert AdapterLibrary(folder)["users/ada"].tags == ("x",)
 
 
 def test_links_lead_nowhere_unless_asked(folder, made):

@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, PeftValueError
+from ..checkpoint.digests import adapter_digest
 from ..checkpoint.files import alone_in, folder_for, read_config_text, sync_folder
 from ..checkpoint.hub import HubOptions, find_file
 from .entry import AdapterEntry, Place
@@ -94,18 +97,24 @@ def without(places: Collection[Place]) -> Callable[[Index], None]:
 
 
 def path_in(root: Path, folder: Path, name: str | None) -> str:
-    """Return the path in a library of an adapter's folder, which is copied there from elsewhere.
+    """Return the path that an adapter's folder has in a library, or that a copy of it will have."""
+    for inside, outside in ((folder, root), (folder.resolve(), root.resolve())):
+        path = os.path.relpath(inside, outside)
+        if path.split(os.sep)[0] != os.pardir:
+            return path.replace(os.sep, "/")
+    return name or folder.resolve().name
+
+
+def copy_in(root: Path, folder: Path, path: str) -> None:
+    """Copy an adapter's folder into a library, unless it is there.
 
     Raises:
         CheckpointError: It has no adapter, or can't be copied; nothing is left behind.
-        PeftValueError: The library has a folder of that name.
+        PeftValueError: The library has another folder of that name.
     """
-    for inside, outside in ((folder, root), (folder.resolve(), root.resolve())):
-        path = os.path.relpath(inside, outside)
-        if path.split(os.sep)[0] != os.pardir and not os.path.isabs(path):
-            return path.replace(os.sep, "/")
-    path = name or folder.resolve().name
     target = root / path
+    if target.exists() and (target.samefile(folder) or _is_copy(target, folder)):
+        return
     if target.exists():
         raise PeftValueError(
             f"The library has a folder '{target}' already; pass another `name` for the copy."
@@ -117,7 +126,14 @@ def path_in(root: Path, folder: Path, name: str | None) -> str:
             f"{found.left_out.get('.', f'It has no {CONFIG_NAME!r}.')}"
         )
     _copy(folder, found.adapters["."].weights, root, target)
-    return path
+
+
+def _is_copy(target: Path, folder: Path) -> bool:
+    """Return whether a folder has the adapter of another one."""
+    try:
+        return adapter_digest(target) == adapter_digest(folder)
+    except CheckpointError:
+        return False
 
 
 def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
@@ -127,12 +143,12 @@ def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(dir=root, prefix=_UNFINISHED))
         try:
-            (unfinished / CONFIG_NAME).write_bytes(read_config_text(folder / CONFIG_NAME).encode())
+            text = BytesIO(read_config_text(folder / CONFIG_NAME).encode())
+            _write_synced(unfinished / CONFIG_NAME, text)
             for name in (weights, *([_CARD] if (folder / _CARD).is_file() else [])):
-                shutil.copyfile(folder / name, unfinished / name)
-            for file in unfinished.iterdir():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+                with open(folder / name, "rb") as source:
+                    _write_synced(unfinished / name, source)
+            sync_folder(unfinished)
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished.chmod(target.parent.stat().st_mode & 0o777)
             unfinished.rename(target)
@@ -140,6 +156,14 @@ def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def _write_synced(path: Path, source: BinaryIO) -> None:
+    """Write a file that is on the disk when this returns."""
+    with open(path, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def delete(root: Path, places: Collection[Place]) -> None:

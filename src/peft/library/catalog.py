@@ -79,10 +79,12 @@ class Catalog:
                 found.add(self.find(name).place)
         return found
 
-    def check_new(self, name: str) -> None:
-        """Raise `PeftValueError` if a name is taken or can't be one."""
+    def check_new(self, name: str | None, place: Place) -> None:
+        """Raise `PeftValueError` if a name can't be one, or is that of an adapter elsewhere."""
+        if name is None:
+            return
         check_name(name, ())
-        if name in self.names:
+        if name in self.names and self.names[name].place != place:
             raise PeftValueError(
                 f"The library has an adapter {name!r} already; choose another name."
             )

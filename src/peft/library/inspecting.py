@@ -31,7 +31,13 @@ _BLOCK = 1 << 20
 
 
 class UnfitError(Exception):
-    """A folder has no adapter that this package can load; the message says why."""
+    """A folder has no adapter that this package can load; the message says why.
+
+    Attributes:
+        is_lasting: False if it may have one now, though its files are the same.
+    """
+
+    is_lasting = True
 
 
 class Facts(NamedTuple):
@@ -125,7 +131,9 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
     except UnfitError:
         raise
     except Exception as error:  # a foreign file may hold anything
-        raise UnfitError(reason_of(error)) from error
+        unfit = UnfitError(reason_of(error))
+        unfit.is_lasting = is_lasting(error)
+        raise unfit from error
     if after != files.stamps:
         raise UnfitError("Its files changed while they were read; `refresh()` reads them again.")
     return AdapterEntry(
@@ -147,6 +155,12 @@ def digest_of(file: BinaryIO) -> str:
     while block := file.read(_BLOCK):
         result.update(block)
     return result.hexdigest()
+
+
+def is_lasting(error: Exception) -> bool:
+    """Return False for an error that may not come again: of the disk, the system, the memory."""
+    causes = (error, error.__cause__, error.__context__)
+    return not any(isinstance(cause, (OSError, MemoryError)) for cause in causes)
 
 
 def reason_of(error: Exception) -> str:

@@ -264,15 +264,16 @@ class AdapterLibrary:
                 "it; set the environment variable HF_HUB_CACHE."
             )
         words, numbers = checked_tags(tags), checked_scores(scores)
-        if name is not None:
-            self._catalog.check_new(name)
         folder = local_folder(source, options.get("subfolder"))
         if folder is None:
             entry = adding.on_hub(os.fspath(source), options)
-            self._change(adding.with_entry(entry))
             place = entry.place
+            self._catalog.check_new(name, place)
+            self._change(adding.with_entry(entry))
         else:
             place = Place(adding.path_in(self.folder, folder, name))
+            self._catalog.check_new(name, place)
+            adding.copy_in(self.folder, folder, place.path)
             self._change(adding.without_memory(place))
             self.refresh()
         if place not in self._catalog.index.entries:
@@ -327,7 +328,7 @@ class AdapterLibrary:
         """
         old = self._catalog.find(name).name
         if new_name != old:
-            self._catalog.check_new(new_name)
+            self._catalog.check_new(new_name, self._catalog.names[old].place)
             self._edit([old], lambda entry: replace(entry, name=new_name))
 
     def tag(self, names: Names, *tags: str, remove: str | Iterable[str] = ()) -> None:

@@ -14,7 +14,15 @@ from ..base.progress import track
 from ..core.adapter_names import check_name
 from .entry import AdapterEntry, Place, Stamps
 from .index import Index
-from .inspecting import UnfitError, check_keys, config_from, facts_of, inspect_folder, reason_of
+from .inspecting import (
+    UnfitError,
+    check_keys,
+    config_from,
+    facts_of,
+    inspect_folder,
+    is_lasting,
+    reason_of,
+)
 from .pack import AdapterPack
 from .scanning import PACK_SUFFIX, Files, Scan, scan
 
@@ -183,7 +191,7 @@ def _look_into_folder(root: Path, path: str, files: Files, result: Findings) -> 
     try:
         result.entries[place] = inspect_folder(root / path, files, result.before.entries.get(place))
     except UnfitError as error:
-        result.left_out[path] = str(error), files.stamps
+        result.left_out[path] = str(error), files.stamps if error.is_lasting else ()
 
 
 def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> None:
@@ -204,7 +212,7 @@ def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> No
                         "", place, *fact, bytes=size, sha256=digests[name], stamps=files.stamps
                     )
     except Exception as error:  # a foreign file may hold anything
-        result.left_out[path] = reason_of(error), files.stamps
+        result.left_out[path] = reason_of(error), files.stamps if is_lasting(error) else ()
 
 
 def _exists(root: Path, place: Place) -> bool:

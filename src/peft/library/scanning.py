@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.errors import CheckpointError
 from .entry import Stamp, Stamps
 
 # End of the name of a pack, a file with many adapters.
@@ -43,7 +44,7 @@ def stamp_of(found: os.stat_result) -> Stamp:
 
 
 def scan(root: str, follow_links: bool = False) -> Scan:
-    """Find the adapters below a folder.
+    """Find the adapters below a folder, which has to be readable itself.
 
     Hidden folders are passed over. A link to a folder is followed if `follow_links`, each folder
     once; else it is listed among what is left out, as are links of files that lead out of `root`.
@@ -57,7 +58,9 @@ def scan(root: str, follow_links: bool = False) -> Scan:
             with os.scandir(folder) as entries:
                 there = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            result.left_out[path or "."] = f"The folder can't be read: {error.strerror or error}."
+            if not path:
+                raise CheckpointError(f"The folder '{root}' can't be read: {error}.") from error
+            result.left_out[path] = f"The folder can't be read: {error.strerror or error}."
             continue
         files: dict[str, os.DirEntry[str]] = {}
         below = []
