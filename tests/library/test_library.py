@@ -499,8 +499,17 @@ def test_bad_arguments_change_nothing(folder):
     for message, call in calls.items():
         with pytest.raises(PeftValueError, match=message):
             call()
-    with pytest.raises(PeftTypeError, match="named by a string, got 3"):
-        library.load(3)
+    wrong = {
+        "named by a string, got 3": lambda: library.load(3),
+        "`tags`=3 must be a word or a list": lambda: library.filter(tags=3),
+        "must be a torch module|got <class 'str'>": lambda: library.add_to("model", "users/ada"),
+        "a dictionary: name": lambda: AdapterPack.write(folder / "x", ["users/ada"]),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(PeftTypeError, match=message):
+            call()
+    with pytest.raises(PeftValueError, match="No adapter was named"):
+        library.add_to(mlp(), [])
     with pytest.raises(CheckpointNotFoundError, match="There is no folder"):
         AdapterLibrary(folder / "nothing")
     assert (folder / "adapter_library.jsonl").read_bytes() == before

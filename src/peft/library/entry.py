@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.plain_values import JsonObject
@@ -185,8 +185,12 @@ def checked_scores(scores: Mapping[str, float] | None) -> dict[str, float]:
 
 def checked_tags(tags: Iterable[str] | str, name: str = "tags") -> tuple[str, ...]:
     """Return tags sorted, each once, or raise; one word is a list of it."""
-    words = [tags] if isinstance(tags, str) else list(tags)
-    for word in words:
-        if not isinstance(word, str) or not word.strip() or "\n" in word:
-            raise PeftValueError(f"`{name}` has {word!r}; a tag is a word in one line.")
+    given: list[object] = [*tags] if _is_several(tags) else [tags]
+    words = [word for word in given if isinstance(word, str) and word.strip() and "\n" not in word]
+    if odd := [word for word in given if word not in words]:
+        raise PeftValueError(f"`{name}` has {odd[0]!r}; a tag is a word in one line.")
     return tuple(sorted(set(words)))
+
+
+def _is_several(value: object) -> TypeGuard[Iterable[object]]:
+    return isinstance(value, Iterable) and not isinstance(value, str)

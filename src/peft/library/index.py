@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -126,6 +127,8 @@ class IndexFile:
             before = self.read()
             content = before.copy()
             change(content)
+            with suppress(OSError):
+                sweep(folder, ".adapter_*.tmp")  # of writers that were killed
             if self._stamp is not None and not self._problems and content == before:
                 return before
             try:
@@ -135,7 +138,6 @@ class IndexFile:
                     lines = (json.dumps(line, ensure_ascii=False) for line in content.lines())
                     write_text(self.path, "".join(f"{line}\n" for line in lines))
                     self._stamp = stamp_of(os.stat(self.path))
-                sweep(folder, ".adapter_*.tmp")
             except CheckpointWriteError:
                 if required:
                     raise

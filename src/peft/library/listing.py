@@ -160,7 +160,9 @@ def _words(value: str | Collection[str] | None, name: str) -> list[str]:
     """Return a word, or several, as a list."""
     if value is None:
         return []
-    words = [value] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        return [value]
+    words = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(word, str) for word in words):
         raise PeftTypeError(f"`{name}`={value!r} must be a word or a list of words.")
     return words

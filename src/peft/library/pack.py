@@ -33,6 +33,7 @@ from ..base.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     PeftRuntimeError,
+    PeftTypeError,
     PeftValueError,
 )
 from ..base.plain_values import JsonObject
@@ -262,7 +263,9 @@ class AdapterPack:
         gone = [remove] if isinstance(remove, str) else list(remove)
         for name in gone:
             self.row(name)
-        added = dict(add or {})
+        added = {} if add is None else add
+        if not isinstance(added, Mapping):
+            raise PeftTypeError(f"`add`={add!r} must be a dictionary: name → folder.")
         kept = {name: self for name in self if name not in gone and name not in added}
         _write(self.path, {**kept, **added})
         return AdapterPack(self.path)
@@ -350,6 +353,10 @@ Source = str | os.PathLike[str] | AdapterPack
 
 def _write(path: Path, sources: Mapping[str, Source]) -> None:
     """Write a pack of adapters in folders and in packs."""
+    if not isinstance(sources, Mapping):
+        raise PeftTypeError(
+            f"Adapters are given by a dictionary: name → folder; got {type(sources).__name__}."
+        )
     for name in sources:
         if not isinstance(name, str) or not name or "\n" in name:
             raise PeftValueError(f"An adapter's name {name!r} must be a non-empty string.")

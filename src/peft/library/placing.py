@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError
+from ..base.modules import check_model
 from ..base.progress import track
 from ..core.adapter_names import check_name
 from ..core.auxiliary import AuxiliaryTrainingWrapper
@@ -38,6 +39,9 @@ def put_on(
     Raises:
         PeftError: A name is taken or an adapter does not fit. None is put on then.
     """
+    check_model(model)
+    if not contents:
+        raise PeftValueError("No adapter was named; name at least one.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     peft_model = model if isinstance(model, PeftModel) else None
     taken = set() if peft_model is None else set(peft_model.peft_config)
