@@ -114,6 +114,7 @@ def create_arrow_model(
         config,
         "arrow_router",
         general_experts={f"gks_{i}": _source(path, hub) for i, path in enumerate(general)},
+        hub_options=hub,
         autocast_adapter_dtype=rest.get("autocast_adapter_dtype", True),
     )
     own = model.peft_config["arrow_router"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
+from ...checkpoint.hub import HubOptions
 from ...config import PeftConfig
 from ...core.low_rank_deltas import Deltas, deltas_by_task
 from ...ops.low_rank import LowRank
@@ -33,6 +34,7 @@ def get_routed_model(
     adapter_name: str = "default",
     *,
     general_experts: Mapping[str, Expert] | None = None,
+    hub_options: HubOptions | None = None,
     autocast_adapter_dtype: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -46,6 +48,7 @@ def get_routed_model(
         config: The routing, without experts; by default one of the `options`.
         adapter_name: A name for the routed adapter.
         general_experts: Adapters whose mean delta is subtracted from each expert's.
+        hub_options: `token`, `cache_dir`, … for experts on the Hub.
         autocast_adapter_dtype: Keep factors and gates in float32 where the base has 16 bits.
         **options: Fields of `RoutedConfig`, in place of `config`.
 
@@ -96,7 +99,7 @@ def get_routed_model(
         plain(getattr(model, "name_or_path", None)) or config.base_model_name_or_path
     )
     config.validate()
-    with at_hand(held):
+    with at_hand(held, hub_options):
         return PeftModel.class_for(config.task_type)(
             model, config, adapter_name, autocast_adapter_dtype
         )

@@ -22,7 +22,7 @@ from ...base.errors import CheckpointError, PeftError, PeftValueError
 from ...base.suggestions import did_you_mean
 from ...checkpoint.digests import adapter_digest
 from ...checkpoint.files import read_weights
-from ...checkpoint.hub import find_file
+from ...checkpoint.hub import HubOptions, find_file
 from ...core.low_rank_deltas import Deltas, deltas_by_task
 from ...ops.low_rank import LowRank, approximate
 from .config import RoutedConfig
@@ -31,6 +31,8 @@ Source: TypeAlias = dict[str, Any]
 
 # Experts in memory, by `key_of`, for the configs that are made while `at_hand` is open.
 _AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={})  # noqa: B039
+# Options for the Hub (`token`, `cache_dir`, …) of these configs, which no config holds.
+_HUB: ContextVar[HubOptions] = ContextVar("_HUB", default={})  # noqa: B039
 # The end of the keys under which a folder holds its experts' factors.
 SAVED = "routed_experts"
 
@@ -80,13 +82,16 @@ class _Loaded(NamedTuple):
 
 
 @contextmanager
-def at_hand(experts: Mapping[str, Deltas]) -> Iterator[None]:
-    """Context in which configs find experts in memory, given by `key_of`."""
-    token = _AT_HAND.set({**_AT_HAND.get(), **experts})
+def at_hand(experts: Mapping[str, Deltas], hub_options: HubOptions | None = None) -> Iterator[None]:
+    """Context in which configs find experts in memory, given by `key_of`, and read others with
+    options for the Hub.
+    """
+    token, options = _AT_HAND.set({**_AT_HAND.get(), **experts}), _HUB.set(hub_options or {})
     try:
         yield
     finally:
         _AT_HAND.reset(token)
+        _HUB.reset(options)
 
 
 def digest_of(deltas: Deltas) -> str:
@@ -149,10 +154,12 @@ def _fetch(
             f"Expert {name!r} was in memory when the model was made, and is not there now. Pass it "
             "to `get_routed_model` again; `save_experts=True` writes experts with the model."
         )
-    hub: dict[str, Any] = {key: source[key] for key in ("subfolder", "revision") if key in source}
+    given = _HUB.get() or (config.source[1] if config.source is not None else {})
+    hub = {key: value for key, value in given.items() if key not in ("subfolder", "revision")}
+    hub |= {key: source[key] for key in ("subfolder", "revision") if key in source}
     try:
         place = _place(config, source["source"], hub)
-        key = (place, *hub.values())
+        key = place, hub.get("subfolder"), hub.get("revision")
         known = loaded.get(key)
         digest = adapter_digest(place, **hub) if known is None else known.digest
         _check_unchanged(source, digest, place)
