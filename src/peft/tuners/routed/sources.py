@@ -19,6 +19,7 @@ from torch import nn
 
 from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ...base.errors import CheckpointError, PeftError, PeftValueError
+from ...base.progress import track
 from ...base.suggestions import did_you_mean
 from ...checkpoint.digests import adapter_digest
 from ...checkpoint.files import read_weights
@@ -126,7 +127,8 @@ def find_experts(config: RoutedConfig, model: nn.Module) -> Experts:
     found: dict[str, dict[str, Deltas]] = {"experts": {}, "general_experts": {}}
     for field_name, deltas in found.items():
         sources: dict[str, Source] = {}
-        for name, source in getattr(config, field_name).items():
+        items = getattr(config, field_name).items()
+        for name, source in track(items, "Reading experts", unit="expert"):
             for own, described, delta in _fetch(config, name, source, model, loaded):
                 sources[own], deltas[own] = described, delta
         setattr(config, field_name, sources)
