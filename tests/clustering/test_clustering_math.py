@@ -28,7 +28,11 @@ def dense(products):
 
 # Small ranks go by factors, ranks as large as the matrix by elements.
 @pytest.mark.parametrize(("ranks", "others"), [([1, 3, 2], [2, 1]), ([9, 12, 1, 30], [40, 8])])
-def test_inner_products_are_those_of_dense_deltas(ranks, others):
+@pytest.mark.parametrize("block", [None, 3])  # a few blocks
+def test_inner_products_are_those_of_dense_deltas(ranks, others, block, monkeypatch):
+    if block:
+        monkeypatch.setattr("peft.ops.similarity._RANKS", block)
+        monkeypatch.setattr("peft.ops.similarity._ELEMENTS", block * 63)
     rows, columns = deltas(ranks), deltas(others, dtype=torch.float16)
     torch.testing.assert_close(inner_products(rows, columns), dense(rows) @ dense(columns).mT)
     products = inner_products(rows, rows)

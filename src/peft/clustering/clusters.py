@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base.errors import PeftValueError
 from ..base.plain_values import plain
+from ..base.progress import track
 from ..base.validation import at_least, choice
 from ..checkpoint.files import write_report
 from ..checkpoint.paths import as_folder
@@ -321,7 +322,8 @@ def clusters_of(
         raise PeftValueError(f"`k`={max(counts)} is more than the {n} adapters.")
     products = _vectors(similarity, metric)
     apart = distances(products)
-    parts = {count: _partition(products, count, method, metric, seed) for count in counts}
+    tried = track(counts, "Clustering", unit="k")
+    parts = {count: _partition(products, count, method, metric, seed) for count in tried}
     scores = {
         count: silhouettes(apart, part.labels) if count > 1 else torch.zeros(n).double()
         for count, part in parts.items()

@@ -39,8 +39,6 @@ class Library(Protocol):
 Adapters: TypeAlias = Iterable["str | os.PathLike[str]"] | Mapping[str, SavedAdapter] | Library
 # Deltas by name.
 Experts: TypeAlias = dict[str, Deltas]
-# Largest sum of ranks that the products of two blocks of adapters have in a layer.
-_RANKS = 4096
 
 
 class _Loading(Mapping[str, SavedAdapter]):
@@ -153,8 +151,7 @@ class DeltaSource:
             experts = self.read(name, deltas_only=True)
             _check_shapes(experts, shapes)
             size = sum(_bytes(deltas) for deltas in experts.values())
-            too_wide = _rank([*block.values(), *experts.values()]) > _RANKS
-            if names and (taken + size > memory or too_wide):
+            if names and taken + size > memory:
                 yield names, block
                 names, block, taken = [], {}, 0
             names, block, taken = [*names, name], {**block, **experts}, taken + size
@@ -207,12 +204,3 @@ def _check_shapes(
 
 def _bytes(deltas: Deltas) -> int:
     return sum(factor.nbytes for delta in deltas.values() for factor in (delta.A, delta.B))
-
-
-def _rank(experts: Iterable[Deltas]) -> int:
-    """Return the sum of the ranks in the layer where it is largest."""
-    total: dict[str, int] = {}
-    for deltas in experts:
-        for path, delta in deltas.items():
-            total[path] = total.get(path, 0) + delta.rank
-    return max(total.values(), default=0)

@@ -6,11 +6,15 @@ from them. No delta is built where its factors are cheaper.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from .low_rank import LowRank, finite
+
+# Largest sum of ranks, and number of elements, in a block of deltas: some hundred megabytes.
+_RANKS, _ELEMENTS = 2**12, 2**25
 
 
 def inner_products(rows: Sequence[LowRank], columns: Sequence[LowRank]) -> Tensor:
@@ -40,14 +44,44 @@ def inner_products(rows: Sequence[LowRank], columns: Sequence[LowRank]) -> Tenso
     """
     out, taps = rows[0].B.shape[0], rows[0].A.shape[1]
     R, C = (sum(delta.rank for delta in deltas) for deltas in (rows, columns))
-    by_element = (R + C + len(rows) * len(columns)) * out * taps
-    if by_element < R * C * (out + taps):
-        return _elements(rows) @ _elements(columns).mT
+    by_element = (R + C + len(rows) * len(columns)) * out * taps < R * C * (out + taps)
+    below, right = (_blocks(deltas, by_element, out * taps) for deltas in (rows, columns))
+    block = _of_elements if by_element else _of_factors
+    if columns is not rows:
+        return torch.cat([torch.cat([block(one, other) for other in right], 1) for one in below])
+    parts = [[block(one, other) for other in below[: i + 1]] for i, one in enumerate(below)]
+    for i, j in combinations(range(len(below)), 2):
+        parts[i].append(parts[j][i].mT)
+    return torch.cat([torch.cat(row, 1) for row in parts])
+
+
+def _blocks(deltas: Sequence[LowRank], by_element: bool, size: int) -> list[Sequence[LowRank]]:
+    """Return the deltas in blocks of at most `_RANKS` or `_ELEMENTS`, one delta at the least."""
+    if by_element:
+        count = max(_ELEMENTS // size, 1)
+        return [deltas[i : i + count] for i in range(0, len(deltas), count)]
+    blocks: list[list[LowRank]] = [[]]
+    taken = 0
+    for delta in deltas:
+        if blocks[-1] and taken + delta.rank > _RANKS:
+            blocks.append([])
+            taken = 0
+        blocks[-1].append(delta)
+        taken += delta.rank
+    return list(blocks)
+
+
+def _of_factors(rows: Sequence[LowRank], columns: Sequence[LowRank]) -> Tensor:
     left_A, left_B = _side_by_side(rows)
     right_A, right_B = (left_A, left_B) if columns is rows else _side_by_side(columns)
     terms = (left_B.mT @ right_B).mul_(left_A @ right_A.mT)  # [R, C]
-    by_row = terms.new_zeros(len(rows), C).index_add_(0, _owners(rows, terms), terms)
+    by_row = terms.new_zeros(len(rows), terms.shape[1]).index_add_(0, _owners(rows, terms), terms)
     return by_row.new_zeros(len(rows), len(columns)).index_add_(1, _owners(columns, terms), by_row)
+
+
+def _of_elements(rows: Sequence[LowRank], columns: Sequence[LowRank]) -> Tensor:
+    left = _elements(rows)
+    return left @ (left if columns is rows else _elements(columns)).mT
 
 
 def norms(products: Tensor) -> Tensor:
