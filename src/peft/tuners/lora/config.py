@@ -216,6 +216,8 @@ class LoraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # papers write "OLoRA"
         if is_random(self.init_lora_weights) and self.peft_version is None:
             self.start = REPEATABLE
         elif self.start in (REPEATABLE, IN_FILE) and not is_in_file(self.init_lora_weights):
