@@ -321,7 +321,8 @@ def _active(
         return active
     for layer in layers:
         own = [name for name in active if name in layer.available_adapters]
-        if "." not in layer.module_type and layer.active_adapters != own:
+        is_follower = not layer.available_adapters  # the parameters are another module's
+        if "." not in layer.module_type and not is_follower and layer.active_adapters != own:
             return "irregular"
     return active
 

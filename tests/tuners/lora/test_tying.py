@@ -8,7 +8,13 @@ from helpers.states import assert_unchanged, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -48,6 +54,7 @@ def test_an_embedding_and_its_head_have_one_adapter(targets, tmp_path):
     torch.testing.assert_close(model(IDS).logits, expected(IDS).logits)
     with model.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, base()(IDS).logits)
+    assert model.get_model_status().active_adapters == ["default"]
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.double()
     mixed = model(IDS, adapter_names=["default", "other"]).logits
@@ -59,6 +66,11 @@ def test_an_embedding_and_its_head_have_one_adapter(targets, tmp_path):
     again = PeftModel.from_pretrained(base(), tmp_path).double()
     torch.testing.assert_close(again(IDS).logits, expected(IDS).logits, **CLOSE)
     again.load_adapter(tmp_path, "default")
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        converted = convert_to_lora(model, adapter_name="default")
+    other = get_peft_model(base(), converted.config)
+    set_peft_model_state_dict(other, converted.state_dict)
+    torch.testing.assert_close(other(IDS).logits, expected(IDS).logits, **CLOSE)
     model.merge_adapter()
     torch.testing.assert_close(model(IDS).logits, expected(IDS).logits)
     model.unmerge_adapter()

@@ -27,7 +27,7 @@ from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import get_peft_model_state_dict
 from ...config import TargetedConfig
-from ...core import combined_heads
+from ...core import combined_heads, tying
 from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.conversion import (
@@ -455,6 +455,7 @@ def _lora_config(
         **exact_targets(root, layers),
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
         trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=tying.is_wanted(config),
         bias=_BIASES.get(config.trained_biases, "lora_only"),
         fan_in_fan_out=any(
             getattr(geometry(layer), "transposed", False) for layer in layers.values()
