@@ -739,3 +739,22 @@ def rows_of_tasks():
             optimiser.step()
         states.append(whole(get_peft_model_state_dict(model)))
     return start, *states
+
+
+def principal_directions(sizes):
+    """EVA of a layer whose inputs this process sees a part of; `sizes` are the parts of a batch."""
+    torch.manual_seed(0)
+    batches = torch.randn(3, sum(sizes), 8) * 0.6 ** torch.arange(8)
+    parts = list(batches.split(sizes, dim=1))[dist.get_rank()] if dist.is_initialized() else batches
+    config = peft.LoraConfig(
+        r=2, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1), target_modules=["0"]
+    )
+    found = peft.get_eva_state_dict(
+        nn.Sequential(nn.Linear(8, 4)),
+        list(parts),
+        config,
+        forward_fn=lambda model, batch: model(batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+    )
+    return found["0"]

@@ -270,3 +270,9 @@ def test_rows_of_tasks_train_by_themselves_in_a_sharded_model(pool):
             assert torch.equal(sharded[key][[0, 2]], start[key][[0, 2]]) and not torch.equal(
                 sharded[key][1], start[key][1]
             )
+
+
+def test_inputs_of_all_processes_count_together(pool):
+    whole = jobs.principal_directions([20, 12])
+    for found in pool.run("principal_directions", [20, 12]):
+        torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-3)
