@@ -62,6 +62,10 @@ class ActiveCall:
         starts: `[rows]` by adapter: the place of each row's first active token in its text.
         masks: `[rows, tokens]` by adapter, true at active tokens; empty in `generate` itself.
         chosen: The mask of each row's own adapter, where the call chose one for each sample.
+        length: Number of tokens of the prompt of a call of `generate`, in which each forward is a
+            call too; None for other calls.
+        later: In `generate`, the call of a forward with one token after the prompt. It serves all
+            of them, since the state of a row does not change any more.
     """
 
     owner: Activation | None
@@ -69,35 +73,65 @@ class ActiveCall:
     starts: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     chosen: Tensor | None = None
-    is_generation: bool = False
-    _weights: dict[object, Tensor] = field(default_factory=dict, repr=False)
+    length: int | None = None
+    later: ActiveCall | None = None
+    _known: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
-    def weights(
-        self, adapter_name: str | None, x: Tensor, layer: BaseTunerLayer, dtype: torch.dtype
+    def scales(
+        self,
+        adapter_name: str | None,
+        x: Tensor,
+        layer: BaseTunerLayer,
+        dtype: torch.dtype,
+        scale: float | Tensor = 1.0,
+        flat: bool = False,
     ) -> Tensor | float:
-        """Return 1 for rows of a layer's input on which an adapter acts and 0 for others,
-        `[*leading, 1]`; 0.0 if the call does not tell. No name stands for each row's own adapter.
+        """Return `scale` for rows of a layer's input on which an adapter acts and 0 for others,
+        `[*leading, 1]`, or `[rows, 1]` if `flat`; 0.0 if the call does not tell. No name stands for
+        each row's own adapter.
         """
         mask = self.chosen if adapter_name is None else self.masks.get(adapter_name)
         if mask is None:
             return 0.0
         layout = layer.layout
-        key = adapter_name, layout, x.shape[: x.dim() - layout.features], x.device, dtype
         # Each expert has tokens of its own; under `torch.compile` sizes may be no keys.
-        if layout.expert is not None or torch.compiler.is_compiling() or key not in self._weights:
-            found = values_of_rows(mask, x, layer, self.rows).to(dtype).unsqueeze(-1)
-            if layout.expert is not None or torch.compiler.is_compiling():
-                return found
-            self._weights[key] = found
-        return self._weights[key]
+        if layout.expert or isinstance(scale, Tensor) or torch.compiler.is_compiling():
+            return self._scales(mask, x, layer, dtype, scale, flat)
+        leading = x.shape[: x.dim() - layout.features]
+        key = adapter_name, id(layout), leading, x.device, dtype, scale, flat
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._scales(mask, x, layer, dtype, scale, flat)
+        return found
+
+    def _scales(
+        self,
+        mask: Tensor,
+        x: Tensor,
+        layer: BaseTunerLayer,
+        dtype: torch.dtype,
+        scale: float | Tensor,
+        flat: bool,
+    ) -> Tensor:
+        found = values_of_rows(mask, x, layer, self.rows).to(dtype)
+        found = found if isinstance(scale, float) and scale == 1 else found * scale
+        return found.reshape(-1, 1) if flat else found.unsqueeze(-1)
 
 
 class _AllRows(ActiveCall):
     """A call in which adapters act on all rows."""
 
-    def weights(self, *args: object, **kwargs: object) -> float:
-        """Return 1.0."""
-        return 1.0
+    def scales(
+        self,
+        adapter_name: str | None,
+        x: Tensor,
+        layer: BaseTunerLayer,
+        dtype: torch.dtype,
+        scale: float | Tensor = 1.0,
+        flat: bool = False,
+    ) -> Tensor | float:
+        """Return the scale for all rows."""
+        return scale
 
 
 ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
@@ -156,7 +190,7 @@ class Activation:
         """Run a forward of the model, or of a part that clients call, with its tokens known."""
         outer = self._enclosing(method.module)
         given = method.kwargs.get("alora_offsets")
-        if outer is not None and not outer.is_generation and given is None:
+        if outer is not None and outer.length is None and given is None:
             return method.run(CALL_ARGUMENTS)
         names = self._names()
         if not names:
@@ -182,8 +216,8 @@ class Activation:
                 "`guidance_scale` runs the model on a second prompt, in which an activated LoRA "
                 "has no invocation; leave it out."
             )
-        call = ActiveCall(self, rows, is_generation=True)
-        ids = _token_ids(arguments)
+        ids, sizes = _token_ids(arguments), _sizes(arguments)
+        call = ActiveCall(self, rows, length=0 if sizes is None else sizes[1])
         if ids is None and arguments.get("alora_offsets") is None:
             warn(
                 "Cannot calculate aLoRA offsets during generate as input_ids are not available. "
@@ -200,7 +234,7 @@ class Activation:
         Backward recomputes parts of a model. If it runs the model itself, that is another call.
         """
         call = ACTIVE_CALLS.current
-        if call is not None and call.rows.root is module and not call.is_generation:
+        if call is not None and call.rows.root is module and call.length is None:
             call = ACTIVE_CALLS.running
         return call if call is not None and call.owner is self else None
 
@@ -252,18 +286,22 @@ class Activation:
         self, outer: ActiveCall, arguments: Mapping[str, Any], names: list[str]
     ) -> ActiveCall:
         """Return the call of a forward inside `generate`."""
-        shapes = argument_shapes(arguments)
-        call = ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
-        sizes = _sizes(arguments)
+        sizes, shapes = _sizes(arguments), argument_shapes(arguments)
         if sizes is None:
-            return call
+            return ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
         rows, tokens = sizes
         seen = _seen(arguments, tokens)
+        is_late = tokens == 1 and isinstance(seen, int) and seen >= (outer.length or 0)
+        if is_late and outer.later is not None and outer.later.rows.rows == rows:
+            return outer.later
+        call = ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
         for name in names:
             if name in outer.starts:
                 call.starts[name] = _for_rows(outer.starts[name], rows)
                 call.masks[name] = active_tokens(call.starts[name], tokens, seen)
         self._choose(call)
+        if is_late:
+            outer.later = call
         return call
 
     def _starts(
@@ -305,12 +343,17 @@ class Activation:
             call.chosen = mask if call.chosen is None else call.chosen & mask
 
 
-def row_weights(
-    layer: BaseTunerLayer, adapter_name: str | None, x: Tensor, dtype: torch.dtype
+def row_scales(
+    layer: BaseTunerLayer,
+    adapter_name: str | None,
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: float | Tensor = 1.0,
+    flat: bool = False,
 ) -> Tensor | float:
-    """Return `ActiveCall.weights` of the call in progress; 0.0 outside a call of the model."""
+    """Return `ActiveCall.scales` of the call in progress; 0.0 outside a call of the model."""
     call = ACTIVE_CALLS.current
-    return 0.0 if call is None else call.weights(adapter_name, x, layer, dtype)
+    return 0.0 if call is None else call.scales(adapter_name, x, layer, dtype, scale, flat)
 
 
 def on_all_rows() -> AbstractContextManager[object]:

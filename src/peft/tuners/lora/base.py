@@ -31,7 +31,7 @@ from ...ops.exact_merge import Recipe, scaled_product
 from ...ops.inference_cache import is_running_often, reuse
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
 from ...ops.mixed_precision import scaled
-from .activation import on_all_rows, row_weights
+from .activation import on_all_rows, row_scales
 from .config import LoraConfig
 from .factors import Factors, draw, grouped_row_norms, row_norms
 from .starts.loftq import QuantizedWeight
@@ -238,12 +238,16 @@ class LoraLayer(BaseTunerLayer):
             return self.lora_B[adapter_name](h) * scale
         return self.lora_B[adapter_name](scaled(h, scale))
 
-    def _scale(self, adapter_name: str, x: Tensor, dtype: torch.dtype) -> float | Tensor:
-        """Return an adapter's scale, `[*leading, 1]` if it acts on some rows of the input only."""
+    def _scale(
+        self, adapter_name: str, x: Tensor, dtype: torch.dtype, flat: bool = False
+    ) -> float | Tensor:
+        """Return an adapter's scale; for an activated one that of each row of the input,
+        `[*leading, 1]`, or `[rows, 1]` if `flat`.
+        """
         scale = self.scaling[adapter_name]
         if adapter_name not in self.alora_invocation_tokens:
             return scale
-        return scale * row_weights(self, adapter_name, x, dtype)
+        return row_scales(self, adapter_name, x, dtype, scale, flat)
 
     def apply_by_sample(
         self, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
@@ -252,7 +256,7 @@ class LoraLayer(BaseTunerLayer):
         if self.alora_invocation_tokens.keys().isdisjoint(batch.samples):
             return super().apply_by_sample(batch, x, result, owners)
         turned = x.transpose(0, 1) if owners.sequence_first else x
-        weights = row_weights(self, None, turned, torch.bool)
+        weights = row_scales(self, None, turned, torch.bool)
         if not isinstance(weights, Tensor):  # the call does not tell where they are active
             others = batch.samples.keys() - self.alora_invocation_tokens.keys()
             batch = batch.subset({name: batch.samples[name] for name in others})

@@ -77,8 +77,7 @@ class Linear(LoraLayer):
         down, up = A._parameters["weight"], B._parameters["weight"]
         scale: float | Tensor = self.scaling[adapter_name]
         if adapter_name in self.alora_invocation_tokens:
-            scale = self._scale(adapter_name, x, down.dtype)
-            scale = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
+            scale = self._scale(adapter_name, x, down.dtype, flat=True)
         x = (
             self._dropped(adapter_name, x)
             if self._drops(adapter_name)
