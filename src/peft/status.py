@@ -257,7 +257,7 @@ def _layer_status(path: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
     kind, merged, backend = type(layer).__name__, list[str](), None
     if isinstance(layer, BaseTunerLayer):
         kind, merged = f"{_method(layer)}.{kind}", list(layer.merged_adapters)
-        backend = _backend(layer.get_base_layer())
+        backend = _backend(layer.holder)
         tensors = {name: list(layer.adapter_tensors(name)) for name in sorted(layer.scaling)}
     else:
         tensors = {name: list(layer.parameters_of(name)) for name in sorted(layer.adapters)}

@@ -7,7 +7,7 @@ weight of `out_proj` in place of calling it. So a layer adapts each of the two p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -23,11 +23,18 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(inner, nn.MultiheadAttention) and not hasattr(inner, "linear_Q")
 
 
-def take(targets: dict[str, nn.Module], places: Mapping[str, list[str]]) -> list[ParameterTarget]:
-    """Remove packed modules, and everything in them, from the targets; return their parameters.
+def with_parts(
+    model: nn.Module,
+    named: list[ParameterTarget],
+    targets: dict[str, nn.Module],
+    places: Mapping[str, list[str]],
+) -> list[ParameterTarget]:
+    """Return the parameters that a config names, and those of the targeted packed modules, which
+    are removed from the targets with everything in them.
 
     Raises:
-        UnsupportedModuleError: A module has no packed parameter.
+        UnsupportedModuleError: A module has no packed parameter, or a named one is that of a packed
+            module and not a projection.
     """
     found: list[ParameterTarget] = []
     for path, module in list(targets.items()):
@@ -35,7 +42,23 @@ def take(targets: dict[str, nn.Module], places: Mapping[str, list[str]]) -> list
             for inner in [p for p in targets if p == path or p.startswith(f"{path}.")]:
                 del targets[inner]
             found += _parts(path, innermost(module), places[path])
-    return found
+    taken = {(id(target.module), target.name) for target in found}
+    others = [target for target in named if (id(target.module), target.name) not in taken]
+    problems = [text for target in others for text in _problems(model, target)]
+    if problems:
+        raise UnsupportedModuleError(" ".join(problems))
+    return others + found
+
+
+def _problems(model: nn.Module, target: ParameterTarget) -> Iterator[str]:
+    """Yield the reason why a parameter of a packed module can't be adapted by itself."""
+    parent = innermost(model.get_submodule(target.path.rpartition(".")[0]))
+    is_inside = is_packed(parent) and target.path.endswith("out_proj")
+    if is_inside or (is_packed(target.module) and not target.name.endswith("_proj_weight")):
+        yield (
+            f"`{target.key}`: of an nn.MultiheadAttention, `in_proj_weight` can be adapted by "
+            "itself; name the whole module in `target_modules` to adapt `out_proj` too."
+        )
 
 
 def _parts(path: str, module: nn.Module, places: list[str]) -> list[ParameterTarget]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ class ParameterLayer(BaseTunerLayer):
     def holder(self) -> nn.Module:
         """The parameter as the weight of a module, for merges."""
         return ParameterView(innermost(self), self.parameter_name)
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """True for an attention with one packed projection; torch's transformer layers ask."""
+        return cast(Any, innermost(self))._qkv_same_embed_dim
 
     def get_param(self) -> Tensor:
         """Return the parameter, without adapters that are not merged."""

@@ -167,7 +167,9 @@ def make(
     tying.add_tied_targets(plan, modules)
     plan.places = _places(modules, list(plan.targets.values()))
     if tuner.parameter_layer_cls is not None:
-        plan.parameters += packed_modules.take(plan.targets, plan.places)
+        plan.parameters = packed_modules.with_parts(
+            tuner.model, plan.parameters, plan.targets, plan.places
+        )
     if is_new and not state_dict:
         unmatched_names.warn_of_unused(config, modules)
     unmatched_names.warn_of_patterns(

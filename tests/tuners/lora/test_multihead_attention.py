@@ -20,6 +20,7 @@ from peft import (
     PeftModel,
     PolyConfig,
     VBLoRAConfig,
+    get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -138,6 +139,23 @@ def test_the_layers_of_a_transformer():
     assert type(unloaded.layers[0].self_attn) is nn.MultiheadAttention
     assert unloaded.state_dict().keys() == base().state_dict().keys()
     torch.testing.assert_close(unloaded(X), base()(X))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=[], target_parameters=["in_proj_weight"], r=2),
+        LoKrConfig(target_modules=["self_attn"], r=2, init_weights=False),
+    ],
+    ids=["parameter", "LoKr"],
+)
+def test_transformer_layers_ask_the_module(config):
+    layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True)
+    model = get_peft_model(nn.TransformerEncoder(layer, 1), config).double().eval()
+    with torch.no_grad():
+        found = model(X)
+    torch.testing.assert_close(found, model(X))
+    assert get_model_status(model).quantization_backend is None
 
 
 def test_merging_and_unmerging():
@@ -262,8 +280,14 @@ def test_modules_that_are_refused():
         adapted(Block(kdim=4))
     with pytest.raises(TypeError, match="target the whole MultiheadAttention"):
         get_peft_model(Block(), LoraConfig(target_modules=["out_proj"]))
-    both = get_peft_model(Block(), LoraConfig(target_modules=["mha", "out_proj"]))
+    options = {"target_modules": ["mha", "out_proj"], "target_parameters": ["mha.in_proj_weight"]}
+    both = get_peft_model(Block(), LoraConfig(**options))
     assert both.targeted_module_names == ["mha"]
+    assert len(list(both.base_model.tuner_layers())) == 2
+    for name in ("out_proj.weight", "mha.bias_k"):
+        config = LoraConfig(target_modules=[], target_parameters=[name])
+        with pytest.raises(TypeError, match="name the whole module in `target_modules`"):
+            get_peft_model(Block(add_bias_kv=True), config)
 
 
 @pytest.mark.parametrize(

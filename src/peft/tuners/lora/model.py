@@ -253,10 +253,9 @@ class LoraModel(BaseTuner[LoraConfig]):
         Activation.detach(self.model)
 
     def parameter_layer_class(self, target: ParameterTarget) -> type[ParameterLayer]:  # noqa: D102
-        if target.part_of is None:
-            return ParamWrapper
-        is_whole = isinstance(target.module, nn.MultiheadAttention)
-        return MultiheadAttention if is_whole else OutProjection
+        if isinstance(target.module, nn.MultiheadAttention) and target.name == "in_proj_weight":
+            return MultiheadAttention
+        return OutProjection if target.part_of else ParamWrapper
 
     def parameter_problems(self, config: LoraConfig, target: ParameterTarget) -> Iterator[str]:
         """Yield the options that are for layers, whose input and output an adapter sees."""

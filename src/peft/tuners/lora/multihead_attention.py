@@ -26,10 +26,6 @@ class MultiheadAttention(ParamWrapper):
         base: Any = self.get_base_layer()
         return innermost(base.out_proj)
 
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        return True
-
 
 class OutProjection(ParamWrapper):
     """A layer around the `out_proj` of multi-head attention, with twice the scale of other layers.
