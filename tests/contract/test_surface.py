@@ -170,8 +170,23 @@ def test_what_is_not_provided_is_a_class_that_nothing_is_of():
             NotImplementedError, match=f"{name} is not provided by this package; it provides .*LOKR"
         ):
             marker(1, a=2)
+        assert not hasattr(marker, "TEXT")
+        for use in (lambda marker=marker: marker.TEXT, lambda marker=marker: marker["bloom"]):
+            with pytest.raises(NotImplementedError, match="not Hugging Face's. To go back"):
+                use()
     with pytest.raises(AttributeError, match="module 'peft' has no attribute 'Nothing'"):
         _ = peft.Nothing
+
+
+def test_the_version_tells_the_package_and_passes_the_gates_of_clients():
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import parse
+
+    version = parse(peft.__version__)
+    assert version.local == "independent" and not version.is_prerelease
+    assert version >= parse("0.21.0")  # transformers and TRL
+    assert parse(version.base_version) >= parse("0.17.0")  # diffusers
+    assert all(version in SpecifierSet(own) for own in (">=0.20.0", f"=={version.public}"))
 
 
 ABSENT = """

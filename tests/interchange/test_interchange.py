@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from interchange_cases import make_cases
+from packaging.version import parse
 from safetensors.torch import load_file
 
 import peft
@@ -38,7 +39,8 @@ def results(packages, tmp_path_factory):
             package.order(verb, list(CASES.values()), str(found["folders"][source[name]]))
         for name, package in packages.items():
             result = package.answer(verb)
-            assert result["version"] == VERSIONS[name]
+            # The end after `+` may be that of an earlier installation.
+            assert parse(result["version"]).public == parse(VERSIONS[name]).public
             found[verb, name] = result["cases"]
     return found
 

@@ -4,7 +4,8 @@ module here, and placeholders for those that this package does not implement.
 
 Client libraries import such names at their own import, and ask `isinstance(config,
 PrefixTuningConfig)`. A placeholder is a class without instances: importing it and `isinstance`
-checks work; making an instance raises `PeftNotSupportedError`, which lists the methods that exist.
+checks work; making an instance, or reading an attribute (`PromptTuningInit.TEXT`), raises
+`PeftNotSupportedError`, which lists the methods that exist and says which package this is.
 Modules that this package lacks can be imported too, and every name in them is a placeholder.
 Options of LoRA can be made; `LoraConfig` refuses them.
 """
@@ -85,7 +86,23 @@ def placeholder(name: str, module: str = "peft") -> Any:
     }
     if name in _LORA_OPTIONS:
         members |= {"__init__": _hold, "__repr__": _show}
-    return type(name, (), members)
+    return _Absent(name, (), members)
+
+
+class NotProvidedError(PeftNotSupportedError, AttributeError):
+    """An attribute of a class that this package does not provide."""
+
+
+class _Absent(type):
+    """Class of the placeholders: reading one of its attributes or entries says what it is."""
+
+    def __getattr__(cls, name: str) -> object:
+        if name.startswith("__"):  # which copying, pickling and others look for
+            raise AttributeError(name)
+        raise NotProvidedError(not_provided(cls.__name__))
+
+    def __getitem__(cls, key: object) -> object:
+        raise PeftNotSupportedError(not_provided(cls.__name__))
 
 
 def install() -> None:
