@@ -5,12 +5,11 @@ Cost is counted in calls of functions, Python's and C's, which does not depend o
 is.
 """
 
-import gc
-import sys
 import warnings
 
 import pytest
 import torch
+from helpers.calls import calls_of
 from helpers.methods import METHODS
 from helpers.models import TARGETS, llama, mlp
 from torch import nn
@@ -29,24 +28,6 @@ from peft.tuners.tuners_utils import AdapterModuleDict, AdapterParameterDict, Ba
 from peft.utils.hotswap import hotswap_adapter
 
 FEW, MANY = 3, 43
-
-
-def calls_of(work):
-    """How many functions are called, in Python and in C."""
-    count = 0
-
-    def note(frame, event, function):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    gc.disable()
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-    return count
 
 
 class Touched(TorchFunctionMode):

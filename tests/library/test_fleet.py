@@ -2,11 +2,13 @@
 """A fleet's model has what was asked for, holds its bounds, and computes what one adapter alone does."""
 
 import random
+import shutil
 import threading
 import warnings
 
 import pytest
 import torch
+from helpers.calls import calls_of
 from helpers.models import mlp
 from helpers.users import USERS, save_user
 
@@ -160,6 +162,19 @@ def test_errors_leave_the_model(library, outputs, folder):
         AdapterFleet(base, library, max_adapters=0)
     with pytest.raises(PeftValueError, match="'users/ben' is not among the 1"):
         fleet.evict(BEN)
+
+
+def test_a_change_costs_the_same_beside_many_others(folder, library):
+    """Counted in calls of functions, which does not depend on how busy the machine is."""
+    for i in range(40):
+        shutil.copytree(folder / ADA, folder / "more" / f"u{i}")
+    library.refresh()
+    costs = []
+    for number in (3, 40):
+        fleet = AdapterFleet(mlp(), library, max_adapters=number)
+        fleet.ensure([f"more/u{i}" for i in range(number)])
+        costs.append(calls_of(lambda fleet=fleet: fleet.ensure(BEN)))
+    assert costs[1] < costs[0] + 10 * 40
 
 
 def test_threads_ask_for_different_users(library, outputs):

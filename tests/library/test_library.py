@@ -141,6 +141,10 @@ def test_what_the_owner_writes_stays(folder):
     (folder / "moved").rename(folder.parent / "away")  # a disk that is not mounted
     library.refresh()
     assert "best" not in library and library.check().problems[0][:2] == ("best", "missing")
+    shutil.copy(library.index_file, folder.parent / "index")
+    library.remove("best")  # not only away
+    assert library.check().ok
+    shutil.move(folder.parent / "index", library.index_file)
     (folder.parent / "away").rename(folder / "moved")
     library.refresh()
     assert written(library) == ("moved", *expected[1:])

@@ -63,7 +63,9 @@ def _config_problems(entry: AdapterEntry, content: Content) -> Iterator[Problem]
 def _others(root: Path, index: Index, follow_links: bool) -> Iterator[Problem]:
     """Yield what is in the folder and not among the adapters, and what was and is gone."""
     for entry in index.lost.values():
-        detail = f"Its files in '{entry.place}' are gone; its tags and scores are kept."
+        detail = (
+            f"Its files in '{entry.place}' are gone; its tags and scores are kept until `remove`."
+        )
         yield Problem(entry.name, "missing", detail)
     found = scan(os.fspath(root), follow_links)
     for path, reason in (found.left_out | {p: r for p, (r, _) in index.left_out.items()}).items():

@@ -142,8 +142,8 @@ def read_folder(folder: Path, weights: str, source: tuple[str, HubOptions]) -> t
         As `opened_folder`.
     """
     with opened_folder(folder, weights) as (text, layout, file):
-        data = bytearray(file.read(layout.nbytes))
-        if len(data) != layout.nbytes:
+        data = bytearray(layout.nbytes)
+        if file.readinto(data) != layout.nbytes:  # type: ignore[attr-defined]
             raise CheckpointError(f"'{folder / weights}' was cut while it was read; read it again.")
         if weights.endswith(".safetensors"):
             sha256 = file_digest(layout, data)

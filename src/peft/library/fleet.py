@@ -186,6 +186,9 @@ class AdapterFleet:
         finally:
             with self._lock:
                 self._uses.subtract(own)
+                for name in own:
+                    if not self._uses[name]:
+                        del self._uses[name]
 
     def activate(self, name: str) -> None:
         """Put an adapter on the model and make it the active one, frozen.

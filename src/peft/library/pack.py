@@ -40,7 +40,7 @@ from ..base.plain_values import JsonObject
 from ..base.progress import track
 from ..base.suggestions import adapters_there
 from ..checkpoint.files import alone_in, folder_for, replace_file, sync_folder, write_file
-from ..checkpoint.layout import TensorLayout, parse_header, read_layout
+from ..checkpoint.layout import MAX_HEADER, TensorLayout, parse_header, read_layout
 from ..checkpoint.paths import as_folder, as_path
 from .content import Content, LoadedAdapter, file_digest, opened_folder, read_folder
 from .inspecting import config_from
@@ -409,6 +409,11 @@ def _header(by_kind: Mapping[Kind, list[str]]) -> bytes:
             }
             at = end
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise PeftValueError(
+            f"Names and configs take {len(text):,} bytes, and a file's header has {MAX_HEADER:,} "
+            "at most; write several packs."
+        )
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -12,6 +12,7 @@ from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.progress import track
+from ..config import PeftConfig
 from ..core.adapter_names import check_name
 from ..core.auxiliary import AuxiliaryTrainingWrapper
 from ..core.filling import CheckpointFill
@@ -42,53 +43,60 @@ def put_on(
     check_model(model)
     if not contents:
         raise PeftValueError("No adapter was named; name at least one.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    peft_model = model if isinstance(model, PeftModel) else None
-    taken = set() if peft_model is None else set(peft_model.peft_config)
+    taken = model.peft_config if isinstance(model, PeftModel) else {}
     for name in contents:
         check_name(name, taken)
-    switches = [(p, p.requires_grad) for p in base.parameters()]
-    modes = [(module, module.training) for module in base.modules()]
-    done: list[str] = []
+    if isinstance(model, PeftModel):
+        _add(model, contents, autocast_adapter_dtype)
+        return model
+    switches = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    (first, content), *others = contents.items()
+    made = _with_first(model, first, content, autocast_adapter_dtype)
+    try:
+        _add(made, dict(others), autocast_adapter_dtype)
+    except BaseException:
+        made.unload()
+        for parameter, requires_grad in switches:
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+        raise
+    return made
+
+
+def _add(model: PeftModel, contents: Mapping[str, Content], autocast_adapter_dtype: bool) -> None:
+    """Put adapters on a model that has some, all or none."""
+    base, done = model.get_base_model(), list[str]()
     try:
         for name, content in track(list(contents.items()), "Loading adapters", unit="adapter"):
-            peft_model = _put(base, peft_model, name, content, autocast_adapter_dtype)
+            config, fill = _checkpoint(base, name, content)
+            add_checkpoint(model, name, config, fill, autocast_adapter_dtype=autocast_adapter_dtype)
             done.append(name)
     except BaseException:
-        if peft_model is not None and isinstance(model, PeftModel):
-            for name in reversed(done):
-                peft_model.delete_adapter(name)
-        elif peft_model is not None:
-            peft_model.unload()
-            for parameter, requires_grad in switches:
-                parameter.requires_grad_(requires_grad)
-            for module, training in modes:
-                module.training = training
+        for name in reversed(done):
+            model.delete_adapter(name)
         raise
-    assert peft_model is not None
-    return peft_model
 
 
-def _put(
-    base: nn.Module,
-    model: PeftModel | None,
-    name: str,
-    content: Content,
-    autocast_adapter_dtype: bool,
+def _with_first(
+    base: nn.Module, name: str, content: Content, autocast_adapter_dtype: bool
 ) -> PeftModel:
-    """Put one adapter on a model; a base model becomes a `PeftModel`."""
-    adapter = content.adapter()
-    config, state = named_as_now(base, adapter.config, adapter.tensors)
-    fill = CheckpointFill(base, state, name)
-    if model is not None:
-        add_checkpoint(model, name, config, fill, autocast_adapter_dtype=autocast_adapter_dtype)
-        return model
+    """Return a `PeftModel` of a base model with an adapter."""
+    config, fill = _checkpoint(base, name, content)
     config.inference_mode = True
     made = PeftModel.class_for(config.task_type)(
         base, config, name, autocast_adapter_dtype, initialize=False, fill=fill
     )
     made.base_model.method_of(config).note_loaded(made, name)
     return made.eval()
+
+
+def _checkpoint(base: nn.Module, name: str, content: Content) -> tuple[PeftConfig, CheckpointFill]:
+    """Return an adapter's config, and its tensors to fill in, under present names of modules."""
+    adapter = content.adapter()
+    config, state = named_as_now(base, adapter.config, adapter.tensors)
+    return config, CheckpointFill(base, state, name)
 
 
 def check_one_base(entries: Sequence[AdapterEntry]) -> None:

@@ -28,7 +28,7 @@ from .scanning import PACK_SUFFIX, Files, Scan, scan
 
 
 class LibraryChanges(NamedTuple):
-    """What a refresh changed, by name; of what is left out, by path. It is true if there is any.
+    """Changes of a refresh by name; of what is left out, by path. It is true if there is any.
 
     Args:
         added: New adapters.
@@ -68,7 +68,7 @@ class LibraryChanges(NamedTuple):
 
 @dataclass
 class Findings:
-    """What is below a folder, compared with an index.
+    """Adapters below a folder, compared with an index.
 
     Args:
         before: The index that it was compared with.

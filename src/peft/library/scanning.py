@@ -25,7 +25,7 @@ class Files(NamedTuple):
 
 @dataclass
 class Scan:
-    """What is below a folder, by path in it.
+    """Adapters found below a folder, by path in it.
 
     Args:
         adapters: Folders with an adapter's files.
@@ -118,7 +118,7 @@ def _note(
             )
             return
         try:
-            found = entry.stat()
+            found = os.stat(entry.path)  # `entry.stat` has no inode on Windows
             if not entry.is_file():
                 raise OSError(None, "it is no regular file")
         except OSError as error:
