@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.fused_modules import FusedModule, fused_modules
@@ -84,12 +85,16 @@ def config_with_stacks(config: C, model: nn.Module) -> C:
     if (
         not tuner.checkpoint_format.expert_tensors
         or targets is None
-        or isinstance(targets, str)
+        or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND
         or is_empty(targets)
     ):
         return config
     paths = ModuleNames(model).paths
-    lost = [name for name in targets if not any(named([name], path) for path in paths)]
+    lost: str | Collection[str] = targets  # an expression is tried on all modules
+    rest_of: str | Collection[str] = targets
+    if not isinstance(targets, str):
+        lost = [name for name in targets if not any(named([name], path) for path in paths)]
+        rest_of = set(targets).difference(lost)
     former = fused_modules(model) if lost else {}
     chosen = select(former, lost, config.exclude_modules, *layer_choice(config))
     if not chosen:
@@ -99,7 +104,7 @@ def config_with_stacks(config: C, model: nn.Module) -> C:
         found.settings[key] = tuner.checkpoint_format.stack_settings(
             config, {place.part: path for path, place in modules}
         )
-    rest = select(paths, set(targets) - set(lost), config.exclude_modules, *layer_choice(config))
+    rest = select(paths, rest_of, config.exclude_modules, *layer_choice(config))
     return _changed(model, config, found, rest)
 
 

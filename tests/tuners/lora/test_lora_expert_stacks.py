@@ -131,6 +131,20 @@ def test_a_new_config_with_former_names():
     assert dense.target_parameters is None
 
 
+def test_an_expression_for_former_names():
+    """It means what the names mean that it matches; without any it stays as it is."""
+    names = get_peft_model(mixture("qwen3_moe"), LoraConfig(target_modules=["q_proj", "up_proj"]))
+    pattern = r".*\.(q_proj|up_proj)"
+    model = get_peft_model(mixture("qwen3_moe"), LoraConfig(target_modules=pattern))
+    for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        found, expected = (getattr(m.peft_config["default"], field) for m in (model, names))
+        assert found == expected
+    assert model.state_dict().keys() == names.state_dict().keys()
+    plain = get_peft_model(mixture("qwen3_moe"), LoraConfig(target_modules=r".*\.q_proj"))
+    assert plain.peft_config["default"].target_modules == r".*\.q_proj"
+    assert not plain.peft_config["default"].target_parameters
+
+
 def test_transformers_own_loading(tmp_path):
     base, ids = mixture("mixtral"), tokens()
     deltas = former("mixtral", base, tmp_path)
