@@ -10,7 +10,7 @@ from torch import nn
 import peft
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftNotSupportedError
 from peft.checkpoint.digests import adapter_digest
-from peft.core.low_rank_deltas import deltas_by_task, loaded_deltas, low_rank_deltas
+from peft.core.low_rank_deltas import DeltaReader, deltas_by_task, loaded_deltas, low_rank_deltas
 
 
 def mlp(width=16):
@@ -69,6 +69,25 @@ def test_deltas_of_an_adapter_on_the_model_have_its_present_scale(method):
         option = {"task_id": task} if "n_tasks" in METHODS[method].fields else {}
         dense = layer.get_delta_weight("default", **option)
         torch.testing.assert_close(deltas["0"].B @ deltas["0"].A, dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_reader_for_many_adapters(method, tmp_path):
+    """Layers are filled again for an equal config, and made again for another."""
+    read = DeltaReader(mlp())
+    models = []
+    for seed, more in enumerate(({}, {}, {"r": 1}, {})):
+        torch.manual_seed(seed)
+        config = METHODS[method].config(target_modules=["0", "2"], **more)
+        models.append(peft.get_peft_model(mlp(), config))
+        models[-1].save_pretrained(tmp_path / str(seed))
+    found = [read(tmp_path / str(seed)) for seed in range(4)]
+    for model, views in zip(models, found, strict=True):
+        for task, deltas in enumerate(views.values()):
+            option = {"task_id": task} if len(views) > 1 else {}
+            layer = model.get_base_model()[0]
+            dense = layer.get_delta_weight("default", **option)
+            torch.testing.assert_close(deltas["0"].B @ deltas["0"].A, dense)
 
 
 def test_a_blend_of_tasks(tmp_path):

@@ -17,7 +17,7 @@ from ..base.progress import track
 from ..base.suggestions import adapters_there
 from ..config import PeftConfig
 from ..core.conversion import config_of
-from ..core.low_rank_deltas import Deltas, SavedAdapter, deltas_by_task, loaded_deltas
+from ..core.low_rank_deltas import DeltaReader, Deltas, SavedAdapter, loaded_deltas
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,6 +68,7 @@ class DeltaSource:
     def __init__(self, model: nn.Module, places: Mapping[str, SavedAdapter | None]) -> None:
         self.model, self.places = model, places
         self._owners: dict[str, str] = {}  # the adapter of each delta that was read
+        self._readers: dict[tuple[torch.device | None, bool], DeltaReader] = {}
 
     @classmethod
     def of(cls, model: nn.Module, adapters: Adapters | None) -> Self:
@@ -114,7 +115,11 @@ class DeltaSource:
             views = self._of_model(name, device, deltas_only)
         else:
             saved = place[:2] if isinstance(place, tuple) else place
-            views = deltas_by_task(self.model, saved, device=device, deltas_only=deltas_only)
+            key = device, deltas_only
+            if key not in self._readers:
+                reader = DeltaReader(self.model, device=device, deltas_only=deltas_only)
+                self._readers[key] = reader
+            views = self._readers[key](saved)
         several = len(views) > 1
         experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
         self._owners.update(dict.fromkeys(experts, name))

@@ -24,7 +24,7 @@ from ...base.suggestions import did_you_mean
 from ...checkpoint.digests import adapter_digest
 from ...checkpoint.files import read_weights
 from ...checkpoint.hub import HubOptions, find_file
-from ...core.low_rank_deltas import Deltas, deltas_by_task
+from ...core.low_rank_deltas import DeltaReader, Deltas
 from ...ops.low_rank import LowRank, approximate
 from .config import RoutedConfig
 
@@ -124,12 +124,13 @@ def find_experts(config: RoutedConfig, model: nn.Module) -> Experts:
     if saved is not None:
         return saved
     loaded: dict[object, _Loaded] = {}
+    read = DeltaReader(model, deltas_only=config.deltas_only)
     found: dict[str, dict[str, Deltas]] = {"experts": {}, "general_experts": {}}
     for field_name, deltas in found.items():
         sources: dict[str, Source] = {}
         items = getattr(config, field_name).items()
         for name, source in track(items, "Reading experts", unit="expert"):
-            for own, described, delta in _fetch(config, name, source, model, loaded):
+            for own, described, delta in _fetch(config, name, source, read, loaded):
                 sources[own], deltas[own] = described, delta
         setattr(config, field_name, sources)
     config.validate()
@@ -143,7 +144,7 @@ def _fetch(
     config: RoutedConfig,
     name: str,
     source: Source,
-    model: nn.Module,
+    read: DeltaReader,
     loaded: dict[object, _Loaded],
 ) -> Iterator[tuple[str, Source, Deltas]]:
     """Yield name, full source and deltas of an expert, or of each task of its adapter."""
@@ -166,8 +167,7 @@ def _fetch(
         digest = adapter_digest(place, **hub) if known is None else known.digest
         _check_unchanged(source, digest, place)
         if known is None:
-            own_deltas = deltas_by_task(model, place, deltas_only=config.deltas_only, **hub)
-            known = loaded[key] = _Loaded(digest, own_deltas)
+            known = loaded[key] = _Loaded(digest, read(place, **hub))
         by_task = known.by_task
         tasks = [_task(source["task"], by_task)] if "task" in source else list(by_task)
     except PeftError as error:
