@@ -27,7 +27,7 @@ from ..base.modules import get_submodules, model_type
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import unwrapped_name
-from . import base_layer, packed_modules, parameter_targets, tying, unmatched_names
+from . import base_layer, parameter_targets, tying, unmatched_names
 from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
 from .adapter_names import check_name
@@ -167,7 +167,7 @@ def make(
     tying.add_tied_targets(plan, modules)
     plan.places = _places(modules, list(plan.targets.values()))
     if tuner.parameter_layer_cls is not None:
-        plan.parameters = packed_modules.with_parts(
+        plan.parameters = parameter_targets.with_parts(
             tuner.model, plan.parameters, plan.targets, plan.places
         )
     if is_new and not state_dict:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,13 @@ class _AllRows(ActiveCall):
 ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
 
 
+class _Cache(Protocol):
+    """The cache of a model of transformers."""
+
+    def get_seq_length(self) -> int | Tensor:
+        """Return the number of tokens in it."""
+
+
 class Activation:
     """The activated adapters of a model.
 
@@ -246,7 +253,7 @@ class Activation:
         return [name for name in names if name in self.invocations]
 
     def _new_call(
-        self, model: nn.Module, arguments: Mapping[str, Any], names: list[str]
+        self, model: nn.Module, arguments: Mapping[str, object], names: list[str]
     ) -> ActiveCall:
         """Return the call of a forward by itself."""
         call = ActiveCall(self, call_rows(model, arguments, CALL_ARGUMENTS))
@@ -283,7 +290,7 @@ class Activation:
         return call
 
     def _step(
-        self, outer: ActiveCall, arguments: Mapping[str, Any], names: list[str]
+        self, outer: ActiveCall, arguments: Mapping[str, object], names: list[str]
     ) -> ActiveCall:
         """Return the call of a forward inside `generate`."""
         sizes, shapes = _sizes(arguments), argument_shapes(arguments)
@@ -306,7 +313,7 @@ class Activation:
 
     def _starts(
         self,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, object],
         names: list[str],
         ids: Tensor | None,
         seen: int | Tensor,
@@ -397,13 +404,14 @@ def _are_places(positions: object, tokens: int) -> TypeGuard[Tensor]:
     return isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == tokens
 
 
-def _cache(arguments: Mapping[str, object]) -> Any:
+def _cache(arguments: Mapping[str, object]) -> _Cache | None:
     """Return the cache that a forward continues, or None."""
     caches = (arguments.get(name) for name in _CACHES)
-    return next((cache for cache in caches if hasattr(cache, "__dict__")), None)
+    found = next((cache for cache in caches if hasattr(cache, "__dict__")), None)
+    return cast("_Cache | None", found)
 
 
-def _cache_of(output: object) -> Any:
+def _cache_of(output: object) -> _Cache | None:
     """Return the cache in a forward's output, or None."""
     if isinstance(output, (tuple, list)):
         return next((item for item in output if hasattr(item, "get_seq_length")), None)
@@ -421,7 +429,7 @@ def _note(arguments: Mapping[str, object], output: object, starts: dict[str, Ten
         setattr(cache, _STARTS, {**getattr(cache, _STARTS, {}), **starts})
 
 
-def _seen(arguments: Mapping[str, Any], tokens: int) -> int | Tensor:
+def _seen(arguments: Mapping[str, object], tokens: int) -> int | Tensor:
     """Return the number of tokens that lie in the cache before those of a forward."""
     cache = _cache(arguments)
     if cache is None:

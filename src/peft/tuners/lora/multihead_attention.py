@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -23,8 +23,7 @@ class MultiheadAttention(ParamWrapper):
     @property
     def out_proj(self) -> nn.Module:
         """The module's output projection, whose weight is read with the adapter's delta."""
-        base: Any = self.get_base_layer()
-        return innermost(base.out_proj)
+        return innermost(self.get_base_layer().get_submodule("out_proj"))
 
 
 class OutProjection(ParamWrapper):

@@ -8,7 +8,7 @@ the interface has here are placeholders, since this package has no variants of l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -42,8 +42,17 @@ if not TYPE_CHECKING:
         return placeholder(name, __name__)
 
 
+class _AdaptedModel(Protocol):
+    """The members of a model with adapters that this file uses."""
+
+    @property
+    def peft_config(self) -> Mapping[str, object]: ...
+    @property
+    def active_adapters(self) -> Sequence[str]: ...
+
+
 def calculate_alora_offsets(
-    peft_config: Mapping[str, Any],
+    peft_config: Mapping[str, object],
     active_adapter: str,
     input_ids: Tensor,
     adapter_names: Sequence[str] | None = None,
@@ -75,8 +84,11 @@ def calculate_alora_offsets(
 
 
 def get_alora_offsets_for_forward(
-    model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
-) -> dict[str, Any]:
+    model: _AdaptedModel,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **kwargs: object,
+) -> dict[str, object]:
     """Return the arguments of a forward, with the `alora_offsets` of its tokens if any adapter that
     it can use is an activated one.
     """
@@ -89,7 +101,9 @@ def get_alora_offsets_for_forward(
     )
 
 
-def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def get_alora_offsets_for_generate(
+    model: _AdaptedModel, *args: object, **kwargs: object
+) -> dict[str, object]:
     """Return the arguments of `generate`, with the `alora_offsets` of its prompt if any adapter
     that it can use is an activated one.
     """
@@ -104,17 +118,18 @@ def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dic
 
 
 def _with_offsets(
-    model: Any, ids: Tensor | None, arguments: dict[str, Any], warning: str
-) -> dict[str, Any]:
+    model: _AdaptedModel, ids: object, arguments: dict[str, object], warning: str
+) -> dict[str, object]:
     """Return arguments with `alora_offsets`, unless they have them or need none."""
     configs, names = model.peft_config, arguments.get("adapter_names")
+    names = cast(Sequence[str] | None, names)
     used = model.active_adapters if names is None else names
     is_activated = any(
         getattr(configs.get(name), "alora_invocation_tokens", None) for name in set(used)
     )
     if not is_activated or arguments.get("alora_offsets") is not None:
         return arguments
-    if ids is None:
+    if not isinstance(ids, Tensor):
         warn(warning)
         return {**arguments, "alora_offsets": None}
     offsets = calculate_alora_offsets(configs, model.active_adapters[0], ids, names)
