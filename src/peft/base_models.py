@@ -173,6 +173,7 @@ class _Found(NamedTuple):
     config_file: Path
     content: JsonObject
     is_diffusers: bool
+    name: str
 
     def empty(self) -> nn.Module:
         """Return a model on the device of the context, without its weights."""
@@ -182,7 +183,7 @@ class _Found(NamedTuple):
         config = transformers.AutoConfig.from_pretrained(self.config_file)
         make = getattr(self.cls, "_from_config", None) or self.cls.from_config
         model = make(config)
-        model.config._name_or_path = model.name_or_path = ""  # the file is not the model
+        model.config._name_or_path = model.name_or_path = self.name
         return model
 
 
@@ -211,7 +212,8 @@ def _find_class(source: str | os.PathLike[str], task_type: str | None, hub: HubO
             f"'{path}' is of the class {name!r}, which the installed {library.__name__} does not "
             "have. Load the model yourself and use the Python functions."
         )
-    return _Found(cls, path, content, is_diffusers)
+    name = "" if path == Path(source) else os.fspath(source)  # a config is not the model
+    return _Found(cls, path, content, is_diffusers, name)
 
 
 def _copy_companions(source: str | os.PathLike[str], folder: Path, ignored: str = "\0") -> None:

@@ -7,22 +7,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base.constants import MODEL_ROOT, ROOT
-from .base.errors import PeftTypeError, PeftValueError
+from .base.errors import CheckpointError, PeftNotSupportedError, PeftTypeError, PeftValueError
+from .base.modules import check_model
 from .checkpoint.hub import HubOptions, load_peft_weights, of_one_save, only_hub_options
 from .config import PeftConfig, TargetedConfig
 from .core.filling import CheckpointFill
 from .core.injection import Construction
 from .core.low_rank_deltas import SavedAdapter
+from .core.renamed_targets import present_names
 from .core.skeleton import adapted_paths, skeleton_of
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
 
 def load_standalone(
-    adapters: SavedAdapter | Mapping[str, SavedAdapter], **hub_options: object
+    adapters: SavedAdapter | Mapping[str, SavedAdapter],
+    *,
+    model: nn.Module | None = None,
+    **hub_options: object,
 ) -> PeftModel:
     """Load adapters without their base model: for conversion, comparison, combination, export.
 
@@ -32,6 +37,8 @@ def load_standalone(
     Args:
         adapters: An adapter: its folder, its id on the Hub, or a pair of config and tensors by
             checkpoint key; or several by the name that each is to have.
+        model: The base model without weights, as `meta_model` makes it, for adapters whose tensors
+            do not tell all sizes. The adapters are put into it.
         **hub_options: `subfolder`, `revision`, `token`, `cache_dir`, …
 
     Returns:
@@ -41,8 +48,9 @@ def load_standalone(
     Raises:
         CheckpointNotFoundError: There is no such adapter.
         CheckpointError: A file is damaged, or the adapters are for modules of different sizes.
-        PeftNotSupportedError: An adapter's tensors do not tell the sizes of its modules (a
-            convolution with flattened factors, say), or it depends on the base model's weights.
+        PeftNotSupportedError: An adapter's tensors do not tell the sizes of its modules, or it
+            depends on the base model's weights. A convolution with flattened factors is taken for
+            a linear layer, unless a `model` is given.
 
     Example:
         >>> import tempfile, torch
@@ -60,23 +68,39 @@ def load_standalone(
         raise PeftValueError("`adapters` is empty; name at least one adapter.")
     hub = only_hub_options(hub_options, "load_standalone")
     loaded = {name: _read(place, hub) for name, place in places.items()}
-    root = skeleton_of(list(loaded.values()))
+    if model is None:
+        root: nn.Module = skeleton_of(list(loaded.values()))
+        loaded = {name: (_by_path(*adapter), adapter[1]) for name, adapter in loaded.items()}
+    else:
+        check_model(model)
+        root = model
+        loaded = {name: _present(model, *adapter) for name, adapter in loaded.items()}
+    # Parameters have the dtype of the file, or float32 in a model of another.
+    autocast = model is not None
     mixed = len({config.peft_type for config, _ in loaded.values()}) > 1
-    model: PeftModel | None = None
+    result: PeftModel | None = None
     for name, (config, state) in loaded.items():
-        own = _by_path(config, state)
         place = places[name]
         source = "The adapter's tensors" if isinstance(place, tuple) else str(place)
         fill = CheckpointFill(root, state, source)
-        if model is None:
-            model_cls = PeftMixedModel if mixed else PeftModel.class_for(config.task_type)
-            options = {"autocast_adapter_dtype": False, "initialize": False}
-            model = model_cls(root, own, name, fill=fill, **options)
-        else:
-            model.add_filled_adapter(name, own, fill, Construction(False, initialize=False))
-        model.base_model.method_of(own).note_loaded(model, name)
-    assert model is not None
-    return model.eval()
+        try:
+            if result is None:
+                model_cls = PeftMixedModel if mixed else PeftModel.class_for(config.task_type)
+                options = {"autocast_adapter_dtype": autocast, "initialize": False}
+                result = model_cls(root, config, name, fill=fill, **options)
+            else:
+                rest = Construction(autocast, initialize=False)
+                result.add_filled_adapter(name, config, fill, rest)
+        except CheckpointError as error:
+            if model is not None:
+                raise
+            raise PeftNotSupportedError(
+                f"'{source}' can't be understood without its base model; pass that, without "
+                f"weights, as `meta_model` makes it. {error}"
+            ) from error
+        result.base_model.method_of(config).note_loaded(result, name)
+    assert result is not None
+    return result.eval()
 
 
 def _read(adapter: SavedAdapter, hub: HubOptions) -> tuple[TargetedConfig, Mapping[str, Tensor]]:
@@ -92,6 +116,15 @@ def _read(adapter: SavedAdapter, hub: HubOptions) -> tuple[TargetedConfig, Mappi
         )
     if not isinstance(config, TargetedConfig):
         raise PeftTypeError(f"'{adapter}' is not an adapter of modules chosen by name.")
+    return config, state
+
+
+def _present(
+    model: nn.Module, config: TargetedConfig, state: Mapping[str, Tensor]
+) -> tuple[TargetedConfig, Mapping[str, Tensor]]:
+    """Return a config and tensors under the present names of a model's modules."""
+    config, state = present_names(model, config.for_adapter(), state)
+    config.inference_mode = True
     return config, state
 
 

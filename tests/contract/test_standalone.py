@@ -105,6 +105,35 @@ def test_adapters_that_need_the_base_models_weights_say_so(config, message, tmp_
         peft.convert_to_lora(peft.load_standalone(tmp_path))
 
 
+@pytest.mark.parametrize("method", ["LOHA", "LOKR"])
+def test_the_base_models_sizes_help_where_tensors_do_not_tell(method, tmp_path):
+    """A convolution with flattened factors looks like a linear layer."""
+
+    def convolution():
+        return nn.Sequential(nn.Conv1d(12, 8, 3))
+
+    config = METHODS[method].config(target_modules=["0"], r=1)
+    model = peft.get_peft_model(convolution(), config)
+    model.save_pretrained(tmp_path / "a")
+    with torch.device("meta"):
+        base = convolution()
+    alone = peft.load_standalone(tmp_path / "a", model=base)
+    peft.save_as_lora(tmp_path / "b", alone)
+    again = peft.PeftModel.from_pretrained(convolution(), tmp_path / "b")
+    deltas = [m.base_model.model[0].get_delta_weight("default") for m in (model, again)]
+    torch.testing.assert_close(*deltas)
+
+
+def test_adapted_parameters_need_the_base_model(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    peft.get_peft_model(nn.Sequential(nn.Linear(8, 4)), config).save_pretrained(tmp_path)
+    with pytest.raises(peft.PeftError, match="`target_parameters`.*`meta_model` makes it"):
+        peft.load_standalone(tmp_path)
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(8, 4))
+    assert peft.load_standalone(tmp_path, model=base).peft_config["default"].r == 2
+
+
 def test_adapters_of_different_base_models_are_refused(tmp_path):
     for size in (8, 16):
         config = peft.LoraConfig(r=2, target_modules=["0"])

@@ -38,7 +38,7 @@ def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> 
     data["library_name"] = "peft"
     tags = {*map(str, _as_list(data.get("tags"))), *(getattr(model, "model_tags", None) or ())}
     name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers models
-    if name is not None:
+    if name:
         data["base_model"] = name
         tags.update(("transformers", f"base_model:adapter:{name}"))
     if config.task_type is not None and config.task_type in _PIPELINES:

@@ -14,10 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 import click
 import torch
+from torch import nn
 
 from ..base.errors import PeftValueError
 from ..base.plain_values import JsonObject
 from ..base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup, registered_methods
+from ..base_models import meta_model
 from ..checkpoint.files import CONFIG_NAME, read_json
 from ..config import PeftConfig
 
@@ -124,6 +126,25 @@ def _field(text: str) -> tuple[str, object]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def model_options(command: F) -> F:
+    """Add the options that name a base model, whose weights are not read."""
+    text = "The base model's folder or config.json, for adapters that do not tell all of its sizes."
+    for option in (
+        click.option("--subfolder", help="Folder of `--model` in a pipeline, as transformer."),
+        click.option("--model", type=PLACE, help=text),
+    ):
+        command = option(command)
+    return command
+
+
+def host_of(model: str | None, subfolder: str | None, as_json: bool) -> nn.Module | None:
+    """Return the base model of `model_options` without weights, None if none was named."""
+    if model is None:
+        return None
+    with quiet_libraries(as_json):
+        return meta_model(model, subfolder=subfolder)
 
 
 def dtype_option(command: F) -> F:

@@ -13,7 +13,7 @@ from ..base.plain_values import JsonObject, plain
 from ..base.tables import table
 from ..clustering import AdapterSimilarity, adapter_similarity
 from ..standalone import load_standalone
-from .common import PLACE, named_sources, shared_options, show
+from .common import PLACE, host_of, model_options, named_sources, shared_options, show
 
 # Fields that say nothing of what an adapter computes, or that are made from its tensors here.
 _UNIMPORTANT = {
@@ -27,8 +27,11 @@ _UNIMPORTANT = {
 
 @click.command()
 @click.argument("adapters", type=PLACE, nargs=-1, required=True)
+@model_options
 @shared_options
-def compare(adapters: Sequence[str], as_json: bool) -> None:
+def compare(
+    adapters: Sequence[str], model: str | None, subfolder: str | None, as_json: bool
+) -> None:
     """Compare adapters layer by layer.
 
     The table has norms, difference and cosine of the deltas. The adapters can be of any methods and
@@ -36,9 +39,9 @@ def compare(adapters: Sequence[str], as_json: bool) -> None:
     """
     if len(adapters) < 2:
         raise click.UsageError("Name two adapters or more.")
-    model = load_standalone(named_sources(adapters))
-    configs = {name: plain(config.to_dict()) for name, config in model.peft_config.items()}
-    show(_Comparison(adapter_similarity(model), _differences(configs)), as_json)
+    loaded = load_standalone(named_sources(adapters), model=host_of(model, subfolder, as_json))
+    configs = {name: plain(config.to_dict()) for name, config in loaded.peft_config.items()}
+    show(_Comparison(adapter_similarity(loaded), _differences(configs)), as_json)
 
 
 @dataclass

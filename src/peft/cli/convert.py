@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
 import torch
+from torch import nn
 
-from ..base_models import meta_model
 from ..core.low_rank_deltas import SavedAdapter
 from ..peft_model import PeftModel
 from ..standalone import load_standalone
@@ -23,6 +24,8 @@ from .common import (
     dtype_of,
     dtype_option,
     force_option,
+    host_of,
+    model_options,
     named_sources,
     quiet_lora,
     rank_of,
@@ -54,12 +57,7 @@ from .results import Written
     help="For `--to poly`: each task's weight of its own skill.",
 )
 @click.option("--heads", help="For `--to poly`: how to combine modules trained in full.")
-@click.option(
-    "--model",
-    type=PLACE,
-    help="The base model's folder or config.json, for files that lack full paths of modules.",
-)
-@click.option("--subfolder", help="Folder of `--model` in a pipeline, as transformer.")
+@model_options
 @click.option("--component", help="Prefix of the modules in a LoKr file, as lora_unet.")
 @click.option(
     "--original-names",
@@ -93,20 +91,24 @@ def convert(
     peft convert lokr style.safetensors --to kohya        a LoKr folder to a file
     peft convert style.safetensors lokr --to folder       a LoKr file to a folder
 
-    No base model is needed, but for files whose names of modules are ambiguous: pass its config as
-    `--model`.
+    No base model is needed, but for files whose names of modules are ambiguous, and for
+    convolutions with flattened factors: pass its config as `--model`.
     """  # noqa: D301
     if len(sources) > 1 and target != "poly":
         raise click.UsageError(f"`--to {target}` takes one source.")
     check_output(output, force, sources)
     number: Any = rank_of(rank)
     task: Any = task_of(tasks)
-    loaded = load_standalone(
-        {
-            name: _opened(source, model, subfolder, component)
-            for name, source in named_sources(sources).items()
-        }
-    )
+    make_host = partial(host_of, model, subfolder, as_json)
+    adapters = {
+        name: _opened(source, make_host, component)
+        for name, source in named_sources(sources).items()
+    }
+    if target == "folder":
+        one = load_standalone(next(iter(adapters.values())), model=make_host())
+        _save(one, output, dtype_of(dtype))
+        return show(Written(output), as_json)
+    loaded = load_standalone(adapters, model=make_host())
     names = list(loaded.peft_config)
     result = Written(output)
     if target == "poly":
@@ -118,9 +120,6 @@ def convert(
             converted = convert_to_lora(loaded, number, names[0], task_id=task)
         result.errors, result.error = converted.errors, converted.error
         _save(load_standalone(converted), output, dtype_of(dtype))
-    elif target == "folder":
-        one = _opened(sources[0], model, subfolder, component)
-        _save(load_standalone(one), output, dtype_of(dtype))
     else:
         save_lokr_file(
             loaded,
@@ -131,17 +130,16 @@ def convert(
             original_names=original_names,
             dtype=dtype_of(dtype),
         )
-    show(result, as_json)
+    return show(result, as_json)
 
 
 def _opened(
-    source: str, model: str | None, subfolder: str | None, component: str | None
+    source: str, make_host: Callable[[], nn.Module | None], component: str | None
 ) -> SavedAdapter:
     """Return an adapter's place, or the adapter in a file of another program."""
     if not os.path.isfile(source):
         return source
-    host = None if model is None else meta_model(model, subfolder=subfolder)
-    return read_lokr_adapter(source, host, component)
+    return read_lokr_adapter(source, make_host(), component)
 
 
 def _save(model: PeftModel, output: str, dtype: torch.dtype | None) -> None:

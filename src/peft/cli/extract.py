@@ -13,6 +13,8 @@ from .common import (
     PLACE,
     check_output,
     force_option,
+    host_of,
+    model_options,
     named_sources,
     quiet_lora,
     rank_of,
@@ -47,6 +49,7 @@ from .results import Written, WrittenTasks
 @click.option(
     "--heads", help="Modules that several sources train in full: mean, or a source's name."
 )
+@model_options
 @force_option
 @shared_options
 def extract(
@@ -57,6 +60,8 @@ def extract(
     weights: Sequence[float],
     rank: str | None,
     heads: str | None,
+    model: str | None,
+    subfolder: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -75,15 +80,17 @@ def extract(
         raise click.UsageError("Pass one `--weight` for each source, and `--all-tasks` for one.")
     check_output(output, force, sources, *([None] if all_tasks else []))
     number = rank_of(rank)
-    model = load_standalone(named_sources(sources))
-    names = list(model.peft_config)
+    loaded = load_standalone(named_sources(sources), model=host_of(model, subfolder, as_json))
+    names = list(loaded.peft_config)
     if all_tasks:
-        show(WrittenTasks(output, save_tasks_as_lora(model, output, rank=number)), as_json)
+        show(WrittenTasks(output, save_tasks_as_lora(loaded, output, rank=number)), as_json)
         return
     own = list(weights) or [1 / len(names)] * len(names)
     chosen = names[0] if len(names) == 1 else dict(zip(names, own, strict=True))
     with quiet_lora():
-        converted = save_as_lora(output, model, number, chosen, task_id=task_of(tasks), heads=heads)
+        converted = save_as_lora(
+            output, loaded, number, chosen, task_id=task_of(tasks), heads=heads
+        )
     show(Written(output, converted.errors, converted.error), as_json)
 
 

@@ -75,13 +75,14 @@ def skeleton_of(adapters: Sequence[tuple[TargetedConfig, Mapping[str, Tensor]]])
     layers: dict[str, _Layer] = {}
     parameters: dict[str, Tensor] = {}
     for config, state in adapters:
-        _check_needs_no_weights(config)
+        _check_needs_no_model(config)
         groups = group_keys(state)
         shapes = module_shapes(groups, {key: tuple(value.shape) for key, value in state.items()})
         root.targeting[frozenset(adapted_paths(state))] = _targeting(config)
         for stem, shape in shapes.items():
-            first = state[next(iter(groups.modules[stem].values()))]
-            _note(layers, stem.removeprefix(MODEL_ROOT), shape, first.dtype)
+            own = [state[key].dtype for key in groups.modules[stem].values()]
+            dtype = next((dtype for dtype in own if dtype.is_floating_point), torch.float32)
+            _note(layers, stem.removeprefix(MODEL_ROOT), shape, dtype)
         others = {key.removeprefix(MODEL_ROOT): state[key] for key in groups.others}
         for path, layer in _embeddings(config, others):
             layers.setdefault(path, layer)
@@ -165,8 +166,14 @@ class _Layer:
         return kind(*sizes, groups=size.groups, bias=bias, **place)
 
 
-def _check_needs_no_weights(config: TargetedConfig) -> None:
-    """Refuse an adapter whose delta depends on the base model's weights."""
+def _check_needs_no_model(config: TargetedConfig) -> None:
+    """Refuse an adapter that can't be understood without the base model."""
+    if not is_empty(getattr(config, "target_parameters", None)):
+        raise PeftNotSupportedError(
+            f"The adapter adapts parameters that are no modules' (`target_parameters`="
+            f"{config.target_parameters!r}), whose sizes its tensors do not tell; pass the base "
+            "model, without weights, as `meta_model` makes it."
+        )
     if getattr(config, "starts_from_weight", False):
         raise PeftNotSupportedError(
             "The adapter is stored as a difference from a start that is computed from the base "
@@ -180,8 +187,8 @@ def _note(
     """Note the size of an adapted layer, which is the same for all adapters."""
     if shape is None or len(shape.kernel_size) > len(_CONVOLUTIONS):
         raise PeftNotSupportedError(
-            f"`{path}`: the adapter's tensors do not tell the size of this module; load it into "
-            "the base model."
+            f"`{path}`: the adapter's tensors do not tell the size of this module; pass the base "
+            "model, without weights, as `meta_model` makes it."
         )
     known = layers.get(path)
     if known is not None and known.size is not None:
