@@ -194,6 +194,12 @@ class PeftConfig:
             result.source = self.source
         return result
 
+    def as_loaded(self: C) -> C:
+        """Return the config that the adapter in a file has in a model; other programs may run the
+        file in another form.
+        """
+        return self
+
     def for_copy(self: C, reference: bool = False) -> C:
         """Return the config for a copy; a `reference` model of a policy has no dropout."""
         result = deepcopy(self)

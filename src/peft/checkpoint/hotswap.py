@@ -91,8 +91,10 @@ def hotswap_adapter(
 
     def read() -> tuple[AdapterConfig, dict[str, Tensor]]:
         peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub))["peft_type"]
-        config = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type).from_pretrained(
-            model_name_or_path, **hub
+        config = (
+            lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
+            .from_pretrained(model_name_or_path, **hub)
+            .as_loaded()
         )
         check_hotswap_configs_compatible(known, config)
         return config, load_peft_weights(model_name_or_path, device=torch_device, **hub)

@@ -252,7 +252,7 @@ def read_checkpoint(
         config = config.for_adapter()
         state = load_peft_weights(model_id, device=device, **hub)
     _check_sizes(config, state, model_id)
-    return named_as_now(model, config, state, key_mapping)
+    return named_as_now(model, config.as_loaded(), state, key_mapping)
 
 
 def _check_sizes(

@@ -287,6 +287,22 @@ def test_a_checkpoint_brings_its_start_with_it(how, tmp_path):
         torch.testing.assert_close(again(data()), model(data()), **CLOSE)
 
 
+def test_transformers_loads_the_file_as_a_plain_adapter(tmp_path):
+    torch.manual_seed(0)
+    base, ids = llama(), torch.tensor([[3, 1, 4, 1, 5]])
+    config = config_for("corda", target_modules=["q_proj"], fan_in_fan_out=False)
+    other = copy.deepcopy(base)
+    preprocess_corda(base, config, run_model=lambda: base(ids))
+    model = get_peft_model(base, config).eval()
+    shaken(model)
+    model.save_pretrained(tmp_path)
+    other.load_adapter(tmp_path)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits, **CLOSE)
+    model.peft_config["default"].init_lora_weights = True  # as scripts for Hugging Face PEFT do
+    with pytest.warns(UserWarning, match="it starts from a part of the base weight"):
+        model.save_pretrained(tmp_path)
+
+
 def test_files_of_what_was_collected(tmp_path):
     """They spare running the model, and are refused for other layers or ranks."""
     x = data()

@@ -26,7 +26,15 @@ from ...config import (
 )
 from ...core.replication import problems as replication_problems
 from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, StartConfig
-from .starts.files import FROM_DATA, IN_FILE, REPEATABLE, is_in_file, is_random, upgraded
+from .starts.files import (
+    FROM_DATA,
+    IN_FILE,
+    REPEATABLE,
+    check_readable,
+    is_in_file,
+    is_random,
+    with_own_rank,
+)
 
 # Values of `init_lora_weights`, in addition to "pissa_niter_<n>".
 INITIALIZATIONS = (
@@ -345,5 +353,15 @@ class LoraConfig(TargetedConfig):
 
     @classmethod
     def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Read the start of an adapter from a file's fields."""
-        return upgraded(content)
+        """Check that a file has what its adapter started from."""
+        check_readable(content)
+        return content
+
+    def as_loaded(self) -> LoraConfig:
+        """Return the config of an adapter of its own rank, where a file has its start in it."""
+        if not isinstance(self.start, dict):
+            return self
+        result = LoraConfig(**with_own_rank(self.to_dict()), runtime_config=self.runtime_config)
+        if self.source is not None:
+            result.source = self.source
+        return result

@@ -145,6 +145,8 @@ def get_eva_state_dict(
     Source: arXiv:2410.07170, algorithm 1
     """
     is_adapted = isinstance(model, PeftModel)
+    if isinstance(model, PeftModel):
+        check_adapter(adapter_name, model.peft_config)
     if peft_config is None and not is_adapted:
         raise PeftValueError("`peft_config` is required if the model is not a PeftModel.")
     config: LoraConfig = model.peft_config[adapter_name] if peft_config is None else peft_config  # type: ignore[index, assignment]
@@ -251,7 +253,6 @@ def initialize_lora_eva_weights(
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     """Return the linear layers with an adapter by their paths in a `PeftModel`."""
-    check_adapter(adapter_name, model.peft_config)  # type: ignore[arg-type]
     tuner: Any = model.base_model
     return {
         MODEL_ROOT + path: layer
@@ -323,7 +324,10 @@ class _Batches:
             batch = _moved(batch, self.device)
             yield batch, batch if self.prepare is None else self.prepare(batch, self.config), data
         if empty:
-            raise PeftValueError("The dataloader is empty; EVA needs data to run the model on.")
+            raise PeftValueError(
+                "The dataloader is empty, or can be looped over only once; EVA runs over it again "
+                "and again."
+            )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ def put_directions(
         warn(f"EVA has no directions for {', '.join(other)}; they start as usual.")
     removed = [path for path in layers if path in directions and not len(directions[path])]
     kept = {path: layer for path, layer in layers.items() if path not in removed}
-    changed = _config_with_ranks(config, name, kept, directions)
+    if not kept:
+        raise PeftValueError(f"The directions leave no layer of adapter {name} a rank.")
+    changed = _config_with_ranks(config, kept, directions)
     if removed:
         names, excluded = _targets.exactly(kept, own_modules(tuner.model))
         changed = replace(changed, target_modules=names, exclude_modules=excluded)
@@ -79,21 +81,17 @@ def _check(layers: Mapping[str, LoraLayer], directions: Mapping[str, Tensor]) ->
 
 
 def _config_with_ranks(
-    config: LoraConfig,
-    name: str,
-    layers: Mapping[str, LoraLayer],
-    directions: Mapping[str, Tensor],
+    config: LoraConfig, layers: Collection[str], directions: Mapping[str, Tensor]
 ) -> LoraConfig:
     """Return the config with a rank for each layer, and alphas that keep the scales."""
     ranks, alphas = {}, {}
     options = config.eva_config
-    for path, layer in layers.items():
+    for path in layers:
         r = _targets.pattern_value(config.rank_pattern or {}, path, config.r)
         alpha = _targets.pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
         ranks[path] = len(directions[path]) if path in directions else r
         keeps = options is None or options.adjust_scaling_factors
         alphas[path] = alpha * ranks[path] / r if keeps and ranks[path] != r else alpha
-        del layer
     return replace(
         config,
         rank_pattern=_targets.patterns(ranks, config.r),

@@ -113,18 +113,26 @@ def start_of(config: Any, state: Mapping[str, Tensor]) -> dict[str, Factors]:
     return starts
 
 
-def upgraded(content: JsonObject) -> JsonObject:
-    """Return the fields of a file, with the start as a model's adapter has it."""
-    how, start = content.get("init_lora_weights"), content.get("start")
-    if isinstance(start, dict):
-        ranks = {key: r // 2 for key, r in (content.get("rank_pattern") or {}).items()}
-        return {
-            **content,
-            **start,
-            "r": content["r"] // 2,
-            "rank_pattern": ranks,
-            "start": IN_FILE if start.get("init_lora_weights") in FROM_DATA else REPEATABLE,
-        }
+def with_own_rank(content: JsonObject) -> JsonObject:
+    """Return the fields of a file with a start, as those of an adapter of its own rank."""
+    start = content["start"]
+    ranks = {key: r // 2 for key, r in (content.get("rank_pattern") or {}).items()}
+    return {
+        **content,
+        **start,
+        "r": content["r"] // 2,
+        "rank_pattern": ranks,
+        "start": IN_FILE if start.get("init_lora_weights") in FROM_DATA else REPEATABLE,
+    }
+
+
+def check_readable(content: JsonObject) -> None:
+    """Check that a file has what its adapter started from, where readers can't compute it.
+
+    Raises:
+        PeftNotSupportedError: The start depends on data.
+    """
+    how = content.get("init_lora_weights")
     if how in FROM_DATA:
         raise PeftNotSupportedError(
             f"LoraConfig: the adapter's `init_lora_weights`={how!r} changed the base weight by "
@@ -133,14 +141,13 @@ def upgraded(content: JsonObject) -> JsonObject:
             "is the changed one, pass a "
             "config with `init_lora_weights=True`."
         )
-    if is_random(how) and start is None:
+    if is_random(how) and content.get("start") is None:
         warn(
             f"The adapter's `init_lora_weights`={how!r} drew random numbers that its file does not "
             "have; with others, its outputs "
             "are not those it was trained to. Have its writer save it with "
             "`path_initial_model_for_weight_conversion`."
         )
-    return content
 
 
 def _taken_apart(key: str) -> tuple[str, str]:
