@@ -53,7 +53,8 @@ def preprocess_corda(
         CheckpointError: A file can't be read, or lacks a layer, or is for another rank.
 
     Example:
-        >>> from peft import CordaConfig, get_peft_model
+        >>> from peft import get_peft_model
+        >>> from peft.tuners.lora import CordaConfig
         >>> base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(32, 8)
         >>> before = base(x)
         >>> config = LoraConfig(

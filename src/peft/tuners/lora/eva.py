@@ -3,31 +3,25 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ...base.constants import MODEL_ROOT
-from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError, warn
-from ...base.progress import remark, track
+from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.validation import check_adapter
+from ...config import PeftConfig
 from ...core import plan as _plan
-from ...core import targets as _targets
-from ...core.base_layer import geometry, is_linear
-from ...core.measuring import watched_inputs
+from ...core.base_layer import is_linear
 from ...core.tuner import BaseTuner
-from ...integrations.distributed import gathered_rows
 from ...peft_model import PeftModel
 from .config import LoraConfig
 from .eva_ranks import put_directions
+from .eva_survey import Batch, Batches, LayerInputs, ModelInputs, Run, Survey, device_of
 from .layer import Linear
 from .model import LoraModel
-from .starts.eva import PrincipalDirections, shared_ranks
 
 __all__ = [
     "forward_fn_dict",
@@ -36,13 +30,6 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
 ]
-
-LayerInputs: TypeAlias = Callable[[Any, Any, str], Tensor]
-"""A function of a layer's input, the model's prepared inputs and the layer's name, which returns
-the rows `[n, in]` to decompose."""
-
-# Passes over the data after which directions count as found.
-_MOST_PASSES = 100
 
 
 def prepare_model_inputs_fn_language_modeling(
@@ -69,18 +56,18 @@ def prepare_model_inputs_fn_language_modeling(
 
 
 def prepare_layer_inputs_fn_language_modeling(
-    layer_input: Any, model_input: Tensor, layer_name: str
+    layer_input: object, model_input: Tensor, layer_name: str
 ) -> Tensor:
     """Return the rows of a layer's input `[batch, tokens, in]` at the places `model_input`."""
     return _tensor(layer_input, layer_name)[tuple(model_input.T.unbind())]
 
 
-def _all_rows(layer_input: Any, model_input: object, layer_name: str) -> Tensor:
+def _all_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
     """Return all rows of a layer's input."""
     return _tensor(layer_input, layer_name).flatten(0, -2)
 
 
-def _tensor(layer_input: Any, layer_name: str) -> Tensor:
+def _tensor(layer_input: object, layer_name: str) -> Tensor:
     """Return a layer's first argument."""
     first = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if not isinstance(first, Tensor):
@@ -99,15 +86,13 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, object]) -> object:
 @torch.no_grad()
 def get_eva_state_dict(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Batch],
     peft_config: LoraConfig | None = None,
-    forward_fn: Callable[[nn.Module, Any], object] = forward_fn_dict,
-    prepare_model_inputs_fn: (
-        Callable[[Any, LoraConfig], Any] | None
-    ) = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        LayerInputs | Mapping[str, LayerInputs | None] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Run = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs
+    | Mapping[str, LayerInputs | None]
+    | None = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -144,22 +129,27 @@ def get_eva_state_dict(
 
     Source: arXiv:2410.07170, algorithm 1
     """
-    is_adapted = isinstance(model, PeftModel)
+    known: Mapping[str, PeftConfig] = {}
+    unadapted: AbstractContextManager[None] = nullcontext()
     if isinstance(model, PeftModel):
         check_adapter(adapter_name, model.peft_config)
-    if peft_config is None and not is_adapted:
+        known, unadapted = model.peft_config, model.disable_adapter()
+    config = known.get(adapter_name) if peft_config is None else peft_config
+    if config is None:
         raise PeftValueError("`peft_config` is required if the model is not a PeftModel.")
-    config: LoraConfig = model.peft_config[adapter_name] if peft_config is None else peft_config  # type: ignore[index, assignment]
-    layers = _adapted_layers(model, adapter_name) if is_adapted else _plain_layers(model, config)
+    if not isinstance(config, LoraConfig) or config.eva_config is None:
+        raise PeftValueError("EVA needs a LoraConfig with `init_lora_weights='eva'`.")
+    if isinstance(model, PeftModel):
+        layers = _adapted_layers(model, adapter_name)
+    else:
+        layers = _plain_layers(model, config)
     if not layers:
         raise PeftValueError("EVA is for linear layers, and the model has none to adapt.")
     own = _input_functions(prepare_layer_inputs_fn, layers)
-    survey = _Survey(model, config, layers, own, gather_distributed_inputs)
-    with ExitStack() as stack:
-        if is_adapted:
-            stack.enter_context(model.disable_adapter())  # type: ignore[operator]
-        batches = _Batches(
-            dataloader, _device(model), config, prepare_model_inputs_fn, show_progress_bar
+    survey = Survey(model, config, layers, own, gather_distributed_inputs)
+    with unadapted:
+        batches = Batches(
+            dataloader, device_of(model), config, prepare_model_inputs_fn, show_progress_bar
         )
         survey.find_equal_inputs(forward_fn, next(batches.once()))
         survey.find_directions(forward_fn, batches)
@@ -169,15 +159,13 @@ def get_eva_state_dict(
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: PeftModel,
-    dataloader: Iterable[Any] | None = None,
+    dataloader: Iterable[Batch] | None = None,
     eva_state_dict: Mapping[str, Tensor] | None = None,
-    forward_fn: Callable[[nn.Module, Any], object] = forward_fn_dict,
-    prepare_model_inputs_fn: (
-        Callable[[Any, LoraConfig], Any] | None
-    ) = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        LayerInputs | Mapping[str, LayerInputs | None] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Run = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs
+    | Mapping[str, LayerInputs | None]
+    | None = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -251,12 +239,11 @@ def initialize_lora_eva_weights(
     put_directions(tuner, adapter_name, found)
 
 
-def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+def _adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, nn.Module]:
     """Return the linear layers with an adapter by their paths in a `PeftModel`."""
-    tuner: Any = model.base_model
     return {
         MODEL_ROOT + path: layer
-        for path, layer in tuner.named_tuner_layers()
+        for path, layer in model.base_model.named_tuner_layers()
         if isinstance(layer, Linear) and adapter_name in layer.scaling
     }
 
@@ -282,173 +269,3 @@ def _input_functions(
             "adapted linear layers."
         )
     return {name: by_name.get(name) or _all_rows for name in layers}
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's parameters, None if there are several."""
-    devices = {p.device for p in model.parameters() if not p.is_meta}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _moved(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch on a device."""
-    if device is None:
-        return batch
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(entry, device) for name, entry in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(entry, device) for entry in batch)
-    return batch
-
-
-@dataclass
-class _Batches:
-    """Batches of a data loader, on the model's device, with what is prepared of each."""
-
-    data: Iterable[Any]
-    device: torch.device | None
-    config: LoraConfig
-    prepare: Callable[[Any, LoraConfig], Any] | None
-    shows_progress: bool
-
-    def once(self, passes: int = 1) -> Iterator[tuple[Any, Any, Iterable[Any]]]:
-        """Yield batch, prepared batch, and the items that a progress bar counts."""
-        data = self.data
-        if self.shows_progress and hasattr(data, "__len__"):
-            data = track(data, f"EVA, pass {passes}", unit="batch")  # type: ignore[arg-type]
-        empty = True
-        for batch in data:
-            empty = False
-            batch = _moved(batch, self.device)
-            yield batch, batch if self.prepare is None else self.prepare(batch, self.config), data
-        if empty:
-            raise PeftValueError(
-                "The dataloader is empty, or can be looped over only once; EVA runs over it again "
-                "and again."
-            )
-
-
-@dataclass
-class _Survey:
-    """The search for the directions of a model's layers."""
-
-    model: nn.Module
-    config: LoraConfig
-    layers: dict[str, nn.Module]
-    functions: dict[str, LayerInputs]
-    gathers: bool
-    leaders: dict[str, str] = field(default_factory=dict)
-    found: dict[str, PrincipalDirections] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    budget: int = 0
-    prepared: Any = None
-
-    def rows(self, path: str, args: tuple[object, ...]) -> Tensor:
-        """Return the rows of a layer's input to use."""
-        rows = self.functions[path](args, self.prepared, path)
-        return gathered_rows(rows) if self.gathers else rows
-
-    def find_equal_inputs(
-        self, run: Callable[[nn.Module, Any], object], first: tuple[Any, Any, object]
-    ) -> None:
-        """Find layers with the same input by a batch, and set the number of directions of each."""
-        digests: dict[str, tuple[object, ...]] = {}
-
-        def note(path: str, args: tuple[object, ...]) -> None:
-            digests.setdefault(path, _digest(self.rows(path, args)))
-
-        batch, self.prepared, _ = first
-        with watched_inputs(self.model, self.layers, note):
-            run(self.model, batch)
-        if silent := [path for path in self.layers if path not in digests]:
-            raise PeftValueError(
-                f"The model did not call {', '.join(silent[:8])}; leave them out of the targets."
-            )
-        options = self.config.eva_config
-        assert options is not None
-        first_with: dict[tuple[object, ...], str] = {}
-        limits: dict[str, int] = {}
-        for path, layer in self.layers.items():
-            plain = path.removeprefix(MODEL_ROOT)
-            r = _targets.pattern_value(self.config.rank_pattern or {}, plain, self.config.r)
-            self.budget += r
-            leader = self.leaders[path] = first_with.setdefault(digests[path], path)
-            size = geometry(layer)
-            assert size is not None
-            most = min(round(r * options.rho), size.in_features)
-            limits[leader] = max(limits.get(leader, 0), most)
-        # Leaders come first, so that they win where shares are equal.
-        followers = {path: leader for path, leader in self.leaders.items() if path != leader}
-        self.leaders = {**dict(zip(limits, limits, strict=True)), **followers}
-        self.found = {path: PrincipalDirections(most) for path, most in limits.items()}
-        self.ranks = {path: limits[leader] for path, leader in self.leaders.items()}
-
-    def find_directions(self, run: Callable[[nn.Module, Any], object], batches: _Batches) -> None:
-        """Run the model until the directions in use stay the same from batch to batch."""
-        done: set[str] = set()
-        fewest: dict[str, int] = {}
-
-        def note(path: str, args: tuple[object, ...]) -> None:
-            if path in done:
-                return
-            rows, found = self.rows(path, args), self.found[path]
-            if len(rows) >= found.count:
-                found.add(rows)
-            else:
-                fewest[path] = max(fewest.get(path, 0), len(rows))
-
-        watched = {path: self.layers[path] for path in self.found}
-        with watched_inputs(self.model, watched, note):
-            for passes in range(_MOST_PASSES):
-                for batch, self.prepared, shown in batches.once(passes + 1):
-                    done = {path for path in self.found if self._has_settled(path)}
-                    remark(shown, f"{len(done)} of {len(watched)} inputs have settled")
-                    if len(done) == len(watched):
-                        return
-                    run(self.model, batch)
-                    if all(found.directions is not None for found in self.found.values()):
-                        shares = {p: found.variance_shares for p, found in self.found.items()}
-                        self.ranks = shared_ranks(shares, self.leaders, self.budget)
-                self._check_rows(fewest)
-        warn(
-            f"EVA ran {_MOST_PASSES} times over the data, and some directions still change from "
-            "batch to batch; they are used as they are. Pass more data, or a smaller `tau`."
-        )
-
-    def _has_settled(self, path: str) -> bool:
-        options = self.config.eva_config
-        assert options is not None
-        similarity = self.found[path].similarity[: self.ranks[path]]
-        return bool((similarity >= options.tau).all())
-
-    def _check_rows(self, fewest: Mapping[str, int]) -> None:
-        """Raise if a pass over the data had no batch with enough rows for a layer."""
-        short = [path for path, found in self.found.items() if found.directions is None]
-        if short:
-            path = short[0]
-            raise PeftValueError(
-                f"`{path}`: every batch has fewer rows than the {self.found[path].count} "
-                f"directions to find, at most {fewest.get(path, 0)}; use larger batches, or a "
-                "smaller `r` or `rho`."
-            )
-
-    def result(self) -> dict[str, Tensor]:
-        """Return the directions of each layer."""
-        options, result = self.config.eva_config, {}
-        assert options is not None
-        for path, rank in self.ranks.items():
-            found = self.found[self.leaders[path]]
-            assert found.directions is not None
-            rows = found.directions[:rank]
-            if options.whiten:
-                rows = rows / found.singular_values[:rank].sqrt().unsqueeze(1)
-            result[path] = rows
-        return {path: result[path].clone() for path in self.layers}
-
-
-def _digest(rows: Tensor) -> tuple[object, ...]:
-    """Return a value that is the same for equal tensors only."""
-    data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    return (*rows.shape, rows.dtype, hashlib.blake2b(data).digest())
