@@ -57,6 +57,7 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 	$(BIN)/python -m benchmarks startup
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks steps
+	$(BIN)/python -m benchmarks routing
 
 MINUTES ?= 60
 torture: $(VENV)/.base ## fail, kill and cut the power at each step of saves and loads, for MINUTES

@@ -52,6 +52,15 @@ def test_scaling(benchmarks, tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
+def test_routing(benchmarks, tmp_path):
+    size = "--width 64 --layers 1 --tokens 4 --batch 2 --decode-batch 2 --rounds 1 --repeat 3"
+    benchmarks(f"routing {size} --library ours --mode train --experts 2 3 --top-k 1 3")
+    rows = json.loads((tmp_path / "routing.json").read_text())["rows"]
+    assert [(row["experts"], row["top_k"]) for row in rows] == [(2, 1), (3, 1), (3, 3)]
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["alone"] > 0 for row in rows)
+    assert "| 3 | 3 | train | 64 | ours |" in (tmp_path / "routing.md").read_text()
+
+
 def test_startup_is_the_median_of_rounds(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import startup

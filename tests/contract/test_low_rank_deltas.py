@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter's deltas for a base model, read without a trace in it."""
 
 import copy

@@ -210,8 +210,9 @@ class RoutedLayer(RoutingLayer):
 
     def _gated(self, adapter_name: str, choice: Choice, x: Tensor) -> Choice:
         """Return a choice with each sample's own expert weighted by its gate, in training."""
-        assert choice.experts is not None
-        own = self.routed_gate(adapter_name).index_select(0, choice.experts.flatten())
+        chosen = choice.experts
+        assert chosen is not None
+        own = self.routed_gate(adapter_name).index_select(0, chosen.flatten())
         samples = shapes(own)[0][0]
         if self.routed_options[adapter_name].level == "token":
             weights = gate_weights(x.reshape(samples, -1, x.shape[-1]), own)
@@ -219,10 +220,13 @@ class RoutedLayer(RoutingLayer):
             return Choice(scaled.view(*x.shape[:-1], 1), choice.experts)
 
         def weigh(pooled: Tensor) -> tuple[Tensor, ...]:
-            return (gate_weights(pooled.unsqueeze(1), own).flatten(1),)
+            times = shapes(pooled)[0][0] // samples  # a sample may have several texts
+            every = own, choice.weights, chosen
+            gates, *each = (tensor.repeat_interleave(times, 0) for tensor in every)
+            return gate_weights(pooled.unsqueeze(1), gates).flatten(1), *each
 
-        (weights,) = self.routing.chosen_by_input(x, self, adapter_name, weigh)
-        return Choice(choice.weights * weights, choice.experts)
+        weights, shares, experts = self.routing.chosen_by_input(x, self, adapter_name, weigh)
+        return Choice(shares * weights, experts)
 
     def _no_prototypes(self, adapter_name: str) -> PeftValueError:
         names = self.routing.configs[adapter_name].task_names or ()
