@@ -55,12 +55,21 @@ def config(method: str, scale: int) -> peft.PeftConfig:
         return LoHaConfig(r=2, alpha=scale, **common)
     if method == "POLY":
         return PolyConfig(r=2, n_tasks=2, n_skills=2, alpha=scale, **common)
+    if method == "LORA on parameters":
+        targets = [f"{name}.weight" for name in TARGETS]
+        return LoraConfig(
+            r=2,
+            lora_alpha=scale,
+            target_modules=[],
+            target_parameters=targets,
+            init_lora_weights=False,
+        )
     return VBLoRAConfig(
         r=2, num_vectors=8, vector_length=4, target_modules=TARGETS, save_only_topk_weights=True
     )
 
 
-METHODS = ("LORA", "LOKR", "LOHA", "POLY", "VBLORA")
+METHODS = ("LORA", "LOKR", "LOHA", "POLY", "VBLORA", "LORA on parameters")
 
 
 def adapted(method: str, scale: int, seed: int | None = None) -> PeftModel:

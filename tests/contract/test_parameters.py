@@ -299,3 +299,48 @@ def test_compiling_breaks_no_graph(name, kind, dtype):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     limits = ROUNDED if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
     torch.testing.assert_close(compiled(ids, **arguments(name)).logits, expected, **limits)
+
+
+@pytest.mark.parametrize("name", ["poly", "poly, splits"])
+def test_tasks_and_skills_of_experts(name):
+    base, ids = mixture("mixtral", dtype=torch.float64, num_hidden_layers=1), tokens()
+    model = adapted(base, name, task_names=["a", "b", "c"]).eval()
+    expected = model(ids, task_ids=["a", "b", "c"]).logits
+    model.add_tasks(["d"])
+    model.add_skills(2)
+    found = model(ids, task_ids=["a", "b", "c"]).logits
+    torch.testing.assert_close(found, expected, **ROUNDED)
+    model.extract_tasks("some", ["c", "b"])
+    model.set_adapter("some")
+    found = model(ids, task_ids=["b", "b", "c"]).logits
+    torch.testing.assert_close(found[1:], expected[1:], **ROUNDED)
+    model.set_adapter("default")
+    if name == "poly":
+        model.extract_tasks("one", {"b": 1.0})
+        model.set_adapter("one")
+        torch.testing.assert_close(model(ids).logits[1], expected[1], **ROUNDED)
+    else:
+        with pytest.raises(NotImplementedError, match="can't be taken out of a stack"):
+            model.extract_tasks("one", {"b": 1.0})
+
+
+def test_two_methods_on_one_parameter():
+    base, ids = mixture("mixtral", dtype=torch.float64, num_hidden_layers=1), tokens()
+    config = copy.deepcopy(CONFIGS["lora"])
+    vars(config).update(target_parameters=TARGETS, target_modules=[])
+    model = get_peft_model(copy.deepcopy(base), config, "a", mixed=True)
+    other = copy.deepcopy(CONFIGS["lokr"])
+    vars(other).update(target_parameters=["down_proj"], target_modules=[])
+    model.add_adapter("b", other)
+    spread(model)
+    model.set_adapter(["a", "b"])
+    a, b = (textbook_deltas(model, adapter=name) for name in "ab")
+    expected = with_deltas(base, {key: a[key] + b.get(key, 0) for key in a}, input_ids=ids)
+    torch.testing.assert_close(model(ids).logits, expected, **EXACT)
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    model.merge_adapter(["b"])
+    model.merge_adapter(["a"])
+    torch.testing.assert_close(model(ids).logits, expected, **EXACT)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    assert torch.equal(model.unload()(ids).logits, base(ids).logits)

@@ -122,6 +122,14 @@ def plain_path(path: str) -> str:
     return ".".join(part for part in unwrapped_name(path).split(".") if part not in _INSERTED)
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by plain path, of several the outermost."""
+    result: dict[str, nn.Module] = {}
+    for path, module in walk(model, repeated=True):
+        result.setdefault(plain_path(path), module)
+    return result
+
+
 def renamed_state(
     model: nn.Module, state: Mapping[str, Tensor], containers: Collection[str]
 ) -> Renamed:

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 
 from ..base.calls.layout import RowLayout
 from ..base.calls.stack import CallStack
-from ..integrations.distributed import is_flattened
+from ..base.errors import PeftNotSupportedError
+from ..integrations.distributed import is_distributed, is_flattened, is_unreadable
 from ..ops.dispatch import is_eager
 from ..ops.grouped import GroupedRows
 
@@ -120,13 +121,26 @@ def shared_sums() -> Iterator[None]:
 
 
 def read(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter plus the deltas of its layers, in the parameter's dtype."""
+    """Return a parameter plus the deltas of its layers, in the parameter's dtype.
+
+    A parameter that has its values elsewhere is returned as it is: engines that shard or offload it
+    read it so before they bring them.
+
+    Raises:
+        PeftNotSupportedError: A forward reads a parameter that is spread over several processes.
+    """
     sums = _SUMS.running if is_eager() else None
     key = id(module), name
     if sums is not None and key in sums:
         return sums[key]
-    weight = plain_parameter(module, name)
-    result = weight
+    weight = result = plain_parameter(module, name)
+    if is_distributed(weight) and sums is not None:
+        raise PeftNotSupportedError(
+            f"`{name}` of {type(module).__name__} is spread over several processes in a forward "
+            "(tensor parallelism), where adapters of parameters are not supported."
+        )
+    if weight.is_meta or is_distributed(weight) or is_unreadable(weight):
+        return weight
     for layer in layers_of(module).get(name, ()):
         for adapter_name in layer.acting():
             result = add_delta(result, layer.forward_delta(adapter_name))

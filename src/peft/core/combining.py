@@ -19,9 +19,11 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
+from ..checkpoint.keys import checkpoint_keys
 from ..config import PeftConfig, TargetedConfig, is_int
 from . import combined_heads
 from .adapter_names import check_name
+from .parameter_layer import ParameterLayer
 from .skeleton import exact_targets
 
 if TYPE_CHECKING:
@@ -264,12 +266,13 @@ def put(
     configs = [model.peft_config[name] for name in request.adapters]
     method = model.method_of(configs[0])
     paths = layers_of(method, request)
+    modules = [path for path in paths if not isinstance(paths[path], ParameterLayer)]
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
     changes: dict[str, Any] = {
         "inference_mode": False,
-        **exact_targets(model.model, paths),
+        **exact_targets(model.model, modules),
         "modules_to_save": list(whole) or None,
         "trainable_token_indices": rows[0] if rows else None,
         **dict.fromkeys(limits),
@@ -287,6 +290,13 @@ def layers_of(method: CombiningMethod, request: Combination) -> dict[str, BaseTu
         for path, layer in method.named_tuner_layers()
         if any(name in layer.scaling for name in request.adapters)
     }
+
+
+def file_paths(layers: Mapping[str, BaseTunerLayer], adapter_name: str) -> dict[str, str]:
+    """Return the paths that an adapter's layers have in its file, by those in the model."""
+    ends = {f"{path}.layer.{adapter_name}": path for path in layers}
+    keys = checkpoint_keys(ends, adapter_name, ("layer",), ())
+    return {ends[name]: key.removesuffix(".layer") for name, key in keys.items()}
 
 
 def outer_path(path: str) -> str:

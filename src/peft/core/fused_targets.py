@@ -14,7 +14,7 @@ from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.fused_modules import FusedModule, fused_modules
 from ..checkpoint.protocols import FusedPart
-from ..checkpoint.renamed_modules import ModuleNames, split_key
+from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
 from .adapted_parameters import parameter_names
 from .base_layer import geometry, innermost, table
 from .targets import exactly, named, pattern_value, select
@@ -57,13 +57,14 @@ def with_stacks(
             own.setdefault(path, {})[end.removeprefix(".")] = state[key]
     if not own:
         return config, dict(state)
+    modules_now = plain_modules(model)
     root = next(start for start, path, _ in split.values() if path in own)
     found = _grouped(former, own)
     result = {key: state[key] for key, (_, path, _) in split.items() if path not in own}
     for key, modules in found.modules.items():
         parts = [FusedPart(path, p.part, p.expert, own[path]) for path, p in modules]
         place = modules[0][1]
-        module = innermost(model.get_submodule(place.module))
+        module = innermost(modules_now[place.module])
         shape = module._parameters[place.parameter].shape  # type: ignore[union-attr]
         tensors, found.settings[key] = layout.stack_experts(config, parts, tuple(shape))
         start = root + _nested(module, place, found.modules)
@@ -130,19 +131,19 @@ def _changed(model: nn.Module, config: C, found: _Converted, layers: Iterable[st
     layers any more (routers) have a weight.
     """
     result = copy.copy(config)
-    paths = list(ModuleNames(model).paths)
-    modules = {path: innermost(model.get_submodule(path)) for path in dict.fromkeys(layers)}
+    every_module = plain_modules(model)
+    modules = {path: innermost(every_module[path]) for path in dict.fromkeys(layers)}
     weights = [path for path, module in modules.items() if _is_matrix(module)]
     every = [
         f"{path}.{name}"
-        for path in paths
+        for path, module in every_module.items()
         if path
-        for name in parameter_names(innermost(model.get_submodule(path)))
+        for name in parameter_names(innermost(module))
     ]
     wanted = [*found.modules, *(f"{path}.weight" for path in weights)]
     result.target_parameters = sorted({*(config.target_parameters or ()), *_short(wanted, every)})
     kept = [path for path in modules if path not in weights]
-    names, excluded = exactly(kept, paths)
+    names, excluded = exactly(kept, every_module)
     result.target_modules = set(names)
     if excluded is not None:
         result.exclude_modules = excluded

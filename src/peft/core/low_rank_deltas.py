@@ -231,8 +231,9 @@ class _Workshop:
             except CheckpointError as error:
                 raise CheckpointError(f"It does not fit this base model. {error}") from None
             tuner.put_shared(build)
-        _check_products(build.layers, _NAME)
-        return build.config, build.layers
+        layers = dict(build.all_layers())
+        _check_products(layers, _NAME)
+        return build.config, layers
 
     def _built(self, config: Any) -> tuple[BaseTuner[Any], Build[Any]]:
         """Return the tuner and the layers of an adapter, without values."""

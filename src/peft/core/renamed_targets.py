@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.renamed_modules import ModuleNames, renamed_state
+from ..checkpoint.renamed_modules import ModuleNames, plain_modules, renamed_state
 from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
 from .base_layer import innermost
@@ -82,15 +82,14 @@ def present_names(
     found = renamed_state(model, state, holders)
     if not found.paths:
         return config, found.state
-    layers = [path for path in found.layers if not _has_targets(model, config, found.paths[path])]
+    modules = plain_modules(model) if config.target_parameters else {}
+    layers = [path for path in found.layers if not _has_targets(modules, config, found.paths[path])]
     return renamed_config(config, ModuleNames(model).paths, found.paths, layers), found.state
 
 
-def _has_targets(model: nn.Module, config: TargetedConfig, path: str) -> bool:
-    """Return whether a config targets parameters of a module."""
-    if not config.target_parameters:
-        return False
-    names = parameter_names(innermost(model.get_submodule(path)))
+def _has_targets(modules: Mapping[str, nn.Module], config: TargetedConfig, path: str) -> bool:
+    """Return whether a config targets parameters of the module at a path."""
+    names = parameter_names(innermost(modules[path])) if path in modules else []
     return any(named(config.target_parameters, f"{path}.{name}") for name in names)
 
 

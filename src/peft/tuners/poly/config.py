@@ -304,7 +304,7 @@ def single_skill(config: PolyConfig, rank: Callable[[int], int]) -> PolyConfig:
     returns the new rank for one of `config`.
     """
     ranks = {path: rank(r) for path, r in config.rank_pattern.items()}
-    keep = ("trainable_token_indices", "alpha")
+    keep = ("trainable_token_indices", "target_parameters", "alpha")
     sizes = {"n_tasks": 1, "n_skills": 1, "n_splits": 1}
     return reset_routing(
         config, keep, poly_type="poly", r=rank(config.r), rank_pattern=ranks, **sizes

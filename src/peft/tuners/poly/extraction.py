@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...base.errors import PeftValueError
-from ...core.combining import Combined, derive, outer_path
+from ...base.errors import PeftNotSupportedError, PeftValueError
+from ...core.combining import Combined, derive, file_paths
+from ...core.parameter_layer import ParameterLayer
 from ...core.routing.task_ids import task_shares
 from .adapter import PolyAdapter, Shares, Tasks
 from .config import single_skill
@@ -38,17 +39,18 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
     if len(set(numbers)) != len(numbers):
         raise PeftValueError(f"`tasks`={tasks!r} has a task twice.")
     tensors: dict[str, Tensor] = {}
+    keys = file_paths(adapter.layers, adapter.name)
     for path, layer in adapter.layers.items():
         for skills in ("poly_lora_A", "poly_lora_B"):
             parameter = getattr(layer, skills)[adapter.name]
             scale = _own_scale(layer, adapter.name) if skills == "poly_lora_B" else 1.0
-            tensors[f"{outer_path(path)}.{skills}"] = parameter.detach() * scale
+            tensors[f"{keys[path]}.{skills}"] = parameter.detach() * scale
     for path, own in adapter.task_skills().items():
         for key, values in own.tensors_of(numbers).items():
             scale = _own_scale(adapter.layers[path], adapter.name) if key == "B.values" else 1.0
-            tensors[f"{outer_path(path)}.poly_task_skills.{key}"] = values * scale
+            tensors[f"{keys[path]}.poly_task_skills.{key}"] = values * scale
     for path, router in adapter.first_routers().items():
-        key = f"{outer_path(path)}.poly_router"
+        key = f"{keys[path]}.poly_router"
         if isinstance(router, TaskRouter):
             tensors[f"{key}.module_logits"] = router.module_logits.detach()[numbers].clone()
         elif isinstance(router, InputRouter):
@@ -94,16 +96,22 @@ def _extract_skill(
     name, config = adapter.name, adapter.config
     own = adapter.task_skills() if shares else {}
     tensors: dict[str, Tensor] = {}
+    keys = file_paths(adapter.layers, name)
     for path, layer in adapter.layers.items():
         A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
         left, right = task_factors(weights[path].to(A.dtype), A, B, _own_scale(layer, name))
         if path in own:
+            if isinstance(layer, ParameterLayer):
+                raise PeftNotSupportedError(
+                    f"`{path}`: the skills that tasks have for themselves can't be taken out of a "
+                    "stack of experts; extract tasks by a list."
+                )
             own_left, own_right = layer.task_skill_factors(name, shares)
             r, r_new = left.shape[0], left.shape[0] + own_left.shape[0]
             left = torch.cat([left, own_left])
             # The new adapter's scale is `alpha / r_new`; task-specific factors have theirs already.
             right = torch.cat([right / r, own_right / config.alpha], dim=1) * r_new
-        key = outer_path(path)
+        key = keys[path]
         tensors[f"{key}.poly_lora_A"] = left.T[None, None]
         tensors[f"{key}.poly_lora_B"] = right.T[None, None]
         tensors[f"{key}.poly_router.module_logits"] = A.new_zeros(1, 1)
