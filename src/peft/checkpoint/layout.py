@@ -138,8 +138,10 @@ def parse_header(header: bytes) -> TensorLayout:
 def _span(key: str, entry: object) -> TensorSpan:
     """Return a tensor's place from its entry in a header, or raise ValueError."""
     try:
-        name, shape = entry["dtype"], tuple(entry["shape"])  # type: ignore[index]
-        begin, end = entry["data_offsets"]  # type: ignore[index]
+        if not isinstance(entry, dict):
+            raise TypeError
+        name, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
         dtype = DTYPES.get(name)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"the entry of `{key}` is not that of a tensor") from None

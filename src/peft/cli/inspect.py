@@ -17,7 +17,7 @@ from ..base.plain_values import JsonObject
 from ..base.tables import in_bytes, table
 from ..inspection import AdapterContents, inspect_adapter
 from ..library import AdapterPack
-from ..library.scanning import PACK_SUFFIX
+from ..library.entry import PACK_SUFFIX
 from .common import PLACE, Report, shared_options, show
 
 

@@ -21,8 +21,8 @@ from ..checkpoint.hub import HubOptions, find_file
 from .entry import AdapterEntry, Place
 from .index import Index
 from .inspecting import UnfitError, inspect_folder
+from .naming import default_name, free_name
 from .pack import AdapterPack
-from .refreshing import default_name, free_name
 from .scanning import scan
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..base.errors import CheckpointNotFoundError, PeftError
 from ..base.progress import track
+from .configs import facts_of
 from .content import Content
 from .entry import AdapterEntry, Place
 from .index import Index
-from .inspecting import UnfitError, facts_of
+from .inspecting import UnfitError
 from .listing import LibraryReport, Problem
 from .reading import ChangedError, Reader
 from .scanning import scan

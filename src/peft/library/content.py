@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from safetensors.torch import save
 from torch import Tensor
@@ -27,8 +27,8 @@ from ..checkpoint.files import read_config_text, read_weights
 from ..checkpoint.hub import HubOptions, of_one_save
 from ..checkpoint.layout import TensorLayout, read_layout
 from ..config import PeftConfig
+from .configs import config_from
 from .entry import Place
-from .inspecting import config_from
 
 
 class LoadedAdapter(NamedTuple):
@@ -102,7 +102,9 @@ def _parsed(text: str) -> PeftConfig:
 
 
 @contextmanager
-def opened_folder(folder: Path, weights: str) -> Iterator[tuple[str, TensorLayout, BinaryIO]]:
+def opened_folder(
+    folder: Path, weights: str
+) -> Iterator[tuple[str, TensorLayout, BufferedReader | BytesIO]]:
     """Context with the text of an adapter's config, its layout, and the file at its data.
 
     Raises:
@@ -128,7 +130,7 @@ def opened_folder(folder: Path, weights: str) -> Iterator[tuple[str, TensorLayou
         raise CheckpointError(f"'{folder}' can't be read: {error}") from error
 
 
-def _opened_weights(path: Path) -> BinaryIO:
+def _opened_weights(path: Path) -> BufferedReader | BytesIO:
     """Return a weights file opened; one in the legacy format as safetensors would have it."""
     if path.suffix == ".safetensors":
         return open(path, "rb")
@@ -143,7 +145,7 @@ def read_folder(folder: Path, weights: str, source: tuple[str, HubOptions]) -> t
     """
     with opened_folder(folder, weights) as (text, layout, file):
         data = bytearray(layout.nbytes)
-        if file.readinto(data) != layout.nbytes:  # type: ignore[attr-defined]
+        if file.readinto(data) != layout.nbytes:
             raise CheckpointError(f"'{folder / weights}' was cut while it was read; read it again.")
         if weights.endswith(".safetensors"):
             sha256 = file_digest(layout, data)
@@ -188,7 +190,7 @@ class ContentCache:
         return {"max_bytes": self.max_bytes}
 
     def __setstate__(self, state: Mapping[str, int]) -> None:
-        self.__init__(state["max_bytes"])  # type: ignore[misc]
+        vars(self).update(vars(ContentCache(state["max_bytes"])))
 
     def get(self, place: Place, version: object) -> Content | None:
         """Return an adapter's content if it is here in that version; it is then the latest."""

@@ -13,6 +13,9 @@ from ..base.plain_values import JsonObject
 from ..base.tables import in_bytes
 from ..base.validation import number
 
+# End of the name of a pack, a file with many adapters.
+PACK_SUFFIX = ".adapters.safetensors"
+
 
 class Place(NamedTuple):
     """The place of an adapter: a folder in the library, a member of a pack in it, or on the Hub.

@@ -42,8 +42,8 @@ from ..base.suggestions import adapters_there
 from ..checkpoint.files import alone_in, folder_for, replace_file, sync_folder, write_file
 from ..checkpoint.layout import MAX_HEADER, TensorLayout, parse_header, read_layout
 from ..checkpoint.paths import as_folder, as_path
+from .configs import config_from
 from .content import Content, LoadedAdapter, file_digest, opened_folder, read_folder
-from .inspecting import config_from
 
 FORMAT_KEY, VERSION = "peft_adapter_pack", "1"
 _DIGEST_BYTES = 32

@@ -40,12 +40,12 @@ class Reader:
         self._packs: dict[str, tuple[Stamp, AdapterPack]] = {}
         self._lock = RLock()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> tuple[Path, ContentCache]:
         """Leave open files out of copies."""
-        return {"folder": self._folder, "cache": self._cache}
+        return self._folder, self._cache
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Path, ContentCache]) -> None:
+        vars(self).update(vars(Reader(*state)))
 
     def content(self, entry: AdapterEntry) -> Content:
         """Return an adapter's content, from memory if it is there."""

@@ -4,27 +4,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base.errors import PeftValueError
 from ..base.progress import track
-from ..core.adapter_names import check_name
+from .configs import config_from, facts_of
 from .entry import AdapterEntry, Place, Stamps
 from .index import Index
 from .inspecting import (
     UnfitError,
     check_keys,
-    config_from,
-    facts_of,
     inspect_folder,
     is_lasting,
     reason_of,
 )
+from .naming import default_name, free_name
 from .pack import AdapterPack
-from .scanning import PACK_SUFFIX, Files, Scan, scan
+from .scanning import Files, Scan, scan
 
 
 class LibraryChanges(NamedTuple):
@@ -217,34 +215,3 @@ def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> No
 
 def _exists(root: Path, place: Place) -> bool:
     return bool(place.repo) or os.path.exists(root / place.path)
-
-
-def default_name(place: Place) -> str:
-    """Return the name that an adapter gets by its place: its path, without dots.
-
-    Example:
-        >>> [default_name(Place(path)) for path in ("users/ada", "qwen2.5-math", ".")]
-        ['users/ada', 'qwen2_5-math', 'default']
-        >>> default_name(Place("users.adapters.safetensors", "ada"))
-        'users/ada'
-    """
-    path = place.path
-    if place.repo:
-        path = place.repo + (f"/{place.subfolder}" if place.subfolder else "")
-    elif place.member:
-        path = f"{path.removesuffix(PACK_SUFFIX)}/{place.member}"
-    name = "default" if path == "." else path.replace(".", "_").lstrip("/")
-    try:
-        check_name(name, ())
-    except PeftValueError:
-        name = f"adapter_{name}"
-    return name
-
-
-def free_name(name: str, taken: Collection[str]) -> str:
-    """Return a name, with a number after it if it is taken."""
-    result, number = name, 1
-    while result in taken:
-        number += 1
-        result = f"{name}-{number}"
-    return result

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError
-from .entry import Stamp, Stamps
+from .entry import PACK_SUFFIX, Stamp, Stamps
 
-# End of the name of a pack, a file with many adapters.
-PACK_SUFFIX = ".adapters.safetensors"
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of saved adapters, and the properties in them that an index lists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import NamedTuple
+
+from ..base.errors import CheckpointError, PeftError, PeftTypeError
+from ..base.registry import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftType,
+    lookup,
+)
+from ..config import PeftConfig
+
+
+class Facts(NamedTuple):
+    """Properties in a config that the index lists."""
+
+    method: str
+    base_model: str | None
+    task_type: str | None
+    rank: int | None
+    tasks: tuple[str, ...]
+
+
+def facts_of(config: PeftConfig) -> Facts:
+    """Return what the index holds of a config."""
+    rank = getattr(config, "r", None)
+    return Facts(
+        PeftType(config.peft_type).value,
+        config.base_model_name_or_path,
+        None if config.task_type is None else str(config.task_type),
+        rank if type(rank) is int else None,
+        _tasks(config),
+    )
+
+
+def _tasks(config: PeftConfig) -> tuple[str, ...]:
+    """Return the names of the tasks of an adapter with a delta for each, none for others."""
+    tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    try:
+        return tuple(name for name in tuner.delta_views(config) if name)
+    except PeftError:
+        return ()
+
+
+def config_from(text: str, source: object) -> PeftConfig:
+    """Make a config of the text of its file; fields that its class lacks are passed over.
+
+    Raises:
+        PeftError: It is none that this package can read.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{source}' is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise CheckpointError(f"'{source}' must hold a JSON object, not a {kind}.")
+    if content.get("peft_type") is None:
+        raise PeftTypeError(f"'{source}' has no `peft_type`; it is not an adapter's config.")
+    config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, content["peft_type"])
+    known = {item.name for item in fields(config_cls)} - set(config_cls.unsaved)
+    return PeftConfig.from_file_fields({k: v for k, v in content.items() if k in known}, {})
