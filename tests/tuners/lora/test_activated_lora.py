@@ -317,6 +317,8 @@ def test_what_is_refused():
         with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
             refused()
     assert not model.supports_lora_conversion()
+    with pytest.raises(NotImplementedError, match="a plain LoRA acts on all tokens"):
+        peft.convert_to_lora(model)
     plain = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2)
     model.add_adapter("plain", plain)
     with pytest.raises(ValueError, match="act on different tokens"):

@@ -11,7 +11,7 @@ which a model is called, and finds the tokens once a call:
 3. `alora_offsets` tells the tokens in place of a search.
 
 `ActiveCall` holds the result while the call runs, and again while backward recomputes its layers. A
-layer asks for the weights of its rows, zero or one.
+layer asks it for the scale of each of its rows, which is zero for inactive ones.
 """
 
 from __future__ import annotations

@@ -320,6 +320,16 @@ class LoraModel(BaseTuner[LoraConfig]):
             plain, lora_dropout=config.lora_dropout, inference_mode=config.inference_mode
         ), state
 
+    @classmethod
+    def conversion_options(cls, config: LoraConfig, **options: object) -> Mapping[str, object]:
+        """Refuse activated adapters, and options of other methods."""
+        if config.alora_invocation_tokens:
+            raise PeftNotSupportedError(
+                "An adapter with `alora_invocation_tokens` can't be converted: "
+                "a plain LoRA acts on all tokens."
+            )
+        return super().conversion_options(config, **options)
+
     def combine(self, request: Combination, layers: Mapping[str, LoraLayer]) -> Combined:
         """Combine adapters into a new one."""
         return combining.combine(self.peft_config, layers, request)
