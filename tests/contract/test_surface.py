@@ -443,7 +443,10 @@ def test_the_tables_of_target_modules_count(method, monkeypatch):
     assert all(
         list(other.default_target_modules["llama"]) == ["q_proj", "v_proj"] for other in others
     )
-    assert peft.utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING == {}  # not here
+    adalora = importlib.import_module("peft.tuners.adalora.model")  # not here
+    table = adalora.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
+    assert table == {}
+    assert table is peft.utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
     with pytest.raises(AttributeError):
         _ = peft.utils.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
 

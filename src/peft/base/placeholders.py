@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from functools import cache, partial
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -68,6 +69,8 @@ def placeholder(name: str, module: str = "peft") -> Any:
     """
     with suppress(KeyError):
         return from_other_place(name, module)
+    if name.endswith("_TARGET_MODULES_MAPPING") and _is_absent(module):
+        return getattr(import_module("peft.utils.constants"), name)
     declared = {*getattr(sys.modules.get(module), "__annotations__", ())}
     if module in ("peft", "peft.tuners"):
         declared |= _NAMES
