@@ -112,11 +112,11 @@ def _built(
     for path, layer in layers.items():
         like = next(iter(layer.adapter_parameters(name)))
         fresh = build.layers[path]
+        assert isinstance(fresh, LoraLayer)
         for container in fresh.containers():
             container.to(like.dtype)
         if path in directions:
-            A: nn.Parameter = fresh.lora_A[name].weight  # type: ignore[union-attr, index, assignment]
-            A.data.copy_(directions[path])
+            fresh.factors(name).A.data.copy_(directions[path])
         fresh.set_requires_grad(name, like.requires_grad)
     return build
 
