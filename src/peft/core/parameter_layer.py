@@ -8,8 +8,7 @@ layer and supplies `delta_recipe` for stacked tensors and, to avoid the dense de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,17 +19,11 @@ from ..base.errors import PeftNotSupportedError, PeftValueError, UnsupportedModu
 from ..base.geometry import Geometry
 from ..ops.dispatch import without_autocast
 from ..ops.grouped import GroupedRows
-from .adapted_parameters import (
-    ParameterView,
-    parameter_shape,
-    plain_parameter,
-)
-from .adapters import AdapterParameterDict
+from .adapted_parameters import ParameterView, parameter_shape, plain_parameter
 from .base_layer import innermost
 from .fused_experts import interface_names, run
 from .layer import BaseTunerLayer
 from .merges import Merges
-from .method_info import AdapterCost
 
 
 class ParameterLayer(BaseTunerLayer):
@@ -165,54 +158,6 @@ class ParameterLayer(BaseTunerLayer):
         """Show the parameter's name and shape."""
         shape = "x".join(map(str, parameter_shape(innermost(self), self.parameter_name)))
         return f"parameter_name='{self.parameter_name}' ({shape})"
-
-
-class StackedTensors(ParameterLayer):
-    """A layer whose adapters of a stack have each tensor of a linear layer `[experts, …]`."""
-
-    def update_layer(
-        self, adapter_name: str, config: Any, initialize: bool = True, **options: Any
-    ) -> None:
-        """Make an adapter's tensors by its config, in place of any that it has."""
-        super().update_layer(adapter_name, config, initialize=False, **options)
-        for container in self._own_containers(adapter_name) if self.is_stacked else ():
-            tensor = container._parameters[adapter_name]
-            assert tensor is not None
-            shape = (self.num_experts, *tensor.shape)
-            container[adapter_name] = nn.Parameter(tensor.new_empty(shape))
-        if initialize:
-            self.reset_adapter_parameters(adapter_name, config.init_weights)
-
-    def reset_adapter_parameters(self, adapter_name: str, init_weights: Any = True) -> None:
-        """Draw an adapter's tensors again, those of each expert as those of a linear layer."""
-        for expert in range(self.num_experts):
-            with self._as_expert(adapter_name, expert):
-                super().reset_adapter_parameters(adapter_name, init_weights)  # type: ignore[misc]
-
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
-        """Return the cost for a row, which goes to one expert."""
-        with self._as_expert(adapter_name, 0):
-            return super().adapter_cost(adapter_name, config)
-
-    @contextmanager
-    def _as_expert(self, adapter_name: str, expert: int) -> Iterator[None]:
-        """Context in which an adapter has the tensors of one expert, in the memory of the stack."""
-        containers = self._own_containers(adapter_name) if self.is_stacked else []
-        stacks = [container._parameters[adapter_name] for container in containers]
-        try:
-            for container, stack in zip(containers, stacks, strict=True):
-                assert stack is not None
-                own = nn.Parameter(stack.data[expert], stack.requires_grad)
-                container._parameters[adapter_name] = own
-            yield
-        finally:
-            for container, stack in zip(containers, stacks, strict=True):
-                container._parameters[adapter_name] = stack
-
-    def _own_containers(self, adapter_name: str) -> list[AdapterParameterDict]:
-        """Return the containers with a tensor of an adapter."""
-        own = [c for c in self.containers() if isinstance(c, AdapterParameterDict)]
-        return [container for container in own if adapter_name in container._parameters]
 
 
 def parameter_geometry(module: nn.Module, name: str) -> tuple[Geometry, int, bool]:

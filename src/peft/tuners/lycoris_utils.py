@@ -6,14 +6,18 @@ Source: arXiv:2309.14859
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LycorisConfig
+from ..core.adapters import AdapterParameterDict
 from ..core.layer import BaseTunerLayer
-from ..core.parameter_layer import StackedTensors
+from ..core.method_info import AdapterCost
+from ..core.parameter_layer import ParameterLayer
 from ..core.targets import pattern_value
 from ..ops.grouped import GroupedRows
 
@@ -109,8 +113,54 @@ class LycorisLayer(BaseTunerLayer):
         return delta
 
 
-class LycorisParameters(StackedTensors, LycorisLayer):
-    """A layer around a module with an adapter of a LyCORIS method on one of its parameters."""
+class LycorisParameters(ParameterLayer, LycorisLayer):
+    """A layer around a module with adapters of a LyCORIS method on one of its parameters; those of
+    a stack have each tensor of a linear layer `[experts, …]`.
+    """
+
+    def update_layer(
+        self, adapter_name: str, config: Any, initialize: bool = True, **options: Any
+    ) -> None:
+        """Make an adapter's tensors by its config, in place of any that it has."""
+        super().update_layer(adapter_name, config, initialize=False, **options)
+        for container in self._own_containers(adapter_name) if self.is_stacked else ():
+            tensor = container._parameters[adapter_name]
+            assert tensor is not None
+            shape = (self.num_experts, *tensor.shape)
+            container[adapter_name] = nn.Parameter(tensor.new_empty(shape))
+        if initialize:
+            self.reset_adapter_parameters(adapter_name, config.init_weights)
+
+    def reset_adapter_parameters(self, adapter_name: str, init_weights: Any = True) -> None:
+        """Draw an adapter's tensors again, those of each expert as those of a linear layer."""
+        for expert in range(self.num_experts):
+            with self._as_expert(adapter_name, expert):
+                super().reset_adapter_parameters(adapter_name, init_weights)  # type: ignore[misc]
+
+    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+        """Return the cost for a row, which goes to one expert."""
+        with self._as_expert(adapter_name, 0):
+            return super().adapter_cost(adapter_name, config)
+
+    @contextmanager
+    def _as_expert(self, adapter_name: str, expert: int) -> Iterator[None]:
+        """Context in which an adapter has the tensors of one expert, in the memory of the stack."""
+        containers = self._own_containers(adapter_name) if self.is_stacked else []
+        stacks = [container._parameters[adapter_name] for container in containers]
+        try:
+            for container, stack in zip(containers, stacks, strict=True):
+                assert stack is not None
+                own = nn.Parameter(stack.data[expert], stack.requires_grad)
+                container._parameters[adapter_name] = own
+            yield
+        finally:
+            for container, stack in zip(containers, stacks, strict=True):
+                container._parameters[adapter_name] = stack
+
+    def _own_containers(self, adapter_name: str) -> list[AdapterParameterDict]:
+        """Return the containers with a tensor of an adapter."""
+        own = [c for c in self.containers() if isinstance(c, AdapterParameterDict)]
+        return [container for container in own if adapter_name in container._parameters]
 
     def forward_delta(self, adapter_name: str) -> Tensor:
         """Return the dense delta in the parameter's layout, in training with dropout."""

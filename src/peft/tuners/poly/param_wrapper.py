@@ -7,21 +7,21 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...core.parameter_layer import ParameterLayer, stacked_product
-from ...core.routing.calls import TaskRows
+from ...core.routing.calls import Routing, TaskRows
 from ...ops.exact_merge import Recipe
 from ...ops.grouped import GroupedRows
 from .config import PolyConfig
-from .layer import Linear
+from .layer import PolyLayer
 from .mixing import mix
 from .router import TaskRouter
 from .task_skills import TaskSkills
 
 
-class ParamWrapper(ParameterLayer, Linear):
+class ParamWrapper(ParameterLayer, PolyLayer):
     """A layer around a module with Poly on one of its parameters.
 
     A stack has one router, and skills of rank `experts · r`, of which an expert has `r`. In the
@@ -36,6 +36,21 @@ class ParamWrapper(ParameterLayer, Linear):
     """
 
     depends_on_sample: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: PolyConfig,
+        parameter_name: str,
+        routing: Routing | None = None,
+        at: PolyConfig | None = None,
+        **options: Any,
+    ) -> None:
+        self.parameter_name = parameter_name
+        PolyLayer.__init__(self, base_layer, routing)
+        self.update_layer(adapter_name, at or config, **options)
+        self.set_adapter(adapter_name)
 
     def update_layer(  # type: ignore[override]
         self, adapter_name: str, poly_config: PolyConfig, **options: Any

@@ -6,17 +6,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...core.adapters import AdapterParameterDict
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...core.parameter_layer import ParameterLayer, stacked_product
 from ...ops.exact_merge import Recipe
 from ...ops.grouped import GroupedRows
 from .config import VBLoRAConfig
-from .layer import Linear
+from .layer import VBLoRALayer
 
 
-class ParamWrapper(ParameterLayer, Linear):
+class ParamWrapper(ParameterLayer, VBLoRALayer):
     """A layer around a module with VB-LoRA on one of its parameters.
 
     A stack has the logits of one layer of rank `experts · r`; an expert has `r` of the ranks.
@@ -27,6 +28,21 @@ class ParamWrapper(ParameterLayer, Linear):
 
     Source: arXiv:2405.15179, section 3
     """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: VBLoRAConfig,
+        parameter_name: str,
+        vblora_vector_bank: AdapterParameterDict,
+        vblora_shared_banks: AdapterParameterDict | None = None,
+        **options: Any,
+    ) -> None:
+        self.parameter_name = parameter_name
+        VBLoRALayer.__init__(self, base_layer, vblora_vector_bank, vblora_shared_banks)
+        self.update_layer(adapter_name, config, **options)
+        self.set_adapter(adapter_name)
 
     def update_layer(  # type: ignore[override]
         self, adapter_name: str, config: VBLoRAConfig, **options: Any
