@@ -298,6 +298,18 @@ def test_an_interruption_leaves_nothing(line, kind, run, tmp_path, monkeypatch):
     assert names_below(tmp_path) == before
 
 
+def test_what_libraries_print_is_not_in_the_output(run, monkeypatch):
+    real = peft.meta_model
+
+    def noisy(*args, **kwargs):
+        print("noise")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["peft.cli.plan"], "meta_model", noisy)
+    result = run("plan base --method lora --json")
+    assert result.data["method"] == "LORA" and "noise" in result.stderr
+
+
 def test_debug_shows_where(run):
     result = CliRunner().invoke(program, ["inspect", "nowhere", "--debug"])
     assert isinstance(result.exception, peft.PeftError)

@@ -8,9 +8,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import click
 import torch
@@ -37,16 +39,23 @@ class Report(Protocol):
 
 
 def shared_options(command: F) -> F:
-    """Add the options that every command has."""
-    command = click.option(
+    """Add the options that every command has; what libraries print goes to the standard error."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        click.get_current_context().obj = sys.stdout
+        with redirect_stdout(sys.stderr):
+            return command(*args, **options)
+
+    result = click.option(
         "--debug",
         is_flag=True,
         expose_value=False,
         help="Show where in the code an error comes from.",
-    )(command)
+    )(cast("F", run))
     return click.option(
         "--json", "as_json", is_flag=True, help="Print JSON, and nothing else, to standard output."
-    )(command)
+    )(result)
 
 
 def force_option(command: F) -> F:
@@ -238,8 +247,24 @@ def quiet_lora() -> Iterator[None]:
 
 
 def show(report: Report, as_json: bool) -> None:
-    """Print a report, as a table or as JSON."""
-    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+    """Print a report, as a table or as JSON, to the standard output of the command."""
+    text = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
+    click.echo(text, file=click.get_current_context().obj)
+
+
+@dataclass
+class Result:
+    """A result in both forms."""
+
+    content: JsonObject
+    text: str
+
+    def to_dict(self) -> JsonObject:
+        """Return the values for JSON."""
+        return self.content
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import click
@@ -12,7 +11,7 @@ import click
 from ..base.plain_values import JsonObject
 from ..library import AdapterLibrary, LibraryReport
 from ..library.pruning import prune as prune_library
-from .common import PLACE, shared_options, show
+from .common import PLACE, Result, shared_options, show
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -52,7 +51,7 @@ def index(folder: str, index_file: str | None, follow_links: bool, as_json: bool
         "bytes": opened.entries.bytes,
         **changes._asdict(),
     }
-    show(_Result(result, f"{changes}\n{opened!r}"), as_json)
+    show(Result(result, f"{changes}\n{opened!r}"), as_json)
 
 
 @library.command("list")
@@ -96,7 +95,7 @@ def list_adapters(
     left_out = [entry._asdict() for entry in opened.left_out]
     content: JsonObject = {"folder": folder, "adapters": found.to_json(), "left_out": left_out}
     is_all = not any((method, tags, base, task, rank, scores))
-    show(_Result(content, str(opened if is_all else found)), as_json)
+    show(Result(content, str(opened if is_all else found)), as_json)
 
 
 @library.command()
@@ -105,7 +104,7 @@ def list_adapters(
 def check(folder: str, index_file: str | None, follow_links: bool, as_json: bool) -> None:
     """Read all files and compare them with the index; exit code 1 if not sound."""
     report = AdapterLibrary(folder, index=index_file, follow_links=follow_links).check()
-    show(_Result(report.to_json(), str(report)), as_json)
+    show(Result(report.to_json(), str(report)), as_json)
     if not report.ok:
         click.get_current_context().exit(1)
 
@@ -138,22 +137,7 @@ def prune(
         "removed": [problem._asdict() for problem in report.problems],
         "dry_run": dry_run,
     }
-    show(_Result(content, _pruned(report, dry_run)), as_json)
-
-
-@dataclass
-class _Result:
-    """A result in both forms."""
-
-    content: JsonObject
-    text: str
-
-    def to_dict(self) -> JsonObject:
-        """Return the values for JSON."""
-        return self.content
-
-    def __str__(self) -> str:
-        return self.text
+    show(Result(content, _pruned(report, dry_run)), as_json)
 
 
 def _pruned(report: LibraryReport, dry_run: bool) -> str:

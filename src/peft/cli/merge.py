@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import click
@@ -12,12 +11,14 @@ from ..base_models import save_merged
 from ..config import PeftConfig
 from .common import (
     PLACE,
+    Result,
     check_output,
     dtype_of,
     dtype_option,
     force_option,
     quiet_libraries,
     shared_options,
+    show,
     task_of,
 )
 
@@ -61,4 +62,4 @@ def merge(
             subfolder=subfolder,
             **options,
         )
-    click.echo(json.dumps({"output": output}) if as_json else f"Wrote the merged model to {output}")
+    show(Result({"output": output}, f"Wrote the merged model to {output}"), as_json)
