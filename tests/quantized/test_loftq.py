@@ -72,6 +72,19 @@ def test_a_quantized_model_starts_from_what_it_lost(kind, files, tmp_path):
         torch.testing.assert_close((1.5 * B @ A).double(), best, atol=1e-4, rtol=1e-3)
 
 
+def test_norms_of_dora_follow(tmp_path):
+    """The model computes with `Q + s·B·A` as it is, close to the weights before."""
+    save_file(weights(), tmp_path / "model.safetensors")
+    x = torch.randn(5, 64)
+    outputs = []
+    for dora in (False, True):
+        config = LoraConfig(r=8, target_modules=["up", "down"], use_dora=dora)
+        model = get_peft_model(quantized_model(4), config)
+        replace_lora_weights_loftq(model, tmp_path)
+        outputs.append(model(x))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=1e-3)
+
+
 def test_a_callback_decides_for_each_layer(tmp_path):
     save_file(weights(), tmp_path / "model.safetensors")
     model = get_peft_model(quantized_model(4), LoraConfig(r=4, target_modules=["up", "down"]))

@@ -109,12 +109,17 @@ def replace_lora_weights_loftq(
         W, (A, B) = weights.read(f"{path}.weight"), layer.factors(adapter_name)
         lost = W.to(A.device).float() - dense_weight(layer.base_layer)
         new = pissa(lost, layer.r[adapter_name], layer.base_scaling(adapter_name))
-        old = A.detach().clone(), B.detach().clone()
+        decomposition = layer.decomposition(adapter_name)
+        # The adapter's values, and DoRA's norms of the weight that they make.
+        values = [A, B] if decomposition is None else [A, B, decomposition.magnitude()]
+        old = [value.detach().clone() for value in values]
         A.copy_(new.A)
         B.copy_(new.B)
+        if decomposition is not None:
+            values[2].copy_(decomposition.norms(layer.scaling[adapter_name]))
         if callback is not None and not callback(peft_model, path):
-            A.copy_(old[0])
-            B.copy_(old[1])
+            for value, before in zip(values, old, strict=True):
+                value.copy_(before)
 
 
 class _Weights:
