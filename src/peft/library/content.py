@@ -177,13 +177,16 @@ class ContentCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.nbytes = 0
+        self._nbytes = 0
         self._contents: OrderedDict[Place, _Cached] = OrderedDict()
         self._shared: dict[str, tuple[Tensor, int]] = {}
         self._lock = RLock()
 
-    def __len__(self) -> int:
-        return len(self._contents)
+    @property
+    def nbytes(self) -> int:
+        """Memory that the contents take."""
+        with self._lock:
+            return self._nbytes
 
     def __getstate__(self) -> dict[str, object]:
         """A copy begins empty."""
@@ -222,12 +225,12 @@ class ContentCache:
             if alone > self.max_bytes:
                 return content
             self._contents[place] = _Cached(content, version)
-            self.nbytes += content.nbytes
+            self._nbytes += content.nbytes
             for key, tensor in content.shared.items():
                 _, users = self._shared.get(key, (tensor, 0))
-                self.nbytes += 0 if users else tensor.nbytes
+                self._nbytes += 0 if users else tensor.nbytes
                 self._shared[key] = tensor, users + 1
-            while self.nbytes > self.max_bytes:
+            while self._nbytes > self.max_bytes:
                 self.drop(next(iter(self._contents)))
             return content
 
@@ -237,9 +240,9 @@ class ContentCache:
             cached = self._contents.pop(place, None)
             if cached is None:
                 return
-            self.nbytes -= cached.content.nbytes
+            self._nbytes -= cached.content.nbytes
             for key in cached.content.shared:
                 tensor, users = self._shared.pop(key)
-                self.nbytes -= 0 if users > 1 else tensor.nbytes
+                self._nbytes -= 0 if users > 1 else tensor.nbytes
                 if users > 1:
                     self._shared[key] = tensor, users - 1
