@@ -67,7 +67,9 @@ def layers_of(module: nn.Module) -> dict[str, list[AdaptingLayer]]:
 
 def parameter_names(module: nn.Module) -> list[str]:
     """Return the names of a module's own parameters, computed ones last."""
-    computed = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+    computed: list[str] = []
+    if parametrize.is_parametrized(module):
+        computed = list(cast(nn.ModuleDict, module.parametrizations))
     return [name for name, value in module._parameters.items() if value is not None] + computed
 
 

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from helpers.experts import mixture, tokens, with_deltas
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
@@ -97,6 +97,14 @@ def test_factors_of_another_size_are_refused(tmp_path):
     base = mixture("mixtral")
     with pytest.raises(RuntimeError, match=r"experts.0.w1`: its factors \[3, 24\].* do not fit"):
         PeftModel.from_pretrained(base, tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    start = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1."
+    more = {**state, f"{start}lora_magnitude_vector": torch.ones(24)}
+    del state[f"{start}lora_B.weight"]
+    for changed in (state, more):
+        save_file(changed, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(RuntimeError, match="experts.0.w1`: an adapter of a single expert is"):
+            PeftModel.from_pretrained(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
 
 

@@ -32,10 +32,10 @@ class _Size(NamedTuple):
 
 def stack_settings(config: LoraConfig, paths: Mapping[int, str]) -> dict[str, float]:
     """Return rank and alpha of a stack's adapter: the sum of its parts' ranks, and the alpha with
-    which it has the scale of the first.
+    which it has the scale of the first that is not zero.
     """
     sizes = [_size(config, paths[part]) for part in sorted(paths)]
-    r, scale = sum(size.r for size in sizes), sizes[0].scale(config)
+    r, scale = sum(size.r for size in sizes), _common_scale(config, sizes)
     alpha = scale * (math.sqrt(r) if config.use_rslora else r)
     return {"rank_pattern": r, "alpha_pattern": round(alpha) if alpha == round(alpha) else alpha}
 
@@ -51,9 +51,11 @@ def stack_experts(
         parts: Their adapters.
         shape: The stack's, `[experts, out, in]`; by default that of the parts, which are all.
     """
+    _check_tensors(parts)
     paths = {part.part: part.path for part in parts}
     settings = stack_settings(config, paths)
-    r, first = int(settings["rank_pattern"]), _size(config, paths[min(paths)]).scale(config)
+    r = int(settings["rank_pattern"])
+    scale = _common_scale(config, [_size(config, paths[part]) for part in sorted(paths)])
     own = {part.part: part.tensors["lora_B.weight"].shape[0] for part in parts}
     one = parts[0].tensors["lora_A.weight"]
     all_parts = 1 + max(part.expert for part in parts), sum(own.values()), one.shape[1]
@@ -71,7 +73,7 @@ def stack_experts(
         _check_fit(part, columns, rows - top, ranks[part.part], experts)
         own_ranks = slice(start, start + down.shape[0])
         A[part.expert, own_ranks] = down
-        change = _size(config, part.path).scale(config) / first
+        change = _size(config, part.path).scale(config) / scale if scale else 1.0
         B[part.expert, top : top + up.shape[0], own_ranks] = up * change
     stacked = B.permute(1, 2, 0).reshape(rows, r * experts).contiguous()
     return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": stacked}, settings
@@ -82,6 +84,25 @@ def _size(config: LoraConfig, path: str) -> _Size:
         pattern_value(config.rank_pattern or {}, path, config.r),
         pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
     )
+
+
+def _common_scale(config: LoraConfig, sizes: Sequence[_Size]) -> float:
+    """Return the scale of a stack's delta: that of the first part with any."""
+    return next((scale for size in sizes if (scale := size.scale(config))), 0.0)
+
+
+def _check_tensors(parts: Sequence[FusedPart]) -> None:
+    """Raise `CheckpointError` unless each expert's layer has two matrices and nothing else."""
+    for part in parts:
+        shapes = {end: list(tensor.shape) for end, tensor in part.tensors.items()}
+        if shapes.keys() != {"lora_A.weight", "lora_B.weight"} or any(
+            len(shape) != 2 for shape in shapes.values()
+        ):
+            raise CheckpointError(
+                f"`{part.path}`: an adapter of a single expert is loaded onto a stack if it has "
+                f"`lora_A.weight` and `lora_B.weight`, two matrices; it has {shapes}. Nothing was "
+                "loaded."
+            )
 
 
 def _check_fit(part: FusedPart, columns: int, rows: int, r: int, experts: int) -> None:
