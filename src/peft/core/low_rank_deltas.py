@@ -27,9 +27,9 @@ from ..base.errors import (
 from ..base.modules import check_model
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..base.tensors import ordinary_tensors
-from ..checkpoint.hub import only_hub_options
+from ..checkpoint.hub import HubOptions, only_hub_options
 from ..config import PeftConfig
-from ..ops.low_rank import LowRank
+from ..ops.low_rank import Deltas as Deltas
 from . import plan as _plan
 from .conversion import check_convertible, config_of, layers_with, root_of
 from .filling import CheckpointFill
@@ -41,9 +41,6 @@ from .tuner import BaseTuner
 
 SavedAdapter: TypeAlias = "str | os.PathLike[str] | tuple[PeftConfig, Mapping[str, Tensor]]"
 """A folder, an id on the Hub, or a config and tensors by checkpoint key."""
-
-Deltas: TypeAlias = dict[str, LowRank]
-"""The factors of an adapter's deltas, by path of the module in the base model."""
 
 # The name of the adapter while it exists.
 _NAME = "default"
@@ -217,7 +214,7 @@ class _Workshop:
         self._last: tuple[str, BaseTuner[Any], Build[Any]] | None = None
 
     def layers_of(
-        self, adapter: SavedAdapter, hub: dict[str, Any]
+        self, adapter: SavedAdapter, hub: HubOptions
     ) -> tuple[PeftConfig, dict[str, BaseTunerLayer]]:
         """Return an adapter's config and layers; these hold until the next call."""
         config, state, source = _read(self.root, adapter, hub)
@@ -278,7 +275,7 @@ def _check_only_deltas(whole: Iterable[str], token_rows: object, biases: str) ->
 
 
 def _read(
-    root: nn.Module, adapter: SavedAdapter, hub: dict[str, Any]
+    root: nn.Module, adapter: SavedAdapter, hub: HubOptions
 ) -> tuple[Any, dict[str, Tensor], str]:
     """Return the config and tensors of an adapter under present names, and its place."""
     if not isinstance(adapter, tuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class LowRank(NamedTuple):
     def rank(self) -> int:
         """The inner size."""
         return self.A.shape[0]
+
+
+Deltas: TypeAlias = dict[str, LowRank]
+"""The factors of an adapter's deltas, by path of the module in the base model."""
 
 
 class SingularTriples(NamedTuple):

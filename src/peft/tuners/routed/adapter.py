@@ -9,8 +9,8 @@ from ...base.errors import PeftValueError
 from ...base.validation import check_adapter
 from ...core.tuner import BaseTuner
 from .config import RoutedConfig
+from .deltas import Experts
 from .layer import RoutedLayer
-from .sources import Experts
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.validation import at_least, boolean, number
-from ...checkpoint.hub import split_hub_options
+from ...checkpoint.hub import HubOptions, split_hub_options
 from ...peft_model import PeftModel
 from .config import RoutedConfig
 from .entrance import get_routed_model
@@ -62,7 +61,7 @@ def create_arrow_model(
     task_specific_adapter_paths: Sequence[str | os.PathLike[str]],
     arrow_config: ArrowConfig,
     general_adapter_paths: Sequence[str | os.PathLike[str]] | None = None,
-    **adapter_kwargs: Any,
+    **adapter_kwargs: object,
 ) -> PeftModel:
     """Return a model that routes each token over saved adapters by Arrow.
 
@@ -115,7 +114,7 @@ def create_arrow_model(
         "arrow_router",
         general_experts={f"gks_{i}": _source(path, hub) for i, path in enumerate(general)},
         hub_options=hub,
-        autocast_adapter_dtype=rest.get("autocast_adapter_dtype", True),
+        autocast_adapter_dtype=bool(rest.get("autocast_adapter_dtype", True)),
     )
     own = model.peft_config["arrow_router"]
     assert isinstance(own, RoutedConfig)
@@ -124,7 +123,7 @@ def create_arrow_model(
     return model
 
 
-def _source(path: str | os.PathLike[str], hub: dict[str, Any]) -> Source:
+def _source(path: str | os.PathLike[str], hub: HubOptions) -> Source:
     """Return the source of an adapter; a Hub id with more than two parts has a subfolder."""
     place = os.fspath(path)
     source: Source = {k: v for k, v in hub.items() if k in ("subfolder", "revision")}

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
+from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
 from ...config import NO_EFFECT, TargetedConfig, at_least, boolean, choice, number
 from ...core.routing.task_ids import name_offences
@@ -71,13 +72,13 @@ class RoutedConfig(TargetedConfig):
     Source: arXiv:2405.11157 (Arrow), arXiv:2402.05859 (PHATGOOSE)
     """
 
-    experts: dict[str, Any] = field(default_factory=dict)
+    experts: JsonObject = field(default_factory=dict)
     routing: RoutingKind = "arrow"
     routing_level: Literal["token", "sample", "sequence"] = "token"
     top_k: int | None = None
     temperature: float = 1.0
     weights_granularity: Literal["linear", "model"] = "linear"
-    general_experts: dict[str, Any] = field(default_factory=dict)
+    general_experts: JsonObject = field(default_factory=dict)
     general_subtraction: Literal["deltas", "factors"] = "deltas"
     deltas_only: bool = False
     save_experts: bool = field(default=False, metadata=NO_EFFECT)

@@ -13,8 +13,8 @@ from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
 from ...checkpoint.hub import HubOptions
 from ...config import PeftConfig
-from ...core.low_rank_deltas import Deltas, deltas_by_task
-from ...ops.low_rank import LowRank
+from ...core.low_rank_deltas import deltas_by_task
+from ...ops.low_rank import Deltas, LowRank
 from ...peft_model import PeftModel
 from .config import RoutedConfig
 from .sources import Source, at_hand, digest_of, key_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...base.geometry import Placement
 from ...ops.low_rank import approximate
+from .deltas import LayerExperts
 from .products import Factors
-from .sources import LayerExperts
 
 
 class ExpertFactors(nn.Module):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ def _running_one_expert(adapter: RoutedAdapter, with_expert: bool = True) -> Ite
     before = {layer: layer.routed_options[adapter_name] for layer in layers}
     routing = next(iter(layers)).routing
     one = _OneExpert(config.n_tasks, config.task_names, config.task_type)
-    configs: dict[str, Any] = routing.configs
+    configs = routing.configs
     for layer, options in before.items():
         layer.routed_options[adapter_name] = options._replace(routing="task")
     configs[adapter_name] = one
@@ -157,14 +157,16 @@ def fit_gates(
     if config.routing not in TRAINS:
         raise PeftNotSupportedError(f"`routing`={config.routing!r} has nothing to train.")
     steps, lr = checked_options(steps, lr, None, ())
-    by_expert: dict[str, Any] = {"": examples}
-    if config.routing == "phatgoose":
-        if not isinstance(examples, Mapping) or not examples:
-            raise PeftTypeError(
-                "`routing`='phatgoose' trains a gate for each expert: pass a dictionary, expert → "
-                "batches."
-            )
-        by_expert = dict(examples)
+    by_expert: dict[str, Loss] = {}
+    if config.routing != "phatgoose":
+        by_expert[""] = cast("Loss", examples)
+    elif isinstance(examples, Mapping):
+        by_expert.update(examples)
+    if not by_expert:
+        raise PeftTypeError(
+            "`routing`='phatgoose' trains a gate for each expert: pass a dictionary, expert → "
+            "batches."
+        )
     numbers = {name: one_task(name, config, "examples") for name in by_expert if name}
     parameters = _trained(layers, adapter_name, config)
     losses = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from ...base.tensors import ordinary_tensors
 from ...base.validation import number as finite_number
 from ...core import plan as _plan
 from ...core.injection import Build, Construction, build_adapter, put_in
-from ...core.low_rank_deltas import Deltas
 from ...core.routing.task_ids import one_task
+from ...ops.low_rank import Deltas
 from .adapter import RoutedAdapter
 from .config import RoutedConfig
 from .entrance import Expert, described
@@ -35,7 +34,7 @@ def expert_weights(adapter: RoutedAdapter) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, Any]) -> None:
+def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, object]) -> None:
     """Set expert weights: of all layers by the expert's name, or of some by module path."""
     config, layers = adapter.config, adapter.layers
     if not isinstance(weights, Mapping) or not weights:
@@ -62,7 +61,7 @@ def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, Any]) -> No
             held[number] = value
 
 
-def _by_number(config: RoutedConfig, weights: Mapping[Any, Any]) -> dict[int, float]:
+def _by_number(config: RoutedConfig, weights: Mapping[str, object]) -> dict[int, float]:
     """Return weights by the expert's number, checked."""
     result = {}
     for name, value in weights.items():

@@ -26,9 +26,9 @@ from ...ops.inference_cache import reuse
 from ...ops.low_rank import LowRank, approximate
 from .choice import PREPARED, Choice, arrow_prototypes, choose, gate_weights, prepared, scores
 from .config import BY_INPUT, TRAINS, RoutedConfig
+from .deltas import LayerExperts
 from .experts import ExpertFactors, ExpertWeights, SharedWeights
 from .products import experts_chain
-from .sources import LayerExperts
 
 Note: TypeAlias = Callable[["RoutedLayer", Choice, Tensor], None]
 """A function of a layer, its choice and its input."""

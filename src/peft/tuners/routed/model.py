@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -24,11 +24,14 @@ from ...core.routing.tuner import RoutingTuner
 from . import composition, fitting, inventory, report
 from .adapter import RoutedAdapter
 from .config import RoutedConfig
+from .deltas import Experts
 from .entrance import Expert
 from .layer import Linear, RoutedLayer
 from .report import ExpertWatch
-from .sources import Experts, find_experts, key_of
+from .sources import find_experts, key_of
 from .storage import RoutedFormat, with_experts
+
+Task: TypeAlias = int | str
 
 
 class RoutedModel(RoutingTuner[RoutedConfig]):
@@ -127,7 +130,7 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
         cls,
         config: RoutedConfig,
         *,
-        task_id: int | str | Mapping[Any, float] | None = None,
+        task_id: Task | Mapping[Task, float] | None = None,
         **options: object,
     ) -> dict[str, int | dict[int, float] | None]:
         """Return the expert, or the shares of several, by number; None for a blend's weights."""
@@ -144,11 +147,12 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
         return {name: {"task_id": i} for i, name in enumerate(config.experts)}
 
     @classmethod
-    def conversion_tasks(cls, config: RoutedConfig, tasks: Any) -> dict[str, int]:
+    def conversion_tasks(
+        cls, config: RoutedConfig, tasks: Task | Iterable[Task] | None
+    ) -> dict[str, int]:
         """Return numbers of experts by name."""
-        if tasks is not None and not isinstance(tasks, (str, int, Tensor)):
-            tasks = list(tasks)
-        numbers = range(config.n_tasks) if tasks is None else some_tasks(tasks, config)
+        chosen = tasks if tasks is None or isinstance(tasks, (str, int)) else list(tasks)
+        numbers = range(config.n_tasks) if chosen is None else some_tasks(chosen, config)
         return {config.task_names[i]: i for i in numbers}
 
     def named_experts(self, adapter_name: str | None = None) -> list[str]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -85,11 +85,11 @@ class ExpertReport:
             yield f"{path:{width}}  {', '.join(named)}"
         yield from _more(len(self.layers), "layers")
 
-    def mean(self, measure: str) -> list[float]:
+    def mean(self, measure: Literal["weight", "chosen"]) -> list[float]:
         """Return "weight" or "chosen" of each expert, the mean over layers."""
         if not self.layers:
             return [0.0] * len(self.experts)
-        every = torch.tensor([use[measure] for use in self.layers.values()])  # type: ignore[literal-required]
+        every = torch.tensor([use[measure] for use in self.layers.values()])
         return every.mean(0).tolist()
 
     def token_table(self, texts: Sequence[Sequence[str]] | None = None) -> str:
@@ -157,7 +157,7 @@ class ExpertWatch:
 
     def __init__(self, adapter: RoutedAdapter) -> None:
         self._adapter, self._number = adapter, adapter.config.n_tasks
-        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._tokens: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -169,9 +169,10 @@ class ExpertWatch:
         weights[..., experts.numbers.cpu()] = every
         mask = layer.routing.real_tokens(x, layer)
         real = weights.flatten(0, -2) if mask is None else weights[mask.cpu()]
-        sums = real.sum(0), (real != 0).float().sum(0), torch.tensor(float(len(real)))
-        known = self._sums.get(path)
-        self._sums[path] = sums if known is None else tuple(map(torch.add, known, sums))  # type: ignore[assignment]
+        weight, chosen, count = real.sum(0), (real != 0).float().sum(0), len(real)
+        if (known := self._sums.get(path)) is not None:
+            weight, chosen, count = known[0] + weight, known[1] + chosen, known[2] + count
+        self._sums[path] = weight, chosen, count
         if weights.dim() == 3:
             self._tokens[path] = weights
 
@@ -179,9 +180,9 @@ class ExpertWatch:
         """Return the use of experts so far."""
         layers: dict[str, LayerUse] = {}
         for path, (weight, chosen, count) in self._sums.items():
-            tokens = max(int(count), 1)
+            tokens = max(count, 1)
             layers[path] = {
-                "tokens": int(count),
+                "tokens": count,
                 "weight": (weight / tokens).tolist(),
                 "chosen": (chosen / tokens).tolist(),
             }

@@ -10,25 +10,26 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ...base.errors import CheckpointError, PeftError, PeftValueError
+from ...base.plain_values import JsonObject
 from ...base.progress import track
 from ...base.suggestions import did_you_mean
 from ...checkpoint.digests import adapter_digest
 from ...checkpoint.files import read_weights
 from ...checkpoint.hub import HubOptions, find_file
-from ...core.low_rank_deltas import DeltaReader, Deltas
-from ...ops.low_rank import LowRank, approximate
+from ...core.low_rank_deltas import DeltaReader
+from ...ops.low_rank import Deltas, approximate
 from .config import RoutedConfig
+from .deltas import Experts
 
-Source: TypeAlias = dict[str, Any]
+Source: TypeAlias = JsonObject
 
 # Experts in memory, by `key_of`, for the configs that are made while `at_hand` is open.
 _AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={})  # noqa: B039
@@ -36,43 +37,6 @@ _AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={}) 
 _HUB: ContextVar[HubOptions] = ContextVar("_HUB", default={})  # noqa: B039
 # The end of the keys under which a folder holds its experts' factors.
 SAVED = "routed_experts"
-
-
-@dataclass
-class Experts:
-    """The experts of a routed adapter.
-
-    Args:
-        deltas: Each expert's deltas, by name.
-        general: The mean delta of the general experts, to subtract, by module path.
-    """
-
-    deltas: dict[str, Deltas]
-    general: Deltas = field(default_factory=dict)
-
-    def paths(self) -> list[str]:
-        """Return the paths of the modules that any expert adapts, each once."""
-        return list(dict.fromkeys(path for own in self.deltas.values() for path in own))
-
-    def at(self, path: str) -> LayerExperts:
-        """Return the experts' deltas at a module."""
-        parts = {i: own[path] for i, own in enumerate(self.deltas.values()) if path in own}
-        return LayerExperts(parts, len(self.deltas), self.general.get(path))
-
-
-@dataclass
-class LayerExperts:
-    """The deltas of a module.
-
-    Args:
-        deltas: Those of the experts that adapt it, by the expert's number.
-        number: Number of experts of the adapter.
-        general: The delta to subtract from each.
-    """
-
-    deltas: dict[int, LowRank]
-    number: int
-    general: LowRank | None = None
 
 
 class _Loaded(NamedTuple):
