@@ -2,14 +2,14 @@
 """The delta of many experts, `Δ(x) = Σ_e w_e · B_e·A_e·x`, whose factors lie side by side. Pure
 functions of tensors.
 
-Three forms compute it, none of them with a loop over experts or tokens; `_form` takes the cheapest.
+Three forms compute it, none of them with a loop over experts or tokens; `_form` takes the cheapest:
 
-| form | products | pays for |
-|---|---|---|
-| "all" | every expert for every row, weighted between the two products | few experts |
-| "own" | the factors of each sample's experts are gathered, one product for each sample | few rows, or samples with many rows each |
-| "blocks" | rows are sorted by expert into blocks of one expert, whose factors are gathered | many rows and experts |
-"""  # noqa: E501
+- "all": every expert for every row, weighted between the two products; for few experts.
+- "own": the factors of each sample's experts are gathered, with one product for each sample; for
+  few rows, and for samples with many rows each.
+- "blocks": rows are sorted into blocks of one expert, whose factors are gathered; for many rows and
+  experts.
+"""
 
 from __future__ import annotations
 
