@@ -741,6 +741,27 @@ def rows_of_tasks():
     return start, *states
 
 
+def experts(sharded):
+    """Gradients and outputs of adapted experts in stacks, which are sharded by themselves too."""
+    from helpers.experts import TARGETS, mixture, tokens
+    from torch.distributed.fsdp import fully_shard
+
+    base = mixture("mixtral", "grouped_mm", num_hidden_layers=1)
+    config = peft.LoraConfig(target_parameters=TARGETS, target_modules=["q_proj"], r=2)
+    config.init_lora_weights = False
+    torch.manual_seed(1)
+    model = get_peft_model(base, config)
+    if sharded:
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer.mlp.experts)
+            fully_shard(layer)
+        fully_shard(model)
+    logits = model(tokens()).logits
+    logits.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **whole(gradients)}
+
+
 def principal_directions(sizes):
     """EVA of a layer whose inputs this process sees a part of; `sizes` are the parts of a batch."""
     torch.manual_seed(0)

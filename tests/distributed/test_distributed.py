@@ -272,6 +272,13 @@ def test_rows_of_tasks_train_by_themselves_in_a_sharded_model(pool):
             )
 
 
+def test_experts_in_stacks_are_sharded(pool):
+    plain = jobs.experts(sharded=False)
+    assert len(plain) == 1 + 2 * 3
+    for found in pool.run("experts", True):
+        close(found, plain)
+
+
 def test_inputs_of_all_processes_count_together(pool):
     whole = jobs.principal_directions([20, 12])
     for found in pool.run("principal_directions", [20, 12]):
