@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +77,11 @@ class StepTimes:
 def time_adapter(
     model: nn.Module,
     config: PeftConfig,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     *,
     rounds: int = 10,
     training: bool = False,
-    adapter_inputs: Mapping[str, Any] | None = None,
+    adapter_inputs: Mapping[str, object] | None = None,
 ) -> StepTimes:
     """Return the seconds that a step of a model takes with and without a new adapter.
 
@@ -149,12 +148,13 @@ def example_inputs(model: nn.Module, batch: int = 1, length: int = 128) -> dict[
     Raises:
         PeftNotSupportedError: The model takes neither.
     """
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
-    text: Any = getattr(config, "text_config", None) or config
+    text = getattr(config, "text_config", None) or config
     device = next(model.parameters()).device
-    if name == "input_ids" and getattr(text, "vocab_size", None):
-        ids = torch.randint(0, text.vocab_size, (batch, length), device=device)
+    tokens = getattr(text, "vocab_size", None)
+    if name == "input_ids" and tokens:
+        ids = torch.randint(0, tokens, (batch, length), device=device)
         predicts_tokens = any(part in type(model).__name__ for part in _WITH_TOKEN_LABELS)
         return {"input_ids": ids, **({"labels": ids} if predicts_tokens else {})}
     size = getattr(config, "image_size", None)
@@ -169,7 +169,7 @@ def example_inputs(model: nn.Module, batch: int = 1, length: int = 128) -> dict[
 
 
 def _series(
-    model: nn.Module, inputs: Mapping[str, Any], rounds: int, training: bool
+    model: nn.Module, inputs: Mapping[str, object], rounds: int, training: bool
 ) -> list[list[float]]:
     """Return the seconds of each forward, and with `training` of each forward and backward."""
     model.eval()
@@ -182,7 +182,7 @@ def _series(
     return result
 
 
-def _train_step(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _train_step(model: nn.Module, inputs: Mapping[str, object]) -> None:
     output = model(**inputs)
     loss = getattr(output, "loss", None)
     if loss is None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,7 @@ from ..base_models import load_base_model
 from ..timing import example_inputs, time_adapter
 from .common import (
     PLACE,
+    AdapterOptions,
     adapter_options,
     config_of_options,
     dtype_of,
@@ -19,6 +20,9 @@ from .common import (
     shared_options,
     show,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @click.command()
@@ -48,13 +52,13 @@ def bench(
     device: str,
     dtype: str | None,
     as_json: bool,
-    **adapter: Any,
+    **adapter: Unpack[AdapterOptions],
 ) -> None:
     """Measure a step with and without an adapter.
 
     MODEL is a folder, or an id on the Hub; with `--random` its config.json is enough.
     """
-    config = config_of_options(**adapter)
+    config = config_of_options(adapter)
     with quiet_libraries(as_json):
         base = load_base_model(model, task_type, dtype=dtype_of(dtype), random=random).to(device)
         inputs = example_inputs(base, batch, length)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import click
 import torch
@@ -25,7 +25,7 @@ from ..base_models import meta_model
 from ..checkpoint.files import CONFIG_NAME, read_json
 from ..config import PeftConfig
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 # A path of the file system or an id on the Hub: completed as a file, checked by the functions.
 PLACE = click.Path(path_type=str)
@@ -42,7 +42,7 @@ def shared_options(command: F) -> F:
     """Add the options that every command has; what libraries print goes to the standard error."""
 
     @wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
+    def run(*args: object, **options: object) -> object:
         click.get_current_context().obj = sys.stdout
         with redirect_stdout(sys.stderr):
             return command(*args, **options)
@@ -99,20 +99,25 @@ def adapter_options(command: F) -> F:
     return command
 
 
-def config_of_options(
-    config_place: str | None,
-    method: str | None,
-    rank: int | None,
-    targets: Iterable[str],
-    fields: Iterable[str],
-) -> PeftConfig:
+class AdapterOptions(TypedDict):
+    """The values of `adapter_options`."""
+
+    config_place: str | None
+    method: str | None
+    rank: int | None
+    targets: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+def config_of_options(options: AdapterOptions) -> PeftConfig:
     """Return the config that `adapter_options` describe."""
+    config_place, method = options["config_place"], options["method"]
     if (config_place is None) == (method is None):
         raise click.UsageError("Pass `--config` or `--method`, one of them.")
-    changes: dict[str, Any] = dict(map(_field, fields))
-    names = [name for target in targets for name in target.split(",") if name]
-    if rank is not None:
-        changes["r"] = rank
+    changes: dict[str, Any] = dict(map(_field, options["fields"]))
+    names = [name for target in options["targets"] for name in target.split(",") if name]
+    if options["rank"] is not None:
+        changes["r"] = options["rank"]
     if names:
         changes["target_modules"] = "all-linear" if names == ["all-linear"] else names
     if method is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import click
 import torch
@@ -97,8 +97,7 @@ def convert(
     if len(sources) > 1 and target != "poly":
         raise click.UsageError(f"`--to {target}` takes one source.")
     check_output(output, force, sources)
-    number: Any = rank_of(rank)
-    task: Any = task_of(tasks)
+    number, task = rank_of(rank), task_of(tasks)
     make_host = partial(host_of, model, subfolder, as_json)
     adapters = {
         name: _opened(source, make_host, component)
@@ -112,7 +111,14 @@ def convert(
     names = list(loaded.peft_config)
     result = Written(output)
     if target == "poly":
-        made = convert_to_poly(loaded, names, number, own_weight, task_id=task, heads=heads)
+        made = convert_to_poly(
+            loaded,
+            names,
+            cast("int | None", number),
+            own_weight,
+            task_id=cast("int | str | None", task),
+            heads=heads,
+        )
         result.errors, result.error = made.errors, max(made.errors.values())
         _save(load_standalone(made), output, dtype_of(dtype))
     elif target == "lora":

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..base_models import meta_model
 from ..planning import plan as plan_adapter
-from .common import PLACE, adapter_options, config_of_options, quiet_libraries, shared_options, show
+from .common import (
+    PLACE,
+    AdapterOptions,
+    adapter_options,
+    config_of_options,
+    quiet_libraries,
+    shared_options,
+    show,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @click.command()
@@ -19,13 +30,17 @@ from .common import PLACE, adapter_options, config_of_options, quiet_libraries, 
 @click.option("--subfolder", help="Folder of the model in a pipeline, as transformer.")
 @shared_options
 def plan(
-    model: str, task_type: str | None, subfolder: str | None, as_json: bool, **adapter: Any
+    model: str,
+    task_type: str | None,
+    subfolder: str | None,
+    as_json: bool,
+    **adapter: Unpack[AdapterOptions],
 ) -> None:
     """Show an adapter before it is made.
 
     MODEL is a folder with a config.json, that file, or an id on the Hub. No weights are read. The
     table has modules, parameters, FLOPs and ranks.
     """
-    config = config_of_options(**adapter)
+    config = config_of_options(adapter)
     with quiet_libraries(as_json):
         show(plan_adapter(meta_model(model, task_type, subfolder=subfolder), config), as_json)

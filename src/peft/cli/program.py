@@ -39,11 +39,11 @@ class Program(click.Group):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
-        **extra: Any,
+        **extra: object,
     ) -> Any:
         """Run a command line, and exit with its code; without `standalone_mode` as click does."""
 
-        def run(arguments: Sequence[str]) -> Any:
+        def run(arguments: Sequence[str]) -> object:
             return super(Program, self).main(
                 arguments, prog_name or "peft", complete_var, standalone_mode=False, **extra
             )
@@ -54,7 +54,7 @@ class Program(click.Group):
         return sys.exit(_code_of(run, arguments))
 
 
-def _code_of(run: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> int:
+def _code_of(run: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> int:
     """Run a command line, print its error if there is one, and return the exit code."""
     try:
         with _short_warnings():

@@ -14,7 +14,7 @@ from ..inspection import inspect_adapter
 
 @dataclass
 class Written:
-    """What was written where.
+    """The place and the errors of an adapter that was written.
 
     Attributes:
         output: The folder or file.

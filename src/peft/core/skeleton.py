@@ -25,7 +25,7 @@ from . import targets as _targets
 from .plan import own_modules
 
 if TYPE_CHECKING:
-    from ..config import TargetedConfig
+    from ..config import PeftConfig, TargetedConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROWS = f".token_adapter.{TOKEN_ROWS}"
@@ -118,16 +118,16 @@ def exact_targets(root: nn.Module, chosen: Collection[str]) -> JsonObject:
     return {"target_modules": sorted(chosen), "exclude_modules": None}
 
 
-def saved_targets(root: nn.Module, config: Any) -> JsonObject:
+def saved_targets(root: nn.Module, config: PeftConfig) -> JsonObject:
     """Return the fields of a config that choose modules in the real model, for its file; none if
     the model is the real one.
     """
     if not isinstance(root, Skeleton):
         return {}
-    return root.targeting.get(frozenset(config.target_modules or ()), {})
+    return root.targeting.get(frozenset(getattr(config, "target_modules", None) or ()), {})
 
 
-def base_class_of(root: nn.Module, config: Any) -> JsonObject | None:
+def base_class_of(root: nn.Module, config: PeftConfig) -> JsonObject | None:
     """Return `auto_mapping` for a config's file: the class of the base model, None if the task type
     tells it.
     """
