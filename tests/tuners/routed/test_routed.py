@@ -141,6 +141,8 @@ def test_fixed_weights_blend_merge_and_convert(library, granularity):
     torch.testing.assert_close(model(x), right)
     model.merge_adapter()
     torch.testing.assert_close(model(x), right)
+    with pytest.raises(ValueError, match="merged; call `unmerge_adapter` first"):
+        model.set_expert_weights({"LOKR": 5.0})
     model.unmerge_adapter()
     config, state = peft.convert_to_lora(model)
     lora = peft.get_peft_model(mlp(), config).eval()

@@ -190,6 +190,60 @@ def test_experts_are_swapped_with_their_gates(places, x, tmp_path):
     torch.testing.assert_close(model(x), second.eval()(x))
 
 
+def test_a_swap_brings_experts_of_the_same_ranks(x, tmp_path):
+    """Nothing but the factors tells these two adapters apart."""
+    folders = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+        folders.append(tmp_path / str(seed))
+        peft.get_peft_model(mlp(), config).save_pretrained(folders[-1])
+    one, other = ({"a": folders[i], "b": folders[i + 1]} for i in (0, 2))
+    for routing in ("arrow", "fixed"):
+        second = peft.get_routed_model(mlp(), other, routing=routing).eval()
+        second.save_pretrained(tmp_path / routing)
+        model = peft.get_routed_model(mlp(), one, routing=routing).eval()
+        hotswap_adapter(model, tmp_path / routing, "default")
+        torch.testing.assert_close(model(x), second(x))
+        assert model.peft_config["default"].experts == second.peft_config["default"].experts
+
+
+def test_prototypes_that_are_missing_are_so_after_loading(places, x, tmp_path):
+    two = {name: places[name] for name in ("LORA", "LOKR")}
+    model = peft.get_routed_model(mlp(), two, routing="activation").eval()
+    model.save_pretrained(tmp_path / "none")
+    model.collect_prototypes({"LORA": x})
+    model.save_pretrained(tmp_path / "one")
+    for name, missing in (("none", "'LORA', 'LOKR'"), ("one", "'LOKR'")):
+        again = peft.PeftModel.from_pretrained(mlp(), tmp_path / name)
+        with pytest.raises(ValueError, match=rf"Experts \[{missing}\] have no prototypes"):
+            again(x)
+        again.collect_prototypes(dict.fromkeys(two, x))
+        assert again(x).isfinite().all()
+    model.collect_prototypes({"LOKR": 2 * x + 1})
+    model.save_pretrained(tmp_path / "all")
+    again.load_adapter(tmp_path / "all", "default")
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_names_that_clash_with_tasks_are_refused(places):
+    task = "POLY.task_1"
+    for experts in (
+        {"POLY": places["POLY"], task: places["LORA"]},
+        {task: places["LORA"], "POLY": places["POLY"]},
+    ):
+        base = mlp()
+        with pytest.raises(ValueError, match=f"Two experts are called '{task}'"):
+            peft.get_routed_model(base, experts)
+        assert type(base[0]) is nn.Linear
+    model = peft.get_routed_model(mlp(), {task: places["LORA"]}, routing="fixed").eval()
+    with pytest.raises(ValueError, match=f"Two experts are called '{task}'"):
+        model.add_experts({"POLY": places["POLY"]})
+    assert model.named_experts() == [task]
+    model.add_experts({"other": places["POLY"]})
+    assert model.named_experts() == [task, *(f"other.task_{i}" for i in range(3))]
+
+
 def test_experts_are_never_on_the_meta_device(places):
     config = peft.RoutedConfig(experts=places, top_k=2)
     model = peft.get_peft_model(mlp(), config, low_cpu_mem_usage=True)

@@ -45,6 +45,11 @@ class RoutedAdapter:
         }
         return cls(tuner, adapter_name, config, layers)
 
+    def check_unmerged(self) -> None:
+        """Check that the adapter is not merged into the weights, which would stay as they are."""
+        if self.name in self.tuner.merged_adapters:
+            raise PeftValueError(f"Adapter {self.name} is merged; call `unmerge_adapter` first.")
+
     def experts(self) -> Experts:
         """Return its experts, from the layers."""
         names = list(self.config.experts)

@@ -17,7 +17,7 @@ from ...core.low_rank_deltas import deltas_by_task
 from ...ops.low_rank import Deltas, LowRank
 from ...peft_model import PeftModel
 from .config import RoutedConfig
-from .sources import Source, at_hand, digest_of, key_of
+from .sources import Source, at_hand, check_free, digest_of, key_of
 
 Expert: TypeAlias = (
     "str | os.PathLike[str] | Source | tuple[PeftConfig, Mapping[str, Tensor]] | Deltas"
@@ -117,14 +117,18 @@ def described(
         if not isinstance(name, str):
             raise PeftTypeError(f"An expert's name must be a string, not {name!r}.")
         if isinstance(expert, (str, os.PathLike)):
+            check_free(name, sources)
             sources[name] = {"source": os.fspath(expert)}
         elif isinstance(expert, Mapping) and expert and "source" in expert:
+            check_free(name, sources)
             sources[name] = dict(expert)
         else:
             for task, deltas in _in_memory(model, name, expert, deltas_only).items():
                 source = {"source": None, "digest": digest_of(deltas)}
                 held[key_of(source)] = deltas
-                sources[f"{name}.{task}" if task else name] = source
+                own = f"{name}.{task}" if task else name
+                check_free(own, sources)
+                sources[own] = source
     return sources
 
 

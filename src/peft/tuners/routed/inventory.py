@@ -37,6 +37,7 @@ def expert_weights(adapter: RoutedAdapter) -> dict[str, Tensor]:
 def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, object]) -> None:
     """Set expert weights: of all layers by the expert's name, or of some by module path."""
     config, layers = adapter.config, adapter.layers
+    adapter.check_unmerged()
     if not isinstance(weights, Mapping) or not weights:
         raise PeftTypeError(
             f"`weights`={weights!r} must be a dictionary: expert → weight, or module path → such a "
@@ -94,8 +95,7 @@ def remove_experts(adapter: RoutedAdapter, names: list[str]) -> None:
 def _rebuild(adapter: RoutedAdapter, sources: dict[str, Source], held: dict[str, Deltas]) -> None:
     """Build an adapter again with other experts, and keep the weights and gates of those it had."""
     tuner, name, before = adapter.tuner, adapter.name, adapter.config
-    if name in tuner.merged_adapters:
-        raise PeftValueError(f"Adapter {name} is merged; call `unmerge_adapter` first.")
+    adapter.check_unmerged()
     present = adapter.experts()
     if before.general_subtraction == "deltas":  # else the factors are less the general ones
         for expert, deltas in present.deltas.items():

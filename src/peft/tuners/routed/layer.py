@@ -129,6 +129,15 @@ class RoutedLayer(RoutingLayer):
             if kind == "activation":
                 self.waiting[adapter_name] = set(experts.deltas)
 
+    def note_loaded(self, adapter_name: str) -> None:
+        """Note which experts have no activation prototype yet: a file has zeros for these."""
+        gates = self.routed_gate.get(adapter_name)
+        kind = self.routed_options[adapter_name].routing
+        if kind == "activation" and gates is not None and not gates.is_meta:
+            is_zero = (gates == 0).all(1)
+            numbers = self.factors(adapter_name).numbers
+            self.waiting[adapter_name] = set(numbers[is_zero.to(numbers.device)].tolist())
+
     def factors(self, adapter_name: str) -> ExpertFactors:
         """Return the module with the factors of an adapter's experts."""
         return self._modules["routed_experts"]._modules[adapter_name]

@@ -10,6 +10,7 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from ...base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ...base.containers import walk
 from ...base.errors import PeftTypeError, PeftValueError
 from ...core import targets as _targets
 from ...core.base_layer import geometry
@@ -101,6 +102,13 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             config, state, adapter_name, RoutedAdapter.of(self, adapter_name).layers
         )
 
+    @classmethod
+    def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
+        """Note which experts have no prototype yet."""
+        for _, module in walk(model):
+            if isinstance(module, RoutedLayer) and adapter_name in module.scaling:
+                module.note_loaded(adapter_name)
+
     def tuner_layer_options(
         self, config: RoutedConfig, path: str, build: Build[RoutedConfig]
     ) -> dict[str, object]:
@@ -185,8 +193,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             adapter_name: By default the active adapter.
 
         Raises:
-            PeftTypeError, PeftValueError: An expert or path is unknown, or a weight not a finite
-                number; nothing is changed.
+            PeftTypeError, PeftValueError: An expert or path is unknown, a weight not a finite
+                number, or the adapter merged; nothing is changed.
         """
         inventory.set_expert_weights(RoutedAdapter.of(self, adapter_name), weights)
 

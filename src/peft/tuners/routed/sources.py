@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -70,6 +70,15 @@ def digest_of(deltas: Deltas) -> str:
     return digest.hexdigest()
 
 
+def check_free(name: str, taken: Container[str]) -> None:
+    """Check that no other expert has a name, which may be an adapter's and a task's."""
+    if name in taken:
+        raise PeftValueError(
+            f"Two experts are called {name!r}: an adapter with several tasks gives an expert for "
+            "each, `name.task`. Choose another name for one of the adapters."
+        )
+
+
 def key_of(source: Source) -> str:
     """Return the name of an expert in memory: its adapter's digest, and its task."""
     return f"{source.get('digest')}:{source.get('task') or ''}"
@@ -95,6 +104,7 @@ def find_experts(config: RoutedConfig, model: nn.Module) -> Experts:
         items = getattr(config, field_name).items()
         for name, source in track(items, "Reading experts", unit="expert"):
             for own, described, delta in _fetch(config, name, source, read, loaded):
+                check_free(own, deltas)
                 sources[own], deltas[own] = described, delta
         setattr(config, field_name, sources)
     config.validate()
