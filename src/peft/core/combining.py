@@ -25,6 +25,7 @@ from . import combined_heads
 from .adapter_names import check_name
 from .parameter_layer import ParameterLayer
 from .skeleton import exact_targets
+from .targets import named
 
 if TYPE_CHECKING:
     from .layer import BaseTunerLayer
@@ -266,7 +267,8 @@ def put(
     configs = [model.peft_config[name] for name in request.adapters]
     method = model.method_of(configs[0])
     paths = layers_of(method, request)
-    modules = [path for path in paths if not isinstance(paths[path], ParameterLayer)]
+    parameters = [name for config in configs for name in config.target_parameters or ()]
+    modules = [path for path, layer in paths.items() if not _is_of(layer, path, parameters)]
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
@@ -281,6 +283,11 @@ def put(
     tensors = {**combined.tensors, **companions}
     model.add_with_tensors(adapter_name, config, tensors)
     method.note_loaded(model.model, adapter_name)
+
+
+def _is_of(layer: BaseTunerLayer, path: str, parameters: Sequence[str]) -> bool:
+    """Return whether a layer adapts one of some targeted parameters."""
+    return isinstance(layer, ParameterLayer) and named(parameters, f"{path}.{layer.parameter_name}")
 
 
 def layers_of(method: CombiningMethod, request: Combination) -> dict[str, BaseTunerLayer]:
