@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.calls import calls_of
 from helpers.models import mlp
+from helpers.states import assert_unchanged, snapshot
 from helpers.users import USERS, save_user
 
 from peft import AdapterFleet, AdapterLibrary, PeftModel, adapter_sizes
@@ -74,8 +75,59 @@ def test_the_least_recently_used_leave(library, outputs):
     fleet.ensure([BEN, DORA])  # active ones leave last
     assert set(fleet.status().sizes) == {CAI, BEN, DORA}
     fleet.ensure([ADA, BEN, DORA])
-    assert CAI not in fleet and fleet.model.active_adapters[0] in (ADA, BEN, DORA)
+    assert CAI not in fleet and fleet.model.active_adapters == []
     assert not any(p.requires_grad for p in fleet.model.parameters())
+
+
+def test_no_adapter_answers_for_another(library, outputs, folder):
+    """A call that names none is the base model's, unless `activate` asked for an adapter."""
+    base, x, expected = outputs
+    fleet = AdapterFleet(base, library, max_adapters=2)
+
+    def assert_active(name):
+        assert fleet.model.active_adapters == [name] * (name != "__base__")
+        torch.testing.assert_close(fleet.model(x), expected[name])
+        assert_serves(fleet, x, expected, [*list(fleet.status().sizes)[:2], "__base__"])
+
+    fleet.ensure([BEN, ADA])
+    assert_active("__base__")
+    fleet.activate(ADA)
+    assert_active(ADA)
+    fleet.ensure([BEN, CAI])  # ADA leaves
+    assert_active("__base__")
+    fleet.activate(CAI)
+    fleet.evict(CAI)
+    assert_active("__base__")
+    fleet.evict()
+    fleet.ensure(DORA)  # on a model that had none left
+    assert_active("__base__")
+    fleet.activate(DORA)
+    shutil.copytree(folder / BEN, folder / DORA, dirs_exist_ok=True)  # trained again
+    library.refresh()
+    fleet.ensure(DORA)
+    expected[DORA] = expected[BEN]
+    assert_active(DORA)
+    assert not any(p.requires_grad for p in fleet.model.parameters())
+
+
+def test_an_error_lets_none_leave(library, outputs, folder):
+    base, x, expected = outputs
+    save_user(folder / "wide", "bank", folder)
+    config = folder / "wide" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 4'))  # shapes that do not fit
+    library.refresh()
+    fleet = AdapterFleet(PeftModel.from_pretrained(base, folder / CAI, "own"), library)
+    fleet.max_adapters = 2
+    fleet.ensure([ADA, BEN])
+    before, status = snapshot(fleet.model), fleet.status()
+    for name, message in {"methods/lora": "different peft types", "wide": "does not fit"}.items():
+        with pytest.raises((PeftValueError, CheckpointError), match=message):
+            fleet.ensure(name)
+        assert_unchanged(before, fleet.model)
+        assert fleet.status() == status
+    fleet.max_bytes = 2 * status.sizes[ADA]
+    library.refresh()
+    assert_serves(fleet, x, expected, [ADA, BEN])
 
 
 def test_a_bound_of_bytes(library, outputs):

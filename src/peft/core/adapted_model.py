@@ -316,9 +316,9 @@ class AdaptedModel(nn.Module, Generic[C]):
                 nothing is changed.
         """
         names = names_to_activate(adapter_name, self.peft_config)
-        self._activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
+        self.activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
-    def _activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, unchecked; an empty list leaves none active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         parts = list(self._parts())
@@ -385,7 +385,7 @@ class AdaptedModel(nn.Module, Generic[C]):
                     f"Adapter {adapter_name} was active which is now deleted. Setting active "
                     f"adapter to {left[0]}."
                 )
-            self._activate(left[0] if len(left) == 1 else left)
+            self.activate(left[0] if len(left) == 1 else left)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any

@@ -69,8 +69,10 @@ class FleetStatus:
 class AdapterFleet:
     """A model that serves any adapter of a library and holds a few: those asked for last.
 
-    Adapters that the fleet did not put on the model are left alone. Active adapters leave last.
-    While adapters are exchanged, the model may hold those that come and go together, for a moment.
+    No adapter becomes active by itself: a call without `adapter_names` is one of the base model
+    until `activate`, and again when the active adapter has left. Active adapters leave last.
+    Adapters that the fleet did not put on the model are left alone. While adapters are exchanged,
+    the model holds those that come and go together, for a moment.
 
     Args:
         model: A `PeftModel`, or a base model, which becomes one with the first adapter.
@@ -157,8 +159,8 @@ class AdapterFleet:
         Raises:
             PeftValueError: A name is unknown, or they are more than the bounds allow.
             PeftRuntimeError: Adapters that would have to leave are in use.
-            CheckpointError: An adapter is broken or does not fit. In all cases no adapter of these
-                is put on the model; some of the others may have left.
+            CheckpointError: An adapter is broken or does not fit. In all cases the model is as it
+                was, but that adapters whose files changed may have left.
         """
         asked = [names] if isinstance(names, str) else list(names)
         wanted = {name: self.library[name] for name in asked if name != BASE_MODEL}
@@ -254,21 +256,28 @@ class AdapterFleet:
         contents = {name: self.library.content(name) for name in missing}
         after = len(self._held) - len(stale) + len(missing)
         most = after if self.max_adapters is None else self.max_adapters
-        self._make_room(wanted, lambda gone: after - len(gone) <= most)
-        for name in stale:
-            self._drop(name)
+        leaving = self._leaving(wanted, lambda gone: after - len(gone) <= most)
         if missing:
+            active = self._active()
+            for name in stale:
+                self._drop(name)
             self._model = put_on(self._model, contents, self._autocast)
+            self._activate([name for name in active if name in self._on_model()])
             sizes = adapter_sizes(self._model, missing)
             self._held |= {name: _Held(wanted[name].version, sizes[name]) for name in missing}
+            leaving = self._leaving_by_bytes(wanted, missing, leaving)
             self._loads += len(missing)
-            self._hold_bytes(wanted, missing)
+        for name in leaving:
+            self._drop(name)
+            self._evictions += 1
         for name in wanted:  # in the order that they were asked for
             if name in self._held:
                 self._held.move_to_end(name)
 
-    def _make_room(self, wanted: Collection[str], is_enough: Callable[[list[str]], bool]) -> None:
-        """Let the least recently used adapters leave until there is room; none if there can't be.
+    def _leaving(
+        self, wanted: Collection[str], is_enough: Callable[[list[str]], bool]
+    ) -> list[str]:
+        """Return the least recently used adapters that have to leave until there is room.
 
         Args:
             wanted: Adapters that stay.
@@ -277,7 +286,7 @@ class AdapterFleet:
         Raises:
             PeftRuntimeError: Adapters in use are in the way.
         """
-        active = self._model.active_adapters if isinstance(self._model, PeftModel) else []
+        active = self._active()
         free = [name for name in self._held if name not in wanted and not self._uses[name]]
         free.sort(key=lambda name: name in active)
         gone: list[str] = []
@@ -290,15 +299,17 @@ class AdapterFleet:
                     "or raise the fleet's bounds."
                 )
             gone.append(free[len(gone)])
-        for name in gone:
-            self._drop(name)
-            self._evictions += 1
+        return gone
 
-    def _hold_bytes(self, wanted: Collection[str], fresh: Collection[str]) -> None:
-        """Keep the bound on bytes, or take the adapters off again that were just put on."""
+    def _leaving_by_bytes(
+        self, wanted: Collection[str], fresh: Collection[str], leaving: list[str]
+    ) -> list[str]:
+        """Return which have to leave by the bound on bytes too, `leaving` by that on their number;
+        if they can't, take the adapters off again that were just put on.
+        """
         bound = self.max_bytes
         if bound is None:
-            return
+            return leaving
         try:
             own = sum(held.bytes for name, held in self._held.items() if name in wanted)
             if own > bound:
@@ -308,7 +319,12 @@ class AdapterFleet:
                 )
             sizes = {name: held.bytes for name, held in self._held.items()}
             total = sum(sizes.values())
-            self._make_room(wanted, lambda gone: total - sum(sizes[n] for n in gone) <= bound)
+            return self._leaving(
+                wanted,
+                lambda gone: (
+                    len(gone) >= len(leaving) and total - sum(sizes[n] for n in gone) <= bound
+                ),
+            )
         except BaseException:
             for name in fresh:
                 self._drop(name)
@@ -321,11 +337,19 @@ class AdapterFleet:
                 "until the call has ended."
             )
 
-    def _drop(self, name: str) -> None:
-        """Take an adapter off the model. If it was the only active one, another becomes active."""
+    def _active(self) -> list[str]:
+        return self._model.active_adapters if isinstance(self._model, PeftModel) else []
+
+    def _activate(self, names: list[str]) -> None:
+        """Make adapters the active ones, frozen, unless they are; none by an empty list."""
         model = self._peft_model()
-        others = [other for other in model.peft_config if other != name]
-        if model.active_adapters == [name] and others:
-            model.set_adapter(others[-1], inference_mode=True)
+        if model.active_adapters != names:
+            model.base_model.activate(names, inference_mode=True)
+
+    def _drop(self, name: str) -> None:
+        """Take an adapter off the model. If it was the only active one, none is active then."""
+        model = self._peft_model()
+        if model.active_adapters == [name]:
+            self._activate([])
         model.delete_adapter(name)
         del self._held[name]

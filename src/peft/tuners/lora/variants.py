@@ -132,5 +132,6 @@ def _with_offsets(
     if not isinstance(ids, Tensor):
         warn(warning)
         return {**arguments, "alora_offsets": None}
-    offsets = calculate_alora_offsets(configs, model.active_adapters[0], ids, names)
+    active = next(iter(model.active_adapters), "")  # none is active where `names` choose
+    offsets = calculate_alora_offsets(configs, active, ids, names)
     return {**arguments, "alora_offsets": offsets}
