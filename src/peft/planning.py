@@ -260,7 +260,8 @@ def _kind(layer: BaseTunerLayer) -> str:
     """Return a layer's class and size in words: "Conv2d 4->8 3x3"."""
     size = layer.geometry
     kernel = f" {'x'.join(map(str, size.kernel_size))}" if size.kernel_size else ""
-    experts = f"{layer.num_experts}x " if isinstance(layer, ParameterLayer) else ""
+    is_stack = isinstance(layer, ParameterLayer) and layer.is_stacked
+    experts = f"{layer.num_experts}x " if is_stack else ""
     kind = type(innermost(layer)).__name__
     return f"{kind} {experts}{size.in_features}->{size.out_features}{kernel}"
 
