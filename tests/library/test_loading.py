@@ -2,6 +2,8 @@
 """Adapters of a library in memory and on a model."""
 
 import copy
+import hashlib
+import json
 import random
 import threading
 
@@ -140,6 +142,37 @@ def test_changed_and_missing_files_are_errors(library, folder):
     (folder / "bank" / "vector_bank.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match="bank"):
         AdapterLibrary(folder, refresh=False).load("users/cai")
+
+
+def test_a_changed_config_is_an_error(folder):
+    """Its weights are the same; the outputs would not be."""
+    packed = folder / "packed.adapters.safetensors"
+    AdapterPack.write(packed, {"x": folder / "methods" / "lora"})
+    library = AdapterLibrary(folder)
+    library.load("methods/lora")  # in memory as it was indexed
+    path = folder / "methods" / "lora" / CONFIG
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=7) + "\n")  # the same
+    assert library.check().ok and AdapterLibrary(folder, refresh=False).load("methods/lora")
+    path.write_text(json.dumps({**content, "lora_alpha": 777}))
+    message = "'methods/lora' has other settings in its config than when.*refresh"
+    with pytest.raises(CheckpointError, match=message):
+        AdapterLibrary(folder, refresh=False).load("methods/lora")
+    with pytest.raises(CheckpointError, match=message):
+        library.route(mlp(), "methods/lora")
+    assert [problem[:2] for problem in library.check().problems] == [("methods/lora", "changed")]
+    assert library.refresh().changed == ["methods/lora"] and library.check().ok
+    assert library.load("methods/lora").config.lora_alpha == 777
+    texts = [json.dumps(said, sort_keys=True) for said in ({**content, "lora_alpha": 777}, content)]
+    names = ("methods/lora", "packed/x")
+    for name, text in zip(names, texts, strict=True):
+        assert library[name].config_sha256 == hashlib.sha256(text.encode()).hexdigest()
+    expected = [library[name] for name in names]
+    lines = map(json.loads, library.index_file.read_text().splitlines())
+    old = [{k: v for k, v in line.items() if k != "config_sha256"} for line in lines]
+    library.index_file.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert AdapterLibrary(folder, refresh=False).load("methods/lora")  # of an older version
+    assert [AdapterLibrary(folder)[name] for name in names] == expected
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..base.errors import CheckpointNotFoundError, PeftError
 from ..base.progress import track
-from .configs import facts_of
-from .content import Content
 from .entry import AdapterEntry, Place
 from .index import Index
 from .inspecting import UnfitError
@@ -37,7 +35,6 @@ def check(
         try:
             content = reader.fresh(entry)
             size += content.layout.file_size
-            problems += _config_problems(entry, content)
             shared |= content.with_shared(shared).shared
         except ChangedError as error:
             problems.append(Problem(entry.name, "changed", str(error)))
@@ -50,15 +47,6 @@ def check(
     order = {"missing": 0, "damaged": 1, "changed": 2}
     problems.sort(key=lambda problem: (order.get(problem.kind, 3), problem.kind, problem.name))
     return LibraryReport(len(chosen), size, tuple(problems))
-
-
-def _config_problems(entry: AdapterEntry, content: Content) -> Iterator[Problem]:
-    """Yield what a config says that the index does not."""
-    now = facts_of(content.config())
-    for name, value in now._asdict().items():
-        if value != getattr(entry, name):
-            detail = f"Its config has `{name}`={value!r}, the index {getattr(entry, name)!r}."
-            yield Problem(entry.name, "changed", f"{detail} `refresh()` reads it.")
 
 
 def _others(root: Path, index: Index, follow_links: bool) -> Iterator[Problem]:

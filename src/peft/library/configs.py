@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields
 from typing import NamedTuple
 
 from ..base.errors import CheckpointError, PeftError, PeftTypeError
+from ..base.plain_values import JsonObject
 from ..base.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
@@ -54,6 +56,27 @@ def config_from(text: str, source: object) -> PeftConfig:
     Raises:
         PeftError: It is none that this package can read.
     """
+    content = _object_in(text, source)
+    if content.get("peft_type") is None:
+        raise PeftTypeError(f"'{source}' has no `peft_type`; it is not an adapter's config.")
+    config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, content["peft_type"])
+    known = {item.name for item in fields(config_cls)} - set(config_cls.unsaved)
+    return PeftConfig.from_file_fields({k: v for k, v in content.items() if k in known}, {})
+
+
+def config_digest(text: str, source: object) -> str:
+    """Return the SHA-256 digest of what the text of a config says: order, spaces and line ends do
+    not count, and every field does.
+
+    Raises:
+        CheckpointError: It is not a JSON object.
+    """
+    content = json.dumps(_object_in(text, source), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _object_in(text: str, source: object) -> JsonObject:
+    """Return the JSON object that is a config's text, or raise `CheckpointError`."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -61,8 +84,4 @@ def config_from(text: str, source: object) -> PeftConfig:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise CheckpointError(f"'{source}' must hold a JSON object, not a {kind}.")
-    if content.get("peft_type") is None:
-        raise PeftTypeError(f"'{source}' has no `peft_type`; it is not an adapter's config.")
-    config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, content["peft_type"])
-    known = {item.name for item in fields(config_cls)} - set(config_cls.unsaved)
-    return PeftConfig.from_file_fields({k: v for k, v in content.items() if k in known}, {})
+    return content

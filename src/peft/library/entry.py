@@ -68,6 +68,7 @@ class AdapterEntry:
         tasks: Names of the tasks of an adapter with a delta for each task.
         bytes: Size of its weights file; in a pack, of the file that it was made of.
         sha256: Digest of that file.
+        config_sha256: Digest of its config, however it is formatted.
         tags: Words that its owner gave it, sorted.
         scores: Numbers that its owner gave it, by name.
         stamps: Size, times and inode of its files when they were last read.
@@ -82,6 +83,7 @@ class AdapterEntry:
     tasks: tuple[str, ...] = ()
     bytes: int = 0
     sha256: str = ""
+    config_sha256: str = ""
     tags: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     stamps: Stamps = field(default=(), repr=False)
@@ -92,9 +94,9 @@ class AdapterEntry:
         return f"{self.name}: {self.method}{rank}{base}, {in_bytes(self.bytes)}, in {self.place}"
 
     @property
-    def version(self) -> tuple[str, Stamps]:
-        """Digest and stamps, which differ between two versions of the adapter."""
-        return self.sha256, self.stamps
+    def version(self) -> tuple[str, str, Stamps]:
+        """Digests and stamps, which differ between two versions of the adapter."""
+        return self.sha256, self.config_sha256, self.stamps
 
     def to_json(self) -> JsonObject:
         """Return the entry as a line of the index; fields without a value are left out."""
@@ -107,11 +109,12 @@ class AdapterEntry:
             "tasks": list(self.tasks),
             "bytes": self.bytes,
             "sha256": self.sha256,
+            "config_sha256": self.config_sha256,
             "tags": list(self.tags),
             "scores": dict(self.scores),
             "stamps": [list(stamp) for stamp in self.stamps],
         }
-        kept = {key: value for key, value in facts.items() if value not in (None, [], {})}
+        kept = {key: value for key, value in facts.items() if value not in (None, "", [], {})}
         return {"name": self.name, **place, **kept}
 
     @classmethod
@@ -121,7 +124,8 @@ class AdapterEntry:
         Raises:
             ValueError: It is not such a line; the message says why.
         """
-        texts = {key: line.get(key, "") for key in (*Place._fields, "name", "method", "sha256")} | {
+        words = (*Place._fields, "name", "method", "sha256", "config_sha256")
+        texts = {key: line.get(key, "") for key in words} | {
             key: line.get(key) or "" for key in ("base_model", "task_type")
         }
         numbers = (line.get("rank", 1), line.get("bytes", 0))
@@ -148,6 +152,7 @@ class AdapterEntry:
             tuple(lists[0]),
             numbers[1],
             texts["sha256"],
+            texts["config_sha256"],
             tuple(lists[1]),
             scores,
             stamps_of(line),

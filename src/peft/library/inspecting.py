@@ -13,8 +13,7 @@ from ..base.errors import PeftError
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PeftType
 from ..checkpoint.files import read_config_text, read_shapes
 from ..checkpoint.layout import read_layout
-from ..config import PeftConfig
-from .configs import config_from, facts_of
+from .configs import config_digest, config_from, facts_of
 from .entry import AdapterEntry, Place
 from .scanning import Files, stamp_of
 
@@ -58,8 +57,11 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
     config_stamp, weights_stamp = files.stamps
     weights = folder / files.weights
     try:
-        config = read_config(folder, config_stamp.size)
-        facts = facts_of(config)
+        if config_stamp.size > _LARGEST_CONFIG:
+            raise UnfitError(f"'{CONFIG_NAME}' has {config_stamp.size:,} bytes; that is no config.")
+        text = read_config_text(folder / CONFIG_NAME)
+        facts = facts_of(config_from(text, folder / CONFIG_NAME))
+        config_sha256 = config_digest(text, folder / CONFIG_NAME)
         is_same = known is not None and known.stamps[1:] == (weights_stamp,)
         with open(weights, "rb") as file:
             if weights.suffix == ".safetensors":
@@ -79,15 +81,14 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
     if after != files.stamps:
         raise UnfitError("Its files changed while they were read; `refresh()` reads them again.")
     return AdapterEntry(
-        "", Place(), *facts, bytes=weights_stamp.size, sha256=sha256, stamps=files.stamps
+        "",
+        Place(),
+        *facts,
+        bytes=weights_stamp.size,
+        sha256=sha256,
+        config_sha256=config_sha256,
+        stamps=files.stamps,
     )
-
-
-def read_config(folder: Path, size: int = 0) -> PeftConfig:
-    """Read the config of an adapter in a folder."""
-    if size > _LARGEST_CONFIG:
-        raise UnfitError(f"'{CONFIG_NAME}' has {size:,} bytes; that is no config.")
-    return config_from(read_config_text(folder / CONFIG_NAME), folder / CONFIG_NAME)
 
 
 def digest_of(file: BinaryIO) -> str:

@@ -383,7 +383,7 @@ class AdapterLibrary:
         Raises:
             PeftValueError: There is no such adapter.
             CheckpointNotFoundError: Its files, or the bank that it runs over, are gone.
-            CheckpointError: Its weights changed since they were indexed, or are damaged.
+            CheckpointError: Its weights or config changed since they were indexed, or are damaged.
         """
         return self.content(name).adapter()
 
@@ -446,8 +446,8 @@ class AdapterLibrary:
         Raises:
             PeftValueError: A name is unknown; or all are asked for, and they are for several base
                 models.
-            CheckpointError: An adapter's weights changed since they were indexed, or are damaged,
-                or do not fit the model.
+            CheckpointError: An adapter's weights or config changed since they were indexed, or are
+                damaged, or do not fit the model.
             As `get_routed_model`; the model is left as it was.
 
         Example:

@@ -14,6 +14,7 @@ from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError
 from ..checkpoint.hub import HubOptions, find_file
 from ..config import PeftConfig
+from .configs import config_digest
 from .content import Content, ContentCache, read_folder
 from .entry import AdapterEntry, Place, Stamp
 from .pack import AdapterPack
@@ -24,7 +25,7 @@ _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 class ChangedError(CheckpointError):
-    """The weights of an adapter are not those that the index lists."""
+    """The weights or the config of an adapter are not those that the index lists."""
 
 
 class Reader:
@@ -60,7 +61,7 @@ class Reader:
 
         Raises:
             CheckpointNotFoundError: They are gone.
-            ChangedError: The weights have another digest than the index lists.
+            ChangedError: The weights or the config have another digest than the index lists.
             CheckpointError: They are damaged.
         """
         place = entry.place
@@ -74,9 +75,13 @@ class Reader:
         else:
             folder, weights, source = self._files(place)
             content, sha256 = read_folder(folder, weights, source)
-        if sha256 != entry.sha256:
+        changed = "weights" if sha256 != entry.sha256 else ""
+        if not changed and entry.config_sha256:  # an earlier version of the package wrote none
+            config = config_digest(content.config_text, f"{place}/{CONFIG_NAME}")
+            changed = "settings in its config" if config != entry.config_sha256 else ""
+        if changed:
             raise ChangedError(
-                f"Adapter {entry.name!r} has other weights than when it was indexed. If they are "
+                f"Adapter {entry.name!r} has other {changed} than when it was indexed. If they are "
                 "meant, `refresh()` reads them."
             )
         return content
@@ -86,13 +91,13 @@ class Reader:
         the Hub, or its config and tensors if it is in a pack.
 
         Raises:
-            As `content`; other weights than those in the index are an error here already.
+            As `content`; other files than those in the index are an error here already.
         """
         place = entry.place
-        content = self.content(entry)
         if place.member:
-            adapter = content.adapter()
+            adapter = self.content(entry).adapter()
             return adapter.config, adapter.tensors
+        self.fresh(entry)  # what is in memory may be older than the files
         if place.repo:
             options = {"revision": place.revision, "subfolder": place.subfolder}
             return {"source": place.repo, **{k: v for k, v in options.items() if v}}

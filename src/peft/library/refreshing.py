@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.progress import track
-from .configs import config_from, facts_of
+from .configs import config_digest, config_from, facts_of
 from .entry import AdapterEntry, Place, Stamps
 from .index import Index
 from .inspecting import (
@@ -162,16 +162,21 @@ def _changed(found: Scan, result: Findings) -> Iterator[tuple[str, Files]]:
         known = index.entries.get(place)
         if place in index.removed:
             continue
-        if known is not None and known.stamps == files.stamps:
+        if known is not None and _is_as_it_was(known, files):
             result.unchanged.add(place)
         elif not _is_left_out(path, files, result):
             yield path, files
     for path, files in found.packs.items():
         own = members.get(path, [])
-        if own and all(entry.stamps == files.stamps for entry in own):
+        if own and all(_is_as_it_was(entry, files) for entry in own):
             result.unchanged.update(entry.place for entry in own)
         elif not _is_left_out(path, files, result):
             yield path, files
+
+
+def _is_as_it_was(entry: AdapterEntry, files: Files) -> bool:
+    """Return whether an entry is that of some files; one without all digests is made again."""
+    return entry.stamps == files.stamps and bool(entry.config_sha256)
 
 
 def _is_left_out(path: str, files: Files, result: Findings) -> bool:
@@ -201,13 +206,20 @@ def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> No
             for kind in pack.kinds:
                 fact = facts_of(config_from(kind.config, root / path))
                 check_keys(list(kind.layout.spans), fact.method)
-                facts.append((fact, kind.layout.file_size))
+                config_sha256 = config_digest(kind.config, root / path)
+                facts.append((fact, kind.layout.file_size, config_sha256))
             for name in pack:
                 place = Place(path, name)
                 if place not in result.before.removed:
-                    fact, size = facts[pack.row(name).kind]
+                    fact, size, config_sha256 = facts[pack.row(name).kind]
                     result.entries[place] = AdapterEntry(
-                        "", place, *fact, bytes=size, sha256=digests[name], stamps=files.stamps
+                        "",
+                        place,
+                        *fact,
+                        bytes=size,
+                        sha256=digests[name],
+                        config_sha256=config_sha256,
+                        stamps=files.stamps,
                     )
     except Exception as error:  # a foreign file may hold anything
         result.left_out[path] = reason_of(error), files.stamps if is_lasting(error) else ()
