@@ -249,3 +249,14 @@ def test_wrong_choices_are_named_and_nothing_is_written(library, tmp_path, monke
     monkeypatch.setattr("peft.clustering.clusters.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs scipy"):
         cluster_adapters(base, folders, method="average")
+
+
+def test_an_adapter_of_a_library_that_has_no_deltas_is_named(tmp_path):
+    for name in ("sums", "dates", "dora"):
+        config = LoraConfig(r=2, target_modules=["0"], use_dora=name == "dora")
+        get_peft_model(mlp(), config).save_pretrained(tmp_path / name)
+    library = AdapterLibrary(tmp_path)
+    with pytest.raises(NotImplementedError, match="Adapter 'dora': .*weight decomposition"):
+        cluster_adapters(mlp(), library)
+    with pytest.raises(RuntimeError, match="Adapter '(sums|dates|dora)': .*does not fit"):
+        cluster_adapters(nn.Sequential(nn.Linear(5, 5)), library)

@@ -507,7 +507,9 @@ def test_bad_arguments_change_nothing(folder):
         "named by a string, got 3": lambda: library.load(3),
         "`tags`=3 must be a word or a list": lambda: library.filter(tags=3),
         "must be a torch module|got <class 'str'>": lambda: library.add_to("model", "users/ada"),
-        "a dictionary: name": lambda: AdapterPack.write(folder / "x", ["users/ada"]),
+        "a dictionary: name": lambda: AdapterPack.write(
+            folder / "x.adapters.safetensors", ["users/ada"]
+        ),
     }
     for message, call in wrong.items():
         with pytest.raises(PeftTypeError, match=message):

@@ -122,6 +122,24 @@ def test_members_are_added_replaced_and_removed(pack, folder, folders):
         new.update(remove=new.names)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("all", "all.adapters.safetensors"),
+        ("all.safetensors", "all.adapters.safetensors"),
+        (".all.adapters.safetensors", "all.adapters.safetensors"),
+        (".adapters.safetensors", "users.adapters.safetensors"),
+    ],
+)
+def test_a_pack_has_a_name_by_which_a_library_finds_it(folder, folders, name, instead):
+    before, adapters = sorted(folder.iterdir()), {"ada": folders["ada"]}
+    with pytest.raises(PeftValueError, match=f"not '.*/{name}'. Write '{folder / instead}'"):
+        AdapterPack.write(folder / name, adapters)
+    assert sorted(folder.iterdir()) == before
+    AdapterPack.write(folder / instead, adapters)
+    assert f"{instead.split('.')[0]}/ada" in AdapterLibrary(folder)
+
+
 def test_damage_is_found_where_it_is(pack, folders, tmp_path):
     raw = bytearray(pack.path.read_bytes())
     at = raw.index(pack.content("ada").data)

@@ -109,32 +109,33 @@ class DeltaSource:
     def read(
         self, name: str, device: torch.device | None = None, deltas_only: bool = False
     ) -> Experts:
-        """Return an adapter's deltas: under its name, or "name.task" for each of several tasks."""
-        place = self.places[name]
-        if place is None:
-            views = self._of_model(name, device, deltas_only)
-        else:
-            saved = place[:2] if isinstance(place, tuple) else place
-            key = device, deltas_only
-            if key not in self._readers:
-                reader = DeltaReader(self.model, device=device, deltas_only=deltas_only)
-                self._readers[key] = reader
-            views = self._readers[key](saved)
+        """Return an adapter's deltas: under its name, or "name.task" for each of several tasks.
+
+        Errors name the adapter.
+        """
+        try:
+            views = self._views(name, device, deltas_only)
+        except PeftError as error:
+            if repr(name) in str(error):
+                raise
+            raise type(error)(f"Adapter {name!r}: {error}") from error
         several = len(views) > 1
         experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
         self._owners.update(dict.fromkeys(experts, name))
         return experts
 
-    def _of_model(
+    def _views(
         self, name: str, device: torch.device | None, deltas_only: bool
     ) -> dict[str, Deltas]:
-        """Return the deltas of an adapter of the model; errors name it."""
-        try:
+        """Return an adapter's deltas by task, of one without tasks under ""."""
+        place = self.places[name]
+        if place is None:
             return loaded_deltas(self.model, name, device=device, deltas_only=deltas_only)
-        except PeftError as error:
-            if repr(name) in str(error):
-                raise
-            raise type(error)(f"Adapter {name!r}: {error}") from error
+        key = device, deltas_only
+        if key not in self._readers:
+            reader = DeltaReader(self.model, device=device, deltas_only=deltas_only)
+            self._readers[key] = reader
+        return self._readers[key](place[:2] if isinstance(place, tuple) else place)
 
     def read_all(self, names: Iterable[str]) -> Experts:
         """Return the deltas of several adapters, without parts outside their layers."""

@@ -44,6 +44,7 @@ from ..checkpoint.layout import MAX_HEADER, TensorLayout, parse_header, read_lay
 from ..checkpoint.paths import as_folder, as_path
 from .configs import config_from
 from .content import Content, LoadedAdapter, file_digest, opened_folder, read_folder
+from .entry import PACK_SUFFIX
 
 FORMAT_KEY, VERSION = "peft_adapter_pack", "1"
 _DIGEST_BYTES = 32
@@ -279,16 +280,25 @@ class AdapterPack:
         """Write a pack and return it opened.
 
         Args:
-            path: The file; by its end `.adapters.safetensors` a library finds it.
+            path: The file; its name ends in `.adapters.safetensors`, by which a library finds it.
             adapters: Folder of each adapter by its name in the pack.
 
         Raises:
             CheckpointNotFoundError: A folder has no adapter.
             CheckpointError: An adapter is damaged; nothing is written.
-            PeftValueError: A name can't be one, or there are none.
+            PeftValueError: A name can't be one, or there are none; or no library would find the
+                file.
         """
-        _write(as_path(path, "path"), adapters)
-        return cls(path)
+        file = as_path(path, "path")
+        if not file.name.endswith(PACK_SUFFIX) or file.name.startswith("."):
+            stem = file.name.removesuffix(PACK_SUFFIX).removesuffix(".safetensors").strip(".")
+            instead = file.parent / f"{stem or 'users'}{PACK_SUFFIX}"
+            raise PeftValueError(
+                f"A pack's name ends in '{PACK_SUFFIX}' and does not begin with a dot, so that a "
+                f"library finds it; not '{file}'. Write '{instead}'."
+            )
+        _write(file, adapters)
+        return cls(file)
 
     def row(self, name: str) -> Row:
         """Return the number of a member's kind, and its row there."""
