@@ -18,12 +18,16 @@ class PeftAttributeError(PeftError, AttributeError):
         owners: The object that was asked, then the objects that its attributes come from. An object
             that passes the error on puts itself in front.
         attribute: Name of the attribute.
+
+    Attributes:
+        remedy: What to do if the attribute is one of a method; an owner may set it.
     """
 
     def __init__(self, owners: tuple[object, ...], attribute: str) -> None:
         # With an `obj`, Python would add a suggestion of its own.
         super().__init__(name=attribute, obj=None)
         self.owners = owners
+        self.remedy = ""
 
     def __str__(self) -> str:
         first, *inner = (type(owner).__name__ for owner in self.owners)
@@ -36,7 +40,7 @@ class PeftAttributeError(PeftError, AttributeError):
             if hasattr(tuner, name)
         ]
         if methods:
-            return f"{text} It is for adapters of {' and '.join(methods)}."
+            return f"{text} It is for adapters of {' and '.join(methods)}.{self.remedy}"
         sources = (*self.owners, *PEFT_TYPE_TO_TUNER_MAPPING.values())
         names = {
             other

@@ -236,6 +236,8 @@ class _Workshop:
         """Return the tuner and the layers of an adapter, without values."""
         tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(self.root, None)
         tuner.delta_views(config)  # raises if the delta depends on the input
+        if getattr(config, "use_dora", False):  # before the plan, which depends on the model
+            raise _decomposed("It")
         with ordinary_tensors():
             config = config.for_adapter()
             config.inference_mode = True
@@ -250,12 +252,16 @@ def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> Non
     """Check that each layer's delta is a low-rank product."""
     check_convertible(layers, adapter_name)
     if decomposed := [path for path, own in layers.items() if own.decomposition(adapter_name)]:
-        raise PeftNotSupportedError(
-            f"`{decomposed[0]}` has weight decomposition (DoRA), whose change of the weight is of "
-            "full rank; `convert_to_lora` approximates it."
-        )
+        raise _decomposed(f"`{decomposed[0]}`")
     if unfit := [path for path, own in layers.items() if _is_grouped(own)]:
         raise UnsupportedModuleError(f"`{unfit[0]}` is a convolution in groups.")
+
+
+def _decomposed(subject: str) -> PeftNotSupportedError:
+    return PeftNotSupportedError(
+        f"{subject} has weight decomposition (DoRA), whose change of the weight is of full rank; "
+        "`convert_to_lora` approximates it."
+    )
 
 
 def _is_grouped(layer: BaseTunerLayer) -> bool:

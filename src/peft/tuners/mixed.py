@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ..base.errors import PeftValueError
+from ..base.missing_attribute import PeftAttributeError
 from ..base.placeholders import placeholder
 from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig, TargetedConfig, check_config
@@ -81,6 +82,17 @@ class MixedModel(AdaptedModel[TargetedConfig]):
             method.peft_config = self.peft_config
             self._methods[PeftType(peft_type)] = method
         return self._methods[PeftType(peft_type)]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base model that this class lacks; not those of one method."""
+        try:
+            return super().__getattr__(name)
+        except PeftAttributeError as error:
+            error.remedy = (
+                " A model of several methods does not have it: use it in a `PeftModel` with that "
+                "adapter, save the adapter, and load it here."
+            )
+            raise
 
     @property
     def adapter_call_arguments(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -122,9 +122,9 @@ def test_calls_name_the_expert_of_each_sample(library, task_ids):
     one_hot = torch.nn.functional.one_hot(ids, len(NAMES)).double()[:, None].expand(2, 3, -1)
     right = expected(model, library, x, lambda path, x: one_hot)
     torch.testing.assert_close(model(x, task_ids=task_ids), right)
-    with pytest.raises(ValueError, match="7 tasks"):
+    with pytest.raises(ValueError, match="7 experts"):
         model(x)
-    with pytest.raises(ValueError, match="Unknown task names.*Did you mean 'LORA'"):
+    with pytest.raises(ValueError, match="Unknown expert names.*Did you mean 'LORA'"):
         model(x, task_ids="LORAS")
 
 

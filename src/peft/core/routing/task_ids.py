@@ -53,7 +53,7 @@ def as_task_ids(
     if task_ids is None:
         if all(adapter.n_tasks == 1 for adapter in adapters):
             return torch.zeros(1, dtype=torch.long, device=device)
-        raise _missing(n_tasks, argument, misnamed)
+        raise _missing(f"{n_tasks} {_noun(adapters)}s", argument, misnamed)
     ids = _integers(task_ids, adapters, argument)
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
@@ -149,14 +149,20 @@ def has_values(ids: Tensor) -> bool:
     return fakes is None or not fakes.is_fake(ids)
 
 
-def _missing(n_tasks: int, argument: str, misnamed: str | None) -> PeftValueError:
+def _noun(adapters: Sequence[HasTasks]) -> str:
+    """Return what adapters call their tasks, for messages."""
+    nouns = {getattr(adapter, "task_noun", "task") for adapter in adapters}
+    return nouns.pop() if len(nouns) == 1 else "task"
+
+
+def _missing(tasks: str, argument: str, misnamed: str | None) -> PeftValueError:
     """Return the error for task ids that are missing."""
     wanted = "one id for each sample" if argument == "task_ids" else "one of them, by id or name"
     meant = ""
     if misnamed:
         meant = f" The argument is called `{argument}`; this call has `{misnamed}`."
     return PeftValueError(
-        f"{argument} should not be None: the adapter has {n_tasks} tasks; pass {wanted}.{meant}"
+        f"{argument} should not be None: the adapter has {tasks}; pass {wanted}.{meant}"
     )
 
 
@@ -178,7 +184,8 @@ def _ids_of_names(
             if own:
                 known = f"{names_shown(own)}.{did_you_mean(str(unknown[0]), own)}"
             whose = "the adapter's" if len(adapters) == 1 else "those of one active adapter"
-            raise PeftValueError(f"Unknown task names {unknown}; {whose} are {known}")
+            noun = _noun(adapters)
+            raise PeftValueError(f"Unknown {noun} names {unknown}; {whose} are {known}")
         every.append([own.index(str(name)) for name in names])
     for name, first, *more in zip(names, *every, strict=True):
         if others := set(more) - {first}:

@@ -50,6 +50,25 @@ class RoutedAdapter:
         if self.name in self.tuner.merged_adapters:
             raise PeftValueError(f"Adapter {self.name} is merged; call `unmerge_adapter` first.")
 
+    def check_running(self) -> None:
+        """Check that calls of the model run the adapter: it is active, on, and nothing merged."""
+        tuner = self.tuner
+        if tuner.merged_adapters:
+            raise PeftValueError(
+                f"Adapters {tuner.merged_adapters} are merged into the weights; call "
+                "`unmerge_adapter` first."
+            )
+        if self.name not in tuner.active_adapters:
+            raise PeftValueError(
+                f"Adapter {self.name} must be active; the active ones are "
+                f"{tuner.active_adapters}. Call `set_adapter({self.name!r})` first."
+            )
+        if tuner.adapters_disabled:
+            raise PeftValueError(
+                "The adapters are switched off; call `enable_adapter_layers`, or leave the context "
+                "`disable_adapter`, first."
+            )
+
     def experts(self) -> Experts:
         """Return its experts, from the layers."""
         names = list(self.config.experts)

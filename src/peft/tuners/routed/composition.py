@@ -110,7 +110,9 @@ def fit_weights(
     _check_can_fit(adapter)
     steps, lr = checked_options(steps, lr, init, _STARTS)
     _check_options(method, penalty, bound, by_layer, seed)
-    subject = Subject("expert weights", "the expert weights", "have it run the model")
+    subject = Subject(
+        name="expert weights", state="the expert weights", remedy="have it run the model"
+    )
     checked = FewShotLoss(loss, lambda batch: adapter.tuner(**batch), subject)
     own = _own_weights(adapter, by_layer)
     fit = WeightFit({})
@@ -145,17 +147,7 @@ def _check_can_fit(adapter: RoutedAdapter) -> None:
             f"`routing`={adapter.config.routing!r} has no weights for all inputs to fit; use "
             "'fixed' or 'learned'."
         )
-    merged, active = adapter.tuner.merged_adapters, adapter.tuner.active_adapters
-    if merged:
-        raise PeftValueError(
-            f"Adapters {merged} are merged into the weights; call `unmerge_adapter` before weights "
-            "are fitted."
-        )
-    if adapter.name not in active:
-        raise PeftValueError(
-            f"Adapter {adapter.name} must be active to be fitted; the active ones are {active}. "
-            f"Call `set_adapter({adapter.name!r})` first."
-        )
+    adapter.check_running()
 
 
 def _check_options(

@@ -43,12 +43,14 @@ class RoutedConfig(TargetedConfig):
             "input": by a trained linear map of the input.
         routing_level: The input that is scored: "token", each for itself; "sample", the mean over
             the prompt; "sequence", the mean over all tokens, an answer's too.
-        top_k: Number of experts that get weight; None for all.
+        top_k: Number of experts that get weight; None for all. Their weights add up to one, except
+            with "input": there each keeps its share of the softmax over all experts, without
+            which gates would have no gradient at `top_k=1`.
         temperature: Divides the scores before the softmax.
-        weights_granularity: Each "linear" layer has its own expert weights, or the whole "model"
-            the same.
+        weights_granularity: With "fixed" and "learned" each "linear" layer has its own expert
+            weights, or the whole "model" the same.
         general_experts: Adapters whose mean delta is subtracted from each expert's
-            (general-knowledge subtraction), as in `experts`.
+            (general-knowledge subtraction), as in `experts`; in the layers that the expert adapts.
         general_subtraction: Subtract the mean of the "deltas", or of the "factors" as Hugging Face
             PEFT does, which needs adapters of one rank.
         deltas_only: Use adapters that also train full modules, biases or token rows, without
@@ -91,6 +93,8 @@ class RoutedConfig(TargetedConfig):
 
     # Fields with sources of adapters.
     _sources: ClassVar[tuple[str, ...]] = ("experts", "general_experts")
+    # What messages call the things that `task_ids` name.
+    task_noun: ClassVar[str] = "expert"
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.ROUTED
@@ -121,6 +125,16 @@ class RoutedConfig(TargetedConfig):
             yield (
                 f"`top_k`={self.top_k} chooses experts by the input, and `routing`="
                 f"{self.routing!r} does not; leave it out."
+            )
+        if self.temperature != 1 and self.routing in KINDS and self.routing not in BY_INPUT:
+            yield (
+                f"`temperature`={self.temperature} divides scores of the input, and `routing`="
+                f"{self.routing!r} has none; leave it out."
+            )
+        if self.weights_granularity == "model" and self.routing in (*BY_INPUT, "task"):
+            yield (
+                "`weights_granularity`='model' shares the weights of a blend, and `routing`="
+                f"{self.routing!r} is none; leave it out, or use 'fixed' or 'learned'."
             )
 
     @property

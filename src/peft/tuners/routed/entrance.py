@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ...base.errors import PeftTypeError, PeftValueError
+from ...base.errors import PeftError, PeftTypeError, PeftValueError
 from ...base.plain_values import plain
 from ...checkpoint.hub import HubOptions
 from ...config import PeftConfig
@@ -20,10 +20,11 @@ from .config import RoutedConfig
 from .sources import Source, at_hand, check_free, digest_of, key_of
 
 Expert: TypeAlias = (
-    "str | os.PathLike[str] | Source | tuple[PeftConfig, Mapping[str, Tensor]] | Deltas"
+    "str | os.PathLike[str] | Source | tuple[PeftConfig, Mapping[str, Tensor]] "
+    "| tuple[PeftConfig, Mapping[str, Tensor], Mapping[str, Tensor]] | Deltas"
 )
 """A folder, a Hub id, a dictionary with `source`, `subfolder`, `revision` and `task`; a pair of
-config and tensors; or deltas by module path.
+config and tensors, or what `AdapterLibrary.load` returns; or deltas by module path.
 """
 
 
@@ -43,8 +44,8 @@ def get_routed_model(
     Args:
         model: The base model; the routing is put into it in place.
         experts: Name → folder, Hub id, dictionary with `source`, `subfolder`, `revision` and
-            `task`, a pair `(config, state_dict)`, or factors by module path. An adapter with
-            several tasks gives an expert for each.
+            `task`, a pair `(config, state_dict)`, what `AdapterLibrary.load` returns, or factors by
+            module path. An adapter with several tasks gives an expert for each.
         config: The routing, without experts; by default one of the `options`.
         adapter_name: A name for the routed adapter.
         general_experts: Adapters whose mean delta is subtracted from each expert's.
@@ -73,11 +74,10 @@ def get_routed_model(
 
     Source: arXiv:2405.11157, section 3.2
     """
-    if not isinstance(experts, Mapping) or not experts:
-        raise PeftTypeError(
-            f"`experts` must be a dictionary with at least one expert, name → folder, got "
-            f"{experts!r}."
-        )
+    if not isinstance(experts, Mapping):
+        raise PeftTypeError(f"`experts` must be a dictionary, name → folder, got {experts!r}.")
+    if not experts:
+        raise PeftValueError("There are no experts to route over; name at least one adapter.")
     if config is not None and options:
         raise PeftTypeError(
             f"Pass `config`, or its fields: {', '.join(map(repr, options))} came with a config."
@@ -135,7 +135,11 @@ def described(
 def _in_memory(model: nn.Module, name: str, expert: object, deltas_only: bool) -> dict[str, Deltas]:
     """Return the deltas of an expert in memory, by task."""
     if isinstance(expert, tuple) and not isinstance(expert, LowRank):
-        return deltas_by_task(model, expert, deltas_only=deltas_only)  # type: ignore[arg-type]
+        pair = expert[:2] if len(expert) == 3 else expert
+        try:
+            return deltas_by_task(model, pair, deltas_only=deltas_only)  # type: ignore[arg-type]
+        except PeftError as error:
+            raise type(error)(f"Expert {name!r}: {error}") from error
     is_deltas = isinstance(expert, Mapping) and all(
         isinstance(part, LowRank) for part in expert.values()
     )

@@ -120,6 +120,8 @@ def _mean_inputs(
 def _running_one_expert(adapter: RoutedAdapter, with_expert: bool = True) -> Iterator[None]:
     """Context in which `task_ids` name the expert of a call; without it the base model runs."""
     tuner, adapter_name, config = adapter.tuner, adapter.name, adapter.config
+    if with_expert:
+        adapter.check_running()
     if tuner.active_adapters != [adapter_name] or tuner.merged_adapters:
         raise PeftValueError(
             f"Adapter {adapter_name} must be the only active one, and nothing merged; call "
@@ -168,6 +170,10 @@ def fit_gates(
             "batches."
         )
     numbers = {name: one_task(name, config, "examples") for name in by_expert if name}
+    checked = {
+        name: _loss(adapter.tuner, own, name, numbers.get(name)) for name, own in by_expert.items()
+    }
+    adapter.check_running()
     parameters = _trained(layers, adapter_name, config)
     losses = {}
     with evaluating(adapter.tuner), _training(layers.values(), config.routing == "phatgoose"):
@@ -175,8 +181,7 @@ def fit_gates(
             parameter.requires_grad_(True)
         kept = [parameter.detach().clone() for parameter in parameters]
         try:
-            for name, own in by_expert.items():
-                loss = _loss(adapter.tuner, own, name, numbers.get(name))
+            for name, loss in checked.items():
                 losses[name] = descend(loss, parameters, steps, lr)
                 for parameter in parameters:
                     parameter.grad = None
@@ -223,5 +228,13 @@ def _loss(tuner: BaseTuner[RoutedConfig], loss: Loss, name: str, number: int | N
     def run(batch: Mapping[str, object]) -> object:
         return tuner(**({**batch} if number is None else {**batch, "task_ids": number}))
 
-    whose = f"the gate of expert {name!r}" if name else "the expert weights or gates"
-    return FewShotLoss(loss, run, Subject(whose, whose, "have it run the model"))
+    fitted = f"the gate of expert {name!r}" if name else "the expert weights or gates"
+    subject = Subject(name=fitted, state=fitted, remedy="have it run the model")
+    try:
+        return FewShotLoss(loss, run, subject)
+    except PeftTypeError:
+        of_expert = f"[{name!r}]" if name else ""
+        raise PeftTypeError(
+            f"`examples{of_expert}` must be a function without arguments that returns a loss, or "
+            "at least one batch: keyword arguments for the model, in a list."
+        ) from None

@@ -241,8 +241,8 @@ class RoutedLayer(RoutingLayer):
         names = self.routing.configs[adapter_name].task_names or ()
         missing = [names[i] for i in sorted(self.waiting[adapter_name])]
         return PeftValueError(
-            f"Experts {missing} have no prototypes yet; `collect_prototypes` takes them from a few "
-            "examples of each."
+            f"Experts {missing} have no prototypes yet, and others that leave this layer alone may "
+            "have none; `collect_prototypes` takes them from a few examples of each."
         )
 
     def shares(self, adapter_name: str, task_id: object) -> dict[int, float]:
