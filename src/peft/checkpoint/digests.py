@@ -15,13 +15,15 @@ from .files import read_config_text
 from .hub import find_file, only_hub_options
 
 _BLOCK = 2**22
+# Fields of a config that say nothing about the adapter's output.
+_WITHOUT_EFFECT = ("inference_mode", "peft_version")
 
 
 def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str:
     """Return the SHA-256 of a saved adapter's tensors and config, as hexadecimal digits.
 
     Two saves of one adapter have the same digest, though a safetensors file lists its metadata in
-    any order.
+    any order. The config counts by its fields, not by its spaces or their order.
 
     Args:
         source: A folder, or an id on the Hub.
@@ -33,15 +35,25 @@ def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str
     """
     options = only_hub_options(hub_options, "adapter_digest")
     weights = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
-    config = read_config_text(find_file(source, (CONFIG_NAME,), options))
+    config = _fields(find_file(source, (CONFIG_NAME,), options))
     digest = hashlib.sha256()
     with open(weights, "rb") as file:
         if weights.suffix == ".safetensors":
             digest.update(_tensor_list(file, weights))
         while block := file.read(_BLOCK):
             digest.update(block)
-    digest.update(config.encode())
+    digest.update(config)
     return digest.hexdigest()
+
+
+def _fields(path: Path) -> bytes:
+    """Return the fields of a config file that affect the output, in one order."""
+    try:
+        content = json.loads(read_config_text(path))
+        kept = {key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"'{path}' is not a readable config: {error}") from None
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _tensor_list(file: BinaryIO, path: Path) -> bytes:

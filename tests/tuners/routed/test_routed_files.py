@@ -94,6 +94,41 @@ def test_a_missing_adapter_is_refused_by_name_and_a_moved_one_found(places, x, t
         peft.PeftModel.from_pretrained(mlp(), tmp_path / "elsewhere" / "routed")
 
 
+def test_experts_that_moved_together_with_the_model_are_found(places, x, tmp_path):
+    experts = {name: places[name] for name in ("LORA", "LOKR")}
+    model = peft.get_routed_model(mlp(), experts, routing="arrow").eval()
+    right, old = model(x), tmp_path / "library"
+    model.save_pretrained(tmp_path / "mine" / "routed")  # beside the library's own folder
+    shutil.copytree(old, tmp_path / "new" / "library")
+    shutil.move(tmp_path / "mine", tmp_path / "new" / "mine")
+
+    def loaded():
+        return peft.PeftModel.from_pretrained(mlp(), tmp_path / "new" / "mine" / "routed")(x)
+
+    other = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+    peft.get_peft_model(mlp(), other).save_pretrained(places["LORA"])
+    torch.testing.assert_close(loaded(), right)  # not the one that has changed at the old place
+    shutil.rmtree(old)
+    torch.testing.assert_close(loaded(), right)
+    shutil.rmtree(tmp_path / "new" / "library" / "LORA")
+    with pytest.raises(CheckpointNotFoundError, match="Expert 'LORA'.*new/library/LORA"):
+        loaded()
+
+
+def test_a_config_that_is_written_again_is_no_change(places, x, tmp_path):
+    model = peft.get_routed_model(mlp(), places, routing="arrow").eval()
+    model.save_pretrained(tmp_path / "routed")
+    file = tmp_path / "library" / "LORA" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    again = dict(sorted(fields.items(), reverse=True)) | {"inference_mode": False}
+    file.write_text(json.dumps(again, indent=7))
+    again = peft.PeftModel.from_pretrained(mlp(), tmp_path / "routed")
+    torch.testing.assert_close(again(x), model(x))
+    file.write_text(json.dumps({**fields, "lora_alpha": 99}))
+    with pytest.raises(CheckpointError, match="Expert 'LORA'.*has changed"):
+        peft.PeftModel.from_pretrained(mlp(), tmp_path / "routed")
+
+
 def test_a_wrong_base_model(places, tmp_path):
     peft.get_routed_model(mlp(), places).save_pretrained(tmp_path / "routed")
     for make in (lambda: mlp(4), lambda: nn.Sequential(nn.Tanh())):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, cast
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ...base.errors import CheckpointError, PeftError, PeftValueError
+from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftError, PeftValueError
 from ...base.plain_values import JsonObject
 from ...base.progress import track
 from ...base.suggestions import did_you_mean
@@ -37,11 +37,14 @@ _AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={}) 
 _HUB: ContextVar[HubOptions] = ContextVar("_HUB", default={})  # noqa: B039
 # The end of the keys under which a folder holds its experts' factors.
 SAVED = "routed_experts"
+# How many parts of a path, and folders around a folder, are tried for an adapter that has moved.
+_LEVELS = 3
 
 
 class _Loaded(NamedTuple):
-    """An adapter that was read: its digest, and its deltas by task."""
+    """An adapter that was read: its place, its digest, and its deltas by task."""
 
+    place: str
     digest: str
     by_task: dict[str, Deltas]
 
@@ -135,13 +138,11 @@ def _fetch(
     hub = {key: value for key, value in given.items() if key not in ("subfolder", "revision")}
     hub |= {key: source[key] for key in ("subfolder", "revision") if key in source}
     try:
-        place = _place(config, source["source"], hub)
-        key = place, hub.get("subfolder"), hub.get("revision")
-        known = loaded.get(key)
-        digest = adapter_digest(place, **hub) if known is None else known.digest
-        _check_unchanged(source, digest, place)
-        if known is None:
-            known = loaded[key] = _Loaded(digest, read(place, **hub))
+        key = source["source"], source.get("digest"), hub.get("subfolder"), hub.get("revision")
+        if (known := loaded.get(key)) is None:
+            place, digest = _find(config, source, hub)
+            known = loaded[key] = _Loaded(place, digest, read(place, **hub))
+        place, digest = known.place, known.digest
         by_task = known.by_task
         tasks = [_task(source["task"], by_task)] if "task" in source else list(by_task)
     except PeftError as error:
@@ -157,27 +158,51 @@ def _fetch(
         yield own, {**described, "task": task} if task else described, by_task[task]
 
 
-def _check_unchanged(source: Source, digest: str, place: object) -> None:
-    if source.get("digest", digest) != digest:
-        raise CheckpointError(
-            f"The adapter at '{place}' has changed since the routed model was saved. Restore it, "
-            "or route over the new one: take its `digest` and `rank` out of the config's "
-            "`experts`, and compute its prototype or train its gate again."
-        )
+def _find(config: RoutedConfig, source: Source, hub: HubOptions) -> tuple[str, str]:
+    """Return the place of an adapter, a folder or Hub id, and its digest.
 
-
-def _place(config: RoutedConfig, source: str, hub: Mapping[str, object]) -> str:
-    """Return the folder or Hub id of an adapter; one that has moved is found beside the folder that
-    the config was read from.
+    If it is not at its source, or has changed there, it is looked for as if folders had been moved
+    together with the one that the config was read from.
     """
-    if os.path.isdir(source):
-        return os.path.abspath(source)
+    given, wanted = source["source"], source.get("digest")
+    is_here, moved = os.path.isdir(given), _moved(config, given)
+    place = os.path.abspath(given) if is_here else given
+    if is_here and (digest := adapter_digest(place, **hub)) == (wanted or digest):
+        return place, digest
+    for folder in moved:
+        if (folder / str(hub.get("subfolder") or "") / CONFIG_NAME).is_file():
+            with suppress(CheckpointError):
+                digest = adapter_digest(folder, **hub)
+                if digest == (wanted or digest):
+                    return str(folder), digest
+    if not is_here:
+        try:
+            digest = adapter_digest(place, **hub)
+        except CheckpointNotFoundError as error:
+            others = ", ".join(f"'{folder}'" for folder in moved)
+            also = f" Nor is it, unchanged, at any of {others}." if moved else ""
+            raise CheckpointNotFoundError(f"{error}{also}") from None
+        if digest == (wanted or digest):
+            return place, digest
+    raise CheckpointError(
+        f"The adapter at '{place}' has changed since the routed model was saved. Restore it, or "
+        "route over the new one: take its `digest` and `rank` out of the config's `experts`, and "
+        "compute its prototype or train its gate again."
+    )
+
+
+def _moved(config: RoutedConfig, source: str) -> list[Path]:
+    """Return the folders where an adapter may be that was moved together with the folder that the
+    config was read from: the last parts of its path, in that folder and those around it.
+    """
     base = None if config.source is None else Path(config.source[0])
-    if base is not None and base.is_dir():
-        for folder in (base / source, base.parent / Path(source).name, base / Path(source).name):
-            if (folder / str(hub.get("subfolder", "")) / CONFIG_NAME).is_file():
-                return str(folder.resolve())
-    return source
+    if base is None or not base.is_dir():
+        return []
+    base, parts = base.resolve(), Path(source).parts
+    around = [base.parent, base, *base.parents[1:_LEVELS]]
+    ends = [Path(*parts[-count:]) for count in range(1, _LEVELS + 1) if count <= len(parts)]
+    places = (folder / end for folder in around for end in ends if not end.is_absolute())
+    return [place for place in dict.fromkeys(places) if os.fspath(place) != source]
 
 
 def _task(task: object, by_task: Mapping[str, Deltas]) -> str:
