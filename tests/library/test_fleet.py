@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fleet's model has what was asked for, holds its bounds, and computes what one adapter alone does."""
 
+import copy
 import random
 import shutil
 import threading
@@ -9,11 +10,12 @@ import warnings
 import pytest
 import torch
 from helpers.calls import calls_of
+from helpers.methods import METHODS
 from helpers.models import mlp
 from helpers.states import assert_unchanged, snapshot
 from helpers.users import USERS, save_user
 
-from peft import AdapterFleet, AdapterLibrary, PeftModel, adapter_sizes
+from peft import AdapterFleet, AdapterLibrary, PeftMixedModel, PeftModel, adapter_sizes
 from peft.base.errors import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
 
 NAMES = [f"users/{user}" for user in USERS]
@@ -110,6 +112,26 @@ def test_no_adapter_answers_for_another(library, outputs, folder):
     assert not any(p.requires_grad for p in fleet.model.parameters())
 
 
+def test_a_fleet_serves_adapters_of_all_methods(library, outputs, folder):
+    base, x, expected = outputs
+    state = copy.deepcopy(base.state_dict())
+    fleet = AdapterFleet(base, library, max_adapters=2)
+    for name, method in METHODS.items():
+        path = f"methods/{name.lower()}"
+        fresh = mlp()
+        fresh.load_state_dict(state)
+        alone = PeftModel.from_pretrained(fresh, folder / path)
+        fleet.activate(path)
+        torch.testing.assert_close(fleet.model(x, **method.call), alone(x, **method.call))
+        if not method.call:
+            expected[path] = alone(x)
+            assert_serves(fleet, x, expected, [path, ADA, "__base__"])
+        assert len(fleet.model.peft_config) <= 2
+    one = AdapterFleet(mlp(), AdapterLibrary(folder / "users"))
+    one.ensure("ada")
+    assert not isinstance(one.model, PeftMixedModel)  # of one method
+
+
 def test_an_error_lets_none_leave(library, outputs, folder):
     base, x, expected = outputs
     save_user(folder / "wide", "bank", folder)
@@ -202,7 +224,6 @@ def test_errors_leave_the_model(library, outputs, folder):
         "no adapter 'nobody'": [BEN, "nobody"],
         "3 adapters at once": [ADA, BEN, DORA],
         "not a readable safetensors file": [BEN, CAI],
-        "different peft types": [ADA, "methods/lora"],
     }.items():
         with pytest.raises((PeftValueError, CheckpointError), match=message):
             fleet.ensure(names)

@@ -15,7 +15,15 @@ from helpers.states import assert_unchanged, snapshot
 from helpers.users import USERS, save_user
 from safetensors.torch import load_file
 
-from peft import AdapterLibrary, AdapterPack, PeftConfig, PeftModel, adapter_sizes, get_peft_model
+from peft import (
+    AdapterLibrary,
+    AdapterPack,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    adapter_sizes,
+    get_peft_model,
+)
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftError, PeftValueError
 from peft.library import reading
 
@@ -216,8 +224,10 @@ def test_all_are_put_on_a_model_or_none(library, folder, is_peft):
     problems["no adapter 'users/nobody'"] = [*names, "users/nobody"]
     problems["gives one name to several"] = {"users/ada": "x", "users/ben": "x"}
     problems["without dots"] = {"users/ada": "x", "users/ben": "x.y"}
-    problems["different peft types|needs the layer"] = [*names, "methods/lora"]
+    problems["does not fit the model"] = ["methods/lora", *names, "bad/other"]
     if is_peft:
+        del problems["does not fit the model"]
+        problems["different peft types"] = [*names, "methods/lora"]
         problems["already exists"] = {"users/ada": "new", "users/ben": "mine"}
     for message, chosen in problems.items():
         with pytest.raises(PeftError, match=message):
@@ -229,6 +239,21 @@ def test_all_are_put_on_a_model_or_none(library, folder, is_peft):
             assert type(model) is torch.nn.Sequential
     done = library.add_to(model, names)
     assert set(names) <= set(done.peft_config)
+    assert not isinstance(done, PeftMixedModel)
+
+
+def test_adapters_of_several_methods_make_a_mixed_model(library):
+    x, base = torch.randn(1, 8), mlp()
+    names = ["methods/lora", "users/ada", "methods/loha", "methods/lokr"]
+    expected = []
+    for name in names:
+        alone = PeftModel.from_pretrained(copy.deepcopy(base), library.folder / name)
+        expected.append(alone(x))
+    model = library.add_to(base, names)
+    assert isinstance(model, PeftMixedModel) and model.active_adapters == names[:1]
+    assert not any(p.requires_grad for p in model.parameters())
+    y = model(x.expand(4, -1), adapter_names=names)
+    torch.testing.assert_close(y, torch.cat(expected))
 
 
 def test_a_routed_batch_over_many_adapters(library):

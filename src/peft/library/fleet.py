@@ -75,7 +75,8 @@ class AdapterFleet:
     the model holds those that come and go together, for a moment.
 
     Args:
-        model: A `PeftModel`, or a base model, which becomes one with the first adapter.
+        model: A `PeftModel`; or a base model, which becomes one with the first adapter, a
+            `PeftMixedModel` if the library has adapters of several methods.
         library: The adapters.
         max_adapters: The most that are on the model at once; None for any number.
         max_bytes: Bound on their tensors on the model; None for any size.
@@ -261,7 +262,8 @@ class AdapterFleet:
             active = self._active()
             for name in stale:
                 self._drop(name)
-            self._model = put_on(self._model, contents, self._autocast)
+            methods = {entry.method for entry in self.library}
+            self._model = put_on(self._model, contents, self._autocast, methods)
             self._activate([name for name in active if name in self._on_model()])
             sizes = adapter_sizes(self._model, missing)
             self._held |= {name: _Held(wanted[name].version, sizes[name]) for name in missing}

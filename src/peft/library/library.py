@@ -402,7 +402,8 @@ class AdapterLibrary:
 
         Args:
             model: A `PeftModel`, on which they are inactive until `set_adapter`; or a base model,
-                which becomes one with the first of them active.
+                which becomes one with the first of them active, a `PeftMixedModel` if they are of
+                several methods.
             names: Their names, which they have on the model too; or a dictionary that gives each a
                 name there.
             autocast_adapter_dtype: Keep adapters in float32 where the base has 16 bits.

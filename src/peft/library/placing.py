@@ -12,6 +12,7 @@ from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.progress import track
+from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
 from ..config import PeftConfig
 from ..core.adapter_names import check_name
 from ..core.auxiliary import AuxiliaryTrainingWrapper
@@ -19,13 +20,17 @@ from ..core.filling import CheckpointFill
 from ..core.layer import BaseTunerLayer
 from ..core.loading import add_checkpoint, named_as_now
 from ..core.model_methods import tuner_of
+from ..mixed_model import PeftMixedModel
 from ..peft_model import PeftModel
 from .content import Content
 from .entry import AdapterEntry
 
 
 def put_on(
-    model: nn.Module, contents: Mapping[str, Content], autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    contents: Mapping[str, Content],
+    autocast_adapter_dtype: bool = True,
+    methods: Collection[str] = (),
 ) -> PeftModel:
     """Put adapters on a model, frozen; on a base model the first becomes active.
 
@@ -33,9 +38,11 @@ def put_on(
         model: A `PeftModel`, or a base model.
         contents: The adapters by the names that they get.
         autocast_adapter_dtype: Keep them in float32 where the base has 16 bits.
+        methods: Methods of which adapters may come later.
 
     Returns:
-        The `PeftModel`, `model` itself if it is one.
+        The `PeftModel`, `model` itself if it is one. Of a base model and several methods it is a
+        `PeftMixedModel`.
 
     Raises:
         PeftError: A name is taken or an adapter does not fit. None is put on then.
@@ -52,7 +59,8 @@ def put_on(
     switches = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     (first, content), *others = contents.items()
-    made = _with_first(model, first, content, autocast_adapter_dtype)
+    own = {PeftType(content.config().peft_type) for content in contents.values()}
+    made = _with_first(model, first, content, autocast_adapter_dtype, _is_mixed(own, methods))
     try:
         _add(made, dict(others), autocast_adapter_dtype)
     except BaseException:
@@ -79,13 +87,23 @@ def _add(model: PeftModel, contents: Mapping[str, Content], autocast_adapter_dty
         raise
 
 
+def _is_mixed(own: Collection[PeftType], later: Collection[str]) -> bool:
+    """Return whether a model mixes methods: if its adapters have several, or if they can share it
+    with those that may come.
+    """
+    can_mix = PEFT_TYPE_TO_MIXED_MODEL_MAPPING.keys()
+    others = {PeftType(method) for method in later} & can_mix - set(own)
+    return len(own) > 1 or (bool(others) and set(own) <= can_mix)
+
+
 def _with_first(
-    base: nn.Module, name: str, content: Content, autocast_adapter_dtype: bool
+    base: nn.Module, name: str, content: Content, autocast_adapter_dtype: bool, is_mixed: bool
 ) -> PeftModel:
     """Return a `PeftModel` of a base model with an adapter."""
     config, fill = _checkpoint(base, name, content)
     config.inference_mode = True
-    made = PeftModel.class_for(config.task_type)(
+    cls = PeftMixedModel if is_mixed else PeftModel
+    made = cls.class_for(config.task_type)(
         base, config, name, autocast_adapter_dtype, initialize=False, fill=fill
     )
     made.base_model.method_of(config).note_loaded(made, name)
