@@ -199,9 +199,9 @@ def _fitted(
         of_weights.update({id(weights): vectors[-1] for weights in group})
     before = {}
     for layer in adapter.layers.values():
-        weights, held = layer.expert_weights(adapter.name), layer.routed_weights
-        before[layer] = held[adapter.name]
-        held[adapter.name] = _Fitted(of_weights[id(weights)], weights.detach(), calls)
+        weights, modules = layer.expert_weights(adapter.name), layer.routed_weights
+        before[layer] = modules[adapter.name]
+        modules[adapter.name] = _Fitted(of_weights[id(weights)], weights.detach(), calls)
     try:
         yield vectors, calls
     finally:

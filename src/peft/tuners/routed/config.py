@@ -39,7 +39,8 @@ class RoutedConfig(TargetedConfig):
             "fixed", "learned": the same weights for every input, set or trained.
             "arrow": by each expert's first right singular vector; needs no data.
             "activation": by the mean input of a few examples, see `collect_prototypes`.
-            "phatgoose": by a gate for each expert, trained while its call names the expert.
+            "phatgoose": by a gate for each expert, trained while its call names the expert; before,
+            all experts have the same score.
             "input": by a trained linear map of the input.
         routing_level: The input that is scored: "token", each for itself; "sample", the mean over
             the prompt; "sequence", the mean over all tokens, an answer's too.

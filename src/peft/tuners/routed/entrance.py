@@ -17,7 +17,7 @@ from ...core.low_rank_deltas import deltas_by_task
 from ...ops.low_rank import Deltas, LowRank
 from ...peft_model import PeftModel
 from .config import RoutedConfig
-from .sources import Source, at_hand, check_free, digest_of, key_of
+from .sources import Source, at_hand, check_free, deltas_digest, key_of
 
 Expert: TypeAlias = (
     "str | os.PathLike[str] | Source | tuple[PeftConfig, Mapping[str, Tensor]] "
@@ -91,15 +91,15 @@ def get_routed_model(
             "The config names experts already; use `get_peft_model(model, config)`, or leave them "
             "out of it."
         )
-    config, held = config.for_adapter(), dict[str, Deltas]()
-    config.experts = described(model, experts, held, config.deltas_only)
+    config, in_memory = config.for_adapter(), dict[str, Deltas]()
+    config.experts = described(model, experts, in_memory, config.deltas_only)
     if general_experts:
-        config.general_experts = described(model, general_experts, held, config.deltas_only)
+        config.general_experts = described(model, general_experts, in_memory, config.deltas_only)
     config.base_model_name_or_path = (
         plain(getattr(model, "name_or_path", None)) or config.base_model_name_or_path
     )
     config.validate()
-    with at_hand(held, hub_options):
+    with at_hand(in_memory, hub_options):
         return PeftModel.class_for(config.task_type)(
             model, config, adapter_name, autocast_adapter_dtype
         )
@@ -108,10 +108,10 @@ def get_routed_model(
 def described(
     model: nn.Module,
     experts: Mapping[str, Expert],
-    held: dict[str, Deltas],
+    in_memory: dict[str, Deltas],
     deltas_only: bool = False,
 ) -> dict[str, Source]:
-    """Return experts as the fields of a config; put those in memory into `held`, by `key_of`."""
+    """Return experts as the fields of a config; put deltas into `in_memory`, by `key_of`."""
     sources: dict[str, Source] = {}
     for name, expert in experts.items():
         if not isinstance(name, str):
@@ -124,8 +124,8 @@ def described(
             sources[name] = dict(expert)
         else:
             for task, deltas in _in_memory(model, name, expert, deltas_only).items():
-                source = {"source": None, "digest": digest_of(deltas)}
-                held[key_of(source)] = deltas
+                source = {"source": None, "digest": deltas_digest(deltas)}
+                in_memory[key_of(source)] = deltas
                 own = f"{name}.{task}" if task else name
                 check_free(own, sources)
                 sources[own] = source

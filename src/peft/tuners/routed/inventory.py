@@ -57,9 +57,9 @@ def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, object]) ->
     if not by_layer:
         values = dict.fromkeys(layers, _by_number(config, weights))
     for path, own in values.items():
-        held = layers[path].expert_weights(adapter.name)
+        present = layers[path].expert_weights(adapter.name)
         for number, value in own.items():
-            held[number] = value
+            present[number] = value
 
 
 def _by_number(config: RoutedConfig, weights: Mapping[str, object]) -> dict[int, float]:
@@ -75,11 +75,11 @@ def _by_number(config: RoutedConfig, weights: Mapping[str, object]) -> dict[int,
 
 def add_experts(adapter: RoutedAdapter, experts: Mapping[str, Expert]) -> None:
     """Put experts into an adapter, after those that it has."""
-    config, held = adapter.config, dict[str, Deltas]()
-    new = described(adapter.tuner.model, experts, held, config.deltas_only)
+    config, in_memory = adapter.config, dict[str, Deltas]()
+    new = described(adapter.tuner.model, experts, in_memory, config.deltas_only)
     if taken := sorted(new.keys() & config.experts.keys()):
         raise PeftValueError(f"The adapter has experts {taken} already; choose other names.")
-    _rebuild(adapter, {**config.experts, **new}, held)
+    _rebuild(adapter, {**config.experts, **new}, in_memory)
 
 
 def remove_experts(adapter: RoutedAdapter, names: list[str]) -> None:
@@ -92,21 +92,23 @@ def remove_experts(adapter: RoutedAdapter, names: list[str]) -> None:
     _rebuild(adapter, left, {})
 
 
-def _rebuild(adapter: RoutedAdapter, sources: dict[str, Source], held: dict[str, Deltas]) -> None:
+def _rebuild(
+    adapter: RoutedAdapter, sources: dict[str, Source], in_memory: dict[str, Deltas]
+) -> None:
     """Build an adapter again with other experts, and keep the weights and gates of those it had."""
     tuner, name, before = adapter.tuner, adapter.name, adapter.config
     adapter.check_unmerged()
     present = adapter.experts()
     if before.general_subtraction == "deltas":  # else the factors are less the general ones
         for expert, deltas in present.deltas.items():
-            held[key_of(before.experts[expert])] = deltas
+            in_memory[key_of(before.experts[expert])] = deltas
     config = replace(before, experts=sources)
     if before.source is not None and not before.save_experts:
         config.source = before.source
     if set(adapter.layers) == set(present.paths()):
         config.target_modules = config.exclude_modules = None
     fresh = type(tuner)(tuner.model, None, shared_root=tuner)
-    with ordinary_tensors(), at_hand(held):
+    with ordinary_tensors(), at_hand(in_memory):
         plan = _plan.make(fresh, name, config, is_new=False)
         plan.trainable_copies.clear()
         build: Build[RoutedConfig] = build_adapter(fresh, plan, Construction())

@@ -62,7 +62,7 @@ def at_hand(experts: Mapping[str, Deltas], hub_options: HubOptions | None = None
         _HUB.reset(options)
 
 
-def digest_of(deltas: Deltas) -> str:
+def deltas_digest(deltas: Deltas) -> str:
     """Return the SHA-256 of deltas in memory."""
     digest = hashlib.sha256()
     for path, delta in sorted(deltas.items()):
@@ -126,8 +126,8 @@ def _fetch(
 ) -> Iterator[tuple[str, Source, Deltas]]:
     """Yield name, full source and deltas of an expert, or of each task of its adapter."""
     source = {key: value for key, value in source.items() if value is not None}
-    if (held := _AT_HAND.get().get(key_of(source))) is not None:
-        yield name, {"source": None, **source, "rank": _rank(held)}, held
+    if (in_memory := _AT_HAND.get().get(key_of(source))) is not None:
+        yield name, {"source": None, **source, "rank": _rank(in_memory)}, in_memory
         return
     if source.get("source") is None:
         raise PeftValueError(
