@@ -250,6 +250,35 @@ def test_a_change_costs_the_same_beside_many_others(folder, library):
     assert costs[1] < costs[0] + 10 * 40
 
 
+def test_more_threads_than_the_model_has_room_for_wait(library, outputs):
+    base, x, expected = outputs
+    fleet, served, errors = AdapterFleet(base, library, max_adapters=1), [], []
+
+    def work(name):
+        try:
+            with fleet.using([name], timeout=None) as there:
+                y = fleet.model(x, adapter_names=there)
+                torch.testing.assert_close(y, expected[name])
+                served.append(name)
+        except BaseException as error:
+            errors.append(error)
+
+    with fleet.using(ADA):
+        with pytest.raises(PeftRuntimeError, match="no room .* beside the 1 in use"):
+            fleet.using(BEN, timeout=1e-3).__enter__()
+        threads = [threading.Thread(target=work, args=(name,)) for name in (BEN, CAI, DORA)]
+        for thread in threads:
+            thread.start()
+        torch.testing.assert_close(fleet.model(x, adapter_names=[ADA]), expected[ADA])
+        assert not served
+    for thread in threads:
+        thread.join()
+    assert not errors and sorted(served) == [BEN, CAI, DORA]
+    assert fleet.status().in_use == () and len(fleet.status().sizes) == 1
+    with pytest.raises(PeftValueError, match="`timeout`='soon' must be a finite number"):
+        fleet.using(ADA, timeout="soon").__enter__()
+
+
 def test_threads_ask_for_different_users(library, outputs):
     base, x, expected = outputs
     fleet, errors = AdapterFleet(base, library, max_adapters=3), []

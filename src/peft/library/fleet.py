@@ -7,18 +7,23 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import RLock
+from threading import TIMEOUT_MAX, Condition
+from time import monotonic
 
 from torch import nn
 
 from ..base.calls.adapter_batch import BASE_MODEL
 from ..base.errors import PeftRuntimeError, PeftTypeError, PeftValueError
 from ..base.tables import in_bytes, table
-from ..base.validation import at_least, check_flags
+from ..base.validation import at_least, check_flags, number
 from ..peft_model import PeftModel
 from .entry import AdapterEntry
 from .library import AdapterLibrary
 from .placing import adapter_sizes, put_on
+
+
+class _BusyError(PeftRuntimeError):
+    """Adapters in use are in the way."""
 
 
 @dataclass
@@ -121,7 +126,7 @@ class AdapterFleet:
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._uses: Counter[str] = Counter()
         self._loads = self._evictions = 0
-        self._lock = RLock()
+        self._lock = Condition()  # notified when a call has ended
 
     @property
     def model(self) -> nn.Module:
@@ -171,17 +176,24 @@ class AdapterFleet:
             return [name if name == BASE_MODEL else wanted[name].name for name in asked]
 
     @contextmanager
-    def using(self, names: str | Iterable[str]) -> Iterator[list[str]]:
+    def using(self, names: str | Iterable[str], timeout: float | None = 0.0) -> Iterator[list[str]]:
         """Context in which adapters are on the model and stay there, whatever other threads ask.
 
         Args:
             names: As for `ensure`.
+            timeout: Seconds to wait for calls of other threads to end, if adapters that they use
+                are in the way; None for as long as it takes.
 
         Yields:
             The names, as the model's `adapter_names` takes them.
+
+        Raises:
+            As `ensure`; adapters in use are an error after `timeout`. A wrong `timeout` is one too.
         """
+        for problem in () if timeout is None else number("timeout", timeout):
+            raise PeftValueError(problem)
         with self._lock:
-            there = self.ensure(names)
+            there = self._ensure_in_time(names, timeout)
             own = {name for name in there if name != BASE_MODEL}
             self._uses.update(own)
         try:
@@ -192,6 +204,20 @@ class AdapterFleet:
                 for name in own:
                     if not self._uses[name]:
                         del self._uses[name]
+                self._lock.notify_all()
+
+    def _ensure_in_time(self, names: str | Iterable[str], timeout: float | None) -> list[str]:
+        """Do as `ensure` does, tried again whenever a call has ended until it is too late."""
+        asked = [names] if isinstance(names, str) else list(names)
+        end = None if timeout is None else monotonic() + timeout
+        while True:
+            try:
+                return self.ensure(asked)
+            except _BusyError:
+                left = TIMEOUT_MAX if end is None else end - monotonic()
+                if left <= 0:
+                    raise
+            self._lock.wait(min(left, TIMEOUT_MAX))  # lets others have the lock meanwhile
 
     def activate(self, name: str) -> None:
         """Put an adapter on the model and make it the active one, frozen.
@@ -295,10 +321,10 @@ class AdapterFleet:
         while not is_enough(gone):
             if len(gone) == len(free):
                 in_use = [name for name in self._held if self._uses[name] and name not in wanted]
-                raise PeftRuntimeError(
+                raise _BusyError(
                     f"There is no room on the model for {len(wanted)} adapters beside the "
-                    f"{len(in_use)} in use ({', '.join(in_use[:8])}); wait until calls have ended, "
-                    "or raise the fleet's bounds."
+                    f"{len(in_use)} in use ({', '.join(in_use[:8])}); wait until calls have ended "
+                    "(`using(…, timeout=…)`), or raise the fleet's bounds."
                 )
             gone.append(free[len(gone)])
         return gone
@@ -334,7 +360,7 @@ class AdapterFleet:
 
     def _check_unused(self, names: Collection[str]) -> None:
         if busy := [name for name in names if self._uses[name]]:
-            raise PeftRuntimeError(
+            raise _BusyError(
                 f"{busy[0]!r} is in use by a call, and its files changed or it is to leave; wait "
                 "until the call has ended."
             )
