@@ -399,10 +399,10 @@ class _Swap:
                 tensor.data, tensor.grad = value.to(tensor.device, tensor.dtype, copy=True), None
         write_state(adapter.model, targets, values, (adapter.name,))
         adapter.correct_sizes()
-        positions = map(adapter.position, self.pairs)
-        swapped = {position.path for position in positions if position is not None}
-        for path, fresh in self.build.all_layers():
-            if path in swapped:
+        positions = map(adapter.position, self.silent)
+        silent = {position.path for position in positions if position is not None}
+        for path, fresh in self.build.all_layers():  # also those whose tensors another layer has
+            if path not in silent:
                 self._adopt_values(adapter.layers[path], fresh)
         for layer in adapter.layers.values():
             layer.unpadded_sizes.pop(adapter.name, None)

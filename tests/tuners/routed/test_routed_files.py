@@ -234,11 +234,12 @@ def test_a_swap_brings_experts_of_the_same_ranks(x, tmp_path):
         folders.append(tmp_path / str(seed))
         peft.get_peft_model(mlp(), config).save_pretrained(folders[-1])
     one, other = ({"a": folders[i], "b": folders[i + 1]} for i in (0, 2))
-    for routing in ("arrow", "fixed"):
-        second = peft.get_routed_model(mlp(), other, routing=routing).eval()
-        second.save_pretrained(tmp_path / routing)
-        model = peft.get_routed_model(mlp(), one, routing=routing).eval()
-        hotswap_adapter(model, tmp_path / routing, "default")
+    every = {"routing": "arrow"}, {"routing": "fixed", "weights_granularity": "model"}
+    for options in every:
+        second = peft.get_routed_model(mlp(), other, **options).eval()
+        second.save_pretrained(tmp_path / options["routing"])
+        model = peft.get_routed_model(mlp(), one, **options).eval()
+        hotswap_adapter(model, tmp_path / options["routing"], "default")
         torch.testing.assert_close(model(x), second(x))
         assert model.peft_config["default"].experts == second.peft_config["default"].experts
 
