@@ -80,7 +80,7 @@ class Content:
 
     def config(self) -> PeftConfig:
         """Return a new config."""
-        config = deepcopy(_parsed(self.config_text))
+        config = deepcopy(_config_in(self.config_text))
         config.source = self.source
         return config
 
@@ -97,7 +97,7 @@ class Content:
 
 
 @lru_cache(maxsize=256)
-def _parsed(text: str) -> PeftConfig:
+def _config_in(text: str) -> PeftConfig:
     return config_from(text, CONFIG_NAME)
 
 
