@@ -521,3 +521,13 @@ def test_an_argument_for_another_method_is_not_swallowed(method):
     torch.testing.assert_close(
         own(x, task_ids=torch.tensor([1, 1])), own(x, task_ids=torch.tensor([0, 0])) + 1
     )
+
+
+def test_an_adapter_without_values_is_neither_run_nor_merged():
+    config = peft.LoraConfig(target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
+    weight = model.base_model.model[0].weight.clone()
+    for work in (lambda: model(torch.ones(2, 8)), model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(peft.PeftError, match="on the meta device and has no values yet"):
+            work()
+    assert torch.equal(model.base_model.model[0].weight, weight)

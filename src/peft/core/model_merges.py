@@ -72,6 +72,7 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
             try:
                 if names:
                     layer.check_mergeable(names)
+                    _check_values(layer, list(own))
             except PeftNotSupportedError as error:
                 problems.setdefault(str(error), []).append(f"`{path}`")
     if problems:
@@ -80,6 +81,17 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
             for text, found in problems.items()
         }
         raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
+
+
+def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
+    """Raise for adapters on the meta device that are to be merged into a weight with values."""
+    weight = layer.get_base_layer()._parameters.get("weight")
+    for name in () if weight is None or weight.is_meta else names:
+        if any(parameter.is_meta for parameter in layer.adapter_parameters(name)):
+            raise PeftNotSupportedError(
+                f"Adapter {name} is on the meta device and has no values yet: load a checkpoint "
+                "into it, or run the function that initializes it."
+            )
 
 
 def check_shared(

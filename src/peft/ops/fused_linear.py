@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.errors import PeftRuntimeError
 from . import mixed_precision
 from .derivatives import gradients_again
 from .dispatch import is_batched, owns_output, shapes
@@ -114,6 +115,7 @@ Chain: TypeAlias = LowRankChain | FunctionChain
 
 def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
     """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`."""
+    _check_values(chain)
     weight, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
     if chain.x is x and torch.is_grad_enabled():
         middle, scale = _middle(chain)
@@ -123,7 +125,17 @@ def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
 
 def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
     """Return a base layer's output plus a chain's delta, in place if nothing else can hold it."""
+    _check_values(chain)
     return _add_chain(chain, result, owns_output(layer))
+
+
+def _check_values(chain: Chain) -> None:
+    """Raise for factors on the meta device: their products have no values, and torch adds them."""
+    if chain.factors[-1].is_meta:
+        raise PeftRuntimeError(
+            "The adapter is on the meta device and has no values yet: load a checkpoint into it, "
+            "or run the function that initializes it."
+        )
 
 
 def add_product(
