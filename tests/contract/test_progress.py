@@ -26,6 +26,12 @@ def settings(monkeypatch):
     monkeypatch.delenv("PEFT_PROGRESS", raising=False)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    for name, switch, value in (  # other tests switch these off for the whole process
+        ("huggingface_hub.utils", "are_progress_bars_disabled", False),
+        ("transformers.utils.logging", "is_progress_bar_enabled", True),
+    ):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], switch, lambda value=value: value)
     before = peft.show_progress(None)
     yield
     peft.show_progress(before)

@@ -253,7 +253,7 @@ class LoraLayer(BaseTunerLayer):
         self, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
     ) -> Tensor:
         """Apply each sample's own adapter, an activated one to its active rows."""
-        if self.alora_invocation_tokens.keys().isdisjoint(batch.samples):
+        if not any(name in self.alora_invocation_tokens for name in batch.samples):
             return super().apply_by_sample(batch, x, result, owners)
         turned = x.transpose(0, 1) if owners.sequence_first else x
         weights = row_scales(self, None, turned, torch.bool)
