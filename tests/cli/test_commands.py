@@ -220,7 +220,6 @@ def test_bench(run):
         ("convert LOKR broken.safetensors/x --to lora", "'broken.safetensors' is a file"),
         ("convert broken.safetensors x --to lora", "not a readable weights file"),
         ("convert LORA x.safetensors --to kohya", "of LoKr"),
-        ("extract POLY x", "pass one of them, by id or name"),
         ("extract LOKR nowhere x", "there is no folder 'nowhere'"),
         ("merge LOKR taken --base base", "'taken' exists already; `--force` replaces it"),
         ("merge LOKR LORA --base base --force", "without 'config.json', and is not replaced"),
@@ -256,7 +255,10 @@ def test_what_is_wrong_is_one_line_and_nothing_changes(line, message, run, tmp_p
         "convert LOKR x --to lora --rank many",
         "extract LOKR LORA x --weight 1",
         "extract POLY x --task a=b",
+        "extract POLY x",
+        "extract LORA x --task 1",
         "merge unnamed x",
+        "merge POLY x --base base",
         "compare LOKR",
     ],
 )

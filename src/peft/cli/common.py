@@ -185,6 +185,17 @@ def rank_of(text: str | None) -> int | float | None:
         ) from None
 
 
+def check_task(config: PeftConfig, tasks: Sequence[str]) -> None:
+    """Check that `--task` is given for an adapter with several tasks, and for no other."""
+    number = getattr(config, "n_tasks", 1)
+    if not tasks and number > 1:
+        names = getattr(config, "task_names", None) or [f"0 to {number - 1}"]
+        raise click.UsageError(f"Pass `--task`: the adapter has {number}: {', '.join(names)}.")
+    if tasks and not hasattr(config, "n_tasks") and not hasattr(config, "experts"):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise click.UsageError(f"`--task` is for adapters with tasks; this one is {kind}.")
+
+
 def task_of(tasks: Iterable[str]) -> int | str | dict[int | str, float] | None:
     """Return `task_id` from arguments: a name or number, or several with their shares."""
     given = [task.rpartition("=") for task in tasks]

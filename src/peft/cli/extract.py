@@ -12,6 +12,7 @@ from ..tuners.lora import save_as_lora, save_tasks_as_lora
 from .common import (
     PLACE,
     check_output,
+    check_task,
     force_option,
     host_of,
     model_options,
@@ -85,6 +86,8 @@ def extract(
     if all_tasks:
         show(WrittenTasks(output, save_tasks_as_lora(loaded, output, rank=number)), as_json)
         return
+    if len(names) == 1:
+        check_task(loaded.peft_config[names[0]], tasks)
     own = list(weights) or [1 / len(names)] * len(names)
     chosen = names[0] if len(names) == 1 else dict(zip(names, own, strict=True))
     with quiet_lora():

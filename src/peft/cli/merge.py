@@ -13,6 +13,7 @@ from .common import (
     PLACE,
     Result,
     check_output,
+    check_task,
     dtype_of,
     dtype_option,
     force_option,
@@ -48,7 +49,9 @@ def merge(
     the tokenizer. It appears when it is complete. `--task a=0.3 --task b=0.7` merges a blend.
     """
     check_output(output, force, [adapter, base or ""], "config.json")
-    if base is None and PeftConfig.from_pretrained(adapter).base_model_name_or_path is None:
+    config = PeftConfig.from_pretrained(adapter)
+    check_task(config, tasks)
+    if base is None and config.base_model_name_or_path is None:
         raise click.UsageError("Pass `--base`: the adapter does not name its base model.")
     task = task_of(tasks)
     options = {} if task is None else {"task_id": task}

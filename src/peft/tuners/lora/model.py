@@ -342,7 +342,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         state = tied.with_followers(self.model, adapter_name, state)
         if is_in_file(config.init_lora_weights):
             return with_start(config, state, starts)
-        if starts and not config.starts_from_weight:
+        if starts and not self.peft_config[adapter_name].starts_from_weight:
             warn(
                 f"Adapter {adapter_name} is saved as a plain one, as its `init_lora_weights`="
                 f"{config.init_lora_weights!r} says now, but it starts from a part of the base "
