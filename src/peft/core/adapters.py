@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.containers import AdapterContainer
-from ..integrations.accelerate import end_offloading
+from ..integrations.accelerate import end_offloading, is_offloaded
 from ..integrations.distributed import gathered_tensor
 from ..ops.dispatch import are_unhooked
 
@@ -113,6 +113,17 @@ def tensors_of(layer: _Layer, adapter_name: str) -> Iterator[Tensor]:
             yield from entry.parameters()
         elif adapter_name in container:  # type: ignore[operator]
             yield container[adapter_name]  # type: ignore[index]
+
+
+def lacks_values(layer: _Layer, adapter_name: str) -> bool:
+    """Return whether an adapter is on the meta device, and not because it is offloaded."""
+    for container in layer.containers():
+        if not is_offloaded(container):
+            entry = container._modules.get(adapter_name, container._parameters.get(adapter_name))
+            tensors = entry.parameters() if isinstance(entry, nn.Module) else [entry]
+            if any(tensor is not None and tensor.is_meta for tensor in tensors):
+                return True
+    return False
 
 
 def adopt(layer: _Layer, fresh: _Layer) -> None:

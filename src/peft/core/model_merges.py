@@ -16,6 +16,7 @@ from ..base.progress import track
 from ..integrations.accelerate import loaded_weights
 from . import replication, tied_weights
 from .adapted_parameters import detach
+from .adapters import lacks_values
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
 from .layer import BaseTunerLayer
@@ -87,7 +88,7 @@ def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
     """Raise for adapters on the meta device that are to be merged into a weight with values."""
     weight = layer.get_base_layer()._parameters.get("weight")
     for name in () if weight is None or weight.is_meta else names:
-        if any(parameter.is_meta for parameter in layer.adapter_parameters(name)):
+        if lacks_values(layer, name):
             raise PeftNotSupportedError(
                 f"Adapter {name} is on the meta device and has no values yet: load a checkpoint "
                 "into it, or run the function that initializes it."

@@ -73,6 +73,11 @@ def end_offloading(module: nn.Module) -> None:
     module._parameters.update(loaded)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether a module's weights are elsewhere until it is called."""
+    return _hook(module) is not None
+
+
 @contextmanager
 def loaded_weights(layer: nn.Module, adapters: Collection[str] | None) -> Iterator[None]:
     """Context that loads the weights of a layer and some or (with None) all adapters, and stores
