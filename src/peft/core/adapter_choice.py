@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -70,6 +70,21 @@ def adapter_meant(
             f"{adapters_there('', meant)}"
         )
     return meant[0]
+
+
+def named_or_active(name: str | None, active: Sequence[str], known: Collection[str]) -> str:
+    """Return a given adapter's name, else that of the only active one.
+
+    Raises:
+        PeftTypeError: The name is not a string.
+        PeftValueError: There is no such adapter; or there is no name, and not one active adapter.
+    """
+    if name is None:
+        if len(active) != 1:
+            raise PeftValueError(f"Name one adapter: the active ones are {list(active)}.")
+        name = active[0]
+    check_adapter(name, known)
+    return name
 
 
 def active_in(layers: Iterable[BaseTunerLayer]) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
 from ...base.registry import PeftType
-from ...base.validation import check_adapter
+from ...core.adapter_choice import named_or_active
 from ...core.routing.task_ids import some_tasks
 from ...integrations.distributed import is_managed
 from .router import Router, TaskRouter
@@ -40,13 +40,7 @@ class PolyAdapter:
     @classmethod
     def of(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:
         """Return an adapter of a tuner, by default the active one."""
-        if adapter_name is None:
-            if len(tuner.active_adapters) != 1:
-                raise PeftValueError(
-                    f"Name one adapter: the active ones are {tuner.active_adapters}."
-                )
-            adapter_name = tuner.active_adapters[0]
-        check_adapter(adapter_name, tuner.peft_config)
+        adapter_name = named_or_active(adapter_name, tuner.active_adapters, tuner.peft_config)
         config = tuner.peft_config[adapter_name]
         if config.peft_type != PeftType.POLY:
             raise PeftValueError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...base.errors import PeftValueError
-from ...base.validation import check_adapter
+from ...core.adapter_choice import named_or_active
 from ...core.tuner import BaseTuner
 from .config import RoutedConfig
 from .deltas import Experts
@@ -25,13 +25,7 @@ class RoutedAdapter:
     @classmethod
     def of(cls, tuner: BaseTuner[RoutedConfig], adapter_name: str | None) -> RoutedAdapter:
         """Return an adapter of a tuner, by default the active one."""
-        if adapter_name is None:
-            if len(tuner.active_adapters) != 1:
-                raise PeftValueError(
-                    f"Name one adapter: the active ones are {tuner.active_adapters}."
-                )
-            adapter_name = tuner.active_adapters[0]
-        check_adapter(adapter_name, tuner.peft_config)
+        adapter_name = named_or_active(adapter_name, tuner.active_adapters, tuner.peft_config)
         config = tuner.peft_config[adapter_name]
         if not isinstance(config, RoutedConfig):
             raise PeftValueError(
