@@ -248,7 +248,9 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The active adapter's config."""
+        """The config of the active adapter, of several the first; an error if none is active."""
+        if not self.active_adapters:
+            raise PeftValueError("No adapter is active; `peft_config` has the configs by name.")
         return self.peft_config[self.active_adapters[0]]
 
     @property

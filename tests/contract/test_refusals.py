@@ -531,3 +531,11 @@ def test_an_adapter_without_values_is_neither_run_nor_merged():
         with pytest.raises(peft.PeftError, match="on the meta device and has no values yet"):
             work()
     assert torch.equal(model.base_model.model[0].weight, weight)
+
+
+def test_no_active_adapter_has_no_active_config():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
+    model.base_model.activate([])
+    assert model.active_adapters == []
+    with pytest.raises(peft.PeftError, match="No adapter is active; `peft_config`"):
+        _ = model.active_peft_config
