@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.errors import CheckpointError
-from .files import read_config_text
+from .files import read_json
 from .hub import find_file, only_hub_options
+from .layout import read_layout
 
 _BLOCK = 2**22
 # Fields of a config that say nothing about the adapter's output.
@@ -48,19 +48,13 @@ def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str
 
 def _fields(path: Path) -> bytes:
     """Return the fields of a config file that affect the output, in one order."""
-    try:
-        content = json.loads(read_config_text(path))
-        kept = {key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"'{path}' is not a readable config: {error}") from None
+    kept = {key: value for key, value in read_json(path).items() if key not in _WITHOUT_EFFECT}
     return json.dumps(kept, sort_keys=True).encode()
 
 
 def _tensor_list(file: BinaryIO, path: Path) -> bytes:
     """Read the header of a safetensors file, and return names, shapes and places of its tensors."""
-    try:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-    except (ValueError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from None
+    layout = read_layout(file, os.fstat(file.fileno()).st_size, path)
+    header = json.loads(layout.header)
+    header.pop("__metadata__", None)
     return json.dumps(header, sort_keys=True).encode()

@@ -185,7 +185,7 @@ def read_json(path: Path) -> JsonObject:
         )
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' must hold a JSON object, not a {type(content).__name__}.")
