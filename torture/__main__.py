@@ -2,7 +2,8 @@
 """Run the campaigns: `python -m torture --minutes 10`.
 
 Prints what was enumerated and what failed. Scenarios that were finished are skipped by the next
-run with `--resume`. The exit code is 1 if anything was lost.
+run with `--resume`. The exit code is 1 if anything was lost. `--only mutants` tests the tests
+(`mutants.py`).
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ def campaigns(inputs: int) -> tuple[Campaign, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run campaigns and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:2] == ["--only", "mutants"]:  # it has options of its own
+        from . import mutants
+
+        return mutants.main(arguments[2:])
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
