@@ -2,9 +2,11 @@
 """A pack gives back the files that it was made of, to the bit, one at a time."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
+import struct
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft import AdapterLibrary, AdapterPack, PeftModel
-from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError
+from peft.base.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    PeftRuntimeError,
+    PeftTypeError,
+    PeftValueError,
+)
+from peft.library import pack as pack_module
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -218,3 +227,153 @@ def pack_folder(pack, name, folder):
     pack.unpack(name, folder.parent / name)
     shutil.copytree(folder / "bank", folder.parent / "bank", dirs_exist_ok=True)
     return folder.parent / name
+
+
+def rewritten(pack, path, change):
+    """A pack with other kinds in its metadata."""
+    with safe_open(pack.path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    kinds = json.loads(metadata["kinds"])
+    change(kinds)
+    save_file(tensors, path, metadata | {"kinds": json.dumps(kinds)})
+    return path
+
+
+def many(kinds):
+    """The kind with several members, the users."""
+    return max(kinds, key=lambda kind: len(kind["members"]))["members"]
+
+
+KINDS = {
+    "a kind is no object": lambda kinds: kinds.__setitem__(0, 1),
+    "a kind has no members": lambda kinds: kinds[0].pop("members"),
+    "a number of members": lambda kinds: kinds[0].__setitem__("members", 1),
+    "a kind too many": lambda kinds: kinds.append(kinds[0] | {"members": ["x"]}),
+    "a name twice": lambda kinds: many(kinds).__setitem__(0, many(kinds)[1]),
+    "a member of two kinds": lambda kinds: many(kinds).__setitem__(0, kinds[0]["members"][0]),
+    "a name that is a number": lambda kinds: many(kinds).__setitem__(0, 1),
+    "a name that is a list": lambda kinds: many(kinds).__setitem__(0, []),
+    "a header too short": lambda kinds: kinds[0].__setitem__("header", "{}"),
+    "a config that is a number": lambda kinds: kinds[0].__setitem__("config", 1),
+    "a header that is a number": lambda kinds: kinds[0].__setitem__("header", 1),
+}
+
+
+@pytest.mark.parametrize("damage", KINDS)
+def test_kinds_that_do_not_fit_the_tensors(pack, tmp_path, damage):
+    path = rewritten(pack, tmp_path / "x.adapters.safetensors", KINDS[damage])
+    with pytest.raises(CheckpointError, match="is a damaged pack of adapters"):
+        AdapterPack(path)
+    nested = tmp_path / "deep.adapters.safetensors"
+    raw = {"peft_adapter_pack": "1", "kinds": "[" * 100_000}
+    save_file({"a": torch.ones(1)}, nested, raw)
+    with pytest.raises(CheckpointError, match="is a damaged pack of adapters"):
+        AdapterPack(nested)
+
+
+def test_digests_and_sizes_are_those_of_the_files(pack, folders):
+    files = {name: (folder / WEIGHTS).read_bytes() for name, folder in folders.items()}
+    expected = {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()}
+    assert pack.digests() == expected == {name: pack.digest(name) for name in pack}
+    sizes = pack.sizes()
+    assert sizes.members == len(files) and sizes.file == pack.path.stat().st_size
+    assert sizes.separate == sum(
+        len(raw) + (folders[name] / CONFIG).stat().st_size for name, raw in files.items()
+    )
+    heads = sum(8 + struct.unpack("<Q", raw[:8])[0] for raw in files.values())
+    assert sizes.data == sum(map(len, files.values())) - heads
+    assert repr(pack) == f"AdapterPack('{pack.path}', 9 adapters, {sizes.file:,} bytes)"
+    raw = pack.path.read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0  # readers map tensors at this position
+    with safe_open(pack.path, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_a_closed_pack_reads_nothing_and_an_open_one_without_preadv(pack, folders, monkeypatch):
+    monkeypatch.delattr(os, "preadv")  # Windows
+    with AdapterPack(pack.path) as other:
+        for name in reversed(other.names):
+            assert other.read(name) == (folders[name] / WEIGHTS).read_bytes()
+        handle = other._handle
+    with pytest.raises(PeftRuntimeError, match=f"The pack '{pack.path}' was closed"):
+        other.read("ada")
+    with pytest.raises(OSError):  # noqa: PT011
+        os.fstat(handle)
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_a_pack_that_is_cut_while_it_is_open(pack, monkeypatch, has_preadv):
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv")
+    os.truncate(pack.path, pack.file_size - 40)
+    with pytest.raises(CheckpointError, match="was cut while it was open"):
+        pack.digest(pack.names[-1])
+
+
+def test_what_is_no_pack_file(pack, tmp_path):
+    with pytest.raises(PeftTypeError, match="`path`=1 must be a path"):
+        AdapterPack(1)
+    with pytest.raises(PeftTypeError, match="`path`=1 must be a path"):
+        AdapterPack.write(1, {})
+    with pytest.raises(CheckpointError, match=f"'{tmp_path}' can't be read"):
+        AdapterPack(tmp_path)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(CheckpointError, match=f"'{loop}' can't be read"):
+        AdapterPack(loop)
+
+
+def test_arguments_that_are_none(pack, folder, folders):
+    before = pack.path.read_bytes()
+    for add in ([folders["ada"]], 0, ""):
+        with pytest.raises(PeftTypeError, match="must be a dictionary: name → folder"):
+            pack.update(add=add)
+    with pytest.raises(PeftTypeError, match="got list"):
+        AdapterPack.write(pack.path, [folders["ada"]])
+    for name in ("", 1, "a\nb"):
+        with pytest.raises(PeftValueError, match="must be a non-empty string"):
+            pack.update(add={name: folders["ada"]})
+    with pytest.raises(CheckpointNotFoundError, match="'eva'; packs hold adapters in safetensors"):
+        pack.update(add={"eva": folder / "bank"})
+    assert pack.path.read_bytes() == before
+    assert "ada" not in pack.update(remove="ada")
+
+
+def test_a_header_has_a_bound(pack, folders, monkeypatch):
+    length = struct.unpack("<Q", pack.path.read_bytes()[:8])[0]
+    monkeypatch.setattr(pack_module, "MAX_HEADER", length)
+    pack.update()
+    monkeypatch.setattr(pack_module, "MAX_HEADER", length - 8)
+    with pytest.raises(PeftValueError, match=f"and a file's header has {length - 8:,} at most"):
+        pack.update()
+
+
+def test_an_adapter_that_changes_while_it_is_packed(folder, folders, monkeypatch):
+    read = pack_module.read_folder
+
+    def changed(path, *rest):
+        save_file({"a": torch.ones(3)}, path / WEIGHTS)
+        return read(path, *rest)
+
+    monkeypatch.setattr(pack_module, "read_folder", changed)
+    with pytest.raises(CheckpointError, match="'lora' changed while it was packed"):
+        AdapterPack.write(folder / "x.adapters.safetensors", {"lora": folders["lora"]})
+    assert not (folder / "x.adapters.safetensors").exists()
+
+
+def test_a_member_is_unpacked_alone_in_the_folder_weights_last(pack, tmp_path, monkeypatch):
+    fcntl, seen = pytest.importorskip("fcntl"), []
+
+    def replacing(path, write, replace=pack_module.replace_file):
+        handle = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        seen.append(path.name)
+        replace(path, write)
+        seen.append(set(os.listdir(path.parent)))
+
+    monkeypatch.setattr(pack_module, "replace_file", replacing)
+    pack.unpack("ada", tmp_path / "new" / "er")
+    assert seen == [CONFIG, {CONFIG}, WEIGHTS, {CONFIG, WEIGHTS}]

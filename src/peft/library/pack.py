@@ -344,6 +344,8 @@ def _members(
         for number, kind in enumerate(json.loads(layout.metadata["kinds"])):
             names = kind["members"]
             kinds.append(Kind(kind["config"], kind["header"]))
+            if not all(isinstance(text, str) for text in kinds[-1]):
+                raise ValueError(f"config or header of kind {number} is not text")
             data, digests = layout.spans[f"adapters.{number}"], layout.spans[f"digests.{number}"]
             expected = (len(names), kinds[-1].layout.nbytes), (len(names), _DIGEST_BYTES)
             own = {name: Row(number, i) for i, name in enumerate(names)}
