@@ -109,7 +109,7 @@ class Campaign:
         new = [mutant for mutant in chosen if mutant.name not in results]
         left = [m for m in chosen if m.name in results and self._is_open(m, results[m.name])]
         with open(path, "a") as record:
-            for mutant in (*new, *left):
+            for mutant in (*left, *new) if self.options.again else (*new, *left):
                 if time.monotonic() > self.end:
                     break
                 start = time.monotonic()
@@ -168,7 +168,7 @@ class Campaign:
             killer.write_text(failed or "")
             return 1 if failed else 0
 
-        code = in_fork(work, 10 + 3 * sum(self.tests.seconds[test] for test in tests))
+        code = in_fork(work, 4 + 2 * sum(self.tests.seconds[test] for test in tests))
         if code == 0:
             return "survived", f"{len(tests)} tests"
         return (
@@ -260,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for one mutant")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--again", action="store_true", help="first try those that survived")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders")
     parser.add_argument("--output", type=Path, default=Path("torture_output/mutants"))
     options = parser.parse_args(arguments)
