@@ -2,11 +2,13 @@
 """Short forms of the campaigns of `torture/`, and planted faults that they have to find."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from torture import allocations, faults, hostile, power, scenarios, together, tracer
+from torture import allocations, faults, hostile, power, scenarios, threads, together, tracer
 
+from peft.base.calls import running
 from peft.checkpoint import files
 from peft.core import loading
 
@@ -131,6 +133,18 @@ def test_two_writers_and_readers_see_whole_adapters(tmp_path):
     found = list(together.meeting(scenario("save LORA over another"), tmp_path, seconds=3))
     assert len(found) > 10
     assert not findings(found)
+
+
+@pytest.mark.parametrize("name", ["all LOKR", "tasks and skills POLY"])
+def test_threads_that_call_a_model_while_others_change_it(name, tmp_path):
+    kind = next(kind for kind in threads.scenarios() if kind.name == name)
+    assert not findings(threads.meeting(kind, tmp_path / "work", calls=40))
+
+
+def test_calls_that_changes_do_not_see_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(running.RunningCalls, "during", lambda self, names: nullcontext())
+    kind = next(kind for kind in threads.scenarios() if kind.name == "switch LOKR")
+    assert loses_something(threads.meeting(kind, tmp_path / "work", calls=200))
 
 
 def test_a_save_between_config_and_weights_is_noticed(tmp_path, monkeypatch):

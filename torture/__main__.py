@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import allocations, faults, hostile, power, scenarios, together, tracer
+from . import allocations, faults, hostile, power, scenarios, threads, together, tracer
 
 
 class Campaign(NamedTuple):
@@ -42,14 +42,16 @@ def _operations() -> Iterator[scenarios.Write | scenarios.Read]:
     yield from scenarios.reads()
 
 
-def campaigns(inputs: int) -> tuple[Campaign, ...]:
-    """Return the campaigns; of each kind of file, so many damaged inputs."""
+def campaigns(options: argparse.Namespace) -> tuple[Campaign, ...]:
+    """Return the campaigns, of the sizes that the options say."""
+    meeting = together.lasting(options.seconds, options.readers, options.writers)
     return (
         Campaign("memory", allocations.changes, allocations.exhausting),
         Campaign("power", scenarios.writes, power.cutting),
         Campaign("faults", _operations, _faults),
-        Campaign("together", together.pairs, together.meeting),
-        Campaign("hostile", hostile.targets, hostile.inputs(inputs)),
+        Campaign("threads", threads.scenarios, threads.meeting),
+        Campaign("together", together.pairs, meeting),
+        Campaign("hostile", hostile.targets, hostile.inputs(options.inputs)),
     )
 
 
@@ -65,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--inputs", type=int, default=20_000, help="damaged files of each kind")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that processes meet")
+    parser.add_argument("--readers", type=int, default=4, help="processes that read one folder")
+    parser.add_argument("--writers", type=int, default=2, help="processes that write it")
     parser.add_argument("--resume", action="store_true", help="skip what was finished")
     parser.add_argument("--output", type=Path, default=Path("torture_output"))
     options = parser.parse_args(arguments)
@@ -78,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.minutes
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        for campaign in campaigns(options.inputs):
+        for campaign in campaigns(options):
             for scenario in campaign.scenarios():
                 name = f"{campaign.name}: {scenario.name}"
                 if name in done or (options.only and not any(w in name for w in options.only)):

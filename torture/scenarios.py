@@ -44,11 +44,11 @@ def base(width: int = 8) -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 8))
 
 
-def config(method: str, scale: int) -> peft.PeftConfig:
+def config(method: str, scale: int, targets: list[str] = TARGETS) -> peft.PeftConfig:
     """Return a config; others of the method with another scale have the same shapes."""
-    common = {"target_modules": TARGETS, "init_weights": False}
+    common = {"target_modules": targets, "init_weights": False}
     if method == "LORA":
-        return LoraConfig(r=2, lora_alpha=scale, target_modules=TARGETS, init_lora_weights=False)
+        return LoraConfig(r=2, lora_alpha=scale, target_modules=targets, init_lora_weights=False)
     if method == "LOKR":
         return LoKrConfig(r=2, alpha=scale, **common)
     if method == "LOHA":
@@ -56,27 +56,33 @@ def config(method: str, scale: int) -> peft.PeftConfig:
     if method == "POLY":
         return PolyConfig(r=2, n_tasks=2, n_skills=2, alpha=scale, **common)
     if method == "LORA on parameters":
-        targets = [f"{name}.weight" for name in TARGETS]
         return LoraConfig(
             r=2,
             lora_alpha=scale,
             target_modules=[],
-            target_parameters=targets,
+            target_parameters=[f"{name}.weight" for name in targets],
             init_lora_weights=False,
         )
     return VBLoRAConfig(
-        r=2, num_vectors=8, vector_length=4, target_modules=TARGETS, save_only_topk_weights=True
+        r=2, num_vectors=8, vector_length=4, target_modules=targets, save_only_topk_weights=True
     )
 
 
 METHODS = ("LORA", "LOKR", "LOHA", "POLY", "VBLORA", "LORA on parameters")
 
 
-def adapted(method: str, scale: int, seed: int | None = None) -> PeftModel:
+def adapted(
+    method: str,
+    scale: int,
+    seed: int | None = None,
+    model: nn.Module | None = None,
+    targets: list[str] | None = None,
+) -> PeftModel:
     """Return a model with one adapter whose values depend on the seed, by default the scale."""
     with torch.random.fork_rng():
         torch.manual_seed(scale if seed is None else seed)
-        model = get_peft_model(base(), config(method, scale))
+        settings = config(method, scale, TARGETS if targets is None else targets)
+        model = get_peft_model(base() if model is None else model, settings)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -264,10 +270,16 @@ def library_writes() -> Iterator[Write]:
     yield Write(
         "change the members of a pack",
         packed,
-        lambda f: AdapterPack(f / "x.adapters.safetensors").update({"b": f / "b"}, ["a"]).close(),
+        _exchange,
         _read_pack,
         one,
     )
+
+
+def _exchange(folder: Path) -> None:
+    """Put "b" in the place of "a" in a pack, which may be done already."""
+    with AdapterPack(folder / "x.adapters.safetensors") as pack:
+        pack.update({"b": folder / "b"}, [name for name in pack if name == "a"]).close()
 
 
 def _read_index(folder: Path) -> str:
@@ -279,7 +291,10 @@ def _read_index(folder: Path) -> str:
 def _read_pack(folder: Path) -> str:
     """Return a digest of the members of a pack, all of which have to be whole."""
     with AdapterPack(folder / "x.adapters.safetensors") as pack:
-        return digest(repr([(name, pack.read(name)) for name in pack]).encode())
+        contents = {name: pack.content(name) for name in pack}
+        return digest(
+            repr([(n, c.config_text, bytes(c.data)) for n, c in contents.items()]).encode()
+        )
 
 
 def _interrupted(folder: Path) -> None:

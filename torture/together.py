@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let several processes write and read one folder at once.
 
-Two writers save different content again and again; readers load all the time. Every load gives one
+Writers save two contents again and again; readers load all the time. Every load gives one
 of the contents, whole, and none fails.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from . import scenarios
 from .scenarios import Write, fresh
 
-READERS = 4
-
 
 def meeting(
-    scenario: Write, folder: Path, seed: int = 0, seconds: float = 10.0
+    scenario: Write,
+    folder: Path,
+    seed: int = 0,
+    seconds: float = 10.0,
+    readers: int = 4,
+    writers: int = 2,
 ) -> Iterator[tuple[str, str | None]]:
     """Yield each read and what was wrong, None if nothing was."""
     place = fresh(folder) / "place"
@@ -31,25 +36,30 @@ def meeting(
     wanted.add(scenario.read(place))
     context = multiprocessing.get_context("fork")
     over, results = context.Event(), context.SimpleQueue()
-    writers = [
-        context.Process(target=_write, args=(work, place, over))
-        for work in (scenario.prepare, scenario.work)
+    works = itertools.islice(itertools.cycle((scenario.prepare, scenario.work)), writers)
+    processes = [context.Process(target=_write, args=(work, place, over)) for work in works]
+    processes += [
+        context.Process(target=_read, args=(scenario, place, over, results)) for _ in range(readers)
     ]
-    readers = [
-        context.Process(target=_read, args=(scenario, place, over, results)) for _ in range(READERS)
-    ]
-    for process in (*writers, *readers):
+    for process in processes:
         process.start()
     time.sleep(seconds)
     over.set()
-    for number in range(READERS):
+    for number in range(readers):
         for found, times in results.get().items():
             for _ in range(times):
                 yield f"reader {number}", None if found in wanted else f"it finds {found}"
-    for process in (*writers, *readers):
+    for process in processes:
         process.join()
         if process.exitcode:
             yield "a process", f"it ended with {process.exitcode}"
+
+
+def lasting(
+    seconds: float, readers: int, writers: int
+) -> Callable[..., Iterator[tuple[str, str | None]]]:
+    """Return `meeting` for so many seconds, readers and writers."""
+    return functools.partial(meeting, seconds=seconds, readers=readers, writers=writers)
 
 
 def _write(work: object, place: Path, over: Event) -> None:

@@ -172,15 +172,16 @@ class PeftModel(nn.Module):
         if not hasattr(self.get_base_model(), "generate"):
             raise PeftAttributeError((self.get_base_model(),), "generate")
         generate = self.base_model.generate
-        batch = self.base_model.chosen_adapters(args, kwargs, generate)
-        chosen = (
-            ADAPTER_BATCHES.during(None)
-            if batch is None
-            else batch.generating(self.get_base_model())
-        )
         cached = self.base_model.inference_cache.during_call(runs_often=True)
-        with chosen, cached:
-            return generate(*args, **kwargs)
+        with self.base_model.running_calls.during(kwargs.get("adapter_names")), cached:
+            batch = self.base_model.chosen_adapters(args, kwargs, generate)
+            chosen = (
+                ADAPTER_BATCHES.during(None)
+                if batch is None
+                else batch.generating(self.get_base_model())
+            )
+            with chosen:
+                return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..base.calls.running import changing
 from ..base.constants import ROOT
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftValueError, warn
@@ -100,7 +101,8 @@ def hotswap_adapter(
         return config, load_peft_weights(model_name_or_path, device=torch_device, **hub)
 
     config, state = of_one_save(model_name_or_path, hub.get("subfolder"), read)
-    _Swap(inner, adapter_name, known, config, state).run()
+    with changing(inner, [adapter_name]):
+        _Swap(inner, adapter_name, known, config, state).run()
 
 
 def hotswap_adapter_from_state_dict(
@@ -128,7 +130,8 @@ def hotswap_adapter_from_state_dict(
     config.validate()
     prefix = lookup(PEFT_TYPE_TO_PREFIX_MAPPING, config.peft_type)
     state = {_without_name(key, adapter_name, prefix): tensor for key, tensor in state_dict.items()}
-    _Swap(inner, adapter_name, known, config, state).run()
+    with changing(inner, [adapter_name]):
+        _Swap(inner, adapter_name, known, config, state).run()
 
 
 def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
+from ..base.calls.running import RunningCalls, changes_all, changing
 from ..base.constants import DUMMY_MODEL_CONFIG
 from ..base.containers import walk
 from ..base.errors import PeftValueError, warn
@@ -21,7 +22,7 @@ from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
 from ..config import PeftConfig, TargetedConfig, check_config
 from ..ops.inference_cache import InferenceCache
-from . import base_layer, combining, moe_tokens, replication, switching, tied_weights
+from . import base_layer, combining, replication, switching, tied_weights
 from . import model_merges as _model_merges
 from . import plan as _plan
 from .adapter_choice import adapter_meant
@@ -31,7 +32,6 @@ from .auxiliary import AuxiliaryTrainingWrapper
 from .call_arguments import CallArguments
 from .config_owners import note_owner
 from .filling import fill_with
-from .fused_paths import restore_fused_paths
 from .injection import Construction, Fill, build_adapter, prepared, put_in
 from .layer import BaseTunerLayer
 from .merge_requests import check_merge_options, checked_names
@@ -64,6 +64,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         peft_config: Each adapter's config, by name.
         targeted_module_names: Paths of the modules that adapters were put into, each once.
         inference_cache: Tensors that evaluation computed from the adapters' parameters alone.
+        running_calls: The calls in all threads, for which changes wait that touch them.
     """
 
     # Class of the layers that carry adapters.
@@ -100,7 +101,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.peft_config: dict[str, C] = {}
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
-        self.inference_cache = InferenceCache()
+        self.inference_cache, self.running_calls = InferenceCache(), RunningCalls()
         self.training = model.training
         self._active: str | list[str] = []
         self._freeze: TemporaryFreeze | None = None
@@ -178,8 +179,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         ):
             self._merged_lately = False
             _model_merges.warn_of_training(self.tuner_layers())
-        batch = self.chosen_adapters(args, kwargs)
-        with self.inference_cache.during_call():
+        during = self.running_calls.during(kwargs.get("adapter_names"))
+        with during, self.inference_cache.during_call():
+            batch = self.chosen_adapters(args, kwargs)
             if batch is None and ADAPTER_BATCHES.current is None:
                 return self.model(*args, **kwargs)
             return ADAPTER_BATCHES.run(batch, lambda: self.model(*args, **kwargs))
@@ -282,7 +284,8 @@ class AdaptedModel(nn.Module, Generic[C]):
         check_config(config)
         method, construction = self.method_of(config), construction or Construction()
         config = config.for_adapter()
-        with ordinary_tensors(), prepared(method, config):
+        change = self.running_calls.change([adapter_name], active=not self.peft_config)  # the first
+        with change, ordinary_tensors(), prepared(method, config):
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
             plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
@@ -315,20 +318,22 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: No name, an unknown one, or adapters that can't be active together;
                 nothing is changed.
         """
-        names = names_to_activate(adapter_name, self.peft_config)
-        self.activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
+        with changing(self):
+            names = names_to_activate(adapter_name, self.peft_config)
+            self.activate(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     def activate(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, unchecked; an empty list leaves none active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        parts = list(self._parts())
-        switching.check_can_be_active(parts, names)
-        if switching.is_merged(parts):
-            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
-            self.unmerge_adapter()
-        switching.activate(parts, self.shared_containers().values(), adapter_name, inference_mode)
-        self._freeze = None
-        self._active = adapter_name
+        with self.running_calls.change((), active=True):
+            parts = list(self._parts())
+            switching.check_can_be_active(parts, names)
+            if switching.is_merged(parts):
+                warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
+                self.unmerge_adapter()
+            shared = self.shared_containers().values()
+            switching.activate(parts, shared, adapter_name, inference_mode)
+            self._freeze, self._active = None, adapter_name
 
     def set_requires_grad(
         self, adapter_names: str | Iterable[str], requires_grad: bool = True
@@ -340,7 +345,8 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: An unknown name.
         """
         names, shared = self.check_names(adapter_names), self.shared_containers().values()
-        switching.set_requires_grad(list(self._parts()), shared, names, requires_grad)
+        with changing(self, names):
+            switching.set_requires_grad(list(self._parts()), shared, names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again."""
@@ -357,6 +363,7 @@ class AdaptedModel(nn.Module, Generic[C]):
                 )
         self._enable(False)
 
+    @changes_all
     def _enable(self, enabled: bool) -> None:
         """Switch the adapters on or off; those that are off are frozen."""
         _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
@@ -370,23 +377,18 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftTypeError: The name is not a string.
             PeftValueError: There is no such adapter, or it is merged.
         """
-        parts = list(self._parts())
-        switching.check_deletable(parts, adapter_name, self.peft_config)
-        active = self.active_adapters
-        self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        self.inference_cache.forget(adapter_name)
-        switching.delete(parts, self.shared_containers().values(), adapter_name)
-        if adapter_name in active:
-            left = [name for name in active if name != adapter_name]
-            if not left and self.peft_config:
-                left = [min(self.peft_config)]
-                warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active "
-                    f"adapter to {left[0]}."
-                )
-            self.activate(left[0] if len(left) == 1 else left)
+        # Another adapter that becomes active is unmerged first.
+        with changing(self, None if self.merged_adapters else [adapter_name]):
+            parts = list(self._parts())
+            switching.check_deletable(parts, adapter_name, self.peft_config)
+            self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            self.inference_cache.forget(adapter_name)
+            switching.delete(parts, self.shared_containers().values(), adapter_name)
+            if adapter_name in (active := self.active_adapters):
+                self.activate(switching.left_active(active, adapter_name, self.peft_config))
 
+    @changes_all
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any
     ) -> None:
@@ -429,6 +431,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         own = {name: value for name, value in options.items() if name in method.merge_options}
         return method.merge_options_of(adapter_name, own)
 
+    @changes_all
     def unmerge_adapter(self) -> None:
         """Unmerge all adapters, which restores the base weights exactly.
 
@@ -437,6 +440,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """
         _model_merges.unmerge(self.tuner_layers())
 
+    @changes_all
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -470,6 +474,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         replication.keep(plain)
         return plain
 
+    @changes_all
     def unload(self) -> nn.Module:
         """Return the base model as it was: adapters are unmerged and removed.
 
@@ -487,8 +492,6 @@ class AdaptedModel(nn.Module, Generic[C]):
         _model_merges.unload(self.model, self.tuner_layer_cls, adapters, progressbar)
         for name in self.shared_parameter_names:
             self.shared_owner(name)._modules.pop(name, None)
-        restore_fused_paths(self.model)
-        moe_tokens.forget(self.model)
         for method in self.methods():
             method.detach_adapters()
         self.inference_cache = InferenceCache()

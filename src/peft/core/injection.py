@@ -314,6 +314,9 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
             make_room(present, layer)
     if is_first:
         _freeze_base(model)
+    else:  # calls of other threads go through a layer from the moment that it is in the model
+        for _, layer in build.all_layers():
+            _copy_state(host, layer)
     _put_layers(model, plan, build, method.tuner_layer_cls)
     put_layers(model, build.parameters.values(), method.tuner_layer_cls)
     known, targets = set(host.targeted_module_names), [t for t, _ in build.parameters.values()]
@@ -379,7 +382,6 @@ def _put_tokens(model: nn.Module, plan: Plan[C], build: Build[C]) -> None:
 
 def _leave_waiting(host: Host[C], build: Build[C], layer_cls: type[BaseTunerLayer]) -> None:
     """Give the parts of a later adapter the state of the others; it stays inactive and frozen."""
-    disabled = host.adapters_disabled
     parts: list[nn.Module | None] = [
         layer_for(host.model, target.path, target.name, layer_cls)
         for target, _ in build.parameters.values()
@@ -389,12 +391,17 @@ def _leave_waiting(host: Host[C], build: Build[C], layer_cls: type[BaseTunerLaye
         parts.append(layer_of(module, layer_cls) or module)
     for part in parts:
         assert isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        part._disable_adapters = disabled
-        if isinstance(part, BaseTunerLayer):
-            part._active_adapter = host.active_adapter
+        _copy_state(host, part)
         part.set_requires_grad(build.adapter_name, False)
     for parameter in build.shared.values():
         parameter.requires_grad_(False)
+
+
+def _copy_state(host: Host[C], part: BaseTunerLayer | AuxiliaryTrainingWrapper) -> None:
+    """Switch a part on or off as the host is, with the same adapters active."""
+    part._disable_adapters = host.adapters_disabled
+    if isinstance(part, BaseTunerLayer):
+        part._active_adapter = host.active_adapter
 
 
 def _freeze_base(model: nn.Module) -> None:

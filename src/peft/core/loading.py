@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..base.calls.running import changing
 from ..base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
@@ -174,16 +175,17 @@ def load_adapter(
     hub = hub if known is None else _own_subfolder(model_id, adapter_name, hub)
     config, state = read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
     if known is not None:
-        method = self.base_model.method_of(known)
-        _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
-        start = method.saved_start(config)
-        options = ignore_mismatched_sizes, strict
-        result = _load_into(self, adapter_name, known, state, source, *options)
-        method.adopt_start(adapter_name, start)
-        for item in fields(known):
-            if item.metadata.get("labels"):  # it names entries of the tensors
-                setattr(known, item.name, getattr(config, item.name))
-        return result
+        with changing(self, [adapter_name]):
+            method = self.base_model.method_of(known)
+            _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
+            start = method.saved_start(config)
+            options = ignore_mismatched_sizes, strict
+            result = _load_into(self, adapter_name, known, state, source, *options)
+            method.adopt_start(adapter_name, start)
+            for item in fields(known):
+                if item.metadata.get("labels"):  # it names entries of the tensors
+                    setattr(known, item.name, getattr(config, item.name))
+            return result
     fill = CheckpointFill(base, state, source, ignore_mismatched_sizes, strict)
     add_checkpoint(self, adapter_name, config, fill, is_trainable, autocast_adapter_dtype)
     return fill.result

@@ -14,11 +14,12 @@ from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
 from ..base.progress import track
 from ..integrations.accelerate import loaded_weights
-from . import replication, tied_weights
+from . import moe_tokens, replication, tied_weights
 from .adapted_parameters import detach
 from .adapters import lacks_values
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
+from .fused_paths import restore_fused_paths
 from .layer import BaseTunerLayer
 from .merge_requests import warn_of_merged
 from .merges import Merge, Options
@@ -291,3 +292,5 @@ def unload(
             detach(plain)
             parent, _, child = get_submodules(model, path)
             setattr(parent, child, plain)
+    restore_fused_paths(model)
+    moe_tokens.forget(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..base.calls.running import changing
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.progress import track
 from ..base.suggestions import did_you_mean
@@ -78,11 +79,12 @@ def save_pretrained(
     if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
         return
     plain = path_initial_model_for_weight_conversion is not None
-    states = _gathered_states(
-        self, self.base_model, names, state_dict, plain, save_embedding_layers
-    )
-    if is_main_process:
-        _write_adapters(folder, self.base_model, states, safe_serialization)
+    with changing(self):  # by no other thread meanwhile
+        states = _gathered_states(
+            self, self.base_model, names, state_dict, plain, save_embedding_layers
+        )
+        if is_main_process:
+            _write_adapters(folder, self.base_model, states, safe_serialization)
 
 
 def push_to_hub(

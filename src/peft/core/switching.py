@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..base.errors import PeftTypeError, PeftValueError
+from ..base.errors import PeftTypeError, PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
 from ..base.validation import check_adapter
 from .adapters import AdapterParameterDict
@@ -104,3 +104,17 @@ def delete(parts: Sequence[Part], shared: Shared, adapter_name: str) -> None:
     for container in shared:
         if adapter_name in container:
             del container[adapter_name]
+
+
+def left_active(active: Sequence[str], deleted: str, adapters: Collection[str]) -> str | list[str]:
+    """Return the adapters to make active after one of the active ones was deleted: the others, or
+    the first by name.
+    """
+    left = [name for name in active if name != deleted]
+    if not left and adapters:
+        left = [min(adapters)]
+        warn(
+            f"Adapter {deleted} was active which is now deleted. Setting active adapter to "
+            f"{left[0]}."
+        )
+    return left[0] if len(left) == 1 else left

@@ -79,7 +79,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
                 )
             tuner_cls: type[BaseTuner] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type]
             method = tuner_cls(self.model, None, shared_root=self)
-            method.peft_config = self.peft_config
+            method.peft_config, method.running_calls = self.peft_config, self.running_calls
             self._methods[PeftType(peft_type)] = method
         return self._methods[PeftType(peft_type)]
 

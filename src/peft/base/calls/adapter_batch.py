@@ -116,10 +116,10 @@ class AdapterBatch:
                 def update(
                     module: nn.Module,
                     args: tuple[object, ...],
-                    kwargs: dict[str, object],
+                    kwargs: dict[str, object] | None = None,  # none if removed by another thread
                     names: tuple[str, ...] = names,
                 ) -> None:
-                    if ADAPTER_BATCHES.current is self:
+                    if kwargs is not None and ADAPTER_BATCHES.current is self:
                         arguments = argument_shapes(bind_arguments(names, args, kwargs))
                         self.call_rows = call_rows.nested(arguments, is_generating=True)
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch import Tensor
 
+from ...base.calls.running import changing
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
 from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
@@ -60,6 +62,19 @@ class PolyAdapter:
         adapter = cls.of(tuner, adapter_name)
         adapter.check_has_tasks()
         return adapter
+
+    @classmethod
+    @contextmanager
+    def to_change(
+        cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None, needs_tasks: bool = True
+    ) -> Iterator[PolyAdapter]:
+        """Context for a change of an adapter, by default the active one."""
+        with changing(tuner):
+            adapter = cls.of(tuner, adapter_name)
+            if needs_tasks:
+                adapter.check_has_tasks()
+            with changing(tuner, [adapter.name]):
+                yield adapter
 
     def check_has_tasks(self) -> None:
         """Check that a layer routes by task."""

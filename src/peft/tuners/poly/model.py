@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ...base.calls.running import changing
 from ...base.errors import PeftNotSupportedError, PeftTypeError
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
@@ -238,7 +239,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
             tensor([[1.0000, 0.0000],
                     [0.2500, 0.7500]])
         """
-        inventory.set_router_weights(PolyAdapter.with_tasks(self, adapter_name), weights)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            inventory.set_router_weights(adapter, weights)
 
     def add_tasks(
         self, tasks: int | Sequence[str], init: Task = "mean", adapter_name: str | None = None
@@ -261,7 +263,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
                 unknown.
             PeftRuntimeError: The model is sharded already.
         """
-        inventory.add_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks, init)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            inventory.add_tasks(adapter, tasks, init)
 
     def remove_tasks(self, tasks: Tasks, adapter_name: str | None = None) -> None:
         """Remove tasks from an adapter. Later ones move up; outputs for the others do not change by
@@ -289,7 +292,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
             >>> model.peft_config["default"].task_names
             ['sum', 'sort']
         """
-        inventory.remove_tasks(PolyAdapter.with_tasks(self, adapter_name), tasks)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            inventory.remove_tasks(adapter, tasks)
 
     def reorder_tasks(self, order: Sequence[Task], adapter_name: str | None = None) -> None:
         """Give an adapter's tasks other ids. The outputs for a task do not change by a bit.
@@ -305,7 +309,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
             PeftValueError: `order` does not have each task once; nothing is changed.
             PeftRuntimeError: The model is sharded already.
         """
-        inventory.reorder_tasks(PolyAdapter.with_tasks(self, adapter_name), order)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            inventory.reorder_tasks(adapter, order)
 
     def add_skills(self, n: int, adapter_name: str | None = None) -> None:
         """Add skills to every layer. Outputs in evaluation change by rounding only.
@@ -324,7 +329,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
             PeftNotSupportedError: A task's weight can't be split: gates are 0 or 1, some skills
                 are always on or cut off, or layers share a router or route by input.
         """
-        inventory.add_skills(PolyAdapter.with_tasks(self, adapter_name), n)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            inventory.add_skills(adapter, n)
 
     def average_skills(self, new_adapter: str, adapter_name: str | None = None) -> None:
         """Make an adapter with one task and one skill, the mean of an adapter's skills. It is
@@ -339,7 +345,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
         Source: arXiv:2211.03831, section 3.3 (MHR-μ)
         """
-        extraction.average_skills(PolyAdapter.of(self, adapter_name), new_adapter)
+        with changing(self):
+            extraction.average_skills(PolyAdapter.of(self, adapter_name), new_adapter)
 
     def extract_tasks(
         self,
@@ -363,8 +370,9 @@ class PolyModel(RoutingTuner[PolyConfig]):
             PeftValueError: A task is unknown or comes twice, or none is given, a share is not a
                 finite number, or the new name can't be used; nothing is changed.
         """
-        adapter = PolyAdapter.with_tasks(self, adapter_name)
-        extraction.extract_tasks(adapter, new_adapter, tasks)
+        with changing(self):
+            adapter = PolyAdapter.with_tasks(self, adapter_name)
+            extraction.extract_tasks(adapter, new_adapter, tasks)
 
     def train_only(
         self,
@@ -405,8 +413,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
         Source: arXiv:2211.03831, section 3.3
         """
-        adapter = PolyAdapter.of(self, adapter_name)
-        fewshot.train_only(adapter, skills=skills, tasks=tasks, companions=companions)
+        with PolyAdapter.to_change(self, adapter_name, needs_tasks=False) as adapter:
+            fewshot.train_only(adapter, skills=skills, tasks=tasks, companions=companions)
 
     def begin_regime(
         self,
@@ -436,8 +444,8 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
         Source: arXiv:2211.03831, section 3.3 and 4
         """
-        adapter = PolyAdapter.with_tasks(self, adapter_name)
-        return regimes.begin_regime(adapter, regime, tasks, new_adapter)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            return regimes.begin_regime(adapter, regime, tasks, new_adapter)
 
     def fit_task(
         self,
@@ -480,5 +488,5 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
         Source: arXiv:2211.03831, section 3.3 (MHR-z)
         """
-        adapter = PolyAdapter.with_tasks(self, adapter_name)
-        return fewshot.fit_task(adapter, task, loss, steps, lr, init)
+        with PolyAdapter.to_change(self, adapter_name) as adapter:
+            return fewshot.fit_task(adapter, task, loss, steps, lr, init)
