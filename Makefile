@@ -57,6 +57,8 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 	$(BIN)/python -m benchmarks startup
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks steps
+	$(BIN)/python -m benchmarks steps --add --model stack --method lokr-full-4 lokr-full-8 lokr-full-16
+	$(BIN)/python -m benchmarks steps --add --compile
 	$(BIN)/python -m benchmarks routing
 
 MINUTES ?= 60

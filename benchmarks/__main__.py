@@ -6,88 +6,120 @@ work. Results are ratios to the frozen model's time.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import report, routing, scaling, startup
-from .run import LIBRARIES, METHODS, Workers
+from .methods import METHODS
+from .run import LIBRARIES, Workers
 from .work import Shape
 
 KINDS = ("train", "prefill", "decode", "generate")
+MODELS = ("llama", "stack")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
     """Measure what the command line asks for and write the results."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    _check(parser, options)
     folder = Path(options.output)
-    measures = {"steps": _steps, "scaling": _scaling, "startup": _startup, "routing": _routing}
-    measures[options.what](options, folder)
+    measures: dict[str, Callable[..., bool | None]] = {
+        "steps": _steps,
+        "scaling": _scaling,
+        "startup": _startup,
+        "first-step": _first_step,
+        "routing": _routing,
+    }
+    failed = measures[options.what](options, folder)
     print(f"Results in {folder}/.")
+    if failed:
+        sys.exit(1)
 
 
-def _steps(options: argparse.Namespace, folder: Path) -> None:
-    rows = []
-    for width in options.width:
-        shape = Shape(
-            width=width,
-            layers=options.layers,
-            batch=options.batch,
-            tokens=options.tokens,
-            decode_batch=options.decode_batch,
-            rank=options.rank,
-            tasks=options.tasks,
-            bank=options.bank,
-            dtype=options.dtype,
-            device=options.device,
-        )
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what can't be measured."""
+    kind = torch.device(options.device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no CUDA device here")
+    if options.graph and kind != "cuda":
+        parser.error(f"--graph captures a CUDA graph, and --device is {options.device}")
+    if (options.graph or options.compiled) and "generate" in options.mode:
+        parser.error("--mode generate is neither captured nor compiled; leave it out")
+
+
+def _shapes(options: argparse.Namespace) -> list[Shape]:
+    """Return the work that the command line asks for, for each model and width."""
+    names = {field.name for field in dataclasses.fields(Shape)} - {"model", "width"}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    given = {name: value for name, value in given.items() if not isinstance(value, list)}
+    return [
+        Shape(model=model, width=width, **given)
+        for model in options.model
+        for width in options.width
+    ]
+
+
+def _steps(options: argparse.Namespace, folder: Path) -> bool:
+    """Measure steps. Results are written after each method, so that nothing measured is lost."""
+    rows: list[dict[str, Any]] = report.known(folder) if options.add else []
+    failed = False
+    for shape in _shapes(options):
         with Workers(shape, options.library, options.threads) as workers:
             for method in options.method:
-                for kind in options.mode:
-                    found = workers.measure(method, kind, options.rounds, options.repeat)
-                    rows += found
-                    for row in found:
-                        print(report.line(row), flush=True)
-    rows = report.write(folder, rows, options.threads, options.add)
+                found = []
+                for mode in options.mode:
+                    found += workers.measure(method, mode, options.rounds, options.repeat)
+                for row in found:
+                    print(f"{report.line(row)} {row['model']} {row['width']} |", flush=True)
+                failed = failed or any("failed" in row for row in found)
+                rows = report.replaced(rows, found)
+                report.write(folder, rows, options.threads)
+    report.draw(report.plot, folder / "steps.png", rows, options.threads)
     print(f"\n{report.verdict(rows)}")
+    return failed
 
 
 def _scaling(options: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(options.threads)
     sizes = {axis: values[: options.sizes] for axis, values in scaling.SIZES.items()}
     rows = scaling.measure(options.width[0], options.rounds * options.repeat, sizes)
-    report.write_table(
-        folder, "scaling", scaling.HEAD, [scaling.line(row) for row in rows], rows, options.threads
-    )
+    _write(folder, "scaling", scaling, rows, options.threads)
     report.draw(scaling.plot, folder / "scaling.png", rows, options.threads)
 
 
 def _startup(options: argparse.Namespace, folder: Path) -> None:
     libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
-    rows = startup.measure(libraries, options.rounds, startup.PRESENT[: options.sizes])
-    report.write_table(
-        folder, "startup", startup.HEAD, [startup.line(row) for row in rows], rows, 1
-    )
+    shape = _shapes(options)[0]
+    rows = startup.measure(libraries, options.rounds, startup.PRESENT[: options.sizes], shape)
+    _write(folder, "startup", startup, rows, 1)
+
+
+def _first_step(options: argparse.Namespace, folder: Path) -> None:
+    libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
+    rows = startup.first_steps(libraries, options.rounds, _shapes(options)[0])
+    _write(folder, "first-step", startup, rows, 1)
 
 
 def _routing(options: argparse.Namespace, folder: Path) -> None:
     rows = []
-    for width in options.width:
-        shape = Shape(
-            width=width,
-            layers=options.layers,
-            batch=options.batch,
-            tokens=options.tokens,
-            decode_batch=options.decode_batch,
-            rank=options.rank,
-            dtype=options.dtype,
-            device=options.device,
-        )
+    for shape in _shapes(options):
         turns = options.threads, options.rounds, options.repeat
         experts, top_k = options.experts, options.top_k
         rows += routing.measure(shape, options.library, *turns, options.mode, experts, top_k)
-    lines = [routing.line(row) for row in rows]
-    report.write_table(folder, "routing", routing.HEAD, lines, rows, options.threads)
+    _write(folder, "routing", routing, rows, options.threads)
+
+
+def _write(folder: Path, name: str, module: Any, rows: list[dict[str, Any]], threads: int) -> None:
+    lines = report.table(module.HEAD, [module.line(row) for row in rows])
+    report.write_table(folder, name, lines, rows, threads)
+    print("\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,90 +130,49 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("steps", "scaling", "startup", "routing"),
+        choices=("steps", "scaling", "startup", "first-step", "routing"),
         default="steps",
         help="steps: time that an adapter adds to a training step, a prompt and a token, in turns "
         "with the libraries compared. scaling: growth of a step's time with tasks, adapters and "
-        "the bank's size. startup: time of importing, injecting, loading and saving. routing: time "
-        "of a step that routes over many adapters",
+        "the bank's size. startup: time of importing, injecting, loading, saving and a first step. "
+        "first-step: only this. routing: time of a step that routes over many adapters",
     )
+
+    def some(name: str, default: Sequence[Any], text: str, choices: Any = None) -> None:
+        kind = type(default[0])
+        parser.add_argument(
+            name, nargs="+", type=kind, choices=choices, default=list(default), help=text
+        )
+
+    def number(name: str, default: int, text: str) -> None:
+        parser.add_argument(name, type=int, default=default, help=text)
+
+    methods = [name for name in METHODS if name != "arrow"]
+    some("--method", methods, "methods to measure in `steps`", methods)
+    some("--mode", KINDS[:3], "work: a training step, a prompt, a token, whole texts", KINDS)
+    some("--library", list(LIBRARIES), "libraries to compare", list(LIBRARIES))
+    some("--model", MODELS[:1], "models: a Llama, or its linear layers in a row", MODELS)
+    some("--width", [1024, 2048], "widths of the model in turn; `scaling` takes the first")
+    number("--layers", 2, "decoder layers of the model")
+    number("--batch", 4, "samples in a training step and in a prompt")
+    number("--tokens", 128, "tokens of a sample")
+    number("--decode-batch", 32, "samples that get one token each in `decode`")
+    number("--rank", 8, "rank `r` of the adapters")
+    number("--tasks", 10, "tasks of a Poly adapter")
+    number("--bank", 256, "vectors of a VB-LoRA bank")
+    some("--experts", routing.EXPERTS, "numbers of adapters to route over in `routing`")
+    some("--top-k", routing.TOP_K, "numbers of adapters that serve a token in `routing`")
+    number("--threads", 2, "threads that torch uses on a CPU")
+    number("--rounds", 5, "turns each library takes")
+    number("--repeat", 6, "steps in a turn, of the frozen and of the adapted model each")
+    number("--sizes", 4, "how many of the sizes in `scaling` and `startup`, the smallest first")
     add = parser.add_argument
-    add(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
-        help="methods to measure in `steps`",
-    )
-    add(
-        "--mode",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS[:3]),
-        help="work to measure in `steps`: a training step, a prompt, a token, whole texts",
-    )
-    add(
-        "--library",
-        nargs="+",
-        choices=list(LIBRARIES),
-        default=list(LIBRARIES),
-        help="libraries to compare",
-    )
-    add(
-        "--width",
-        nargs="+",
-        type=int,
-        default=[1024, 2048],
-        help="widths of the model, one after the other; `scaling` takes the first",
-    )
-    add("--layers", type=int, default=2, help="decoder layers of the model")
-    add("--batch", type=int, default=4, help="samples in a training step and in a prompt")
-    add("--tokens", type=int, default=128, help="tokens of a sample")
-    add("--decode-batch", type=int, default=32, help="samples that get one token each in `decode`")
-    add("--rank", type=int, default=8, help="rank `r` of the adapters")
-    add("--tasks", type=int, default=10, help="tasks of a Poly adapter")
-    add("--bank", type=int, default=256, help="vectors of a VB-LoRA bank")
-    add(
-        "--experts",
-        nargs="+",
-        type=int,
-        default=list(routing.EXPERTS),
-        help="numbers of adapters to route over in `routing`",
-    )
-    add(
-        "--top-k",
-        nargs="+",
-        type=int,
-        default=list(routing.TOP_K),
-        help="numbers of adapters that serve a token in `routing`",
-    )
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="dtype of the model",
-    )
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the model")
     add("--device", default="cpu", help="device to measure on, as torch names it")
-    add("--threads", type=int, default=2, help="threads that torch uses on a CPU")
-    add("--rounds", type=int, default=5, help="turns each library takes")
-    add(
-        "--repeat",
-        type=int,
-        default=6,
-        help="steps in a turn, of the frozen and of the adapted model each",
-    )
-    add(
-        "--sizes",
-        type=int,
-        default=4,
-        help="how many of the sizes in `scaling` and `startup`, the smallest first",
-    )
+    add("--compile", dest="compiled", action="store_true", help="compile both sides in `steps`")
+    add("--graph", action="store_true", help="capture steps in CUDA graphs, on a GPU")
     add("--add", action="store_true", help="keep what the output folder has of other work")
-    add(
-        "--output",
-        default=str(Path(__file__).parent / "results"),
-        help="folder for tables and figures",
-    )
+    add("--output", default=str(Path(__file__).parent / "results"), help="folder for the results")
     return parser
 
 

@@ -44,8 +44,10 @@ def measure(
 
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    return (
-        f"| {row['experts']} | {row['top_k']} | {row['mode']} | {row['width']} | {row['library']} "
-        f"| {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} | "
-        f"{row['ratio'] / row['alone']:.3f} |"
-    )
+    cells = [str(row[name]) for name in ("experts", "top_k", "mode", "width", "library")]
+    if "failed" in row:
+        cells += [row["failed"], "", ""]
+    else:
+        cells += [f"{row['ratio']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}"]
+        cells += [f"{row['ratio'] / row['alone']:.3f}"]
+    return f"| {' | '.join(cells)} |"

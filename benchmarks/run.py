@@ -9,25 +9,18 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .methods import libraries_with
 from .work import Shape
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Where each library is imported from; peers are installed in folders of their own.
 LIBRARIES = {"ours": ROOT / "src", "peft": ROOT / ".peer", "lycoris": ROOT / ".peer-lycoris"}
-METHODS = ("lora", "lokr", "lokr-full", "vblora", "poly", "mhr")
-# Which methods a library has, under which name.
-_NAMES = {
-    "ours": {name: name for name in (*METHODS, "arrow")},
-    "peft": {name: name for name in (*METHODS, "arrow")},
-    "lycoris": {"lokr": "lycoris-lokr"},
-}
-
-
 # Seconds of steps, the frozen model's and the adapted one's.
 Turn = dict[str, list[float]]
 
@@ -38,9 +31,6 @@ class Worker:
     Args:
         library: Which library.
         request: The size of the work.
-
-    Raises:
-        RuntimeError: It failed; the process's errors are in the message.
     """
 
     def __init__(self, library: str, request: dict[str, Any]) -> None:
@@ -50,36 +40,41 @@ class Worker:
             "OMP_NUM_THREADS": str(request["threads"]),
         }
         command = [sys.executable, str(HERE / "worker.py")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.ask(request)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        self.send(request | {"library": library})
 
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Give an order and wait for the answer."""
-        assert (
-            self.process.stdin is not None
-            and self.process.stdout is not None
-            and self.process.stderr is not None
-        )
+    def send(self, order: dict[str, Any]) -> None:
+        """Give an order."""
+        assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass
+            pass  # there will be no answer
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to an order.
+
+        Raises:
+            RuntimeError: It failed; the message is what the process says of that.
+        """
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("\x1e"):
-                return json.loads(line[1:])
-        raise RuntimeError(f"{self.process.args}: {self.process.stderr.read()[-2000:]}")
+                answer = json.loads(line[1:])
+                if "failed" in answer:
+                    raise RuntimeError(answer["failed"])
+                return answer
+        self.errors.seek(0)
+        last = self.errors.read().strip().rpartition("\n")[2]
+        raise RuntimeError(f"the process ended: {last}")
 
     def close(self) -> None:
         """End the process."""
         self.process.communicate()
+        self.errors.close()
 
 
 class Workers:
@@ -93,15 +88,9 @@ class Workers:
 
     def __init__(self, shape: Shape, libraries: Iterable[str], threads: int) -> None:
         self.shape = shape
+        self.libraries = [name for name in libraries if LIBRARIES[name].is_dir()]
         self.workers: dict[str, Worker] = {}
-        request = {"threads": threads, "shape": dataclasses.asdict(shape)}
-        try:
-            for library in libraries:
-                if LIBRARIES[library].is_dir():
-                    self.workers[library] = Worker(library, request)
-        except BaseException:
-            self.__exit__()
-            raise
+        self.request = {"threads": threads, "shape": dataclasses.asdict(shape)}
 
     def __enter__(self) -> Workers:
         return self
@@ -112,46 +101,64 @@ class Workers:
 
     def measure(self, method: str, kind: str, rounds: int, repeat: int) -> list[dict[str, Any]]:
         """Return the ratio of the adapted step's time to the frozen step's, for each library that
-        has the method.
+        has the method; where a library fails, what it says.
         """
-        able = {
-            library: worker for library, worker in self.workers.items() if method in _NAMES[library]
-        }
-        orders = {library: {"kind": kind, "method": _NAMES[library][method]} for library in able}
-        times: dict[str, list[Turn]] = {library: [] for library in able}
-        for i in range(rounds):
-            for library, worker in able.items():
-                order = {
-                    "do": "time",
-                    "warmup": 2 if i == 0 else 1,
-                    "repeat": repeat,
-                    **orders[library],
-                }
-                times[library].append(worker.ask(order))
+        able = [name for name in self.libraries if name in libraries_with(method)]
+        order = {"kind": kind, "method": method, "repeat": repeat}
+        answers: dict[str, list[Any]] = {library: [] for library in able}
+        failed: dict[str, str] = {}
+
+        def ask(do: str, libraries: list[str]) -> None:
+            libraries = [library for library in libraries if library not in failed]
+            for library in libraries:
+                self._worker(library).send(order | {"do": do})
+            for library in libraries:
+                try:
+                    answers[library].append(self.workers[library].answer())
+                except RuntimeError as error:
+                    failed[library] = str(error)
+                    # An error can leave a GPU in no state for further work.
+                    self.workers.pop(library).close()
+
+        ask("prepare", able)
+        for _ in range(rounds):
+            for library in able:
+                ask("time", [library])
+        for library in able:
+            ask("facts", [library])
         rows = []
-        for library, worker in able.items():
-            memory = worker.ask({"do": "memory", **orders[library]})
-            rows.append(
-                {
-                    "library": library,
-                    "method": method,
-                    "mode": kind,
-                    **self._figures(times[library], memory),
-                }
-            )
+        for library in able:
+            row = {"library": library, "method": method, "mode": kind}
+            row |= dataclasses.asdict(self.shape)
+            if library in failed:
+                rows.append(row | {"failed": failed[library]})
+            else:
+                _, *turns, facts = answers[library]
+                rows.append(row | _figures(turns, facts))
         return rows
 
-    def _figures(self, turns: list[Turn], memory: dict[str, int]) -> dict[str, Any]:
-        ratios = [
-            a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)
-        ]
-        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
-        return {
-            **dataclasses.asdict(self.shape),
-            "ratio": quartiles[1],
-            "low": quartiles[0],
-            "high": quartiles[2],
-            "frozen_ms": 1e3 * statistics.median(t for turn in turns for t in turn["frozen"]),
-            "extra_MB": (memory["adapted"] - memory["frozen"]) / 2**20,
-            "steps": len(ratios),
-        }
+    def _worker(self, library: str) -> Worker:
+        """Return a library's worker, started when it is needed."""
+        if library not in self.workers:
+            self.workers[library] = Worker(library, self.request)
+        return self.workers[library]
+
+
+def _figures(turns: list[Turn], facts: dict[str, Any]) -> dict[str, Any]:
+    ratios = [a / f for turn in turns for a, f in zip(turn["adapted"], turn["frozen"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    memory = facts.pop("memory")
+    figures = {
+        "ratio": quartiles[1],
+        "low": quartiles[0],
+        "high": quartiles[2],
+        "frozen_ms": 1e3 * statistics.median(t for turn in turns for t in turn["frozen"]),
+        "peak_MB": memory["adapted"] / 2**20,
+        "extra_MB": (memory["adapted"] - memory["frozen"]) / 2**20,
+        "steps": len(ratios),
+    }
+    if "device" in facts:
+        device = {name: statistics.median(times) for name, times in facts.pop("device").items()}
+        figures["device_ratio"] = device["adapted"] / device["frozen"]
+        figures["frozen_device_ms"] = 1e3 * device["frozen"]
+    return figures | facts

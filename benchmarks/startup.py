@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before the first step: importing, injecting into a large model, loading beside many
-adapters, files.
+"""What comes before the second step: importing, injecting into a large model, loading beside many
+adapters, files, and the first training step.
 
 As a script it is a process that measures one of these with the library on its path, and answers
 with one JSON object.
@@ -8,6 +8,7 @@ with one JSON object.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -21,6 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # a process of its own
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.methods import Adapted, adapt
+from benchmarks.work import Shape, Work, base_model
+
 PROJECTIONS = {
     "q_proj": (4096, 4096),
     "k_proj": (4096, 4096),
@@ -33,9 +40,11 @@ METHODS = ("lora", "lokr", "vblora", "poly")
 PRESENT = (1, 100, 1_000)
 
 
-def ask(folder: Path, *order: Any) -> dict[str, float]:
-    """Measure in a new process, with the library in a folder."""
+def ask(folder: Path, *order: Any, cache: str = "") -> dict[str, float]:
+    """Measure in a new process, with the library in a folder, and Triton's kernels in another."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if cache:
+        environment["TRITON_CACHE_DIR"] = cache
     command = [sys.executable, __file__, *map(str, order)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -47,6 +56,7 @@ def measure(
     libraries: dict[str, Path],
     rounds: int,
     present: Iterable[int] = PRESENT,
+    shape: Shape | None = None,
     ask: Callable[..., dict[str, float]] = ask,
 ) -> list[dict[str, Any]]:
     """Return rows of results, each the median of several processes' times in seconds."""
@@ -58,31 +68,62 @@ def measure(
         for library, folder in libraries.items():
             if folder.is_dir() and (library == "ours" or what in ("import", "inject")):
                 answers = [ask(folder, what, method, size) for _ in range(rounds)]
-                row = {"what": what, "method": method, "size": size, "library": library}
-                rows.append(
-                    row
-                    | {
-                        key: statistics.median(answer[key] for answer in answers)
-                        for key in answers[0]
-                    }
-                )
+                rows.append(_row(what, method, size, library, answers))
+    return rows + first_steps(libraries, rounds, shape or Shape(), ask)
+
+
+def first_steps(
+    libraries: dict[str, Path],
+    rounds: int,
+    shape: Shape,
+    ask: Callable[..., dict[str, float]] = ask,
+) -> list[dict[str, Any]]:
+    """Return rows of the time from `get_peft_model` to the end of the first training step. On a
+    GPU the first process compiles Triton's kernels; it has a row of its own.
+    """
+    rows: list[dict[str, Any]] = []
+    frozen: dict[str, float] = {}
+    size = json.dumps(dataclasses.asdict(shape))
+    for method in ("frozen", *METHODS):
+        for library, folder in libraries.items():
+            if not folder.is_dir() or (method == "frozen" and library != "ours"):
+                continue
+            with tempfile.TemporaryDirectory() as cache:
+                answers = [
+                    ask(folder, "first step", method, size, library, cache=cache)
+                    for _ in range(rounds)
+                ]
+            parts = {"first step": answers}
+            if shape.device.startswith("cuda"):
+                parts = {"first step, kernels compiled": answers[:1], "first step": answers[1:]}
+            for what, some in ((what, some) for what, some in parts.items() if some):
+                row = _row(what, method, 0, library, some)
+                over = row["seconds"] - frozen.setdefault(what, row["seconds"])
+                rows.append(row | {"over_frozen": over})
     return rows
+
+
+def _row(
+    what: str, method: str, size: int, library: str, answers: list[dict[str, float]]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"what": what, "method": method, "size": size, "library": library}
+    return row | {key: statistics.median(each[key] for each in answers) for key in answers[0]}
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
     beside = f"{row['size']} adapters" if row["size"] else ""
-    speed = (
-        f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}"
-        if "MB_per_s" in row
-        else ""
-    )
+    compared = ""
+    if "MB_per_s" in row:
+        compared = f"{row['MB_per_s']:.0f} MB/s, plain file {row['plain_MB_per_s']:.0f}"
+    elif row["method"] != "frozen" and "over_frozen" in row:
+        compared = f"{row['over_frozen']:+.3f} to the frozen model's"
     seconds = f"{row['seconds']:.3f}"
-    cells = [row["what"], row["method"], beside, row["library"], seconds, speed]
+    cells = [row["what"], row["method"], beside, row["library"], seconds, compared]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-HEAD = "| what | method | beside | library | seconds | speed |"
+HEAD = "| what | method | beside | library | seconds | compared |"
 
 
 # --- in a process of its own
@@ -163,6 +204,23 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _first_step(method: str, size: str, library: str) -> dict[str, float]:
+    """Seconds from an adapter's injection to the end of the first training step."""
+    import peft  # noqa: F401
+
+    shape = Shape(**json.loads(size))
+    model = base_model(shape)
+
+    def run() -> None:
+        adapted = Adapted(model, [])
+        if method != "frozen":
+            adapted = adapt(model, library, method, shape)
+        arguments = adapted.arguments(shape.batch, shape.device)
+        Work("train", shape, adapted.run, arguments, adapted.trained)()
+
+    return {"seconds": _seconds(run)}
+
+
 def _blocks(layers: int, sizes: dict[str, tuple[int, int]]) -> Any:
     from torch import nn
 
@@ -193,11 +251,13 @@ def _adapt(model: Any, config: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def answer(what: str, method: str, size: str) -> dict[str, float]:
+def answer(what: str, method: str, size: str, library: str = "") -> dict[str, float]:
     if what == "import":
         return _import()
     if what == "inject":
         return _inject(method)
+    if what == "first step":
+        return _first_step(method, size, library)
     return _load_beside(method, int(size)) if what == "load beside" else _files(what)
 
 
