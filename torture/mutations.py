@@ -150,6 +150,13 @@ def _is_for_people(node: ast.AST) -> bool:
     return isinstance(node, (ast.JoinedStr, ast.Assert))
 
 
+def _is_for_readers(parent: ast.AST) -> bool:
+    """Return True for the parent of a docstring, a type to `cast` to, or `strict=True` of `zip`."""
+    if isinstance(parent, ast.Call):
+        return ast.unparse(parent.func) == "cast"
+    return isinstance(parent, ast.Expr) or getattr(parent, "arg", "") == "strict"
+
+
 def _alternatives(parent: ast.AST, field: str, node: Any) -> Iterator[tuple[str, ast.AST]]:
     if isinstance(node, ast.stmt):
         yield from _of_statement(node)
@@ -166,8 +173,7 @@ def _alternatives(parent: ast.AST, field: str, node: Any) -> Iterator[tuple[str,
     elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
         yield "arithmetic", ast.BinOp(node.left, SWAPS[type(node.op)](), node.right)  # type: ignore[arg-type]
     elif isinstance(node, ast.Constant):
-        is_check = isinstance(parent, ast.keyword) and parent.arg == "strict"  # of `zip`
-        if not isinstance(parent, ast.Expr) and not is_check:
+        if not _is_for_readers(parent):
             yield from _of_constant(node)
     elif isinstance(node, ast.Name) and field == "func" and node.id in NAMES:
         yield "name", ast.Name(NAMES[node.id], ast.Load())

@@ -224,3 +224,27 @@ def test_packed_tensors_are_told_apart_by_shape_and_dtype_and_rows_used_again():
     for name in "hijk":
         packed[name] = torch.zeros(1)
     assert packed.extra_repr().endswith(", h: float32[1], i: float32[1], … 2 more")
+
+
+def test_a_repository_without_the_bank_leaves_the_working_directory(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download(repository, name, **options):
+        asked.append((repository, options.get("subfolder"), name))
+        raise EntryNotFoundError("nothing")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    bank = VectorBank(torch.randn(4, 3))
+    bank.save_pretrained("bank")
+    asked_for = VBLoRAConfig(num_vectors=4, vector_length=3, bank="bank")
+    asked_for.bank_sha256, asked_for.source = bank.sha256(), ("me/adapter", {"subfolder": "a"})
+    assert find_bank(asked_for, {}).key == bank.sha256()
+    assert asked == [("me/adapter", "a/bank", "vector_bank.safetensors")]
+    asked_for.bank = "../../bank"  # out of the repository: it is not asked
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "x" / "y")
+    assert find_bank(asked_for, {}).key == bank.sha256() and len(asked) == 1
