@@ -90,7 +90,7 @@ def _scaling(options: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(options.threads)
     sizes = {axis: values[: options.sizes] for axis, values in scaling.SIZES.items()}
     rows = scaling.measure(options.width[0], options.rounds * options.repeat, sizes)
-    _write(folder, "scaling", scaling, rows, options.threads)
+    _write(folder, "scaling", scaling.lines(rows), rows, options.threads)
     report.draw(scaling.plot, folder / "scaling.png", rows, options.threads)
 
 
@@ -98,13 +98,13 @@ def _startup(options: argparse.Namespace, folder: Path) -> None:
     libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
     shape = _shapes(options)[0]
     rows = startup.measure(libraries, options.rounds, startup.PRESENT[: options.sizes], shape)
-    _write(folder, "startup", startup, rows, 1)
+    _write(folder, "startup", report.table(startup.HEAD, map(startup.line, rows)), rows, 1)
 
 
 def _first_step(options: argparse.Namespace, folder: Path) -> None:
     libraries = {name: LIBRARIES[name] for name in options.library if name != "lycoris"}
     rows = startup.first_steps(libraries, options.rounds, _shapes(options)[0])
-    _write(folder, "first-step", startup, rows, 1)
+    _write(folder, "first-step", report.table(startup.HEAD, map(startup.line, rows)), rows, 1)
 
 
 def _routing(options: argparse.Namespace, folder: Path) -> None:
@@ -113,11 +113,11 @@ def _routing(options: argparse.Namespace, folder: Path) -> None:
         turns = options.threads, options.rounds, options.repeat
         experts, top_k = options.experts, options.top_k
         rows += routing.measure(shape, options.library, *turns, options.mode, experts, top_k)
-    _write(folder, "routing", routing, rows, options.threads)
+    lines = report.table(routing.HEAD, map(routing.line, rows))
+    _write(folder, "routing", lines, rows, options.threads)
 
 
-def _write(folder: Path, name: str, module: Any, rows: list[dict[str, Any]], threads: int) -> None:
-    lines = report.table(module.HEAD, [module.line(row) for row in rows])
+def _write(folder: Path, name: str, lines: list[str], rows: list[report.Row], threads: int) -> None:
     report.write_table(folder, name, lines, rows, threads)
     print("\n".join(lines))
 

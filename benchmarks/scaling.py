@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import report
+
 SIZES = {
     "tasks": (10, 100, 1_000, 10_000),
     "adapters": (1, 10, 50, 200),
     "bank": (64, 256, 1_024, 4_096),
 }
+AXES = {"tasks": "tasks", "adapters": "adapters loaded", "bank": "vectors in the bank"}
 # Which methods a number can grow for.
 METHODS = {"tasks": ("poly",), "adapters": ("lokr", "vblora", "poly"), "bank": ("vblora",)}
 LAYERS, BATCH = 4, 32
@@ -61,14 +64,25 @@ def measure(
     return rows
 
 
-HEAD = "| grows | method | mode | size | microseconds | quartiles |"
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table for each number that grows: milliseconds of a step, with quartiles."""
+    result = []
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        own = [row for row in rows if row["axis"] == axis]
+        sizes = dict.fromkeys(row["size"] for row in own)
+        head = f"| {AXES[axis]} | {' | '.join(f'{size:,}' for size in sizes)} |"
+        curves = dict.fromkeys((row["method"], row["mode"]) for row in own)
+        table = []
+        for method, mode in curves:
+            times = [row for row in own if (row["method"], row["mode"]) == (method, mode)]
+            table.append(f"| {method}, {mode} | {' | '.join(map(_cell, times))} |")
+        result += [*report.table(head, table), ""]
+    return result
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return a row of the table."""
-    spread = f"{row['low']:.0f}-{row['high']:.0f}"
-    cells = [row["axis"], row["method"], row["mode"], row["size"], f"{row['us']:.0f}", spread]
-    return f"| {' | '.join(map(str, cells))} |"
+def _cell(row: dict[str, Any]) -> str:
+    low, middle, high = (f"{row[name] / 1e3:.1f}" for name in ("low", "us", "high"))
+    return f"{middle} ({low}-{high})"
 
 
 def _step(axis: str, method: str, size: int, width: int, mode: str) -> Callable[[], None]:
@@ -134,9 +148,7 @@ def plot(path: Any, rows: list[dict[str, Any]], where: str) -> None:
             )  # fmt: skip
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
-        panel.set_xlabel(
-            {"tasks": "tasks", "adapters": "adapters loaded", "bank": "vectors in the bank"}[axis]
-        )
+        panel.set_xlabel(AXES[axis])
         panel.legend(fontsize=7)
     axes[0][0].set_ylabel("milliseconds a step")
     figure.suptitle(where, fontsize=8)

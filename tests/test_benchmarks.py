@@ -113,7 +113,8 @@ def test_scaling(benchmarks, tmp_path):
         ("tasks", 10), ("tasks", 100), ("adapters", 1), ("adapters", 10), ("bank", 64), ("bank", 256)
     }  # fmt: skip
     assert all(row["low"] <= row["us"] <= row["high"] for row in rows)
-    assert "| tasks | poly | train | 100 |" in (tmp_path / "scaling.md").read_text()
+    table = (tmp_path / "scaling.md").read_text()
+    assert "| tasks | 10 | 100 |" in table and "| poly, train | " in table
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
