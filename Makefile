@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo quick test check lint types bench torture clean docs
+.PHONY: demo quick test check lint types bench torture mutants clean docs
 
 # torch goes first and by itself: what depends on it is then content with the build that is there.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -64,6 +64,9 @@ bench: $(VENV)/.demo .peer/.version .peer-lycoris/.version ## what an adapter co
 MINUTES ?= 60
 torture: $(VENV)/.base ## fail, kill and cut the power at each step of saves and loads, for MINUTES
 	$(BIN)/python -m torture --minutes $(MINUTES) --resume
+
+mutants: $(VENV)/.test ## test the tests: plant small faults in the code that guards files and states, for MINUTES
+	OMP_NUM_THREADS=1 $(BIN)/python -m torture --only mutants --minutes $(MINUTES)
 
 # `site/index.html` opens from disk. `NO_MKDOCS_2_WARNING` leaves out an announcement of the theme.
 docs: $(VENV)/.test ## write the pages that come from the code, and build the documentation site

@@ -134,19 +134,25 @@ class Campaign:
             self.killers[mutant.file + mutant.function][by] += 10
 
     def _order(self, mutant: Mutant) -> list[str]:
-        """Return tests that reach a mutant's line: those that killed its neighbors, one of each
-        function, then others, the fastest first.
+        """Return tests that reach a mutant's line: those that killed its neighbors, then by turns
+        the fastest, and those of files that killed most of its file's mutants; one of each function
+        first.
         """
         seconds = self.tests.seconds
         lines = ((mutant.file, line) for line in (mutant.line, mutant.statement))
         reach = next((found for at in lines if (found := self.tests.by_line.get(at))), [])
-        ordered = sorted(reach, key=lambda test: seconds[test])
         kills = self.killers[mutant.file] + self.killers[mutant.file + mutant.function]
-        front = sorted((test for test in ordered if kills[test]), key=lambda test: -kills[test])
-        one_each = {test.partition("[")[0]: test for test in reversed(ordered)}
-        broad = sorted(one_each.values(), key=lambda test: seconds[test])
+        by_file: Counter[str] = Counter()
+        for test, number in self.killers[mutant.file].items():
+            by_file[_file(test)] += number
+        fast = sorted(reach, key=lambda test: seconds[test])
+        one_each = [*{test.partition("[")[0]: test for test in reversed(fast)}.values()][::-1]
+        near = sorted(one_each, key=lambda test: -by_file[_file(test)])
+        most = self.options.seconds / 8
+        front = sorted((t for t in fast if kills[t] and seconds[t] < most), key=lambda t: -kills[t])
+        turns = (test for pair in zip(one_each, near, strict=True) for test in pair)
         result, total = [], 0.0
-        for test in dict.fromkeys((*front[:8], *broad, *ordered)):
+        for test in dict.fromkeys((*front[:8], *turns, *fast)):
             if total + seconds[test] <= self.options.seconds:
                 result.append(test)
                 total += seconds[test]
@@ -185,6 +191,10 @@ class Campaign:
                     live.__code__ = codes[key]
                 if function is not None and key == (function.name, first_line(function)):
                     _set_defaults(live, function.args)
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def _functions(files: list[Path]) -> dict[str, dict[Key, list[FunctionType]]]:

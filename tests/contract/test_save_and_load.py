@@ -400,3 +400,14 @@ def test_merged_weights_are_not_written():
     with pytest.raises(PeftRuntimeError, match="Adapter default is merged; call"):
         checks.check_adapter_unmerged(model, "default")
     checks.check_adapter_unmerged(model, "other")
+
+
+def test_the_largest_value_of_a_dtype_is_none_too_large(tmp_path, recwarn):
+    model = adapted()
+    with torch.no_grad():
+        for sign in (0, 1):
+            largest = torch.finfo(torch.float16).max * (-1) ** sign
+            model.base_model.model[0].lora_A["default"].weight[0, sign] = largest
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base().half(), tmp_path, autocast_adapter_dtype=False)
+    assert not recwarn.list

@@ -229,6 +229,7 @@ def test_empty_lines_and_a_second_head_are_no_damage(path):
     written(path, HEAD, "", LINES["ada"], "  ", HEAD, LINES["ben"])
     content = IndexFile(path).change(lambda index: index.removed.add(Place("x")))
     assert content.names() == {"ada": ADA, "ben": BEN}
+    assert os.listdir(path.parent) == [path.name]  # and nothing is kept beside it
 
 
 def test_a_newer_version_is_refused_before_anything_is_written(path):
