@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of study 1, made from its runs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .runs import Record
+from .statistics import Scores, interval, paired
+
+NAMES = {
+    "head": "frozen model",
+    "shared": "one shared LoRA",
+    "own": "a LoRA a cell",
+    "poly": "Poly",
+    "heads": "multi-head routing",
+    "input": "routing by input",
+}
+SHOTS = (0, 4, 16, 64)
+
+New = dict[tuple[str, str, int], dict[tuple[str, int], float]]
+"""Accuracies on new cells by arm, way and number of texts; each by cell and seed."""
+
+
+def report(records: list[Record], folder: Path) -> str:
+    """Return the tables, and draw the figure of the new cells."""
+    final = [record for record in records if record["stage"] == "final"]
+    new = new_cells(final)
+    _draw(new, folder / "new_cells.png")
+    parts = [_trained(final), _held_out(new, final), _claims(final, new), _chosen(final)]
+    return "\n\n".join(["# Study 1: results", *parts]) + "\n"
+
+
+def trained_cells(final: list[Record], arm: str) -> Scores:
+    """Return an arm's test accuracies on trained cells, by cell and seed."""
+    return {
+        (cell, record["seed"]): value
+        for record in final
+        if record["arm"] == arm
+        for cell, value in record["trained"].items()
+    }
+
+
+def new_cells(final: list[Record]) -> New:
+    """Return the test accuracies on held-out cells."""
+    found: New = {}
+    for record in final:
+        for row in record["new"]:
+            key = record["arm"], row["way"], row["shots"]
+            found.setdefault(key, {})[row["cell"], record["seed"]] = row["accuracy"]
+    return found
+
+
+def _trained(final: list[Record]) -> str:
+    lines = ["| arm | trained numbers | seconds | mean | worst cell |", "|---|---:|---:|---|---:|"]
+    for arm, name in NAMES.items():
+        own = [record for record in final if record["arm"] == arm]
+        if own:
+            scores = trained_cells(final, arm)
+            cells = {cell for cell, _ in scores}
+            seeds = {seed for _, seed in scores}
+            worst = min(sum(scores[cell, s] for s in seeds) / len(seeds) for cell in cells)
+            seconds = sum(record["training_seconds"] for record in own) / len(own)
+            lines.append(
+                f"| {name} | {own[0]['parameters']:,} | {seconds:.0f} | {interval(scores)} | "
+                f"{100 * worst:.1f} |"
+            )
+    return "## Trained cells, accuracy in per cent\n\n" + "\n".join(lines)
+
+
+def _held_out(new: New, final: list[Record]) -> str:
+    lines = ["| arm | way | numbers | seconds | " + " | ".join(map(str, SHOTS)) + " | others |"]
+    lines.append("|---|---|---:|---:|" + "---|" * len(SHOTS) + "---:|")
+    for arm, way in dict.fromkeys((arm, way) for arm, way, _ in new):
+        rows = [
+            row
+            for record in final
+            if record["arm"] == arm
+            for row in record["new"]
+            if row["way"] == way
+        ]
+        cells = [
+            str(interval(new[arm, way, shots])) if (arm, way, shots) in new else ""
+            for shots in SHOTS
+        ]
+        change = max(row.get("others_change", 0.0) for row in rows)
+        seconds = max(row.get("seconds", 0.0) for row in rows)
+        lines.append(
+            f"| {NAMES[arm]} | {way} | {max(row['numbers'] for row in rows):,} | {seconds:.1f} | "
+            + " | ".join(cells)
+            + f" | {change:.1g} |"
+        )
+    head = (
+        "## New cells, accuracy in per cent, by the number of texts\n\n"
+        "`numbers`: trained for a new cell. `others`: the largest change of a trained cell's "
+        "logits.\n\n"
+    )
+    return head + "\n".join(lines)
+
+
+def _claims(final: list[Record], new: New) -> str:
+    pairs: list[tuple[str, Scores | None, Scores | None]] = [
+        ("1: Poly's row - a new LoRA, 16 texts", new.get(("poly", "row", 16)),
+         new.get(("own", "new", 16))),
+        ("1: multi-head row - a new LoRA, 16 texts", new.get(("heads", "row", 16)),
+         new.get(("own", "new", 16))),
+        ("2: Poly - one shared LoRA, trained cells", trained_cells(final, "poly"),
+         trained_cells(final, "shared")),
+        ("2: multi-head routing - one shared LoRA, trained cells",
+         trained_cells(final, "heads"), trained_cells(final, "shared")),
+        ("3: weights of adapters - Poly's row, 16 texts", new.get(("own", "weights", 16)),
+         new.get(("poly", "row", 16))),
+        ("4: Poly's mean row - routing by input, 0 texts", new.get(("poly", "mean row", 0)),
+         new.get(("input", "as it is", 0))),
+    ]  # fmt: skip
+    lines = ["| claim: difference | points |", "|---|---|"]
+    lines += [f"| {name} | {paired(one, other)} |" for name, one, other in pairs if one and other]
+    return "## The protocol's claims\n\n" + "\n".join(lines)
+
+
+def _chosen(final: list[Record]) -> str:
+    chosen = {record["arm"]: record["options"] for record in final if record["options"]}
+    lines = [f"- {NAMES[arm]}: {options}" for arm, options in chosen.items()]
+    return "## Rates that were chosen\n\n" + "\n".join(lines)
+
+
+def _draw(new: New, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm, way in dict.fromkeys((arm, way) for arm, way, shots in new if shots):
+        shots = [n for n in SHOTS if (arm, way, n) in new]
+        found = [interval(new[arm, way, n]) for n in shots]
+        errors = [
+            [100 * (i.mean - i.low) for i in found],
+            [100 * (i.high - i.mean) for i in found],
+        ]
+        axes.errorbar(
+            range(len(shots)), [100 * i.mean for i in found], errors, marker="o", capsize=3,
+            label=f"{NAMES[arm]}: {way}",
+        )  # fmt: skip
+    axes.set_xticks(range(len(SHOTS) - 1), [str(n) for n in SHOTS[1:]])
+    axes.set_xlabel("labeled texts of the new cell")
+    axes.set_ylabel("accuracy on held-out cells, per cent, with 95 % intervals")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

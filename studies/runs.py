@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a study: each is a line of JSON, written as it ends. A study that was stopped goes on
+with the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what is measured on it.
+
+    Args:
+        stage: "rates", where rates are chosen on validation texts, or "final".
+        arm: The arm's name.
+        seed: Of initial values, order of texts, and choice of few examples.
+        options: Everything else that it depends on.
+    """
+
+    stage: str
+    arm: str
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for the same run."""
+        content = json.dumps([self.stage, self.arm, self.seed, self.options], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+Record = dict[str, Any]
+"""A run's fields, and what it measured."""
+
+
+class Study(Protocol):
+    """A study.
+
+    Attributes:
+        name: Its name and its protocol's.
+    """
+
+    name: str
+
+    def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
+        """Return the runs known so far; those of a stage may follow from records of another."""
+        ...
+
+    def measure(self, run: Run, quick: bool) -> Record:
+        """Do a run and return what it measures."""
+        ...
+
+    def report(self, records: list[Record], folder: Path) -> str:
+        """Return the tables in Markdown, and draw the figures."""
+        ...
+
+
+def read(path: Path) -> list[Record]:
+    """Return the finished runs of a file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def go_on(
+    study: Study, path: Path, seeds: Iterable[int], workers: int, minutes: float, quick: bool
+) -> bool:
+    """Do the runs that are missing, for so many minutes. Return whether none is left.
+
+    A run that is under way when the time is over is finished.
+    """
+    end, seeds = time.monotonic() + 60 * minutes, list(seeds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        under_way: dict[Future[Record], Run] = {}
+        while True:
+            todo = _missing(study, read(path), seeds, quick, under_way.values())
+            while todo and len(under_way) < workers and time.monotonic() < end:
+                run = todo.pop(0)
+                under_way[pool.submit(_measured, study, run, quick)] = run
+            if not under_way:
+                return not todo
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                record = future.result()
+                del under_way[future]
+                with path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(f"{record['stage']} {record['arm']} seed {record['seed']} "
+                      f"{record['options']}: {record['seconds']:.0f} s", flush=True)  # fmt: skip
+
+
+def _missing(
+    study: Study, records: list[Record], seeds: list[int], quick: bool, busy: Iterable[Run]
+) -> list[Run]:
+    done = {record["key"] for record in records} | {run.key for run in busy}
+    return [run for run in study.runs(records, seeds, quick) if run.key not in done]
+
+
+def _measured(study: Study, run: Run, quick: bool) -> Record:
+    import torch
+
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    measured = study.measure(run, quick)
+    own = {"key": run.key, "stage": run.stage, "arm": run.arm, "seed": run.seed}
+    return {
+        **own, "options": run.options, **measured, "seconds": round(time.perf_counter() - begin, 1)
+    }  # fmt: skip
+
+
+def best(records: Iterable[Record], score: Callable[[Record], float]) -> Record:
+    """Return the record with the highest score; of equal ones, the first by key."""
+    return max(sorted(records, key=lambda record: record["key"]), key=score)
