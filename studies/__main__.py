@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .recombination import Recombination
 from .runs import RESULTS, Study, go_on, read
+from .served_bytes import ServedBytes
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Recombination(),)}
+STUDIES: dict[str, Study] = {study.name: study for study in (Recombination(), ServedBytes())}
 
 
 def parse() -> argparse.Namespace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +94,19 @@ def _encoder() -> tuple[Any, Any]:
 def upper_layers(count: int) -> nn.ModuleList:
     """Return the last layers of the encoder."""
     return _encoder()[0].encoder.layer[-count:]
+
+
+@torch.no_grad()
+def name_head(names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return a classifier that compares a text with the names of the labels: the directions of the
+    encoder's outputs for the names, `[classes, width]`, and zero biases.
+    """
+    model, tokenizer = _encoder()
+    batch = tokenizer(list(names), padding=True, return_tensors="pt")
+    hidden = model(**batch).last_hidden_state
+    weights = batch["attention_mask"].unsqueeze(-1).float()
+    means = (hidden * weights).sum(1) / weights.sum(1)
+    return nn.functional.normalize(means, dim=1), torch.zeros(len(names))
 
 
 def states(task: Task, upper: int) -> dict[str, States]:

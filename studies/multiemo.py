@@ -55,24 +55,22 @@ def name(cell: Cell) -> str:
 def cell_task(cell: Cell) -> Task:
     """Return the task of a cell of the grid."""
     domain, language = cell
-    own, english = _examples(domain, language), _examples(domain, "en")
-    others = _texts_by_part(domain)
+    examples, english = _examples(domain, language), _examples(domain, "en")
+    texts_of = _texts_by_part(domain)
     numbers: dict[str, list[int]] = {part: [] for part in PARTS}
-    for number in range(min(len(own), len(english))):
-        part = _part(domain, number)
-        fits = part is not None and 10 <= len(english[number][0]) <= LONGEST
-        if fits and own[number][1] in CLASSES:
-            seen_elsewhere = any(
-                own[number][0].casefold() in others[other] for other in PARTS if other != part
-            )
-            if part == "test" or not seen_elsewhere:
+    for number in range(min(len(examples), len(english))):
+        part, (text, label) = block_part(domain, number), examples[number]
+        fits = 10 <= len(english[number][0]) <= LONGEST and label in CLASSES
+        if part is not None and fits:
+            others = [texts_of[other] for other in PARTS if other != part]
+            if part == "test" or not any(text.casefold() in seen for seen in others):
                 numbers[part].append(number)
     chosen = {part: drawn(numbers[part], SIZES[part], f"{name(cell)} {part}") for part in PARTS}
     return Task(
         name(cell),
         CLASSES,
-        {part: tuple(own[n][0] for n in chosen[part]) for part in PARTS},
-        {part: tuple(CLASSES.index(own[n][1]) for n in chosen[part]) for part in PARTS},
+        {part: tuple(examples[n][0] for n in chosen[part]) for part in PARTS},
+        {part: tuple(CLASSES.index(examples[n][1]) for n in chosen[part]) for part in PARTS},
     )
 
 
@@ -81,7 +79,7 @@ def tasks(cells: Iterable[Cell]) -> list[Task]:
     return [cell_task(cell) for cell in cells]
 
 
-def _part(domain: str, number: int) -> str | None:
+def block_part(domain: str, number: int) -> str | None:
     """Return a sentence's part; None near the border of its block."""
     inside = MARGIN <= number % BLOCK < BLOCK - MARGIN
     return part_of(f"{domain} {number // BLOCK}") if inside else None
@@ -99,7 +97,7 @@ def _texts_by_part(domain: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {part: set() for part in PARTS}
     for language in LANGUAGES:
         for number, (text, _) in enumerate(_examples(domain, language)):
-            part = _part(domain, number)
-            if part is not None:
-                found[part].add(text.casefold())
+            home = block_part(domain, number)
+            if home is not None:
+                found[home].add(text.casefold())
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft import PeftModel
 from peft.optimizers import create_optimizer
 
 from .encoder import States
@@ -85,8 +86,12 @@ def optimize(
     Args:
         rates: Learning rate, or rates by role as in `peft.optimizers`.
     """
-    single = isinstance(rates, (int, float))
-    optimizer = create_optimizer(model, **({"lr": rates} if single else {"rates": dict(rates)}))
+    if not isinstance(rates, (int, float)):
+        optimizer = create_optimizer(model, rates=dict(rates))
+    elif isinstance(model, PeftModel):
+        optimizer = create_optimizer(model, lr=rates)
+    else:
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), rates)
     warm, losses = max(1, steps // 10), []
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
