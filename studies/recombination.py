@@ -145,10 +145,10 @@ def _digest() -> str:
 @lru_cache(maxsize=1)
 def _head(quick: bool) -> tuple[Tensor, Tensor]:
     """Return the classifier, fitted to the frozen model on the trained cells."""
-    blank = torch.zeros(len(multiemo.CLASSES), 384), torch.zeros(len(multiemo.CLASSES))
-    base = Upper(upper_layers(UPPER), blank)
-    base.head = nn.Identity()  # type: ignore[assignment]
     parts = [cell["train"] for cell in _grid(quick)["trained"].values()]
+    width = parts[0].hidden.shape[1]
+    # With the identity as classifier, the logits are the features.
+    base = Upper(upper_layers(UPPER), (torch.eye(width), torch.zeros(width)))
     features = torch.cat([logits(base, part) for part in parts])
     return fit_head(features, torch.cat([part.labels for part in parts]), len(multiemo.CLASSES))
 

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies on texts run from beginning to end in their short form, with a tiny model and made-up
+texts in place of the downloaded ones; what they find is not tested. Their splits and statistics are.
+"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from studies import multiemo, package_data, served_bytes, short_sets
+from studies.recombination import WAYS, Recombination
+from studies.runs import Run, go_on, read
+from studies.served_bytes import ServedBytes
+from studies.size_arms import arms
+from studies.statistics import interval, paired
+from studies.texts import PARTS
+
+pytestmark = [pytest.mark.study, pytest.mark.processes]
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder with a tiny model and texts where the downloaded ones would be."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(package_data.CACHE, str(folder))
+        _write_model(_place(package_data.MODEL, folder))
+        tasks = _place(package_data.TEXTS, folder)
+        for domain in multiemo.DOMAINS:
+            for language in multiemo.LANGUAGES:
+                _write_texts(tasks / "multiemo" / f"{domain}_sentence_{language}", multiemo.CLASSES)
+        for name in short_sets.CANDIDATES:
+            if not name.startswith("multiemo"):
+                _write_texts(tasks / name, ("no", "yes"))
+        yield folder
+
+
+def _place(package, folder):
+    place = folder / package.sha256[:16]
+    (place / package.part).mkdir(parents=True)
+    (place / ".complete").touch()
+    return place / package.part
+
+
+def _write_model(place):
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3}
+    BertModel(BertConfig(vocab_size=80, num_attention_heads=4, **sizes)).save_pretrained(place)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "yes", *multiemo.CLASSES, *WORDS]
+    (place / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(place / "vocab.txt")).save_pretrained(place)
+
+
+def _write_texts(folder, classes, count=300):
+    drawn = random.Random(folder.name)
+    folder.mkdir(parents=True)
+    examples = [
+        {
+            "input": " ".join(drawn.choices(WORDS, k=8)),
+            "target_scores": {label: int(i == n % len(classes)) for i, label in enumerate(classes)},
+        }
+        for n in range(count)
+    ]
+    (folder / "task.json").write_text(json.dumps({"examples": examples}))
+
+
+def test_recombination_runs_and_reports(cache, tmp_path):
+    study, path = Recombination(), tmp_path / "runs.jsonl"
+    options = {
+        "rate": 1e-3,
+        "few": dict.fromkeys(["further", "new", "row", "weights", "clusters"], 0.1),
+    }
+    arms_here = ("head", "own", "heads", "input")
+    final = [Run("final", arm, 0, {} if arm == "head" else options) for arm in arms_here]
+    records = [_line(study, run, path) for run in final]
+    for record in records:
+        ways = {row["way"] for row in record["new"] if row["shots"]}
+        assert ways == set(WAYS[record["arm"]])
+    kept = {row["way"]: row["others_change"] for r in records for row in r["new"] if row["shots"]}
+    assert kept["further"] > 0 and kept["row"] == 0
+    report = study.report(read(path), tmp_path)
+    assert "multi-head routing" in report and (tmp_path / "new_cells.png").exists()
+
+
+def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
+    study, path = Recombination(), tmp_path / "runs.jsonl"
+    runs = study.runs([], [0], quick=True)
+    for run in runs[1:]:  # all but one are there
+        own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
+        with path.open("a") as file:
+            file.write(json.dumps({"key": run.key, **own, "tuning": {}}) + "\n")
+    assert not go_on(study, path, [0], workers=1, minutes=0, quick=True)
+    assert len(read(path)) == len(runs) - 1
+    known = study.runs(read(path), [0], quick=True)
+    assert {run.arm for run in known if run.stage == "final"} > {"head", "poly"}
+    assert not any(run.arm == "shared" and run.stage == "final" for run in known)
+
+
+def test_served_bytes_runs_and_reports(cache, tmp_path):
+    study, path = ServedBytes(), tmp_path / "runs.jsonl"
+    for task in short_sets.CANDIDATES:  # as if all candidates had been tried
+        run = Run("selection", served_bytes.FULL, 100, {"task": task, "rate": 1})
+        own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
+        with path.open("a") as file:
+            file.write(json.dumps({"key": run.key, **own, "most_frequent": 0.4}) + "\n")
+    by_use = served_bytes.uses(read(path))
+    assert len(by_use["tested"]) == 12 and not set(by_use["tested"]) & set(by_use["tuning"])
+    names = [
+        "frozen model", "biases", "row of a shared Poly adapter", "weights of shared LoRA adapters",
+        "LoRA, rank 1, every", "LoKr, full matrix, factor 4", "VB-LoRA, own bank, rank 4, 64 vectors",
+        "VB-LoRA, shared random bank, rank 4, every", "VB-LoRA, shared trained bank, rank 4, every",
+    ]  # fmt: skip
+    for name in names:
+        rate = 1 if arms()[name].rates else 0
+        _line(study, Run("final", name, 0, {"task": "implicatures", "rate": rate}), path)
+    report = study.report(read(path), tmp_path)
+    rows = {line.split(" | ")[0].lstrip("| "): line for line in report.splitlines()}
+    assert all(any(row.startswith(name) for row in rows) for name in names)
+    # Six numbers for each of the 12 layers' rows, in half precision.
+    assert "| 216 | 144 | 72 |" in report
+
+
+def _line(study, run, path):
+    record = {"key": run.key, "stage": run.stage, "arm": run.arm, "seed": run.seed}
+    record |= {"options": run.options, **study.measure(run, quick=True), "seconds": 0.0}
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def test_no_test_sentence_is_trained_on_in_any_language(cache):
+    tasks = multiemo.tasks([("hotels", language) for language in multiemo.LANGUAGES])
+    place = package_data.TEXTS.folder() / "multiemo"
+    blocks = {part: set() for part in PARTS}
+    for task in tasks:
+        language = task.name.split("-")[1]
+        content = json.loads((place / f"hotels_sentence_{language}" / "task.json").read_text())
+        numbers = {example["input"]: n for n, example in enumerate(content["examples"])}
+        for part in PARTS:
+            blocks[part] |= {numbers[text] // multiemo.BLOCK for text in task.texts[part]}
+    assert all(blocks.values())
+    assert not blocks["train"] & blocks["test"] and not blocks["validation"] & blocks["test"]
+
+
+def test_cells_are_held_out_so_that_rows_and_columns_are_trained():
+    cells = {*multiemo.TRAINED, *multiemo.HELD_OUT, *multiemo.TUNING}
+    assert len(cells) == 32 == sum(map(len, (multiemo.TRAINED, multiemo.HELD_OUT, multiemo.TUNING)))
+    for i, names in enumerate((multiemo.DOMAINS, multiemo.LANGUAGES)):
+        assert {cell[i] for cell in multiemo.TRAINED} == set(names)
+        assert {cell[i] for cell in multiemo.HELD_OUT} == set(names)
+
+
+def test_intervals_are_those_of_a_plain_bootstrap():
+    drawn = np.random.default_rng(1)
+    scores = {(f"t{i}", s): float(drawn.normal(i, 1)) for i in range(6) for s in range(5)}
+    found = interval(scores, draws=4000)
+    again = []
+    for _ in range(4000):
+        tasks = [f"t{i}" for i in drawn.integers(6, size=6)]
+        seeds = list(drawn.integers(5, size=5))
+        again.append(np.mean([scores[task, seed] for task in tasks for seed in seeds]))
+    assert found.mean == pytest.approx(np.mean(list(scores.values())))
+    assert [found.low, found.high] == pytest.approx(np.percentile(again, [2.5, 97.5]), abs=0.15)
+    shifted = {key: value + 2 for key, value in scores.items()}
+    assert paired(shifted, scores) == pytest.approx((2, 2, 2))
