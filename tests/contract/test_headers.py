@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from peft.checkpoint import checks, digests, layout
+from peft.checkpoint import checks, digests, headers, layout
 from peft.utils.error import CheckpointError
 
 
@@ -191,3 +191,12 @@ def test_a_damaged_config_has_no_digest(tmp_path, text):
 def test_a_message_names_eight_keys_at_most():
     assert checks.some("abcdefgh") == "a, b, c, d, e, f, g, h"
     assert checks.some("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_a_dtype_that_this_package_does_not_know_is_named(tmp_path):
+    content = file_of({"a": entry("F8_E8M0", (2, 4), (0, 8))}, bytes(8))
+    (tmp_path / "a.safetensors").write_bytes(content)
+    header = headers.read_header(tmp_path / "a.safetensors")
+    assert header.tensors == {"a": ((2, 4), "F8_E8M0", 0)}
+    with pytest.raises(CheckpointError, match="`a` has the unknown dtype 'F8_E8M0'"):
+        read(content)

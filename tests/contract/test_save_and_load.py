@@ -41,8 +41,8 @@ def base():
 
 def adapted(config=None, name="default", seed=1):
     """A model with an adapter of random values."""
-    torch.manual_seed(seed)
     model = get_peft_model(base(), config or LoraConfig(r=2, target_modules=TARGETS), name)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -248,3 +248,10 @@ def test_a_repository_without_the_bank_leaves_the_working_directory(tmp_path, mo
     (tmp_path / "x" / "y").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "x" / "y")
     assert find_bank(asked_for, {}).key == bank.sha256() and len(asked) == 1
+
+
+def test_a_bank_is_a_copy():
+    given = torch.ones(2, 3)
+    bank = VectorBank(given)
+    given.zero_()
+    assert bank.vectors.eq(1).all() and not bank.vectors.requires_grad
