@@ -6,7 +6,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from torture import allocations, faults, hostile, power, scenarios, threads, together, tracer
+import torch
+from torture import (
+    allocations,
+    faults,
+    hostile,
+    power,
+    resuming,
+    scenarios,
+    sharded,
+    threads,
+    together,
+    tracer,
+)
 
 from peft.base.calls import running
 from peft.checkpoint import files
@@ -145,6 +157,37 @@ def test_calls_that_changes_do_not_see_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(running.RunningCalls, "during", lambda self, names: nullcontext())
     kind = next(kind for kind in threads.scenarios() if kind.name == "switch LOKR")
     assert loses_something(threads.meeting(kind, tmp_path / "work", calls=200))
+
+
+SHARDED = next(kind for kind in sharded.scenarios() if kind.name == "FSDP2 LORA")
+
+
+@pytest.mark.distributed
+def test_a_process_killed_in_a_sharded_save_leaves_the_old_adapter_or_the_new(tmp_path):
+    assert not findings(sharded.killing(SHARDED, tmp_path / "work", kills=1))
+
+
+@pytest.mark.distributed
+def test_a_sharded_save_that_empties_the_folder_first_is_found(tmp_path):
+    def emptying(model, folder):
+        (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+        SHARDED.save(model, folder)
+
+    broken = replace(SHARDED, save=emptying)
+    assert loses_something(sharded.killing(broken, tmp_path / "work", kills=2))
+
+
+RUNS = {kind.name: kind for kind in resuming.scenarios()}
+
+
+@pytest.mark.parametrize("name", ["loop POLY"])
+def test_a_killed_run_is_resumed_as_if_it_had_gone_on(name, tmp_path):
+    assert not findings(resuming.resuming(RUNS[name], tmp_path / "work", kills=1))
+
+
+def test_a_resumed_run_with_other_random_numbers_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    assert loses_something(resuming.resuming(RUNS["loop POLY"], tmp_path / "work", kills=0))
 
 
 def test_a_save_between_config_and_weights_is_noticed(tmp_path, monkeypatch):

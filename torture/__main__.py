@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import allocations, faults, hostile, power, scenarios, threads, together, tracer
+from . import (
+    allocations,
+    faults,
+    hostile,
+    power,
+    resuming,
+    scenarios,
+    sharded,
+    threads,
+    together,
+    tracer,
+)
 
 
 class Campaign(NamedTuple):
@@ -51,6 +62,8 @@ def campaigns(options: argparse.Namespace) -> tuple[Campaign, ...]:
         Campaign("faults", _operations, _faults),
         Campaign("threads", threads.scenarios, threads.meeting),
         Campaign("together", together.pairs, meeting),
+        Campaign("sharded", sharded.scenarios, sharded.killing),
+        Campaign("resuming", resuming.scenarios, resuming.resuming),
         Campaign("hostile", hostile.targets, hostile.inputs(options.inputs)),
     )
 
