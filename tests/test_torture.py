@@ -10,7 +10,7 @@ import torch
 from torture import (
     allocations,
     faults,
-    hostile,
+    file_systems,
     power,
     resuming,
     scenarios,
@@ -84,19 +84,6 @@ def test_no_memory_at_any_allocation_leaves_the_model_as_it_was(name, tmp_path):
     assert not findings(allocations.exhausting(CHANGES[name], tmp_path / "work"))
 
 
-@pytest.mark.parametrize("target", list(hostile.targets()), ids=lambda target: target.name)
-def test_a_damaged_file_is_refused_or_read(target, tmp_path):
-    assert not findings(hostile.inputs(500)(target, tmp_path, seed=1))
-
-
-def test_a_size_that_no_file_holds_is_refused_before_memory_is_taken(tmp_path):
-    scenarios.adapted("LORA", 1).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"r": 2,', '"r": 1000000000,'))
-    with pytest.raises(ValueError, match="`r`=1000000000, and the weights have .* bytes"):
-        scenarios.PeftModel.from_pretrained(scenarios.base(), tmp_path)
-
-
 def test_a_change_in_steps_is_found(tmp_path):
     def halfway(model, folder):
         for layer in (model.base_model.model[0], model.base_model.model[2]):
@@ -111,10 +98,18 @@ def test_a_missing_sync_is_found(tmp_path, monkeypatch):
     assert loses_something(power.cutting(scenario("save LORA over another"), tmp_path / "work"))
 
 
+@pytest.mark.parametrize("name", ["save LORA over another", "save a LoKr file over another"])
+def test_a_save_where_the_file_system_lacks_something(name, tmp_path):
+    found = list(file_systems.saving(scenario(name), tmp_path / "work"))
+    assert len([what for what, _ in found if "killed" in what]) > 3
+    assert not findings(found)
+
+
 def test_a_write_in_place_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "replace_file", lambda path, write: write(path))
     broken = scenario("save a bank over another")
     assert loses_something(faults.writing(broken, tmp_path / "work"))
+    assert loses_something(file_systems.saving(broken, tmp_path / "work"))
 
 
 def test_the_tracer_sees_calls_and_makes_them_fail(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import torch
 from . import (
     allocations,
     faults,
+    file_systems,
     hostile,
     power,
     resuming,
@@ -64,6 +66,7 @@ def campaigns(options: argparse.Namespace) -> tuple[Campaign, ...]:
         Campaign("together", together.pairs, meeting),
         Campaign("sharded", sharded.scenarios, sharded.killing),
         Campaign("resuming", resuming.scenarios, resuming.resuming),
+        Campaign("file systems", file_systems.scenarios, file_systems.saving),
         Campaign("hostile", hostile.targets, hostile.inputs(options.inputs)),
     )
 
@@ -75,11 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
         from . import mutants
 
         return mutants.main(arguments[2:])
+    if "--guided" in arguments:  # in a process that has not imported what is followed
+        rest = [word for word in arguments if word != "--guided"]
+        return subprocess.run([sys.executable, "-m", f"{__package__}.guided", *rest]).returncode
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--inputs", type=int, default=20_000, help="damaged files of each kind")
+    parser.add_argument("--guided", action="store_true", help="hostile, guided by coverage")
     parser.add_argument("--seconds", type=float, default=10.0, help="that processes meet")
     parser.add_argument("--readers", type=int, default=4, help="processes that read one folder")
     parser.add_argument("--writers", type=int, default=2, help="processes that write it")

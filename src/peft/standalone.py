@@ -16,6 +16,7 @@ from .checkpoint.hub import HubOptions, load_peft_weights, of_one_save, only_hub
 from .config import PeftConfig, TargetedConfig
 from .core.filling import CheckpointFill
 from .core.injection import Construction
+from .core.loading import check_sizes
 from .core.low_rank_deltas import SavedAdapter
 from .core.renamed_targets import present_names
 from .core.skeleton import adapted_paths, skeleton_of
@@ -114,6 +115,7 @@ def _read(adapter: SavedAdapter, hub: HubOptions) -> tuple[TargetedConfig, Mappi
             hub.get("subfolder"),
             lambda: (PeftConfig.from_pretrained(adapter, **hub), load_peft_weights(adapter, **hub)),
         )
+        check_sizes(config, sum(tensor.nbytes for tensor in state.values()), adapter)
     if not isinstance(config, TargetedConfig):
         raise PeftTypeError(f"'{adapter}' is not an adapter of modules chosen by name.")
     return config, state

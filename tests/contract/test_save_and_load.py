@@ -229,15 +229,15 @@ def test_the_order_of_model_and_path(tmp_path):
 def test_a_size_as_large_as_the_file_is_none_too_large():
     config = LoraConfig(r=8)
     most = 8 * 2 * 2
-    loading._check_sizes(config, {"a": torch.zeros(2, dtype=torch.int16)}, "x")
+    loading.check_sizes(config, 4, "x")
     config.r = most
-    loading._check_sizes(config, {"a": torch.zeros(2, dtype=torch.int16)}, "x")
+    loading.check_sizes(config, 4, "x")
     config.r = most + 1
     with pytest.raises(CheckpointError, match=f"`r`={most + 1}, and the weights have 4 bytes"):
-        loading._check_sizes(config, {"a": torch.zeros(2, dtype=torch.int16)}, "x")
+        loading.check_sizes(config, 4, "x")
     config = LoraConfig(r=8, rank_pattern={"0": most + 1})
     with pytest.raises(CheckpointError, match=re.escape(f"`rank_pattern['0']`={most + 1}")):
-        loading._check_sizes(config, {"a": torch.zeros(2, dtype=torch.int16)}, "x")
+        loading.check_sizes(config, 4, "x")
 
 
 def test_the_subfolder_of_an_adapters_name(tmp_path):

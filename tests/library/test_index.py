@@ -163,7 +163,7 @@ def test_a_change_is_made_alone_and_cleans_up(path):
 
 def test_a_disk_that_fails_is_an_error(path, monkeypatch):
     path.mkdir()
-    with pytest.raises(CheckpointError, match=f"The index '{path}' can't be read: "):
+    with pytest.raises(CheckpointError, match=f"'{path}' can't be read: it is a folder"):
         IndexFile(path).read()
 
 

@@ -14,9 +14,11 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from .expressions import fullmatch, match_after
+
 V = TypeVar("V")
 
-_REST = r"(\..*)?"
+_REST, _DOT = r"(\..*)?", re.compile(r"\.")
 _EITHER = re.compile(r"(?P<key>\^.*)\|\^\(\?:(?P=key)\)\\\.\.\*")
 
 
@@ -81,6 +83,7 @@ def matches_path(pattern: str, path: str) -> bool:
         >>> matches_path("^a", "a"), matches_path("b", "a.b"), matches_path("a", "a.b")
         (True, True, False)
     """
-    if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
+    starts = [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
+    if any(fullmatch(pattern, path, start) for start in starts):
         return True
-    return isinstance(pattern, SubtreePattern) and re.match(rf"(?:{pattern})\.", path) is not None
+    return isinstance(pattern, SubtreePattern) and match_after(pattern, _DOT, path, 0) is not None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
 from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, ValuesView
@@ -12,10 +13,42 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .errors import PeftTypeError
+from .errors import CheckpointError, PeftTypeError
 
 # The entries of a JSON object by name.
 JsonObject: TypeAlias = dict[str, Any]
+_PLAIN = (str, bool, int, float)
+# Levels of lists and objects that a file may have; the functions below are recursive.
+_DEEPEST = 50
+
+
+def json_object(text: str | bytes, source: object) -> JsonObject:
+    """Return the object that the JSON text of a file is.
+
+    Raises:
+        CheckpointError: It is not JSON or no object, or it is nested more than 50 levels deep.
+    """
+    try:
+        content = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{source}' is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise CheckpointError(f"'{source}' must hold a JSON object, not a {kind}.")
+    level: list[object] = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            entry
+            for value in level
+            if isinstance(value, (dict, list))
+            for entry in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return content
+    raise CheckpointError(
+        f"'{source}' is nested more than {_DEEPEST} levels deep, as no config is; it is damaged or "
+        "was made to do harm."
+    )
 
 
 def plain(value: Any) -> Any:
@@ -26,6 +59,8 @@ def plain(value: Any) -> Any:
         >>> plain({"where": Path("a") / "b", "how": torch.float16, "which": range(2)})
         {'where': 'a/b', 'how': 'float16', 'which': [0, 1]}
     """
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, enum.Enum):
         return value if isinstance(value, str) else plain(value.value)
     if isinstance(value, os.PathLike):
@@ -47,6 +82,8 @@ def plain(value: Any) -> Any:
 
 def unwritable(value: object) -> Iterator[object]:
     """Yield the parts of a plain value that a JSON file can't hold; dataclasses are objects."""
+    if value is None or type(value) in _PLAIN:
+        return
     if is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, dict):

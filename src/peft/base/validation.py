@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeGuard
 
 from torch import Tensor
 
 from .errors import PeftTypeError, PeftValueError
+from .expressions import check_expression
 from .plain_values import is_empty, plain
 from .suggestions import did_you_mean, no_adapter
 
@@ -40,7 +41,7 @@ def number(name: str, value: object, *, positive: bool = False) -> Iterator[str]
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not math.isfinite(value)
+        or not abs(value) <= sys.float_info.max  # also an integer that no float can hold
         or (positive and value <= 0)
     ):
         yield f"`{name}`={value!r} must be a {'positive ' if positive else ''}finite number."
@@ -82,11 +83,11 @@ def name_patterns(name: str, value: object) -> Iterator[str]:
         yield from name_list(name, value)
 
 
-def regex(name: str, value: str) -> Iterator[str]:
-    """Require a string that compiles as a regular expression."""
+def regex(name: str, value: str, inside: bool = False) -> Iterator[str]:
+    """Require a regular expression, one that can be `inside` another if asked."""
     try:
-        re.compile(value)
-    except re.error as error:
+        check_expression(value, inside)
+    except ValueError as error:
         yield f"`{name}`={value!r} is not a valid regular expression: {error}."
 
 
@@ -98,7 +99,7 @@ def pattern_dict(
         yield f"`{name}`={value!r} must be a dictionary with names or regular expressions as keys."
         return
     for key, entry in value.items():
-        yield from regex(f"{name}[{key!r}]", key)
+        yield from regex(f"{name}[{key!r}]", key, inside=key.startswith("^"))
         yield from rule(f"{name}[{key!r}]", entry)
 
 
@@ -123,9 +124,10 @@ def layer_selection(indices: object, pattern: object) -> Iterator[str]:
         )
     if not is_empty(pattern) and indices is None:
         yield "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-    yield from name_patterns("layers_pattern", pattern)
-    for name in pattern if isinstance(pattern, (list, tuple, set)) else ():
-        yield from regex("layers_pattern", str(name))
+    names = [pattern] if isinstance(pattern, str) else pattern
+    yield from name_list("layers_pattern", names)
+    for name in names if isinstance(names, (list, tuple, set)) else ():
+        yield from regex("layers_pattern", str(name), inside=True)
 
 
 def check_scale(scale: object, is_divisor: bool = False) -> None:

@@ -37,30 +37,49 @@ from torch import Tensor
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError, CheckpointWriteError, PeftError
-from ..base.plain_values import JsonObject
-from .paths import as_file
+from ..base.plain_values import JsonObject, json_object
+from .legacy_weights import load_pickle
+from .paths import as_file, check_regular
 
 _DIGEST = "adapter_config_sha256"
+_NAP, _PATIENCE, _DAY = 0.1, 600.0, 86_400.0  # seconds
+# What file systems say that can't sync, change modes, or replace a file by a rename.
+_CANT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EROFS, errno.ENOSYS)
+_CANT_CHMOD = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_CANT_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Context that locks a folder; without a lock where there are none, or after a minute."""
-    handle = None
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Context that locks a folder, and is False where there are no locks.
+
+    Raises:
+        CheckpointWriteError: Another process has it for ten minutes.
+    """
+    handle, is_alone = None, False
     try:
         import fcntl
 
         handle = os.open(folder, os.O_RDONLY)
-        for _ in range(600):
+        for _ in range(int(_PATIENCE / _NAP)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_alone = True
                 break
             except BlockingIOError:
-                time.sleep(0.1)
+                time.sleep(_NAP)
+        else:
+            os.close(handle)
+            raise CheckpointWriteError(
+                f"Another process has been writing to '{folder}' for ten minutes; nothing was "
+                "changed. End it, or choose another folder."
+            )
+    except CheckpointWriteError:
+        raise
     except (ImportError, OSError):
         pass
     try:
-        yield
+        yield is_alone
     finally:
         if handle is not None:
             os.close(handle)
@@ -87,9 +106,9 @@ def folder_for(folder: Path) -> Iterator[None]:
 def write_report(path: object, content: object) -> None:
     """Write JSON to a file in one step; its folder is made if missing."""
     file = as_file(path)
-    with folder_for(file.parent), alone_in(file.parent):
+    with folder_for(file.parent), alone_in(file.parent) as is_alone:
         write_text(file, json.dumps(content, indent=1) + "\n")
-        sweep(file.parent, ".adapter_*.tmp")
+        sweep(file.parent, ".adapter_*.tmp", is_alone)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,9 +119,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_config(folder: Path, text: str) -> None:
     """Write a config without weights, and delete those that interrupted saves left."""
-    with folder_for(folder), alone_in(folder):
+    with folder_for(folder), alone_in(folder) as is_alone:
         write_text(folder / CONFIG_NAME, text)
-        sweep(folder, ".adapter_config.*.json")
+        sweep(folder, ".adapter_config.*.json", is_alone)
 
 
 def write_adapter(
@@ -115,24 +134,26 @@ def write_adapter(
     Raises:
         CheckpointError: A tensor is on the meta device; nothing is written.
     """
-    tensors = _writable(state)
-    with folder_for(folder), alone_in(folder):
+    tensors = writable(state)
+    with folder_for(folder), alone_in(folder) as is_alone:
         _write_adapter(folder, tensors, config_text, safe_serialization)
+        if safe_serialization:
+            sweep(folder, ".adapter_*", is_alone)  # of saves that were killed
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replace a safetensors file in one step; its folder is made if missing."""
-    tensors, metadata = _writable(state), {"format": "pt", **metadata}
+    tensors, metadata = writable(state), {"format": "pt", **metadata}
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace a file in one step by what `write` puts into the temporary file that it is given."""
     # A save of an adapter into this folder deletes the temporary files it finds there.
-    with folder_for(path.parent), alone_in(path.parent):
+    with folder_for(path.parent), alone_in(path.parent) as is_alone:
         replace_file(path, write)
         sync_folder(path.parent)
-        sweep(path.parent, ".adapter_*.tmp")
+        sweep(path.parent, ".adapter_*.tmp", is_alone)
 
 
 def _write_adapter(
@@ -158,56 +179,76 @@ def _write_adapter(
             waiting.unlink(missing_ok=True)
         raise
     sync_folder(folder)
-    os.replace(waiting, folder / CONFIG_NAME)
+    _rename(waiting, folder / CONFIG_NAME)
     sync_folder(folder)
     (folder / WEIGHTS_NAME).unlink(missing_ok=True)
-    sweep(folder, ".adapter_*")  # of saves that were killed
 
 
 def read_config_text(path: Path) -> str:
     """Return the text of the config for the weights beside `path`, an `adapter_config.json`."""
     weights = path.parent / SAFETENSORS_WEIGHTS_NAME
-    if weights.is_file():
-        digest = read_metadata(weights).get(_DIGEST, "")
-        if re.fullmatch("[0-9a-f]{64}", digest):
-            try:
-                return _waiting_config(path.parent, digest).read_bytes().decode()
-            except FileNotFoundError:
-                pass  # the usual case: the save of the weights was completed
-    return path.read_bytes().decode()
+    digest = read_metadata(weights).get(_DIGEST, "") if weights.is_file() else ""
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return _content(path).decode()
+    try:
+        return _content(_waiting_config(path.parent, digest)).decode()
+    except FileNotFoundError:
+        pass  # the usual case: the save of the weights was completed
+    content = _content(path)
+    return content.decode() if _is_whole(content) else _torn(path.parent, digest, content).decode()
+
+
+def _is_whole(content: bytes) -> bool:
+    """Return whether a config ends as it should: a file system without a true rename copies."""
+    return content.rstrip().endswith(b"}")
+
+
+def _torn(folder: Path, digest: str, content: bytes) -> bytes:
+    """Return the config that a copy in place of a rename has not finished, else what there is."""
+    for waiting in folder.glob(f".adapter_config.{digest[:32]}.*.json"):
+        if waiting.is_file() and _digest(found := _content(waiting)) == digest:
+            return found
+    return content
 
 
 def read_json(path: Path) -> JsonObject:
     """Return the object in a JSON file."""
+    is_config = path.name == CONFIG_NAME
     try:
-        content = json.loads(
-            read_config_text(path) if path.name == CONFIG_NAME else path.read_text(encoding="utf-8")
-        )
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = read_config_text(path) if is_config else _content(path).decode()
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"'{path}' is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' must hold a JSON object, not a {type(content).__name__}.")
-    return content
+    return json_object(text, path)
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a config."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+@contextmanager
+def open_tensors(path: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
+    """Context with a safetensors file, opened by its library."""
+    check_regular(path)
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        yield file
 
 
 def read_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Return the tensors of a weights file. No code in a legacy `.bin` runs."""
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with open_tensors(path, device) as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
-        state = torch.load(path, map_location=device, weights_only=True)
+        check_regular(path)
+        return load_pickle(path, device)
+    except PeftError:
+        raise
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
     except Exception as error:  # the libraries raise errors of many types
         raise CheckpointError(f"'{path}' is not a readable weights file: {error}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()
-    ):
-        raise CheckpointError(f"'{path}' does not hold a dictionary of named tensors.")
-    return state
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -215,7 +256,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         with (
             suppress(SafetensorError, OSError, RuntimeError),  # `read_weights` names the problem
-            safe_open(path, framework="pt") as file,
+            open_tensors(path) as file,
         ):
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     return {key: tuple(tensor.shape) for key, tensor in read_weights(path).items()}
@@ -228,10 +269,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         CheckpointError: The file can't be read now.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             return file.metadata() or {}
     except SafetensorError:
         return {}
+    except PeftError:
+        raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"'{path}' can't be read: {error}") from error
 
@@ -239,7 +282,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _waiting_config(folder: Path, digest: str) -> Path:
     """Return the name of a config that a save will rename to the present one."""
     try:
-        present = _digest((folder / CONFIG_NAME).read_bytes())
+        present = _digest(_content(folder / CONFIG_NAME))
     except FileNotFoundError:
         present = "none"
     return folder / f".adapter_config.{digest[:32]}.{present[:32]}.json"
@@ -249,7 +292,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors on the CPU, each with a storage of its own, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
@@ -301,12 +344,36 @@ def _replace_in_folder(path: Path, write: Callable[[Path], object]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode  # some writers make files that only their owner can read
         write(temporary)
-        temporary.chmod(mode)
+        if temporary.stat().st_mode != mode:
+            _tolerant(_CANT_CHMOD, temporary.chmod, mode)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            _tolerant(_CANT_SYNC, os.fsync, file.fileno())
+        _rename(temporary, path)
     finally:
         _delete(place)
+
+
+def _tolerant(numbers: tuple[int, ...], call: Callable[[int], object], argument: int) -> None:
+    """Make a call that a file system may lack, as one of these errors tells."""
+    try:
+        call(argument)
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Put a file in place of another in one step."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno in _CANT_RENAME:
+            text = (
+                f"{os.strerror(error.errno)}: this file system does not replace a file in one "
+                "step. Save to a local disk, and copy the folder when it is complete"
+            )
+            raise OSError(error.errno, text) from error
+        raise
 
 
 def _delete(place: Path) -> None:
@@ -315,9 +382,11 @@ def _delete(place: Path) -> None:
         shutil.rmtree(place)
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Delete what interrupted saves left in a folder."""
+def sweep(folder: Path, pattern: str, is_alone: bool = True) -> None:
+    """Delete what interrupted saves left in a folder; without its lock, what is a day old."""
     for leftover in folder.glob(pattern):
+        if not is_alone and time.time() - leftover.lstat().st_mtime < _DAY:
+            continue
         if leftover.is_dir():
             _delete(leftover)
         else:
@@ -331,9 +400,6 @@ def sync_folder(folder: Path) -> None:
     except (PermissionError, IsADirectoryError):  # Windows can't open folders
         return
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EROFS):
-            raise
+        _tolerant(_CANT_SYNC, os.fsync, handle)
     finally:
         os.close(handle)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..base.errors import CheckpointError, CheckpointNotFoundError
-from .files import read_weights
+from .files import open_tensors, read_weights
 
 # Dtypes by their codes in a safetensors file.
 DTYPES = {
@@ -84,7 +84,7 @@ def read_header(path: Path) -> FileHeader:
         }
         return FileHeader(path, tensors, {}, size, 0)
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             tensors = {
                 key: _info(tuple(part.get_shape()), part.get_dtype())

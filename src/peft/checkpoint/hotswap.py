@@ -91,7 +91,7 @@ def hotswap_adapter(
     known = adapter_config(inner, adapter_name)
 
     def read() -> tuple[AdapterConfig, dict[str, Tensor]]:
-        peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub))["peft_type"]
+        peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub)).get("peft_type")
         config = (
             lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
             .from_pretrained(model_name_or_path, **hub)

@@ -67,7 +67,10 @@ def module_shapes(
     for stem, keys in groups.modules.items():
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(groups.methods[stem])]
         own = {name: shapes[key] for name, key in keys.items()}
-        result[stem] = tuner.checkpoint_format.module_shape({**common, **own})
+        try:
+            result[stem] = tuner.checkpoint_format.module_shape({**common, **own})
+        except IndexError:  # a tensor of fewer axes than the method's
+            result[stem] = None
     return result
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of arguments that are paths."""
+"""Checks of arguments that are paths, and of files to read."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from torch import nn
 
-from ..base.errors import PeftTypeError, PeftValueError
+from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 
 _SOURCE = "a folder's path, or the name of a repository on the Hub"
 
@@ -62,3 +63,22 @@ def as_file(path: object) -> Path:
             "another file."
         )
     return file
+
+
+def check_regular(path: Path) -> None:
+    """Check that a file can be read: a pipe would wait for its writer, a device might never end.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path.
+        CheckpointError: There is something else than a file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointNotFoundError(f"Can't find '{path}'.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' can't be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(
+            f"'{path}' can't be read: it is a folder, a pipe or a device, not a file."
+        )

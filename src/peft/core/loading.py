@@ -253,15 +253,15 @@ def read_checkpoint(
     else:
         config = config.for_adapter()
         state = load_peft_weights(model_id, device=device, **hub)
-    _check_sizes(config, state, model_id)
+    check_sizes(config, sum(tensor.nbytes for tensor in state.values()), model_id)
     return named_as_now(model, config.as_loaded(), state, key_mapping)
 
 
-def _check_sizes(
-    config: PeftConfig, state: Mapping[str, Tensor], source: str | os.PathLike[str]
-) -> None:
-    """Raise for a size in a config that the file can't hold, before memory is taken for it."""
-    most = 8 * sum(tensor.nbytes for tensor in state.values())  # a value has a bit at least
+def check_sizes(config: PeftConfig, nbytes: int, source: object) -> None:
+    """Raise for a size in a config that weights of so many bytes can't hold, before memory is taken
+    for it.
+    """
+    most = 8 * nbytes  # a value has a bit at least
     for name in config.sizes:
         value = getattr(config, name)
         entries = (

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROWS = f".token_adapter.{TOKEN_ROWS}"
+# Modules in one another that a path may name; torch walks them by recursion.
+_DEEPEST = 100
 # Fields of a config that choose modules by name.
 _BY_NAME = ("target_modules", "exclude_modules")
 
@@ -91,9 +93,22 @@ def skeleton_of(adapters: Sequence[tuple[TargetedConfig, Mapping[str, Tensor]]])
         path, _, name = key.replace(".base_layer.", ".").rpartition(".")
         layers.setdefault(path, _Layer(None, tensor.dtype)).parameters[name] = tensor
     for path, layer in layers.items():
-        root.put(path, layer.module())
+        _put(root, path, layer)
     root.paths = {path for path, layer in layers.items() if layer.is_adapted}
     return root.eval().requires_grad_(False)
+
+
+def _put(root: Skeleton, path: str, layer: _Layer) -> None:
+    """Make a layer at its path, or raise CheckpointError if no module can have it or be there."""
+    problem = "which is deeper than modules are" if path.count(".") >= _DEEPEST else None
+    try:
+        if problem is None:
+            root.put(path, layer.module())
+    except (KeyError, ValueError, RuntimeError) as error:  # a name or size that torch refuses
+        problem = f"where no module can be ({error})"
+    if problem:
+        shown = path if len(path) < 100 else f"{path[:100]}…"
+        raise CheckpointError(f"The adapter has tensors for `{shown}`, {problem}.")
 
 
 def adapted_paths(state: Iterable[str]) -> set[str]:

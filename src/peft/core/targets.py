@@ -10,9 +10,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+from ..base.expressions import fullmatch, match_after
 from ..base.patterns import matches_path
 
 T = TypeVar("T")
+# The index of a layer in a list of layers, at the end of the list's path.
+_INDEX = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 def named(names: str | Collection[str] | None, path: str) -> bool:
@@ -24,7 +27,7 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return fullmatch(names, path)
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
@@ -37,10 +40,11 @@ def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
     containers = (
         [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
     )
+    starts = [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
     for container in containers:
-        match = re.match(rf"(?:.*?\.)??(?:{container})\.(\d+)(?:\.|$)", path)
-        if match:
-            return int(match.group(1))
+        for start in starts:
+            if (match := match_after(container, _INDEX, path, start)) is not None:
+                return int(match[1])
     return None
 
 

@@ -8,8 +8,8 @@ import json
 from dataclasses import fields
 from typing import NamedTuple
 
-from ..base.errors import CheckpointError, PeftError, PeftTypeError
-from ..base.plain_values import JsonObject
+from ..base.errors import PeftError, PeftTypeError
+from ..base.plain_values import json_object
 from ..base.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
@@ -17,6 +17,7 @@ from ..base.registry import (
     lookup,
 )
 from ..config import PeftConfig
+from ..core.loading import check_sizes
 
 
 class Facts(NamedTuple):
@@ -29,8 +30,13 @@ class Facts(NamedTuple):
     tasks: tuple[str, ...]
 
 
-def facts_of(config: PeftConfig) -> Facts:
-    """Return what the index holds of a config."""
+def facts_of(config: PeftConfig, nbytes: int, source: object) -> Facts:
+    """Return what the index holds of a config.
+
+    Raises:
+        CheckpointError: Weights of so many bytes can't have the sizes in it.
+    """
+    check_sizes(config, nbytes, source)
     rank = getattr(config, "r", None)
     return Facts(
         PeftType(config.peft_type).value,
@@ -56,7 +62,7 @@ def config_from(text: str, source: object) -> PeftConfig:
     Raises:
         PeftError: It is none that this package can read.
     """
-    content = _object_in(text, source)
+    content = json_object(text, source)
     if content.get("peft_type") is None:
         raise PeftTypeError(f"'{source}' has no `peft_type`; it is not an adapter's config.")
     config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, content["peft_type"])
@@ -71,17 +77,5 @@ def config_digest(text: str, source: object) -> str:
     Raises:
         CheckpointError: It is not a JSON object.
     """
-    content = json.dumps(_object_in(text, source), sort_keys=True)
+    content = json.dumps(json_object(text, source), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _object_in(text: str, source: object) -> JsonObject:
-    """Return the JSON object that is a config's text, or raise `CheckpointError`."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{source}' is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise CheckpointError(f"'{source}' must hold a JSON object, not a {kind}.")
-    return content

@@ -23,9 +23,10 @@ from torch import Tensor
 from ..base.constants import CONFIG_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftError
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.files import read_config_text, read_weights
+from ..checkpoint.files import read_config_text, read_weights, writable
 from ..checkpoint.hub import HubOptions, of_one_save
 from ..checkpoint.layout import TensorLayout, read_layout
+from ..checkpoint.paths import check_regular
 from ..config import PeftConfig
 from .configs import config_from
 from .entry import Place
@@ -133,8 +134,9 @@ def opened_folder(
 def _opened_weights(path: Path) -> BufferedReader | BytesIO:
     """Return a weights file opened; one in the legacy format as safetensors would have it."""
     if path.suffix == ".safetensors":
+        check_regular(path)
         return open(path, "rb")
-    return BytesIO(save(dict(read_weights(path))))
+    return BytesIO(save(writable(read_weights(path))))
 
 
 def read_folder(folder: Path, weights: str, source: tuple[str, HubOptions]) -> tuple[Content, str]:

@@ -163,7 +163,7 @@ def stamps_of(line: JsonObject) -> Stamps:
     """Return the stamps in a line of the index; a wrong one is none, so that files are read."""
     try:
         return tuple(Stamp(*map(int, stamp)) for stamp in line.get("stamps", []))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ()
 
 

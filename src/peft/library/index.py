@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..base.errors import CheckpointError, CheckpointWriteError, PeftError, warn
 from ..base.plain_values import JsonObject
 from ..checkpoint.files import alone_in, folder_for, sweep, write_text
+from ..checkpoint.paths import check_regular
 from .entry import AdapterEntry, Place, Stamp, Stamps, check_inside, stamps_of
 from .scanning import stamp_of
 
@@ -96,6 +97,7 @@ class IndexFile:
             CheckpointError: It was written by a newer version, or can't be read.
         """
         try:
+            check_regular(self.path)
             with open(self.path, "rb") as file:
                 stamp = stamp_of(os.fstat(file.fileno()))
                 if stamp != self._stamp:
@@ -123,12 +125,12 @@ class IndexFile:
             As `read`; and CheckpointWriteError if it can't be written; then it is as it was.
         """
         folder = self.path.parent
-        with alone_in(folder):
+        with alone_in(folder) as is_alone:
             before = self.read()
             content = before.copy()
             change(content)
             with suppress(OSError):
-                sweep(folder, ".adapter_*.tmp")  # of writers that were killed
+                sweep(folder, ".adapter_*.tmp", is_alone)  # of writers that were killed
             if self._stamp is not None and not self._problems and content == before:
                 return before
             try:

@@ -60,7 +60,7 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
         if config_stamp.size > _LARGEST_CONFIG:
             raise UnfitError(f"'{CONFIG_NAME}' has {config_stamp.size:,} bytes; that is no config.")
         text = read_config_text(folder / CONFIG_NAME)
-        facts = facts_of(config_from(text, folder / CONFIG_NAME))
+        config = config_from(text, folder / CONFIG_NAME)
         config_sha256 = config_digest(text, folder / CONFIG_NAME)
         is_same = known is not None and known.stamps[1:] == (weights_stamp,)
         with open(weights, "rb") as file:
@@ -69,6 +69,7 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
                 keys = list(layout.spans)
             else:
                 keys = list(read_shapes(weights))
+            facts = facts_of(config, weights_stamp.size, folder)
             check_keys(keys, facts.method)
             sha256 = known.sha256 if is_same and known is not None else digest_of(file)
         after = (stamp_of(os.stat(folder / CONFIG_NAME)), stamp_of(os.stat(weights)))

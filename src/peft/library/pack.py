@@ -36,12 +36,12 @@ from ..base.errors import (
     PeftTypeError,
     PeftValueError,
 )
-from ..base.plain_values import JsonObject
+from ..base.plain_values import JsonObject, json_object
 from ..base.progress import track
 from ..base.suggestions import adapters_there
 from ..checkpoint.files import alone_in, folder_for, replace_file, sync_folder, write_file
 from ..checkpoint.layout import MAX_HEADER, TensorLayout, parse_header, read_layout
-from ..checkpoint.paths import as_folder, as_path
+from ..checkpoint.paths import as_folder, as_path, check_regular
 from .configs import config_from
 from .content import Content, LoadedAdapter, file_digest, opened_folder, read_folder
 from .entry import PACK_SUFFIX
@@ -114,6 +114,7 @@ class AdapterPack:
         self.path = as_path(path, "path")
         self._lock = Lock()
         self._shared: dict[str, Tensor] = {}
+        check_regular(self.path)
         try:
             self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
@@ -346,6 +347,7 @@ def _members(
             kinds.append(Kind(kind["config"], kind["header"]))
             if not all(isinstance(text, str) for text in kinds[-1]):
                 raise ValueError(f"config or header of kind {number} is not text")
+            json_object(kinds[-1].config, f"the config of kind {number}")
             data, digests = layout.spans[f"adapters.{number}"], layout.spans[f"digests.{number}"]
             expected = (len(names), kinds[-1].layout.nbytes), (len(names), _DIGEST_BYTES)
             own = {name: Row(number, i) for i, name in enumerate(names)}
@@ -355,7 +357,7 @@ def _members(
                 raise ValueError(f"kind {number} has the member of another, or one without a name")
             rows |= own
             positions.append(_Position(data.begin, digests.begin))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"'{path}' is a damaged pack of adapters: {error}.") from None
     return kinds, rows, positions
 

@@ -204,7 +204,9 @@ def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> No
             digests = pack.digests()
             facts = []
             for kind in pack.kinds:
-                fact = facts_of(config_from(kind.config, root / path))
+                fact = facts_of(
+                    config_from(kind.config, root / path), kind.layout.nbytes, root / path
+                )
                 check_keys(list(kind.layout.spans), fact.method)
                 config_sha256 = config_digest(kind.config, root / path)
                 facts.append((fact, kind.layout.file_size, config_sha256))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftError, PeftValueError
@@ -37,6 +37,7 @@ _AT_HAND: ContextVar[Mapping[str, Deltas]] = ContextVar("_AT_HAND", default={}) 
 _HUB: ContextVar[HubOptions] = ContextVar("_HUB", default={})  # noqa: B039
 # The end of the keys under which a folder holds its experts' factors.
 SAVED = "routed_experts"
+_ENDS = ("down", "up", "ranks", "numbers")
 # How many parts of a path, and folders around a folder, are tried for an adapter that has moved.
 _LEVELS = 3
 
@@ -256,13 +257,33 @@ def saved_experts(config: RoutedConfig) -> Experts | None:
     state = read_weights(find_file(place, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), hub))
     names = [*config.experts, None]
     deltas: dict[str | None, Deltas] = {name: {} for name in names}
-    for key, down in state.items():
+    for key in state:
         path, _, end = key.removeprefix(MODEL_ROOT).rpartition(f".{SAVED}.")
         if end == "down":
             start = key.removesuffix("down")
-            ranks = state[f"{start}ranks"].tolist()
-            pairs = zip(down.split(ranks), state[f"{start}up"].split(ranks), strict=True)
-            for number, (A, up) in zip(state[f"{start}numbers"].tolist(), pairs, strict=True):
-                deltas[names[number]][path] = approximate(up.mT, A)
+            try:
+                for number, A, B in _factors(state, start, len(names)):
+                    deltas[names[number]][path] = approximate(B.mT, A)
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"The experts of `{path}` in '{place}' are damaged: {error}."
+                ) from None
     general = deltas.pop(None)
     return Experts(cast("dict[str, Deltas]", deltas), general) if any(deltas.values()) else None
+
+
+def _factors(
+    state: Mapping[str, Tensor], start: str, known: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield number and factors of each expert of a layer; raise unless all fit together."""
+    down, up, ranks, numbers = (state[f"{start}{end}"] for end in _ENDS)
+    if down.dim() != 2 or up.dim() != 2 or ranks.dim() != 1 or numbers.shape != ranks.shape:
+        raise ValueError("factors are no matrices, or the lists of ranks and experts differ")
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise ValueError("factors have no floating-point numbers")
+    sizes, experts = ranks.tolist(), numbers.tolist()
+    if not all(type(size) is int and size >= 0 for size in (*sizes, *experts)):
+        raise ValueError("ranks or numbers of experts are no sizes")
+    if not len(down) == len(up) == sum(sizes) or max(experts, default=0) >= known:
+        raise ValueError("ranks do not add up to the factors' rows, or an expert has no name")
+    yield from zip(experts, down.split(sizes), up.split(sizes), strict=True)

@@ -345,7 +345,7 @@ def digest(vectors: Tensor) -> str:
         >>> digest(zeros) == digest(zeros.bfloat16()) != digest(zeros.view(3, 2))
         True
     """
-    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     values = vectors.detach().cpu().to(dtype).contiguous()
     result = hashlib.sha256(f"{vectors.shape[1]}:".encode())
     result.update(ctypes.string_at(values.data_ptr(), values.numel() * values.itemsize))

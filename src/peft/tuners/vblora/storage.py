@@ -169,7 +169,7 @@ def _checked_weights(
         raise CheckpointError(f"`{key}` has no `{name}` that goes with it; nothing was loaded.")
     if indices.is_floating_point():
         raise CheckpointError(f"`{key}` must hold integers; nothing was loaded.")
-    if not all(0 <= int(i) < config.num_vectors for i in indices.aminmax()):
+    if indices.numel() and not all(0 <= int(i) < config.num_vectors for i in indices.aminmax()):
         raise CheckpointError(
             f"`{key}` points beyond the bank's {config.num_vectors} vectors; nothing was loaded. "
             "Load it with the config that was saved with it."

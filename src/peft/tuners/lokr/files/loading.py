@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ....base.constants import MODEL_ROOT
 from ....base.containers import walk
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
+from ....base.plain_values import json_object
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.checks import warn_of_values
@@ -225,12 +225,7 @@ def _saved_config(file: LoKrFile) -> LoKrConfig | None:
     text = file.metadata.get("lora_adapter_metadata")
     path = Path(file.source)
     if text is not None:
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"'{file.source}': the config in its header is not valid JSON: {error}"
-            ) from None
+        fields = json_object(text, f"{file.source}, the config in its header")
         # Pipelines put a component before each name.
         fields = {name.rpartition(".")[2]: value for name, value in fields.items()}
     elif path.name == SAFETENSORS_WEIGHTS_NAME and path.with_name(CONFIG_NAME).is_file():

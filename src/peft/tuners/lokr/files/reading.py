@@ -104,7 +104,7 @@ def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile
     tensors, result = _open(file)
     for name, tensor in tensors.items():
         key = split_key(name)
-        if key is None or (key.tensor in NUMBERS and tensor.numel() != 1):
+        if key is None or (key.tensor in NUMBERS and (tensor.numel() != 1 or tensor.is_complex())):
             result.unknown.append(name)
             continue
         module = result.modules.setdefault(
