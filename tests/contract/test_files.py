@@ -210,7 +210,13 @@ def test_one_format_replaces_the_other(tmp_path):
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path):
     whole = torch.arange(8.0)
-    given = {"whole": whole, "again": whole, "part": whole[2:4], "cut": torch.ones(2, 3).T}
+    given = {
+        "whole": whole,
+        "again": whole,
+        "third": whole,
+        "part": whole[2:4],
+        "cut": torch.ones(2, 3).T,
+    }
     for safe in (True, False):
         files.write_adapter(tmp_path, given, "{}", safe)
         written = files.read_weights(tmp_path / (WEIGHTS if safe else LEGACY))
@@ -396,6 +402,8 @@ def test_paths_that_are_none():
         PeftTypeError, match="Expected a folder's path, got an object of type list.$"
     ):
         paths.as_folder([])
+    with pytest.raises(PeftTypeError, match="`path`=1 must be a path, not int"):
+        paths.as_file(1)
     with pytest.raises(PeftTypeError, match="`name`=1 must be a path or None, not int"):
         paths.as_path(1, "name", " or None")
 

@@ -190,6 +190,7 @@ def test_a_damaged_config_has_no_digest(tmp_path, text):
 
 def test_a_message_names_eight_keys_at_most():
     assert checks.some("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert checks.some("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
     assert checks.some("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
 
 

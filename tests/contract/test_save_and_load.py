@@ -411,3 +411,24 @@ def test_the_largest_value_of_a_dtype_is_none_too_large(tmp_path, recwarn):
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(base().half(), tmp_path, autocast_adapter_dtype=False)
     assert not recwarn.list
+
+
+def test_a_pattern_for_one_module_is_not_one_for_all_below_it(tmp_path):
+    config = LoraConfig(r=2, target_modules=TARGETS, alpha_pattern={"^0": 8})
+    adapted(config).save_pretrained(tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    assert r'"^0(\\..*)?"' in text
+    (tmp_path / CONFIG).write_text(text.replace(r'"^0(\\..*)?"', '"^0"'))
+    with pytest.raises(PeftValueError, match=r"`alpha_pattern`=\{'\^0': 8\}, the adapter has"):
+        adapted(config).load_adapter(tmp_path, "default")
+
+
+def test_a_base_model_renames_the_modules_of_its_former_versions(tmp_path):
+    source = adapted()
+    source.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    old = {key.replace("model.0.", "model.former."): tensor for key, tensor in state.items()}
+    save_file(old, tmp_path / WEIGHTS)
+    model = base()
+    model._checkpoint_conversion_mapping = {"^former": "0"}
+    torch.testing.assert_close(PeftModel.from_pretrained(model, tmp_path)(X), source(X))

@@ -239,3 +239,15 @@ def test_a_newer_version_is_refused_before_anything_is_written(path):
         with pytest.raises(CheckpointError, match="has version 2, and this package writes 1"):
             use()
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_a_damaged_file_that_can_not_be_kept_is_not_replaced(path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "full")
+
+    written(path, HEAD, "<", LINES["ada"])
+    before = path.read_bytes()
+    monkeypatch.setattr(index_module.shutil, "copyfile", full)
+    with pytest.raises(CheckpointWriteError, match="full"):
+        IndexFile(path).change(lambda index: None)
+    assert path.read_bytes() == before

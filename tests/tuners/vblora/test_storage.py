@@ -154,7 +154,9 @@ def test_a_bank_grows_by_small_vectors():
     assert torch.equal(one.vectors, two.vectors) and one.vectors[2:].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e5m2, torch.float8_e4m3fn, torch.float16, torch.float64]
+)
 def test_banks_of_all_dtypes_are_checked(dtype):
     assert VectorBank(torch.ones(3, 2).to(dtype)).num_vectors == 3
     with pytest.raises(PeftValueError, match=r"NaN or infinite \(rows 1\)"):
