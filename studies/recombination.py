@@ -112,8 +112,9 @@ def config(arm: str, n_tasks: int) -> PeftConfig:
     if arm in ("shared", "own"):
         rank = total if arm == "shared" else PER_TASK_RANK
         return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-    skills = min(SKILLS, total)
-    options: dict[str, Any] = {"r": max(1, total // skills), "n_skills": skills}
+    # The router of an input has a number for each skill and input: it gets one skill less.
+    skills = min(SKILLS - 1 if arm == "input" else SKILLS, total)
+    options: dict[str, Any] = {"r": max(1, total // SKILLS), "n_skills": skills}
     if arm == "input":
         return PolyConfig(**options, poly_type="mope", target_modules=TARGETS)
     if arm == "heads":
