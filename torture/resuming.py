@@ -2,11 +2,11 @@
 """Kill a training run, and resume it from each checkpoint that it left.
 
 A run by transformers' `Trainer`, or by a loop with `peft.optimizers`, is killed at one of its
-Python calls: in a step, between steps, or in a save. Each whole checkpoint that it left is resumed
-in a new process, whose random numbers start elsewhere. The adapter and the optimizer in the end are
-to the bit those of a run that was never killed. Runs draw random numbers: dropout of each kind that
-the method has, Poly's gates, the order of the samples. A checkpoint that was killed in the middle
-holds a whole adapter or none.
+Python calls from the first step on: in a step, between steps, or in a save. Each whole checkpoint
+that it left is resumed in a new process, whose random numbers start elsewhere. The adapter and the
+optimizer in the end are to the bit those of a run that was never killed. Runs draw random numbers:
+dropout of each kind that the method has, Poly's gates, the order of the samples. A checkpoint that
+was killed in the middle holds a whole adapter or none.
 """
 
 from __future__ import annotations
@@ -209,8 +209,12 @@ def _child(
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
 
+    def begin(*_: object) -> None:
+        handle.remove()
+        sys.setprofile(watch)
+
     model = scenario.model(seed)
-    sys.setprofile(watch)
+    handle = model.register_forward_pre_hook(begin)  # a library's own preparations do not count
     scenario.train(model, folder, start)
     sys.setprofile(None)
     return str(seen)
