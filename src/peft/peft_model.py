@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .base.calls.adapter_batch import ADAPTER_BATCHES
+from .base.calls.running import changing
 from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from .base.missing_attribute import PeftAttributeError
@@ -356,12 +357,13 @@ class PeftModel(nn.Module):
                 f"`adapter_name`={adapter_name!r} must be one adapter's name; copy several one by "
                 "one."
             )
-        self.base_model.check_names(adapter_name)
-        config = self.peft_config[adapter_name]
-        fill = copy_fill(self, config, adapter_name)
-        construction = Construction(initialize=False, like=adapter_name)
-        self.add_filled_adapter(new_name, config.for_copy(reference), fill, construction)
-        self.base_model.method_of(config).note_loaded(self, new_name)
+        with changing(self):
+            self.base_model.check_names(adapter_name)
+            config = self.peft_config[adapter_name]
+            fill = copy_fill(self, config, adapter_name)
+            construction = Construction(initialize=False, like=adapter_name)
+            self.add_filled_adapter(new_name, config.for_copy(reference), fill, construction)
+            self.base_model.method_of(config).note_loaded(self, new_name)
 
     def add_filled_adapter(
         self, name: str, config: PeftConfig, fill: Fill, construction: Construction | None = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..base.calls.running import changing
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
@@ -237,13 +238,14 @@ def add_weighted_adapter(
 
 def add(model: Combinable, adapter_name: str, request: Combination) -> dict[str, float]:
     """Put the adapter that a request asks for into a model; return the errors of its layers."""
-    method = check(model, request)
-    check_name(adapter_name, model.peft_config)
-    companions = _companions(model, request)
-    with torch.no_grad():
-        combined = method.combine(request, layers_of(method, request))
-    put(model, adapter_name, request, combined, companions)
-    return combined.errors
+    with changing(model):  # the others stay as they are meanwhile
+        method = check(model, request)
+        check_name(adapter_name, model.peft_config)
+        companions = _companions(model, request)
+        with torch.no_grad():
+            combined = method.combine(request, layers_of(method, request))
+        put(model, adapter_name, request, combined, companions)
+        return combined.errors
 
 
 def derive(model: Combinable, adapter_name: str, source: str, combined: Combined) -> None:

@@ -20,7 +20,6 @@ from time import monotonic
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import nn
 
 from ..errors import PeftRuntimeError
 
@@ -168,14 +167,12 @@ class _Call(AbstractContextManager):
                     running._ended.notify_all()
 
 
-def changing(
-    model: nn.Module, adapters: Collection[str] | None = ()
-) -> AbstractContextManager[None]:
+def changing(model: object, adapters: Collection[str] | None = ()) -> AbstractContextManager[None]:
     """Return a context for a change of some adapters of a model, None for all; see `RunningCalls`.
 
     In a model without a tuner, which adapters were injected into, no calls are noted.
     """
-    tuner: Any = model._modules.get("base_model", model)
+    tuner: Any = getattr(model, "_modules", {}).get("base_model", model)
     running = vars(tuner).get("running_calls")
     if not isinstance(running, RunningCalls):
         return nullcontext()
