@@ -15,12 +15,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.models import llama
-from helpers.variants import CASES
+from helpers.variants import CASES, Case
 from torch import nn
 
 from peft import PeftModel, PolyConfig, get_peft_model
 from peft.ops import inference_cache
 from peft.ops.inference_cache import InferenceCache, cached, reuse
+from peft.tuners.poly import mixing
 
 
 @pytest.fixture(params=["VBLORA", "POLY", "POLY one head", "POLY top 1"])
@@ -204,6 +205,59 @@ def test_rows_that_change_inside_a_call(tmp_path):
             row.add_(1.0 + torch.arange(row.shape[-1]))
         after = model(x, **case.call(0, 2, 1))
     torch.testing.assert_close(after, run(reloaded(model, case, tmp_path), case, x))
+
+
+CHOICES = {
+    "another tensor": lambda ids: ids.flip(0),
+    "in place": lambda ids: ids.copy_(ids.flip(0)),
+    "in place past the version counter": lambda ids: ids.data.copy_(ids.flip(0)),
+    "through numpy": lambda ids: ids.numpy().__setitem__(..., ids.flip(0).numpy()),
+}
+
+
+@pytest.mark.parametrize("n_splits", [1, 2])
+@pytest.mark.parametrize("change", sorted(CHOICES))
+def test_other_task_ids(n_splits, change, tmp_path, monkeypatch):
+    """Their weights are chosen from the tables of all layers when a call begins."""
+    monkeypatch.setattr(mixing, "rank_space_pays", lambda *sizes: True)
+    case = Case("POLY", {"n_splits": n_splits, "alpha": 3})
+    model, x, ids = model_of(case), case.input(), torch.tensor([0, 1, 2])
+    fresh = reloaded(model, case, tmp_path)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x, task_ids=ids), fresh(x, task_ids=[0, 1, 2]))
+        ids = out if isinstance(out := CHOICES[change](ids), torch.Tensor) else ids
+        torch.testing.assert_close(model(x, task_ids=ids), fresh(x, task_ids=[2, 1, 0]))
+        for layer in model.base_model.tuner_layers():
+            layer.set_scale("default", 2.0)
+        scaled = model(x, task_ids=ids)
+        with torch.enable_grad():  # does not use the cache
+            torch.testing.assert_close(scaled, model(x, task_ids=[2, 1, 0]).detach())
+    assert kept(model) == 2  # one result a layer, whatever scales were used
+
+
+def test_rows_of_a_table():
+    """The first choice of a call is made in all tables, later ones in their own."""
+    cache, layers = InferenceCache(), [nn.Identity(), nn.Identity()]
+    tables = [nn.Parameter(torch.randn(4, 3)) for _ in layers]
+
+    def rows(index):
+        pairs = zip(layers, tables, strict=True)
+        return [cached(o, "a", "t", (t,), lambda t=t: 2 * t, None, index) for o, t in pairs]
+
+    first, second = torch.tensor([2, 0]), torch.tensor([1])
+    with torch.no_grad():
+        for _ in range(2):
+            with cache.during_call():
+                for index in (first, second, first):
+                    for own, table in zip(rows(index), tables, strict=True):
+                        torch.testing.assert_close(own, 2 * table[index])
+                first.add_(1)
+                tables[1].data.mul_(3)  # seen by the next call
+        with torch.inference_mode(), cache.during_call():
+            index = torch.tensor([3])
+            for own, table in zip(rows(index), tables, strict=True):
+                torch.testing.assert_close(own, 2 * table[index])
 
 
 # --- one call

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 
 from ..base.tracing import shapes as shapes
@@ -29,9 +31,9 @@ def is_eager() -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or _is_tracing()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -42,7 +44,7 @@ def is_batched(x: Tensor | None) -> bool:
 
 def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is on for a tensor's device."""
-    if not torch._C._is_any_autocast_enabled():  # reads a flag, and makes no device name
+    if not _is_any_autocast_enabled():  # reads a flag, and makes no device name
         return False
     kind = x.device.type  # torch raises if asked about devices without autocast
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -89,16 +91,15 @@ def is_ordinary(x: Tensor) -> bool:
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a layer's call is one matrix product in one precision, for `fused_linear`."""
-    if type(layer) is not nn.Linear:
-        return False
-    weight = layer._parameters.get("weight")
     return (
         are_unhooked((layer,), nn.Linear)
-        and type(weight) in PLAIN_TENSORS  # quantized and distributed weights multiply differently
+        # Quantized and distributed weights multiply differently.
+        and type(weight := layer._parameters.get("weight")) in PLAIN_TENSORS
         and is_ordinary(x)
         and x.dtype == weight.dtype  # type: ignore[union-attr]
         and x.is_contiguous()
-        and not is_autocast(x)
+        # Reads a flag, which most often says enough.
+        and not (_is_any_autocast_enabled() and is_autocast(x))
     )
 
 

@@ -153,9 +153,13 @@ def add_product(
             support them.
         scale: A number.
     """
-    if (in_place or result.dtype != p.dtype) and _can_add(result, p, up):
-        return _added(result, p, up, in_place, scale)
-    return result + (scaled(p, scale) @ up).view(result.shape)
+    is_one = result.dtype == p.dtype == up.dtype
+    fits = result.is_contiguous() if is_one else mixed_precision.can_add(result, p, up)
+    if not fits or (is_one and not in_place):
+        return result + (scaled(p, scale) @ up).view(result.shape)
+    if torch.is_grad_enabled():
+        return _AddProduct.apply(result, scaled(p, scale), up, in_place)
+    return _add(result, p, up, in_place, scale)
 
 
 def as_operand(x: Tensor, down: Tensor) -> Tensor:
@@ -174,7 +178,10 @@ def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
     else:
         ends = chain.middle(_first_product(chain.x, chain.down), *chain.factors)
         if isinstance(ends, Tensor):
-            return result + ends.view(result.shape)
+            if in_place and result.dtype == ends.dtype and not torch.is_grad_enabled():
+                result.view(ends.shape).add_(ends)
+                return result
+            return result + ends.reshape(result.shape)
         (p, up), scale = ends, 1.0
     return add_product(result, p, up, in_place, scale)
 
@@ -192,22 +199,8 @@ def _middle(chain: Chain) -> tuple[Middle | None, float]:
 def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
     if down is None:
         return x
-    if x.dtype == down.dtype:
-        return as_operand(x, down) @ down
-    return mixed_precision.down(as_operand(x, down), down)
-
-
-def _can_add(result: Tensor, p: Tensor, up: Tensor) -> bool:
-    """Return whether the product can be added to `result` without a tensor of that size."""
-    if result.dtype == p.dtype == up.dtype:
-        return result.is_contiguous()
-    return mixed_precision.can_add(result, p, up)
-
-
-def _added(result: Tensor, p: Tensor, up: Tensor, in_place: bool, scale: float = 1.0) -> Tensor:
-    if torch.is_grad_enabled():
-        return _AddProduct.apply(result, scaled(p, scale), up, in_place)
-    return _add(result, p, up, in_place, scale)
+    rows = as_operand(x, down)
+    return rows @ down if x.dtype == down.dtype else mixed_precision.down(rows, down)
 
 
 def _add(

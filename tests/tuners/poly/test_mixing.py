@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft.core.routing.pooling import pool, prompt_mask
 from peft.tuners.poly import mixing
 from peft.tuners.poly.gating import gates, grow_skills, normalize
-from peft.tuners.poly.mixing import mix, poly_delta, rank_space_pays, task_factors
+from peft.tuners.poly.mixing import (
+    decoding_chain,
+    mix,
+    mixings,
+    poly_delta,
+    rank_space_pays,
+    skill_columns,
+    task_factors,
+)
 
 few = settings(max_examples=25, deadline=None)
 either_path = pytest.mark.parametrize("rank_space", [False, True], ids=["matrices", "rank-space"])
@@ -82,14 +90,28 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normal(batch * draw(size), *leading, n_in, seed=seed + 3), weights, A, B
 
 
-@given(problems(), st.booleans())
+@given(problems(), st.booleans(), st.booleans())
 @few
 def test_delta_is_the_loop(
-    problem: tuple[Tensor, Tensor, Tensor, Tensor], rank_space: bool
+    problem: tuple[Tensor, Tensor, Tensor, Tensor], rank_space: bool, tracked: bool
 ) -> None:
-    with path(rank_space):
+    with path(rank_space), torch.set_grad_enabled(tracked):
         delta = poly_delta(*problem, 0.5)
     torch.testing.assert_close(delta, delta_by_loop(*problem, 0.5))
+
+
+@pytest.mark.parametrize("n_splits", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_decoding_is_the_loop(n_splits: int, tokens: int, in_columns: bool) -> None:
+    A, B = skills(n_splits, 3, 4, 6, 2)
+    x, weights = normal(5, tokens, 4), normal(5, n_splits, 3)
+    columns = skill_columns(A) if in_columns else None
+    with torch.no_grad():
+        chain = decoding_chain(x, mixings(weights, 0.5), A, B, tokens, columns)
+    torch.testing.assert_close(
+        chain.delta().reshape(5, tokens, 6), delta_by_loop(x, weights, A, B, 0.5)
+    )
 
 
 @given(problems())
@@ -115,10 +137,11 @@ def test_gradients_reach_everything(rank_space: bool, token_level: bool) -> None
 
 
 @either_path
+@pytest.mark.parametrize("tracked", [True, False])
 @pytest.mark.parametrize("leading", [(4,), (4, 3), (4, 2, 3), (4, 0), (0, 3)])
-def test_any_leading_sizes(rank_space: bool, leading: tuple[int, ...]) -> None:
-    A, B = skills(2, 3, 4, 6, 2)
-    with path(rank_space):
+def test_any_leading_sizes(rank_space: bool, tracked: bool, leading: tuple[int, ...]) -> None:
+    A, B = skills(2, 3, 4, 6, 3)
+    with path(rank_space), torch.set_grad_enabled(tracked):
         delta = poly_delta(normal(*leading, 4), normal(leading[0], 2, 3), A, B, 0.5)
     assert delta.shape == (*leading, 6)
 

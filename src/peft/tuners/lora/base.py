@@ -340,7 +340,7 @@ class LoraLayer(BaseTunerLayer):
             return norms()
         start = self.lora_start[adapter_name].buffers() if adapter_name in self.lora_start else ()
         sources = (weight, *self._weights(adapter_name), *start)
-        return reuse(self, adapter_name, ("norms", scale), sources, norms)
+        return reuse(self, adapter_name, "norms", sources, norms, scale)
 
     @property
     def _is_grouped(self) -> bool:

@@ -17,18 +17,28 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.geometry import Placement
 from ...base.plain_values import plain
-from ...base.tracing import numel
+from ...base.tracing import numel, shapes
 from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
-from ...core.routing.calls import Routing
+from ...core.routing.calls import Routing, TaskRows
 from ...core.routing.layer import RoutingLayer
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached, is_running_often
 from ...ops.low_rank import LowRank, approximate
-from .mixing import compact_skills, poly_chain, poly_delta, skill_columns, task_factors
+from .mixing import (
+    compact_skills,
+    decoding_chain,
+    has_small_mixings,
+    mixings,
+    poly_chain,
+    poly_delta,
+    rank_space_sizes,
+    skill_columns,
+    task_factors,
+)
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
 from .task_skills import TaskSkills
 from .task_table import TaskTable
@@ -220,35 +230,72 @@ class PolyLayer(RoutingLayer):
         """Return `(alpha / r) · x·A_w·B_w` as a chain; None with task-specific skills."""
         if self.task_skills(adapter_name) is not None:
             return None
+        router = self.router(adapter_name)
+        tasks = None
+        if isinstance(router, TaskRouter):
+            tasks = self.routing.tasks(x, self, self.n_tasks[adapter_name])
+            if not torch.is_grad_enabled() and tasks.owners is IN_ORDER:
+                chain = self._decoding_chain(adapter_name, router, x, tasks.ids)
+                if chain is not None:
+                    return chain
+        return poly_chain(*self._operands(adapter_name, x, tasks))
+
+    def _decoding_chain(
+        self, adapter_name: str, router: TaskRouter, x: Tensor, ids: Tensor
+    ) -> Chain | None:
+        """Return the delta for a few rows of each sample as a chain, from cached tables; None
+        without these.
+        """
+        scale, table = self.scaling[adapter_name], router.module_logits
+        if (
+            router.training
+            or router.gating.top_k is not None
+            or isinstance(scale, Tensor)
+            or numel(table) > _SMALL_TABLE
+        ):
+            return None
+        A, B = self._skills(adapter_name)
+        tokens, pays = rank_space_sizes(x, shapes(ids)[0], A, B)
+        if not pays or not has_small_mixings(A):
+            return None
+        mixing = cached(
+            router,
+            adapter_name,
+            "mixings",
+            (table, *router.rows) if router.runs else (table,),
+            lambda: mixings(router.task_weights(), scale).to(A.dtype),
+            (router.gating, scale, A.dtype),
+            ids,
+        )
+        if mixing is None:
+            return None
+        columns, own = None, self._modules["poly_lora_A"]._parameters.get(adapter_name)
+        if is_running_often() and A is own:  # offloaded skills exist for this call only
+            columns = cached(self, adapter_name, "columns", (A,), lambda: skill_columns(A))
+        x = x if x.dtype == A.dtype else self._chain_input(x, A.dtype)
+        return decoding_chain(x, mixing, A, B, tokens, columns)
+
+    def _skills(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return an adapter's `A` and `B`."""
         modules = self._modules
-        x, weights, A, B, scale = self._operands(adapter_name, x)
-
-        def columns() -> Tensor | None:
-            # Offloaded and selected skills exist for this call only.
-            if not is_running_often() or A is not modules["poly_lora_A"]._parameters.get(
-                adapter_name
-            ):
-                return None
-            return cached(self, adapter_name, "A", (A,), lambda: skill_columns(A))
-
-        return poly_chain(x, weights, A, B, scale, columns)
+        A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
+        assert A is not None and B is not None  # each adapter has both
+        return A, B
 
     def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
         """Return the factor on task-specific skills: `alpha / r_t`, times the user's scale."""
         return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
 
     def _operands(
-        self, adapter_name: str, x: Tensor
+        self, adapter_name: str, x: Tensor, tasks: TaskRows | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Return the arguments of `poly_delta`: input, mixing weights, `A`, `B` and scale."""
-        modules = self._modules
-        A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
-        assert A is not None and B is not None  # each adapter has both
+        A, B = self._skills(adapter_name)
         router = self.router(adapter_name)
         if x.dtype != A.dtype:  # an `InputRouter` reads the input too
             cast = self._chain_input if isinstance(router, TaskRouter) else self._cast_input_dtype
             x = cast(x, A.dtype)
-        weights = self._weights(adapter_name, router, x)
+        weights = self._weights(adapter_name, router, x, tasks)
         top_k = None if router.training else router.gating.top_k
         if top_k is not None:
             weights, A, B = compact_skills(weights, A, B, top_k)
@@ -260,13 +307,15 @@ class PolyLayer(RoutingLayer):
             self.scaling[adapter_name],
         )
 
-    def _weights(self, adapter_name: str, router: Router, x: Tensor) -> Tensor:
+    def _weights(
+        self, adapter_name: str, router: Router, x: Tensor, tasks: TaskRows | None
+    ) -> Tensor:
         """Return the mixing weights for an input `[rows, *leading, in]`:
         `[samples, n_splits, n_skills]`, with as many consecutive rows for each sample, or
         `[rows, *leading, n_splits, n_skills]` with routing by token.
         """
         if isinstance(router, TaskRouter):
-            ids, rows = self.routing.tasks(x, self, self.n_tasks[adapter_name])
+            ids, rows = tasks or self.routing.tasks(x, self, self.n_tasks[adapter_name])
             weights = self._weights_of_tasks(adapter_name, router, ids)
             return weights if rows is IN_ORDER else rows.expand(weights, x)
         if self.token_level[adapter_name]:
@@ -281,7 +330,9 @@ class PolyLayer(RoutingLayer):
         table, weights = router.module_logits, None
         if not router.training and numel(table) <= _SMALL_TABLE:
             sources = (table, *router.rows) if router.runs else (table,)
-            weights = cached(router, adapter_name, router.gating, sources, router.task_weights)
+            weights = cached(
+                router, adapter_name, "weights", sources, router.task_weights, router.gating
+            )
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
     def resolve_task(self, adapter_name: str, task_id: object) -> int:

@@ -17,7 +17,7 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from ...base.errors import PeftValueError
 from ...ops.dispatch import is_eager, shapes
 from ...ops.fused_linear import Chain, Ends, FunctionChain, LowRankChain
-from ...ops.mixed_precision import widened
+from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import with_kernel
 
 # Cost of moving one number through memory, in multiplications; measured on a CPU core in float32.
@@ -103,12 +103,7 @@ def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 
 
 
 def poly_chain(
-    x: Tensor,
-    weights: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float = 1.0,
-    columns: Callable[[], Tensor | None] | None = None,
+    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0
 ) -> Chain:
     """Return `poly_delta` as a chain of products.
 
@@ -117,56 +112,89 @@ def poly_chain(
 
     Args:
         x, weights, A, B, scale: As for `poly_delta`.
-        columns: Called in rank space; returns `skill_columns(A)` if that is cached, else None.
 
     Source: arXiv:2211.03831, section 3; arXiv:2202.13914, section 3
     """
-    tokens, pays = _sizes(x, weights, A, B)
+    tokens, pays = rank_space_sizes(x, shapes(weights)[0][:-2], A, B)
     weights = weights if weights.dim() == 3 else weights.flatten(0, -3)
     if not pays:
         return LowRankChain(x, *mix(weights, A, B), scale)
+    if not torch.is_grad_enabled() and is_eager() and has_small_mixings(A):
+        return decoding_chain(x, mixings(weights, scale), A, B, tokens)
     make = _rank_space_chain if shapes(A)[0][0] == 1 else _split_rank_space_chain
-    return make(x, weights, A, B, scale, tokens, None if columns is None else columns())
+    return make(x, weights, A, B, scale, tokens)
+
+
+def decoding_chain(
+    x: Tensor, mixing: Tensor, A: Tensor, B: Tensor, tokens: int, columns: Tensor | None = None
+) -> FunctionChain:
+    """Return the chain in rank space without gradients, where the number of operations counts:
+    `h_qs = x_q A_qs`, `p = M h`, `Δ_q = Σ_s p_qs B_qs`.
+
+    Args:
+        x: `[rows, ..., in]`.
+        mixing: `mixings` of each sample, `[batch, n_splits·n_skills, n_splits·n_skills]`.
+        tokens: Number of rows of each sample.
+        columns: `skill_columns(A)`, if that is cached.
+    """
+    n_splits, n_skills, width, r = A.shape
+    size = n_skills * r
+
+    def ends(x: Tensor, A: Tensor, B: Tensor, mixing: Tensor) -> Ends | Tensor:
+        if n_splits > 1:
+            down = skill_columns(A) if columns is None else columns
+            h = x.reshape(-1, n_splits, width).transpose(0, 1) @ down
+            h = h.view(n_splits, -1, n_skills, r).transpose(0, 1).flatten(1, 2)
+        elif columns is None:  # a product for each skill saves the copy of `skill_columns`
+            h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0])
+            h = h.transpose(0, 1)
+        else:
+            h = (x.reshape(-1, width) @ columns[0]).view(-1, n_skills, r)
+        if tokens != 1:
+            mixing = mixing.repeat_interleave(tokens, 0)
+        p = torch.bmm(mixing, h)
+        if n_splits == 1:
+            return Ends(p.view(-1, size), B.view(size, -1))
+        return (p.view(-1, n_splits, size).transpose(0, 1) @ B.flatten(1, 2)).transpose(0, 1)
+
+    return FunctionChain(widened(x, A.dtype), ends, (A, B, mixing))
+
+
+def mixings(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Return both mixings in rank space as one matrix, `M = scale · w wᵀ`.
+
+    Args:
+        weights: `[batch, n_splits, n_skills]`.
+
+    Returns:
+        `[batch, n_splits·n_skills, n_splits·n_skills]`.
+    """
+    w = weights.flatten(1)
+    return scaled(w.unsqueeze(2) * w.unsqueeze(1), scale)
+
+
+def has_small_mixings(A: Tensor) -> bool:
+    """Return whether `mixings` are about as small as the results of rank `r` that they mix."""
+    return A.shape[0] * A.shape[1] <= 2 * A.shape[3]
 
 
 def _rank_space_chain(
-    x: Tensor,
-    weights: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    tokens: int,
-    columns: Tensor | None,
+    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
 ) -> FunctionChain:
     """Return the chain in rank space for one split:
     `h_s = x A_s`, `z = Σ_s w_s h_s`, `Δ = Σ_s (scale · w_s z) B_s`.
     """
-    ((_, n_skills, width, r),) = shapes(A)
-    up = B.flatten(0, 2)
+    ((_, n_skills, _, r),) = shapes(A)
 
     def middle(h: Tensor, up: Tensor, weights: Tensor) -> Ends:
         h = _mix_at_rank(h.view(-1, n_skills, r), weights, scale, tokens)
         return Ends(h.view(-1, n_skills * r), up)
 
-    def from_input(x: Tensor, A: Tensor, up: Tensor, weights: Tensor) -> Ends:
-        h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0]).transpose(0, 1)
-        return Ends(_mix_at_rank(h, weights, scale, tokens).view(-1, n_skills * r), up)
-
-    if columns is None and not torch.is_grad_enabled() and is_eager():
-        # A product for each skill saves the copy that `skill_columns` makes.
-        return FunctionChain(widened(x, A.dtype), from_input, (A, up, weights))
-    down = (skill_columns(A) if columns is None else columns)[0]
-    return FunctionChain(x, middle, (up, weights), down)
+    return FunctionChain(x, middle, (B.flatten(0, 2), weights), skill_columns(A)[0])
 
 
 def _split_rank_space_chain(
-    x: Tensor,
-    weights: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    tokens: int,
-    columns: Tensor | None,
+    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
 ) -> FunctionChain:
     """Return the chain in rank space for several splits:
     `h_qs = x_q A_qs`, `z = Σ_qs w_qs h_qs`, `Δ_q = Σ_s (scale · w_qs z) B_qs`.
@@ -174,7 +202,6 @@ def _split_rank_space_chain(
     Each split has factors of its own, so the chain has no first and last product of all features.
     """
     ((n_splits, n_skills, width, r),) = shapes(A)
-    down = skill_columns(A) if columns is None else columns
     up = B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
 
     def delta(x: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
@@ -184,10 +211,10 @@ def _split_rank_space_chain(
         h = h.view(-1, n_splits, n_skills * r).transpose(0, 1)
         return (h @ up).transpose(0, 1).reshape(-1, n_splits * up.shape[2])
 
-    return FunctionChain(widened(x, A.dtype), delta, (down, up, weights))
+    return FunctionChain(widened(x, A.dtype), delta, (skill_columns(A), up, weights))
 
 
-def _mix_at_rank(h: Tensor, weights: Tensor, scale: float, tokens: int) -> Tensor:
+def _mix_at_rank(h: Tensor, weights: Tensor, scale: float | Tensor, tokens: int) -> Tensor:
     """Return `scale · w (wᵀ h)` for each row, both products of the mixing in rank space:
     `h [rows, n_splits·n_skills, r]`, `weights [batch, n_splits, n_skills]`, and `tokens` rows of
     each sample.
@@ -287,15 +314,18 @@ def _holds(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def _sizes(x: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[int, bool]:
-    """Return the number of rows of a sample, and whether mixing in rank space pays."""
-    leading, owners, (n_splits, n_skills, width, _), shape_B = shapes(x, weights, A, B)
-    leading, owners = leading[:-1], owners[:-2]
+def rank_space_sizes(x: Tensor, owners: Sequence[int], A: Tensor, B: Tensor) -> tuple[int, bool]:
+    """Return the number of rows of a sample, and whether mixing in rank space pays. `owners` are
+    the leading sizes of the weights.
+    """
+    leading, (n_splits, n_skills, width, _), shape_B = shapes(x, A, B)
+    leading = leading[:-1]
     if len(owners) > 1:
         if owners != leading:
             raise PeftValueError(
-                f"Token-level weights of shape {tuple(weights.shape)} do not fit an input of shape "
-                f"{tuple(x.shape)}: all but their last two sizes must be all but its last one."
+                f"Token-level weights of shape {(*owners, n_splits, n_skills)} do not fit an input "
+                f"of shape {tuple(x.shape)}: all but their last two sizes must be all but its last "
+                "one."
             )
         batch, tokens = math.prod(leading), 1
     else:

@@ -20,7 +20,7 @@ from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain, LowRankChain
-from ...ops.inference_cache import reuse
+from ...ops.inference_cache import cached
 from ...ops.low_rank import LowRank, approximate
 from ...ops.mixed_precision import scaled
 from .bank import (
@@ -240,7 +240,7 @@ class VBLoRALayer(BaseTunerLayer):
         """Return `A [r, in]` and `B [out, r]`, with the gate in `B`."""
         A, B = self._composed_factors(adapter_name)
         gates = self._modules["vblora_gate"]
-        return A, B * gates(adapter_name) if adapter_name in gates else B
+        return A, B * gates(adapter_name) if adapter_name in gates._keys else B
 
     def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]`, possibly cached: they must not be written to."""
@@ -252,12 +252,18 @@ class VBLoRALayer(BaseTunerLayer):
         containers = modules["vblora_logits_A"], modules["vblora_logits_B"]
         logits_A, logits_B = read(adapter_name, containers)
         topk, sources = self.topk[adapter_name], (logits_A, logits_B, self.bank(adapter_name))
-        if containers[0]._parameters.get(adapter_name) is not logits_A:
-            # Offloaded tensors exist for this call only.
+
+        def compose() -> tuple[Tensor, Tensor]:
             return self._to_size(*compose_factors(*sources, topk))
-        return self._to_size(
-            *reuse(self, adapter_name, topk, sources, lambda: compose_factors(*sources, topk))
-        )
+
+        def in_order() -> tuple[Tensor, Tensor]:  # of memory, as products read them fastest
+            A, B = compose()
+            return A.T.contiguous().T, B.T.contiguous().T
+
+        # Offloaded tensors exist for this call only.
+        is_own = containers[0]._parameters.get(adapter_name) is logits_A
+        factors = cached(self, adapter_name, "factors", sources, in_order, topk) if is_own else None
+        return compose() if factors is None else factors
 
     def _to_size(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the last tiles of factors `[…, r, in]` and `[…, out, r]` to the layer's sizes."""
@@ -294,7 +300,7 @@ class VBLoRALayer(BaseTunerLayer):
         A, B = self._gated_factors(adapter_name)
         if self.training and (dropout := self.vblora_dropout[adapter_name]):
             x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
-        else:
+        elif x.dtype != A.dtype:
             x = self._chain_input(x, A.dtype)
         return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
 
