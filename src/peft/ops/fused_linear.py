@@ -178,7 +178,12 @@ def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
     else:
         ends = chain.middle(_first_product(chain.x, chain.down), *chain.factors)
         if isinstance(ends, Tensor):
-            if in_place and result.dtype == ends.dtype and not torch.is_grad_enabled():
+            if (
+                in_place
+                and result.dtype == ends.dtype
+                and result.is_contiguous()
+                and not torch.is_grad_enabled()
+            ):
                 result.view(ends.shape).add_(ends)
                 return result
             return result + ends.reshape(result.shape)

@@ -252,6 +252,7 @@ class PolyLayer(RoutingLayer):
             or router.gating.top_k is not None
             or isinstance(scale, Tensor)
             or numel(table) > _SMALL_TABLE
+            or not (table.device.type == "cpu" or is_running_often())  # is not cached
         ):
             return None
         A, B = self._skills(adapter_name)
