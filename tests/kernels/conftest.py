@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from peft.ops import triton_support
+from peft.ops import dispatch, triton_support
 
 KERNELS = (
     "peft.ops.mixed_precision_triton",
@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton") is None:  # it is not built for every syst
 else:
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.object(triton_support, "INTERPRETED", True),
+        mock.patch.object(dispatch, "INTERPRETED", True),
     ):
         for name in KERNELS:
             importlib.import_module(name)
@@ -34,7 +34,7 @@ def interpreter():
     """Have kernels run on the CPU, and forget afterwards that they did."""
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.object(triton_support, "INTERPRETED", True),
+        mock.patch.object(dispatch, "INTERPRETED", True),
         mock.patch.dict(triton_support._TRIED, clear=True),
     ):
         triton_support.has_triton.cache_clear()

@@ -3,12 +3,14 @@
 
 `can_fuse` says whether a chain is computed together with the base layer's product, `is_ordinary`
 whether it is added to a finished output, and `owns_output` whether in place. They alone know the
-inputs and modes that `fused_linear` does not support: hooks, compilers, transforms, autocast,
-tensor subclasses, nested, meta, sparse and empty inputs, single vectors.
+inputs and modes that `fused_linear` does not support: hooks, transforms, autocast, tensor
+subclasses, nested, meta, sparse and empty inputs, single vectors. To a compiler a chain is added
+to a finished output by new tensors, with operators for the kernels where it `can_trace`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,12 +19,16 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.tracing import shapes as shapes
 from ..base.tracing import untraced as untraced
 
 PLAIN_TENSORS = nn.Parameter, Tensor
 """Types whose operations are torch's own; a subclass may do something else."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton interprets kernels instead of compiling them; they run on any device then."""
 
 
 def is_eager() -> bool:
@@ -34,6 +40,18 @@ def is_eager() -> bool:
         or _is_tracing()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+    )
+
+
+def can_trace(x: Tensor) -> bool:
+    """Return whether a compiler takes our operators for a tensor and others beside it: on a GPU,
+    where the operators look for Triton themselves, and outside transforms.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and (x.device.type == "cuda" or INTERPRETED)
+        and not is_traceable_wrapper_subclass(x)
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -76,23 +94,23 @@ def are_unhooked(modules: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Return whether we run in eager mode and an input is a plain dense tensor, of at least two
-    dimensions, with elements in memory.
+    """Return whether we run in eager mode or are compiled, and an input is a plain dense tensor, of
+    at least two dimensions, with elements in memory.
     """
     return (
         type(x) in PLAIN_TENSORS
-        and is_eager()
+        and (torch.compiler.is_compiling() or (is_eager() and x.numel() > 0))
         and not (x.is_nested or x.is_meta)
         and x.layout is torch.strided
         and x.dim() > 1
-        and x.numel() > 0
     )
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a layer's call is one matrix product in one precision, for `fused_linear`."""
     return (
-        are_unhooked((layer,), nn.Linear)
+        not torch.compiler.is_compiling()
+        and are_unhooked((layer,), nn.Linear)
         # Quantized and distributed weights multiply differently.
         and type(weight := layer._parameters.get("weight")) in PLAIN_TENSORS
         and is_ordinary(x)
@@ -104,9 +122,12 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 
 
 def owns_output(layer: nn.Module) -> bool:
-    """Return whether a layer's output may be overwritten: no hook, no own forward holds it."""
+    """Return whether a layer's output may be overwritten: no hook, no own forward holds it, and no
+    compiler places it.
+    """
     return type(layer) is nn.Linear and not (
-        "forward" in layer.__dict__
+        torch.compiler.is_compiling()
+        or "forward" in layer.__dict__
         or layer._forward_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks

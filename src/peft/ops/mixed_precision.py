@@ -17,14 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .dispatch import PLAIN_TENSORS, is_autocast, is_batched, is_eager
-from .triton_support import Trial, agrees, has_triton
+from .dispatch import PLAIN_TENSORS, can_trace, is_autocast, is_batched, is_eager
+from .triton_support import Trial, agrees, define, has_triton
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
 
 _MIN_ELEMENTS = 2**22
-"""Smallest activation, in elements, for which the Triton kernels are used; below it launch overhead
-exceeds the time saved.
+"""Smallest activation, in elements, for which the Triton kernels are used in eager mode; below it
+launch overhead exceeds the time saved.
 """
 
 _MAX_RANK = 128
@@ -36,12 +36,10 @@ def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
     return (
         dtype is torch.float32
         and x.dtype in _HALF
-        and is_eager()  # a compiler must not trace the branches that follow
-        and not is_autocast(x)
-        and x.numel() >= _MIN_ELEMENTS
         and type(x) in PLAIN_TENSORS
+        and not is_autocast(x)
         and x.is_contiguous()
-        and _has_kernels(x.device)
+        and (can_trace(x) or (is_eager() and _is_large(x) and _has_kernels(x.device)))
     )
 
 
@@ -59,9 +57,15 @@ def down(activation: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     """
     if activation.dtype == factor.dtype or not _are_mixed(activation, factor):
         return scaled(activation @ factor, scale)
+    if can_trace(activation):
+        return scaled(_traced_down(activation, factor), scale)
     if _is_recorded(activation, factor):
-        return _Down.apply(activation, factor, scale)
-    if _are_taken(activation, activation.shape[-1], factor.shape[-1], factor):
+        return scaled(_Down.apply(activation, factor), scale)
+    return _down(activation, factor, scale, _is_large(activation))
+
+
+def _down(activation: Tensor, factor: Tensor, scale: float = 1.0, allowed: bool = True) -> Tensor:
+    if allowed and _are_taken(activation, activation.shape[-1], factor.shape[-1], factor):
         return _kernels().down(activation, factor, scale)
     return scaled(activation.to(factor.dtype) @ factor, scale)
 
@@ -73,13 +77,18 @@ def across(factor: Tensor, activation: Tensor, scale: float = 1.0) -> Tensor:
         factor: `[n, rows, m]` or `[rows, m]`.
         activation: `[n, rows, k]` or `[rows, k]`.
     """
-    if activation.dtype != factor.dtype and _are_mixed(activation, factor):
-        if not _is_recorded(factor, activation) and _are_taken(
-            activation, activation.shape[-1], factor.shape[-1], factor
-        ):
-            return _kernels().across(factor, activation, scale)
-        activation = activation.to(factor.dtype)
-    return scaled(factor, scale).mT @ activation
+    if activation.dtype == factor.dtype or not _are_mixed(activation, factor):
+        return scaled(factor, scale).mT @ activation
+    if can_trace(activation):
+        return scaled(_traced_across(factor, activation), scale)
+    allowed = _is_large(activation) and not _is_recorded(factor, activation)
+    return _across(factor, activation, scale, allowed)
+
+
+def _across(factor: Tensor, activation: Tensor, scale: float = 1.0, allowed: bool = True) -> Tensor:
+    if allowed and _are_taken(activation, activation.shape[-1], factor.shape[-1], factor):
+        return _kernels().across(factor, activation, scale)
+    return scaled(factor, scale).mT @ activation.to(factor.dtype)
 
 
 def up(p: Tensor, q: Tensor, like: Tensor) -> Tensor:
@@ -90,18 +99,26 @@ def up(p: Tensor, q: Tensor, like: Tensor) -> Tensor:
         q: `[n, k, columns]` or `[k, columns]`.
         like: A tensor of as many elements.
     """
-    if not _is_recorded(p, q) and _are_taken(like, q.shape[-1], p.shape[-1], p, q):
+    if like.dtype in _HALF and can_trace(like):
+        return _traced_up(p, q, like)
+    return _up(p, q, like, _is_large(like) and not _is_recorded(p, q))
+
+
+def _up(p: Tensor, q: Tensor, like: Tensor, allowed: bool = True) -> Tensor:
+    if allowed and _are_taken(like, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(None, p, q, torch.empty_like(like))
     return (p @ q).view(like.shape).to(like.dtype)
 
 
 def can_add(result: Tensor, p: Tensor, q: Tensor) -> bool:
     """Return whether a kernel adds `p · q` to `result`, without a tensor of that size."""
-    return _are_taken(result, q.shape[-1], p.shape[-1], p, q)
+    if can_trace(result):
+        return _are_mixed(result, p)
+    return _is_large(result) and _are_taken(result, q.shape[-1], p.shape[-1], p, q)
 
 
 def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
-    """Return `result + p · q` in the precision of `result`, without a record for gradients.
+    """Return `result + p · q` in the precision of `result`. Only compilers record gradients.
 
     Args:
         result: As many elements as the product has, in its order, contiguous.
@@ -109,7 +126,15 @@ def add(result: Tensor, p: Tensor, q: Tensor, in_place: bool = True) -> Tensor:
         q: `[n, k, columns]` or `[k, columns]`.
         in_place: Write into the memory of `result`.
     """
-    if not _is_recorded(result, p, q) and _are_taken(result, q.shape[-1], p.shape[-1], p, q):
+    if can_trace(result):
+        return _traced_add(result, p, q)
+    return _add(result, p, q, in_place, _is_large(result) and not _is_recorded(result, p, q))
+
+
+def _add(
+    result: Tensor, p: Tensor, q: Tensor, in_place: bool = False, allowed: bool = True
+) -> Tensor:
+    if allowed and _are_taken(result, q.shape[-1], p.shape[-1], p, q):
         return _kernels().up(result, p, q, result if in_place else torch.empty_like(result))
     product = (p @ q).view(result.shape)
     return result.add_(product) if in_place else (result + product).to(result.dtype)
@@ -121,11 +146,10 @@ def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
 
 
 class _Context(Protocol):
-    """The context of `_Down`."""
+    """Attributes of an autograd context that this file uses."""
 
-    scale: float
-    saved_tensors: tuple[Tensor, Tensor]
-    needs_input_grad: tuple[bool, bool, bool]
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
@@ -134,20 +158,59 @@ class _Down(torch.autograd.Function):
     """`down` in mixed precision."""
 
     @staticmethod
-    def forward(ctx: _Context, activation: Tensor, factor: Tensor, scale: float) -> Tensor:
+    def forward(ctx: _Context, activation: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(activation, factor)
-        ctx.scale = scale
-        return down(activation, factor, scale)
+        return _down(activation, factor, allowed=_is_large(activation))
 
     @staticmethod
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         activation, factor = ctx.saved_tensors
-        for_activation, for_factor, _ = ctx.needs_input_grad
+        for_activation, for_factor = ctx.needs_input_grad
         return (
-            up(scaled(gradient, ctx.scale), factor.mT, activation) if for_activation else None,
-            across(gradient, activation, ctx.scale).mT if for_factor else None,
-            None,
+            up(gradient, factor.mT, activation) if for_activation else None,
+            across(gradient, activation).mT if for_factor else None,
         )
+
+
+def add_backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `result + p · q` for a context that saved `p` and `q`."""
+    p, q = ctx.saved_tensors
+    rows = gradient.reshape(*p.shape[:-1], q.shape[-1])
+    return (
+        gradient if ctx.needs_input_grad[0] else None,
+        down(rows, q.mT) if ctx.needs_input_grad[1] else None,
+        across(p, rows) if ctx.needs_input_grad[2] else None,
+    )
+
+
+def _save(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[-2:])
+
+
+# To compilers these products are operators, which run kernels for activations of any size: calls
+# cost less there, and nothing in a captured graph.
+_traced_down = define(
+    "mixed_down(Tensor activation, Tensor factor) -> Tensor",
+    _down,
+    lambda x, factor: factor.new_empty((*x.shape[:-1], factor.shape[-1])),
+    (_Down.backward, _save),
+)
+_traced_across = define(
+    "mixed_across(Tensor factor, Tensor activation) -> Tensor",
+    _across,
+    lambda factor, x: factor.new_empty((*x.shape[:-2], factor.shape[-1], x.shape[-1])),
+)
+_traced_up = define(
+    "mixed_up(Tensor p, Tensor q, Tensor like) -> Tensor",
+    _up,
+    lambda p, q, like: torch.empty_like(like, memory_format=torch.contiguous_format),
+)
+_traced_add = define(
+    "mixed_add(Tensor result, Tensor p, Tensor q) -> Tensor",
+    _add,
+    lambda result, p, q: torch.empty_like(result, memory_format=torch.contiguous_format),
+    (add_backward, _save),
+)
 
 
 def _are_mixed(activation: Tensor, factor: Tensor) -> bool:
@@ -158,7 +221,7 @@ def _are_mixed(activation: Tensor, factor: Tensor) -> bool:
 
 def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) -> bool:
     """Return whether kernels support `[…, length]` activations with `[…, width]` factors."""
-    if width > _MAX_RANK or activation.dtype not in _HALF or activation.numel() < _MIN_ELEMENTS:
+    if width > _MAX_RANK or activation.dtype not in _HALF or not activation.numel():
         return False
     device = activation.device
     for tensor in factors:
@@ -179,6 +242,10 @@ def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) ->
 
 def _has_kernels(device: torch.device) -> bool:
     return has_triton(device)
+
+
+def _is_large(activation: Tensor) -> bool:
+    return activation.dtype in _HALF and activation.numel() >= _MIN_ELEMENTS
 
 
 def _is_recorded(*tensors: Tensor) -> bool:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import INTERPRETED, on_device_of
+from .dispatch import INTERPRETED
+from .triton_support import on_device_of
 
 _INTERPRETED: tl.constexpr = tl.constexpr(
     INTERPRETED
@@ -174,22 +175,9 @@ def _splits(blocks: int, most: int, programs: int) -> int:
 
 @triton.jit(do_not_specialize=["n", "rows", "steps"])
 def _down_kernel(
-    activation,
-    factor,
-    out,
-    scale,
-    n,
-    rows,
-    k,
-    m,
-    stride_n,
-    stride_k,
-    stride_m,
-    steps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    activation, factor, out, scale, n, rows, k, m, stride_n, stride_k, stride_m, steps,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Compute a block of rows of the product, from `steps` blocks of the inner dimension."""
     blocks = tl.cdiv(rows, BLOCK_R)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_R
@@ -218,22 +206,9 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["n", "rows", "steps"])
 def _across_kernel(
-    factor,
-    activation,
-    out,
-    scale,
-    n,
-    rows,
-    k,
-    m,
-    stride_n,
-    stride_r,
-    stride_m,
-    steps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    factor, activation, out, scale, n, rows, k, m, stride_n, stride_r, stride_m, steps,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Compute a block of the product, from `steps` blocks of the rows that are summed over."""
     blocks = tl.cdiv(k, BLOCK_K)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_K
@@ -267,24 +242,10 @@ def _across_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
-    base,
-    p,
-    q,
-    out,
-    rows,
-    columns,
-    k,
-    p_stride_n,
-    p_stride_r,
-    p_stride_k,
-    q_stride_n,
-    q_stride_k,
-    q_stride_c,
-    ADDS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    base, p, q, out, rows, columns, k, p_stride_n, p_stride_r, p_stride_k, q_stride_n,
+    q_stride_k, q_stride_c,
+    ADDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(rows, BLOCK_R)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_R
     row, column, inner = (

@@ -5,6 +5,10 @@ On a GPU a chain of small operations takes the time of its launches. `with_kerne
 of plain operations a kernel that computes the same in one launch, from the file `<name>_triton.py`
 beside its own `<name>.py`. Such a file needs Triton, so it is imported at the first use of the
 kernel. The plain operations stay: they are the reference, and serve all other cases.
+
+Eager mode calls a kernel directly, which takes the least time. A compiler can't look into one: to
+`torch.compile` and `torch.export` the function is an operator, `torch.ops.peft.<name>`, which
+chooses between kernel and plain operations when it runs, as eager mode does.
 """
 
 from __future__ import annotations
@@ -12,27 +16,28 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, ParamSpec, TypeVar, cast
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..base.errors import PeftWarning
-from .dispatch import PLAIN_TENSORS, is_eager
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from . import dispatch
+from .derivatives import gradients_again
+from .dispatch import PLAIN_TENSORS, can_trace, is_batched, is_eager
 
 Result = Tensor | tuple[Tensor, ...]
 """One tensor, or several."""
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton interprets kernels instead of compiling them; they run on any device then."""
+Plain = TypeVar("Plain", bound=Callable[..., Result])
+Example = Callable[[torch.device], tuple[object, ...]]
+
+_LIBRARY = torch.library.Library("peft", "FRAGMENT")
 
 
 class Trial(NamedTuple):
@@ -40,64 +45,191 @@ class Trial(NamedTuple):
 
     ours: Callable[..., Result]
     plain: Callable[..., Result]
-    example: Callable[[torch.device], tuple[object, ...]]
+    example: Example
 
 
 # The outcome of each trial, by its function with kernels and the device.
 _TRIED: dict[tuple[Callable[..., Result], torch.device], bool] = {}
 
 
-def with_kernel(
-    operands: int,
-    example: Callable[[torch.device], tuple[object, ...]],
-    reference: Callable[..., Result] | None = None,
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function of plain operations a kernel that replaces it where possible.
-
-    The module `…_triton` beside the function's own has a function of the same name and arguments,
-    and `fits`, which returns whether the kernel supports given arguments. Before its first use on a
-    device the kernel is tried on an example there, values and gradients.
+def define(
+    schema: str,
+    compute: Callable[..., object],
+    fake: Callable[..., object],
+    autograd: tuple[Callable[..., object], Callable[..., None]] | None = None,
+) -> Callable[..., Result]:
+    """Define an operator `torch.ops.peft.<name>` and return it.
 
     Args:
-        operands: How many of the arguments, the first ones, the kernel reads as contiguous tensors.
+        schema: `name(arguments) -> results`, in torch's notation.
+        compute: Returns new contiguous tensors, without a record for gradients.
+        fake: Returns tensors of the shapes and dtypes of the results, given some without values.
+        autograd: `backward` and `setup_context` of an autograd function.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peft::{name}", fake, lib=_LIBRARY)
+    if autograd is not None:
+        backward, save = autograd
+        torch.library.register_autograd(f"peft::{name}", backward, setup_context=save, lib=_LIBRARY)
+    return getattr(torch.ops.peft, name).default
+
+
+def with_kernel(
+    name: str,
+    arguments: str,
+    results: str,
+    example: Example,
+    reference: Callable[..., Result] | None = None,
+) -> Callable[[Plain], Plain]:
+    """Give a function of plain operations a kernel that replaces it where possible.
+
+    The module `…_triton` beside the function's own has `forward` with the function's arguments,
+    `backward` with the results' gradients and which of the operands' are wanted as further ones,
+    and `fits`, which returns whether the kernels support given arguments. Before their first use on
+    a device they are tried on an example there, values and gradients.
+
+    Args:
+        name, arguments, results: The operator's, in torch's notation: all tensors come first.
         example: Makes arguments to try the kernel with on a device.
         reference: The plain operations to compare with, by default the function itself.
     """
 
-    def decorate(plain: Callable[P, R]) -> Callable[P, R]:
-        module = f"{plain.__module__}_triton"
-
-        @functools.wraps(plain)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if can_launch(*args[:operands]):  # type: ignore[arg-type]
-                kernels = importlib.import_module(module)
-                ours = getattr(kernels, plain.__name__)
-                trial = Trial(ours, reference or plain, example)  # type: ignore[arg-type]
-                device = cast(Tensor, args[0]).device
-                if kernels.fits(*args, **kwargs) and agrees(trial, device):
-                    return ours(*args, **kwargs)
-            return plain(*args, **kwargs)
-
-        return run
+    def decorate(plain: Plain) -> Plain:
+        own = _WithKernel(name, arguments, plain)
+        own.trial = Trial(own.launch, reference or plain, example)
+        own.operator = define(
+            f"{name}({arguments}) -> {results}", own.compute, own.fresh, (own.backward, own.save)
+        )
+        own.of_gradients = define(
+            f"{name}_backward({arguments}, Tensor[] gradients, bool[] wanted) -> Tensor[]",
+            own.gradients,
+            lambda *args: [
+                torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                for tensor, want in zip(args, args[-1], strict=False)
+                if want
+            ],
+        )
+        return cast(Plain, functools.wraps(plain)(lambda *args: own.run(*args)))
 
     return decorate
 
 
-def can_launch(*tensors: Tensor) -> bool:
-    """Return whether a kernel can read tensors as they are; nothing waits for the device.
+class _Context(Protocol):
+    """Attributes of an autograd context that this file uses."""
 
-    It can in eager mode (compilers fuse by themselves, transforms must see the operations), if all
-    are plain, contiguous and on one GPU of compute capability 8 or more, and Triton is installed.
+    options: tuple[object, ...]
+    kernels: ModuleType | None  # of a call outside the operator
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _WithKernel:
+    """A function of plain operations, its kernel and its operator."""
+
+    trial: Trial
+    operator: Callable[..., Result]
+    of_gradients: Callable[..., Result]
+
+    def __init__(self, name: str, arguments: str, plain: Callable[..., Result]) -> None:
+        self.plain, self.module = plain, f"{plain.__module__}_triton"
+        self.operands = arguments.count("Tensor")
+        own = {"forward": self.forward, "backward": self.backward}
+        self.launch = type(name, (torch.autograd.Function,), own).apply
+
+    def run(self, *args: Tensor) -> Result:
+        """Compute the function by the kernel if it can, else by plain operations."""
+        if torch.compiler.is_compiling():
+            return (self.operator if can_trace(args[0]) else self.plain)(*args)
+        kernels = self.kernels(args)
+        if kernels is None:
+            return self.plain(*args)
+        if torch.is_grad_enabled():
+            for tensor in args[: self.operands]:
+                if tensor is not None and tensor.requires_grad:
+                    return self.launch(*args)
+        return kernels.forward(*args)
+
+    def kernels(self, args: tuple[Tensor, ...]) -> ModuleType | None:
+        """Return the module whose kernels can compute the function, or None."""
+        if not can_launch(*args[: self.operands]):
+            return None
+        kernels = importlib.import_module(self.module)
+        return kernels if kernels.fits(*args) and agrees(self.trial, args[0].device) else None
+
+    def compute(self, *args: Tensor) -> Result:
+        """Compute the function as the operator does."""
+        kernels = self.kernels(args)
+        return self.fresh(*args) if kernels is None else kernels.forward(*args)
+
+    def fresh(self, *args: Tensor) -> Result:
+        """Compute the function by plain operations, as new contiguous tensors."""
+        results = self.plain(*args)
+        return tuple(map(_copied, results)) if isinstance(results, tuple) else _copied(results)
+
+    def forward(self, ctx: _Context, *args: Tensor) -> Result:
+        """Launch the kernel, with a record for gradients."""
+        self.save(ctx, args, None)
+        ctx.kernels = importlib.import_module(self.module)
+        return ctx.kernels.forward(*args)
+
+    def save(self, ctx: _Context, inputs: tuple[Tensor, ...], output: object) -> None:
+        """Keep the arguments for backward."""
+        ctx.save_for_backward(*inputs[: self.operands])
+        ctx.options, ctx.kernels = inputs[self.operands :], None
+
+    def backward(self, ctx: _Context, *given: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients for the arguments, which can be differentiated again."""
+        args, wanted = (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad[: self.operands]
+        if torch.is_grad_enabled() or any(map(is_batched, given)):
+            found = self.plain_gradients(args, given, wanted)
+        else:
+            make = self.of_gradients if ctx.kernels is None else ctx.kernels.backward
+            each = iter(make(*args, given, wanted))
+            found = [next(each) if want else None for want in wanted]
+        return *found, *[None] * len(ctx.options)
+
+    def gradients(self, *args: Any) -> Sequence[Tensor]:
+        """Compute the wanted gradients, without a record for gradients."""
+        *own, given, wanted = args
+        kernels = self.kernels(tuple(own))
+        if kernels is not None:
+            return kernels.backward(*args)
+        for i, want in enumerate(wanted):
+            own[i] = own[i].detach().requires_grad_() if want else own[i]
+        found = self.plain_gradients(tuple(own), given, wanted)
+        return [
+            _copied(torch.zeros_like(tensor) if gradient is None else gradient)
+            for tensor, gradient, want in zip(own, found, wanted, strict=False)
+            if want
+        ]
+
+    def plain_gradients(
+        self, args: tuple[Tensor, ...], given: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Return the gradients for the operands by plain operations."""
+        operands, options = args[: self.operands], args[self.operands :]
+        return gradients_again(lambda *own: self.plain(*own, *options), operands, wanted, given)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def can_launch(*tensors: Tensor | None) -> bool:
+    """Return whether kernels can read tensors as they are; nothing waits for the device.
+
+    They can in eager mode (transforms must see the operations), if all are plain and on one GPU of
+    compute capability 8 or more, and Triton is installed.
     """
-    device = tensors[0].device
-    if torch.compiler.is_compiling() or not has_triton(device) or not is_eager():
-        return False  # a compiler must not trace the cache of `has_triton`
+    device = tensors[0].device  # type: ignore[union-attr]
+    if not has_triton(device) or not is_eager():
+        return False
     for tensor in tensors:
-        if (
-            type(tensor) not in PLAIN_TENSORS
-            or tensor.device != device
-            or not tensor.is_contiguous()
-        ):
+        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.device != device):
             return False
     return True
 
@@ -105,7 +237,9 @@ def can_launch(*tensors: Tensor) -> bool:
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Return whether Triton is installed and made for a device: a GPU with bfloat16."""
-    if (device.type != "cuda" and not INTERPRETED) or importlib.util.find_spec("triton") is None:
+    if (device.type != "cuda" and not dispatch.INTERPRETED) or importlib.util.find_spec(
+        "triton"
+    ) is None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -126,8 +260,8 @@ def agrees(trial: Trial, device: torch.device) -> bool:
         agreed = _TRIED[trial.ours, device] = difference is None
         if not agreed:
             warnings.warn(
-                f"{trial.ours.__module__} is not used on {device}, but plain operations: "
-                f"{difference}",
+                f"The kernels of {trial.plain.__module__} are not used on {device}, but plain "
+                f"operations: {difference}",
                 PeftWarning,
                 stacklevel=2,
             )

@@ -119,14 +119,28 @@ def mixing_weights(logits: Tensor, gating: Gating, training: bool) -> Tensor:
     return w if training or gating.top_k is None else keep_top_k(w, gating.top_k)
 
 
-def _example(device: torch.device) -> tuple[Tensor, Tensor, int, Gating, bool]:
-    """Return arguments of `task_weights` to try its kernel; one task has two samples."""
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return arguments of `_weights_of_draws` to try its kernel; one task has two samples."""
     table = (torch.arange(70, device=device, dtype=torch.float32).sin() * 4).view(7, 10)
-    task_ids = torch.tensor([6, 0, 6], device=device)
-    return table.requires_grad_(), task_ids, 2, Gating(), True
+    draws = torch.arange(1, 31, device=device, dtype=torch.float32).view(3, 2, 5) / 31
+    return table.requires_grad_(), torch.tensor([6, 0, 6], device=device), draws, 2
 
 
-@with_kernel(1, _example)
+@with_kernel(
+    "task_weights",
+    "Tensor table, Tensor task_ids, Tensor? draws, SymInt n_splits",
+    "Tensor",
+    _example,
+)
+def _weights_of_draws(
+    table: Tensor, task_ids: Tensor, draws: Tensor | None, n_splits: int
+) -> Tensor:
+    """Return the mixing weights of each sample's task, without options, for given draws or none."""
+    logits = F.embedding(task_ids, table).unflatten(-1, (n_splits, -1))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return normalize(logits.sigmoid() if draws is None else relaxed_gates(logits, draws))
+
+
 def task_weights(
     table: Tensor, task_ids: Tensor, n_splits: int, gating: Gating, training: bool
 ) -> Tensor:
@@ -144,8 +158,15 @@ def task_weights(
 
     Source: arXiv:2202.13914, section 3
     """
-    logits = F.embedding(task_ids, table).unflatten(-1, (n_splits, -1))
-    return mixing_weights(logits, gating, training)
+    if gating.hard or gating.always_on or (gating.dropout if training else gating.top_k):
+        logits = F.embedding(task_ids, table).unflatten(-1, (n_splits, -1))
+        return mixing_weights(logits, gating, training)
+    draws = None
+    if training and gating.relaxed:
+        (_, width), (batch,) = shapes(table, task_ids)
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        draws = torch.rand((batch, n_splits, width // n_splits), dtype=dtype, device=table.device)
+    return _weights_of_draws(table, task_ids, draws, n_splits)
 
 
 def keep_top_k(weights: Tensor, k: int) -> Tensor:

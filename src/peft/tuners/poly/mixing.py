@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import PeftValueError
-from ...ops.dispatch import is_eager, shapes
+from ...ops.dispatch import is_autocast, is_eager, shapes
 from ...ops.fused_linear import Chain, Ends, FunctionChain, LowRankChain
 from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import with_kernel
@@ -32,33 +32,39 @@ from ...ops.triton_support import with_kernel
 _MOVE = 8
 
 
-def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Mix in float64, which TF32 settings do not round."""
-    mixed = _mix(weights.double(), A.double(), B.double(), scale)
-    return tuple(factor.to(A.dtype) for factor in mixed)
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights.double(), A.double()).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", weights.double(), B.double()).flatten(2, 3)
+    return A_w.to(dtype), B_w.to(dtype)
 
 
-def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return arguments of `mix` to try its kernel: factors of several incomplete blocks."""
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """Return arguments of `_mix` to try its kernel: factors of several incomplete blocks."""
 
     def numbers(*shape: int) -> Tensor:
         values = torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin()
         return values.view(shape).requires_grad_()
 
-    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), 0.5
+    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), torch.float32
 
 
-def _mix(weights: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+@with_kernel(
+    "mix_skills",
+    "Tensor weights, Tensor A, Tensor B, ScalarType dtype",
+    "(Tensor, Tensor)",
+    _example,
+    _mix_exactly,
+)
+def _mix(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weights = weights.to(A.dtype)
     A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
-    weights = weights if scale == 1 else weights * scale
     B_w = torch.einsum("bqs,qsrd->brqd", weights, B).flatten(2, 3)
-    return A_w, B_w
+    return A_w.to(dtype), B_w.to(dtype)
 
 
-@with_kernel(3, _example, _mix_exactly)
 def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mix the skills into a pair of factors for each sample.
+    """Mix the skills into a pair of factors for each sample, in their dtype or that of autocast.
 
     It takes `batch · n_skills · (in + out) · r` multiplications, on a GPU in one Triton kernel
     (`mixing_triton.py`).
@@ -73,7 +79,9 @@ def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tens
 
     Source: arXiv:2211.03831, section 3
     """
-    return _mix(weights, A, B, scale)
+    dtype = torch.get_autocast_dtype(A.device.type) if is_autocast(A) else A.dtype
+    A_w, B_w = _mix(weights, A, B, dtype)
+    return A_w, scaled(B_w, scale)
 
 
 def poly_delta(x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:

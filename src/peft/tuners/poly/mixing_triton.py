@@ -11,14 +11,13 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.dispatch import is_batched
 from ...ops.triton_support import on_device_of
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -37,91 +36,18 @@ _BLOCK = 128
 _SKILLS, _SKILLS_BACKWARD, _PAIRS = 4, 8, 16
 
 
-def fits(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> bool:
+def fits(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the kernels support these tensors."""
     (batch, _, n_skills), dtypes = weights.shape, {weights.dtype, A.dtype, B.dtype}
     if not (dtypes <= _DTYPES and A.dtype == B.dtype and A.numel() and B.numel()):
         return False
+    if not (weights.is_contiguous() and A.is_contiguous() and B.is_contiguous()):
+        return False
     return 0 < batch <= _MOST_SAMPLES and n_skills <= _MOST_SKILLS
 
 
-def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mix the skills, as `mixing.mix`, in one launch; backward takes two, one of them to sum the
-    weights' gradients.
-
-    Sums are in float32 and in a fixed order. The factors are contiguous, in the skills' dtype or
-    that of autocast.
-    """
-    device = A.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
-    if torch.is_grad_enabled() and (weights.requires_grad or A.requires_grad or B.requires_grad):
-        return _Mix.apply(weights, A, B, float(scale), dtype)
-    return _mixed(weights, A, B, float(scale), dtype)
-
-
-class _Context(Protocol):
-    """Attributes of an autograd context that `_Mix` uses."""
-
-    scale: float
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, Tensor, Tensor]
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
-
-
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _Context, weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weights, A, B)
-        ctx.scale = scale
-        return _mixed(weights, A, B, scale, dtype)
-
-    @staticmethod
-    def backward(ctx: _Context, grad_A_w: Tensor, grad_B_w: Tensor) -> tuple[Tensor | None, ...]:
-        weights, A, B = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(grad_A_w) or is_batched(grad_B_w):
-            return *_gradients(weights, A, B, ctx.scale, grad_A_w, grad_B_w), None, None
-        for_weights, for_A, for_B, _, _ = ctx.needs_input_grad
-        (batch, n_splits, n_skills), r = weights.shape, A.shape[3]
-        is_transposed = grad_A_w.mT.is_contiguous()  # as the product with the input returns it
-        order_A = (_TRANSPOSED if is_transposed else _AS_IS).value
-        grad_A_w = grad_A_w if is_transposed else grad_A_w.contiguous()
-        sizes, blocks = _sizes(n_splits, n_skills, r, batch, _SKILLS_BACKWARD), _blocks(A, B)
-        grad_A = torch.empty_like(A if for_A else A[:0])
-        grad_B = torch.empty_like(B if for_B else B[:0])
-        partials = A.new_empty((blocks if for_weights else 0, *weights.shape), dtype=torch.float32)
-        grid = blocks, n_splits, triton.cdiv(n_skills, sizes["BLOCK_S"])
-        with on_device_of(A):
-            _unmix_kernel[grid](
-                weights, A, B, grad_A_w, grad_B_w.contiguous(), grad_A, grad_B, partials,
-                batch, A.shape[2], B.shape[3], ctx.scale,
-                for_weights, for_A, for_B, order_A, **sizes, num_warps=1,
-            )  # fmt: skip
-        grad_weights = partials.sum(0).to(weights.dtype) if for_weights else None
-        return grad_weights, grad_A if for_A else None, grad_B if for_B else None, None, None
-
-
-def _gradients(
-    weights: Tensor, A: Tensor, B: Tensor, scale: float, grad_A_w: Tensor, grad_B_w: Tensor
-) -> tuple[Tensor, ...]:
-    """Return the gradients by plain operations, which can be differentiated again."""
-    grad_A_w, grad_B_w = (
-        grad_A_w.float().unflatten(1, (A.shape[0], -1)),
-        grad_B_w.float().unflatten(2, (A.shape[0], -1)) * scale,
-    )
-    grad_weights = torch.einsum("bqdr,qsdr->bqs", grad_A_w, A.float()) + torch.einsum(
-        "brqd,qsrd->bqs", grad_B_w, B.float()
-    )
-    grad_A = torch.einsum("bqs,bqdr->qsdr", weights.float(), grad_A_w)
-    grad_B = torch.einsum("bqs,brqd->qsrd", weights.float(), grad_B_w)
-    return grad_weights.to(weights.dtype), grad_A.to(A.dtype), grad_B.to(B.dtype)
-
-
-def _mixed(
-    weights: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def forward(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mix the skills in one launch; sums are in float32 and in a fixed order."""
     (batch, n_splits, n_skills), (width, r), out = weights.shape, A.shape[2:], B.shape[3]
     A_w, B_w = (
         A.new_empty((batch, n_splits * width, r), dtype=dtype),
@@ -130,9 +56,39 @@ def _mixed(
     sizes = _sizes(n_splits, n_skills, r, batch, _SKILLS)
     with on_device_of(A):
         _mix_kernel[(_blocks(A, B), n_splits, triton.cdiv(batch, sizes["BLOCK_B"]))](
-            weights, A, B, A_w, B_w, batch, width, out, scale, **sizes, num_warps=1
+            weights, A, B, A_w, B_w, batch, width, out, **sizes, num_warps=1
         )
     return A_w, B_w
+
+
+def backward(
+    weights: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dtype: torch.dtype,
+    gradients: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of the tensors in `wanted`, in two launches, one of them to sum the
+    weights'.
+    """
+    for_weights, for_A, for_B = wanted
+    (batch, n_splits, n_skills), r, (grad_A_w, grad_B_w) = weights.shape, A.shape[3], gradients
+    is_transposed = grad_A_w.mT.is_contiguous()  # as the product with the input returns it
+    order_A = (_TRANSPOSED if is_transposed else _AS_IS).value
+    grad_A_w = grad_A_w if is_transposed else grad_A_w.contiguous()
+    sizes, blocks = _sizes(n_splits, n_skills, r, batch, _SKILLS_BACKWARD), _blocks(A, B)
+    grad_A = torch.empty_like(A if for_A else A[:0])
+    grad_B = torch.empty_like(B if for_B else B[:0])
+    partials = A.new_empty((blocks if for_weights else 0, *weights.shape), dtype=torch.float32)
+    grid = blocks, n_splits, triton.cdiv(n_skills, sizes["BLOCK_S"])
+    with on_device_of(A):
+        _unmix_kernel[grid](
+            weights, A, B, grad_A_w, grad_B_w.contiguous(), grad_A, grad_B, partials,
+            batch, A.shape[2], B.shape[3], for_weights, for_A, for_B, order_A, **sizes, num_warps=1,
+        )  # fmt: skip
+    found = [partials.sum(0).to(weights.dtype)] if for_weights else []
+    return found + [gradient for gradient, want in ((grad_A, for_A), (grad_B, for_B)) if want]
 
 
 def _blocks(A: Tensor, B: Tensor) -> int:
@@ -156,32 +112,28 @@ def _sizes(n_splits: int, n_skills: int, r: int, batch: int, most_skills: int) -
     }
 
 
-@triton.jit(do_not_specialize=["batch", "scale"])
+@triton.jit(do_not_specialize=["batch"])
 def _mix_kernel(
-    weights, A, B, A_w, B_w, batch, width, out, scale,
+    weights, A, B, A_w, B_w, batch, width, out,
     Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of one split's factor `A_w` or `B_w`, for a few samples."""
     block, blocks_A = tl.program_id(0), tl.cdiv(width * R, BLOCK)
     if block < blocks_A:
-        _mix_block(
-            weights, A, A_w, block, batch, width, 1.0, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
-        )
+        _mix_block(weights, A, A_w, block, batch, width, _AS_IS, Q, S, R, BLOCK_B, BLOCK_S, BLOCK)
     else:
         block -= blocks_A
-        _mix_block(
-            weights, B, B_w, block, batch, out, scale, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK
-        )
+        _mix_block(weights, B, B_w, block, batch, out, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK)
 
 
 @triton.jit
 def _mix_block(
-    weights, skills, mixed, block, batch, width, scale,
+    weights, skills, mixed, block, batch, width,
     ORDER: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store `scale · Σ_s w[b, s] skill[s]` for a block of the skills and a few samples `b`."""
+    """Store `Σ_s w[b, s] skill[s]` for a block of the skills and a few samples `b`."""
     split, size = tl.program_id(1), width * R
     number = block * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -200,12 +152,12 @@ def _mix_block(
         sample.to(tl.int64)[:, None] * (Q * size)
         + _offset(number, split, width, size, ORDER, Q, R)[None, :]
     )
-    tl.store(mixed + offset, (total * scale).to(mixed.dtype.element_ty), mask=real)
+    tl.store(mixed + offset, total.to(mixed.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["batch", "scale"])
+@triton.jit(do_not_specialize=["batch"])
 def _unmix_kernel(
-    weights, A, B, grad_A_w, grad_B_w, grad_A, grad_B, partials, batch, width, out, scale,
+    weights, A, B, grad_A_w, grad_B_w, grad_A, grad_B, partials, batch, width, out,
     FOR_WEIGHTS: tl.constexpr, FOR_A: tl.constexpr, FOR_B: tl.constexpr, ORDER_A: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
@@ -217,26 +169,26 @@ def _unmix_kernel(
     partial = partials + block.to(tl.int64) * batch * (Q * S)
     if block < blocks_A:
         _unmix_block(
-            weights, A, grad_A_w, grad_A, partial, block, batch, width, 1.0,
+            weights, A, grad_A_w, grad_A, partial, block, batch, width,
             FOR_WEIGHTS, FOR_A, ORDER_A, Q, S, R, BLOCK_B, BLOCK_S, BLOCK,
         )  # fmt: skip
     else:
         block -= blocks_A
         _unmix_block(
-            weights, B, grad_B_w, grad_B, partial, block, batch, out, scale,
+            weights, B, grad_B_w, grad_B, partial, block, batch, out,
             FOR_WEIGHTS, FOR_B, _BY_RANK, Q, S, R, BLOCK_B, BLOCK_S, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def _unmix_block(
-    weights, skills, grad_mixed, grad_skills, partial, block, batch, width, scale,
+    weights, skills, grad_mixed, grad_skills, partial, block, batch, width,
     FOR_WEIGHTS: tl.constexpr, FOR_SKILLS: tl.constexpr, ORDER: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With `g` the gradient of a block of the mixed factor, store `scale · Σ_b w[b, s] g[b]`, and
-    `scale · g[b] · skill[s]` as the block's part of the gradients of the weights.
+    """With `g` the gradient of a block of the mixed factor, store `Σ_b w[b, s] g[b]`, and
+    `g[b] · skill[s]` as the block's part of the gradients of the weights.
     """
     split, size = tl.program_id(1), width * R
     number = block * BLOCK + tl.arange(0, BLOCK)
@@ -246,7 +198,7 @@ def _unmix_block(
     real = (skill < S)[:, None] & (number < size)[None, :]
     total = tl.zeros([BLOCK_S, BLOCK], tl.float32)
     if FOR_WEIGHTS:
-        values = tl.load(skills + own, mask=real, other=0.0).to(tl.float32) * scale
+        values = tl.load(skills + own, mask=real, other=0.0).to(tl.float32)
     for first in range(0, batch, BLOCK_B):
         sample = first + tl.arange(0, BLOCK_B)
         there = (sample < batch)[:, None] & (number < size)[None, :]
@@ -267,7 +219,7 @@ def _unmix_block(
                 mask=(sample < batch)[:, None] & (skill < S)[None, :],
             )
     if FOR_SKILLS:
-        tl.store(grad_skills + own, (total * scale).to(grad_skills.dtype.element_ty), mask=real)
+        tl.store(grad_skills + own, total.to(grad_skills.dtype.element_ty), mask=real)
 
 
 @triton.jit

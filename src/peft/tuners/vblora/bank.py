@@ -47,25 +47,8 @@ class Selection(NamedTuple):
     weights: Tensor
 
 
-def compose_factors_plain(
-    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
-) -> tuple[Tensor, Tensor]:
-    """Compute `compose_factors` in plain PyTorch operations."""
-    (selected_A, indices_A), (selected_B, indices_B) = (
-        fast_topk(logits_A, topk),
-        fast_topk(logits_B, topk),
-    )
-    # The tiles of both factors are one batch, so that one gradient of the bank's size is made.
-    selected = torch.cat([selected_A.flatten(0, 1), selected_B.flatten(0, 1)])
-    indices = torch.cat([indices_A.flatten(0, 1), indices_B.flatten(0, 1)])
-    tiles = _compose_selected(selected, indices, bank)
-    (r, columns, _), (rows, *_) = shapes(logits_A, logits_B)
-    tiles_A, tiles_B = tiles.split([r * columns, rows * r])
-    return place_tiles(tiles_A.unflatten(0, (r, columns)), tiles_B.unflatten(0, (rows, r)))
-
-
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return arguments of `compose_factors` to try its kernel: no powers of two, no ties."""
+    """Return arguments of `_compose` to try its kernel: no powers of two, no ties."""
     shapes = (3, 2, 37), (5, 3, 37), (37, 20)
     numbers = (
         torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin().view(shape)
@@ -75,7 +58,32 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     return logits_A, logits_B, bank, 3
 
 
-@with_kernel(3, _example)
+@with_kernel(
+    "compose_factors",
+    "Tensor logits_A, Tensor logits_B, Tensor bank, int topk",
+    "(Tensor, Tensor)",
+    _example,
+)
+def _compose(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return `A [r, in]` and the transpose of `B`, `[r, out]`."""
+    (selected_A, indices_A), (selected_B, indices_B) = (
+        fast_topk(logits_A, topk),
+        fast_topk(logits_B, topk),
+    )
+    # The tiles of both factors are one batch, so that one gradient of the bank's size is made.
+    selected = torch.cat([selected_A.flatten(0, 1), selected_B.flatten(0, 1)])
+    indices = torch.cat([indices_A.flatten(0, 1), indices_B.flatten(0, 1)])
+    # float32 also for a half-precision bank: the result is rounded once, and CUDA has no bfloat16
+    # gradient for the weights of `embedding_bag`.
+    dtype = torch.promote_types(bank.dtype, torch.float32)
+    weights = selected.softmax(dim=-1, dtype=dtype)
+    tiles = _weighted_sum(weights, indices, bank.to(dtype)).to(bank.dtype)
+    (r, columns, _), (rows, *_) = shapes(logits_A, logits_B)
+    tiles_A, tiles_B = tiles.split([r * columns, rows * r])
+    A, B = place_tiles(tiles_A.unflatten(0, (r, columns)), tiles_B.unflatten(0, (rows, r)))
+    return A, B.mT
+
+
 def compose_factors(
     logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +116,8 @@ def compose_factors(
 
     Source: arXiv:2405.15179, section 3
     """
-    return compose_factors_plain(logits_A, logits_B, bank, topk)
+    A, B = _compose(logits_A, logits_B, bank, topk)
+    return A, B.mT
 
 
 def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
@@ -143,9 +152,10 @@ def place_tiles(tiles_A: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:
         tiles_B: `[..., out / v, r, v]`.
 
     Returns:
-        `A [..., r, in]` and `B [..., out, r]`. No multiplications; `B` is copied.
+        `A [..., r, in]` and `B [..., out, r]`, the transpose of a contiguous tensor. No
+        multiplications; `B` is copied.
     """
-    return tiles_A.flatten(-2), tiles_B.transpose(-2, -1).flatten(-3, -2)
+    return tiles_A.flatten(-2), tiles_B.transpose(-3, -2).flatten(-2).mT
 
 
 def fast_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -319,19 +329,10 @@ def savable_parameters(
     return tiles * ((topk - 1) * dtype.itemsize + topk * index_dtype(num_vectors).itemsize) / 4
 
 
-def _compose_selected(selected: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
-    """Return tiles `[..., vector_length]` of selected logits and their indices `[..., topk]`."""
-    # float32 also for a half-precision bank: the result is rounded once, and CUDA has no bfloat16
-    # gradient for the weights of `embedding_bag`.
-    dtype = torch.promote_types(bank.dtype, torch.float32)
-    weights = selected.softmax(dim=-1, dtype=dtype)
-    return _weighted_sum(weights, indices, bank.to(dtype)).to(bank.dtype)
-
-
 def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     """Return `sum_k weights[..., k] * bank[indices[..., k]]`, `[..., vector_length]`."""
-    compiled = torch.compiler.is_compiling()
-    if bank.device.type not in _FUSED_DEVICES or not (compiled or is_eager()):
+    # Compilers make one kernel of the plain sum.
+    if bank.device.type not in _FUSED_DEVICES or not is_eager():
         return _gathered_sum(weights, indices, bank)
     # One kernel, as fast as gather-and-sum (at half precision up to twice as fast), whose backward
     # keeps `topk` numbers a tile in place of `topk * vector_length`. A dense
@@ -339,7 +340,7 @@ def _weighted_sum(weights: Tensor, indices: Tensor, bank: Tensor) -> Tensor:
     topk = indices.shape[-1]
     flat, rows = weights.reshape(-1, topk), indices.reshape(-1, topk)
     sums = F.embedding_bag(rows, bank, mode="sum", per_sample_weights=flat)
-    if not compiled and sums.grad_fn is not None:
+    if sums.grad_fn is not None:
         sums.grad_fn.register_hook(functools.partial(_differentiable_gradients, flat, rows, bank))
     return sums.reshape(*indices.shape[:-1], bank.shape[-1])
 

@@ -11,17 +11,14 @@ Source: arXiv:2405.15179, section 3
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.derivatives import gradients_again
-from ...ops.dispatch import is_batched
 from ...ops.triton_support import on_device_of
-from .bank import compose_factors_plain
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _LARGEST_ROW, _LARGEST_TILE = 16384, 8192
@@ -32,6 +29,7 @@ def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
     """Return whether the kernels support tensors of these dtypes and sizes."""
     if (
         torch.are_deterministic_algorithms_enabled()
+        or not (logits_A.is_contiguous() and logits_B.is_contiguous() and bank.is_contiguous())
         or bank.dtype not in _DTYPES
         or logits_A.dtype not in _DTYPES
         or logits_A.dtype != logits_B.dtype
@@ -41,105 +39,46 @@ def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
     return sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_TILE
 
 
-def compose_factors(
-    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
-) -> tuple[Tensor, Tensor]:
-    """Compute `bank.compose_factors` in one launch, with one read of the logits, both of one dtype.
-    `B` is the transpose of a contiguous `[r, out]`.
+def forward(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return `A [r, in]` and the transpose of `B`, `[r, out]`, in one launch.
 
-    Among equal logits the lowest index is selected first. The order in which the bank's gradient is
-    summed differs from run to run.
-    """
-    sources = logits_A, logits_B, bank
-    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-        A, B = _Compose.apply(*sources, topk)
-    else:
-        A, B, _ = _composed(*sources, topk, keep=False)
-    return A, B.T
-
-
-class _Context(Protocol):
-    """Attributes of an autograd context that `_Compose` uses."""
-
-    topk: int
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
-
-
-class _Compose(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _Context, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int
-    ) -> tuple[Tensor, Tensor]:
-        A, B, selected = _composed(logits_A, logits_B, bank, topk, keep=True)
-        ctx.save_for_backward(logits_A, logits_B, bank, selected)
-        ctx.topk = topk
-        return A, B
-
-    @staticmethod
-    def backward(ctx: _Context, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor | None, ...]:
-        logits_A, logits_B, bank, selected = ctx.saved_tensors
-        need_A, need_B, need_bank, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_batched(grad_A) or is_batched(grad_B):
-            plain = functools.partial(compose_factors_plain, topk=ctx.topk)
-            gradients = gradients_again(
-                plain, (logits_A, logits_B, bank), (need_A, need_B, need_bank), (grad_A, grad_B.T)
-            )
-            return *gradients, None
-        need_logits = need_A or need_B
-        grad_logits_A = logits_A.new_empty(logits_A.shape if need_logits else ())
-        grad_logits_B = logits_B.new_empty(logits_B.shape if need_logits else ())
-        grad_bank = bank.new_zeros(bank.shape if need_bank else (), dtype=torch.float32)
-        (r, columns, _), rows = logits_A.shape, logits_B.shape[0]
-        with on_device_of(bank):
-            _distribute_kernel[((columns + rows) * r,)](
-                grad_A.contiguous(),
-                grad_B.contiguous(),
-                bank,
-                selected,
-                grad_logits_A,
-                grad_logits_B,
-                grad_bank,
-                columns * r,
-                rows,
-                need_logits,
-                need_bank,
-                **_kernel_options(*bank.shape, r, selected.shape[1]),
-            )
-        return (
-            grad_logits_A if need_A else None,
-            grad_logits_B if need_B else None,
-            grad_bank.to(bank.dtype) if need_bank else None,
-            None,
-        )
-
-
-def _composed(
-    logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `A [r, in]`, `B` transposed, `[r, out]`, and the selection for the backward, packed
-    index and logit `[tiles, topk]`, or `[0, topk]` without `keep`.
+    Among equal logits the lowest index is selected first.
     """
     (r, columns, _), rows, length = logits_A.shape, logits_B.shape[0], bank.shape[1]
     A, B = bank.new_empty(r, columns * length), bank.new_empty(r, rows * length)
-    tiles = (columns + rows) * r
-    selected = bank.new_empty(tiles if keep else 0, topk, dtype=torch.int64)
     with on_device_of(bank):
-        _compose_kernel[(tiles,)](
-            logits_A,
-            logits_B,
-            bank,
-            A,
-            B,
-            selected,
-            columns * r,
-            rows,
-            keep,
+        _compose_kernel[((columns + rows) * r,)](
+            logits_A, logits_B, bank, A, B, columns * r, rows,
             **_kernel_options(*bank.shape, r, topk),
-        )
-    return A, B, selected
+        )  # fmt: skip
+    return A, B
+
+
+def backward(
+    logits_A: Tensor,
+    logits_B: Tensor,
+    bank: Tensor,
+    topk: int,
+    gradients: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of the tensors in `wanted`. The order in which the bank's is summed
+    differs from run to run.
+    """
+    need_A, need_B, need_bank = wanted
+    need_logits = need_A or need_B
+    grad_logits_A = logits_A.new_empty(logits_A.shape if need_logits else ())
+    grad_logits_B = logits_B.new_empty(logits_B.shape if need_logits else ())
+    grad_bank = bank.new_zeros(bank.shape if need_bank else (), dtype=torch.float32)
+    (r, columns, _), rows = logits_A.shape, logits_B.shape[0]
+    grad_A, grad_B = (gradient.contiguous() for gradient in gradients)
+    with on_device_of(bank):
+        _distribute_kernel[((columns + rows) * r,)](
+            grad_A, grad_B, logits_A, logits_B, bank, grad_logits_A, grad_logits_B, grad_bank,
+            columns * r, rows, need_logits, need_bank, **_kernel_options(*bank.shape, r, topk),
+        )  # fmt: skip
+    found = grad_logits_A, grad_logits_B, grad_bank.to(bank.dtype)
+    return [gradient for gradient, want in zip(found, wanted, strict=True) if want]
 
 
 @functools.cache
@@ -160,78 +99,49 @@ def _kernel_options(num_vectors: int, length: int, r: int, topk: int) -> dict[st
 
 @triton.jit(do_not_specialize=["tiles_A", "rows_B"])
 def _compose_kernel(
-    logits_A,
-    logits_B,
-    bank,
-    A,
-    B,
-    selected,
-    tiles_A,
-    rows_B,
-    KEEP: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    logits_A, logits_B, bank, A, B, tiles_A, rows_B,
+    N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     vector, entry = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     logits, factor = _pointers(tile, logits_A, logits_B, A, B, tiles_A, rows_B, N, V, R)
-    value = tl.load(logits + vector, mask=vector < N, other=0.0).to(tl.float32)
-    packed = tl.where(vector < N, _pack(value, vector), -0x7FFFFFFFFFFFFFFF)
+    packed = _load_packed(logits, vector, N)
     total = 0.0
     mixed = tl.zeros([BLOCK_V], tl.float32)
     for k in tl.static_range(K):
-        best = tl.max(packed, 0)
-        packed = tl.where(packed == best, -0x7FFFFFFFFFFFFFFF, packed)
-        index, logit = _unpack(best)
+        packed, index, logit = _take_best(packed)
         if k == 0:
             highest = logit
         weight = tl.exp(logit - highest)
         total += weight
         row = tl.load(bank + index * V + entry, mask=entry < V, other=0.0)
         mixed += weight * row.to(tl.float32)
-        if KEEP:
-            tl.store(selected + tile * K + k, best)
     tl.store(factor + entry, (mixed / total).to(factor.dtype.element_ty), mask=entry < V)
 
 
 @triton.jit(do_not_specialize=["tiles_A", "rows_B"])
 def _distribute_kernel(
-    grad_A,
-    grad_B,
-    bank,
-    selected,
-    grad_logits_A,
-    grad_logits_B,
-    grad_bank,
-    tiles_A,
+    grad_A, grad_B, logits_A, logits_B, bank, grad_logits_A, grad_logits_B, grad_bank, tiles_A,
     rows_B,
-    FOR_LOGITS: tl.constexpr,
-    FOR_BANK: tl.constexpr,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    FOR_LOGITS: tl.constexpr, FOR_BANK: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R:
+    tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K:
+    tl.constexpr,
+):  # fmt: skip
     """Compute the gradients of the bank and the logits from the gradient `g` of a tile.
 
     With weights `w` and `d_i = g . bank_i`: `w_i g` for vector `i` of the bank;
     `w_i (d_i - sum_j w_j d_j)` for a selected logit, zero for the others.
     """
     tile = tl.program_id(0).to(tl.int64)
-    rank, entry = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    grad_logits, grad_factor = _pointers(
-        tile, grad_logits_A, grad_logits_B, grad_A, grad_B, tiles_A, rows_B, N, V, R
-    )
-    g = tl.load(grad_factor + entry, mask=entry < V, other=0.0).to(tl.float32)
-    index, logit = _unpack(tl.load(selected + tile * K + rank, mask=rank < K, other=0x7FFFFFFF))
+    rank, entry, vector = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    logits, factor = _pointers(tile, logits_A, logits_B, grad_A, grad_B, tiles_A, rows_B, N, V, R)
+    g = tl.load(factor + entry, mask=entry < V, other=0.0).to(tl.float32)
+    packed = _load_packed(logits, vector, N)
+    index, logit = tl.zeros([BLOCK_K], tl.int64), tl.zeros([BLOCK_K], tl.float32)
+    for k in tl.static_range(K):
+        packed, index_k, logit_k = _take_best(packed)
+        index, logit = tl.where(rank == k, index_k, index), tl.where(rank == k, logit_k, logit)
     logit = tl.where(rank < K, logit, float("-inf"))
     weight = tl.exp(logit - tl.max(logit, 0))
     weight = weight / tl.sum(weight, 0)
@@ -242,7 +152,9 @@ def _distribute_kernel(
     if FOR_LOGITS:
         dots = tl.sum(tl.load(bank + offset, mask=mask, other=0.0).to(tl.float32) * g[None, :], 1)
         grad_selected = weight * (dots - tl.sum(weight * dots, 0))
-        vector = tl.arange(0, BLOCK_N)
+        grad_logits, _ = _pointers(
+            tile, grad_logits_A, grad_logits_B, grad_A, grad_B, tiles_A, rows_B, N, V, R
+        )
         grad_row = tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(K):
             index_k = tl.sum(tl.where(rank == k, index, 0), 0)
@@ -253,17 +165,9 @@ def _distribute_kernel(
 
 @triton.jit
 def _pointers(
-    tile,
-    logits_A,
-    logits_B,
-    A,
-    B,
-    tiles_A,
-    rows_B,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    R: tl.constexpr,
-):
+    tile, logits_A, logits_B, A, B, tiles_A, rows_B,
+    N: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     """Return pointers to a tile's logits and to its entries in the factor. The tiles of
     `A [r, columns]` are numbered first, then those of `B [rows, r]`, stored transposed.
     """
@@ -286,8 +190,17 @@ def _pack(value, vector):
 
 
 @triton.jit
-def _unpack(packed):
-    """Return the index and the value that `_pack` packed."""
-    order = (packed >> 32).to(tl.int32)
+def _load_packed(logits, vector, N: tl.constexpr):
+    """Load the logits of a tile, packed; what is beyond them is the least."""
+    value = tl.load(logits + vector, mask=vector < N, other=0.0).to(tl.float32)
+    return tl.where(vector < N, _pack(value, vector), -0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def _take_best(packed):
+    """Return the packed logits without the best, its index and its value."""
+    best = tl.max(packed, 0)
+    order = (best >> 32).to(tl.int32)
     value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return 0x7FFFFFFF - (packed & 0x7FFFFFFF), value
+    packed = tl.where(packed == best, -0x7FFFFFFFFFFFFFFF, packed)
+    return packed, 0x7FFFFFFF - (best & 0x7FFFFFFF), value
