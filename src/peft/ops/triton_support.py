@@ -57,7 +57,7 @@ def define(
     compute: Callable[..., object],
     fake: Callable[..., object],
     autograd: tuple[Callable[..., object], Callable[..., None]] | None = None,
-) -> Callable[..., Result]:
+) -> Callable[..., Any]:
     """Define an operator `torch.ops.peft.<name>` and return it.
 
     Args:
@@ -138,7 +138,8 @@ class _WithKernel:
         self.plain, self.module = plain, f"{plain.__module__}_triton"
         self.operands = arguments.count("Tensor")
         own = {"forward": self.forward, "backward": self.backward}
-        self.launch = type(name, (torch.autograd.Function,), own).apply
+        function = cast(type[torch.autograd.Function], type(name, (torch.autograd.Function,), own))
+        self.launch = function.apply
 
     def run(self, *args: Tensor) -> Result:
         """Compute the function by the kernel if it can, else by plain operations."""
@@ -183,7 +184,8 @@ class _WithKernel:
 
     def backward(self, ctx: _Context, *given: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients for the arguments, which can be differentiated again."""
-        args, wanted = (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad[: self.operands]
+        args: tuple[Any, ...] = *ctx.saved_tensors, *ctx.options
+        wanted = ctx.needs_input_grad[: self.operands]
         if torch.is_grad_enabled() or any(map(is_batched, given)):
             found = self.plain_gradients(args, given, wanted)
         else:
