@@ -84,8 +84,10 @@ class RunningCalls:
         with self._one_change:
             outer, thread = self._change, get_ident()
             if outer is not None:  # this change is part of one
-                is_all = adapters is None or outer.adapters is None
-                adapters = None if is_all else (*adapters, *outer.adapters)
+                if adapters is None or outer.adapters is None:
+                    adapters = None
+                else:
+                    adapters = (*adapters, *outer.adapters)
                 active = active or outer.active
             self._change = _Change(adapters, active, thread)
             try:
