@@ -246,9 +246,10 @@ class PolyLayer(RoutingLayer):
         """Return the delta for a few rows of each sample as a chain, from cached tables; None
         without these.
         """
-        scale, table = self.scaling[adapter_name], router.module_logits
+        scale, table, owners = self.scaling[adapter_name], router.module_logits, shapes(ids)[0]
         if (
-            router.training
+            owners[0] == 1  # one sample's factors are mixed
+            or router.training
             or router.gating.top_k is not None
             or isinstance(scale, Tensor)
             or numel(table) > _SMALL_TABLE
@@ -256,7 +257,7 @@ class PolyLayer(RoutingLayer):
         ):
             return None
         A, B = self._skills(adapter_name)
-        tokens, pays = rank_space_sizes(x, shapes(ids)[0], A, B)
+        tokens, pays = rank_space_sizes(x, owners, A, B)
         if not pays or not has_small_mixings(A):
             return None
         mixing = cached(
