@@ -67,7 +67,7 @@ def campaigns(options: argparse.Namespace) -> tuple[Campaign, ...]:
         Campaign("sharded", sharded.scenarios, sharded.killing),
         Campaign("resuming", resuming.scenarios, resuming.resuming),
         Campaign("file systems", file_systems.scenarios, file_systems.saving),
-        Campaign("hostile", hostile.targets, hostile.inputs(options.inputs)),
+        Campaign("hostile", hostile.targets, hostile.inputs(options.inputs, options.parsed)),
     )
 
 
@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="campaigns or words of scenarios' names")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--inputs", type=int, default=20_000, help="damaged files of each kind")
+    parser.add_argument("--parsed", type=int, help="of each that needs no model; 25 times as many")
     parser.add_argument("--guided", action="store_true", help="hostile, guided by coverage")
     parser.add_argument("--seconds", type=float, default=10.0, help="that processes meet")
     parser.add_argument("--readers", type=int, default=4, help="processes that read one folder")

@@ -3,7 +3,7 @@
 
 A case is a line of JSON: the name of its target, what it is, and the files that differ from the
 valid ones. `python -m torture.corpus tests/torture_corpus.jsonl` adds inputs that reach lines of
-the package that no case reaches.
+the package that no case reaches
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import peft
 from . import hostile
 from .damage import Content, Files, Special, damaged
 
+_MORE = 40  # pairs of lines that an input has to add
 _PACKAGE = str(Path(peft.__file__).parent)
 
 
@@ -100,7 +101,7 @@ def grow(path: Path, number: int, seed: int) -> None:
             for i in range(number):
                 chance = random.Random(f"corpus {seed} {target.name} {i}")
                 files, what = damaged(attack.valid, chance)
-                if reached(files) > 3 and i > 0:
+                if reached(files) > _MORE and i > 0:
                     new = {k: v for k, v in files.items() if v != attack.valid.get(k)}
                     found.append(Case(target.name, what[:200], new))
         _append(path, found)

@@ -12,6 +12,8 @@ from .protocols import ModuleShape
 
 # Tensors of one value, and norms, that programs write beside a module's factors.
 _BESIDE = ("alpha", "dora_scale", "scalar")
+# Parts that a tensor's name has at most.
+_LONGEST = 8
 
 
 @dataclass
@@ -50,11 +52,13 @@ def group_keys(keys: Iterable[str]) -> KeyGroups:
         else:
             result.modules.setdefault(stem, {})[name] = key
             result.methods[stem] = method
-    for key in list(result.others):
+    others, result.others = result.others, []
+    for key in others:
         stem, _, name = key.rpartition(".")
         if stem in result.modules and name in _BESIDE:
             result.modules[stem][name] = key
-            result.others.remove(key)
+        else:
+            result.others.append(key)
     return result
 
 
@@ -92,9 +96,10 @@ def _split(key: str, names: Mapping[str, tuple[str, str | None]]) -> tuple[str |
     """Return a key's method, the part before the tensor's name, and that name here."""
     parts = key.split(".")
     for i, part in enumerate(parts):
-        end = ".".join(parts[i:])
-        for name in (part, end):
+        # To join the rest at each part of a long key would take time quadratic in its length.
+        ends = (part, ".".join(parts[i:])) if len(parts) - i <= _LONGEST else (part,)
+        for name in ends:
             if name in names:
                 method, ours = names[name]
-                return method, ".".join(parts[:i]), ours or end
+                return method, ".".join(parts[:i]), ours or ".".join(parts[i:])
     return None, "", ""
