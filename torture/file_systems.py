@@ -46,7 +46,7 @@ LACKS = (
 
 def scenarios() -> Iterator[Write]:
     """Yield the saves that replace files."""
-    yield from (write for write in writes() if "copy an adapter" not in write.name)
+    yield from (write for write in writes() if " of a library" not in write.name)
 
 
 def saving(scenario: Write, folder: Path, seed: int = 0) -> Iterator[tuple[str, str | None]]:

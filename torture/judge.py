@@ -93,7 +93,7 @@ class Watch:
         elif event in ("exec", "compile"):
             code = arguments[0] if event == "exec" else None
             name = code.co_filename if isinstance(code, CodeType) else str(arguments[-1])
-            if not name.startswith(("<frozen", *_LIBRARIES)):
+            if not name.startswith(("<frozen", *_LIBRARIES)) and not _is_importing():
                 self._note(f"it runs code of {name[:80]}")
         elif event.startswith(_STARTS):
             self._note(f"it starts a program: {event}")
@@ -112,6 +112,8 @@ class Watch:
         real = os.path.join(os.path.realpath(os.path.dirname(text)), os.path.basename(text))
         if not is_written and real.startswith(_READABLE):
             return
+        if is_written and _is_importing():  # caches of libraries
+            return
         if self.folder is not None and os.path.join(real, "").startswith(self.folder):
             return
         if not is_written and os.path.basename(text) in self._others:
@@ -121,6 +123,16 @@ class Watch:
     def _note(self, finding: str) -> None:
         if self.finding is None:
             self.finding = finding
+
+
+def _is_importing() -> bool:
+    """Return whether a module of a library is being imported, which may make code of text."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

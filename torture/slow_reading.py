@@ -80,7 +80,8 @@ def _outputs(config: dict[str, Any], found: dict[str, Tensor]) -> Tensor | None:
     model = base().double()
     rank = config.get("r", 8)
     alpha = config.get("lora_alpha" if config["peft_type"] == "LORA" else "alpha", 8)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    is_stable = config["peft_type"] == "LORA" and config.get("use_rslora")
+    scale = alpha / (math.sqrt(rank) if is_stable else rank)
     for name in TARGETS:
         own = {key.removeprefix(f"{_ROOT}{name}."): t for key, t in found.items()
                if key.startswith(f"{_ROOT}{name}.")}  # fmt: skip

@@ -22,6 +22,18 @@ _PLAIN = (str, bool, int, float)
 _DEEPEST = 50
 
 
+def json_value(text: str | bytes) -> Any:
+    r"""Return what a JSON text says.
+
+    Raises:
+        ValueError: It is no JSON, or has half of a character, `\ud800`, that no file can hold.
+    """
+    content = json.loads(text)
+    if "\\ud" in (text.decode(errors="replace") if isinstance(text, bytes) else text).lower():
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
 def json_object(text: str | bytes, source: object) -> JsonObject:
     """Return the object that the JSON text of a file is.
 
@@ -29,7 +41,7 @@ def json_object(text: str | bytes, source: object) -> JsonObject:
         CheckpointError: It is not JSON or no object, or it is nested more than 50 levels deep.
     """
     try:
-        content = json.loads(text)
+        content = json_value(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{source}' is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.errors import CheckpointError, CheckpointWriteError, PeftError, warn
-from ..base.plain_values import JsonObject
+from ..base.plain_values import JsonObject, json_value
 from ..checkpoint.files import alone_in, folder_for, sweep, write_text
 from ..checkpoint.paths import check_regular
 from .entry import AdapterEntry, Place, Stamp, Stamps, check_inside, stamps_of
@@ -171,7 +171,7 @@ def _parsed(file: Path, content: bytes) -> tuple[Index, list[str]]:
         if not text.strip() and number > 1:
             continue
         try:
-            line = json.loads(text.decode())
+            line = json_value(text.decode())
             if not isinstance(line, dict):
                 raise ValueError("it is no JSON object")
             if number == 1 or "format" in line:

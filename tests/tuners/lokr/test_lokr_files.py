@@ -787,7 +787,7 @@ def test_an_unreadable_file(tmp_path):
         load_lokr_file(mlp(), tmp_path / "missing.safetensors")
     tensors = {"0.lokr_w1": torch.ones(2, 2), "0.lokr_w2": torch.ones(8, 4)}
     save_file(tensors, tmp_path / "b.safetensors", {"lora_adapter_metadata": "{"})
-    with pytest.raises(ValueError, match="the config in its header is not valid JSON"):
+    with pytest.raises(ValueError, match="the config in its header. is not valid JSON"):
         load_lokr_file(mlp(), tmp_path / "b.safetensors")
 
 

@@ -182,3 +182,7 @@ def _source_problems(name: str, value: object) -> Iterator[str]:
             )
         elif unknown := sorted(map(str, entry.keys() - set(SOURCE_KEYS))):
             yield f"`{name}[{key!r}]` has {unknown}; its keys are {', '.join(SOURCE_KEYS)}."
+        else:
+            for word in ("source", "subfolder", "revision", "digest"):
+                if not isinstance(entry.get(word), (str, type(None))):
+                    yield f"`{name}[{key!r}]` has `{word}`={entry[word]!r}, which must be a string."

@@ -46,6 +46,8 @@ from .config import VBLoRAConfig
 BANK, GATE = "vblora_vector_bank", "vblora_gate"
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
+# Integers that torch stores and does not compute with.
+_WITHOUT_KERNELS = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class StorageFormat(enum.Enum):
@@ -105,6 +107,7 @@ class VBLoRAFormat(CheckpointFormat[VBLoRAConfig]):
             elif name in LOGITS:
                 result.update(_imported_logits(key, tensor, config, storage_format))
             elif name.endswith(INDICES):
+                tensor = tensor.long() if tensor.dtype in _WITHOUT_KERNELS else tensor
                 selection = Selection(tensor, _checked_weights(key, tensor, state, config))
                 key = key.removesuffix(INDICES)
                 result.update(_imported_compact(key, selection, config, storage_format))
@@ -195,6 +198,11 @@ def _imported_logits(
     """Return the model's tensors of one factor in a full file."""
     if storage_format is StorageFormat.LOGITS:
         return {key: logits}
+    if logits.dim() == 0 or logits.shape[-1] != config.num_vectors:
+        raise CheckpointError(
+            f"`{key}` has the shape {list(logits.shape)}, and the bank {config.num_vectors} "
+            "vectors; nothing was loaded."
+        )
     if storage_format is StorageFormat.TOPK_WEIGHTS:
         return _compact(key, *compress(logits, config.topk, config.weights_dtype))
     indices, selected = select_topk(logits, config.topk)

@@ -104,7 +104,7 @@ def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile
     tensors, result = _open(file)
     for name, tensor in tensors.items():
         key = split_key(name)
-        if key is None or (key.tensor in NUMBERS and (tensor.numel() != 1 or tensor.is_complex())):
+        if key is None or not _fits(key.tensor, tensor):
             result.unknown.append(name)
             continue
         module = result.modules.setdefault(
@@ -127,6 +127,13 @@ def read_lokr_file(file: str | os.PathLike[str] | dict[str, Tensor]) -> LoKrFile
     for module in result.modules.values():
         module.fold_scalar()
     return result
+
+
+def _fits(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor has as many axes as one of its name."""
+    if name in NUMBERS:
+        return tensor.numel() == 1 and not tensor.is_complex()
+    return tensor.dim() >= (1 if name == "dora_scale" else 2)
 
 
 def _open(file: str | os.PathLike[str] | dict[str, Tensor]) -> tuple[dict[str, Tensor], LoKrFile]:
