@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
@@ -49,6 +50,31 @@ Middle: TypeAlias = Callable[..., Ends | Tensor]
 """A function of a chain's first product and its factors. It returns the chain's ends, or the delta
 itself, in the order of the output's elements.
 """
+
+
+class InPlaceMiddle(ABC):
+    """A `Middle` that computes a whole chain of one dtype with little memory beside the layer's."""
+
+    @abstractmethod
+    def __call__(self, product: Tensor, *factors: Tensor) -> Ends | Tensor:
+        """Return the chain's ends, or the delta."""
+
+    @abstractmethod
+    def add(
+        self, result: Tensor, x: Tensor, down: Tensor | None, *factors: Tensor, beta: int
+    ) -> None:
+        """Write `beta · result` plus the delta into `result`; all activations are contiguous."""
+
+    @abstractmethod
+    def gradients(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        wanted: Sequence[bool],
+        down: Tensor | None,
+        *factors: Tensor,
+    ) -> list[Tensor | None]:
+        """Return the gradients for `x`, in new memory, `down` and the factors: those wanted."""
 
 
 class LowRankChain(NamedTuple):
@@ -110,9 +136,12 @@ def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
     """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`."""
     _check_values(chain)
     weight, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
+    middle, scale = _middle(chain)
     if chain.x is x and torch.is_grad_enabled():
-        middle, scale = _middle(chain)
         return _LinearWithChain.apply(x, weight, bias, middle, scale, chain.down, *chain.factors)
+    in_place = _in_place(middle, x, chain.factors)
+    if in_place is not None and not torch.is_grad_enabled():
+        return _linear_in_place(in_place, x, weight, bias, chain.down, chain.factors)
     return _add_chain(chain, F.linear(x, weight, bias), in_place=True)
 
 
@@ -197,6 +226,33 @@ def _middle(chain: Chain) -> tuple[Middle | None, float]:
     return None, scale
 
 
+def _in_place(middle: Middle | None, x: Tensor, factors: Sequence[Tensor]) -> InPlaceMiddle | None:
+    """Return a chain's function if it computes this chain in place."""
+    is_one = isinstance(middle, InPlaceMiddle) and factors[0].dtype == x.dtype
+    return middle if is_one else None  # type: ignore[return-value]
+
+
+def _linear_in_place(
+    middle: InPlaceMiddle,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    factors: Sequence[Tensor],
+) -> Tensor:
+    """Return a linear layer's output plus a chain, untracked by autograd. Without a bias the
+    layer's product is added to the chain's, since it reads what it adds to at no cost.
+    """
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, out = x.view(-1, x.shape[-1]), result.view(-1, weight.shape[0])
+    if bias is not None:
+        torch.addmm(bias, rows, weight.mT, out=out)
+    middle.add(result, x, down, *factors, beta=0 if bias is None else 1)
+    if bias is None:
+        out.addmm_(rows, weight.mT)
+    return result
+
+
 def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
     if down is None:
         return x
@@ -261,6 +317,10 @@ class _LinearWithChain(torch.autograd.Function):
         down: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
+        ctx.middle, ctx.scale = middle, scale
+        if (in_place := _in_place(middle, x, factors)) is not None:
+            ctx.save_for_backward(x, weight, None, down, *factors)
+            return _linear_in_place(in_place, x, weight, bias, down, factors)
         # The output of `linear` may be a view, which could not be written to.
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows, out = x.flatten(0, -2), result.view(-1, weight.shape[0])
@@ -271,7 +331,6 @@ class _LinearWithChain(torch.autograd.Function):
         product = _first_product(x, down)
         small = product.numel() * _SMALL <= x.numel()
         ctx.save_for_backward(x, weight, product if small else None, down, *factors)
-        ctx.middle, ctx.scale = middle, scale
         if middle is None:
             (up,) = factors
             return _add(result, product, up, scale=scale)
@@ -295,23 +354,32 @@ class _LinearWithChain(torch.autograd.Function):
             )
             of_bias = gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None
             return of_x, of_weight, of_bias, None, None, *others
-        product = _first_product(x, down) if kept is None else kept
-        through = _through_product if ctx.middle is None else _through_middle
-        gradients = through(ctx, gradient, product, factors, (for_x or for_down, *for_factors))
-        of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
-        rows = gradient.flatten(0, -2)
-        of_x = None
-        if for_x:
-            of_x = (gradient @ weight).contiguous()
-            of_x = of_x.add_(of_product) if down is None else _add(of_x, of_product, down.mT)
+        rows, of_x = gradient.flatten(0, -2), None
+        if (in_place := _in_place(ctx.middle, x, factors)) is not None:
+            rows = rows.contiguous()
+            wanted = (for_x, for_down, *for_factors)
+            of_x, *others = in_place.gradients(x, rows, wanted, down, *factors)
+            if of_x is not None:
+                of_x = of_x.view(-1, x.shape[-1]).addmm_(rows, weight).view(x.shape)
+        else:
+            product = _first_product(x, down) if kept is None else kept
+            through = _through_product if ctx.middle is None else _through_middle
+            gradients = through(ctx, gradient, product, factors, (for_x or for_down, *for_factors))
+            of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
+            if for_x:
+                of_x = (gradient @ weight).contiguous()
+                of_x = of_x.add_(of_product) if down is None else _add(of_x, of_product, down.mT)
+            of_down = (
+                mixed_precision.across(of_product, as_operand(x, down)).mT if for_down else None
+            )
+            others = [of_down, *of_factors]
         return (
             of_x,
             rows.mT @ x.flatten(0, -2) if for_weight else None,
             rows.sum(0) if for_bias else None,
             None,
             None,
-            mixed_precision.across(of_product, as_operand(x, down)).mT if for_down else None,
-            *of_factors,
+            *others,
         )
 
 

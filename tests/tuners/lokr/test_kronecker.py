@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from peft.ops.dispatch import can_fuse
+from peft.ops.fused_linear import linear_with_chain
 from peft.tuners.lokr.kronecker import (
     KroneckerFactors,
     contraction_order,
     dense_left,
     dense_right,
+    kronecker_chain,
     kronecker_conv,
     kronecker_linear,
     kronecker_weight,
@@ -258,6 +261,47 @@ def test_linear(form, sizes, ranks, lead, scale):
     )
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(3, 3, 4, 4), (3, 2, 5, 4), (2, 3, 4, 5), (4, 4, 2, 2)])
+@pytest.mark.parametrize("form", [("full", "full"), ("full", "low"), ("low", "full")])
+def test_layer_and_product_in_one_memory(form, sizes, bias):
+    """Values and first and second derivatives, all and one at a time, against finite differences
+    and the dense product.
+    """
+    f, (a, b, c, d) = make(form, sizes, (2, 1)), sizes
+    layer = torch.nn.Linear(b * d, a * c, bias, dtype=torch.float64)
+    used = [(name, t.requires_grad_()) for name, t in f._asdict().items() if t is not None]
+    x = randn(2, 3, b * d).requires_grad_()
+
+    def together(x, *factors):
+        assert can_fuse(layer, x)
+        own = KroneckerFactors(**{n: t for (n, _), t in zip(used, factors, strict=True)})
+        return linear_with_chain(layer, x, kronecker_chain(x, own, 0.5))
+
+    operands = (x, *[tensor for _, tensor in used])
+    dense = F.linear(x, layer.weight + reference_weight(detached(f), (), 0.5), layer.bias)
+    y = together(*operands)
+    torch.testing.assert_close(y, dense)
+    with torch.no_grad():
+        torch.testing.assert_close(together(*operands), dense)
+    assert torch.autograd.gradcheck(together, operands)
+    assert torch.autograd.gradgradcheck(together, operands)
+    # Gradients for the layer, and for one operand alone, of an output that is read once.
+    layer.zero_grad()
+    together(*operands).sum().backward()
+    of_layer = torch.ones_like(y).flatten(0, 1).T @ x.detach().flatten(0, 1)
+    torch.testing.assert_close(layer.weight.grad, of_layer)
+    together_grads = [operand.grad for operand in operands]
+    for i, operand in enumerate(operands):
+        alone = [t if t is operand else t.detach() for t in operands]
+        (found,) = torch.autograd.grad(together(*alone).sum(), operand)
+        torch.testing.assert_close(found, together_grads[i])
+
+
+def detached(f):
+    return KroneckerFactors(*[None if t is None else t.detach() for t in f])
+
+
 def test_linear_takes_strided_input():
     f = make(("full", "low"), (3, 2, 4, 5), (1, 2))
     x = randn(10, 7).T
@@ -356,7 +400,7 @@ def test_stated_cost_is_the_cost(w2):
     if w2 != "tucker":
         with FlopCounterMode(display=False) as counter:
             kronecker_linear(randn(n, 20), make(("low", w2), sizes, ranks))
-        assert counter.get_total_flops() == 2 * n * contraction_order((2, 1, 4), rights)[0]
+        assert counter.get_total_flops() == 2 * n * contraction_order((2, 4), rights)[0]
     with FlopCounterMode(display=False) as counter:
         kronecker_conv(
             randn(n, 20, 8, 8),

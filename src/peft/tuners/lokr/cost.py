@@ -25,7 +25,9 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
     """
     taps = math.prod(size.kernel_size)
     (a, b), (c, d) = sides(shapes, taps)
-    left: tuple[int, ...] = (b, a) if "w1" in shapes else (b, shapes["w1_a"][1], a)
+    # A linear layer multiplies a low-rank `W1` first.
+    is_one = "w1" in shapes or not size.kernel_size
+    left: tuple[int, ...] = (b, a) if is_one else (b, shapes["w1_a"][1], a)
     right: tuple[int, ...] = (d, c)
     spatial = 0
     if "t2" in shapes:

@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.fused_linear import Ends, FunctionChain, Middle
+from ...ops.fused_linear import FunctionChain
 from ...ops.mixed_precision import widened
-from .order import State, contraction_order
+from .blocks import BLOCKS
+from .order import Contraction, State, contraction_order
 
 Maps: TypeAlias = tuple[Tensor, ...]
 """Maps `[to, from]` of one side of the product, the first applied first."""
@@ -127,8 +128,8 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
     `X [b, d]`.
 
     Multiplications per row, both sides full: `min(b·d·c + b·c·a, b·d·a + d·a·c)` in place of
-    `a·b·c·d`. The maps of a low-rank side are applied one by one or multiplied first, whichever
-    `contraction_order` finds cheaper.
+    `a·b·c·d`. The maps of a low-rank `W2` are applied one by one or multiplied first, whichever
+    `contraction_order` finds cheaper; those of `W1`, which is small, are multiplied first.
 
     Args:
         x: `[..., in]`.
@@ -153,9 +154,9 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> FunctionChain:
     """Return `kronecker_linear` as a chain of products, for `ops.fused_linear`.
 
-    The first product is `x [rows·b, d]` times `[d, k]` if the cheapest order begins with `W2`, else
-    there is none. The last product is `[rows·a, k]` times `[k, c]` if the order ends with `W2`, or
-    `[a, k]` times `[rows, k, c]` if it ends with `W1`.
+    Its steps are a product `x [rows·b, d]` with maps of `W2`, the blocks' product with `W1`, and a
+    product with the other maps of `W2`. Whichever takes fewer multiplications, all maps of `W2`
+    come before `W1`, after it, or `W1` between two of them.
 
     Args:
         x: `[..., in]`.
@@ -165,58 +166,27 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     Source: arXiv:2309.14859, eq. 4
     """
     w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, ()), scale)
+    w1 = _multiply(w1s)
+    left, *right = shapes(w1, *w2s)
     # `torch.compile` warns about cached functions.
-    plan = _plan if torch.compiler.is_compiling() else _cached_plan
-    n, middle = plan(tuple(shapes(*w1s)), tuple(shapes(*w2s)))
+    find = _maps_before if torch.compiler.is_compiling() else _cached_maps_before
+    n = find(tuple(left), tuple(right), x.dtype == w1.dtype)
+    up = (_multiply(w2s[n:]).T,) if n < len(w2s) else ()
     if n == 0:
-        return FunctionChain(widened(x, w1s[0].dtype), middle, (*w1s, *w2s))
-    down = (w2s[0] if n == 1 else _multiply(w2s[:n])).T
-    return FunctionChain(x, middle, (*w1s, *w2s[n:]), down)
+        return FunctionChain(widened(x, w1.dtype), BLOCKS, (w1, *up))
+    return FunctionChain(x, BLOCKS, (w1, *up), _multiply(w2s[:n]).T)
 
 
-class _Plan(NamedTuple):
-    """Plan of `kronecker_chain`: the number of maps of the right side in the first product, and the
-    chain's function of that product and the other maps.
+def _maps_before(left: Sequence[int], right: MapShapes, left_first: bool) -> int:
+    """Return the number of maps of the right side, without kernels, that are applied before `W1` in
+    the cheapest order. Of two equally cheap ones, `left_first` has fewer products in backward; the
+    other one begins with a product, which can read an input in another precision.
     """
-
-    in_first: int
-    middle: Middle
-
-
-def _plan(left: MapShapes, right: MapShapes) -> _Plan:
-    """Divide the cheapest order for maps of these shapes, without kernels, into a first product, a
-    function and a last product.
-    """
-    order = _order_of_shapes(left, right)
-    in_first, (i, j), n_left = order[0][1], order[-2], len(left)
-    a, b, k = left[-1][0], left[0][1], (*(shape[1] for shape in right), right[-1][0])[in_first]
-    # A last product with `W1` computes its gradient for each row before summing: use it only where
-    # that is no larger than the output. Else the function computes the delta itself.
-    has_last = j < len(right) or a <= right[-1][0]
-    moves = order[1 if in_first else 0 : -1 if has_last else None]
-    path = tuple([(to_i, to_j - in_first) for to_i, to_j in moves])
-    left_only = path == ((n_left, 0),)
-
-    def middle(z: Tensor, *maps: Tensor) -> Ends | Tensor:
-        w1s, w2s = maps[:n_left], maps[n_left:]
-        if left_only and not (torch.is_grad_enabled() or torch.jit.is_tracing()):
-            grid = _multiply(w1s) @ z.reshape(-1, b, k)
-        else:
-            grid = _apply_maps(z.reshape(-1, 1, b, 1, k), w1s, w2s, path)
-        if not has_last:
-            return grid.flatten(1)
-        if j - in_first < len(w2s):
-            return Ends(grid.reshape(-1, grid.shape[-1]), _multiply(w2s[j - in_first :]).T)
-        w1 = _multiply(w1s[i:])
-        return Ends(
-            w1.expand(grid.shape[0], *w1.shape),
-            grid.reshape(grid.shape[0], w1.shape[1], grid.shape[-1]),
-        )
-
-    return _Plan(in_first, middle)
+    order = _contraction((left,), right, left_first=left_first).states
+    return next(j for i, j in order if i == 1)
 
 
-_cached_plan = functools.cache(_plan)
+_cached_maps_before = functools.cache(_maps_before)
 
 
 def kronecker_conv(
@@ -325,17 +295,19 @@ def _order(
 ) -> tuple[State, ...]:
     """Return the cheapest order of contraction; `positions` is inputs per output position."""
     # `torch.compile` warns about cached functions.
-    order = _order_of_shapes if torch.compiler.is_compiling() else _cached_order
-    return order(tuple(shapes(*w1s)), tuple(shapes(*w2s)), left_groups, right_groups, positions)
+    find = _contraction if torch.compiler.is_compiling() else _cached_contraction
+    left, right = tuple(shapes(*w1s)), tuple(shapes(*w2s))
+    return find(left, right, left_groups, right_groups, positions).states
 
 
-def _order_of_shapes(
+def _contraction(
     left: MapShapes,
     right: MapShapes,
     left_groups: int = 1,
     right_groups: int = 1,
     positions: int = 1,
-) -> tuple[State, ...]:
+    left_first: bool = False,
+) -> Contraction:
     spatial = next((j for j, shape in enumerate(right) if len(shape) > 2), -1)
     return contraction_order(
         (*(shape[1] for shape in left), left[-1][0] // left_groups),
@@ -343,10 +315,11 @@ def _order_of_shapes(
         spatial=spatial,
         taps=math.prod(right[spatial][2:]),
         stride=positions,
-    ).states
+        left_first=left_first,
+    )
 
 
-_cached_order = functools.cache(_order_of_shapes)
+_cached_contraction = functools.cache(_contraction)
 
 
 def _apply_maps(

@@ -26,6 +26,7 @@ def contraction_order(
     spatial: int = -1,
     taps: int = 1,
     stride: int = 1,
+    left_first: bool = False,
 ) -> Contraction:
     """Find the order of contraction with the fewest multiplications.
 
@@ -43,6 +44,7 @@ def contraction_order(
         spatial: Index of the map of the right side that has the kernel; -1 for none.
         taps: Number of elements of the kernel.
         stride: Input positions per output position.
+        left_first: Of equally cheap orders, take one that begins with the left side.
 
     Returns:
         The order and its cost; found by dynamic programming over at most 3 · 4 states.
@@ -64,10 +66,10 @@ def contraction_order(
     order: dict[State, tuple[State, ...]] = {end: ()}
     for i in range(end[0], -1, -1):
         for j in range(end[1], -1, -1):
-            # Among equally cheap orders, longer moves come first for fewer operations, and moves of
-            # the right side first because `ops.fused_linear` fuses a first product `x · down`.
+            # Among equally cheap orders, longer moves come first for fewer operations.
             right_moves = [(i, to) for to in range(end[1], j, -1)]
-            moves = right_moves + [(to, j) for to in range(end[0], i, -1)]
+            left_moves = [(to, j) for to in range(end[0], i, -1)]
+            moves = left_moves + right_moves if left_first else right_moves + left_moves
             if moves:
                 totals = [multiplications(i, j, *to) + cost[to] for to in moves]
                 cost[i, j] = min(totals)
