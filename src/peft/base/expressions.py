@@ -203,13 +203,15 @@ class _Ways:
     def _ends(self, part: _Part, at: int) -> frozenset[int] | set[int]:
         kind, argument = part
         if kind in _REPEATS:
-            return self._repeated(*argument, at)
+            low, high, body = argument
+            return self._repeated(low, high, body, at)
         if kind is sre.BRANCH:
             return {end for body in argument[1] for end in self._sequence(body, at)}
         if kind is sre.SUBPATTERN:
             return self._sequence(argument[3], at)
         if kind in (sre.ASSERT, sre.ASSERT_NOT):
-            return {at} if self._is_seen(*argument, at) == (kind is sre.ASSERT) else set()
+            direction, body = argument
+            return {at} if self._is_seen(direction, body, at) == (kind is sre.ASSERT) else set()
         if kind is sre.AT:
             return {at} if self._is_at(argument, at) else set()
         is_there = at < len(self._text) and _is_letter(kind, argument, self._text[at])
@@ -264,4 +266,4 @@ def _is_letter(kind: Any, argument: Any, letter: str) -> bool:
     if kind is sre.CATEGORY:
         return _CATEGORIES[argument].match(letter) is not None
     negated = argument[0][0] is sre.NEGATE
-    return negated != any(_is_letter(*part, letter) for part in argument[negated:])
+    return negated != any(_is_letter(own, value, letter) for own, value in argument[negated:])
