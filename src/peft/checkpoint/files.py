@@ -344,13 +344,23 @@ def _replace_in_folder(path: Path, write: Callable[[Path], object]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode  # some writers make files that only their owner can read
         write(temporary)
-        if temporary.stat().st_mode != mode:
-            _tolerant(_CANT_CHMOD, temporary.chmod, mode)
+        set_mode(temporary, mode)
         with open(temporary, "rb+") as file:
-            _tolerant(_CANT_SYNC, os.fsync, file.fileno())
+            sync(file.fileno())
         _rename(temporary, path)
     finally:
         _delete(place)
+
+
+def sync(handle: int) -> None:
+    """Sync a file or folder to disk, if its system can do that."""
+    _tolerant(_CANT_SYNC, os.fsync, handle)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set the mode of a file or folder, if its system has modes."""
+    if path.stat().st_mode != mode:
+        _tolerant(_CANT_CHMOD, path.chmod, mode)
 
 
 def _tolerant(numbers: tuple[int, ...], call: Callable[[int], object], argument: int) -> None:
@@ -400,6 +410,6 @@ def sync_folder(folder: Path) -> None:
     except (PermissionError, IsADirectoryError):  # Windows can't open folders
         return
     try:
-        _tolerant(_CANT_SYNC, os.fsync, handle)
+        sync(handle)
     finally:
         os.close(handle)

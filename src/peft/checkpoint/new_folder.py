@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from ..base.errors import CheckpointWriteError, PeftError, PeftValueError
+from .files import set_mode
 from .paths import as_folder
 
 
@@ -48,7 +49,7 @@ def new_folder(path: str | os.PathLike[str], sign: str, replace: bool) -> Iterat
         raise _failure(folder, error) from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it readable by its owner alone
+        set_mode(temporary, 0o777 & ~_umask())  # mkdtemp makes it readable by its owner alone
         _rename(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

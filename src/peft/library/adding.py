@@ -16,7 +16,15 @@ from typing import BinaryIO
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..base.errors import CheckpointError, PeftValueError
 from ..checkpoint.digests import adapter_digest
-from ..checkpoint.files import alone_in, folder_for, read_config_text, sync_folder
+from ..checkpoint.files import (
+    alone_in,
+    folder_for,
+    read_config_text,
+    set_mode,
+    sweep,
+    sync,
+    sync_folder,
+)
 from ..checkpoint.hub import HubOptions, find_file
 from .entry import AdapterEntry, Place
 from .index import Index
@@ -138,9 +146,8 @@ def _is_copy(target: Path, folder: Path) -> bool:
 
 def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
     """Copy an adapter's files to a new folder, which appears with all of them."""
-    with folder_for(root), alone_in(root):
-        for leftover in root.glob(f"{_UNFINISHED}*"):  # of processes that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
+    with folder_for(root), alone_in(root) as is_alone:
+        sweep(root, f"{_UNFINISHED}*", is_alone)  # of processes that were killed
         unfinished = Path(tempfile.mkdtemp(dir=root, prefix=_UNFINISHED))
         try:
             text = BytesIO(read_config_text(folder / CONFIG_NAME).encode())
@@ -150,7 +157,7 @@ def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
                     _write_synced(unfinished / name, source)
             sync_folder(unfinished)
             target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.chmod(target.parent.stat().st_mode & 0o777)
+            set_mode(unfinished, target.parent.stat().st_mode & 0o777)
             unfinished.rename(target)
             sync_folder(target.parent)
         except BaseException:
@@ -163,7 +170,7 @@ def _write_synced(path: Path, source: BinaryIO) -> None:
     with open(path, "wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def delete(root: Path, places: Collection[Place]) -> None:
