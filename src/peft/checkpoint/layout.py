@@ -24,6 +24,8 @@ from .headers import DTYPES
 # Longest header that readers of the format accept.
 MAX_HEADER = 100_000_000
 _LENGTH_BYTES = 8
+# Numbers that a tensor can have at most, one of no numbers too if its empty axis had one.
+_LARGEST = 2**63 - 1
 
 
 class TensorSpan(NamedTuple):
@@ -150,6 +152,8 @@ def _span(key: str, entry: object) -> TensorSpan:
     numbers = (*shape, begin, end)
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"the entry of `{key}` has numbers that are no sizes")
+    if math.prod(max(size, 1) for size in shape) > _LARGEST:
+        raise ValueError(f"`{key}` has a shape that no tensor can have")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"`{key}` takes {end - begin} bytes, which do not fit its shape")
     return TensorSpan(dtype, shape, begin, end)
