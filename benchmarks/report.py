@@ -68,10 +68,11 @@ COLUMNS: dict[str, Cell] = {
 }
 LEGEND = """\
 A step with an adapter over the frozen model's same step, in turns; 1.05 adds 5 %. `train`:
-forward and backward; `prefill`: a prompt; `decode`: one more token. `lokr`: of low rank; `lokr-
-full-4`: full matrices, factor 4; `mhr`: Poly with four splits; `peft`: Hugging Face PEFT. Memory:
-the peak of what a step adds, and beyond the frozen step's. Error: one layer's output or, in
-training, its worst gradient, against float64 (norms). Wanted: what this package wants to reach.
+forward and backward; `prefill`: a prompt; `decode`: one more token. `lokr`: of low rank;
+`lokr-full-4`: full matrices, factor 4; `mhr`: Poly with four splits; `peft`: Hugging Face PEFT.
+Memory: the peak of what a step adds, and beyond the frozen step's. Error: one layer's output or,
+in training, its worst gradient, against float64 (norms). Wanted: what this package wants to
+reach.
 """
 
 
