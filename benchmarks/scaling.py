@@ -66,7 +66,10 @@ def measure(
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """Return a table for each number that grows: milliseconds of a step, with quartiles."""
-    result = []
+    result = [
+        f"Milliseconds of a step of {LAYERS} linear layers, {BATCH} samples: median (quartiles).",
+        "",
+    ]
     for axis in dict.fromkeys(row["axis"] for row in rows):
         own = [row for row in rows if row["axis"] == axis]
         sizes = dict.fromkeys(row["size"] for row in own)
