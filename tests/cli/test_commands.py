@@ -3,6 +3,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -318,11 +319,13 @@ def test_debug_shows_where(run):
 
 
 @pytest.mark.processes
-def test_as_a_process_whose_output_has_no_room(store):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_as_a_process_whose_output_has_no_room(store, unbuffered):
     command = [sys.executable, "-m", "peft", "inspect", str(store / "LORA"), "--json"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
         )
     assert result.returncode == 1 and result.stderr.endswith("Error: No space left on device\n")
 

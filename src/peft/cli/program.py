@@ -68,13 +68,22 @@ def _code_of(run: Callable[[Sequence[str]], object], arguments: Sequence[str]) -
         _say("Stopped; nothing is left half written.")
         return _INTERRUPTED
     except BrokenPipeError:  # `peft … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _abandon_output()
         return 0
     except Exception as error:
         if "--debug" in arguments:
             raise
         _say(f"Error: {_message(error)}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end, and exit with another code
+            _abandon_output()
         return _FAILED
+
+
+def _abandon_output() -> None:
+    """Let what is left of the output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _message(error: Exception) -> str:
