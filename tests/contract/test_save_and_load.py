@@ -10,7 +10,8 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from helpers.models import TARGETS, mlp
+from helpers.adapted import adapted, base
+from helpers.models import TARGETS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,22 +33,6 @@ from peft.utils.error import (
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.linspace(-1, 1, 16).reshape(2, 8)
-
-
-def base():
-    torch.manual_seed(0)
-    return mlp()
-
-
-def adapted(config=None, name="default", seed=1):
-    """A model with an adapter of random values."""
-    model = get_peft_model(base(), config or LoraConfig(r=2, target_modules=TARGETS), name)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model.eval()
 
 
 def trainable(model):

@@ -3,30 +3,15 @@
 
 import pytest
 import torch
-from helpers.models import TARGETS, mlp
+from helpers.adapted import adapted
+from helpers.models import TARGETS
 
-from peft import LoraConfig, VBLoRAConfig, get_peft_model
+from peft import LoraConfig, VBLoRAConfig
 from peft.core import filling, switching
 from peft.core.injection import Construction
 from peft.utils.error import CheckpointError, PeftTypeError, PeftValueError
 
 X = torch.linspace(-1, 1, 16).reshape(2, 8)
-
-
-def base():
-    torch.manual_seed(0)
-    return mlp()
-
-
-def adapted(config=None, name="default", seed=1):
-    """A model with an adapter of random values."""
-    model = get_peft_model(base(), config or LoraConfig(r=2, target_modules=TARGETS), name)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model.eval()
 
 
 def bank_config(**fields):

@@ -51,7 +51,7 @@ def can_trace(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         and (x.device.type == "cuda" or INTERPRETED)
         and not is_traceable_wrapper_subclass(x)
-        and not torch._C._are_functorch_transforms_active()
+        and not _are_functorch_transforms_active()
     )
 
 
@@ -116,8 +116,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
         and is_ordinary(x)
         and x.dtype == weight.dtype  # type: ignore[union-attr]
         and x.is_contiguous()
-        # Reads a flag, which most often says enough.
-        and not (_is_any_autocast_enabled() and is_autocast(x))
+        and not is_autocast(x)
     )
 
 
