@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .package_data import MODEL, cache
 from .texts import PARTS, Task
@@ -53,7 +54,7 @@ class States:
 
 
 class Upper(nn.Module):
-    """The upper layers and a frozen classifier on the mean of the tokens.
+    """The upper layers, without dropout, and a frozen classifier on the mean of the tokens.
 
     Args:
         layers: Of the encoder.
@@ -63,6 +64,9 @@ class Upper(nn.Module):
     def __init__(self, layers: nn.ModuleList, head: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.layers = copy.deepcopy(layers)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         self.head = nn.Linear(head[0].shape[1], head[0].shape[0])
         self.head.load_state_dict({"weight": head[0], "bias": head[1]})
         self.requires_grad_(False)
@@ -75,9 +79,11 @@ class Upper(nn.Module):
     def features(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the mean of the tokens after the upper layers, `[n, width]`."""
         seen = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        for layer in self.layers:
-            hidden = layer(hidden, seen)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        # On a CPU, PyTorch's flash attention takes half the step for texts of 40 tokens.
+        with sdpa_kernel(SDPBackend.MATH):
+            for layer in self.layers:
+                hidden = layer(hidden, seen)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         weights = mask.unsqueeze(-1).float()
         return (hidden * weights).sum(1) / weights.sum(1)
 
