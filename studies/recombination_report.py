@@ -52,7 +52,10 @@ def new_cells(final: list[Record]) -> New:
 
 
 def _trained(final: list[Record]) -> str:
-    lines = ["| arm | trained numbers | seconds | mean | worst cell |", "|---|---:|---:|---|---:|"]
+    lines = [
+        "| arm | trained numbers | CPU seconds | mean | worst cell |",
+        "|---|---:|---:|---|---:|",
+    ]
     for arm, name in NAMES.items():
         own = [record for record in final if record["arm"] == arm]
         if own:
@@ -69,7 +72,7 @@ def _trained(final: list[Record]) -> str:
 
 
 def _held_out(new: New, final: list[Record]) -> str:
-    lines = ["| arm | way | numbers | seconds | " + " | ".join(map(str, SHOTS)) + " | others |"]
+    lines = ["| arm | way | numbers | CPU seconds | " + " | ".join(map(str, SHOTS)) + " | others |"]
     lines.append("|---|---|---:|---:|" + "---|" * len(SHOTS) + "---:|")
     for arm, way in dict.fromkeys((arm, way) for arm, way, _ in new):
         rows = [

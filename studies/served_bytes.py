@@ -136,11 +136,11 @@ class Measurement:
 
     def record(self) -> Record:
         """Train, store, read back, and return what is measured."""
-        begin = time.perf_counter()
+        begin = time.process_time()
         model, told, stored = self._trained()
         labels = self.parts["validation"].labels
         found: Record = {
-            "training_seconds": round(time.perf_counter() - begin, 2),
+            "training_seconds": round(time.process_time() - begin, 2),
             "numbers": sum(tensor.numel() for tensor in stored.values()),
             "tensor_bytes": sum(t.numel() * t.element_size() for t in stored.values()),
             "file_bytes": len(save(stored)) if stored else 0,
