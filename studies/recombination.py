@@ -221,7 +221,9 @@ class Measurement:
         return model
 
     def _search(self) -> Record:
-        """Return, for each way and rate, the accuracy on the tuning cells from 16 texts."""
+        """Return, for each way and rate, the accuracy on the tuning cells from 16 texts: on their
+        training texts from validation texts, since their test texts are translations of others'.
+        """
         return {
             "tuning": {
                 way: [
@@ -234,9 +236,9 @@ class Measurement:
 
     def _mean_on_tuning(self, way: str, rate: float) -> float:
         cells = self.grid["tuning"].values()
-        found = [self._adapted(way, few(own["train"], 16, 100), rate) for own in cells]
+        found = [self._adapted(way, few(own["validation"], 16, 100), rate) for own in cells]
         return sum(
-            accuracy(model, own["test"], **told)
+            accuracy(model, own["train"], **told)
             for (model, told, _), own in zip(found, cells, strict=True)
         ) / len(found)
 
