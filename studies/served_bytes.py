@@ -53,7 +53,7 @@ class ServedBytes:
 
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
         """Return the runs that select the tasks; then those of the search on tuning tasks, arm by
-        arm; then those with the best rates on the tested tasks.
+        arm; then those with the best rates on the tested tasks, seed by seed.
         """
         found = [Run("selection", FULL, 100, {"task": t, "rate": 1}) for t in short_sets.CANDIDATES]
         by_use = uses(records)
@@ -75,7 +75,8 @@ class ServedBytes:
                     for seed in seeds
                     for task in by_use["tested"]
                 ]
-        return sorted(found, key=lambda run: ("selection", "rates", "final").index(run.stage))
+        stages = "selection", "rates", "final"
+        return sorted(found, key=lambda run: (stages.index(run.stage), run.seed))
 
     def measure(self, run: Run, quick: bool) -> Record:
         """Train an arm on a task, store it, and test what was stored."""

@@ -99,27 +99,28 @@ def arms() -> dict[str, Arm]:
                 lambda _, f=factor: LoKrConfig(
                     full_matrix=True, decompose_factor=f, target_modules=EVERY))
         )  # fmt: skip
-    for place, r in (("one", 1), ("attention", 1), ("every", 1), ("every", 4), ("every", 8)):
+    for place, r in (("one", 1), ("attention", 1), ("every", 1), ("every", 8)):
         found.append(
             Arm("LoKr, low rank", f"rank {r}, {place}", _rates(1e-3, 4e-3, 1.6e-2),
                 lambda _, r=r, p=place: LoKrConfig(r=r, alpha=r, target_modules=PLACES[p]))
         )  # fmt: skip
-    for place, r in (("attention", 1), ("every", 2)):
-        found.append(
-            Arm("LoHa", f"rank {r}, {place}", _rates(1e-3, 4e-3, 1.6e-2),
-                lambda _, r=r, p=place: LoHaConfig(r=r, alpha=r, target_modules=PLACES[p]))
-        )  # fmt: skip
+    found.append(
+        Arm("LoHa", "rank 2, every", _rates(1e-3, 4e-3, 1.6e-2),
+            lambda _: LoHaConfig(r=2, alpha=2, target_modules=PLACES["every"]))
+    )  # fmt: skip
     both = _rates(2e-3, 1e-2, 5e-2, bank=1.0, logits=10.0)
     for r, size in ((1, 32), (4, 64), (4, 256)):
         found.append(
             Arm("VB-LoRA, own bank", f"rank {r}, {size} vectors", both,
                 lambda f, r=r, h=size: _vblora("every", r, h, f))
         )  # fmt: skip
-    for bank in ("trained", "random"):
-        for place, r in (("one", 1), ("attention", 1), ("every", 1), ("every", 4)):
-            found.append(
-                Arm(f"VB-LoRA, shared {bank} bank", f"rank {r}, {place}",
-                    _rates(2e-2, 1e-1, 5e-1, logits=1.0),
-                    lambda f, r=r, p=place, b=bank: _vblora(p, r, b, f))
-            )  # fmt: skip
+    for bank, place, r in (
+        ("trained", "one", 1), ("trained", "attention", 1), ("trained", "every", 1),
+        ("trained", "every", 4), ("random", "every", 1), ("random", "every", 4),
+    ):  # fmt: skip
+        found.append(
+            Arm(f"VB-LoRA, shared {bank} bank", f"rank {r}, {place}",
+                _rates(2e-2, 1e-1, 5e-1, logits=1.0),
+                lambda f, r=r, p=place, b=bank: _vblora(p, r, b, f))
+        )  # fmt: skip
     return {arm.name: arm for arm in found}
