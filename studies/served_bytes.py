@@ -116,11 +116,17 @@ def _best_rate(tried: list[Record]) -> int:
     return max(means, key=lambda rate: (means[rate], -rate)) if means else 0
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)
 def _task(name: str) -> tuple[tuple[str, ...], dict[str, States], str]:
     """Return a task's labels, its states by part, and a digest of its texts."""
     task = short_sets.set_task(name)
     return task.classes, states(task, UPPER), joint_digest([task])
+
+
+@lru_cache(maxsize=1)
+def _sources_digest() -> str:
+    """Return a digest of the sources' texts."""
+    return joint_digest(short_sets.tasks(short_sets.SOURCES))
 
 
 class Measurement:
@@ -246,8 +252,7 @@ class SharedParts:
 
     def __init__(self, seed: int, quick: bool) -> None:
         self.seed, self.steps = seed, 2 if quick else SOURCE_STEPS
-        key = joint_digest(short_sets.tasks(short_sets.SOURCES))
-        self.place = cache() / "shared" / f"{key}-{seed}-{self.steps}"
+        self.place = cache() / "shared" / f"{_sources_digest()}-{seed}-{self.steps}"
 
     @property
     def folder(self) -> Path:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import multiemo
 from .package_data import TEXTS
-from .texts import PARTS, Task, drawn, part_of, read_examples
+from .texts import PARTS, Task, drawn, folded, part_of, read_examples
 
 SIZES = {"train": 400, "validation": 100, "test": 300}
 
@@ -29,27 +30,44 @@ SOURCES = (
 )  # fmt: skip
 """Sets for shared parts only: banks, skills and adapters that all users build on."""
 
+STEMS = {
+    "fact_checker/fever": r"made: ((?:The |An? )?\S+(?: [A-Z0-9(]\S*)*)",  # the claim's subject
+    "implicatures": r"Speaker 1: (.*) Speaker 2:",
+    "logical_fallacy_detection": r"Invalid'[^.?!]*[.?!] (.*?)(?:Therefore|$)",  # the premises
+    "metaphor_boolean": r"(.*)<-->",
+    "movie_dialog_same_or_different": r"(.*) -----",  # the dialog
+    "vitaminc_fact_verification": r"(.*?):",  # the page
+    "winowhy": r"(.*)The '[^']*' refers to",
+}
+"""Sets where many texts begin alike, and what they have in common: it is in one part only."""
+
+TWINS = ("metaphor_boolean", "winowhy")
+"""Sets whose stems come in pairs that differ in a word or two; both are in one part."""
+
 
 def set_task(name: str, longest: int = 160) -> Task:
-    """Return a set as a task, without texts of more than `longest` characters.
+    """Return a set as a task, without texts of more than `longest` characters or without a word.
 
-    Texts are divided by their own digest, so that equal texts are in one part; those of MultiEmo by
-    blocks of 20 sentences, the same in all languages, as in `multiemo.py`.
+    Texts are divided by the digest of their stem, or their own, so that texts that are equal or
+    that share a stem are in one part; those of MultiEmo by blocks of 20 sentences, the same in all
+    languages, as in `multiemo.py`.
     """
     path: Path = TEXTS.folder() / name / "task.json"
     examples = read_examples(path)
     classes = tuple(sorted({label for _, label in examples}))
-    numbers: dict[str, list[int]] = {part: [] for part in PARTS}
-    seen: set[str] = set()
+    kept: dict[str, int] = {}
     for number, (text, _) in enumerate(examples):
-        if len(text) <= longest and text.casefold() not in seen:
-            seen.add(text.casefold())
-            domain = name.removeprefix("multiemo/").split("_")[0]
-            is_grid = domain in multiemo.DOMAINS
-            key = f"{name} {text}".casefold()
-            part = multiemo.block_part(domain, number) if is_grid else part_of(key)
-            if part is not None:
-                numbers[part].append(number)
+        if len(text) <= longest:
+            kept.setdefault(folded(text), number)
+    kept.pop("", None)
+    domain = name.removeprefix("multiemo/").split("_")[0]
+    groups = _groups(name, [examples[number][0] for number in kept.values()])
+    numbers: dict[str, list[int]] = {part: [] for part in PARTS}
+    for number, group in zip(kept.values(), groups, strict=True):
+        is_grid = domain in multiemo.DOMAINS
+        part = multiemo.block_part(domain, number) if is_grid else part_of(f"{name} {group}")
+        if part is not None:
+            numbers[part].append(number)
     chosen = {part: drawn(numbers[part], SIZES[part], f"{name} {part}") for part in PARTS}
     return Task(
         name,
@@ -62,3 +80,20 @@ def set_task(name: str, longest: int = 160) -> Task:
 def tasks(names: Sequence[str]) -> list[Task]:
     """Return the tasks of some sets."""
     return [set_task(name) for name in names]
+
+
+def _groups(name: str, texts: Sequence[str]) -> list[str]:
+    """Return the name of each text's group: its stem, or all of it, in folded form."""
+    found = [re.match(f".*?{STEMS[name]}" if name in STEMS else "(.*)", text) for text in texts]
+    stems = [folded(match[1] if match else text) for match, text in zip(found, texts, strict=True)]
+    if name not in TWINS:
+        return stems
+    leader = {stem: stem for stem in stems}
+    for stem, words in (sets := {stem: set(stem.split()) for stem in leader}).items():
+        for other in sets:
+            if other == stem:
+                break
+            if len(words & sets[other]) >= 0.6 * len(words | sets[other]):
+                one, two = leader[stem], leader[other]
+                leader = {key: two if value == one else value for key, value in leader.items()}
+    return [leader[stem] for stem in stems]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -51,6 +52,11 @@ def read_examples(path: Path) -> tuple[tuple[str, str], ...]:
         scores = example["target_scores"]
         pairs.append((" ".join(str(example["input"]).split()), max(scores, key=scores.get)))
     return tuple(pairs)
+
+
+def folded(text: str) -> str:
+    """Return the words of a text, without case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def part_of(key: str) -> str:

@@ -3,8 +3,10 @@
 texts in place of the downloaded ones; what they find is not tested. Their splits and statistics are.
 """
 
+import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -145,6 +147,38 @@ def test_no_test_sentence_is_trained_on_in_any_language(cache):
             blocks[part] |= {numbers[text] // multiemo.BLOCK for text in task.texts[part]}
     assert all(blocks.values())
     assert not blocks["train"] & blocks["test"] and not blocks["validation"] & blocks["test"]
+
+
+STEMMED = {  # a text that begins with x and ends with y
+    "fact_checker/fever": "On June 2017, the following claim was made: {x} y{y}. Q: Is it true?",
+    "implicatures": "Speaker 1: '{x}?' Speaker 2: 'Y{y}.'",
+    "logical_fallacy_detection": "Is it 'Valid' or 'Invalid'? {x}. Z is z. Therefore Y{y}.",
+    "metaphor_boolean": "{x}. <--> Y{y}.",
+    "movie_dialog_same_or_different": 'Z. {x}. ----- Were the sentences "Y{y}"',
+    "vitaminc_fact_verification": "{x}: Y{y} . Claim: Z .",
+    "winowhy": "{x}. The 'it' refers to y because Y{y}.",
+}
+
+
+@pytest.mark.parametrize("name", sorted(STEMMED))
+def test_texts_that_begin_alike_are_in_one_part(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(package_data.CACHE, str(tmp_path))
+    folder = _place(package_data.TEXTS, tmp_path) / name
+    folder.mkdir(parents=True)
+    # Beginnings come in twins that differ in one of five words.
+    begins = [f"A{n} B{n} C{n} D{n} {last}" for n in range(40) for last in ("E", "F")]
+    ends = [" ".join(f"{word}{n}" for word in "pqrstuvwy") for n in range(3)]
+    texts = [STEMMED[name].format(x=x, y=y) for y in ends for x in begins]
+    copies = [text.upper().replace(" ", "  ") + " !" for text in texts[:20]]
+    examples = [{"input": t, "target_scores": {"no": 0, "yes": 1}} for t in (*texts, *copies, "?!")]
+    (folder / "task.json").write_text(json.dumps({"examples": examples}))
+    found = short_sets.set_task(name).texts
+    assert sum(map(len, found.values())) == len(texts)  # neither copies nor what has no word
+    twins = {part: {re.search(r"A(\d+)", text)[1] for text in found[part]} for part in PARTS}
+    whole = {p: {re.search(r"A\d+.*? [EF]\b", text)[0] for text in found[p]} for p in PARTS}
+    own = twins if name in short_sets.TWINS else whole
+    for one, other in itertools.combinations(PARTS, 2):
+        assert own[one] and own[other] and not own[one] & own[other]
 
 
 def test_cells_are_held_out_so_that_rows_and_columns_are_trained():
