@@ -41,19 +41,19 @@ CLUSTERS = 6
 TARGETS = r"layers\.\d+\.(attention\.self\.(query|key|value)|.*dense)"
 RATES = {
     "shared": (5e-4, 1.5e-3, 5e-3),
-    "own": (1.5e-3, 5e-3, 1.5e-2, 5e-2),
-    "poly": (1.5e-3, 5e-3, 1.5e-2, 5e-2),
-    "heads": (1.5e-3, 5e-3, 1.5e-2, 5e-2),
-    "input": (5e-4, 1.5e-3, 5e-3, 1.5e-2),
+    "own": (1.5e-3, 5e-3, 1.5e-2),
+    "poly": (1.5e-3, 5e-3, 1.5e-2),
+    "heads": (1.5e-3, 5e-3, 1.5e-2),
+    "input": (5e-4, 1.5e-3, 5e-3),
 }
 """Rates of the search for each trained arm; routers have ten times the rate of skills."""
 
 FEW_RATES = {
-    "further": (5e-6, 2e-5, 1e-4, 5e-4, 2e-3),
-    "new": (5e-5, 2e-4, 1e-3, 5e-3, 2e-2),
-    "row": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-    "weights": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "clusters": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "further": (1e-4, 5e-4, 2e-3),
+    "new": (1e-3, 5e-3, 2e-2),
+    "row": (3e-2, 1e-1, 3e-1),
+    "weights": (3e-2, 1e-1, 3e-1),
+    "clusters": (3e-2, 1e-1, 3e-1),
 }
 """Rates of the search for each way to adapt to a new cell."""
 
@@ -74,25 +74,18 @@ class Recombination:
     name = "recombination"
 
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
-        """Return the runs of the search of rates on seed 100; with each arm's best rate the search
-        of rates for new cells; then the final runs.
-        """
+        """Return the runs of the search on seed 100, then, arm by arm, those with its best rate."""
         found = [
             Run("rates", arm, 100, {"rate": rate}) for arm, rates in RATES.items() for rate in rates
         ]
-        few_rates: list[Run] = []
         final = [Run("final", "head", seed) for seed in seeds]
-        by_key = {record["key"]: record for record in records}
         for arm, rates in RATES.items():
             tried = [r for r in records if r["stage"] == "rates" and r["arm"] == arm]
             if len(tried) == len(rates):
-                rate = best(tried, lambda r: r["validation"])["options"]["rate"]
-                search = Run("few", arm, 100, {"rate": rate})
-                few_rates.append(search)
-                if search.key in by_key:
-                    options = {"rate": rate, "few": _best_few_rates(by_key[search.key])}
-                    final += [Run("final", arm, seed, options) for seed in seeds]
-        return [*found, *few_rates, *final]
+                chosen = best(tried, lambda r: r["validation"])
+                options = {"rate": chosen["options"]["rate"], "few": _best_few_rates(chosen)}
+                final += [Run("final", arm, seed, options) for seed in seeds]
+        return [*found, *final]
 
     def measure(self, run: Run, quick: bool) -> Record:
         """Train an arm and measure it on trained and on new cells."""
@@ -188,17 +181,14 @@ class Measurement:
             "training_seconds": round(seconds, 1),
             "data": "quick" if self.quick else _digest(),
         }
-        part = "test" if self.run.stage == "final" else "validation"
+        part = "validation" if self.run.stage == "rates" else "test"
         by_cell = {
             multiemo.name(cell): accuracy(self.model_of(i), own[part], **self.told(i))
             for i, (cell, own) in enumerate(self.grid["trained"].items())
         }
         found[part] = sum(by_cell.values()) / len(by_cell)
         found["trained"] = by_cell
-        if self.run.stage == "few":
-            found |= self._search()
-        elif self.run.stage == "final":
-            found |= self._new_cells()
+        found |= self._search() if self.run.stage == "rates" else self._new_cells()
         return found
 
     def model_of(self, number: int) -> nn.Module:

@@ -23,7 +23,7 @@ class Run:
     """One training and what is measured on it.
 
     Args:
-        stage: "final", or another where tasks or rates are chosen, not on test texts.
+        stage: "rates", where rates are chosen on validation texts, or "final".
         arm: The arm's name.
         seed: Of initial values, order of texts, and choice of few examples.
         options: Everything else that it depends on.

@@ -80,8 +80,6 @@ def test_recombination_runs_and_reports(cache, tmp_path):
     arms_here = ("head", "own", "heads", "input")
     final = [Run("final", arm, 0, {} if arm == "head" else options) for arm in arms_here]
     records = [_line(study, run, path) for run in final]
-    tuned = study.measure(Run("few", "heads", 100, {"rate": 1e-3}), quick=True)
-    assert set(tuned["tuning"]) == {"row"} and "new" not in tuned
     for record in records:
         ways = {row["way"] for row in record["new"] if row["shots"]}
         assert ways == set(WAYS[record["arm"]])
@@ -94,24 +92,15 @@ def test_recombination_runs_and_reports(cache, tmp_path):
 def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
     study, path = Recombination(), tmp_path / "runs.jsonl"
     runs = study.runs([], [0], quick=True)
-
-    def write(run, **own):
-        own |= {"key": run.key, "stage": run.stage, "arm": run.arm, "options": run.options}
+    for run in runs[1:]:  # all but one are there
+        own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
         with path.open("a") as file:
-            file.write(json.dumps(own) + "\n")
-
-    for run in runs[1:]:  # all but one are there; the second rate is best
-        write(run, validation=0.6 if run.options.get("rate") in (5e-3, 1.5e-3) else 0.5)
+            file.write(json.dumps({"key": run.key, **own, "tuning": {}}) + "\n")
     assert not go_on(study, path, [0], workers=1, minutes=0, quick=True)
     assert len(read(path)) == len(runs) - 1
-    few = [run for run in study.runs(read(path), [0], quick=True) if run.stage == "few"]
-    assert "shared" not in {run.arm for run in few} >= {"own", "poly"}
-    found = [{"rate": 0.1, "accuracy": 0.5}, {"rate": 0.2, "accuracy": 0.7}]
-    write(next(run for run in few if run.arm == "own"), tuning={"new": found})
-    final = [run for run in study.runs(read(path), [0], quick=True) if run.stage == "final"]
-    assert [(run.arm, run.options.get("few")) for run in final] == [
-        ("head", None), ("own", {"new": 0.2})
-    ]  # fmt: skip
+    known = study.runs(read(path), [0], quick=True)
+    assert {run.arm for run in known if run.stage == "final"} > {"head", "poly"}
+    assert not any(run.arm == "shared" and run.stage == "final" for run in known)
 
 
 def test_served_bytes_runs_and_reports(cache, tmp_path):
