@@ -27,7 +27,7 @@ from peft import (
 
 from . import multiemo
 from .encoder import States, Upper, states, upper_layers
-from .runs import Record, Run, best
+from .runs import Record, Run, best, search
 from .texts import joint_digest
 from .training import Batch, accuracy, few, fit_head, logits, mixed_batches, optimize
 
@@ -40,22 +40,24 @@ SKILLS = 11
 CLUSTERS = 6
 TARGETS = r"layers\.\d+\.(attention\.self\.(query|key|value)|.*dense)"
 RATES = {
-    "shared": (5e-4, 1.5e-3, 5e-3),
-    "own": (1.5e-3, 5e-3, 1.5e-2),
-    "poly": (1.5e-3, 5e-3, 1.5e-2),
-    "heads": (1.5e-3, 5e-3, 1.5e-2),
-    "input": (5e-4, 1.5e-3, 5e-3),
+    "shared": (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2),
+    "own": (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2),
+    "poly": (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2),
+    "heads": (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2),
+    "input": (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2),
 }
-"""Rates of the search for each trained arm; routers have ten times the rate of skills."""
+"""Rates of the search for each trained arm; routers have ten times the rate of skills. The first
+and last are tried where their neighbor is the best of the others.
+"""
 
 FEW_RATES = {
-    "further": (1e-4, 5e-4, 2e-3),
-    "new": (1e-3, 5e-3, 2e-2),
-    "row": (3e-2, 1e-1, 3e-1),
-    "weights": (3e-2, 1e-1, 3e-1),
-    "clusters": (3e-2, 1e-1, 3e-1),
+    "further": (2e-5, 1e-4, 5e-4, 2e-3, 1e-2),
+    "new": (2e-4, 1e-3, 5e-3, 2e-2, 1e-1),
+    "row": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "weights": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "clusters": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
 }
-"""Rates of the search for each way to adapt to a new cell."""
+"""Rates of the search for each way to adapt to a new cell; the same rule."""
 
 WAYS = {
     "head": (),
@@ -75,14 +77,19 @@ class Recombination:
 
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
         """Return the runs of the search on seed 100, then, arm by arm, those with its best rate."""
-        found = [
-            Run("rates", arm, 100, {"rate": rate}) for arm, rates in RATES.items() for rate in rates
-        ]
+        found: list[Run] = []
         final = [Run("final", "head", seed) for seed in seeds]
         for arm, rates in RATES.items():
-            tried = [r for r in records if r["stage"] == "rates" and r["arm"] == arm]
-            if len(tried) == len(rates):
-                chosen = best(tried, lambda r: r["validation"])
+            tried = {
+                record["options"]["rate"]: record
+                for record in records
+                if record["stage"] == "rates" and record["arm"] == arm
+            }
+            scores = [tried[rate]["validation"] if rate in tried else None for rate in rates]
+            wanted = [rates[number] for number in search(scores)]
+            found += [Run("rates", arm, 100, {"rate": rate}) for rate in wanted]
+            if all(rate in tried for rate in wanted):
+                chosen = best(tried.values(), lambda record: record["validation"])
                 options = {"rate": chosen["options"]["rate"], "few": _best_few_rates(chosen)}
                 final += [Run("final", arm, seed, options) for seed in seeds]
         return [*found, *final]
@@ -224,15 +231,19 @@ class Measurement:
         """Return, for each way and rate, the accuracy on the tuning cells from 16 texts: on their
         training texts from validation texts, since their test texts are translations of others'.
         """
-        return {
-            "tuning": {
-                way: [
-                    {"rate": rate, "accuracy": self._mean_on_tuning(way, rate)}
-                    for rate in FEW_RATES[way]
-                ]
-                for way in WAYS[self.run.arm]
-            }
-        }
+        return {"tuning": {way: self._tuned(way) for way in WAYS[self.run.arm]}}
+
+    def _tuned(self, way: str) -> list[dict[str, float]]:
+        rates = FEW_RATES[way]
+        scores: list[float | None] = [None] * len(rates)
+        while missing := [number for number in search(scores) if scores[number] is None]:
+            for number in missing:
+                scores[number] = self._mean_on_tuning(way, rates[number])
+        return [
+            {"rate": rate, "accuracy": score}
+            for rate, score in zip(rates, scores, strict=True)
+            if score is not None
+        ]
 
     def _mean_on_tuning(self, way: str, rate: float) -> float:
         cells = self.grid["tuning"].values()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,3 +126,16 @@ def _measured(study: Study, run: Run, quick: bool) -> Record:
 def best(records: Iterable[Record], score: Callable[[Record], float]) -> Record:
     """Return the record with the highest score; of equal ones, the first by key."""
     return max(sorted(records, key=lambda record: record["key"]), key=score)
+
+
+def search(scores: Sequence[float | None]) -> list[int]:
+    """Return the numbers of the rates to try, given the score of each, None where there is none.
+
+    All but the first and last are tried; then the first or last, where its neighbor was the best.
+    """
+    inner = range(1, len(scores) - 1)
+    known = [score for score in scores[1:-1] if score is not None]
+    if len(known) < len(inner):
+        return list(inner)
+    top = inner[known.index(max(known))]
+    return [*inner, *[0] * (top == inner[0]), *[len(scores) - 1] * (top == inner[-1])]

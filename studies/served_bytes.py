@@ -30,7 +30,7 @@ from peft import (
 from . import short_sets
 from .encoder import States, Upper, name_head, states, upper_layers
 from .package_data import cache
-from .runs import Record, Run
+from .runs import Record, Run, search
 from .size_arms import EVERY, arms, own_bank, source_poly
 from .texts import joint_digest
 from .training import accuracy, mixed_batches, optimize
@@ -55,21 +55,20 @@ class ServedBytes:
         """Return the runs that select the tasks; then those of the search on tuning tasks, arm by
         arm; then those with the best rates on the tested tasks, seed by seed.
         """
-        found = [Run("selection", FULL, 100, {"task": t, "rate": 1}) for t in short_sets.CANDIDATES]
+        found = [Run("selection", FULL, 100, {"task": t, "rate": 2}) for t in short_sets.CANDIDATES]
         by_use = uses(records)
         if by_use is None:
             return found
         for name, arm in arms().items():
-            search = [
-                Run("rates", name, 100, {"task": task, "rate": i})
-                for i in range(len(arm.rates))
+            scores = _scores(records, name, by_use["tuning"])
+            wanted = search(scores) if arm.rates else []
+            found += [
+                Run("rates", name, 100, {"task": task, "rate": number})
+                for number in wanted
                 for task in by_use["tuning"]
             ]
-            found += search
-            keys = {run.key for run in search}
-            tried = [record for record in records if record["key"] in keys]
-            if len(tried) == len(search):
-                rate = _best_rate(tried)
+            if all(scores[number] is not None for number in wanted):
+                rate = max(wanted, key=lambda number: scores[number] or 0.0, default=0)
                 found += [
                     Run("final", name, seed, {"task": task, "rate": rate})
                     for seed in seeds
@@ -107,13 +106,18 @@ def uses(records: list[Record]) -> dict[str, list[str]] | None:
     }
 
 
-def _best_rate(tried: list[Record]) -> int:
-    """Return the number of the rate with the best mean on the tuning tasks; 0 without rates."""
-    by_rate: dict[int, list[float]] = {}
-    for record in tried:
-        by_rate.setdefault(record["options"]["rate"], []).append(record["validation"])
-    means = {rate: sum(found) / len(found) for rate, found in by_rate.items()}
-    return max(means, key=lambda rate: (means[rate], -rate)) if means else 0
+def _scores(records: list[Record], arm: str, tasks: list[str]) -> list[float | None]:
+    """Return, for each rate of an arm, its mean on the tuning tasks; None where one is missing."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records:
+        if record["stage"] == "rates" and record["arm"] == arm:
+            options = record["options"]
+            found.setdefault(options["rate"], {})[options["task"]] = record["validation"]
+    by_rate = [found.get(number, {}) for number in range(len(arms()[arm].rates))]
+    return [
+        sum(own[task] for task in tasks) / len(tasks) if set(tasks) <= own.keys() else None
+        for own in by_rate
+    ]
 
 
 @lru_cache(maxsize=32)

@@ -31,7 +31,7 @@ class Arm:
     Args:
         family: The curve that it belongs to.
         label: Its settings, in words.
-        rates: Rates of the search.
+        rates: Rates of the search. The first and last are tried where their neighbor is the best.
         config: Makes the config, given the folder of the shared parts; None where no adapter of one
             config is trained.
     """
@@ -48,9 +48,12 @@ class Arm:
 
 
 def _rates(*values: float, **factors: float) -> tuple[dict[str, float], ...]:
-    """Return rates for all parameters, or for each role a multiple of each value."""
+    """Return rates for all parameters, or for each role a multiple of each value: the values, and
+    one before and one after them in the same ratio.
+    """
     roles = factors or {"all": 1.0}
-    return tuple({role: value * factor for role, factor in roles.items()} for value in values)
+    series = (values[0] ** 2 / values[1], *values, values[-1] ** 2 / values[-2])
+    return tuple({role: value * factor for role, factor in roles.items()} for value in series)
 
 
 def _vblora(place: str, rank: int, bank: str | int, folder: Path) -> VBLoRAConfig:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from studies import multiemo, package_data, served_bytes, short_sets
-from studies.recombination import WAYS, Recombination
-from studies.runs import Run, go_on, read
+from studies.recombination import RATES, WAYS, Recombination
+from studies.runs import Run, go_on, read, search
 from studies.served_bytes import ServedBytes
 from studies.size_arms import arms
 from studies.statistics import interval, paired
@@ -93,9 +93,11 @@ def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
     study, path = Recombination(), tmp_path / "runs.jsonl"
     runs = study.runs([], [0], quick=True)
     for run in runs[1:]:  # all but one are there
-        own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
+        is_middle = run.stage == "rates" and run.options["rate"] == RATES[run.arm][2]
+        own = {"stage": run.stage, "arm": run.arm, "options": run.options}
+        own |= {"validation": 0.6 if is_middle else 0.5, "tuning": {}}
         with path.open("a") as file:
-            file.write(json.dumps({"key": run.key, **own, "tuning": {}}) + "\n")
+            file.write(json.dumps({"key": run.key, **own}) + "\n")
     assert not go_on(study, path, [0], workers=1, minutes=0, quick=True)
     assert len(read(path)) == len(runs) - 1
     known = study.runs(read(path), [0], quick=True)
@@ -103,10 +105,48 @@ def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
     assert not any(run.arm == "shared" and run.stage == "final" for run in known)
 
 
+@pytest.mark.parametrize(
+    ("scores", "tried"),
+    [
+        ([None] * 5, {1, 2, 3}),
+        ([None, 0.5, None, 0.4, None], {1, 2, 3}),
+        ([None, 0.4, 0.5, 0.4, None], {1, 2, 3}),
+        ([None, 0.5, 0.4, 0.3, None], {0, 1, 2, 3}),
+        ([None, 0.3, 0.4, 0.5, None], {1, 2, 3, 4}),
+        ([None, 0.3, 0.4, 0.5, 0.9], {1, 2, 3, 4}),
+    ],
+)
+def test_a_search_goes_one_beyond_its_edge(scores, tried):
+    assert set(search(scores)) == tried
+
+
+def test_served_bytes_takes_the_best_rate_of_the_tuning_tasks(cache):
+    study, name = ServedBytes(), "LoRA, rank 1, every"
+    records = [
+        {"key": str(i), "stage": "selection", "arm": served_bytes.FULL, "validation": 0.9 - i / 99}
+        | {"options": {"task": task, "rate": 2}, "most_frequent": 0.1}
+        for i, task in enumerate(short_sets.CANDIDATES)
+    ]
+    means = {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.65}
+    for rate, mean in means.items():
+        runs = [run for run in study.runs(records, [0], False) if run.arm == name]
+        assert not any(run.stage == "final" for run in runs)
+        records += [
+            {"key": run.key, "stage": "rates", "arm": name, "options": run.options}
+            | {"validation": mean + (0.1, -0.1, 0.05, -0.05)[i]}
+            for i, run in enumerate(run for run in runs if run.options["rate"] == rate)
+        ]
+    final = [r for r in study.runs(records, [0, 1], False) if r.arm == name and r.stage == "final"]
+    assert {run.options["rate"] for run in final} == {3}
+    assert [run.options["task"] for run in final if run.seed == 1] == list(
+        short_sets.CANDIDATES[:12]
+    )
+
+
 def test_served_bytes_runs_and_reports(cache, tmp_path):
     study, path = ServedBytes(), tmp_path / "runs.jsonl"
     for task in short_sets.CANDIDATES:  # as if all candidates had been tried
-        run = Run("selection", served_bytes.FULL, 100, {"task": task, "rate": 1})
+        run = Run("selection", served_bytes.FULL, 100, {"task": task, "rate": 2})
         own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
         with path.open("a") as file:
             file.write(json.dumps({"key": run.key, **own, "most_frequent": 0.4}) + "\n")
@@ -118,7 +158,7 @@ def test_served_bytes_runs_and_reports(cache, tmp_path):
         "VB-LoRA, shared random bank, rank 4, every", "VB-LoRA, shared trained bank, rank 4, every",
     ]  # fmt: skip
     for name in names:
-        rate = 1 if arms()[name].rates else 0
+        rate = 2 if arms()[name].rates else 0
         _line(study, Run("final", name, 0, {"task": "implicatures", "rate": rate}), path)
     report = study.report(read(path), tmp_path)
     rows = {line.split(" | ")[0].lstrip("| "): line for line in report.splitlines()}
