@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .base.calls.running import changing
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
 from .base.placeholders import placeholder
@@ -162,19 +164,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise PeftValueError(
             "Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first."
         )
-    before = [
-        (layer, name, float(scale)) for layer in layers for name, scale in layer.scaling.items()
-    ]
-    for layer in layers:
-        layer.scaling = dict(layer.scaling)  # a caller may keep the old one to compare with
+    before: list[tuple[BaseTunerLayer, str, float]] = []
     try:
-        for layer, name, scale in before:
-            layer.hold_scale(name, scale * multiplier)
+        with changing(model, None):
+            before += [(layer, k, float(v)) for layer in layers for k, v in layer.scaling.items()]
+            for layer in layers:
+                layer.scaling = dict(layer.scaling)  # a caller may keep the old one to compare with
+            for layer, name, scale in before:
+                layer.hold_scale(name, scale * multiplier)
         yield
     finally:
-        for layer, name, scale in before:
-            if name in layer.scaling:
-                layer.hold_scale(name, scale)
+        with changing(model, None if before else (), patience=math.inf):  # the scales must return
+            for layer, name, scale in before:
+                if name in layer.scaling:
+                    layer.hold_scale(name, scale)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ removed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,11 +187,7 @@ class PeftModel(nn.Module):
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
-        own = {
-            name: kwargs.pop(name)
-            for name in self.base_model.adapter_call_arguments
-            if name in kwargs
-        }
+        own = {k: kwargs.pop(k) for k in self.base_model.adapter_call_arguments if k in kwargs}
         return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
 
     def __getattr__(self, name: str) -> Any:
@@ -409,7 +406,8 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            self.base_model.enable_adapter_layers()
+            with changing(self, None, patience=math.inf):  # the adapters must not stay off
+                self.base_model.enable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, the first of the others by name becomes

@@ -88,7 +88,7 @@ def hotswap_adapter(
     """
     hub = only_hub_options(kwargs, "hotswap_adapter")
     inner = _unwrapped(model)
-    known = adapter_config(inner, adapter_name)
+    adapter_config(inner, adapter_name)
 
     def read() -> tuple[AdapterConfig, dict[str, Tensor]]:
         peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub)).get("peft_type")
@@ -97,12 +97,12 @@ def hotswap_adapter(
             .from_pretrained(model_name_or_path, **hub)
             .as_loaded()
         )
-        check_hotswap_configs_compatible(known, config)
+        check_hotswap_configs_compatible(adapter_config(inner, adapter_name), config)
         return config, load_peft_weights(model_name_or_path, device=torch_device, **hub)
 
     config, state = of_one_save(model_name_or_path, hub.get("subfolder"), read)
     with changing(inner, [adapter_name]):
-        _Swap(inner, adapter_name, known, config, state).run()
+        _Swap(inner, adapter_name, config, state).run()
 
 
 def hotswap_adapter_from_state_dict(
@@ -125,13 +125,12 @@ def hotswap_adapter_from_state_dict(
         CheckpointError, PeftRuntimeError, PeftValueError: As `hotswap_adapter`.
     """
     inner = _unwrapped(model)
-    known = adapter_config(inner, adapter_name)
-    check_hotswap_configs_compatible(known, config)
+    check_hotswap_configs_compatible(adapter_config(inner, adapter_name), config)
     config.validate()
     prefix = lookup(PEFT_TYPE_TO_PREFIX_MAPPING, config.peft_type)
     state = {_without_name(key, adapter_name, prefix): tensor for key, tensor in state_dict.items()}
     with changing(inner, [adapter_name]):
-        _Swap(inner, adapter_name, known, config, state).run()
+        _Swap(inner, adapter_name, config, state).run()
 
 
 def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
@@ -260,16 +259,18 @@ def _pad_ranks(model: Any, target_rank: int) -> None:
 
 
 class _Swap:
-    """The replacement of an adapter's tensors; `known` is its config, `config` the new one's."""
+    """The replacement of an adapter's tensors; `config` is that of the new ones."""
 
     def __init__(
         self,
         model: nn.Module,
         adapter_name: str,
-        known: AdapterConfig,
         config: AdapterConfig,
         state: Mapping[str, Tensor],
     ) -> None:
+        # Another thread may have replaced or deleted it since the file was read.
+        known = adapter_config(model, adapter_name)
+        check_hotswap_configs_compatible(known, config)
         self.adapter = PlacedAdapter(model, adapter_name, known)
         tuner, layers = self.adapter.tuner, self.adapter.layers
         self.config, state = tuner.present_names(config, state)

@@ -258,6 +258,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """Return adapter names as a list; raise for a wrong type or an unknown name."""
         return known_names(adapter_names, self.peft_config)
 
+    @ordinary_tensors()
     def add_adapter(
         self,
         adapter_name: str,
@@ -282,10 +283,8 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: As for the class; the model is left as it was.
         """
         check_config(config)
-        method, construction = self.method_of(config), construction or Construction()
-        config = config.for_adapter()
-        change = self.running_calls.change([adapter_name], active=not self.peft_config)  # the first
-        with change, ordinary_tensors(), prepared(method, config):
+        construction, config = construction or Construction(), config.for_adapter()
+        with changing(self, [adapter_name]), prepared(method := self.method_of(config), config):
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
             plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
@@ -344,14 +343,15 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftTypeError: A name is not a string.
             PeftValueError: An unknown name.
         """
-        names, shared = self.check_names(adapter_names), self.shared_containers().values()
-        with changing(self, names):
+        with changing(self), changing(self, names := self.check_names(adapter_names)):
+            shared = self.shared_containers().values()
             switching.set_requires_grad(list(self._parts()), shared, names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again."""
         self._enable(True)
 
+    @changes_all
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off: the model computes as it did without them."""
         for name in self.active_adapters:
@@ -378,7 +378,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: There is no such adapter, or it is merged.
         """
         # Another adapter that becomes active is unmerged first.
-        with changing(self, None if self.merged_adapters else [adapter_name]):
+        with changing(self), changing(self, None if self.merged_adapters else [adapter_name]):
             parts = list(self._parts())
             switching.check_deletable(parts, adapter_name, self.peft_config)
             self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)

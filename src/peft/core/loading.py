@@ -167,28 +167,27 @@ def load_adapter(
     )
     check_adapter(adapter_name)
     hub = only_hub_options(kwargs, "load_adapter")
-    known, base, source = (
-        self.peft_config.get(adapter_name),
-        self.get_base_model(),
-        str(model_id),
-    )
-    hub = hub if known is None else _own_subfolder(model_id, adapter_name, hub)
+    if adapter_name in self.peft_config:
+        hub = _own_subfolder(model_id, adapter_name, hub)
+    base, source = self.get_base_model(), str(model_id)
     config, state = read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
-    if known is not None:
-        with changing(self, [adapter_name]):
-            method = self.base_model.method_of(known)
-            _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
-            start = method.saved_start(config)
-            options = ignore_mismatched_sizes, strict
-            result = _load_into(self, adapter_name, known, state, source, *options)
-            method.adopt_start(adapter_name, start)
-            for item in fields(known):
-                if item.metadata.get("labels"):  # it names entries of the tensors
-                    setattr(known, item.name, getattr(config, item.name))
-            return result
-    fill = CheckpointFill(base, state, source, ignore_mismatched_sizes, strict)
-    add_checkpoint(self, adapter_name, config, fill, is_trainable, autocast_adapter_dtype)
-    return fill.result
+    options = ignore_mismatched_sizes, strict
+    with changing(self, [adapter_name]):
+        # Another thread may have added or deleted it while the file was read.
+        known = self.peft_config.get(adapter_name)
+        if known is None:
+            fill = CheckpointFill(base, state, source, *options)
+            add_checkpoint(self, adapter_name, config, fill, is_trainable, autocast_adapter_dtype)
+            return fill.result
+        method = self.base_model.method_of(known)
+        _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
+        start = method.saved_start(config)
+        result = _load_into(self, adapter_name, known, state, source, *options)
+        method.adopt_start(adapter_name, start)
+        for item in fields(known):
+            if item.metadata.get("labels"):  # it names entries of the tensors
+                setattr(known, item.name, getattr(config, item.name))
+        return result
 
 
 def add_checkpoint(
@@ -211,10 +210,11 @@ def add_checkpoint(
     config.inference_mode = not is_trainable
     initialize = fill.ignore_mismatched_sizes or not fill.strict
     construction = Construction(autocast_adapter_dtype, initialize=initialize)
-    model.add_filled_adapter(adapter_name, config, fill, construction)
-    if is_trainable:
-        model.base_model.set_requires_grad(adapter_name, True)
-    model.base_model.method_of(config).note_loaded(model, adapter_name)
+    with changing(model, [adapter_name]):
+        model.add_filled_adapter(adapter_name, config, fill, construction)
+        if is_trainable:
+            model.base_model.set_requires_grad(adapter_name, True)
+        model.base_model.method_of(config).note_loaded(model, adapter_name)
 
 
 def _check_arguments(model: object, model_id: object) -> None:

@@ -73,13 +73,13 @@ def save_pretrained(
     check_flags(safe_serialization=safe_serialization, is_main_process=is_main_process)
     folder = as_folder(save_directory)
     pass_over(kwargs, "save_pretrained")
-    names = _adapters_to_save(selected_adapters, self.peft_config)
-    tensors = self.parameters() if state_dict is None else state_dict.values()
-    # Where tensors are spread over processes, all have to call to gather them.
-    if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
-        return
     plain = path_initial_model_for_weight_conversion is not None
     with changing(self):  # by no other thread meanwhile
+        names = _adapters_to_save(selected_adapters, self.peft_config)
+        tensors = self.parameters() if state_dict is None else state_dict.values()
+        # Where tensors are spread over processes, all have to call to gather them.
+        if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
+            return
         states = _gathered_states(
             self, self.base_model, names, state_dict, plain, save_embedding_layers
         )

@@ -6,18 +6,21 @@ of other threads that use these have ended, and calls that begin meanwhile and u
 end. All other calls go on. A call takes no lock: it notes itself before it looks for a change, and
 a change announces itself before it looks for calls, so one of the two sees the other.
 
+A call inside another one is told apart: a change may touch it alone.
+
 A call of a compiled model, or one that bypasses the model's `forward` and `generate`, is not seen.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Collection, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Condition, RLock, get_ident
+from threading import TIMEOUT_MAX, Condition, RLock, get_ident
 from time import monotonic
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -25,6 +28,7 @@ from ..errors import PeftRuntimeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+A = TypeVar("A", bound="_Found")
 
 
 class _Change(NamedTuple):
@@ -52,92 +56,121 @@ class RunningCalls:
         patience: Seconds that a change waits for calls of other threads before it is refused.
     """
 
-    patience: float = 60.0
-
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 60.0) -> None:
+        self.patience = patience
         # By thread, `adapter_names` of its calls, the outermost first.
         self._calls: dict[int, list[Any]] = {}
         self._change: _Change | None = None
         self._one_change = RLock()
         self._ended = Condition()  # notified when calls or the change have ended
+        _all.add(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy starts with no call in progress."""
-        return RunningCalls, ()
+        return RunningCalls, (self.patience,)
 
     def during(self, names: object) -> AbstractContextManager[None]:
         """Return a context for a call with such `adapter_names`, None for the active adapters."""
         return nullcontext() if torch.compiler.is_compiling() else _Call(self, names)
 
     @contextmanager
-    def change(self, adapters: Collection[str] | None, active: bool = False) -> Iterator[None]:
+    def change(
+        self, adapters: Collection[str] | None, active: bool = False, patience: float | None = None
+    ) -> Iterator[None]:
         """Context for a change of the model.
 
         Args:
             adapters: The adapters that it touches, None for all. The others stay as they are.
             active: True if it touches calls that name no adapters.
+            patience: In place of the model's.
 
         Raises:
             PeftRuntimeError: A call of another thread that uses these did not end in time; nothing
                 has begun.
         """
         with self._one_change:
-            outer, thread = self._change, get_ident()
+            outer = self._change
             if outer is not None:  # this change is part of one
                 if adapters is None or outer.adapters is None:
                     adapters = None
                 else:
                     adapters = (*adapters, *outer.adapters)
                 active = active or outer.active
-            self._change = _Change(adapters, active, thread)
+            self._change = _Change(adapters, active, get_ident())
             try:
-                self._wait_for_calls(self._change)
+                self._wait_for_calls(self._change, self.patience if patience is None else patience)
                 yield
             finally:
                 self._change = outer
                 with self._ended:
                     self._ended.notify_all()
 
-    def _wait_for_calls(self, change: _Change) -> None:
+    def _wait_for_calls(self, change: _Change, patience: float) -> None:
         """Wait until no other thread runs a call that a change touches."""
-        end = monotonic() + self.patience
+        end = monotonic() + patience
         while busy := self._in_the_way(change):
             left = end - monotonic()
             if left <= 0:
-                used = sorted({str(name) for names in busy for name in names or ()})
                 raise PeftRuntimeError(
-                    f"{len(busy)} running calls of other threads use "
-                    f"{', '.join(used[:8]) or 'the active adapters'}, and did not end within "
-                    f"{self.patience:g} seconds; nothing was changed. Change the model when they "
-                    "have ended."
+                    f"{len(busy)} running calls of other threads use {_described(busy)}, and did "
+                    f"not end within {patience:g} seconds; nothing was changed. Change the model "
+                    "when they have ended."
                 )
             with self._ended:
                 if self._in_the_way(change):
-                    self._ended.wait(left)
+                    self._ended.wait(min(left, TIMEOUT_MAX))
 
     def _in_the_way(self, change: _Change) -> list[Any]:
         """Return `adapter_names` of the other threads' calls that a change touches."""
-        found = [
-            (thread, names)
-            for thread, calls in list(self._calls.items())
-            for names in list(calls)
+        return [
+            names
+            for thread, calls in self._calls.copy().items()
+            for names in calls.copy()
             if thread != change.thread and change.touches(names)
         ]
-        # A process that was forked has noted calls of threads that it does not have.
-        threads = sys._current_frames() if found else {}
-        return [names for thread, names in found if thread in threads]
 
-    def _wait_for_change(self, thread: int, names: object) -> None:
-        """Wait until no change of another thread touches a call that is about to begin."""
+    def _wait_for_change(self, thread: int, calls: list[Any]) -> None:
+        """Wait until no change of another thread touches a thread's innermost call, which is about
+        to begin.
+        """
         while (change := self._change) is not None and change.thread != thread:
-            if not change.touches(names):
+            *outer, names = calls
+            # A change that touches the calls around this one waits for them, and so for this one.
+            if not change.touches(names) or any(map(change.touches, outer)):
                 return
-            calls = self._calls.pop(thread)
+            calls.pop()
             with self._ended:
                 self._ended.notify_all()
                 if self._change is change:
                     self._ended.wait()
-            self._calls[thread] = calls
+            calls.append(names)
+
+    def _keep_own_thread(self) -> None:
+        """Forget the calls and changes of threads that a forked process does not have."""
+        thread = get_ident()
+        self._calls = {key: calls for key, calls in self._calls.items() if key == thread}
+        if self._change is None or self._change.thread != thread:
+            self._change, self._one_change = None, RLock()
+        self._ended = Condition()
+
+
+_all: WeakSet[RunningCalls] = WeakSet()
+
+
+def _keep_own_threads() -> None:
+    for running in _all:
+        running._keep_own_thread()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_own_threads)
+
+
+def _described(calls: Sequence[Any]) -> str:
+    """Return the adapters that some calls use, by their `adapter_names`."""
+    lists = [names for names in calls if isinstance(names, (list, tuple))]
+    used = sorted({str(name) for names in lists for name in names})[:8]
+    return ", ".join(used if len(lists) == len(calls) else [*used, "the active adapters"])
 
 
 class _Call(AbstractContextManager):
@@ -150,13 +183,10 @@ class _Call(AbstractContextManager):
 
     def __enter__(self) -> None:
         running, self.thread = self.running, get_ident()
-        calls = running._calls.get(self.thread)
-        if calls is not None:  # inside another call
-            calls.append(self.names)
-            return
-        running._calls[self.thread] = [self.names]
+        calls = running._calls.setdefault(self.thread, [])
+        calls.append(self.names)
         if running._change is not None:
-            running._wait_for_change(self.thread, self.names)
+            running._wait_for_change(self.thread, calls)
 
     def __exit__(self, *error: object) -> None:
         running = self.running
@@ -164,22 +194,48 @@ class _Call(AbstractContextManager):
         calls.pop()
         if not calls:
             del running._calls[self.thread]
-            if running._change is not None:
-                with running._ended:
-                    running._ended.notify_all()
+        if running._change is not None:
+            with running._ended:
+                running._ended.notify_all()
 
 
-def changing(model: object, adapters: Collection[str] | None = ()) -> AbstractContextManager[None]:
-    """Return a context for a change of some adapters of a model, None for all; see `RunningCalls`.
+@contextmanager
+def changing(
+    model: object, adapters: Collection[str] | None = (), patience: float | None = None
+) -> Iterator[None]:
+    """Context for a change of some adapters of a model, None for all; see `RunningCalls`. A model's
+    first adapter becomes the active one.
 
     In a model without a tuner, which adapters were injected into, no calls are noted.
     """
     tuner: Any = getattr(model, "_modules", {}).get("base_model", model)
     running = vars(tuner).get("running_calls")
     if not isinstance(running, RunningCalls):
-        return nullcontext()
-    active = adapters is None or any(name in tuner.active_adapters for name in adapters)
-    return running.change(adapters, active)
+        yield
+        return
+    with running.change(()):  # no other change meanwhile, so the active adapters stay
+        names = tuner.active_adapters or adapters
+        active = adapters is None or any(name in names for name in adapters)
+        with running.change(adapters, active, patience):
+            yield
+
+
+class _Found(Protocol):
+    """An adapter of a model."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@contextmanager
+def changing_found(model: object, find: Callable[[], A]) -> Iterator[A]:
+    """Context for a change of the adapter that a function finds, and that no other thread changes
+    from then on.
+    """
+    with changing(model):
+        adapter = find()
+        with changing(model, [adapter.name]):
+            yield adapter
 
 
 def changes_all(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:

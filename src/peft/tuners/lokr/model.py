@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from ...base.calls.running import changing
 from ...base.errors import PeftValueError
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
@@ -132,12 +133,15 @@ class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
         """
         if not 0 < largest < float("inf"):
             raise PeftValueError(f"`largest`={largest!r} must be a positive finite number.")
-        names = self.active_adapters if adapter_name is None else self.check_names(adapter_name)
         norms: dict[str, float] = {}
-        for path, layer in self.named_tuner_layers():
-            for name in names:
-                if isinstance(layer, LoKrLayer) and name in layer.scaling:
-                    norms[path] = max(layer.clip_norm(name, largest)[0], norms.get(path, 0.0))
+        with changing(self):
+            names = self.active_adapters if adapter_name is None else self.check_names(adapter_name)
+            with changing(self, names):
+                for path, layer in self.named_tuner_layers():
+                    for name in names:
+                        if isinstance(layer, LoKrLayer) and name in layer.scaling:
+                            norm = layer.clip_norm(name, largest)[0]
+                            norms[path] = max(norm, norms.get(path, 0.0))
         return norms
 
     def combine(self, request: Combination, layers: Mapping[str, LoKrLayer]) -> Combined:

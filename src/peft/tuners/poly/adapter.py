@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch import Tensor
 
-from ...base.calls.running import changing
+from ...base.calls.running import changing_found
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
 from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
@@ -64,17 +64,12 @@ class PolyAdapter:
         return adapter
 
     @classmethod
-    @contextmanager
     def to_change(
         cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None, needs_tasks: bool = True
-    ) -> Iterator[PolyAdapter]:
-        """Context for a change of an adapter, by default the active one."""
-        with changing(tuner):
-            adapter = cls.of(tuner, adapter_name)
-            if needs_tasks:
-                adapter.check_has_tasks()
-            with changing(tuner, [adapter.name]):
-                yield adapter
+    ) -> AbstractContextManager[PolyAdapter]:
+        """Return a context for a change of an adapter, by default the active one."""
+        find = cls.with_tasks if needs_tasks else cls.of
+        return changing_found(tuner, lambda: find(tuner, adapter_name))
 
     def check_has_tasks(self) -> None:
         """Check that a layer routes by task."""

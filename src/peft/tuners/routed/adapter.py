@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from ...base.calls.running import changing_found
 from ...base.errors import PeftValueError
 from ...core.adapter_choice import named_or_active
 from ...core.tuner import BaseTuner
@@ -38,6 +40,13 @@ class RoutedAdapter:
             if isinstance(layer, RoutedLayer) and adapter_name in layer.scaling
         }
         return cls(tuner, adapter_name, config, layers)
+
+    @classmethod
+    def to_change(
+        cls, tuner: BaseTuner[RoutedConfig], adapter_name: str | None
+    ) -> AbstractContextManager[RoutedAdapter]:
+        """Return a context for a change of an adapter, by default the active one."""
+        return changing_found(tuner, lambda: cls.of(tuner, adapter_name))
 
     def check_unmerged(self) -> None:
         """Check that the adapter is not merged into the weights, which would stay as they are."""

@@ -196,7 +196,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             PeftTypeError, PeftValueError: An expert or path is unknown, a weight not a finite
                 number, or the adapter merged; nothing is changed.
         """
-        inventory.set_expert_weights(RoutedAdapter.of(self, adapter_name), weights)
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            inventory.set_expert_weights(adapter, weights)
 
     def add_experts(self, experts: Mapping[str, Expert], adapter_name: str | None = None) -> None:
         """Add experts after those that an adapter has, whose weights and gates stay.
@@ -212,7 +213,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
         Raises:
             As `get_routed_model`; nothing is changed.
         """
-        inventory.add_experts(RoutedAdapter.of(self, adapter_name), experts)
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            inventory.add_experts(adapter, experts)
 
     def remove_experts(self, experts: str | Sequence[str], adapter_name: str | None = None) -> None:
         """Take experts out of an adapter. Later ones move up; their weights and gates stay.
@@ -225,7 +227,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             PeftValueError: One is unknown, or none would be left; nothing is changed.
         """
         names = [experts] if isinstance(experts, str) else list(experts)
-        inventory.remove_experts(RoutedAdapter.of(self, adapter_name), names)
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            inventory.remove_experts(adapter, names)
 
     def collect_prototypes(
         self,
@@ -249,7 +252,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
                 not finite; no prototype is changed.
             PeftNotSupportedError: The routing is another.
         """
-        fitting.collect_prototypes(RoutedAdapter.of(self, adapter_name), examples, with_expert)
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            fitting.collect_prototypes(adapter, examples, with_expert)
 
     def fit_gates(
         self,
@@ -281,7 +285,8 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
 
         Source: arXiv:2402.05859, section 3.1
         """
-        return fitting.fit_gates(RoutedAdapter.of(self, adapter_name), examples, steps, lr)
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            return fitting.fit_gates(adapter, examples, steps, lr)
 
     def fit_weights(
         self,
@@ -335,18 +340,19 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
 
         Source: arXiv:2307.13269, section 3
         """
-        return composition.fit_weights(
-            RoutedAdapter.of(self, adapter_name),
-            loss,
-            steps,
-            lr,
-            init,
-            method=method,
-            penalty=penalty,
-            bound=bound,
-            by_layer=by_layer,
-            seed=seed,
-        )
+        with RoutedAdapter.to_change(self, adapter_name) as adapter:
+            return composition.fit_weights(
+                adapter,
+                loss,
+                steps,
+                lr,
+                init,
+                method=method,
+                penalty=penalty,
+                bound=bound,
+                by_layer=by_layer,
+                seed=seed,
+            )
 
     def watch_experts(self, adapter_name: str | None = None) -> AbstractContextManager[ExpertWatch]:
         """Return a context in which calls note the experts that they choose; its `report()` is an
