@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .runs import Record
-from .statistics import Scores, interval, paired
+from .statistics import Claim, Scores, at_edge, better, claims_table, interval, sign, within
 
 NAMES = {
     "head": "frozen model",
@@ -27,7 +27,7 @@ def report(records: list[Record], folder: Path) -> str:
     final = [record for record in records if record["stage"] == "final"]
     new = new_cells(final)
     _draw(new, folder / "new_cells.png")
-    parts = [_trained(final), _held_out(new, final), _claims(final, new), _chosen(final)]
+    parts = [_trained(final), _held_out(new, final), _claims(final, new), _chosen(records)]
     return "\n\n".join(["# Study 1: results", *parts]) + "\n"
 
 
@@ -87,7 +87,7 @@ def _held_out(new: New, final: list[Record]) -> str:
             for shots in SHOTS
         ]
         change = max(row.get("others_change", 0.0) for row in rows)
-        seconds = max(row.get("seconds", 0.0) for row in rows)
+        seconds = sum(row.get("seconds", 0.0) for row in rows) / len(rows)
         lines.append(
             f"| {NAMES[arm]} | {way} | {max(row['numbers'] for row in rows):,} | {seconds:.1f} | "
             + " | ".join(cells)
@@ -95,36 +95,56 @@ def _held_out(new: New, final: list[Record]) -> str:
         )
     head = (
         "## New cells, accuracy in per cent, by the number of texts\n\n"
-        "`numbers`: trained for a new cell. `others`: the largest change of a trained cell's "
-        "logits.\n\n"
+        "`numbers`: trained for a new cell. `CPU seconds`: the mean of all runs. `others`: the "
+        "largest change of a trained cell's logits.\n\n"
     )
     return head + "\n".join(lines)
 
 
 def _claims(final: list[Record], new: New) -> str:
-    pairs: list[tuple[str, Scores | None, Scores | None]] = [
-        ("1: Poly's row - a new LoRA, 16 texts", new.get(("poly", "row", 16)),
-         new.get(("own", "new", 16))),
-        ("1: multi-head row - a new LoRA, 16 texts", new.get(("heads", "row", 16)),
-         new.get(("own", "new", 16))),
-        ("2: Poly - one shared LoRA, trained cells", trained_cells(final, "poly"),
-         trained_cells(final, "shared")),
-        ("2: multi-head routing - one shared LoRA, trained cells",
-         trained_cells(final, "heads"), trained_cells(final, "shared")),
-        ("3: weights of adapters - Poly's row, 16 texts", new.get(("own", "weights", 16)),
-         new.get(("poly", "row", 16))),
-        ("4: Poly's mean row - routing by input, 0 texts", new.get(("poly", "mean row", 0)),
-         new.get(("input", "as it is", 0))),
+    def few(arm: str, way: str, shots: int = 16) -> Scores:
+        return new.get((arm, way, shots), {})
+
+    fresh, row = few("own", "new"), few("poly", "row")
+    trained = {arm: trained_cells(final, arm) for arm in NAMES}
+    claims = [
+        Claim("1", better, [
+            ("Poly's row - a new LoRA, 16 texts", row, fresh),
+            ("multi-head row - a new LoRA, 16 texts", few("heads", "row"), fresh),
+        ], needs_one=True),
+        Claim("2", better, [
+            ("Poly - one shared LoRA, trained cells", trained["poly"], trained["shared"]),
+            ("multi-head routing - one shared LoRA, trained cells", trained["heads"],
+             trained["shared"]),
+        ], needs_one=True),
+        Claim("3", within, [
+            ("weights of adapters - Poly's row, 16 texts", few("own", "weights"), row),
+        ]),
+        Claim("4", sign, [
+            ("Poly's mean row - routing by input, 0 texts", few("poly", "mean row", 0),
+             few("input", "as it is", 0)),
+        ]),
     ]  # fmt: skip
-    lines = ["| claim: difference | points |", "|---|---|"]
-    lines += [f"| {name} | {paired(one, other)} |" for name, one, other in pairs if one and other]
-    return "## The protocol's claims\n\n" + "\n".join(lines)
+    return "## The protocol's claims\n\n" + claims_table(claims)
 
 
-def _chosen(final: list[Record]) -> str:
-    chosen = {record["arm"]: record["options"] for record in final if record["options"]}
-    lines = [f"- {NAMES[arm]}: {options}" for arm, options in chosen.items()]
-    return "## Rates that were chosen\n\n" + "\n".join(lines)
+def _chosen(records: list[Record]) -> str:
+    lines = []
+    for arm, name in NAMES.items():
+        own = [record for record in records if record["arm"] == arm]
+        final = [r for r in own if r["stage"] == "final" and r["options"]]
+        if final:
+            options, tried = final[-1]["options"], [r for r in own if r["stage"] == "rates"]
+            rate = options["rate"]
+            edge = at_edge(rate, [r["options"]["rate"] for r in tried])
+            found = [f"{rate}{edge}"]
+            ways = next((r["tuning"] for r in tried if r["options"]["rate"] == rate), {})
+            for way, few_rate in options["few"].items():
+                edge = at_edge(few_rate, [entry["rate"] for entry in ways.get(way, [])])
+                found.append(f"{way} {few_rate}{edge}")
+            lines.append(f"- {name}: {', '.join(found)}")
+    head = "## Rates that were chosen\n\n`*`: the smallest or largest that was tried.\n\n"
+    return head + "\n".join(lines)
 
 
 def _draw(new: New, path: Path) -> None:

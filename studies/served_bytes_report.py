@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from .runs import Record
 from .size_arms import Arm, arms
-from .statistics import Interval, Scores, interval, paired
+from .statistics import (
+    Claim,
+    Interval,
+    Scores,
+    at_edge,
+    better,
+    claims_table,
+    interval,
+    mean,
+    not_worse,
+    paired,
+    sign,
+    whole,
+    within,
+)
 
 SHARED = {
     "row of a shared Poly adapter": "Poly adapter of the sources",
@@ -17,25 +30,17 @@ SHARED = {
     "VB-LoRA, shared random bank": "bank of 256 vectors (or its seed)",
 }
 
-CLAIMS = (
-    ("1: shared trained bank (rank 1, attention) - frozen model",
-     "VB-LoRA, shared trained bank, rank 1, attention", "frozen model"),
-    ("1: shared trained bank (rank 1, one) - frozen model",
-     "VB-LoRA, shared trained bank, rank 1, one", "frozen model"),
-    ("2: trained - random bank (rank 4, every)",
-     "VB-LoRA, shared trained bank, rank 4, every", "VB-LoRA, shared random bank, rank 4, every"),
-    ("3: own bank of 64 vectors - LoRA of rank 1", "VB-LoRA, own bank, rank 4, 64 vectors",
-     "LoRA, rank 1, every"),
-    ("4: Poly's row - weights of adapters", "row of a shared Poly adapter",
-     "weights of shared LoRA adapters"),
-)  # fmt: skip
+KILOBYTE = 1024
+"""Bytes that an arm of the first claim has less than."""
 
-PAIRS = (
+EQUAL_PARAMETERS = (
     ("LoKr, full matrix, factor 4", "LoRA, rank 16, every"),
     ("LoKr, full matrix, factor 8", "LoRA, rank 4, every"),
     ("LoKr, full matrix, factor 16", "LoRA, rank 1, every"),
+)
+EQUAL_BYTES = (
     ("LoKr, low rank, rank 8, every", "LoRA, rank 1, every"),
-    ("LoKr, low rank, rank 1, every", "LoRA, rank 1, attention"),
+    ("LoKr, low rank, rank 8, every", "LoRA, rank 4, attention"),
 )
 """The comparisons of study 3."""
 
@@ -46,39 +51,76 @@ def report(records: list[Record], folder: Path) -> str:
     found = {name: scores_of(final, name) for name in arms() if scores_of(final, name)}
     size = {name: _mean(final, name, "file_bytes") for name in found}
     _draw(found, size, folder / "accuracy_against_bytes.png")
+    two, three = _claims(found, size)
     parts = [
-        _table(final, found, size),
-        _differences("The protocol's claims", CLAIMS, found),
-        _differences("Study 3", [(f"{a} - {b}", a, b) for a, b in PAIRS], found),
+        _table(records, found, size),
+        "## The protocol's claims\n\n" + claims_table(two),
+        "## Study 3\n\n" + claims_table(three),
     ]
     return "\n\n".join(["# Studies 2 and 3: results", *parts]) + "\n"
 
 
 def scores_of(final: list[Record], name: str) -> Scores:
-    """Return an arm's test accuracies by task and seed."""
-    return {
+    """Return an arm's test accuracies by task and seed, of the seeds with all tasks."""
+    found = {
         (record["options"]["task"], record["seed"]): record["test"]
         for record in final
         if record["arm"] == name
     }
+    return whole(found, {record["options"]["task"] for record in final})
+
+
+def unbeaten(found: dict[str, Scores], size: dict[str, float]) -> set[str]:
+    """Return the arms that no other arm with as few bytes is better than, with a paired interval
+    above zero.
+    """
+    return {
+        name
+        for name in found
+        if not any(
+            size[other] <= size[name] and paired(found[other], found[name]).low > 0
+            for other in found
+            if other != name and found[other].keys() & found[name].keys()
+        )
+    }
 
 
 def front(found: dict[str, Scores], size: dict[str, float]) -> list[str]:
-    """Return the arms that no smaller or equal arm is better than, with a paired interval above
-    zero, by size.
+    """Return the Pareto front of the means by size: an arm is on it if all others with as few bytes
+    have a lower mean.
     """
-    return sorted(
-        (
-            name
-            for name in found
-            if not any(
-                size[other] <= size[name] and paired(found[other], found[name]).low > 0
-                for other in found
-                if other != name
-            )
-        ),
-        key=lambda name: size[name],
-    )
+    means = {name: mean(scores) for name, scores in found.items()}
+    line: list[str] = []
+    for name in sorted(found, key=lambda name: (size[name], -means[name])):
+        if not line or means[name] > means[line[-1]]:
+            line.append(name)
+    return line
+
+
+def _claims(found: dict[str, Scores], size: dict[str, float]) -> tuple[list[Claim], list[Claim]]:
+    """Return the claims of study 2 and of study 3."""
+
+    def pair(one: str, other: str) -> tuple[str, Scores, Scores]:
+        sizes = f"{size.get(one, 0):,.0f} against {size.get(other, 0):,.0f} bytes"
+        return f"{one} - {other} ({sizes})", found.get(one, {}), found.get(other, {})
+
+    trained, own = "VB-LoRA, shared trained bank", "VB-LoRA, own bank, rank 4, 64 vectors"
+    small = [name for name in found if arms()[name].family == trained and size[name] < KILOBYTE]
+    two = [
+        Claim("1", better, [pair(name, "frozen model") for name in small], needs_one=True),
+        Claim("2", better, [
+            pair(f"{trained}, rank 4, every", "VB-LoRA, shared random bank, rank 4, every")
+        ]),
+        Claim("3", not_worse, [pair(own, "LoRA, rank 1, every")]),
+        Claim("4", sign, [
+            pair("row of a shared Poly adapter", "weights of shared LoRA adapters")
+        ]),
+    ]  # fmt: skip
+    three = [
+        Claim("1", within, [pair(*names) for names in EQUAL_PARAMETERS]),
+        Claim("2", better, [pair(*names) for names in EQUAL_BYTES]),
+    ]
+    return two, three
 
 
 def _mean(final: list[Record], name: str, field: str) -> float:
@@ -86,31 +128,30 @@ def _mean(final: list[Record], name: str, field: str) -> float:
     return sum(values) / len(values)
 
 
-def _table(final: list[Record], found: dict[str, Scores], size: dict[str, float]) -> str:
-    lines = ["| arm | bytes | of tensors | numbers | rate | accuracy | on the front |"]
-    lines.append("|---|---:|---:|---:|---|---|---|")
-    on_front = front(found, size)
+def _table(records: list[Record], found: dict[str, Scores], size: dict[str, float]) -> str:
+    final = [record for record in records if record["stage"] == "final"]
+    lines = ["| arm | bytes | of tensors | numbers | rate | seeds | accuracy | front |"]
+    lines.append("|---|---:|---:|---:|---|---:|---|---|")
+    line, ties = front(found, size), unbeaten(found, size)
     for name in sorted(found, key=lambda name: size[name]):
         arm: Arm = arms()[name]
         number = next(r["options"]["rate"] for r in final if r["arm"] == name)
-        rate = arm.rates[number] if arm.rates else {}
+        tried = [r for r in records if r["stage"] == "rates" and r["arm"] == name]
+        edge = at_edge(number, [r["options"]["rate"] for r in tried])
+        rate = f"{arm.rates[number]}{edge}" if arm.rates else ""
         shared = f" (shared: {SHARED[arm.family]})" if arm.family in SHARED else ""
+        mark = "yes" if name in line else "tied" if name in ties else ""
         lines.append(
             f"| {name}{shared} | {size[name]:,.0f} | {_mean(final, name, 'tensor_bytes'):,.0f} | "
-            f"{_mean(final, name, 'numbers'):,.0f} | {rate} | {interval(found[name])} | "
-            f"{'yes' if name in on_front else ''} |"
+            f"{_mean(final, name, 'numbers'):,.0f} | {rate} | {len({s for _, s in found[name]})} | "
+            f"{interval(found[name])} | {mark} |"
         )
-    return "## Accuracy in per cent, by bytes as served\n\n" + "\n".join(lines)
-
-
-def _differences(
-    title: str, pairs: Iterable[tuple[str, str, str]], found: dict[str, Scores]
-) -> str:
-    lines = [f"## {title}", "", "| difference | points |", "|---|---|"]
-    for label, one, other in pairs:
-        if one in found and other in found:
-            lines.append(f"| {label} | {paired(found[one], found[other])} |")
-    return "\n".join(lines)
+    head = (
+        "## Accuracy in per cent, by bytes as served\n\n"
+        "`front`: yes, if all others with as few bytes have a lower mean; tied, if none of them is "
+        "better with a paired interval above 0. `*`: the smallest or largest rate that was tried."
+    )
+    return head + "\n\n" + "\n".join(lines)
 
 
 def _draw(found: dict[str, Scores], size: dict[str, float], path: Path) -> None:
@@ -135,6 +176,12 @@ def _draw(found: dict[str, Scores], size: dict[str, float], path: Path) -> None:
         axes.errorbar(
             [n for n, _ in points], means, errors, marker="os^vD*"[i % 6], capsize=2, label=family
         )
+    line = [name for name in front(found, size) if size[name] > 0]
+    steps = [100 * mean(found[name]) for name in line]
+    axes.step(
+        [size[name] for name in line], steps, where="post",
+        color="lightgray", linewidth=4, zorder=0, label="Pareto front of the means",
+    )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("bytes of a user's file as it is served")
     axes.set_ylabel("accuracy, mean of the tasks, per cent, with 95 % intervals")

@@ -11,12 +11,22 @@ import re
 import numpy as np
 import pytest
 import torch
-from studies import multiemo, package_data, served_bytes, short_sets
+from studies import multiemo, package_data, served_bytes, served_bytes_report, short_sets
 from studies.recombination import RATES, WAYS, Recombination
 from studies.runs import Run, go_on, read, search
 from studies.served_bytes import ServedBytes
 from studies.size_arms import arms
-from studies.statistics import interval, paired
+from studies.statistics import (
+    Claim,
+    better,
+    claims_table,
+    interval,
+    not_worse,
+    paired,
+    sign,
+    whole,
+    within,
+)
 from studies.texts import PARTS
 
 pytestmark = [pytest.mark.study, pytest.mark.processes]
@@ -242,3 +252,120 @@ def test_intervals_are_those_of_a_plain_bootstrap():
     assert [found.low, found.high] == pytest.approx(np.percentile(again, [2.5, 97.5]), abs=0.15)
     shifted = {key: value + 2 for key, value in scores.items()}
     assert paired(shifted, scores) == pytest.approx((2, 2, 2))
+
+
+def test_intervals_hold_what_all_equal_draws_give():
+    table = {("a", 0): 0.0, ("a", 1): 0.1, ("b", 0): 0.2, ("b", 1): 0.7}
+    # Each of the 16 draws of two tasks and two seeds is more likely than 2.5 %.
+    means = [
+        np.mean([table[task, seed] for task in tasks for seed in seeds])
+        for tasks in itertools.product("ab", repeat=2)
+        for seeds in itertools.product((0, 1), repeat=2)
+    ]
+    assert interval(table) == pytest.approx((0.25, min(means), max(means)))
+    with pytest.raises(ValueError, match="3 scores of 2 tasks x 2 seeds"):
+        interval({key: score for key, score in table.items() if key != ("b", 1)})
+    assert whole(table | {("a", 2): 1.0}, ("a", "b")) == table
+
+
+CASES = [  # lowest and highest value of a difference, and what the rules say
+    (0.002, 0.005, "holds", "not refuted", "holds", "the first"),
+    (-0.005, 0.005, "refuted", "not refuted", "holds", "undecided"),
+    (-0.02, 0.005, "refuted", "not refuted", "undecided", "undecided"),
+    (0.005, 0.03, "holds", "not refuted", "undecided", "the first"),
+    (0.02, 0.03, "holds", "not refuted", "refuted", "the first"),
+    (-0.03, -0.02, "refuted", "refuted", "refuted", "the second"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_claims_are_decided_as_the_protocols_say(case):
+    low, high, *verdicts = case
+    tasks = range(2)
+    other = {(f"t{i}", seed): 0.5 for i in tasks for seed in range(3)}
+    one = {(task, seed): 0.5 + (low, high)[int(task[1])] for task, seed in other}
+    for rule, verdict in zip((better, not_worse, within, sign), verdicts, strict=True):
+        last = claims_table([Claim("1", rule, [("x - y", one, other)])]).splitlines()[-1]
+        assert last.startswith("| 1 | x - y | ") and last.endswith(f" | {verdict} |")
+
+
+def test_the_front_is_that_of_the_means_and_ties_are_said():
+    def scores(*by_task):
+        return {(f"t{i}", seed): score for i, score in enumerate(by_task) for seed in range(3)}
+
+    found = {
+        "small": scores(0.5, 0.5), "equal": scores(0.4, 0.6), "worse": scores(0.3, 0.4),
+        "large": scores(0.6, 0.9), "larger": scores(0.5, 0.95),
+    }  # fmt: skip
+    size = {"small": 10, "equal": 20, "worse": 20, "large": 30, "larger": 40}
+    assert served_bytes_report.front(found, size) == ["small", "large"]
+    assert served_bytes_report.unbeaten(found, size) == {"small", "equal", "large", "larger"}
+
+
+def test_reports_say_what_another_computation_finds(tmp_path):
+    drawn = np.random.default_rng(2)
+    way_of = {"poly": ("row", "mean row"), "heads": ("row",), "own": ("new", "weights")}
+    records = []
+    for arm, seed in itertools.product(("shared", "own", "poly", "heads"), range(5)):
+        level = {"shared": 0.4, "own": 0.4, "poly": 0.5, "heads": 0.3}[arm]
+        new = [
+            {"cell": f"c{i}", "way": way, "shots": 16, "numbers": 1, "seconds": 2.0 + i % 2}
+            | {"accuracy": level + float(drawn.normal(0, 0.02))}
+            for i, way in itertools.product(range(8), way_of.get(arm, ()))
+        ]
+        own = {"stage": "final", "arm": arm, "seed": seed, "parameters": 1, "training_seconds": 1.0}
+        own |= {"options": {"rate": 0.1, "few": {"row": 0.2}}, "new": new}
+        cells = {f"c{i}": level + float(drawn.normal(0, 0.02)) for i in range(22)}
+        records.append(own | {"trained": cells})
+    for rate in (0.1, 0.2):
+        tuning = {"row": [{"rate": 0.1 * i, "accuracy": 0.5} for i in (1, 2, 3)]}
+        records.append({"stage": "rates", "arm": "poly", "options": {"rate": rate}})
+        records[-1]["tuning"] = tuning
+    report = Recombination().report(records, tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines()]
+    verdicts = {row[1]: row[3] for row in rows if row[0] in ("1", "2", "3", "4")}
+    assert verdicts == {
+        "Poly's row - a new LoRA, 16 texts": "holds",
+        "multi-head row - a new LoRA, 16 texts": "no",
+        "Poly - one shared LoRA, trained cells": "holds",
+        "multi-head routing - one shared LoRA, trained cells": "no",
+        "weights of adapters - Poly's row, 16 texts": "refuted",
+    }
+    assert "- Poly: 0.1*, row 0.2" in report and "| 2.5 | " in report
+    difference = np.array([
+        [
+            records[10 + seed]["trained"][f"c{i}"] - records[seed]["trained"][f"c{i}"]
+            for seed in range(5)
+        ]
+        for i in range(22)
+    ])  # fmt: skip
+    again = [
+        drawn.multinomial(22, [1 / 22] * 22) @ difference @ drawn.multinomial(5, [0.2] * 5) / 110
+        for _ in range(4000)
+    ]
+    points = next(row[2] for row in rows if row[1:2] == ["Poly - one shared LoRA, trained cells"])
+    found = [float(number) for number in re.findall(r"-?\d+\.\d", points)]
+    expected = 100 * np.array([difference.mean(), *np.percentile(again, [2.5, 97.5])])
+    assert found == pytest.approx(expected, abs=0.15)
+
+
+def test_only_arms_under_a_kilobyte_and_whole_seeds_count_by_bytes(tmp_path):
+    bank = "VB-LoRA, shared trained bank, rank 1"
+    records = [
+        {"stage": "final", "arm": arm, "seed": seed, "options": {"task": task, "rate": 2}}
+        | {"file_bytes": size, "tensor_bytes": 1, "numbers": 1, "test": score}
+        for arm, size, score in (
+            ("frozen model", 0, 0.4), (f"{bank}, one", 672, 0.3), (f"{bank}, attention", 2424, 0.6),
+        )
+        for task in ("a", "b")
+        for seed in (0, 1)
+        if (task, seed) != ("b", 1) or arm == "frozen model"
+    ]  # fmt: skip
+    records.append({"stage": "rates", "arm": f"{bank}, one", "options": {"rate": 2}})
+    records.append({"stage": "rates", "arm": f"{bank}, one", "options": {"rate": 1}})
+    lines = ServedBytes().report(records, tmp_path).splitlines()
+    claims = [line for line in lines if line.startswith("| 1 | ")]
+    assert len(claims) == 1 and claims[0].endswith("| -10.0 (-10.0 to -10.0) | refuted |")
+    assert f"{bank}, one - frozen model (672 against 0 bytes)" in claims[0]
+    one = next(line for line in lines if line.startswith(f"| {bank}, one"))
+    assert "'logits': 0.1}* | 1 | 30.0 (30.0 to 30.0) |  |" in one
