@@ -6,7 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from .runs import Record
-from .statistics import Claim, Scores, at_edge, better, claims_table, interval, sign, within
+from .statistics import (
+    Claim,
+    Scores,
+    at_edge,
+    better,
+    claims_table,
+    draw_gains,
+    interval,
+    paired,
+    sign,
+    within,
+)
 
 NAMES = {
     "head": "frozen model",
@@ -17,6 +28,8 @@ NAMES = {
     "input": "routing by input",
 }
 SHOTS = (0, 4, 16, 64)
+UNTRAINED = {"row": "mean row", "further": "as it is", "weights": "mean"}
+"""Ways to begin with, without a text; further texts start from them."""
 
 New = dict[tuple[str, str, int], dict[tuple[str, int], float]]
 """Accuracies on new cells by arm, way and number of texts; each by cell and seed."""
@@ -26,7 +39,8 @@ def report(records: list[Record], folder: Path) -> str:
     """Return the tables, and draw the figure of the new cells."""
     final = [record for record in records if record["stage"] == "final"]
     new = new_cells(final)
-    _draw(new, folder / "new_cells.png")
+    if ("head", "as it is", 0) in new:
+        _draw(new, folder / "new_cells.png")
     parts = [_trained(final), _held_out(new, final), _claims(final, new), _chosen(records)]
     return "\n\n".join(["# Study 1: results", *parts]) + "\n"
 
@@ -153,21 +167,24 @@ def _draw(new: New, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, way in dict.fromkeys((arm, way) for arm, way, shots in new if shots):
-        shots = [n for n in SHOTS if (arm, way, n) in new]
-        found = [interval(new[arm, way, n]) for n in shots]
-        errors = [
-            [100 * (i.mean - i.low) for i in found],
-            [100 * (i.high - i.mean) for i in found],
-        ]
-        axes.errorbar(
-            range(len(shots)), [100 * i.mean for i in found], errors, marker="o", capsize=3,
+    frozen = new["head", "as it is", 0]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    ways = dict.fromkeys((arm, way) for arm, way, _ in new if arm != "head")
+    drawn = [key for key in ways if key not in [(arm, UNTRAINED.get(way)) for arm, way in ways]]
+    for i, (arm, way) in enumerate(drawn):
+        found = [new.get((arm, way, n)) for n in SHOTS]
+        found[0] = found[0] or new.get((arm, UNTRAINED.get(way, ""), 0))
+        draw_gains(
+            axes, [n + 0.03 * (i - len(drawn) / 2) for n, own in enumerate(found) if own],
+            [paired(own, frozen) for own in found if own], marker="os^vD*"[i % 6],
             label=f"{NAMES[arm]}: {way}",
         )  # fmt: skip
-    axes.set_xticks(range(len(SHOTS) - 1), [str(n) for n in SHOTS[1:]])
+    axes.axhline(0, color="black", linestyle=":", label="frozen model")
+    axes.set_xticks(range(len(SHOTS)), [str(n) for n in SHOTS])
     axes.set_xlabel("labeled texts of the new cell")
-    axes.set_ylabel("accuracy on held-out cells, per cent, with 95 % intervals")
+    axes.set_ylabel(
+        "accuracy on held-out cells,\npoints above the frozen model, with 95 % intervals"
+    )
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -9,11 +9,11 @@ from .runs import Record
 from .size_arms import Arm, arms
 from .statistics import (
     Claim,
-    Interval,
     Scores,
     at_edge,
     better,
     claims_table,
+    draw_gains,
     interval,
     mean,
     not_worse,
@@ -29,6 +29,8 @@ SHARED = {
     "VB-LoRA, shared trained bank": "bank of 256 vectors",
     "VB-LoRA, shared random bank": "bank of 256 vectors (or its seed)",
 }
+
+FROZEN = "frozen model"
 
 KILOBYTE = 1024
 """Bytes that an arm of the first claim has less than."""
@@ -50,7 +52,8 @@ def report(records: list[Record], folder: Path) -> str:
     final = [record for record in records if record["stage"] == "final"]
     found = {name: scores_of(final, name) for name in arms() if scores_of(final, name)}
     size = {name: _mean(final, name, "file_bytes") for name in found}
-    _draw(found, size, folder / "accuracy_against_bytes.png")
+    if FROZEN in found:
+        _draw(found, size, folder / "accuracy_against_bytes.png")
     two, three = _claims(found, size)
     parts = [
         _table(records, found, size),
@@ -107,7 +110,7 @@ def _claims(found: dict[str, Scores], size: dict[str, float]) -> tuple[list[Clai
     trained, own = "VB-LoRA, shared trained bank", "VB-LoRA, own bank, rank 4, 64 vectors"
     small = [name for name in found if arms()[name].family == trained and size[name] < KILOBYTE]
     two = [
-        Claim("1", better, [pair(name, "frozen model") for name in small], needs_one=True),
+        Claim("1", better, [pair(name, FROZEN) for name in small], needs_one=True),
         Claim("2", better, [
             pair(f"{trained}, rank 4, every", "VB-LoRA, shared random bank, rank 4, every")
         ]),
@@ -130,8 +133,8 @@ def _mean(final: list[Record], name: str, field: str) -> float:
 
 def _table(records: list[Record], found: dict[str, Scores], size: dict[str, float]) -> str:
     final = [record for record in records if record["stage"] == "final"]
-    lines = ["| arm | bytes | of tensors | numbers | rate | seeds | accuracy | front |"]
-    lines.append("|---|---:|---:|---:|---|---:|---|---|")
+    lines = ["| arm | bytes | of tensors | numbers | rate | seeds | accuracy | gain | front |"]
+    lines.append("|---|---:|---:|---:|---|---:|---|---|---|")
     line, ties = front(found, size), unbeaten(found, size)
     for name in sorted(found, key=lambda name: size[name]):
         arm: Arm = arms()[name]
@@ -140,16 +143,18 @@ def _table(records: list[Record], found: dict[str, Scores], size: dict[str, floa
         edge = at_edge(number, [r["options"]["rate"] for r in tried])
         rate = f"{arm.rates[number]}{edge}" if arm.rates else ""
         shared = f" (shared: {SHARED[arm.family]})" if arm.family in SHARED else ""
+        gain = paired(found[name], found[FROZEN]) if FROZEN in found else ""
         mark = "yes" if name in line else "tied" if name in ties else ""
         lines.append(
             f"| {name}{shared} | {size[name]:,.0f} | {_mean(final, name, 'tensor_bytes'):,.0f} | "
             f"{_mean(final, name, 'numbers'):,.0f} | {rate} | {len({s for _, s in found[name]})} | "
-            f"{interval(found[name])} | {mark} |"
+            f"{interval(found[name])} | {gain} | {mark} |"
         )
     head = (
         "## Accuracy in per cent, by bytes as served\n\n"
-        "`front`: yes, if all others with as few bytes have a lower mean; tied, if none of them is "
-        "better with a paired interval above 0. `*`: the smallest or largest rate that was tried."
+        "`gain`: over the frozen model, paired. `front`: yes, if all others with as few bytes have "
+        "a lower mean; tied, if none of them is better with a paired interval above 0. `*`: the "
+        "smallest or largest rate that was tried."
     )
     return head + "\n\n" + "\n".join(lines)
 
@@ -160,31 +165,25 @@ def _draw(found: dict[str, Scores], size: dict[str, float], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    frozen = found[FROZEN]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    families: dict[str, list[tuple[float, Interval]]] = {}
-    for name in sorted(found, key=lambda name: size[name]):
-        families.setdefault(arms()[name].family, []).append((size[name], interval(found[name])))
-    for i, (family, points) in enumerate(families.items()):
-        if family == "frozen model":
-            axes.axhline(100 * points[0][1].mean, color="black", linestyle=":", label=family)
-            continue
-        means = [100 * i.mean for _, i in points]
-        errors = [
-            [100 * (i.mean - i.low) for _, i in points],
-            [100 * (i.high - i.mean) for _, i in points],
-        ]
-        axes.errorbar(
-            [n for n, _ in points], means, errors, marker="os^vD*"[i % 6], capsize=2, label=family
-        )
+    families: dict[str, list[str]] = {}
+    for name in sorted(found.keys() - {FROZEN}, key=lambda name: (size[name], name)):
+        families.setdefault(arms()[name].family, []).append(name)
+    for i, (family, names) in enumerate(families.items()):
+        draw_gains(
+            axes, [size[name] for name in names], [paired(found[name], frozen) for name in names],
+            marker="os^vD*"[i % 6], label=family,
+        )  # fmt: skip
     line = [name for name in front(found, size) if size[name] > 0]
-    steps = [100 * mean(found[name]) for name in line]
     axes.step(
-        [size[name] for name in line], steps, where="post",
-        color="lightgray", linewidth=4, zorder=0, label="Pareto front of the means",
+        [size[name] for name in line], [100 * paired(found[name], frozen).mean for name in line],
+        where="post", color="lightgray", linewidth=4, zorder=0, label="Pareto front of the means",
     )  # fmt: skip
+    axes.axhline(0, color="black", linestyle=":")
     axes.set_xscale("log")
     axes.set_xlabel("bytes of a user's file as it is served")
-    axes.set_ylabel("accuracy, mean of the tasks, per cent, with 95 % intervals")
+    axes.set_ylabel("accuracy, points above the frozen model, with 95 % intervals")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)

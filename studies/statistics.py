@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -126,3 +126,11 @@ def claims_table(claims: Iterable[Claim]) -> str:
 def at_edge(chosen: float, tried: Sequence[float]) -> str:
     """Return a mark for a rate that is the smallest or largest of those that were tried."""
     return "*" if tried and chosen in (min(tried), max(tried)) else ""
+
+
+def draw_gains(axes: Any, places: Sequence[float], gains: Sequence[Interval], **style: Any) -> None:
+    """Draw means with their intervals, in points."""
+    below = [100 * (gain.mean - gain.low) for gain in gains]
+    above = [100 * (gain.high - gain.mean) for gain in gains]
+    means = [100 * gain.mean for gain in gains]
+    axes.errorbar(places, means, [below, above], capsize=2, **style)
