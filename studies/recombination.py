@@ -169,6 +169,7 @@ class Measurement:
         self.grid = _grid(quick)
         self.trained = list(self.grid["trained"])
         self.steps, self.few_steps = (4, 2) if quick else (STEPS, FEW_STEPS)
+        self.base()  # The first of a process draws numbers: that is over before the seed is set.
         torch.manual_seed(run.seed)
         self.generator = torch.Generator().manual_seed(run.seed)
         self.folder: TemporaryDirectory[str] | None = None

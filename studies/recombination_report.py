@@ -126,6 +126,12 @@ def _claims(final: list[Record], new: New) -> str:
             ("Poly's row - a new LoRA, 16 texts", row, fresh),
             ("multi-head row - a new LoRA, 16 texts", few("heads", "row"), fresh),
         ], needs_one=True),
+        Claim("beside 1", sign, [
+            ("a new LoRA, 16 texts - frozen model", fresh, few("head", "as it is", 0)),
+            ("Poly's row, 16 texts - its mean row, 0 texts", row, few("poly", "mean row", 0)),
+            ("multi-head row, 16 texts - its mean row, 0 texts", few("heads", "row"),
+             few("heads", "mean row", 0)),
+        ]),
         Claim("2", better, [
             ("Poly - one shared LoRA, trained cells", trained["poly"], trained["shared"]),
             ("multi-head routing - one shared LoRA, trained cells", trained["heads"],

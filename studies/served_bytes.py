@@ -141,6 +141,7 @@ class Measurement:
         self.steps = 2 if quick else STEPS
         self.classes, self.parts, self.digest = _task(run.options["task"])
         self.shared = SharedParts(run.seed, quick)
+        self.base()  # The first of a process may draw numbers: that is over before the seed is set.
         torch.manual_seed(run.seed)
         self.batches = mixed_batches([self.parts["train"]], ROWS, _generator(run.seed))
         self.rates = self.arm.rates[run.options["rate"]] if self.arm.rates else {}
@@ -264,7 +265,7 @@ class SharedParts:
         if not self.place.exists():
             self.place.parent.mkdir(parents=True, exist_ok=True)
             unfinished = TemporaryDirectory(dir=self.place.parent)
-            with unfinished as folder:
+            with unfinished as folder, torch.random.fork_rng(devices=[]):
                 self._make(Path(folder))
                 with contextlib.suppress(OSError):  # another process was faster
                     Path(folder).rename(self.place)

@@ -3,6 +3,7 @@
 texts in place of the downloaded ones; what they find is not tested. Their splits and statistics are.
 """
 
+import importlib
 import itertools
 import json
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from studies import multiemo, package_data, served_bytes, served_bytes_report, short_sets
-from studies.recombination import RATES, WAYS, Recombination
+from studies.recombination import FEW_RATES, RATES, WAYS, Recombination
 from studies.runs import Run, go_on, read, search
 from studies.served_bytes import ServedBytes
 from studies.size_arms import arms
@@ -97,6 +98,37 @@ def test_recombination_runs_and_reports(cache, tmp_path):
     assert kept["further"] > 0 and kept["row"] == 0
     report = study.report(read(path), tmp_path)
     assert "multi-head routing" in report and (tmp_path / "new_cells.png").exists()
+
+
+@pytest.mark.parametrize("study", [Recombination(), ServedBytes()])
+def test_a_run_is_the_same_first_and_later_in_a_process(cache, study, tmp_path, monkeypatch):
+    run = Run("final", "own", 0, {"rate": 1e-2, "few": dict.fromkeys(FEW_RATES, 0.1)})
+    if study.name == "served_bytes":
+        run = Run("final", "LoRA, rank 1, every", 0, {"task": "implicatures", "rate": 1})
+    module = importlib.import_module(f"studies.{study.name}")
+    trained = []
+
+    def optimize(model, *_):
+        trained.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(module, "optimize", optimize)
+    for name in ("_head", "_sources_digest"):
+        if hasattr(module, name):
+            getattr(module, name).cache_clear()
+    if study.name == "served_bytes":  # the first makes the shared parts
+        monkeypatch.setattr(served_bytes, "cache", lambda: tmp_path)
+    found = []
+    for _ in range(2):
+        trained.clear()
+        measurement = module.Measurement(run, True)
+        if study.name == "served_bytes":
+            _ = measurement.shared.folder
+            trained.clear()
+            measurement._adapter()
+        else:
+            measurement._train()
+        found.append(trained[-1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
