@@ -2,63 +2,65 @@
 """Regular expressions of configs, matched in bounded time.
 
 A config can come from anyone, and Python's matcher tries the ways through `(.+)+!` one by one, of
-which there are exponentially many. An expression with few choices is left to it. One with many is
-matched here, by the set of positions at which each of its parts can end, in time
-`parts · length²`.
+which there are exponentially many. An expression with few ways is left to it. One with many becomes
+the states of a machine. A pair of a state and a position in the text is visited once, in time
+`states · length`.
 
 Source: Ken Thompson, Regular Expression Search Algorithm (1968)
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Any, TypeAlias
 
 if sys.version_info >= (3, 11):
+    from re import _compiler as compiler
     from re import _constants as sre
     from re import _parser as parser
 else:
+    import sre_compile as compiler
     import sre_constants as sre
     import sre_parse as parser
 
-# Python's matcher is used up to so many repetitions and so many choices in all: some 10⁵ steps
-# for a path of 100 letters.
-_FEW_REPEATS, _FEW_CHOICES = 3, 7
-# The most that are matched here, and levels of parentheses.
-_MOST_CHOICES, _DEEPEST = 200, 50
-_CATEGORIES = {
-    sre.CATEGORY_DIGIT: re.compile(r"\d"),
-    sre.CATEGORY_NOT_DIGIT: re.compile(r"\D"),
-    sre.CATEGORY_SPACE: re.compile(r"\s"),
-    sre.CATEGORY_NOT_SPACE: re.compile(r"\S"),
-    sre.CATEGORY_WORD: re.compile(r"\w"),
-    sre.CATEGORY_NOT_WORD: re.compile(r"\W"),
-}
+# The longest path for which ways are counted, the most that Python's matcher may take (three
+# unbounded repetitions and some alternatives), and the most states of a machine.
+_LENGTH, _FEW, _MOST_STATES = 100, 2 * 10**7, 2000
+# Parts that match in one way.
+_SINGLE = (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT, sre.FAILURE)
 _REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT)
-# A parsed part: an operation and its argument, which the parser's module describes.
-_Part = tuple[Any, Any]
+# A test of a text at a position: the position after a match, None if there is no match.
+_Test: TypeAlias = Callable[[str, int], int | None]
 
 
 class TooManyWaysError(ValueError):
-    """An expression that may take exponential time and has parts that can't be matched here."""
+    """An expression that may take exponential time and has a problem for our own matcher."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            "its repetitions and alternatives may take exponential time to match, and "
+            f"{problem}; write it with fewer"
+        )
 
 
-def fullmatch(pattern: str, text: str, start: int = 0) -> bool:
-    """Return whether an expression matches all of a text from a position on.
+def fullmatch(pattern: str, text: str, starts: Collection[int] = (0,)) -> bool:
+    """Return whether an expression matches all of a text from one of some positions on.
 
     Example:
-        >>> fullmatch("(.+)+!", "a" * 60), fullmatch("(a+)+", "b" * 9 + "a" * 60, 9)
+        >>> fullmatch("(.+)+!", "a" * 60), fullmatch("(a+)+", "b" * 9 + "a" * 60, [0, 9])
         (False, True)
     """
-    ways = _ways(pattern)
-    if ways is None:
-        return re.compile(pattern).fullmatch(text, start) is not None
-    return len(text) in ways.ends(text, start)
+    machine = _machine(pattern)
+    if machine is None:
+        match = re.compile(pattern).fullmatch
+        return any(match(text, start) is not None for start in starts)
+    return len(text) in machine.ends(text, starts)
 
 
 def match_after(pattern: str, rest: re.Pattern[str], text: str, start: int) -> re.Match[str] | None:
@@ -68,11 +70,11 @@ def match_after(pattern: str, rest: re.Pattern[str], text: str, start: int) -> r
         >>> match_after("h|layers", re.compile(r"\.(\d+)"), "layers.12.mlp", 0)[1]
         '12'
     """
-    ways = _ways(pattern)
-    if ways is None:
+    machine = _machine(pattern)
+    if machine is None:
         before = re.compile(f"(?:{pattern})(?={rest.pattern})").match(text, start)
         return None if before is None else rest.match(text, before.end())
-    found = (rest.match(text, end) for end in sorted(ways.ends(text, start), reverse=True))
+    found = (rest.match(text, end) for end in sorted(machine.ends(text, [start]), reverse=True))
     return next((match for match in found if match is not None), None)
 
 
@@ -87,183 +89,129 @@ def check_expression(pattern: str, inside: bool = False) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             re.compile(pattern)
             re.compile(f"(?:{pattern})" if inside else pattern)
-            _ways(pattern)
+            _machine(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
 @lru_cache(maxsize=1024)
-def _ways(pattern: str) -> _Ways | None:
-    """Return what matches an expression with many choices, None for one with few."""
+def _machine(pattern: str) -> _Machine | None:
+    """Return the machine of an expression with many ways, None for one with few."""
     tree = parser.parse(pattern)
-    repeats, choices, nested = _choices(tree)
-    if not nested and repeats <= _FEW_REPEATS and choices <= _FEW_CHOICES:
-        return None
-    problem = None
-    if choices > _MOST_CHOICES or _depth(tree) > _DEEPEST:
-        problem = "it has too many of them"
-    elif tree.state.flags & ~re.UNICODE:
-        problem = "it has flags"
-    if problem is None:
-        problem = next(_unknown(tree), None)
-    if problem:
-        raise TooManyWaysError(
-            "its repetitions and alternatives may take exponential time to match, and "
-            f"{problem}; write it with fewer"
-        )
-    return _Ways(tree)
+    return None if _ways(tree) <= _FEW else _Machine(tree)
 
 
-def _choices(tree: Any) -> tuple[int, int, bool]:
-    """Return the number of repetitions, of all choices, and whether one is in a repetition."""
-    repeats = choices = 0
-    nested = False
+def _ways(tree: Any) -> int:
+    """Return how many ways Python's matcher may go through an expression; all above `_FEW` alike.
+
+    A sequence multiplies, alternatives add, and `low` to `high` repetitions of `w` ways have
+    `Σ_k w^k`.
+    """
+    product = 1
     for kind, argument in tree:
-        if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, getattr(sre, "POSSESSIVE_REPEAT", None)):
-            low, high, body = argument
-            is_simple = len(body) == 1 and not list(_bodies(*body[0]))
-            inside = (0, 0, False) if is_simple else _choices(body)
-            repeats += inside[0] + (high > 1 and high != low)
-            choices += inside[1] + (high != low)
-            nested |= inside[2] or (high > 1 and inside[1] > 0)
+        inside = [_ways(body) for body in _bodies(argument)]
+        if str(kind).endswith("_REPEAT"):
+            low, high, _ = argument
+            counts = range(min(low, _LENGTH), min(high, _LENGTH) + 1)
+            ways = sum(inside[0] ** count for count in counts)
         else:
-            for body in _bodies(kind, argument):
-                more = _choices(body)
-                repeats, choices, nested = repeats + more[0], choices + more[1], nested | more[2]
-            choices += kind is sre.BRANCH
-    return repeats, choices, nested
+            ways = sum(inside) if kind is sre.BRANCH else math.prod(inside)
+        product = min(product * ways, _FEW + 1)
+    return product
 
 
-def _bodies(kind: Any, argument: Any) -> Iterator[Any]:
-    """Yield the expressions inside a part."""
-    if kind is sre.BRANCH:
-        yield from argument[1]
-    elif kind in (*_REPEATS, getattr(sre, "POSSESSIVE_REPEAT", None)):
-        yield argument[2]
-    elif kind is sre.SUBPATTERN:
-        yield argument[3]
-    elif kind in (sre.ASSERT, sre.ASSERT_NOT):
-        yield argument[1]
-    elif kind is sre.GROUPREF_EXISTS:
-        yield from (body for body in argument[1:] if body)
-    elif kind is getattr(sre, "ATOMIC_GROUP", None):
+def _bodies(argument: Any) -> Iterator[Any]:
+    """Yield the expressions inside a part, whose argument is given."""
+    if isinstance(argument, parser.SubPattern):
         yield argument
+    elif isinstance(argument, (tuple, list)):
+        for item in argument:
+            yield from _bodies(item)
 
 
-def _depth(tree: Any) -> int:
-    bodies = [body for part in tree for body in _bodies(*part)]
-    return 1 + max(map(_depth, bodies), default=0)
-
-
-def _unknown(tree: Any) -> Iterator[str]:
-    """Yield the parts that can't be matched by sets of positions."""
-    for kind, argument in tree:
-        if kind not in _Ways.known or (kind is sre.SUBPATTERN and (argument[1] or argument[2])):
-            yield f"{str(kind).lower()} is in it"
-        for body in _bodies(kind, argument):
-            yield from _unknown(body)
-
-
-@dataclass
-class _Ways:
-    """An expression, matched by the sets of positions at which its parts can end.
+class _Machine:
+    """The states of an expression: a test each, and the states that follow where it succeeds.
 
     Args:
         tree: The expression, parsed.
+        is_inside: True for one that another expression looks for ahead or behind.
     """
 
-    tree: Any
-    _text: str = ""
-    _known: dict[tuple[int, int, int], frozenset[int]] = field(default_factory=dict)
+    def __init__(self, tree: Any, is_inside: bool = False) -> None:
+        self.parsed, self.is_inside = tree.state, is_inside
+        self.states: list[tuple[_Test, list[int]]] = []
+        self.last = self._state([])
+        self.first = self._sequence(tree, self.last)
 
-    known = (
-        *_REPEATS, sre.BRANCH, sre.SUBPATTERN, sre.ASSERT, sre.ASSERT_NOT, sre.AT, sre.LITERAL,
-        sre.NOT_LITERAL, sre.ANY, sre.IN,
-    )  # fmt: skip
+    def ends(self, text: str, starts: Collection[int]) -> set[int]:
+        """Return all positions at which a match from one of some positions on can end."""
+        pairs = [(self.first, start) for start in starts]
+        seen = set(pairs)
+        while pairs:
+            state, at = pairs.pop()
+            test, following = self.states[state]
+            if (end := test(text, at)) is not None:
+                new = {(state, end) for state in following} - seen
+                seen |= new
+                pairs += new
+        return {at for state, at in seen if state == self.last}
 
-    def ends(self, text: str, start: int) -> frozenset[int]:
-        """Return all positions at which a match from `start` on can end."""
-        return _Ways(self.tree, text)._sequence(self.tree, start)
+    def _state(self, following: list[int], test: _Test = lambda text, at: at) -> int:
+        """Return a new state before others; its test succeeds and stays unless it is given."""
+        if len(self.states) == _MOST_STATES:
+            raise TooManyWaysError("it has too many of them")
+        self.states.append((test, following))
+        return len(self.states) - 1
 
-    def _sequence(self, tree: Any, start: int) -> frozenset[int]:
-        found = frozenset([start])
-        for number, part in enumerate(tree):
-            found = frozenset(
-                end for at in found for end in self._part(part, (id(tree), number, at))
-            )
-            if not found:
-                break
-        return found
+    def _sequence(self, tree: Any, following: int) -> int:
+        """Return the first state of a sequence before another state."""
+        runs = [(k, list(run)) for k, run in groupby(tree, lambda part: part[0] in _SINGLE)]
+        for is_single, run in reversed(runs):
+            if is_single:
+                match = compiler.compile(parser.SubPattern(self.parsed, run)).match
+                following = self._state([following], partial(_end, match))
+            else:
+                for kind, argument in reversed(run):
+                    following = self._part(kind, argument, following)
+        return following
 
-    def _part(self, part: _Part, key: tuple[int, int, int]) -> frozenset[int]:
-        if key not in self._known:
-            self._known[key] = frozenset(self._ends(part, key[2]))
-        return self._known[key]
-
-    def _ends(self, part: _Part, at: int) -> frozenset[int] | set[int]:
-        kind, argument = part
+    def _part(self, kind: Any, argument: Any, following: int) -> int:
+        """Return the first state of a part before another state."""
         if kind in _REPEATS:
-            low, high, body = argument
-            return self._repeated(low, high, body, at)
+            return self._repetition(*argument, following)
         if kind is sre.BRANCH:
-            return {end for body in argument[1] for end in self._sequence(body, at)}
-        if kind is sre.SUBPATTERN:
-            return self._sequence(argument[3], at)
-        if kind in (sre.ASSERT, sre.ASSERT_NOT):
+            return self._state([self._sequence(body, following) for body in argument[1]])
+        if kind is sre.SUBPATTERN and not (argument[1] or argument[2]):
+            return self._sequence(argument[3], following)
+        if kind in (sre.ASSERT, sre.ASSERT_NOT) and not self.is_inside:
             direction, body = argument
-            return {at} if self._is_seen(direction, body, at) == (kind is sre.ASSERT) else set()
-        if kind is sre.AT:
-            return {at} if self._is_at(argument, at) else set()
-        is_there = at < len(self._text) and _is_letter(kind, argument, self._text[at])
-        return {at + 1} if is_there else set()
+            machine, width = _Machine(body, is_inside=True), min(direction, 0) * body.getwidth()[0]
+            test = partial(_look, machine, kind is sre.ASSERT, width)
+            return self._state([following], test)
+        raise TooManyWaysError(f"{str(kind).lower()} is in it")
 
-    def _repeated(self, low: int, high: int, body: Any, at: int) -> set[int]:
-        last = {at}
-        for _ in range(min(low, len(self._text) + 1)):
-            before, last = last, {end for at in last for end in self._sequence(body, at)}
-            if last in (before, set()):
-                break
-        result = set(last)
-        for _ in range(min(high - low, len(self._text) + 1)):
-            last = {end for at in last for end in self._sequence(body, at)} - result
-            if not last:
-                break
-            result |= last
-        return result
-
-    def _is_seen(self, direction: int, body: Any, at: int) -> bool:
-        """Return whether what is ahead or behind matches."""
-        if direction > 0:
-            return bool(self._sequence(body, at))
-        begin = at - body.getwidth()[0]
-        return begin >= 0 and at in self._sequence(body, begin)
-
-    def _is_at(self, kind: Any, at: int) -> bool:
-        """Return whether a position is a beginning, an end, or an edge of a word."""
-        rest = self._text[at:]
-        if kind in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
-            return at == 0
-        if kind is sre.AT_END:
-            return rest in ("", "\n")
-        if kind is sre.AT_END_STRING:
-            return not rest
-        if not self._text:  # Python finds no edge there, and nothing that is none
-            return False
-        words = [bool(re.match(r"\w", letter)) for letter in (self._text[:at][-1:], rest[:1])]
-        return (words[0] != words[1]) == (kind is sre.AT_BOUNDARY)
+    def _repetition(self, low: int, high: int, body: Any, following: int) -> int:
+        """Return the first state of a repetition before another state."""
+        if not len(body):
+            return following
+        if high is sre.MAXREPEAT:
+            following = self._state(nexts := [following])
+            nexts.append(self._sequence(body, following))
+        else:
+            last = following
+            for _ in range(high - low):
+                following = self._state([last, self._sequence(body, following)])
+        for _ in range(low):
+            following = self._sequence(body, following)
+        return following
 
 
-def _is_letter(kind: Any, argument: Any, letter: str) -> bool:
-    """Return whether a part that stands for one letter stands for this one."""
-    if kind is sre.ANY:
-        return letter != "\n"
-    if kind is sre.LITERAL:
-        return ord(letter) == argument
-    if kind is sre.NOT_LITERAL:
-        return ord(letter) != argument
-    if kind is sre.RANGE:
-        return argument[0] <= ord(letter) <= argument[1]
-    if kind is sre.CATEGORY:
-        return _CATEGORIES[argument].match(letter) is not None
-    negated = argument[0][0] is sre.NEGATE
-    return negated != any(_is_letter(own, value, letter) for own, value in argument[negated:])
+def _end(match: Callable[[str, int], re.Match[str] | None], text: str, at: int) -> int | None:
+    found = match(text, at)
+    return None if found is None else found.end()
+
+
+def _look(machine: _Machine, is_wanted: bool, width: int, text: str, at: int) -> int | None:
+    """Return the position if an expression is or is not ahead of it, or `-width` letters behind."""
+    ends = machine.ends(text, [at + width]) if at + width >= 0 else set[int]()
+    return at if (at in ends if width else bool(ends)) == is_wanted else None

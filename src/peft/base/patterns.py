@@ -84,6 +84,6 @@ def matches_path(pattern: str, path: str) -> bool:
         (True, True, False)
     """
     starts = [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
-    if any(fullmatch(pattern, path, start) for start in starts):
+    if fullmatch(pattern, path, starts):
         return True
     return isinstance(pattern, SubtreePattern) and match_after(pattern, _DOT, path, 0) is not None
