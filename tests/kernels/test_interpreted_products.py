@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ROUNDED)
 @contextlib.contextmanager
 def plain():
     """Without kernels."""
-    with mock.patch.object(mixed_precision, "_has_kernels", return_value=False):
+    with mock.patch.object(mixed_precision, "has_triton", return_value=False):
         yield
 
 

@@ -11,14 +11,17 @@ precision is rounded once.
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Protocol
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .dispatch import PLAIN_TENSORS, can_trace, is_autocast, is_batched, is_eager
 from .triton_support import Trial, agrees, define, has_triton
+
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
 
@@ -39,7 +42,7 @@ def can_stay(x: Tensor, dtype: torch.dtype) -> bool:
         and type(x) in PLAIN_TENSORS
         and not is_autocast(x)
         and x.is_contiguous()
-        and (can_trace(x) or (is_eager() and _is_large(x) and _has_kernels(x.device)))
+        and (can_trace(x) or (is_eager() and _is_large(x) and has_triton(x.device)))
     )
 
 
@@ -235,13 +238,9 @@ def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) ->
         type(activation) in PLAIN_TENSORS
         and activation.is_contiguous()
         and not is_batched(activation)
-        and _has_kernels(device)
+        and has_triton(device)
         and agrees(_trial(length, width, activation.dtype), device)
     )
-
-
-def _has_kernels(device: torch.device) -> bool:
-    return has_triton(device)
 
 
 def _is_large(activation: Tensor) -> bool:
@@ -270,40 +269,28 @@ def _trial_of_blocks(length: int, width: int, dtype: torch.dtype) -> Trial:
     # Several steps of each kernel's loop.
     rows, length, width = 500, 2 * length if length == 256 else length, width // 2
 
-    def ours(
-        x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor
-    ) -> tuple[Tensor, ...]:
-        kernels = _kernels()
-        found = (
-            kernels.down(x, first, 0.5),
-            kernels.across(h, x, 2.0),
-            kernels.up(x, p, q, torch.empty_like(x)),
-        )
-        return tuple(one * tensor.float() for tensor in found)
+    def results(of: ModuleType | SimpleNamespace) -> Callable[..., Tensors]:
+        def run(x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor) -> Tensors:
+            out = torch.empty_like(x)
+            found = of.down(x, first, 0.5), of.across(h, x, 2.0), of.up(x, p, q, out)
+            return tuple(one * tensor.float() for tensor in found)
 
-    def plain(
-        x: Tensor, first: Tensor, h: Tensor, p: Tensor, q: Tensor, one: Tensor
-    ) -> tuple[Tensor, ...]:
-        found = (
-            (x.double() @ first.double()) * 0.5,
-            (h.double().mT @ x.double()) * 2,
-            x.float() + p @ q,
-        )
-        return tuple(one * tensor.float() for tensor in found)
+        return run
 
-    def example(device: torch.device) -> tuple[Tensor, ...]:
+    def example(device: torch.device) -> Tensors:
         """Return arguments with results of about one, and with integers where results are rounded,
         so that rounding cannot differ.
         """
         x = torch.randint(-3, 4, (rows, length), device=device).to(dtype)
-        p, q = (
-            torch.randint(-1, 2, shape, device=device).float()
-            for shape in ((rows, width), (width, length))
-        )
-        first, h = (
-            torch.randn(width, length, device=device).mT / 16,
-            torch.randn(rows, width, device=device) / 16,
-        )
+        p = torch.randint(-1, 2, (rows, width), device=device).float()
+        q = torch.randint(-1, 2, (width, length), device=device).float()
+        first = torch.randn(width, length, device=device).mT / 16
+        h = torch.randn(rows, width, device=device) / 16
         return x, first, h, p, q, torch.ones((), device=device, requires_grad=True)
 
-    return Trial(ours, plain, example)
+    plain = SimpleNamespace(
+        down=lambda x, first, scale: x.double() @ first.double() * scale,
+        across=lambda h, x, scale: h.double().mT @ x.double() * scale,
+        up=lambda x, p, q, out: x.float() + p @ q,
+    )
+    return Trial(results(_kernels()), results(plain), example)

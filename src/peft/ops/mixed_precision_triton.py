@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products of `mixed_precision.py`, one Triton kernel each.
 
-An activation is in bfloat16 or float16, a factor in float32. The activation is read once as it is,
-and no copy of it in float32 is made. This is exact: a bfloat16 number is multiplied by three
-bfloat16 parts of the float32 number, which together have all of its 24 bits; a float16 number is
-exact in TF32, and is multiplied by two TF32 parts. Sums are in float32; long sums are made in
-parts, which are added up in a fixed order.
+An activation is in bfloat16 or float16 and contiguous, a factor in float32. Shapes are those of
+`mixed_precision.py`. The activation is read once as it is, and no copy of it in float32 is made.
+This is exact: a bfloat16 number is multiplied by three bfloat16 parts of the float32 number, which
+together have all of its 24 bits; a float16 number is exact in TF32, and is multiplied by two TF32
+parts. Sums are in float32; long sums are made in parts, which are added up in a fixed order.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import TypeAlias
 
 import torch
 import triton
@@ -20,24 +21,17 @@ from torch import Tensor
 from .dispatch import INTERPRETED
 from .triton_support import on_device_of
 
-_INTERPRETED: tl.constexpr = tl.constexpr(
-    INTERPRETED
-)  # the interpreter multiplies the bits of bfloat16 as integers
+# The interpreter multiplies the bits of bfloat16 as integers.
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+Plan: TypeAlias = tuple[int, tuple[int, int], int, dict[str, int]]
 
 LARGEST_RANK = 128
 """Most columns of a factor."""
 
 
 def down(activation: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """Return `scale · activation · factor`.
-
-    Args:
-        activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
-        factor: `[n, k, m]` or `[k, m]` in float32.
-
-    Returns:
-        `[n, rows, m]` or `[rows, m]` in float32.
-    """
+    """Return `scale · activation · factor` in float32."""
     (n, rows, k), m = _shape(activation), factor.shape[-1]
     splits, grid, steps, sizes = _plan_down(n, rows, k, m)
     out = activation.new_empty((splits, *activation.shape[:-1], m), dtype=torch.float32)
@@ -49,15 +43,7 @@ def down(activation: Tensor, factor: Tensor, scale: float) -> Tensor:
 
 
 def across(factor: Tensor, activation: Tensor, scale: float) -> Tensor:
-    """Return `scale · factorᵀ · activation`.
-
-    Args:
-        factor: `[n, rows, m]` or `[rows, m]` in float32.
-        activation: `[n, rows, k]` or `[rows, k]`, contiguous, in bfloat16 or float16.
-
-    Returns:
-        `[n, m, k]` or `[m, k]` in float32.
-    """
+    """Return `scale · factorᵀ · activation` in float32."""
     (n, rows, k), m = _shape(activation), factor.shape[-1]
     splits, grid, steps, sizes = _plan_across(n, rows, k, m)
     out = activation.new_empty((splits, *activation.shape[:-2], m, k), dtype=torch.float32)
@@ -69,14 +55,7 @@ def across(factor: Tensor, activation: Tensor, scale: float) -> Tensor:
 
 
 def up(base: Tensor | None, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-    """Compute `out = base + p · q`, rounded once.
-
-    Args:
-        base: As many elements as the product has, in its order, contiguous; None for zero.
-        p: `[n, rows, k]` or `[rows, k]` in float32.
-        q: `[n, k, columns]` or `[k, columns]` in float32.
-        out: Like `base`, in bfloat16 or float16; it may be `base`.
-    """
+    """Compute `out = base + p · q`, rounded once. A base of None is zero; `out` may be `base`."""
     (n, rows, k), columns = _shape(p), q.shape[-1]
     grid, sizes = _plan_up(n, rows, k, columns)
     first = out if base is None else base
@@ -103,16 +82,12 @@ def blocks(length: int, width: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(1024)
-def _plan_down(
-    n: int, rows: int, k: int, m: int
-) -> tuple[int, tuple[int, int], int, dict[str, int]]:
+def _plan_down(n: int, rows: int, k: int, m: int) -> Plan:
     """Return the number of partial sums, the grid, a program's loop steps, and the constants."""
     block_m = _block(m, LARGEST_RANK)
     is_narrow = block_m < 64
-    block_r, block_k = (
-        _block(rows, 64 if is_narrow else 128),
-        _block(k, 64 if block_m < 128 else 32),
-    )
+    block_r = _block(rows, 64 if is_narrow else 128)
+    block_k = _block(k, 64 if block_m < 128 else 32)
     blocks = n * _ceil(rows, block_r)
     splits = _splits(blocks, _ceil(k, 2 * block_k), 512)
     sizes = _sizes(4 if is_narrow else 8, 3 if is_narrow else 2, R=block_r, K=block_k, M=block_m)
@@ -120,19 +95,13 @@ def _plan_down(
 
 
 @functools.lru_cache(1024)
-def _plan_across(
-    n: int, rows: int, k: int, m: int
-) -> tuple[int, tuple[int, int], int, dict[str, int]]:
+def _plan_across(n: int, rows: int, k: int, m: int) -> Plan:
     """Return the same as `_plan_down`."""
     block_m = _block(m, LARGEST_RANK)
     block_k = _block(k, 256 if block_m < 32 else 128 if block_m < 64 else 64)
-    warps, stages, programs = (
-        (8, 4, 256)
-        if block_k == 256
-        else (4, 3, 512)
-        if block_k == 128 or block_m > 16
-        else (2, 4, 1024)
-    )
+    warps, stages, programs = 2, 4, 1024
+    if block_k >= 128 or block_m > 16:
+        warps, stages, programs = (8, 4, 256) if block_k == 256 else (4, 3, 512)
     block_r = _block(rows, 32 if block_k == 256 or block_m > 32 else 64)
     blocks = n * _ceil(k, block_k)
     splits = _splits(blocks, _ceil(rows, 4 * block_r), programs)
@@ -146,17 +115,13 @@ def _plan_up(n: int, rows: int, k: int, columns: int) -> tuple[tuple[int, int], 
     block_k = _block(k, LARGEST_RANK)
     block_c = _block(columns, 128 if block_k < 64 else 64)
     block_r = _block(rows, 32 if block_c == 128 or block_k == 128 else 64)
-    return (n * _ceil(rows, block_r), _ceil(columns, block_c)), _sizes(
-        4, 3, R=block_r, C=block_c, K=block_k
-    )
+    sizes = _sizes(4, 3, R=block_r, C=block_c, K=block_k)
+    return (n * _ceil(rows, block_r), _ceil(columns, block_c)), sizes
 
 
 def _sizes(warps: int, stages: int, **blocks: int) -> dict[str, int]:
-    return {
-        "num_warps": warps,
-        "num_stages": stages,
-        **{f"BLOCK_{side}": size for side, size in blocks.items()},
-    }
+    sides = {f"BLOCK_{side}": size for side, size in blocks.items()}
+    return {"num_warps": warps, "num_stages": stages, **sides}
 
 
 def _block(size: int, most: int) -> int:
@@ -248,11 +213,8 @@ def _up_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(rows, BLOCK_R)
     sample, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_R
-    row, column, inner = (
-        tl.arange(0, BLOCK_R),
-        tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C),
-        tl.arange(0, BLOCK_K),
-    )
+    row, inner = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real_row, real_column = (first + row < rows)[:, None], (column < columns)[None, :]
     p += sample * p_stride_n + first.to(tl.int64) * p_stride_r
     q += sample * q_stride_n
@@ -267,10 +229,8 @@ def _up_kernel(
         other=0.0,
     )
     total = tl.dot(a, b, input_precision="tf32x3")
-    place, real = (
-        (sample * rows + first) * columns + row[:, None] * columns + column[None, :],
-        real_row & real_column,
-    )
+    place = (sample * rows + first) * columns + row[:, None] * columns + column[None, :]
+    real = real_row & real_column
     if ADDS:
         total += tl.load(base + place, mask=real, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=real)

@@ -239,11 +239,10 @@ def can_launch(*tensors: Tensor | None) -> bool:
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Return whether Triton is installed and made for a device: a GPU with bfloat16."""
-    if (device.type != "cuda" and not dispatch.INTERPRETED) or importlib.util.find_spec(
-        "triton"
-    ) is None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    is_fit = dispatch.INTERPRETED
+    if device.type == "cuda":
+        is_fit = torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_fit and importlib.util.find_spec("triton") is not None
 
 
 def agrees(trial: Trial, device: torch.device) -> bool:
@@ -272,13 +271,9 @@ def agrees(trial: Trial, device: torch.device) -> bool:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which the tensor's device is the current one, where Triton launches."""
-    return _on(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return (
-        nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-    )
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _difference(trial: Trial, device: torch.device) -> str | None:
@@ -287,14 +282,9 @@ def _difference(trial: Trial, device: torch.device) -> str | None:
 
     def run() -> None:
         try:
-            both = [
-                _values_and_gradients(function, trial, device)
-                for function in (trial.ours, trial.plain)
-            ]
-            same = all(
-                torch.allclose(one, other, rtol=1e-3, atol=1e-5)
-                for one, other in zip(*both, strict=True)
-            )
+            both = (_values_and_gradients(own, trial, device) for own in (trial.ours, trial.plain))
+            pairs = zip(*both, strict=True)
+            same = all(torch.allclose(one, own, rtol=1e-3, atol=1e-5) for one, own in pairs)
             found.append(None if same else "results differ")
         except Exception as error:  # a compiler raises errors of any kind
             found.append(f"{type(error).__name__}: {error}")
@@ -311,7 +301,7 @@ def _values_and_gradients(
     """Return results for the example and its gradients, without advancing the random numbers."""
     cuda = device.type == "cuda"
     with (
-        _on(device) if cuda else nullcontext(),
+        torch.cuda.device(device) if cuda else nullcontext(),
         torch.random.fork_rng([device.index] if cuda else []),
     ):
         arguments = trial.example(device)
