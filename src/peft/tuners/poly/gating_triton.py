@@ -79,20 +79,15 @@ def backward(
 def _sizes(n_splits: int, n_skills: int, drawn: bool) -> dict[str, int]:
     """Return the sizes that a kernel is compiled for."""
     block = triton.next_power_of_2(n_skills)
-    return {
-        "Q": n_splits,
-        "S": n_skills,
-        "DRAWN": drawn,
-        "BLOCK_R": max(_BLOCK // block, 1),
-        "BLOCK_S": block,
-    }
+    blocks = {"BLOCK_R": max(_BLOCK // block, 1), "BLOCK_S": block}
+    return {"Q": n_splits, "S": n_skills, "DRAWN": drawn, **blocks}
 
 
 @triton.jit(do_not_specialize=["batch", "stride", "n_tasks"])
 def _weigh_kernel(
     table, task_ids, draws, weights, batch, stride, n_tasks,
-    Q: tl.constexpr, S: tl.constexpr, DRAWN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S:
-    tl.constexpr,
+    Q: tl.constexpr, S: tl.constexpr, DRAWN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Compute the weights of rows, each a split of a sample."""
     row, skill = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
@@ -113,8 +108,8 @@ def _weigh_kernel(
 @triton.jit(do_not_specialize=["batch", "stride", "rows"])
 def _distribute_kernel(
     table, task_ids, draws, grad_weights, grad_table, batch, stride, rows,
-    Q: tl.constexpr, S: tl.constexpr, DRAWN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S:
-    tl.constexpr,
+    Q: tl.constexpr, S: tl.constexpr, DRAWN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of rows of the table, each a split of a task, over the task's samples. A
     task without samples gets zeros.
@@ -151,9 +146,8 @@ def _open(logit, u, DRAWN: tl.constexpr):
         u = tl.where(u < _EPS, _EPS, tl.where(u > 1 - _EPS, 1 - _EPS, u))
         held = tl.where(logit < -_BOUND, -_BOUND, tl.where(logit > _BOUND, _BOUND, logit))
         gate = tl.sigmoid(held + (tl.log(u) - tl.log(1 - u)))
-        slope = tl.where(
-            (held == logit) & (gate >= _TINY) & (gate <= 1 - _EPS), gate * (1 - gate), 0.0
-        )
+        is_free = (held == logit) & (gate >= _TINY) & (gate <= 1 - _EPS)
+        slope = tl.where(is_free, gate * (1 - gate), 0.0)
         gate = tl.where(gate < _TINY, _TINY, tl.where(gate > 1 - _EPS, 1 - _EPS, gate))
     else:
         gate = tl.sigmoid(logit)

@@ -49,10 +49,8 @@ def fits(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> bool:
 def forward(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mix the skills in one launch; sums are in float32 and in a fixed order."""
     (batch, n_splits, n_skills), (width, r), out = weights.shape, A.shape[2:], B.shape[3]
-    A_w, B_w = (
-        A.new_empty((batch, n_splits * width, r), dtype=dtype),
-        B.new_empty((batch, r, n_splits * out), dtype=dtype),
-    )
+    A_w = A.new_empty((batch, n_splits * width, r), dtype=dtype)
+    B_w = B.new_empty((batch, r, n_splits * out), dtype=dtype)
     sizes = _sizes(n_splits, n_skills, r, batch, _SKILLS)
     with on_device_of(A):
         _mix_kernel[(_blocks(A, B), n_splits, triton.cdiv(batch, sizes["BLOCK_B"]))](
@@ -102,14 +100,8 @@ def _sizes(n_splits: int, n_skills: int, r: int, batch: int, most_skills: int) -
     """Return the sizes that a kernel is compiled for."""
     skills = min(triton.next_power_of_2(n_skills), most_skills)
     samples = min(triton.next_power_of_2(batch), _PAIRS // skills)
-    return {
-        "Q": n_splits,
-        "S": n_skills,
-        "R": r,
-        "BLOCK_B": samples,
-        "BLOCK_S": skills,
-        "BLOCK": _BLOCK,
-    }
+    blocks = {"BLOCK_B": samples, "BLOCK_S": skills, "BLOCK": _BLOCK}
+    return {"Q": n_splits, "S": n_skills, "R": r, **blocks}
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -142,17 +134,13 @@ def _mix_block(
     for first in range(0, S, BLOCK_S):
         skill = first + tl.arange(0, BLOCK_S)
         real = (skill < S)[:, None] & (number < size)[None, :]
-        values = tl.load(own + skill[:, None] * size + number[None, :], mask=real, other=0.0).to(
-            tl.float32
-        )
+        values = tl.load(own + skill[:, None] * size + number[None, :], mask=real, other=0.0)
         shares = _load_weights(weights, sample, skill, split, batch, Q, S)
-        total += tl.sum(shares[:, :, None] * values[None, :, :], 1)
+        total += tl.sum(shares[:, :, None] * values.to(tl.float32)[None, :, :], 1)
     real = (sample < batch)[:, None] & (number < size)[None, :]
-    offset = (
-        sample.to(tl.int64)[:, None] * (Q * size)
-        + _offset(number, split, width, size, ORDER, Q, R)[None, :]
-    )
-    tl.store(mixed + offset, total.to(mixed.dtype.element_ty), mask=real)
+    offset = _offset(number, split, width, size, ORDER, Q, R)
+    at = sample.to(tl.int64)[:, None] * (Q * size) + offset[None, :]
+    tl.store(mixed + at, total.to(mixed.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -202,22 +190,15 @@ def _unmix_block(
     for first in range(0, batch, BLOCK_B):
         sample = first + tl.arange(0, BLOCK_B)
         there = (sample < batch)[:, None] & (number < size)[None, :]
-        g = tl.load(
-            grad_mixed + sample.to(tl.int64)[:, None] * (Q * size) + offset[None, :],
-            mask=there,
-            other=0.0,
-        ).to(tl.float32)
+        source = sample.to(tl.int64)[:, None] * (Q * size) + offset[None, :]
+        g = tl.load(grad_mixed + source, mask=there, other=0.0).to(tl.float32)
         if FOR_SKILLS:
             shares = _load_weights(weights, sample, skill, split, batch, Q, S)
             total += tl.sum(shares[:, :, None] * g[:, None, :], 0)
         if FOR_WEIGHTS:
             at = (sample[:, None] * Q + split) * S + skill[None, :]
-            products = values[None, :, :] * g[:, None, :]
-            tl.store(
-                partial + at,
-                tl.sum(products, 2),
-                mask=(sample < batch)[:, None] & (skill < S)[None, :],
-            )
+            sums = tl.sum(values[None, :, :] * g[:, None, :], 2)
+            tl.store(partial + at, sums, mask=(sample < batch)[:, None] & (skill < S)[None, :])
     if FOR_SKILLS:
         tl.store(grad_skills + own, total.to(grad_skills.dtype.element_ty), mask=real)
 

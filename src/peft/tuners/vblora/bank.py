@@ -7,7 +7,8 @@ with the largest logits:
 
     tile = sum_{i in top-k} softmax(logits[top-k])_i * bank[i]
 
-Shapes: `logits [..., num_vectors]`, `bank [num_vectors, vector_length]`, rank `r`.
+Shapes: `logits [..., num_vectors]`, `bank [num_vectors, vector_length]`, rank `r`; `indices` and
+`weights` of selected vectors `[..., topk]`, indices of any integer dtype.
 
 Source: arXiv:2405.15179, section 3
 """
@@ -36,12 +37,7 @@ _INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class Selection(NamedTuple):
-    """Vectors that tiles select, and their weights.
-
-    Attributes:
-        indices: `[..., topk]`, any integer dtype.
-        weights: `[..., topk]`.
-    """
+    """Vectors that tiles select, and their weights."""
 
     indices: Tensor
     weights: Tensor
@@ -66,10 +62,8 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
 )
 def _compose(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Return `A [r, in]` and the transpose of `B`, `[r, out]`."""
-    (selected_A, indices_A), (selected_B, indices_B) = (
-        fast_topk(logits_A, topk),
-        fast_topk(logits_B, topk),
-    )
+    selected_A, indices_A = fast_topk(logits_A, topk)
+    selected_B, indices_B = fast_topk(logits_B, topk)
     # The tiles of both factors are one batch, so that one gradient of the bank's size is made.
     selected = torch.cat([selected_A.flatten(0, 1), selected_B.flatten(0, 1)])
     indices = torch.cat([indices_A.flatten(0, 1), indices_B.flatten(0, 1)])
@@ -123,11 +117,6 @@ def compose_factors(
 def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     """Return the tiles of given indices and weights: `tile = sum_i weights_i * bank[indices_i]`.
 
-    Args:
-        indices: `[..., topk]`, any integer dtype.
-        weights: `[..., topk]`.
-        bank: `[num_vectors, vector_length]`.
-
     Returns:
         `[..., vector_length]` in the bank's dtype, computed in float32 or wider, at
         `tiles * topk * vector_length` multiplications. No tensor of `num_vectors` entries is made.
@@ -164,22 +153,14 @@ def fast_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     Long rows are searched by blocks: the `topk` largest entries are in the `topk` blocks with the
     largest maxima.
 
-    Args:
-        logits: `[..., num_vectors]`.
-        topk: From 1 to `num_vectors`.
-
     Returns:
         Values and indices `[..., topk]`, largest first, in any order among equal values. Cost: one
         pass over `logits`.
     """
     n = logits.shape[-1]
-    if (
-        torch.jit.is_tracing()
-        or logits.device.type != "cpu"
-        or n < _LONG
-        or n % _BLOCK
-        or topk > n // _BLOCK
-    ):
+    if torch.jit.is_tracing() or logits.device.type != "cpu":
+        return logits.topk(topk, dim=-1)
+    if n < _LONG or n % _BLOCK or topk > n // _BLOCK:
         return logits.topk(topk, dim=-1)
     with torch.no_grad():
         blocks = logits.unflatten(-1, (-1, _BLOCK))
@@ -192,14 +173,8 @@ def fast_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def select_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Return the indices and the logits of each tile's vectors.
-
-    Args:
-        logits: `[..., num_vectors]`.
-        topk: Vectors selected for each tile.
-
-    Returns:
-        `indices [..., topk]` in `index_dtype`, largest logit first, and their logits `[..., topk]`.
+    """Return the indices of each tile's vectors, in `index_dtype`, largest logit first, and their
+    logits `[..., topk]`.
 
     Example:
         >>> select_topk(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
@@ -215,13 +190,11 @@ def compress(
     """Reduce logits to the indices and weights of the selected vectors, as a compact file has them.
 
     Args:
-        logits: `[..., num_vectors]`.
-        topk: Vectors kept for each tile.
         dtype: Dtype of the weights; Hugging Face PEFT reads float32.
 
     Returns:
-        `indices [..., topk]` in `index_dtype`, largest logit first, and `weights [..., topk - 1]`:
-        the softmax of the selected logits without its last entry, which is one minus the others.
+        The indices of `select_topk`, and `weights [..., topk - 1]`: the softmax of the selected
+        logits without its last entry, which is one minus the others.
 
     Example:
         >>> compress(torch.tensor([1.0, 0.0, 1.5, -4.0]), topk=2)
@@ -243,9 +216,7 @@ def expand(
     gives the weights.
 
     Args:
-        indices: `[..., topk]`, any integer dtype.
         weights: `[..., topk - 1]`, any floating dtype.
-        num_vectors: Size of the bank.
         dtype: Dtype of the result.
 
     Returns:
@@ -311,8 +282,6 @@ def savable_parameters(
     """Return the size of the logits of some tiles in a checkpoint, in float32 numbers.
 
     Args:
-        tiles: Number of tiles.
-        num_vectors: Size of the bank.
         topk: Vectors kept for each tile in a compact file; None for the full logits.
         dtype: Dtype of a compact file's weights.
 

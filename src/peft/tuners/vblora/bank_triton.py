@@ -27,13 +27,10 @@ _LARGEST_ROW, _LARGEST_TILE = 16384, 8192
 
 def fits(logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int) -> bool:
     """Return whether the kernels support tensors of these dtypes and sizes."""
-    if (
-        torch.are_deterministic_algorithms_enabled()
-        or not (logits_A.is_contiguous() and logits_B.is_contiguous() and bank.is_contiguous())
-        or bank.dtype not in _DTYPES
-        or logits_A.dtype not in _DTYPES
-        or logits_A.dtype != logits_B.dtype
-    ):
+    is_contiguous = logits_A.is_contiguous() and logits_B.is_contiguous() and bank.is_contiguous()
+    if torch.are_deterministic_algorithms_enabled() or not is_contiguous:
+        return False
+    if not {bank.dtype, logits_A.dtype} <= _DTYPES or logits_A.dtype != logits_B.dtype:
         return False
     sizes = _kernel_options(*bank.shape, logits_A.shape[0], topk)
     return sizes["BLOCK_N"] <= _LARGEST_ROW and sizes["BLOCK_K"] * sizes["BLOCK_V"] <= _LARGEST_TILE
@@ -85,23 +82,16 @@ def backward(
 def _kernel_options(num_vectors: int, length: int, r: int, topk: int) -> dict[str, int]:
     """Return the constants that a kernel is compiled for, and its number of warps."""
     block_n, block_v, block_k = map(triton.next_power_of_2, (num_vectors, length, topk))
-    return {
-        "N": num_vectors,
-        "V": length,
-        "R": r,
-        "K": topk,
-        "BLOCK_N": block_n,
-        "BLOCK_V": block_v,
-        "BLOCK_K": block_k,
-        "num_warps": min(max(max(block_n, block_k * block_v) // 512, 1), 8),
-    }
+    blocks = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
+    warps = min(max(max(block_n, block_k * block_v) // 512, 1), 8)
+    return {"N": num_vectors, "V": length, "R": r, "K": topk, **blocks, "num_warps": warps}
 
 
 @triton.jit(do_not_specialize=["tiles_A", "rows_B"])
 def _compose_kernel(
     logits_A, logits_B, bank, A, B, tiles_A, rows_B,
-    N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     vector, entry = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
@@ -124,9 +114,9 @@ def _compose_kernel(
 def _distribute_kernel(
     grad_A, grad_B, logits_A, logits_B, bank, grad_logits_A, grad_logits_B, grad_bank, tiles_A,
     rows_B,
-    FOR_LOGITS: tl.constexpr, FOR_BANK: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R:
-    tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K:
-    tl.constexpr,
+    FOR_LOGITS: tl.constexpr, FOR_BANK: tl.constexpr,
+    N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the bank and the logits from the gradient `g` of a tile.
 
@@ -172,8 +162,7 @@ def _pointers(
     `A [r, columns]` are numbered first, then those of `B [rows, r]`, stored transposed.
     """
     if tile < tiles_A:
-        logits = logits_A + tile * N
-        factor = A + tile * V
+        logits, factor = logits_A + tile * N, A + tile * V
     else:
         tile_B = tile - tiles_A
         logits = logits_B + tile_B * N
