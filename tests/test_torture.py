@@ -142,7 +142,7 @@ def test_two_writers_and_readers_see_whole_adapters(tmp_path):
     assert not findings(found)
 
 
-@pytest.mark.parametrize("name", ["all LOKR", "tasks and skills POLY"])
+@pytest.mark.parametrize("name", ["all LOKR", "one name LORA", "tasks and skills POLY"])
 def test_threads_that_call_a_model_while_others_change_it(name, tmp_path):
     kind = next(kind for kind in threads.scenarios() if kind.name == name)
     assert not findings(threads.meeting(kind, tmp_path / "work", calls=40))

@@ -46,12 +46,14 @@ class Mix:
         changes: Names of the functions of `_Changer` that are drawn.
         active: The names that may be active, None for a model without adapters.
         refuses: True if calls that name adapters may be refused meanwhile (merged adapters).
+        one_name: True if all changers change the same adapter, and may find that it is gone.
     """
 
     name: str
     changes: tuple[str, ...]
     active: tuple[str | None, ...] = ("default",)
     refuses: bool = False
+    one_name: bool = False
 
 
 MIXES = (
@@ -59,6 +61,7 @@ MIXES = (
     Mix("replace", ("load", "replace", "hotswap")),
     Mix("switch", ("switch", "disable"), ("default", "second", None)),
     Mix("merge", ("merge",), refuses=True),
+    Mix("one name", ("load", "load", "delete", "hotswap"), one_name=True),
     Mix(
         "all",
         (
@@ -236,7 +239,7 @@ class _Changer:
 
     def __init__(self, world: World, number: int, seed: int, over: threading.Event) -> None:
         self.world, self.over, self.model = world, over, world.model
-        self.name = list(VERSIONS)[number]
+        self.name = list(VERSIONS)[0 if world.scenario.mix.one_name else number]
         own = ("load", "delete", "replace", "hotswap")
         kinds = world.scenario.mix.changes
         self.kinds = [kind for kind in kinds if number == 0 or kind in own]
@@ -251,21 +254,28 @@ class _Changer:
             try:
                 getattr(self, f"_{kind}")()
                 self.findings.append((kind, None))
-            except Exception:
-                self.findings.append((kind, f"failed: {traceback.format_exc(limit=-3)}"))
+            except Exception as error:
+                # Another thread may have been faster.
+                is_refused = isinstance(error, PeftError) and self.world.scenario.mix.one_name
+                wrong = None if is_refused else f"failed: {traceback.format_exc(limit=-3)}"
+                self.findings.append((kind, wrong))
+
+    def _is_there(self, wanted: bool = True) -> bool:
+        """Return whether the adapter is there, or is wanted so; it may be if others change it."""
+        return self.world.scenario.mix.one_name or (self.content is not None) == wanted
 
     def _folder(self) -> tuple[int, Path]:
         content = self.chance.choice(VERSIONS[self.name])
         return content, self.world.folders[content]
 
     def _load(self) -> None:
-        if self.content is None:
+        if self._is_there(False):
             self.content, folder = self._folder()
             self.model.load_adapter(folder, self.name)
             self.has_loaded = True
 
     def _delete(self) -> None:
-        if self.content is not None:
+        if self._is_there():
             self.model.delete_adapter(self.name)
             self.content = None
 
@@ -275,7 +285,7 @@ class _Changer:
             self.model.load_adapter(folder, self.name)
 
     def _hotswap(self) -> None:
-        if self.content is not None:
+        if self._is_there():
             self.content, folder = self._folder()
             hotswap_adapter(self.model, str(folder), self.name)
 
@@ -356,6 +366,8 @@ def _difference(there: World, changers: list[_Changer]) -> str | None:
         if changer.has_loaded:
             one.load_adapter(there.folders[VERSIONS[changer.name][0]], changer.name)
             one.delete_adapter(changer.name)
+    if there.scenario.mix.one_name:
+        return _unknown_result(there)
     contents = {changer.name: changer.content for changer in changers}
     for name in there.model.peft_config:
         if name in VERSIONS:
@@ -374,3 +386,16 @@ def _difference(there: World, changers: list[_Changer]) -> str | None:
                     return f"{name} gives another result"
         return None
     return None if state_of(one) == state_of(there.model) else "it is not that of one thread"
+
+
+def _unknown_result(there: World) -> str | None:
+    """Return an adapter that gives what none of its contents gives, None if there is none."""
+    contents = {**{name: (content,) for name, content in STABLE.items()}, **VERSIONS}
+    for name in there.model.peft_config:
+        with torch.no_grad():
+            found = there.call(
+                there.model, adapter_names=[name] * ROWS, **there.task_ids([0] * ROWS)
+            )
+        if not any(torch.allclose(found, there.outputs[c, 0], atol=1e-4) for c in contents[name]):
+            return f"{name} gives another result"
+    return None
