@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -177,9 +177,7 @@ def _wide(tensor: Tensor) -> Tensor:
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """Context whose results don't depend on the caller's gradient, autocast and inference modes."""
-    with ordinary_tensors():
-        if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-            yield
-            return
-        with torch.autocast(device.type, enabled=False):
-            yield
+    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    off = torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+    with ordinary_tensors(), off:
+        yield

@@ -38,10 +38,7 @@ class GroupedRows:
     """
 
     def __init__(self, expert: Tensor, token: Tensor, tokens: Tensor, experts: int) -> None:
-        self.expert = expert
-        self.token = token
-        self.tokens = tokens
-        self.experts = experts
+        self.expert, self.token, self.tokens, self.experts = expert, token, tokens, experts
         numbers = torch.arange(experts, device=expert.device, dtype=expert.dtype)
         self.offsets = torch.searchsorted(expert, numbers, right=True).to(torch.int32)
 
@@ -84,11 +81,8 @@ class GroupedRows:
         """Return the product by a matrix product for each expert that has rows."""
         parts = x.split([size * times for size in self.sizes])
         with without_autocast(x):
-            products = [
-                part @ matrix
-                for part, matrix in zip(parts, weight.unbind(0), strict=True)
-                if part.shape[0]
-            ]
+            pairs = zip(parts, weight.unbind(0), strict=True)
+            products = [part @ matrix for part, matrix in pairs if part.shape[0]]
             return torch.cat(products) if products else x @ weight[0]
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:

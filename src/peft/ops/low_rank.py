@@ -62,8 +62,7 @@ def check_rank(rank: int | float | None) -> None:
         return
     rule = (
         f"`rank`={rank!r} must be an integer of at least 1, the share of energy to keep as a "
-        "fraction between 0 and 1, or None for "
-        "an exact product."
+        "fraction between 0 and 1, or None for an exact product."
     )
     if rank == 0:
         raise PeftValueError(f"Passing a rank of 0 doesn't make sense: {rule}")
@@ -133,9 +132,8 @@ def subspace_svd(W: Tensor, rank: int, rounds: int, seed: int = 0) -> SingularTr
 
     Source: arXiv:0909.4061, algorithms 4.4 and 5.1
     """
-    draw = torch.randn(
-        W.shape[1], rank, generator=torch.Generator().manual_seed(seed), dtype=W.dtype
-    )
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(W.shape[1], rank, generator=generator, dtype=W.dtype)
     Q = torch.linalg.qr(W @ draw.to(W.device))[0]
     for _ in range(rounds):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]

@@ -228,11 +228,9 @@ def _are_taken(activation: Tensor, length: int, width: int, *factors: Tensor) ->
         return False
     device = activation.device
     for tensor in factors:
-        if (
-            tensor.dtype is not torch.float32
-            or type(tensor) not in PLAIN_TENSORS
-            or tensor.device != device
-        ):
+        if tensor.dtype is not torch.float32 or tensor.device != device:
+            return False
+        if type(tensor) not in PLAIN_TENSORS:
             return False
     return (
         type(activation) in PLAIN_TENSORS

@@ -17,16 +17,12 @@ def as_tokens(nested: Tensor) -> Tensor:
 def nested_like(nested: Tensor, tokens: Tensor) -> Tensor:
     """Return tokens as a nested tensor with the sample lengths of another."""
     if nested.layout is torch.jagged:
-        offsets = nested.offsets()  # type: ignore[attr-defined]
-        return torch.nested.nested_tensor_from_jagged(
-            tokens, offsets
-        )  # the same offsets: both can be added
+        offsets = nested.offsets()  # type: ignore[attr-defined]  # the same: both can be added
+        return torch.nested.nested_tensor_from_jagged(tokens, offsets)
     samples = nested.unbind()
     parts = tokens.split([sample[..., 0].numel() for sample in samples])
-    shaped = [
-        part.reshape(*sample.shape[:-1], part.shape[-1])
-        for part, sample in zip(parts, samples, strict=True)
-    ]
+    pairs = zip(parts, samples, strict=True)
+    shaped = [part.reshape(*sample.shape[:-1], part.shape[-1]) for part, sample in pairs]
     return torch.nested.as_nested_tensor(shaped)
 
 
@@ -35,7 +31,6 @@ def are_tokens(nested: Tensor) -> Tensor:
     if nested.layout is torch.jagged:
         lengths = nested.offsets().diff()  # type: ignore[attr-defined]
     else:
-        lengths = torch.tensor(
-            [sample[..., 0].numel() for sample in nested.unbind()], device=nested.device
-        )
+        sizes = [sample[..., 0].numel() for sample in nested.unbind()]
+        lengths = torch.tensor(sizes, device=nested.device)
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)

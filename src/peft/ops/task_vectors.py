@@ -93,9 +93,8 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
     Source: arXiv:2306.01708
     """
-    return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(
-        min=1
-    )
+    members = majority_sign_mask.sum(dim=0).clamp(min=1)
+    return (task_tensors * majority_sign_mask).sum(dim=0) / members
 
 
 def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
@@ -106,9 +105,7 @@ def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
     """Return `Σ w_i · t_i` of tensors pruned by magnitude."""
-    return task_arithmetic(
-        [prune(tensor, density, "magnitude") for tensor in task_tensors], weights
-    )
+    return task_arithmetic([prune(t, density, "magnitude") for t in task_tensors], weights)
 
 
 def ties(
@@ -122,18 +119,13 @@ def ties(
 
     Source: arXiv:2306.01708
     """
-    return _elected(
-        [prune(tensor, density, "magnitude") for tensor in task_tensors],
-        weights,
-        majority_sign_method,
-    )
+    pruned = [prune(tensor, density, "magnitude") for tensor in task_tensors]
+    return _elected(pruned, weights, majority_sign_method)
 
 
 def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
     """Return `Σ w_i · t_i` of tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
-    return task_arithmetic(
-        [prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights
-    )
+    return task_arithmetic([prune(t, density, "random", True) for t in task_tensors], weights)
 
 
 def dare_ties(
@@ -143,11 +135,8 @@ def dare_ties(
     majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Tensor:
     """Combine as `ties`, with tensors pruned at random and rescaled. Source: arXiv:2311.03099"""
-    return _elected(
-        [prune(tensor, density, "random", rescale=True) for tensor in task_tensors],
-        weights,
-        majority_sign_method,
-    )
+    pruned = [prune(tensor, density, "random", True) for tensor in task_tensors]
+    return _elected(pruned, weights, majority_sign_method)
 
 
 def _elected(
