@@ -60,9 +60,9 @@ def hotswap_adapter(
     """Replace the weights of an adapter in the model by those of a saved one; its name and layers
     stay.
 
-    This is faster than loading a second adapter and needs no memory for it. A model compiled with
-    `torch.compile` is not recompiled if `prepare_model_for_compiled_hotswap` has prepared it. On
-    any error the model is left as it was.
+    This needs no memory for a second adapter. A model compiled with `torch.compile` is not
+    recompiled if `prepare_model_for_compiled_hotswap` has prepared it. On any error the model is
+    left as it was.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; compiled or not.

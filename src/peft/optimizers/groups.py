@@ -66,9 +66,10 @@ def parameter_groups(
     """Return a model's trainable parameters in groups by role, for any torch optimizer.
 
     Roles with a published rate: VB-LoRA's "bank" (1e-3) and "logits" (1e-2), Poly's "router" (0.1)
-    and "skills" (1e-3). Roles without one: "A", "B", "embedding" and "magnitude" of LoRA; "A"
-    (input side), "B" (output side), "full" and "magnitude" of LoKr; "input_router" of Poly; "gate"
-    of VB-LoRA; "modules_to_save", "tokens", "biases" and "base" of any method.
+    and "skills" (1e-3). A routed model has "weights" (5e-2) and "gate" (5e-3). Roles without a
+    rate: "A", "B", "embedding" and "magnitude" of LoRA; "A" (input side), "B" (output side) and
+    "full" of LoKr and LoHa; "magnitude" of LoKr; "input_router" of Poly; "gate" of VB-LoRA;
+    "modules_to_save", "tokens", "biases" and "base" of any method.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into; also inside DDP, FSDP or

@@ -30,8 +30,8 @@ def create_loraplus_optimizer(
             low-rank factors).
         optimizer_cls: Any torch optimizer.
         lr: Rate of everything but `B` and embeddings.
-        loraplus_lr_ratio: Ratio of the rates, at least 1. The paper recommends 16 for many tasks,
-            with a somewhat smaller `lr` than usual.
+        loraplus_lr_ratio: Ratio of the rates, at least 1; 16 in the paper's recommendation. Its
+            authors advise a somewhat smaller `lr` than without it for hard tasks.
         **kwargs: `loraplus_weight_decay` (0 by default) for parameters that it suits,
             `loraplus_lr_embedding` (1e-6 by default) for adapters of embeddings, and options of
             the optimizer.

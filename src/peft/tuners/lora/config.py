@@ -110,8 +110,7 @@ class LoraConfig(TargetedConfig):
             (Conv1D). The layers themselves decide.
         bias: Biases to train: "none", "all" of the model's, or "lora_only", those of adapted
             layers.
-        use_rslora: Scale by `lora_alpha / √r`, for which one learning rate suits all ranks
-            (rank-stabilized LoRA).
+        use_rslora: Scale by `lora_alpha / √r` (rank-stabilized LoRA).
         modules_to_save: Modules to train in full and save with the adapter.
         init_lora_weights: Initialization. True: without effect, `A` uniform and `B` zero (`A` for
             embeddings). "gaussian": the same with `A` normal. "orthogonal": without effect, with

@@ -456,7 +456,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
         init: str | None = None,
         adapter_name: str | None = None,
     ) -> TaskFit:
-        """Fit a task's routing to a few examples, in place. This takes seconds.
+        """Fit a task's routing to a few examples, in place.
 
         The model runs in evaluation mode (gates are not sampled, dropout is off) while Adam trains
         the task's rows only. The rows with the least loss are kept. Afterwards training mode and
