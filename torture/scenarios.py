@@ -135,7 +135,10 @@ def state_of(model: nn.Module) -> str:
     parts += [f"{name} {type(module)} {module.training}" for name, module in model.named_modules()]
     if isinstance(model, PeftModel):
         parts += [repr(model.active_adapters), repr(sorted(model.peft_config))]
-        parts += [repr(sorted(c.to_dict().items())) for c in model.peft_config.values()]
+        for config in model.peft_config.values():
+            fields = sorted(config.to_dict().items())
+            # Equal sets may have their members in another order.
+            parts += [repr(sorted(v) if isinstance(v, set) else v) for pair in fields for v in pair]
     return digest("\n".join(parts).encode() + outputs(model))
 
 
