@@ -128,9 +128,6 @@ def cast_adapter_dtype(
     for layer in adapted.tuner_layers():
         if adapter_name in layer.scaling:
             parameters += layer.adapter_parameters(adapter_name)
-    for container in adapted.shared_containers().values():
-        if adapter_name in container:
-            parameters.append(container[adapter_name])
     for parameter in parameters:
         if parameter.is_floating_point() and parameter.element_size() < 4:
             parameter.data = parameter.data.to(torch.float32)

@@ -178,7 +178,8 @@ class _Machine:
     def _part(self, kind: Any, argument: Any, following: int) -> int:
         """Return the first state of a part before another state."""
         if kind in _REPEATS:
-            return self._repetition(*argument, following)
+            low, high, body = argument
+            return self._repetition(low, high, body, following)
         if kind is sre.BRANCH:
             return self._state([self._sequence(body, following) for body in argument[1]])
         if kind is sre.SUBPATTERN and not (argument[1] or argument[2]):

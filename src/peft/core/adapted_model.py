@@ -15,7 +15,6 @@ from ..base.calls.running import RunningCalls, changes_all, changing
 from ..base.constants import DUMMY_MODEL_CONFIG
 from ..base.containers import walk
 from ..base.errors import PeftValueError, warn
-from ..base.freezing import TemporaryFreeze
 from ..base.missing_attribute import PeftAttributeError
 from ..base.modules import check_model, model_config
 from ..base.tensors import ordinary_tensors
@@ -104,7 +103,6 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.inference_cache, self.running_calls = InferenceCache(), RunningCalls()
         self.training = model.training
         self._active: str | list[str] = []
-        self._freeze: TemporaryFreeze | None = None
         self._call_arguments = CallArguments(model)
         self._shared_root = (self if shared_root is None else shared_root,)  # not registered
         if peft_config is not None:
@@ -330,9 +328,9 @@ class AdaptedModel(nn.Module, Generic[C]):
             if switching.is_merged(parts):
                 warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
                 self.unmerge_adapter()
-            shared = self.shared_containers().values()
-            switching.activate(parts, shared, adapter_name, inference_mode)
-            self._freeze, self._active = None, adapter_name
+            for part in parts:
+                part.set_adapter(adapter_name, inference_mode)
+            self._active = adapter_name
 
     def set_requires_grad(
         self, adapter_names: str | Iterable[str], requires_grad: bool = True
@@ -344,8 +342,8 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: An unknown name.
         """
         with changing(self), changing(self, names := self.check_names(adapter_names)):
-            shared = self.shared_containers().values()
-            switching.set_requires_grad(list(self._parts()), shared, names, requires_grad)
+            for part in self._parts():
+                part.set_requires_grad(names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again."""
@@ -367,8 +365,8 @@ class AdaptedModel(nn.Module, Generic[C]):
     def _enable(self, enabled: bool) -> None:
         """Switch the adapters on or off; those that are off are frozen."""
         _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
-        parts, shared = list(self._parts()), self.shared_containers().values()
-        self._freeze = switching.enable(parts, shared, enabled, self._freeze)
+        for part in list(self._parts()):
+            part.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other was active, the first by name becomes active.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switch the adapters of a model: make some active, turn all off or on, remove one."""
+"""Checks before the adapters of a model are switched, and the removal of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..base.errors import PeftTypeError, PeftValueError, warn
-from ..base.freezing import TemporaryFreeze
 from ..base.validation import check_adapter
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
@@ -53,52 +52,8 @@ def is_merged(parts: Sequence[Part]) -> bool:
     return any(layer.merged or layer._merges.suspended(layer) for layer in layers)
 
 
-def activate(
-    parts: Sequence[Part], shared: Shared, adapter_name: str | list[str], inference_mode: bool
-) -> None:
-    """Make adapters the active and (unless `inference_mode`) the trainable ones."""
-    for part in parts:
-        part.set_adapter(adapter_name, inference_mode)
-    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-    for container in shared:
-        for name, parameter in container.items():
-            if parameter.requires_grad != (name in names and not inference_mode):
-                parameter.requires_grad_(not parameter.requires_grad)
-
-
-def set_requires_grad(
-    parts: Sequence[Part], shared: Shared, adapter_names: list[str], requires_grad: bool
-) -> None:
-    """Unfreeze or freeze adapters."""
-    for part in parts:
-        part.set_requires_grad(adapter_names, requires_grad)
-    for container in shared:
-        for name in adapter_names:
-            if name in container:
-                container[name].requires_grad_(requires_grad)
-
-
-def enable(
-    parts: Sequence[Part], shared: Shared, enabled: bool, frozen: TemporaryFreeze | None
-) -> TemporaryFreeze | None:
-    """Switch all adapters on, or off, which freezes them; return the frozen shared parameters.
-
-    `frozen` are those that switching off froze before.
-    """
-    for part in parts:
-        part.enable_adapters(enabled)
-    if enabled:
-        if frozen is not None:
-            frozen.end()
-        return None
-    if frozen is None:
-        frozen = TemporaryFreeze()
-        frozen.begin(shared, [p for owner in shared for p in owner._parameters.values()])
-    return frozen
-
-
 def delete(parts: Sequence[Part], shared: Shared, adapter_name: str) -> None:
-    """Remove an adapter's entries."""
+    """Remove an adapter's entries, those that layers share last."""
     for part in parts:
         part.delete_adapter(adapter_name)
     for container in shared:

@@ -214,7 +214,7 @@ def changing(
         yield
         return
     with running.change(()):  # no other change meanwhile, so the active adapters stay
-        names = tuner.active_adapters or adapters
+        names = tuner.active_adapters or adapters or ()
         active = adapters is None or any(name in names for name in adapters)
         with running.change(adapters, active, patience):
             yield
