@@ -278,6 +278,28 @@ def test_a_legacy_file_of_anything_else(tmp_path, value):
         files.read_weights(tmp_path / LEGACY)
 
 
+class Listing:
+    def __reduce__(self):
+        return (os.listdir, (".",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Listing()}, r"it holds `\w+\.listdir`"),
+        (b"", "it is damaged"),
+        (b"no", "it is damaged"),
+    ],
+    ids=["objects", "empty", "text"],
+)
+def test_a_legacy_file_that_torch_does_not_trust(tmp_path, content, message):
+    path = tmp_path / LEGACY
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        files.read_weights(path)
+    assert "weights_only" not in str(refused.value)  # no advice to run it
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_what_is_in_a_file_is_told_without_its_tensors(tmp_path, safe):
     given = {**STATE, "c": torch.zeros(2, 2, dtype=torch.bfloat16)}

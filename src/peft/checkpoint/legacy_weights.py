@@ -7,6 +7,8 @@ tensor without values. Such files are refused, so that reading takes memory of t
 
 from __future__ import annotations
 
+import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -41,7 +43,16 @@ def load_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         raise CheckpointError(
             f"'{path}' is not a readable weights file: it is an archive as torch wrote before 2017."
         )
-    state = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, LookupError) as error:
+        # torch's own text advises to run what is in it.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"holds `{named[1]}`" if named else "is damaged, or holds other objects"
+        raise CheckpointError(
+            f"'{path}' is not a readable weights file: it {found}. Only tensors are read, because "
+            "making other objects can run code."
+        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()
     ):
