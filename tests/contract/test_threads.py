@@ -366,6 +366,17 @@ def test_the_end_of_a_context_waits_for_calls_that_began_in_it(model, saved):
 
 
 @one_method
+def test_a_call_past_the_model_can_be_noted(model, saved):
+    def noted(x):
+        with model.base_model.running_calls.during(None):
+            return model.get_base_model()(x)
+
+    noted.get_base_model = model.get_base_model
+    with Halted(noted), pytest.raises(PeftRuntimeError, match="the active adapters"):
+        model.set_adapter("a")
+
+
+@one_method
 def test_a_call_that_failed_is_over(model, saved):
     with pytest.raises(RuntimeError):
         model(X[:, :3], adapter_names=["a", "a"])

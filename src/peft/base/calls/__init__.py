@@ -15,4 +15,7 @@ this:
 - `adapter_batch`: `AdapterBatch`, the adapter that each sample of a call runs with.
 - `token_values`: values of tokens as values of the rows that a layer sees.
 - `wrapped_methods`: `WrappedMethod` takes such options out of the calls of a model's own methods.
+
+Beside them, `running` has `RunningCalls`: the calls of a model in all threads, and the changes of
+its adapters, which wait for them.
 """

@@ -8,7 +8,8 @@ a change announces itself before it looks for calls, so one of the two sees the 
 
 A call inside another one is told apart: a change may touch it alone.
 
-A call of a compiled model, or one that bypasses the model's `forward` and `generate`, is not seen.
+A call of a compiled model, or one that bypasses the model's `forward` and `generate`, is not seen,
+unless its caller notes it by `RunningCalls.during`.
 """
 
 from __future__ import annotations
