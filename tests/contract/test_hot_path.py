@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from peft import get_peft_model
 from peft.ops import fused_linear
 from peft.ops.dispatch import can_fuse
-from peft.ops.fused_linear import Ends, FunctionChain, add_product, linear_with_chain
+from peft.ops.fused_linear import Chain, Ends, add_product, linear_with_chain
 
 
 @pytest.fixture(params=[0, 10**9], ids=["kept", "again"])
@@ -50,7 +50,7 @@ def test_products_taken_together(leading, first, last, bias, product):
         twin = copy.copy(layer)
         twin._parameters = dict(zip(("weight", "bias"), (*parameters, None)[:2], strict=True))
         assert can_fuse(twin, x)
-        chain = FunctionChain(x, lambda h, last: Ends(h.tanh(), last), (last,), first)
+        chain = Chain(x, first, (last,), lambda h, last: Ends(h.tanh(), last))
         return linear_with_chain(twin, x, chain)
 
     x, A, B, *parameters = operands

@@ -3,8 +3,8 @@
 layer's product.
 
 Reading or writing an activation once more costs more on a wide layer than an adapter's few
-multiplications. So the chain's last product is added into the memory of the base layer's output,
-and its gradient for the input into that of the base layer.
+multiplications. So a chain's last product and its base layer's share the memory of the output, and
+all gradients for an input are added in one memory, those of the next layers that read it too.
 
 `dispatch` chooses between this path, the base layer's output with the chain added to it, and the
 plain path, `base(x) + chain.delta()`.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
@@ -26,7 +25,9 @@ from ..base.errors import PeftRuntimeError
 from . import mixed_precision
 from .derivatives import gradients_again
 from .dispatch import is_batched, owns_output, shapes
+from .inference_cache import running_call
 from .mixed_precision import scaled
+from .shared_input import SharedGradient, SharedInput
 
 _SMALL = 16
 """Backward keeps a first product that is at least this many times smaller than the input, and
@@ -48,116 +49,64 @@ class Ends(NamedTuple):
 
 Middle: TypeAlias = Callable[..., Ends | Tensor]
 """A function of a chain's first product and its factors. It returns the chain's ends, or the delta
-itself, in the order of the output's elements.
+itself, in the order of the output's elements. If it has a method
+`gradients(gradient, product, factors, wanted)`, that returns those of `product`, in new memory, and
+of the factors, None where not wanted; all activations are contiguous and of the factors' dtype.
 """
 
 
-class InPlaceMiddle(ABC):
-    """A `Middle` that computes a whole chain of one dtype with little memory beside the layer's."""
-
-    @abstractmethod
-    def __call__(self, product: Tensor, *factors: Tensor) -> Ends | Tensor:
-        """Return the chain's ends, or the delta."""
-
-    @abstractmethod
-    def add(
-        self, result: Tensor, x: Tensor, down: Tensor | None, *factors: Tensor, beta: int
-    ) -> None:
-        """Write `beta · result` plus the delta into `result`; all activations are contiguous."""
-
-    @abstractmethod
-    def gradients(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        wanted: Sequence[bool],
-        down: Tensor | None,
-        *factors: Tensor,
-    ) -> list[Tensor | None]:
-        """Return the gradients for `x`, in new memory, `down` and the factors: those wanted."""
-
-
-class LowRankChain(NamedTuple):
-    """A delta of two products, `Δ = scale · (x · down) · up`.
-
-    Attributes:
-        x: The layer's input in the adapter's precision.
-        down: `[in, r]`, or `[n, in, r]` with `x` read as `[n, rows, in]`.
-        up: `[r, out]`, or `[n, r, out]`.
-        scale: A number, or a tensor without a gradient: of no dimensions, or `[rows, 1]` with a
-            scale for each row of `x` for `down [in, r]`.
-
-    Example:
-        >>> LowRankChain(torch.ones(1, 2), torch.ones(2, 1), torch.ones(1, 3), scale=0.5).delta()
-        tensor([[1., 1., 1.]])
-    """
-
-    x: Tensor
-    down: Tensor
-    up: Tensor
-    scale: float | Tensor = 1.0
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """The factors after the first product."""
-        return (self.up,)
-
-    def delta(self) -> Tensor:
-        """Return the delta, `[rows, out]` for `down [in, r]`, else `[n, rows, out]`."""
-        return scaled(_first_product(self.x, self.down), self.scale) @ self.up
-
-
-class FunctionChain(NamedTuple):
-    """A delta of a first product, a function and a last product: `Δ = p · up` with
+class Chain(NamedTuple):
+    """A delta as a chain of products, `Δ = scale · p · up` with
     `p, up = middle(x · down, *factors)`.
 
     Attributes:
         x: The layer's input in the adapter's precision.
-        factors: Its other arguments, all that it depends on.
         down: `[k, m]` with `x` read as `[rows, k]`, or `[n, k, m]` with `x` read as `[n, rows, k]`;
-            None where `middle` takes `x` itself.
+            None where `middle` takes `x` itself, to multiply it.
+        factors: The other tensors that the delta depends on; without a function of its own that is
+            `up`, `[m, out]` or `[n, m, out]`.
+        middle: A function between the first and the last product.
+        scale: A number; or, without a function, a tensor that needs no gradient, of no dimensions
+            or `[rows, 1]` with a scale for each row of `x` for `down [k, m]`.
+
+    Example:
+        >>> Chain(torch.ones(1, 2), torch.ones(2, 1), (torch.ones(1, 3),), scale=0.5).delta()
+        tensor([[1., 1., 1.]])
     """
 
     x: Tensor
-    middle: Middle
+    down: Tensor | None
     factors: tuple[Tensor, ...]
-    down: Tensor | None = None
+    middle: Middle = Ends
+    scale: float | Tensor = 1.0
 
     def delta(self) -> Tensor:
         """Return the delta; its elements are in the output's order, but its shape may differ."""
         ends = self.middle(_first_product(self.x, self.down), *self.factors)
-        return ends if isinstance(ends, Tensor) else ends.p @ ends.up
-
-
-Chain: TypeAlias = LowRankChain | FunctionChain
+        return ends if isinstance(ends, Tensor) else scaled(ends.p, self.scale) @ ends.up
 
 
 def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
-    """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`."""
-    _check_values(chain)
+    """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`.
+
+    Layers that a call of the model runs in a row with one input (query, key and value; gate and up)
+    add their gradients for it in one memory.
+    """
     weight, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
-    middle, scale = _middle(chain)
-    if chain.x is x and torch.is_grad_enabled():
-        return _LinearWithChain.apply(x, weight, bias, middle, scale, chain.down, *chain.factors)
-    in_place = _in_place(middle, x, chain.factors)
-    if in_place is not None and not torch.is_grad_enabled():
-        return _linear_in_place(in_place, x, weight, bias, chain.down, chain.factors)
-    return _add_chain(chain, F.linear(x, weight, bias), in_place=True)
+    if chain.x is not x or not torch.is_grad_enabled():
+        return _add_chain(chain, F.linear(x, weight, bias), in_place=True)
+    _, down, factors, middle, scale = _checked(chain)
+    total = SharedGradient()
+    if x.requires_grad and (call := running_call()) is not None:
+        if call.input is None or not call.input.is_(x):
+            call.input = SharedInput(x)
+        x, total = call.input.alias, call.input.gradient
+    return _LinearWithChain.apply(x, weight, bias, total, middle, scale, down, *factors)
 
 
 def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
     """Return a base layer's output plus a chain's delta, in place if nothing else can hold it."""
-    _check_values(chain)
     return _add_chain(chain, result, owns_output(layer))
-
-
-def _check_values(chain: Chain) -> None:
-    """Raise for factors on the meta device: their products have no values, and torch adds them."""
-    if chain.factors[-1].is_meta:
-        raise PeftRuntimeError(
-            "The adapter is on the meta device and has no values yet: load a checkpoint into it, "
-            "or run the function that initializes it."
-        )
 
 
 def add_product(
@@ -186,7 +135,38 @@ def add_product(
     return _add(result, p, up, in_place, scale)
 
 
-def as_operand(x: Tensor, down: Tensor) -> Tensor:
+def _checked(chain: Chain) -> Chain:
+    """Return a chain with a number as scale; raise for factors on the meta device: their products
+    have no values, and torch adds them.
+    """
+    if chain.factors[-1].is_meta:
+        raise PeftRuntimeError(
+            "The adapter is on the meta device and has no values yet: load a checkpoint into it, "
+            "or run the function that initializes it."
+        )
+    scale = chain.scale
+    if not isinstance(scale, Tensor):
+        return chain
+    return chain._replace(middle=lambda h, up: Ends(h * scale, up), scale=1.0)
+
+
+def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
+    """Return `result` plus a chain's delta."""
+    x, down, factors, middle, scale = _checked(chain)
+    ends = middle(_first_product(x, down), *factors)
+    if isinstance(ends, Tensor):
+        return result + ends.reshape(result.shape)
+    return add_product(result, *ends, in_place, cast(float, scale))
+
+
+def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
+    if down is None:
+        return x
+    rows = _as_operand(x, down)
+    return rows @ down if x.dtype == down.dtype else mixed_precision.down(rows, down)
+
+
+def _as_operand(x: Tensor, down: Tensor) -> Tensor:
     """Reshape `x` for the product with `down`."""
     if down.dim() == 2:
         return x.reshape(-1, down.shape[0])
@@ -194,89 +174,26 @@ def as_operand(x: Tensor, down: Tensor) -> Tensor:
     return x.reshape(n, -1 if math.prod(shapes(x)[0]) else 0, k)
 
 
-def _add_chain(chain: Chain, result: Tensor, in_place: bool) -> Tensor:
-    """Return `result` plus a chain's delta."""
-    if isinstance(chain, LowRankChain):
-        p, up, scale = _first_product(chain.x, chain.down), chain.up, chain.scale
-        if isinstance(scale, Tensor):
-            p, scale = p * scale, 1.0
-    else:
-        ends = chain.middle(_first_product(chain.x, chain.down), *chain.factors)
-        if isinstance(ends, Tensor):
-            if (
-                in_place
-                and result.dtype == ends.dtype
-                and result.is_contiguous()
-                and not torch.is_grad_enabled()
-            ):
-                result.view(ends.shape).add_(ends)
-                return result
-            return result + ends.reshape(result.shape)
-        (p, up), scale = ends, 1.0
-    return add_product(result, p, up, in_place, scale)
-
-
-def _middle(chain: Chain) -> tuple[Middle | None, float]:
-    """Return a chain's function and 1; for a low-rank chain with a number as scale, None and it."""
-    if isinstance(chain, FunctionChain):
-        return chain.middle, 1.0
-    scale = chain.scale
-    if isinstance(scale, Tensor):
-        return (lambda h, up: Ends(h * scale, up)), 1.0
-    return None, scale
-
-
-def _in_place(middle: Middle | None, x: Tensor, factors: Sequence[Tensor]) -> InPlaceMiddle | None:
-    """Return a chain's function if it computes this chain in place."""
-    is_one = isinstance(middle, InPlaceMiddle) and factors[0].dtype == x.dtype
-    return middle if is_one else None  # type: ignore[return-value]
-
-
-def _linear_in_place(
-    middle: InPlaceMiddle,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    factors: Sequence[Tensor],
-) -> Tensor:
-    """Return a linear layer's output plus a chain, untracked by autograd. Without a bias the
-    layer's product is added to the chain's, since it reads what it adds to at no cost.
-    """
-    result = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, out = x.view(-1, x.shape[-1]), result.view(-1, weight.shape[0])
-    if bias is not None:
-        torch.addmm(bias, rows, weight.mT, out=out)
-    middle.add(result, x, down, *factors, beta=0 if bias is None else 1)
-    if bias is None:
-        out.addmm_(rows, weight.mT)
-    return result
-
-
-def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
-    if down is None:
-        return x
-    rows = as_operand(x, down)
-    return rows @ down if x.dtype == down.dtype else mixed_precision.down(rows, down)
-
-
 def _add(
-    result: Tensor, p: Tensor, up: Tensor, in_place: bool = True, scale: float = 1.0
+    result: Tensor, p: Tensor, up: Tensor, in_place: bool = True, scale: float = 1.0, beta: int = 1
 ) -> Tensor:
-    """Return `result + scale · p · up` in the precision of `result`, untracked by autograd."""
+    """Return `beta · result + scale · p · up` in the precision of `result`, untracked by autograd;
+    `beta` is 1 unless all are of one dtype.
+    """
     if not in_place or not (result.dtype == p.dtype == up.dtype):
         return mixed_precision.add(result, scaled(p, scale), up, in_place)
     product = result.view(*p.shape[:-1], up.shape[-1])
     add = product.addmm_ if p.dim() == 2 else product.baddbmm_
-    add(p, up, alpha=scale)
+    add(p, up, alpha=scale, beta=beta)
     return result
 
 
 class _Context(Protocol):
     """Attributes of the autograd context that this file uses."""
 
-    middle: Middle | None
+    middle: Middle
     scale: float
+    total: SharedGradient
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -300,7 +217,7 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _LinearWithChain(torch.autograd.Function):
-    """Add a chain to a linear layer, and the chain's gradient for the input to the layer's.
+    """A linear layer plus a chain.
 
     Backward keeps the input, the factors, and the first product where that is small. It runs the
     chain's function again to differentiate it.
@@ -312,137 +229,130 @@ class _LinearWithChain(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        middle: Middle | None,
+        total: SharedGradient,
+        middle: Middle,
         scale: float,
         down: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.middle, ctx.scale = middle, scale
-        if (in_place := _in_place(middle, x, factors)) is not None:
-            ctx.save_for_backward(x, weight, None, down, *factors)
-            return _linear_in_place(in_place, x, weight, bias, down, factors)
-        # The output of `linear` may be a view, which could not be written to.
-        result = x.new_empty(*x.shape[:-1], weight.shape[0])
-        rows, out = x.flatten(0, -2), result.view(-1, weight.shape[0])
-        if bias is None:
-            torch.mm(rows, weight.mT, out=out)
-        else:
-            torch.addmm(bias, rows, weight.mT, out=out)
         product = _first_product(x, down)
         small = product.numel() * _SMALL <= x.numel()
         ctx.save_for_backward(x, weight, product if small else None, down, *factors)
-        if middle is None:
-            (up,) = factors
-            return _add(result, product, up, scale=scale)
+        ctx.middle, ctx.scale, ctx.total = middle, scale, total
         # Detached, since `matmul` rounds differently if an operand requires a gradient.
         ends = middle(product.detach(), *[tensor.detach() for tensor in factors])
+        # The output of `linear` may be a view, which could not be written to.
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
+        out, first = result.view(-1, weight.shape[0]), bias
+        if bias is None and isinstance(ends, Ends) and ends.p.dtype == x.dtype:
+            # The larger product comes last, since it reads what it adds to at no cost.
+            _add(result, *ends, scale=scale, beta=0)
+            first = out
+        rows, beta = x.flatten(0, -2), int(first is not None)
+        torch.addmm(out if first is None else first, rows, weight.mT, beta=beta, out=out)
         if isinstance(ends, Tensor):
-            return result.add_(ends.view(result.shape))
-        return _add(result, *ends)
+            result.add_(ends.reshape(result.shape))
+        elif first is bias:
+            _add(result, *ends, scale=scale)
+        return result
 
     @staticmethod
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, kept, down, *factors = ctx.saved_tensors
-        for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
+        for_x, for_weight, for_bias, _, _, _, for_down, *for_factors = ctx.needs_input_grad
+        x, weight, product, down, *factors = ctx.saved_tensors
+        rows = gradient.reshape(-1, weight.shape[0])
+        of_bias = rows.sum(0) if for_bias else None
         if torch.is_grad_enabled() or is_batched(gradient):
-            plain = functools.partial(_plain, ctx.middle, ctx.scale)
             of_x, of_weight, *others = gradients_again(
-                plain,
+                functools.partial(_plain, ctx.middle, ctx.scale),
                 (x, weight, down, *factors),
                 (for_x, for_weight, for_down, *for_factors),
                 (gradient,),
             )
-            of_bias = gradient.reshape(-1, weight.shape[0]).sum(0) if for_bias else None
-            return of_x, of_weight, of_bias, None, None, *others
-        rows, of_x = gradient.flatten(0, -2), None
-        if (in_place := _in_place(ctx.middle, x, factors)) is not None:
-            rows = rows.contiguous()
-            wanted = (for_x, for_down, *for_factors)
-            of_x, *others = in_place.gradients(x, rows, wanted, down, *factors)
-            if of_x is not None:
-                of_x = of_x.view(-1, x.shape[-1]).addmm_(rows, weight).view(x.shape)
-        else:
-            product = _first_product(x, down) if kept is None else kept
-            through = _through_product if ctx.middle is None else _through_middle
-            gradients = through(ctx, gradient, product, factors, (for_x or for_down, *for_factors))
-            of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
-            if for_x:
-                of_x = (gradient @ weight).contiguous()
-                of_x = of_x.add_(of_product) if down is None else _add(of_x, of_product, down.mT)
-            of_down = (
-                mixed_precision.across(of_product, as_operand(x, down)).mT if for_down else None
-            )
-            others = [of_down, *of_factors]
-        return (
-            of_x,
-            rows.mT @ x.flatten(0, -2) if for_weight else None,
-            rows.sum(0) if for_bias else None,
-            None,
-            None,
-            *others,
-        )
+            return of_x, of_weight, of_bias, None, None, None, *others
+        product = _first_product(x, down) if product is None else product
+        gradients = _through_middle(ctx, rows, product, factors, (for_x or for_down, *for_factors))
+        of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
+        of_x = of_down = None
+        if for_x:
+            of_x = _gradient_of_input(ctx.total, x, of_product, down, rows, weight)
+        if for_down:
+            of_down = mixed_precision.across(of_product, _as_operand(x, down)).mT
+        of_weight = rows.mT @ x.flatten(0, -2) if for_weight else None
+        return of_x, of_weight, of_bias, None, None, None, of_down, *of_factors
+
+
+def _gradient_of_input(
+    total: SharedGradient,
+    x: Tensor,
+    of_product: Tensor,
+    down: Tensor | None,
+    rows: Tensor,
+    weight: Tensor,
+) -> Tensor | None:
+    """Return the gradient for `x`, or add it to that of other layers and return None."""
+    others = total.get()
+    if down is None:
+        own = of_product.reshape(x.shape).contiguous()
+        of_x = own if others is None else others.add_(own)
+    elif others is None:
+        of_x = mixed_precision.up(of_product, down.mT, x)
+    else:
+        of_x = _add(others, of_product, down.mT)
+    of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
+    if others is not None:
+        return None
+    total.set(of_x)
+    return of_x
 
 
 def _plain(
-    middle: Middle | None,
-    scale: float,
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor | None,
-    *factors: Tensor,
+    middle: Middle, scale: float, x: Tensor, weight: Tensor, down: Tensor | None, *factors: Tensor
 ) -> Tensor:
     """Return a linear layer's output without its bias, plus a chain, by torch's own operations."""
-    result = F.linear(x, weight)
-    product = _first_product(x, down)
-    ends = Ends(scaled(product, scale), *factors) if middle is None else middle(product, *factors)
-    delta = ends if isinstance(ends, Tensor) else ends.p @ ends.up
+    result, delta = F.linear(x, weight), Chain(x, down, factors, middle, scale).delta()
     return (result + delta.reshape(result.shape)).to(result.dtype)
 
 
-def _through_product(
-    ctx: _Context, gradient: Tensor, p: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return the gradients for `p` and `up` of `scale · p · up`."""
-    (up,), (for_p, for_up) = factors, wanted
-    rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
-    return [
-        mixed_precision.down(rows, up.mT, ctx.scale) if for_p else None,
-        mixed_precision.across(p, rows, ctx.scale) if for_up else None,
-    ]
-
-
 def _through_middle(
-    ctx: _Context,
-    gradient: Tensor,
-    product: Tensor,
-    factors: Sequence[Tensor],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Backpropagate to the first product and the factors; return their gradients."""
+    ctx: _Context, rows: Tensor, product: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Return the gradients for a chain's first product and its factors, those wanted, by that for
+    the rows of the output.
+    """
+    gradients = getattr(ctx.middle, "gradients", None)
+    if gradients is not None and rows.dtype == factors[0].dtype:
+        return gradients(rows.contiguous(), product, factors, wanted)
+
+    def of_ends(p: Tensor, up: Tensor, for_p: bool, for_up: bool) -> list[Tensor | None]:
+        given = rows.reshape(*p.shape[:-1], up.shape[-1])
+        return [
+            mixed_precision.down(given, up.mT, ctx.scale) if for_p else None,
+            mixed_precision.across(p, given, ctx.scale) if for_up else None,
+        ]
+
+    if ctx.middle is Ends:
+        return of_ends(product, factors[0], *wanted)
+    if not any(wanted):
+        return [None] * len(wanted)
     sources = [
         tensor.detach().requires_grad_(want)
         for tensor, want in zip((product, *factors), wanted, strict=True)
     ]
-    assert ctx.middle is not None
     with torch.enable_grad():
         ends = ctx.middle(*sources)
-    of_ends: list[tuple[Tensor, Callable[[], Tensor]]]
-    if isinstance(ends, Tensor):
-        of_ends = [(ends, lambda: gradient.reshape(ends.shape).to(ends.dtype))]
-    else:
-        p, up = ends
-        rows = gradient.reshape(*p.shape[:-1], up.shape[-1])
-        of_ends = [
-            (p, lambda: mixed_precision.down(rows, up.mT)),
-            (up, lambda: mixed_precision.across(p, rows)),
-        ]
-    of_ends = [(end, make) for end, make in of_ends if end.requires_grad]
-    trained = [tensor for tensor, want in zip(sources, wanted, strict=True) if want]
-    if not trained:
-        return [None] * len(sources)
+    results, given = (
+        ((ends,), [rows.reshape(ends.shape).to(ends.dtype)])
+        if isinstance(ends, Tensor)
+        else (ends, of_ends(*ends, ends.p.requires_grad, ends.up.requires_grad))
+    )
+    pairs = [pair for pair in zip(results, given, strict=True) if pair[0].requires_grad]
     found = iter(
         torch.autograd.grad(
-            [end for end, _ in of_ends], trained, [make() for _, make in of_ends], allow_unused=True
+            [result for result, _ in pairs],
+            [source for source in sources if source.requires_grad],
+            [of_result for _, of_result in pairs],
+            allow_unused=True,
         )
     )
     return [next(found) if want else None for want in wanted]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import PLAIN_TENSORS, is_eager
+from .shared_input import SharedInput
 
 T = TypeVar("T")
 
@@ -141,12 +142,13 @@ class _Call(AbstractContextManager):
         self.results: dict[str, _Results] = {}
         self.chosen: set[str] = set()  # adapters whose tables' rows have been chosen
         self._copies: dict[int, Tensor] = {}
+        self.input: SharedInput | None = None  # of the layers that were called last
 
     def __enter__(self) -> None:
         _THREAD.call = self
 
     def __exit__(self, *error: object) -> None:
-        _THREAD.call = None
+        _THREAD.call = self.input = None
         for adapter_name, results in self.results.items():
             self.cache.put(adapter_name, results)
 
@@ -182,11 +184,15 @@ class _Call(AbstractContextManager):
 
 
 class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.call: _Call | None = None
+    call: _Call | None = None
 
 
 _THREAD = _Thread()
+
+
+def running_call() -> _Call | None:
+    """Return the call in progress in this thread."""
+    return _THREAD.call
 
 
 def is_running_often() -> bool:

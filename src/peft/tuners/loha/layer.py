@@ -14,7 +14,7 @@ from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.exact_merge import Recipe
-from ...ops.fused_linear import Chain, LowRankChain
+from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, product_svd
 from ..lycoris_utils import LycorisLayer
 from .config import LoHaConfig
@@ -152,7 +152,7 @@ class Linear(LoHaLayer):
         if (self.training and self.drops(adapter_name)) or not is_low_rank(factors):
             return None
         A, B = low_rank_pair(factors, self.scaling[adapter_name])
-        return LowRankChain(self._chain_input(x, factors.w1_a.dtype), A.mT, B.mT)
+        return Chain(self._chain_input(x, factors.w1_a.dtype), A.mT, (B.mT,))
 
 
 class Conv1d(LoHaLayer):

@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.fused_linear import Ends, InPlaceMiddle
+from ...ops.fused_linear import Ends
 
 
-class _Blocks(InPlaceMiddle):
-    """`W1 · H · up`, from `H`, `W1 [a, b]` and `up [k, c]`, if any."""
+class _Blocks:
+    """A chain's function: `W1 · H · up`, from `H`, `W1 [a, b]` and `up [k, c]`, if any."""
 
-    def __call__(self, product: Tensor, *factors: Tensor) -> Ends:
+    def __call__(self, product: Tensor, w1: Tensor, up: Tensor | None = None) -> Ends:
         """Return the chain's ends, by operations that autograd and compilers can follow."""
-        w1, up = _unpacked(factors)
         ((a, b),) = shapes(w1)
         grid = product.reshape(-1, b, product.shape[-1] if up is None else up.shape[0])
         if up is None:
@@ -38,62 +37,26 @@ class _Blocks(InPlaceMiddle):
             mixed = w1 @ grid
         return Ends(mixed.reshape(-1, up.shape[0]), up)
 
-    def add(
-        self, result: Tensor, x: Tensor, down: Tensor | None, *factors: Tensor, beta: int
-    ) -> None:
-        """Write `beta · result + Y` into `result`."""
-        w1, up = _unpacked(factors)
-        (a, b), n = w1.shape, x.numel() // x.shape[-1]
-        h, left = _first(x, down).view(n, b, -1), w1.expand(n, a, b)
-        if up is None:
-            result.view(n, a, -1).baddbmm_(left, h, beta=beta)
-        else:
-            mixed = torch.bmm(left, h).view(n * a, -1)
-            result.view(n * a, -1).addmm_(mixed, up, beta=beta)
-
     def gradients(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        wanted: Sequence[bool],
-        down: Tensor | None,
-        *factors: Tensor,
+        self, gradient: Tensor, product: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Return the gradients for `x`, `down`, `W1` and `up`."""
-        w1, up = _unpacked(factors)
-        (a, b), n = w1.shape, x.numel() // x.shape[-1]
-        for_x, for_down, for_w1, *for_up = wanted
-        h, left = _first(x, down).view(n, b, -1), w1.expand(n, a, b)
-        of_up = None
-        if up is None:
-            of_mixed = gradient.view(n, a, -1)
-        else:
-            rows, memory = gradient.view(n * a, -1), x.new_empty(n * a, up.shape[0])
+        """Return the gradients for `H`, `W1` and `up`, with a product less than autograd needs."""
+        (w1, *ups), (for_h, for_w1, *for_up) = factors, wanted
+        (a, b), of_up = w1.shape, None
+        h = product.view(-1, b, ups[0].shape[0] if ups else product.shape[-1])
+        left = w1.expand(len(h), a, b)
+        of_mixed = gradient.view(len(h), a, -1)
+        if ups:
+            rows, memory = of_mixed.flatten(0, 1), h.new_empty(len(h) * a, h.shape[2])
             if for_up[0]:
-                torch.bmm(left, h, out=memory.view(n, a, -1))
+                torch.bmm(left, h, out=memory.view(len(h), a, -1))
                 of_up = memory.mT @ rows
-            of_mixed = torch.mm(rows, up.mT, out=memory).view(n, a, -1)
-        of_w1 = _summed(of_mixed, h) if for_w1 else None
-        of_x = of_down = None
-        if for_x or for_down:
-            of_x = torch.bmm(left.mT, of_mixed).view(-1, h.shape[2])
-        if down is not None and of_x is not None:
-            # `(H'ᵀ · x)ᵀ`, since a product is faster with the thin side first.
-            of_down = (of_x.mT @ x.view(-1, down.shape[0])).mT if for_down else None
-            of_x = of_x @ down.mT if for_x else None
-        return [of_x, of_down, of_w1, of_up][: len(wanted)]
+            of_mixed = torch.mm(rows, ups[0].mT, out=memory).view(len(h), a, -1)
+        of_h = torch.bmm(left.mT, of_mixed).view(product.shape) if for_h else None
+        return [of_h, _summed(of_mixed, h) if for_w1 else None, *[of_up for _ in ups]]
 
 
 BLOCKS = _Blocks()
-
-
-def _unpacked(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    return factors[0], factors[1] if len(factors) > 1 else None
-
-
-def _first(x: Tensor, down: Tensor | None) -> Tensor:
-    """Return the first product, in the order of its elements."""
-    return x if down is None else x.view(-1, down.shape[0]) @ down
 
 
 def _summed(p: Tensor, q: Tensor) -> Tensor:

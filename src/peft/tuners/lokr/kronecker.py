@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.fused_linear import FunctionChain
+from ...ops.fused_linear import Chain
 from ...ops.mixed_precision import widened
 from .blocks import BLOCKS
 from .order import Contraction, State, contraction_order
@@ -151,7 +151,7 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
     return kronecker_chain(x, f, scale).delta().reshape(*x.shape[:-1], a * c)
 
 
-def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> FunctionChain:
+def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0) -> Chain:
     """Return `kronecker_linear` as a chain of products, for `ops.fused_linear`.
 
     Its steps are a product `x [rows·b, d]` with maps of `W2`, the blocks' product with `W1`, and a
@@ -173,8 +173,8 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     n = find(tuple(left), tuple(right), x.dtype == w1.dtype)
     up = (_multiply(w2s[n:]).T,) if n < len(w2s) else ()
     if n == 0:
-        return FunctionChain(widened(x, w1.dtype), BLOCKS, (w1, *up))
-    return FunctionChain(x, BLOCKS, (w1, *up), _multiply(w2s[:n]).T)
+        return Chain(widened(x, w1.dtype), None, (w1, *up), BLOCKS)
+    return Chain(x, _multiply(w2s[:n]).T, (w1, *up), BLOCKS)
 
 
 def _maps_before(left: Sequence[int], right: MapShapes, left_first: bool) -> int:

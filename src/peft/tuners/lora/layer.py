@@ -17,7 +17,7 @@ from ...base.placeholders import placeholder
 from ...core.base_layer import embedding_scale
 from ...core.weights import base_weight, is_quantized
 from ...ops.dispatch import are_unhooked
-from ...ops.fused_linear import Chain, LowRankChain
+from ...ops.fused_linear import Chain
 from ...ops.mixed_precision import scaled
 from .base import LoraLayer, Start
 from .config import LoraConfig
@@ -83,7 +83,7 @@ class Linear(LoraLayer):
             if self._drops(adapter_name)
             else self._chain_input(x, down.dtype)
         )
-        return LowRankChain(x, down.mT, up.mT, scale)
+        return Chain(x, down.mT, (up.mT,), scale=scale)
 
     def _start_from_weight(
         self, adapter_name: str, config: LoraConfig, initialize: bool, start: Factors | None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...ops.dispatch import is_autocast, is_eager, shapes
-from ...ops.fused_linear import Chain, Ends, FunctionChain, LowRankChain
+from ...ops.fused_linear import Chain, Ends
 from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import with_kernel
 
@@ -126,7 +126,8 @@ def poly_chain(
     tokens, pays = rank_space_sizes(x, shapes(weights)[0][:-2], A, B)
     weights = weights if weights.dim() == 3 else weights.flatten(0, -3)
     if not pays:
-        return LowRankChain(x, *mix(weights, A, B), scale)
+        A_w, B_w = mix(weights, A, B)
+        return Chain(x, A_w, (B_w,), scale=scale)
     if not torch.is_grad_enabled() and is_eager() and has_small_mixings(A):
         return decoding_chain(x, mixings(weights, scale), A, B, tokens)
     make = _rank_space_chain if shapes(A)[0][0] == 1 else _split_rank_space_chain
@@ -135,7 +136,7 @@ def poly_chain(
 
 def decoding_chain(
     x: Tensor, mixing: Tensor, A: Tensor, B: Tensor, tokens: int, columns: Tensor | None = None
-) -> FunctionChain:
+) -> Chain:
     """Return the chain in rank space without gradients, where the number of operations counts:
     `h_qs = x_q A_qs`, `p = M h`, `Δ_q = Σ_s p_qs B_qs`.
 
@@ -165,7 +166,7 @@ def decoding_chain(
             return Ends(p.view(-1, size), B.view(size, -1))
         return (p.view(-1, n_splits, size).transpose(0, 1) @ B.flatten(1, 2)).transpose(0, 1)
 
-    return FunctionChain(widened(x, A.dtype), ends, (A, B, mixing))
+    return Chain(widened(x, A.dtype), None, (A, B, mixing), ends)
 
 
 def mixings(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -188,7 +189,7 @@ def has_small_mixings(A: Tensor) -> bool:
 
 def _rank_space_chain(
     x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
-) -> FunctionChain:
+) -> Chain:
     """Return the chain in rank space for one split:
     `h_s = x A_s`, `z = Σ_s w_s h_s`, `Δ = Σ_s (scale · w_s z) B_s`.
     """
@@ -198,12 +199,12 @@ def _rank_space_chain(
         h = _mix_at_rank(h.view(-1, n_skills, r), weights, scale, tokens)
         return Ends(h.view(-1, n_skills * r), up)
 
-    return FunctionChain(x, middle, (B.flatten(0, 2), weights), skill_columns(A)[0])
+    return Chain(x, skill_columns(A)[0], (B.flatten(0, 2), weights), middle)
 
 
 def _split_rank_space_chain(
     x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
-) -> FunctionChain:
+) -> Chain:
     """Return the chain in rank space for several splits:
     `h_qs = x_q A_qs`, `z = Σ_qs w_qs h_qs`, `Δ_q = Σ_s (scale · w_qs z) B_qs`.
 
@@ -219,7 +220,7 @@ def _split_rank_space_chain(
         h = h.view(-1, n_splits, n_skills * r).transpose(0, 1)
         return (h @ up).transpose(0, 1).reshape(-1, n_splits * up.shape[2])
 
-    return FunctionChain(widened(x, A.dtype), delta, (skill_columns(A), up, weights))
+    return Chain(widened(x, A.dtype), None, (skill_columns(A), up, weights), delta)
 
 
 def _mix_at_rank(h: Tensor, weights: Tensor, scale: float | Tensor, tokens: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...ops.dispatch import shapes
-from ...ops.fused_linear import Chain, Ends, FunctionChain
+from ...ops.fused_linear import Chain, Ends
 from .choice import Choice
 
 Form = Literal["all", "own", "blocks"]
@@ -75,9 +75,8 @@ def experts_chain(x: Tensor, choice: Choice, factors: Factors) -> Chain:
         return _all(x, every.scatter(1, experts, weights), factors)
     middle = _own if form == "own" else _blocks
     operands = weights, factors.down, factors.up
-    return FunctionChain(
-        x, partial(middle, experts=experts, rows=factors.rows, real=factors.real), operands
-    )
+    rest = partial(middle, experts=experts, rows=factors.rows, real=factors.real)
+    return Chain(x, None, operands, rest)
 
 
 def _form(x: Tensor, experts: Tensor, factors: Factors) -> Form:
@@ -101,7 +100,7 @@ def _form(x: Tensor, experts: Tensor, factors: Factors) -> Form:
 
 def _all(x: Tensor, weights: Tensor, factors: Factors) -> Chain:
     middle = partial(_weigh, owner=factors.owner)
-    return FunctionChain(x, middle, (weights, factors.up), factors.down.mT)
+    return Chain(x, factors.down.mT, (weights, factors.up), middle)
 
 
 def _weigh(h: Tensor, weights: Tensor, up: Tensor, owner: Tensor) -> Ends:

@@ -19,7 +19,7 @@ from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
-from ...ops.fused_linear import Chain, LowRankChain
+from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached
 from ...ops.low_rank import LowRank, approximate
 from ...ops.mixed_precision import scaled
@@ -302,7 +302,7 @@ class VBLoRALayer(BaseTunerLayer):
             x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
         elif x.dtype != A.dtype:
             x = self._chain_input(x, A.dtype)
-        return LowRankChain(x, A.T, B.T, self.scaling[adapter_name])
+        return Chain(x, A.T, (B.T,), scale=self.scaling[adapter_name])
 
     def refuse_training(self, adapter_name: str) -> None:
         """Raise for logits from a compact file, unless others were written to them since."""
