@@ -236,30 +236,6 @@ def test_other_task_ids(n_splits, change, tmp_path, monkeypatch):
     assert kept(model) == 2  # one result a layer, whatever scales were used
 
 
-def test_rows_of_a_table():
-    """The first choice of a call is made in all tables, later ones in their own."""
-    cache, layers = InferenceCache(), [nn.Identity(), nn.Identity()]
-    tables = [nn.Parameter(torch.randn(4, 3)) for _ in layers]
-
-    def rows(index):
-        pairs = zip(layers, tables, strict=True)
-        return [cached(o, "a", "t", (t,), lambda t=t: 2 * t, None, index) for o, t in pairs]
-
-    first, second = torch.tensor([2, 0]), torch.tensor([1])
-    with torch.no_grad():
-        for _ in range(2):
-            with cache.during_call():
-                for index in (first, second, first):
-                    for own, table in zip(rows(index), tables, strict=True):
-                        torch.testing.assert_close(own, 2 * table[index])
-                first.add_(1)
-                tables[1].data.mul_(3)  # seen by the next call
-        with torch.inference_mode(), cache.during_call():
-            index = torch.tensor([3])
-            for own, table in zip(rows(index), tables, strict=True):
-                torch.testing.assert_close(own, 2 * table[index])
-
-
 # --- one call
 # ------------------------------------------------------------------------------------------------------------
 #

@@ -43,10 +43,7 @@ ADAPTERS = 8
 
 
 class _Result:
-    """A value, its options and source tensors, and copies of their numbers at that time, or None.
-
-    Of a table it has the rows that the call in progress has chosen by an index of some version.
-    """
+    """A value, its options and source tensors, and copies of their numbers of that time or None."""
 
     def __init__(
         self,
@@ -57,9 +54,6 @@ class _Result:
     ) -> None:
         self.value, self.sources, self.copies, self.options = value, sources, copies, options
         self.noted = [(source._version, source.data_ptr()) for source in sources]
-        self.index: Tensor | None = None
-        self.version = 0
-        self.rows: Tensor | None = None
 
     def is_of(self, sources: tuple[Tensor, ...], options: Hashable) -> bool:
         """Return whether these are the same tensors, and torch has noted no change."""
@@ -69,12 +63,6 @@ class _Result:
             if source is not own or (source._version, source.data_ptr()) != noted:
                 return False
         return True
-
-    def choose(self, index: Tensor) -> None:
-        """Choose rows of the table."""
-        self.rows = cast(Tensor, self.value).index_select(0, index)
-        if not index.is_inference():  # which has no version
-            self.index, self.version = index, index._version
 
 
 # The results of an adapter, by layer and kind.
@@ -126,8 +114,6 @@ class InferenceCache:
         """Keep those of an adapter's results that can be compared."""
         self._results.pop(adapter_name, None)
         kept = {key: result for key, result in results.items() if result.copies is not None}
-        for result in kept.values():
-            result.index = None  # it is known by identity, which says nothing later
         if kept:
             self._results[adapter_name] = kept
         for oldest in list(self._results)[:-ADAPTERS]:
@@ -140,7 +126,6 @@ class _Call(AbstractContextManager):
     def __init__(self, cache: InferenceCache, runs_often: bool) -> None:
         self.cache, self.runs_often = cache, runs_often
         self.results: dict[str, _Results] = {}
-        self.chosen: set[str] = set()  # adapters whose tables' rows have been chosen
         self._copies: dict[int, Tensor] = {}
         self.input: SharedInput | None = None  # of the layers that were called last
 
@@ -158,19 +143,6 @@ class _Call(AbstractContextManager):
         if results is None and len(self.results) < ADAPTERS:
             results = self.results[adapter_name] = self.cache.take(adapter_name)
         return results
-
-    def rows_of(self, adapter_name: str, result: _Result, index: Tensor) -> Tensor:
-        """Return rows of a table. The first to ask in a call chooses those of all layers' tables in
-        a row, see `take`.
-        """
-        if result.index is not index or result.version != index._version:
-            result.choose(index)
-            if adapter_name not in self.chosen:
-                self.chosen.add(adapter_name)
-                for other in self.results[adapter_name].values():
-                    if other.rows is not None and other.rows.device == index.device:
-                        other.choose(index)
-        return cast(Tensor, result.rows)
 
     def copies_of(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Return copies to compare with; layers that share a bank share its copy."""
@@ -207,14 +179,12 @@ def cached(
     sources: tuple[Tensor, ...],
     make: Callable[[], T],
     options: Hashable = None,
-    index: Tensor | None = None,
 ) -> T | None:
     """Return a cached result of `make` for the same values of its sources, or call it and keep the
     result.
 
-    The result must not be written to; `options` is all that it depends on except `sources`. With an
-    index it is a table, of which these rows are returned. Where no result can be kept, return None
-    without a call.
+    The result must not be written to; `options` is all that it depends on except `sources`. Where
+    no result can be kept, return None without a call.
     """
     call = None if torch.is_grad_enabled() or not is_eager() else _THREAD.call
     results = None if call is None else call.results_of(adapter_name)
@@ -227,7 +197,7 @@ def cached(
         if not _can_keep(call, sources):
             return None
         result = results[key] = _Result(make(), sources, call.copies_of(sources), options)
-    return cast(T, result.value if index is None else call.rows_of(adapter_name, result, index))
+    return cast(T, result.value)
 
 
 def reuse(

@@ -260,17 +260,17 @@ class PolyLayer(RoutingLayer):
         tokens, pays = rank_space_sizes(x, owners, A, B)
         if not pays or not has_small_mixings(A):
             return None
-        mixing = cached(
+        every = cached(
             router,
             adapter_name,
             "mixings",
             (table, *router.rows) if router.runs else (table,),
             lambda: mixings(router.task_weights(), scale).to(A.dtype),
             (router.gating, scale, A.dtype),
-            ids,
         )
-        if mixing is None:
+        if every is None:
             return None
+        mixing = every.index_select(0, ids)
         columns, own = None, self._modules["poly_lora_A"]._parameters.get(adapter_name)
         if is_running_often() and A is own:  # offloaded skills exist for this call only
             columns = cached(self, adapter_name, "columns", (A,), lambda: skill_columns(A))
